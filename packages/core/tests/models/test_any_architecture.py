@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +27,8 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedMatrix
 from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.models import registry
+from candle_vllm.core.models.any_architecture.attention import Pass, under_way
+from candle_vllm.core.models.any_architecture.modules import OwnLinear
 from packages.core.tests.models.any_configs import ALONE, IN_BATCHES, REFUSED, tiny_config
 from packages.core.tests.models.families import FORMATS
 from packages.core.tests.models.families import ROWS as FAMILIES
@@ -110,6 +113,8 @@ def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
     assert "one sequence at a time" in caplog.text
     with pytest.raises(ConfigError, match="drafted"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", speculative_config={"method": "ngram"}))
+    with pytest.raises(ConfigError, match="takes no adapters"):
+        InferenceEngine(str(folder), **_settings(model_impl="transformers", enable_lora=True))
 
 
 def test_every_causal_type_is_in_a_list() -> None:
@@ -225,6 +230,18 @@ def test_adapters_do_what_peft_merges(name: str, config: dict[str, Any], tmp_pat
         theirs = their_logits(folder, [*tokens, *tokens_said])
         assert theirs[len(tokens) - 1 : -1].argmax(-1).tolist() == tokens_said
     assert said[0] != said[1]
+
+
+def test_adapters_change_no_product_whose_rows_are_not_tokens(tmp_path: Path) -> None:
+    """As a product for each head, where rows are heads of tokens: an adapter's rows would be those of other tokens."""
+    made: Any = load(write_tiny(tmp_path, "llama"), model_impl="transformers")
+    product = next(each for each in made.decoder.model.modules() if isinstance(each, OwnLinear))
+    step: Any = SimpleNamespace(positions=torch.arange(3))
+    product.table.adapters = SimpleNamespace(groups=["an adapter"], add=lambda place, x, y, bias: y)
+    with under_way(Pass({}, [], step)):
+        assert product(torch.zeros(1, 3, product.shape[1])).shape == (1, 3, product.shape[0])
+        with pytest.raises(UnsupportedModelError, match="rows are not tokens"):
+            product(torch.zeros(1, 3, 2, product.shape[1]))
 
 
 def test_native_layers_come_first(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
-Engines and vLLM's names are imported when they are first used, because what computes takes a while to import, and the
+Engines and vLLM's names are imported when they are first used, because computing modules take long to import, and the
 settings, errors and request types do not need it.
 """
 
@@ -132,7 +132,7 @@ _LATER = MappingProxyType({
     for name in names.split()
 })  # fmt: skip
 
-if not TYPE_CHECKING:  # to which every name would be one
+if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name in _LATER:

@@ -187,9 +187,9 @@ def refuse_lost(
 
     Args:
         owner: the method that accepts them.
-        given: their names.
+        given: names of the variables.
         known: arguments of the method.
-        variables: what the template reads.
+        variables: variables that the template reads.
         within: as for `unknown_name`.
 
     Raises:

@@ -49,7 +49,7 @@ CpuLevel = Literal[
 ]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
-_LEAST_KEY = 16  # characters of a cluster's key
+_LEAST_KEY = 16  # minimum number of characters of a cluster's key
 _DTYPES = ("auto", "f32", "bf16", "f16")
 _DTYPE_ALIASES = MappingProxyType({
     "float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16",
@@ -106,9 +106,9 @@ DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
 )
 """Names in vLLM that are aliases of a method."""
 MAX_DRAFT = 31
-"""Most draft tokens of one sequence in a step."""
+"""Maximum number of draft tokens of one sequence in a step."""
 LONGEST_MATCH = 24
-"""Most tokens of a match that are compared; longer matches do not improve drafts."""
+"""Maximum number of tokens of a match that are compared; longer matches do not improve drafts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,16 @@ class SpeculativeConfig:
 
     Attributes:
         method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
-            speculation; "draft_model": a small model if "suffix" has no draft as likely; "eagle3": a head that was
-            trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
-        num_speculative_tokens: most draft tokens of a sequence in one step.
-        prompt_lookup_min, prompt_lookup_max: shortest match that counts, and most tokens that are compared.
-        suffix_decoding_max_cached_requests: most past answers in the suffix cache; 0 turns the cache off.
-        suffix_decoding_max_spec_factor: most draft tokens for each matched token; None is no limit.
+            speculation; "draft_model": a small model, unless "suffix" has a draft that is as likely; "eagle3": a head
+            that was trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
+        num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
+        prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of tokens that are compared.
+        suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
+        suffix_decoding_max_spec_factor: maximum number of draft tokens for each matched token; None is no limit.
         suffix_decoding_min_token_prob: a draft ends before a token whose estimated probability is lower.
-        model: draft model of the same vocabulary, or the head; in the form of `EngineConfig.model`.
-        revision, weight_file: of the draft model, as the fields of these names in `EngineConfig`.
-        draft_min: least draft tokens of the model in one step; shorter drafts are dropped.
+        model: draft model with the same vocabulary, or the head; its form is that of `EngineConfig.model`.
+        revision, weight_file: revision and weight file of the draft model, as in `EngineConfig`.
+        draft_min: minimum number of draft tokens of the model in one step; shorter drafts are dropped.
         draft_p_min: the model continues a draft while its token has at least this probability.
     """
 
@@ -157,7 +157,7 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 MOST_LAYERS = 1024
-"""Upper bound of every model's layers: as a setting that counts layers it means all layers."""
+"""Upper bound of the number of layers of any model; a setting with this value means all layers."""
 _FILES = ("model", "revision", "weight_file")
 WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
 """Methods whose draft tokens come from weights (a model, a head or an MTP layer), on the CPU alone."""
@@ -526,7 +526,7 @@ class EngineConfig(ExplainedSettings):
         elif self.node_rank:
             raise ConfigError(f"node_rank {self.node_rank} of one node: set nnodes, the same on all", "node_rank")
         else:
-            for name in ("master_addr", "master_port"):  # a key may lie ready
+            for name in ("master_addr", "master_port"):  # the key alone may be set already
                 if getattr(self, name) != getattr(EngineConfig, name):
                     raise ConfigError(
                         f"{name} is for several nodes: set nnodes, the same on all, or leave it out", name

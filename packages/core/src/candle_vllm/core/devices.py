@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Which device an engine computes on, and why a GPU cannot be used; before step 1 of a request's life.
+"""Choose the device that an engine computes on, and explain why a GPU cannot be used (before step 1 of a request).
 
-torch is imported once a GPU is asked for, or "auto" finds a driver that has one.
+torch is imported only if a GPU is requested, or if the setting is "auto" and a driver reports a GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from candle_vllm.core.errors import ConfigError, NoMemoryError, with_extra
 
 logger = logging.getLogger(__name__)
 
-LEAST_CAPABILITY = (7, 5)  # of NVIDIA's
+LEAST_CAPABILITY = (7, 5)  # minimum compute capability of NVIDIA's GPUs
 
 
 class Device(str):
-    """Where an engine computes: "cpu" or "cuda:N", as torch takes it."""
+    """Device that an engine computes on: "cpu" or "cuda:N", in torch's spelling."""
 
     @property
     def type(self) -> str:
-        """The kind alone: "cpu" or "cuda"."""
+        """Type of the device without its number: "cpu" or "cuda"."""
         return self.partition(":")[0]
 
 
@@ -40,8 +40,7 @@ CPU: Final = Device("cpu")
 def choose_device(wanted: str) -> Device:
     """Return the device for a setting: "auto", "cpu", "cuda" or "cuda:N"; the first of a list like "cuda:0,cuda:1".
 
-    "auto" is the first GPU, or the CPU without a usable GPU; a GPU that exists but cannot be used is logged with the
-    reason.
+    "auto" is the first GPU, or the CPU without a usable GPU; the reason why a GPU cannot be used is logged.
 
     Raises:
         ConfigError: the GPU that was asked for cannot be used.
@@ -64,18 +63,18 @@ def choose_device(wanted: str) -> Device:
 
 
 def means_gpus(wanted: str) -> bool:
-    """Whether a setting is for GPUs: it names them, or is "auto" where a driver knows of one. torch is not asked."""
+    """Whether a setting means GPUs: it names one, or is "auto" and a driver reports a GPU. Does not import torch."""
     return wanted.startswith("cuda") or (wanted == "auto" and _driver_has_gpu())
 
 
 def gpu_obstacle(index: int) -> str | None:
-    """Why GPU number `index` cannot be used, in one sentence; None if it can."""
+    """Return the reason why GPU number `index` cannot be used, in one sentence; None if it can be used."""
     if importlib.util.find_spec("torch") is None:
         amd = _nvidia_driver() is None and _AMD_DRIVER.exists()
         return f"torch is not installed: {'install one that was built for ROCm' if amd else with_extra('cuda')}"
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library of its own is missing
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs is missing
         return f"torch cannot be imported: {_first_line(error)}"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this torch was built without CUDA, and without ROCm: install one that was built with either"
@@ -102,37 +101,37 @@ def gpu_obstacle(index: int) -> str | None:
 
 
 def require_torch(reason: str) -> None:
-    """Refuses to compute op by op in torch, for `reason`, where torch is not installed.
+    """Refuse to compute with torch's operations if torch is not installed; `reason` says why torch is needed.
 
     Raises:
-        ConfigError: it is not, with the command that installs it.
+        ConfigError: torch is not installed; the message has the command that installs it.
     """
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"{reason}, so layers run op by op in torch, which is not installed: {with_extra('torch')}")
 
 
 def use_threads(count: int) -> None:
-    """How many threads torch computes on in this process."""
+    """Set the number of threads that torch computes with in this process."""
     import torch
 
     torch.set_num_threads(count)
 
 
 def leave_cores_to_others() -> None:
-    """torch computes on one thread, where it is loaded: its pool would take the cores from other threads."""
+    """Limit torch to one thread, if it is imported: its thread pool would take the cores from other threads."""
     if "torch" in sys.modules:
         use_threads(1)
 
 
 def is_amd() -> bool:
-    """Whether GPUs are AMD's."""
+    """Whether the GPUs are AMD's."""
     import torch
 
     return torch.version.hip is not None
 
 
 def device_name(device: Device) -> str:
-    """What it is, for what must not go from one kind of GPU to another."""
+    """Return the device's name, so that data of one type of GPU is not used on another."""
     if device.type == "cpu":
         return "cpu"
     import torch
@@ -141,7 +140,7 @@ def device_name(device: Device) -> str:
 
 
 def gpu_memory(device: Device) -> tuple[int, int]:
-    """Bytes of a GPU that are free, and all of them."""
+    """Return the free bytes and all bytes of a GPU's memory."""
     import torch
 
     return torch.cuda.mem_get_info(device)
@@ -149,12 +148,12 @@ def gpu_memory(device: Device) -> tuple[int, int]:
 
 @contextmanager
 def fitting(device: Device, what: str, size: int) -> Iterator[None]:
-    """Names what did not fit where a GPU's memory ran out.
+    """Name what did not fit when a GPU's memory is exhausted within the context.
 
     Args:
-        device: where memory is taken.
-        what: what takes it, "the weights of NAME".
-        size: its bytes, as far as known.
+        device: device whose memory is allocated.
+        what: what is allocated, such as "the weights of NAME".
+        size: its size in bytes, as far as known.
 
     Raises:
         NoMemoryError: instead of torch's OutOfMemoryError.
@@ -176,14 +175,14 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
 
 
 def give_back() -> None:
-    """Memory of GPUs that torch keeps for tensors to come goes back to the system, so that others see it as free."""
+    """Return the GPU memory that torch caches to the system, so that other processes see it as free."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def _driver_fault(message: str) -> str:
-    """What torch says of a driver that is missing or too old, in a few words."""
+    """Shorten torch's message about a driver that is missing or too old."""
     import torch
 
     if "too old" in message:
@@ -194,10 +193,10 @@ def _driver_fault(message: str) -> str:
 
 
 def _no_compiler() -> str | None:
-    """What is missing of a C compiler and Python's header, which Triton needs on the machine that it runs on.
+    """Return what is missing of the C compiler and Python's header, which Triton needs on the machine that it runs on.
 
-    With the compiler it builds its access to the driver (3.6 also a launcher for each signature of a kernel), and keeps
-    what it built. Nothing is needed where this has happened before, or of a Triton that builds nothing.
+    Triton builds its access to the driver with the compiler (version 3.6 also a launcher for each signature of a
+    kernel) and caches the result. Nothing is needed if the cache has it, or for a Triton that builds nothing.
     """
     import torch
 
@@ -215,7 +214,7 @@ def _no_compiler() -> str | None:
         found = "CC names one that is not there" if given else "none was found"
         return f"triton needs a C compiler and {found}: install one (apt install gcc python3-dev), or set CC to it"
     scheme = sysconfig.get_default_scheme()
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's own, where no headers are
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's scheme, which has no headers
     header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
     if not header.is_file():
         return f"triton compiles C against Python and {header} is missing: install it (apt install python3-dev)"
@@ -223,7 +222,7 @@ def _no_compiler() -> str | None:
 
 
 def _taken(index: int) -> str | None:
-    """A context takes some hundred MB: a full GPU refuses even that."""
+    """Return why GPU number `index` has no memory for a context, which takes some hundred MB; None if it has."""
     import torch
 
     try:
@@ -236,7 +235,7 @@ def _taken(index: int) -> str | None:
 
 
 def _driver_has_gpu() -> bool:
-    """Whether a GPU's driver knows of one, or does not answer, which is then to be explained. torch is not asked."""
+    """Whether a GPU's driver reports a GPU, or does not answer (the caller explains that). Does not import torch."""
     driver = _nvidia_driver()
     if driver is None:
         return _AMD_DRIVER.exists()

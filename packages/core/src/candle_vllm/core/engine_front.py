@@ -214,8 +214,8 @@ class EngineFront(ABC):
             names: the field of each image, for error messages; "image" by default.
 
         Raises:
-            InvalidParameterError: the model is text-only, an image cannot be used, or the number of images differs
-                from the number of image tokens.
+            InvalidParameterError: the model is text-only, an image cannot be used, or an image token is missing or
+                extra.
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
@@ -252,7 +252,7 @@ class EngineFront(ABC):
                 and `chat_template_kwargs`: variables that the template need not read.
 
         Raises:
-            InvalidParameterError: a message or the template is wrong; the error names its place.
+            InvalidParameterError: a message or the template is wrong; the error has its position.
             ChatTemplateError: the model has no template, or it refused the conversation.
             TypeError: an option is unknown, and the template does not read it.
         """
@@ -298,8 +298,8 @@ class EngineFront(ABC):
         the other level; level 2 is left only by `wake_up`.
 
         Raises:
-            CandleVllmError: this engine cannot sleep at this level: random weights at level 2, or a CPU without Linux.
-                Nothing has changed.
+            CandleVllmError: no sleep at this level, nothing has changed: random weights at level 2, or a CPU without
+                Linux.
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -307,13 +307,13 @@ class EngineFront(ABC):
 
     @explained()
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Fill memory again; later answers equal those before `sleep` bit for bit. Does nothing if it is awake.
+        """Allocate memory again; later answers equal those before `sleep` bit for bit. Does nothing if no tag sleeps.
 
         Args:
             tags: "weights", "kv_cache" or both; None is both. Requests are accepted once both are awake.
 
         Raises:
-            CandleVllmError: the weights cannot be read again, or there is too little memory: the engine sleeps on.
+            CandleVllmError: the weights cannot be read again, or there is too little memory: the engine stays asleep.
             EngineDeadError: the engine has stopped.
         """
         self._wake_up(read_tags(tags))
@@ -353,8 +353,7 @@ class EngineFront(ABC):
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
         """Register an adapter under its name and load it; wait for the load, while requests go on.
 
-        Thread-safe, as the next three methods are. With `load_inplace` the files are read again; running requests end
-        with the old ones.
+        Thread-safe, like the next three methods. `load_inplace` reads the files again; running requests keep the old.
 
         Raises:
             AdapterError: the adapter cannot be used, because of its files or because the model does not fit it.
@@ -416,8 +415,8 @@ class EngineFront(ABC):
                 these or None for each prompt. A path is read when its name is first used.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong; the message has its place (`prompts[50]`). No prompt was
-                run.
+            RequestError: a prompt or its parameters are wrong; the message has its position (`prompts[50]`). No prompt
+                was run.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
@@ -471,8 +470,7 @@ class EngineFront(ABC):
             options: see `apply_chat_template`; `documents`, `tools` and variables apply to all conversations.
 
         Raises:
-            RequestError: a conversation or its parameters are wrong; the message has the place (`messages[2].content:
-                ...`). No conversation was run.
+            RequestError: a conversation or its parameters are wrong: `messages[2].content: ...`. Nothing was run.
             TypeError: an option is unknown, and the template does not read it.
             RequestAbortedError, CandleVllmError: see `generate`.
         """
@@ -653,8 +651,7 @@ class EngineFront(ABC):
     ) -> TokenIterator:
         """`stream` for a program without an event loop: submit a prompt and return an iterator of its outputs.
 
-        The request is checked and queued before this returns. Closing the iterator, leaving its `with` block or
-        dropping it aborts the request.
+        The request is checked and queued before this returns. Closing or dropping the iterator aborts the request.
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was refused.

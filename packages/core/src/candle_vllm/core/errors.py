@@ -1,33 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""Every failure that a user can cause, as one tree.
+"""Exceptions for every failure that a user can cause, as one tree.
 
     CandleVllmError
-    ├── ConfigError              a setting that cannot work: names the setting and a value that does
-    │   └── NoMemoryError        what was asked for does not fit into the memory that there is
+    ├── ConfigError              an impossible setting: names the setting and a value that works
+    │   └── NoMemoryError        the request does not fit into the available memory
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
-    ├── ModelLoadError           the files are there and cannot be used
+    ├── ModelLoadError           the files exist but cannot be used
     │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file
     │   ├── UnsupportedModelError  an architecture, tensor type or tokenizer that is not implemented
     │   ├── WeightsError         missing, unexpected or misshapen tensors
     │   └── AdapterError         an adapter's files are damaged, hostile, or do not fit the model
-    ├── RequestError             one request is wrong; its neighbours are not affected
+    ├── RequestError             one request is wrong; other requests are not affected
     │   ├── InvalidParameterError  a field out of range or of the wrong type
-    │   │   └── UnsupportedParameterError  it asks for what is not done here
+    │   │   └── UnsupportedParameterError  the request asks for something that is not implemented here
     │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
     │   └── ChatTemplateError    the model's template refused, failed or ran out of time
     ├── RequestAbortedError      the request was aborted before it finished
     ├── EngineOverloadedError    the queue is full: try again later
-    ├── EngineSleepingError      the engine has given its memory back and waits to be woken
-    └── EngineDeadError          the engine has stopped and takes no more requests
+    ├── EngineSleepingError      the engine has freed its memory and sleeps until it is woken
+    └── EngineDeadError          the engine has stopped and accepts no more requests
 
-A message says what was given, what is allowed, and what to do. `assert` is for our own invariants.
+A message has the given value, the allowed values, and what to do. `assert` is for internal invariants.
 """
 
 from __future__ import annotations
 
 
 def with_extra(name: str) -> str:
-    """How an extra is brought, for the end of a sentence that says what is missing."""
+    """Return the command that installs an extra, as the end of a sentence that says what is missing."""
     return f"in the clone `uv run --extra {name} candle-vllm`, with its wheels pip install 'candle-vllm[{name}]'"
 
 
@@ -39,7 +39,7 @@ class ConfigError(CandleVllmError):
     """A setting that cannot work.
 
     Attributes:
-        setting: name of the `EngineConfig` field, or None when several are at odds.
+        setting: name of the `EngineConfig` field, or None if several settings contradict each other.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -48,27 +48,27 @@ class ConfigError(CandleVllmError):
 
 
 class NoMemoryError(ConfigError):
-    """The model, its cache or its steps need more memory than there is."""
+    """The model, its cache or its steps need more memory than is available."""
 
 
 class ModelNotFoundError(CandleVllmError):
-    """The model source names nothing that exists."""
+    """The model source does not exist."""
 
 
 class ModelLoadError(CandleVllmError):
-    """The model's files were found and cannot be used."""
+    """The model's files were found but cannot be used."""
 
 
 class InvalidFileError(ModelLoadError):
-    """A model file is damaged, truncated or hostile; the message names the file and the place."""
+    """A model file is damaged, truncated or hostile; the message names the file and the position."""
 
 
 class UnsupportedModelError(ModelLoadError):
-    """The file is well formed and asks for something that is not implemented."""
+    """The file is well formed but needs something that is not implemented."""
 
 
 class WeightsError(ModelLoadError):
-    """Tensors are missing, unexpected, half of a merged set, or of the wrong shape."""
+    """Tensors are missing, unexpected, an incomplete part of a merged set, or of the wrong shape."""
 
 
 class AdapterError(ModelLoadError):
@@ -79,7 +79,7 @@ class RequestError(CandleVllmError):
     """One request is wrong.
 
     Attributes:
-        param: the field to blame, as the caller spelled it, or None.
+        param: name of the wrong field, in the caller's spelling, or None.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
@@ -92,13 +92,13 @@ class InvalidParameterError(RequestError):
 
 
 class UnsupportedParameterError(InvalidParameterError):
-    """The request asks for something that exists elsewhere and is not implemented here, or not allowed."""
+    """The request asks for something that other servers have and that is not implemented here, or not allowed."""
 
 
 class PromptTooLongError(RequestError):
-    """The prompt, or the prompt and `max_tokens` together, cannot fit.
+    """The prompt, or the prompt and `max_tokens` together, exceeds the context or the cache.
 
-    Agents and LiteLLM know it by the words "maximum context length", which OpenAI and vLLM use.
+    Agents and LiteLLM recognise this error by "maximum context length", the words of OpenAI and vLLM.
     """
 
 
@@ -115,7 +115,7 @@ class EngineOverloadedError(CandleVllmError):
 
 
 class EngineSleepingError(CandleVllmError):
-    """The engine sleeps: it takes requests again once it is woken."""
+    """The engine sleeps: it accepts requests again after it is woken."""
 
 
 class EngineDeadError(CandleVllmError):

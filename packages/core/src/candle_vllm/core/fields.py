@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Typed, strict access to what a file says: `config.json`, GGUF metadata. Every error names the file and the key."""
+"""Typed, strict access to the values of `config.json` and GGUF metadata. Every error names the file and the key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T", int, float, bool, str, list, dict)
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_COUNT = 1 << 24
-"""Most tokens, rows, columns or heads that a config may name."""
+"""Maximum number of tokens, rows, columns or heads in a config."""
 
 _REQUIRED: Any = object()
 
@@ -25,8 +25,8 @@ class Fields:
 
     Args:
         values: the mapping.
-        path: the file, for messages.
-        prefix: put before every key (GGUF keys begin with the architecture).
+        path: the file, for error messages.
+        prefix: prefix of every key (GGUF keys begin with the architecture).
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
@@ -38,9 +38,9 @@ class Fields:
         return self.values.get(self.prefix + key) is not None
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null.
+        """Return the value of `key`, which must be of `kind` (a float: finite); `default` if it is absent or null.
 
-        A number of GGUF metadata may be a list with an entry for each layer, all equal.
+        In GGUF metadata a number may be a list with one entry per layer, if all entries are equal.
         """
         value: Any = self.values.get(self.prefix + key)
         if value is None:
@@ -53,7 +53,7 @@ class Fields:
         return value
 
     def _number(self, key: str, value: Any, kind: type) -> Any:
-        """What is stored as a number of `kind`, where it can be one; anything else as it is."""
+        """Convert a stored value to a number of `kind` if possible; return other values unchanged."""
         if kind in (int, float, bool) and hasattr(value, "__len__") and not isinstance(value, (str, dict)):
             layers = list(value)
             if layers and len(layers) == self.values.get(f"{self.prefix}block_count"):
@@ -70,21 +70,21 @@ class Fields:
     def _finite(self, key: str, value: float) -> float:
         try:
             number = float(value)
-        except OverflowError:  # a whole number beyond 1.8e308
+        except OverflowError:  # an integer above 1.8e308
             number = math.inf
         if not math.isfinite(number):
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}, not a finite number")
         return number
 
     def count(self, key: str, default: Any = _REQUIRED, *, most: int = MAX_COUNT) -> int:
-        """A whole number from 1 to `most`."""
+        """Return an integer from 1 to `most`."""
         value = self.get(key, int, default)
         if value is not default and not 0 < value <= most:
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.40}; it must be 1 to {most}")
         return value
 
     def choice(self, key: str, default: str, *allowed: str) -> str:
-        """A text that must be one of `allowed`."""
+        """Return a string that must be one of `allowed`."""
         value = self.get(key, str, default)
         if value not in allowed:
             raise UnsupportedModelError(
@@ -93,11 +93,11 @@ class Fields:
         return value
 
     def section(self, key: str) -> Fields:
-        """A nested mapping; empty where absent."""
+        """Return a nested mapping; it is empty if the key is absent."""
         return Fields(self.get(key, dict, {}), self.path)
 
     def token_ids(self, key: str, *, lowest: int = 0) -> tuple[int, ...]:
-        """One token id, from `lowest` to 2^24, or a list of them, as a tuple."""
+        """Return one token id, from `lowest` to 2^24, or a list of token ids, as a tuple."""
         value = self.values.get(self.prefix + key)
         ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
         ids = [int(item) if isinstance(item, float) and item.is_integer() else item for item in ids]
@@ -109,7 +109,7 @@ class Fields:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 16 MiB."""
+    """Read a JSON object from a file of at most 16 MiB."""
     value = read_any_json(path)
     if not isinstance(value, dict):
         raise InvalidFileError(f"{path}: holds no JSON object")
@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_any_json(path: Path) -> object:
-    """The same of any JSON value."""
+    """Read any JSON value from a file of at most 16 MiB."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise InvalidFileError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")

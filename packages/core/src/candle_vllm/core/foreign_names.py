@@ -12,14 +12,14 @@ Row = Sequence[str]
 
 @functools.cache
 def foreign_tables() -> Mapping[str, Sequence[Row]]:
-    """Return the rows of each table, by the table's heading; a row is the texts of its cells."""
+    """Return the rows of each table, by the table's heading; a row is the strings of its cells."""
     tables: dict[str, list[Row]] = {}
     rows: list[Row] = []
     for line in Path(__file__).with_suffix(".md").read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
             rows = tables.setdefault(line[3:], [])
         elif line.startswith("|---"):
-            rows.clear()  # what stood above are the headings of the columns
+            rows.clear()  # the previous row is the header of the table
         elif line.startswith("|"):
             rows.append([cell.strip() for cell in line.strip("|").split("|")])
     return tables

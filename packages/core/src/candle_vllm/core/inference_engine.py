@@ -40,7 +40,7 @@ from candle_vllm.core.vision.fetching import ImageSources
 
 logger = logging.getLogger(__name__)
 
-_LOADING = 1.0  # seconds for which a step without other work waits for adapters
+_LOADING = 1.0  # maximum seconds that a step without other work waits for adapters
 
 
 class InferenceEngine(EngineFront):
@@ -48,16 +48,14 @@ class InferenceEngine(EngineFront):
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, "demo", or an `EngineConfig`.
-        on_progress: called while the weights are loaded, with loaded bytes and all bytes; None shows a bar on a
-            terminal.
+        on_progress: called while weights are loaded, with loaded bytes and all bytes; None shows a bar on a terminal.
         settings: fields of `EngineConfig`, unless `model` is an `EngineConfig`.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these settings.
 
     The engine runs in its own thread from the first request on. `close` (or leaving the `with` block) ends the thread
-    and releases the memory. For your own loop use `add_request`, `step` and `abort` instead; one engine cannot be
-    driven in both ways.
+    and releases the memory. For your own loop use only `add_request`, `step` and `abort` instead.
     """
 
     def __init__(
@@ -227,7 +225,7 @@ class InferenceEngine(EngineFront):
         return self._engine, self._loaded
 
     def _running_thread(self) -> EngineThread:
-        self._working()  # before the lock, which a fork may have left taken
+        self._working()  # before the lock, which may be locked after a fork
         with self._lock:
             engine = self._require()[0]
             if self._manual:
@@ -256,7 +254,7 @@ class InferenceEngine(EngineFront):
 
 
 def _shut_down(thread: EngineThread | None, engine: Engine, owner: int) -> None:
-    if os.getpid() != owner:  # a forked child has none of the threads, and must not wait for them
+    if os.getpid() != owner:  # a forked child has no threads, and must not wait for them
         return
     if thread is not None:
         thread.close()

@@ -35,11 +35,11 @@ from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_thread
 
 MIB = 1 << 20
 SPARE, SPARE_ADDRESSES = 256 * MIB, 768 * MIB
-"""What a raised limit leaves for the rest: a step's rows, requests, what threads take, and what they only reserve."""
+"""Bytes that a raised limit leaves for a step's rows, requests and threads; the second includes reserved memory."""
 _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
-"""What a control group has to leave beside cache and weights, for it ends the process where more is taken: with the
-smallest models a start takes 70 MiB after the cache was planned, and six requests at once 30 more."""
+"""Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the
+smallest models a start takes 70 MiB after the cache was planned, and six concurrent requests take 30 MiB more."""
 _SHORT = 96 * MIB  # memory that a library may need
 
 
@@ -57,11 +57,11 @@ class CachePlan:
         block_bytes: bytes of one block: keys and values of all layers without a page pool in `windows`.
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
-        warning: remark that the model's context was reduced, and what all of it would take; empty otherwise.
-        states: size of the layers' state pool.
-        state_bytes: bytes of all of them.
+        warning: says that the model's context was reduced, and what memory the full context needs; otherwise empty.
+        states: size of the pool of layer states.
+        state_bytes: bytes of all states.
         windows: the page pools of layers with a window, one for each window.
-        window_bytes: bytes of all of them.
+        window_bytes: bytes of all page pools.
     """
 
     num_blocks: int
@@ -145,14 +145,13 @@ def plan_cache(
         config: the engine's settings.
         model: the model, its context already reduced to `config.max_model_len` if that is set.
         element_bytes: bytes of an element in the cache.
-        sequences: most sequences in one step; the cache never holds more than that many of full length.
+        sequences: maximum number of sequences in a step; the cache never holds more than this number of full length.
         room: the available memory.
         beside: bytes of one token in a draft model's cache, which has the same number of blocks.
         layers: the numbers of this rank's layers; None for all.
-        drafts: most draft tokens of a sequence in a step.
-        rows: most tokens of a sequence in overlapping steps, if layers with a window may have fewer pages than blocks;
-            otherwise 0.
-        pools: most page pools; None for one pool per window size.
+        drafts: maximum number of draft tokens of a sequence in a step.
+        rows: maximum tokens of a sequence in overlapping steps; 0 if layers with a window have as many pages as blocks.
+        pools: maximum number of page pools; None for one pool per window size.
 
     Raises:
         ConfigError: the requested context does not fit; the message suggests values that do.
@@ -189,7 +188,7 @@ def plan_cache(
                 sizes[pool] += size
         windows = _plan_windows(config, rooms, (sizes, block), sequences, budget, per_sequence)
         window_bytes = sum(room.pages * size for room, size in zip(windows, sizes))
-        wanted = wanted[:-1]  # with the largest window a page for each block may take less
+        wanted = wanted[:-1]  # for the largest window, one page per block may take less memory
     specs = [spec for spec in specs if pool_of(spec, windows) is None]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
@@ -251,9 +250,9 @@ def _plan_windows(
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
-    Pools get the pages that all sequences see and write, and those that they see once more for cached prefixes. But
-    one sequence of full length, `per_sequence` blocks, has priority if its length was set; else pools get half.
-    `sizes` are bytes of a page of each pool, and of a block of the layers without one.
+    Pools get the pages that all sequences read and write, and the pages that they read once more for cached prefixes.
+    But one sequence of full length, `per_sequence` blocks, has priority if its length was set; otherwise pools get
+    half. `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
     """
     (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
     most, least, wanted = per_sequence * sequences, list[int](), list[int]()
@@ -278,7 +277,7 @@ def _plan_states(
 ) -> tuple[StateRoom, int, str]:
     """Return the size of the state pool within `budget` bytes, its bytes, and a description of it.
 
-    `longest` are the tokens of a sequence.
+    `longest` is the maximum number of tokens of a sequence.
     """
     parts = [part for spec in states(specs) for part in spec.parts]
     if not parts:
@@ -295,7 +294,7 @@ def _plan_states(
             "max_num_seqs" if running else "kv_cache_memory",
         )
     kept = budget // 4 if config.state_cache_gb is None else int(config.state_cache_gb * (1 << 30))
-    blocks = sequences * -(-longest // config.block_size)  # each may end at one
+    blocks = sequences * -(-longest // config.block_size)  # each block may end at a checkpoint
     checkpoints = min(kept // state, blocks) if config.enable_prefix_caching else 0
     said = f"; states: {running} of {_size(whole)} for what runs, and {checkpoints} checkpoints of {_size(state)}"
     return StateRoom(running, checkpoints, drafts), running * whole + checkpoints * state, said
@@ -312,7 +311,7 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
 
 
 ElementBytes: TypeAlias = Callable[[int], float]
-"""Bytes of a cache element, with its share of a scale, where keys have so many elements a head."""
+"""Bytes of a cache element, with its share of a scale, for keys with this number of elements per head."""
 
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
@@ -414,7 +413,7 @@ def tightest_limit(root: Path = Path("/")) -> Limit:
 def _machine_memory(root: Path) -> Limit:
     if sys.platform == "win32":
         return Limit(_free_of_windows(), "this machine")
-    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # where it does not say
+    left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # if meminfo has no line for it
     for line in read_or_nothing(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             left = int(line.split()[1]) * 1024

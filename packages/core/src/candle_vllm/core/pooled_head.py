@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Layers behind the pooling, of a vector or of a head for scores and classes.
+"""Layers after the pooling, which compute a vector, or the scores or classes of a head.
 
-They are a few products with one vector a text, or with one of each token, and computed by numpy, in float32.
+They are a few products with one vector per text, or one vector per token, and numpy computes them in float32.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 DenseActivation = Literal["none", "tanh", "relu", "gelu", "gelu_tanh", "silu"]
 Likelihood = Literal["none", "sigmoid", "softmax"]
-"""How logits are brought to 0..1: not at all, each by a sigmoid, or all by a softmax."""
+"""Activation that maps logits to 0..1: no activation, a sigmoid of each, or a softmax over all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Dense:
-    """norm(act(W x + b)) of vectors x [..., K], [..., N].
+    """norm(act(W x + b)): vectors x [..., K] become [..., N].
 
     Attributes:
         weight, bias: float32 [N, K] and [N]; no bias is None.
-        activation: act.
+        activation: the function act.
         norm, eps: float32 weight [N] and epsilon of a LayerNorm; None without a norm.
-        norm_bias: of that, where it has one.
+        norm_bias: bias of the LayerNorm, if it has one.
     """
 
     weight: NDArray[np.float32]
@@ -64,12 +64,12 @@ def _sigmoid(y: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PooledHead:
-    """What stands behind the pooling.
+    """Layers after the pooling.
 
     Attributes:
-        layers: in order; none where the model has computed all of them.
-        labels: names of the numbers that the last one gives, of a head for scores and classes.
-        likelihood: how these are brought to 0..1.
+        layers: the layers in order; empty if the model has computed all of them.
+        labels: names of the outputs of the last layer, for a head for scores and classes.
+        likelihood: activation that maps these outputs to 0..1.
     """
 
     layers: tuple[Dense, ...] = ()
@@ -83,7 +83,7 @@ class PooledHead:
     def by_token(
         self, rows: NDArray[np.float64], token_ids: Sequence[int], *, activate: bool, sparse: bool
     ) -> NDArray[np.float64]:
-        """See `pooling.Behind`; of a head that is the same for each token."""
+        """See `pooling.Behind`; this head is the same for each token."""
         del token_ids
         assert not sparse
         return self(rows, activate=activate)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How the vector of one text is made of its hidden states: what a model's files say, and what a request may change.
+"""Pooling: how the vector of a text is computed from its hidden states, by the model's files and the request.
 
-No torch here. The name `PoolingParams` and its `dimensions` are vLLM's.
+This module does not import torch. The name `PoolingParams` and its `dimensions` are vLLM's.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from candle_vllm.core.errors import InvalidParameterError
 MAX_DIMENSIONS = 1 << 16
 
 PoolingKind = Literal["mean", "cls", "last", "all", "sparse"]
-"""The mean over all positions, the first one, the last one; a vector of each position (ColBERT); or a weight of each
-token of the vocabulary (SPLADE)."""
+"""Pooling methods: the mean over all positions, the first position, the last position; a vector of each position
+(ColBERT); or a weight of each token of the vocabulary (SPLADE)."""
 
 
 class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one vector is made of the hidden states of a text; None is what the model itself says.
+    """How a vector is computed from the hidden states of a text; None is the model's own value.
 
     Attributes:
-        dimensions: length of the vector, where the model was trained to be cut (Matryoshka, arXiv:2205.13147): the
-            first ones are kept, then normalised anew.
+        dimensions: length of the vector, if the model was trained for truncated vectors (Matryoshka, arXiv:2205.13147):
+            the first elements remain and are normalised again.
         normalize: scale the vector to length 1.
-        pooling: which positions it is made of.
-        use_activation: of a head for scores and classes, bring its logits to 0..1; None is as the model says, false
-            gives logits, such as the rewards of a reward model.
+        pooling: positions that the vector is computed from.
+        use_activation: for a head for scores and classes: map its logits to 0..1. None is the model's own value; false
+            returns logits, such as the rewards of a reward model.
     """
 
     dimensions: int | None = None
@@ -56,29 +56,29 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def _shown(value: object) -> str:
-    """A value for a message; Python refuses to write out very long numbers."""
+    """Format a value for a message; Python refuses to format very long integers."""
     return "a larger number" if isinstance(value, int) and abs(value) >= 10**20 else f"{value!r:.60}"
 
 
 class Behind(Protocol):
-    """What stands behind the pooling; see `pooled_head.PooledHead`."""
+    """Layers after the pooling; see `pooled_head.PooledHead`."""
 
     def __call__(self, pooled: Any, *, activate: bool) -> Any:
-        """What is made of pooled vectors [..., E]."""
+        """Apply the layers to pooled vectors [..., E]."""
         ...
 
     def of(self, kind: PoolingKind) -> Behind:
-        """What stands behind a pooling of this kind."""
+        """Return the layers after a pooling of this kind."""
         ...
 
     def by_token(self, rows: Any, token_ids: Sequence[int], *, activate: bool, sparse: bool) -> Any:
-        """What is made of all positions [T, E] of a text: a vector of each, or the vocabulary's weights."""
+        """Apply the layers to all positions [T, E] of a text: a vector of each, or the weights of the vocabulary."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolingPlan:
-    """A request's `PoolingParams` with nothing left open, and what stands behind the pooling."""
+    """`PoolingParams` of a request with all values resolved, and the layers after the pooling."""
 
     pooling: PoolingKind
     normalize: bool
@@ -88,28 +88,28 @@ class PoolingPlan:
 
     @property
     def needs_every_position(self) -> bool:
-        """Hidden states of earlier positions count, so that none may come from the prefix cache."""
+        """Whether hidden states of earlier positions are needed, so that no prefix may come from the prefix cache."""
         return self.pooling != "last"
 
     @property
     def by_token(self) -> bool:
-        """Every position is kept, not a sum of them."""
+        """Whether the result has a row for every position instead of one vector."""
         return self.pooling in ("all", "sparse")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelPooling:
-    """What a model's files say about its vectors.
+    """Pooling of a model, from its files.
 
     Attributes:
-        size: E, the length of a whole vector.
-        pooling: which positions a vector is made of.
+        size: E, the length of a full vector.
+        pooling: positions that a vector is computed from.
         normalize: whether vectors have length 1.
-        matryoshka: the model was trained so that vectors may be cut.
-        matryoshka_dimensions: the lengths it was trained for; empty is any.
-        sizes: lengths of vectors of other kinds of pooling, where they are not E; weights of the vocabulary are made by
-            those models alone that have a length of them here.
-        prompts: words that the model wants before a text, by what the text is ("query", "document").
+        matryoshka: the model was trained for truncated vectors.
+        matryoshka_dimensions: the lengths that it was trained for; empty for any length.
+        sizes: lengths of vectors of other kinds of pooling, if they are not E; only models with a length for "sparse"
+            compute weights of the vocabulary.
+        prompts: texts that the model expects before an input, by the type of the input ("query", "document").
     """
 
     size: int
@@ -121,14 +121,14 @@ class ModelPooling:
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def length(self, kind: PoolingKind) -> int:
-        """Elements of a vector of this kind."""
+        """Return the number of elements of a vector of this kind."""
         return self.sizes.get(kind, self.size)
 
     def plan(self, params: PoolingParams, head: Behind | None = None) -> PoolingPlan:
-        """What a request gets from a model with this head.
+        """Resolve the pooling parameters of a request for this model and head.
 
         Raises:
-            InvalidParameterError: the model cannot give vectors of that length or kind.
+            InvalidParameterError: the model cannot compute vectors of that length or kind.
         """
         kind = params.pooling or self.pooling
         if kind == "sparse" and kind not in self.sizes:

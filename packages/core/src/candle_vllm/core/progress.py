@@ -17,7 +17,7 @@ class Progress(NamedTuple):
     Attributes:
         what: the activity, such as "loading the weights".
         done, total: finished amount and total; the total is 0 if unknown.
-        unit: of both, "B" for bytes.
+        unit: unit of both amounts, "B" for bytes.
     """
 
     what: str
@@ -88,7 +88,7 @@ def progress_bar() -> Iterator[None]:
         if bar is None:
             if not progress.done or time.monotonic() < shown_from:
                 return
-            from tqdm import tqdm  # takes as long to import as a small model's weights
+            from tqdm import tqdm  # its import takes as long as loading a small model's weights
 
             in_bytes = progress.unit == "B"
             bar = tqdm(

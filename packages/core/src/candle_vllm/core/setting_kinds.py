@@ -101,7 +101,7 @@ class Hosts:
         return self.check(text)
 
     def check(self, value: Any) -> str:
-        from candle_vllm.core.targets import check_pattern  # which a program without such hosts has no need of
+        from candle_vllm.core.targets import check_pattern  # imported here: only programs with such hosts need it
 
         for host in Text(self.most).check(value).split(","):
             check_pattern(host.strip())

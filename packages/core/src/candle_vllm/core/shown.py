@@ -16,33 +16,33 @@ from typing import Any, ClassVar
 
 import msgspec
 
-_MOST = 6  # most entries of a list that are shown
+_MOST = 6  # maximum number of entries of a list that are shown
 HIDDEN = "***"
-MAX_MESSAGE = 8_192  # characters of a record of the log that has no fields
-FIELDS = "candle_vllm_fields"  # attribute of a record that has them
+MAX_MESSAGE = 8_192  # characters of a log record without fields
+FIELDS = "candle_vllm_fields"  # attribute of a record with fields
 
-# The scheme is looked at from behind its colon: a search for its beginning would try every letter of a long word.
-# Errors of urllib3 have a path alone; `//user:password@host` has no scheme.
+# The pattern checks the scheme backwards from its colon: a forward search would try every letter of a long word.
+# Error messages of urllib3 have only a path; `//user:password@host` has no scheme.
 _REST = r"([^{0}/\\?#]*)([^{0}?#]*)(?:[?#][^{0}]*)?"
 _ADDRESS = (
     r"((?:(?<=\w\w:)|(?<=with url: ))//?|(?<=\w\w:)\\{{2,4}}|(?<=\b\w:)//|(?<![\w:/\\])//(?=[^{0}/?#@]*@))" + _REST
 )
-# Without slashes `a:b@c` may also be a person's address, a model's tag and revision, or a time: a number is no user,
-# and the host has a port. In a value that is an address, a name with a dot is a host too. What stands behind a colon
-# was tried as a password before, but behind that of a number.
+# Without slashes `a:b@c` may also be an e-mail address, a model's tag and revision, or a time: so a user is no number,
+# and the host has a port. In a value that is an address, a name with a dot is a host too. Text after a colon was
+# already tried as a password, unless a number precedes the colon.
 _SLASHLESS = (
     r"(?<![\w.%+~/\\-])(?<!\D:)()"
     r"(?=(?!\d+:)[\w.%+~-]{{0,64}}+:(?:[^{0}\s/?#@]{{1,128}}+@){{1,3}}?(?!sha\d+:){1})" + _REST
 )
 _PORT = r"(?:[\w.-]{1,253}|\[[\da-fA-F:.]+\]):\d{1,5}(?!\w)"
 _NAME = r"(?:[\w.-]{0,253}\.[a-z][\w-]+|\d+(?:\.\d+){3}|\[[\da-fA-F:.]+\]|localhost)(?![\w.@:])"
-_ADDRESSES = tuple(  # among words, and alone
+_ADDRESSES = tuple(  # within a text, and as a whole value
     (re.compile(_ADDRESS.format(stop)), re.compile(_SLASHLESS.format(stop, host)))
     for stop, host in ((r"\s\"<>\\", _PORT), ('"', f"(?:{_PORT}|{_NAME})"))
 )
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:(\d*|\*|port|PORT|\{\w*\}))?[:.,;)}\]!']*")
-_EXAMPLE = re.compile(r"\[?user:password@\]?host(\[?:port\]?)?[\[:.,;)}\]!']*")  # what an address looks like
-_CUT = re.compile(r"(?!localhost)\w+:\d+")  # a user and the beginning of a password, where the path has an @
+_EXAMPLE = re.compile(r"\[?user:password@\]?host(\[?:port\]?)?[\[:.,;)}\]!']*")  # an example of an address
+_CUT = re.compile(r"(?!localhost)\w+:\d+")  # a user and the beginning of a password, if the path has an @
 
 
 def without_secrets(text: str, *, alone: bool = False) -> str:
@@ -138,8 +138,8 @@ def json_line(fields: Mapping[str, Any]) -> str:
 
 def _record(*given: Any, **more: Any) -> logging.LogRecord:
     record = logging.LogRecord(*given, **more)
-    with contextlib.suppress(Exception):  # arguments that do not fit the message are the handler's to report
-        if (plain := without_secrets(said := record.getMessage())) != said:  # filters look for messages as they were
+    with contextlib.suppress(Exception):  # the handler reports arguments that do not fit the message
+        if (plain := without_secrets(said := record.getMessage())) != said:  # filters match unchanged messages
             record.msg, record.args = plain, ()
     if record.exc_info and record.exc_info[0] is not None:
         record.exc_text = without_secrets(_FORMATTER.formatException(record.exc_info))

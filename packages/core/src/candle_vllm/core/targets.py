@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_URL = 2048  # characters
 RESOLVE_SECONDS = 10.0
-MAX_ADDRESSES = 4  # of one name that are tried
+MAX_ADDRESSES = 4  # maximum number of addresses of one name that are tried
 
 _PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, quotes or backslashes
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
@@ -58,7 +58,7 @@ class Target:
         url: httpx's URL object.
         host: name in lower case, or an address without brackets.
         port: the URL's port, or the scheme's default.
-        trusted: the operator's own, whose address is not checked.
+        trusted: the operator named the target, so that its address is not checked.
         private: its address may be private or loopback.
     """
 
@@ -70,10 +70,10 @@ class Target:
 
 
 def parse_target(text: str, *, trusted: bool = True) -> Target:
-    """A URL that could be used; whether it may is `allowed_target`'s question."""
+    """Parse a URL that could be used; `allowed_target` decides whether it may be used."""
     if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
         raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
-    import httpx  # where something goes somewhere
+    import httpx  # imported here: only programs that open connections need it
 
     try:
         url = httpx.URL(text)
@@ -139,7 +139,7 @@ def is_allowed(text: str, private: bool) -> bool:
     """Whether an address is public, or private if `private`; never link-local, multicast or reserved."""
     try:
         address = ipaddress.ip_address(text)
-    except ValueError:  # with a zone, or none at all
+    except ValueError:  # an address with a zone, or no address
         return False
     if any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
         return False
@@ -169,7 +169,7 @@ def look_up(host: str, port: int) -> list[str]:
 
 
 def _canonical(host: str) -> str:
-    """An IPv6 address in its one short spelling; a name as it is."""
+    """Return an IPv6 address in its shortest spelling; a name unchanged."""
     return ipaddress.ip_address(host).compressed if ":" in host else host
 
 

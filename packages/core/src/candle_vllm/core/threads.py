@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a process has once: threads, how many and with which stacks; when Python looks for cycles of garbage."""
+"""Process-wide settings: the number of threads, their stacks, and Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from functools import cache
 from pathlib import Path
 
 STACK_BYTES = 16 << 20
-"""Operations keep rows of activations and widened weights there, up to 4 MiB with the longest rows."""
+"""Stack size of threads: operations store rows of activations and widened weights there, up to 4 MiB each."""
 
 
 @contextmanager
 def deep_stacks() -> Iterator[None]:
-    """Threads that start inside get `STACK_BYTES`; the system's own choice may be 2 MiB (`ulimit -s unlimited`)."""
+    """Give `STACK_BYTES` to threads that start within the context; the system's default may be only 2 MiB."""
     before = threading.stack_size(STACK_BYTES)
     try:
         yield
@@ -33,14 +33,14 @@ def deep_stacks() -> Iterator[None]:
 
 
 LOADING_THREADS: ContextVar[int | None] = ContextVar("LOADING_THREADS", default=None)
-"""How many threads decode and lay out one tensor, where somebody said it; a thread that is started asks for itself."""
+"""Number of threads that decode and lay out one tensor, if it was set; each new thread has its own value."""
 
 LOADED_PART: ContextVar[object] = ContextVar("LOADED_PART", default=None)
-"""Which part of a model is being loaded in this thread: the same one has the same name when it is loaded again."""
+"""Part of a model that this thread loads; the same part has the same name when it is loaded again."""
 
 
 def loading_threads() -> int:
-    """How many threads decode and lay out one tensor: as many as were asked for, or `default_threads`."""
+    """Return the number of threads that decode and lay out one tensor: the set number, or `default_threads`."""
     return LOADING_THREADS.get() or default_threads()
 
 
@@ -48,26 +48,25 @@ def loading_threads() -> int:
 
 
 def default_threads() -> int:
-    """How many threads compute where nobody says it: one for each physical core that this process is allowed.
+    """Return the default number of computing threads: one for each physical core that this process may use.
 
-    Of a container's quota the nearest whole number, halves up: beyond it, every thread would stop for a part of each
-    period.
+    A container's CPU quota is rounded, halves up: with more threads, each would stop for a part of every period.
     """
     quota = cpu_quota()
     return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
 
 
 def usable_cpus() -> frozenset[int]:
-    """The CPUs that this thread may use, by number; all of the machine's, where the system has no such bounds."""
+    """Return the numbers of the CPUs that this thread may use; all CPUs on a system without CPU affinity."""
     if sys.platform == "linux":
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def physical_cores() -> int:
-    """Physical cores among the CPUs that this thread may use; two hyper-threads count as one.
+    """Return the number of physical cores among the CPUs that this thread may use; two hyper-threads count as one.
 
-    On macOS the fast ones, where a processor has two kinds: a step takes as long as its slowest thread.
+    On macOS, of a processor with two types of cores, only fast cores count: a step takes as long as its slowest thread.
     """
     return _cores_of(usable_cpus())
 
@@ -75,7 +74,7 @@ def physical_cores() -> int:
 @cache
 def _cores_of(cpus: frozenset[int]) -> int:
     if sys.platform != "linux":
-        with suppress(OSError, AttributeError):  # of a system that is not as it says
+        with suppress(OSError, AttributeError):  # the system lacks the call or reports no cores
             return max(1, min(_cores_of_windows() if sys.platform == "win32" else _cores_of_macos(), len(cpus)))
         return len(cpus)
     cores = set()
@@ -88,9 +87,9 @@ def _cores_of(cpus: frozenset[int]) -> int:
 
 
 def _cores_of_macos() -> int:
-    """What `sysctl` says."""
+    """Return the number of cores that `sysctl` reports."""
     system = ctypes.CDLL(None)
-    for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # the former where there are kinds of them
+    for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # the first exists if core types differ
         count, size = ctypes.c_int32(), ctypes.c_size_t(4)
         if system.sysctlbyname(name, ctypes.byref(count), ctypes.byref(size), None, ctypes.c_size_t(0)) == 0:
             return count.value
@@ -98,12 +97,12 @@ def _cores_of_macos() -> int:
 
 
 _RECORD = struct.Struct("=QIIQQ")
-"""Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION of 64 bits: which CPUs, what they share, nothing, and what of it."""
+"""Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION, 64 bits: CPU mask, relationship, padding, and two details of it."""
 _SHARED_CORE = 0
 
 
 def _cores_of_windows() -> int:
-    """The records of cores among what Windows says of its processors."""
+    """Return the number of cores that Windows reports."""
     if sys.platform != "win32":
         raise OSError("another system")
     system, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
@@ -115,28 +114,28 @@ def _cores_of_windows() -> int:
 
 
 def cores_in(records: bytes) -> int:
-    """How many of Windows' records of processors, of 32 bytes each, are of a core."""
+    """Count the cores among Windows' processor records of 32 bytes each."""
     whole = records[: len(records) // _RECORD.size * _RECORD.size]
     return sum(shared == _SHARED_CORE for _, shared, _, _, _ in _RECORD.iter_unpack(whole))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many CPUs' time the control groups of this process allow, the least of all above it; None without a limit.
+    """Return the CPU quota of this process's control groups and all their parents, the smallest; None without a limit.
 
-    Both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`.
+    It reads both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`.
     """
     return min((limit for group in control_groups("cpu", root) for limit in _limits(group)), default=None)
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, of both versions, and of all above them.
+    """Yield the folders of this process's control groups, of both versions, and of all their parents.
 
-    In a container the groups' paths may be the host's, which are not there: then what is mounted at the top is the
-    container's own.
+    In a container the groups' paths may be those of the host, which do not exist in the container: then the group at
+    the mount point is the container's own.
 
     Args:
-        controller: of version 1, as "cpu" or "memory"; version 2 has one group for all.
-        root: where the file system begins.
+        controller: controller of version 1, such as "cpu" or "memory"; version 2 has one group for all controllers.
+        root: root of the file system.
     """
     for line in read_or_nothing(root / "proc/self/cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -153,17 +152,17 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
 
 
 def _limits(group: Path) -> list[float]:
-    """The limit of one control group, if it has one."""
+    """Return the CPU limit of one control group as a list, which is empty without a limit."""
     quota, period = (*read_or_nothing(group / "cpu.max").split(), "", "")[:2]
     if not quota:
         quota, period = (read_or_nothing(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
-    if not (quota.isdecimal() and period.isdecimal()):  # "max" or -1: none
+    if not (quota.isdecimal() and period.isdecimal()):  # "max" or -1: no limit
         return []
     return [int(quota) / int(period)] if int(period) else []
 
 
 def read_or_nothing(path: Path) -> str:
-    """The text of a file of the system, empty where it cannot be read."""
+    """Return the text of a system file; empty if it cannot be read."""
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError):
@@ -172,16 +171,15 @@ def read_or_nothing(path: Path) -> str:
 
 # ---- Python's cycle collector ----------------------------------------------------------------------------------------
 
-# A start makes some 300,000 objects that stay, a thousand streams as many that go: the usual thresholds stop both again
-# and again.
+# A start creates some 300,000 objects that stay, and a thousand streams create and free as many: with the default
+# thresholds the collector would interrupt both repeatedly.
 _COLLECTOR = (50_000, 20, 20)
 
 
 def collect_seldom() -> None:
-    """For a process that is all ours: the collector runs seldom, and does not run while the process ends.
+    """Run the collector rarely, and not while the process ends; for a process that runs only this program.
 
-    Its looks at what stays take a tenth of a start's seconds, and at the end a second, for memory that is given back
-    all the same.
+    Its passes over lasting objects take a tenth of a start's time, and a second at the end, for no benefit.
     """
     gc.set_threshold(*_COLLECTOR)
     atexit.register(_let_go)
@@ -189,10 +187,10 @@ def collect_seldom() -> None:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keeps the collector from going again and again through what stays, while there is more and more of it.
+    """Pause the collector within the context, so that it does not scan a growing number of lasting objects repeatedly.
 
-    A compiler's many small objects make that a sixth of its time; and pinned memory that is freed within a capture
-    would be recorded with it.
+    With a compiler's many small objects these scans take a sixth of its time; and pinned memory that is freed within a
+    CUDA graph capture would be recorded in the graph.
     """
     running = gc.isenabled()
     gc.disable()
@@ -204,14 +202,14 @@ def collector_paused() -> Iterator[None]:
 
 
 def _let_go() -> None:
-    if "triton" not in sys.modules:  # it writes a line for each object of its own that was not collected
+    if "triton" not in sys.modules:  # Triton writes a line for each of its objects that was not collected
         gc.freeze()
 
 
 def process_state(pid: int) -> tuple[str, float] | None:
-    """The state of a process, a letter, and the seconds of CPU time that its threads have taken.
+    """Return the state of a process (a letter), and the seconds of CPU time that its threads have used.
 
-    See proc(5), /proc/PID/stat; None where there is no such thing.
+    See proc(5), /proc/PID/stat; None if the file does not exist.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -221,7 +219,7 @@ def process_state(pid: int) -> tuple[str, float] | None:
 
 
 def ending(status: int | None) -> str:
-    """How a child process has ended, by its `returncode`; None where it has not, and has only hung up."""
+    """Describe how a child process has ended, by its `returncode`; None if it runs but has closed its connection."""
     if status is None:
         return "it closed its end of the line"
     if status >= 0:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OpenAIAdapter: OpenAI's requests answered by an engine, whole or streamed, without HTTP.
 
-It covers steps 2, 3 and 10 of a request's life and calls the engine for those between.
+It performs steps 2, 3 and 10 of a request's life and calls the engine for the steps between.
 """
 
 from __future__ import annotations
@@ -71,22 +71,22 @@ from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import MEDIA_MARK, Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 
-Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
+Fields = Mapping[str, Any]  # a request as a plain object, validated when it is used
 
 
 class _Ready(NamedTuple):
     task: Task
-    model: str  # the name to answer with
+    model: str  # the model name in the response
     prepared: PreparedChat
 
 
 class OpenAIAdapter:
     """Answers OpenAI requests with one engine.
 
-    Requests are plain objects, or come from `parse_chat_request` and its kin. Every method raises `RequestError` for a
-    wrong request, `EngineOverloadedError` or `EngineDeadError` when the engine takes none, and `GenerationFailedError`
-    when it fails on this one; `to_error` turns them into answers. `SyncOpenAIAdapter` is for programs without an event
-    loop.
+    Requests are plain objects, or come from `parse_chat_request` and similar functions. Every method raises
+    `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the engine accepts none,
+    and `GenerationFailedError` if it fails on this one; `to_error` converts them to responses. `SyncOpenAIAdapter`
+    is for programs without an event loop.
     """
 
     def __init__(
@@ -110,23 +110,21 @@ class OpenAIAdapter:
         """
         Args:
             engine: a loaded engine.
-            served_model_names: default to the model's own name; the first one is used where a request names none.
-            strict_model_names: whether a request with another name is refused; it is answered with the first one.
-            allow_priority: whether requests may go before others; False where strangers send them.
+            served_model_names: names of the model, by default its own; the first one answers requests without a name.
+            strict_model_names: whether a request with another name is refused; otherwise the first name answers it.
+            allow_priority: whether requests may set a priority before others; False if clients are not trusted.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
-            tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None is the model's own.
-            reasoning_budget: most tokens of thoughts where a request does not say it; -1 is no limit.
-            reasoning_budget_message: what the model is made to say where a budget ends its thoughts; None is what its
-                makers have it say.
-            default_chat_template_kwargs: variables of the chat template where a request does not set them.
-            watcher: told of every request that the engine is given.
-            salted: makes of a request's `cache_salt` the one that the engine gets, as one that others cannot send;
-                called where the request was. None leaves it.
-            adapters: whose names are served as well; None without adapters.
-            images: where those of requests may come from; None is from the request alone.
+            tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None uses the model's own.
+            reasoning_budget: default for the maximum number of reasoning tokens; -1 means no limit.
+            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model makers' text.
+            default_chat_template_kwargs: default values of chat template variables.
+            watcher: notified of every request that is submitted to the engine.
+            salted: converts a `cache_salt`, in the request's context, to one that others cannot send; None keeps it.
+            adapters: adapters whose names are served as well; None without adapters.
+            images: allowed sources of images; None allows only images inside the request.
 
         Raises:
-            ConfigError: there is no format of that name, or the model's sampling defaults cannot be used.
+            ConfigError: no format has that name, or the model's sampling defaults are invalid.
         """
         info = engine.model_info
         self._engine = engine
@@ -167,33 +165,33 @@ class OpenAIAdapter:
 
     @property
     def model_info(self) -> ModelInfo:
-        """The model's description."""
+        """Description of the model."""
         return self._engine.model_info
 
     def served_name(self, name: str | None) -> str:
-        """The name to answer with, for a request that calls its model so; raises `ModelNotServedError`."""
+        """Return the name to answer with for a request's model name; raises `ModelNotServedError`."""
         return self._names.served(name)
 
     @property
     def beginning(self) -> str:
-        """The token, as text, that the model's texts begin with; empty for a model without one."""
+        """Text of the model's beginning-of-sequence token; empty for a model without one."""
         return self._engine.chat_conventions.token_names.get("bos_token") or ""
 
     @property
     def max_images(self) -> int:
-        """Of a request; 0 where the model reads text alone."""
+        """Maximum number of images of a request; 0 if the model reads text only."""
         return self._engine.model_info.max_images
 
     async def try_picture(self, data: bytes) -> None:
-        """Raises `RequestError` where the model cannot be shown an image, a file's bytes, as the result of a tool."""
+        """Raise `RequestError` if the model cannot read an image, given as a file's bytes, in the result of a tool."""
         await self._work.look(self._preparation.try_picture, data)
 
     async def tokens_of(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """The tokens of each text, with the special ones around it or without them."""
+        """Tokenize each text, with or without special tokens around it."""
         return await self._work.prepare(lambda: [self._engine.tokenize(text, add_special_tokens) for text in texts])
 
     def models(self) -> ModelList:
-        """The served names."""
+        """Return the served names."""
         info, choice = self._engine.model_info, self.planner.choice
         return ModelList(
             data=tuple(
@@ -213,32 +211,32 @@ class OpenAIAdapter:
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
-        """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
+        """Return the whole answer; a request with `stream` is refused. Cancelling this coroutine aborts the request."""
         async with aclosing(await self._start_chat(request, whole=True)) as chunks:
             return await _joined(join_chat, [chunk async for chunk in chunks])
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat_stream(self, request: ChatCompletionRequest | Fields) -> ChunkStream[ChatCompletionChunk]:
-        """Submits the request and gives its chunks as they come; close the stream to abort it."""
+        """Submit the request and stream its chunks; close the stream to abort the request."""
         return await self._start_chat(request, whole=False)
 
     async def chat_events(self, request: ChatCompletionRequest | Fields) -> AnswerStream:
-        """Submits the request and gives what happens while it is answered; close the stream to abort it."""
+        """Submit the request and stream the events of its answer; close the stream to abort the request."""
         return await self.answer(partial(read_chat, _checked_chat(request)))
 
     async def answer(self, read: Callable[[], Task]) -> AnswerStream:
-        """Submits a task and gives what happens while it is answered; close the stream to abort it.
+        """Submit a task and stream the events of its answer; close the stream to abort the request.
 
-        `read` gives the task; it is called in another thread, because conversations may be long.
+        `read` returns the task; it is called in another thread, because conversations may be long.
         """
         return self._submitted(await self._ready(read, bounded=True))
 
     async def count_tokens(self, read: Callable[[], Task]) -> int:
-        """Tokens of the prompt that `answer` would begin with; nothing is generated."""
+        """Count the prompt tokens that `answer` would submit; nothing is generated."""
         return len((await self._ready(read)).prepared.prompt)
 
     async def apply_template(self, request: ChatCompletionRequest) -> RenderedPrompt:
-        """The text that a chat request begins with, with `MEDIA_MARK` for each image; nothing is generated."""
+        """Render the prompt of a chat request, with `MEDIA_MARK` for each image; nothing is generated."""
         self._names.served(request.model)
         prepared = (await self._ready(partial(read_chat, _checked_chat(request)))).prepared
         text, mark = prepared.text, self._engine.model_info.image_text
@@ -246,17 +244,17 @@ class OpenAIAdapter:
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
-        """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
+        """Return the whole answer; a request with `stream` is refused. Cancelling this coroutine aborts the request."""
         async with aclosing(await self._start_completion(request, whole=True)) as chunks:
             return await _joined(join_completion, [chunk async for chunk in chunks])
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete_stream(self, request: CompletionRequest | Fields) -> ChunkStream[Completion]:
-        """Submits the request and gives its chunks as they come; close the stream to abort it."""
+        """Submit the request and stream its chunks; close the stream to abort the request."""
         return await self._start_completion(request, whole=False)
 
     async def embed(self, request: EmbeddingRequest | Fields) -> EmbeddingList:
-        """The vectors of texts. Cancelling it aborts what has not been run."""
+        """Return the embeddings of texts. Cancelling aborts the texts that have not run."""
         parsed = request if isinstance(request, EmbeddingRequest) else parse_embedding_request(request)
         if not isinstance(parsed, EmbeddingChatRequest):
             return await self._embedding.embed(parsed)
@@ -265,39 +263,39 @@ class OpenAIAdapter:
         return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
 
     async def pool(self, request: PoolingRequest) -> PooledList:
-        """The vectors of texts, in vLLM's words."""
+        """Return the pooled outputs of texts, in vLLM's form."""
         return await self._embedding.pool(request)
 
     async def moderate(self, request: ModerationRequest) -> Moderation:
-        """Whether the request's texts do harm, by a classifier's labels."""
+        """Return whether the request's texts are harmful, by the labels of a classifier."""
         return await self._embedding.moderate(request)
 
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
-        """The vectors of the request's texts, in Cohere's words."""
+        """Return the embeddings of the request's texts, in Cohere's form."""
         return await self._embedding.embed_cohere(request, version)
 
     async def classify(self, request: ClassifyRequest) -> ClassifiedList:
-        """What texts are, as a classifier tells them apart."""
+        """Return the class of each text."""
         return await self._embedding.classify(request)
 
     async def score(self, request: ScoreRequest | Fields) -> ScoreList:
-        """How well texts belong together. Cancelling it aborts what has not been run."""
+        """Return the scores of pairs of texts. Cancelling aborts the pairs that have not run."""
         parsed = request if isinstance(request, ScoreRequest) else parse_score_request(request)
         return await self._embedding.score(parsed)
 
     async def rerank(self, request: RerankRequest | Fields) -> Ranking:
-        """Documents by how well they answer a query. Cancelling it aborts what has not been run."""
+        """Return documents ranked by their relevance to a query. Cancelling aborts the documents that have not run."""
         parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
         return await self._embedding.rerank(parsed)
 
     async def tokenize(self, request: TokenizeRequest | Fields) -> Tokenized | TokenizedContent:
-        """The tokens of a text or of a conversation; nothing is generated."""
+        """Return the tokens of a text or of a conversation; nothing is generated."""
         return await self._tokenizing.tokenize(
             parse_tokenize_request(request) if isinstance(request, Mapping) else request
         )
 
     async def detokenize(self, request: DetokenizeRequest | Fields) -> Detokenized:
-        """The text of tokens."""
+        """Return the text of tokens."""
         return await self._tokenizing.detokenize(
             parse_detokenize_request(request) if isinstance(request, Mapping) else request
         )
@@ -341,7 +339,7 @@ class OpenAIAdapter:
         return ChunkStream(answer, CompletionWriter(request, prompts, whole=whole))
 
     async def continued(self, task: Task) -> AnswerStream:
-        """Submits a task of prompts and gives what happens while they are continued; close the stream to abort it."""
+        """Submit a task with prompts and stream the events of its answers; close the stream to abort the request."""
         answer, _ = await self._continued(task)
         return answer
 
@@ -405,7 +403,7 @@ _STREAMED = "stream is true, and {0} gives the answer when it is whole: call {0}
 
 
 async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:
-    """The answer that chunks add up to; many of them would hold up an event loop."""
+    """Join chunks to the whole answer; many chunks are joined in a thread, because they would block the event loop."""
     return await apart(join, chunks) if len(chunks) > _MANY_CHUNKS else join(chunks)
 
 
@@ -414,7 +412,7 @@ def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionReques
 
 
 def _fingerprint(info: ModelInfo) -> str:
-    """Changes when the software or the model's configuration does, so that equal seeds may give other answers."""
+    """Hash of the software version and the model's description; if it changes, answers with equal seeds may differ."""
     version = importlib.metadata.version("candle-vllm-openai")
     configuration = msgspec.json.encode([version, info])
     return "fp_" + hashlib.blake2s(configuration, digest_size=6).hexdigest()

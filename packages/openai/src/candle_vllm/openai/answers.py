@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How one request's answers are to be read, and the reading: pieces of text -> events (step 10)."""
+"""How the answers of one request are parsed, and the parsing: outputs of the engine -> events (step 10)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from candle_vllm.openai.task import Paths, Task
 
 @dataclasses.dataclass(frozen=True)
 class AnswerPlan:
-    """What the answers to one request may hold.
+    """How the answers of one request are parsed.
 
     Attributes:
-        bound: the model's layout; None where the text is the answer as it is.
-        tools: what may be called: name -> schema of the arguments; None where calls are not looked for.
-        held: calls are held to their form by a grammar.
-        lazy: it begins with the call.
-        most_calls: further calls are left out; None is no limit.
-        in_reasoning: the prompt has opened the thoughts.
-        behind_reasoning: the prompt has closed the thoughts; white space at the beginning belongs to it.
-        show_reasoning: thoughts are part of the answer.
-        show_special_tokens: the names of special tokens are part of the text.
-        special_tokens: the engine's text has the names of special tokens in it.
+        bound: layout of the model's output; None if the text needs no parsing.
+        tools: tools that may be called: name -> schema of the arguments; None if the text is not searched for calls.
+        held: a grammar constrains the calls.
+        lazy: the grammar applies from the beginning of a call.
+        most_calls: maximum number of calls, further ones are left out; None means no limit.
+        in_reasoning: the prompt has opened the reasoning.
+        behind_reasoning: the prompt has closed the reasoning; white space at the beginning belongs to it.
+        show_reasoning: reasoning is part of the answer.
+        show_special_tokens: names of special tokens are part of the text.
+        special_tokens: the engine's text contains the names of special tokens.
     """
 
     bound: BoundLayout | None = None
@@ -48,20 +48,20 @@ class AnswerPlan:
 
     @property
     def may_reason(self) -> bool:
-        """Whether an answer can have thoughts."""
+        """Whether an answer can have reasoning."""
         return self.bound is not None and self.bound.layout.reasoning is not None
 
 
 class ChoiceReader:
-    """Reads the pieces of one choice.
+    """Parses the outputs of one choice.
 
     Args:
-        plan: what it may hold.
-        choice: its number.
-        tell_ids: its events say the ids of their tokens.
+        plan: how the choice is parsed.
+        choice: index of the choice.
+        tell_ids: whether events have the ids of their tokens.
 
     Attributes:
-        reasoning_tokens: tokens that were thoughts, or the marks around them.
+        reasoning_tokens: number of tokens of the reasoning and of its marks.
     """
 
     def __init__(self, plan: AnswerPlan, choice: int = 0, *, tell_ids: bool = False) -> None:
@@ -88,7 +88,7 @@ class ChoiceReader:
                 self._special = SpecialText(plan.bound, keep=plan.show_special_tokens)
 
     def read(self, piece: TokenOutput) -> list[Event]:
-        """What is new; the first event has what there is to say of the tokens, which may be all there is."""
+        """Return the new events; the first one has the ids and log-probabilities, also if there is no text yet."""
         ids = piece.token_ids if self._tell_ids else None
         parser = self._parser
         if parser is None:
@@ -106,9 +106,9 @@ class ChoiceReader:
         return events
 
     def ended(self, piece: TokenOutput) -> Ended:
-        """Why the choice ended with this piece.
+        """Return why the choice ended with this output.
 
-        A text that was cut is `length` even where it has calls, and `stop` where a stop string cut its last call.
+        A truncated text is `length`, also with calls; if a stop string ended its last call early, it is `stop`.
         """
         stopped = piece.finish_reason is FinishReason.STOP
         called = self._parser is not None and self._parser.num_calls > 0
@@ -153,7 +153,7 @@ class ChoiceReader:
 
 
 class TokenCounts:
-    """Adds up the usage of a request whose prompts are numbered from 0; `completion` is what was generated."""
+    """Sums the usage of a request whose prompts are numbered from 0; `completion` counts the generated tokens."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, int] = {}
@@ -164,9 +164,9 @@ class TokenCounts:
         self._guesses = Counter[str]()
 
     def add(self, prompt: int, piece: TokenOutput, new_tokens: int) -> None:
-        """Takes the counts of one piece."""
+        """Add the counts of one output."""
         self._prompts[prompt] = piece.num_prompt_tokens
-        if piece.index == 0:  # the other sequences share its prompt, and find that in the cache when it is run
+        if piece.index == 0:  # the other sequences share its prompt and find it in the cache
             self._cached.setdefault(prompt, piece.num_cached_tokens)
         self.completion += new_tokens
         if (times := piece.metrics) is not None:
@@ -176,7 +176,7 @@ class TokenCounts:
                 self._guesses[name] += getattr(times, name)
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
-        """The counts so far; the times only when `final`."""
+        """Return the counts so far, and the times if `final`."""
         return Usage(
             prompt_tokens=sum(self._prompts.values()),
             completion_tokens=self.completion,
@@ -196,14 +196,14 @@ def _longer(known: int | None, start: float | None, end: float | None) -> int | 
 
 
 class AnswerReader:
-    """Pieces of all choices of one request -> events.
+    """Outputs of all choices of one request -> events.
 
     Choice `i * sequences + j` is sequence `j` of prompt `i`.
 
     Args:
-        head: of the answer.
-        plan: how choices are read.
-        task: what is answered.
+        head: fields of the answer that are known in advance.
+        plan: how choices are parsed.
+        task: the task that is answered.
     """
 
     def __init__(self, head: Head, plan: AnswerPlan, task: Task) -> None:
@@ -212,9 +212,9 @@ class AnswerReader:
         self._sequences = task.choices
         self._tell_counts = task.tell_counts
         self._echo = task.echo
-        # Choices wait for their prompt's log-probabilities, which its sequence 0 brings.
+        # Choices wait for the log-probabilities of their prompt, which arrive with its sequence 0.
         self._awaits_prompt = task.echo_prompts and task.sampling.get("logprobs") is not None
-        self._scored_only = task.scored_only  # the engine must make a token, which is not part of the answer
+        self._scored_only = task.scored_only  # the engine must generate a token, which is not part of the answer
         self._may_reason = plan.may_reason
         count = max(len(task.prompts), 1) * task.choices
         self._readers = [ChoiceReader(plan, choice, tell_ids=task.tell_ids) for choice in range(count)]
@@ -225,11 +225,11 @@ class AnswerReader:
         self._held: dict[int, list[TokenOutput]] = {}
 
     def add(self, prompt: int, piece: TokenOutput) -> list[Event]:
-        """The events that one piece of prompt number `prompt` makes.
+        """Convert one output of prompt number `prompt` to events.
 
         Raises:
-            RequestError: the request left the engine no token to choose.
-            GenerationFailedError, RequestAbortedError: the engine gave the sequence up.
+            RequestError: the request left no token that can be sampled.
+            GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
         if piece.finish_reason is not None:
             _check_piece(piece, self._paths)
@@ -244,7 +244,7 @@ class AnswerReader:
         news = [] if self._scored_only else reader.read(piece)
         new_tokens = 0 if self._scored_only else len(piece.token_ids)
         if piece.finish_reason is None and choice in self._begun and not self._tell_counts:
-            self._counts.completion += new_tokens  # all that this piece adds to the counts
+            self._counts.completion += new_tokens  # the only count that this output changes
             return news
         self._counts.add(prompt, piece, new_tokens)
         events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
@@ -262,7 +262,7 @@ class AnswerReader:
         return events
 
     def end(self) -> list[Event]:
-        """The final usage; raises `GenerationFailedError` where the pieces ended before their sequences did."""
+        """Return the final usage; raises `GenerationFailedError` if the outputs ended before their sequences did."""
         if self._unfinished:
             raise GenerationFailedError(f"the stream ended with {self._unfinished} sequences unfinished")
         return [self._usage(final=True)]
@@ -273,11 +273,11 @@ class AnswerReader:
 
 
 def _check_piece(piece: TokenOutput, paths: Paths) -> None:
-    """Raises when the engine gave the sequence up: `RequestError` where the request itself is to blame."""
+    """Raise if the engine aborted the sequence: `RequestError` if the request itself is the cause."""
     if piece.finish_reason is FinishReason.ERROR:
         if piece.error_kind == "request":
             with paths.blamed():
-                field = "model" if piece.error_param == "lora_request" else piece.error_param  # which names an adapter
+                field = "model" if piece.error_param == "lora_request" else piece.error_param  # it names an adapter
                 raise RequestError(piece.error or "the request cannot be continued", field)
         raise GenerationFailedError(piece.error or "the engine gave no reason")
     if piece.finish_reason is FinishReason.ABORT:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Events -> chunks of a chat answer, and those -> the whole answer (step 10).
+"""Events -> chunks of a chat answer, and chunks -> the whole answer (step 10).
 
-There is one path: a whole answer is the sum of the chunks that a stream would have sent, so the two cannot differ.
+A whole answer is joined from the chunks of a stream, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Chunk = TypeVar("Chunk")
 
 
 class Told(NamedTuple):
-    """What the final usage has besides the usual counts: of a predicted answer, and of draft tokens."""
+    """Which extra counts the final usage has: of a predicted answer, and of draft tokens."""
 
     predicted: bool = False
     guesses: bool = False
 
 
 class AnswerWriter(ABC, Generic[Chunk]):
-    """What chunks of chat and of completions share: the answer's head, and the counts beside each or at the end.
+    """Base of the writers of chat and completion chunks: head of the answer, and token counts.
 
     Args:
-        make: a chunk of its fields.
-        request: what is shown beside the text.
-        whole: the counts come at the end, whatever the request says.
+        make: creates a chunk from its fields.
+        request: the request, which selects the fields of chunks.
+        whole: whether the last chunk always has the counts, for a whole answer.
     """
 
     def __init__(self, make: Callable[..., Chunk], request: GenerationFields, whole: bool) -> None:
@@ -48,10 +48,10 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._head: Head | None = None
         self._told = Told(guesses=bool(request.return_draft_counts))
         self._timings: RunningTimings | None = None
-        self._beside: dict[str, Any] = {}  # what every chunk of a choice has beside it
+        self._beside: dict[str, Any] = {}  # further fields of every chunk of a choice
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
-        """The chunks that events make."""
+        """Convert events to chunks."""
         return list(filter(None, map(self._written, events)))
 
     @abstractmethod
@@ -86,15 +86,15 @@ class AnswerWriter(ABC, Generic[Chunk]):
 
 
 class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
-    """The chunks of one chat answer.
+    """Writes the chunks of one chat answer.
 
     Each choice begins with its role and ends with a chunk that has its finish reason and no text.
 
     Args:
-        request: what is shown beside the text.
-        prompt_token_ids: shown where the request wants token ids.
-        calls: choices may have tool calls.
-        whole: the counts come at the end, whatever the request says.
+        request: the request, which selects the fields of chunks.
+        prompt_token_ids: tokens of the prompt, returned if the request asks for token ids.
+        calls: whether choices may have tool calls.
+        whole: whether the last chunk always has the counts, for a whole answer.
     """
 
     def __init__(
@@ -107,13 +107,13 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     ) -> None:
         super().__init__(chat.ChatCompletionChunk, request, whole)
         self._request = request
-        # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
+        # The official client adds deltas up: a message that has only calls must have null content, not an empty text.
         self._first_content = None if calls else ""
         self._told = told_of(request)
         self._timings = RunningTimings() if request.timings_per_token else None
         self._by_id = bool(request.return_tokens_as_token_ids)
         self._custom = request.custom_tools
-        self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
+        self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> index and arguments of its pending custom call
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
     def write(self, events: Sequence[Event]) -> list[chat.ChatCompletionChunk]:
@@ -160,7 +160,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         return self._counts(event)
 
     def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
-        """Arguments of a custom call wait until they are whole: its text stands in them. Tokens are told at once."""
+        """Collect the arguments of a custom call until its input can be read from them; report tokens at once."""
         number, parts = self._inputs[event.choice]
         parts.append(event.text)
         if event.ids is None and event.logprobs is None:
@@ -170,7 +170,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         )
 
     def _input(self, choice: int) -> chat.ChatCompletionChunk:
-        """The input of the custom call that has grown."""
+        """Return a chunk with the input of the custom call that is complete now."""
         number, parts = self._inputs.pop(choice)
         call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=custom_input("".join(parts))))
         return self._chunk(
@@ -194,12 +194,12 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
 
 def told_of(request: chat.ChatCompletionRequest) -> Told:
-    """What a chat request wants to know beside the usual counts."""
+    """Return the extra counts that a chat request asks for."""
     return Told(predicted=request.prediction is not None, guesses=bool(request.return_draft_counts))
 
 
 def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  # it is immutable
-    """Counts in OpenAI's words."""
+    """Convert counts to OpenAI's form."""
     more: dict[str, int] = {}
     if told.predicted and usage.final:
         more["accepted_prediction_tokens"] = usage.accepted_predicted_tokens
@@ -221,7 +221,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
 
 
 def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
-    """Counts and times under llama.cpp's names; without given times they are those of `usage`."""
+    """Convert counts and times to llama.cpp's names; the times are those of `usage` by default."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
     predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms
@@ -241,14 +241,14 @@ def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int |
 
 
 class RunningTimings:
-    """Timings beside the pieces of an answer that goes on, by this process's clock; the last ones are the engine's."""
+    """Timings of a running answer, measured by this process; the final timings are the engine's."""
 
     def __init__(self) -> None:
         self._submitted = time.perf_counter()
         self._first: float | None = None
 
     def of(self, usage: Usage) -> wire.Timings:
-        """Timings at the counts so far, or final ones."""
+        """Return the timings for the counts so far, or the final timings."""
         now = time.perf_counter()
         if usage.final:
             return wire_timings(usage)
@@ -257,7 +257,7 @@ class RunningTimings:
 
 
 def join_chat(chunks: Sequence[chat.ChatCompletionChunk]) -> chat.ChatCompletion:
-    """The whole answer that `chunks`, the last of which has the usage, amount to."""
+    """Join `chunks`, the last of which has the usage, to the whole answer."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
     return chat.ChatCompletion(
@@ -284,7 +284,7 @@ ChoicePart = TypeVar("ChoicePart", bound=_Indexed)
 
 
 def by_choice(chunks: Iterable[Sequence[ChoicePart]]) -> list[tuple[int, list[ChoicePart]]]:
-    """The parts of each choice, in order of the choices' numbers."""
+    """Group the parts by choice, in the order of the choices."""
     choices: dict[int, list[ChoicePart]] = {}
     for parts in chunks:
         for part in parts:
@@ -307,7 +307,7 @@ def _join_choice(index: int, parts: Sequence[chat.ChunkChoice]) -> chat.ChatChoi
 
 
 def _join_message(parts: Sequence[chat.ChunkChoice]) -> chat.ChatMessage:
-    """The message; content is null where there are only thoughts or calls."""
+    """Join the message; its content is null if there is only reasoning, or only calls."""
     content = "".join(part.delta.content or "" for part in parts)
     thoughts = [part.delta.reasoning_content for part in parts if part.delta.reasoning_content is not None]
     calls = _join_calls(parts)
@@ -339,6 +339,6 @@ def _joined(first: chat.ToolCallDelta, text: str) -> chat.ToolCallOut | chat.Cus
 
 
 def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:
-    """The ids of the parts that have ids; absent if no part has one."""
+    """Join the token ids of the parts that have ids; absent if no part has them."""
     known = [ids for ids in parts if ids is not UNSET]
     return tuple(token for ids in known for token in ids) if known else UNSET

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The same as `chat_answers` for `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10)."""
+"""Answers of `/v1/completions`, like `chat_answers`: events -> chunks, chunks -> the whole answer (step 10)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from candle_vllm.openai.protocol.completions import (
 
 
 class EchoedPrompt(NamedTuple):
-    """One prompt of a request, as far as its answer may repeat it.
+    """One prompt of a request, and what its answer may repeat of it.
 
     Attributes:
-        text: the prompt; empty unless it is echoed.
+        text: text of the prompt; empty unless it is echoed.
         first: text of its first token; empty unless it is echoed with log-probabilities.
-        token_ids: its tokens.
+        token_ids: tokens of the prompt.
     """
 
     text: str
@@ -42,12 +42,12 @@ class EchoedPrompt(NamedTuple):
 
 
 class CompletionWriter(AnswerWriter[Completion]):
-    """The chunks of one completion answer; each choice ends with a chunk that has its finish reason and no text.
+    """Writes the chunks of one completion answer; each choice ends with a chunk with its finish reason and no text.
 
     Args:
-        request: what is shown beside the text.
-        prompts: of the request.
-        whole: the counts come at the end, whatever the request says.
+        request: the request, which selects the fields of chunks.
+        prompts: prompts of the request.
+        whole: whether the last chunk always has the counts, for a whole answer.
     """
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
@@ -55,7 +55,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         self._request = request
         self._prompts = prompts
         self._writers: dict[int, CompletionLogprobsWriter | None] = {}
-        self._echoes: dict[int, tuple[CompletionLogprobs, bytes]] = {}  # made once per prompt, for all of its choices
+        self._echoes: dict[int, tuple[CompletionLogprobs, bytes]] = {}  # built once per prompt, for all of its choices
 
     def _written(self, event: Event) -> Completion | None:
         if isinstance(event, Text):
@@ -79,7 +79,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         return self._counts(event)
 
     def _first(self, event: Begun) -> Completion | None:
-        """The chunk before a choice's own text; only where the request asks for something of the prompt."""
+        """Return the chunk before a choice's own text; None unless the request asks for parts of the prompt."""
         request, source = self._request, self._prompts[event.prompt]
         self._head = event.head
         by_id = bool(request.return_tokens_as_token_ids)
@@ -104,7 +104,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         return self._chunk(choice)
 
     def _echo(self, event: Begun, top: int) -> tuple[CompletionLogprobs, bytes]:
-        """The prompt's log-probabilities, which its first choice to begin brings."""
+        """Return the prompt's log-probabilities, which arrive with its first choice."""
         if event.prompt not in self._echoes:
             source, given = self._prompts[event.prompt], event.prompt_logprobs
             assert given is not None
@@ -115,7 +115,7 @@ class CompletionWriter(AnswerWriter[Completion]):
 
 
 def join_completion(chunks: Sequence[Completion]) -> Completion:
-    """The whole answer that `chunks`, the last of which has the usage, amount to."""
+    """Join `chunks`, the last of which has the usage, to the whole answer."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
     return Completion(

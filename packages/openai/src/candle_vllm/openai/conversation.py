@@ -13,15 +13,15 @@ from candle_vllm.openai.formats.json_text import mended
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.task import Call, ImagePart, Message, TextPart
 
-_MOST_MENDED = 1 << 16  # characters of a conversation's arguments: mending takes microseconds for each
+_MOST_MENDED = 1 << 16  # characters of a conversation's arguments to repair, which takes microseconds for each
 _Mend = Callable[[str], str | None]
 
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
-    """One dictionary per message: texts joined to one string, beside images in parts; call arguments as objects.
+    """Return one dictionary per message: its texts joined, or as parts if there are images; call arguments as objects.
 
-    A tool message gets the name of the function that it answers, which templates may want and clients leave out.
-    What the template `needs` otherwise is made so (`fit`); without needs, arguments that are no object stay text.
+    A tool message gets the name of the function that it answers, which templates may need and clients leave out.
+    `fit` adapts the messages to what the template `needs`; without needs, arguments that are not an object stay text.
     """
     left = 0 if needs is None or needs.arguments_as_text else _MOST_MENDED
 
@@ -34,7 +34,7 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
 
     names, rendered = dict[str, str](), list[dict[str, Any]]()
     for message in messages:
-        names |= {call.id: call.name for call in message.calls}  # ids may come again in later turns
+        names |= {call.id: call.name for call in message.calls}  # ids may be repeated in later turns
         rendered.append(_template_message(message, names, mend))
     if needs is not None:
         fit(rendered, needs)
@@ -42,12 +42,12 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
 
 
 def text_of(message: Message) -> str:
-    """What a message says; parts stand on lines of their own."""
+    """Return the text of a message; its parts are joined by line breaks."""
     return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
 def images_of(messages: Sequence[Message]) -> list[ImagePart]:
-    """The images of a conversation, in order."""
+    """Return the images of a conversation, in order."""
     return [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
 
 
@@ -81,7 +81,7 @@ def _template_call(call: Call, mend: _Mend) -> dict[str, Any]:
 
 
 def _arguments(text: str, mend: _Mend) -> dict[str, Any] | str:
-    """The arguments as an object, mended if they may be, or the text as it stands; empty and null mean none."""
+    """Return the arguments as an object, repaired if possible, else as text; empty and null mean no arguments."""
     try:
         value = decode_json(text.strip() or "{}")
     except InvalidBodyError:

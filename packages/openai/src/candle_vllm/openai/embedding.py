@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""EmbeddingAdapter: vectors, scores and rankings by one engine, without HTTP (steps 2, 3 and 10 of a request's life).
+"""EmbeddingAdapter: embeddings, scores and rankings from one engine, without HTTP (steps 2, 3 and 10).
 
-A score is what the engine says of a pair: the number of a cross-encoder's head, brought to 0..1 by a sigmoid where the
-model's config does not say otherwise; or the cosine of the two texts' vectors, where the model gives vectors.
+A score is the logit of a cross-encoder's head, after a sigmoid unless the model's config says otherwise, or the
+cosine similarity of the embeddings of the two texts if the model is an embedding model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from candle_vllm.openai.validation import parse_body
 
 
 class EmbeddingEngineLike(Protocol):
-    """What the adapter needs of an engine; `InferenceEngine` and `ScriptedEngine` both have it."""
+    """Engine methods that the adapter needs; `InferenceEngine` and `ScriptedEngine` have them."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -78,7 +78,7 @@ class EmbeddingEngineLike(Protocol):
 
 
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest:
-    """A checked request for vectors from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate an embedding request from a body or an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
     return parse_body(EmbeddingChatRequest if chat else EmbeddingRequest, value if isinstance(value, Mapping) else body)
@@ -88,14 +88,14 @@ parse_pooling_request = partial(parse_body, PoolingRequest)
 parse_classify_request = partial(parse_body, ClassifyRequest)
 parse_score_request = partial(parse_body, ScoreRequest)
 parse_rerank_request = partial(parse_body, RerankRequest)
-"""Checked requests of the other kinds; arguments and errors as of `parse_embedding_request`."""
+"""Parsers of other requests; arguments and errors as for `parse_embedding_request`."""
 
 
 class EmbeddingAdapter:
-    """Answers requests for vectors, scores and rankings with one engine.
+    """Answers requests for embeddings, scores and rankings with one engine.
 
-    Every method raises `RequestError` for a wrong request, `EngineOverloadedError` or `EngineDeadError` when the engine
-    takes none, and `GenerationFailedError` when it fails on this one. Cancelling a call aborts its texts.
+    Every method raises `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the
+    engine accepts none, and `GenerationFailedError` if it fails on this one. Cancelling a call aborts its texts.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class EmbeddingAdapter:
         adapters: AdapterNames | None = None,
         work: WorkerThreads | None = None,
     ) -> None:
-        """Arguments as of `OpenAIAdapter`; `work` are its threads."""
+        """Arguments are the same as for `OpenAIAdapter`; `work` is the adapter's threads."""
         self._engine = engine
         self._work = work or WorkerThreads()
         self._watcher = watcher
@@ -118,7 +118,7 @@ class EmbeddingAdapter:
         self._allow_priority = allow_priority
 
     async def embed(self, request: EmbeddingRequest, prompt: Mapping[str, Any] | None = None) -> EmbeddingList:
-        """The vectors of the request's texts, or of `prompt`, which its messages became."""
+        """Return the embeddings of the request's texts, or of `prompt`, which its messages were rendered to."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
         outputs = await self._embedded(request, request_id, request.pooling_params(), prompt=prompt)
@@ -129,7 +129,7 @@ class EmbeddingAdapter:
         return _listed(EmbeddingList, request_id, name, data, outputs)
 
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
-        """The same in Cohere's words, of this version of its API."""
+        """Return embeddings in Cohere's form, for this version of its API."""
         self._check(request, "embed")
         if self._engine.model_info.pooling == "all":
             raise InvalidParameterError("the model gives a vector of each token: ask /v1/embeddings", "model")
@@ -143,13 +143,13 @@ class EmbeddingAdapter:
         return await self._work.prepare(cohere_answer, request, request_id, outputs, version)
 
     async def pool(self, request: PoolingRequest) -> PooledList:
-        """What is made of the request's texts or of their tokens, in vLLM's words."""
+        """Return the pooled outputs of the request's texts or of their tokens, in vLLM's form."""
         info = self._engine.model_info
         single, does = info.pooling == "all", [task for task in ("embed", "classify") if task in info.tasks]
         task = request.task or ("token_" * single + does[0] if does else "embed")
         wanted = "embed" if task.endswith("embed") else "classify"
         params = request.pooling_params()
-        # A vector of each token can be had of any model that gives vectors; the rest is as the model's head is.
+        # Every embedding model can return a vector for each token; the other tasks depend on the model's head.
         if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
             known = [f"token_{each}" if single else each for each in does]
             known += ["token_embed"] if "embed" in known else []
@@ -180,7 +180,7 @@ class EmbeddingAdapter:
         prompt: Any = None,
     ) -> list[EmbeddingOutput]:
         more = self._more(request, request_id)
-        if prompt is None:  # tokenizing many texts takes long enough to hold up every stream on the loop
+        if prompt is None:  # tokenizing many texts would block the event loop
             texts = prompts = await self._work.prepare(self._tokens, request, field)
         else:
             texts, prompts, field = [prompt["prompt_token_ids"]], [prompt], "messages"
@@ -198,7 +198,7 @@ class EmbeddingAdapter:
             return await self._engine.aclassify(texts, params, **more)
 
     async def classify(self, request: ClassifyRequest) -> ClassifiedList:
-        """What the request's texts are, as the model tells them apart."""
+        """Return the class of each of the request's texts."""
         if self._engine.model_info.pooling == "all":
             raise InvalidParameterError(
                 "the model tells tokens apart, not texts: ask POST /pooling with the task token_classify", "model"
@@ -214,7 +214,7 @@ class EmbeddingAdapter:
         return _listed(ClassifiedList, request_id, name, data, outputs)
 
     async def moderate(self, request: ModerationRequest) -> Moderation:
-        """Whether the request's texts do harm, by a classifier's labels."""
+        """Return whether the request's texts are harmful, by the labels of a classifier."""
         name, request_id = self._names.served(request.model), _request_id("modr-", request)
         inner = ClassifyRequest(model=request.model, lora_path=request.lora_path, input=request.input)
         self._check(request, "classify")
@@ -231,7 +231,7 @@ class EmbeddingAdapter:
         return Moderation(id=request_id, model=name, results=results)
 
     async def score(self, request: ScoreRequest) -> ScoreList:
-        """The scores of the request's pairs."""
+        """Return the scores of the request's pairs."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("score-", request)
         more = self._more(request, request_id)
@@ -242,7 +242,7 @@ class EmbeddingAdapter:
         return _listed(ScoreList, request_id, name, data, outputs)
 
     async def rerank(self, request: RerankRequest) -> Ranking:
-        """The request's documents, best first; equal ones in the order of the request."""
+        """Rank the request's documents, best first; equal scores are in the order of the request."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("rerank-", request)
         more = self._more(request, request_id)
@@ -264,7 +264,7 @@ class EmbeddingAdapter:
         return Ranking(id=request_id, model=name, results=tuple(results), usage=_usage(outputs))
 
     def _more(self, request: PoolingFields, request_id: str) -> dict[str, Any]:
-        """What the engine is told of every request."""
+        """Return the engine's arguments that all requests share."""
         return {
             "request_id": request_id,
             "priority": request.priority or 0,
@@ -282,7 +282,7 @@ class EmbeddingAdapter:
             raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}; it answers {others}", "model")
 
     def _tokens(self, request: EmbeddingRequest | ClassifyRequest, field: str = "input") -> list[list[int]]:
-        """Every text as token ids, counted before any of them is run; behind the words of the request's input_type."""
+        """Tokenize the texts, each after the prompt of the input_type; check their size before any of them is run."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
         for number, text in enumerate(request.inputs):
@@ -298,7 +298,7 @@ class EmbeddingAdapter:
         return texts
 
     def _prompt(self, request: EmbeddingRequest | ClassifyRequest) -> str:
-        """What the model wants before texts of the request's input_type; nothing where its files name no prompts."""
+        """Return the model's prompt for the request's input_type; empty if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
         if wanted is None or not prompts:
             return ""
@@ -310,7 +310,7 @@ class EmbeddingAdapter:
         return found
 
     def _check_size(self, tokens: int, texts: int, kind: str | None, field: str) -> None:
-        """Refuses what would have a larger answer than any client can want, before any of it is run."""
+        """Refuse a request whose response would be too large, before any of it is run."""
         info, kind = self._engine.model_info, kind or self._engine.model_info.pooling
         count = {"all": tokens * info.embedding_size, "sparse": texts * info.vocab_size}.get(kind, 0)
         if count > MAX_NUMBERS:
@@ -324,9 +324,9 @@ class EmbeddingAdapter:
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
-        """Refuses pairs that have too many tokens in all, before any of them is run.
+        """Refuse pairs that have too many tokens in total, before any of them is run.
 
-        A model of vectors reads each text once, a cross-encoder reads it in every pair.
+        An embedding model reads each text once, a cross-encoder reads it in every pair.
         """
         reads_once = "embed" in self._engine.model_info.tasks
         total, lengths = 0, dict[str, int]()
@@ -346,7 +346,7 @@ class EmbeddingAdapter:
 
 _OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_type", "return_multivector", "input_type")
 _List = TypeVar("_List", EmbeddingList, PooledList, ClassifiedList, ScoreList)
-_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' names of classes that a model does not name
+_NAMELESS = re.compile(r"LABEL_\d+")  # transformers' default names of classes
 _VERBS: Mapping[str, str] = {
     "embed": "give vectors",
     "score": "score pairs of texts",
@@ -370,13 +370,13 @@ def _usage(outputs: Sequence[EmbeddingOutput | ClassificationOutput | ScoreOutpu
 
 
 def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], outputs: Sequence[Any]) -> _List:
-    """An answer that is a list, made now."""
+    """Build a list response with the current time."""
     made = {"id": request_id, "created": int(time.time()), "model": name, "usage": _usage(outputs)}
     return kind(data=tuple(data), **made)
 
 
 def _numbers(request: EmbeddingRequest, flat: array[float], vectors: int | None) -> Numbers:
-    """A vector as the request wants it, or each of several that stand behind each other."""
+    """Encode a vector as the request asks, or each of several vectors that are concatenated in `flat`."""
     encode = _base64 if request.encoding_format == "base64" else array.tolist
     if vectors is None:
         return encode(flat)
@@ -385,7 +385,7 @@ def _numbers(request: EmbeddingRequest, flat: array[float], vectors: int | None)
 
 
 def _base64(vector: array[float]) -> str:
-    """Little-endian float32, as every machine that the engine runs on has it."""
+    """Encode little-endian float32; the engine runs only on little-endian machines."""
     return base64.b64encode(vector.tobytes()).decode("ascii")
 
 
@@ -400,7 +400,7 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Puts the number of a text before what is wrong with it, and names it: `param`, or the text of `field`."""
+    """Prefix errors with the number of the text, and blame `param`, or this text of `field`."""
     try:
         yield
     except RequestError as error:
@@ -411,11 +411,11 @@ def _blamed(number: int, count: int, param: str | None = None, *, field: str = "
 
 @contextmanager
 def _failures(field: Callable[[int, int], str], only: str) -> Iterator[None]:
-    """The engine blames its own names, `inputs.3` or of a pair's text `inputs.3.0`; what it fails on is for the log.
+    """Convert the engine's names in errors, `inputs.3` or `inputs.3.0` for a text of a pair; other errors are internal.
 
     Args:
-        field: the request's name for the input of that number, and of a pair for the text 0 or 1.
-        only: the name where there is one input.
+        field: the request's name for an input, given its number and, for a pair, the side 0 or 1.
+        only: the request's name if there is one input.
     """
     try:
         yield

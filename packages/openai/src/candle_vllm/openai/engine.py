@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineLike: what the adapter needs of an engine. `InferenceEngine` and `ScriptedEngine` both have it."""
+"""EngineLike: engine methods that the adapter needs. `InferenceEngine` and `ScriptedEngine` have them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
 TokenStream: TypeAlias = PushStream[TokenOutput]
-"""The pieces of one request, its sequences interleaved; ends when all have finished."""
+"""Outputs of one request, with its sequences interleaved; ends when all sequences have finished."""
 
 
 class EngineLike(EmbeddingEngineLike, Protocol):
-    """An engine, called from the event loop's thread; what only computes may be called from any."""
+    """An engine. `stream` is called from the event loop's thread, methods that only compute from any thread."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -33,7 +33,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def chat_conventions(self) -> ChatConventions: ...
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Raises what a request with these parameters would raise."""
+        """Raise the error that a request with these parameters would raise."""
         ...
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
@@ -41,13 +41,13 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt: ...
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """A text; where more follows (`whole` is false), the beginning of a character at its end is left out."""
+        """Return the text of tokens; if `whole` is false, an incomplete last character is left out."""
         ...
 
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """A prompt with the placeholders of its images, and the images."""
+        """Return a prompt with the placeholders of its images, and the preprocessed images."""
         ...
 
     def apply_chat_template(
@@ -72,7 +72,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         watcher: RequestWatcher | None = None,
         lora_request: Uses = (),
     ) -> TokenStream:
-        """Validates and submits before it returns."""
+        """Validate and submit the request before returning its stream."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The one table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved.
+"""The error table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved.
 
-Reached from every step of a request's life; `server` sends what `to_error` returns.
+It is used in every step of a request's life; `server` sends what `to_error` returns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from candle_vllm.core.errors import (
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong.
+    """Description of an error.
 
     Attributes:
-        message: for people: what was given, what is allowed, what to do.
+        message: text for people: the value, the allowed values, and what to do.
         type: `invalid_request_error` (the request is at fault) or `server_error`.
-        param: the field to blame as a dotted path (`messages.0.content`), or None.
-        code: for programs, one word per row of the error table.
+        param: dotted path of the field at fault (`messages.0.content`), or None.
+        code: identifier for programs, one per row of the error table.
     """
 
     message: str
@@ -41,21 +41,21 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole body of a failed request, and the data of an error inside a stream."""
+    """Body of a failed request, and data of an error inside a stream."""
 
     error: ErrorBody
 
 
 class InvalidBodyError(RequestError):
-    """The request body is not one JSON object in UTF-8."""
+    """The request body is not a JSON object in UTF-8."""
 
 
 class UnknownParameterError(InvalidParameterError):
-    """The request has a field that nobody defines, most often a misspelt one."""
+    """The request has an unknown field, usually a misspelt one."""
 
 
 def no_priority() -> UnsupportedParameterError:
-    """For a `priority` below 0 where no request may go before others; one above lets the others go first."""
+    """Return the error for a `priority` below 0, which precedes other requests, if that is not allowed."""
     return UnsupportedParameterError(
         "priority below 0 is not supported: this server lets no request go before others, unless it is started with "
         "--enable-request-priority",
@@ -68,11 +68,11 @@ class ModelNotServedError(RequestError):
 
 
 class GenerationFailedError(CandleVllmError):
-    """The engine failed on this request; `str()` has its message, which is for the log and not for the client."""
+    """The engine failed on this request; `str()` is its message, which is for the log, not for the client."""
 
 
 class ErrorResponse(NamedTuple):
-    """What to answer to a failed request."""
+    """Response to a failed request."""
 
     status: int
     body: ErrorEnvelope
@@ -85,12 +85,12 @@ class _Row(NamedTuple):
     type: str
     code: str
     headers: Mapping[str, str] = {}
-    public_message: str | None = None  # None: the exception's own message, written for the client
+    public_message: str | None = None  # None uses the exception's own message, which is written for the client
 
 
 _DEAD = "The engine has stopped. Try again; where that does not help, the server has to be restarted."
 
-# The first row whose class matches counts, so subclasses stand above their bases.
+# The first row whose class matches is used, so subclasses precede their bases.
 _TABLE = (
     _Row(InvalidBodyError, 400, "invalid_request_error", "invalid_body"),
     _Row(UnknownParameterError, 400, "invalid_request_error", "unknown_parameter"),
@@ -102,7 +102,7 @@ _TABLE = (
     _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
     _Row(EngineSleepingError, 503, "server_error", "model_sleeping", {"retry-after": "5"}),
     _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
-    # The caller of an aborted request is gone; whoever still reads this lost it to a shutdown, and may try again.
+    # The caller of an aborted request has disconnected; another reader lost the request to a shutdown, and may retry.
     _Row(RequestAbortedError, 503, "server_error", "request_aborted", {"retry-after": "5"}),
     _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),
     _Row(Exception, 500, "server_error", "internal_error", {}, "The server failed on this request."),
@@ -110,10 +110,10 @@ _TABLE = (
 
 
 def to_error(exception: Exception) -> ErrorResponse:
-    """The answer to a request that ended in `exception`.
+    """Convert the exception that ended a request to a response.
 
-    Messages of `RequestError` and of overload reach the client; every other message may hold paths, addresses or
-    other people's data, so a fixed text goes out instead. Log the exception before it is turned into an answer.
+    Messages of `RequestError` and of overload are sent to the client. All other messages may contain paths, addresses
+    or data of other users, so a fixed text is sent instead. Log the exception before it is converted.
     """
     row = next(row for row in _TABLE if isinstance(exception, row.exception))
     body = ErrorBody(

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What happens while an answer is made, one neutral event at a time (step 10): the contract between those who answer
-and the edges that write an API's words.
+"""Events of an answer in the form of no API (step 10): read by the code that writes an API's chunks.
 
-A request has one choice or several, whose events interleave; each says which it belongs to. A choice begins (`Begun`),
-has thoughts, text and calls, and ends (`Ended`). `Usage` tells the counts so far before the first choice begins, where
-they are asked for before every further piece, and at the end, when it is `final`. A failure is an exception from the
-stream. A whole answer is what the events add up to: an edge writes the same pieces for both.
+A request has one choice or several, whose events interleave; each event has the index of its choice. A choice begins
+(`Begun`), has reasoning, text and calls, and ends (`Ended`). `Usage` has the counts so far: before the first choice
+begins, before every further output if requested, and at the end, when it is `final`. A failure is an exception from
+the stream. The same events make the chunks of a stream and the whole answer.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from candle_vllm.core.engine.outputs import PositionLogprobs
 
 
 class Reason(enum.StrEnum):
-    """Why an answer ended; the value is OpenAI's word.
+    """Why an answer ended; the value is OpenAI's finish reason.
 
     Attributes:
-        anthropic, ollama, llama_server: the words of these APIs. They have others for a stop string, and Anthropic's
-            for a full context.
-        responses: what the Responses API calls an answer that is incomplete.
+        anthropic, ollama, llama_server: these APIs' reasons; stop strings, and Anthropic's full context, have others.
+        responses: the Responses API's reason of an incomplete answer.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"
@@ -46,12 +44,12 @@ class Reason(enum.StrEnum):
 
     @property
     def cut(self) -> bool:
-        """Whether more would have come: the text or its last call may be unfinished."""
+        """Whether the answer was truncated: its text or its last call may be incomplete."""
         return self is Reason.LENGTH
 
 
 class Head(NamedTuple):
-    """What is known of an answer before it begins; `created` is in Unix seconds."""
+    """Fields of an answer that are known before it begins; `created` is in Unix seconds."""
 
     id: str
     created: int
@@ -67,9 +65,9 @@ class Begun(_OfChoice, frozen=True):
     """A choice begins.
 
     Attributes:
-        head: of the whole answer.
-        prompt: number of the prompt that it continues.
-        prompt_logprobs: of that prompt's tokens, where they were asked for; with its first choice.
+        head: fields of the whole answer.
+        prompt: number of the prompt that the choice continues.
+        prompt_logprobs: log-probabilities of that prompt's tokens, if requested; only with its first choice.
     """
 
     head: Head
@@ -78,11 +76,11 @@ class Begun(_OfChoice, frozen=True):
 
 
 class Thought(_OfChoice, frozen=True):
-    """More thoughts.
+    """Delta of reasoning.
 
     Attributes:
-        ids: tokens of the engine's piece that this is the first event of, where they are asked for.
-        logprobs: of those tokens, likewise.
+        ids: tokens of the engine's output, if requested; only in the first event of an output.
+        logprobs: log-probabilities of those tokens, likewise.
     """
 
     text: str
@@ -91,7 +89,7 @@ class Thought(_OfChoice, frozen=True):
 
 
 class Text(_OfChoice, frozen=True):
-    """More text of the answer; tokens as in `Thought`. The text is empty where there are only tokens to tell of."""
+    """Delta of the answer's text; tokens as in `Thought`. The text is empty if there are only tokens to report."""
 
     text: str
     ids: tuple[int, ...] | None = None
@@ -99,7 +97,7 @@ class Text(_OfChoice, frozen=True):
 
 
 class CallBegun(_OfChoice, frozen=True):
-    """A tool call begins: number `call` of its choice, counted from 0; tokens as in `Thought`."""
+    """A tool call begins, call number `call` of its choice, counted from 0; tokens as in `Thought`."""
 
     call: int
     id: str
@@ -109,7 +107,7 @@ class CallBegun(_OfChoice, frozen=True):
 
 
 class CallText(_OfChoice, frozen=True):
-    """More of the JSON text of a call's arguments; tokens as in `Thought`."""
+    """Delta of the JSON text of a call's arguments; tokens as in `Thought`."""
 
     call: int
     text: str
@@ -118,11 +116,11 @@ class CallText(_OfChoice, frozen=True):
 
 
 class Ended(_OfChoice, frozen=True):
-    """A choice is over.
+    """A choice ends.
 
     Attributes:
-        reason: `length` for a text that was cut, also within a call; `tool_calls` for one that ends with calls.
-        stop: the stop string or token id that ended it; None for the model's own end.
+        reason: `length` for a truncated text, also within a call; `tool_calls` for a choice that ends with calls.
+        stop: the stop string or token id that ended the choice; None for the model's end-of-sequence token.
     """
 
     reason: Reason
@@ -130,18 +128,16 @@ class Ended(_OfChoice, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the whole request: each prompt counted once, the output of every choice.
+    """Tokens of the whole request: each prompt is counted once, the output of every choice is counted.
 
     Attributes:
-        cached_tokens: of the prompts, found in the prefix cache.
-        reasoning_tokens: of the output, thoughts with the marks around them; None where there cannot be any.
-        prompt_ms: from first work on the prompt to the first token; in final counts, where they are known.
+        cached_tokens: prompt tokens that were found in the prefix cache.
+        reasoning_tokens: output tokens of the reasoning and its marks; None if there cannot be any.
+        prompt_ms: from the first work on the prompt to the first token; in final counts, if known.
         completion_ms: from the first token to the last, likewise.
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became output;
-            in final counts, as the next two.
-        predicted_tokens, accepted_predicted_tokens: of the text that the request predicted, and those that stand in the
-            output, for each choice.
-        final: nothing follows.
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those in the output; in final counts.
+        predicted_tokens, accepted_predicted_tokens: predicted tokens, and those in the output, of all choices.
+        final: whether this is the last event.
     """
 
     prompt_tokens: int

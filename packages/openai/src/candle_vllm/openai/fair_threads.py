@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Threads and queues that API keys share fairly: keys take turns, whatever each of them sends.
+"""Threads and queues that API keys share fairly: keys take turns, however many requests each of them sends.
 
-A thread that works on a big request keeps the interpreter for up to 0.1 s at a time (the scan of a string, a copy).
-Several such threads make every step of the event loop wait for each of them, so `apart` runs one of them at a time.
+A thread that works on a large request holds the interpreter lock for up to 0.1 s at a time (to scan or copy a string).
+Several such threads would all delay every step of the event loop, so `apart` runs one of them at a time.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from candle_vllm.core.errors import EngineOverloadedError
 
 T = TypeVar("T")
 
-MOST_WAITING = 60.0  # seconds for which a request waits for a thread
-BIG = 64 << 10  # bytes of a request whose steps are done one at a time
+MOST_WAITING = 60.0  # maximum number of seconds for which a request waits for a thread
+BIG = 64 << 10  # bytes; the steps of larger requests run one at a time
 MAX_STEPS = 4096  # requests that wait for their next step, one for each connection
 
 asker: ContextVar[str] = ContextVar("asker", default="")
-"""Whose request this is, as the label of an API key; empty where nobody is told from others."""
+"""The caller of the current request, as the label of an API key; empty if callers are not distinguished."""
 
 
 class RequestBytes:
-    """Bytes of a request, with those of stored responses that it continues; counted until its prompt is made.
+    """Bytes of a request and of the stored responses that it continues, accounted until the prompt is tokenized.
 
     Args:
-        size: of its body.
+        size: bytes of the body.
 
     Attributes:
-        size: of all.
+        size: all bytes.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -45,28 +45,28 @@ class RequestBytes:
         self._counted = 0
 
     def add(self, size: int) -> None:
-        """The request continues something of a store. Raises what `hold` raises."""
+        """Add the bytes of a stored response that the request continues. Raises what `hold` raises."""
         self.size += size
         self._count_all()
 
     def hold(self, count: Callable[[int], object]) -> None:
-        """Count what is more than `BIG`, until `release`.
+        """Account for the bytes beyond `BIG`, until `release`.
 
         Args:
-            count: called with more bytes, or with fewer than none at the end. It may raise, and has not counted then.
+            count: called with the number of further bytes, negative at the end. If it raises, nothing is counted.
         """
         if self._count is None:
             self._count = count
             self._count_all()
 
     def release(self) -> None:
-        """The request is tokens, or over."""
+        """Release the bytes: the request is tokenized, or has ended."""
         count, counted, self._count, self._counted = self._count, self._counted, None, 0
         if count is not None:
             count(-counted)
 
     def moved(self) -> RequestBytes:
-        """The same for work that goes on without the request, which counts no more."""
+        """Move the account to work that continues without the request."""
         other = RequestBytes(self.size)
         other._count, other._counted, self._count, self._counted = self._count, self._counted, None, 0
         return other
@@ -82,7 +82,7 @@ request_bytes: ContextVar[RequestBytes] = ContextVar("request_bytes")
 
 
 def this_request() -> RequestBytes:
-    """Bytes of the request that is worked on."""
+    """Return the bytes of the current request."""
     mine = request_bytes.get(None)
     if mine is None:
         request_bytes.set(mine := RequestBytes())
@@ -90,24 +90,24 @@ def this_request() -> RequestBytes:
 
 
 class FairQueue(Generic[T]):
-    """What waits, by keys: keys take turns, and what a key added first goes first."""
+    """Queue in which keys take turns; the items of one key are in order of arrival."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[T]] = {}  # the key whose turn is next stands first; no key without an item
+        self._waiting: dict[str, deque[T]] = {}  # ordered by turn, the next key first; every key has an item
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     def count(self, key: str) -> int:
-        """How many items of a key wait."""
+        """Return the number of waiting items of a key."""
         return len(self._waiting.get(key, ()))
 
     def add(self, key: str, item: T) -> None:
-        """Put an item behind those of its key."""
+        """Append an item to those of its key."""
         self._waiting.setdefault(key, deque()).append(item)
 
     def take(self, may_go: Callable[[str], bool] = lambda _: True) -> T | None:
-        """Remove the next item of the first key that may go, which has its next turn behind all others; else None."""
+        """Remove and return the next item of the first key that `may_go`, and move this key to the end; else None."""
         key = next(filter(may_go, self._waiting), None)
         if key is None:
             return None
@@ -118,7 +118,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, key: str, item: T) -> None:
-        """Remove an item, if it waits."""
+        """Remove an item, if it is in the queue."""
         items = self._waiting.get(key, deque())
         if item in items:
             items.remove(item)
@@ -130,39 +130,38 @@ class _Job(NamedTuple):
     asker: str
     work: Callable[[], Any]
     result: Future[Any]
-    until: float  # it is not begun later, by `time.monotonic`
+    until: float  # `time.monotonic()` after which it is not started
 
 
 class FairThreads:
-    """A few threads, of which one asker has half at most (of one thread, all of it), and a queue of askers.
+    """A few threads, of which one asker occupies at most half (a single thread entirely), and a queue of askers.
 
-    A thread is busy until its work ends, whether somebody waits for that or not.
+    A thread is busy until its work ends, even if nobody waits for the result any more.
 
     Args:
-        name: of what is worked on.
-        most: threads.
-        waiting: the most that wait, half of them of one asker.
+        name: name of the work, for messages.
+        most: number of threads.
+        waiting: maximum number of waiting jobs; one asker may have half of them.
     """
 
     def __init__(self, name: str, most: int, waiting: int) -> None:
         self._threads = ThreadPoolExecutor(most, f"candle-vllm-{name.replace(' ', '-')}")
         self._name, self._most, self._most_waiting = name, most, waiting
-        self._lock = threading.Lock()  # guards what waits and what runs
+        self._lock = threading.Lock()  # guards the queue and the running jobs
         self._waiting = FairQueue[_Job]()
         self._running: Counter[str] = Counter()
         self._closed = False
 
     async def run(self, work: Callable[[], T], who: str | None = None, ended: Callable[[], object] | None = None) -> T:
-        """What a function gives in one of the threads, in the context of the caller.
+        """Run a function in one of the threads, in the context of the caller, and return its result.
 
         Args:
             work: the function.
-            who: the asker; None is the one of this context.
-            ended: called in the event loop when the work has ended or is not begun any more, whether or not somebody
-                waits for it.
+            who: the asker; None uses the asker of this context.
+            ended: called in the event loop when the work has ended or can no longer start, even if nobody waits for it.
 
         Raises:
-            EngineOverloadedError: too many wait, this one has waited too long, or the threads are closed.
+            EngineOverloadedError: too many jobs wait, this job has waited too long, or the threads are closed.
         """
         step = cast("Callable[[], T]", partial(copy_context().run, work))
         job = _Job(asker.get() if who is None else who, step, Future(), time.monotonic() + MOST_WAITING)
@@ -184,11 +183,11 @@ class FairThreads:
                 with self._lock:
                     self._waiting.remove(job.asker, job)
             if not result.cancel() and not result.cancelled():
-                result.exception()  # looked at, where nobody waits for it any more
-            del job, result, work, step  # an error that this frame raises would hold itself, and the request's body
+                result.exception()  # mark the exception as retrieved if nobody waits for it
+            del job, result, work, step  # an exception from this frame would keep itself and the request's body alive
 
     async def close(self) -> None:
-        """Wait for what is running; what waits is dropped."""
+        """Wait for the running jobs; waiting jobs are cancelled."""
         with self._lock:
             self._closed = True
             while (job := self._waiting.take()) is not None:
@@ -205,13 +204,13 @@ class FairThreads:
         self._waiting.add(job.asker, job)
 
     def _start(self) -> None:
-        """Give free threads to those who wait."""
+        """Start waiting jobs on free threads."""
         with self._lock:
             while self._running.total() < self._most:
                 job = self._waiting.take(self._has_room)
                 if job is None:
                     return
-                if time.monotonic() >= job.until:  # the event loop was too busy to say so
+                if time.monotonic() >= job.until:  # the event loop was too busy for its timeout
                     job.result.cancel()
                 elif job.result.set_running_or_notify_cancel():
                     self._running[job.asker] += 1
@@ -221,7 +220,7 @@ class FairThreads:
         return not who or self._running[who] < max(1, self._most // 2)
 
     def _run(self, taken: list[_Job]) -> None:
-        job = taken.pop()  # an error holds the frames of the thread, and these hold what they were called with
+        job = taken.pop()  # an exception keeps the thread's frames alive, and these keep their arguments
         who = job.asker
         try:
             job.result.set_result(job.work())
@@ -245,15 +244,15 @@ async def apart(
     who: str | None = None,
     ended: Callable[[], object] | None = None,
 ) -> T:
-    """What a step of a request gives in a thread; of big requests, one step runs at a time.
+    """Run a step of a request in a thread and return its result; of large requests, one step runs at a time.
 
     Args:
         work, arguments: the step.
-        size: bytes that it works on; None is those of `this_request`.
-        who, ended: as of `FairThreads.run`.
+        size: bytes that the step processes; None uses the size of `this_request`.
+        who, ended: as in `FairThreads.run`.
 
     Raises:
-        EngineOverloadedError: as `FairThreads.run`.
+        EngineOverloadedError: as in `FairThreads.run`.
     """
     small = (this_request().size if size is None else size) <= BIG
     return await (_small if small else _big).run(partial(work, *arguments), who, ended)

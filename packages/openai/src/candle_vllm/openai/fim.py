@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Gaps in texts in the words of Mistral's API, `/v1/fim/completions`, without HTTP (steps 2 and 10).
+"""Fill-in-the-middle in the form of Mistral's API, `/v1/fim/completions`, without HTTP (steps 2 and 10).
 
-A request is read as a task that an `OpenAIAdapter` answers; its answer has the form of a chat answer.
+A request is converted to a task that an `OpenAIAdapter` answers; the response has the form of a chat completion.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from candle_vllm.openai.task import Paths, Task
 
 
 class FimRequest(WireModel):
-    """A gap to fill, by a model that was trained to; without a suffix the prompt is continued.
+    """A gap to fill, by a model trained for fill-in-the-middle; without a suffix the prompt is continued.
 
     Attributes:
-        prompt, suffix: what stands before and behind the gap.
-        max_tokens: None is as many as the context takes.
-        metadata: without effect: nothing is stored.
+        prompt, suffix: text before and after the gap.
+        max_tokens: maximum number of tokens; None means up to the end of the context.
+        metadata: no effect, because nothing is stored.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -52,7 +52,7 @@ class FimRequest(WireModel):
     metadata: dict[str, Any] | None = None
 
     def task(self, defaults: Mapping[str, Any]) -> Task:
-        """What is asked for; `defaults`, by names of `SamplingParams`, are for what the request leaves open."""
+        """Convert the request to a task; `defaults` are values by name in `SamplingParams` that it leaves open."""
         given = sampling_values(self)
         if self.random_seed is not None:
             given["seed"] = self.random_seed
@@ -67,18 +67,18 @@ class FimRequest(WireModel):
 
 
 class FimStream(ChunkStream[ChatCompletionChunk]):
-    """The chunks of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+    """Chunks of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
 
 
 async def fim_stream(
     adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
 ) -> FimStream:
-    """Submits the request and gives its chunks as they come; close the stream to abort it.
+    """Submit the request and stream its chunks; close the stream to abort the request.
 
     Args:
-        adapter: answers it; raises what its methods raise.
-        request: a checked one.
-        defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
+        adapter: answers the request; this function raises what its methods raise.
+        request: a validated request.
+        defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
     """
     return FimStream(await adapter.continued(request.task(defaults or {})), _Writer())
 
@@ -86,13 +86,13 @@ async def fim_stream(
 async def fim_answer(
     adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
 ) -> ChatCompletion:
-    """The whole answer, which is the sum of a stream's chunks. Cancelling it aborts the request."""
+    """Return the whole answer, joined from a stream's chunks. Cancelling this coroutine aborts the request."""
     async with aclosing(await fim_stream(adapter, request, defaults)) as stream:
         return join_chat([chunk async for chunk in stream])
 
 
 class _Writer:
-    """The chunks of one answer; the last has its finish reason and the counts, as Mistral's has."""
+    """Writes the chunks of one answer; the last has the finish reason and the counts, as in Mistral's API."""
 
     def __init__(self) -> None:
         self._head: Head | None = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life), and answers -> bytes.
+"""Bytes -> JSON value, strictly by RFC 8259 (step 2 of a request's life), and answers -> bytes.
 
-Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, nesting beyond `MAX_DEPTH`, and more
-values, arrays, objects and names than the caps below, which would cost far more time and memory than their bytes.
+Besides invalid syntax, these are refused: duplicate names, NaN and Infinity, lone surrogates, nesting beyond
+`MAX_DEPTH`, and more values, arrays, objects and names than the limits below, which cost much time and memory.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ import msgspec
 
 from candle_vllm.openai.errors import InvalidBodyError
 
-MAX_DEPTH = 64  # arrays and objects inside each other
+MAX_DEPTH = 64  # nested arrays and objects
 MAX_ELEMENTS = 1_000_000  # commas and opening brackets outside of strings
 MAX_CONTAINERS = 100_000  # arrays and objects
-MAX_NAMES = 100_000  # in all objects together
+MAX_NAMES = 100_000  # names in all objects together
 
 
-_STEPS, _RUN = 1 << 13, 64  # escapes, or runs of other characters, of a string that are matched in one go
+_STEPS, _RUN = 1 << 13, 64  # escapes, or runs of other characters, of a string that one match consumes
 _INSIDE = rf'(?:[^"\\]{{1,{_RUN}}}+|\\(?:.|\Z)){{0,{_STEPS}}}+(?:"|\Z|())'
-_REST = re.compile(_INSIDE, re.DOTALL)  # a further piece of a string; group 1 where the string goes on behind it
+_REST = re.compile(_INSIDE, re.DOTALL)  # the next part of a string; group 1 matches if the string continues after it
 
 
 def _next(structural: str) -> re.Pattern[str]:
-    """Matches a piece of JSON: up to the end of the next string, or up to the next `structural` character in none.
+    """Return a pattern that matches up to the end of the next string, or up to the next `structural` character.
 
-    Group 1 is that character; group 2 is set where the piece ends inside its string. It matches at every place, also in
-    broken JSON, and takes nothing back, so that a scan is linear; it is short, for `re` keeps other threads waiting.
+    Group 1 is that character; group 2 is set if the match ends inside its string. It matches at every position, also in
+    invalid JSON, and never backtracks, so a scan is linear; matches are short, because `re` blocks other threads.
     """
     return re.compile(rf'[^"{structural}]{{0,{_RUN * _STEPS}}}+(?:([{structural}])|"{_INSIDE}|)', re.DOTALL)
 
 
 def _outside(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-    """The pieces of `text` that end with a structural character outside of strings; `pattern` is one of `_next`."""
+    """Find matches of `pattern`, made by `_next`, that end with a structural character outside of strings."""
     pieces = pattern.finditer(text)
     while (piece := next(pieces, None)) is not None:
         if piece.lastindex == 1:
@@ -61,10 +61,10 @@ _LINE_ENDS = {end.encode(): f"\\u{ord(end):04x}".encode() for end in "\u2028\u20
 
 
 def to_json_bytes(value: msgspec.Struct) -> bytes:
-    """An answer, chunk or error as JSON in UTF-8 that is one line for every reader.
+    """Encode an answer, chunk or error as JSON in UTF-8 that is one line for every reader.
 
-    U+2028, U+2029 and U+0085 end a line for some readers of streams and of JSON lines, Python's `str.splitlines` among
-    them, so they are escaped; JSON escapes all other line ends by itself.
+    U+2028, U+2029 and U+0085 end a line for some readers of streams and of JSON lines, such as Python's
+    `str.splitlines`, so they are escaped; JSON escapes all other line ends.
     """
     data = msgspec.json.encode(value)
     for end, escape in _LINE_ENDS.items():
@@ -74,12 +74,12 @@ def to_json_bytes(value: msgspec.Struct) -> bytes:
 
 
 def to_dict(value: msgspec.Struct) -> dict[str, Any]:
-    """An answer, chunk or error as dicts and lists, as its JSON is: without the fields that are UNSET."""
+    """Convert an answer, chunk or error to dicts and lists, as in its JSON: without fields that are UNSET."""
     return msgspec.to_builtins(value)
 
 
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
-    """The JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and says where the fault is."""
+    """Decode the JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and locates the error."""
     text = _decode_utf8(body) if isinstance(body, bytes) else body
     _check_size(text, name)
     try:
@@ -90,7 +90,7 @@ def decode_json(body: bytes | str, name: str = "The body") -> Any:
         ) from None
     except RecursionError:
         raise _too_deep(name) from None
-    except ValueError:  # Python's limit on the digits of an integer
+    except ValueError:  # Python's limit for the digits of an integer
         raise InvalidBodyError(f"{name} holds a number with thousands of digits.") from None
     _check_depth(value, name)
     if "\\ud" in text or "\\uD" in text:
@@ -106,7 +106,7 @@ def _decode_utf8(body: bytes) -> str:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Counts before anything is made of the text; what stands in strings is only told apart where that matters."""
+    """Check limits before the text is parsed; strings are only recognised if a plain count exceeds a limit."""
     for characters, pattern, most, what in _LIMITS:
         if sum(map(text.count, characters)) <= most:
             continue
@@ -137,7 +137,7 @@ def _check_depth(value: Any, name: str) -> None:
 
 
 def is_deeper(value: Any, levels: int) -> bool:
-    """Whether more than `levels` arrays and objects of a JSON value lie inside each other."""
+    """Whether arrays and objects of a JSON value are nested more than `levels` deep."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(levels):
         inner: list[Any] = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The texts of llama.cpp's server: `/completion`, with images or not, and `/infill`, without HTTP (steps 2 and 10).
+"""Completions of llama.cpp's server: `/completion`, also with images, and `/infill`, without HTTP (steps 2 and 10).
 
-A request is read as a task that an `OpenAIAdapter` answers, and what happens meanwhile is written in llama.cpp's words.
+A request is converted to a task that an `OpenAIAdapter` answers, and the events of the answer to llama.cpp's chunks.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import ImagePart, Paths, Task
 
-MAX_EXTRA = 256  # pieces of other files
-MAX_IMAGES = 1024  # of a prompt, before the model's own bound is asked
+MAX_EXTRA = 256  # snippets of other files
+MAX_IMAGES = 1024  # images of a prompt, before the model's own limit is checked
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
 _REFUSED: Mapping[str, fields.Refusal] = {
@@ -49,13 +49,13 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "samplers": "samplers have one order here",
     "return_progress": "nothing is sent before the first token",
 }
-"""Fields that are taken and change nothing, of which the sender is told."""
+"""Fields that are accepted without effect; the client gets a warning."""
 
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
 
 def _biases(given: Any) -> Any:
-    """Pairs of a token id or a text, and what is added to the logit."""
+    """Validate pairs of a token id or a text, and a logit bias."""
     if given is None:
         return None
     pairs = list(given.items()) if isinstance(given, dict) else given
@@ -77,18 +77,17 @@ def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
 
 
 class _Asked(LlamaFields, LlamaForms):
-    """What both routes take.
+    """Fields that both routes share.
 
     Attributes:
-        n_predict: most tokens of the answer; -1 and -2 are as many as the context takes, 0 reads the prompt alone.
-        n_probs: how many of the likeliest tokens are reported at each position; 0 reports nothing.
-        logit_bias: pairs of a token id or a text, whose tokens are all meant, and what is added to the logit, or an
-            object of such; false bans, as -100.
-        return_tokens: a whole answer has its token ids; pieces of a stream always have theirs.
-        timings_per_token: every piece has timings.
-        response_fields: what the last piece, or the whole answer, has: names, or paths as `generation_settings/seed`.
-        cache_prompt, id_slot, n_keep, n_discard: without effect: what prompts begin with is always kept, there are no
-            slots, and prompts are never cut.
+        n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only evaluates the prompt.
+        n_probs: number of likeliest tokens reported at each position; 0 reports no probabilities.
+        logit_bias: pairs of a token id, or a text for all its tokens, and a bias; or an object of them; false is -100.
+        return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
+        timings_per_token: whether every chunk has timings.
+        response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.
+        cache_prompt, id_slot, n_keep, n_discard: no effect: beginnings of prompts are always cached, there are no
+            slots, and prompts are never truncated.
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
@@ -120,7 +119,7 @@ class _Asked(LlamaFields, LlamaForms):
         return None if value is False else value
 
     def sampling(self) -> dict[str, Any]:
-        """What is given, by the names of `SamplingParams`."""
+        """Return the given options, under their names in `SamplingParams`."""
         limit = self.n_predict
         limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
         return self.drawing() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
@@ -131,16 +130,16 @@ class _Asked(LlamaFields, LlamaForms):
         return self
 
     def form(self) -> StructuredOutputsParams | None:
-        """What the answer must look like."""
+        """Return the constraint on the answer."""
         given = self.llama_form()
         return None if given is None else given[1]
 
 
 class MediaPrompt(fields.WireModel):
-    """A text, perhaps with images.
+    """A text that may have images.
 
     Attributes:
-        multimodal_data: images in base64, in the order of their marks in the text (`task.MEDIA_MARK`), one each.
+        multimodal_data: images in base64, one for each mark in the text (`task.MEDIA_MARK`), in this order.
     """
 
     prompt_string: str
@@ -148,7 +147,7 @@ class MediaPrompt(fields.WireModel):
 
 
 def _form(value: Any) -> str:
-    """The tag of a prompt, or of a list of them."""
+    """Return pydantic's union tag of a prompt, or of a list of prompts."""
     if isinstance(value, dict):
         return "<object>"
     form = fields.prompt_form(value)
@@ -165,7 +164,7 @@ _Prompt = Annotated[
 
 
 class LlamaCompletionRequest(_Asked):
-    """A text to continue, its tokens, or a text with images; or a list of those, each with its own answer."""
+    """A text to continue, its tokens, or a text with images; or a list of them, each with its own answer."""
 
     prompt: Annotated[
         Annotated[str, Tag("<string>")]
@@ -183,19 +182,19 @@ class LlamaCompletionRequest(_Asked):
 
     @property
     def prompts(self) -> list[str | list[int] | MediaPrompt]:
-        """The prompts, one entry each."""
+        """The prompts as a list with one entry for each prompt."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return cast(Any, self.prompt) if several else [cast(Any, self.prompt)]
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
-        """What is asked for."""
+        """Convert the request to tasks, one for each prompt."""
         prompts = self.prompts
         names = ["prompt"] if prompts[0] is self.prompt else [f"prompt.{number}" for number in range(len(prompts))]
         return [_task(prompt, name, shared) for prompt, name in zip(prompts, names, strict=True)]
 
 
 def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str, Any]) -> Task:
-    """What is asked for by a prompt of the name that the request has for it."""
+    """Convert a prompt to a task; `name` is the path of the prompt in the request."""
     if not isinstance(prompt, MediaPrompt):
         return Task(prompts=(prompt,), **shared)
     if prompt.multimodal_data is None:
@@ -210,7 +209,7 @@ def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str,
 
 
 class Extra(fields.WireModel):
-    """A piece of another file. What else an editor notes beside it (llama.vim: `time`) has no effect."""
+    """A snippet of another file. Other fields that editors send (llama.vim: `time`) have no effect."""
 
     text: str
     filename: str | None = None
@@ -222,12 +221,12 @@ class Extra(fields.WireModel):
 
 
 class InfillRequest(_Asked):
-    """A gap to fill, by a model that was trained to.
+    """A gap to fill, by a model trained for fill-in-the-middle.
 
     Attributes:
-        input_prefix, input_suffix: what stands before and behind the gap.
-        prompt: the beginning of the gap's line, behind the prefix: editors send the lines above the cursor as prefix.
-        input_extra: pieces of other files, which the model reads before it.
+        input_prefix, input_suffix: text before and after the gap.
+        prompt: beginning of the gap's line, after the prefix: editors send the lines above the cursor as prefix.
+        input_extra: snippets of other files, which precede the prefix.
     """
 
     input_prefix: str
@@ -236,7 +235,7 @@ class InfillRequest(_Asked):
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
-        """What is asked for. Without a suffix the text is continued."""
+        """Convert the request to one task. Without a suffix the text is continued."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
         prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
@@ -246,7 +245,7 @@ LlamaRequest = LlamaCompletionRequest | InfillRequest
 
 
 class TokenProbability(msgspec.Struct, frozen=True, kw_only=True):
-    """A token and its natural log-probability, with the likeliest ones at its position."""
+    """A token and its natural log-probability, with the likeliest tokens at its position."""
 
     id: int
     token: str
@@ -264,15 +263,15 @@ def _probabilities(entries: Sequence[PositionLogprobs]) -> tuple[TokenProbabilit
 
 
 class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of an answer, and with `stop` its last one; of an answer that is not streamed, all of it.
+    """A chunk of a streamed answer, the last one with `stop`; or a whole answer.
 
     Attributes:
-        tokens: ids of the piece; of a whole answer where `return_tokens` asked for them.
-        completion_probabilities: where `n_probs` asked for them.
-        prompt: where it was a text.
-        generation_settings: what the tokens were sampled with, by llama.cpp's names.
-        stop_type: eos, limit or word; `stopping_word` is the latter.
-        truncated: never, for prompts are not cut.
+        tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
+        completion_probabilities: log-probabilities, if `n_probs` requests them.
+        prompt: the prompt, if it was a text.
+        generation_settings: sampling values of the answer, under llama.cpp's names.
+        stop_type: eos, limit or word; for word, `stopping_word` is the stop string.
+        truncated: always false, because prompts are not truncated.
     """
 
     content: str
@@ -294,22 +293,22 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Answered = LlamaText | dict[str, Any]
-"""An answer or a piece; an object where `response_fields` chose what it has."""
+"""An answer or a chunk; an object if `response_fields` selects fields."""
 
 
 class LlamaStream(ChunkStream[Answered]):
-    """The pieces of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+    """Chunks of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
 
 
 async def llama_stream(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> LlamaStream:
-    """Submits a request of one prompt and gives its pieces as they come; close the stream to abort it.
+    """Submit a request with one prompt and stream its chunks; close the stream to abort the request.
 
     Args:
-        adapter: answers it; raises what its methods raise.
-        request: a checked one.
-        defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
+        adapter: answers the request; this function raises what its methods raise.
+        request: a validated request.
+        defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
     """
     (task,) = await _tasks(adapter, request, defaults)
     writer = _Writer(request, task, _settings(adapter, request, task))
@@ -342,7 +341,7 @@ async def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mappin
 
 
 async def _bias(adapter: OpenAIAdapter, request: LlamaRequest) -> dict[int, float]:
-    """What is added to the logit of each token."""
+    """Return the logit bias of each token."""
     pairs: Sequence[tuple[int | str, float]] = request.logit_bias or ()
     texts = [name for name, _ in pairs if isinstance(name, str)]
     known = dict(zip(texts, await adapter.tokens_of(texts, add_special_tokens=False) if texts else (), strict=True))
@@ -350,7 +349,7 @@ async def _bias(adapter: OpenAIAdapter, request: LlamaRequest) -> dict[int, floa
 
 
 def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict[str, Any]:
-    """What the tokens of an answer are sampled with, by llama.cpp's names."""
+    """Return the sampling values of an answer, under llama.cpp's names."""
     params = sampling_params(task, adapter.model_info.default_sampling).filled({})
     shared = {name: getattr(params, name) for name in sampling_names(LlamaFields)}
     return shared | {
@@ -366,15 +365,15 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
 
 
 def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
-    """Whether a text has its first token already, as one that a template wrote."""
+    """Whether a text already has the beginning-of-sequence token, as rendered templates have."""
     return bool(beginning) and isinstance(prompt, str) and prompt.startswith(beginning)
 
 
 async def llama_answer(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> Answered | list[Answered]:
-    """The whole answer, which is the sum of a stream's pieces, or those to several prompts, which are answered at the
-    same time. Cancelling it aborts the request."""
+    """Return the whole answer, joined from a stream's chunks, or the answers to several prompts, which run at the same
+    time. Cancelling this coroutine aborts the request."""
     answers: list[Answered] = []
     async with AsyncExitStack() as streams:
         begun: list[ChunkStream[LlamaText]] = []
@@ -398,7 +397,7 @@ async def llama_answer(
 
 
 def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
-    """The parts that are asked for, each under its path; everything if no part is asked for."""
+    """Select the requested fields, each under its path; without paths, return everything."""
     if not paths:
         return piece
     found: dict[str, Any] = {}
@@ -412,13 +411,13 @@ def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
 
 
 class _Writer:
-    """The pieces of one answer.
+    """Writes the chunks of one answer.
 
     Args:
-        request: what is shown beside the text.
-        task: what is answered.
-        settings: what its tokens are sampled with.
-        whole: the last piece is not shown as it is.
+        request: the request, which selects the fields of chunks.
+        task: the task that is answered.
+        settings: sampling values of the answer.
+        whole: whether the last chunk keeps all fields, because a whole answer is joined from the chunks.
     """
 
     def __init__(self, request: LlamaRequest, task: Task, settings: Mapping[str, Any], *, whole: bool = False) -> None:
@@ -428,7 +427,7 @@ class _Writer:
         self._ended: Ended | None = None
         self._running = RunningTimings() if request.timings_per_token else None
         self._timings: Timings | UnsetType = UNSET
-        self._held: list[Text] = []  # tokens without a text of their own yet, for the next piece
+        self._held: list[Text] = []  # tokens whose text is not complete yet, for the next chunk
 
     def write(self, events: Sequence[Event]) -> list[Any]:
         made: list[Any] = []

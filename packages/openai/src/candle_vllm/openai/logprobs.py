@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The engine's log-probabilities -> the three wire forms: chat, the older completions form, vLLM's prompt form."""
+"""The engine's log-probabilities -> the three wire forms: chat, OpenAI's older completions form, vLLM's prompt form."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from candle_vllm.openai.protocol.chat import (
 )
 from candle_vllm.openai.protocol.completions import CompletionLogprobs
 
-LOWEST = -9999.0  # stands for minus infinity, which JSON cannot say; OpenAI's choice
+LOWEST = -9999.0  # replaces minus infinity, which JSON does not have; OpenAI's value
 
 
 def chat_logprobs(entries: Sequence[PositionLogprobs], *, by_id: bool = False) -> ChatLogprobs:
-    """One wire entry per token; `by_id` names tokens as vLLM does, `token_id:5`."""
+    """Return one wire entry per token; `by_id` names tokens as vLLM does, `token_id:5`."""
     return ChatLogprobs(tuple(_chat_entry(entry, by_id) for entry in entries))
 
 
 def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> PromptLogprobs:
-    """Per prompt token: the `top` likeliest and the token itself by id; null for the first token."""
+    """Return for each prompt token the `top` likeliest tokens and the token itself, by id; null for the first token."""
     return tuple(None if entry is None else _prompt_entry(entry, top) for entry in entries)
 
 
 class CompletionLogprobsWriter:
-    """Writes the older form for one choice, piece by piece; it remembers how far the text has come."""
+    """Writes the older form for one choice, in parts; keeps the offset in the text between them."""
 
     def __init__(self, top: int, *, by_id: bool = False) -> None:
         self._top = top
@@ -39,7 +39,7 @@ class CompletionLogprobsWriter:
         self._decoder = _decoder()
 
     def add(self, entries: Sequence[PositionLogprobs]) -> CompletionLogprobs:
-        """The entries of the next tokens."""
+        """Return the entries of the next tokens."""
         offsets = []
         for entry in entries:
             offsets.append(self._offset)
@@ -52,13 +52,13 @@ class CompletionLogprobsWriter:
         )
 
     def skip(self, characters: int, begun: bytes = b"") -> None:
-        """Goes on behind text that another writer has written, the echoed prompt, which ended with `begun`."""
+        """Continue after the echoed prompt, which another writer has written and which ended with the bytes `begun`."""
         self._offset += characters
         self._decoder.decode(begun)
 
     @property
     def begun(self) -> bytes:
-        """The beginning of a character that the last tokens hold."""
+        """Bytes of an incomplete character at the end of the last tokens."""
         return self._decoder.getstate()[0]
 
     def _top_entry(self, entry: PositionLogprobs) -> dict[str, float]:
@@ -69,10 +69,10 @@ class CompletionLogprobsWriter:
 def echoed_logprobs(
     first: str, entries: Sequence[PositionLogprobs], text: str, top: int, first_id: int | None = None
 ) -> tuple[CompletionLogprobs, bytes]:
-    """The echoed prompt `text`: its first token, which has no log-probability, and the others.
+    """Return the echoed prompt `text`: its first token, which has no log-probability, and the others.
 
-    With it comes the beginning of a character that the prompt ends with. Where `first_id`, the id of the first token,
-    is given, tokens are named by their ids.
+    The second result is the incomplete character at the end of the prompt. If `first_id`, the id of the first token, is
+    given, tokens are named by their ids.
     """
     writer = CompletionLogprobsWriter(top, by_id=first_id is not None)
     writer.skip(len(first) if text.startswith(first) else 0)
@@ -87,7 +87,7 @@ def echoed_logprobs(
 
 
 def join_completion_logprobs(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
-    """The parts of one choice as one."""
+    """Join the parts of one choice."""
     if len(parts) == 1:
         return parts[0]
     return CompletionLogprobs(
@@ -107,7 +107,7 @@ def _finite(logprob: float) -> float:
 
 
 def _unique_text(token: TokenLogprob) -> str:
-    """The token's text; tokens that are parts of characters would all read the same, so their bytes are spelt out."""
+    """Return the token's text, or its bytes if it is only a part of a character: such texts would all be the same."""
     try:
         return token.bytes.decode("utf-8")
     except UnicodeDecodeError:

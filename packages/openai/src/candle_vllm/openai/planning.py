@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a chat request's answers may hold and how they are held to it: formats, tools and structured output (step 2).
+"""How the answers of a chat request are parsed and constrained: formats, tools and structured output (step 2).
 
-The formats are chosen once per model, by its files; a plan is made once per request, when its prompt is known. One
-grammar holds structured output and tool calls together, with reasoning before them.
+The formats are chosen once per model, from its files; a plan is made once per request, when its prompt is known. One
+grammar combines structured output and tool calls, after the reasoning.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 
 logger = logging.getLogger(__name__)
 NO_LIMIT = ThinkingLimit(-1, required=False)
-_TAIL = 1 << 14  # characters at a prompt's end in which its last marks are looked for
+_TAIL = 1 << 14  # characters at a prompt's end that are searched for its last marks
 
 
 class Planned(NamedTuple):
-    """A plan for the answers of one request, the form that their text must have, how much may be thought, and where
-    stop strings count."""
+    """Plan for one request's answers, constraint on their text, limit on reasoning, and where stop strings apply."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None
@@ -47,19 +46,19 @@ class Planned(NamedTuple):
 
 
 class AnswerPlanner:
-    """Plans answers of one model.
+    """Plans the answers of one model.
 
     Args:
-        conventions: how the model was trained to chat.
+        conventions: the chat conventions that the model was trained with.
         model_type: its architecture.
-        tool_parser, reasoning_parser: names of formats; None is the model's own.
-        thinking: how much may be thought where a request does not say it, and what is said then; below 0 is no limit.
+        tool_parser, reasoning_parser: names of formats; None uses the model's own.
+        thinking: default for the limit on reasoning and the message that ends it; below 0 means no limit.
 
     Attributes:
-        choice: the formats, and why.
+        choice: the chosen formats, and the reasons.
 
     Raises:
-        ConfigError: there is no format of that name.
+        ConfigError: no format has that name.
     """
 
     def __init__(
@@ -84,22 +83,22 @@ class AnswerPlanner:
         logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
         self._special, self._marks = conventions.special_tokens, conventions.mark_ids
         self._model_type, self._thinking = model_type, thinking
-        frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
+        frame = tools if tools is not None and tools.flow is not None else None  # for answers without calls too
         leads = reasoning.pairs if reasoning is not None else {}
-        self._bound = {  # by the mark that opened the thoughts; "" where the prompt did not
+        self._bound = {  # keyed by the mark that the prompt opened the reasoning with; "" if it did not
             opening: (bind(Layout(row, tools, COMMON), self._special), bind(Layout(row, frame), self._special))
             for opening, row in {"": reasoning, **{one: reasoning and reasoning.led_by(one) for one in leads}}.items()
         }
 
     def plan(self, task: Task, prompt: str, *, loose: Collection[str] = ()) -> Planned:
-        """The plan for a task whose rendered prompt is `prompt`; raises `RequestError`.
+        """Return the plan for a task whose rendered prompt is `prompt`; raises `RequestError`.
 
-        Tools whose names are in `loose` are not held to their schemas.
+        Calls of tools in `loose` are not constrained by their schemas.
         """
         tools, reasoning, needs = self.choice.tools, self.choice.reasoning, self.choice.needs
         use, continued = task.tools, task.continued
         if needs is not None and needs.writes_calls and not needs.parallel_calls:
-            use = replace(use, parallel=False)  # the model has never seen a message with more
+            use = replace(use, parallel=False)  # the model was not trained on messages with several calls
         called = tools if use.mode != "none" else None
         tail = prompt[-_TAIL:]
         opening = open_mark(tail, reasoning, continued=continued)
@@ -141,7 +140,7 @@ class AnswerPlanner:
     def _budget(
         self, task: Task, reasoning: ReasoningFormat | None, opening: str, called: ToolFormat | None
     ) -> ThoughtBudget | None:
-        """How much may be thought in an answer; `called` is how calls in it look, if there may be any."""
+        """Return the limit on reasoning in an answer; `called` is the format of calls, if the answer may have calls."""
         limit = self._thinking if task.thinking is None else task.thinking
         if limit.tokens < 0:  # no limit
             return None
@@ -170,12 +169,12 @@ class AnswerPlanner:
 
 
 def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools: Collection[str]) -> StopMarks:
-    """Where stop strings count: in the text of an answer, not in what is read as thoughts or calls.
+    """Return where stop strings apply: in the text of an answer, not in its reasoning or calls.
 
     Args:
-        reasoning: how the model writes thoughts, if it does.
-        form: how it writes calls; calls in the format's own marks are recognised.
-        tools: names of the tools that may be called; without any, what looks like a call is text.
+        reasoning: the model's reasoning format, if it has one.
+        form: the model's format of calls; calls in the format's own marks are recognised.
+        tools: names of the tools that may be called; without tools, text in the form of a call is text.
     """
     flow = (form and form.flow) or (reasoning and reasoning.flow)
     if flow is not None:
@@ -214,11 +213,11 @@ _BARE_OBJECTS = tuple(
         '{"type":"function","name":',
     )
 )
-"""How a call without a mark begins, with the tool's name in the place of {}."""
+"""Beginnings of calls without a mark; {} is replaced by the tool's name."""
 
 
 def _calling(mark: str, form: ToolFormat) -> tuple[str, ...]:
-    """An opening mark with what must follow it where it is a word that text has as well."""
+    """Return an opening mark; a mark that occurs as a word in text is followed by the beginning of its body."""
     if form.line_start:
         return (f"{mark} ```json", f"{mark}\n```json")
     return (f"{mark}[",) if mark.isalpha() else (mark,)
@@ -236,24 +235,24 @@ def constrain(
     loose: Collection[str] = (),
     continued: bool = False,
 ) -> StructuredOutputsParams | None:
-    """The grammar of an answer's whole text; None where anything will do.
+    """Return the grammar of an answer's whole text; None if any text is allowed.
 
-    Where calls are required, structured output does not apply: it is about content, and such an answer has no content.
-    Where the model chooses, the answer is calls or what `structured` asks for, not both.
+    If calls are required, structured output does not apply: it is about content, and such an answer has no content.
+    If the model chooses, the answer is either calls or what `structured` requires.
 
     Args:
-        structured: the form of the content, if it must have one.
-        form: how the model writes calls, even if no tool is offered; None where that is not known.
-        use: the tools and the choice among them.
-        reasoning: how it writes the thoughts that may come; None where none may.
-        in_reasoning: the prompt has opened the thoughts already.
+        structured: constraint on the content, if there is one.
+        form: the model's format of calls, even if no tool is offered; None if it is unknown.
+        use: the tools and the tool choice.
+        reasoning: format of the reasoning that may precede the answer; None if there cannot be any.
+        in_reasoning: the prompt has already opened the reasoning.
         special: special tokens of the vocabulary, by name.
-        own: other tokens that marks are made of, by name.
-        loose: names of tools that are not held to their schemas.
-        continued: the prompt ends within an answer, which the model is to go on with.
+        own: other tokens that marks consist of, by name.
+        loose: names of tools whose schemas do not constrain calls.
+        continued: the prompt ends within an answer, which the model continues.
 
     Raises:
-        RequestError: what is asked for cannot be guaranteed.
+        RequestError: the constraint cannot be guaranteed.
     """
     offered = use.tools if form is not None else ()
     if use.mode == "required" and not offered:
@@ -264,7 +263,7 @@ def constrain(
         )
     if structured is not None and use.mode != "required":
         if continued and ((form and form.flow) or (reasoning and reasoning.flow)):
-            return structured  # nothing of the message but the form is left
+            return structured  # only the content of the message remains to be generated
         around = answer_grammar(
             form,
             offered,
@@ -289,7 +288,7 @@ def constrain(
         special=special,
         own=own,
         loose=loose,
-        always=len(use.shown) > len(use.tools),  # the model is shown tools that it may not call
+        always=len(use.shown) > len(use.tools),  # the model sees tools that it may not call
     )
     return None if calls is None else StructuredOutputsParams(grammar=calls)
 
@@ -297,7 +296,7 @@ def constrain(
 def _after_thoughts(
     structured: StructuredOutputsParams, reasoning: ReasoningFormat | None, in_reasoning: bool
 ) -> StructuredOutputsParams:
-    """The form, behind thoughts where the model may have some."""
+    """Return the constraint, applied after reasoning if the model may reason."""
     if reasoning is None:
         return structured
     start = None if in_reasoning else reasoning.open
@@ -309,5 +308,5 @@ def _compiled(conventions: ChatConventions) -> ChatTemplate | None:
         return None
     try:
         return ChatTemplate(conventions.chat_template, conventions.token_names)
-    except UnsupportedModelError:  # the engine would not have loaded it either
+    except UnsupportedModelError:  # the engine does not load such a model either
         return None

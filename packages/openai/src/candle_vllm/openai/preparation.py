@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Steps 2 and 3 of a request: checked fields -> prompt tokens, sampling parameters, and how answers are read.
+"""Steps 2 and 3 of a request: validated fields -> prompt tokens, sampling parameters, and the parsing of answers.
 
-Rendering a template, tokenizing a long prompt and compiling a grammar take long enough to hold up every other stream
-of an event loop: call these in other threads (`WorkerThreads`).
+Rendering a template, tokenizing a long prompt and compiling a grammar would block all streams of an event loop, so
+call these methods in other threads (`WorkerThreads`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads, check_length
 from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart
 
-MAX_PIXELS = 1 << 28  # of the images of a request: a few bytes can say as many as an image may have
-_MOST_TRIED = 64  # tools that are tried one by one
+MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encode an image of the maximum size
+_MOST_TRIED = 64  # tools whose schemas are tried one by one
 
 
 _LOOKED = (
@@ -53,13 +53,13 @@ class PreparedChat(NamedTuple):
     """A task, ready to be submitted.
 
     Attributes:
-        prompt: its tokens.
-        params: how they are continued; with the form that answers must have.
-        answers: how answers are read.
+        prompt: token ids of the prompt.
+        params: sampling parameters, with the constraint on answers.
+        answers: how answers are parsed.
         text: the prompt as text.
-        remarks: what the user should know of the form.
-        images: those of the prompt.
-        unseen: images that have not been looked at, files or where they are, and where the request has them.
+        remarks: warnings to the client about the constraint.
+        images: preprocessed images of the prompt.
+        unseen: images that are not read yet: their files or addresses, and their paths in the request.
     """
 
     prompt: list[int]
@@ -72,10 +72,10 @@ class PreparedChat(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """A task of prompts, ready to be submitted.
+    """A task with prompts, ready to be submitted.
 
     Attributes:
-        images, unseen: of the only prompt, as of `PreparedChat`.
+        images, unseen: images of the only prompt, as in `PreparedChat`.
     """
 
     prompts: list[EchoedPrompt]
@@ -88,15 +88,15 @@ class TaskPreparation:
     """Prepares requests for one engine.
 
     Args:
-        engine: knows tokens, template and vocabulary.
+        engine: provides tokenizer, template and vocabulary.
         planner: plans the answers to chat requests.
-        allow_priority: whether requests may go before others.
+        allow_priority: whether requests may precede others.
         allow_chat_template: whether requests may bring a template.
-        template_defaults: variables of the template that count where a request does not set them.
-        images: where those of requests may come from.
+        template_defaults: default values of template variables.
+        images: allowed sources of images.
 
     Raises:
-        ConfigError: one of those cannot be a variable.
+        ConfigError: a template default cannot be a variable.
     """
 
     def __init__(
@@ -112,11 +112,11 @@ class TaskPreparation:
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
-        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `see`.
+        """Prepare a conversation; raises `RequestError` with the request's field names. `see` reads `unseen` images.
 
         Args:
-            task: what is asked for.
-            bounded: refuse a prompt beyond the context as soon as that is known: it is not only counted.
+            task: the task to prepare.
+            bounded: whether to refuse a prompt beyond the context early; False if its tokens are only counted.
         """
         with task.paths.blamed():
             self._check(task)
@@ -137,14 +137,14 @@ class TaskPreparation:
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
-        """The same with its images, which are had from where they are. Raises `RequestError`."""
+        """Read the images from their sources and add them. Raises `RequestError`."""
         if prepared.unseen is None:
             return prepared
         prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work)
         return prepared._replace(prompt=prompt, images=images, unseen=None)
 
     async def see_prompt(self, task: Task, prepared: PreparedPrompts, work: WorkerThreads) -> PreparedPrompts:
-        """`see` of a task's only prompt."""
+        """Apply `see` to the only prompt of a task."""
         if prepared.unseen is None:
             return prepared
         (prompt,) = prepared.prompts
@@ -168,12 +168,12 @@ class TaskPreparation:
                 )
                 raise InvalidParameterError(said, names[0])
             ids, images = self._engine.look(prompt, files, names)
-            self._images.keep(images)  # before they queue
+            self._images.keep(images)  # before the request waits for a thread
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
             return ids, images
 
     def try_picture(self, data: bytes) -> None:
-        """Check an image in a tool's result; raises `RequestError` where the model cannot be shown it there."""
+        """Check an image in a tool's result; raises `RequestError` if the model cannot read an image there."""
         said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
@@ -192,7 +192,7 @@ class TaskPreparation:
         return [self._images.begin(each) for each in where], [each.path for each in where]
 
     def _marked(self, prompt: str, images: Sequence[ImagePart]) -> str:
-        """A text with the model's own marks for its images."""
+        """Return a text in which the model's placeholders replace the marks of images."""
         info = self._engine.model_info
         if "image" not in info.modalities:
             raise UnsupportedParameterError(
@@ -208,13 +208,13 @@ class TaskPreparation:
         return prompt.replace(MEDIA_MARK, info.image_text)
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
-        """The same with a form that was compiled; it may take seconds. Raises `RequestError`.
+        """Compile the constraint on the answer, which may take seconds. Raises `RequestError`.
 
-        Schemas of tools that are not strict are followed where that is possible, and no reason to refuse a request.
+        Schemas of tools that are not strict are enforced if possible; otherwise the request is not refused.
         """
         with task.paths.blamed():
             asked, form = task.form, prepared.params.structured_outputs
-            # Where calls are required there is no content to hold to it, but it must be right.
+            # With required calls it applies to no content, but it must be valid.
             if asked is not None and task.tools.mode == "required":
                 self._engine.check_structured_outputs(asked)
             self._check_grammars(task)
@@ -235,7 +235,7 @@ class TaskPreparation:
             return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
 
     def _check_grammars(self, task: Task) -> None:
-        """Refuse invalid grammars of tools, and those that cannot be guaranteed within a call."""
+        """Refuse invalid grammars of tools."""
         for tool in task.tools.tools:
             if tool.grammar is None:
                 continue
@@ -247,7 +247,7 @@ class TaskPreparation:
                 raise InvalidParameterError(f"{field}: {reason}", field) from None
 
     def _without_grammar(self, task: Task, text: str) -> frozenset[str]:
-        """Tools whose grammar the model's way to write calls cannot hold."""
+        """Return the tools whose grammar cannot be enforced inside the model's format of calls."""
         found = set[str]()
         for tool in task.tools.tools:
             try:
@@ -267,10 +267,10 @@ class TaskPreparation:
             return self._planner.plan(task, text, loose=loose)
 
     def _loose(self, task: Task, text: str) -> frozenset[str]:
-        """Tools that are not strict and whose schemas cannot be guaranteed; all of them, where there are many.
+        """Return the tools that are not strict and whose schemas cannot be enforced; all such tools if there are many.
 
         Raises:
-            InvalidParameterError: a strict tool's schema cannot be.
+            InvalidParameterError: the schema of a strict tool cannot be enforced.
         """
         use = task.tools
         found = set[str]()
@@ -293,7 +293,7 @@ class TaskPreparation:
         return frozenset(found)
 
     def prompts(self, task: Task) -> PreparedPrompts:
-        """Raises `RequestError`, which blames the fields of the request."""
+        """Prepare a task with prompts; raises `RequestError` with the request's field names."""
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
@@ -317,7 +317,7 @@ class TaskPreparation:
             return PreparedPrompts(prompts, params, unseen=self._begun(task.images) if task.images else None)
 
     def _bounded(self, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
-        """Refuses answers with too many log-probabilities of their tokens; without `max_tokens` they end earlier."""
+        """Refuse answers with too many log-probabilities; without `max_tokens`, limit the number of tokens instead."""
         if params.logprobs is None:
             return params
         each = sequences * (params.logprobs + 1)
@@ -335,10 +335,10 @@ class TaskPreparation:
         return params
 
     def check_form(self, task: Task) -> tuple[str, ...]:
-        """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`.
+        """Compile the constraint on texts that continue prompts, which may take seconds. Raises `RequestError`.
 
         Returns:
-            What the user should know of it.
+            Warnings to the client about the constraint.
         """
         with task.paths.blamed():
             if task.form is not None:
@@ -346,7 +346,7 @@ class TaskPreparation:
             return _remarks(task)
 
     def _check(self, task: Task) -> None:
-        """The rules that depend on the model and on this adapter."""
+        """Check the rules that depend on the model and on this adapter."""
         if task.priority < 0 and not self._allow_priority:
             raise no_priority()
         allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")
@@ -394,7 +394,7 @@ class TaskPreparation:
         ids = self._cut(task, ids)
         text = first = ""
         if task.echo_prompts:
-            whole = task.scored_only  # else the answer ends a character that the prompt's last bytes begin
+            whole = task.scored_only  # otherwise the answer may complete the last character of the prompt
             if isinstance(prompt, str) and task.cut is None:
                 text = prompt
             else:
@@ -404,7 +404,7 @@ class TaskPreparation:
         return EchoedPrompt(text, first, tuple(ids))
 
     def _cut(self, task: Task, ids: Sequence[int]) -> list[int]:
-        """The tokens that are read of a prompt; one of the context is left for the answer."""
+        """Truncate a prompt as the task asks; one token of the context is left for the answer."""
         return list(ids if task.cut is None else task.cut.of(ids, self._engine.model_info.max_model_len - 1))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
@@ -413,7 +413,7 @@ class TaskPreparation:
         return prompt
 
     def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The tokens of a prompt behind those that the task begins with, where no token begins a text again."""
+        """Tokenize a prompt, which follows the tokens of `before`; then it gets no beginning-of-sequence token."""
         if not task.before:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")
@@ -422,7 +422,7 @@ class TaskPreparation:
         return [*task.before, *self._engine.tokenize(text, add_special_tokens=False)]
 
     def _check_known(self, ids: Sequence[int], field: str = "prompt") -> None:
-        """Refuses ids beyond the vocabulary before a detokenizer sees them."""
+        """Refuse token ids beyond the vocabulary before they are detokenized."""
         vocabulary = self._engine.model_info.vocab_size
         largest = max(ids, default=0)
         if largest >= vocabulary:
@@ -433,12 +433,12 @@ class TaskPreparation:
 
 @lru_cache(maxsize=4)
 def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    """A request's template; clients send the same with every request."""
+    """Compile a request's template; cached, because clients send the same template with every request."""
     return ChatTemplate(source, dict(token_names))
 
 
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:
-    """Refuses answers that would be made of too many log-probabilities of their `tokens` prompt tokens."""
+    """Refuse answers with too many log-probabilities of their `tokens` prompt tokens."""
     entries = 0 if asked is None else tokens * sequences * (asked + 1)
     if entries > MAX_LOGPROBS:
         raise InvalidParameterError(
@@ -449,7 +449,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's own sampling values, refused now rather than at every request."""
+    """Check the model's sampling defaults at the start, not at every request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
     request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
@@ -463,13 +463,13 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path_of(task: Task, name: str) -> str:
-    """Where the request has the schema of a tool, or the grammar."""
+    """Return the path of the schema or grammar of a tool in the request."""
     place = next(i for i, shown in enumerate(task.tools.shown) if shown["function"]["name"] == name)
     return task.paths.schemas[place]
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The operator's variables of the template, refused now rather than at every request."""
+    """Check the operator's template variables at the start, not at every request."""
     try:
         check_variables(variables)
     except ValueError as error:
@@ -478,7 +478,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
-    """What the user should know of the schemas that an answer is held to; they have been compiled."""
+    """Return warnings about the schemas that constrain an answer; they are already compiled."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the sender of a request should know although it is answered: collected while it is prepared, for who answers.
+"""Warnings to the client about a request that is answered: collected during its preparation, added to its response.
 
-Whoever has an answer with headers (a server) begins to collect; the layers that find something need not know of it.
+The code that sends a response with headers (a server) starts to collect; layers that find something just call `remark`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _lenient: ContextVar[bool] = ContextVar("candle_vllm_unknown_fields", default=Fa
 
 
 def collect_remarks(*, unknown_fields: bool = False) -> Sequence[str]:
-    """Begin to collect, in this task and those that it starts.
+    """Start to collect warnings, in this asyncio task and in tasks that it starts.
 
     Args:
-        unknown_fields: whether fields of requests that nobody knows become remarks; otherwise they are refused.
+        unknown_fields: whether unknown fields of requests give warnings; otherwise they are refused.
 
     Returns:
         A list that grows while the request is prepared.
@@ -30,12 +30,12 @@ def collect_remarks(*, unknown_fields: bool = False) -> Sequence[str]:
 
 
 def unknown_fields_pass() -> bool:
-    """Whether fields of requests that nobody knows become remarks."""
+    """Whether unknown fields of requests give warnings."""
     return _lenient.get()
 
 
 def remark(texts: Iterable[str]) -> None:
-    """Adds sentences to those that are collected; those beyond a few are dropped."""
+    """Add sentences to the collected ones; those beyond a maximum are dropped."""
     found = _current.get()
     if found is None:
         return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""OpenAI's edge: bytes to a checked request, and that to a task and sampling parameters (step 2).
+"""OpenAI's requests: bytes -> a validated request -> a task and sampling parameters (step 2).
 
-Precedence of sampling values: the request's, then the model's own defaults, then ours.
+Precedence of sampling values: the request's, then the model's defaults, then the server's.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
 def parse_chat_request(body: bytes | Mapping[str, Any]) -> ChatCompletionRequest:
-    """A checked chat request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a chat request from a body or an object; raises `RequestError`."""
     return parse_body(ChatCompletionRequest, body)
 
 
 def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionRequest:
-    """A checked completion request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a completion request from a body or an object; raises `RequestError`."""
     return parse_body(CompletionRequest, body)
 
 
 def read_chat(request: ChatCompletionRequest) -> Task:
-    """What a checked chat request asks for."""
+    """Convert a validated chat request to a task."""
     _say_idle(request)
     messages = tuple(_message(message, f"messages.{place}") for place, message in enumerate(request.messages))
     use = request.tool_use()
@@ -81,7 +81,7 @@ def _say_idle(request: ChatCompletionRequest | CompletionRequest) -> None:
 
 
 def read_completion(request: CompletionRequest) -> Task:
-    """What a checked completion request asks for."""
+    """Convert a validated completion request to a task."""
     _say_idle(request)
     return Task(
         prompts=tuple(request.prompts),
@@ -107,20 +107,20 @@ def read_completion(request: CompletionRequest) -> Task:
 def to_sampling_params(
     request: ChatCompletionRequest | CompletionRequest, defaults: Mapping[str, Any]
 ) -> SamplingParams:
-    """How the tokens of `request` are chosen; see `sampling_params`."""
+    """Return the sampling parameters of `request`; see `sampling_params`."""
     task = read_chat(request) if isinstance(request, ChatCompletionRequest) else read_completion(request)
     return sampling_params(task, defaults)
 
 
 def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
-    """How the tokens of a task's answers are chosen.
+    """Return the sampling parameters of a task.
 
     `defaults` are the model's own values by field name. Raises `InvalidParameterError`.
     """
     if task.sampling.get("mirostat"):
         defaults = without_cuts(defaults)
     given: dict[str, Any] = {"max_tokens": COMPLETION_MAX_TOKENS if task.prompts else None, **defaults, **task.sampling}
-    if task.echo_prompts:  # an echo with log-probabilities shows those of the prompt too
+    if task.echo_prompts:  # an echo with log-probabilities includes those of the prompt
         asked = [given[name] for name in ("prompt_logprobs", "logprobs") if given[name] is not None]
         given["prompt_logprobs"] = max(asked, default=None)
         given["continues_prompt"] = True
@@ -130,7 +130,7 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
 
 
 def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
-    """The sampling values of a request by the names of `SamplingParams`."""
+    """Return the sampling values of a request under their names in `SamplingParams`."""
     given = sampling_values(request)
     if request.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
@@ -149,7 +149,7 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
 
 
 def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: str) -> str:
-    """Where the form of an answer was asked for; a grammar of calls comes from `otherwise`."""
+    """Return the path of the constraint on an answer; a grammar for calls has the path `otherwise`."""
     return otherwise if request.structured() is None else request.structured_field
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What adapters of one engine share: the names of its model, and threads beside the event loop.
+"""What adapters of one engine share: names of its model, and threads besides the event loop.
 
-Threads are for what would hold up an event loop: some for prompts, others for grammars, which may take seconds.
+Threads run work that would block the event loop: some for prompts, others for grammars, which may take seconds.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from candle_vllm.openai.fair_threads import FairThreads, this_request
 from candle_vllm.openai.remarks import remark
 
 ANY_MODEL = "default"  # the name that always means the served model
-_LISTED = 20  # names in a message
-_SURE = 8  # bytes for each token of the context: shorter prompts are tokenized as a whole, most others are too long
-_PIECE = 16_384  # characters of longer ones that are tokenized at a time
-_SEAM = 256  # tokens that a cut makes at most, where it parts a long token or a word
+_LISTED = 20  # names listed in a message
+_SURE = 8  # bytes for each token of the context: shorter prompts are tokenized as a whole, most longer ones do not fit
+_PIECE = 16_384  # characters of a longer prompt that are tokenized at a time
+_SEAM = 256  # maximum number of tokens that a boundary adds by splitting a long token or a word
 
 
 Uses = Sequence[tuple[LoRARequest, float]]
-"""Adapters that a request goes through, and how much of each is added."""
+"""Adapters of a request, each with its scale."""
 
 
 class AdapterNames(Protocol):
     """The adapters of one model."""
 
     def is_known(self, name: str) -> bool:
-        """Whether an adapter is called so."""
+        """Whether an adapter has this name."""
         ...
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
-        """What a request goes through that calls its model so, or says how much it has of which.
+        """Return the adapters for a request with this model name, or with scales of adapters by id.
 
         Raises:
-            InvalidParameterError: it says both, or there is no adapter of a number.
-            ModelNotServedError: neither an adapter nor the model is called so any more.
+            InvalidParameterError: the request has both, or no adapter has such an id.
+            ModelNotServedError: neither an adapter nor the model has this name any more.
         """
         ...
 
 
 def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
-    """The first served name, for a request that calls the only model by `name`, which is not served.
+    """Return the first served name, which answers a request with the name `name` that is not served.
 
-    The sender gets a warning, also of an empty name, by which candle-vllm's own client means the model that is there.
+    The client gets a warning, also for an empty name, which candle-vllm's own client uses for the loaded model.
 
     Raises:
-        ModelNotServedError: names are strict.
+        ModelNotServedError: `strict` is true.
     """
     if strict:
         shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
@@ -62,12 +62,12 @@ def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
 
 
 class ServedNames:
-    """One name or more; the first is used where a request names none, or, unless `strict`, calls it otherwise.
+    """Names of the model; the first one answers requests without a name or, unless `strict`, with another name.
 
     Attributes:
         all: the names.
         strict: whether a request that names another model is refused.
-        adapters: whose names are served as well.
+        adapters: adapters whose names are served as well.
     """
 
     def __init__(self, names: Sequence[str], *, strict: bool = False, adapters: AdapterNames | None = None) -> None:
@@ -76,7 +76,7 @@ class ServedNames:
         self.adapters = adapters
 
     def served(self, name: str | None) -> str:
-        """The name to answer with, which says who answers; raises `ModelNotServedError`."""
+        """Return the name to answer with, of the model or of an adapter; raises `ModelNotServedError`."""
         if name is not None and (name in self.all or (name == DEMO and DEMO_NAME in self.all)):
             return name
         if name is not None and self.adapters is not None and self.adapters.is_known(name):
@@ -88,15 +88,15 @@ class ServedNames:
     def options(
         self, name: str | None, scales: Mapping[int, float] | None = None, adapter: str | None = None
     ) -> dict[str, Any]:
-        """What an engine is told besides the prompt; nothing where the model answers as it is.
+        """Return arguments of the engine besides the prompt; empty if no adapter applies.
 
         Args:
-            name: what the request calls the model.
-            scales: of adapters by their numbers.
-            adapter: named beside the model; it is in `name` already.
+            name: the model name in the request.
+            scales: scales of adapters by id.
+            adapter: an adapter that the request names besides the model; `name` already contains it.
 
         Raises:
-            InvalidParameterError, ModelNotServedError: as `AdapterNames.uses`, or the model has no adapters.
+            InvalidParameterError, ModelNotServedError: as in `AdapterNames.uses`, or the model has no adapters.
         """
         if self.adapters is None:
             if scales or adapter is not None:
@@ -108,7 +108,7 @@ class ServedNames:
 
 
 class Tokenizes(Protocol):
-    """What counting tokens needs of an engine."""
+    """Engine methods that counting tokens needs."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -117,17 +117,17 @@ class Tokenizes(Protocol):
 
 
 def check_length(engine: Tokenizes, text: str) -> None:
-    """Refuses a prompt that is too long before all of it is tokenized.
+    """Refuse a prompt that is too long before all of it is tokenized.
 
     Raises:
-        PromptTooLongError: its beginning has more tokens than the context.
+        PromptTooLongError: the beginning of the prompt has more tokens than the context.
     """
     most, found = engine.model_info.max_model_len, 0
     try:
         if len(text.encode()) <= _SURE * most:
             return
     except UnicodeEncodeError:
-        return  # the tokenizer says where
+        return  # the tokenizer reports the position
     for start in range(0, len(text), _PIECE):
         found += len(engine.tokenize(text[start : start + _PIECE], add_special_tokens=False)) - _SEAM
         if found > most:
@@ -141,12 +141,12 @@ def check_length(engine: Tokenizes, text: str) -> None:
 
 T = TypeVar("T")
 
-MAX_COMPILING = 1024  # requests whose grammars, or whose images, wait
-MAX_TOKENIZING = 4096  # requests whose prompts wait, one for each connection
+MAX_COMPILING = 1024  # waiting requests with a grammar or with images
+MAX_TOKENIZING = 4096  # waiting requests with a prompt, one for each connection
 
 
 class WorkerThreads:
-    """Work of one adapter; the threads end with it."""
+    """Threads for the work of one adapter; they end with it."""
 
     def __init__(self) -> None:
         self._prompts = FairThreads("prompts", 4, MAX_TOKENIZING)
@@ -154,19 +154,19 @@ class WorkerThreads:
         self._grammars = FairThreads("grammars", 4, MAX_COMPILING)
 
     async def prepare(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs work on a prompt, behind which the request's bytes do not count. Raises what `compile` raises."""
+        """Run work on a prompt, then release the request's bytes. Raises what `compile` raises."""
         made = await self._prompts.run(partial(function, *arguments))
         this_request().release()
         return made
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs work on images; one is decoded at a time, and texts wait for none. Raises what `compile` raises."""
+        """Run work on images; one is decoded at a time, and texts do not wait for it. Raises what `compile` raises."""
         return await self._images.run(partial(function, *arguments))
 
     async def compile(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs work on a grammar.
+        """Run work on a grammar.
 
         Raises:
-            EngineOverloadedError: too many wait, or this one has waited too long.
+            EngineOverloadedError: too many requests wait, or this one has waited too long.
         """
         return await self._grammars.run(partial(function, *arguments))

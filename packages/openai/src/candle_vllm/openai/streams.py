@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The stages of an answer's way: tokens -> events -> chunks (step 10), each pushed on in the tick in which it comes."""
+"""Stages of an answer: tokens -> events -> chunks (step 10), each forwarded in the loop's tick in which it arrives."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _ChunkT_co = TypeVar("_ChunkT_co", covariant=True)
 
 
 class Writer(Protocol[_ChunkT_co]):
-    """Writes events in the words of an API."""
+    """Writes events in the form of an API."""
 
     def write(self, events: Sequence[Event]) -> Sequence[_ChunkT_co]: ...
 
 
 class AnswerStream(PushStream[Event]):
-    """The events of one answer, of the tokens of one or more engine streams.
+    """Events of one answer, from the tokens of one or more engine streams.
 
     Args:
         sources: one stream for each prompt.
-        reader: reads the tokens.
+        reader: converts outputs to events.
         prompt: tokens of the first prompt.
 
     Attributes:
-        head: what is known of the answer before it begins.
-        prompt: as given.
+        head: fields of the answer that are known in advance.
+        prompt: the argument.
     """
 
     def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader, prompt: Sequence[int] = ()) -> None:
@@ -60,13 +60,13 @@ class AnswerStream(PushStream[Event]):
 
 
 class ChunkStream(PushStream[ChunkT]):
-    """An answer in the words of an API.
+    """An answer in the form of an API.
 
     Args:
-        events: of the answer.
-        writer: writes them.
-        worded: a context that raises the errors that pass through it in the API's words.
-        first: chunks that go out before the first token.
+        events: events of the answer.
+        writer: converts events to chunks.
+        worded: context manager that rewords errors for the API.
+        first: chunks that are sent before the first token.
     """
 
     def __init__(
@@ -97,13 +97,13 @@ class ChunkStream(PushStream[ChunkT]):
 
 
 class _Reading:
-    """The stage that reads the tokens of one prompt.
+    """The stage that converts the outputs of one prompt to events.
 
     Args:
-        number: of the prompt.
-        reader: of all prompts.
-        receiver: takes the events of all prompts.
-        unended: numbers of the prompts that have not ended, for all of their stages.
+        number: number of the prompt.
+        reader: reader for all prompts.
+        receiver: receives the events of all prompts.
+        unended: numbers of the prompts that have not ended; shared by all stages.
     """
 
     def __init__(self, number: int, reader: AnswerReader, receiver: Receiver[Event], unended: set[int]) -> None:
@@ -137,11 +137,11 @@ class _Reading:
         except Exception as failure:
             error = failure
         self._receiver.end(error)
-        del error  # its traceback holds this frame
+        del error  # its traceback keeps this frame alive
 
 
 class _Writing:
-    """The stage that writes events in the words of an API."""
+    """The stage that converts events to the chunks of an API."""
 
     def __init__(
         self,
@@ -176,4 +176,4 @@ class _Writing:
         except Exception as told:
             error = told
         self._receiver.end(error)
-        del error  # its traceback holds this frame
+        del error  # its traceback keeps this frame alive

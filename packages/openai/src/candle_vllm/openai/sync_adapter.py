@@ -24,7 +24,7 @@ T = TypeVar("T")
 class SyncOpenAIAdapter:
     """Calls an `OpenAIAdapter` from any thread and waits for it; errors are those of the adapter.
 
-    It has an event loop of its own, in a thread that `close` (or leaving the `with` block) ends. The engine stays open.
+    Its event loop runs in a thread that `close` (or the end of a `with` block) stops. The engine stays open.
     """
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
@@ -40,43 +40,43 @@ class SyncOpenAIAdapter:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
+        """Whether the adapter is closed."""
         return self._closed
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
-        """The whole answer."""
+        """Return the whole answer."""
         return self.wait(self._adapter.chat, request)
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     def chat_stream(self, request: ChatCompletionRequest | Fields) -> SyncChunks[ChatCompletionChunk]:
-        """The chunks as they come; close it to abort the request."""
+        """Return an iterator over the chunks; close it to abort the request."""
         return SyncChunks(self, self.wait(self._adapter.chat_stream, request))
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     def complete(self, request: CompletionRequest | Fields) -> Completion:
-        """The whole answer."""
+        """Return the whole answer."""
         return self.wait(self._adapter.complete, request)
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     def complete_stream(self, request: CompletionRequest | Fields) -> SyncChunks[Completion]:
-        """The chunks as they come; close it to abort the request."""
+        """Return an iterator over the chunks; close it to abort the request."""
         return SyncChunks(self, self.wait(self._adapter.complete_stream, request))
 
     def embed(self, request: EmbeddingRequest | Fields) -> EmbeddingList:
-        """The vectors of texts."""
+        """Return the embeddings of texts."""
         return self.wait(self._adapter.embed, request)
 
     def score(self, request: ScoreRequest | Fields) -> ScoreList:
-        """How well texts belong together."""
+        """Return the scores of pairs of texts."""
         return self.wait(self._adapter.score, request)
 
     def rerank(self, request: RerankRequest | Fields) -> Ranking:
-        """Documents by how well they answer a query."""
+        """Return documents ranked by their relevance to a query."""
         return self.wait(self._adapter.rerank, request)
 
     def close(self) -> None:
-        """Aborts what is running and ends the thread. Closing twice is fine."""
+        """Abort running requests and stop the thread. Can be called twice."""
         with self._lock:
             if self._closed:
                 return
@@ -93,7 +93,7 @@ class SyncOpenAIAdapter:
         self.close()
 
     def wait(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
-        """The result of a coroutine function, run in the loop."""
+        """Run a coroutine function in the loop and return its result."""
         with self._lock:
             if self._closed:
                 raise EngineDeadError("this SyncOpenAIAdapter is closed")
@@ -106,11 +106,11 @@ class SyncOpenAIAdapter:
             future.cancel()
             raise
         finally:
-            del future  # its error holds this frame
+            del future  # its exception keeps this frame alive
 
 
 class SyncChunks(Generic[T]):
-    """The chunks of one answer, for a `for` loop; leaving the `with` block aborts what is not finished."""
+    """Chunks of one answer, for a `for` loop; the end of a `with` block aborts an unfinished request."""
 
     def __init__(self, adapter: SyncOpenAIAdapter, chunks: ChunkStream[T]) -> None:
         self._adapter = adapter
@@ -126,7 +126,7 @@ class SyncChunks(Generic[T]):
         return found
 
     def close(self) -> None:
-        """Aborts the request if it is still running; nothing to do where the adapter is closed."""
+        """Abort the request if it is still running; no effect if the adapter is closed."""
         if self._adapter.closed:
             return
         self._adapter.wait(self._chunks.aclose)
@@ -144,7 +144,7 @@ class SyncChunks(Generic[T]):
 
 
 async def _cancel_others() -> None:
-    """Cancels every task of this loop but itself, and waits for their ends."""
+    """Cancel all other tasks of this loop and wait until they end."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
     for task in others:
         task.cancel()

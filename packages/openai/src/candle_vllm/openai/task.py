@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a request asks for, in no API's words (step 2): the contract between the edges that read requests and those who
-answer them.
+"""What a request asks for, in the form of no API (step 2).
 
-An edge checks what it was sent and makes a `Task` of it; prompts, parameters, grammars and plans are made of that
-alone. What turns out to be wrong later is blamed on the fields of the task, and `Paths` says how the request spelt
-them.
+Each API validates its requests and converts them to a `Task`; prompts, parameters, grammars and plans are made from it
+alone. Errors that are found later name fields of the task, and `Paths` has their names in the request.
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ class ImagePart(NamedTuple):
     """An image in a message.
 
     Attributes:
-        source: its address, or its data as a data URL.
-        detail: what the request says of how closely it is looked at; no effect.
-        path: where the request has it, for errors.
-        stored: the source is the id of a kept file.
+        source: address of the image, or a data URL.
+        detail: requested level of detail; no effect.
+        path: path of the image in the request, for errors.
+        stored: whether the source is the id of a stored file.
     """
 
     source: str
@@ -45,11 +43,11 @@ class ImagePart(NamedTuple):
 Part = TextPart | ImagePart
 
 MEDIA_MARK = "<__media__>"
-"""What stands for an image in a prompt that is a text, whatever the model's own mark is; llama.cpp's."""
+"""Mark of an image in a text prompt, for every model; the same as llama.cpp's."""
 
 
 class Call(msgspec.Struct, frozen=True):
-    """A call that an earlier answer made; `arguments` are JSON text as the model wrote it, which may be broken."""
+    """A call in an earlier answer; `arguments` are JSON text as the model wrote it, which may be invalid."""
 
     id: str
     name: str
@@ -57,13 +55,13 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """One message.
+    """A message of a conversation.
 
     Attributes:
-        parts: what it says; they stand on lines of their own.
-        thoughts, calls: of an assistant.
-        call_id: the call that a tool's message answers.
-        name: of the participant, or of the function that answers.
+        parts: content; text parts are joined by line breaks.
+        thoughts, calls: reasoning and tool calls of an assistant message.
+        call_id: the call that a tool message answers.
+        name: name of the participant, or of the function that answers.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -75,13 +73,12 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolFunction(msgspec.Struct, frozen=True):
-    """A function as parsers and grammars see it.
+    """A function for parsers and grammars.
 
     Attributes:
         parameters: a JSON schema that has `"type": "object"`; without properties if the request gave no parameters.
-        strict: the arguments must follow the schema even where calls are the model's own choice.
-        grammar: in Lark, of the text that is the one argument; it is followed where the model's way to write calls lets
-            it be guaranteed.
+        strict: whether the arguments must follow the schema even if the model chooses to call.
+        grammar: Lark grammar of the function's only argument, a text; enforced if the format of calls allows it.
     """
 
     name: str
@@ -92,14 +89,14 @@ class ToolFunction(msgspec.Struct, frozen=True):
 
 
 class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request says about tools.
+    """Tools of a request, and how they may be called.
 
     Attributes:
-        tools: the functions that may be called; none in mode `none`.
+        tools: the functions that may be called; empty in mode `none`.
         mode: `none`, `auto` (the model chooses) or `required` (at least one call).
-        parallel: whether more than one call may be made.
-        named: the one function that must be called, exactly once; the mode is `required` then.
-        shown: the tools for the chat template, which are all of the request's, also where only some may be called.
+        parallel: whether more than one call is allowed.
+        named: the one function that must be called, exactly once; the mode is then `required`.
+        shown: the tools for the chat template: all tools of the request, even if only some may be called.
     """
 
     tools: tuple[ToolFunction, ...] = ()
@@ -109,17 +106,17 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
     shown: tuple[dict[str, Any], ...] = ()
 
     def as_template(self) -> list[dict[str, Any]] | None:
-        """OpenAI's form `{"type": "function", "function": {...}}`; None where no tool is to be shown."""
+        """Return the tools as `{"type": "function", "function": {...}}`; None without tools."""
         return list(self.shown) or None
 
 
 class Choice(NamedTuple):
-    """The choice among the tools of a request.
+    """The tool choice of a request.
 
     Attributes:
         mode: as in `ToolUse`.
-        names: of those that may be called; None is all.
-        named: the one that must be called, exactly once.
+        names: names of the tools that may be called; None means all.
+        named: the tool that must be called, exactly once.
     """
 
     mode: Literal["none", "auto", "required"] = "auto"
@@ -127,18 +124,18 @@ class Choice(NamedTuple):
     named: str | None = None
 
     def freed(self) -> Choice:
-        """For later turns: a model that had to call something would never come to its answer."""
+        """Return the choice for later turns: a model that always has to call a tool would never answer."""
         return self if self.mode == "none" else Choice(names=self.names)
 
     def among(
         self, functions: Sequence[ToolFunction], shown: Sequence[dict[str, Any]], *, parallel: bool | None
     ) -> ToolUse:
-        """What a request with these tools says about them.
+        """Return the tool use of a request with these tools.
 
-        Where none may be called they are not shown either, so that the model does not write a call as text.
+        If no tool may be called, the template shows no tools, so that the model does not write a call as text.
 
         Raises:
-            InvalidParameterError: a tool must be called, and the request has no tool.
+            InvalidParameterError: a tool must be called, and the request has no tools.
         """
         if not functions and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
@@ -155,12 +152,12 @@ class Choice(NamedTuple):
 
 
 class ThinkingLimit(NamedTuple):
-    """How much a model may think.
+    """Limit on the reasoning of an answer.
 
     Attributes:
-        tokens: of all its thoughts.
-        message: what it is made to say before it answers, where they end them; None is what its makers have it say.
-        required: where the marks of its thoughts are not known, that is an error.
+        tokens: maximum number of reasoning tokens.
+        message: text inserted when the limit ends the reasoning; None uses the text that the model's makers recommend.
+        required: whether it is an error if the marks of the model's reasoning are unknown.
     """
 
     tokens: int
@@ -169,22 +166,22 @@ class ThinkingLimit(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How prompts are made short enough.
+    """How prompts are truncated.
 
     Attributes:
-        tokens: that are left at most; -1 is as many as the context takes, with a token for the answer.
-        side: where tokens are taken away.
+        tokens: maximum number of remaining tokens; -1 for as many as the context takes, less one token for the answer.
+        side: side from which tokens are removed.
     """
 
     tokens: int
     side: Literal["left", "right"] = "left"
 
     def of(self, prompt: Sequence[int], context: int) -> Sequence[int]:
-        """The prompt as it is read; raises `InvalidParameterError` where more tokens are left than the context takes.
+        """Return the truncated prompt; raises `InvalidParameterError` if `tokens` exceeds the context.
 
         Args:
-            prompt: its tokens.
-            context: tokens of the longest prompt that the model takes.
+            prompt: tokens of the prompt.
+            context: maximum number of prompt tokens that the model takes.
         """
         if self.tokens > context:
             raise InvalidParameterError(
@@ -198,12 +195,12 @@ class Cut(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """How a request spells what a task has, for errors.
+    """Names of a task's fields in its request, for errors.
 
     Attributes:
-        fields: names of this task and of the engine that the request spells otherwise.
+        fields: the request's names of fields that the task and the engine call differently.
         schemas: the path of each shown tool's schema.
-        words: what stands in texts for those of `fields` that no text may have, wherever they stand in it.
+        words: text that replaces a name in `fields` anywhere in a message, for names that no message may contain.
     """
 
     fields: Mapping[str, str]
@@ -212,7 +209,7 @@ class Paths(NamedTuple):
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Errors that blame one of `fields` come out as the request spells it."""
+        """Context manager that renames `fields` in errors to the names in the request."""
         try:
             yield
         except RequestError as error:
@@ -231,34 +228,34 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     """A conversation to continue, or prompts.
 
     Attributes:
-        messages: at least one; or none where there are `prompts`.
-        prompts: texts, or ids of tokens, that answers continue as they are.
-        images: of the only prompt, a text with `MEDIA_MARK` for each; None where it is not read for marks.
-        suffix: what stands behind the answers, which are to fill the gap between prompt and this; "" is nothing.
-        before: ids of tokens that stand before the prompt, of an earlier one with its answer.
-        tools: those that may be called, and the choice among them.
-        form: what the content of an answer must look like; None is any text.
-        sampling: values that the request gives, by names of `SamplingParams`.
-        choices: how many answers.
-        model: None is the served one.
-        continued: the last message is the beginning of the answer.
-        opens_answer: whether the prompt ends with the beginning of an answer; None is so unless it is `continued`.
-        variables: of the chat template.
-        documents: for the chat template.
-        chat_template: instead of the model's own.
-        add_special_tokens: around what the template writes.
-        thinking: a limit for thoughts alone; None is the server's.
-        show_thoughts: they are part of the answer.
-        echo: what every choice begins with.
-        echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
-        scored_only: nothing is added to the prompts.
-        tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
-        cut: how prompts are made short enough; None refuses those that are too long.
-        adapter: named beside the model, whose name has it too.
-        lora: how much of which adapters is added, by their numbers; None is what the served name means.
-        priority: lower runs first.
-        request_id: given by the caller.
-        paths: the request's names.
+        messages: at least one message; empty if there are `prompts`.
+        prompts: texts or token ids that answers continue.
+        images: images of the only prompt, a text with `MEDIA_MARK` for each; None if the text has no marks.
+        suffix: text after the answers, which fill the gap between prompt and suffix; "" means no suffix.
+        before: token ids that precede the prompt, from an earlier prompt and its answer.
+        tools: the tools that may be called, and the tool choice.
+        form: constraint on the content of an answer; None allows any text.
+        sampling: values that the request gives, by name in `SamplingParams`.
+        choices: number of answers for each prompt.
+        model: name of the model in the request; None uses the served model.
+        continued: whether the last message is the beginning of the answer.
+        opens_answer: whether the prompt ends with the beginning of an answer; None means unless it is `continued`.
+        variables: variables of the chat template.
+        documents: documents for the chat template.
+        chat_template: replaces the model's template.
+        add_special_tokens: whether special tokens are added to the rendered text or the prompts.
+        thinking: limit on the reasoning; None uses the server's.
+        show_thoughts: whether the reasoning is part of the answer.
+        echo: text that every choice begins with.
+        echo_prompts: whether every choice repeats its prompt, with log-probabilities if they are requested.
+        scored_only: whether prompts are only scored, and nothing is generated.
+        tell_ids, tell_counts: whether events have token ids, and whether counts precede every output.
+        cut: how prompts are truncated; None refuses prompts that are too long.
+        adapter: adapter that the request names besides the model; `model` contains it too.
+        lora: scales of adapters by id; None uses what the served name means.
+        priority: lower values run first.
+        request_id: id given by the caller.
+        paths: names of the fields in the request.
     """
 
     paths: Paths

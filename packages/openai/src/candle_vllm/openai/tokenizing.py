@@ -25,7 +25,7 @@ _PLAIN = "a"  # a text whose tokens are whole characters
 
 
 def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
-    """A checked request for tokens from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a tokenize request from a body or an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
@@ -33,24 +33,24 @@ def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.Tokeni
         llama = "content" in value and "prompt" not in value
         return parse_body(tokenizing.TokenizeContentRequest if llama else tokenizing.TokenizeTextRequest, value)
     request = parse_body(tokenizing.TokenizeChatRequest, value)
-    parse_chat_request(request.chat_fields())  # the rules between fields
+    parse_chat_request(request.chat_fields())  # checks the rules between fields
     return request
 
 
 def parse_detokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.DetokenizeRequest:
-    """A checked request for the text of tokens from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a detokenize request from a body or an object; raises `RequestError`."""
     return parse_body(tokenizing.DetokenizeRequest, body)
 
 
 class TokenizingAdapter:
-    """Answers requests for tokens with one engine, which computes nothing for it.
+    """Answers tokenize and detokenize requests with the tokenizer of one engine.
 
-    Every method raises `RequestError` for a wrong request.
+    Every method raises `RequestError` for an invalid request.
 
     Args:
-        engine: knows the tokens.
+        engine: provides the tokenizer.
         preparation: prepares conversations.
-        names: under which the model is served.
+        names: names of the served model.
         work: threads for long texts.
     """
 
@@ -63,7 +63,7 @@ class TokenizingAdapter:
         self._work = work
 
     async def tokenize(self, request: tokenizing.TokenizeRequest) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
-        """The tokens of a text or of a conversation; it may be longer than the model's context."""
+        """Return the tokens of a text or of a conversation; it may be longer than the model's context."""
         self._names.served(request.model)
         if isinstance(request, tokenizing.TokenizeContentRequest):
             return await self._work.prepare(self._content, request)
@@ -75,7 +75,7 @@ class TokenizingAdapter:
         return await self._work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: tokenizing.DetokenizeRequest) -> tokenizing.Detokenized:
-        """The text of tokens."""
+        """Return the text of tokens."""
         self._names.served(request.model)
         return await self._work.prepare(self._detokenized, request.tokens)
 
@@ -106,7 +106,7 @@ class TokenizingAdapter:
         )
 
     def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """Each token's text. Some tokenizers drop a space at the beginning, so it is taken from behind another one."""
+        """Return the text of each token, detokenized after another one: some tokenizers drop a leading space."""
         first = self._engine.tokenize(_PLAIN, add_special_tokens=False)
         start = len(self._engine.detokenize(first, skip_special_tokens=False))
         texts = {token: self._engine.detokenize([*first, token], skip_special_tokens=False)[start:] for token in {*ids}}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A body's bytes, or an object, as a checked request of its kind (step 2 of a request's life).
+"""Parse a body's bytes or an object to a validated request of its class (step 2 of a request's life).
 
-What pydantic finds becomes one `InvalidParameterError` in plain words, with the field as a dotted path.
+Errors of pydantic are converted to one `InvalidParameterError` in plain words, with the field as a dotted path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.openai.json_body import decode_json
 _Request = TypeVar("_Request", bound=BaseModel)
 
 _CLASSES = {"unknown_field": UnknownParameterError, "unsupported_field": UnsupportedParameterError}
-_SHOWN = 60  # characters of a wrong value in a message
+_SHOWN = 60  # characters of an invalid value in a message
 _PARAM = 256  # characters of a path
 
 _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
@@ -45,7 +45,7 @@ _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
-    """The request; raises `RequestError` with the field at fault."""
+    """Parse and validate the request; raises `RequestError` with the field at fault."""
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
@@ -59,7 +59,7 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Reques
 
 @contextmanager
 def rules_below(path: str) -> Iterator[None]:
-    """Rules of wire types, kept outside of one: a refusal blames the fields below `path` ("" is the request)."""
+    """Apply rules of wire types outside of validation: errors name the fields below `path` ("" is the request)."""
     try:
         yield
     except PydanticCustomError as refusal:
@@ -69,10 +69,10 @@ def rules_below(path: str) -> Iterator[None]:
 
 
 def to_request_error(error: ValidationError) -> InvalidParameterError:
-    """The first thing that is wrong, blamed on its field.
+    """Convert the first error, with its field.
 
-    pydantic lists all that is: one thing of each field at most, for lists and objects end at their first error.
-    Rules of our own carry the rest of their path and their text in the error's context (`rule_error`).
+    pydantic lists all errors, at most one for each field, because lists and objects end at their first error.
+    Errors of `rule_error` have the rest of their path and their text in the error's context.
     """
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})

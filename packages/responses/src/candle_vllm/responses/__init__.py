@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Conversations that act: a model, its tools, and the loop between them.
+"""Conversations of a model that calls tools, and the loop between them.
 
-Names are imported when they are first used, so that a program pays for MCP only where it uses it.
+Names are imported on first use, so that only a program that uses MCP pays for its import.
 """
 
 from importlib import import_module
@@ -72,7 +72,7 @@ _HOMES = {
 }
 
 
-if not TYPE_CHECKING:  # to which every name would be one
+if not TYPE_CHECKING:  # a type checker would accept every name of a module with `__getattr__`
 
     def __getattr__(name: str) -> Any:
         for home, names in _HOMES.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponsesSession: a conversation that remembers what was said and acts through tools."""
+"""ResponsesSession: a conversation with a transcript and tools."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 class ResponsesSession:
     """A conversation; each call continues where the last one ended.
 
-    With MCP servers or a base URL it is used as `async with ResponsesSession(...) as session`, once, which starts the
-    servers and ends them and all connections. One conversation runs at a time.
+    With MCP servers or a base URL, it must be used as `async with ResponsesSession(...) as session`, and only once;
+    this starts the servers, and ends them and all connections. Only one conversation may run at a time.
 
     Args:
         model: an engine, an adapter, the base URL of a server with OpenAI's chat API, or any `ChatModel`.
-        messages: what was said before, in OpenAI's form; the `messages` of another session, for example.
+        messages: earlier messages in OpenAI's format; the `messages` of another session, for example.
         tools: Python functions and `Tool` objects that the model may call.
-        mcp_servers: servers whose tools it may call too: a configuration or several, or the path of an mcp.json, whose
-            variables are those of this process.
-        api_key, model_name: for a base URL.
-        strict_servers: a server that cannot be reached at the start is a failure of the session.
+        mcp_servers: servers whose tools the model may call, too: one or several configurations, or the path of an
+            mcp.json, which is read with this process's environment.
+        api_key, model_name: API key and model name for a base URL.
+        strict_servers: whether a server that cannot be reached at the start is an error of the session.
 
     Raises:
-        ConfigError: a URL, key or server configuration that cannot work.
-        InvalidParameterError: a tool that cannot be offered.
+        ConfigError: a URL, key or server configuration is invalid.
+        InvalidParameterError: a tool is invalid.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ResponsesSession:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Ends the conversation (its caller gets `RequestAbortedError`), the MCP servers and the connections."""
+        """End the conversation (its caller gets `RequestAbortedError`), the MCP servers and the connections."""
         self._closed = True
         fleet, self._fleet = self._fleet, None
         async with AsyncExitStack() as ending:
@@ -109,17 +109,17 @@ class ResponsesSession:
 
     @property
     def messages(self) -> list[ChatMessage]:
-        """The transcript so far, a copy that can be written as JSON; a new session made with it goes on from here."""
+        """A copy of the transcript so far, which can be written as JSON; a new session made with it continues here."""
         return copy.deepcopy(self._messages)
 
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
-        """Calls of the last turn without a result: they run, or are asked about, when the conversation goes on."""
+        """Calls of the last turn without a result; when the conversation continues, they run or need an approval."""
         return ChatTranscript(self._messages).open_calls
 
     @property
     def fleet(self) -> McpFleet | None:
-        """The MCP servers, with their status; None without MCP servers, or before the session is open."""
+        """The MCP servers with their status; None without MCP servers, or before the session is open."""
         return self._fleet
 
     async def run_conversation(
@@ -129,7 +129,7 @@ class ResponsesSession:
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> ConversationResult:
-        """Adds `messages` and lets the model answer, with the tools it needs; see `stream_conversation`."""
+        """Add `messages`, and let the model answer with the tools it needs; see `stream_conversation`."""
         result: ConversationResult | None = None
         async with aclosing(self.stream_conversation(messages, options, client_tools=client_tools)) as events:
             async for event in events:
@@ -145,22 +145,22 @@ class ResponsesSession:
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> AsyncGenerator[Event, None]:
-        """The same, event by event; the last is `ConversationFinished`. Closing the iterator ends the conversation.
+        """Like `run_conversation`, as events; the last is `ConversationFinished`. Closing the iterator ends it.
 
-        Without messages the conversation goes on where it ended: open calls first, then the model's next turn.
+        Without messages, the conversation continues where it ended: open calls first, then the model's next turn.
 
-        The transcript has what happened: `messages`, whole turns, and results of calls. When a turn fails or is
-        cancelled before anything was added, `messages` are not in it either, so the call can be made again. A call
-        that was cut off in the middle has a result that says so, and is not run again; one that had not begun is open.
+        The transcript contains what happened: `messages`, whole turns, and results of calls. If a turn fails or is
+        cancelled before anything was added, `messages` are not added either, so the call can be repeated. A tool call
+        that was interrupted has a result that says so, and is not run again; one that had not begun is open.
 
         Args:
-            messages: in OpenAI's form; also `tool` messages with the results of the caller's own tools.
+            messages: messages in OpenAI's format, also `tool` messages with the results of the caller's own tools.
             options: limits, approval, sampling.
-            client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last, with the
-                calls in `pending`.
+            client_tools: OpenAI tool definitions of the caller; a turn that calls one is the last, with the call in
+                `pending`.
 
         Raises:
-            RequestError: a message or option is wrong, or the conversation is too long.
+            RequestError: a message or option is invalid, or the conversation is too long.
             CandleVllmError: the model failed.
         """
         check_is_list(messages)
@@ -189,13 +189,13 @@ class ResponsesSession:
                 self._answers = {key: answer for key, answer in self._answers.items() if key in still_open}
 
     def answer_approvals(self, answers: Mapping[str, Approval | str]) -> None:
-        """Says of open calls whether they may run; they do, or do not, when the conversation goes on.
+        """Allow or deny open calls; this takes effect when the conversation continues.
 
         Args:
             answers: "allow" or "deny" by call id.
 
         Raises:
-            InvalidParameterError: no such call is open, or another answer.
+            InvalidParameterError: a call is not open, or an answer is invalid.
         """
         if not isinstance(answers, Mapping):
             raise InvalidParameterError("answers must be 'allow' or 'deny' by the id of a call", "answers")
@@ -210,23 +210,22 @@ class ResponsesSession:
         self._answers |= {call_id: Approval(answer) for call_id, answer in answers.items()}
 
     def list_openai_tools(self, allowed: Iterable[str] | None = None) -> list[dict[str, Any]]:
-        """The tools as a chat request has them; of all, or of those whose names match a pattern."""
+        """Return the tools in the format of a chat request: all, or those whose names match a pattern."""
         return [definition.to_openai() for definition in self._tools.definitions(allowed)]
 
     async def call_tool(
         self, server: str | None, tool: str, arguments: Mapping[str, Any], *, timeout: float | None = None
     ) -> ToolResult:
-        """Calls a tool without the model; nobody is asked, and the transcript stays as it is.
+        """Call a tool without the model; no approval is needed, and the transcript is not changed.
 
         Args:
             server: label of the MCP server; None for a Python function.
-            tool: its name there.
-            arguments: checked against its schema.
-            timeout: seconds; None is the tool's own, or 60.
+            tool: name of the tool there.
+            arguments: arguments, which are checked against its schema.
+            timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
-            InvalidParameterError: there is no such tool, the arguments are no JSON object, or the timeout is wrong.
-                Whatever else goes wrong is in the result.
+            InvalidParameterError: unknown tool, invalid arguments or timeout. All other errors are in the result.
         """
         self._check_open()
         return await call_directly(self._tools, server, tool, arguments, timeout=timeout)

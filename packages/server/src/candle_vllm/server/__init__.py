@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as typing's, which a command would import before it hears Ctrl+C
+TYPE_CHECKING = False  # not imported from typing, because that would delay the handling of Ctrl+C
 if TYPE_CHECKING:
     from typing import Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "create_app", "load_settings"]
 
 
-if not TYPE_CHECKING:  # to which every name would be one
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
         if name == "create_app":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Answering a generation request, whole or streamed: what the routes of every API share.
+"""Answer a generation request, whole or streamed: the code that the routes of every API share.
 
-Steps 1 and 10 of a request's life. The body is read and checked, the request takes its turn at a model, the adapter
-answers, and what comes back is sent; the turn ends when nothing more is generated.
+Steps 1 and 10 of a request's life. The body is read and validated, the request waits for its turn at a model, the
+adapter answers, and its output is sent; the turn ends when nothing more is generated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def with_defaults(wire: Any, settings: Settings) -> Any:
 
 
 def with_usage(wire: Any, settings: Settings) -> Any:
-    """A request whose stream ends with its token counts, where the operator has all streams do so."""
+    """The request, with token counts at the end of its stream if the operator wants them for all streams."""
     if not (settings.enable_force_include_usage and isinstance(wire, GenerationFields) and wire.stream):
         return wire
     options = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
@@ -50,18 +50,18 @@ def with_usage(wire: Any, settings: Settings) -> Any:
 
 @dataclass(frozen=True)
 class GenerationApi:
-    """How one API asks and answers.
+    """How one API parses requests and encodes answers.
 
     Attributes:
-        parse: a body as a checked request.
-        whole, streamed: what a model answers to it.
-        event: a piece of a streamed answer as the bytes of an event.
-        error_event: what a stream that failed ends with.
-        done: what one that did not ends with.
-        defaults: the model's sampling defaults in a request that leaves them open.
-        kept: how its answers are kept for clients that have gone; None where they are not.
-        stream: what streams are sent as.
-        silence: what breaks the silence of a stream, where the API has an event for it.
+        parse: turns a body into a validated request.
+        whole, streamed: let a model generate the whole answer, or its chunks.
+        event: encodes a chunk of a streamed answer as an event.
+        error_event: encodes the error that ends a failed stream.
+        done: last bytes of a stream that did not fail.
+        defaults: fills in the model's sampling defaults where a request leaves them out.
+        kept: how answers are stored for clients that disconnected; None if they are not stored.
+        stream: response class of streams.
+        silence: makes the event that is sent during a silence, if the API has such an event.
     """
 
     parse: Callable[[bytes], Any]
@@ -77,18 +77,18 @@ class GenerationApi:
 
 
 async def answer(request: Request, api: GenerationApi) -> Response:
-    """The whole way of one request; every failure is an exception."""
+    """Read and answer one request; every failure is an exception."""
     deadline = deadline_of(request)
     return await answer_parsed(request, api, await parsed(request, api.parse), deadline)
 
 
 def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """An answer of wire types, or of what JSON has, as JSON."""
+    """A response whose body is a wire type or a plain value, as JSON."""
     return Response(to_json_bytes(made), status, headers, media_type=JSON)
 
 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
-    """The way of a request whose body has been read, until `deadline` (`time.monotonic()`)."""
+    """Answer a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     keeper: Keeper = request.app.state.keeper
     streams = bool(wire.stream)
@@ -119,7 +119,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
 
 
 def _permit_mix(request: Request, wire: Any) -> None:
-    """Refuses (HttpError 403) a mix of adapters that the key may not use."""
+    """Refuse (HttpError 403) a request with an adapter in `lora` that its key may not use."""
     caller, lora = caller_of(request.scope), getattr(wire, "lora", None)
     if caller.models is None or not lora:
         return
@@ -130,11 +130,11 @@ def _permit_mix(request: Request, wire: Any) -> None:
             message = (
                 f"This API key may not use the adapter {adapter.number}: this server's operator says which it may."
             )
-            raise HttpError(403, message, "model_not_allowed", param="lora")  # its name is not told
+            raise HttpError(403, message, "model_not_allowed", param="lora")  # the message must not reveal its name
 
 
 def _closing(chunks: AsyncIterator[Any]) -> Awaitable[object] | None:
-    """Aborts a stream that nobody reads."""
+    """Close a stream that nobody reads, which aborts its request."""
     close = getattr(chunks, "aclose", None)
     return None if close is None else close()
 
@@ -146,13 +146,13 @@ async def answer_with(
     *,
     queued: bool = True,
 ) -> Response:
-    """A request with one answer and no stream: vectors, scores, token counts.
+    """Answer a request that has one answer and no stream: embeddings, scores, token counts.
 
     Args:
         request: its body has not been read.
-        parse: a body as a checked request.
-        method: what a model answers.
-        queued: it waits for its turn; False for what the engine need not do.
+        parse: turns a body into a validated request.
+        method: computes the answer with a model.
+        queued: whether the request waits for its turn; False for work that the engine does not do.
     """
     deadline = deadline_of(request)
     return await answer_parsed_with(request, await parsed(request, parse), method, deadline, queued=queued)
@@ -166,7 +166,7 @@ async def answer_parsed_with(
     *,
     queued: bool = True,
 ) -> Response:
-    """The same for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
+    """Like `answer_with`, for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     begin_generation(request.scope)
 
     async def work() -> Any:
@@ -181,7 +181,7 @@ async def answer_parsed_with(
 
     async with in_time(deadline, request):
         made = await unless_disconnected(work(), request.receive)
-    # Thousands of vectors are many megabytes of JSON.
+    # Thousands of embeddings are many megabytes of JSON.
     return Response(await apart(to_json_bytes, made), media_type=JSON)
 
 
@@ -212,13 +212,13 @@ def deadline_of(request: Request) -> float:
 
 
 async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool = True) -> Any:
-    """The checked body of a request; `typed` as of `parse_request`."""
+    """Return the validated body of a request; `typed` as in `parse_request`."""
     most = request.app.state.settings.max_body_mb << 20
     return await parse_request(request.scope, request.receive, most, parse, typed=typed)
 
 
 def texts_of(wire: Any) -> int:
-    """How many texts a request for vectors or scores has; each is a sequence of the engine's."""
+    """How many texts a request for embeddings or scores has; each is one sequence of the engine."""
     pairs = getattr(wire, "pairs", None)
     texts = pairs or next((value for name in ("input", "documents") if (value := getattr(wire, name, None))), ())
     many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
@@ -230,16 +230,16 @@ def _priority(wire: Any) -> int:
 
 
 def sequences_of(wire: Any) -> int:
-    """How many sequences a request makes."""
+    """How many sequences a request generates."""
     prompts = getattr(wire, "prompts", None)
     return (len(prompts) if prompts is not None else 1) * getattr(wire, "sequences", 1)
 
 
 @asynccontextmanager
 async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[RequestBytes]:
-    """Ends what is not done at the deadline (`time.monotonic()`) with an answer for the client.
+    """Cancel work that is not done at the deadline (`time.monotonic()`), and raise the client's error.
 
-    The request's bytes count until its prompt is made (`Held.waiting`).
+    The bytes of the request are counted until its prompt is made (`Held.waiting`).
     """
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -250,6 +250,6 @@ async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[Req
 
 
 def took_too_long() -> HttpError:
-    """For a request whose time is over; clients shall not try it again by themselves."""
+    """The error of a request whose time is over; clients shall not retry it automatically."""
     message = "The request took longer than this server allows (--request-timeout)."
     return HttpError(504, message, "timeout", {"x-should-retry": "false"})

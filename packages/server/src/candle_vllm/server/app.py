@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """create_app: the ASGI application around a model manager, or around one engine.
 
-Steps 1 and 10 of a request's life. No globals: everything a route needs stands on `app.state`, so that several
-applications can live in one process.
+Steps 1 and 10 of a request's life. No globals: routes use `app.state`, so one process can hold several applications.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def create_app(
         served: a loaded engine, which the application does not own and does not close; or a manager of models, which
             it closes when it ends.
         settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
-        mailbox: where answers are kept for clients that ask for it; the application starts and closes it.
+        mailbox: stores answers for clients that ask for it; the application starts and closes it.
         mcp: MCP servers whose tools are given to models; the application starts and closes them.
     """
     settings = settings or Settings()
@@ -109,7 +108,7 @@ def create_app(
         title="candle-vllm",
         version=version("candle-vllm-server"),
         redirect_slashes=False,  # a redirect would be built from the Host header
-        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load their scripts from other hosts
         redoc_url=None,
         openapi_url=None,
         lifespan=_lifespan,
@@ -137,10 +136,10 @@ def create_app(
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
-    app.state.reloader = None  # what reads files again, where the server was started by some
-    app.state.failure = None  # why it could not start
-    app.state.page_key = None  # of the web UI's printed address, which stands for an API key where tools are called
-    # The web UI comes first: its page stands where the server's own answer at / is otherwise.
+    app.state.reloader = None  # reads settings files again, if the server was started with files
+    app.state.failure = None  # why the application could not start
+    app.state.page_key = None  # key in the printed address of the web UI; with it, the page may call tools
+    # The web UI comes first: its page replaces the server's own answer at /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
     _describe(app, settings)
@@ -161,7 +160,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yields what the server that runs the application has to know of it: a drain waits for what outlives clients."""
+    """Yield the state for the server: `busy` says whether work goes on for clients that left; a drain waits for it."""
     mailbox: Mailbox | None = app.state.mailbox
     kept: KeptResponses | None = app.state.kept
     background: Background | None = app.state.background
@@ -196,14 +195,14 @@ def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
 
 
 def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
-    """Files and batches, beside the responses."""
+    """The service for files and batches, which are stored beside the responses."""
     options = FileOptions(
         url, settings.files_max_mb << 20, settings.file_max_mb << 20, settings.responses_retention_days * 86400
     )
     manager: ModelManager = app.state.manager
 
     def places() -> int:
-        """Sequences that run at a time, as far as it is known."""
+        """Maximum number of running sequences: of the loaded models, else the setting."""
         loaded = [model.engine.model_info.max_num_seqs for model in manager.loaded]
         return max(loaded, default=settings.max_num_seqs or SETTINGS["max_num_seqs"].default or 1)
 
@@ -219,14 +218,14 @@ async def _start(app: FastAPI, store: Mailbox | KeptResponses | Batches) -> None
 
 
 def _describe(app: FastAPI, settings: Settings) -> None:
-    """The OpenAPI document: ours, made from the wire types, in the place of FastAPI's."""
+    """Replace FastAPI's OpenAPI document by one that is made from the wire types."""
     document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
     app.state.document = document
     app.openapi = lambda: document.value
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outside in: prefix, version, id, counts, CORS, cut-offs, failures, origin, host, HEAD, key, limits, routes."""
+    """Layers, outermost first: prefix, version, id, counts, CORS, drain, failures, origin, host, HEAD, key, limits."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())

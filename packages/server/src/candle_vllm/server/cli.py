@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config, and those for downloads.
 
-Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
-the traceback is shown only with `--log-level debug`. Nothing but the interpreter's own is imported where Ctrl+C is not
-heard yet, so that hardly any time passes there.
+Before step 1 of a request's life. Every error that a user can cause ends as one line on standard error and exit status
+2; the traceback is shown only with `--log-level debug`. Only modules that the interpreter has loaded anyway are
+imported before Ctrl+C is handled, so that hardly any time passes until then.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from candle_vllm.server.settings.configuration import Configuration
 
 EXIT_USAGE = 2
-EXIT_BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
+EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIGPIPE ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
+    """Run the command line and return the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
 
-    `agent` has 1 as well, where the request was not carried out. Without `argv` the process is all ours, and ends here
-    where threads still work.
+    `agent` also returns 1 if the request was not carried out. Without `argv`, the process belongs to the command and
+    is ended here, even if threads still work.
     """
     try:
         from candle_vllm.server.interrupts import leave
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return leave(_run(sys.argv[1:])) if argv is None else _run(argv)
     except KeyboardInterrupt:
         os.write(2, b"candle-vllm: stopped\n")
-        return 130  # EXIT_INTERRUPTED, which may not be there yet
+        return 130  # EXIT_INTERRUPTED, which may not be imported yet
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -68,10 +68,10 @@ def _run(argv: Sequence[str]) -> int:
             say(configuration.remarks)
         status = run_command(command, configuration, own)
         if sys.stdout is not None:
-            sys.stdout.flush()  # whose failure would be a traceback at exit
+            sys.stdout.flush()  # a failure at exit would print a traceback
         return status
     except BrokenPipeError:
-        _write_nowhere()  # whoever read our output has left
+        _write_nowhere()  # the reader of the output has closed the pipe
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if debug:
@@ -96,7 +96,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _write_nowhere() -> None:
-    """Standard output must not be flushed again at exit, where it failed."""
+    """Redirect a standard output that fails to the null device, because it is flushed again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -108,7 +108,7 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     from candle_vllm.server.interrupts import leaving_at_once
 
     with leaving_at_once(lambda: "it started"):
-        if command not in ("agent", "bench serve"):  # whose model may be the name of one elsewhere
+        if command not in ("agent", "bench serve"):  # their model may be one of another server
             from candle_vllm.server.settings.derived import refuse_missing
 
             refuse_missing(configuration.settings)
@@ -117,7 +117,7 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
 
 
 def _program(command: str) -> Callable[..., int]:
-    """What runs a command; its module, and with it the engine, is imported only here."""
+    """Return the function of a command; its module, and with it the engine, is imported only here."""
     from candle_vllm.core.threads import collector_paused
 
     with collector_paused():  # modules are many objects, and none of them is garbage
@@ -153,7 +153,7 @@ def _program(command: str) -> Callable[..., int]:
 
 
 def say(remarks: Sequence[str]) -> None:
-    """Warns of what was given and has no effect."""
+    """Log warnings about settings that have no effect."""
     if remarks:
         import logging
 
@@ -170,24 +170,24 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
 
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
-        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: nobody else reads it
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: only its owner may read it
         handlers.append(LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(log_formatter("json" if style == "json" else "text"))
     start_logging(level.upper(), handlers=handlers)
-    logging.getLogger("PIL").setLevel(logging.WARNING)  # else a line for each chunk of a stranger's file
+    logging.getLogger("PIL").setLevel(logging.WARNING)  # else PIL logs a line for each chunk of an image file
     if level != "debug":
         for noisy in ("httpx", "httpx2", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         for loud in (
             "mcp",
             "client",
-        ):  # the MCP SDK's tracebacks of what a server gets wrong; the link says it in a line
+        ):  # the MCP SDK logs tracebacks for errors of an MCP server; the link logs them in one line
             logging.getLogger(loud).setLevel(logging.CRITICAL)
 
 
 def _quiet(given: Any, settings: Settings) -> str:
-    """On the terminal, text is what counts: only warnings are logged unless a level was asked for."""
+    """The log level of commands that write to the terminal: only warnings, unless a level was given."""
     return settings.log_level if "log_level" in given or settings.log_level != "info" else "warning"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Stopping without cutting answers: uvicorn's server with a drain that has an end.
+"""Stop without truncating answers: uvicorn's server with a drain that has a time limit.
 
-The last thing that happens to a request that is still running at shutdown: it gets `--shutdown-timeout` seconds,
-then an answer that says so.
+A request that is still running at shutdown gets `--shutdown-timeout` seconds; then it is cancelled, and its answer
+says that the server was stopped.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
-    _SIGNALS.append(signal.SIGBREAK)  # what one process can send to another there
+    _SIGNALS.append(signal.SIGBREAK)  # the signal that one process can send to another on Windows
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
 _LOOK_SECONDS = 0.05
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether nobody else says what uvicorn logs.
+    """Whether to log a record of uvicorn: not if this server logs the same event itself.
 
-    The command tells why it cannot start, the drain what is cut off, `FailureMiddleware` why an answer is not whole.
+    The command logs why it cannot start, the drain what it cancels, `FailureMiddleware` why an answer is incomplete.
     """
     if str(record.msg).startswith(("Cancel %s running task(s)", "ASGI callable returned without completing")):
         return False
@@ -45,17 +45,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, with another end and another failure to start.
+    """uvicorn's server, with its own shutdown and its own handling of a failed start.
 
-    A second signal of any kind ends the drain at once, what is worked on without a client is drained too, and a
-    drain is a success. An application that cannot start ends `run` without an exception; it knows why
-    (`app.state.failure`).
+    A second signal of any kind ends the drain at once. The drain also waits for work whose client has left. `run`
+    returns normally after a drain, and if the application cannot start; `app.state.failure` has the reason.
     """
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None
-    """What runs beside the server from its start on."""
+    """Coroutine function that runs beside the server from its start on."""
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
-    """What else does, and is cancelled at its end."""
+    """Another such function; it is cancelled when the server ends."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -91,7 +90,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     def _announce(self) -> bool:
-        """Says what is waited for, and how to wait no longer; whether there was anything."""
+        """Log what the drain waits for and how to stop it; return whether it waits for anything."""
         busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
         if count := len(self.server_state.tasks):
             what = f"{count} request{'s' if count > 1 else ''}"
@@ -106,7 +105,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         announced = not self.force_exit and self._announce()
-        # uvicorn waits for these tasks, as long as for a request.
+        # uvicorn waits for these tasks as it waits for requests.
         outlived = asyncio.create_task(self._outlived())
         self.server_state.tasks.add(outlived)
         outlived.add_done_callback(self.server_state.tasks.discard)
@@ -126,7 +125,7 @@ class DrainingServer(uvicorn.Server):
         drained.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await drained
-        if self.force_exit:  # uvicorn leaves it out then
+        if self.force_exit:  # uvicorn skips the shutdown of the lifespan then
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
         await self._end_connections()
@@ -134,7 +133,7 @@ class DrainingServer(uvicorn.Server):
             logger.info("stopped")
 
     async def _end_connections(self) -> None:
-        """Gives clients a while for what they still read or answer: no connection may outlive the event loop."""
+        """Wait a while for clients that still read or close, then abort: no connection may outlive the event loop."""
         connections = self.server_state.connections
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
@@ -142,29 +141,29 @@ class DrainingServer(uvicorn.Server):
                     await asyncio.sleep(_LOOK_SECONDS)
         for connection in list(connections):
             connection.transport.abort()
-        await asyncio.sleep(_LOOK_SECONDS if connections else 0)  # they are told, and their sockets closed
+        await asyncio.sleep(_LOOK_SECONDS if connections else 0)  # their `connection_lost` runs meanwhile
 
     async def _forced(self) -> None:
         while not self.force_exit:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _end_of_time(self, outlived: asyncio.Task[None]) -> None:
-        """Says what the drain's end cuts off, just before uvicorn does it."""
+        """Log how many requests the end of the drain cancels, just before uvicorn does it."""
         await asyncio.sleep(self.config.timeout_graceful_shutdown or 0)
         if count := len(self.server_state.tasks - {outlived}):
             logger.warning("the time is over: %d request%s cut off", count, "s are" if count > 1 else " is")
 
     async def _outlived(self) -> None:
-        """Until no request runs and nothing is worked on for a client that has gone."""
+        """Wait until no request runs and no work goes on for a client that has left."""
         busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
         while busy is not None and (busy() or len(self.server_state.tasks) > 1):
             await asyncio.sleep(_LOOK_SECONDS)
 
 
 class CutOffMiddleware:
-    """A request that the end of the drain cancels is answered as any other, and the cancellation ends here.
+    """Answers a request that the end of the drain cancels, and catches the cancellation.
 
-    A stream that has begun says it itself (`EventStream`); anything else that has not begun gets a 503.
+    A stream that has begun reports the shutdown itself (`EventStream`); a request without a response yet gets a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:

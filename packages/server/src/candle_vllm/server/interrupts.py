@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ctrl+C while a command starts, and the end of a process in which threads still work.
+"""Handle Ctrl+C while a command starts, and end a process in which threads still work.
 
 Before step 1 of a request's life. Imported before anything else, so it imports next to nothing.
 """
@@ -21,13 +21,12 @@ EXIT_INTERRUPTED = 130
 def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
     """Inside, Ctrl+C ends the process at once, with one line that says what was stopped.
 
-    An exception would be raised in the midst of an import or a callback, which swallows it or shows it, and threads
-    that compile would run on while the interpreter takes down what they use. So this is for work that leaves nothing
-    half done outside the process. Other threads than the main one, and a process whose parent had it ignore Ctrl+C, go
-    on as they are.
+    An exception could be raised inside an import or a callback, which would swallow it or print it, and threads that
+    compile would go on while the interpreter deletes the objects that they use. So the work must leave nothing half
+    done outside the process. No effect outside the main thread, or if the parent process made this one ignore Ctrl+C.
 
     Args:
-        doing: says what is being done, when it is stopped.
+        doing: returns what is being done, for the message.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
         None,
@@ -48,15 +47,15 @@ def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
 
 
 def say_stopped(what: str = "") -> None:
-    """The one line after Ctrl+C, in the place of a bar if there is one."""
+    """Write the one line after Ctrl+C, over a progress bar if there is one."""
     clear = "\r\x1b[K" if sys.stderr is not None and sys.stderr.isatty() else ""
     os.write(2, f"{clear}candle-vllm: stopped{what}\n".encode(errors="replace"))
 
 
 def leave(status: int) -> int:
-    """Ends the process where threads still work, as one that loads a model which nobody waits for any more.
+    """End the process if daemon threads still work, such as one that loads a model which nobody waits for.
 
-    They would run on while the interpreter takes down what they use. Where none does, the status comes back.
+    They would go on while the interpreter deletes the objects that they use. Without such threads, return the status.
     """
     if any(thread.daemon for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):

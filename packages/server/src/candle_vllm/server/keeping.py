@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Answers that outlive their clients: a request that asked for it goes on when its client has gone.
+"""Answers that outlive their clients: a request that asked for it goes on after its client has disconnected.
 
-Between steps 2 and 10 of a request's life. Its chunks are read by a task of their own; its client reads along, or the
-whole at the end, or leaves, and the whole answer goes to the mailbox. Whoever asked for nothing is aborted with its
-connection, as always.
+Between steps 2 and 10 of a request's life. A task reads the chunks of such a request. Its client reads them too, or the
+whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted at a disconnect.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ NOT_HERE = "is for chat and text completions: answers of this route are not kept
 
 @dataclass(frozen=True)
 class KeptForm:
-    """How answers of one API are kept.
+    """How answers of one API are stored.
 
     Attributes:
-        prefix: of their ids.
-        join: the whole answer of its chunks.
+        prefix: prefix of their ids.
+        join: makes the whole answer from its chunks.
     """
 
     prefix: str
@@ -54,10 +53,10 @@ class Wish:
     """What one request asked of the mailbox.
 
     Attributes:
-        policy: what becomes of its answer.
-        owner: who may fetch it.
-        request_id: what its answer will be called, without the prefix.
-        usage_hidden: the client did not ask for token counts in its stream; the whole answer has them.
+        policy: when the answer is stored and pushed.
+        owner: who may fetch the answer.
+        request_id: id of the answer, without the prefix.
+        usage_hidden: whether the client did not ask for token counts in its stream; the whole answer has them.
     """
 
     policy: DeliveryPolicy
@@ -66,7 +65,7 @@ class Wish:
     usage_hidden: bool = False
 
     def asks_for(self, mode: Mode) -> bool:
-        """Whether its answer is kept or pushed always, or depending on what its client does."""
+        """Whether the answer is stored or pushed in this mode."""
         return mode in (self.policy.mailbox, self.policy.webhook)
 
 
@@ -74,8 +73,8 @@ class Keeper:
     """Reads answers to their end for the mailbox.
 
     Args:
-        mailbox: where answers are kept; None refuses every request that asks for one.
-        metrics: counts what was kept.
+        mailbox: stores the answers; with None, a request that asks for the mailbox is refused.
+        metrics: counts stored answers.
     """
 
     def __init__(self, mailbox: Mailbox | None, metrics: Metrics) -> None:
@@ -84,15 +83,15 @@ class Keeper:
         self._works: set[Work[Any]] = set()
 
     def wish(self, scope: Scope, wire: Any, *, possible: bool = True) -> tuple[Wish | None, Any]:
-        """What a request asks for, and the request as it has to run for that: streamed, with its token counts.
+        """Return what a request asks for, and the request as it must run for that: streamed, with its token counts.
 
         Args:
-            scope: with the request's headers.
+            scope: ASGI scope with the request's headers.
             wire: the request.
-            possible: False for an API whose answers are not kept.
+            possible: False for an API whose answers are not stored.
 
         Raises:
-            HttpError: 400 that names the header.
+            HttpError: 400; the message names the header.
         """
         if self._mailbox is None or not possible:
             refuse_headers(scope["headers"], NOT_HERE if self._mailbox is not None else None)
@@ -110,12 +109,12 @@ class Keeper:
     def keep(
         self, wish: Wish, chunks: AsyncIterator[Any], form: KeptForm, turn: Turn, deadline: float
     ) -> OutlivingAnswer:
-        """Begins to read an answer; what is returned may be read, or closed, by its client.
+        """Begin to read an answer; the client may read or close the returned object.
 
         Args:
-            wish: of the request.
-            chunks: of the answer, its usage in the last one.
-            form: of the answer.
+            wish: what the request asked for.
+            chunks: chunks of the answer; the last one has its usage.
+            form: how the answer is stored.
             turn: released once nothing more is generated.
             deadline: `time.monotonic()` at which reading ends.
         """
@@ -136,11 +135,11 @@ class Keeper:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is still being read, or about to be kept."""
+        """Whether an answer is still being read, or about to be stored."""
         return bool(self._works)
 
     async def close(self) -> None:
-        """Ends what is still read; the mailbox hears of it."""
+        """Stop reading; answers that are incomplete go to the mailbox as errors."""
         await asyncio.gather(*(work.cancel() for work in self._works))
 
 
@@ -148,11 +147,11 @@ class OutlivingAnswer:
     """The chunks of one answer for its client, which may leave.
 
     Args:
-        mailbox: where it goes.
-        wish: of its request.
-        form: of it.
-        model: whose answer it is.
-        deadline: `time.monotonic()` until which its client is waited for.
+        mailbox: stores the answer.
+        wish: what its request asked for.
+        form: how the answer is stored.
+        model: name of the model.
+        deadline: `time.monotonic()` until which `finish` waits for the client.
     """
 
     def __init__(self, mailbox: Mailbox, wish: Wish, form: KeptForm, model: str, deadline: float) -> None:
@@ -166,8 +165,8 @@ class OutlivingAnswer:
         self._reader = self._pieces.read()
         self._made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._delivered = False
-        self._gone = asyncio.Event()  # the client, before it had everything
-        self._over = asyncio.Event()  # it has everything, or has gone
+        self._gone = asyncio.Event()  # set when the client leaves before it has everything
+        self._over = asyncio.Event()  # set when the client has everything or has left
         self._noting = asyncio.create_task(self._note())
 
     # ---- for the client ----------------------------------------------------------------------------------------------
@@ -184,17 +183,17 @@ class OutlivingAnswer:
     async def response(self, encode: Callable[[Any], bytes]) -> Response:
         """The whole answer as JSON, for a client that wants no stream.
 
-        Cancelling it means that the client has gone; what the answer failed with is raised.
+        Cancelling it means that the client has left. If the answer failed, its exception is raised.
         """
         return _WholeResponse(encode(await self._whole()), self)
 
     def delivered(self) -> None:
-        """The client was handed the last byte."""
+        """Note that the client was sent the last byte."""
         self._delivered = not self._gone.is_set()
         self._over.set()
 
     async def aclose(self) -> None:
-        """The client reads no more; the answer is read on."""
+        """Note that the client reads no more; the answer is still read to its end."""
         if not self._delivered:
             self._gone.set()
         self._over.set()
@@ -204,16 +203,16 @@ class OutlivingAnswer:
     # ---- for the keeper ----------------------------------------------------------------------------------------------
 
     async def take(self, chunk: Any) -> None:
-        """One more; the client sees it meanwhile."""
+        """Add a chunk, which the client can read at once."""
         self._pieces.add(chunk)
 
     async def finish(self, failure: Failure) -> bool | None:
-        """Tells the client and the mailbox; whether the answer was kept, None where it need not be.
+        """End the answer for client and mailbox; return whether it was stored, or None if it need not be.
 
-        Where it depends on the client, what it does is waited for: to its deadline, or until this task is cancelled.
+        If that depends on the client, wait for the client until the deadline, or until this task is cancelled.
 
         Args:
-            failure: what ended it; None where it is complete.
+            failure: the exception that ended the answer; None if it is complete.
         """
         self._noting.cancel()
         made = await self._result(failure)
@@ -231,7 +230,7 @@ class OutlivingAnswer:
 
     async def _result(self, failure: Failure) -> msgspec.Struct | Exception:
         if isinstance(failure, asyncio.CancelledError):
-            await self.aclose()  # nobody is waited for any more
+            await self.aclose()  # the client is not waited for any more
             return RequestAbortedError("The server was stopped before the answer was complete.")
         if isinstance(failure, TimeoutError):
             return RequestAbortedError("The request took too long.")
@@ -254,13 +253,13 @@ class OutlivingAnswer:
         return made
 
     def _as_asked(self, chunk: Any) -> Any:
-        """The chunk as its client asked for it: without token counts where it did not."""
+        """The chunk for the client: without token counts if the client did not ask for them."""
         if not self._wish.usage_hidden:
             return chunk
         return msgspec.structs.replace(chunk, usage=UNSET) if chunk.choices else None
 
     async def _note(self) -> None:
-        """Shows in the mailbox that the answer is on its way, once it is certain to be kept."""
+        """Show in the mailbox that the answer is being generated, once it is certain that it will be stored."""
         if not self._wish.asks_for(Mode.ALWAYS):
             await self._gone.wait()
         limit = max(1.0, self._deadline - time.monotonic())
@@ -268,7 +267,7 @@ class OutlivingAnswer:
 
 
 class _WholeResponse(Response):
-    """Says whether the client took it all."""
+    """A response that reports to the answer whether it was sent completely."""
 
     media_type = "application/json"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the routes of kept responses and conversations share: whose they are, their queries, and their events.
+"""Code that the routes of stored responses and conversations share: owners, query parameters and events.
 
 Step 1 of a request's life; nothing is generated here.
 """
@@ -25,7 +25,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
 
-# The queries in the document.
+# Query parameters in the OpenAPI document.
 INCLUDE: Mapping[str, Any] = {
     "include": {
         "enum": [*INCLUDABLE],
@@ -47,7 +47,7 @@ _MAX_NUMBER = 9  # digits
 
 
 async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
-    """What keeps responses, and the caller as an owner of them; 404 where nothing is kept."""
+    """Return the store of responses, and the caller as an owner in it; HttpError 404 if nothing is stored."""
     kept: KeptResponses | None = request.app.state.kept
     if kept is None:
         raise HttpError(404, "This server keeps no responses: it was started with --responses-store off.", "store_off")
@@ -55,9 +55,9 @@ async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
 
 
 def query_of(request: Request, *known: str) -> dict[str, str]:
-    """The query parameters, each known and given once; `include` may be given often, and changes nothing.
+    """Return the query parameters, each known and given once; `include` may be repeated and has no effect.
 
-    What can be included is in the items where it was asked for when they were made.
+    Parts that can be included are in the items if they were asked for when the items were made.
     """
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
@@ -76,7 +76,7 @@ def query_of(request: Request, *known: str) -> dict[str, str]:
 
 
 def page_request(request: Request) -> PageRequest:
-    """Which items of a list are asked for."""
+    """Read which items of a list are asked for."""
     query = query_of(request, "limit", "order", "after", "include")
     limit, after = limit_and_after(query, DEFAULT_LIMIT, MAX_LIMIT)
     order = query.get("order", "desc")
@@ -86,7 +86,7 @@ def page_request(request: Request) -> PageRequest:
 
 
 def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[int, str | None]:
-    """How many entries of a list are asked for, and behind which one."""
+    """Read how many entries of a list are asked for, and after which entry."""
     limit, after = number_of("limit", query.get("limit", str(default)), 1, most), query.get("after")
     if after is not None and not entries.is_id(after):
         raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
@@ -99,7 +99,7 @@ class _Listed(Protocol):
 
 
 def page_of(kind: Callable[..., Any], found: Sequence[_Listed], limit: int) -> Response:
-    """A page of a list: as many of what was found as were asked for, and whether there are more."""
+    """The response with a page of a list: at most `limit` of the found entries, and whether there are more."""
     some = found[:limit]
     ends = {"first_id": some[0].id if some else None, "last_id": some[-1].id if some else None}
     page = kind(data=some, **ends, has_more=len(found) > limit)
@@ -107,14 +107,14 @@ def page_of(kind: Callable[..., Any], found: Sequence[_Listed], limit: int) -> R
 
 
 def number_of(name: str, text: str, low: int, high: int) -> int:
-    """A whole number of the query."""
+    """Read a query parameter that is a whole number."""
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_NUMBER and low <= int(text) <= high):
         raise InvalidParameterError(f"{name} must be a whole number between {low} and {high}, not {text!r:.60}", name)
     return int(text)
 
 
 def switch_of(query: dict[str, str], name: str) -> bool:
-    """A query parameter that is true or false; absent, it is false."""
+    """Read a query parameter that is true or false; it is false by default."""
     text = query.get(name, "false")
     if text not in ("true", "false"):
         raise InvalidParameterError(f"{name} must be true or false, not {text!r:.60}", name)
@@ -122,17 +122,17 @@ def switch_of(query: dict[str, str], name: str) -> bool:
 
 
 class ResponseEvents:
-    """Writes the events of one response for one reader.
+    """Encodes the events of one response for one reader.
 
-    Silence is broken by OpenAI's `keepalive`, for clients count events and no comments. It has the number of the event
-    before it, so that numbers have no gap and a reader may come back by any of them.
+    During a silence, OpenAI's event `keepalive` is sent, because clients count events but not comments. It repeats the
+    number of the event before it, so that the numbers have no gap and a reader can resume after any of them.
     """
 
     def __init__(self) -> None:
         self._number = 0
 
     def write(self, event: StreamEvent | EncodedEvent) -> bytes:
-        """An event in bytes."""
+        """Encode an event."""
         if isinstance(event, EncodedEvent):
             self._number = event.number
             return named_event(event.name, event.data)
@@ -140,18 +140,18 @@ class ResponseEvents:
         return named_event(event.event_name, to_json_bytes(event))
 
     def silence(self) -> bytes:
-        """What is sent where nothing has happened for a while."""
+        """The event that is sent when nothing has happened for a while."""
         return named_event("keepalive", b'{"type":"keepalive","sequence_number":%d}' % self._number)
 
 
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
-    """Events of a background response for one reader, which may leave."""
+    """The stream of a background response's events for one reader, which may leave."""
     written = ResponseEvents()
     return EventStream(events, written.write, _error_event, silence=written.silence)
 
 
 def _error_event(failure: Exception) -> bytes:
-    """The last event for a reader that could not be told everything; the numbers of events are not its own."""
+    """The last event of a stream that failed; its sequence number is 0, as it is no event of the response."""
     error = error_detail(failure)
     told = ErrorOccurred(sequence_number=0, error=error, code=error.code, message=error.message, param=error.param)
     return named_event(told.event_name, to_json_bytes(told))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Long work in threads of its own, for an event loop that waits for it, gives up or stops it (beside step 1)."""
+"""Run long work in a thread, while an event loop waits for it, gives up or stops it (beside step 1)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from candle_vllm.core.progress import Progress, heard_by
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = 30.0  # seconds that work may take to end, before what follows begins beside it
+_STOPPING = 30.0  # seconds to wait for stopped work to end; then the caller goes on anyway
 
 T = TypeVar("T")
 
 
 async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T], object] | None = None) -> T:
-    """Runs work in a daemon thread, so that the program may end before it does.
+    """Run work in a daemon thread, so that the program can end before it.
 
     Args:
         function: the work.
-        name: of the thread.
-        discard: given what was made, in that thread, when nobody waits for it any more.
+        name: name of the thread.
+        discard: called with the result, in a thread, when nobody waits for it any more.
     """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
@@ -33,7 +33,7 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
     def run() -> None:
         try:
             value = function()
-        except BaseException as error:  # handed to the task that waits
+        except BaseException as error:  # handed to the waiting task
             call_in(loop, _fail, result, error)
             return
         if result.cancelled() or not call_in(loop, _succeed, result, value, discard):
@@ -44,10 +44,10 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
 
 
 def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, discard: Callable[[T], object]) -> T:
-    """Runs work that tells how far it is, as loading a model, and waits for it; the rest as in `in_thread`.
+    """Run work that reports its progress, such as loading a model, and wait for it; arguments as in `in_thread`.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C was pressed, and the work has ended where it next told how far it was.
+        KeyboardInterrupt: Ctrl+C was pressed, and the work has ended at its next report of progress.
     """
     stopped, ended = threading.Event(), threading.Event()
 
@@ -66,13 +66,13 @@ def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, 
         return runner.run(in_thread(run, name, discard))
     except KeyboardInterrupt:
         stopped.set()
-        with contextlib.suppress(KeyboardInterrupt):  # once more: nobody waits for the end
+        with contextlib.suppress(KeyboardInterrupt):  # pressed again: do not wait for the end
             ended.wait(_STOPPING)
         raise
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arguments: object) -> bool:
-    """Calls a function in an event loop; False when that was closed."""
+    """Call a function in an event loop; return False if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *arguments)
     except RuntimeError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What an operator changed is read again while the server runs: models.yaml and the files of keys.
+"""Read models.yaml and the files of API keys again while the server runs.
 
-Beside the ten steps: on SIGHUP, or because a request of an operator asks for it. Where a file is wrong, what was read
-before stays, and the log says where the file is wrong.
+Beside the ten steps: on SIGHUP, or when a request of an operator asks for it. If a file is wrong, its previous content
+stays in use, and the log says where the file is wrong.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 class Reloader:
-    """Reads again what one server was told by files.
+    """Reads the settings files of one server again.
 
     Args:
-        configuration: what it was told at its start.
-        manager: of its models.
+        configuration: the configuration at the server's start.
+        manager: manager of its models.
         keys: its API keys.
     """
 
@@ -46,7 +46,7 @@ class Reloader:
         self._lock = asyncio.Lock()
 
     async def reload(self) -> None:
-        """Reads everything again; what is wrong is logged."""
+        """Read everything again; errors are logged."""
         await self._keys.reload()
         if not self._configuration.in_file:
             return
@@ -56,7 +56,7 @@ class Reloader:
             logger.error("%s; the models from before stay", error)
 
     async def reload_models(self) -> Changes:
-        """Reads models.yaml again and serves what it says; models that it never had stay.
+        """Read models.yaml again and serve its models; models that were not in the file before stay.
 
         Raises:
             UsageError: the file is wrong or missing; nothing has changed.
@@ -82,13 +82,13 @@ class Reloader:
         return changes
 
     async def add(self, section: Mapping[str, Any]) -> ModelSlot:
-        """Serves one model more, until the server ends; it is loaded when it is asked for.
+        """Serve one more model until the server ends; it is loaded when a request asks for it.
 
         Args:
-            section: as an entry of `models` in models.yaml.
+            section: the model, in the form of an entry of `models` in models.yaml.
 
         Raises:
-            UsageError: it is wrong, or there is a model of that name.
+            UsageError: the section is wrong, or there is a model of that name.
         """
         async with self._lock:
             remarks: list[str] = []
@@ -101,11 +101,11 @@ class Reloader:
         return self._manager.slots[entry.name]
 
     async def remove(self, name: str) -> Changes:
-        """Serves a model no more; what it was asked is finished.
+        """Stop serving a model; its running requests are finished.
 
         Raises:
-            ModelNotServedError: there is none of that name.
-            UsageError: it is the default one.
+            ModelNotServedError: there is no model of that name.
+            UsageError: it is the default model.
         """
         async with self._lock:
             before, found = self._manager.catalogue, self._manager.find(name, exact=True).entry.name
@@ -117,13 +117,13 @@ class Reloader:
         return changes
 
     def listen(self, stop: Callable[[], object]) -> None:
-        """Reads everything again on SIGHUP, in the loop that runs; `stop` is called where the terminal has gone."""
+        """Read everything again on SIGHUP, in the running loop; `stop` is called instead if the terminal was closed."""
         if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
-            return  # Windows has no such signal: an operator's request is what is left
+            return  # Windows has no such signal: there, only a request can reload
         had_terminal, tasks = _has_terminal(), set[asyncio.Task[None]]()
 
         def hung_up() -> None:
-            if had_terminal and not _has_terminal():  # it was closed, which has always ended what ran in it
+            if had_terminal and not _has_terminal():  # a closed terminal ends the programs in it
                 stop()
                 return
             task = asyncio.ensure_future(self.reload())
@@ -169,7 +169,7 @@ def _read_again(old: Configuration) -> Configuration:
 
 
 def _of_the_process(old: Configuration, new: Configuration) -> list[str]:
-    """Settings that are not of one model and have changed."""
+    """The changed settings that belong to the process, not to one model."""
     names = [option.name for option in OPTIONS if not option.in_yaml and option.group != MODEL]
     changed = [name for name in names if getattr(old.settings, name) != getattr(new.settings, name)]
     return changed + (["mailbox"] if old.mailbox != new.mailbox and "mailbox" not in changed else [])
@@ -180,12 +180,12 @@ def _has_terminal() -> bool:
 
 
 def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
-    """Says at the start what the first client of a model would find out: files that are not there, or cannot be read.
+    """Warn at the start of model files that are missing or cannot be read, before a client asks for the model.
 
-    The headers of files that are there are read in a thread of their own, those of the default model when it is loaded.
+    A thread reads the headers of the files that exist; those of the default model are read when it is loaded.
 
     Returns:
-        That thread, where there is one.
+        The thread, or None if there is nothing to read.
     """
     there: list[ModelEntry] = []
     for entry in catalogue.entries:
@@ -203,7 +203,7 @@ def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
 
 
 def warn_of_unreadable(entries: Sequence[ModelEntry]) -> None:
-    """Says which models' files have headers that cannot be read."""
+    """Warn of models whose files have headers that cannot be read."""
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU
 

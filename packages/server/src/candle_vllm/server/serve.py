@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """serve: bind the address, run uvicorn, load the model, drain on a signal.
 
-The frame around steps 1 to 10. The address is taken before the model is loaded, because a port in use should cost
-no minutes, and `/health` and `/ready` answer while it is loaded. SIGTERM or Ctrl+C stops accepting, lets running
-requests finish for `--shutdown-timeout` seconds, then aborts them; a second signal does not wait.
+Around steps 1 to 10. The address is bound before the model is loaded: a port in use is reported at once, and `/health`
+and `/ready` answer during loading. SIGTERM or Ctrl+C stops accepting, lets running requests finish for
+`--shutdown-timeout` seconds, then aborts them; a second signal aborts them at once.
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-SWITCH_SECONDS = 0.0005  # a thread that parses a large request gives way to the engine's steps ten times sooner
-WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds behind the start: a first request is not to wait for it, or without end
+SWITCH_SECONDS = 0.0005  # a tenth of Python's default: a thread that parses a large request must not delay engine steps
+WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds after the start: earliest and latest time; first requests go before it
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
-    """Serves until a signal; 0 after a drain. A node that is not the first runs its ranks of the model instead.
+    """Serve until a signal; return 0 after a drain. A node other than the first runs its ranks of the model instead.
 
     Args:
         configuration: what to serve, and where.
-        load: loads a model; None is the usual way.
+        load: loads a model; None: a `ModelLoader`.
 
     Raises:
-        CandleVllmError: the address or the first model cannot be had.
+        CandleVllmError: the address cannot be bound, or the first model cannot be loaded.
     """
     settings = configuration.settings
     if settings.node_rank:
@@ -125,7 +125,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
 
 def with_fetched(configuration: Configuration) -> Catalogue:
-    """The catalogue, with the models that were fetched where clients may change which there are."""
+    """The catalogue; if clients may change the models, it also has the models that were downloaded."""
     catalogue, settings = configuration.catalogue, configuration.settings
     if not settings.allow_model_changes:
         return catalogue
@@ -139,7 +139,7 @@ def with_fetched(configuration: Configuration) -> Catalogue:
 
 
 def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]:
-    """A socket at the port of Ollama's clients, where it is another than that of the first, which is closed if not."""
+    """Bind the port for Ollama's clients, if it is another port than the first; on an error, close `first`."""
     if settings.ollama_port in (None, settings.address.port):
         return []
     host = "127.0.0.1" if settings.address.unix_path is not None else settings.address.host
@@ -151,7 +151,7 @@ def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]
 
 
 def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
-    """The mailbox, where there shall be one; SQLAlchemy is imported only then."""
+    """The mailbox, if it is configured; SQLAlchemy is imported only then."""
     if options is None:
         return None
     from candle_vllm.server.mailbox.service import Mailbox
@@ -160,7 +160,7 @@ def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
 
 
 def open_mcp(settings: Settings) -> McpService | None:
-    """The MCP servers, where there shall be some; the SDK is imported only then."""
+    """The service of the MCP servers, if some are configured; the SDK is imported only then."""
     from candle_vllm.server.mcp.options import mcp_options
 
     options = mcp_options(settings)
@@ -172,7 +172,7 @@ def open_mcp(settings: Settings) -> McpService | None:
 
 
 def limits_of(settings: Settings) -> ManagerLimits:
-    """The manager's limits as the settings have them."""
+    """The limits of the model manager, from the settings."""
     return ManagerLimits(
         max_loaded=settings.max_loaded_models,
         max_waiting=settings.queue_size,
@@ -183,12 +183,12 @@ def limits_of(settings: Settings) -> ManagerLimits:
 
 
 class Start:
-    """Loads the default model while the server already answers `/health`, and says when it is there.
+    """Loads the default model while the server already answers `/health`, and prints the banner once it is loaded.
 
     Attributes:
-        failure: why it could not be loaded; the server stops then.
-        reloader: reads files again on SIGHUP, if anything does.
-        stopped: what was being done when the server was stopped before it was there.
+        failure: why the model could not be loaded; the server stops then.
+        reloader: reads files again on SIGHUP; None if nothing is to be read again.
+        stopped: what was being done when the server was stopped before the model was loaded.
     """
 
     def __init__(self, app: FastAPI, server: DrainingServer, address: Address) -> None:
@@ -200,7 +200,7 @@ class Start:
         self.reloader: Reloader | None = None
 
     async def run(self) -> None:
-        """To the banner, or to the end of the server."""
+        """Load the model, then print the banner or stop the server."""
         if self.reloader is not None:
             self.reloader.listen(lambda: self._server.handle_exit(signal.SIGTERM, None))
         manager: ModelManager = self._app.state.manager
@@ -209,15 +209,15 @@ class Start:
         try:
             slot = await manager.start()
         except Exception as error:
-            if self._server.should_exit:  # it was stopped while it loaded
+            if self._server.should_exit:  # it was stopped while the model was loaded
                 self.stopped = f"{slot.entry.name} was loaded" + (f" ({slot.progress})" if slot.progress else "")
             else:
                 self.failure, self.stopped = error, None
             self._server.should_exit = True
             return
         self.stopped = None
-        # The model's objects live as long as the process: no collection need look at them again, and none does now,
-        # for a start leaves some fifty objects to collect, and looking takes a tenth of its time.
+        # The model's objects live as long as the process, so garbage collections need not examine them. No collection
+        # runs here: a start leaves some fifty objects to collect, and a collection takes a tenth of its time.
         gc.freeze()
         sys.stdout.write(banner(self._app, self._address, slot))
         sys.stdout.flush()
@@ -226,9 +226,9 @@ class Start:
 
 
 def _warm_up(engine: ServedEngine) -> None:
-    """Makes what every grammar needs of the vocabulary, a second or two, once the first answers are given.
+    """Prepare the vocabulary for grammars, which takes one or two seconds, once the first requests have run.
 
-    The process waits for it at its end: a thread that an interpreter ends within compiled code may take all down.
+    At exit, the process waits for this thread: ending a thread inside compiled code may crash the process.
     """
     main = threading.main_thread()
 
@@ -251,14 +251,14 @@ def _warm_up(engine: ServedEngine) -> None:
 
 
 def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = None) -> DrainingServer:
-    """uvicorn around the application; it serves until `should_exit` is set."""
+    """Return uvicorn's server for the application; it serves until `should_exit` is set."""
     given: dict[str, Any] = {} if tls is None else {"ssl_context_factory": lambda *_: tls}
     config = uvicorn.Config(
         app,
         http=http_protocol(),
         ws=WebSocketProtocol,
         ws_max_size=settings.max_body_mb << 20,
-        ws_per_message_deflate=False,  # 8 KB of it may be 8 MB, which nothing counts before they are there
+        ws_per_message_deflate=False,  # 8 KB may decompress to 8 MB, which are counted only afterwards
         lifespan="on",
         backlog=_BACKLOG,
         access_log=False,
@@ -273,10 +273,9 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
 
 
 def bind(address: Address) -> socket.socket:
-    """A socket that listens at the address; UsageError when it is taken or not ours.
+    """Return a socket that listens at the address; UsageError if it is in use or not of this machine.
 
-    It listens before the model is loaded, because two sockets that do not may share a port. A client that comes while
-    the model is loading waits.
+    It listens at once, because two sockets that do not listen yet may share a port. Early clients wait for the server.
     """
     if address.unix_path is not None:
         return _bind_unix(address.unix_path)
@@ -288,7 +287,7 @@ def bind(address: Address) -> socket.socket:
         raise UsageError(f"host {address.host!r} is no address of this machine: {error}") from None
     listener = socket.socket(family, kind, protocol)
     try:
-        if sys.platform == "win32":  # where the other option lets two servers listen at one port
+        if sys.platform == "win32":  # there, SO_REUSEADDR lets two servers listen at one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         else:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -329,10 +328,10 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes the socket that a crashed server left; a live one, or another kind of file, is an error."""
+    """Remove the socket that a crashed server left; a socket in use, or another kind of file, is an error."""
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise UsageError(f"{path} exists and is not a socket")
-    assert sys.platform != "win32"  # nothing was bound there
+    assert sys.platform != "win32"  # `_bind_unix` refuses Windows
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
@@ -356,12 +355,12 @@ def _bound(address: Address, listener: socket.socket) -> Address:
 
 
 def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> str:
-    """What an application of `create_app` serves, and where.
+    """The lines that say what an application serves, and where.
 
     Args:
-        app: its default model is loaded.
+        app: made by `create_app`; its default model is loaded.
         address: where it listens.
-        started: the model that it started with; None is the default one.
+        started: the model that was loaded at the start; None: the default model.
     """
     manager, settings = app.state.manager, app.state.settings
     slot = started or manager.slots[manager.active]
@@ -397,7 +396,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
 
 
 def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, str]:
-    """What the operator asked for besides, by name; "" of what is off."""
+    """Further lines of the banner by their names: what the operator turned on; "" for what is off."""
     drafts = draft_settings(model.speculative_config) if model.speculative_config else None
     limits = (
         (settings.requests_per_minute, "requests a minute"),
@@ -421,17 +420,17 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
 
 
 def _for_others(address: Address) -> str:
-    """How other machines reach a server that listens at every address: by the one that leads to the network."""
+    """The URL for other machines if the server listens at every address: with the address of the outgoing interface."""
     if address.unix_path is not None or address.host not in ("0.0.0.0", "::"):  # noqa: S104
         return ""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # of a net that is nobody's; nothing is sent
+        probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737); nothing is sent
         return f" (from elsewhere {dataclasses.replace(address, host=probe.getsockname()[0]).url})"
     return ""
 
 
 def _cache_size(info: ModelInfo) -> str:
-    """How much memory the cache may take; on the CPU it does so as it fills."""
+    """The maximum size of the KV cache; on the CPU, its memory is taken as blocks fill."""
     if not info.kv_cache_bytes:
         return ""
     fills = ", taken as they fill" if info.device == "cpu" else ""

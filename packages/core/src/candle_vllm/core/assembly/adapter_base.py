@@ -27,10 +27,10 @@ from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_PIECE = 1 << 22  # elements of a matrix that are decoded at a time
+_PIECE = 1 << 22  # number of elements that are decoded at a time
 
 Weights: TypeAlias = Callable[[str], StoredTensor | None]
-"""A part of the model by its target, as it is stored and in the model's order; None without a stored tensor."""
+"""Finds a parameter of the model by its target, as stored and in the model's order; None without a stored tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,9 +41,9 @@ class AdapterBase:
         name: the model's name, for messages.
         config: the model's config.
         places: maps tensors of adapters to sites of the model.
-        shapes: shapes of all parameters by target; includes the head even if it is the embedding table.
+        shapes: shapes of all parameters by target, including the head even if it is tied to the embedding table.
         architectures: names of the architecture in GGUF files.
-        weights: opens the weights as they are served, quantised if `isq` is set.
+        weights: opens the weights as they are served: quantised if `isq` is set.
         unused: patterns of stored names that the model does not compute with.
     """
 
@@ -57,7 +57,7 @@ class AdapterBase:
 
 
 def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
-    """Describe a base model by the headers of its files; raises as `load_model`."""
+    """Describe a base model by the headers of its files; errors as `load_model`."""
     opened = open_model(files, CPU)
     with opened.checkpoint as checkpoint:
         encoder = describe_encoder(files, opened)
@@ -115,7 +115,7 @@ def _shapes(
 
 
 def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
-    """Return the target of a head's parameter in a family's table: a tied embedding, and Phi-2's name of the bias."""
+    """Return the target of a head's parameter in a family's table; a tied head and Phi-2's bias have other targets."""
     if target == "head:weight" and model.tie_embeddings:
         return "embed:weight"
     return "scorer:bias" if target == "head:bias" else target
@@ -125,7 +125,7 @@ def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
     """Return the architecture of the model's own GGUF file; for another format, all architectures of its family."""
     if model.model_type in family.gguf:
         return (model.model_type,)
-    return family.gguf or ("llama",)  # Mixtral's files bear Llama's name
+    return family.gguf or ("llama",)  # Mixtral's files have Llama's name
 
 
 def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig, stored: Checkpoint) -> Weights:

@@ -24,11 +24,11 @@ _KINDS = (
     ("lora_magnitude_vector.weight", "magnitude"), ("token_adapter.trainable_tokens_delta", "tokens"),
     ("base_layer.weight", "copy"), ("base_layer.bias", "bias"), ("bias", "bias"), ("weight", "full"),
 )  # fmt: skip
-"""Ends of tensors' names, and what they are."""
+"""Suffixes of tensor names, and the kind of tensor for each."""
 _NAMED = tuple(f".{end.partition('.')[0]}." for end, _ in _KINDS if end.startswith("lora_"))
 
 Parts: TypeAlias = dict[str, StoredTensor]
-"""Tensors of a module by what they are."""
+"""Tensors of a module by kind."""
 
 
 def refuse(stored: StoredAdapter, name: str, why: str) -> NoReturn:
@@ -42,7 +42,7 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
     for name, tensor in stored.tensors.items():
         plain = name
         for marker in _NAMED:
-            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # the form that some tools save
+            plain = plain.replace(f"{marker}default", marker.rstrip("."))  # some tools save names in this form
         end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
         if not kind:
             refuse(stored, name, "it is no part of an adapter that is known here")

@@ -39,10 +39,10 @@ from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
-_SCORES = ("head", "score")  # paths of an encoder's head
-_LEAST, _MOST = 1e-9, 1e6  # bounds of the scale of B A; a smaller one has no effect
+_SCORES = ("head", "score")  # attribute paths of an encoder's head
+_LEAST, _MOST = 1e-9, 1e6  # bounds of the scale of B A; below the lower bound it has no effect
 _CANCELLED = 0.01  # fraction of the summands below which a squared norm is computed from the summed matrix instead
-_SAMPLE = 64  # rows in which a copy of a table is compared with the base's
+_SAMPLE = 64  # number of rows of a table's copy that are compared with the base's table
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
@@ -54,10 +54,10 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
         merging: the adapter will be merged, so it may contain norms and whole matrices: see `conversion/adapters.py`.
 
     Raises:
-        AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs a feature that is not served.
+        AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs an unsupported feature.
     """
     with ExitStack() as opened:
-        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # looked up only once
+        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # read only once
         fit = _Fit(stored, base, opened, merging)
         fit.run()
         return fit.result()
@@ -151,7 +151,7 @@ class _Fit:
             self._linear(module, parts, spots)
 
     def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot], *, vectors: bool = False) -> None:
-        """Refuse a module that is no multiplied matrix of the model; with `vectors`, vectors are accepted too."""
+        """Refuse a module that is not a multiplied matrix of the model; with `vectors`, vectors are accepted too."""
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
@@ -197,7 +197,7 @@ class _Fit:
             self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
 
     def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
-        """Return A [r, ..] and B [.., r], after checking their rank against each other, the config and the limits."""
+        """Return A [r, ..] and B [.., r], after checking their ranks against each other, the config and the limits."""
         if first not in parts or second not in parts:
             there = next(iter(parts.values()))
             self._refuse(there.name, f"the other half of {module!r:.200} is missing")
@@ -304,7 +304,7 @@ class _Fit:
         self._put(tensor, spot, _Change(Delta(full=seen)))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Check that a table which PEFT saves beside its adapter is the base's own; it is not used otherwise."""
+        """Check that a table that PEFT saves with its adapter equals the base's table; it is not used otherwise."""
         for spot in spots:
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
@@ -313,7 +313,7 @@ class _Fit:
             if own is None:
                 continue
             mine, theirs = (side.select(rows).load("F32") for side in (own, tensor))
-            if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised weights differ a little
+            if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised weights differ slightly
                 self._refuse(tensor.name, f"it is the weight of another base than {self._base.name}")
 
     def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
@@ -336,7 +336,7 @@ class _Fit:
             self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
 
     def _tie(self) -> None:
-        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says so."""
+        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says that."""
         if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
             return
         table = self._changes["embed"].get("") if "embed" in self._changes else None
@@ -372,7 +372,7 @@ class _Fit:
                 f"{layers} adapters of parameters of {plain!r:.200} are there; target_parameters names "
                 f"{len(names)} that the base has",
             )
-        name = names[len(names) - 1 - depth]  # the first name is wrapped first, and is innermost
+        name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
         if "a" not in parts or "b" not in parts:
@@ -390,7 +390,7 @@ class _Fit:
         self._check_rank(name, a, rank)
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
         of_b = parts_of_experts(b, count)
-        if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT confused rows and columns of experts
+        if a.shape[1] != columns and b.shape[0] == columns:  # older PEFT exchanged the rows and columns of experts
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
         scale = self._scale(name, a, rank)
         self._each_expert(a, of_a, of_b, spots, scale)
@@ -416,7 +416,7 @@ class _Fit:
     # ---- GGUF --------------------------------------------------------------------------------------------------------
 
     def _gguf_tensor(self, name: str, parts: Parts) -> None:
-        """Fit `lora_a` and `lora_b` of a tensor of the base's; for the embedding table, A is transposed."""
+        """Fit `lora_a` and `lora_b` of a tensor of the base; for the embedding table, A is transposed."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
             self._refuse(first.name, "a GGUF adapter has .lora_a and .lora_b of each tensor alone")
@@ -498,7 +498,7 @@ def norms_with(
 ) -> NDArray[np.float32]:
     """Return ||w + b A|| for rows w [n, K] and b [n, r], from products of the summands.
 
-    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T. across: A A^T.
+    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T, across: A A^T.
     """
     own = np.einsum("nk,nk->n", rows, rows).astype(np.float64)
     added = np.einsum("nr,nr->n", b @ across, b)

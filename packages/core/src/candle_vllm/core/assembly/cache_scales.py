@@ -3,8 +3,8 @@
 
 A layer stores keys divided by its key scale, and values divided by its value scale (`kernels/kv_write`). The names are
 those that vLLM accepts: `k_scale` and `v_scale` of a layer's attention, or of `attn` or the projections in it
-(ModelOpt), `output_scale` of the key and value projections (older compressed-tensors), and `kv_scale` for both (older
-still). If only one of the two is stored, it is used for both.
+(ModelOpt), `output_scale` of the key and value projections (older compressed-tensors), and `kv_scale` for both (oldest
+form). If only one of the two is stored, it is used for both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, St
 def give_cache_scales(
     decoder: object, scales: Mapping[str, StoredTensor], config: Counted, placement: Placement
 ) -> None:
-    """Set the stored scales in the layers of `decoder`; layers without stored scales keep the step's.
+    """Set the stored scales in the layers of `decoder`; layers without stored scales use those of the step.
 
     Raises:
         InvalidFileError: a scale is not a single finite number above 0.

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.models.eagle3 import Eagle3, Eagle3Config
 
 MOST_UNSHARED = 128
-"""Tokens that only one of the two may have: vocabularies of one family end in different added or empty ones."""
+"""Maximum number of tokens that only one vocabulary has: added or unused tokens differ within a family."""
 
 
 def draft_config(config: EngineConfig) -> EngineConfig | None:
@@ -86,7 +86,7 @@ def find_draft(config: EngineConfig) -> None:
 
 
 def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
-    """Load everything of a draft model or head but its weights; None without one. Raises as `load_draft`."""
+    """Load a draft model or head without its weights; None if there is neither. Errors as `load_draft`."""
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or settings.method not in WITH_WEIGHTS:
         return None
@@ -101,11 +101,10 @@ def describe_draft(config: EngineConfig, target: Described, device: Device) -> D
 def load_draft(
     config: EngineConfig, target: LoadedModel, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | LoadedHead | None:
-    """Load the draft model or head of `target`; None without one, and on a GPU, where drafts have no weights.
+    """Load the draft model or head of `target`; None if there is neither, and on a GPU, where drafts use no weights.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, has another vocabulary, or was trained for
-            another model.
+        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or does not fit the target model.
     """
     settings, drafts = draft_settings(config.speculative_config), draft_config(config)
     if settings is None or settings.method not in WITH_WEIGHTS or device.type == "cuda":
@@ -127,7 +126,7 @@ def load_draft(
 
 
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
-    """Open the draft model's files; tensors of a head keep their names."""
+    """Open the draft model's files; tensors of a draft head keep their names."""
     files = model_files(config)
     if method == "draft_model" and _is_head(files):
         raise ConfigError(
@@ -152,7 +151,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
 
 
 def _is_head(files: ModelFiles) -> bool:
-    """Return whether the files are of an EAGLE head, by their architecture."""
+    """Return whether the files contain an EAGLE head, by their architecture."""
     if files.format == "gguf":
         from candle_vllm.core.loading.gguf import open_gguf
         from candle_vllm.core.models.eagle3 import GGUF_ARCHITECTURE
@@ -175,7 +174,7 @@ class DescribedHead:
 
     Attributes:
         name, placement, config, `vocab_size`, meant: see `LoadedHead`.
-        stored: its tensors.
+        stored: its stored tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.
     """
@@ -194,7 +193,7 @@ class DescribedHead:
 def describe_head(
     config: EngineConfig, method: str, target: Described | LoadedModel, opened: Opened, device: Device
 ) -> DescribedHead:
-    """Load everything of a draft head but its weights, which are checked; raises as `load_draft`."""
+    """Load a draft head without its weights, which are only checked; errors as `load_draft`."""
     described = config_file(opened.files)
     with naming(described, opened.checkpoint.path):
         found = _describe_eagle3(target, opened) if method == "eagle3" else _describe_next_tokens(target, opened)
@@ -217,7 +216,7 @@ def load_head(
     progress: Callable[[int, int], object],
     whole: EngineConfig,
 ) -> LoadedHead:
-    """Load a draft head; `whole` are the settings of the target model. Raises as `load_draft`."""
+    """Load a draft head; `whole` are the settings of the target model. Errors as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
         raise ConfigError(
             f"speculative_config: {target.config.model_type} gives no hidden states, which the method {method} needs",
@@ -373,7 +372,7 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
     """Return how two vocabularies differ, for messages; None if every shared token id has the same text in both.
 
-    Rows without a token do not count, and up to `MOST_UNSHARED` tokens may be missing from either vocabulary.
+    Rows without a token do not count, and up to `MOST_UNSHARED` tokens may be missing in either vocabulary.
     """
     first, second = (
         {index: text for text, index in words.backend.get_vocab(with_added_tokens=True).items()}

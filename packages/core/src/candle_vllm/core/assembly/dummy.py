@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Random weights for a model of which only `config.json` exists: `load_format="dummy"`.
 
-Before step 1 of a request's life. The result is a `Checkpoint` like any other, so kernels, memory and times of steps
-are those of the real weights; only the generated text is noise.
+Used before step 1 of a request's life. The result is a normal `Checkpoint`, so kernels, memory and step times are those
+of the real weights; only the generated text is noise.
 
 Elements of matrices have a normal distribution with standard deviation 0.02, norms are ones and biases zeros, in the
-type that the config names. A tensor's elements depend on its name and its device, and are generated on the device, as
-fast as its memory.
+config's type. A tensor's elements depend on its name and device, and are generated on the device.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.quantization.plain import ELEMENTS, convert
 
 STD = 0.02
-"""Standard deviation of the numbers in a matrix, as models are initialised."""
+"""Standard deviation of the elements of a matrix, as in newly initialised models."""
 
 _CHUNK = 1 << 18
-"""Numbers that are made at a time."""
+"""Number of elements that are generated at a time."""
 
 _NAMES = MappingProxyType({"float32": "F32", "bfloat16": "BF16", "float16": "F16"})
-"""What config.json may call the type of its weights."""
+"""Names of weight types in config.json."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,15 +84,15 @@ class DummyTensor(FileTensor):
 def open_dummy(config: Path, device: Device) -> Checkpoint:
     """Return the tensors that a model of this config would have, with Hugging Face's names.
 
-    Parts of one stored tensor (the experts of a fused one) are separate tensors, named by their target in the model.
+    Parts of one stored tensor (the experts of a fused tensor) are separate tensors, named by their target in the model.
 
     Args:
         config: a `config.json`.
         device: the device on which the tensors will be used.
 
     Raises:
-        ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights are
-            more than the device's free memory; or the config asks for quantised weights.
+        ModelLoadError: the config cannot be read or its model is not implemented, as with real weights; the weights
+            exceed the device's free memory; or the config requires quantised weights.
     """
     values = read_json(config)
     type_name = _type_name(Fields(values, config))

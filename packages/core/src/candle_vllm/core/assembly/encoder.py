@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedEncoder(Loaded):
-    """An encoder with its weights, and the most tokens of a text."""
+    """An encoder with its weights, and the maximum number of tokens of a text."""
 
     encoder: Encoder
     config: EncoderConfig
@@ -64,11 +64,11 @@ def load_any_model(
     again: Sequence[WeightMemory] = (),
     ranks: Collective | None = None,
 ) -> LoadedModel | LoadedEncoder:
-    """Load `config.model`, a decoder or an encoder; raises as `load_model`.
+    """Load `config.model`, a decoder or an encoder; errors as `load_model`.
 
     Args:
         config, device, progress, ranks: see `load_model`.
-        again: memories of the same model, into which its matrices are loaded again.
+        again: weight memories of the same model, into which its matrices are loaded again.
     """
     with loading(again) as memories:
         loaded = _load_any_model(config, device, progress, ranks)
@@ -186,7 +186,7 @@ def _check_isq(config: EngineConfig) -> None:
 
 
 def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> int:
-    """Return the most tokens of a text: the setting, else the length the model was tuned for, else its positions."""
+    """Return the maximum tokens of a text: the setting, else the trained length, else the number of positions."""
     if config.max_model_len is None:
         tuned = longest_text(files.folder) if files.format != "gguf" else None
         return min(model.max_position, tuned or model.max_position)

@@ -18,7 +18,7 @@ from candle_vllm.core.pooled_head import Dense, PooledHead
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # output matrices, the tied one last
+_TABLES = ("lm_head.weight", "model.embed_tokens.weight")  # output matrices; the tied one is last
 
 
 def pooling_of(
@@ -48,9 +48,9 @@ def pooling_of(
 
 
 def _token_head(fields: Fields, words: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer) -> PooledHead:
-    """Return the head of a reranker that scores by logits of tokens, which vLLM's `classifier_from_token` names.
+    """Return the head of a reranker that scores by logits of tokens, which vLLM's `classifier_from_token` lists.
 
-    With two tokens, such as "no" and "yes", the score is the probability of the second of the two: the sigmoid of the
+    With two tokens, such as "no" and "yes", the score is the probability of the second token: the sigmoid of the
     difference of their logits. With one token it is the sigmoid of its logit.
     """
     ids = [tokenizer.backend.token_to_id(word) if isinstance(word, str) else None for word in words]

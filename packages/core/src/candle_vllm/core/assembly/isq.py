@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
 
-Before step 1 of a request's life. Every matrix of a family's table is converted to the model's layout (by its views),
-then wrapped in a tensor that quantises when its bytes are read. Norms, biases, the router of experts, and matrices
-whose rows fit no block stay plain. The embedding table and the head get at least Q6_K, because every token passes both,
-and they are used row by row.
+Used before step 1 of a request's life. Every matrix of a family's table is converted to the model's layout (by its
+views), then wrapped in a tensor that is quantised when its bytes are read. Norms, biases, routers of experts, and
+matrices whose rows do not fit a block stay plain. The embedding table and the head get at least Q6_K, because every
+token uses both, and they are read row by row.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class InSitu(Viewed):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether it has the source's rows and columns, and all rows have the same importance."""
+        """Whether the matrix has the source's rows and columns, and all rows have the same importance."""
         return self.source.shape == self.shape and (self.importance is None or len(self.importance) == 1)
 
     def _part(self, source: StoredTensor, importance: np.ndarray | None = None) -> InSitu:
@@ -95,7 +95,7 @@ def quantised_in_situ(
     has_place: Callable[[str], bool] = lambda _: True,
     imatrix: Imatrix | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint with its matrices quantised to a type, under the names of their targets in the model.
+    """Return the checkpoint with its matrices quantised to a type; their names are their targets in the model.
 
     Args:
         name: one of `ISQ_TYPES`.
@@ -106,7 +106,7 @@ def quantised_in_situ(
         imatrix: importance of the columns of matrices.
 
     Raises:
-        ConfigError: the checkpoint is quantised already.
+        ConfigError: the checkpoint is already quantised.
         WeightsError: the importance matrix belongs to another model.
     """
     check_plain(name, checkpoint)
@@ -136,7 +136,7 @@ def check_used(imatrix: Imatrix, used: bool) -> None:
 
 
 def check_plain(name: str, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError for a checkpoint that is not plain; the message says what to do instead."""
+    """Raise ConfigError for a checkpoint that is not plain; the message has an alternative."""
     quantised = next((tensor for tensor in checkpoint.tensors.values() if tensor.dtype is None), None)
     if checkpoint.format == "gguf":
         held = "a GGUF file, whose tensors have their types"

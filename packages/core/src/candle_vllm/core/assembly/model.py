@@ -57,31 +57,31 @@ from candle_vllm.core.vision.prompts import VisionInput
 
 logger = logging.getLogger(__name__)
 
-# generation_config.json keys that are sampling defaults; their names are SamplingParams' own
+# Keys of generation_config.json that are sampling defaults; their names are those of SamplingParams.
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Everything besides the model itself that is loaded from a model's files.
+    """Everything that is loaded from a model's files, except the model itself.
 
     Attributes:
         name: the model's name as its source gives it.
-        placement: device and types of its weights, and whether steps are recorded.
-        dtype: the types that matrices are multiplied in, the most frequent first.
+        placement: device and types of the weights, and whether steps are recorded.
+        dtype: types in which matrices are multiplied, the most frequent first.
         config: its configuration.
         tokenizer: the tokenizer.
         template: the chat template; None without one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
-        default_sampling: sampling defaults of the model's generation config; its length of an answer as "max_tokens".
+        default_sampling: sampling defaults of the model's generation config; its maximum answer length is "max_tokens".
         pooling: how hidden states are pooled; None for a cross-encoder that computes its head itself.
         head: layers after the pooling; None without such layers.
-        quantization: stored tensor types with the number of tensors of each; None if all are plain.
+        quantization: stored tensor types with the number of tensors of each; None if all tensors are plain.
         num_parameters: number of stored elements.
-        weight_bytes: stored bytes.
-        split: the part of it that is not on its GPU; None if everything is in one place.
+        weight_bytes: stored bytes of the weights.
+        split: parts of the model that are not in GPU memory; None if everything is in one place.
         files: the files of its weights and config; empty for random weights.
-        memories: memory of its matrices in recorded steps, and of models that were loaded with it.
+        memories: weight memories of its matrices in recorded steps, and those of models that were loaded with it.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedHead:
-    """A draft head: layers that draft from a model's hidden states, with their weights.
+    """A draft head: layers that predict draft tokens from a model's hidden states, with their weights.
 
     Attributes:
         name: name of its files.
@@ -122,7 +122,7 @@ class LoadedHead:
         config: its config, as if it were a model of one layer.
         head: the layers.
         vocab_size: size of its output vocabulary.
-        meant: the model's token id for each token id of that vocabulary; None if the ids are the same.
+        meant: the target model's token id for each id of that vocabulary; None if the ids are the same.
         weight_bytes: stored bytes.
     """
 
@@ -162,9 +162,9 @@ class LoadedModel(Loaded):
         return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:
-        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; None without.
+        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; otherwise None.
 
-        Its tables are allocated anew, so this must be called before a runner uses them.
+        Its tables are newly allocated, so this must be called before a runner uses them.
         """
         elsewhere = self.shard is not None and not self.shard.is_first
         if not self.config.rope.axes or (self.tower is None and not elsewhere):
@@ -196,7 +196,7 @@ def load_model(
     Args:
         config: the engine's settings.
         device: the device to load it to.
-        progress: called with bytes done and bytes in all.
+        progress: called with the loaded bytes and all bytes.
         opened: the model from `open_model`, if that was called already; it is closed.
         ranks: the ranks among which the model is divided; None for a whole model.
 
@@ -265,13 +265,13 @@ def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
-    """Return the files that determine what a model computes; () for random weights."""
+    """Return the files that determine a model's outputs; () for random weights."""
     beside = (files.config, config.mmproj, config.imatrix)
     return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if a tower adds to more layers than the text model has, or to another number of layers."""
+    """Raise InvalidFileError if a tower adds to more layers than the text model has, or than its metadata says."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
         raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")
@@ -280,10 +280,10 @@ def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:
-    """Load everything of a model but its weights, so that a model that cannot be served is refused early.
+    """Load a model without its weights, so that an unsupported model is refused early.
 
     Raises:
-        ConfigError: the settings ask for a longer context than the model has.
+        ConfigError: the settings require a longer context than the model has.
         ModelLoadError: its files cannot be used; the message names the file.
     """
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
@@ -334,10 +334,10 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
 
 
 def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> EngineConfig:
-    """Adapt the settings to a model: layers of transformers have no CUDA graphs, some of them one sequence at a time.
+    """Adapt the settings to a model: layers of transformers have no CUDA graphs, and some run one sequence at a time.
 
     Raises:
-        ConfigError: the settings divide a model of transformers, or draft for one with a cache of its own.
+        ConfigError: the settings divide a model of transformers, or enable drafts for a model with its own cache.
     """
     if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config
@@ -354,6 +354,10 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
         raise ConfigError(
             f"{model.model_type} cannot be drafted for ({model.one_at_a_time}): leave speculative_config out",
             "speculative_config",
+        )
+    if config.enable_lora:
+        raise ConfigError(
+            f"{model.model_type} takes no adapters ({model.one_at_a_time}): leave enable_lora out", "enable_lora"
         )
     return dataclasses.replace(config, max_num_seqs=1, max_num_batched_tokens=0, enable_prefix_caching=False)
 
@@ -381,7 +385,7 @@ def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) 
 
 
 def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint as it is loaded: its tensors as they are stored, or quantised in situ (`isq`)."""
+    """Return a checkpoint in the form in which it is loaded: tensors as stored, or quantised in situ (`isq`)."""
     if config.isq is None:
         return checkpoint
     from candle_vllm.core.assembly.isq import quantised_in_situ
@@ -400,7 +404,7 @@ def fill(
     progress: Callable[[int, int], object],
     cut: Cut | None = None,
 ) -> None:
-    """Load a model's weights, cut to a shard by `cut`; `progress` is called with bytes done and bytes in all."""
+    """Load a model's weights, cut to a shard by `cut`; `progress` is called with the loaded bytes and all bytes."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def report(count: int) -> None:
@@ -427,12 +431,12 @@ def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     values: dict[str, Any] = {}
     for key in (key for key in _SAMPLING_KEYS if key in generation):
         value = generation.get(key, float)
-        # Some exporters write a count as 50.0; 50.5 stays as it is and is refused below.
+        # Some exporters write a count as 50.0; 50.5 is not converted and is refused below.
         values[key] = int(value) if key == "top_k" and value.is_integer() else value
     if not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
     length = generation.values.get("max_new_tokens")
-    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored, as they always were
+    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # other values are ignored
         values["max_tokens"] = length
     try:
         SamplingParams(**values)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Offload parts of a model from its GPU: experts that the CPU computes, and layers that are read over the bus.
+"""Offload parts of a model from its GPU: experts that the CPU computes, and layers that are read over the PCIe bus.
 
-The settings say how much, or as much is offloaded as does not fit.
+The settings determine the amount; otherwise only what does not fit is offloaded.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STEPS = 1 << 30
-"""Bytes that are kept for steps, of which it is not known yet what they take."""
+"""Bytes that are reserved for steps, because their memory is not known yet."""
 _TOKENS = 4096
-"""Of one sequence, for which a KV cache is kept where no context is asked for: few, for what goes makes steps slow."""
+"""Tokens of one sequence for which KV cache is reserved without a set context; few, since offloading is slow."""
 _SETTINGS = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """The parts of a model on a GPU that are in main memory.
+    """The parts of a GPU's model that are in main memory.
 
     Attributes:
-        experts: number of first layers whose experts the CPU computes.
+        experts: the CPU computes the experts of this number of first layers.
         host: placement of their matrices; None if the CPU computes no experts.
         layers: number of the first layer whose matrices the GPU reads over the bus.
-        bus: memory of these matrices; None if no layer is read over the bus.
+        bus: weight memory of these matrices; None if no layer is read over the bus.
         names: names of the stored tensors in main memory.
         host_bytes: bytes that these tensors take in main memory.
         bus_bytes: the part of these bytes that is read over the bus.
-        message: the computation of the split, for the log.
+        message: computation of the split, for the log.
     """
 
     experts: int
@@ -92,7 +92,7 @@ class _Layers(NamedTuple):
 def plan_split(
     config: EngineConfig, device: Device, placement: Placement, family: Family, model: ModelConfig, stored: Checkpoint
 ) -> Split | None:
-    """Plan what is placed in main memory; return None if everything is in one place.
+    """Plan what is in main memory; return None if the whole model is in one place.
 
     Raises:
         ConfigError: the settings cannot be applied to this model.

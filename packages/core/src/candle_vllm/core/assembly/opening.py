@@ -47,7 +47,7 @@ class Opened:
 
 
 def model_files(config: EngineConfig) -> ModelFiles:
-    """Return the files of `config.model`, downloaded if needed; raises as `load_model`."""
+    """Return the files of `config.model`, downloaded if needed; errors as `load_model`."""
     return resolve(
         config.model,
         weight_file=config.weight_file,
@@ -79,7 +79,7 @@ def naming(source: object, *others: object) -> Iterator[None]:
 
 
 def open_model(files: ModelFiles, device: Device) -> Opened:
-    """Open the files that `model_files` found; raises as `load_model`.
+    """Open the files that `model_files` found; errors as `load_model`.
 
     The readers of a format are imported only for that format, so that a GGUF file starts quickly.
     """
@@ -123,7 +123,7 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
     """Load the tokenizer, with its vocabulary extended to the `rows` of the embedding table."""
     inside = files.format == "gguf" and config.tokenizer is None
     source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    # The tokenizers library ends the process if memory runs out, so the estimated memory is checked before.
+    # The tokenizers library ends the process if memory runs out, so the estimated memory is checked first.
     with naming(source), room_for(f"the tokenizer of {files.name}", _WORDS_BYTES + rows * _WORD_BYTES):
         tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
         return fit_tokenizer(tokenizer, rows, source)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choose how a model computes: recorded steps with compiled kernels if possible, else torch; and its types."""
+"""Choose how a model computes: recorded steps with compiled kernels if possible, otherwise torch; and its types."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _SMALLER = (("q8_0", 8.5), ("q6k", 6.6), ("q5k", 5.5), ("q4k", 4.5), ("q3k", 3.5), ("q2k", 2.7))
-"""Types of `--isq`, and about how many bits a number takes in each."""
+"""Types of `--isq`, and the approximate number of bits per element of each."""
 
 _FEWER = "take a model with fewer bits"
 
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
-"""The settings of a type, and their names in `quantization/plain.py`."""
+"""Values of the dtype setting, and their names in `quantization/plain.py`."""
 
 _BEYOND_F16 = frozenset({
     "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified_text",
     "glm4",
 })  # fmt: skip
-"""Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
+"""Models whose activations exceed float16: vLLM refuses it for them; transformers reports it for Gemma 3."""
 
 
 def resolve_ranks(config: EngineConfig) -> EngineConfig:
@@ -53,8 +53,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `enforce_eager` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: the settings name fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU and the
-            machine does not have one.
+        ConfigError: there are fewer GPUs than ranks, the GPU cannot be used, or the ranks need a GPU that is missing.
     """
     if config.ranks == 1:
         return config
@@ -145,9 +144,9 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
 def encoder_placement(
     config: EngineConfig, device: Device, checkpoint: Checkpoint, obstacle: str | None = None
 ) -> Placement:
-    """Choose the placement of an encoder, whose matrices are plain in torch; raises as `choose_placement`.
+    """Choose the placement of an encoder, whose matrices are plain in torch; errors as `choose_placement`.
 
-    `obstacle` is why the model's family cannot be recorded, if it cannot.
+    `obstacle` is why the model's steps cannot be recorded; None if they can.
     """
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
@@ -168,10 +167,10 @@ def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -
 
 
 def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placement:
-    """Return the placement, after setting torch's threads by `config`; `reason` is why torch computes.
+    """Return the placement, after setting torch's threads by `config`; `reason` is why torch is used.
 
     Raises:
-        ConfigError: torch is not installed, or CPU ranks are asked for.
+        ConfigError: torch is not installed, or CPU ranks are requested.
     """
     with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # the CPU may compute experts
     if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
@@ -258,7 +257,7 @@ def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
 
 
 def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
-    """Return the types that matrices are multiplied in, most frequent first: "bf16", or "int8, f16" if mixed."""
+    """Return the types in which matrices are multiplied, most frequent first: "bf16", or "int8, f16" if mixed."""
     if placement.weight_memory is None:
         return placement.dtype.lower()
     counts: Counter[str] = Counter()
@@ -269,7 +268,7 @@ def computing_dtype(placement: Placement, checkpoint: Checkpoint) -> str:
 
 
 def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
-    """Estimate the bytes of the loaded weights; decoded weights take more bytes than they are stored in."""
+    """Estimate the bytes of the loaded weights; decoded weights take more bytes than stored ones."""
     return sum(_memory_of(placement, tensor) for tensor in checkpoint.tensors.values())
 
 
@@ -342,7 +341,7 @@ def _matrix_dtype(tensor: StoredTensor, wanted: PlainKind | None) -> str:
 
 def _has_kernel(matrix: StoredTensor) -> bool:
     """Return whether the compiled kernels can multiply a matrix: plain of any shape, or quantised in whole blocks."""
-    columns = matrix.shape[-1]  # the last dimension, because all experts may be one tensor
+    columns = matrix.shape[-1]  # the last dimension, because a tensor may have all experts
     if matrix.block_type is None:
         return columns <= MAX_COLUMNS
     layout = LAYOUTS[packed_kind(matrix.block_type)]

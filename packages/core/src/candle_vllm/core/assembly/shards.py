@@ -4,7 +4,7 @@
 A rank's model is the family's own with fewer heads, narrower feed-forward layers and a smaller vocabulary; families
 need no code for it. The part of each tensor follows from the shapes of all ranks' models. If a rank has only some
 inputs of a matrix, the outputs are summed over the ranks, once for attention and once for the feed-forward layer. With
-expert parallelism each rank has some experts whole: either all ranks have all tokens and the experts' outputs are
+expert parallelism each rank has some whole experts: either all ranks have all tokens and the experts' outputs are
 summed, or each rank has a share of the tokens and sends them to their experts (`kernels/collectives/token_shares.py`).
 """
 
@@ -66,13 +66,13 @@ class Shard:
 
     Attributes:
         config: config of the rank's own model.
-        cuts: its parts of divided parameters, by target in the family's table.
+        cuts: the rank's parts of divided parameters, by target in the family's table.
         collective: collective operations of the ranks.
         full: config of the whole model.
-        stage: its layers of the model; None for all layers.
+        stage: its pipeline stage; None for all layers.
         absent: targets of parameters that only other ranks have, such as experts.
         exchanges: how tokens are sent to experts; see `all2all_backend`.
-        tensors: names of its stored tensors.
+        tensors: names of the stored tensors that it loads.
     """
 
     config: ModelConfig
@@ -86,12 +86,12 @@ class Shard:
 
     @property
     def is_first(self) -> bool:
-        """Whether it is the first rank's, which alone has the vision tower and the draft model."""
+        """Whether the rank is the first, which alone has the vision tower and the draft model."""
         return is_first(self.collective)
 
     @property
     def layers(self) -> range:
-        """The numbers of its layers."""
+        """The numbers of the rank's layers."""
         return range(self.full.num_layers) if self.stage is None else self.stage.layers
 
     def stored(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -132,7 +132,7 @@ class Shard:
     def join(self, decoder: Decoder) -> None:
         """Make layers sum over ranks if each rank has a part of their inputs; the weights must be loaded.
 
-        From then on the decoder's vocabulary is that of the whole model.
+        After that the decoder's vocabulary is that of the whole model.
         """
         whole: Any = decoder
         whole.config = dataclasses.replace(self.config, vocab_size=self.full.vocab_size)
@@ -142,7 +142,7 @@ class Shard:
         for target, cut in self.cuts.items():
             path, _ = target.split(":")
             layer = layer_at(decoder, path)
-            if layer is None:  # another stage has it
+            if layer is None:  # the layer belongs to another stage
                 continue
             if cut.dimension == 1:
                 self._sum_behind(decoder, path, layer)
@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Make layers with experts divide a step's tokens among ranks, if the setting asks for it or it may pay."""
+        """Make layers with experts divide a step's tokens among ranks, if the setting says so or it may be faster."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - who has experts has one
@@ -204,7 +204,7 @@ def shard_of(
         family, config: family and config of the whole model.
         checkpoint: its tensors.
         collective: collective operations of the ranks.
-        apart: whether each rank has some experts whole (expert parallelism), instead of a part of every expert.
+        apart: whether each rank has some whole experts (expert parallelism), instead of a part of every expert.
         exchanges: how tokens are sent to whole experts; with "all_to_all" the shared expert is whole on each rank, too.
 
     Raises:
@@ -237,7 +237,7 @@ def shard_of(
     parts = [_shapes(family, each, checkpoint) for each in configs]
     cuts, absent, mine = dict[str, _Cut](), set[str](), parts[collective.rank]
     for target, shape in whole.items():
-        if not all(target in part for part in parts):  # of an expert, or a head
+        if not all(target in part for part in parts):  # parameters of an expert, or a head
             if target not in mine:
                 absent.add(target)
             continue
@@ -272,7 +272,7 @@ def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut
     total, sizes = whole.sizes[dimension] // sections, [part.sizes[dimension] // sections for part in parts]
     if sum(sizes) == total:
         first = sum(sizes[:rank])
-    else:  # fewer heads of keys than ranks: neighbours have the same
+    else:  # fewer KV heads than ranks: adjacent ranks have the same heads
         each = sizes[0]
         assert set(sizes) == {each}, target
         first = rank * (total // each) // len(sizes) * each
@@ -284,8 +284,7 @@ class _Units(NamedTuple):
 
     Attributes:
         heads: unit of query heads.
-        inner, experts, shared: units of the inner size of dense feed-forward layers, of experts, and of the shared
-            expert.
+        inner, experts, shared: units of the inner size of dense feed-forward layers, experts, and the shared expert.
         channels: unit of convolution channels.
         apart: see `shard_of`.
         exchanged: whether the shared expert is whole on each rank, which runs it for its own tokens.
@@ -301,7 +300,7 @@ class _Units(NamedTuple):
 
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
-        """Find the units in which the stored tensors can be cut."""
+        """Find the units in which the stored tensors can be divided."""
         stored = {
             line.target: (line, name)
             for line in expand(family.weights, config, checkpoint.format)
@@ -310,7 +309,7 @@ class _Units(NamedTuple):
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
-            """Return the smallest unit of `count`, by the columns that are narrower in a narrower model."""
+            """Return the smallest unit of `count`, by the columns that are fewer in a narrower model."""
             if count < 2:
                 return 1
             least = 1
@@ -426,7 +425,7 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
         return None if stored is None else stored.select(cut.among(stored.shape[0]))
 
     rows = delta.rows
-    if rows is not None:  # of a table, by token id
+    if rows is not None:  # rows of a table, by token id
         mine = (rows[0] >= cut.first) & (rows[0] < cut.last)
         rows = (rows[0][mine] - cut.first, rows[1][mine]) if mine.any() else None
     found = dataclasses.replace(
@@ -442,7 +441,7 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
 
 
 def _share(total: int, unit: int, rank: int, size: int) -> int:
-    """Return a rank's share of `total`, in whole units; the first ranks have one unit more if it does not divide."""
+    """Return a rank's share of `total` in whole units; if it is not divisible, the first ranks have one unit more."""
     blocks = -(-total // unit)
     each, more = divmod(blocks, size)
     first = rank * each + min(rank, more)

@@ -2,7 +2,7 @@
 """Pipeline parallelism: divide a model's layers among stages.
 
 A stage's model is the family's own without the layers of other stages; families need no code for it. The first stage
-has the embedding and the head, which may be one table; the last has the last norm and returns results to the first.
+has the embedding and the head, which may be one table; the last has the final norm and returns results to the first.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class StagePart(NamedTuple):
     """A stage's part of a model.
 
     Attributes:
-        line: the stages.
-        layers: the numbers of its layers.
+        line: the pipeline stages.
+        layers: the numbers of the stage's layers.
         tables: names of the model's embedding tables and head, which only the first stage has.
     """
 
@@ -39,7 +39,7 @@ class StagePart(NamedTuple):
     tables: frozenset[str]
 
     def has(self, path: str) -> bool:
-        """Return whether it has the module at a path, such as "layers.3.mlp.down" or "embed"."""
+        """Return whether the stage has the module at a path, such as "layers.3.mlp.down" or "embed"."""
         layer = _LAYER.match(path)
         if layer is not None:
             return int(layer[1]) in self.layers
@@ -119,7 +119,7 @@ def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
     sums = [0]
     for size in layers:
         sums.append(sums[-1] + size)
-    # By the end of the layers so far: bytes of the largest stage, sum of squared bytes, and the end of each stage.
+    # For each number of first layers: bytes of the largest stage, sum of squared bytes, and the end of each stage.
     best = {end: (first + sums[end], (first + sums[end]) ** 2, (end,)) for end in range(1, len(sums))}
     for stage in range(1, stages):
         best = {

@@ -31,10 +31,10 @@ from candle_vllm.core.vision.prompts import VisionDescription, VisionInput
 logger = logging.getLogger(__name__)
 
 _Found = tuple[TowerFamily, TowerConfig, Checkpoint, Path]
-"""A tower's family, its description, its tensors, and the file that describes it."""
+"""A tower's family, its config, its tensors, and the file with the config."""
 
 _PROCESSOR = "preprocessor_config.json"
-_MOST_BREAKS = 32  # Gemma has tokens for up to 31
+_MOST_BREAKS = 32  # maximum number of line breaks in a token: Gemma has tokens for up to 31
 _PROCESSORS = "processor_config.json"  # newer models have the same settings under the key "image_processor"
 
 
@@ -76,7 +76,7 @@ def load_tower(
 
 
 def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Placement, threads: int) -> int:
-    """Return the bytes that a tower will take for weights and for encoding with `threads` threads; 0 without a tower.
+    """Return the bytes of a tower for weights and for encoding with `threads` threads; 0 without a tower.
 
     For the other arguments and the errors see `load_tower`; no weights are read.
     """
@@ -93,7 +93,7 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
 
     Raises:
         ConfigError: `mmproj` is set and Pillow is not installed (without `mmproj`, a warning says that the model is
-            text-only then), or `mm_processor_kwargs` has a setting that the tower does not know.
+            text-only), or `mm_processor_kwargs` has a setting that the tower does not know.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
@@ -126,7 +126,7 @@ def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placem
     """Return the placement of a tower's weights, given the text model's placement."""
     if not text.recorded:
         return text
-    # Many patches are multiplied at a time, so arithmetic is the limit, and not memory as in a text model's steps.
+    # Many patches are multiplied at a time, so compute is the limit, not memory bandwidth as in a text model's steps.
     fast = bool(host_isa() & Isa.VNNI)
     return dataclasses.replace(encoder_placement(config, text.device, stored), words=fast)
 
@@ -219,7 +219,7 @@ def _loaded(
 
 
 def vision_input_of(parts: VisionDescription, tokenizer: Tokenizer, most: int) -> VisionInput:
-    """Make the image preprocessing of a model from the `parts` of its tower, for at most `most` images of a prompt."""
+    """Make the image preprocessing of a model from the `parts` of its tower, for at most `most` images per prompt."""
     family = tower_family_named(parts.family)
 
     def words(cut: Cut) -> Sequence[int]:

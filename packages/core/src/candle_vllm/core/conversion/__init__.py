@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writing models: safetensors folders to GGUF files, which this library and llama.cpp load, and adapters."""
+"""Write models: safetensors folders to GGUF files, which this library and llama.cpp load, and adapters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Merging adapters into a model on its way to a file."""
+"""Merge adapters into a model that is being written to a file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
 Uses: TypeAlias = Sequence[tuple[Path, float]]
-"""Adapters, each with what it is multiplied by."""
+"""Adapters, each with its factor."""
 
 ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40, copied=False)
-"""Nothing is kept in memory but one matrix."""
+"""Limits without a bound: only one matrix is in memory at a time."""
 _Changes: TypeAlias = list[tuple[Delta, float]]
 
 
@@ -44,17 +44,17 @@ def merge(
     adapters: Uses,
     opened: ExitStack,
 ) -> tuple[ModelConfig, Checkpoint]:
-    """A model and its tensors with adapters merged into them; each matrix is computed when it is asked for.
+    """Return a model and its tensors with adapters merged into them; each matrix is computed when it is requested.
 
     Args:
-        config: of the file that is written: where it names a type, merged matrices are float32 before they become
-            that; else they are brought to the base's own.
-        files, family, model, checkpoint: the base.
-        adapters: what is merged, and how much of it.
-        opened: keeps the adapters' files open for as long as the tensors are read.
+        config: settings of the written file. If it names a type, merged matrices are float32 before they are converted
+            to that type; otherwise they are converted to the base's own type.
+        files, family, model, checkpoint: the base model.
+        adapters: the adapters to merge, each with its factor.
+        opened: holds the adapters' files open while the tensors are read.
 
     Returns:
-        the model, whose head is no longer the embedding table where only one of them changes, and the tensors.
+        The model, whose head is no longer tied to the embedding table if only one of them changes; and the tensors.
 
     Raises:
         ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`.
@@ -87,7 +87,7 @@ def merge(
 
 
 def _targets(fitted: FittedAdapter) -> dict[str, Delta]:
-    """What is done to each part of the model; a bias is a part of its own."""
+    """Return the change of each parameter of the model; a bias is a separate parameter."""
     found: dict[str, Delta] = {}
     for path, deltas in fitted.deltas.items():
         for prefix, delta in deltas.items():
@@ -112,7 +112,7 @@ def _unchanged(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Merged(Viewed):
-    """A part of a model with what adapters do to it."""
+    """A parameter of a model with the changes of adapters."""
 
     changes: _Changes
 
@@ -127,7 +127,7 @@ def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
 
 
 def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:
-    """A part of a model with what adapters do to it, t of each: W + the sum of t (W' - W), in float32."""
+    """Apply the changes of adapters, with a factor t each, to a parameter: W + the sum of t (W' - W), in float32."""
     values = own.load("F32")
     out = values if len(changes) == 1 else values.copy()
     for delta, scale in changes:
@@ -137,7 +137,7 @@ def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> 
 
 
 def _changed(values: NDArray[np.float32], delta: Delta) -> NDArray[np.float32]:
-    """W', in memory of its own."""
+    """Return W' in newly allocated memory."""
     if delta.bias is not None and values.ndim == 1:
         return values + delta.bias
     made = values.copy() if delta.full is None else delta.full.load("F32")

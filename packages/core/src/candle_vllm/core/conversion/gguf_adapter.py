@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Writes an adapter (LoRA) as a GGUF file, which this library and llama.cpp take beside a GGUF model.
+"""Write an adapter (LoRA) as a GGUF file, which this library and llama.cpp accept for a GGUF model.
 
-GGUF names each matrix as the model's file does, with rows in that file's order, and has one alpha for all: a tensor's
-scale is alpha / r. What PEFT scales otherwise (patterns, rslora) has its B multiplied by the rest, in float32.
-Source: `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
+GGUF uses the tensor names and the order of rows of the model's file, and has one alpha for all tensors: a tensor's
+scale is alpha / r. If PEFT scales a tensor differently (patterns, rslora), its B is multiplied by the ratio, in
+float32. Source: `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -47,20 +47,18 @@ def write_gguf_adapter(
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> WrittenFile:
-    """Writes an adapter for the model of `config`, which is there for its names and the order of its rows.
+    """Write an adapter for the model of `config`, which determines names and the order of rows.
 
     Args:
-        config: `model` and where to find it, a GGUF file or a folder; `dtype` is the type of the tensors; auto keeps
-            each one's own.
+        config: `model` and its location, a GGUF file or a folder; `dtype` is the tensors' type, "auto" the stored one.
         adapter: a PEFT folder.
-        out: the file, which ends in .gguf.
-        overwrite: a file of that name may be replaced.
-        progress: called with bytes written and bytes in all.
+        out: the path of the file, which ends in .gguf.
+        overwrite: an existing file may be replaced.
+        progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written there.
-        ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF has no form for
-            a part of it.
+        ConfigError: the file cannot be written at this path.
+        ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF cannot hold it.
     """
     out = Path(out)
     check_target(out, overwrite)
@@ -117,7 +115,7 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
 
 
 def _alpha(fitted: FittedAdapter) -> float:
-    """The one that most tensors have as it is, in float32."""
+    """Return the alpha that most tensors have unscaled, in float32."""
     counts = Counter(
         float(np.float32(delta.scale * delta.rank)) for each in fitted.deltas.values() for delta in each.values()
     )
@@ -127,7 +125,7 @@ def _alpha(fitted: FittedAdapter) -> float:
 def _halves(
     stored: StoredAdapter, name: str, pieces: list[_Piece], alpha: float, config: Any
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """`lora_a` and `lora_b` of a tensor; those of the embedding table are turned."""
+    """Yield `lora_a` and `lora_b` of a tensor; for the embedding table, A and B are exchanged."""
     first = pieces[0][1]
     a = [delta.a for _, delta in pieces if delta.a is not None]
     if pieces[0][0].expert is not None:
@@ -150,7 +148,7 @@ def _halves(
         yield "lora_b", computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
         return
     view = pieces[0][0].names[0][1]
-    if isinstance(view, ColumnOrder):  # whose columns are A's
+    if isinstance(view, ColumnOrder):  # the columns of this view are the columns of A
         yield "lora_a", view.undone(a[0], config)
         yield "lora_b", b[0][1]
         return
@@ -161,7 +159,7 @@ def _halves(
 def _side_by_side(
     pieces: list[_Piece], alpha: float, source: Path
 ) -> tuple[StoredTensor, list[tuple[Line, StoredTensor]]]:
-    """Adapters of matrices that are one in the file: all of A below each other, and zeros where B has the others'."""
+    """Join adapters of matrices that are one matrix in the file: stack all A, and put zeros between the blocks of B."""
     ends = list(itertools.accumulate(delta.rank for _, delta in pieces))
     a = np.concatenate([delta.a.load("F32") for _, delta in pieces if delta.a is not None])
     b = list[tuple[Line, StoredTensor]]()
@@ -174,7 +172,7 @@ def _side_by_side(
 
 
 def _times(stored: StoredTensor, factor: float) -> StoredTensor:
-    """B times what alpha / r is short of."""
+    """Multiply B by the factor that alpha / r lacks."""
     if abs(factor - 1) < 1e-7:
         return stored
     return computed(stored, stored.shape, lambda values: values * np.float32(factor), "F32")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The architectures that GGUF files are written for: one row for each, with what its metadata says beyond the usual."""
+"""Architectures that GGUF files are written for: one row for each, with its metadata beyond the common keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from candle_vllm.core.models import (
     deepseek_config,
     ernie4_5,
     falcon,
-    falcon_h1,
+    falcon_h1_config,
     gemma3n_config,
     gemma4_config,
     gemma_config,
@@ -29,7 +29,7 @@ from candle_vllm.core.models import (
     granite_hybrid,
     hunyuan,
     hy_v3,
-    kimi_linear,
+    kimi_linear_config,
     laguna,
     lfm2_config,
     llama,
@@ -149,9 +149,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "mamba2": Architecture(name="mamba2", more=codestral_mamba.gguf_keys, unread=_PROJECTED),
         "kimi_linear": dataclasses.replace(
-            _DEEPSEEK, name="kimi-linear", more=kimi_linear.gguf_keys, interleaved=False, head=True, norm=True
+            _DEEPSEEK, name="kimi-linear", more=kimi_linear_config.gguf_keys, interleaved=False, head=True, norm=True
         ),
-        "falcon_h1": Architecture(name="falcon-h1", more=falcon_h1.gguf_keys, otherwise=falcon_h1.otherwise, unread=()),
+        "falcon_h1": Architecture(
+            name="falcon-h1", more=falcon_h1_config.gguf_keys, otherwise=falcon_h1_config.otherwise, unread=()
+        ),
         **{
             name: Architecture(
                 name=name, more=nemotron_h_config.gguf_keys, eps=_LAYER_NORM, otherwise=ungrouped, unread=_PROJECTED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An encoder as a GGUF file: BERT and RoBERTa, which the file holds as a BERT, with the pooling of their vectors."""
+"""Write an encoder as a GGUF file: BERT, and RoBERTa in the form of a BERT, with their pooling."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _POSITIONS = "position_embd.weight"
 def encoder_tensors(
     family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
 ) -> list[tuple[str, str, StoredTensor]]:
-    """Name, place in the model and tensor of all that the file has.
+    """Return the file's name, the parameter in the model, and the tensor, for all tensors of the file.
 
-    RoBERTa's table of positions begins with rows that no text has; a BERT's begins with the first position.
+    RoBERTa's table of positions begins with rows that no text uses; a BERT's begins with the first position.
 
     Raises:
-        UnsupportedModelError: the model has a head for scores or classes, which GGUF files have otherwise.
+        UnsupportedModelError: the model has a head for scores or classes, which GGUF files represent differently.
         WeightsError: tensors are missing, unexpected or misshapen.
     """
     if model.labels or _NAME not in family.gguf:
@@ -53,12 +53,12 @@ def encoder_tensors(
 
 
 def _stored(model: EncoderConfig) -> EncoderConfig:
-    """The model as a BERT."""
+    """Return the description of the model as a BERT."""
     return dataclasses.replace(model, model_type=_NAME, first_position=0)
 
 
 def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
-    """The model's keys, the architecture's prefix included."""
+    """Return the model's metadata, keys with the architecture's prefix."""
     keys = {
         "vocab_size": model.vocab_size,
         "context_length": model.max_position,
@@ -75,10 +75,10 @@ def describe_encoder(model: EncoderConfig, files: ModelFiles) -> dict[str, Any]:
 
 
 def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
-    """Reads a file's metadata and tensors again, which must say the model itself.
+    """Read a written file's metadata and tensors again: they must describe the same model.
 
     Raises:
-        UnsupportedModelError: they say another one; the message names the settings.
+        UnsupportedModelError: they describe another model; the message names the settings.
     """
     again = encoder_from_gguf(written.metadata, written)
     assert again is not None
@@ -89,6 +89,6 @@ def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
 
 
 def _values(config: EncoderConfig) -> Mapping[str, Any]:
-    """Numbers as float32 holds them."""
+    """Return the settings with numbers rounded to float32."""
     values = dataclasses.asdict(config)
     return {name: float(np.float32(v)) if isinstance(v, float) else v for name, v in values.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writes a GGUF file: metadata, the table of tensors, then their data, one tensor after the other."""
+"""Write a GGUF file: metadata, the table of tensors, then the tensors' data in order."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from candle_vllm.core.text.gguf_vocab import PREFIX
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 Progress = Callable[[int, int], object]
-"""Called with bytes written and bytes in all."""
+"""Called with the written bytes and all bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of a file that is to be written.
+    """A tensor of a file to be written.
 
     Attributes:
-        name: in the file.
-        stored: plain numbers, or blocks of the type `kind`.
-        kind: what they become.
-        importance: of their columns, see `weight_quant.rows.quantise`.
+        name: name in the file.
+        stored: plain elements, or blocks of the type `kind`.
+        kind: type in the file.
+        importance: importance of the columns, see `weight_quant.rows.quantise`.
     """
 
     name: str
@@ -46,7 +46,7 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Bytes of the tensor in the file."""
         size, width = ggml.block_layout(self.kind)
         return self.stored.numel // size * width
 
@@ -58,26 +58,26 @@ def write_file(
     progress: Progress = lambda *_: None,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> None:
-    """Writes a file; beside it, memory is taken for one tensor and its blocks.
+    """Write a file; the memory needed is one tensor and its blocks.
 
     Args:
-        path: where to; what is there is replaced.
+        path: the file's path; an existing file is replaced.
         plans: the tensors, in order.
-        metadata: keys and values: texts, truth values, whole numbers (uint32), other numbers (float32), lists of one
-            of them, bytes. `general.architecture` must be among them.
+        metadata: keys and values: strings, booleans, integers (uint32), other numbers (float32), lists of one of these
+            types, bytes. `general.architecture` must be among them.
         progress: see `Progress`.
-        types: of metadata that are copied, see `GgufFile.types`.
+        types: types of copied metadata, see `GgufFile.types`.
 
     Raises:
-        UnsupportedModelError: a number of the metadata is beyond its type, or an array holds arrays.
-        WeightsError: a tensor's numbers cannot be stored in its type.
+        UnsupportedModelError: a number of the metadata exceeds its type, or an array holds arrays.
+        WeightsError: a tensor's elements cannot be stored in its type.
         OSError: the file cannot be written.
     """
     total = sum(plan.nbytes for plan in plans)
     writer = GGUFWriter(path, str(metadata["general.architecture"]))
     try:
         for key, value in metadata.items():
-            if key != "general.architecture":  # the writer has put it there
+            if key != "general.architecture":  # the writer has already added it
                 _copy(writer, key, value, *types[key]) if key in types else _add(writer, key, value)
         for plan in plans:
             size, width = ggml.block_layout(plan.kind)
@@ -98,7 +98,7 @@ def write_file(
 
 
 def _copy(writer: GGUFWriter, key: str, value: Any, code: int, element: int) -> None:
-    """Adds a value of another file in the types that it has there; texts keep bytes that are not UTF-8."""
+    """Add a value of another file with its types in that file; strings may have bytes that are not UTF-8."""
     kind, items = GGUFValueType(code), value.tolist() if isinstance(value, np.ndarray) else value
     if kind != GGUFValueType.ARRAY:
         writer.add_key_value(key, items, kind)
@@ -126,7 +126,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def _bytes(plan: PlannedTensor) -> np.ndarray:
-    """The tensor's data, uint8 [rows, bytes per row]."""
+    """Return the tensor's data, uint8 [rows, bytes per row]."""
     stored, rows = plan.stored, max(1, plan.stored.numel // plan.stored.shape[-1])
     if plan.kind in ggml.PLAIN_TYPES:
         values = stored.load(plan.kind.name)

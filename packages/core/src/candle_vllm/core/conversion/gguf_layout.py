@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a family is laid out in a GGUF file, and what llama.cpp refuses in files of its kind."""
+"""The layout of a model family in a GGUF file, and what llama.cpp refuses in such files."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How a family is described in GGUF metadata.
+    """Description of a model family in GGUF metadata.
 
     Attributes:
-        name: `general.architecture`.
-        more: keys beyond those that all have, without the architecture's prefix; they win.
-        otherwise: fields of the model's description that its file has otherwise: how what is stored is laid out, and
-            what is left out.
+        name: value of `general.architecture`.
+        more: keys beyond those of all architectures, without the architecture's prefix; they take precedence.
+        otherwise: fields of the model's description that differ in the file, such as the layout of stored tensors.
         eps: key of the norms' epsilon.
-        interleaved: q and k rows are stored in pairs of neighbours.
-        names: parts of the names that files of this kind have, where a tensor has several; else the first is meant.
-        head: llama.cpp wants a head in the file, also where it is the embedding table once more.
-        log_multiplier: times what the share of yarn's scale that scores get is written; None where there is no key.
-        unread: ends of the names of tensors that llama.cpp has no place for; it refuses files that have them.
-        square: the heads together must be as wide as the hidden state.
+        interleaved: q and k rows are stored in pairs of adjacent rows.
+        names: parts of tensor names in files of this kind, for tensors with several names; otherwise the first is used.
+        head: llama.cpp requires a head in the file, even if it equals the embedding table.
+        log_multiplier: factor of the share of yarn's scale in the attention scores; None if there is no key for it.
+        unread: ends of names of tensors that llama.cpp does not know; it refuses files with such tensors.
+        square: the width of all heads together must equal the hidden size.
         every: all layers must have experts.
-        norm: whether the weights of chosen experts sum to 1; None where the file says it.
+        norm: whether the weights of chosen experts sum to 1; None if the file has a key for it.
     """
 
     name: str
@@ -50,21 +49,21 @@ class Architecture:
     norm: bool | None = None
 
     def stored(self, config: Any) -> Any:
-        """The description of the model as a file of this architecture has it."""
+        """Return the description of the model in a file of this architecture."""
         tied = config.tie_embeddings and not self.head
         usual: Keys = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
         return dataclasses.replace(config, **usual | self.otherwise(config))
 
     def check(self, config: Any, names: Iterable[str], source: Path) -> None:
-        """Refuses a model whose file llama.cpp would not load, or would compute otherwise.
+        """Refuse a model whose file llama.cpp would not load, or would compute differently.
 
         Args:
             config: the model's description.
-            names: of the file's tensors.
-            source: the file to blame.
+            names: names of the file's tensors.
+            source: file that errors name.
 
         Raises:
-            UnsupportedModelError: the message names all that has no place.
+            UnsupportedModelError: the message names everything that the file cannot represent.
         """
         found = tuple(names)
         lacks = [end.removeprefix(".") for end in self.unread if any(name.endswith(end) for name in found)]

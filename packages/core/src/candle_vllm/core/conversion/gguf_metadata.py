@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A model's description as GGUF metadata.
+"""Convert a model's description to GGUF metadata.
 
-What has been written is read again by the family, and must give the model that was described: what GGUF has no key for
-is found by that, and refused by name.
+The model family reads the written metadata again, and must get the same description: this check finds the settings that
+GGUF has no key for, and the error names them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _POOLING: Mapping[PoolingKind, int] = MappingProxyType({"mean": 1, "cls": 2, "la
 
 
 def describe(config: ModelConfig, row: Architecture) -> Keys:
-    """The model's keys, the architecture's prefix included."""
+    """Return the model's metadata, keys with the architecture's prefix."""
     keys: Keys = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position,
@@ -54,7 +54,7 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
 
 
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
-    """The scalings of Llama 3 and of longrope are tensors (`computed_tensors`)."""
+    """Return the keys of the rotary embedding; Llama 3's and longrope's scalings are tensors (`computed_tensors`)."""
     keys: Keys = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dim}
     if rope.kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
@@ -68,23 +68,23 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
             return keys | {"rope.scaling.yarn_log_multiplier": log_multiplier * rope.mscale_all_dim}
         usual = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
         if not math.isclose(scale := attention_scale(rope), usual, rel_tol=1e-6):
-            keys["rope.scaling.attn_factor"] = scale / usual  # it multiplies what yarn gives
+            keys["rope.scaling.attn_factor"] = scale / usual  # this key is a factor of yarn's own scale
     return keys
 
 
 def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors that GGUF wants and the checkpoint does not have: divisors of the rotary frequencies [R/2] (Llama 3,
-    longrope, Gemma 4), and weights [D] of the norms of queries and keys that the config has as a number (Muse Glimmer).
+    """Return tensors that GGUF needs and the checkpoint lacks: divisors of the rotary frequencies [R/2] (Llama 3,
+    longrope, Gemma 4), and weights [D] of query and key norms that are one number in the config (Muse Glimmer).
     """
     if factor := getattr(config, "query_norm", 0.0):
         norms = {"q": np.full(config.head_dim, factor, np.float32), "k": np.ones(config.head_dim, np.float32)}
         return {f"blk.{n}.attn_{part}_norm.weight": norms[part] for n in range(config.num_layers) for part in norms}
-    if config.rope.rotated:  # dividing by so much stands for a frequency of 0
+    if config.rope.rotated:  # a divisor of 1e30 gives a frequency of 0
         turns = np.arange(config.rope.dim // 2) < config.rope.rotated // 2
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
-        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp wants divisors of the longest head
+        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp needs as many as the widest head has
         more = max(0, (local.dim - config.rope.dim) // 2)
         return {DIVISORS: np.pad(plain / _frequencies(config.rope, config), (0, more), constant_values=1)}
     if config.rope.kind == "longrope":
@@ -94,12 +94,12 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
-    """How the model's own vectors are made, without the architecture's prefix.
+    """Return the keys of how the model pools hidden states to embeddings, without the architecture's prefix.
 
     Args:
         files: the model's folder.
-        size: of a hidden state.
-        default: the pooling where the folder names none.
+        size: size of a hidden state.
+        default: pooling if the folder has no setting.
     """
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     pooling = read_pooling(files, {}, size, default, config)
@@ -112,15 +112,15 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
 
 # ---- read again ------------------------------------------------------------------------------------------------------
 
-_ELSEWHERE = ("model_type", "eos_token_ids", "folded")  # what has another word, or is no description
-_ROUGH = ("embedding_scale", "input_scale")  # some models round it to their own type; GGUF's readers do not
+_ELSEWHERE = ("model_type", "eos_token_ids", "folded")  # described by other keys, or not part of the description
+_ROUGH = ("embedding_scale", "input_scale")  # some models round these to their own type; readers of GGUF do not
 
 
 def check_description(config: ModelConfig, written: Checkpoint) -> None:
-    """Reads a file's metadata and tensors again: they must say the model itself, as `Architecture.stored` has it.
+    """Read a file's metadata and tensors again: they must give `config`, which `Architecture.stored` has returned.
 
     Raises:
-        UnsupportedModelError: they say another one; the message names the settings.
+        UnsupportedModelError: they describe another model; the message names the settings.
     """
     _, found = family_from_gguf(written.metadata, written)
     divisors = computed_tensors(config).get(DIVISORS)
@@ -146,13 +146,13 @@ def _same(config: ModelConfig, found: ModelConfig, name: str, divisors: np.ndarr
 
 
 def _scales(config: ModelConfig, rope: RopeConfig) -> tuple[float, ...]:
-    """Of cos and sin, of scores (`models/deepseek_config.py`), and of queries beyond the original context."""
+    """Return the scales of cos and sin and of scores, and how queries grow beyond the original context."""
     growth = (rope.query_scale, float(rope.original_max_position)) if rope.query_scale else (0.0, 0.0)
     return attention_scale(rope), getattr(config, "score_scale", 1.0), *growth
 
 
 def _alike(ours: Any, theirs: Any, tolerance: float) -> bool:
-    """Equal, numbers as float32 holds them."""
+    """Whether two values are equal; floats may differ by the relative `tolerance`."""
     if dataclasses.is_dataclass(ours) and type(ours) is type(theirs):
         names = [field.name for field in dataclasses.fields(ours)]
         return all(_alike(getattr(ours, name), getattr(theirs, name), tolerance) for name in names)

@@ -2,7 +2,7 @@
 """Vocabularies of encoders as GGUF metadata: WordPiece is "bert", SentencePiece's unigram model "t5".
 
 GGUF names neither the normaliser nor the pre-tokenizer of these, so the written vocabulary is read again and must
-tokenize a text like the original. The same is checked for byte-pair tokenizers.
+tokenize a text like the original. Byte-pair tokenizers are checked in the same way.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_INSIDE = "##"  # before a piece that begins no word
+_INSIDE = "##"  # prefix of a token that does not begin a word
 _PRE = f"{PREFIX}pre"
-_OLDER = {"granite-embed-multi-97m": "gpt-4o"}  # a name that more readers know, where it gives the same tokens
+_OLDER = {"granite-embed-multi-97m": "gpt-4o"}  # a name that more readers know, if it gives the same tokens
 _NEVER = -10000.0  # score of a row without a token
 
 
 def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The keys of a WordPiece vocabulary, in which a word's first piece is marked and the others are bare.
+    """Return the keys of a WordPiece vocabulary, in which the first token of a word is marked and the others are not.
 
     Args:
         data: a `tokenizer.json`.
-        texts: of every id.
+        texts: text of every token id.
     """
     model, kinds = data["model"], _kinds(data, texts, data["model"]["vocab"])
     named = (CONTROL, USER_DEFINED)
@@ -61,7 +61,7 @@ def _phantom(text: str) -> str:
 
 
 def unigram(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The keys of a unigram vocabulary; arguments as of `wordpiece`."""
+    """Return the keys of a unigram vocabulary; see `wordpiece` for the arguments."""
     pieces = data["model"]["vocab"]
     kinds = _kinds(data, texts, {text: index for index, (text, _) in enumerate(pieces)})
     unknown = data["model"].get("unk_id")
@@ -91,7 +91,7 @@ def _kinds(data: Mapping[str, Any], texts: Sequence[str], known: Mapping[str, in
 
 
 def _charsmap(normaliser: Mapping[str, Any] | None) -> bytes:
-    """SentencePiece's normalisation, where the tokenizer has it."""
+    """Return SentencePiece's normalisation, if the tokenizer has it."""
     steps = [] if normaliser is None else normaliser.get("normalizers") or [normaliser]
     maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
     return base64.b64decode(maps[0]) if maps and maps[0] else b""
@@ -100,13 +100,13 @@ def _charsmap(normaliser: Mapping[str, Any] | None) -> bytes:
 def check_pieces(
     tokenizer: Tokenizer, metadata: Mapping[str, Any], texts: Sequence[str], *, framed: bool = True
 ) -> None:
-    """Cuts texts with the original and with what its metadata gives.
+    """Tokenize texts with the original tokenizer and with the one that its metadata gives, and compare.
 
     Args:
-        tokenizer: the original.
-        metadata: with the keys of its vocabulary.
-        texts: what is cut.
-        framed: the tokens around a text are compared too.
+        tokenizer: the original tokenizer.
+        metadata: metadata with the keys of its vocabulary.
+        texts: texts to tokenize.
+        framed: compare the special tokens around a text too.
 
     Raises:
         UnsupportedModelError: they differ.
@@ -123,19 +123,19 @@ def check_pieces(
 
 
 def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool) -> dict[str, Any]:
-    """A byte-pair tokenizer's metadata, read again, under the name of its cut that most readers know.
+    """Check the metadata of a byte-pair tokenizer, under the name of its pre-tokenizer that most readers know.
 
-    A normaliser that composes characters (Qwen's) has no place in GGUF and is left out. Where the name says otherwise
-    whether a word that is a token is taken whole, every token's text is tried, not the probe alone.
+    A normaliser that composes characters (Qwen's) cannot be stored in GGUF and is left out. If the name implies another
+    value of `ignore_merges`, the text of every token is tried, not only the probe.
 
     Args:
-        tokenizer: the original.
-        metadata: with the keys of its vocabulary.
-        probe: a text of many kinds of words.
-        ignore_merges: whether the original takes such a word whole.
+        tokenizer: the original tokenizer.
+        metadata: metadata with the keys of its vocabulary.
+        probe: a text with many kinds of words.
+        ignore_merges: whether the original uses the token of a whole word without merges.
 
     Raises:
-        UnsupportedModelError: texts get other tokens.
+        UnsupportedModelError: the tokens of a text differ.
     """
     probe = unicodedata.normalize("NFC", probe)
     texts, pre = [probe, probe.lower(), *probe.split(" ")], metadata[_PRE]
@@ -153,6 +153,6 @@ def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ig
 
 
 def _words(tokenizer: Tokenizer) -> list[str]:
-    """Every token's text."""
+    """Return the text of every token."""
     texts = tokenizer.backend.decode_batch([[index] for index in tokenizer.backend.get_vocab().values()])
     return [unicodedata.normalize("NFC", text) for text in texts]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The tensors of a GGUF file, found by a family's table of names read backwards.
+"""Tensors of a GGUF file, found by reading a family's table of names in reverse.
 
-The table says how a stored tensor of either format becomes the one that the model wants. A tensor of the GGUF file is
-the one whose view gives the model's: where the view picks and orders rows, it is tried on row numbers, and the rows are
-put where it takes them from. Experts in MXFP4 stay in it: their codes are put in the order of GGUF's blocks.
+The table defines how a stored tensor of either format becomes the model's tensor. The tensor for the GGUF file is the
+one whose view gives the model's tensor: if the view selects and orders rows, it is applied to row numbers, and the rows
+are written at the numbers it returns. Experts in MXFP4 stay MXFP4: their codes are put in the order of GGUF's blocks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it
+_Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the model's tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _Assembled(Made):
-    """Rows of several tensors in an order of its own.
+    """Rows of several tensors in a new order.
 
     Attributes:
-        pieces: the numbers of the rows, and what they hold.
+        pieces: row numbers, and the tensors with these rows.
     """
 
     pieces: tuple[tuple[np.ndarray, StoredTensor], ...]
@@ -50,10 +50,10 @@ class _Assembled(Made):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _AssembledBlocks(_Assembled):
-    """The same of rows in MXFP4, which stay in it."""
+    """Rows in MXFP4 in a new order; they stay MXFP4."""
 
     def raw(self) -> np.ndarray:
-        """Blocks, uint8 [rows, bytes per row]."""
+        """Return the blocks, uint8 [rows, bytes per row]."""
         blocks = [(order, mxfp4_blocks(stored)) for order, stored in self.pieces]
         out = np.empty((sum(len(order) for order, _ in blocks), blocks[0][1].shape[1]), np.uint8)
         for order, rows in blocks:
@@ -69,15 +69,15 @@ def gguf_tensors(
     has_place: Callable[[str], bool],
     preferred: Sequence[str] = (),
 ) -> Iterator[tuple[str, str, StoredTensor]]:
-    """Name, place in the model and plain tensor of all that a GGUF file has of a checkpoint, in the table's order.
+    """Yield name, parameter in the model and plain tensor of all GGUF tensors of a checkpoint, in the table's order.
 
     Args:
-        table: the family's names.
-        checkpoint: safetensors.
-        config: the model's, as its config.json says it.
-        gguf_config: the same as GGUF's metadata will say it.
-        has_place: says of a line's target whether the model has it.
-        preferred: parts of names that are taken of a line's alternatives; else the first is.
+        table: the family's table of names.
+        checkpoint: checkpoint in safetensors files.
+        config: the model's config from its config.json.
+        gguf_config: the same config as GGUF metadata will describe it.
+        has_place: whether the model has a line's target.
+        preferred: parts of names that choose among a line's alternatives; otherwise the first is used.
 
     Raises:
         UnsupportedModelError: GGUF has no name for a tensor.
@@ -96,19 +96,19 @@ def gguf_tensors(
 
 
 def preferring(line: Line, parts: Sequence[str]) -> Line:
-    """The line with the name first that is to be written."""
+    """Return the line with the name to be written in the first position."""
     wanted = [pair for pair in line.names if any(part in pair[0] for part in parts)]
     return dataclasses.replace(line, names=(*wanted, *(pair for pair in line.names if pair not in wanted)))
 
 
 def joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
-    """The tensor of the file that gives all its pieces."""
+    """Return the tensor of the file from which all its parts can be read."""
     line, first = pieces[0]
     written, view = line.names[0]
     experts = config.num_experts if line.expert is not None and "{e}" not in written else 0
     if view is None and not experts:
         return first if len(pieces) == 1 else _stacked(name, [stored for _, stored in pieces])
-    undone = getattr(view, "undone", None)  # of views that are more than an order of rows
+    undone = getattr(view, "undone", None)  # views that do more than order rows have this method
     if undone is not None:
         return undone(first, config)
     rows = sum(stored.shape[0] for _, stored in pieces)
@@ -122,7 +122,7 @@ def joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
 
 
 def _stacked(name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
-    """Tensors of one shape as the entries of one: the norms of a layer's heads."""
+    """Stack tensors of one shape as the entries of one tensor: the norms of a layer's heads."""
     assert len({part.shape for part in parts}) == 1, name
     each = math.prod(parts[0].shape[:-1])
     orders = np.arange(len(parts) * each).reshape(len(parts), each)
@@ -131,7 +131,7 @@ def _stacked(name: str, parts: Sequence[StoredTensor]) -> StoredTensor:
 
 def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[np.ndarray, StoredTensor]]) -> StoredTensor:
     first, dtypes = pieces[0][1], {stored.dtype for _, stored in pieces}
-    if dtypes == {None}:  # only MXFP4 comes here: see `write.py`
+    if dtypes == {None}:  # only MXFP4 tensors have no dtype here: see `write.py`
         nbytes = sum(stored.nbytes for _, stored in pieces)
         return _AssembledBlocks(name, shape, first.type_name, nbytes, first.path, tuple(pieces))
     dtype = first.dtype if len(dtypes) == 1 and first.dtype is not None else "F32"
@@ -139,7 +139,7 @@ def _assembled(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[np.ndar
 
 
 def _rows_of(line: Line, shape: Sequence[int], stored: StoredTensor, config: Any) -> np.ndarray:
-    """Which rows of a file's tensor of `shape` a line takes, in its order."""
+    """Return which rows of a file's tensor of `shape` a line reads, in its order."""
     count = len(shape) - len(stored.shape) + 1  # dimensions that number rows
     numbers = np.arange(math.prod(shape[:count])).reshape(*shape[:count], *[1] * (len(shape) - count))
     probe = Constant(line.first, numbers.shape, "I64", numbers.nbytes, stored.path, numbers)

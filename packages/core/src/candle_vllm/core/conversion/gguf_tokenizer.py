@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A tokenizer as GGUF metadata: the way back from a `tokenizer.json` to `tokenizer.ggml.*`.
+"""Convert a tokenizer to GGUF metadata: from a `tokenizer.json` to `tokenizer.ggml.*`.
 
-Byte-pair models have two forms there, and those of encoders one each (`gguf_pieces.py`). Merges over GPT-2's byte
-alphabet are "gpt2", with the name of the cut that comes before the merges; it is found by cutting a text that tells the
-cuts apart. SentencePiece's byte-pair model is "llama": the file holds no merges, but a score for each token, which is
-how early a merge makes it. What was found is read again, and must cut texts as the original does.
+Byte-pair models have two forms in GGUF, and encoders have one each (`gguf_pieces.py`). Merges over GPT-2's byte
+alphabet are "gpt2", with the name of the pre-tokenizer; it is found by splitting a text that distinguishes the
+pre-tokenizers. SentencePiece's byte-pair model is "llama": the file has a score for each token instead of merges: the
+rank of the merge that makes it. The result is read again, and must split texts like the original.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ PROBE = (
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> dict[str, Any]:
-    """The keys of a vocabulary.
+    """Return the keys of a vocabulary.
 
     Args:
-        tokenizer: as the model's folder gives it.
-        rows: of the embedding table; ids without a token get a name of their own.
+        tokenizer: the tokenizer from the model's folder.
+        rows: number of rows of the embedding table; ids without a token get a placeholder name.
         ends: token ids that end a sequence.
 
     Raises:
-        UnsupportedModelError: GGUF has no form for this tokenizer.
+        UnsupportedModelError: GGUF cannot represent this tokenizer.
     """
     data = json.loads(tokenizer.backend.to_str())
     model, added = data["model"], {token["id"]: token for token in data["added_tokens"]}
@@ -86,7 +86,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
 
 
 def _of_pieces(tokenizer: Tokenizer, data: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """An encoder's vocabulary. The tokens around a text are those that stand there, whatever they are called."""
+    """Return an encoder's vocabulary. The tokens around a text are found by position, whatever their names are."""
     added, vocabulary = {token["id"]: token for token in data["added_tokens"]}, data["model"]["vocab"]
     if isinstance(vocabulary, list):
         vocabulary = {text: index for index, (text, _) in enumerate(vocabulary)}
@@ -131,7 +131,7 @@ def _type(index: int, text: str, model: Mapping[str, Any], added: Mapping[int, A
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
-    """What is merged first has the highest score."""
+    """Return a score for each token; the first merge has the highest score."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -139,7 +139,7 @@ def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[floa
 
 
 def _space_prefix(data: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space before its first word, by the normaliser or the cut."""
+    """Whether a text gets a space before its first word, by the normaliser or the pre-tokenizer."""
     for part in (data.get("normalizer"), data.get("pre_tokenizer")):
         for step in [] if part is None else part.get("normalizers") or part.get("pretokenizers") or [part]:
             if step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never"):
@@ -148,7 +148,7 @@ def _space_prefix(data: Mapping[str, Any]) -> bool:
 
 
 def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -> dict[str, Any]:
-    """Ids of special tokens, and which of them stand around a text."""
+    """Return the ids of special tokens, and which of them are added around a text."""
     ids = {text: index for index, text in enumerate(tokens)}
     found: dict[str, Any] = {}
     for name, key in _PARTS.items():
@@ -159,7 +159,7 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
     if ends:
         found.setdefault("eos_token_id", ends[0])
     _, behind = _around(tokenizer)
-    if len(behind) == 1 and behind[0] in ends:  # as llama.cpp's converter has it; Qwen3-Embedding
+    if len(behind) == 1 and behind[0] in ends:  # as in llama.cpp's converter; Qwen3-Embedding
         found["eos_token_id"] = behind[0]
     others = [index for index in ends if index != found.get("eos_token_id")]
     found |= dict(zip(("eot_token_id", "eom_token_id"), others))
@@ -170,9 +170,9 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
 
 
 def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
-    """Which tokens stand around a text; GGUF knows one before it and the end token behind it.
+    """Return which tokens are added around a text; GGUF knows one token before it and the end token after it.
 
-    More of them before it are left out where the chat template writes them, as llama.cpp's converter does for GLM-4.
+    Further tokens before it are left out if the chat template writes them, as in llama.cpp's converter for GLM-4.
     """
     before, behind = _around(tokenizer)
     if len(before) > 1 and (start := "".join(map(tokenizer.token_text, before))) in _templates(tokenizer):
@@ -188,7 +188,7 @@ def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens before and behind a text."""
+    """Return the tokens before and after a text."""
     inner, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
     first = next(at for at in range(len(whole)) if whole[at : at + len(inner)] == inner)
     return whole[:first], whole[first + len(inner) :]
@@ -200,7 +200,7 @@ def _templates(tokenizer: Tokenizer) -> str:
 
 
 def phi3_name(metadata: Mapping[str, Any]) -> str:
-    """The name of a Phi-3: readers know by it that its role tokens swallow the line break behind them."""
+    """Return the name of a Phi-3: readers infer from it that its role tokens swallow the line break after them."""
     name, tokens = metadata["general.name"], metadata[f"{PREFIX}tokens"]
     roles = {"<unk>", "<s>", "<|endoftext|>", "<|user|>", "<|assistant|>"}
     return name if "phi-3" in name.lower() or not roles <= set(tokens) else f"Phi-3 {name}"
@@ -210,10 +210,10 @@ def phi3_name(metadata: Mapping[str, Any]) -> str:
 
 
 def cut_name(backend: Backend, ignore_merges: bool) -> str:
-    """The name in `PRE_TOKENIZERS` of a tokenizer's cut.
+    """Return the name in `PRE_TOKENIZERS` of a tokenizer's pre-tokenizer.
 
     Raises:
-        UnsupportedModelError: none of them cuts as it does.
+        UnsupportedModelError: no entry splits texts in the same way.
     """
     cut = backend.pre_tokenizer
     wanted = None if cut is None else _pieces(cut)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writes a model's folder or GGUF file as one GGUF file, its matrices quantised or plain, tensor by tensor."""
+"""Write a model's folder or GGUF file as one GGUF file, its matrices quantised or plain, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 logger = logging.getLogger(__name__)
 
 PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
+_SPLIT = ("attend.keys:weight", "attend.values:weight")  # stay plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "ssm_conv1d.weight", "position_embd.weight", "token_types.weight")
 _TEMPLATE = "tokenizer.chat_template"
-_SLACK = 64 << 20  # beside the tensors: metadata, and what a file system takes
+_SLACK = 64 << 20  # bytes beyond the tensors: metadata, and overhead of the file system
 
 
 @dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """What `write_gguf` made.
+    """Result of `write_gguf`.
 
     Attributes:
-        path: the file.
-        nbytes: its size.
-        types: how many tensors of each type.
+        path: path of the file.
+        nbytes: size of the file in bytes.
+        types: number of tensors of each type.
     """
 
     path: Path
@@ -78,24 +78,24 @@ def write_gguf(
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> WrittenFile:
-    """Writes the model of `config` as a GGUF file.
+    """Write the model of `config` as a GGUF file.
 
-    The file appears under its name once it is whole. Memory: one tensor and its blocks.
+    The file has another name until it is complete. Memory: one tensor and its blocks.
 
     Args:
         config: `model`, a GGUF file or safetensors; `isq` is the type of matrices, as when a model is loaded; without
-            it they stay as they are stored, or are brought to `dtype`. `tokenizer` and `chat_template` replace the
-            model's. Tensors of a GGUF file that have the type already are copied, as is its metadata.
-        out: the file, which ends in .gguf.
-        adapters: merged into the model in float32 before its matrices become what is asked for.
-        overwrite: a file of that name may be replaced.
-        progress: called with bytes written and bytes in all.
+            it they stay in their stored type, or are converted to `dtype`. `tokenizer` and `chat_template` replace the
+            model's. Tensors of a GGUF file that already have the type are copied, and so is its metadata.
+        out: the path of the file, which ends in .gguf.
+        adapters: adapters that are merged into the model in float32 before its matrices are converted.
+        overwrite: an existing file may be replaced.
+        progress: called with the written bytes and all bytes.
 
     Raises:
-        ConfigError: the file cannot be written there; the safetensors weights are neither plain nor in MXFP4; a
-            tokenizer or adapters are given beside a GGUF file.
-        ModelNotFoundError: the model names nothing that exists.
-        ModelLoadError: its files cannot be used, or GGUF has no form for the model; AdapterError of an adapter.
+        ConfigError: the file cannot be written at this path; the safetensors weights are neither plain nor in MXFP4; a
+            tokenizer or adapters are given for a GGUF file.
+        ModelNotFoundError: the model does not exist.
+        ModelLoadError: its files cannot be used, or GGUF cannot represent the model; AdapterError for an adapter.
     """
     out = Path(out)
     check_target(out, overwrite)
@@ -118,13 +118,13 @@ def write_gguf(
 
 
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
-    """Plain numbers, or MXFP4, which is a type of GGUF's too and stays as it is: gpt-oss is published so."""
+    """Refuse weights other than plain or MXFP4, the type of gpt-oss, which GGUF has too and which stays unchanged."""
     plain = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.type_name != "MXFP4"}
     check_plain(config.isq or "f16", checkpoint.with_tensors(plain))
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raises ConfigError where a file cannot be written there."""
+    """Raise ConfigError if a file cannot be written at this path."""
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
     if split_names(out.name) != (out.name,):
@@ -153,7 +153,7 @@ def _check_room(out: Path, count: int) -> None:
 def _plan(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: Uses, opened: ExitStack
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
-    """The tensors, and the metadata."""
+    """Return the tensors to write, and the metadata."""
     if files.config is None:
         raise UnsupportedModelError(f"{files.folder}: there is no config.json beside the safetensors files")
     described = read_json(files.config)
@@ -194,7 +194,7 @@ def _plan(
 
 
 def _check_copied(config: EngineConfig, adapters: Uses) -> None:
-    """Raises ConfigError for what a copy of a GGUF file cannot change."""
+    """Raise ConfigError for settings that the copy of a GGUF file cannot apply."""
     if adapters:
         raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")
     if config.tokenizer is not None:
@@ -204,7 +204,7 @@ def _check_copied(config: EngineConfig, adapters: Uses) -> None:
 def _plan_of_gguf(
     config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
 ) -> tuple[list[PlannedTensor], dict[str, Any], Mapping[str, tuple[int, int]]]:
-    """The tensors of a GGUF file in the types that are asked for, its metadata, and the types of the metadata."""
+    """Return the tensors of a GGUF file in the requested types, its metadata, and the types of the metadata."""
     if (encoder := encoder_from_gguf(checkpoint.metadata, checkpoint)) is not None:
         model, table = encoder[1], encoder[0].weights(encoder[1], checkpoint.tensors)
     else:
@@ -225,7 +225,7 @@ def _plan_of_gguf(
         )
     if config.imatrix is not None:
         plans = _by_importance(plans, read_imatrix(config.imatrix))
-    split = ("general.alignment", "split.")  # one file is written, in the usual alignment
+    split = ("general.alignment", "split.")  # one file is written, with the usual alignment
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(split)}
     changed: dict[str, Any] = {}
     if config.isq is not None or config.dtype != "auto":
@@ -240,7 +240,7 @@ def _plan_of_gguf(
 
 
 def _requantised(config: EngineConfig, name: str, target: str | None, stored: StoredTensor) -> PlannedTensor:
-    """A tensor of a GGUF file: as it is, unless it is a matrix of the model and another type is asked for."""
+    """Plan a tensor of a GGUF file: unchanged, unless it is a matrix of the model and another type is requested."""
     own = GGMLQuantizationType[stored.type_name]
     plain = stored if stored.dtype is not None else computed(stored, stored.shape, lambda values: values)
     if target is None or name.endswith(_FULL) or stays_plain(target, plain):
@@ -253,7 +253,7 @@ def _requantised(config: EngineConfig, name: str, target: str | None, stored: St
 
 
 def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:
-    """The same tensors, those whose scales are searched with what the file says of them."""
+    """Return the same tensors; those whose scales are searched get their importance from the file."""
     found: list[PlannedTensor] = []
     for plan in plans:
         importance = None
@@ -285,7 +285,7 @@ def _encoder_plan(
 
 
 def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[str, Any]:
-    """Tokenizer and chat template."""
+    """Return the keys of tokenizer and chat template."""
     tokenizer = open_tokenizer(config, files, {}, model.vocab_size)
     generation = files.generation_config
     ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
@@ -293,12 +293,12 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
     if config.chat_template is None:
         return metadata
-    kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # no named ones either
+    kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # nor named ones
     return kept | {_TEMPLATE: config.chat_template}
 
 
 def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) -> GGMLQuantizationType:
-    """Norms, biases and routers in full precision: llama.cpp computes with no other."""
+    """Return the type of a tensor: norms, biases and routers in full precision, which llama.cpp requires."""
     if stored.dtype is None:
         return GGMLQuantizationType.MXFP4
     split = target.endswith(_SPLIT)
@@ -330,7 +330,7 @@ def write_plans(
     progress: Progress,
     types: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> WrittenFile:
-    """Write the file, under another name until it is whole; arguments as of `write_file`."""
+    """Write the file, under another name until it is complete; see `write_file` for the arguments."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         write_file(partial, plans, metadata, progress, types)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Compiling Triton kernels ahead of time, for GPUs that need not be there (step 6 of a request's life).
+"""Compiling Triton kernels ahead of time, for GPUs that need not be present (step 6 of a request's life).
 
-A Triton kernel's module names in `AOT` the forms that it launches, one `Build` each; `modules` finds these modules.
-`compile_build` compiles a form for one compute capability and says what it takes, so that a kernel that no longer
-compiles, spills, or asks for more shared memory than an SM has is found on a machine without a GPU. Triton is imported
-only when something is compiled.
+The module of a Triton kernel lists the forms that it launches in `AOT`, one `Build` each; `modules` finds these
+modules. `compile_build` compiles a form for one compute capability and returns its resource usage. So a kernel that no
+longer compiles, spills, or needs more shared memory than an SM has is found on a machine without a GPU. Triton is
+imported only when something is compiled.
 
-`compile_together` is for the GPU that is there: it compiles the forms that a start needs side by side.
+`compile_together` is for the GPU that is present: it compiles the forms that a start needs in parallel.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ logger = logging.getLogger(__name__)
 
 CAPABILITIES = (75, 80, 90, 100, 120)
 TENSOR_CORES = 80
-"""The least compute capability whose tensor cores Triton uses (its pull request 5066). Below it, products are made of
-fused multiply-adds, with their operands in registers: tiles are smaller, and bfloat16 is not offered at all."""
+"""Lowest compute capability whose tensor cores Triton uses (its pull request 5066). Below it, products consist of fused
+multiply-adds with operands in registers: tiles are smaller, and bfloat16 is not supported."""
 
 WITH_TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= TENSOR_CORES)
 
-AMD = 81  # which no NVIDIA GPU has: what tables of tiles are asked with on AMD's GPUs, and answer as for 80
-AMD_STAGES = 2  # on their way at once: more do not fit into what a block may have there
+AMD = 81  # not a capability of any NVIDIA GPU: the key for AMD's GPUs in tables of tiles, which treat it as 80
+AMD_STAGES = 2  # loads in flight: a block has no shared memory for more
 AMD_SHARED = 64 * 1024
-AMD_TARGETS = MappingProxyType({"gfx942": 64, "gfx1100": 32})  # and the threads of a wavefront
+AMD_TARGETS = MappingProxyType({"gfx942": 64, "gfx1100": 32})  # threads of a wavefront for each target
 
-# For every launch and every build. A product and a sum become one fma, as nvcc does it; Triton's own default is about
-# to change, and warns.
+# For every launch and every build. A product and a sum become one fma, as with nvcc; Triton's own default will change,
+# and logs a warning.
 OPTIONS = MappingProxyType({"enable_fp_fusion": True})
 
-# What one thread block may have, in bytes. Source: CUDA C++ Programming Guide, table of technical specifications.
+# Maximum shared memory of a thread block, in bytes. Source: CUDA C++ Programming Guide, technical specifications.
 SHARED_LIMITS = MappingProxyType(
     {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 )
@@ -62,31 +62,31 @@ _AMD_USAGE = re.compile(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)")
 
 
 def capability(device: torch.device | Device) -> int:
-    """A GPU's compute capability, 90 for 9.0; so too under the interpreter. AMD's GPUs, whose numbers mean something
-    else, all have `AMD`."""
+    """Return a GPU's compute capability, 90 for 9.0, also under the interpreter. All AMD GPUs have `AMD`, because their
+    numbers have another meaning."""
     if device.type != "cuda":
         return 90
     return AMD if torch.version.hip else _nvidia_capability(device)
 
 
-@functools.cache  # asked at every launch
+@functools.cache  # called at every launch
 def _nvidia_capability(device: torch.device | Device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def stages(wanted: int) -> int:
-    """How many tiles are under way at a launch, where a table says `wanted`."""
+    """Return the number of stages (tiles in flight) of a launch, for the value `wanted` of a table."""
     return wanted if torch.version.hip is None else min(wanted, AMD_STAGES)
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own costs two microseconds a call outside kernels, which a launch would feel."""
+    """Return a / b, rounded up. Triton's own takes two microseconds a call outside kernels, too slow for launches."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n, for n from 1 on."""
+    """Return the smallest power of two that is at least n, for n from 1 on."""
     return 1 << (n - 1).bit_length()
 
 
@@ -95,15 +95,15 @@ class Build:
     """One form of a kernel.
 
     Attributes:
-        kernel: the function under `triton.jit`.
+        kernel: the function decorated with `triton.jit`.
         arguments: Triton's type of each argument that is not a constant: "*bf16", "i32", "fp32".
-        constants: the values of the others.
+        constants: the values of the other arguments.
         num_warps, num_stages: as at the launch.
         aligned: integer arguments that are multiples of 16 at the launch. Pointers always count as aligned to 16 bytes,
-            as torch's allocations are, but for those in `unaligned`.
-        unaligned: pointers without that promise.
-        label: tells the forms of a kernel apart in reports.
-        capabilities: what it is built for.
+            as torch's allocations are, except those in `unaligned`.
+        unaligned: pointers that may be unaligned.
+        label: name that distinguishes the forms of a kernel in reports.
+        capabilities: compute capabilities that it is built for.
     """
 
     kernel: Any
@@ -123,12 +123,12 @@ class Build:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes.
+    """Resource usage of a compiled kernel.
 
     Attributes:
-        registers: per thread.
-        shared: bytes of shared memory of a thread block, `shared_limit` what it may have.
-        stack: bytes of local memory of a thread; more than 0 where registers spill.
+        registers: registers per thread.
+        shared, shared_limit: bytes of shared memory of a thread block, and their maximum.
+        stack: bytes of local memory of a thread; more than 0 if registers spill.
     """
 
     registers: int
@@ -138,7 +138,7 @@ class Usage:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it, if something is."""
+        """Description of the problem, if there is one."""
         if self.stack:
             return f"{self.stack} bytes of each thread's registers spill to memory"
         if self.shared > self.shared_limit:
@@ -150,7 +150,7 @@ class Usage:
 
 
 def modules() -> dict[str, ModuleType]:
-    """Every module under `kernels` that has an `AOT` table, by its name below `kernels`. Imports triton."""
+    """Return every module under `kernels` that has an `AOT` table, by its name below `kernels`. Imports triton."""
     import candle_vllm.core.kernels as kernels
 
     found = {}
@@ -163,14 +163,14 @@ def modules() -> dict[str, ModuleType]:
 
 
 def compile_build(build: Build, target: int | str) -> Usage:
-    """Compiles a form; needs no GPU, and takes a second or more.
+    """Compile a form; needs no GPU, and takes a second or more.
 
     Args:
-        build: the form. Where there is no bfloat16, float16 is in its place, as it is when a model is loaded.
+        build: the form. Targets without bfloat16 use float16 instead, as when a model is loaded.
         target: a compute capability (90 is sm_90), or one of `AMD_TARGETS`, for which forms of 80 are compiled.
 
     Raises:
-        whatever Triton raises where the kernel does not compile; ValueError where the arguments are not the kernel's.
+        Exception: any error of Triton if the kernel does not compile; ValueError if the arguments do not match it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -199,21 +199,21 @@ def compile_build(build: Build, target: int | str) -> Usage:
 
 
 def compile_form(module: str, place: int, target: int | str) -> Usage | str:
-    """As `compile_build`, for processes of their own: by names, and with the trace of what goes wrong as a text.
+    """As `compile_build`, for separate processes: takes names, and returns the traceback of an error as text.
 
     Args:
         module: a name of `modules`.
-        place: in its `AOT` table.
+        place: index in its `AOT` table.
         target: see `compile_build`.
     """
     try:
         return compile_build(modules()[module].AOT[place], target)
     except Exception:
-        return traceback.format_exc()  # Triton's own errors do not travel between processes
+        return traceback.format_exc()  # Triton's own errors cannot be pickled
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, as the assembler noted them in the object; the most of its functions."""
+    """Return registers and bytes of stack from the assembler's notes in the object: the maximum of its functions."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -226,26 +226,26 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return max(registers for registers, _ in found), max(stack for _, stack in found)
 
 
-# ---- the forms of a start, side by side ------------------------------------------------------------------------------
+# ---- parallel compilation at a start ---------------------------------------------------------------------------------
 
-_COMPILERS = 16  # threads; what Triton does in Python it does in one of them at a time, so more would bring little
-_TURN = threading.Lock()  # one start at a time has Triton's launches changed
+_COMPILERS = 16  # threads; Triton's Python code runs in one of them at a time, so more would gain little
+_TURN = threading.Lock()  # one start at a time replaces Triton's launch functions
 
 
 def compile_together(work: Callable[[], None], device: torch.device | Device) -> int:
-    """Compiles the forms of all kernels that `work` launches, in parallel, and loads them; launches none of them.
+    """Compile the forms of all kernels that `work` launches, in parallel, and load them, without launching any of them.
 
-    What else `work` does is done, on memory in which the kernels wrote nothing: numbers mean nothing, and places that
-    a kernel would have written must not be looked up by anything but kernels. A form that does not compile or load is
-    left to the launch that needs it, which says so. Where Triton is not there, interprets its kernels, or is built in
-    another way than 3.6 to 3.9 are, `work` is not called, and each form is compiled by its first launch.
+    Everything else in `work` runs on memory into which no kernel has written: its numbers are meaningless, so only
+    kernels may use results of kernels as indices. A form that does not compile or load is left to the launch that
+    needs it, which raises the error. If Triton is missing, interprets its kernels, or has other internals than 3.6 to
+    3.9 have, `work` is not called, and each form is compiled by its first launch.
 
     Args:
-        work: what will be launched afterwards, with the same arguments, for a form depends on them; in this thread.
-        device: where it computes.
+        work: runs in this thread and makes the launches that will follow, with arguments of the same forms.
+        device: device of the launches.
 
     Returns:
-        how many forms were made ready; those of earlier starts in this process do not count.
+        number of forms that were compiled or loaded; forms of earlier starts in this process do not count.
     """
     began = time.perf_counter()
     try:
@@ -265,10 +265,10 @@ def compile_together(work: Callable[[], None], device: torch.device | Device) ->
         try:
             with _parsing_in_turn(JITCallable), compiling, mode:
                 work()
-        except Exception:  # whatever it is, the launches that follow say it themselves
+        except Exception:  # any error: the launches that follow raise it themselves
             logger.debug("not all kernels could be compiled side by side", exc_info=True)
         finally:
-            active_mode.set(None)  # Triton 3.6 leaves it where a wait was interrupted
+            active_mode.set(None)  # Triton 3.6 does not reset it after an interrupted wait
     if compilers.forms:
         took = time.perf_counter() - began
         logger.info("made %d forms of kernels ready in %.1f s, %d at a time", compilers.forms, took, compilers.threads)
@@ -297,10 +297,10 @@ class _Compilers(ThreadPoolExecutor):
 
 @contextlib.contextmanager
 def _parsing_in_turn(function: Any) -> Iterator[None]:
-    """One thread at a time parses a function of Triton's class JITCallable.
+    """Let one thread at a time parse a function of Triton's class JITCallable.
 
     Early releases of CPython 3.11 and 3.12 count the depth of syntax trees in one number for all threads (gh-106905),
-    and say "AST constructor recursion depth mismatch" now and then.
+    and sometimes raise "AST constructor recursion depth mismatch".
     """
     parse, turn = function.parse, threading.Lock()
 
@@ -317,9 +317,9 @@ def _parsing_in_turn(function: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _only_compiling(function: Any, here: Callable[[], bool]) -> Iterator[None]:
-    """Launches of a class of kernels (Triton's JITFunction) compile and no more where `here()`.
+    """Make launches of a class of kernels (Triton's JITFunction) only compile while `here()` is true.
 
-    What is under way counts as compiled. Launches of other threads are as ever.
+    Forms that are being compiled count as compiled. Launches of other threads are unchanged.
     """
     run, do_compile = function.run, function._do_compile
     waiting: list[tuple[dict[str, Any], str, Any]] = []
@@ -329,7 +329,7 @@ def _only_compiling(function: Any, here: Callable[[], bool]) -> Iterator[None]:
 
     def compile_once(kernel: Any, key: str, signature: Any, device: Any, *rest: Any, **more: Any) -> Any:
         found = do_compile(kernel, key, signature, device, *rest, **more)
-        if here():  # Triton 3.6 would prepare it anew at each launch until it is compiled
+        if here():  # Triton 3.6 would prepare it again at each launch until it is compiled
             forms = kernel.device_caches[device][0]
             forms[key] = found
             waiting.append((forms, key, found))

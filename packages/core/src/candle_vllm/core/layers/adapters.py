@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapter sites of a model: number its products, by the paths of their weights."""
+"""Adapter sites of a model: number its matrix products, by the paths of their weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def number_places(model: object, adapters: EagerAdapters | None = None) -> Mapping[str, tuple[Place, ...]]:
     """Give every product of a model an adapter site; return sites by path. Experts have two: gate with up, and down.
 
-    "head" is included also if it shares the table of "embed"; "embed" is the lookup alone.
+    "head" is included also if it shares the table of "embed"; "embed" is only the lookup.
 
     Args:
-        model: the model, whose sites are numbered once.
-        adapters: adapters of layers that run op by op; None leaves the present ones.
+        model: the model, whose sites are numbered only once.
+        adapters: adapters of layers that run op by op; None leaves the layers' present adapters.
     """
     made: dict[str, tuple[Place, ...]] = {}
     count = 0
@@ -55,7 +55,7 @@ def number_places(model: object, adapters: EagerAdapters | None = None) -> Mappi
 
 
 def linears_in(layers: object) -> Iterator[Linear]:
-    """Return every product of layers, except routers and output layers."""
+    """Return every product of the layers, except routers and output layers."""
     for _, layer in _layers(layers, ""):
         if isinstance(layer, Linear):
             yield layer
@@ -64,7 +64,7 @@ def linears_in(layers: object) -> Iterator[Linear]:
 
 
 def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
-    """Return the layers with matrices, by path."""
+    """Return the layers that have matrices, by path."""
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
         yield path, layer
     elif isinstance(layer, (list, tuple)):

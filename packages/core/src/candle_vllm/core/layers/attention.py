@@ -22,7 +22,7 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
-_FAR = 4096  # positions over which a bias is averaged
+_FAR = 4096  # number of positions over which a bias is averaged
 _MOST_SLOPES = 4096
 
 
@@ -42,13 +42,13 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 
 class Taps:
-    """Copies of hidden states before some layers, kept until the next step; see `models/stack.py`.
+    """Copies of hidden states before some layers, stored until the next step; see `models/stack.py`.
 
     Args:
-        layers: numbers of these layers, from 0 on; the number of layers means the result of the last one.
+        layers: indices of these layers; an index equal to the number of layers means the output of the last layer.
 
     Attributes:
-        values: the kept hidden states by layer, [T, E] each.
+        values: the stored hidden states [T, E] of each layer.
     """
 
     def __init__(self, layers: Iterable[int]) -> None:
@@ -56,7 +56,7 @@ class Taps:
         self.values: dict[int, Value] = {}
 
     def keep(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """Return a layer's input, and keep a copy of its sum for the chosen layers."""
+        """Return a layer's input, and store a copy of its sum for the chosen layers."""
         if layer not in self.layers:
             return x, residual
         total = x if residual is None else residual + x
@@ -65,7 +65,7 @@ class Taps:
 
 
 class GivenRows(Protocol):
-    """Rows of a step with given embeddings (of images) instead of rows of the embedding table.
+    """Rows of a step that have given embeddings (of images) instead of rows of the embedding table.
 
     Attributes:
         vectors: the given embeddings.
@@ -78,7 +78,7 @@ class GivenRows(Protocol):
         ...
 
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """Add the vectors for these rows to a layer's result, x [T, E] as two summands.
+        """Add the vectors for these rows to a layer's result, which is x [T, E] and its residual.
 
         Source: Meng et al., 2024, arXiv:2406.04334 (DeepStack).
         """
@@ -87,23 +87,23 @@ class GivenRows(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:
-    """Tensors of one step for all layers; a recorded step has caches and positions alone.
+    """Tensors of one step for all layers; in a recorded step only caches and positions.
 
     Attributes:
         positions: [T] int64, each token's position in its sequence, or, for a model with M-RoPE, its row of the rotary
             tables; on a GPU int32. In a recorded step `RecordedTokens`, by which a table of positions is read.
         slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
-        rows: sequences of the tokens.
-        caches: of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
-        cache_scales: scales of keys and values for float8 caches of layers without their own scales; see
+        rows: the tokens' sequences.
+        caches: the cache of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
+        cache_scales: scales of keys and values in float8 caches, for layers without their own scales; see
             `kernels/kv_write`.
         attend: attention function; see `kernels/attention`.
-        taps: keeps hidden states before some layers, if these are needed.
+        taps: stores hidden states before some layers; None if they are not needed.
         given: rows of image embeddings; None without images.
-        may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
-        narrows: in a recorded step, the layer from whose attention on only rows with a wanted next token are computed;
+        may_divide: ranks may divide the tokens among themselves; see `TokenShares.begin`.
+        narrows: in a recorded step, the layer after whose cache write only rows with a wanted next token are computed;
             None for all rows.
-        narrowed: the layer before which the other rows are dropped, if it and all later layers read keys and values of
+        narrowed: the layer before which the other rows are dropped, if it and all later layers read the caches of
             earlier layers; None for all rows.
         layer_inputs: [T, P] for each layer, its input besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
@@ -129,25 +129,25 @@ class StepInput:
 class PagedAttention:
     """Norms of heads, rotary, cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
-    A layer that reads the keys and values of another one (`SharedKVSpec`) is called without k and v, and writes none.
+    A layer that reads the cache of another layer (`SharedKVSpec`) is called without k and v, and writes nothing.
 
     Args:
-        layer: whose cache it uses.
+        layer: index of the layer's cache.
         head_dim: D.
         rotary: rotary embedding; None for a layer without it.
         q_norm, k_norm: norms of heads, if the model has them.
         window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
-        scale: of scores; None is D^-0.5.
-        softcap: of scores.
+        scale: factor of the scores; None for D^-0.5.
+        softcap: softcap of the scores; None for no cap.
         sinks: [H] fp32 on the model's device, loaded as the part "sinks": an additional score of each head, see
             `kernels/attention`.
-        slopes: [H] fp32 on the model's device, ALiBi slopes.
+        slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
         key_bias: [K * D], bias of the key projection.
         causal: attention is causal in this layer also within images.
         norms_behind: the norms of heads follow the rotation.
 
     Attributes:
-        cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for the step's scales.
+        cache_scales: scales of keys and of values in a float8 cache, [1] fp32 each; None for the step's scales.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class PagedAttention:
         self.cache_scales: tuple[Value, Value] | None = None
 
     def scale_cache(self, keys: float, values: float, placement: Placement) -> None:
-        """Set the layer's own cache scales."""
+        """Set the layer's own cache scales for keys and values."""
         self.cache_scales = k, v = placement.empty(1), placement.empty(1)
         k[0], v[0] = keys, values
 
@@ -219,9 +219,9 @@ class PagedAttention:
         return step.attend(q, *cache, rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
-        """Return the common offset [K * D] of all keys in a recorded step, which shifts all scores equally.
+        """Return the common offset [K * D] of all keys in a recorded step, which changes all scores of a query equally.
 
-        It is the mean over positions of the rotated key bias: 0 for dimensions that rotate fast.
+        It is the mean over positions of the rotated key bias: about 0 for dimensions that rotate fast.
         """
         if self.key_bias is None or self.softcap is not None or self.sinks is not None:
             return None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta net: linear attention whose state of fixed size stands in the place of keys and values.
+"""The gated delta net: linear attention with a state of fixed size instead of keys and values.
 
-Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, as Qwen3-Next and OLMo Hybrid have it.
+Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, as in Qwen3-Next and OLMo Hybrid.
 Shapes: T tokens, E hidden, Hk and Hv key and value heads, Dk and Dv their sizes.
 """
 
@@ -33,10 +33,10 @@ class DeltaSizes:
     """Shapes of a gated delta net.
 
     Attributes:
-        key_heads, heads: Hk and Hv; as many value heads as heads / key_heads share a key head.
+        key_heads, heads: Hk and Hv; heads / key_heads value heads share a key head.
         key_dim, value_dim: Dk and Dv.
-        taps: of the convolution.
-        by_channel: each channel of a key has a decay of its own.
+        taps: kernel size of the convolution.
+        by_channel: each channel of a key has its own decay.
     """
 
     key_heads: int
@@ -57,12 +57,12 @@ class DeltaSizes:
 
     @property
     def channels(self) -> int:
-        """Elements of all three, which pass the convolution."""
+        """Elements of a token's queries, keys and values together, which pass the convolution."""
         return sum(self.parts)
 
     @property
     def state(self) -> StateSpec:
-        """What a layer keeps of a sequence."""
+        """The state that a layer stores for a sequence."""
         tail = StatePart(conv_shape(self.channels, self.taps), self.channels, exact=False)
         inputs = kept_inputs(self.key_heads, self.heads, self.key_dim, self.value_dim, channels=self.by_channel)
         return StateSpec((tail, StatePart(delta_shape(self.heads, self.key_dim, self.value_dim), inputs)))
@@ -72,13 +72,13 @@ class GatedDeltaNet:
     """Linear attention with a state: x [T, E] -> [T, E].
 
     Args:
-        layer: whose it is.
+        layer: index of the layer's cache.
         size: E.
-        sizes: its shapes.
-        eps: of the result's norm.
-        placement: of its weights.
-        apart: checkpoints have q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
-            of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; else they are "qkv" and "taps".
+        sizes: shapes of the delta net.
+        eps: epsilon of the result's norm.
+        placement: where the weights live.
+        apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
+            of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
         strength: see `DeltaGates`.
     """
 

@@ -22,14 +22,14 @@ class Embedding:
     Args:
         vocab_size, size: V and E.
         placement: where the table lives.
-        scale: of rows, not of logits; None is 1.
+        scale: factor of the rows, not of the logits; None for 1.
         bias: whether logits have a bias.
-        logit_scale: of logits, the bias included.
+        logit_scale: factor of the logits, the bias included.
         softcap: c of logits z, which become c tanh(z / c); None without a cap.
         wide: rows are fp32 whatever the table's type is.
 
     Attributes:
-        share: this rank's rows of a divided table; None if the rank has all rows.
+        share: this rank's rows of a table that is divided among ranks; None if the rank has all rows.
         place: adapter site of lookups; products have the site of the table's `Linear`.
     """
 

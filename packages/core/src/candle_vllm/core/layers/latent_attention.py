@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Latent attention over the paged cache: norm of latent rows, matrices of every head."""
+"""Latent attention over the paged cache: the norm of latent rows, and the matrices of every head."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class HeadMatrices:
-    """A matrix [O, I] for every head, in plain numbers; part "weight" [H, O, I].
+    """A plain (not quantised) matrix [O, I] for every head; part "weight" [H, O, I].
 
-    Quantised ones are decoded, in bfloat16 on the CPU: they are small beside a layer's others. They are no linear layer
-    of the model's but a cached row's images that meet queries and results instead: attention's own products.
+    Quantised matrices are decoded, in bfloat16 on the CPU, because they are small compared to a layer's other matrices.
+    They are not adapter sites: attention applies them to queries and results instead of to the cached latent rows.
     """
 
     sections = 1
@@ -30,7 +30,7 @@ class HeadMatrices:
     def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement) -> None:
         self.shape = (heads, outputs, inputs)
         self._placement = placement
-        self.numbers: Any = None  # a tensor, or in recorded steps every head's matrix
+        self.numbers: Any = None  # a tensor, or in recorded steps the matrices of all heads
 
     def __call__(self, x: Value) -> Value:
         """x [T, H, I] -> [T, H, O]."""
@@ -50,15 +50,15 @@ class HeadMatrices:
 
 
 class LatentAttention:
-    """Norm of the latent row, rotary, cache write and attention in latent space: q, kv -> [T, H * V].
+    """Norm of the latent row, rotary embedding, cache write and attention in latent space: q, kv -> [T, H * V].
 
     Args:
-        layer: whose cache it uses.
-        sizes: the shapes.
-        rotary: positions.
-        norm_eps: of the latent row's norm.
+        layer: index of the layer's cache.
+        sizes: shapes of latent attention.
+        rotary: rotary embedding.
+        norm_eps: epsilon of the latent row's norm.
         placement: where the weights live.
-        scale: of scores.
+        scale: factor of the scores.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LatentAttention:
         self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement)
 
     def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
-        """q [T, H * (nope + R)] of heads [nope | rope], kv [T, L + R] of latent rows and the key part that rotates."""
+        """q is [T, H * (nope + R)] with heads [nope | rope]; kv is [T, L + R], latent rows and the rotated key part."""
         cache, sizes = step.caches[self.layer].keys, self.sizes
         heads = self.rotary.scaled(q.unflatten(-1, (-1, sizes.nope + sizes.rope)), step.positions)
         if isinstance(q, Recorded):

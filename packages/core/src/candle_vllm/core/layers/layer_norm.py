@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""LayerNorm: of hidden states, and of heads that have weights of their own."""
+"""LayerNorm of hidden states, and of heads with separate weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LayerNorm:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: Value, residual: Value | None) -> tuple[Value, Value]:
-        """(norm of residual + x, residual + x): a layer's input, and what its output is added to; None is nothing."""
+        """Return (norm of residual + x, residual + x), a layer's input and its residual; residual may be None."""
         total = x if residual is None else residual + x
         return self(total), total
 
@@ -37,10 +37,10 @@ class LayerNorm:
 
 
 class HeadLayerNorm:
-    """LayerNorm over each head of x [T, heads, size], a row of the weight [heads, size] for each; no bias.
+    """LayerNorm over each head of x [T, heads, size], with a row of the weight [heads, size] for each; no bias.
 
-    Checkpoints have the weight as one tensor, "weight", or, with `rows`, a tensor "0.weight", "1.weight", ... a head,
-    of which the first one here has the number `first`.
+    Checkpoints have the weight as one tensor, "weight", or, with `rows`, one per head, "0.weight", "1.weight", ...; the
+    first head of this rank has the index `first`.
     """
 
     def __init__(

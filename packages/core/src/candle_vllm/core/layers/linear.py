@@ -29,17 +29,17 @@ logger = logging.getLogger(__name__)
 
 
 class Linear:
-    """y [T, O] = x [T, I] W^T + b; of experts, W is [X, O, I], b is [X, O], and y has a row for each pair.
+    """y [T, O] = x [T, I] W^T + b; for experts, W is [X, O, I], b is [X, O], and y has a row for each pair.
 
     Args:
         in_features: I.
         out_features: O, or the sizes of the named matrices that are stacked into O, in order.
-        bias: whether there is one; experts' biases are fp32.
+        bias: whether there is a bias; experts' biases are fp32.
         placement: where the weights live.
         kept: whether small floats, and integer codes with reordered columns, may stay in their stored format.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
         sections: see `Parameter`.
-        first: number of this rank's first expert.
+        first: index of this rank's first expert.
 
     Attributes:
         pieces: the loaded matrices, by the prefix of their parameters' names.
@@ -66,7 +66,7 @@ class Linear:
         self.in_features = in_features
         ends = list(itertools.accumulate(sizes.values()))
         rows = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
-        self._places: dict[str, tuple[Any, slice]]  # of each part in the bias
+        self._places: dict[str, tuple[Any, slice]]  # of each part in the bias: expert and rows
         if experts:
             self._places = {f"{name}.{first + e}.": (e, rows[name]) for e in range(experts) for name in sizes}
         else:
@@ -96,8 +96,8 @@ class Linear:
         3. If W is a shard with a part of the inputs, y is summed over the shards.
         4. The bias is added, once; the activation follows.
 
-        The kernels of 1 do 4 while they have the sums; with shards only one rank has the bias, and the other ranks have
-        biases of 0. In this case 2 is added after 4.
+        Kernels do 4 together with 1, before the sums are stored; with shards only one rank has the bias, and the others
+        have biases of 0. In this case 2 is added after 4.
         """
         invariant = self._placement.invariant
         if pairs is None:

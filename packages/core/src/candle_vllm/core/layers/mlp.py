@@ -16,11 +16,11 @@ class GatedMLP:
     Args:
         hidden_size, intermediate_size: E and F.
         placement: where the weights live.
-        bias: whether all three matrices have one.
-        down_bias: whether the last one has, where that differs.
-        activation: of the gate.
+        bias: whether all three matrices have biases.
+        down_bias: whether the last matrix has a bias, if that differs.
+        activation: activation of the gate.
         fused: checkpoints have gate and up as one matrix [2F, E], the gate's rows first: the part "weight" of
-            `gate_up`; else as two, "gate.weight" and "up.weight".
+            `gate_up`; otherwise as two, "gate.weight" and "up.weight".
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GatedMLP:
 
 
 class MLP:
-    """down(act(up(x))) for x [T, E]. Arguments as those of `GatedMLP`."""
+    """down(act(up(x))) for x [T, E]. Arguments as in `GatedMLP`."""
 
     def __init__(
         self,

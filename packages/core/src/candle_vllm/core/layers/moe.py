@@ -38,18 +38,18 @@ class Mixture:
 
     Attributes:
         experts: X, up to `MOST_EXPERTS`.
-        top_k: k, experts of a token.
+        top_k: number of experts per token; k.
         inner_size: F of an expert.
         scoring, renormalise, groups, top_groups, scale, jitter: see `kernels/moe`.
         correction: a bias of each expert, used only to choose experts (DeepSeek-V3's e_score_correction_bias).
         expert_scale: each expert's weights are multiplied by its own factor.
         scales_input: the weight of a token's only expert multiplies the expert's input, not its result (Llama 4).
-        activation: of the experts; for experts without a gate also of the shared expert.
-        shared_activation: of the shared expert's gate.
+        activation: activation of the experts; for experts without a gate also of the shared expert.
+        shared_activation: activation of the shared expert's gate.
         router_bias, expert_bias: whether router and experts have biases.
-        shared_size: F of the shared expert, which every token goes through; 0 without one.
+        shared_size: F of the shared expert, which every token uses; 0 without a shared expert.
         shared_gate: the shared expert's result is multiplied by a sigmoid gate of the token (Qwen2-MoE).
-        first, held: this rank's experts: `held` experts from `first` on; None for all from there.
+        first, held: this rank's experts: `held` experts from index `first` on; None for all from `first` on.
     """
 
     experts: int
@@ -96,7 +96,7 @@ class Mixture:
 
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
-"""Given x, logits, and what else may run meanwhile: the experts' sums, and what that gave."""
+"""From x, logits and a function to run meanwhile: the sums of the experts, and the function's result."""
 
 
 _SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "jitter")  # fields of a `Routing`
@@ -193,7 +193,7 @@ class SparseMLP:
         return combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
-        """As `__call__`, with the shared expert computed while the CPU computes the experts."""
+        """As `__call__`, but the shared expert runs while the CPU computes the experts."""
         if self.shared is None:
             return elsewhere(x, logits, None)[0]
         mlp, gate = self.shared, self.shared_gate
@@ -215,7 +215,7 @@ class SparseMLP:
         return y if self.collective is None else self.collective.sum(y)
 
     def _routed(self, x: Value, logits: Value) -> tuple[Value, Any]:
-        """What experts read [T, E], and the pairs of tokens and experts."""
+        """Return the experts' input [T, E], and the pairs of tokens and experts."""
         pairs = route(logits, self._routing())
         return weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
 
@@ -232,6 +232,6 @@ class SparseMLP:
 
 
 def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:
-    """Return the layers of a decoder that have experts, by their numbers."""
+    """Return the layers of a decoder that have experts, by their indices."""
     found = {number: getattr(layer, "mlp", None) for number, layer in enumerate(layers)}
     return {number: mlp for number, mlp in found.items() if isinstance(mlp, SparseMLP)}

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 class RMSNorm:
     """RMSNorm over the last dimension of x [T, ..., size].
 
-    A norm behind a matrix is added to a residual as any value is: `residual + norm(x)`, or
-    `next_norm.add(norm(x), residual)`; in a recorded step either is one operation.
+    The result of a norm after a matrix is added to a residual like any value: `residual + norm(x)`, or
+    `next_norm.add(norm(x), residual)`; in a recorded step each of these is one operation.
 
     Args:
-        size, eps, placement: as usual.
-        weighted: there is a weight; else it is 1.
+        size, eps, placement: elements of the last dimension, epsilon, and where the weight lives.
+        weighted: whether the norm has a weight; otherwise the weight is 1.
 
     Attributes:
-        shares: where x may be this rank's rows alone, and the residual is those of all; else None.
+        shares: divides rows among ranks, if x may have only this rank's rows and the residual has all; otherwise None.
     """
 
     def __init__(self, size: int, eps: float, placement: Placement, *, weighted: bool = True) -> None:
@@ -41,7 +41,7 @@ class RMSNorm:
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Value, residual: Value | None) -> tuple[Value, Value]:
-        """(norm of residual + x, residual + x): a layer's input, and what its output is added to; None is nothing."""
+        """Return (norm of residual + x, residual + x), a layer's input and its residual; residual may be None."""
         if residual is None:
             return self(x), x
         if self.shares is not None:

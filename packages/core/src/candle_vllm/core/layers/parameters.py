@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 
 Packed: TypeAlias = tuple[Any, str | None]
-"""A matrix, and why a quantised one takes more memory than it is stored in, for a log."""
+"""A packed matrix, and why a quantised matrix needs more memory than in its file, for a log; None if it does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Placement:
     """Device, types and memory of a model's weights.
 
     Attributes:
-        device: of tensors.
-        dtype: of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
+        device: device of the tensors.
+        dtype: type of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
         weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None if torch multiplies.
         plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
         words: recorded steps multiply F16 matrices as integers of 14 bits (`kernels/word_linear`).
         keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
             kernels; otherwise they are decoded to `dtype`.
-        invariant: a token's result has the same bits whatever else is in the step, at some cost.
+        invariant: a token's result has the same bits whatever else is in the step, which costs some speed.
         shapes_only: `empty` returns shapes without memory, and nothing is loaded.
-        stepwise: layers run op by op in torch although compiled kernels multiply: those of transformers.
+        stepwise: layers run op by op in torch although compiled kernels multiply, as in models that transformers wires.
     """
 
     device: Device
@@ -88,7 +88,7 @@ class Placement:
         """Return the backend that packs a layer's matrices.
 
         Args:
-            groups: the layer supports integer codes in groups, and reorders its input for a matrix.
+            groups: the layer supports integer codes in groups, for which it reorders its input.
             floats: the layer supports small floats with scales.
         """
         if self.weight_memory is not None:
@@ -103,11 +103,11 @@ class Placement:
 
 
 SHAPES = Placement(CPU, "F32", shapes_only=True)
-"""Where a model has shapes and no memory."""
+"""Placement of a model that has shapes and no memory."""
 
 
 def on_host(values: Value) -> NDArray[np.float32]:
-    """Convert a parameter to an array; on the CPU they share memory."""
+    """Convert a parameter to an array; on the CPU both share memory."""
     if isinstance(values, np.ndarray):
         return values
     plain: Any = values

@@ -24,9 +24,9 @@ class Rotary:
     """Rotary embedding of queries and keys; one per model, shared by its layers.
 
     With a `query_scale` s in `rope`, queries are also multiplied by 1 + s ln(1 + floor(position / original)), where
-    original is the context before its extension: by 1 within it.
+    original is the context before its extension: by 1 at positions below original.
 
-    A GGUF file of Llama 3 has its scaling as divisors of the frequencies; they are the optional part "factors".
+    A GGUF file of Llama 3 stores its scaling as divisors of the frequencies, which are the optional part "factors".
 
     If `rope` has axes (M-RoPE), tokens of images are rotated by three positions. Their cosines and sines are in rows
     of the tables after the rows of all positions, and are written there for each step (`turn`). For any other token the
@@ -56,7 +56,7 @@ class Rotary:
         self._positions = self._room = 0
 
     def prepare(self, positions: int) -> None:
-        """Compute the tables for positions below `positions`; larger existing tables stay.
+        """Compute the tables for positions below `positions`; larger existing tables are not changed.
 
         An engine calls it with the context that fits its memory, which may be far less than `max_position`.
         """
@@ -86,13 +86,13 @@ class Rotary:
         return cos[: self._positions], sin[: self._positions]
 
     def turn(self, places: NDArray[np.int64]) -> int:
-        """Write rows for tokens by their positions in time, height and width [N, 3]; return the first row's number.
+        """Write rows for tokens by their positions in time, height and width [N, 3]; return the first row's index.
 
-        N is at most the number of tokens for `make_room`; the rows are valid until the next call.
+        N is at most the number of tokens passed to `make_room`; the rows are valid until the next call.
         """
         assert len(places) <= self._room
         for table in self.tables:
-            numbers = np.asarray(table)  # shares its memory
+            numbers = np.asarray(table)  # the array shares its memory
             numbers[self.first_turned : self.first_turned + len(places)] = numbers[
                 self.sources(places), np.arange(len(self._axes))
             ]
@@ -100,7 +100,7 @@ class Rotary:
 
     @property
     def first_turned(self) -> int:
-        """Number of the first row that `turn` writes."""
+        """Index of the first row that `turn` writes."""
         return self._positions
 
     def sources(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -108,7 +108,7 @@ class Rotary:
         return places[:, self._axes]
 
     def turn_there(self, sources: Any) -> None:
-        """As `turn`, for tables on a GPU, by `sources` on the device. Work of the stream."""
+        """As `turn`, for tables on a GPU, by `sources` on the device; queued on the current stream."""
         assert len(sources) <= self._room
         for table in self.tables:
             numbers: Any = table
@@ -170,7 +170,7 @@ class _Factors(TensorParameter):
 
 @np.errstate(all="ignore")
 def _check_angles(frequencies: np.ndarray, max_position: int, source: str) -> None:
-    """Check that the largest angles are finite, and so cosines and sines."""
+    """Check that the largest angles are finite, and therefore all cosines and sines."""
     if not ((frequencies >= 0).all() and np.isfinite(frequencies * np.float32(max_position)).all()):
         raise InvalidFileError(f"{source} gives rotary frequencies that are negative, infinite or not a number")
 
@@ -193,7 +193,7 @@ def yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-@np.errstate(all="ignore")  # what is not finite is refused where it is used
+@np.errstate(all="ignore")  # non-finite values are refused where they are used
 def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
     """Return the angle per position [R/2] in fp32, for a context of `max_position` tokens.
 
@@ -231,7 +231,7 @@ def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Keep dimensions with over beta_fast rotations, interpolate those below beta_slow, and ramp between."""
+    """Keep dimensions with over beta_fast rotations, interpolate those below beta_slow, and ramp in between."""
 
     def dimension(turns: float) -> float:
         return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))

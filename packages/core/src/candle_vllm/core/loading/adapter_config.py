@@ -17,7 +17,7 @@ from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.loading.name_patterns import first_match
 
 MAX_CONFIG_BYTES = 1 << 20
-"""Of an adapter's file; theirs have a few thousand."""
+"""Maximum size of the file; usual files have a few thousand bytes."""
 _CONVERSION = (
     "such training changes the base's own weights: save the adapter with PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER BEFORE TRAINING), which makes a plain one of it"
@@ -44,7 +44,7 @@ _NO_EFFECT = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "qalora_group_size", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config",
 )  # fmt: skip
-"""What training alone needs; which modules were trained is what the tensors' names say."""
+"""Keys that only training needs; the tensors' names show which modules were trained."""
 _SHOWN = 10
 _MOST_INVOKING = 256
 
@@ -54,15 +54,15 @@ class AdapterConfig:
     """Configuration of an adapter.
 
     Attributes:
-        rank: returns r of a module by its name; None if the configuration does not say it.
+        rank: returns the rank r of a module by its name; None if the configuration has no rank.
         alpha: returns alpha of a module by its name; 0 means a scale of 1.
         rslora: the scale is alpha / sqrt(r), not alpha / r.
         bias: which biases were trained: "none", "all" or "lora_only".
         dora: magnitudes are stored.
         tied: changes of the embedding table also apply to an output layer that shares it.
-        trained_tokens: rows of tables that were trained, by the module's name; "" stands for the embedding table.
+        trained_tokens: trained rows of tables, by the module's name; "" is the embedding table.
         targets: parameters that are no modules, named as in `target_parameters`.
-        architecture: of the base model, as GGUF files name it; "" if unknown.
+        architecture: architecture of the base model in GGUF files; "" if unknown.
     """
 
     rank: Callable[[str], int | None]
@@ -102,9 +102,9 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
     """Parse the bytes of a file.
 
     Args:
-        data: at most `MAX_CONFIG_BYTES`.
-        path: for messages.
-        max_rank: the largest r that is allowed.
+        data: the file's bytes, at most `MAX_CONFIG_BYTES`.
+        path: the file, for error messages.
+        max_rank: the largest allowed r.
 
     Raises:
         AdapterError: a key has an unsupported value.
@@ -122,10 +122,10 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
 
 
 class _Keys(Fields):
-    """`Fields` of an adapter."""
+    """`Fields` of an adapter's configuration."""
 
     def refuse(self, key: str, why: str) -> None:
-        """Raises AdapterError with the key and its value."""
+        """Raise AdapterError with the key and its value."""
         raise AdapterError(f"{self.path}: {key} is {self.values[key]!r:.80}: {why}")
 
     def flag(self, key: str) -> bool:
@@ -133,7 +133,7 @@ class _Keys(Fields):
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """A mapping of patterns to numbers; whole ones from 1 to `most`, where that is given."""
+        """Return a lookup by patterns with number values; integers from 1 to `most`, if that is given."""
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)
@@ -178,7 +178,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         trained_tokens=_trained_tokens(keys),
         targets=_texts(keys, "target_parameters"),
     )
-    for key in ("lora_bias", "fan_in_fan_out"):  # tensors say the first; A and B are the same under the second
+    for key in ("lora_bias", "fan_in_fan_out"):  # tensors show the first; A and B do not depend on the second
         keys.flag(key)
     alora = invocation_of(keys, "alora_invocation_tokens")
     base = keys.get(_BASE, str, None)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Map an adapter's tensors to the layers of a model, by the family's table of weight names.
 
-A table says how a stored matrix W becomes the matrices that the model multiplies: by selecting rows of it in some
-order, perhaps after a transposition. An adapter adds B A to W, with W's rows in B and its columns in A, so a view
-selects the same rows of B. These are found by applying the view to numbered rows, once for each kind of matrix.
-An adapter may use the names of either format, whichever format the model was loaded from; each name is handled as in a
-file of its own format.
+A table defines how a stored matrix W becomes the matrices that the model multiplies: by selecting rows of W in some
+order, perhaps after a transposition. An adapter adds B A to W. B has the rows of W and A its columns, so a view selects
+the same rows of B, which are found by applying the view to row numbers, once for each kind of matrix. An adapter may
+use the names of either format, whatever the model's format; each name is treated as in its own format.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ Format: TypeAlias = Literal["safetensors", "gguf"]
 
 _PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "smollm3", "internlm3")
 _PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe", "granite_swa", "muse_glimmer_text")
-"""Models whose queries and keys stand in pairs of neighbours in GGUF files, and in halves in Hugging Face's."""
+"""Models whose queries and keys are stored in interleaved pairs in GGUF files, and in halves by Hugging Face."""
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
-"""What stands before a text model's names where it was trained as a part of a larger one."""
+"""Prefixes of a text model's names, if it was trained as a part of a larger model."""
 _TRUNKS = ("model.", "bert.", "roberta.")
-"""What stands before them where it was trained with a head, and not where it was trained as a trunk."""
+"""Prefixes of names, if the model was trained with a head; a model that was trained without a head lacks them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,9 +39,9 @@ class Spot:
     """Matrix or bias of the model to which a stored tensor belongs.
 
     Attributes:
-        path: of the layer: "layers.0.attention.qkv".
+        path: path of the layer, such as "layers.0.attention.qkv".
         prefix: prefix of the part's name: "q."; "gate.3." for an expert.
-        kind: the rest of the name: "weight", "bias".
+        kind: last part of the name: "weight" or "bias".
         shape: shape in the model.
         view: view of the stored tensor.
         expert: the expert's number, if the stored tensor holds all experts.
@@ -67,7 +66,7 @@ class AdapterPlaces:
     Args:
         table: the family's table of weight names.
         config: configuration of the loaded model.
-        shapes: shapes of all parts of the model, by target.
+        shapes: shapes of all parameters of the model, by target.
     """
 
     def __init__(self, table: Sequence[WeightName], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -107,7 +106,7 @@ class AdapterPlaces:
 
     @functools.cached_property
     def _parameters(self) -> Mapping[str, list[str]]:
-        """Names of tensors of all experts, by the module that holds them, in its order."""
+        """Names of tensors with all experts, by the module that holds them, in its order."""
         found: dict[str, list[str]] = {}
         for name, spots in self._hf.items():
             if spots[0].expert is not None and spots[0].kind == "weight":
@@ -115,13 +114,13 @@ class AdapterPlaces:
         return found
 
     def find(self, name: str, format: Format) -> Sequence[Spot]:
-        """Return the spots of a stored tensor; empty for a name that no file of this model has."""
+        """Return the spots of a stored tensor; empty for a name that does not exist in this model."""
         return self._index(format).get(name, ())
 
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
-        """Return the name in the table of a Hugging Face module, and the spots of its matrix or parameter.
+        """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.
 
-        A prefix that differs, because the base model has no head or is a part of a larger model, is corrected.
+        A different prefix, because the base model has no head or is a part of a larger model, is corrected.
         """
         index = self._hf
         for known in _spellings(name):
@@ -131,7 +130,7 @@ class AdapterPlaces:
         return name, ()
 
     def parameters(self, module: str) -> tuple[str, Sequence[str]]:
-        """Return the name in the table of a module with tensors of all experts, and these tensors' names."""
+        """Return the table's name of a module with tensors of all experts, and the names of these tensors."""
         for known in _spellings(module):
             if known in self._parameters:
                 return known, self._parameters[known]
@@ -150,7 +149,7 @@ class AdapterPlaces:
 
         Args:
             spot: the matrix.
-            total: rows of the whole B.
+            total: number of rows of the whole B.
             format: format of the tensor's name.
 
         Raises:
@@ -170,7 +169,7 @@ class AdapterPlaces:
 
     def _order(self, spot: Spot, total: int, config: Any) -> np.ndarray | None:
         """Return the row order of a view; None for a view that does not select rows."""
-        if spot.view is None or isinstance(spot.view, ColumnOrder):  # columns are reordered in A
+        if spot.view is None or isinstance(spot.view, ColumnOrder):  # A's columns are reordered instead
             return np.arange(total)
         upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
         seen = _seen(spot.view, upright, config)

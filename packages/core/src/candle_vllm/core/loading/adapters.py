@@ -32,11 +32,11 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_HEADER_BYTES = 16 << 20
-"""Names and places of the tensors; matrices of 128 single experts in 48 layers take 5 MB."""
+"""Maximum bytes of names and offsets of the tensors; matrices of 128 single experts in 48 layers take 5 MB."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TYPES = {"peft": ("F32", "F16", "BF16"), "gguf": ("F32", "F16", "BF16", "Q8_0")}
 _PREFIX = "base_model.model."
-_MOST_FOLDERS = 1000  # most entries of a folder among which an adapter's own folder is searched
+_MOST_FOLDERS = 1000  # maximum number of entries of a folder that are searched for an adapter's folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class AdapterLimits:
     """Limits of an adapter, checked before its weights are read.
 
     Attributes:
-        max_rank: the largest rank of a matrix.
-        max_bytes: most bytes of the weights' file.
-        copied: read the file into memory, so that writes to it meanwhile do no harm.
+        max_rank: maximum rank of a matrix.
+        max_bytes: maximum number of bytes of the weight file.
+        copied: read the file into memory, so that concurrent writes to it do no harm.
     """
 
     max_rank: int = 256
@@ -61,14 +61,14 @@ class StoredAdapter:
     Attributes:
         path: the folder or the file.
         format: "peft" or "gguf", the format of the tensors' names.
-        config: its configuration.
-        digest: SHA-256 of the configuration's and the weights' bytes.
-        kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of one
-            kind are fitted and packed in the same way. None for a GGUF file.
-        limits: limits under which it was read.
-        alora: invocation tokens: the adapter acts from their last occurrence on; None for the whole sequence.
+        config: the adapter's configuration.
+        digest: SHA-256 of the bytes of configuration and weights.
+        kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
+            same kind are fitted and packed in the same way. None for a GGUF file.
+        limits: limits that were checked when it was read.
+        alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
         base: name of the base model in the files.
-        notes: remarks for the operator: unknown keys, values that could not be compared.
+        notes: remarks for the operator, such as unknown keys.
         file: the file.
         header: reads names and offsets of the tensors.
     """
@@ -92,7 +92,7 @@ class StoredAdapter:
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        """Bytes of the weights in a file with a `kind`: all after its header."""
+        """Bytes of the weights of a file with a `kind`: everything after its header."""
         begins = 8 + (header_bytes(self.file) or 0)
         return self.file.view(begins, self.file.size - begins)
 
@@ -111,11 +111,11 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
     """Open an adapter.
 
     Args:
-        path: a folder that PEFT wrote, or one with a single such folder in it (an adapter's own name), or a GGUF file.
-        limits: largest adapter.
+        path: a folder that PEFT wrote, or a folder with a single such folder (an adapter's own name), or a GGUF file.
+        limits: limits of the adapter.
 
     Raises:
-        ModelNotFoundError: the path does not exist, or is no adapter.
+        ModelNotFoundError: the path does not exist, or is not an adapter.
         AdapterError: the adapter is damaged, exceeds the limits, or has unsupported settings.
     """
     stored = open_adapter(path, limits)
@@ -204,7 +204,7 @@ def _kind(effect: bytes, file: MappedFile) -> bytes | None:
 
 
 def _folder_of(path: Path) -> Path:
-    """Return the folder, or the only one in it: PEFT writes an adapter of another name than "default" there."""
+    """Return the folder, or its only subfolder: PEFT writes an adapter with another name than "default" there."""
     if (path / CONFIG_FILE).is_file():
         return path
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cache specs: what each layer of a decoder stores of a sequence. The engine allocates and copies caches by them."""
+"""Cache specs: what each layer of a decoder stores for a sequence. The engine allocates and copies caches by them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class PagedSpec:
     """Keys and values of each token, in blocks of the paged cache.
 
     Attributes:
-        kv_heads, key_dim: keys [K, D].
-        value_dim: values [K, this]; 0 where values are a part of the keys (latent attention).
-        window: positions that a token attends to, its own included; None for all.
+        kv_heads, key_dim: K and D, the shape of a token's keys.
+        value_dim: size of a head's values; 0 if values are a part of the keys (latent attention).
+        window: number of positions that a token attends to, including itself; None for all.
     """
 
     kv_heads: int
@@ -27,7 +27,7 @@ class PagedSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """K, D and the size of a value, which determine the memory of a token."""
+        """K, D and the size of a head's values, which determine the memory of a token."""
         return self.kv_heads, self.key_dim, self.value_dim
 
     @property
@@ -46,7 +46,7 @@ class SharedKVSpec:
     """The layer reads the keys and values of an earlier layer, and stores nothing itself.
 
     Attributes:
-        layer: number of the layer that writes them. If that has a window, the reader's window is no larger.
+        layer: number of the layer that writes them. If that layer has a window, the reader's window is not larger.
     """
 
     layer: int
@@ -57,9 +57,9 @@ class StatePart:
     """Part of a layer's state that one kernel uses.
 
     Attributes:
-        shape: of a sequence.
-        inputs: elements of a token that update the state. For draft tokens they are kept, and applied on acceptance.
-        exact: float32; otherwise the dtype of activations, which its inputs have.
+        shape: shape of the state of a sequence.
+        inputs: elements of a token that update the state. For draft tokens they are stored until acceptance.
+        exact: whether the state is float32; otherwise it has the dtype of activations, as its inputs have.
     """
 
     shape: tuple[int, ...]
@@ -69,10 +69,10 @@ class StatePart:
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """A state of fixed size, in slots of the state pool: of a running sequence, or of a checkpoint.
+    """A state of fixed size, in slots of the state pool: for a running sequence, or for a checkpoint.
 
     Attributes:
-        parts: its parts.
+        parts: parts of the state.
     """
 
     parts: tuple[StatePart, ...]
@@ -83,9 +83,9 @@ class StateRoom:
     """Size of the state pool.
 
     Attributes:
-        running: slots of running sequences.
-        checkpoints: slots of checkpoints, after those of running sequences.
-        drafts: most draft tokens of a sequence in a step, whose inputs are kept.
+        running: number of slots for running sequences.
+        checkpoints: number of slots for checkpoints, which follow those for running sequences.
+        drafts: maximum number of draft tokens of a sequence in a step, whose inputs are stored.
     """
 
     running: int
@@ -94,7 +94,7 @@ class StateRoom:
 
     @property
     def slots(self) -> int:
-        """Number of slots of running sequences and of checkpoints."""
+        """Number of slots for running sequences and for checkpoints."""
         return self.running + self.checkpoints
 
 
@@ -103,12 +103,12 @@ NO_STATES = StateRoom(0, 0, 0)
 
 @dataclasses.dataclass(frozen=True)
 class WindowRoom:
-    """The page pool of the layers with one window, which have fewer pages than the cache has blocks.
+    """The page pool of the layers with one window size; it has fewer pages than the cache has blocks.
 
     Attributes:
-        window: of these layers, in tokens, the query's own included.
-        rows: most rows of a sequence in all steps that may overlap.
-        pages: pages of each of these layers; page 0 is unused.
+        window: window of these layers in tokens, including the query.
+        rows: maximum number of rows of a sequence in all steps that may overlap.
+        pages: number of pages of each of these layers; page 0 is unused.
     """
 
     window: int
@@ -116,7 +116,7 @@ class WindowRoom:
     pages: int = 0
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
-        """Return the most blocks that `rows` rows of a sequence read and write; None means `self.rows`."""
+        """Return the maximum number of blocks that `rows` rows of a sequence access; None means `self.rows`."""
         return (self.window + (self.rows if rows is None else rows) + block_size - 3) // block_size + 1
 
 
@@ -139,12 +139,12 @@ def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
 
 
 def pool_of(spec: PagedSpec, windows: Sequence[WindowRoom]) -> int | None:
-    """Return the page pool's number for a layer with this spec; None for a layer with a page for each block."""
+    """Return the index of the page pool for a layer with this spec; None for a layer with a page for each block."""
     return next((n for n, room in enumerate(windows) if spec.slides and spec.window == room.window), None)
 
 
 def pages_of(spec: PagedSpec, windows: Sequence[WindowRoom], blocks: int) -> int:
-    """Return the pages of a layer with this spec in a cache of `blocks` blocks."""
+    """Return the number of pages of a layer with this spec in a cache of `blocks` blocks."""
     pool = pool_of(spec, windows)
     return blocks if pool is None else windows[pool].pages
 
@@ -153,8 +153,8 @@ def layer_caches(specs: Sequence[CacheSpec], make: Callable[[int, PagedSpec | St
     """Make the cache of each layer.
 
     Args:
-        specs: of all layers.
-        make: makes the cache of a layer that owns pages or a state, given its number.
+        specs: cache specs of all layers.
+        make: makes the cache of a layer with pages or a state, given its index.
     """
     caches: list[Cache] = []
     for number, spec in enumerate(specs):

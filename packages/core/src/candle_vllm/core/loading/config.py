@@ -27,9 +27,9 @@ class LatentSizes:
     """Shapes of latent attention.
 
     Attributes:
-        heads: H.
+        heads: H, number of query heads.
         nope: elements of a query head without rotary embedding.
-        rope: R, elements with rotary embedding of a query head, and of the one key of all heads.
+        rope: R, elements with rotary embedding of a query head, and of the single key of all heads.
         latent: L, elements of a token's latent vector.
         value: V, elements of a head's result.
     """
@@ -46,18 +46,18 @@ class ModelConfig:
     """Configuration of a decoder, for the engine and the layers.
 
     Attributes:
-        model_type: Hugging Face's name of the family.
+        model_type: Hugging Face's name of the model family.
         vocab_size: rows of the embedding table (the tokenizer may know fewer).
-        intermediate_size: of dense feed-forward layers.
-        max_position: longest context, scaling included.
-        norm_eps: of every norm.
-        rope: of every layer; in a family with two kinds of rotary embedding, of the layers with full attention.
+        intermediate_size: inner size of dense feed-forward layers.
+        max_position: maximum context length, scaling included.
+        norm_eps: epsilon of every norm.
+        rope: rotary embedding of every layer; in a family with two kinds, of the layers with full attention.
         tie_embeddings: the output layer shares the embedding table.
-        sliding_windows: per layer, the last tokens to which a query attends, itself included; None for all.
-        attention_softcap: of scores, in every layer; None without a cap.
-        attention_sinks: heads have sinks, see `kernels/attention`.
-        slopes: ALiBi slope of each head: what a score loses per position of distance; empty without ALiBi.
-        num_experts: of a layer of experts; 0 for a model without experts.
+        sliding_windows: per layer, number of last tokens that a query attends to, including itself; None for all.
+        attention_softcap: soft cap of attention scores in every layer; None without a cap.
+        attention_sinks: whether heads have sinks, see `kernels/attention`.
+        slopes: ALiBi slope of each head, subtracted from a score per position of distance; empty without ALiBi.
+        num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
         eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
@@ -141,7 +141,7 @@ def shared_from_hf(
 
     Args:
         fields: the config.
-        model_type: goes into the result.
+        model_type: value of `model_type` in the result.
         eps: key of the norms' epsilon.
         names: the family's own keys, by the usual keys that they replace ("n_embd" by "hidden_size").
     """
@@ -179,7 +179,7 @@ def shared_from_gguf(
 
     Args:
         fields: the metadata, with the architecture as prefix.
-        checkpoint: its tensors give the vocabulary size, and whether the output layer shares the embedding table.
+        checkpoint: determines the vocabulary size, and whether the output layer shares the embedding table.
         eps: key of the norms' epsilon.
     """
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
@@ -205,7 +205,7 @@ def shared_from_gguf(
 
 
 def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int | None, ...] | None:
-    """Return windows by `layer_types`, which names full or sliding attention for each layer; None without this key."""
+    """Return windows by `layer_types`, which names full or sliding attention per layer; None without this key."""
     if "layer_types" not in fields:
         return None
     kinds = fields.get("layer_types", list)
@@ -215,7 +215,7 @@ def layer_windows(fields: Fields, layers: int, window: int | None) -> tuple[int 
 
 
 def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int) -> tuple[int | None, ...]:
-    """Windows by GGUF's `attention.sliding_window_pattern`.
+    """Return windows by GGUF's `attention.sliding_window_pattern`.
 
     The key is a list of the layers with a window, or a period whose last layer has no window; `period` by default.
     Source: llama.cpp, `load_swa_pattern`.
@@ -232,20 +232,19 @@ def gguf_windows(fields: Fields, layers: int, window: int | None, *, period: int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What the engine and the layers need to know of an encoder, which reads a text whole and in both directions.
+    """Configuration of an encoder, which reads a whole text in both directions, for the engine and the layers.
 
     Attributes:
-        model_type: Hugging Face's name of the family.
-        vocab_size: rows of the embedding table.
-        max_position: longest text, in tokens.
-        first_position: row of the position table for a text's first token (RoBERTa's begin behind the padding token).
-        token_types: rows of the table that tells a pair's texts apart; 1 where a model does not.
-        activation: of the feed-forward layer.
-        labels: names of the numbers that the model's head gives for a text or pair: one of a cross-encoder, several of
-            a classifier, none where there is no head.
-        likelihood: how those numbers are brought to 0..1: each by a sigmoid, all by a softmax, or not at all.
-        head_pooling: what a head that stands behind the pooling is given, "all" of each token; None of a head
-            that the model computes.
+        model_type: Hugging Face's name of the model family.
+        vocab_size: number of rows of the embedding table.
+        max_position: maximum length of a text, in tokens.
+        first_position: row of the position table for a text's first token (RoBERTa's is after the padding token's row).
+        token_types: rows of the table that distinguishes the texts of a pair; 1 for a model without a distinction.
+        activation: activation of the feed-forward layer.
+        labels: names of the outputs of the model's head for a text or pair: one for a cross-encoder, several for a
+            classifier, no names without a head.
+        likelihood: activation that maps these outputs to 0..1: a sigmoid of each, a softmax over all, or no activation.
+        head_pooling: pooling before the head, "all" for a head on each token; None if the model computes the head.
     """
 
     model_type: str
@@ -264,12 +263,12 @@ class EncoderConfig:
     head_pooling: Literal["mean", "cls", "all"] | None = None
     num_experts: int = 0
     tie_embeddings: bool = False
-    has_head: bool = False  # of tokens
+    has_head: bool = False  # a language model's head
     implementation: ClassVar[str] = "native"
 
     @property
     def scores(self) -> bool:
-        """Whether the model computes a head, and gives its numbers rather than vectors."""
+        """Whether the model computes a head, and returns its outputs instead of vectors."""
         return bool(self.labels) and self.head_pooling is None
 
     def __post_init__(self) -> None:

@@ -32,20 +32,20 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 MAX_HEADER_BYTES = 64 << 20
-"""Metadata and tensor table together; the largest vocabularies take about 20 MB."""
+"""Maximum bytes of metadata and tensor table together; the largest vocabularies take about 20 MB."""
 MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_ARRAYS = 1 << 16
 MAX_ITEMS = 1 << 21
-"""Texts and numbers in all lists together, which take many times their bytes here. A vocabulary of 262,144 tokens has
-about 520,000 merges."""
+"""Maximum number of strings and numbers in all lists together, which take several times their bytes in Python. A
+vocabulary of 262,144 tokens has about 520,000 merges."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 256
 MAX_ARRAY_DEPTH = 4
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = (1 << 63) - 1
 LIST_LENGTH = 1024
-"""Arrays of numbers up to this length are lists, longer ones numpy arrays."""
+"""Arrays of numbers up to this length become lists, longer ones numpy arrays."""
 
 MetadataValue = str | int | float | bool | list | np.ndarray
 
@@ -65,7 +65,7 @@ _OTHER_KINDS = MappingProxyType(
         "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
     }
 )
-"""What `general.type` or `general.architecture` says of files that are not models: their kind, and what takes them."""
+"""Files that are not models, by `general.type` or `general.architecture`: their kind, and the flag for them."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
@@ -109,7 +109,7 @@ class _Header:
         return count
 
     def list_of(self, count: int, what: str) -> None:
-        """Count the items of a list before it is created, against the limit."""
+        """Check the number of items of a list against the limit, before the list is created."""
         self.items += count
         if self.items > MAX_ITEMS:
             raise self.error(f"with {what} the metadata lists {self.items} values, at most {MAX_ITEMS} are allowed")
@@ -156,7 +156,7 @@ class _Header:
         if type_code == _STRING:
             return self.strings(count, what)
         if type_code == _ARRAY:
-            self.need(count * 12, what)  # an element type and a length each
+            self.need(count * 12, what)  # each has at least an element type and a length
             return [self.array(what, depth + 1) for _ in range(count)]
         raise self.error(f"{what} is an array of the unknown value type {type_code}")
 
@@ -179,16 +179,16 @@ class _Header:
 
 
 class GgufFile:
-    """One GGUF file, mapped.
+    """One memory-mapped GGUF file.
 
     Attributes:
         path: the file.
         version: 2 or 3.
         metadata: strings, numbers, booleans and lists; long arrays of numbers are read-only numpy arrays.
-        types: by key of the metadata, the code of the value's type, and of an array's element type (otherwise 0).
-        tensors: by name, in the order of the file's table.
-        alignment: bytes; every tensor begins at a multiple of it.
-        file: the mapping behind the tensors.
+        types: by metadata key, the code of the value's type, and of an array's element type (otherwise 0).
+        tensors: tensors by name, in the order of the file's table.
+        alignment: every tensor begins at a multiple of this number of bytes.
+        file: the mapped file of the tensors.
     """
 
     def __init__(self, file: MappedFile, max_header: int | None = None) -> None:
@@ -208,13 +208,13 @@ class GgufFile:
         """Map a file, or with `copied` read it into memory (see `MappedFile`), and read its header.
 
         Args:
-            path: of the file.
+            path: path of the file.
             copied: read the file into memory.
-            max_header: most bytes of the header; None is `MAX_HEADER_BYTES`.
+            max_header: maximum number of bytes of the header; None is `MAX_HEADER_BYTES`.
 
         Raises:
             ModelNotFoundError: the file does not exist.
-            InvalidFileError: the file is damaged; the message says where.
+            InvalidFileError: the file is damaged; the message has the position.
             UnsupportedModelError: version 1, big-endian, or a tensor type that this library does not know.
         """
         file = MappedFile(Path(path), copied=copied)
@@ -262,7 +262,7 @@ def file_kind(path: Path) -> str:
     """Return the kind of a GGUF file by its metadata: "model", "imatrix", "adapter" or "mmproj".
 
     Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification. Files of old
-    tools lack this key and name an architecture of their own.
+    tools lack this key; their architecture has the name of the kind.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `GgufFile.open`.
@@ -279,7 +279,7 @@ def file_kind(path: Path) -> str:
 
 
 def kind_of(metadata: Mapping[str, object]) -> str:
-    """Return the kind of file by its metadata: see `file_kind`."""
+    """Return the kind of a file by its metadata: see `file_kind`."""
     for key in ("general.architecture", "general.type"):
         if (found := _OTHER_KINDS.get(str(metadata.get(key)))) is not None:
             return found[0]
@@ -287,7 +287,7 @@ def kind_of(metadata: Mapping[str, object]) -> str:
 
 
 def check_kind(metadata: Mapping[str, object], path: Path) -> None:
-    """Raise UnsupportedModelError for a file that is no model; the message names the flag that accepts the file."""
+    """Raise UnsupportedModelError for a file that is not a model; the message names the flag that accepts the file."""
     kind = kind_of(metadata)
     if kind != "model":
         what = next(what for name, what in _OTHER_KINDS.values() if name == kind)
@@ -368,9 +368,9 @@ def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
 
 
 def split_names(name: str) -> tuple[str, ...]:
-    """Return the file names of all parts of a split model by one of them: `x-00002-of-00003.gguf` gives three.
+    """Return the file names of all parts of a split model, given one: `x-00002-of-00003.gguf` gives three names.
 
-    A name of another form is returned alone.
+    A name without this form is returned alone.
     """
     match = _PART_NAME.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
@@ -379,7 +379,7 @@ def split_names(name: str) -> tuple[str, ...]:
 
 
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
-    """Open a GGUF model: one file, or all parts of a split model by any of its parts.
+    """Open a GGUF model: one file, or all parts of a split model, given any part.
 
     `copied` and `max_header` are as for `GgufFile.open`.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices of llama.cpp: the importance of each input of a matrix on some texts, for quantising it.
+"""Importance matrices of llama.cpp: importance of each input of a matrix on some texts, for quantisation.
 
 Used before step 1 of a request's life. An entry has a tensor's name in GGUF files and, for each column, the sum of the
 squares of the column's inputs; tensors of experts have a row for each expert. Two formats are read:
@@ -27,17 +27,17 @@ from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.loading.weights import Line
 
 LEAST = 1e-6
-"""Of the mean of a row: no column counts less, so that every group of columns has some weight."""
+"""Fraction of a row's mean that a column has at least, so that every group of columns has some weight."""
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 
 class Imatrix:
-    """Entries of a file.
+    """Entries of an importance matrix file.
 
     Attributes:
         path: the file.
-        entries: by name, float32 arrays, not negative.
+        entries: entries by name: float32 arrays, not negative.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, np.ndarray]) -> None:

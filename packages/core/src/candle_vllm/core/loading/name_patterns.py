@@ -3,7 +3,7 @@
 
 PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
 is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,
-alternatives and repetitions (lookaround, backreferences) are refused by name.
+alternatives and repetitions, such as lookaround and backreferences, raise an error that points at them.
 Source: Glushkov, "The abstract theory of automata", 1961.
 """
 
@@ -13,10 +13,10 @@ import string
 from collections.abc import Callable, Iterator, Mapping
 
 MAX_LENGTH = 4096
-"""Most characters of a pattern."""
+"""Maximum number of characters of a pattern."""
 MAX_POSITIONS = 1024
-"""Most letters and classes in it, repetitions written out."""
-_MOST_PATTERNS = 64  # each is tried on the name of every module
+"""Maximum number of letters and classes in a pattern, with repetitions expanded."""
+_MOST_PATTERNS = 64  # each is matched with the name of every module
 
 _TOO_LONG = f"written out it has more than {MAX_POSITIONS} letters"
 _LETTERS = range(32, 127)
@@ -27,11 +27,11 @@ _ESCAPES = {
     "w": _WORD, "W": _ALL - _WORD, "d": _DIGITS, "D": _ALL - _DIGITS, "s": frozenset({32}), "S": _ALL - {32},
 }  # fmt: skip
 _SPECIAL = frozenset("\\[](){}*+?|^$")
-_Part = tuple[bool, int, int]  # may be empty; its first positions, its last ones, as bits
+_Part = tuple[bool, int, int]  # whether it may be empty; its first positions, and its last positions, as bits
 
 
 class NamePattern:
-    """One key of a pattern.
+    """One pattern of module names.
 
     Args:
         text: a name, or a regular expression.
@@ -151,7 +151,7 @@ class NamePattern:
                 found = self._numbers()
             else:
                 return found
-        self._take("?")  # a lazy quantifier: which of several matches is found does not matter
+        self._take("?")  # a lazy quantifier: only whether there is a match matters
         if self._text[self._at : self._at + 1] in ("*", "+", "{"):
             raise ValueError(f"what repeats is repeated at character {self._at}")
         return found

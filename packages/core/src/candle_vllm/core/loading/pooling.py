@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Read how a model's embeddings are pooled, from its files (loading, before step 1 of a request).
 
-A folder of sentence-transformers names its parts in `modules.json`: the transformer, a pooling (with a `config.json`
-in its own folder), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file with a setting that is
-not implemented is refused, because every embedding would be wrong.
+A folder of sentence-transformers lists its parts in `modules.json`: the transformer, a pooling (with a `config.json` in
+its own folder), and perhaps a normalisation. GGUF has `<architecture>.pooling_type`. A file with an unsupported setting
+is refused, because every embedding would be wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MAX_MODULES = 16
 MAX_PROMPTS, MAX_PROMPT = 256, 1 << 14
-_PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # one folder below the model's own
+_PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # a single folder below the model's own
 _MODES: Mapping[str, PoolingKind] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _OLD_FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
@@ -50,13 +50,13 @@ def read_pooling(
 
     Args:
         files: the model's files.
-        metadata: of a GGUF file; empty for other formats.
-        size: of a hidden state.
-        default: the pooling of files that name no pooling.
+        metadata: metadata of a GGUF file; empty for other formats.
+        size: size of a hidden state.
+        default: the pooling for files without a pooling setting.
         config: `config.json`, if it exists.
 
     Raises:
-        InvalidFileError, UnsupportedModelError: the files are damaged, or ask for what is not implemented.
+        InvalidFileError, UnsupportedModelError: the files are damaged, or need a feature that is not implemented.
     """
     if files.format == "gguf":
         return ModelPooling(size, _gguf_pooling(files, metadata) or default)
@@ -80,7 +80,7 @@ def _prompts(path: Path) -> dict[str, str]:
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return the most tokens of a text by a sentence-transformers folder; None if it has no limit."""
+    """Return the maximum number of tokens of a text by a sentence-transformers folder; None without a limit."""
     path = folder / "sentence_bert_config.json"
     return Fields(read_json(path), path).count("max_seq_length", None) if path.is_file() else None
 
@@ -108,7 +108,7 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read pooling and normalisation, in that order after the transformer.
 
-    Without a pooling each token has an embedding, as in PyLate's ColBERT models; SPLADE's has the vocabulary's size.
+    Without a pooling each token has an embedding, as in PyLate's ColBERT; SPLADE's has the vocabulary's size.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]

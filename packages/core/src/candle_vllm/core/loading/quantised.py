@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Quantised safetensors: read a config's `quantization_config`, and combine a matrix's parts to one tensor.
+"""Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix to one tensor.
 
-Used before step 1 of a request's life. `quantization/` has a file for each format. Which layers are quantised follows
-from the stored tensors, so that lists of exceptions in a config are respected without being read, and a layer's own
-bits or groups (GPTQModel's `dynamic`, several `config_groups`) are used if its parts fit them. Patterns in a config are
+Used before step 1 of a request's life. `quantization/` has a file for each format. The stored tensors determine which
+layers are quantised, so that lists of exceptions in a config are respected without being read, and a layer's own bits
+or groups (GPTQModel's `dynamic`, several `config_groups`) are used if its parts fit them. Patterns in a config are
 never evaluated. Unused parts stay in the checkpoint, where the loader reports them.
 """
 
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 FILES = MappingProxyType(
     {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 )
-"""Files beside a `config.json` in which older writers left the settings, and whose they are."""
+"""Files in which older writers store the settings beside `config.json`, and the method of each file."""
 
 ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
     r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
 )
-"""Scales of activations and of a quantised cache: both are computed in a higher precision than they describe."""
+"""Names of scales of activations and of a quantised cache, which are computed here in a higher precision."""
 
 _CODES = (*NUMBERS, "I8", "U8", "I32")
 
@@ -45,12 +45,12 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     """Combine the parts of quantised layers; an unquantised checkpoint is returned as is.
 
     Args:
-        checkpoint: of safetensors.
+        checkpoint: checkpoint in safetensors files.
         config: contents of `config.json`.
-        path: of `config.json`; one of `FILES` may be in the same folder.
+        path: path of `config.json`; one of `FILES` may be in the same folder.
 
     Raises:
-        UnsupportedModelError: a method, format or number of bits that is not implemented; lists the implemented ones.
+        UnsupportedModelError: a method, format or bit count is not implemented; the message lists the implemented ones.
         InvalidFileError: the config is damaged, or a layer's parts do not fit together.
     """
     settings = _settings(config, path)
@@ -94,7 +94,7 @@ def _quantises_activations(fields: Fields) -> bool:
 
 
 def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse codes without a scale, which would be loaded as plain weights of an odd type."""
+    """Refuse codes without a scale, which would be loaded as plain weights of an unusual type."""
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.type_name in _CODES:
             raise InvalidFileError(
@@ -113,7 +113,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # modelopt writes its own file's contents here, or their inner section
+            nested = "quantization" in own  # modelopt writes the contents of its own file here, or their inner section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Find the quantised layers of each method of a `quantization_config`, and their schemes.
 
-Used before step 1 of a request's life, by `quantised.py`. A config's settings are read strictly; each layer's scheme
-is checked against its parts.
+Used before step 1 of a request's life, by `quantised.py`. Each layer's scheme is checked against its parts.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _parts(checkpoint: Checkpoint, layer: str) -> LayerTensors:
 
 
 def _group(fields: Fields, default: int | None = None, key: str = "group_size") -> int:
-    """Read the number of inputs in a group; -1 for all."""
+    """Read the number of inputs in a group; -1 means all inputs."""
     known = () if default is None else (default,)
     return -1 if fields.get(key, int, *known) == -1 else fields.count(key, *known)
 
@@ -60,7 +59,7 @@ def _gptq(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Read layers by the config's scheme, or by one of the settings `own` that it has for some layers."""
+    """Read layers by the config's scheme, or by one of the settings `own` that the config has for some layers."""
     bits, group = _gptq_bits(fields, None), _group(fields)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:
@@ -182,4 +181,4 @@ METHODS: Mapping[str, Callable[[Fields, Checkpoint], Found]] = MappingProxyType(
         "modelopt_fp4": _modelopt,
     }
 )
-"""`quant_method` to how its layers are found."""
+"""Functions that find the layers of each `quant_method`."""

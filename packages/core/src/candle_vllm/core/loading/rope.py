@@ -17,19 +17,18 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        dim: how many of a head's dimensions rotate.
+        dim: number of a head's dimensions that are rotated.
         kind: default, linear, dynamic, llama3, yarn, longrope or proportional.
-        rotated: for kind proportional, how many of the `dim` dimensions rotate; the other frequencies are 0.
+        rotated: for kind proportional, how many of the `dim` dimensions are rotated; the other frequencies are 0.
         factor: factor by which the context is extended.
-        original_max_position: context before stretching, in tokens.
-        low_freq_factor, high_freq_factor: llama3's band limits, in turns over the original context.
-        beta_fast, beta_slow: yarn's band limits, in turns over the original context.
-        attention_factor: yarn's and longrope's scale of cos and sin; None derives it from `factor` and yarn's
-        mscale, mscale_all_dim: how much of that scale is for cos and sin, and how much of it scores get instead.
+        original_max_position: context length before scaling, in tokens.
+        low_freq_factor, high_freq_factor: llama3's band limits, in rotations over the original context.
+        beta_fast, beta_slow: yarn's band limits, in rotations over the original context.
+        attention_factor: scale of cos and sin of yarn and longrope; None computes it from `factor` and the next two.
+        mscale, mscale_all_dim: shares of that scale for cos and sin, and for the attention scores.
         truncate: yarn rounds its band limits to whole dimensions.
-        query_scale: how much queries grow beyond the original context: see `layers/rotary.py`.
-        short_factor, long_factor: longrope's divisors of the frequencies, dim / 2 of them each, for contexts up to
-            the original one and for longer ones.
+        query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
+        short_factor, long_factor: longrope's divisors of frequencies [dim / 2], within the original context and beyond.
         axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
             (M-RoPE); empty if one position rotates all frequencies.
     """
@@ -54,7 +53,7 @@ class RopeConfig:
     axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        smallest = 4 if self.kind == "dynamic" else 2  # its exponent is dim / (dim - 2)
+        smallest = 4 if self.kind == "dynamic" else 2  # the exponent of dynamic scaling is dim / (dim - 2)
         if not smallest <= self.dim <= 1024 or self.dim % 2:
             raise InvalidFileError(
                 f"{self.dim} rotary dimensions are not possible: {self.kind} rotary positions need an even number "
@@ -91,11 +90,11 @@ class RopeConfig:
             self._check("attention_factor", self.attention_factor, 0, 1e6)
 
     def _check(self, name: str, value: float, low: float, high: float) -> None:
-        if not low < value <= high:  # NaN is not within either
+        if not low < value <= high:  # NaN is refused too
             raise InvalidFileError(f"the rotary {name} is {value}; it must be above {low:g} and at most {high:g}")
 
     def _check_divisors(self, name: str, values: tuple[Any, ...]) -> None:
-        """Check longrope's divisors, which a file may have in any type."""
+        """Check longrope's divisors, which may have any type in a file."""
         if len(values) != self.dim // 2:
             raise InvalidFileError(
                 f"the rotary {name} has {len(values)} numbers; it must have {self.dim // 2}, one for each pair of the "
@@ -155,8 +154,8 @@ def _interleaves(name: str) -> bool:
 def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -> tuple[int, ...]:
     """Compute `RopeConfig.axes`: time rotates the first frequencies, height the next ones, and width the last ones.
 
-    If interleaved, height has every third frequency from the second on, and width every third from the third on, until
-    each has its number of frequencies; time has the others.
+    If interleaved, height has every third frequency from the second, and width every third from the third, until each
+    has its number of frequencies; time has the others.
     Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding); Bai et al., 2025,
     arXiv:2511.21631 (interleaved).
     """
@@ -174,7 +173,7 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
 
 
 def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_position: int) -> RopeConfig:
-    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is the extension."""
+    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is their ratio."""
     for key in ("short_mscale", "long_mscale"):
         if key in nested:
             raise UnsupportedModelError(f"{fields.path}: {key} in the rotary settings is not implemented")
@@ -202,7 +201,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     sharpened, multiplier = (
         fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
     )
-    if sharpened is not None and kind == "yarn" and factor > 1:  # a factor of yarn's own scale
+    if sharpened is not None and kind == "yarn" and factor > 1:  # here it is a factor of yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
     dim = fields.get("rope.dimension_count", int, head_dim)
     return RopeConfig(
@@ -224,7 +223,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
 
 
 def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """Return the context length of a scaled rotary embedding; llama3's configs state it themselves."""
+    """Return the context length of a scaled rotary embedding; llama3's configs contain it."""
     if rope.kind in ("linear", "dynamic"):
         return int(max_position * rope.factor)
     if rope.kind == "yarn":

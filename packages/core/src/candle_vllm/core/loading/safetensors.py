@@ -23,14 +23,14 @@ from candle_vllm.core.quantization.plain import ELEMENTS
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""The limit of the reference implementation."""
+"""Maximum size of a header, which is that of the reference implementation."""
 MAX_TENSORS = 1 << 18
-"""Of one file: the largest models of single experts have about 210,000 in all their files."""
+"""Maximum number of tensors of one file: the largest models of single experts have about 210,000 in all their files."""
 MAX_ENTRY_BYTES = 4096
 MAX_NOTES_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
 MAX_INDEX_ENTRIES = 1 << 20
-"""And tensors of all shards."""
+"""Maximum number of entries of an index, and of tensors of all shards."""
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = 1024
@@ -94,7 +94,7 @@ def read_safetensors(file: MappedFile, max_header: int) -> Checkpoint:
 
 
 def header_bytes(file: MappedFile) -> int | None:
-    """Return the length of a file's header, which its first 8 bytes say; None for an impossible length."""
+    """Return the length of a file's header, stored in its first 8 bytes; None for an impossible length."""
     length = int.from_bytes(file.buffer[:8], "little")
     return length if file.size >= 8 and length <= min(MAX_HEADER_BYTES, file.size - 8) else None
 
@@ -171,7 +171,7 @@ def _read_header(file: MappedFile, max_header: int = MAX_HEADER_BYTES) -> tuple[
             f"at most {max_header} are allowed: it is damaged, incomplete or no safetensors file"
         )
     header = file.buffer[8 : 8 + length]
-    if header.count(b"{") > MAX_TENSORS + 2 or header.count(b":") > 4 * MAX_TENSORS:  # before any becomes an object
+    if header.count(b"{") > MAX_TENSORS + 2 or header.count(b":") > 4 * MAX_TENSORS:  # before objects are created
         raise InvalidFileError(f"{file.path} names more than {MAX_TENSORS} tensors in its header")
     tensors: dict[str, FileTensor] = {}
     try:

@@ -31,20 +31,20 @@ logger = logging.getLogger(__name__)
 _ID_PART = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_ID_PART}/{_ID_PART}", re.ASCII)
 COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
-"""Files of a repository's top folder that are fetched beside the weights."""
+"""Files of a repository's top folder that are downloaded with the weights."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_TIMEOUT_S = 10.0
 TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
-"""What may stand behind the colon of `organisation/name:Q4_K_M`."""
+"""Valid text after the colon of `organisation/name:Q4_K_M`."""
 USUAL = "Q4_K_M"
-"""The type that is taken of a repository with several GGUF models, if the name has no tag."""
+"""The type that is chosen in a repository with several GGUF models, if the name has no tag."""
 _PART = re.compile(r"[0-9]{1,3}_(?:[A-Za-z]{1,40}/config\.json|Dense/model\.safetensors)")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
-_LONGEST_QUANT = 64  # last characters of a name that are searched for a quantisation type
-_LOOKED_AT = 10_000  # most names of a folder that are read
+_LONGEST_QUANT = 64  # number of last characters of a name that are searched for a quantisation type
+_LOOKED_AT = 10_000  # maximum number of names of a folder that are read
 LISTED = 20
-"""File names that a message lists at most."""
+"""Maximum number of file names in a message."""
 
 
 class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class ModelFiles(msgspec.Struct, frozen=True, kw_only=True):
         name: default name under which the model is served: its id, its folder's name or its file's stem.
         folder: folder of the files.
         weights: the weight files; all parts or shards, in order. Empty for a dummy.
-        format: of the weights.
+        format: format of the weights.
         config: `config.json` if it exists; always for safetensors and dummies.
         generation_config: `generation_config.json` if it exists.
         tokenizer_folder: the folder, if it holds a tokenizer; None if the GGUF file must contain it.
@@ -84,13 +84,12 @@ def resolve(
     Args:
         model: "demo", the demo model; a `.gguf` file; a folder with `config.json` and safetensors, or with one GGUF
             model; otherwise a Hugging Face id, `organisation/name`, or `organisation/name:Q4_K_M` for a GGUF file.
-        weight_file: which GGUF file of a folder or repository: a path inside it, a pattern such as `*Q4_K_M*`, or its
-            quantisation type alone.
+        weight_file: GGUF file in a folder or repository: a path, a pattern such as `*Q4_K_M*`, or a quantisation type.
         revision: branch, tag or commit of the repository.
         token: access token for the hub; by default the one that `hf auth login` stored.
-        cache_dir: where downloads are kept; by default the hub's own cache.
-        offline: use what is in the cache and do not ask the hub.
-        load_format: "dummy" leaves the weights out: a folder or repository needs config.json and a tokenizer.
+        cache_dir: folder for downloads; by default the hub's own cache.
+        offline: use the files in the cache and do not contact the hub.
+        load_format: "dummy" needs no weights: only config.json and a tokenizer in the folder or repository.
 
     Raises:
         ConfigError: "dummy" with a GGUF file or with `weight_file`.
@@ -155,7 +154,7 @@ def _existing(model: str) -> Path | None:
     try:
         path = Path(model).expanduser() if model.startswith("~") else Path(model)
         return path if path.exists() else None
-    except (OSError, RuntimeError) as error:  # too long for a path, an unreadable folder, an unknown ~user
+    except (OSError, RuntimeError) as error:  # a path that is too long, an unreadable folder, an unknown ~user
         raise ModelNotFoundError(f"{model!r:.200} cannot be looked up: {error}") from error
 
 
@@ -195,7 +194,7 @@ def _from_file(path: Path, weight_file: str | None) -> ModelFiles:
 
 
 def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders: bool = False) -> ModelFiles:
-    """Find the files in a folder; `subfolders` also searches below it for GGUF files, as in a repository's listing."""
+    """Find the files in a folder; `subfolders` also searches subfolders for GGUF files, as in a repository."""
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
@@ -281,7 +280,7 @@ def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, t
         if path.suffix == ".gguf" and _is_model(path, folder):
             parts = _parts(path)
             models[parts[0]] = parts
-    # A draft's file (multi-token prediction) has no key that distinguishes it from its model.
+    # A draft model's file (multi-token prediction) has no key that distinguishes it from its target model.
     return {
         first: parts for first, parts in models.items() if not PurePosixPath(first).name.startswith("mtp-")
     } or models
@@ -292,7 +291,7 @@ def _parts(path: PurePosixPath) -> tuple[str, ...]:
 
 
 def _is_model(name: PurePosixPath, folder: Path | None) -> bool:
-    with suppress(ModelLoadError, ModelNotFoundError):  # the kind of an unreadable file follows from its name
+    with suppress(ModelLoadError, ModelNotFoundError):  # the kind of an unreadable file is derived from its name
         if folder is not None:
             return file_kind(folder / name) == "model"
     return re.search(r"mmproj|^imatrix|imatrix\.gguf$", name.name.lower()) is None
@@ -355,7 +354,7 @@ def _download(
     *,
     weights: bool = True,
 ) -> Path:
-    import huggingface_hub  # takes half a second to import, and most models are files
+    import huggingface_hub  # its import takes half a second, and most models are local files
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
 
@@ -385,7 +384,7 @@ def _download(
 
 
 def _told_bar(what: str) -> type[Any]:
-    """Make a class of invisible progress bars for the hub, which report bytes through `progress`.
+    """Make a class of invisible progress bars for the hub, which report bytes to `progress`.
 
     The hub has one bar for bytes received, one for bytes written, and updates them in its own threads.
     """
@@ -482,7 +481,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # One file's pattern: the cache holds what was wanted, never the whole repository.
+        # The pattern of one file: the cache holds the files that were requested, never the whole repository.
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
         )

@@ -12,7 +12,7 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 
 _SETTING = "yarn_scaling_factor"
-_SCALED_BY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight")  # of GGUF files: Llama 3's, long-rope's
+_SCALED_BY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight")  # GGUF tensors: Llama 3's, longrope's
 
 
 def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint) -> ModelConfig:

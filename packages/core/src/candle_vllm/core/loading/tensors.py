@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What a checkpoint is to the loader: named tensors that stay in a mapped file until they are asked for.
+"""Checkpoints for the loader: named tensors that stay in a mapped file until they are requested.
 
-Stands before step 1 of a request's life: `gguf.py` and `safetensors.py` fill a `Checkpoint`, the weight loader reads
-it tensor by tensor. Both formats are little-endian, and so is every machine that this library runs on.
+Used before step 1 of a request's life: `gguf.py` and `safetensors.py` make a `Checkpoint`, and the weight loader reads
+it tensor by tensor. Both formats are little-endian, and so is every machine that this library supports.
 
-A mapped file must not be shortened while it is open; the operating system ends a process that reads past its end.
+A mapped file must not be truncated while it is open: the operating system ends a process that reads past its end.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class MappedFile:
-    """A file mapped read-only.
+    """A file that is mapped read-only.
 
     Args:
         path: the file.
-        copied: it is read into memory of its own, for whoever may write to it meanwhile.
+        copied: read the file into memory instead, for files that may be written meanwhile.
 
     Attributes:
-        path: the file, as it was named.
-        size: bytes, more than 0.
+        path: the file, as the caller named it.
+        size: size in bytes, above 0.
 
     Raises:
-        ModelNotFoundError: there is no such file.
-        InvalidFileError: it is empty.
-        ModelLoadError: it cannot be read, or was closed.
+        ModelNotFoundError: the file does not exist.
+        InvalidFileError: the file is empty.
+        ModelLoadError: the file cannot be read, or was closed.
     """
 
     def __init__(self, path: Path, *, copied: bool = False) -> None:
@@ -64,29 +64,29 @@ class MappedFile:
 
     @property
     def buffer(self) -> mmap.mmap:
-        """The mapping itself, for parsing a header; the caller keeps within `size`."""
+        """The mapping itself, to parse a header; the caller must stay within `size`."""
         return self._map
 
     def view(self, start: int, count: int) -> np.ndarray:
-        """`count` bytes from `start` as a read-only uint8 array [count] without a copy."""
+        """Return `count` bytes from `start` as a read-only uint8 array [count], without a copy."""
         if self._bytes is None:
             raise ModelLoadError(f"{self.path} was closed; open the checkpoint again to read its tensors")
         assert 0 <= start <= start + count <= self.size
         return self._bytes[start : start + count]
 
     def release(self, start: int, count: int) -> None:
-        """Lets the system drop the pages within `count` bytes from `start`; they are read again if needed."""
+        """Let the system drop the pages within `count` bytes from `start`; they are read again if needed."""
         if sys.platform != "win32" and not self._copied:
             first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > first:
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def close(self) -> None:
-        """Gives the mapping back; views that are still held keep it alive until they go."""
+        """Unmap the file; views that still exist keep the mapping alive."""
         self._bytes = None
         try:
             self._map.close()
-        except BufferError:  # a caller still holds a view: the mapping is released with the last of them
+        except BufferError:  # a view still exists: the mapping is released with the last view
             return
 
 
@@ -95,7 +95,7 @@ def _mapped(stream: BinaryIO, size: int) -> mmap.mmap:
 
 
 def _copy(stream: BinaryIO, size: int) -> mmap.mmap:
-    """Memory that begins on a page, with all of a file."""
+    """Return page-aligned memory with all bytes of a file."""
     memory = mmap.mmap(-1, size)
     stream.seek(0)
     with memoryview(memory) as whole:
@@ -110,11 +110,11 @@ def _copy(stream: BinaryIO, size: int) -> mmap.mmap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FileTensor(StoredTensor):
-    """A tensor that lies in one piece in a mapped file.
+    """A tensor that is stored contiguously in a mapped file.
 
     Attributes:
         file: the mapped file.
-        start: byte in the file where the data begins.
+        start: offset of the data in the file.
     """
 
     file: MappedFile
@@ -153,10 +153,10 @@ class Checkpoint:
     """The tensors of a model, from one file or several.
 
     Attributes:
-        path: what was opened: a file (the first, where there are several) or a folder.
+        path: the opened file (the first of several) or folder.
         format: "gguf" or "safetensors".
-        tensors: by name, in file order.
-        metadata: what the file says about the model; texts only for safetensors.
+        tensors: tensors by name, in file order.
+        metadata: the file's metadata about the model; only strings for safetensors.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class Checkpoint:
         self._files = tuple(files)
 
     def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> Checkpoint:
-        """The same files and metadata with other tensors: renamed ones, or what several stored ones mean together."""
+        """Return the same files and metadata with other tensors: renamed tensors, or combinations of stored ones."""
         return Checkpoint(self.path, self.format, self._files, tensors, self.metadata)
 
     def close(self) -> None:
-        """Unmaps the files; loaded tensors stay valid."""
+        """Unmap the files; loaded tensors stay valid."""
         for file in self._files:
             file.close()
 

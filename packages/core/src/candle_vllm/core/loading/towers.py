@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Text model of a multimodal checkpoint: its configuration, and its tensors' names.
+"""Text model of a multimodal checkpoint: its configuration and the names of its tensors.
 
 Used before step 1 of a request's life. Tensors of vision encoders are separated; `assembly/tower.py` loads them for
 supported families, and other tensors are left in the checkpoint.
@@ -28,7 +28,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
         "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
         "KimiK25ForConditionalGeneration": _KIMI,
-        "Kimi_K25ForConditionalGeneration": _KIMI,  # as transformers writes it
+        "Kimi_K25ForConditionalGeneration": _KIMI,  # the spelling of transformers
         "Llama4ForConditionalGeneration": {"llama4_text": "Llama4ForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
@@ -48,8 +48,7 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     }
 )
-"""By multimodal architecture: the model_type of `text_config`, the first where it is absent, and the text model's
-architecture."""
+"""For each multimodal architecture: model_type of `text_config` (the first is the default), and text architecture."""
 
 FLAT = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
 """Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
@@ -131,7 +130,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-"""Keys that published configs leave out of `text_config`, by model_type: the values of transformers' config classes."""
+"""Keys that published configs omit in `text_config`, by model_type: the defaults in transformers."""
 
 _CARRIED = ("dtype", "torch_dtype")  # keys of the whole model that also apply to the text model
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
@@ -150,7 +149,7 @@ def text_fields(
     Args:
         architecture: the architecture in `config`.
         config: contents of config.json.
-        path: for messages.
+        path: path of the config, for messages.
         tensors: names of the checkpoint's tensors, as `text_tensors` returns them: they say whether the text model has
             its own output layer, which configs leave out or state wrongly. None if the names are not known.
 
@@ -177,7 +176,7 @@ def text_fields(
     values = {key: config[key] for key in _CARRIED if key in config} | dict(DEFAULTS.get(model_type, {}))
     values |= {key: value for key, value in text.items() if value is not None or key not in values}
     deep = Fields(config, path).section("vision_config").get("deepstack_visual_indexes", list, [])
-    values["n_deepstack_layers"] = len(deep)  # by GGUF's name
+    values["n_deepstack_layers"] = len(deep)  # GGUF's name of the key
     values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
     values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
@@ -199,7 +198,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     for name, tensor in checkpoint.tensors.items():
         other = _OTHER.fullmatch(name)
         if other is not None:
-            if "audio" not in other[1].split(".")[0]:  # no model hears yet
+            if "audio" not in other[1].split(".")[0]:  # audio towers are not supported
                 others[other[1]] = dataclasses.replace(tensor, name=other[1])
             continue
         found = _TEXT.fullmatch(name)
@@ -211,7 +210,7 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
 
 
 def of_tower(name: str) -> bool:
-    """Whether a tensor, or a module, of a multimodal model lies outside its text model."""
+    """Whether a tensor or a module of a multimodal model is outside its text model."""
     return _OTHER.match(name) is not None
 
 

@@ -23,7 +23,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 logger = logging.getLogger(__name__)
 
 _PREFIX, _HEAD = "model.", "lm_head.weight"
-_COMPARED = 1 << 22  # elements that are compared at a time
+_COMPARED = 1 << 22  # number of elements that are compared at a time
 _ENDS = ("TextModel", "Model", "ForSequenceClassification", "ForRewardModel")
 SCORES = ("score", "v_head")  # names of heads for scores and classes
 

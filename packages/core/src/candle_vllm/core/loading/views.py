@@ -24,12 +24,12 @@ from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor, Viewed
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
-"""What a family's table does with a stored tensor on its way, given the model's config."""
+"""Converts a stored tensor, given the model's config; lines of a family's table have views."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Spare(Viewed):
-    """A tensor without effect, such as a bias of zeros; a model may lack a parameter for it."""
+    """A tensor without effect, such as a bias of zeros; the model may have no parameter for it."""
 
     def raw(self) -> np.ndarray:
         return self.source.raw()
@@ -73,7 +73,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
 
     Args:
         part: "q", "k" or "v".
-        grouped: rows are grouped by KV head: the query heads that share it, its k, its v.
+        grouped: rows are grouped by KV head: the query heads that share it, its key, its value.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -115,7 +115,7 @@ def half_split(heads: str) -> View:
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         count, size, turned = getattr(config, heads), config.head_dim, config.rope.dim
         if not config.interleaved_rotary or not stored.shape or stored.shape[0] != count * size:
-            return stored  # a wrong shape is named by the loader
+            return stored  # the loader reports a wrong shape
         head = np.concatenate([np.arange(0, turned, 2), np.arange(1, turned, 2), np.arange(turned, size)])
         return stored.select((np.arange(count)[:, None] * size + head).reshape(-1))
 
@@ -196,11 +196,11 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """Make a tensor that `compute` derives from a stored one, in the form that `StoredTensor.load` returns.
+    """Make a tensor whose elements `compute` derives from those that `StoredTensor.load` returns for a stored one.
 
     Args:
         stored: the stored tensor; a quantised one is decoded.
-        shape: of the result.
+        shape: shape of the result.
         compute: computes the elements without changing their type.
         type_name: element type; None keeps the stored type, F32 for a quantised tensor.
     """
@@ -255,7 +255,7 @@ def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
 def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
     """Split one matrix [R, C] into those of X = `count` experts, [R, C / X]; an expert has every X-th column.
 
-    The first one that is read reorders all, once.
+    The whole matrix is reordered once, when a part is read for the first time.
     """
     rows, each = stored.shape[0], stored.shape[1] // count
 
@@ -281,7 +281,7 @@ class _Given(Viewed):
 
 
 def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Add 1, in fp32: norms that Hugging Face stores as the distance from 1 (Gemma)."""
+    """Add 1 in fp32, for norms that Hugging Face stores as the difference from 1 (Gemma)."""
     del config
     return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
@@ -290,7 +290,7 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
     """Transpose a plain matrix [R, C] to [C, R], or each matrix of [X, R, C]."""
     del config
     if len(stored.shape) < 2:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports a wrong shape
     if stored.dtype is None:
         raise UnsupportedModelError(f"{stored.path}: {stored.type_name} tensor {stored.name} cannot be transposed")
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
@@ -301,7 +301,7 @@ def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
     """Reshape depthwise kernels [C, 1, taps] to [C, taps], the shape in GGUF files."""
     del config
     if len(stored.shape) != 3 or stored.shape[1] != 1:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports a wrong shape
     return dataclasses.replace(stored, shape=(stored.shape[0], stored.shape[2]))
 
 

@@ -2,9 +2,8 @@
 """Fit a model's tokenizer to the rows of its embedding table (loading, before step 3 of a request).
 
 Their sizes often differ. Rows without a token are harmless. A token without a row is not: a plain text would become an
-id without an embedding. Added tokens without a row (a padding token that was registered and never trained) are removed,
-and their text is tokenized as plain text. A model is refused if another token of the vocabulary, or one that begins or
-ends texts, has no row.
+id without an embedding. Added tokens without a row (a padding token that was never trained) are removed, and their text
+is tokenized as plain text. A model is refused if any other token, or one that begins or ends texts, has no row.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
     """Return a tokenizer that has exactly the ids below `rows`.
 
     Args:
-        tokenizer: as its files describe it; may be changed.
-        rows: of the model's embedding table.
+        tokenizer: the tokenizer as its files describe it; it may be changed.
+        rows: number of rows of the model's embedding table.
         source: the file or folder of the tokenizer, for messages.
 
     Raises:
@@ -43,12 +42,12 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
 
 
 def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, source: Path) -> tuple[int, ...]:
-    """Return the tokens that end a sequence by generation config, config and tokenizer together.
+    """Return the tokens that end a sequence, by generation config, config and tokenizer together.
 
     Args:
-        config: the model's.
+        config: the model's config.
         generation: `generation_config.json`.
-        tokenizer: as `fit_tokenizer` made it.
+        tokenizer: the tokenizer that `fit_tokenizer` returned.
         source: the file of `config`, for messages.
 
     An id without a row can never be sampled: it is left out, and logged.
@@ -103,7 +102,7 @@ def _framing(tokenizer: Tokenizer) -> list[str]:
 
 
 def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:
-    """Copy without the added tokens from `rows` on; the library cannot remove one from an existing tokenizer."""
+    """Copy the backend without the added tokens from `rows` on; the library cannot remove tokens from a tokenizer."""
     data = json.loads(backend.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < rows]
     model = data["model"]

@@ -23,8 +23,8 @@ from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threa
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is not split in GGUF files
-_SHOWN = 64  # names of one kind listed in an error message
+_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one tensor in GGUF files
+_SHOWN = 64  # maximum number of names of one kind in an error message
 
 
 class Parameter(Protocol):
@@ -32,7 +32,7 @@ class Parameter(Protocol):
 
     @property
     def sections(self) -> int:
-        """Matrices that are stacked along the rows; a shard has a part of each of them."""
+        """Number of matrices that are stacked along the rows; a shard has a part of each matrix."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Parameter(Protocol):
         ...
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Load the tensor; return, for the log, why a quantised one takes more memory than in the file."""
+        """Load the tensor; return, for the log, why a quantised tensor takes more memory than in the file."""
         ...
 
 
@@ -96,11 +96,10 @@ class WeightName:
     """One line of a family's table.
 
     Attributes:
-        target: attribute path of the layer and the part, "layers.{i}.attention.qkv:q.weight".
-        hf, gguf: the stored name, or several names, of which the first one that is stored is used; None for a format
-            without the tensor. In a line with `{e}` a name without `{e}` is a tensor of all experts.
-        hf_view, gguf_view: view of the stored tensor, if its name has no view of its own; a tensor of all experts is
-            first reduced to one expert.
+        target: attribute path of the layer and the parameter, such as "layers.{i}.attention.qkv:q.weight".
+        hf, gguf: the stored name, or several names, of which the first stored one is used; None for a format without
+            the tensor. In a line with `{e}` a name without `{e}` is a tensor of all experts.
+        hf_view, gguf_view: view of the stored tensor, or of an expert's part of it, if its name has no view of its own.
     """
 
     target: str
@@ -115,8 +114,8 @@ class Line:
     """Line of a table for one layer, expert and format.
 
     Attributes:
-        target: as in `WeightName`, spelled out.
-        names: stored names with the view of the tensor, the layer spelled out; empty for a format without the tensor.
+        target: as in `WeightName`, with layer and expert numbers.
+        names: stored names with layer numbers, each with its view; empty for a format without the tensor.
         expert: the expert's number, or None.
     """
 
@@ -125,7 +124,7 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name in `tensors`; a tensor that is in no file is named by its line's target."""
+        """Return the first name in `tensors`; a tensor that is in no file has its line's target as name."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
@@ -152,7 +151,7 @@ class Line:
 
 
 def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
-    """Pair each line of safetensors with its line of GGUF; parts of a tensor unsplit in GGUF get the whole's line."""
+    """Pair each line of safetensors with its line of GGUF; parts of a tensor that is whole in GGUF get its line."""
     both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
     wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
     for stored_line, line in both:
@@ -205,9 +204,9 @@ def load_weights(
         table: the family's table of names.
         checkpoint: the stored tensors.
         config: the model's config, passed to views.
-        ignored: patterns of stored names without use (buffers that old checkpoints saved).
+        ignored: patterns of unused stored names (buffers that old checkpoints saved).
         progress: called with the bytes of each tensor when it is loaded.
-        cut: returns a shard's part of a tensor, by its target.
+        cut: returns a shard's part of a tensor, by the tensor's target.
 
     Raises:
         WeightsError: names or shapes differ; the message lists all names that do not match.
@@ -223,7 +222,7 @@ def load_weights(
 
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
-    # One dequantises while the other copies; the system is asked once how many threads there are.
+    # One thread dequantises while the other copies; the number of threads is read from the system once.
     with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(loading_threads(),)) as pool:
         for (stored, _, path), why in zip(jobs, pool.map(run, jobs, range(len(jobs)))):
             progress(stored.nbytes)
@@ -232,7 +231,7 @@ def load_weights(
             left[path] -= 1
             layer = layer_at(model, path)
             if not left[path] and isinstance(layer, Finishes):
-                layer.finish()  # before the next is filled, which takes the memory of what this lets go of
+                layer.finish()  # before the next layer is filled, which reuses memory that this frees
     for why, tensors in decoded.items():
         logger.warning(
             "%s: %d quantised tensors (%s ...) are decoded, which takes more memory: %s",
@@ -289,7 +288,7 @@ def _match(
 
 
 def expand(table: Iterable[WeightName], config: Counted, format: str = "safetensors") -> Iterator[Line]:
-    """Expand a table's lines: `{i}` once for each layer, `{e}` once for each of its experts."""
+    """Expand a table's lines: `{i}` once for each layer, `{e}` once for each expert of the layer."""
     for line in table:
         names = line.hf if format == "safetensors" else line.gguf
         usual = line.hf_view if format == "safetensors" else line.gguf_view
@@ -322,7 +321,7 @@ def parameters_of(model: object, table: Iterable[WeightName], config: Counted, f
 
 
 def places(model: object) -> Callable[[str], bool]:
-    """Return a predicate: whether the model has a line's target; tables have lines that only some models need."""
+    """Return a predicate: whether the model has a line's target; some lines of tables are for some models only."""
     known: dict[str, Mapping[str, Parameter]] = {}
 
     def has(target: str) -> bool:

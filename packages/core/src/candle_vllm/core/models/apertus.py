@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Apertus: the Llama wiring (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
 
-The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, which safetensors have as
-tensors and GGUF files as metadata. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
+The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, tensors in safetensors and
+metadata in GGUF files. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _PARTS = ("alpha_p", "alpha_n", "beta", "eps")
-_USUAL = (0.20338, -1.05023, 0.5, -1e-6)  # of an untrained model
+_USUAL = (0.20338, -1.05023, 0.5, -1e-6)  # values of an untrained model
 _ROPE = {"rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_max_position_embeddings": 8192}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ApertusConfig(LlamaConfig):
-    """A Llama's description, and the stored numbers of xIELU in each layer: alpha_p, alpha_n, beta and eps."""
+    """Config of Llama, and the stored xIELU parameters of each layer: alpha_p, alpha_n, beta and eps."""
 
     xielu: tuple[tuple[float, ...], ...] = ()
 
     def numbers(self, layer: int) -> np.ndarray:
-        """The factors of `xielu` in a layer, float32 [3]; UnsupportedModelError where eps is not next to 0."""
+        """The factors of `xielu` in a layer, float32 [3]; raises UnsupportedModelError if eps is not close to 0."""
         p, n, beta, eps = self.xielu[layer] if self.xielu else _USUAL
         if not -1e-3 <= eps <= 0:
             raise UnsupportedModelError(f"the eps of xIELU is {eps}; implemented: -0.001 to 0")
@@ -49,7 +49,7 @@ class ApertusConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
-    """Reads `config.json` of apertus."""
+    """Read `config.json` of apertus."""
     fields.choice("hidden_act", "xielu", "xielu")
     usual = {} if "rope_parameters" in fields or "rope_scaling" in fields else {"rope_parameters": _ROPE}
     shared, bias = Fields(usual | dict(fields.values), fields.path), fields.get("attention_bias", bool, False)
@@ -57,7 +57,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ApertusConfig:
 
 
 def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> ApertusConfig:
-    """The description with the numbers of xIELU, which are tensors of one element each."""
+    """Add the xIELU parameters, which are tensors with one element each, to the config."""
     names = [[f"model.layers.{n}.mlp.act_fn.{part}" for part in _PARTS] for n in range(config.num_layers)]
     if any(name not in tensors or tensors[name].numel != 1 for layer in names for name in layer):
         raise WeightsError("the numbers of xIELU (mlp.act_fn.alpha_p and others) are missing, or are not one of each")
@@ -66,7 +66,7 @@ def completed(config: ApertusConfig, tensors: Mapping[str, StoredTensor]) -> Ape
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
-    """Reads GGUF metadata of apertus."""
+    """Read GGUF metadata of apertus."""
     shared, output_bias = shared_from_gguf(fields, checkpoint), "blk.0.attn_output.bias" in checkpoint.tensors
     columns = [Fields(fields.values, fields.path).get(f"xielu.{part}", list) for part in _PARTS]
     if any(len(column) != shared["num_layers"] for column in columns):
@@ -83,7 +83,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
 
 
 def xielu(x: Value, numbers: Any) -> Value:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0), of `numbers` p, n and beta; recorded steps change x."""
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta; recorded steps change x."""
     if isinstance(x, Recorded):
         return x.xielu(numbers)
     wide, (p, n, beta) = x.float(), numbers
@@ -128,12 +128,12 @@ WEIGHTS = [
 
 
 def ignored(config: ApertusConfig) -> list[str]:
-    """As Llama's, and the numbers of xIELU, which the description has."""
+    """Names that Llama ignores, and the xIELU parameters, which are in the config."""
     return [*llama.ignored(config), r"model\.layers\.\d+\.mlp\.act_fn\..*"]
 
 
 def gguf_keys(config: ApertusConfig) -> dict[str, Any]:
-    """The numbers of xIELU by layer, whose keys have no prefix."""
+    """The xIELU parameters of all layers, whose keys have no prefix."""
     return {f"xielu.{part}": list(numbers) for part, numbers in zip(_PARTS, zip(*config.xielu))}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of queries, keys and values as most families have them; in GGUF files matrices of their own, or rows of one.
+"""Names of q, k and v in most checkpoints; GGUF files store three matrices, or one with the rows of all three.
 
 Source: llama.cpp's `create_tensor_qkv`; its converter's `--fuse-qkv` writes the second kind for most architectures.
 """
@@ -25,7 +25,7 @@ HF, GG = "model.layers.{i}.", "blk.{i}."
 
 
 def projections(views: Mapping[str, View] = MappingProxyType({})) -> list[WeightName]:
-    """The lines of q, k and v with their optional biases; `views`: how the rows of some of them are looked at."""
+    """The table rows of q, k and v with their optional biases; `views` reorder or select the rows of some of them."""
     return [
         WeightName(
             f"layers.{{i}}.attention.qkv:{part}.{kind}",
@@ -39,27 +39,27 @@ def projections(views: Mapping[str, View] = MappingProxyType({})) -> list[Weight
 
 
 def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[Seen, Seen]:
-    """The places of q, k or v.
+    """The two GGUF names of q, k or v: a tensor of its own, or rows of the fused one.
 
     Args:
         part: "q", "k" or "v".
         kind: "weight" or "bias".
-        view: how its rows are looked at, wherever they are.
+        view: view of its rows, in either form.
     """
     alone = view or chain()
     return Seen(f"{GG}attn_{part}.{kind}", alone), Seen(f"{GG}attn_qkv.{kind}", chain(qkv_rows(part), alone))
 
 
 def gguf_has_bias(checkpoint: Checkpoint) -> bool:
-    """Whether q, k and v have biases; files do not say it otherwise."""
+    """Whether q, k and v have biases; only the tensors of a file show it."""
     return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
 
 
 def kv_heads_by_layer(fields: Fields) -> tuple[Fields, list[int]]:
-    """GGUF metadata with one count of key-value heads, and the counts of all layers, which are that one or 0.
+    """GGUF metadata with one count of key-value heads, and the counts of all layers, each of which is this one or 0.
 
     Raises:
-        InvalidFileError: there are not as many counts as layers.
+        InvalidFileError: the number of counts is not the number of layers.
         UnsupportedModelError: the counts differ.
     """
     key, layers = "attention.head_count_kv", fields.count("block_count")
@@ -76,12 +76,12 @@ Either: TypeAlias = str | tuple[str, ...]
 
 
 def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -> list[WeightName]:
-    """The lines of a weight and of its optional bias.
+    """The table rows of a weight and of its optional bias.
 
     Args:
-        target: of both, up to "weight".
-        hf, gguf: the names without ".weight"; of several the first that is stored is meant.
-        view: how Hugging Face's is looked at.
+        target: prefix of both targets, up to "weight" or "bias".
+        hf, gguf: the names without ".weight"; if there are several, the first stored one is used.
+        view: view of the Hugging Face tensor.
     """
 
     def names(stems: Either, kind: str) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -
 
 
 def also_named(lines: Iterable[WeightName], names: Mapping[str, str | Seen]) -> list[WeightName]:
-    """The lines of a table, some with one more Hugging Face name, by their target behind the layer's number."""
+    """The rows of a table; a target in `names` (without "layers.{i}.") gets one more Hugging Face name."""
     made: list[WeightName] = []
     for line in lines:
         more = names.get(line.target.removeprefix("layers.{i}."))
@@ -101,15 +101,15 @@ def also_named(lines: Iterable[WeightName], names: Mapping[str, str | Seen]) -> 
 
 
 def window_keys(config: ModelConfig) -> dict[str, Any]:
-    """One window for all layers; models with other patterns are refused when the keys are read again."""
+    """The window that all layers share; a file of a model with another pattern is refused when it is read again."""
     windows = [window for window in config.sliding_windows if window is not None]
     return {"attention.sliding_window": windows[0]} if windows else {}
 
 
 def local_keys(config: Any) -> dict[str, Any]:
-    """Which layers have a window. In OLMo 3 all have one rotary base, and only layers without a window stretch it.
+    """Which layers have a window. In OLMo 3 all layers have one rotary base; only those without a window extend it.
 
-    llama.cpp has windows for EXAONE 4 of 64 layers alone.
+    llama.cpp supports windows in EXAONE 4 only for 64 layers.
     """
     pattern = [window is not None for window in config.sliding_windows]
     if any(pattern) and config.model_type == "exaone4" and config.num_layers != 64:
@@ -120,23 +120,23 @@ def local_keys(config: Any) -> dict[str, Any]:
 
 
 def axes_keys(config: Any) -> dict[str, Any]:
-    """How many frequencies time, height and width turn; llama.cpp has room for one axis more."""
+    """The number of frequencies rotated by time, height and width; llama.cpp's list has a fourth axis."""
     keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
     deep = getattr(config, "deep", 0)
     return window_keys(config) | keys | ({"n_deepstack_layers": deep} if deep else {})
 
 
 class RepeatedValues:
-    """A view of rows of values [K * V, ...] as [K * D, ...]: in each head the first rows stand for those that lack."""
+    """View of rows of values [K * V, ...] as [K * D, ...]: in each head, the first rows are repeated up to D."""
 
     def __call__(self, stored: StoredTensor, config: Any) -> StoredTensor:
         own, dim = config.value_dim, config.head_dim
         if not stored.shape or stored.shape[0] % own:
-            return stored  # a wrong shape is named by the loader
+            return stored  # the loader reports the wrong shape
         heads = np.arange(0, stored.shape[0], own)[:, None]
         return stored.select((heads + np.arange(dim) % own).reshape(-1))
 
     def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
-        """The rows that are stored."""
+        """Return the stored rows."""
         heads = np.arange(0, stored.shape[0], config.head_dim)[:, None]
         return stored.select((heads + np.arange(config.value_dim)).reshape(-1))

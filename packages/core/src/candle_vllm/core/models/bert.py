@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""BERT, RoBERTa and XLM-RoBERTa: encoders of texts, cross-encoders and classifiers.
+"""BERT, RoBERTa and XLM-RoBERTa: embedding models, cross-encoders and classifiers.
 
-RoBERTa counts positions from behind the padding token and tells no texts of a pair apart. Sources: Devlin et al., 2018,
-arXiv:1810.04805; Liu et al., 2019, arXiv:1907.11692; Conneau et al., 2019, arXiv:1911.02116.
+RoBERTa's positions begin after the padding token, and it does not distinguish the two texts of a pair. Sources: Devlin
+et al., 2018, arXiv:1810.04805; Liu et al., 2019, arXiv:1907.11692; Conneau et al., 2019, arXiv:1911.02116.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from candle_vllm.core.models.family import EncoderFamily
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of bert, roberta and xlm-roberta."""
+    """Read `config.json` of bert, roberta and xlm-roberta."""
     fields.choice("position_embedding_type", "absolute", "absolute")
     if fields.get("is_decoder", bool, False):
         raise UnsupportedModelError(f"{fields.path}: is_decoder is true, which is not implemented for {model_type}")
@@ -49,7 +49,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Reads GGUF metadata of bert."""
+    """Read GGUF metadata of bert."""
     return StackConfig(
         model_type="bert",
         **sizes_from_gguf(fields, checkpoint),
@@ -61,7 +61,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names; in a model that was `stored` with its head, the encoder's have a prefix."""
+    """The table of weight names; in a checkpoint `stored` with a head, the encoder's names have a prefix."""
     family = "bert" if config.model_type == "bert" else "roberta"
     prefix = f"{family}." if any(name.startswith(f"{family}.") for name in stored) else ""
     head = ("bert.pooler.dense", "classifier") if family == "bert" else ("classifier.dense", "classifier.out_proj")

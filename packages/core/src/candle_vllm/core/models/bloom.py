@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """BLOOM and BLOOMZ: the layers of `gpt.py` with ALiBi positions and a norm after the embedding.
 
-The fused matrix has the rows of q, k and v of one head after the other.
+The rows of q, k and v in the fused matrix are grouped by head.
 Source: BigScience Workshop, 2022, arXiv:2211.05100.
 """
 
@@ -22,7 +22,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, with_defaults
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _NAMES = {"num_attention_heads": "n_head", "num_key_value_heads": "n_head", "num_hidden_layers": "n_layer"}
-_CONTEXT = 2048  # that of training, which most files do not say
+_CONTEXT = 2048  # context of training, which most files do not store
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:

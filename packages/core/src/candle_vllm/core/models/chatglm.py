@@ -25,7 +25,7 @@ _NAMES = {
     "intermediate_size": "ffn_hidden_size",
     "max_position_embeddings": "seq_length",
 }
-_USUAL = {  # what the published models have, and is implemented
+_USUAL = {  # values of all published models, which are the implemented ones
     "rmsnorm": True,
     "post_layer_norm": True,
     "add_bias_linear": False,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mamba 2 alone, and Codestral Mamba: Nemotron-H (`nemotron_h.py`) whose layers are all Mamba 2; it has no keys.
+"""Mamba 2 and Codestral Mamba: Nemotron-H (`nemotron_h.py`) with Mamba 2 in all layers, without key-value caches.
 
 Source: Dao and Gu, 2024, arXiv:2405.21060.
 """
@@ -28,11 +28,11 @@ _KEYS = {
     "conv_bias": "use_conv_bias",
 }
 _DEFAULTS = {"n_groups": 8, "state_size": 128, "num_heads": 128, "head_dim": 64, "layer_norm_epsilon": 1e-5}
-_CONTEXT = 1 << 20  # where a file names none, as llama.cpp's files say it: nothing bounds it
+_CONTEXT = 1 << 20  # default of llama.cpp's files: a state does not limit the context
 
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
-    """Reads `config.json` of mamba2."""
+    """Read `config.json` of mamba2."""
     fields = with_defaults(fields, **_DEFAULTS)
     fields.choice("hidden_act", "silu", "silu")
     size = fields.count("hidden_size")
@@ -42,7 +42,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
-    """Reads GGUF metadata of mamba2, in which heads and the width of feed-forward layers are 0."""
+    """Read GGUF metadata of mamba2, in which the numbers of heads and the width of feed-forward layers are 0."""
     mamba = sizes_from_gguf(fields, checkpoint.tensors, range(fields.count("block_count")))
     unused = {"attention.head_count": mamba.heads, "attention.head_count_kv": mamba.heads}
     unused |= {"attention.key_length": mamba.head_dim, "feed_forward_length": fields.count("embedding_length")}
@@ -57,7 +57,7 @@ def _config(shared: dict[str, Any], mamba: MambaSizes) -> NemotronHConfig:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Shapes of Mamba 2, and zeros where llama.cpp wants sizes that these models do not have."""
+    """Shapes of Mamba 2, and zeros for sizes that llama.cpp requires and these models do not have."""
     zeros = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
     return mamba_keys(config.mamba) | dict.fromkeys(zeros, 0)
 

@@ -2,8 +2,8 @@
 """Cohere's Command R, Aya and Command A: LayerNorm without bias, and a block whose two sublayers share one norm.
 
 Each block is x + attention(norm(x)) + mlp(norm(x)); rotary pairs are neighbours, and logits are scaled. Command R+
-normalises each head of q and k with weights of its own. In three of four layers of Cohere 2 a token sees a window
-alone, and the others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes: see `llama.py`.
+normalises each head of q and k with weights of its own. Three of four layers of Cohere 2 have a sliding window; the
+others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes: see `llama.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CohereConfig(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
         head_norms: q and k are normalised per head, with weights [H, D] and [K, D], before rotation (Command R+).
@@ -48,7 +48,7 @@ class CohereConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
-    """Reads `config.json` of cohere and cohere2."""
+    """Read `config.json` of cohere and cohere2."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
     if local:
@@ -68,7 +68,7 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
-    """Reads GGUF metadata of command-r and cohere2."""
+    """Read GGUF metadata of command-r and cohere2."""
     shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
     local = shared["model_type"] == "cohere2"
     if local:
@@ -89,7 +89,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
@@ -98,7 +98,7 @@ class Block:
             counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
             norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
             self.attention.q_norm, self.attention.k_norm = attend.q_norm, attend.k_norm = norms
-            attend.key_bias = None  # norms take it from the keys
+            attend.key_bias = None  # the norms would change its effect
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
@@ -126,13 +126,13 @@ _HEAD_NORMS = (_TO + "attention.q_norm:weight", _TO + "attention.k_norm:weight")
 
 
 def _half_split(config: CohereConfig) -> np.ndarray:
-    """Where each dimension of a head stands behind `half_split`, which orders the rows of q and k."""
+    """The position of each element of a head after `half_split`, which reorders the rows of q and k."""
     turned = config.rope.dim
     return np.argsort([*range(0, turned, 2), *range(1, turned, 2), *range(turned, config.head_dim)])
 
 
 def _own(line: WeightName) -> WeightName:
-    """Llama's line, as this block has it."""
+    """A row of Llama's table with this block's target and view."""
     if line.target in _HEAD_NORMS:
         order = ColumnOrder(_half_split)
         return dataclasses.replace(line, hf_view=order, gguf_view=order)
@@ -143,7 +143,7 @@ WEIGHTS = [_own(line) for line in llama.WEIGHTS if line.target != _TO + "mlp_nor
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """llama.cpp takes the embedding table for the head, and has norms of heads from 64 layers on."""
+    """The GGUF metadata; llama.cpp always uses the embedding table as head, and has QK norms from 64 layers on."""
     if not config.tie_embeddings:
         raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
     if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):

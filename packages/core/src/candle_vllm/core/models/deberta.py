@@ -41,7 +41,7 @@ class DebertaConfig(StackConfig):
     """Config of a DeBERTa model.
 
     Attributes:
-        buckets: buckets of relative positions on each side, the farther half in logarithmic steps; 0 is one for each.
+        buckets: buckets of relative positions on each side, the farther half in logarithmic steps; 0 for no bucketing.
         farthest: distance from which on all positions share a bucket.
     """
 
@@ -49,7 +49,7 @@ class DebertaConfig(StackConfig):
     farthest: int
 
 
-# of a config that does not name them, and what is implemented
+# the defaults of these keys, and the implemented values
 _DEFAULTS = {"relative_attention": False, "share_att_key": False, "position_biased_input": True, "norm_rel_ebd": "none"}
 _ONLY: dict[str, object] = {"relative_attention": True, "share_att_key": True, "position_biased_input": False}
 _ONLY |= {"norm_rel_ebd": "layer_norm", "pos_att_type": ["c2p", "p2c"], "conv_kernel_size": 0, "type_vocab_size": 0}
@@ -57,7 +57,7 @@ _ONLY |= {"attention_head_size": None}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> DebertaConfig:
-    """Reads `config.json` of deberta-v2."""
+    """Read `config.json` of deberta-v2."""
     said = {key: value for key, value in fields.values.items() if value is not None}
     kinds = said.get("pos_att_type", [])
     said["pos_att_type"] = sorted(map(str, kinds.split("|") if isinstance(kinds, str) else kinds))
@@ -109,7 +109,7 @@ class Deberta(PlainEncoder):
         self.relative_norm = LayerNorm(config.hidden_size, config.norm_eps, placement)
 
     def attends(self, positions: Value, lengths: Sequence[int]) -> Iterator[Attend]:
-        """See `EncoderStack`; relative positions go through each layer's own matrices."""
+        """See `EncoderStack`; relative positions are multiplied by each layer's own matrices."""
         del positions
         relative, heads = self.relative_norm(self.relative.weight), self.config.num_heads
         for layer in self.layers:
@@ -122,7 +122,7 @@ class Deberta(PlainEncoder):
 
 
 def weights(config: DebertaConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     parts = {"q": "query", "k": "key", "v": "value"}

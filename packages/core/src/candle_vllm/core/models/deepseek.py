@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """DeepSeek-V2 to R1, GLM-4.7-Flash, Mistral Small 4 and Youtu: latent attention, and experts in all but some layers.
 
-Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x, or from a latent vector of their own.
+Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x or from a latent vector.
 Source: DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437.
-Shapes: T tokens, H heads, L latent, R rotary dimensions, V numbers of a head's result, E hidden.
+Shapes: T tokens, H heads, L latent, R rotary dimensions, V elements of a value head, E hidden.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from candle_vllm.core.models.llama import Mixer
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_LATENT_EPS = 1e-6  # of the norms of latent vectors: the models' own code leaves it at that, whatever rms_norm_eps is
+_LATENT_EPS = 1e-6  # in norms of latent vectors; the models' own code ignores rms_norm_eps there
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class Attention:
         return self.output(self.attend(q, kv, step))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
@@ -66,7 +66,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: DeepseekConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
@@ -105,7 +105,7 @@ class Deepseek(DecoderStack):
 
 
 def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
-    """Numbers of rows 0 .. first + R - 1, of which the last R are brought from pairs of neighbours to two halves."""
+    """Indices of rows 0 .. first + R - 1; the last R are reordered from pairs of neighbours to two halves."""
     rotated = np.arange(first, first + config.rope_dim)
     return np.concatenate([np.arange(first), rotated[::2], rotated[1::2]])
 
@@ -113,13 +113,13 @@ def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
 def _query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
     """Rows of heads [nope | rope] in half-split rotary order."""
     if not config.interleaved_rotary or stored.shape[:1] != (config.num_heads * config.head_dim,):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     head = _half_split(config.latent.nope, config)
     return stored.select((np.arange(config.num_heads)[:, None] * config.head_dim + head).reshape(-1))
 
 
 def _first_query_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """The same where queries are made of x; else these rows do not rotate."""
+    """As `_query_rows` if queries are projected from x; otherwise these rows do not rotate and stay as they are."""
     return stored if config.q_rank else _query_rows(stored, config)
 
 
@@ -131,7 +131,7 @@ def _key_rows(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
 
 
 def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """[H, L, nope] of the rows [H * (nope + V), L] that make keys and values; newer GGUF files have it so."""
+    """The key matrices [H, L, nope] from the rows [H * (nope + V), L] of keys and values, as in newer GGUF files."""
     sizes = config.latent
     each = sizes.nope + sizes.value
     if stored.shape != (sizes.heads * each, sizes.latent):
@@ -144,7 +144,7 @@ def _key_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
 
 
 def _value_matrices(stored: StoredTensor, config: DeepseekConfig) -> StoredTensor:
-    """[H, V, L] of the same rows."""
+    """The value matrices [H, V, L] from the same rows."""
     sizes = config.latent
     each = sizes.nope + sizes.value
     if stored.shape != (sizes.heads * each, sizes.latent):
@@ -161,7 +161,7 @@ _AT, _TO = _HF + "self_attn.", "layers.{i}.attention."
 
 
 def _down(part: str, hf: tuple[str, ...], gguf: tuple[str, ...], view: Any) -> list[WeightName]:
-    """A projection of x, and its optional bias."""
+    """The table rows of a projection of x and of its optional bias."""
     return [
         WeightName(
             f"{_TO}down:{part}.{kind}",
@@ -212,7 +212,7 @@ WEIGHTS = [
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Stored names that carry nothing here: layers that predict further tokens, matrices that are there twice."""
+    """Names of stored tensors without use: multi-token prediction layers, and second copies of matrices."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
     buffers = [r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_kv_b\.weight", r".*\.attn_rot_embd\.weight", *extra]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek's own description: `config.json` of V2 and V3, and GGUF metadata of deepseek2."""
+"""Read the config of DeepSeek V2 and V3 from config.json or GGUF metadata."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from candle_vllm.core.models.experts import dense_layers, routed_keys, ungrouped
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeepseekConfig(ModelConfig):
-    """What these models have beside a Llama. `head_dim` is that of queries and keys, made in full.
+    """Config of these models. `head_dim` is that of queries and keys computed in full, not of the latent vectors.
 
     Attributes:
-        q_rank: numbers of the latent vector that queries are made of; 0 where they are made of x.
-        kv_rank: L.
-        rope_dim: R.
-        value_dim: V.
-        attention_bias: the projections to latent vectors and that of the result have biases.
-        dense_layers: how many layers, from the first on, have no experts.
-        mixture: the experts of the others.
-        extra_layers: layers behind the last that predict further tokens, which are not loaded.
+        q_rank: elements of the latent vector from which queries are computed; 0 if they are computed from x.
+        kv_rank: elements of the latent vector of keys and values; L.
+        rope_dim: elements of a head that rotate; R.
+        value_dim: elements of a value head; V.
+        attention_bias: the projections to latent vectors and the output projection have biases.
+        dense_layers: number of first layers without experts.
+        mixture: experts of the other layers.
+        extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
     """
 
     q_rank: int
@@ -62,7 +62,7 @@ class DeepseekConfig(ModelConfig):
 
     @property
     def score_scale(self) -> float:
-        """Of scores, with what yarn puts there and not on cos and sin."""
+        """Factor of the attention scores, with the part of yarn's factor that is not applied to cos and sin."""
         rope, scale = self.rope, self.head_dim**-0.5
         if rope.kind == "default" or not rope.mscale_all_dim:
             return scale
@@ -70,13 +70,13 @@ class DeepseekConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Reads `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, and youtu, which has no experts."""
+    """Read `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, and youtu, which has no experts."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
     position = fields.count("max_position_embeddings")
     turning = fields
-    if model_type == "mistral4":  # whose configs say a second time which part of a head rotates
+    if model_type == "mistral4":  # these configs repeat the rotated share of a head
         nested = dict(fields.section("rope_parameters").values) | {"partial_rotary_factor": 1.0}
         turning = Fields({"rope_parameters": nested}, fields.path)
     rope = rope_from_hf(turning, rope_dim, position)
@@ -109,7 +109,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
 
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
-    """How many layers are dense, and the experts of the others."""
+    """The number of dense layers, and the experts of the other layers."""
     dense = dense_layers(fields, layers, 1 if model_type == "glm4_moe_lite" else 0)
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
@@ -150,11 +150,11 @@ def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int,
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
-    """Reads GGUF metadata of deepseek2, in which newer files say the sizes of heads by keys that end in `_mla`."""
+    """Read GGUF metadata of deepseek2; newer files store the head sizes under keys that end in `_mla`."""
     shared = shared_from_gguf(fields, checkpoint)
     layers = without_next_tokens(fields, shared["num_layers"])
     rope, scale = shared["rope"], fields.get("rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
-    if rope.kind == "yarn" and scale:  # the file has 0.1 times the model's two numbers, which are equal
+    if rope.kind == "yarn" and scale:  # the file stores 0.1 times the model's two equal numbers
         rope = dataclasses.replace(rope, mscale=scale, mscale_all_dim=scale)
     rope_dim = fields.count("rope.dimension_count")
     head_dim = fields.count("attention.key_length_mla", fields.count("attention.key_length"))
@@ -181,7 +181,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
 
 
 def _mixture_from_gguf(fields: Fields, checkpoint: Checkpoint, layers: int) -> tuple[int, Mixture | None]:
-    """How many layers are dense, and the experts of the others. Groups are named by newer files only."""
+    """The number of dense layers, and the experts of the other layers. Only newer files store groups."""
     dense = fields.get("leading_dense_block_count", int, 0)
     if dense >= layers or not fields.get("expert_count", int, 0):
         return layers, None
@@ -208,10 +208,10 @@ def _mixture_from_gguf(fields: Fields, checkpoint: Checkpoint, layers: int) -> t
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Sizes of cached keys and values, which all heads share, and of those that a head makes of them.
+    """Sizes of the cached keys and values, which all heads share, and of the keys and values of a single head.
 
-    A rank of queries of 0 says that they are made of the hidden state: llama.cpp wants the key. So it wants a size of
-    experts, and how many are shared, even without experts.
+    A query rank of 0 means that queries are projected from the hidden state: llama.cpp requires the key. It also
+    requires the size of experts and the number of shared experts, even of models without experts.
     """
     keys: dict[str, Any] = {
         "attention.head_count_kv": 1,
@@ -229,5 +229,5 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def without_further_layers(config: Any) -> dict[str, Any]:
-    """Layers that predict further tokens are left out."""
+    """Config for a file without the multi-token prediction layers."""
     return ungrouped(config) | {"extra_layers": 0}

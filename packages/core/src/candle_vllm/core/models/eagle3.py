@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""EAGLE-3 heads: one layer that drafts a model's next tokens from the inputs of three of its layers.
+"""EAGLE-3 heads: one layer that drafts a model's next tokens from the hidden states of three of its layers.
 
-At position p the head sees the embedding of token p + 1 and the model's hidden states of p, fused to one vector g; it
-says what token p + 2 is. Where p is a draft itself, g is what the head gave at p - 1. The block is Llama's, but for its
-attention, which reads norm(embedding) and norm(g) side by side.
+At position p the head reads the embedding of token p + 1 and the model's hidden states of p, fused to one vector g; it
+predicts token p + 2. If token p is itself a draft token, g is the head's output at p - 1. The block is Llama's,
+except that its attention reads norm(embedding) and norm(g) side by side.
 
 `config.json` names `LlamaForCausalLMEagle3` or `Eagle3LlamaForCausalLM`, or is in the form of speculators; GGUF files
-have the architecture eagle3. EAGLE-3.1 adds norms before the fusion and gives the normed vector back.
-Source: Li, Wei, Zhang and Zhang, 2025, arXiv:2503.01840. Shapes: T tokens, E hidden, F hidden of the model.
+have the architecture eagle3. EAGLE-3.1 adds norms before the fusion; its next draft starts from the normalised vector.
+Source: Li, Wei, Zhang and Zhang, 2025, arXiv:2503.01840. Shapes: T tokens, E hidden, F hidden size of the model.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ _MOST_TAPS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eagle3Config(LlamaConfig):
-    """A head. `vocab_size` is that of the embedding.
+    """Config of a head. `vocab_size` is that of the embedding.
 
     Attributes:
-        taps: what goes into these layers of the model is what the head is made of.
-        target_size: F.
-        draft_vocab_size: tokens that it can draft.
-        norm_before_residual: what is normed for the attention is what the block adds to.
-        norm_before_fuse: of all that is fused, in one norm.
-        norm_each: of what comes of each layer, before it is fused.
-        norm_output: the normed vector is given back, not its sum.
+        taps: layers of the model whose inputs the head reads.
+        target_size: hidden size of the model; F.
+        draft_vocab_size: number of tokens that the head can draft.
+        norm_before_residual: the residual stream starts from the normalised hidden state, not from the hidden state.
+        norm_before_fuse: one norm of all fused hidden states.
+        norm_each: a norm of each layer's hidden state before they are fused.
+        norm_output: the next draft starts from the normalised output, not from the sum before the norm.
     """
 
     taps: tuple[int, ...]
@@ -79,7 +79,7 @@ class Eagle3Config(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, target: ModelConfig) -> Eagle3Config:
-    """Reads a head's `config.json`; `target` is the model that it drafts for."""
+    """Read a head's `config.json`; `target` is the model for which it drafts."""
     names = fields.get("architectures", list, [])
     if not any(name in ARCHITECTURES for name in names):
         raise UnsupportedModelError(
@@ -110,7 +110,7 @@ def config_from_hf(fields: Fields, target: ModelConfig) -> Eagle3Config:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig) -> Eagle3Config:
-    """Reads a head's GGUF metadata."""
+    """Read a head's GGUF metadata."""
     tensors = checkpoint.tensors
     values = {f"{fields.prefix}vocab_size": target.vocab_size, **fields.values}
     shared = shared_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint)
@@ -127,13 +127,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig
 
 
 def _fitted(shared: Mapping[str, Any], target: ModelConfig) -> dict[str, Any]:
-    """A head is trained on short texts; turning by position goes on as far as the model's, where nothing stretches."""
+    """Extend a head that was trained on short texts to the model's context, unless its rotary embedding is scaled."""
     plain = shared["rope"].kind in ("default", "llama3")
     return {**shared, "tie_embeddings": False} | ({"max_position": target.max_position} if plain else {})
 
 
 def _taps(fields: Fields, own: Fields, target: ModelConfig) -> tuple[int, ...]:
-    """The layers whose inputs are fused. At the top they are named so; in `eagle_config` by the layers before them."""
+    """The layers whose inputs are fused: a top-level key names these layers, `eagle_config` the layers before them."""
     key, layers = "eagle_aux_hidden_state_layer_ids", target.num_layers
     if key in fields:
         return _checked_taps(fields, key, fields.get(key, list), layers)
@@ -159,11 +159,11 @@ def _checked_taps(fields: Fields, key: str, given: list[Any], most: int) -> tupl
 
 
 class Eagle3:
-    """The head: hidden states of the model, or its own, and token ids [T] -> logits [T, draft vocabulary].
+    """The head: hidden states of the model or of the head, and token ids [T] -> logits [T, draft vocabulary].
 
     Args:
-        config, placement, checkpoint: as of any model.
-        target: the model, whose embedding and head it takes if the checkpoint has no own.
+        config, placement, checkpoint: as for any model.
+        target: the model, whose embedding and output layer are used if the checkpoint has none of its own.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Eagle3:
         return x, x if self.config.norm_output else total
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, draft vocabulary] in fp32."""
+        """Logits [T, draft vocabulary] in fp32."""
         return (self.own_head or self._shared.head or self._shared.embed).logits(hidden, out)
 
 
@@ -267,19 +267,19 @@ WEIGHTS = [
     WeightName("own_head:weight", "lm_head.weight", "output.weight"),
 ]
 IGNORED = (r"(model\.)?(d2t|t2d)", r".*rotary_emb\.inv_freq", r"mask_hidden", r"verifier_.*")
-"""What carries nothing here: the words, which are read by `draft_token_ids`, and what only training or others need."""
+"""Names of tensors without use as weights: vocabularies (see `draft_token_ids`), and tensors for training only."""
 
 
 def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -> NDArray[np.int64] | None:
-    """The model's token of each of the head's, int64 [draft vocabulary]; None where they are the same.
+    """The model's token id for each token of the head, int64 [draft vocabulary]; None if the vocabularies are equal.
 
     Args:
-        config: the head's.
-        checkpoint: `d2t` are differences from the head's own numbers in safetensors, and the tokens in GGUF.
-        tokens: of the model.
+        config: config of the head.
+        checkpoint: its `d2t` has differences from the head's token ids in safetensors, and the token ids in GGUF.
+        tokens: vocabulary size of the model.
 
     Raises:
-        InvalidFileError: they are not whole numbers, or not tokens of the model, or not as many as the head has.
+        InvalidFileError: the ids are not integers, not tokens of the model, or not one for each token of the head.
     """
     stored = checkpoint.tensors.get("d2t") or checkpoint.tensors.get("model.d2t")
     size, path = config.draft_vocab_size, checkpoint.path

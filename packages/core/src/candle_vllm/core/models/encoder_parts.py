@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What encoders of several families share: the labels of a head, activations by name, and weight names in pairs."""
+"""Parts that several encoder families share: the labels of a head, activations by name, and weight names in pairs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ACTIVATIONS: Mapping[str, Literal["gelu", "gelu_tanh", "relu"]] = MappingProxyTy
 
 
 def sizes_from_hf(fields: Fields) -> dict[str, Any]:
-    """The sizes that most encoders' config.json has under the same keys."""
+    """The sizes that config.json of most encoders stores under the same keys."""
     return {
         "vocab_size": fields.count("vocab_size"),
         "hidden_size": fields.count("hidden_size"),
@@ -38,7 +38,7 @@ def sizes_from_hf(fields: Fields) -> dict[str, Any]:
 
 
 def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The same of GGUF metadata, with the longest text and the epsilon of norms."""
+    """The same sizes from GGUF metadata, with the maximum context and the epsilon of norms."""
     table = checkpoint.tensors.get("token_embd.weight")
     return {
         "vocab_size": table.shape[0] if table and table.shape else fields.count("vocab_size"),
@@ -52,16 +52,16 @@ def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def types_from_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`token_types` and `typed` of a `StackConfig`, by the table in a GGUF file."""
+    """`token_types` and `typed` of a `StackConfig`, from the table in a GGUF file."""
     table = checkpoint.tensors.get("token_types.weight")
     return {"token_types": table.shape[0] if table and len(table.shape) == 2 else 1, "typed": table is not None}
 
 
 def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> None:
-    """Refuses a config with other values than the ones that are implemented; what is missing or None is as these are.
+    """Refuse a config with values that are not implemented; missing keys and null have the implemented value.
 
     Raises:
-        UnsupportedModelError: it names all keys with other values.
+        UnsupportedModelError: some values are not implemented; the message names all their keys.
     """
     given = {key: fields.values.get(key) for key in only}
     wrong = [f"{key} is {given[key]!r:.40}" for key, value in only.items() if given[key] not in (value, None)]
@@ -70,7 +70,7 @@ def check_only(fields: Fields, model_type: str, only: Mapping[str, object]) -> N
 
 
 def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
-    """`labels` and `likelihood` of an `EncoderConfig`; empty where the model has no head."""
+    """`labels` and `likelihood` of an `EncoderConfig`; empty if the model has no head."""
     if not scores:
         return {}
     labels = _labels(fields)
@@ -78,7 +78,7 @@ def head_of(fields: Fields, *, scores: bool) -> dict[str, Any]:
 
 
 def _labels(fields: Fields) -> tuple[str, ...]:
-    """Names of the head's numbers; transformers takes two where the file says nothing."""
+    """Names of the head's outputs; without labels in the file there are two, as in transformers."""
     named = fields.get("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
     count = fields.count("num_labels", len(named), most=MAX_LABELS)
     if not 0 < count <= MAX_LABELS:
@@ -90,7 +90,7 @@ def _labels(fields: Fields) -> tuple[str, ...]:
 
 
 def _likelihood(fields: Fields, labels: int) -> Likelihood:
-    """What problem_type says of several labels, as transformers reads it; else of one what is said below."""
+    """The activation of several labels by problem_type, as in transformers; for one label see `_sigmoid`."""
     if labels > 1:
         kinds: Mapping[str, Likelihood] = {
             "single_label_classification": "softmax",
@@ -102,7 +102,7 @@ def _likelihood(fields: Fields, labels: int) -> Likelihood:
 
 
 def _sigmoid(fields: Fields) -> bool:
-    """sentence-transformers' rule: a class that the config names, else a sigmoid."""
+    """Whether one label gets a sigmoid, as in sentence-transformers: by the class in the config, otherwise yes."""
     nested = fields.section("sentence_transformers")
     name = nested.get("activation_fn", str, fields.get("sbert_ce_default_activation_function", str, "Sigmoid"))
     kind = name.rpartition(".")[2]
@@ -114,7 +114,7 @@ def _sigmoid(fields: Fields) -> bool:
 
 
 def both(target: str, hf: str | tuple[str, ...], gguf: str | None = None) -> list[WeightName]:
-    """The lines of a weight and its bias, which a model may lack; names end before ".weight"."""
+    """The table rows of a weight and of its optional bias; names end before ".weight"."""
     stems = (hf,) if isinstance(hf, str) else hf
     return [
         WeightName(f"{target}{kind}", tuple(f"{stem}.{kind}" for stem in stems), gguf and f"{gguf}.{kind}")
@@ -140,12 +140,12 @@ _BLOCK = {
 
 
 def table_names(at: str, head: tuple[str, str], *norms: str) -> list[WeightName]:
-    """The lines of what stands outside of the blocks.
+    """The table rows of tensors outside of the blocks.
 
     Args:
-        at: what stands before "embeddings." in safetensors.
+        at: prefix of "embeddings." in safetensors.
         head: names of the two matrices of a head.
-        norms: names of the norm behind the tables, beside BERT's.
+        norms: names of the embedding norm, in addition to BERT's.
     """
     return [
         *(WeightName(target, f"{at}embeddings.{hf}", gguf) for target, (hf, gguf) in _TABLES.items()),
@@ -156,11 +156,11 @@ def table_names(at: str, head: tuple[str, str], *norms: str) -> list[WeightName]
 
 
 def block_names(layer: str, own: Mapping[str, tuple[str, ...]] = MappingProxyType({})) -> list[WeightName]:
-    """The lines of blocks that normalise behind sums.
+    """The table rows of blocks that normalise after sums.
 
     Args:
-        layer: what stands before all names in safetensors.
-        own: names by target, where they are not BERT's; none of what has lines elsewhere.
+        layer: prefix of all names in safetensors.
+        own: names by target where they differ from BERT's; an empty tuple for targets with rows elsewhere.
     """
     lines = []
     for target, (usual, gguf) in _BLOCK.items():
@@ -174,20 +174,20 @@ UNUSED = (
     r"(\w+\.)?pooler\..*",
     r"(cls|lm_head|vocab_\w+|lm_predictions|mask_predictions|legacy_cls)\..*",
 )
-"""Patterns of stored names that carry nothing: buffers, poolers, heads of pre-training."""
+"""Patterns of names of tensors without use: buffers, poolers, heads of pre-training."""
 
 
 def ignored(config: EncoderConfig) -> tuple[str, ...]:
-    """`UNUSED`, and the head of a classifier in a model of embeddings."""
+    """`UNUSED`, and the head of a classifier that is used as an embedding model."""
     return UNUSED if config.scores else (*UNUSED, r"(pre_)?classifier\..*")
 
 
 def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: str) -> list[WeightName]:
-    """The lines of q, k and v of each layer, stored as matrices of their own or as one.
+    """The table rows of q, k and v of each layer, stored as three matrices or as one.
 
     Args:
-        alone: names of each without ".weight".
-        fused: names of the matrix of all three in safetensors; `gguf` is its name in GGUF files.
+        alone: names of the three matrices without ".weight".
+        fused: names of the fused matrix in safetensors; `gguf` is its name in GGUF files.
     """
     view = {part: row_part(number, 3) for number, part in enumerate("qkv")}
     return [
@@ -202,12 +202,12 @@ def thirds(alone: Mapping[str, tuple[str, ...]], fused: tuple[str, ...], gguf: s
 
 
 def prefix_of(stored: Iterable[str], name: str) -> str:
-    """What stands before a name that all models of a family have: the encoder's own, where there is a head."""
+    """The prefix of a name that all models of a family have: the encoder's own prefix in a model with a head."""
     return next((found.removesuffix(name) for found in stored if found.endswith(name)), "")
 
 
 class Table:
-    """A parameter "weight" of this shape that no product is made with."""
+    """A parameter "weight" of this shape that is not used in a matrix product."""
 
     def __init__(self, placement: Placement, *shape: int) -> None:
         self.weight = placement.empty(*shape)
@@ -218,10 +218,10 @@ class Table:
 
 
 def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.float32]:
-    """A tensor of a head that stands behind the pooling.
+    """Read a tensor of a head that follows the pooling.
 
     Raises:
-        WeightsError: it is missing, or has another shape.
+        WeightsError: the tensor is missing or has another shape.
     """
     stored = checkpoint.tensors.get(name)
     if stored is None or tuple(stored.shape) != shape:
@@ -231,7 +231,7 @@ def read_part(checkpoint: Checkpoint, name: str, *shape: int) -> NDArray[np.floa
 
 
 def classifier(config: EncoderConfig, checkpoint: Checkpoint) -> tuple[Dense, ...]:
-    """The matrix and bias of a head of labels that stands behind the pooling; errors as of `read_part`."""
+    """The matrix and bias of a label head that follows the pooling; errors as in `read_part`."""
     labels = len(config.labels)
     weight = read_part(checkpoint, "classifier.weight", labels, config.hidden_size)
     return (Dense(weight=weight, bias=read_part(checkpoint, "classifier.bias", labels)),)

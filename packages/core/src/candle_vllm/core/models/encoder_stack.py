@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What encoders share: tables of tokens, positions and types, blocks one after the other, norms, a head.
+"""Parts that encoders share: tables of tokens, positions and types, a stack of blocks, norms, a head.
 
 A block is norm(x + attention(x)), then norm(x + mlp(x)), as in BERT; or, with `prenorm`, x + attention(norm(x)), then
-x + mlp(norm(x)), with one more norm behind the last block. Op by op, matrices are multiplied in the placement's type;
-what is added and normalised stays fp32. Sources: Devlin et al., 2018, arXiv:1810.04805; Xiong et al., 2020,
-arXiv:2002.04745 (norms in front). Shapes: T tokens, R texts, H heads, E hidden, L labels.
+x + mlp(norm(x)), with one more norm after the last block. Op by op, matrices are multiplied in the placement's type;
+sums and norms stay fp32. Sources: Devlin et al., 2018, arXiv:1810.04805; Xiong et al., 2020,
+arXiv:2002.04745 (norms in front). Shapes: T tokens, R texts, H heads, K key-value heads, E hidden, L labels.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.models.encoder_parts import ACTIVATIONS
 
 Attend = Callable[[Value], Value]
-"""Mixes queries, keys and values side by side, [T, (H + 2 K) * D], to [T, H * D]: `whole_attention` of a layer."""
+"""Attention of a layer: queries, keys and values side by side, [T, (H + 2 K) * D], to [T, H * D]."""
 
 
 class DistanceBias(Protocol):
-    """What is added to scores by the distance of query and key: `table` is the bias of `whole_attention`."""
+    """A bias of the attention scores by the distance of query and key: `table` is the bias of `whole_attention`."""
 
     table: Value
 
 
 class EncoderStack:
-    """Token ids [T] of R texts behind each other -> hidden states [T, E], and scores [R, L] of a head.
+    """Token ids [T] of R concatenated texts -> hidden states [T, E], and scores [R, L] of a head.
 
-    A family's model makes the parts; those that it lacks are None.
+    A family's model creates the parts; parts that it does not have are None.
 
     Attributes:
-        config: its description.
+        config: the model's config.
         embed, positions, types: tables of tokens, positions and token types.
-        embed_norm, norm: behind the sum of the tables' rows, and behind the last layer.
-        rotary, local_rotary: of layers without a window, and with one.
+        embed_norm, norm: norms after the sum of the tables' rows, and after the last layer.
+        rotary, local_rotary: rotary embeddings of layers without and with a window.
         near: a bias by distance.
-        kv_heads: K; None is H.
-        windows: of each layer, most tokens between a token and one that it sees; None is all.
-        layers: each takes and gives x [T, E] in fp32; the last argument are the token types.
+        kv_heads: K; None for H.
+        windows: for each layer, the maximum distance of two tokens that attend to each other; None for all.
+        layers: each maps x [T, E] to [T, E] in fp32; the last argument is the token types.
         head, score: the two matrices of a head, and the activation between them.
     """
 
@@ -77,7 +77,7 @@ class EncoderStack:
         """Hidden states [T, E] in fp32.
 
         Args:
-            token_ids, positions, types: [T] int64; a text's positions begin at the config's first one.
+            token_ids, positions, types: [T] int64; a text's positions begin at the config's first position.
             lengths: as for `whole_attention`.
         """
         x = self.embed(token_ids)
@@ -89,7 +89,7 @@ class EncoderStack:
         return x if self.norm is None else self.norm(x)
 
     def attends(self, positions: Value, lengths: Sequence[int]) -> Iterator[Attend]:
-        """What mixes the tokens of each text, layer by layer; arguments as of `forward`."""
+        """The attention of each layer; arguments as in `forward`."""
         heads, kv_heads, bias = self.config.num_heads, self.kv_heads, None if self.near is None else self.near.table
         far, local = (
             None if rotary is None else Turned(positions, *rotary.tables) for rotary in (self.rotary, self.local_rotary)
@@ -100,7 +100,7 @@ class EncoderStack:
             yield lambda qkv, turned=turned, more=more: whole_attention(qkv, heads, lengths, turned, **more)
 
     def scores(self, first: Value) -> Value:
-        """Scores [R, L] of the hidden states [R, E] of the texts' first tokens, where the model computes its head."""
+        """Scores [R, L] of the hidden states [R, E] of the texts' first tokens, if the model computes the head."""
         assert self.head is not None
         assert self.score is not None
         return self.score(activation(self.head(first), self.head_activation))
@@ -108,22 +108,21 @@ class EncoderStack:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig(EncoderConfig):
-    """An encoder of plain blocks.
+    """Config of an encoder of plain blocks.
 
     Attributes:
-        typed: there is a table of token types.
-        placed: there is a table of positions.
-        prenorm: norms stand in front; the first layer's is that of the embeddings.
-        rope, local_rope: queries and keys are rotated in layers without a window, and with one; None where they are
-            not.
-        windows: see `EncoderStack`; none where no layer has one.
-        gate: the feed-forward layer has a gate with this activation; empty without a gate.
-        norm_bias, qkv_bias, output_bias, mlp_bias, down_bias: there are biases of norms, of queries, keys and values,
-            of attention's result, of the feed-forward layer's first matrix, and of its last.
-        head_activation, head_bias: between the two matrices of a head, and of the first of one behind the pooling.
-        mixture, sparse_every: experts in place of the feed-forward layer of every `sparse_every`-th layer from the
-            second on; None without experts.
-        mixture_bias: a bias of their sum.
+        typed: the model has a table of token types.
+        placed: the model has a table of positions.
+        prenorm: norms precede attention and MLP; the first layer's norm is that of the embeddings.
+        rope, local_rope: rotary settings of layers without and with a window; None for no rotation.
+        windows: see `EncoderStack`; empty if no layer has a window.
+        gate: activation of the gate in the feed-forward layer; empty without a gate.
+        norm_bias, qkv_bias, output_bias, mlp_bias, down_bias: whether there are biases in norms; in queries, keys and
+            values; in attention's output; in the feed-forward layer's first matrix; in its last matrix.
+        head_activation, head_bias: activation between a head's two matrices; bias of the first if it follows pooling.
+        mixture, sparse_every: experts instead of the feed-forward layer in every `sparse_every`-th layer, from the
+            second layer on; None without experts.
+        mixture_bias: the sum of the experts has a bias.
     """
 
     typed: bool = True
@@ -146,7 +145,7 @@ class StackConfig(EncoderConfig):
 
 
 class Attention:
-    """Every token of a text sees those that `attend` has it see: x [T, E] -> [T, E]."""
+    """Attention of each token to those that `attend` allows: x [T, E] -> [T, E]."""
 
     def __init__(self, config: StackConfig, placement: Placement) -> None:
         size = config.hidden_size
@@ -176,7 +175,7 @@ class Block:
             self.mlp = MLP(size, inner, placement, bias=bias, activation=ACTIVATIONS[config.activation])
         self.mlp_norm = norm()
 
-        # as a table of one row, for texts of one type, in which a sum with it is recorded
+        # a table with one row, for the only token type, because a recorded step can add such a row
         self.mlp_bias = Embedding(1, size, placement, wide=True) if sparse and config.mixture_bias else None
 
     def __call__(self, x: Value, attend: Attend, types: Value) -> Value:
@@ -190,10 +189,10 @@ class Block:
 
 
 class PlainEncoder(EncoderStack):
-    """The encoder that a `StackConfig` describes.
+    """The encoder for a `StackConfig`.
 
     Args:
-        config, placement: its description, and where its weights live.
+        config, placement: its config, and where its weights live.
         near: a bias by distance; None without one.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """ERNIE 4.5, dense and with experts: the Llama wiring (`llama.py`) with rotary pairs of neighbours.
 
-Experts are scored by a softmax, chosen with a correction, and their scores made to sum to 1; a layer that all tokens
-share is added. Layers that predict further tokens are not loaded. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".
+Experts are scored by a softmax and chosen with a correction bias, and the chosen scores are normalised to sum to 1; a
+shared expert is added. Multi-token prediction layers are not loaded. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of ernie4_5 and ernie4_5_moe."""
+    """Read `config.json` of ernie4_5 and ernie4_5_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(Fields({"rope_theta": 5e5, **fields.values}, fields.path), model_type)
     bias = fields.get("use_bias", bool, False)
@@ -57,7 +57,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of ernie4_5 and ernie4_5-moe; which layers have experts is told by the tensors."""
+    """Read GGUF metadata of ernie4_5 and ernie4_5-moe; the tensors show which layers have experts."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     name = shared["model_type"].replace("-", "_")
     own: dict[str, Any] = {
@@ -100,12 +100,12 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """As Llama's, and the layers that predict further tokens."""
+    """Names that Llama ignores, and multi-token prediction layers."""
     return [*llama.ignored(config), r"model\.mtp_(block|emb_norm|hidden_norm|linear_proj)\..*"]
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """llama.cpp reads the size of what all tokens share from a key of its own."""
+    """The GGUF metadata of the experts; llama.cpp has a separate key for the size of the shared expert."""
     mixture, sparse = config.mixture, config.sparse_layers
     dense = config.num_layers - len(sparse)
     if sparse != frozenset(range(dense, config.num_layers)):

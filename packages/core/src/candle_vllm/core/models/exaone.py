@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EXAONE 3 and 3.5: a Llama (`llama.py`) under other names, of config keys and of tensors.
+"""EXAONE 3 and 3.5: a Llama (`llama.py`) with other names of config keys and tensors.
 
 Source: LG AI Research, 2024, arXiv:2412.04862.
 """
@@ -20,7 +20,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of exaone, whose code comes with the model."""
+    """Read `config.json` of exaone, a model with remote code."""
     fields.choice("activation_function", "silu", "silu")
     if "num_layers" in fields:
         fields = Fields({"num_hidden_layers": fields.count("num_layers"), **fields.values}, fields.path)
@@ -28,13 +28,13 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of exaone."""
+    """Read GGUF metadata of exaone."""
     return LlamaConfig(**shared_from_gguf(fields, checkpoint))
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
-_NAMES = {  # Llama's, and these; longer ones come first
+_NAMES = {  # Llama's names and these; longer names first
     "model.embed_tokens.": "transformer.wte.",
     "model.layers.": "transformer.h.",
     "model.norm.": "transformer.ln_f.",
@@ -49,7 +49,7 @@ _NAMES = {  # Llama's, and these; longer ones come first
 
 
 def _renamed(line: WeightName) -> WeightName:
-    """Llama's line with EXAONE's name."""
+    """A row of Llama's table with EXAONE's name."""
     name = line.hf
     for theirs, ours in _NAMES.items():
         name = name.replace(theirs, ours) if isinstance(name, str) else name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Names under which checkpoints store experts, shared by the families that have them.
 
-Hugging Face: a tensor for each expert, or one of all of them, gate and up joined (`gate_up_proj` [X, 2F, E], the gate's
-rows first). GGUF: one tensor of all experts for gate, up and down, or, in old files, one for each expert.
+Hugging Face: a tensor for each expert, or one of all experts with fused gate and up (`gate_up_proj` [X, 2F, E], the
+gate's rows first). GGUF: one tensor of all experts for each of gate, up and down, or, in old files, one per expert.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _GATING = {"softmax": 1, "sigmoid": 2}
 
 
 def expert_names(hf: str, *names: str, upright: View | None = None) -> list[WeightName]:
-    """The experts' matrices.
+    """The table rows of the experts' matrices.
 
     Args:
-        hf: what the experts' names begin with in a layer: "mlp.experts".
-        names: of gate, up and down there: "gate_proj", "up_proj", "down_proj".
-        upright: how an expert's part of one tensor of all of them is looked at first.
+        hf: prefix of the experts' names in a layer: "mlp.experts".
+        names: names of gate, up and down: "gate_proj", "up_proj", "down_proj".
+        upright: view applied first to one expert's part of a tensor of all experts.
     """
     lines = []
     for part, name in zip(("gate", "up", "down"), names, strict=True):
@@ -49,12 +49,12 @@ def expert_names(hf: str, *names: str, upright: View | None = None) -> list[Weig
 
 
 def expert_count(fields: Fields, *keys: str) -> int:
-    """The number of experts, by the first of some keys that is there: transformers 5 renames them."""
+    """The number of experts, by the first present key: transformers 5 renames them."""
     return fields.count(next((key for key in keys if key in fields), keys[0]))
 
 
 def dense_layers(fields: Fields, layers: int, usual: int) -> int:
-    """How many layers, from the first on, have no experts: by either key, or `usual`."""
+    """The number of first layers without experts: by either key, or `usual`."""
     kinds = fields.get("mlp_layer_types", list, [])
     dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
     if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
@@ -63,7 +63,7 @@ def dense_layers(fields: Fields, layers: int, usual: int) -> int:
 
 
 def shared_names(hf: str) -> list[WeightName]:
-    """The layer that all tokens share; `hf` is its name in a layer: "mlp.shared_expert"."""
+    """The table rows of the shared expert; `hf` is its name in a layer: "mlp.shared_expert"."""
     return [
         WeightName(
             f"layers.{{i}}.mlp.shared.{target}weight", f"{HF}{hf}.{name}_proj.weight", f"{GG}ffn_{name}_shexp.weight"
@@ -73,9 +73,9 @@ def shared_names(hf: str) -> list[WeightName]:
 
 
 def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0, scale: str = "routed_scaling_factor") -> Mixture:
-    """Experts that are scored by sigmoids and chosen in groups with a correction, by keys of GLM and of Step.
+    """Experts scored by sigmoids and chosen in groups with a correction bias, from the config keys of GLM and Step.
 
-    `scale` is the key of the factor of weights.
+    `scale` is the key of the factor of the experts' weights.
     """
     return Mixture(
         experts=expert_count(fields, "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"),
@@ -92,7 +92,7 @@ def sigmoids_from_hf(fields: Fields, *, shared_size: int = 0, scale: str = "rout
 
 
 def sigmoids_from_gguf(fields: Fields, *, shared_size: int = 0, correction: bool = True) -> Mixture:
-    """Experts that are scored by sigmoids and chosen in groups, as GGUF metadata describes them."""
+    """Experts scored by sigmoids and chosen in groups, from GGUF metadata."""
     sigmoid = _GATING["sigmoid"]
     if (gating := fields.get("expert_gating_func", int, sigmoid)) != sigmoid:
         key = f"{fields.prefix}expert_gating_func"
@@ -112,12 +112,12 @@ def sigmoids_from_gguf(fields: Fields, *, shared_size: int = 0, correction: bool
 
 
 def sparse_in_gguf(checkpoint: Checkpoint, layers: int) -> frozenset[int]:
-    """The layers that have a router."""
+    """The layers with a router."""
     return frozenset(i for i in range(layers) if f"blk.{i}.ffn_gate_inp.weight" in checkpoint.tensors)
 
 
 def without_next_tokens(fields: Fields, layers: int) -> int:
-    """GGUF's count of layers without those that predict further tokens, which are not run."""
+    """GGUF's number of layers without the multi-token prediction layers, which are not run."""
     count = fields.get("nextn_predict_layers", int, 0)
     if not 0 <= count < layers:
         raise InvalidFileError(
@@ -130,22 +130,22 @@ def without_next_tokens(fields: Fields, layers: int) -> int:
 
 
 def count_keys(mixture: Mixture) -> dict[str, Any]:
-    """How many experts there are, and how many a token has."""
+    """The number of experts, and of experts per token."""
     return {"expert_count": mixture.experts, "expert_used_count": mixture.top_k}
 
 
 def size_keys(mixture: Mixture) -> dict[str, Any]:
-    """The same, and how wide an expert is."""
+    """The keys of `count_keys`, and the size of an expert."""
     return count_keys(mixture) | {"expert_feed_forward_length": mixture.inner_size}
 
 
 def sigmoid_keys(config: Any) -> dict[str, Any]:
-    """The same of experts that are scored by sigmoids."""
+    """The keys of `size_keys`, for experts scored by sigmoids."""
     return size_keys(config.mixture) | {"expert_gating_func": _GATING["sigmoid"]}
 
 
 def routed_keys(mixture: Mixture) -> dict[str, Any]:
-    """How DeepSeek and those that choose experts as it does describe them."""
+    """The metadata of experts in DeepSeek and in families that choose experts as it does."""
     keys: dict[str, Any] = size_keys(mixture) | {
         "expert_shared_count": mixture.shared_size // mixture.inner_size,
         "expert_gating_func": _GATING[mixture.scoring],
@@ -158,12 +158,12 @@ def routed_keys(mixture: Mixture) -> dict[str, Any]:
 
 
 def is_grouped(mixture: Mixture) -> bool:
-    """Whether groups take part in the choice: llama.cpp takes no file whose groups are all chosen."""
+    """Whether groups limit the choice of experts: llama.cpp refuses a file in which all groups are chosen."""
     return mixture.top_groups < mixture.groups
 
 
 def ungrouped(config: Any) -> dict[str, Any]:
-    """Groups that are all chosen limit nothing."""
+    """Config with one group instead of several that are all chosen, which limit nothing."""
     mixture = config.mixture
     return (
         {}

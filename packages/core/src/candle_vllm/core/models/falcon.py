@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases; and those with ALiBi.
+"""Falcon 7B, 11B, 40B and 180B: a parallel block with one norm or two, without biases; and models with ALiBi.
 
-The 7B has one head of keys and values; the others group their heads, and store the rows of q, k and v behind each other
+The 7B has one key-value head; the others group their heads, and store the rows of q, k and v one after the other
 for each group. Source: Almazrouei et al., 2023, arXiv:2311.16867.
 """
 
@@ -25,7 +25,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defa
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of falcon; keys may be left out as transformers leaves them out."""
+    """Read `config.json` of falcon; missing keys have transformers' defaults."""
     fields = with_defaults(
         fields,
         max_position_embeddings=2048,
@@ -43,7 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     slopes = alibi_slopes(shared["num_heads"]) if fields.get("alibi", bool, False) else ()
     return GptConfig(
         **shared,
-        slopes=tuple(slope * shared["head_dim"] ** -0.5 for slope in slopes),  # its scores are scaled behind them
+        slopes=tuple(slope * shared["head_dim"] ** -0.5 for slope in slopes),  # Falcon adds the bias before scaling
         activation=activation_of(fields, "activation", "gelu"),
         parallel=parallel,
         shared_norm=parallel and not (grouped and fields.get("num_ln_in_parallel_attn", int, 2) == 2),
@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of falcon, which does not say the activation: it is that of all published models."""
+    """Read GGUF metadata of falcon, which does not store the activation: it is that of all published models."""
     return GptConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         activation="gelu",
@@ -75,7 +75,7 @@ WEIGHTS = [
     *pair(
         _LAYER + "attention_norm:",
         (_HF + "input_layernorm", _HF + "ln_attn"),
-        (GG + "attn_norm_2", GG + "attn_norm"),  # the first, where there are two, is that of the MLP
+        (GG + "attn_norm_2", GG + "attn_norm"),  # of two norms, attn_norm is the MLP's
     ),
     *[
         WeightName(
@@ -97,7 +97,7 @@ WEIGHTS = [
 
 
 def gguf_names(config: Any) -> Sequence[str]:
-    """A block's only norm is the first."""
+    """Prefixes of tensor names in GGUF; the only norm of a block is attn_norm."""
     return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the loader and the engine need of a model family: how to read, build, fill and run its models."""
+"""Protocols and tables of a model family: how the loader and the engine read, build, fill and run its models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch
 
 
 class Decoder(Protocol):
-    """What the engine needs of a model.
+    """The interface of a model for the engine.
 
     Attributes:
         narrows: see `DecoderStack`.
@@ -35,11 +35,11 @@ class Decoder(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Its description."""
+        """The model's config."""
         ...
 
     def prepare(self, positions: int) -> None:
-        """Makes the tables for positions below `positions`, at most the config's; the first step makes them else."""
+        """Compute tables for positions below `positions`, at most the config's; by default the first step does it."""
         ...
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
@@ -47,18 +47,18 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Hidden states [T, E] to scores [T, V] in fp32; into `out` where it is given."""
+        """Hidden states [T, E] to logits [T, V] in fp32, written to `out` if it is given."""
         ...
 
 
 class DraftHead(Protocol):
-    """What the engine needs of layers that draft a model's tokens from its hidden states.
+    """The interface of layers that draft tokens from the hidden states of a model.
 
-    At position p they are given token p + 1 and hidden states of p, and say what token p + 2 is.
+    At position p they read token p + 1 and the hidden states of p, and predict token p + 2.
 
     Attributes:
-        taps: the layers of the model whose inputs `fuse` is given, side by side; None for what its last norm gives.
-        input_size: numbers of that.
+        taps: layers of the model whose inputs `fuse` reads side by side; None for the output of the last norm.
+        input_size: elements that `fuse` reads for each token.
     """
 
     taps: tuple[int, ...] | None
@@ -66,7 +66,7 @@ class DraftHead(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Its description, as if it were a model of one layer."""
+        """The config of the head, as if it were a model with one layer."""
         ...
 
     def prepare(self, positions: int) -> None:
@@ -74,11 +74,11 @@ class DraftHead(Protocol):
         ...
 
     def fuse(self, states: Value) -> Value:
-        """The model's hidden states [T, input_size] as `forward` takes them, [T, E]."""
+        """Convert the model's hidden states [T, input_size] to the input [T, E] of `forward`."""
         ...
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
-        """Token ids [T] and hidden states [T, E] to the input of the logits, and the next draft's hidden states."""
+        """Token ids [T] and hidden states [T, E] to the input of `logits` and the hidden states for the next draft."""
         ...
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
@@ -87,40 +87,40 @@ class DraftHead(Protocol):
 
 
 class Encoder(Protocol):
-    """What the engine needs of a model that reads texts whole."""
+    """The interface of an encoder, which reads whole texts."""
 
     @property
     def config(self) -> EncoderConfig:
-        """Its description."""
+        """The model's config."""
         ...
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
-        """Token ids [T] of texts behind each other to hidden states [T, E] in fp32; see `EncoderStack.forward`."""
+        """Token ids [T] of concatenated texts to hidden states [T, E] in fp32; see `EncoderStack.forward`."""
         ...
 
     def scores(self, first: Value) -> Value:
-        """Hidden states [R, E] of the texts' first tokens to scores [R, L], of a model with L labels."""
+        """Hidden states [R, E] of the texts' first tokens to scores [R, L], in a model with L labels."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What is to be known of a tower.
+    """Config of a vision encoder. A patch is a square of pixels; a cell is a square of patches, for one embedding.
 
     Attributes:
-        patch: pixels of a patch's side.
-        side: patches of the longest side that a tile may have.
-        cell: of a cell's, which becomes one embedding.
-        text_size: numbers of an embedding.
+        patch: side of a patch in pixels.
+        side: longest possible side of a tile in patches.
+        cell: side of a cell in patches.
+        text_size: elements of an embedding, which is the hidden size of the text model.
         rule: how images become tiles.
-        pooled: a cell is the mean of its patches; else they stand side by side.
-        most_patches: of a tile; 0 where it is `side` squared.
-        window: cells of the side of a window.
-        windowed: the layers in which patches see those of their window alone.
-        gated: layers have a gate in the feed-forward part.
-        learned: of the side of a table of positions that the host looks up; 0 without such a table.
-        deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
-        whole: the embeddings of a tile see each other in the text model, those behind them too.
+        pooled: the input of a cell's projection is the mean of its patches; otherwise its patches side by side.
+        most_patches: maximum number of patches of a tile; 0 for `side` squared.
+        window: side of an attention window in cells.
+        windowed: layers whose patches attend only to patches of the same window.
+        gated: the feed-forward layers have a gate.
+        learned: side of a table of learned positions that the host looks up; 0 without such a table.
+        deep: layers whose outputs are also projected, and added after the first layers of the text model (DeepStack).
+        whole: in the text model the embeddings of a tile attend to each other in both directions.
         blank: see `VisionDescription.blank`.
     """
 
@@ -154,52 +154,52 @@ class TowerConfig:
 
     @property
     def patches(self) -> int:
-        """The most of a tile."""
+        """Maximum number of patches of a tile."""
         return self.most_patches or self.side**2
 
     @property
     def windows(self) -> int:
-        """Most windows of a tile; 1 for a tower without windows."""
+        """Maximum number of windows of a tile; 1 for an encoder without windows."""
         if not self.windowed:
             return 1
         cells, side = self.patches // self.cell**2, -(-self.side // self.cell)
         return min(cells, cells // self.window**2 + 2 * side // self.window + 2)
 
     def step_bytes(self, threads: int) -> int:
-        """Memory that the largest tile takes while so many threads encode it, at most."""
+        """Upper bound of the memory that the largest tile needs while `threads` threads encode it, in bytes."""
         size, inner = self.hidden_size, self.intermediate_size * (3 if self.gated else 2)
-        each = 2 * self.patch_size + 8 * size + inner + 32 * (threads + 16)  # rows are rounded up to lines
-        keys = 16 * self.windows * 2 * size  # and values, of windows that are not full
+        each = 2 * self.patch_size + 8 * size + inner + 32 * (threads + 16)  # rows are rounded up to cache lines
+        keys = 16 * self.windows * 2 * size  # keys and values of windows that are not full
         cells = 256 * 4 * (3 * self.cell_size + self.text_size)
         return 4 * (self.patches * each + keys + cells)
 
     @property
     def vectors(self) -> int:
-        """Embeddings of a cell, which stand side by side: that of the last layer, and those of `deep`."""
+        """Number of embeddings of a cell, which are side by side: that of the last layer, and those of `deep`."""
         return 1 + len(self.deep)
 
     @property
     def patch_size(self) -> int:
-        """Numbers of a patch."""
+        """Elements of a patch: RGB values of its pixels."""
         return 3 * self.patch**2
 
     @property
     def cell_pixels(self) -> int:
-        """Of a cell's side."""
+        """Side of a cell in pixels."""
         return self.cell * self.patch
 
     @property
     def cell_size(self) -> int:
-        """Numbers of what `Tower.project` is given of a cell."""
+        """Elements of a cell, the input of `Tower.project`."""
         return self.hidden_size if self.pooled else self.hidden_size * self.cell**2
 
     def cells(self, hidden: Any) -> Any:
-        """What `Tower.project` is given [C, cell_size] of the last norm's rows [T, E], an array or a tensor."""
+        """The cells [C, cell_size] for `Tower.project` from the last norm's rows [T, E], an array or a tensor."""
         whole = hidden.reshape(-1, self.cell**2, self.hidden_size)
         return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
 
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
-        """What a tower is given of a tile [h, w, 3]."""
+        """Prepare a tile [h, w, 3] for the encoder."""
         rows, columns = tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels
         each = self.cell**2
         places = patch_places(rows * self.cell, columns * self.cell, self.cell)
@@ -211,14 +211,14 @@ class TowerConfig:
 
 
 class TileRows(NamedTuple):
-    """A tile as a tower reads it.
+    """A tile in the order in which the encoder reads its patches.
 
     Attributes:
-        tile: the tile.
-        config: of the tower.
+        tile: the tile's pixels.
+        config: config of the encoder.
         places: [T, 2] int64, row and column of each patch.
-        order: [C] int64, which of the tile's cells each stands for; None where they are in their order.
-        windows: patches of each window, which stand side by side.
+        order: [C] int64, index in the tile of each cell that the encoder reads; None for the tile's own order.
+        windows: number of patches of each window; the patches of a window follow each other.
     """
 
     tile: NDArray[np.uint8]
@@ -229,11 +229,11 @@ class TileRows(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of its patches."""
+        """The tile's number of rows and of columns of patches."""
         return self.tile.shape[0] // self.config.patch, self.tile.shape[1] // self.config.patch
 
     def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Patches [n, numbers of one] of rows of cells, and which ones they are, [n]: some `most` at a time."""
+        """Yield indices [n] and elements [n, patch_size] of patches by rows of cells, about `most` patches at once."""
         config, each = self.config, self.config.cell**2
         columns = self.grid[1] // config.cell
         step = max(1, most // (columns * each))
@@ -246,14 +246,14 @@ class TileRows(NamedTuple):
             yield (each * cells[:, None] + np.arange(each)).reshape(-1), patches
 
     def patches(self) -> NDArray[np.float32]:
-        """All of them, [T, numbers of one]."""
+        """All patches, [T, patch_size]."""
         made = np.empty((len(self.places), self.config.patch_size), np.float32)
         for rows, patches in self.strips(len(made)):
             made[rows] = patches
         return made
 
     def in_order(self, made: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The embeddings [C, vectors * text size] of the cells in the tile's own order, in new memory."""
+        """Copy embeddings [C, vectors * text size] from the encoder's order of cells to the tile's own order."""
         if self.order is None:
             return made.copy()
         found = np.empty_like(made)
@@ -262,11 +262,11 @@ class TileRows(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """What a tower makes of the rows and columns of a tile's patches.
+    """Positions of patches, as the encoder needs them.
 
     Attributes:
-        numbers: [n] int64, what stands for each.
-        start: [n, E] float32, what x begins with; None where it begins with the patches alone.
+        numbers: [n] int64, index of each patch's position.
+        start: [n, E] float32, added to the embedded patches; None if there is no such addition.
     """
 
     numbers: NDArray[np.int64]
@@ -275,12 +275,12 @@ class Placed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TowerStep:
-    """What the layers of a tower see of a tile beside x.
+    """Inputs of the encoder's layers besides x.
 
     Attributes:
         places, start: `numbers` and `start` of `Placed`.
-        lengths: patches of each tile; while a step is recorded it is not looked at.
-        windows: the same of each window.
+        lengths: number of patches of each tile; not used while a step is recorded.
+        windows: number of patches of each window; not used while a step is recorded.
     """
 
     places: Value
@@ -290,13 +290,13 @@ class TowerStep:
 
 
 class Tower(Protocol):
-    """What the engine needs of a model that reads images.
+    """The interface of a vision encoder for the engine.
 
     Attributes:
-        config: its description.
-        layers: each takes x [T, E] and gives [T, E].
-        norm: behind the last layer.
-        mergers: embeddings [C, text size] of the cells of each of the config's `deep` layers.
+        config: config of the encoder.
+        layers: each maps x [T, E] to [T, E].
+        norm: norm after the last layer.
+        mergers: for each layer in the config's `deep`, the projection of its cells to embeddings [C, text size].
     """
 
     @property
@@ -312,18 +312,18 @@ class Tower(Protocol):
     def mergers(self) -> Sequence[Callable[[Value], Value]]: ...
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """What it makes of the row and column [n, 2] of patches from `first` on; good for one tile at a time.
+        """Convert rows and columns [n, 2] of patches, from index `first` on; the result is valid until the next tile.
 
-        `grid` are rows and columns of the tile's patches.
+        `grid` is the tile's number of rows and of columns of patches.
         """
         ...
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
-        """x [T, E] of patches [T, numbers of one]."""
+        """Embed patches [T, patch_size]: x [T, E]."""
         ...
 
     def cells(self, hidden: Any) -> Any:
-        """Cells [C, cell size] of what `norm` gives [T, E], an array or a tensor."""
+        """Cells [C, cell size] from the output of `norm` [T, E], an array or a tensor."""
         ...
 
     def project(self, cells: Value) -> Value:
@@ -333,26 +333,26 @@ class Tower(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerFamily:
-    """All that a family of models that see is: one file in this folder has it as `FAMILY`.
+    """How to read, build and fill vision encoders: each file of such a family in this folder has one as `FAMILY`.
 
-    How pixels are prepared, and how many tiles and embeddings an image has, is the rule of the `TowerConfig`.
+    The rule in the `TowerConfig` sets how pixels are prepared, and how many tiles and embeddings an image has.
 
     Attributes:
-        name: of its file.
-        hf: `architectures` of the whole models' config.json, and the model_type.
-        seen: model_type of their `vision_config` that are served; empty where the architecture says it all.
+        name: name of the file.
+        hf: `architectures` in config.json of the multimodal models, with their model_type.
+        seen: supported values of model_type in `vision_config`; empty if the architecture is enough.
         gguf: `clip.projector_type` of GGUF files.
-        settings: keys of preprocessor_config.json that an operator may say otherwise.
-        config_from_hf: reads a tower's description from that, preprocessor_config.json, the text model's width, and
-            what the operator says.
-        config_from_gguf: from the metadata of such a file, the text model's width, and that.
-        prepared: the tensors of such a file, by their right names.
+        settings: keys of preprocessor_config.json that an operator may override.
+        config_from_hf: reads a config from config.json, preprocessor_config.json, the text model's hidden size, and the
+            operator's values.
+        config_from_gguf: the same from a GGUF file's metadata, the text model's hidden size, and the operator's values.
+        prepared: the tensors of a GGUF file under the names of the table.
         build, weights: as for `Family`.
-        mark: the token that stands for each of an image's embeddings.
-        asks: the token that a template writes for an image; empty where it is `mark`.
-        written: all that a template writes for one; empty where it is `asks`.
-        words_around: an image's placeholder in a prompt, by how it is cut, and rows and columns of a tile's cells.
-        turned: the text model turns embeddings by their time, row and column; see `engine/batch.py`.
+        mark: the token that is repeated for each of an image's embeddings.
+        asks: the token that a chat template writes for an image; empty if it is `mark`.
+        written: the whole text that a chat template writes for an image; empty if it is `asks`.
+        words_around: an image's placeholder in a prompt, from how it was cut, and a tile's rows and columns of cells.
+        turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/batch.py`.
     """
 
     name: str
@@ -377,15 +377,15 @@ class Family:
     """How to read, build and fill the models of one file in this folder.
 
     Attributes:
-        hf: `architectures` of config.json, and the model_type by whose rules each one's config is read.
+        hf: `architectures` of config.json, each with the model_type by which its config is read.
         gguf: `general.architecture` of GGUF files.
-        config_from_hf, config_from_gguf: read a model's description, strictly. `config` parameters below are what they
-            return: `ModelConfig`, or what the family derives from it.
-        build: the model without its weights.
-        weights: its table of names.
-        ignored: patterns of stored names that carry nothing.
-        prepared: the tensors of a checkpoint under the names of the table; None where they are stored under these.
-        completed: the description with what `config.json` leaves to the tensors; None where it says all.
+        config_from_hf, config_from_gguf: read a model's config strictly. `config` parameters below are what they
+            return: `ModelConfig`, or the family's subclass of it.
+        build: makes the model without its weights.
+        weights: the table of weight names.
+        ignored: patterns of names of stored tensors without use.
+        prepared: renames the tensors of a checkpoint to the names of the table; None if they already have these.
+        completed: adds to the config what only the tensors show; None if `config.json` is complete.
     """
 
     hf: Mapping[str, str]
@@ -404,10 +404,10 @@ class EncoderFamily:
     """How to read, build and fill the encoders of one file in this folder.
 
     Attributes:
-        hf: `architectures` of config.json: the model_type, and whether the model has a head for scores.
+        hf: `architectures` of config.json, each with its model_type, and whether the model has a head for scores.
         gguf, config_from_hf, config_from_gguf, build, weights, ignored: as for `Family`.
-        behind: the layers of a head that stands behind the pooling; None where no class has one.
-        in_torch: why its layers run op by op in torch; None where they are compiled on a CPU.
+        behind: the layers of a head that follows the pooling; None if no class has such a head.
+        in_torch: why its layers run op by op in torch; None if they are compiled on a CPU.
     """
 
     hf: Mapping[str, tuple[str, bool]]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The Gemma wiring: GeGLU, norms stored as distances from 1, scaled embeddings.
+"""The Gemma wiring: GeGLU, norm weights stored as the difference from 1, scaled embeddings.
 
-Gemma 2 norms what attention and the feed-forward layer give as well as what they get, caps scores and logits softly,
-and lets every other layer, the first included, look back only so far. Gemma 3 norms every head of q and k instead of
-capping, and has rotary settings of their own for the layers that look back only so far, five of six.
+Gemma 2 also normalises the outputs of attention and of the feed-forward layer, has softcaps of scores and logits, and a
+sliding window in every other layer, beginning with the first. Gemma 3 normalises every head of q and k instead of the
+softcaps; five of six layers have a sliding window and their own rotary settings.
 Sources: Gemma Team, arXiv:2403.08295 (2024), arXiv:2408.00118 (2024) and arXiv:2503.19786 (2025).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
@@ -48,7 +48,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -56,7 +56,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: GemmaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
@@ -113,7 +113,7 @@ def _norm(target: str, hf: str | tuple[str, str], gguf: str) -> WeightName:
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A matrix and its optional bias."""
+    """The table rows of a matrix and of its optional bias."""
     kinds = ("weight", "bias")
     return [WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}") for kind in kinds]
 
@@ -126,7 +126,7 @@ WEIGHTS = [
     _norm("attention.q_norm", "self_attn.q_norm", "attn_q_norm"),
     _norm("attention.k_norm", "self_attn.k_norm", "attn_k_norm"),
     _norm("attention_post_norm", "post_attention_layernorm", "post_attention_norm"),
-    _norm("mlp_norm", ("pre_feedforward_layernorm", "post_attention_layernorm"), "ffn_norm"),  # Gemma has the second
+    _norm("mlp_norm", ("pre_feedforward_layernorm", "post_attention_layernorm"), "ffn_norm"),  # second: Gemma 1
     *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
     *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
     *_pair("mlp.down:", "mlp.down_proj", "ffn_down"),
@@ -137,7 +137,7 @@ WEIGHTS = [
 
 
 def ignored(config: GemmaConfig) -> list[str]:
-    """Stored names that carry nothing: buffers that old converters saved, and the second copy of a tied head."""
+    """Names of stored tensors without use: buffers that old converters saved, and the second copy of a tied head."""
     return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 3n: four residual streams of which a layer computes one (AltUp), and a low-rank path beside attention (LAuReL).
+"""Gemma 3n: four residual streams, one of which is active in a layer (AltUp), and a low-rank path (LAuReL).
 
-A layer predicts all streams from each other, computes the active one, and corrects the others by what came of it. Early
-layers keep of a gate what stands out. Keys and values, and embeddings of each layer's own, are those of Gemma 4, whose
-attention it has. Sources: Google, 2025, "Gemma 3n model overview"; Baykal et al., 2023, arXiv:2301.13310 (AltUp);
+A layer predicts all streams from each other, computes the active one, and corrects the others by the result. In the
+first layers the feed-forward gate is sparse. Caches, per-layer embeddings and attention are those of Gemma 4.
+Sources: Google, 2025, "Gemma 3n model overview"; Baykal et al., 2023, arXiv:2301.13310 (AltUp);
 Menghani et al., 2024, arXiv:2411.07501 (LAuReL).
 Shapes: T tokens, E hidden, N streams, R rank of LAuReL, P size of a layer's own embedding.
 """
@@ -35,7 +35,7 @@ from candle_vllm.core.models.llama import times
 
 
 class Block:
-    """One decoder layer of streams side by side, x [T, N * E], which have no second summand."""
+    """One decoder layer. Its input x [T, N * E] is the streams side by side, without a separate residual."""
 
     def __init__(self, config: Gemma3nConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, self.layer = config.hidden_size, config.norm_eps, layer
@@ -90,7 +90,7 @@ class Gemma3n(gemma.Gemma):
         self.head = None if config.tie_embeddings else Embedding(*size, placement, softcap=cap)
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
-        """See `DecoderStack.start`: streams side by side, [T, N * E]."""
+        """See `DecoderStack.start`; the result is the streams side by side, [T, N * E]."""
         x = super().start(token_ids, step)
         return mix_streams(side_by_side(x, *self.enter([x] * len(self.enter.each))), self._apart, level=True)
 
@@ -132,7 +132,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma3nConfig) -> list[str]:
-    """Stored names that carry nothing: those of Gemma 4, and a scale that is not applied."""
+    """Names of stored tensors without use: those of Gemma 4, and an output scale that this model does not apply."""
     return [*gemma4.ignored(config), *[r".*\.altup\.correct_output_scale"] * (not config.scales_output)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json and GGUF metadata say about a Gemma 3n, as `gemma3n.py` wants it."""
+"""Read the config of Gemma 3n from config.json or GGUF metadata, for `gemma3n.py`."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from candle_vllm.core.models.local_layers import by_layer
 from candle_vllm.core.quantization.plain import rounded
 
 MOST_STREAMS = 8
-_PERIOD = 5  # every fifth layer sees all positions, where a config does not list the layers
-_SPARSE = 10, 1.6448533535003662  # layers that keep 5 % of a gate, and the deviations above which 5 % are
-_OWNERS = 20  # layers with keys and values of their own, of GGUF files that do not say it
+_PERIOD = 5  # every fifth layer has no window, if a config does not list the layers
+_SPARSE = 10, 1.6448533535003662  # first layers with a 5 % sparse gate, and its cutoff in standard deviations
+_OWNERS = 20  # layers with their own keys and values, if a GGUF file does not say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma3nConfig(Gemma4Config):
-    """The description of a Gemma 3n.
+    """Config of Gemma 3n.
 
     Attributes:
-        streams, active: N residual streams, and the number of the one that layers compute.
-        scales_output: the active stream has a scale [E] where it meets the layer's own embedding.
-        rank: of LAuReL.
-        deviations: by how many standard deviations a number of each layer's gate must be above the mean to be kept;
-            None keeps all.
-        input_rows: tokens that have an embedding for each layer; others get that of token 0.
+        streams, active: number N of residual streams, and index of the active one.
+        scales_output: the active stream is scaled by [E] before it meets the layer's own embedding.
+        rank: rank of LAuReL.
+        deviations: for each layer, how many standard deviations above the mean an element of the gate must be; lower
+            elements become 0. None for a layer without this cutoff.
+        input_rows: number of tokens with their own per-layer embeddings; other tokens get those of token 0.
     """
 
     streams: int
@@ -59,12 +59,12 @@ class Gemma3nConfig(Gemma4Config):
 
     @property
     def whole_norms(self) -> bool:
-        """Whether ranks cannot divide the model: what is kept of a gate depends on all of its numbers."""
+        """Whether ranks cannot divide the model: the cutoff of a gate depends on all of its elements."""
         return any(each is not None for each in self.deviations)
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Gemma3nConfig:
-    """Reads `config.json` of gemma3n_text."""
+    """Read `config.json` of gemma3n_text."""
     fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     layers = fields.count("num_hidden_layers")
     fields = _one_width(fields, "intermediate_size", by_layer(fields, "intermediate_size", layers))
@@ -100,7 +100,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma3nConfig:
 def _config(
     fields: Fields, values: dict[str, Any], windows: Sequence[int | None], *, readers: int, **own: Any
 ) -> Gemma3nConfig:
-    """The description of a model whose layers all have heads of one kind; the last `readers` of them read others'."""
+    """The config of a model with equal heads in all layers; the last `readers` layers share earlier layers' caches."""
     layers, dim = values["num_layers"], values["head_dim"]
     shapes = {
         "sliding_windows": tuple(windows),
@@ -119,14 +119,14 @@ def _every(period: int, layers: int, window: int) -> tuple[int | None, ...]:
 
 
 def _one_width(fields: Fields, key: str, widths: Sequence[int]) -> Fields:
-    """The fields with one number for a width that is told of each layer."""
+    """The fields with one number for a width that is listed for each layer."""
     if len(set(widths)) > 1:
         raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} differs by layer, which is not implemented")
     return Fields({**fields.values, fields.prefix + key: widths[0]}, fields.path, fields.prefix)
 
 
 def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
-    """By the share of numbers that a layer leaves out; in models of more than ten layers, 95 % in the first ten."""
+    """The cutoffs by each layer's share of zeroed elements; the default is 95 % in the first ten of more layers."""
     key = "activation_sparsity_pattern"
     count = _SPARSE[0] * (layers > _SPARSE[0])
     shares = fields.get(key, list, [0.95] * count + [0.0] * (layers - count))
@@ -139,7 +139,7 @@ def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma3nConfig:
-    """Reads GGUF metadata of gemma3n; what is missing is as llama.cpp has it."""
+    """Read GGUF metadata of gemma3n; missing keys get llama.cpp's defaults."""
     layers, key, tensors = fields.count("block_count"), "feed_forward_length", checkpoint.tensors
     known = _one_width(fields, key, by_layer(fields, key, layers))
     shared, size = shared_from_gguf(known, checkpoint), known.count("embedding_length_per_layer_input")
@@ -172,7 +172,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma3nConfig:
 
 
 def gguf_keys(config: Gemma3nConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Gemma 3n beyond the usual."""
+    """The GGUF metadata of a Gemma 3n in addition to the keys of every model."""
     if config.streams != 4 or not config.scales_output:
         raise UnsupportedModelError("llama.cpp's gemma3n has four streams, and a scale of the active one")
     return gemma3_keys(config) | {

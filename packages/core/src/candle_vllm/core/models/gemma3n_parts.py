@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parts of Gemma 3n's layers: what mixes residual streams, a gate of which little is kept, and their stored forms.
+"""Parts of Gemma 3n's layers: the mixing of residual streams, a sparse gate, and views of their stored forms.
 
 Shapes: T tokens, E hidden, N streams.
 """
@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class StreamNorm(RMSNorm):
-    """A router's input, over its size."""
+    """The norm of a router's input, divided by its size."""
 
     def finish(self) -> None:
         """See `Finishes`."""
@@ -37,10 +37,10 @@ class StreamRouter:
     """Gates [T, N] of a stream x [T, E], and the tables by which they mix streams; see `kernels/stream_mix`.
 
     Attributes:
-        predict: [1 + N, N, N], all streams from each other.
-        first: [1 + N, 1, 2], the active stream from its prediction and from what the layer made of it.
-        correct: [1 + N, N, N + 2], all streams from their predictions, that, and what the layer's own embedding adds.
-        scale: [E], of the active stream where it meets that embedding; None is 1.
+        predict: [1 + N, N, N], predicts all streams from each other.
+        first: [1 + N, 1, 2], corrects the active stream by its prediction and the layer's result.
+        correct: [1 + N, N, N + 2], corrects all streams by their predictions, the result and the per-layer embedding.
+        scale: [E], scale of the active stream before it meets that embedding; None for 1.
     """
 
     def __init__(self, config: Gemma3nConfig, placement: Placement) -> None:
@@ -61,7 +61,7 @@ class StreamRouter:
         streams = np.eye(count, dtype=np.float32)
         self.predict = self._constant(np.concatenate([streams[None], predict.T.reshape(count, count, count)]))
         table = np.zeros((1 + count, count, count + 2), np.float32)
-        table[1:, :, count], table[0, :, count] = correct.T, 1  # how much of what is new each stream takes
+        table[1:, :, count], table[0, :, count] = correct.T, 1  # share of the new result for each stream
         table[:, :, active] = -table[:, :, count]
         table[0, :, :count] += streams
         table[0, 1:, count + 1] = 1
@@ -76,7 +76,7 @@ class StreamRouter:
 
 
 class SparseGatedMLP(GatedMLP):
-    """GeGLU whose gate keeps what is `deviations` standard deviations above the mean of its row; None keeps all."""
+    """GeGLU; gate elements below mean + `deviations` standard deviations of their row become 0; None keeps all."""
 
     deviations: float | None = None
 
@@ -88,7 +88,7 @@ class SparseGatedMLP(GatedMLP):
 
 
 class Projections:
-    """Matrices of streams: N - 1 values [T, E] -> as many. GGUF files have all of them as one tensor."""
+    """A matrix for each stream but the first: N - 1 values [T, E] -> N - 1. GGUF files store them as one tensor."""
 
     def __init__(self, count: int, size: int, placement: Placement) -> None:
         self.each = [Linear(size, size, placement) for _ in range(count)]
@@ -108,14 +108,14 @@ class Projections:
 
 
 class TableRows:
-    """A table that GGUF files have with a row for each token: those that it lacks have that of token 0."""
+    """A table to which GGUF files add a row for each missing token: a copy of the row of token 0."""
 
     def __call__(self, stored: StoredTensor, config: Gemma3nConfig) -> StoredTensor:
-        """The table as it is stored."""
+        """Return the table as it is stored."""
         del config
         return stored
 
     def undone(self, stored: StoredTensor, config: Gemma3nConfig) -> StoredTensor:
-        """What is stored of a table."""
+        """Return the table with the added rows."""
         rows = np.arange(config.vocab_size)
         return stored.select(np.where(rows < stored.shape[0], rows, 0))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 4: layers with a window and layers without differ in heads, and the last layers may read others' keys.
+"""Gemma 4: layers with and without a window have different heads; the last layers may share earlier layers' caches.
 
-Values have a norm without a weight, scores are unscaled, and a layer's result is multiplied by a number. Layers may
-have embeddings of their own, and experts beside the dense part. Source: Gemma Team, 2026, "Gemma 4 model card".
-Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, P size of a layer's own embedding, V vocabulary.
+Values have a norm without a weight, scores are unscaled, and a layer's output is multiplied by a scalar. Layers may
+have per-layer embeddings, and experts in addition to the dense MLP. Source: Gemma Team, 2026, "Gemma 4 model card".
+Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, P size of a per-layer embedding, V vocabulary.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Attention:
         self.k_norm = RMSNorm(dim, eps, placement) if source == layer else None
         self.v_norm = RMSNorm(dim, eps, placement, weighted=False)
         self.attend = PagedAttention(source, dim, rotary, self.q_norm, self.k_norm, window=window, scale=1.0)
-        self.attend.causal = window is None  # an image's tokens see each other in windows alone
+        self.attend.causal = window is None  # only with a window do an image's tokens attend to each other
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         qkv = self.qkv(x)
@@ -56,7 +56,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: Gemma4Config, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, self.layer = config.hidden_size, config.norm_eps, layer
@@ -93,7 +93,7 @@ class Gemma4(gemma.Gemma):
     """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
 
     def __init__(self, config: Gemma4Config, placement: Placement, checkpoint: Checkpoint) -> None:
-        self.config, self.narrows = config, config.mixture is None  # experts want all rows
+        self.config, self.narrows = config, config.mixture is None  # experts compute all rows
         size, cap = (config.vocab_size, config.hidden_size), config.final_softcap
         self.embed = Embedding(*size, placement, scale=config.embedding_scale, softcap=cap)
         position, factors = config.max_position, "rope_freqs.weight" in checkpoint.tensors
@@ -122,7 +122,7 @@ _NAMES = {
     "mlp.router:weight": ("router.proj.weight", "ffn_gate_inp.weight"),
     "mlp.router:expert_scale": ("router.per_expert_scale", "ffn_down_exps.scale"),
 }
-_SAME = [dataclasses.replace(line, hf_view=None) for line in gemma.WEIGHTS]  # norms are stored as they are
+_SAME = [dataclasses.replace(line, hf_view=None) for line in gemma.WEIGHTS]  # here norm weights are stored as they are
 WEIGHTS = [
     *_SAME,
     *gemma_parts.renamed(_SAME, ".mlp.", ".dense."),
@@ -134,7 +134,7 @@ WEIGHTS = [
 
 
 def ignored(config: Gemma4Config) -> list[str]:
-    """Stored names that carry nothing: the second copy of a tied head, and keys of layers that read others'."""
+    """Names of stored tensors without use: the copy of a tied head, and keys of layers that share an earlier cache."""
     readers = "|".join(str(layer) for layer, source in enumerate(config.sources) if layer != source)
     hf, gguf = rf"model\.layers\.({readers})\.self_attn\.[kv]_.*", rf"blk\.({readers})\.attn_[kv](_norm)?\..*"
     return [*[r"lm_head\.weight"] * config.tie_embeddings, *([hf, gguf] if readers else [])]

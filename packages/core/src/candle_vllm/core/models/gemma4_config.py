@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json and GGUF metadata say about a Gemma 4, as `gemma4.py` wants it."""
+"""Read the config of Gemma 4 from config.json or GGUF metadata, for `gemma4.py`."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from candle_vllm.core.models.gemma_config import ROUNDED, gemma3_keys
 from candle_vllm.core.models.local_layers import by_layer
 from candle_vllm.core.quantization.plain import rounded
 
-_PERIOD = 6  # every sixth layer sees all positions, where a config does not list the layers
+_PERIOD = 6  # every sixth layer has no window, if a config does not list the layers
 _ROPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
     }
 )
-"""By kind of layer, where a config has no `rope_parameters`."""
+"""Rotary settings of each kind of layer for a config without `rope_parameters`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma4Config(ModelConfig):
-    """The description of a Gemma 4. Fields of `ModelConfig` that differ by layer are those of full attention.
+    """Config of Gemma 4. Fields of `ModelConfig` that differ by layer have the values of full attention.
 
     Attributes:
-        groups, head_dims: how many heads share a key-value head, and D, of each layer.
-        sources: the layer whose keys and values each layer reads: its own number, or an earlier one's.
-        keys_as_values: layers whose values are their keys, before the norm and the rotation of keys.
-        widths: by what `intermediate_size` is multiplied in each layer's dense feed-forward part.
-        local_rope: of layers with a window.
-        embedding_scale, input_scale: of the embedding table, and of the table of per-layer embeddings.
-        input_size: P, numbers of a token's embedding for each layer; 0 where there are no such embeddings.
-        final_softcap: of logits; None leaves them.
-        attention_bias: of all four projections.
-        layer_scales: a layer's result is multiplied by a number.
-        mixture, sparse_layers: experts, and the layers that have them beside their dense part.
+        groups, head_dims: for each layer, the number of heads that share a key-value head, and D.
+        sources: for each layer, the layer whose key-value cache it reads: itself or an earlier layer.
+        keys_as_values: layers whose values are their keys before the norm and the rotation.
+        widths: for each layer, the factor of `intermediate_size` in its dense MLP.
+        local_rope: rotary settings of layers with a window.
+        embedding_scale, input_scale: factors of the embedding table and of the table of per-layer embeddings.
+        input_size: P, elements of a per-layer embedding; 0 without per-layer embeddings.
+        final_softcap: softcap of the logits; None for no cap.
+        attention_bias: the q, k, v and output projections have biases.
+        layer_scales: a layer's output is multiplied by a stored scalar.
+        mixture, sparse_layers: the experts, and the layers that have them in addition to the dense MLP.
     """
 
     groups: tuple[int, ...]
@@ -75,12 +75,12 @@ class Gemma4Config(ModelConfig):
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """K and D of each layer; a rank with a part of a group has its key-value head."""
+        """K and D of each layer; a rank with a part of a group of query heads has the group's key-value head."""
         return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
 
     @property
     def readers(self) -> int:
-        """Layers that read the keys and values of earlier ones."""
+        """Number of layers that read the caches of earlier layers."""
         return sum(layer != source for layer, source in enumerate(self.sources))
 
     @property
@@ -93,7 +93,7 @@ class Gemma4Config(ModelConfig):
 
 
 def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
-    """How many of so many heads share a key-value head, by the counts of those in each layer."""
+    """For each layer, the number of `heads` that share a key-value head; `counts` are its key-value heads."""
     for count in counts:
         if heads % count:
             raise InvalidFileError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
@@ -101,7 +101,7 @@ def groups_of(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, .
 
 
 def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
-    """The last `shared` layers read the last layer before them that has a window, or none, as they have."""
+    """Each layer's source: the last `shared` layers read the last earlier layer of their kind (window or not)."""
     first = len(windows) - shared
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
@@ -115,9 +115,9 @@ def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tu
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
-    """Reads `config.json` of gemma4_text and gemma4_unified_text."""
+    """Read `config.json` of gemma4_text and gemma4_unified_text."""
     fields.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    if fields.get("use_bidirectional_attention", str, "vision") != "vision":  # which asks nothing of text
+    if fields.get("use_bidirectional_attention", str, "vision") != "vision":  # irrelevant for text
         raise UnsupportedModelError(f"{fields.path}: use_bidirectional_attention is not implemented for all tokens")
     shared = shared_from_hf(fields, model_type)
     layers, position = shared["num_layers"], fields.count("max_position_embeddings")
@@ -127,7 +127,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     readers = fields.get("num_kv_shared_layers", int, 0)
     wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
     sources = sources_of(windows, readers, fields)
-    key = "hidden_size_per_layer_input"  # null means no such embeddings
+    key = "hidden_size_per_layer_input"  # null means no per-layer embeddings
     unsaid = model_type == "gemma4_text" and fields.prefix + key not in fields.values
     size = 256 if unsaid else fields.get(key, int, 0)
     if size and fields.count("vocab_size_per_layer_input", shared["vocab_size"]) != shared["vocab_size"]:
@@ -169,7 +169,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`, or of all but every sixth layer; the last one sees all positions whatever they say."""
+    """Windows by `layer_types`, or in all but every sixth layer; the last layer never has a window."""
     window = fields.count("sliding_window")
     named = layer_windows(fields, layers, window)
     named = named or tuple(window if (layer + 1) % _PERIOD else None for layer in range(layers))
@@ -177,7 +177,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 def _shapes(fields: Fields, windows: Sequence[int | None], local: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """K and D of each layer: `per_layer_config` (transformers 5), or keys of all full layers (before)."""
+    """K and D of each layer: from `per_layer_config` (transformers 5), or from older keys of full-attention layers."""
     heads, dim = local
     if "per_layer_config" in fields:
         given = fields.section("per_layer_config")
@@ -201,7 +201,7 @@ def _rope(fields: Fields, kind: str, dim: int, position: int) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
-    """Reads GGUF metadata of gemma4; numbers of layers that differ are lists."""
+    """Read GGUF metadata of gemma4; numbers that differ by layer are lists."""
     layers, tensors = fields.count("block_count"), checkpoint.tensors
     windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=_PERIOD)
     if None not in windows:
@@ -251,9 +251,9 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
 
 
 def gguf_keys(config: Gemma4Config) -> dict[str, Any]:
-    """What GGUF metadata says of a Gemma 4 beyond the usual.
+    """The GGUF metadata of a Gemma 4 in addition to the keys of every model.
 
-    Numbers that differ by layer are lists, and those of one kind of layer keys of their own.
+    Numbers that differ by layer are lists; layers with a window have their own keys.
     """
     dim = next(config.head_dims[layer] for layer, window in enumerate(config.sliding_windows) if window is not None)
     keys = gemma3_keys(config) | {

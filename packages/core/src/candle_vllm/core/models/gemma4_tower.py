@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 4's tower. (Its unified models have no tower; see `gemma4_unified_tower.py`.)
+"""Gemma 4's vision encoder. (Its unified models have no vision encoder; see `gemma4_unified_tower.py`.)
 
 Each block is x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); queries and keys rotate by the column and the
-row of their patch, and values have a norm without a weight. The mean of a cell's patches becomes an embedding. Some
-models bound what goes into a matrix and what comes out of it. Source: Gemma Team, 2026, "Gemma 4 model card".
+row of their patch, and values have a norm without a weight. The mean of a cell's patches becomes an embedding. In some
+models the inputs and outputs of matrices are clamped. Source: Gemma Team, 2026, "Gemma 4 model card".
 Shapes: T patches, E hidden, H heads, D head size, C cells, N rows of the table of positions.
 """
 
@@ -66,7 +66,7 @@ class Block:
 
 
 class Gemma4Tower:
-    """The tower: patches of an image to embeddings; see `Tower`."""
+    """The vision encoder: patches of an image to embeddings; see `Tower`."""
 
     mergers = ()
 
@@ -74,14 +74,14 @@ class Gemma4Tower:
         self.config, size = config, config.hidden_size
         self.patches, self.positions = Linear(config.patch_size, size, placement), Positions(config, placement)
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
-        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of an image
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # cos and sin of an image's patches
         self.layers = [Block(config, self._tables, placement) for _ in range(config.num_layers)]
         self.standard = Standard(config, placement) if config.standardised else None
         self.cell_norm = RMSNorm(size, config.norm_eps, placement, weighted=False)
         self.projector = Linear(size, config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`: a row of the tables for each patch, whose first half its column rotates, the other its row."""
+        """See `Tower`; rows of the tables, in which the first half rotates by the column, the second by the row."""
         del grid
         quarter = self._tables[0].shape[1] // 2
         exponents = np.arange(quarter, dtype=np.float32) / np.float32(quarter)
@@ -96,11 +96,11 @@ class Gemma4Tower:
         return step.start + self.patches(patches)
 
     def norm(self, x: Value) -> Value:
-        """See `Tower`: this tower has no last norm."""
+        """See `Tower`; this encoder has no last norm."""
         return x
 
     def cells(self, hidden: Any) -> Any:
-        """See `Tower`: means of patches times the root of E, shifted and scaled."""
+        """See `Tower`; means of patches times the root of E, shifted and scaled."""
         means = self.config.cells(hidden) * self.config.hidden_size**0.5
         return means if self.standard is None else self.standard(means)
 
@@ -132,10 +132,10 @@ _LAYER, _BLOCK = "vision_tower.encoder.layers.{i}.", "v.blk.{i}."
 
 
 def _halves(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of q or k, or of their norm, whose halves of a head have their own pairs, as pairs of the head's halves."""
+    """Rows of q or k, or of their norm: rotary pairs within each half of a head become pairs across the two halves."""
     size = config.hidden_size // config.num_heads
     if not stored.shape or stored.shape[0] % size:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     head = np.arange(size).reshape(2, 2, -1).swapaxes(0, 1).reshape(-1)
     order = (np.arange(0, stored.shape[0], size)[:, None] + head).reshape(-1)
     if len(stored.shape) == 1:
@@ -144,7 +144,7 @@ def _halves(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 def pixels_last(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Columns, or a vector, whose numbers of a patch have its channels last, with channels before pixels."""
+    """Columns, or a vector, in the order [pixel, channel] of a patch, reordered to [channel, pixel]."""
     if stored.shape[-1:] != (config.patch_size,):
         return stored
     sides = (*stored.shape[:-1], config.patch, config.patch, 3)
@@ -205,7 +205,7 @@ WEIGHTS: Sequence[WeightName] = (
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: Any) -> Mapping[str, StoredTensor]:
-    """The tensors of images alone, with the bounds and shifts that a file leaves out."""
+    """The tensors for images; missing bounds and shifts are added with neutral values."""
     found = {name: each for name, each in tensors.items() if not name.startswith(("a.", "mm.a."))}
     if "v.patch_embd.weight" not in found:
         return found
@@ -225,7 +225,7 @@ MARK = "<|image|>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """What stands in a prompt for an image of `grid` rows and columns of cells."""
+    """The placeholder of an image with `grid` rows and columns of cells in a prompt."""
     del cut
     return f"<|image>{MARK * math.prod(grid)}<image|>"
 

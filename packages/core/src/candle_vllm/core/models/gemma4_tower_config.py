@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json, preprocessor_config.json and `mmproj` metadata say about Gemma 4's tower."""
+"""Read the config of Gemma 4's vision encoder from config.json, preprocessor_config.json or `mmproj` metadata."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.models.family import TowerConfig
 from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 
-_CAUSAL = (1536, 2560)  # widths of E2B and E4B, where the tokens of an image do not see each other
+_CAUSAL = (1536, 2560)  # hidden sizes of E2B and E4B, where an image's tokens attend causally
 MOST_POSITIONS = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma4TowerConfig(TowerConfig):
-    """The flags of these models.
+    """Config of Gemma 4's vision encoder.
 
     Attributes:
-        clipped: inputs and results of a layer's matrices have bounds.
-        standardised: what cells are the mean of is shifted and scaled.
-        theta: of the rotation.
+        clipped: inputs and outputs of the layers' matrices are clamped to stored bounds.
+        standardised: the means of cells are shifted and scaled.
+        theta: base of the rotary embedding.
     """
 
     clipped: bool = False
@@ -48,7 +48,7 @@ class Gemma4TowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> Gemma4TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of gemma4."""
+    """Read `config.json` and `preprocessor_config.json` of gemma4."""
     vision, text = fields.section("vision_config"), fields.section("text_config")
     vision.choice("hidden_activation", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
     rotation = vision.section("rope_parameters")
@@ -77,7 +77,7 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> Gemma4TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 4; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Gemma 4; keys begin with `clip.vision.`."""
     return _config(
         over(Fields({}, fields.path), said),
         hidden_size=fields.count("embedding_length"),
@@ -86,7 +86,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         intermediate_size=fields.count("feed_forward_length"),
         num_layers=fields.count("block_count", most=MAX_LAYERS),
         num_heads=fields.count("attention.head_count"),
-        clipped=True,  # `prepared` has bounds and shifts that change nothing in a file without them
+        clipped=True,  # `prepared` adds neutral bounds and shifts to a file without them
         standardised=True,
         patch=fields.count("patch_size", most=256),
         cell=fields.count("projector.scale_factor", 3, most=64),
@@ -98,7 +98,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 def _config(processor: Fields, *, patch: int, cell: int, **own: Any) -> Gemma4TowerConfig:
     rule = budget_rule(processor, patch, cell)
-    given = rule.normalisation  # the tower reads 2 x - 1
+    given = rule.normalisation  # the encoder reads 2 x - 1 of the normalised x
     mean, std = tuple(m + s / 2 for m, s in zip(given.mean, given.std)), tuple(s / 2 for s in given.std)
     rule = msgspec.structs.replace(rule, normalisation=dataclasses.replace(given, mean=mean, std=std))
     own |= {"most_patches": rule.most_cells * cell**2, "side": rule.longest // patch, "pooled": True, "gated": True}

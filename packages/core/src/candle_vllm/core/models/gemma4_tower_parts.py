@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Parts of Gemma 4's tower: matrices with bounds, the norm of queries, positions, and the shift of means.
+"""Parts of Gemma 4's vision encoder: clamped matrices, the norm of queries, positions, and the shift of means.
 
-Shapes: T patches, E hidden, D head size, C cells, N rows of the table of positions for columns, and for rows.
+Shapes: T patches, E hidden, D head size, C cells, N rows of the position table for columns, and as many for rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.models.family import TowerConfig
 
 BOUNDS = MappingProxyType({"input_min": -np.inf, "input_max": np.inf, "output_min": -np.inf, "output_max": np.inf})
-"""By the name of a matrix's bound, the one that changes nothing."""
+"""Bounds of a matrix's inputs and outputs by name, with neutral values."""
 
 
 class Bounds:
-    """The least and the largest number of a matrix's inputs, and of its results; the parts are those of `BOUNDS`."""
+    """Lower and upper bounds of a matrix's inputs and outputs; the parts have the names of `BOUNDS`."""
 
     def __init__(self, placement: Placement) -> None:
         self._stored = {name: placement.empty(1) for name in BOUNDS}
@@ -45,7 +45,7 @@ class Bounds:
 
 
 class BoundedLinear:
-    """x [T, E] times a matrix without a bias, inputs and results within the matrix's bounds, where it has any."""
+    """x [T, E] times a matrix without a bias, with inputs and outputs clamped to the matrix's bounds, if any."""
 
     def __init__(self, size: int, results: int, clipped: bool, placement: Placement) -> None:
         self.matrix = Linear(size, results, placement)
@@ -61,7 +61,7 @@ class BoundedLinear:
 
 
 class QueryNorm(RMSNorm):
-    """The norm of queries, times the root of D, by which `whole_attention` divides scores: here they are unscaled."""
+    """The norm of queries, times the root of D: Gemma does not divide scores by it, and `whole_attention` does."""
 
     def finish(self) -> None:
         """See `Finishes`."""
@@ -69,7 +69,7 @@ class QueryNorm(RMSNorm):
 
 
 class Standard:
-    """(x - bias) * scale, of means x [C, E] on the host or the device."""
+    """(x - bias) * scale for means x [C, E] on the host or the device."""
 
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
         self.bias, self.scale = (placement.empty(config.hidden_size) for _ in range(2))
@@ -83,13 +83,13 @@ class Standard:
 
 
 class Positions:
-    """Learned vectors of columns, and behind them of rows: a table [2 * N, E] that the host looks up."""
+    """Learned vectors of columns, followed by those of rows: a table [2 * N, E] that the host looks up."""
 
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
         self.weight = placement.empty(2 * config.learned, config.hidden_size)
 
     def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, E], of the row and column of each patch [n, 2]."""
+        """Position vectors [n, E] for the row and column of each patch [n, 2]."""
         table = on_host(self.weight)
         return table[places[:, 1]] + table[len(table) // 2 + places[:, 0]]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How Gemma 4's unified models read images without a tower: the pixels of each embedding are normed and projected.
+"""Image input of Gemma 4's unified models, which have no vision encoder: pixels are normalised and projected.
 
 y = projector(norm(norm_3(norm_2(dense(norm_1(pixels))) + column + row)), where norm_1 to norm_3 are LayerNorms.
 Source: Gemma Team, 2026, "Gemma 4 model card". Shapes: T patches, each an embedding, E hidden.
@@ -30,11 +30,11 @@ from candle_vllm.core.vision.preprocessing import NOTHING, budget_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_EPS = 1e-5  # of the LayerNorms
+_EPS = 1e-5  # epsilon of the LayerNorms
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of gemma4_unified."""
+    """Read `config.json` and `preprocessor_config.json` of gemma4_unified."""
     vision, text = fields.section("vision_config"), fields.section("text_config")
     return _config(
         over(processor, said),
@@ -50,7 +50,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of these models; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of these models; keys begin with `clip.vision.`."""
     return _config(
         over(Fields({}, fields.path), said),
         fields.count("patch_size", most=256),
@@ -76,7 +76,7 @@ def _config(processor: Fields, patch: int, cell: int, **own: Any) -> TowerConfig
 
 
 class Gemma4Unified:
-    """Patches of an image to embeddings; see `Tower`."""
+    """The projection of an image's patches to embeddings; see `Tower`."""
 
     layers = mergers = ()
 
@@ -111,9 +111,9 @@ class Gemma4Unified:
 
 
 def _columns(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The tables of columns and of rows side by side [N, 2, E], one behind the other."""
+    """Tables of columns and rows side by side [N, 2, E], as one table with all columns first."""
     if stored.shape != (config.learned, 2, config.hidden_size):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     shape = (2 * config.learned, config.hidden_size)
     return computed(stored, shape, lambda values: values.swapaxes(0, 1).reshape(shape))
 
@@ -147,7 +147,7 @@ WEIGHTS: Sequence[WeightName] = (
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """The tensors of images alone."""
+    """The tensors for images."""
     del config
     return {name: each for name, each in tensors.items() if not name.startswith(("a.", "mm.a."))}
 

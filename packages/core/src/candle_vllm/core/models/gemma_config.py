@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json and GGUF metadata say about a Gemma, as `gemma.py` wants it."""
+"""Read the config of Gemma models from config.json or GGUF metadata, for `gemma.py`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from candle_vllm.core.quantization.plain import rounded
 
 ROUNDED = {"bfloat16": "BF16", "float16": "F16"}
 _LARGEST = {"gemma2": 46, "gemma3": 62}
-"""Layers of the models of 27B, whose scale of scores is another and is not in GGUF files."""
+"""Layers of the 27B models, whose attention scale differs and is not stored in GGUF files."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaConfig(ModelConfig):
-    """The flags of these families.
+    """The config of Gemma, Gemma 2 and Gemma 3.
 
     Attributes:
-        embedding_scale: of embeddings: the root of their size.
-        query_scale: of scores.
-        final_softcap, attention_softcap: of logits and of scores; None leaves them.
-        sandwich: what attention and the feed-forward layer give is normed too (Gemma 2 and 3).
+        embedding_scale: factor of the embeddings: the square root of the hidden size.
+        query_scale: factor of the attention scores.
+        final_softcap, attention_softcap: softcap of the logits and of the attention scores; None for no cap.
+        sandwich: the outputs of attention and of the feed-forward layer are normalised too (Gemma 2 and 3).
         qk_norm: q and k are RMS-normalised per head before rotation (Gemma 3).
-        local_rope: of layers with a window, where theirs is another (Gemma 3).
-        attention_bias: of all four projections.
+        local_rope: rotary settings of layers with a window, if they differ from `rope` (Gemma 3).
+        attention_bias: the q, k, v and output projections have biases.
     """
 
     embedding_scale: float
@@ -54,7 +54,7 @@ class GemmaConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
-    """Reads `config.json` of gemma, gemma2 and gemma3_text."""
+    """Read `config.json` of gemma, gemma2 and gemma3_text."""
     shared = _shared_from_hf(fields, model_type)
     if model_type == "gemma":
         return GemmaConfig(**shared, sandwich=False)
@@ -67,13 +67,13 @@ def config_from_hf(fields: Fields, model_type: str) -> GemmaConfig:
         return GemmaConfig(**shared, attention_softcap=cap)
     if cap is not None:
         raise UnsupportedModelError(f"{fields.path}: attn_logit_softcapping is {cap}; Gemma 3 has none: set it to null")
-    shared["max_position"] = fields.count("max_position_embeddings")  # with every scaling
+    shared["max_position"] = fields.count("max_position_embeddings")  # rope scaling is already included
     shared["rope"] = layer_rope(fields, shared, "full_attention")
     return GemmaConfig(**shared, qk_norm=True, local_rope=layer_rope(fields, shared, "sliding_attention"))
 
 
 def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
-    """What all have in common.
+    """Read the fields that all Gemma versions share.
 
     transformers rounds the factor of embeddings to the type of the weights, and the models were trained that way.
     """
@@ -99,14 +99,14 @@ def _shared_from_hf(fields: Fields, model_type: str) -> dict[str, Any]:
 
 
 def _windows(fields: Fields, layers: int, period: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without it, the last of every `period` layers sees all positions."""
+    """The windows by `layer_types`; without this key, the last of every `period` layers has no window."""
     local = layer_windows(fields, layers, 1) or tuple((layer + 1) % period or None for layer in range(layers))
     window = fields.get("sliding_window", int) if any(local) else None
     return tuple(window if has else None for has in local)
 
 
 def layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
-    """The rotary settings of one kind of layer: `rope_parameters` by kind (transformers 5), or keys of their own."""
+    """The rotary settings of one kind of layer, from `rope_parameters` (transformers 5) or from the older flat keys."""
     local = kind == "sliding_attention"
     theta = fields.get("rope_local_base_freq", float, 1e4) if local else fields.get("rope_theta", float, 1e6)
     if "rope_parameters" in fields:
@@ -121,7 +121,7 @@ def layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaConfig:
-    """Reads GGUF metadata of gemma, gemma2 and gemma3; what is missing is as llama.cpp has it."""
+    """Read GGUF metadata of gemma, gemma2 and gemma3; missing keys get llama.cpp's defaults."""
     shared = shared_from_gguf(fields, checkpoint)
     family, layers, position = shared["model_type"], shared["num_layers"], fields.count("context_length")
     hidden, dim = shared["hidden_size"], shared["head_dim"]
@@ -141,7 +141,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaConfig:
 
 
 def gemma2_keys(config: Any) -> dict[str, Any]:
-    """What GGUF metadata says of a Gemma 2 beyond the usual."""
+    """The GGUF metadata of a Gemma 2 in addition to the keys of every model."""
     caps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
     missing = [key for key, cap in caps.items() if not cap]
     if missing:
@@ -150,6 +150,6 @@ def gemma2_keys(config: Any) -> dict[str, Any]:
 
 
 def gemma3_keys(config: Any) -> dict[str, Any]:
-    """What GGUF metadata says of a Gemma 3 beyond the usual."""
+    """The GGUF metadata of a Gemma 3 in addition to the keys of every model."""
     cap = config.final_softcap
     return local_keys(config) | ({} if cap is None else {"final_logit_softcapping": float(cap)})

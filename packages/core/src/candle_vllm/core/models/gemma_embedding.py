@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""EmbeddingGemma: the layers of Gemma 3, whose tokens see behind them too, in most layers within a window.
+"""EmbeddingGemma: the layers of Gemma 3 with attention in both directions, in most layers within a window.
 
-Dense layers behind the pooling are `pooling.PooledHead`'s. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
+Dense layers after the pooling are in `pooling.PooledHead`. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
 Shapes: T tokens, E hidden, H heads, K key-value heads, D head size.
 """
 
@@ -31,7 +31,7 @@ from candle_vllm.core.models.gemma_config import GemmaConfig, config_from_gguf, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GemmaEncoderConfig(EncoderConfig):
-    """An encoder whose layers `gemma` describes; its windows count tokens on both sides of a token."""
+    """Config of an encoder with the layers of `gemma`; windows count tokens on both sides."""
 
     gemma: GemmaConfig
 
@@ -47,21 +47,21 @@ class GemmaEncoderConfig(EncoderConfig):
 
 
 def encoder_from_hf(fields: Fields, model_type: str, *, scores: bool) -> GemmaEncoderConfig:
-    """Reads `config.json` of gemma3_text with use_bidirectional_attention."""
+    """Read `config.json` of gemma3_text with use_bidirectional_attention."""
     del scores
     plain = {key: value for key, value in fields.values.items() if key != "use_bidirectional_attention"}
     return _config(config_from_hf(Fields(plain, fields.path), model_type), fields)
 
 
 def encoder_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GemmaEncoderConfig:
-    """Reads GGUF metadata of gemma-embedding, whose window is that of config.json."""
+    """Read GGUF metadata of gemma-embedding, whose window has the same meaning as in config.json."""
     said = {key.replace("gemma-embedding.", "gemma3."): value for key, value in fields.values.items()}
     said["general.architecture"] = "gemma3"
     return _config(config_from_gguf(Fields(said, fields.path, "gemma3."), checkpoint), fields)
 
 
 def _config(gemma: GemmaConfig, fields: Fields) -> GemmaEncoderConfig:
-    """Scores must be divided by the root of the head size, as encoders' attention does it."""
+    """Make the config; scores must be divided by the root of the head size, as in the attention of encoders."""
     if abs(gemma.query_scale - gemma.head_dim**-0.5) > 1e-6:
         raise UnsupportedModelError(f"{fields.path}: query_pre_attn_scalar must be head_dim, {gemma.head_dim}")
     same = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "max_position", "norm_eps")
@@ -73,7 +73,7 @@ def _config(gemma: GemmaConfig, fields: Fields) -> GemmaEncoderConfig:
 
 
 class Attention:
-    """Grouped-query attention to tokens on both sides: x [T, E] -> [T, E]."""
+    """Grouped-query attention in both directions: x [T, E] -> [T, E]."""
 
     def __init__(self, config: GemmaConfig, placement: Placement) -> None:
         heads, kv_heads, self.dim = config.num_heads, config.num_kv_heads, config.head_dim

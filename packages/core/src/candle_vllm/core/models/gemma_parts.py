@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Parts of layers that later Gemmas have: embeddings of each layer's own (Gemma 3n and 4), scales, a router's norm.
+"""Parts of layers in later Gemma models: per-layer embeddings (Gemma 3n and 4), scales, a router's norm.
 
-One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. What a
-projection makes of the token's own embedding is added.
+One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. A projection of
+the token's ordinary embedding is added to them.
 Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
-Shapes: T tokens, V vocabulary, E hidden, L layers, P numbers of an embedding.
+Shapes: T tokens, V vocabulary, E hidden, L layers, P elements of a per-layer embedding.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class MappedTable:
-    """Rows [T, E] of a table [V, E] for token ids [T] of recorded steps; the table stays in its file as it is stored.
+    """Rows [T, E] of a table [V, E] for token ids [T] in recorded steps; the table stays in its file as it is stored.
 
-    The rows of a step's tokens are read and decoded before the step runs, so that memory holds no others. It is the
-    parameter "weight" itself.
+    The rows of a step's tokens are read and decoded before the step runs, so memory holds only these. The object is
+    the parameter "weight" itself.
 
     Args:
         vocab_size, size: V and E.
-        scale: of rows.
+        scale: factor of the rows.
     """
 
     sections = 1
@@ -46,13 +46,13 @@ class MappedTable:
         self.shape, self._scale = (vocab_size, size), np.float32(scale)
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Keeps the tensor's part of the file mapped."""
+        """Keep the tensor's part of the file mapped."""
         kind, size = stored.type_name, stored.nbytes
         self._stored = Constant(stored.name, stored.shape, kind, size, stored.path, stored.raw())
         return None
 
     def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows [T, E] for token ids [T]; row 0 for those that the table lacks."""
+        """Rows [T, E] for token ids [T]; row 0 for tokens without a row."""
         return self._stored.select(np.where(token_ids < self.shape[0], token_ids, 0)).load("F32") * self._scale
 
     def __call__(self, token_ids: RecordedTokens) -> Value:
@@ -66,12 +66,12 @@ class MappedTable:
 class LayerInputs:
     """Token ids [T] and their embeddings [T, E] -> [T, P] for each layer.
 
-    The definition divides the sum by the root of 2; here `LayerGate` takes that factor out of it.
+    By definition the sum is divided by the root of 2; here `LayerGate` accounts for that factor.
 
     Args:
         vocab_size, hidden_size, num_layers, size: V, E, L and P.
-        eps: of the norm.
-        scale: of the table's rows.
+        eps: epsilon of the norm.
+        scale: factor of the table's rows.
         placement: where the weights live.
     """
 
@@ -91,7 +91,7 @@ class LayerInputs:
         mapped = placement.recorded
         self.table = MappedTable(*shape, scale) if mapped else Embedding(*shape, placement, scale=scale)
         self.projection = Linear(hidden_size, sum(self.sizes), placement)
-        self.norm = RMSNorm(size, eps * hidden_size, placement)  # as of a projection over the root of E
+        self.norm = RMSNorm(size, eps * hidden_size, placement)  # its input is not divided by the root of E
 
     def __call__(self, token_ids: Value, x: Value) -> tuple[Value, ...]:
         projected = self.norm(self.projection(x).unflatten(-1, (-1, self.sizes[0]))).flatten(1)
@@ -99,19 +99,19 @@ class LayerInputs:
 
 
 class LayerGate:
-    """norm(output(gelu(gate(x)) * given)): what a layer adds of its own embeddings, [T, E] of x [T, E] and [T, P]."""
+    """norm(output(gelu(gate(x)) * given)): the update [T, E] by a layer's embeddings `given` [T, P], for x [T, E]."""
 
     def __init__(self, hidden_size: int, size: int, eps: float, placement: Placement) -> None:
         self.gate = Linear(hidden_size, size, placement)
         self.output = Linear(size, hidden_size, placement)
-        self.norm = RMSNorm(hidden_size, 2 * eps, placement)  # as of embeddings over the root of 2
+        self.norm = RMSNorm(hidden_size, 2 * eps, placement)  # its input is not divided by the root of 2
 
     def __call__(self, x: Value, given: Value) -> Value:
         return self.norm(self.output(gate_mul(side_by_side(self.gate(x), given), "gelu_tanh")))
 
 
 class LayerScale:
-    """Multiplies a layer's result by a stored number, the part "factor" [1]; recorded steps do so in place."""
+    """Multiplies a layer's output by a stored scalar, the part "factor" [1]; recorded steps do so in place."""
 
     def __init__(self, placement: Placement) -> None:
         self._stored, self._factor = placement.empty(1), 1.0
@@ -129,7 +129,7 @@ class LayerScale:
 
 
 class RouterNorm(RMSNorm):
-    """A router's input, over the root of its size."""
+    """The norm of a router's input, divided by the root of its size."""
 
     def finish(self) -> None:
         """See `Finishes`."""
@@ -137,7 +137,7 @@ class RouterNorm(RMSNorm):
 
 
 class PartsOfOne:
-    """The parameter of a tensor [n, ...] of a file, of which other parameters have a part each."""
+    """A parameter for a stored tensor [n, ...] whose entries fill n other parameters."""
 
     sections = 1
 
@@ -145,18 +145,18 @@ class PartsOfOne:
         self._parts, self.shape = parts, (len(parts), *parts[0].shape)
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Fills all parts."""
+        """Fill all parts."""
         reasons = [part.fill(entry(stored, number)) for number, part in enumerate(self._parts)]
         return next((why for why in reasons if why is not None), None)
 
 
 def renamed(lines: Sequence[WeightName], part: str, new: str) -> list[WeightName]:
-    """Those lines whose targets have a part, with another in its place."""
+    """The rows of a table whose targets contain `part`, with `new` instead of it."""
     return [dataclasses.replace(each, target=each.target.replace(part, new)) for each in lines if part in each.target]
 
 
 TABLES = ("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
-"""Stored names of the table."""
+"""Stored names of the table of per-layer embeddings."""
 
 WEIGHTS = [
     WeightName("inputs.table:weight", *TABLES),
@@ -168,4 +168,4 @@ WEIGHTS = [
     WeightName("layers.{i}.router_norm:weight", HF + "router.scale", GG + "ffn_gate_inp.scale"),
     WeightName("layers.{i}.inputs.norm:weight", HF + "post_per_layer_input_norm.weight", GG + "post_norm.weight"),
 ]
-"""Of a model's `inputs`, a `LayerInputs`, and of its layers' `inputs`, `scale` and `router_norm`."""
+"""Names of a model's `inputs` (a `LayerInputs`) and of its layers' `inputs`, `scale` and `router_norm`."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Gemma 3's tower: SigLIP's, the means of whose patches in a cell are normed and projected.
+"""Gemma 3's vision encoder: SigLIP's, with the mean of each cell's patches normalised and projected.
 
-An image is a square of 256 embeddings, which see each other in the text model; with pan and scan its parts are more of
-them. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean of cells).
+An image is a square of 256 embeddings, which attend to each other in the text model; with pan and scan, its crops are
+further squares. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean of cells).
 Shapes: C cells, E hidden.
 """
 
@@ -36,7 +36,7 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, 
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Gemma 3."""
+    """Read `config.json` and `preprocessor_config.json` of Gemma 3."""
     processor = over(processor, said)
     vision = fields.section("vision_config")
     patch = vision.count("patch_size", 16)
@@ -65,7 +65,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
     processor = over(processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
     values = gguf_values(fields, tile)
@@ -76,7 +76,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 class GemmaTower(Siglip):
-    """The tower: patches of tiles to embeddings; see `Tower`."""
+    """The vision encoder: patches of tiles to embeddings; see `Tower`."""
 
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
         super().__init__(config, placement)
@@ -90,7 +90,7 @@ class GemmaTower(Siglip):
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 WEIGHTS: Sequence[WeightName] = (
-    *names("vision_tower.vision_model", "vision_tower"),  # published, and as transformers 5 writes them
+    *names("vision_tower.vision_model", "vision_tower"),  # published names, and those of transformers 5
     WeightName(
         "cell_norm:weight",
         "multi_modal_projector.mm_soft_emb_norm.weight",
@@ -113,7 +113,7 @@ _ASKS, _MARK = "<start_of_image>", "<image_soft_token>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image: the marks of the whole image, and the text before the marks of its parts."""
+    """The placeholder of an image: the marks of the whole image, and text with the marks of its crops."""
     tile = f"\n\n{_ASKS}{_MARK * math.prod(grid)}<end_of_image>\n\n"
     if not cut.rows:
         return tile

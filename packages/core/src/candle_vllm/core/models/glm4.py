@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The GLM-4 wiring: half of a head turns, in pairs of neighbours; gate and up are one matrix.
+"""The GLM-4 wiring: half of each head rotates, in pairs of neighbours; gate and up are one matrix.
 
-GLM-4-0414 norms what attention and the feed-forward layer give as well as what they get; GLM-4-9B-Chat does not.
+GLM-4-0414 also normalises the outputs of attention and of the feed-forward layer; GLM-4-9B-Chat does not.
 Source: Team GLM, 2024, arXiv:2406.12793.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
@@ -33,11 +33,11 @@ from candle_vllm.core.models.stack import DecoderStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GlmConfig(ModelConfig):
-    """The flags of these families.
+    """Config of GLM-4 models.
 
     Attributes:
-        qkv_bias: of queries, keys and values.
-        sandwich: what attention and the feed-forward layer give is normed too.
+        qkv_bias: the projections to queries, keys and values have biases.
+        sandwich: the outputs of attention and of the feed-forward layer are normalised too.
     """
 
     qkv_bias: bool = True
@@ -45,7 +45,7 @@ class GlmConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
-    """Reads `config.json` of glm and glm4, where half of a head turns unless they say otherwise."""
+    """Read `config.json` of glm and glm4, where by default half of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if "partial_rotary_factor" not in fields:
         fields = Fields({**fields.values, "partial_rotary_factor": 0.5}, fields.path)
@@ -58,7 +58,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GlmConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GlmConfig:
-    """Reads GGUF metadata of glm4 and chatglm."""
+    """Read GGUF metadata of glm4 and chatglm."""
     if any(fields.get("rope.dimension_sections", list, [])):
         raise UnsupportedModelError(
             f"{fields.path}: {fields.prefix}rope.dimension_sections: rotary positions of images are not implemented; "
@@ -84,7 +84,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -92,7 +92,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: GlmConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
@@ -153,7 +153,7 @@ WEIGHTS = [
 
 
 def ignored(config: GlmConfig) -> list[str]:
-    """Stored names that carry nothing: buffers that old converters saved, and the second copy of a tied head."""
+    """Names of stored tensors without use: buffers that old converters saved, and the copy of a tied head."""
     return [r".*rotary_emb\.inv_freq", *[r"lm_head\.weight"] * config.tie_embeddings]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air) and Solar-Open: the Llama wiring, part of each head rotated, and experts.
 
-Experts are scored by sigmoids and chosen with a correction, within groups, as DeepSeek-V3's are; a layer that all
-tokens share is added. The layers behind the last, which predict further tokens, are not loaded.
+Experts are scored by sigmoids and chosen with a correction bias, within groups, as in DeepSeek-V3; a shared expert is
+added. Multi-token prediction layers, which follow the last layer, are not loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
+    """Read `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     solar = model_type == "solar_open"
     inner = fields.count("moe_intermediate_size")
@@ -56,7 +56,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of glm4moe."""
+    """Read GGUF metadata of glm4moe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     layers = without_next_tokens(fields, shared["num_layers"])
     shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
@@ -91,18 +91,18 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """As Llama's, and the layers behind the last."""
+    """Names that Llama ignores, and multi-token prediction layers."""
     return [*llama.ignored(config), *later_layers(config.num_layers)]
 
 
 def later_layers(layers: int) -> list[str]:
-    """Patterns of what belongs to layers from number `layers` on, up to 8 of them."""
+    """Patterns of the tensors of up to 8 layers from index `layers` on."""
     numbers = "|".join(re.escape(str(layers + index)) for index in range(8))
     return [rf"model\.layers\.({numbers})\..*", rf"blk\.({numbers})\..*"]
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """The dense layers are the first, as `first_k_dense_replace` has it."""
+    """The GGUF metadata of the experts; the dense layers are the first ones, as for `first_k_dense_replace`."""
     return routed_keys(config.mixture) | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
 
 

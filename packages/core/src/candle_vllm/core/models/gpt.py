@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The wiring of the LayerNorm decoders of 2019 to 2024, which differ in flags: GPT-2, GPT-NeoX, Falcon and their kin.
+"""The wiring of the LayerNorm decoders of 2019 to 2024, which differ in flags: GPT-2, GPT-NeoX, Falcon and others.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)), the MLP without a gate; a parallel block is
-x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, rows of a table that are added to the embedding, or what
-scores lose by distance (ALiBi). The families' files have their configs and weight names.
+x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, or rows of a table that are added to the embedding, or a
+bias of the scores by distance (ALiBi). The files of the families have their configs and weight names.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -39,17 +39,17 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu": "gelu", "relu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptConfig(ModelConfig):
-    """The flags of these families.
+    """Config of these families.
 
     Attributes:
-        activation: of the MLP.
-        positions: rows of the table of positions, which is the longest context; 0 where positions are rotary.
+        activation: activation of the MLP.
+        positions: rows of the position table, which is the maximum context; 0 for rotary positions.
         parallel: attention and the MLP of a block read the same x.
-        shared_norm: and the same norm of it.
+        shared_norm: in a parallel block, both read the result of one norm.
         qkv_bias, output_bias, mlp_bias, head_bias: which projections have biases.
-        scales: of each layer's attention scores; empty for D^-0.5.
-        embed_norm: a norm behind the embedding (`bloom.py`).
-        first_heads: the numbers of the first heads of queries and of keys; not 0 where it has some of a model's.
+        scales: for each layer, the factor of its attention scores; empty for D^-0.5.
+        embed_norm: a norm follows the embedding (`bloom.py`).
+        first_heads: indices of the first head of queries and of keys; above 0 on a rank with later heads.
     """
 
     activation: Activation = "gelu_tanh"
@@ -79,7 +79,7 @@ def with_defaults(fields: Fields, **values: Any) -> Fields:
 
 
 class Attention:
-    """Grouped-query attention, with rotary positions where there is no table: x [T, E] -> [T, E]."""
+    """Grouped-query attention, with rotary positions unless there is a position table: x [T, E] -> [T, E]."""
 
     def __init__(self, config: GptConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -101,7 +101,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -109,7 +109,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: GptConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps

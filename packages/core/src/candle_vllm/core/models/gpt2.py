@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""GPT-2, GPT-BigCode (StarCoder, SantaCoder) and GPT-Neo: a table of positions, and a norm before each part of a block.
+"""GPT-2, GPT-BigCode (StarCoder, SantaCoder) and GPT-Neo: learned positions, and a norm before each part of a block.
 
-GPT-2 stores its matrices with inputs as rows. GPT-BigCode has one head of keys and values; or, for each head, its
-rows of q, k and v behind each other. Every second layer of GPT-Neo sees a window; its scores are not scaled.
+GPT-2 stores its matrices transposed. GPT-BigCode has one key-value head, or the rows of q, k and v grouped by head.
+Every second layer of GPT-Neo has a window; its scores are not scaled.
 Sources: Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"; Li et al., 2023,
 arXiv:2305.06161 (StarCoder); Black et al., 2021, doi:10.5281/zenodo.5297715 (GPT-Neo).
 """
@@ -36,7 +36,7 @@ _NEO = {"num_attention_heads": "num_heads", "num_key_value_heads": "num_heads", 
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of gpt2, gpt_bigcode and gpt_neo."""
+    """Read `config.json` of gpt2, gpt_bigcode and gpt_neo."""
     if fields.get("add_cross_attention", bool, False):
         raise UnsupportedModelError(f"{fields.path}: add_cross_attention is true, which is not implemented")
     neo = model_type == "gpt_neo"
@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """GPT-Neo's local layers have a window."""
+    """The windows of GPT-Neo's local layers."""
     kinds, window = fields.get("attention_layers", list), fields.count("window_size", 256)
     if len(kinds) != layers or not all(kind in ("global", "local") for kind in kinds):
         raise UnsupportedModelError(f"{fields.path}: attention_layers must name global or local per layer")
@@ -67,7 +67,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 def _scales(fields: Fields, layers: int, head_dim: int, *, neo: bool) -> tuple[float, ...]:
-    """What the scores of each layer are multiplied by; none where it is the usual."""
+    """The factors of each layer's scores; empty for the usual factor."""
     scaled = not neo and fields.get("scale_attn_weights", bool, True)
     by_layer = fields.get("scale_attn_by_inverse_layer_idx", bool, False)
     if scaled and not by_layer:
@@ -76,7 +76,7 @@ def _scales(fields: Fields, layers: int, head_dim: int, *, neo: bool) -> tuple[f
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of gpt2 and starcoder."""
+    """Read GGUF metadata of gpt2 and starcoder."""
     shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
     return GptConfig(**shared, positions=shared["max_position"], qkv_bias=gguf_has_bias(checkpoint))
 
@@ -85,23 +85,23 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
 
 
 def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
-    """A matrix of GPT-2 with outputs as rows, as all others have them; quantised ones are stored so."""
+    """A matrix [outputs, inputs]: GPT-2 stores plain matrices transposed, and quantised ones in this order."""
     return transposed(stored, config) if config.model_type == "gpt2" and stored.dtype is not None else stored
 
 
 def _fused(part: str) -> View:
-    """The rows of q, k or v."""
+    """View of the rows of q, k or v in the fused tensor."""
     behind, grouped = chain(_upright, qkv_rows(part)), qkv_rows(part, grouped=True)
     return lambda stored, config: (behind if config.model_type == "gpt2" else grouped)(stored, config)
 
 
 def _names(part: str) -> tuple[str, str]:
-    """A checkpoint's name, and that of one which was saved without its head."""
+    """The tensor name in a checkpoint with a head, and in one that was saved without it."""
     return f"transformer.{part}", part
 
 
 def _projection(part: str, kind: str, view: View) -> WeightName:
-    """A line of q, k or v: rows of one matrix, or GPT-Neo's own."""
+    """The table row of q, k or v: rows of a fused tensor, or GPT-Neo's separate tensor."""
     fused = [Seen(name, view) for name in _names(f"h.{{i}}.attn.c_attn.{kind}")]
     alone = _names(f"h.{{i}}.attn.attention.{part}_proj.{kind}")
     return WeightName(f"layers.{{i}}.attention.qkv:{part}.{kind}", (*fused, *alone), gguf_projection(part, kind))
@@ -124,7 +124,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptConfig) -> list[str]:
-    """Stored masks of old checkpoints, and a second copy of a tied head."""
+    """Stored masks of old checkpoints, and the copy of a tied head."""
     masks = [r".*\.attn\.(attention\.)?(masked_)?bias"]
     return [*masks, r"lm_head\.weight"] if config.tie_embeddings else masks
 

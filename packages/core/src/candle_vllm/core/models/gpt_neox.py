@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """GPT-NeoX (Pythia, Dolly, RedPajama): rotary positions for a part of each head, and a norm for each part of a block.
 
-The parts of a block are parallel, in some models one behind the other. The rows of q, k and v stand behind each other
-for each head. Source: Black et al., 2022, arXiv:2204.06745.
+The parts of a block are parallel, in some models sequential. The rows of q, k and v are grouped by head.
+Source: Black et al., 2022, arXiv:2204.06745.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defa
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of gpt_neox; older ones have names of their own for rotary settings."""
+    """Read `config.json` of gpt_neox; older files have other keys for rotary settings."""
     rotary = {
         "partial_rotary_factor": fields.get("rotary_pct", float, 0.25),
         "rope_theta": fields.get("rotary_emb_base", float, 10000.0),
@@ -37,7 +37,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of gptneox, which does not say the activation: it is that of all published models."""
+    """Read GGUF metadata of gptneox, which does not store the activation: it is that of all published models."""
     return GptConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         activation="gelu",
@@ -74,7 +74,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptConfig) -> list[str]:
-    """Stored buffers of old checkpoints, and a second copy of a tied head."""
+    """Stored buffers of old checkpoints, and the copy of a tied head."""
     buffers = [r".*\.attention\.(masked_)?bias", r".*rotary_emb\.inv_freq"]
     return [*buffers, r"(embed_out|lm_head)\.weight"] if config.tie_embeddings else buffers
 

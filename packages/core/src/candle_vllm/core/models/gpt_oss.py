@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """gpt-oss: attention with a learned sink for each head, a window in every other layer, and experts with biases.
 
-Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts are gated by a clamped SwiGLU. Checkpoints come
-with experts in MXFP4, rows being outputs, or plain and transposed; the rows of gate and up alternate in both.
+Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts have a clamped SwiGLU. Checkpoints store the
+experts in MXFP4 with outputs as rows, or plain and transposed; the rows of gate and up alternate in both.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, F inner size, X experts, V vocabulary.
 """
 
@@ -36,11 +36,11 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GptOssConfig(ModelConfig):
-    """Flags of the family.
+    """Config of gpt-oss.
 
     Attributes:
-        mixture: its experts.
-        attention_bias: q, k, v and the output have biases.
+        mixture: the experts.
+        attention_bias: the q, k, v and output projections have biases.
     """
 
     mixture: Mixture
@@ -49,7 +49,7 @@ class GptOssConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
-    """Reads `config.json` of gpt_oss."""
+    """Read `config.json` of gpt_oss."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key, value in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
         if fields.get(key, float, value) != value:
@@ -67,7 +67,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptOssConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptOssConfig:
-    """Reads GGUF metadata of gpt-oss, which leaves unsaid that yarn's band limits are not rounded."""
+    """Read GGUF metadata of gpt-oss, which does not store that yarn's band limits are not rounded."""
     shared = shared_from_gguf(fields, checkpoint)
     inner = {"intermediate_size": fields.count("expert_feed_forward_length", shared["intermediate_size"])}
     mixture = _mixture(fields.count("expert_count"), fields.count("expert_used_count"), shared | inner)
@@ -81,7 +81,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptOssConfig:
 
 
 def _mixture(experts: int, top_k: int, shared: dict[str, Any]) -> Mixture:
-    """The chosen experts' shares are a softmax over their logits: those of a softmax over all, made to sum to 1."""
+    """Make the experts' config; a softmax over the chosen experts equals one over all, normalised to sum to 1."""
     return Mixture(
         experts=experts,
         top_k=top_k,
@@ -114,7 +114,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -122,7 +122,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: GptOssConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
@@ -157,12 +157,12 @@ class GptOss(DecoderStack):
 
 
 def _outputs_first(stored: StoredTensor, config: GptOssConfig) -> StoredTensor:
-    """An expert's matrix with a row for each output: plain ones [I, O] are transposed, quantised ones are not."""
+    """An expert's matrix with outputs as rows: plain matrices [I, O] are transposed, quantised ones are stored so."""
     return stored if stored.dtype is None else transposed(stored, config)
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A matrix and its bias."""
+    """The table rows of a matrix and of its bias."""
     return [
         WeightName(f"layers.{{i}}.{target}{kind}", f"{HF}{hf}.{kind}", f"{GG}{gguf}.{kind}")
         for kind in ("weight", "bias")
@@ -170,7 +170,7 @@ def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
 
 
 def _experts(part: str, hf: str, first: int | None) -> list[WeightName]:
-    """A matrix of every expert and its bias; with `first`, every other row from that one on."""
+    """The table rows of every expert's matrix and bias; with `first`, every other stored row from `first` on."""
     target, stored, gguf = f"layers.{{i}}.mlp.experts:{part}.{{e}}.", f"{HF}mlp.experts.{hf}", f"{GG}ffn_{part}_exps."
     some = () if first is None else (every_other(first),)
     return [
@@ -196,12 +196,12 @@ WEIGHTS = [
 
 
 def ignored(config: GptOssConfig) -> list[str]:
-    """Stored names that carry nothing: the second copy of a tied head."""
+    """Names of stored tensors without use: the copy of a tied head."""
     return [r"lm_head\.weight"] if config.tie_embeddings else []
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """llama.cpp wants a window to be named."""
+    """The GGUF metadata; llama.cpp requires the key of the window."""
     return {"attention.sliding_window": 0} | window_keys(config) | size_keys(config.mixture)
 
 

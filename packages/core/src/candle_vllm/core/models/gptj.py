@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of gptj."""
+    """Read `config.json` of gptj."""
     fields = with_defaults(fields, n_inner=4 * fields.count("n_embd"))
     shared = shared_from_hf(fields, model_type, eps="layer_norm_epsilon", names=_NAMES)
     rope = dataclasses.replace(shared.pop("rope"), dim=fields.count("rotary_dim"))
@@ -67,7 +67,7 @@ WEIGHTS = [
 
 
 def ignored(config: GptConfig) -> list[str]:
-    """Stored masks of old checkpoints, and a second copy of a tied head."""
+    """Stored masks of old checkpoints, and the copy of a tied head."""
     masks = [r".*\.attn\.(masked_)?bias"]
     return [*masks, r"lm_head\.weight"] if config.tie_embeddings else masks
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
 
-They scale embeddings, attention scores, what each sublayer adds to the residual stream, and logits. Granite SWA has
-windows in three of four layers, and sinks. Granite 4 stands in `granite_hybrid.py`; its MLP is what experts share.
+They scale embeddings, attention scores, outputs of attention and MLP, and logits. Granite SWA has windows in three of
+four layers, and sinks. Granite 4 is in `granite_hybrid.py`; its MLP is the shared expert.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
@@ -29,7 +29,7 @@ from candle_vllm.core.models.local_layers import local_layers
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
+    """Read `config.json` of granite, granitemoe, granite_swa, and of granitemoehybrid for `granite_hybrid.py`."""
     swa = model_type == "granite_swa"
     dense = llama.config_from_hf(Fields({"tie_word_embeddings": swa, **fields.values}, fields.path), model_type)
     layers, hybrid = dense.num_layers, "layer_types" in fields and not swa
@@ -51,7 +51,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _granite(dense: LlamaConfig, experts: int, top: int, shared_size: int) -> LlamaConfig:
-    """The description; where there are experts all layers have some, and sinks in Granite SWA."""
+    """Add experts, which all layers have, and the sinks of Granite SWA to the config."""
     layers, own = frozenset(range(dense.num_layers)), dict[str, Any]()
     if dense.model_type == "granite_swa":
         own |= {"attention_sinks": True, "sink_layers": layers}
@@ -63,7 +63,7 @@ def _granite(dense: LlamaConfig, experts: int, top: int, shared_size: int) -> Ll
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of granite, granitemoe and granite_swa."""
+    """Read GGUF metadata of granite, granitemoe and granite_swa."""
     dense, experts = llama.config_from_gguf(fields, checkpoint), fields.get("expert_count", int, 0)
     layers, rotates = dense.num_layers, fields.get("rope.scaling.finetuned", bool, True)
     own: dict[str, Any] = {
@@ -96,7 +96,7 @@ def _factor(fields: Fields, key: str, *default: float) -> float:
 
 _SPARSE, _SHARED = HF + "block_sparse_moe.", HF + "shared_mlp."
 _ROUTERS = (_SPARSE + "router.layer.weight", _SPARSE + "router.weight")
-_FUSED: dict[str, str | Seen] = {  # in published files, which have gate and up as one matrix, by the target's end
+_FUSED: dict[str, str | Seen] = {  # published files have gate and up as one matrix; keys are ends of targets
     "gate_up:gate.weight": Seen(_SHARED + "input_linear.weight", row_part(0, 2)),
     "gate_up:up.weight": Seen(_SHARED + "input_linear.weight", row_part(1, 2)),
     "down:weight": _SHARED + "output_linear.weight",
@@ -112,7 +112,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Four factors, of which that of logits divides."""
+    """The GGUF metadata with the four factors, of which that of the logits is a divisor."""
     keys: dict[str, Any] = {
         "embedding_scale": float(config.embedding_scale),
         "residual_scale": float(config.residual_scale),
@@ -127,7 +127,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def swa_keys(config: Any) -> dict[str, Any]:
-    """The same, and which layers rotate; llama.cpp has no gate of what experts share in a tensor of its own."""
+    """The keys of `gguf_keys`, and which layers rotate; llama.cpp has no tensor for the shared expert's gate alone."""
     rotates = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
     return gguf_keys(config) | local_keys(config) | {"attention.rope_pattern": rotates}
 

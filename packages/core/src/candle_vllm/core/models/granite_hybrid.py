@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""IBM Granite 4 H: Granite (`granite.py`) with Mamba 2 in the place of attention in most layers.
+"""IBM Granite 4 H: Granite (`granite.py`) with Mamba 2 instead of attention in most layers.
 
 Source: IBM, 2025, "Granite 4.0 Language Models".
 """
@@ -34,11 +34,11 @@ from candle_vllm.core.models.mamba2 import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraniteHybridConfig(LlamaConfig):
-    """What these models have beside Granite.
+    """Config of these models: the fields in addition to those of Granite.
 
     Attributes:
-        mamba: shapes of the mixers.
-        mamba_layers: the layers that have one; the others have attention.
+        mamba: shapes of Mamba 2.
+        mamba_layers: the layers with Mamba 2; the others have attention.
     """
 
     mamba: MambaSizes | None = None
@@ -54,7 +54,7 @@ class GraniteHybridConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
-    """Reads `config.json` of granitemoehybrid."""
+    """Read `config.json` of granitemoehybrid."""
     key = "layer_types" if "layer_types" in fields else "layers_block_type"
     kinds = fields.get(key, list, ["attention"] * fields.count("num_hidden_layers"))
     if len(kinds) != fields.count("num_hidden_layers") or not all(
@@ -73,7 +73,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GraniteHybridConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GraniteHybridConfig:
-    """Reads GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
+    """Read GGUF metadata of granitehybrid, in which layers with Mamba 2 have no key-value heads."""
     plain, counts = kv_heads_by_layer(fields)
     shared = _flags(granite.config_from_gguf(plain, checkpoint))
     layers = frozenset(n for n, count in enumerate(counts) if not count)
@@ -89,7 +89,7 @@ def _flags(config: LlamaConfig) -> dict[str, Any]:
 
 
 class Block(llama.Block):
-    """One decoder layer: Llama's, or the same with Mamba 2 for attention."""
+    """One decoder layer: Llama's, with attention or with Mamba 2."""
 
     def mixer(self, config: GraniteHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
         if config.mamba is None or layer not in config.mamba_layers:
@@ -104,7 +104,7 @@ class GraniteHybrid(Llama):
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Layers with Mamba 2 have no key-value heads."""
+    """The GGUF metadata; layers with Mamba 2 have 0 key-value heads."""
     heads = [0 if layer in config.mamba_layers else config.num_kv_heads for layer in range(config.num_layers)]
     return granite.gguf_keys(config) | mamba_keys(config.mamba) | {"attention.head_count_kv": heads}
 

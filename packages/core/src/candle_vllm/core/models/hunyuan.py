@@ -114,7 +114,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """llama.cpp has one size of experts, that of dense layers."""
+    """The GGUF metadata of the experts; llama.cpp has one size for experts and dense layers."""
     mixture = config.mixture
     if mixture.inner_size != config.intermediate_size:
         raise UnsupportedModelError("llama.cpp's hunyuan-moe has experts as wide as intermediate_size alone")

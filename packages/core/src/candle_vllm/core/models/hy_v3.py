@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Hunyuan 3 (Hy3): the Llama wiring (`llama.py`) with norms of heads of q and k, and experts in most layers.
+"""Hunyuan 3 (Hy3): the Llama wiring (`llama.py`) with QK norms, and experts in most layers.
 
-Experts are scored by sigmoids and chosen with a correction, as DeepSeek-V3's; a layer that all tokens share is added.
-Layers that predict further tokens are not loaded. Source: Tencent, 2026, the model card of Hy3.
+Experts are scored by sigmoids and chosen with a correction bias, as in DeepSeek-V3; a shared expert is added.
+Multi-token prediction layers are not loaded. Source: Tencent, 2026, the model card of Hy3.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of hy_v3."""
+    """Read `config.json` of hy_v3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key in ("qk_norm", "route_norm", "moe_router_use_sigmoid", "moe_router_enable_expert_bias"):
         if not fields.get(key, bool, True):
@@ -57,7 +57,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of hy_v3."""
+    """Read GGUF metadata of hy_v3."""
     shared = shared_from_gguf(fields, checkpoint)
     layers = without_next_tokens(fields, shared["num_layers"])
     shared |= {"num_layers": layers, "sliding_windows": shared["sliding_windows"][:layers]}
@@ -92,7 +92,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """What GGUF metadata says of a Hy3 beyond the usual."""
+    """The GGUF metadata of a Hy3 in addition to the keys of every model."""
     return glm4_moe.gguf_keys(config) | {"expert_shared_feed_forward_length": config.mixture.shared_size}
 
 

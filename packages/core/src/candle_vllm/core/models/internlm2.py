@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""InternLM 2 and 2.5: a Llama (`llama.py`) under other names, with queries, keys and values in one matrix.
+"""InternLM 2 and 2.5: a Llama (`llama.py`) with other names, and queries, keys and values in one matrix.
 
-Rows of that matrix stand by key-value head: the heads of queries that share it, then its key and its value.
+Rows of that matrix are grouped by key-value head: the query heads that share it, then its key and its value.
 Source: Cai et al., 2024, arXiv:2403.17297.
 """
 
@@ -27,14 +27,14 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of internlm2, whose code comes with the model."""
+    """Read `config.json` of internlm2, a model with remote code."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     bias = fields.get("bias", bool, True)
     return LlamaConfig(**shared_from_hf(fields, model_type), qkv_bias=bias, output_bias=bias)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of internlm2."""
+    """Read GGUF metadata of internlm2."""
     return LlamaConfig(
         **shared_from_gguf(fields, checkpoint),
         qkv_bias=gguf_has_bias(checkpoint),
@@ -47,11 +47,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def _grouped(part: str) -> View:
-    """The rows of "q", "k" or "v" in a matrix or bias whose rows stand by key-value head."""
+    """View of the rows of "q", "k" or "v" in a matrix or bias whose rows are grouped by key-value head."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         groups, dim = config.num_kv_heads, config.head_dim
-        each = config.num_heads // groups * dim  # rows of queries
+        each = config.num_heads // groups * dim  # rows of queries in a group
         if stored.shape[:1] != (groups * (each + 2 * dim),):
             raise WeightsError(
                 f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
@@ -95,7 +95,7 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """As Llama's, and the second copy of a tied head."""
+    """Names that Llama ignores, and the copy of a tied head."""
     return [*llama.ignored(config), *[r"output\.weight"] * config.tie_embeddings]
 
 

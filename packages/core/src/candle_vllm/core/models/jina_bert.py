@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""jina-embeddings-v2: BERT without a table of positions, with ALiBi on both sides and a gate of GELU.
+"""jina-embeddings-v2: BERT with ALiBi in both directions instead of a position table, and a GELU gate.
 
-Scores of a head lose its slope times the distance of query and key. Sources: Günther et al., 2023, arXiv:2310.19923;
-Press et al., 2021, arXiv:2108.12409 (ALiBi).
+The head's slope times the distance of query and key is subtracted from each score. Sources: Günther et al., 2023,
+arXiv:2310.19923; Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FLAGS: dict[str, Any] = {"placed": False, "gate": "gelu", "mlp_bias": False}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of the repositories, which have BERT's class names for their code."""
+    """Read `config.json` of repositories with remote code, which use BERT's class names."""
     del scores
     fields.choice("position_embedding_type", "alibi", "alibi")
     fields.choice("feed_forward_type", "geglu", "geglu")
@@ -55,7 +55,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Reads GGUF metadata of jina-bert-v2."""
+    """Read GGUF metadata of jina-bert-v2."""
     if any(name.startswith(("blk.0.attn_q_norm.", "blk.0.attn_norm_2.")) for name in checkpoint.tensors):
         raise UnsupportedModelError(f"{checkpoint.path}: norms of queries and keys (jina v2 code) are not implemented")
     return StackConfig(
@@ -70,7 +70,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 class Alibi:
-    """The bias of each head by distance, `table` [H, 2 P - 1]."""
+    """The bias of each head's scores by distance, `table` [H, 2 P - 1]."""
 
     def __init__(self, config: StackConfig, placement: Placement) -> None:
         away = np.abs(np.arange(1 - config.max_position, config.max_position))
@@ -82,7 +82,7 @@ class Alibi:
 
 
 def build(config: StackConfig, placement: Placement) -> PlainEncoder:
-    """The model without its weights."""
+    """Build the model without its weights."""
     return PlainEncoder(config, placement, Alibi(config, placement))
 
 
@@ -90,13 +90,13 @@ def build(config: StackConfig, placement: Placement) -> PlainEncoder:
 
 
 def _up(stored: StoredTensor, config: StackConfig) -> StoredTensor:
-    """Files have the gate apart, or in front in one matrix."""
+    """The rows of "up": files store the gate separately, or before it in one matrix."""
     whole = stored.shape[:1] == (2 * config.intermediate_size,)
     return row_part(1, 2)(stored, config) if whole else stored
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     del config
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     layer, block = f"{at}encoder.layer.{{i}}.", "blk.{i}."

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The adapters that the repository of jina-embeddings-v3 has in the checkpoint itself, one for each task.
+"""Task adapters of jina-embeddings-v3, which are stored in the model's own checkpoint.
 
 `lora_adaptations` of config.json names N tasks, and every matrix W has the tensors A and B of all of them: [N, r, I]
 and [N, O, r] of a linear layer, W + alpha / r B A; [N, V, r] and [N, r, E] of an embedding table, W + alpha / r A B.
-The path of an adapter is that of the model's folder with the task behind it, as if it were a folder there.
+The path of an adapter is the path of the model's folder followed by the task's name, as if it were a subfolder.
 Source: Sturua et al., 2024, arXiv:2409.10173, and the repository's own code.
 """
 
@@ -25,11 +25,11 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 WEIGHT, _STACK = ".parametrizations.weight.original", ".parametrizations.weight.0.lora_"
 STACKED = r".*\.parametrizations\.weight\.0\.lora_[AB]"
-"""Pattern of the names of tensors that hold the adapters of all tasks."""
+"""Pattern of the names of tensors with the adapters of all tasks."""
 
 
 def parametrized(line: WeightName) -> WeightName:
-    """A line of a family's table that finds its tensor by the name of a weight with adapters, too."""
+    """A row of a family's table that also finds its tensor under the name of a weight with adapters."""
     names = line.hf if isinstance(line.hf, tuple) else () if line.hf is None else (line.hf,)
     more = list[str | Seen]()
     for name in names:
@@ -41,10 +41,10 @@ def parametrized(line: WeightName) -> WeightName:
 
 
 def task_adapter(path: Path, limits: AdapterLimits) -> StoredAdapter | None:
-    """The adapter of a task, as PEFT would name its tensors; None where the path is not that of a task.
+    """The adapter of a task, with tensors named as in PEFT; None if the path does not name a task.
 
     Raises:
-        AdapterError: its tensors are missing, misshapen or beyond the limits.
+        AdapterError: the tensors are missing, have wrong shapes, or exceed the limits.
     """
     described = path.parent / "config.json"
     if path.exists() or not described.is_file():

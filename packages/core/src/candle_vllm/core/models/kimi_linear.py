@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Kimi Linear: DeepSeek's block (`deepseek.py`) with Kimi delta attention in most layers, and no positions at all.
+"""Kimi Linear: DeepSeek's block (`deepseek.py`) with Kimi delta attention in most layers, and without positions.
 
-Kimi delta attention is the gated delta rule with a decay of each channel, which comes from x by two small matrices.
+Kimi delta attention is the gated delta rule with a decay for each channel, which two small matrices compute from x.
 Source: Kimi Team, 2025, arXiv:2510.26692. Shapes: H heads of D channels, C = H * D.
 """
 
@@ -9,105 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.delta_rule import delta_rule
 from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.short_conv import short_conv
 from candle_vllm.core.kernels.silu_mul import gated
 from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.layers.delta_net import DeltaSizes
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.cache_specs import CacheSpec
-from candle_vllm.core.loading.rope import RopeConfig
-from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Parameter, WeightName
-from candle_vllm.core.models import deepseek, deepseek_config
-from candle_vllm.core.models.attention_names import GG, HF, kv_heads_by_layer
-from candle_vllm.core.models.deepseek_config import DeepseekConfig
+from candle_vllm.core.models import deepseek
+from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of_log
-from candle_vllm.core.quantization.tensors import StoredTensor
-
-# ---- config ----------------------------------------------------------------------------------------------------------
-
-_NAMES = {  # of DeepSeek's keys
-    "max_position_embeddings": "model_max_length",
-    "norm_topk_prob": "moe_renormalize",
-    "n_group": "num_expert_group",
-    "n_routed_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "n_shared_experts": "num_shared_experts",
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KimiLinearConfig(DeepseekConfig):
-    """What these models have beside DeepSeek's.
-
-    Attributes:
-        delta: shapes of Kimi delta attention.
-        delta_layers: the layers that have it; the others have latent attention.
-    """
-
-    delta: DeltaSizes
-    delta_layers: frozenset[int]
-
-    @property
-    def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """See `ModelConfig`."""
-        return tuple(self.delta.state if n in self.delta_layers else s for n, s in enumerate(super().cache_specs))
-
-
-def config_from_hf(fields: Fields, model_type: str) -> KimiLinearConfig:
-    """Reads `config.json` of kimi_linear, as it is published or as transformers writes it."""
-    if not fields.get("mla_use_nope", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: mla_use_nope is false, which is not implemented")
-    own = {usual: fields.values[name] for usual, name in _NAMES.items() if name in fields}
-    given = {"first_k_dense_replace": 1} | dict(fields.values) | own
-    config = deepseek_config.config_from_hf(Fields(given, fields.path), "deepseek_v3")
-    nested = fields.section("linear_attn_config")
-    layers, full = config.num_layers, nested.get("full_attn_layers", list, [])
-    kinds = fields.get(
-        "layer_types", list, [("full" if n + 1 in full else "linear") + "_attention" for n in range(layers)]
-    )
-    if len(kinds) != layers or not all(kind in ("full_attention", "linear_attention") for kind in kinds):
-        raise UnsupportedModelError(f"{fields.path}: layer_types must name full or linear attention per layer")
-    if nested.values:
-        heads, dim, taps = (nested.count(key) for key in ("num_heads", "head_dim", "short_conv_kernel_size"))
-    else:
-        heads, dim = fields.count("linear_num_heads"), fields.count("linear_head_dim")
-        taps = convolution_taps(fields, "linear_conv_kernel_dim")
-    return _config(config, model_type, (heads, dim, taps), [kind == "linear_attention" for kind in kinds])
-
-
-def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> KimiLinearConfig:
-    """Reads GGUF metadata of kimi-linear, in which layers with delta attention have no key-value heads."""
-    plain, counts = kv_heads_by_layer(fields)
-    config = deepseek_config.config_from_gguf(plain, checkpoint)
-    if config.mixture is not None:
-        config = dataclasses.replace(config, mixture=dataclasses.replace(config.mixture, renormalise=True))
-    sizes = config.num_heads, fields.count("kda.head_dim"), convolution_taps(fields, "ssm.conv_kernel")
-    return _config(config, config.model_type, sizes, [not count for count in counts])
-
-
-def _config(
-    config: DeepseekConfig, model_type: str, sizes: tuple[int, int, int], delta: list[bool]
-) -> KimiLinearConfig:
-    flags = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    flags |= {"model_type": model_type, "interleaved_rotary": False}
-    flags["rope"] = RopeConfig(kind="proportional", dim=config.rope_dim)  # frequencies are 0: nothing rotates
-    heads, dim, taps = sizes
-    shapes = DeltaSizes(key_heads=heads, heads=heads, key_dim=dim, value_dim=dim, taps=taps, by_channel=True)
-    return KimiLinearConfig(**flags, delta=shapes, delta_layers=frozenset(n for n, has in enumerate(delta) if has))
-
+from candle_vllm.core.models.kimi_linear_config import (
+    ChannelDecays,
+    KimiLinearConfig,
+    Taps,
+    config_from_gguf,
+    config_from_hf,
+)
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +71,7 @@ class KimiDeltaAttention:
 
 
 class Block(deepseek.Block):
-    """One decoder layer: DeepSeek's, or the same with Kimi delta attention."""
+    """One decoder layer: DeepSeek's, with latent attention or with Kimi delta attention."""
 
     def __init__(self, config: KimiLinearConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         super().__init__(config, layer, rotary, placement)
@@ -165,49 +88,17 @@ class KimiLinear(deepseek.Deepseek):
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-class _OfChannels:
-    """View of a decay of each head as one of each of its channels."""
-
-    def __init__(self, *, logs: bool) -> None:
-        self._logs = logs
-
-    def __call__(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        heads, dim = config.delta.heads, config.delta.key_dim
-        if stored.numel != heads:
-            return stored  # a wrong shape is named by the loader
-        decays = decay_of_log(stored, config) if self._logs else stored
-        return computed(decays, (heads * dim,), lambda values: values.reshape(-1).repeat(dim))
-
-    def undone(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        """A decay of each head, as GGUF files have it."""
-        dim = config.delta.key_dim
-        return computed(stored, (config.delta.heads, 1), lambda values: values[::dim, None])
-
-
-class _Taps:
-    """View of the kernels of a convolution [.., C, .., taps] as [C, taps]."""
-
-    def __call__(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        shape = (config.delta.parts[0], config.delta.taps)
-        return dataclasses.replace(stored, shape=shape) if stored.numel == shape[0] * shape[1] else stored
-
-    def undone(self, stored: StoredTensor, config: KimiLinearConfig) -> StoredTensor:
-        """The kernels as GGUF files have them."""
-        del config
-        return dataclasses.replace(stored, shape=(stored.shape[0], 1, stored.shape[1]))
-
-
 _TO, _SELF = "layers.{i}.attention", HF + "self_attn."
 _MATRICES = {"inputs:f.": "f_a", "decays:": "f_b", "inputs:b.": "beta", "inputs:g.": "g_a", "gate:": "g_b"}
 
 
 def _names(part: str) -> tuple[str, str]:
-    """A tensor's names in published files, and in the forget gate of transformers."""
+    """A tensor's name in published files, and its name in transformers' forget gate."""
     return _SELF + part, f"{_SELF}forget_gate.{part}"
 
 
 def _line(line: WeightName) -> WeightName:
-    """DeepSeek's line, with the names of experts in published files of Kimi Linear too."""
+    """A row of DeepSeek's table; rows of experts also get the names in published files of Kimi Linear."""
     if not line.target.startswith("layers.{i}.mlp."):
         return line
     names = line.hf if isinstance(line.hf, tuple) else (line.hf,)
@@ -229,22 +120,15 @@ WEIGHTS = [
     ],
     *[
         WeightName(
-            f"{_TO}:{part}.taps", f"{_SELF}{part}_conv1d.weight", f"{GG}ssm_conv1d_{part}.weight", _Taps(), _Taps()
+            f"{_TO}:{part}.taps", f"{_SELF}{part}_conv1d.weight", f"{GG}ssm_conv1d_{part}.weight", Taps(), Taps()
         )
         for part in "qkv"
     ],
-    WeightName(_TO + ":decay", _names("A_log"), GG + "ssm_a", _OfChannels(logs=True), _OfChannels(logs=False)),
+    WeightName(_TO + ":decay", _names("A_log"), GG + "ssm_a", ChannelDecays(logs=True), ChannelDecays(logs=False)),
     WeightName(_TO + ":bias", _names("dt_bias"), GG + "ssm_dt.bias"),
     WeightName(_TO + ".norm:weight", _SELF + "o_norm.weight", GG + "ssm_norm.weight"),
     WeightName(_TO + ".result:weight", _SELF + "o_proj.weight", GG + "attn_output.weight"),
 ]
-
-
-def gguf_keys(config: Any) -> dict[str, Any]:
-    """Layers with delta attention have no key-value heads."""
-    heads = [0 if layer in config.delta_layers else 1 for layer in range(config.num_layers)]
-    own = {"attention.head_count_kv": heads, "kda.head_dim": config.delta.key_dim, "ssm.conv_kernel": config.delta.taps}
-    return deepseek_config.gguf_keys(config) | own
 
 
 FAMILY = Family(

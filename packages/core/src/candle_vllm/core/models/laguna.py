@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Laguna: the Llama wiring (`llama.py`) with a gate on what attention gives, windows in most layers, and experts.
+"""Laguna: the Llama wiring (`llama.py`) with a gate on attention's output, windows in most layers, and experts.
 
-The gate is softplus of a projection of the layer's input, of each head (XS.2) or of each element (M.1). Layers with a
-window have more query heads and rotary settings of their own. Experts are scored by sigmoids and chosen with a
-correction, as DeepSeek-V3's; a layer that all tokens share is added. Source: Poolside, 2026, the model cards.
+The gate is softplus of a projection of the layer's input, for each head (XS.2) or each element (M.1). Layers with a
+window have more query heads and their own rotary settings. Experts are scored by sigmoids and chosen with a
+correction bias, as in DeepSeek-V3; a shared expert is added. Source: Poolside, 2026, the model cards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from candle_vllm.core.models.local_layers import by_layer, heads_by_layer, local
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of laguna."""
+    """Read `config.json` of laguna."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     for key in ("moe_apply_router_weight_on_input", "moe_router_logit_softcapping"):
         if fields.values.get(key):
@@ -56,7 +56,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _is_wide(fields: Fields) -> bool:
-    """Whether a gate is of each element."""
+    """Whether the gate has a value for each element, not for each head."""
     kinds = {"True": False, "per-head": False, "per-element": True}
     stored = fields.get("gating_types", list, []) or [fields.values.get("gating", True)]
     stored = [str(kind).replace("_", "-") for kind in stored]
@@ -66,13 +66,13 @@ def _is_wide(fields: Fields) -> bool:
 
 
 def _laguna(shared: dict[str, Any], heads: tuple[int, ...], mixture: Mixture) -> LlamaConfig:
-    """The description."""
+    """Make the config."""
     own: dict[str, Any] = heads_by_layer(heads, shared["num_kv_heads"]) | {"gate": "softplus"}
     return LlamaConfig(**shared | own, qk_norm=True, mixture=mixture, num_experts=mixture.experts)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of laguna."""
+    """Read GGUF metadata of laguna."""
     shared, heads = local_from_gguf(fields, checkpoint)
     gate, dense = checkpoint.tensors.get("blk.0.attn_gate.weight"), fields.get("leading_dense_block_count", int, 0)
     own = {
@@ -97,7 +97,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Laguna beyond the usual: numbers of heads are a list."""
+    """The GGUF metadata of a Laguna in addition to the keys of every model; the numbers of heads are a list."""
     heads, local = [config.heads(layer)[0] for layer in range(config.num_layers)], config.local_rope
     keys = hy_v3.gguf_keys(config) | local_keys(config) | {"attention.head_count": heads}
     return keys | ({} if local is None else {"rope.dimension_count_swa": local.dim})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""LFM2 and LFM2.5, dense and with experts: a Llama most of whose layers have a gated short convolution for attention.
+"""LFM2 and LFM2.5, dense and with experts: a Llama with a gated short convolution instead of attention in most layers.
 
-Each block is x + mix(norm(x)), then x + mlp(norm(x)). The last inputs of its convolution are all that such a layer
-keeps of a sequence. Source: Liquid AI, 2025, arXiv:2511.23404.
-Shapes: T tokens, E hidden, C channels of a convolution, which are E, or a rank's share of them.
+Each block is x + mix(norm(x)), then x + mlp(norm(x)). The state of a convolution layer is only the convolution's last
+inputs. Source: Liquid AI, 2025, arXiv:2511.23404.
+Shapes: T tokens, E hidden, C channels of a convolution, which is E, or a rank's share of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 class ShortConvolution:
-    """Gated on both sides: x [T, E] -> [T, E]. Of a projection's parts b, c and x, output(c * conv(b * x))."""
+    """Short convolution with two gates: x [T, E] -> [T, E]; for projected b, c and x, output(c * conv(b * x))."""
 
     def __init__(self, config: Lfm2Config, layer: int, placement: Placement) -> None:
         self.layer, self.channels, bias = layer, config.channels, config.conv_bias
@@ -56,7 +56,7 @@ class ShortConvolution:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: Lfm2Config, layer: int, rotary: Rotary, placement: Placement) -> None:
         convolves = layer in config.conv_layers

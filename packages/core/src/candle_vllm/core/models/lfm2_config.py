@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""LFM2's own description: `config.json` of lfm2 and lfm2_moe, and GGUF metadata of lfm2 and lfm2moe."""
+"""Read the config of LFM2: `config.json` of lfm2 and lfm2_moe, and GGUF metadata of lfm2 and lfm2moe."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from candle_vllm.core.models.llama import LlamaConfig
 
 _MOST_TAPS = 16
 _OLDER = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
-"""Keys of published configs, which win, and what transformers calls them."""
+"""Keys of published configs, which take precedence, and their names in transformers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lfm2Config(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
-        conv_layers: the layers that have a convolution for attention.
-        channels: of a convolution; C.
-        taps: of a convolution.
-        conv_bias: convolutions and the projections around them have biases.
+        conv_layers: the layers with a convolution instead of attention.
+        channels: channels of a convolution; C.
+        taps: kernel size of a convolution.
+        conv_bias: convolutions and their projections have biases.
     """
 
     conv_layers: frozenset[int]
@@ -46,7 +46,7 @@ class Lfm2Config(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
-    """Reads `config.json` of lfm2 and lfm2_moe."""
+    """Read `config.json` of lfm2 and lfm2_moe."""
     usual = {"rope_theta": 1e6, "tie_word_embeddings": True}
     older = {key: fields.values[name] for name, key in _OLDER.items() if name in fields}
     known = Fields({**usual, **fields.values, **older}, fields.path)
@@ -78,19 +78,19 @@ def config_from_hf(fields: Fields, model_type: str) -> Lfm2Config:
 
 
 def _adjusted(fields: Fields) -> int:
-    """The width of dense feed-forward layers: two thirds of what is said, as a multiple of a number."""
+    """The width of dense feed-forward layers: 2/3 of `intermediate_size` times a factor, rounded up to a multiple."""
     size = fields.count("intermediate_size")
     if not fields.get("block_auto_adjust_ff_dim", bool, True):
         return size
     size, key = int(2 * size / 3), "block_ffn_dim_multiplier"
-    if key in fields.values and key not in fields:  # null
+    if key in fields.values and key not in fields:  # the multiplier is null
         return Fields({key: size}, fields.path).count(key)
     size, unit = int(fields.get(key, float, 1.0) * size), fields.count("block_multiple_of", 256)
     return Fields({key: -(-size // unit) * unit}, fields.path).count(key)
 
 
 def _convolutions(fields: Fields, layers: int) -> frozenset[int]:
-    """By `layer_types`, or all but those of `full_attn_idxs`."""
+    """The layers with a convolution: by `layer_types`, or all layers that `full_attn_idxs` does not list."""
     if "layer_types" in fields:
         kinds = fields.get("layer_types", list)
         if len(kinds) != layers or not all(kind in ("full_attention", "conv") for kind in kinds):
@@ -103,7 +103,7 @@ def _convolutions(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
-    """Reads GGUF metadata of lfm2 and lfm2moe, in which layers with a convolution have no key-value heads."""
+    """Read GGUF metadata of lfm2 and lfm2moe, in which layers with a convolution have 0 key-value heads."""
     known, counts = kv_heads_by_layer(fields)
     shared, tensors = shared_from_gguf(known, checkpoint), checkpoint.tensors
     layers, mixture = shared["num_layers"], None
@@ -136,7 +136,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Lfm2Config:
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Layers with convolutions have no key-value heads; all weights of experts sum to 1, and all scores have a bias."""
+    """Metadata; convolution layers have 0 key-value heads, experts' weights sum to 1, and scores have a bias."""
     heads = [0 if layer in config.conv_layers else config.num_kv_heads for layer in range(config.num_layers)]
     keys: dict[str, Any] = {"attention.head_count_kv": heads, "shortconv.l_cache": config.taps}
     mixture = config.mixture

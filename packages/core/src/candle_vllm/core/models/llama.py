@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The Llama wiring and the families that differ from it by flags.
+"""The Llama wiring, and the families that differ from it by flags.
 
-Llama 1 to 3.x, InternLM 3, SmolLM and Yi as they are; Seed-OSS with biases on q, k, v; Mistral adds a sliding window,
-Ministral one in some layers; Ministral 3 has queries that grow with their position; Qwen2 biases on q, k, v; Qwen3 a
-norm on every head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
+Llama 1 to 3.x, InternLM 3, SmolLM and Yi are unchanged; Seed-OSS and Qwen2 have biases on q, k, v; Mistral has a
+sliding window, Ministral in some layers only; in Ministral 3 queries grow with their position; Qwen3 has a norm on
+every head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -45,29 +45,29 @@ MLPGate: TypeAlias = Literal["silu", "silu_7", "silu_16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(ModelConfig):
-    """The flags of these families.
+    """Config of Llama and of families with its layers.
 
     Attributes:
         qkv_bias, output_bias, mlp_bias: which projections have biases.
-        qk_norm: q and k are RMS-normalised per head before rotation.
-        norms_behind: these norms stand behind the rotation (`hunyuan.py`).
-        whole_norms: these norms are of all heads of q, and of k, at once (`olmoe.py`); ranks cannot divide them.
-        mixture, sparse_layers: experts, and which layers have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
-        unrotated_layers: whose queries and keys do not turn (`smollm3.py`).
-        deep: layers behind which a tower adds to the rows of images (`qwen_vl.py`).
-        embedding_scale: factor of the embeddings (`granite.py`); None is 1.
-        residual_scale: factor of what attention and the feed-forward layer add to the residual stream.
-        attention_scale: factor of scores; None is D^-0.5.
-        logit_scale: factor of logits.
-        local_rope: rotary settings of the layers with a window, where they differ from `rope`.
-        sink_layers: whose heads have sinks (`granite.py`).
-        head_factors: query heads of each layer in multiples of `num_heads` (`laguna.py`); none where each is 1.
-        groups: how many of `num_heads` share a key-value head in each layer (`mimo_v2.py`); none where layers agree.
-        gate: activation of a gate on what attention gives, of each head, or of each element where `wide_gate`.
-        value_dim: elements of a head of values, where they are fewer than `head_dim` (`mimo_v2.py`); 0 for `head_dim`.
-        value_scale: factor of values.
-        mlp_gates: kinds of SwiGLU in each layer, of experts and of other feed-forward layers (`step3p5.py`); none where
-            all are "silu".
+        qk_norm: q and k are RMS-normalised per head before the rotation.
+        norms_behind: these norms follow the rotation (`hunyuan.py`).
+        whole_norms: q and k are normalised over all heads at once (`olmoe.py`), so heads cannot be divided among ranks.
+        mixture, sparse_layers: the experts, and the layers that have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
+        unrotated_layers: layers without rotary embedding (`smollm3.py`).
+        deep: number of first layers after which the vision encoder's features are added to image rows (`qwen_vl.py`).
+        embedding_scale: factor of the embeddings (`granite.py`); None for 1.
+        residual_scale: factor of the outputs of attention and of the feed-forward layer in the residual stream.
+        attention_scale: factor of the attention scores; None for D^-0.5.
+        logit_scale: factor of the logits.
+        local_rope: rotary settings of the layers with a window, if they differ from `rope`.
+        sink_layers: layers whose attention heads have sinks (`granite.py`).
+        head_factors: query heads of each layer as multiples of `num_heads` (`laguna.py`); empty if all are 1.
+        groups: in each layer, how many of `num_heads` share a key-value head (`mimo_v2.py`); empty if all are equal.
+        gate: activation of a gate on attention's output, per head, or per element with `wide_gate`; None for no gate.
+        value_dim: elements of a value head if they are fewer than `head_dim` (`mimo_v2.py`); 0 for `head_dim`.
+        value_scale: factor of the values.
+        mlp_gates: for each layer, the SwiGLU variants of its routed experts and of its shared expert or dense MLP
+            (`step3p5.py`); empty if all are "silu".
     """
 
     qkv_bias: bool = False
@@ -95,7 +95,7 @@ class LlamaConfig(ModelConfig):
     mlp_gates: tuple[tuple[MLPGate, MLPGate], ...] = ()
 
     def heads(self, layer: int) -> tuple[int, int]:
-        """H and K of a layer; a rank with a part of a group has its key-value head."""
+        """H and K of a layer; a rank that has only a part of a group of query heads has the group's key-value head."""
         factor = self.head_factors[layer] if self.head_factors else 1
         kv_heads = max(1, self.num_heads // self.groups[layer]) if self.groups else self.num_kv_heads
         return factor * self.num_heads, kv_heads
@@ -108,24 +108,24 @@ class LlamaConfig(ModelConfig):
 
     @property
     def stream_eps(self) -> float:
-        """Epsilon of norms of the residual stream, which is held divided by `residual_scale`.
+        """Epsilon of norms of the residual stream, which is stored divided by r = `residual_scale`.
 
-        Nothing is multiplied then but embeddings, and norms give the same: a / sqrt(mean(a^2) + eps) for a = r x is
-        x / sqrt(mean(x^2) + eps / r^2).
+        So only the embeddings must be scaled, and the norms give the same results as for the undivided stream a = r x:
+        a / sqrt(mean(a^2) + eps) is x / sqrt(mean(x^2) + eps / r^2).
         """
         return self.norm_eps / self.residual_scale**2
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of llama, the Mistral family, qwen2, qwen3, seed_oss and internlm3."""
+    """Read `config.json` of llama, the Mistral family, qwen2, qwen3, seed_oss and internlm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    if model_type == "internlm3":  # published files have names of their own
+    if model_type == "internlm3":  # published files have their own keys
         biases = {"attention_bias": fields.get("qkv_bias", bool, False), "mlp_bias": fields.get("bias", bool, False)}
         if biases["attention_bias"] != biases["mlp_bias"]:
             raise UnsupportedModelError(f"{fields.path}: qkv_bias and bias that differ are not implemented")
         fields = Fields(biases | dict(fields.values), fields.path)
     if model_type == "ministral3":
-        fields.get("rope_parameters", dict)  # transformers has defaults for a whole one only
+        fields.get("rope_parameters", dict)  # required: transformers' default is a whole dict
     shared = shared_from_hf(fields, model_type)
     attention_bias = fields.get("attention_bias", bool, model_type == "seed_oss")
     output_bias = fields.get("attention_out_bias", bool, False) if model_type == "seed_oss" else attention_bias
@@ -144,7 +144,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
-    """Which layers look back only so far; Qwen says so by flag and layer, Mistral for all layers at once."""
+    """The sliding window of each layer, None without; Qwen sets it by flag and first layer, Mistral for all layers."""
     window, qwen = fields.get("sliding_window", int, None), "qwen" in model_type
     if model_type in ("llama", "seed_oss", "internlm3") or window is None:
         return (None,) * layers
@@ -159,7 +159,7 @@ def windows_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int |
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), mistral3, and qwen2, qwen3 and their vl."""
+    """Read GGUF metadata of llama (with Mistral, SmolLM and Yi), mistral3, qwen2, qwen2vl, qwen3 and qwen3vl."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,
@@ -176,7 +176,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def times(x: Value, factor: float) -> Value:
-    """x times a factor; recorded steps multiply in place."""
+    """Multiply x by a factor; recorded steps do so in place."""
     if factor == 1:
         return x
     return x.scaled(factor) if isinstance(x, Recorded) else x * factor
@@ -186,9 +186,9 @@ class Attention:
     """Grouped-query attention with rotary positions: x [T, E] -> [T, E].
 
     Args:
-        config, rotary, placement: as of the model.
-        layer: whose it is.
-        inputs: numbers of x, where they are not E.
+        config, rotary, placement: those of the model.
+        layer: index of the layer.
+        inputs: columns of x, if they are not E.
     """
 
     def __init__(
@@ -221,10 +221,10 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        if self.whole and self.q_norm is not None and self.k_norm is not None:  # as one head each
+        if self.whole and self.q_norm is not None and self.k_norm is not None:  # each has one head with all elements
             q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         y = self.attend(q, k, v, step)
         y = y.flatten(1) if self.value_dim == self.head_dim else first_of_heads(y, self.value_dim)
         y = times(y, self.value_scale)
@@ -233,18 +233,18 @@ class Attention:
         return self.output(y)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
 Mixer: TypeAlias = Callable[[Value, StepInput], Value]
-"""x [T, E] -> [T, E], of all tokens of a sequence: attention, or what stands in its place."""
+"""x [T, E] -> [T, E], mixing the tokens of a sequence: attention, or a hybrid model's replacement for it."""
 
 # ---- block -----------------------------------------------------------------------------------------------------------
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
@@ -253,7 +253,7 @@ class Block:
         self.mlp = self.feed_forward(config, layer, placement)
 
     def feed_forward(self, config: Any, layer: int, placement: Placement) -> Callable[[Value], Value]:
-        """x [T, E] -> [T, E] of each token alone; a family with another one overrides it."""
+        """The feed-forward layer: x [T, E] -> [T, E], each token alone; families with a different one override it."""
         size, mixture, gates = config.hidden_size, config.mixture, config.mlp_gates[layer] if config.mlp_gates else ()
         if mixture is not None and layer in config.sparse_layers:
             own = dict(zip(("activation", "shared_activation"), gates))
@@ -262,7 +262,7 @@ class Block:
         return GatedMLP(size, config.intermediate_size, placement, bias=config.mlp_bias, activation=activation)
 
     def mixer(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> Mixer:
-        """What mixes tokens in this layer; hybrid families override it."""
+        """The layer that mixes the tokens of a sequence; hybrid families override it."""
         return Attention(config, layer, rotary, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
@@ -307,7 +307,7 @@ _HF, _GG = "model.layers.{i}.", "blk.{i}."
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A matrix and its optional bias."""
+    """The table rows of a matrix and of its optional bias."""
     return [
         WeightName(f"layers.{{i}}.{target}{kind}", f"{_HF}{hf}.{kind}", f"{_GG}{gguf}.{kind}")
         for kind in ("weight", "bias")
@@ -327,7 +327,7 @@ WEIGHTS = [
     WeightName(
         "layers.{i}.mlp_norm:weight",
         _HF + "post_attention_layernorm.weight",
-        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second in files of Seed-OSS
+        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second name in files of Seed-OSS
     ),
     *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
     *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
@@ -338,13 +338,13 @@ WEIGHTS = [
 
 
 def ignored(config: ModelConfig) -> list[str]:
-    """Stored names that carry nothing: buffers of old converters, a second copy of a tied head, layers for drafts."""
+    """Names of stored tensors without use: old converters' buffers, a copy of a tied head, layers for draft tokens."""
     buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight", r"mtp\..*"]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 
 
 def mistral3_keys(config: Any) -> dict[str, Any]:
-    """Queries that grow with their position."""
+    """The GGUF metadata of Mistral 3: the window, and by how much queries grow with their position."""
     return window_keys(config) | (
         {"attention.temperature_scale": config.rope.query_scale} if config.rope.query_scale else {}
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Llama 4 (Scout, Maverick): attention within chunks, layers without positions, and experts with scaled inputs.
 
-In layers with rotary positions a token sees its own chunk of the context alone, and heads of q and k are brought to the
-same length; every fourth layer has no positions and sees all, with queries that grow with their position. The router's
-sigmoid multiplies what the only expert of a token reads; all tokens share one more expert.
+In layers with rotary positions a token attends only to its chunk of the context, and heads of q and k are normalised.
+Every fourth layer has no positions and no chunks, and its queries grow with their position. Each token has one routed
+expert, whose input is multiplied by the router's sigmoid, and the shared expert.
 Source: Meta, 2025, "Llama 4 model card". Shapes: T tokens, H heads, K key-value heads, D head size, E hidden.
 """
 
@@ -31,7 +31,7 @@ from candle_vllm.core.models.llama4_config import Llama4Config, config_from_gguf
 
 
 class Growth:
-    """Queries [T, H, D] times the factor of their position; see `Llama4Config.temperature`."""
+    """Multiplies queries [T, H, D] by the factor of their position; see `Llama4Config.temperature`."""
 
     def __init__(self, temperature: tuple[int, float], max_position: int, placement: Placement) -> None:
         self._temperature, self._most, self._placement = temperature, max_position, placement
@@ -66,7 +66,7 @@ class Attention(llama.Attention):
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         q = q if self.growth is None else self.growth(q, step.positions)
         return self.output(self.attend(q, k, v, step).flatten(1))
 

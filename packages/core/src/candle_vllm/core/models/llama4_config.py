@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What config.json and GGUF metadata say about a Llama 4, as `llama4.py` wants it."""
+"""Read the config of Llama 4 from config.json or GGUF metadata, for `llama4.py`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.experts import size_keys, sparse_in_gguf
 from candle_vllm.core.models.llama import LlamaConfig
 
-_CHUNK, _TEMPERATURE = 8192, (8192, 0.1)  # of published models; GGUF files say neither
+_CHUNK, _TEMPERATURE = 8192, (8192, 0.1)  # of published models; GGUF files do not store them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama4Config(LlamaConfig):
-    """The description of a Llama 4. `sliding_windows` are the chunks.
+    """Config of Llama 4. `sliding_windows` are the chunks.
 
     Attributes:
         chunked: some layers attend within chunks, see `AttentionNeeds`.
         same_length: heads of q and k have a norm without a weight in layers with rotary positions.
-        temperature: L and s: queries of layers without positions are multiplied by 1 + s ln(1 + floor((p + 1) / L)),
-            p their position; None leaves them.
+        temperature: L and s: queries at position p in layers without positions are multiplied by
+            1 + s ln(1 + floor((p + 1) / L)); None for no factor.
     """
 
     chunked: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class Llama4Config(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
-    """Reads `config.json` of llama4_text."""
+    """Read `config.json` of llama4_text."""
     fields.choice("hidden_act", "silu", "silu")
     shared = shared_from_hf(fields, model_type)
     layers, inner = shared["num_layers"], shared["intermediate_size"]
@@ -63,7 +63,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Llama4Config:
 def _config(
     fields: Fields, values: dict[str, Any], sparse: frozenset[int], sizes: tuple[int, int, int]
 ) -> Llama4Config:
-    """With so many experts, of which a token has so many, of such a width, in some layers."""
+    """Make the config; `sizes` are the number of experts, the experts per token, and the size of an expert."""
     count, top, inner = sizes
     if top != 1:
         raise UnsupportedModelError(f"{fields.path}: a token has {top} experts; with scaled inputs it may have one")
@@ -81,14 +81,14 @@ def _config(
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
-    """Reads GGUF metadata of llama4, which leaves to the reader what all published models have in common."""
+    """Read GGUF metadata of llama4, which does not store the values that all published models share."""
     shared, count = shared_from_gguf(fields, checkpoint), fields.count("expert_count")
     layers, chunked = shared["num_layers"], fields.get("attention.sliding_window", int, _CHUNK) > 0
     full = {layer for layer in range(layers) if (layer + 1) % 4 == 0}
     own = {
         "sliding_windows": tuple(None if layer in full or not chunked else _CHUNK for layer in range(layers)),
         "unrotated_layers": frozenset(full if chunked else ()),
-        "same_length": count != 128,  # Maverick's
+        "same_length": count != 128,  # Maverick has 128 experts
         "temperature": _TEMPERATURE,
     }
     sizes = count, fields.count("expert_used_count"), fields.count("expert_feed_forward_length")
@@ -96,7 +96,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Llama4Config:
 
 
 def gguf_keys(config: Llama4Config) -> dict[str, Any]:
-    """What GGUF metadata says of a Llama 4 beyond the usual."""
+    """The GGUF metadata of a Llama 4 in addition to the keys of every model."""
     assert config.mixture is not None
     step = config.num_layers // max(1, len(config.sparse_layers))
     if config.sparse_layers != frozenset(range(step - 1, config.num_layers, step)):

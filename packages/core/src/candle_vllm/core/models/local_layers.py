@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Config readers of families whose layers differ by more than a window, and refusals of what is not implemented."""
+"""Config readers of families whose layers differ by more than a window, and checks for unsupported values."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from candle_vllm.core.models.experts import without_next_tokens
 def local_layers(
     fields: Fields, layers: int, rope: RopeConfig, *, first: int, full_rotates: bool = True
 ) -> dict[str, Any]:
-    """Windows and rotary bases, as fields of a `LlamaConfig`: `layer_types` and `layer_rope_theta`.
+    """The windows and rotary bases, by `layer_types` and `layer_rope_theta`, as fields of a `LlamaConfig`.
 
     Args:
         fields: the config.
-        layers: how many there are.
-        rope: what all layers would have.
-        first: without `layer_types`, every fourth layer before and behind this one sees all positions.
-        full_rotates: without `layer_rope_theta`, layers that see all positions have a rotary embedding.
+        layers: number of layers.
+        rope: rotary settings, whose base `layer_rope_theta` overrides.
+        first: without `layer_types`, every fourth layer has no window, counted in both directions from this one.
+        full_rotates: without `layer_rope_theta`, layers without a window have a rotary embedding.
 
     Raises:
         UnsupportedModelError: layers of one kind have several bases.
@@ -50,9 +50,9 @@ def local_layers(
 
 
 def with_ropes(fields: Fields, windows: Sequence[int | None]) -> Fields:
-    """The config with `rope_parameters` by kind of layer, where it has lists of bases and rotated shares instead.
+    """The config with `rope_parameters` by kind of layer instead of lists of bases and of rotated shares.
 
-    `rope_scaling` is of layers without a window.
+    `rope_scaling` applies to layers without a window.
     """
     if "rope_parameters" in fields:
         return fields
@@ -75,10 +75,10 @@ def ropes_by_kind(
     """Rotary settings of layers without and with a window, as fields of a `LlamaConfig`.
 
     Args:
-        fields: a config with `rope_parameters` by kind of layer, or without.
+        fields: a config, with or without `rope_parameters` by kind of layer.
         head_dim: D.
-        windows: of each layer.
-        full, local: base and rotated share of a head, without and with a window, where `rope_parameters` is absent.
+        windows: window of each layer.
+        full, local: base and rotated share of a head in layers without and with a window, without `rope_parameters`.
     """
     position, stored = fields.count("max_position_embeddings"), fields.section("rope_parameters")
     usual = {"full_attention": full, "sliding_attention": local}
@@ -92,9 +92,9 @@ def ropes_by_kind(
 
 
 def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Read GGUF metadata of layers that differ in query heads and, where they have a window, in rotary settings.
+    """Read GGUF metadata of layers that differ in query heads; those with a window may differ in rotary settings.
 
-    Without a list of them, the first of every four layers has no window (llama.cpp's `dense_first`).
+    Without a list of windows, the first of every four layers has no window (llama.cpp's `dense_first`).
 
     Returns:
         Fields of a `LlamaConfig`, and the number of query heads of each layer.
@@ -127,14 +127,14 @@ def local_from_gguf(fields: Fields, checkpoint: Checkpoint) -> tuple[dict[str, A
 
 
 def heads_by_layer(heads: Sequence[int], kv_heads: int) -> dict[str, Any]:
-    """Query heads of each layer, as fields of a `LlamaConfig`: multiples of the largest number that divides all."""
+    """Query heads of each layer, as fields of a `LlamaConfig`: multiples of their greatest common divisor."""
     if (base := math.gcd(*heads)) % kv_heads:
         raise InvalidFileError(f"layers with {heads!r:.80} heads cannot share {kv_heads} key-value heads")
     return {"num_heads": base, "head_factors": tuple(count // base for count in heads)}
 
 
 def by_layer(fields: Fields, key: str, layers: int, *default: int, further: bool = False) -> tuple[int, ...]:
-    """Read a count for each layer: a list, or one number for all; `further` allows counts of layers behind them."""
+    """Read a count for each layer: a list, or one number for all; with `further` the list may be longer."""
     stored = fields.values.get(fields.prefix + key)
     if not isinstance(stored, list):
         return (fields.count(key, *default),) * layers
@@ -145,7 +145,7 @@ def by_layer(fields: Fields, key: str, layers: int, *default: int, further: bool
 
 
 def listed(fields: Fields, key: str, layers: int, usual: Any) -> list[Any]:
-    """Read a value for each layer, with `by_layer`'s forms: a list, which may be longer, or one value for all."""
+    """Read a value for each layer: a list, which may be longer than the layers, or one value for all."""
     stored = fields.values.get(fields.prefix + key)
     found = stored[:layers] if isinstance(stored, list) else [usual if stored is None else stored] * layers
     if len(found) < layers:
@@ -154,7 +154,7 @@ def listed(fields: Fields, key: str, layers: int, usual: Any) -> list[Any]:
 
 
 def refuse_others(fields: Fields, implemented: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedModelError` where a key has another value than the one that is implemented."""
+    """Raise `UnsupportedModelError` if a key has a value that is not implemented."""
     for key, usual in implemented.items():
         if (value := fields.get(key, type(usual), usual)) != usual:
             raise UnsupportedModelError(f"{fields.path}: {fields.prefix}{key} is {value!r:.40}; implemented: {usual!r}")

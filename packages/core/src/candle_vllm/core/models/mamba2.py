@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mamba 2: the mixer that hybrid models have in most layers in the place of attention.
+"""Mamba 2: the mixer in most layers of hybrid models, instead of attention.
 
-A projection gives z, x, B, C and dt. x, B and C pass a short convolution; each head then decays its state by dt, adds
-B^T (dt x), and reads it with C. The result is gated by z and normed in groups.
+A projection computes z, x, B, C and dt. x, B and C pass a short convolution; each head then decays its state by dt,
+adds B^T (dt x), and reads it with C. The result is gated by z and normalised in groups.
 Source: Dao and Gu, 2024, arXiv:2405.21060.
 Shapes: T tokens, E hidden, H heads, P head size, G groups of heads that share B and C, N state size.
 """
@@ -37,7 +37,7 @@ from candle_vllm.core.models.qwen3_next_config import convolution_taps, decay_of
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _INFINITE = (math.inf, {"__float__": "Infinity"})
-"""How files say that dt has no upper limit."""
+"""Values in files for a dt without an upper limit."""
 
 HYBRID_KEYS = {
     "heads": "mamba_n_heads",
@@ -48,24 +48,24 @@ HYBRID_KEYS = {
     "bias": "mamba_proj_bias",
     "conv_bias": "mamba_conv_bias",
 }
-"""Keys of `sizes_from_hf` in models that have attention too."""
+"""Argument `keys` of `sizes_from_hf` for hybrid models."""
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaSizes:
-    """Shapes and flags of a mixer.
+    """Shapes and flags of a Mamba 2 mixer.
 
     Attributes:
         heads, head_dim: H and P.
         groups: G, which divides H.
         state: N.
-        taps: of the convolution.
-        bias, conv_bias: whether the two projections, and the convolution, have biases.
-        normed: whether the gated result is normed.
-        gate_last: the result is normed first, and then gated.
-        factors: of z, x, B, C and dt, and of what the output projection reads.
+        taps: kernel size of the convolution.
+        bias, conv_bias: whether the two projections have biases, and whether the convolution has one.
+        normed: whether the gated result is normalised.
+        gate_last: the result is normalised first and then gated.
+        factors: factors of z, x, B, C and dt, and of the input of the output projection.
     """
 
     heads: int
@@ -95,7 +95,7 @@ class MambaSizes:
 
     @property
     def spec(self) -> StateSpec:
-        """What a layer keeps of a sequence."""
+        """The state that a layer stores for a sequence."""
         channels = sum(self.parts)
         inputs = kept_inputs(self.groups, self.heads, self.state, self.head_dim)
         tail = StatePart(conv_shape(channels, self.taps), channels, exact=False)
@@ -103,12 +103,12 @@ class MambaSizes:
 
 
 def sizes_from_hf(fields: Fields, keys: Mapping[str, str], *, inner: int, normed: bool = True) -> MambaSizes:
-    """Reads a mixer's shapes from `config.json`.
+    """Read a mixer's shapes from `config.json`.
 
     Args:
-        fields: of the file.
-        keys: what the file calls "heads", "head_dim", "groups", "state", "taps", "bias" and "conv_bias".
-        inner: H * P where "head_dim" is missing or "auto".
+        fields: the file's fields.
+        keys: the file's keys for "heads", "head_dim", "groups", "state", "taps", "bias" and "conv_bias".
+        inner: H * P, used if "head_dim" is missing or "auto".
         normed: see `MambaSizes`.
     """
     limit = fields.get("time_step_limit", list, None)
@@ -128,7 +128,7 @@ def sizes_from_hf(fields: Fields, keys: Mapping[str, str], *, inner: int, normed
 
 
 def sizes_from_gguf(fields: Fields, tensors: Mapping[str, StoredTensor], layers: Sequence[int]) -> MambaSizes:
-    """Reads a mixer's shapes from GGUF metadata, and its flags from the tensors of some of these layers."""
+    """Read a mixer's shapes from GGUF metadata, and its flags from the tensors of `layers`."""
     heads, inner = fields.count("ssm.time_step_rank"), fields.count("ssm.inner_size")
     if inner % heads:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}ssm.inner_size is {inner}, of {heads} heads")
@@ -152,7 +152,7 @@ def sizes_from_gguf(fields: Fields, tensors: Mapping[str, StoredTensor], layers:
 
 
 class Mamba2Mixer:
-    """x [T, E] -> [T, E]. Arguments as those of `GatedDeltaNet`."""
+    """Mamba 2: x [T, E] -> [T, E]. Arguments as in `GatedDeltaNet`."""
 
     def __init__(self, layer: int, size: int, sizes: MambaSizes, eps: float, placement: Placement) -> None:
         self.layer, self.sizes, self.eps = layer, sizes, eps
@@ -179,7 +179,7 @@ class Mamba2Mixer:
         return self.result(times(y, self.sizes.factors[5]))
 
     def _given(self, x: Value) -> Value:
-        """z, x, B, C and dt side by side, times their factors."""
+        """Project x to z, x, B, C and dt, side by side and times their factors."""
         given, factors = self.inputs(x), self.sizes.factors[:5]
         if set(factors) == {1.0}:
             return given
@@ -207,19 +207,19 @@ def in_groups(stored: StoredTensor, config: object) -> StoredTensor:
     """A norm's weight [H * P] as [G, H * P / G]; `config.mamba` has the sizes."""
     groups = config.mamba.groups  # type: ignore[attr-defined]
     if len(stored.shape) != 1 or stored.shape[0] % groups:
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     return dataclasses.replace(stored, shape=(groups, stored.shape[0] // groups))
 
 
 class _Column:
-    """The view of a number of each head, [H], which GGUF files have as [H, 1]."""
+    """View of one value for each head, [H], which GGUF files store as [H, 1]."""
 
     def __call__(self, stored: StoredTensor, config: object) -> StoredTensor:
         del config
         return dataclasses.replace(stored, shape=stored.shape[:1]) if stored.shape[1:] == (1,) else stored
 
     def undone(self, stored: StoredTensor, config: object) -> StoredTensor:
-        """The tensor as a GGUF file has it."""
+        """The tensor in the shape of GGUF files."""
         del config
         return computed(stored, (*stored.shape, 1), lambda values: values[:, None], "F32")
 
@@ -228,11 +228,11 @@ _COLUMN = _Column()
 
 
 def mixer_names(target: str, *hf: str) -> list[WeightName]:
-    """The lines of a mixer.
+    """The table rows of a mixer.
 
     Args:
-        target: its name in a layer, "attention".
-        hf: what Hugging Face's files may call it: "model.layers.{i}.mamba".
+        target: name of the mixer in a layer, "attention".
+        hf: its possible names in Hugging Face's files: "model.layers.{i}.mamba".
     """
     to = f"layers.{{i}}.{target}"
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""MiMo V2 Flash: the Llama wiring (`llama.py`) with values that are shorter than keys, windows with sinks, and experts.
+"""MiMo V2 Flash: the Llama wiring (`llama.py`) with values shorter than keys, windows with sinks, and experts.
 
-Layers with a window have twice the key-value heads, sinks, and a rotary base of their own. Caches hold values as long
-as keys: the elements that lack repeat the first ones, and are left out of what attention gives. Experts are scored by
-sigmoids and chosen with a correction, as DeepSeek-V3's. Source: Xiaomi, 2026, arXiv:2601.02780.
+Layers with a window have twice the key-value heads, sinks, and their own rotary base. Caches hold values padded to the
+size of keys: the missing elements repeat the first ones, and are dropped from attention's output. Experts are scored by
+sigmoids and chosen with a correction bias, as in DeepSeek-V3. Source: Xiaomi, 2026, arXiv:2601.02780.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from candle_vllm.core.models.local_layers import by_layer, ropes_by_kind
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of mimo_v2_flash, in transformers' form or with the keys of published files."""
+    """Read `config.json` of mimo_v2_flash, in transformers' form or with the keys of published files."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if fields.get("add_full_attention_sink_bias", bool, False):
         raise UnsupportedModelError(f"{fields.path}: sinks in layers without a window are not implemented")
     plain, eps = dict(fields.values) | {"rope_parameters": {}}, ("rms_norm_eps", "layernorm_epsilon")
     shared = shared_from_hf(Fields(plain, fields.path), model_type, eps=eps[eps[1] in fields])
     layers, full = shared["num_layers"], shared["num_kv_heads"]
-    more = fields.get("sliding_window_size", int, None)  # beside the token itself
+    more = fields.get("sliding_window_size", int, None)  # without the token itself
     window = fields.count("sliding_window") if more is None else more + 1
     pattern = fields.get("hybrid_layer_pattern", list, [n > 0 and (n + 1) % 6 > 0 for n in range(layers)])
     windows = layer_windows(fields, layers, window) or tuple(window if local else None for local in pattern)
@@ -64,7 +64,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> LlamaConfig:
-    """The description; `heads` are key-value heads of layers without and with a window."""
+    """Make the config; `heads` are key-value heads of layers without and with a window."""
     count, windows = shared["num_heads"], shared["sliding_windows"]
     if any(count % each for each in heads) or len(windows) != shared["num_layers"]:
         raise InvalidFileError(
@@ -77,7 +77,7 @@ def _mimo(shared: dict[str, Any], heads: tuple[int, int], mixture: Mixture) -> L
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
+    """Read GGUF metadata of mimo2, where the numbers of key-value heads are a list."""
     count, key = fields.count("block_count"), f"{fields.prefix}attention.head_count_kv"
     heads = by_layer(fields, "attention.head_count_kv", count, further=True)
     shared = shared_from_gguf(Fields({**fields.values, key: min(heads)}, fields.path, fields.prefix), checkpoint)
@@ -113,12 +113,12 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """As Llama's, and layers that predict further tokens."""
+    """Names that Llama ignores, and multi-token prediction layers."""
     return [*llama.ignored(config), r"model\.mtp\..*", *later_layers(config.num_layers)]
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """Numbers of key-value heads are a list; llama.cpp has one group of experts, and reads no scale of weights."""
+    """Metadata; key-value heads are a list, and llama.cpp has one group of experts and no scale of their weights."""
     assert config.mixture is not None
     return {
         **local_keys(config),

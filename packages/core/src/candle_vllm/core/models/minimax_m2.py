@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """MiniMax M2 to M2.7: the Llama wiring (`llama.py`), half of each head rotated, and experts in all layers.
 
-Norms of q and k are over all heads at once, as OLMoE's; experts are scored by sigmoids and chosen with a correction, as
-DeepSeek-V3's. Layers that predict further tokens are not loaded. Source: MiniMax, 2025, the model cards.
+Norms of q and k are over all heads at once, as in OLMoE; experts are scored by sigmoids and chosen with a correction
+bias, as in DeepSeek-V3. Multi-token prediction layers are not loaded. Source: MiniMax, 2025, the model cards.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from candle_vllm.core.models.olmoe import with_experts
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_SIGMOID = 2  # in GGUF's metadata
+_SIGMOID = 2  # its number in GGUF metadata
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of minimax_m2, where `rotary_dim` says how much of a head rotates."""
+    """Read `config.json` of minimax_m2, where `rotary_dim` is the rotated part of a head."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     fields.choice("scoring_func", "sigmoid", "sigmoid")
     fields.choice("qk_norm_type", "per_layer", "per_layer")
@@ -50,7 +50,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of minimax-m2."""
+    """Read GGUF metadata of minimax-m2."""
     shared = shared_from_gguf(fields, checkpoint)
     shared["model_type"] = "minimax_m2"
     if (gating := fields.get("expert_gating_func", int, _SIGMOID)) != _SIGMOID:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Mixtral: the Llama wiring (`llama.py`) with experts in every layer, of which the best k get shares that sum to 1.
+"""Mixtral: the Llama wiring (`llama.py`) with experts in every layer; the weights of a token's k experts sum to 1.
 
-GGUF files of Mixtral name the architecture llama; the count of experts tells them apart (`registry.py`).
+GGUF files of Mixtral have the architecture llama; the number of experts distinguishes them (`registry.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of mixtral."""
+    """Read `config.json` of mixtral."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     layers, window = shared["num_layers"], fields.get("sliding_window", int, None)
@@ -37,7 +37,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of llama with experts."""
+    """Read GGUF metadata of llama with experts."""
     shared = shared_from_gguf(fields, checkpoint)
     mixture = Mixture(
         experts=fields.count("expert_count"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ModernBERT: an encoder of long texts, most of whose layers see a window around each token.
+"""ModernBERT: an encoder of long texts; most layers have a window around each token.
 
-Norms stand in front and have no biases, gates are GELU, positions rotate, by another base in layers with a window.
+Norms precede attention and MLP and have no biases; gates are GELU; layers with a window have another rotary base.
 Source: Warner et al., 2024, arXiv:2412.13663.
 """
 
@@ -39,13 +39,13 @@ _BIASES |= {"mlp_bias": ("mlp_bias", "down_bias")}
 
 
 def _flags(fields: Fields) -> dict[str, Any]:
-    """What all models have in common, and which biases one has; GGUF files name none."""
+    """Flags that all models share, and those of biases, for which GGUF files have no keys."""
     biases = {name: fields.get(key, bool, False) for key, names in _BIASES.items() for name in names}
     return {"typed": False, "placed": False, "prenorm": True, "gate": "gelu", **biases}
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of modernbert."""
+    """Read `config.json` of modernbert."""
     fields.choice("hidden_activation", "gelu", "gelu")
     sizes, position = sizes_from_hf(fields), fields.count("max_position_embeddings", 8192)
     period, half = fields.count("global_attn_every_n_layers", 3), fields.count("local_attention", 128) // 2
@@ -76,7 +76,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
-    """Reads GGUF metadata of modern-bert, whose first of every three layers has no window."""
+    """Read GGUF metadata of modern-bert; the first of every three layers has no window."""
     sizes = sizes_from_gguf(fields, checkpoint)
     half, period = fields.count("attention.sliding_window") // 2, fields.count("attention.sliding_window_pattern", 3)
     bases = {"rope": ("rope.freq_base", 160000.0), "local_rope": ("rope.freq_base_swa", 10000.0)}
@@ -90,7 +90,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     del config
     at = prefix_of(stored, "embeddings.tok_embeddings.weight")
     layer, block = f"{at}layers.{{i}}.", "blk.{i}."
@@ -113,7 +113,7 @@ def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
 
 
 def ignored(config: StackConfig) -> list[str]:
-    """Stored names that a vector does not need, and those of a head, which `behind` reads."""
+    """Names of tensors that an embedding does not need, and of a head's tensors, which `behind` reads."""
     del config
     return [r"(head|classifier|decoder)\..*", r"(model\.)?layers\.0\.attn_norm\.weight", r"cls\..*"]
 

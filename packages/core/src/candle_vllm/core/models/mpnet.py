@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MPNet and DistilBERT: BERT without token types; MPNet adds a bias by relative position that its layers share.
+"""MPNet and DistilBERT: BERT without token types; in MPNet all layers share a bias by relative position.
 
 Sources: Song et al., 2020, arXiv:2004.09297 (MPNet); Sanh et al., 2019, arXiv:1910.01108 (DistilBERT); Raffel et al.,
 2019, arXiv:1910.10683, section 2.1 (buckets of relative positions).
@@ -28,13 +28,13 @@ from candle_vllm.core.models.encoder_parts import (
 from candle_vllm.core.models.encoder_stack import PlainEncoder, StackConfig
 from candle_vllm.core.models.family import EncoderFamily
 
-BUCKETS, FARTHEST = 32, 128  # of relative positions; those from FARTHEST on share the last bucket
+BUCKETS, FARTHEST = 32, 128  # number of buckets; distances from FARTHEST on share the last one
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackConfig:
-    """Reads `config.json` of mpnet and distilbert."""
+    """Read `config.json` of mpnet and distilbert."""
     if model_type == "distilbert":
         said = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
         said |= {"intermediate_size": "hidden_dim", "hidden_act": "activation"}
@@ -61,22 +61,22 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 class BucketBias(Table):
-    """A number for each head and bucket of relative positions, [32, H]; `table` has one for each distance."""
+    """A bias for each head and bucket of relative positions, [32, H]; `table` has one for each distance."""
 
     def __init__(self, config: StackConfig, placement: Placement) -> None:
         super().__init__(placement, BUCKETS, config.num_heads)
         self._placement, self._farthest, self.table = placement, config.max_position - 1, None
 
     def finish(self) -> None:
-        """Spreads the buckets over all distances of key from query."""
+        """Expand the buckets to all distances of key and query."""
         spread = on_host(self.weight).T[:, buckets(np.arange(-self._farthest, self._farthest + 1))]
         self.table = self._placement.constant(np.ascontiguousarray(spread))
 
 
 def buckets(distances: np.ndarray) -> np.ndarray:
-    """The bucket of each distance of a key from its query: one for each near one, then wider ones, keys behind last.
+    """The bucket of each distance (key minus query): exact up to 7, then logarithmic; later keys have the upper half.
 
-    The logarithm is taken in float32, as models are trained with.
+    The logarithm is float32, as in training.
     """
     half, exact = BUCKETS // 2, BUCKETS // 4
     away = abs(distances)
@@ -90,7 +90,7 @@ def buckets(distances: np.ndarray) -> np.ndarray:
 
 
 def build(config: StackConfig, placement: Placement) -> PlainEncoder:
-    """The model without its weights."""
+    """Build the model without its weights."""
     return PlainEncoder(config, placement, BucketBias(config, placement) if config.model_type == "mpnet" else None)
 
 
@@ -98,7 +98,7 @@ def build(config: StackConfig, placement: Placement) -> PlainEncoder:
 
 
 def weights(config: StackConfig, stored: Iterable[str]) -> list[WeightName]:
-    """The table of names."""
+    """The table of weight names."""
     at = prefix_of(stored, "embeddings.word_embeddings.weight")
     mpnet = config.model_type == "mpnet"
     part = "attention.attn.{}" if mpnet else "attention.{}_lin"

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Layers that predict further tokens (MTP, "nextn"), trained with a model and stored in its own checkpoint.
+"""Multi-token prediction layers (MTP, "nextn"), trained with a model and stored in its own checkpoint.
 
-At position p such a layer is given the embedding of token p + 1 and what the model's last norm gives at p; both are
-normed, brought to one vector by a matrix, and pass a block like the model's own. A norm and a head say what token p + 2
-is. The layer drafts on from its own result: before its norm in DeepSeek and GLM, after it in Qwen.
+At position p such a layer reads the embedding of token p + 1 and the output of the model's last norm at p. Both are
+normalised, projected to one vector, and pass a block like the model's own. A norm and a head predict token p + 2.
+The next draft starts from the layer's own result: before its norm in DeepSeek and GLM, after it in Qwen.
 
-Only the first of several such layers is used, for all drafts. It lies behind the model's last layer (DeepSeek, GLM:
-`model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has names of its own (Qwen3-Next, Qwen3.5: `mtp`). Where
-layers of the model keep states, this one has attention and keeps pages alone.
+Only the first of several such layers is used, for all drafts. It follows the model's last layer (DeepSeek, GLM:
+`model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has its own names (Qwen3-Next, Qwen3.5: `mtp`). In a
+model whose layers have states, this layer has attention and only pages.
 Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
 """
 
@@ -38,18 +38,18 @@ from candle_vllm.core.models.qwen3_next_config import Qwen3NextConfig
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_ROWS = 1 << 12  # that are compared at a time
+_ROWS = 1 << 12  # rows that are compared at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a checkpoint has such a layer.
+    """Where a checkpoint stores such a layer.
 
     Attributes:
-        block: what the names of the block begin with.
-        names: of the other parts, by their place in `NextTokens`; what is not stored is the model's own.
-        given_back: whether the next draft token is made from the result of the norm.
-        near_one: safetensors hold norms as the distance from 1.
+        block: prefix of the block's names.
+        names: names of the other parts, by their names in `NextTokens`; the model's own parts replace missing ones.
+        given_back: whether the next draft starts from the result of the norm.
+        near_one: safetensors store norm weights as the difference from 1.
     """
 
     block: str
@@ -79,12 +79,12 @@ _APART = MappingProxyType(
 
 
 def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
-    """Where the layer is.
+    """Find the layer in a checkpoint.
 
     Raises:
-        UnsupportedModelError: the checkpoint has no such layer, or its family's layers are not known.
+        UnsupportedModelError: the checkpoint has no such layer, or such layers of its family are not implemented.
     """
-    qwen = type(config) is Qwen3NextConfig  # and none that is made of it: their blocks are others
+    qwen = type(config) is Qwen3NextConfig  # not its subclasses, which have other blocks
     if not (qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))):
         raise UnsupportedModelError(f"layers for further tokens of {config.model_type} are not implemented")
     tensors, last = checkpoint.tensors, config.num_layers
@@ -101,11 +101,11 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
 
 
 def layer_tensors(layout: Layout, checkpoint: Checkpoint, model: Sequence[WeightName]) -> Checkpoint:
-    """The layer's own tensors of a model's checkpoint; copies of the model's own embedding and head are left out.
+    """The layer's own tensors in a model's checkpoint, without copies of the model's embedding and head.
 
     Args:
         layout, checkpoint: see `find_layout`.
-        model: the model's table of names.
+        model: the model's table of weight names.
     """
     tensors, gguf = checkpoint.tensors, checkpoint.format == "gguf"
     names = {line.target: line.gguf if gguf else line.hf for line in model}
@@ -127,7 +127,7 @@ def _is_copy(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def head_config(config: ModelConfig, layout: Layout, checkpoint: Checkpoint) -> ModelConfig:
-    """The layer's description, as if it were a model of one layer."""
+    """The config of the layer, as if it were a model with one layer."""
     routers = (f"{layout.block}mlp.gate.weight", f"{layout.block}ffn_gate_inp.weight")
     sparse = any(name in checkpoint.tensors for name in routers)
     common: dict[str, Any] = {"num_layers": 1, "sliding_windows": (None,)}
@@ -144,13 +144,13 @@ def head_config(config: ModelConfig, layout: Layout, checkpoint: Checkpoint) -> 
 
 
 class NextTokens:
-    """The layer: what the model's last norm gave, or its own result, and token ids [T] -> logits [T, V].
+    """The layer: hidden states of the model's last norm or of the layer, and token ids [T] -> logits [T, V].
 
     Args:
-        config: as `head_config` gives it.
-        layout: where it is stored.
-        placement, checkpoint: as of any model; the checkpoint is what `layer_tensors` gives.
-        target: the model, whose parts it uses where it has none of its own.
+        config: the config from `head_config`.
+        layout: where the layer is stored.
+        placement, checkpoint: as for any model; the checkpoint is the result of `layer_tensors`.
+        target: the model, whose parts are used for those that the layer does not have.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class NextTokens:
         self._target.rotary.prepare(positions)
 
     def fuse(self, states: Value) -> Value:
-        """See `DraftHead.fuse`: as they are."""
+        """See `DraftHead.fuse`; the hidden states are unchanged."""
         return states
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
@@ -198,7 +198,7 @@ class NextTokens:
         return x, x if self._given_back else total
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, V] in fp32."""
+        """Logits [T, V] in fp32."""
         return (self.own_head or self._target.head or self._target.embed).logits(hidden, out)
 
 
@@ -206,7 +206,7 @@ class NextTokens:
 
 
 def weight_names(layout: Layout, model: Sequence[WeightName]) -> list[WeightName]:
-    """The layer's names; its block has those of the model's, `model`, at another place."""
+    """The layer's table of weight names; its block has the names of `model` with another prefix."""
 
     def moved(names: Names) -> Names:
         if isinstance(names, tuple):

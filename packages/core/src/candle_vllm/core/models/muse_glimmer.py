@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Muse Glimmer: the Llama wiring (`llama.py`) with a sigmoid gate on what attention gives, and four norms in a block.
+"""Muse Glimmer: the Llama wiring (`llama.py`) with a sigmoid gate on attention's output, and four norms in a block.
 
 Queries and keys have norms without a weight, and scores a factor. Three of four layers have a window, the others no
-rotary embedding. The embedding is normalised, and logits are scaled and capped. Source: Meta, 2026, the model card.
+rotary embedding. The embedding is normalised; logits are scaled and have a softcap. Source: Meta, 2026, the model card.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from candle_vllm.core.models.olmo2 import full_layers
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 # fmt: off
-_USUAL = {  # what published configs leave out: the values of transformers' config class
+_USUAL = {  # defaults of transformers' config class, which published configs leave out
     "vocab_size": 202048, "hidden_size": 6656, "intermediate_size": 19968, "num_hidden_layers": 52, "head_dim": 128,
     "num_attention_heads": 32, "num_key_value_heads": 2, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
     "sliding_window": 2048,
@@ -42,8 +42,8 @@ _USUAL = {  # what published configs leave out: the values of transformers' conf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MuseGlimmerConfig(LlamaConfig):
-    """A Llama's description; the cap of logits, the epsilon of norms behind a block's two parts, and the factor of
-    scores beside D^-0.5, which is the weight of the norm of queries in GGUF files."""
+    """Config of Llama, and the softcap of the logits, the epsilon of norms after attention and MLP, and the factor of
+    scores besides D^-0.5, which is the weight of the query norms in GGUF files."""
 
     final_softcap: float
     post_norm_eps: float
@@ -51,7 +51,7 @@ class MuseGlimmerConfig(LlamaConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> MuseGlimmerConfig:
-    """Reads `config.json` of muse_glimmer_text."""
+    """Read `config.json` of muse_glimmer_text."""
     usual = {fields.prefix + key: value for key, value in _USUAL.items()}
     fields = Fields(usual | dict(fields.values), fields.path, fields.prefix)
     fields.choice("hidden_activation", "silu", "silu")
@@ -68,7 +68,7 @@ def _muse(shared: dict[str, Any], scale: float, cap: float, eps: float = 1e-8) -
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> MuseGlimmerConfig:
-    """Reads GGUF metadata of muse-glimmer, whose norms of queries have the factor of scores as their weight."""
+    """Read GGUF metadata of muse-glimmer, where the weight of the query norms is the factor of the scores."""
     shared, norm = shared_from_gguf(fields, checkpoint), checkpoint.tensors.get("blk.0.attn_q_norm.weight")
     windows = gguf_windows(fields, shared["num_layers"], fields.count("attention.sliding_window"), period=4)
     if norm is None or (factors := norm.load()).max() != factors.min():
@@ -130,12 +130,12 @@ WEIGHTS = [
 
 
 def ignored(config: MuseGlimmerConfig) -> list[str]:
-    """As Llama's, and GGUF's norms of heads: the description has the one factor that is their weight."""
+    """Names that Llama ignores, and GGUF's QK norms: the config has their weight, which is a single factor."""
     return [*llama.ignored(config), r"blk\.\d+\.attn_[qk]_norm\.weight"]
 
 
 def gguf_keys(config: MuseGlimmerConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Muse Glimmer beyond the usual."""
+    """The GGUF metadata of a Muse Glimmer in addition to the keys of every model."""
     return gemma_config.gemma3_keys(config) | {"logit_scale": float(config.logit_scale)}
 
 

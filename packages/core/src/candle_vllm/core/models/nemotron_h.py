@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""NVIDIA Nemotron-H, Nemotron Nano 2 and Nemotron 3, dense and with experts: each layer is one thing alone.
+"""NVIDIA Nemotron-H, Nemotron Nano 2 and Nemotron 3, dense and with experts: each layer has one kind of sublayer.
 
-A layer is Mamba 2, attention without positions, a feed-forward layer with a squared ReLU, or experts of that kind.
+A layer is Mamba 2, attention without positions, a feed-forward layer with a squared ReLU, or experts with one.
 Source: NVIDIA, 2025, arXiv:2504.03624.
 """
 
@@ -34,7 +34,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 class LatentExperts(SparseMLP):
-    """Experts that read and give vectors of a smaller size [T, S], between two projections; x [T, E] -> [T, E]."""
+    """Experts on vectors of a smaller size [T, S], between a projection to and from S; x [T, E] -> [T, E]."""
 
     def __init__(self, hidden_size: int, size: int, config: NemotronHConfig, placement: Placement) -> None:
         assert config.mixture is not None
@@ -59,7 +59,7 @@ class LatentExperts(SparseMLP):
 
 
 class Block:
-    """One layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: NemotronHConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, eps, kind = config.hidden_size, config.norm_eps, config.kinds[layer]
@@ -99,7 +99,7 @@ class NemotronH(DecoderStack):
         self.head = None if config.tie_embeddings else Embedding(*size, placement)
 
     def prepare(self, positions: int) -> None:
-        """Nothing rotates, so that no tables are made."""
+        """Do nothing: without rotation there are no tables."""
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The description of Nemotron-H and Nemotron 3, from Hugging Face and GGUF."""
+"""Read the config of Nemotron-H and Nemotron 3 from config.json or GGUF metadata."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _DEFAULTS = {"n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "layer_norm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NemotronHConfig(LlamaConfig):
-    """What these models have beside a Llama.
+    """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
-        kinds: what each layer is.
+        kinds: kind of each layer.
         mamba: shapes of Mamba 2.
-        mamba_layers: the layers that are Mamba 2.
-        latent_size: elements of what experts read and give, between two projections; 0 for the hidden size.
+        mamba_layers: the layers with Mamba 2.
+        latent_size: elements of the experts' inputs and outputs, between two projections; 0 for the hidden size.
     """
 
     kinds: tuple[Kind, ...]
@@ -65,13 +65,13 @@ class NemotronHConfig(LlamaConfig):
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """See `ModelConfig`; a feed-forward layer keeps a state of no parts."""
+        """See `ModelConfig`; a feed-forward layer has a state without parts."""
         other = {"mamba": self.mamba.spec, "mlp": StateSpec(()), "moe": StateSpec(())}
         return tuple(other.get(kind, spec) for kind, spec in zip(self.kinds, super().cache_specs, strict=True))
 
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
-    """Reads `config.json` of nemotron_h, whose layers are named, or the letters of a pattern."""
+    """Read `config.json` of nemotron_h, whose layers are a list of names or a pattern of letters."""
     fields = with_defaults(fields, **_DEFAULTS)
     key = next((key for key in ("layers_block_type", "layer_types") if key in fields), "hybrid_override_pattern")
     named = [*fields.get(key, str)] if key == "hybrid_override_pattern" else fields.get(key, list)
@@ -105,9 +105,9 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
-    """Reads GGUF metadata of nemotron_h and nemotron_h_moe.
+    """Read GGUF metadata of nemotron_h and nemotron_h_moe.
 
-    Layers with attention alone have key-value heads, and feed-forward layers alone a width.
+    Only layers with attention have key-value heads, and only feed-forward layers have a width.
     """
     layers, mixture = fields.count("block_count"), None
     heads, widths = (_by_layer(fields, name, layers) for name in ("attention.head_count_kv", "feed_forward_length"))
@@ -142,7 +142,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:
 
 
 def _by_layer(fields: Fields, name: str, layers: int) -> list[int]:
-    """A number of each layer, at least 0; files have a list, or one number for all."""
+    """A number for each layer, at least 0; files have a list, or one number for all."""
     value = fields.values.get(fields.prefix + name)
     counts = [value] * layers if type(value) is int else fields.get(name, list)
     if len(counts) != layers or not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
@@ -157,13 +157,13 @@ def _config(
     shared["model_type"] = "nemotron_h_moe" if mixture else "nemotron_h"
     shared["unrotated_layers"] = frozenset(range(len(kinds)))
     if mixture is not None and "mlp" not in kinds:
-        shared["intermediate_size"] = mixture.inner_size  # as GGUF files have it
+        shared["intermediate_size"] = mixture.inner_size  # as in GGUF files
     shared |= {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
     return NemotronHConfig(**shared, kinds=kinds, mamba=mamba, mamba_layers=layers["mamba"])
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Key-value heads of the layers that have attention, and widths of the feed-forward layers; 0 for the others."""
+    """Metadata: key-value heads of attention layers, and widths of feed-forward layers; 0 for other layers."""
     heads = [config.num_kv_heads if kind == "attention" else 0 for kind in config.kinds]
     own = {"mlp": config.intermediate_size, "moe": config.mixture.inner_size if config.mixture else 0}
     if {"mlp", "moe"} <= set(config.kinds):

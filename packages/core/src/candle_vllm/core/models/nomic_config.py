@@ -28,7 +28,7 @@ _BIASES = ("qkv_bias", "output_bias", "mlp_bias", "down_bias")
 _FLAGS: Mapping[str, dict[str, Any]] = MappingProxyType(
     {NOMIC: dict.fromkeys(_BIASES, False) | {"gate": "silu"}, GTE: {"mlp_bias": False, "gate": "gelu"}, JINA: {}}
 )
-# nomic's repositories have GPT-2's names for sizes; what they may say of the model, and what is implemented
+# GPT-2's names of sizes in nomic's repositories, and the implemented values of other keys
 _PUBLISHED = MappingProxyType({
     "n_embd": "hidden_size", "n_inner": "intermediate_size", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_positions": "max_position_embeddings", "layer_norm_epsilon": "layer_norm_eps",
@@ -42,7 +42,7 @@ _ONLY = MappingProxyType({
     "rotary_emb_scale_base": None,
 })  # fmt: skip
 _DENSE = MappingProxyType({"num_experts": 0, "moe_every_n_layers": 0})
-# of v2, whose layers have no gates
+# v2, whose layers have no gates
 _SPARSE = MappingProxyType({
     "activation_function": "gelu", "qkv_proj_bias": True, "mlp_fc1_bias": True, "mlp_fc2_bias": True,
     "expert_choice_router": False, "num_shared_experts": 0,
@@ -59,7 +59,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
     )
     size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     position = fields.count("max_position_embeddings", 8192)
-    if fields.get("rotary_scaling_factor", float, None) is not None:  # stretches texts beyond these alone
+    if fields.get("rotary_scaling_factor", float, None) is not None:  # it applies only beyond these positions
         position = fields.count("max_trained_positions", 2048)
     types = fields.get("type_vocab_size", int, 2 if model_type == NOMIC else 1)
     plain = model_type != NOMIC or period
@@ -86,7 +86,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> StackCon
 
 
 def _rope(fields: Fields, head_dim: int, position: int) -> RopeConfig:
-    """Rotary settings; "ntk" of GTE's repositories raises the base and divides all frequencies, at any length."""
+    """Rotary settings; "ntk" in GTE's repositories raises the base and divides all frequencies, at any length."""
     scaling = fields.section("rope_scaling")
     if scaling.get("type", str, "") != "ntk":
         return rope_from_hf(fields, head_dim, position)
@@ -116,13 +116,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StackConfig:
 
 
 def _experts_of_gguf(fields: Fields, inner: int) -> dict[str, Any]:
-    """Expert settings from GGUF metadata; files of llama.cpp lack the bias."""
+    """Expert settings from GGUF metadata; files of llama.cpp do not store the bias."""
     named = {"num_experts": fields.count("expert_count"), "moe_top_k": fields.count("expert_used_count")}
     return _experts(Fields(named, fields.path), fields.count("moe_every_n_layers"), inner)
 
 
 def _experts(fields: Fields, period: int, inner: int) -> dict[str, Any]:
-    """Expert settings of v2: top 2 of 8 experts, in every second layer."""
+    """Expert settings of v2: 2 of 8 experts per token, in every second layer."""
     if period < 2 or fields.get("type_vocab_size", int, 1) > 1:
         raise UnsupportedModelError(f"{fields.path}: moe_every_n_layers below 2, or token types, are not implemented")
     count, top = fields.count("num_experts", 8), fields.count("moe_top_k", 2)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""OLMo 2, OLMo 3 and EXAONE 4: the attention of `llama.py` in blocks whose norms stand behind their sublayers.
+"""OLMo 2, OLMo 3 and EXAONE 4: the attention of `llama.py` in blocks with norms after attention and MLP.
 
-Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises all heads of q, and of k, at once; EXAONE 4
-each head. In three of four layers of OLMo 3 and EXAONE 4 (32B) a token sees a window alone: OLMo 3 stretches the rotary
+Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises q and k over all heads at once, EXAONE 4
+each head. Three of four layers of OLMo 3 and EXAONE 4 (32B) have a sliding window: OLMo 3 extends the rotary
 embedding of the other layers only, and EXAONE 4 has no rotary embedding there.
 Sources: OLMo Team, arXiv:2501.00656; LG AI Research, arXiv:2507.11407. Shapes: T tokens, E hidden, V vocabulary.
 """
@@ -33,7 +33,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of olmo2, olmo3 and exaone4."""
+    """Read `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
     windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
@@ -42,7 +42,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         return LlamaConfig(**shared | own, unrotated_layers=full_layers(windows))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
-    if model_type == "olmo3":  # `rope_scaling` of published files is of layers without a window alone
+    if model_type == "olmo3":  # published files: `rope_scaling` applies to layers without a window
         kinds, theta = fields.section("rope_parameters"), fields.get("rope_theta", float, 5e5)
         full = kinds.section("full_attention").values or fields.section("rope_scaling").values
         one = Fields({"rope_parameters": {"rope_theta": theta, **full}}, fields.path)
@@ -53,7 +53,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; else the last of every four layers, or of `sliding_window_pattern`, sees all positions."""
+    """Windows by `layer_types`; otherwise all but the last of every four (or `sliding_window_pattern`) layers."""
     window = fields.get("sliding_window", int, None)
     if window is None:
         return (None,) * layers
@@ -63,12 +63,12 @@ def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
 
 
 def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
-    """The layers without a window, where other layers have one."""
+    """The layers without a window, in a model in which other layers have one."""
     return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
+    """Read GGUF metadata of exaone4 and of olmo2, which is also OLMo 3's architecture."""
     shared, position = shared_from_gguf(fields, checkpoint), fields.count("context_length")
     olmo, window = shared["model_type"] == "olmo2", fields.get("attention.sliding_window", int, 0) or None
     windows = gguf_windows(fields, shared["num_layers"], window, period=4)
@@ -86,7 +86,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, and what it gives is two: the second is None at first."""
+    """One decoder layer. Its input and its output [T, E] are each x + residual; residual is None in layer 0."""
 
     def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention = Attention(config, layer, rotary, placement)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""OLMo Hybrid: gated delta nets in most layers, attention in the others, whose norms stand behind it.
+"""OLMo Hybrid: gated delta nets in most layers; the other layers have attention, followed by a norm.
 
 A delta net's corrections may be twice as strong, so that its state may have negative eigenvalues; such a layer is
-x + net(norm(x)), then x + mlp(norm(x)). A layer of attention is x + norm(attention(x)), then x + norm(mlp(x)), with
-norms over all heads of q and of k at once; published models have no positions there.
+x + net(norm(x)), then x + mlp(norm(x)). An attention layer is x + norm(attention(x)), then x + norm(mlp(x)), with
+norms of q and k over all heads at once; published models have no positions there.
 Source: Grazzi et al., 2024, arXiv:2411.12537 (eigenvalues). Shapes as in `qwen3_next.py`.
 """
 
@@ -33,17 +33,17 @@ from candle_vllm.core.models.qwen3_next_config import Qwen3NextConfig, convoluti
 from candle_vllm.core.models.qwen3_next_config import delta_layers as layers_with_nets
 from candle_vllm.core.models.stack import DecoderStack
 
-_EPS = 1e-5  # of the norm of a delta net's result, whatever the config says
+_EPS = 1e-5  # epsilon of the norm of a delta net's result, whatever the config has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OlmoHybridConfig(Qwen3NextConfig):
-    """What OLMo Hybrid has beyond.
+    """Config of OLMo Hybrid: the fields in addition to those of Qwen3-Next.
 
     Attributes:
-        rotates: queries and keys turn by their positions.
+        rotates: queries and keys have a rotary embedding.
         strength: see `DeltaGates`.
-        whole_norms: norms are of all heads at once, which ranks cannot divide.
+        whole_norms: q and k are normalised over all heads at once, so heads cannot be divided among ranks.
     """
 
     rotates: bool
@@ -52,7 +52,7 @@ class OlmoHybridConfig(Qwen3NextConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> OlmoHybridConfig:
-    """Reads `config.json` of olmo_hybrid."""
+    """Read `config.json` of olmo_hybrid."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     heads = fields.count("linear_num_key_heads", shared["num_heads"])
@@ -68,7 +68,7 @@ def config_from_hf(fields: Fields, model_type: str) -> OlmoHybridConfig:
         ),
         delta_layers=layers_with_nets(fields, shared["num_layers"]),
         attention_bias=fields.get("attention_bias", bool, False),
-        rotates=fields.section("rope_parameters").values.get("rope_theta", 0) is not None,  # null, as published
+        rotates=fields.section("rope_parameters").values.get("rope_theta", 0) is not None,  # null in published files
         strength=2.0 if fields.get("linear_allow_neg_eigval", bool, True) else 1.0,
     )
 
@@ -87,7 +87,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
-        q, k = (  # as one head each
+        q, k = (  # each has one head with all elements
             norm(part.unflatten(-1, (-1, size))).flatten(1)
             for norm, part, size in zip((self.q_norm, self.k_norm), (q, k), self.sizes)
         )
@@ -95,12 +95,12 @@ class Attention:
         return self.output(self.attend(q, k, v, step).flatten(1))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: OlmoHybridConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.attention_norm, self.mlp_norm = (RMSNorm(config.hidden_size, config.norm_eps, placement) for _ in range(2))
@@ -141,7 +141,7 @@ class OlmoHybrid(DecoderStack):
 
 _TO, _MIX, _NET, _SELF = "layers.{i}.", "layers.{i}.attention", HF + "linear_attn.", HF + "self_attn."
 _KEPT = ("embed:", "head:", "norm:", _TO + "mlp.", _MIX + ".qkv", _MIX + ".output", _MIX + ".q_norm", _MIX + ".k_norm")
-# names of published files and of transformers' classes; what stands behind attention stands in front of the other mlp
+# names in published files and in transformers; post_attention_layernorm precedes the mlp in delta net layers only
 _NORMS = {
     "attention_norm": ("attention_layer_norm", "input_layernorm", "post_attention_layernorm", "feedforward_layer_norm"),
     "mlp_norm": ("post_feedforward_layernorm", "feedforward_layer_norm", "post_attention_layernorm"),

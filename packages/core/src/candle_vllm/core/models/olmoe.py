@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OLMoE: the Llama wiring (`llama.py`) with norms over all heads of q and of k at once, and experts in all layers.
 
-The chosen experts' scores are taken as they are. Source: Muennighoff et al., 2024, arXiv:2409.02060.
+The chosen experts' scores are their weights, without normalisation. Source: Muennighoff et al., 2024, arXiv:2409.02060.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of olmoe."""
+    """Read `config.json` of olmoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if (clip := fields.get("clip_qkv", float, None)) is not None:
         raise UnsupportedModelError(
@@ -42,13 +42,13 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def with_experts(mixture: Mixture, layers: int) -> dict[str, Any]:
-    """The fields of experts in all layers, and of norms over all heads at once."""
+    """The config fields of experts in all layers, and of norms over all heads at once."""
     experts = {"mixture": mixture, "num_experts": mixture.experts, "sparse_layers": frozenset(range(layers))}
     return experts | {"qk_norm": True, "whole_norms": True}
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of olmoe."""
+    """Read GGUF metadata of olmoe."""
     shared = shared_from_gguf(fields, checkpoint)
     mixture = Mixture(
         experts=fields.count("expert_count"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OPT: GPT-2 with ReLU, and positions that begin with the third row of their table.
 
-OPT-350m has its norms behind each part of a block, x = norm(x + part(x)), none behind the last block, and embeddings
+OPT-350m has a norm after each part of a block, x = norm(x + part(x)), no norm after the last block, and embeddings
 that are narrower than the hidden states. Source: Zhang et al., 2022, arXiv:2205.01068.
 """
 
@@ -28,11 +28,11 @@ from candle_vllm.core.models.gpt import Block, Gpt, GptConfig, activation_of, wi
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptConfig(GptConfig):
-    """The flags of this family.
+    """Config of OPT.
 
     Attributes:
-        embed_size: of embeddings; projected where it is not that of hidden states.
-        norms_behind: norms stand behind each part of a block, not before it; none follows the last block.
+        embed_size: elements of an embedding; it is projected if hidden states have another size.
+        norms_behind: norms follow each part of a block instead of preceding it; no norm follows the last block.
     """
 
     embed_size: int
@@ -40,7 +40,7 @@ class OptConfig(GptConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
-    """Reads `config.json` of opt."""
+    """Read `config.json` of opt."""
     for key, usual in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
         if fields.get(key, bool, usual) != usual:
             raise UnsupportedModelError(f"{fields.path}: {key} is {str(not usual).lower()}, which is not implemented")
@@ -64,7 +64,7 @@ def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
 
 
 class NormsBehind(Block):
-    """One decoder layer with its norms behind attention and MLP; see `Block`."""
+    """One decoder layer with norms after attention and MLP; see `Block`."""
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
         assert self.mlp_norm is not None
@@ -108,11 +108,11 @@ class Opt(Gpt):
 
 
 def _names(part: str) -> tuple[str, str]:
-    """A checkpoint's name, and that of one which was saved without its head."""
+    """The tensor name in a checkpoint with a head, and in one that was saved without it."""
     return f"model.decoder.{part}", f"decoder.{part}"
 
 
-_L = "layers.{i}."  # here as there
+_L = "layers.{i}."  # in targets
 WEIGHTS = [
     WeightName("embed:weight", _names("embed_tokens.weight"), None),
     WeightName(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The Phi-2 wiring (Phi-1, Phi-1.5, Phi-2): LayerNorm, biases everywhere, and a block whose two layers share one norm.
 
-Each block is x + attention(norm(x)) + mlp(norm(x)); a part of each head turns.
+Each block is x + attention(norm(x)) + mlp(norm(x)); a part of each head rotates.
 Source: Gunasekar et al., 2023, arXiv:2306.11644.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
@@ -30,8 +30,8 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
-    """Reads `config.json` of phi, where half of a head turns unless it says otherwise."""
-    fields.choice("hidden_act", "gelu_new", "gelu_new", "gelu_pytorch_tanh")  # two names of the tanh form
+    """Read `config.json` of phi, where by default half of each head rotates."""
+    fields.choice("hidden_act", "gelu_new", "gelu_new", "gelu_pytorch_tanh")  # both are the tanh form
     if fields.get("qk_layernorm", bool, False):
         raise UnsupportedModelError(
             f"{fields.path}: qk_layernorm is true, which is not implemented; no published Phi has norms of q and k"
@@ -41,7 +41,7 @@ def config_from_hf(fields: Fields, model_type: str) -> ModelConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ModelConfig:
-    """Reads GGUF metadata of phi2."""
+    """Read GGUF metadata of phi2."""
     return ModelConfig(**shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"))
 
 
@@ -61,7 +61,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -69,7 +69,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement)
@@ -106,7 +106,7 @@ _HF, _GG = "model.layers.{i}.", "blk.{i}."
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A weight and its bias."""
+    """The table rows of a weight and of its bias."""
     return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in ("weight", "bias")]
 
 

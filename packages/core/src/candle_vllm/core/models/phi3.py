@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Phi-3, Phi-3.5 and Phi-4: the Llama wiring (`llama.py`) with fused matrices and long-rope.
 
-q, k and v are stored as one matrix, gate and up as another; Phi-4-mini turns a part of each head. Models of 128k tokens
-divide their frequencies by factors of which there are two sets, for short texts and for long ones; which is taken is
-decided by the context that is served (`layers/rotary.py`). In GGUF files the sets are tensors.
+q, k and v are stored as one matrix, gate and up as another; Phi-4-mini rotates a part of each head. Models of 128k
+tokens divide their frequencies by one of two sets of factors, for short and for long contexts; the context that is
+served decides (`layers/rotary.py`). In GGUF files the sets are tensors.
 Source: Abdin et al., 2024, arXiv:2404.14219; long-rope, Ding et al., 2024, arXiv:2402.13753.
 """
 
@@ -32,7 +32,7 @@ _SHORT, _LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of phi3, whose original context is 4096 tokens unless it says otherwise."""
+    """Read `config.json` of phi3, whose default original context is 4096 tokens."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(Fields({_ORIGINAL: 4096, **fields.values}, fields.path), model_type)
     kind = shared["rope"].kind
@@ -43,17 +43,17 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of phi3."""
+    """Read GGUF metadata of phi3."""
     shared = shared_from_gguf(fields, checkpoint)
     position, layers = shared["max_position"], shared["num_layers"]
     if "attention.sliding_window" not in fields and position == 4096 and layers in (32, 40):
-        shared["sliding_windows"] = (2047,) * layers  # files of Phi-3-4k from before the key
+        shared["sliding_windows"] = (2047,) * layers  # old files of Phi-3-4k do not have the key
     shared["rope"] = with_divisors(fields, checkpoint, shared["rope"], position)
     return LlamaConfig(**shared)
 
 
 def with_divisors(fields: Fields, checkpoint: Checkpoint, rope: RopeConfig, position: int) -> RopeConfig:
-    """The rotary settings with long-rope's factors, where the file has tensors of them."""
+    """Add long-rope's factors to the rotary settings, if the file has tensors of them."""
     if _LONG not in checkpoint.tensors and _SHORT not in checkpoint.tensors:
         return rope
     return dataclasses.replace(
@@ -113,12 +113,12 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """Stored names that carry nothing, and long-rope's factors, which the config has."""
+    """Names that Llama ignores, and long-rope's factors, which are in the config."""
     return [*llama.ignored(config), r"rope_factors_(short|long)\.weight"]
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
+    """The GGUF metadata; the window is 0 without one, because llama.cpp treats a file without the key as an old one."""
     keys: dict[str, Any] = {"attention.sliding_window": 0} | window_keys(config)
     keys["rope.scaling.original_context_length"] = config.rope.original_max_position
     if config.rope.kind == "longrope":

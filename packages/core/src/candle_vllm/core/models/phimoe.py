@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Phi-3.5-MoE: the attention of `llama.py` in a block of LayerNorms, with experts that sparsemixer weighs.
+"""Phi-3.5-MoE: the attention of `llama.py` in a block of LayerNorms, with experts weighted by sparsemixer.
 
-Published files stretch the rotary embedding by long-rope, and scale cos and sin by one number for short texts and long
-ones. Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+Published files extend the rotary embedding by long-rope, with the same scale of cos and sin for short and long
+contexts. Sources: Abdin et al., 2024, arXiv:2404.14219; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_JITTER = 0.01  # of published files; GGUF has no key for it
+_JITTER = 0.01  # in published files; GGUF has no key for it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhiMoeConfig(LlamaConfig):
-    """A Llama's description, and whether the head has a bias."""
+    """Config of Llama, and whether the head has a bias."""
 
     head_bias: bool = False
 
 
 def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
-    """Reads `config.json` of phimoe."""
+    """Read `config.json` of phimoe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(_with_one_scale(fields), model_type)
     shared["sliding_windows"] = (fields.get("sliding_window", int, None),) * shared["num_layers"]
@@ -54,7 +54,7 @@ def config_from_hf(fields: Fields, model_type: str) -> PhiMoeConfig:
 
 
 def _with_one_scale(fields: Fields) -> Fields:
-    """The config with the scale of cos and sin by the name that other long-rope models have."""
+    """The config with the scale of cos and sin under the name that other long-rope models use."""
     key = "rope_parameters" if "rope_parameters" in fields else "rope_scaling"
     scaling = dict(fields.section(key).values)
     scales = {scaling.pop(name, None) for name in ("short_mscale", "long_mscale")}
@@ -65,14 +65,14 @@ def _with_one_scale(fields: Fields) -> Fields:
 
 
 def _mixture(shared: dict[str, Any], experts: int, top_k: int, jitter: float = _JITTER) -> dict[str, Any]:
-    """The fields of experts in all layers."""
+    """The config fields of experts in all layers."""
     how: dict[str, Any] = {"scoring": "sparsemixer", "jitter": jitter, "renormalise": False}
     mixture = Mixture(experts=experts, top_k=top_k, inner_size=shared["intermediate_size"], **how)
     return {"mixture": mixture, "num_experts": experts, "sparse_layers": frozenset(range(shared["num_layers"]))}
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
-    """Reads GGUF metadata of phimoe."""
+    """Read GGUF metadata of phimoe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     shared["rope"] = phi3.with_divisors(fields, checkpoint, shared["rope"], shared["max_position"])
     own = {"output_bias": "blk.0.attn_output.bias" in tensors, "head_bias": "output.bias" in tensors}
@@ -86,7 +86,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> PhiMoeConfig:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: PhiMoeConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         assert config.mixture is not None
@@ -132,7 +132,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: PhiMoeConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Phi-3.5-MoE beyond the usual."""
+    """The GGUF metadata of a Phi-3.5-MoE in addition to the keys of every model."""
     if config.mixture is None or not (config.head_bias and config.output_bias):
         raise UnsupportedModelError("llama.cpp's phimoe wants biases of the head and of what attention gives")
     return phi3.gguf_keys(config) | count_keys(config.mixture)

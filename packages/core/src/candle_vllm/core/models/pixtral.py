@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Pixtral's tower, and Mistral 3's and LLaVA's ways from it to embeddings of the text model.
+"""Pixtral's vision encoder, with the projectors of Mistral 3 and LLaVA to embeddings of the text model.
 
 An image is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys
-turn by the row and the column of their patch; every patch sees the whole image. Mistral 3 norms what comes out, joins
-cells of s x s patches by a product, and projects these; LLaVA projects patches.
+rotate by the row and the column of their patch; attention is over the whole image. Mistral 3 normalises the output,
+merges cells of s x s patches by a matrix product, and projects these; LLaVA projects patches.
 Sources: Agrawal et al., 2024, arXiv:2410.07073; Liu et al., 2023, arXiv:2310.03744 (LLaVA's projector).
-Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
+Shapes: T patches, E hidden, P elements of a patch, C cells, D head size.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_EPS = 1e-5  # of the tower's norms, which config files leave out
+_EPS = 1e-5  # epsilon of the encoder's norms, which config files leave out
 _DEFAULTS = MappingProxyType(
     {
         "Mistral3ForConditionalGeneration": {"image_size": 1540, "patch_size": 14},
         "LlavaForConditionalGeneration": {"image_size": 1024, "patch_size": 16},
     }
 )
-"""Keys that configs leave out of `vision_config`: the values of transformers' config classes."""
+"""Values of transformers' config classes for keys that `vision_config` may leave out."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PixtralConfig(TowerConfig):
-    """The flags of these families.
+    """Config of Pixtral's vision encoder and its projectors.
 
     Attributes:
-        theta: of the rotation.
-        merged_eps: of the norm before cells are joined (Mistral 3); None where patches are projected as they are.
-        projector_bias: of both products of the projector.
-        projector_activation: between them.
+        theta: base of the rotary embedding.
+        merged_eps: epsilon of the norm before cells are merged (Mistral 3); None if patches are projected directly.
+        projector_bias: both matrices of the projector have biases.
+        projector_activation: activation between these matrices.
     """
 
     theta: float = 1e4
@@ -83,7 +83,7 @@ class PixtralConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> PixtralConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with a tower of Pixtral."""
+    """Read `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with Pixtral's vision encoder."""
     name = fields.get("architectures", list)[0]
     merges = name == "Mistral3ForConditionalGeneration"
     vision = Fields({**_DEFAULTS[name], **fields.section("vision_config").values}, fields.path)
@@ -117,7 +117,7 @@ def config_from_hf(
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> PixtralConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
     if not Fields(fields.values, fields.path).get("clip.use_silu", bool, False):
         raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; towers of Pixtral have no other gate")
     cell = fields.count("spatial_merge_size", 1, most=64)
@@ -150,7 +150,7 @@ def _config(processor: Fields, *, patch: int, cell: int, **values: Any) -> Pixtr
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """Without the embedding of [IMG_BREAK], which the text model has too."""
+    """The tensors without the embedding of [IMG_BREAK], which the text model has too."""
     del config
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("v.token_embd.")}
 
@@ -177,16 +177,16 @@ class Block:
 
 
 class Tables:
-    """Rotary angles of each position of the largest image; one table for a tower, made at its first use."""
+    """Rotary angles of each position in the largest image; one table for the encoder, computed at its first use."""
 
     def __init__(self, config: PixtralConfig, placement: Placement) -> None:
         self._config, self._placement = config, placement
 
     @functools.cached_property
     def both(self) -> tuple[Value, Value]:
-        """cos and sin [side * side, D / 2] in fp32: pairs that turn by the row, then those that turn by the column.
+        """cos and sin [side * side, D / 2] in fp32: pairs that rotate by the row, then pairs that rotate by the column.
 
-        The frequencies are those of D / 2 pairs, taken in turns.
+        Rows and columns use the frequencies of D / 2 pairs alternately.
         """
         side, dim = self._config.side, self._config.head_dim
         exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -204,7 +204,7 @@ class Tables:
 
 
 class Pixtral:
-    """The tower: patches of images to embeddings; see `Tower`."""
+    """The vision encoder: patches of images to embeddings; see `Tower`."""
 
     mergers = ()
 
@@ -223,7 +223,7 @@ class Pixtral:
         self.second = Linear(text, text, placement, bias=bias)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`: rows of the tables, row by row of the largest tile."""
+        """See `Tower`; rows of the tables, which follow the largest tile row by row."""
         del first, grid
         return Placed(places @ (self.config.side, 1))
 
@@ -233,7 +233,7 @@ class Pixtral:
         return side_by_side(self.first_norm(self.patches(patches)))
 
     def norm(self, x: Value) -> Value:
-        """See `Tower`: the norm of what joins cells, for this tower has none of its own."""
+        """See `Tower`; the norm before cells are merged, because this encoder has no last norm."""
         return x if self.merged_norm is None else self.merged_norm(x)
 
     def cells(self, hidden: Any) -> Any:
@@ -250,17 +250,17 @@ class Pixtral:
 
 
 def _adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of queries or keys whose pairs stand behind each other, as llama.cpp's converter leaves them."""
+    """Rows of queries or keys with rotary pairs in two halves; llama.cpp's converter leaves the pairs as neighbours."""
     if stored.shape[:1] != (config.hidden_size,):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     heads = np.arange(config.hidden_size).reshape(config.num_heads, -1, 2)
     return stored.select(heads.swapaxes(1, 2).reshape(-1))
 
 
 def _cells(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The product that joins cells, with their numbers behind each other patch by patch, not channel by channel."""
+    """The matrix that merges cells: columns [channel, patch] reordered to [patch, channel]."""
     if stored.shape != (config.hidden_size, config.cell_size):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     parts = (config.hidden_size, config.hidden_size, config.cell**2)
     return computed(stored, stored.shape, lambda values: values.reshape(parts).swapaxes(1, 2).reshape(stored.shape))
 
@@ -300,7 +300,7 @@ _MARK = "[IMG]"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image in a prompt: a row of marks for each of its cells' rows, and what ends each."""
+    """The placeholder of an image in a prompt: a line of marks for each row of cells, with a separator after each."""
     del cut
     rows, columns = grid
     return "[IMG_BREAK]".join([_MARK * columns] * rows) + "[IMG_END]"

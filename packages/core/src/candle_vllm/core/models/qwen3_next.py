@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Qwen3-Next and Qwen3.5 (3.6, 3.8): gated delta nets in most layers, attention with a gate in the others, experts.
+"""Qwen3-Next and Qwen3.5 (3.6, 3.8): gated delta nets in most layers, gated attention in the others, experts.
 
-A gated delta net is linear attention with a state of fixed size for each sequence. Attention has a sigmoid gate on each
-element of its result, which the matrix of queries gives too, and a norm on every head of q and k. Norms are stored as
-the distance from 1, but for that of a delta net's result. Blocks are x + mix(norm(x)), then x + mlp(norm(x)).
+A gated delta net is linear attention with a state of fixed size for each sequence. Attention has a sigmoid gate on
+each element of its output, computed by the matrix of queries, and a norm on every head of q and k. Norm weights are
+stored as the difference from 1, except in delta nets. Blocks are x + mix(norm(x)), then x + mlp(norm(x)).
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464; Qiu et al., 2025, arXiv:2505.06708 (the gate).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, Hk and Hv key and value heads of a delta net.
 """
@@ -45,7 +45,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 class Attention:
-    """Grouped-query attention with rotary positions and a gate on its result: x [T, E] -> [T, E]."""
+    """Grouped-query attention with rotary positions and a gate on its output: x [T, E] -> [T, E]."""
 
     def __init__(self, config: Qwen3NextConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -58,16 +58,16 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, gate, k, v = self.qkv(x).split(tuple(self.shards.values()), dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # [T, H, D] and twice [T, K, D]
         return self.output(gated(self.attend(q, k, v, step).flatten(1), gate, "sigmoid"))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """None beside those of its parts."""
+        """No parameters besides those of its parts."""
         return {}
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: Qwen3NextConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         size, delta = config.hidden_size, layer in config.delta_layers
@@ -147,7 +147,7 @@ WEIGHTS = [
 
 
 def ignored(config: Qwen3NextConfig) -> list[str]:
-    """As Llama's, and layers that predict further tokens, which stand behind the last in GGUF files."""
+    """Names that Llama ignores, and multi-token prediction layers, which follow the last layer in GGUF files."""
     return [*llama.ignored(config), r"model\.mtp\..*", *later_layers(config.num_layers)]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The description of Qwen3-Next and Qwen3.5, from Hugging Face and GGUF, and the rows of their stored matrices."""
+"""Config of Qwen3-Next and Qwen3.5 from config.json or GGUF metadata, and views of their stored matrices."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3NextConfig(ModelConfig):
-    """The flags of these families.
+    """Config of Qwen3-Next and Qwen3.5.
 
     Attributes:
         delta: shapes of gated delta nets.
-        delta_layers: the layers that have one; the others have attention.
-        attention_bias: of the projections of attention.
-        mixture, sparse_layers: experts, and which layers have them.
+        delta_layers: the layers with a gated delta net; the others have attention.
+        attention_bias: the projections of attention have biases.
+        mixture, sparse_layers: the experts, and the layers that have them.
     """
 
     delta: DeltaSizes
@@ -52,10 +52,10 @@ class Qwen3NextConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> Qwen3NextConfig:
-    """Reads `config.json` of qwen3_next, and of the text models of qwen3_5 and qwen3_5_moe."""
+    """Read `config.json` of qwen3_next, and of the text models of qwen3_5 and qwen3_5_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     experts, usual = model_type != "qwen3_5", {"partial_rotary_factor": 0.25}
-    if experts:  # which most models have in all layers
+    if experts:  # most of these models have experts in all layers
         usual["intermediate_size"] = fields.count("moe_intermediate_size")
     said = {key: value for key, value in fields.values.items() if value is not None}
     fields = Fields({fields.prefix + key: usual[key] for key in usual} | said, fields.path, fields.prefix)
@@ -82,7 +82,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Qwen3NextConfig:
 
 
 def convolution_taps(fields: Fields, key: str, usual: int | None = None) -> int:
-    """Of a convolution: 2 to 16, for code is made for each number."""
+    """The kernel size of a convolution, from 2 to 16, because the kernels are compiled for each size."""
     taps = fields.count(key, *([] if usual is None else [usual]), most=16)
     if taps < 2:
         raise InvalidFileError(f"{fields.path}: {fields.prefix + key} is {taps}; it must be 2 to 16")
@@ -90,7 +90,7 @@ def convolution_taps(fields: Fields, key: str, usual: int | None = None) -> int:
 
 
 def delta_layers(fields: Fields, layers: int) -> frozenset[int]:
-    """By name, or all but every fourth layer."""
+    """The layers with a delta net: by `layer_types`, or all but every fourth layer."""
     if "layer_types" not in fields:
         return _but_every(fields.count("full_attention_interval", 4), layers)
     kinds = fields.get("layer_types", list)
@@ -104,8 +104,8 @@ def _but_every(interval: int, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen3NextConfig:
-    """Reads GGUF metadata of qwen3next, qwen35 and qwen35moe."""
-    if (inner := "expert_feed_forward_length") in fields:  # which may be all that a file says
+    """Read GGUF metadata of qwen3next, qwen35 and qwen35moe."""
+    if (inner := "expert_feed_forward_length") in fields:  # a file may have only this size
         usual = {f"{fields.prefix}feed_forward_length": fields.count(inner)}
         fields = Fields(usual | dict(fields.values), fields.path, fields.prefix)
     shared = shared_from_gguf(fields, checkpoint)
@@ -143,13 +143,13 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Qwen3NextConfig:
 
 
 def decay_of_log(stored: StoredTensor, config: Any) -> StoredTensor:
-    """-exp(A_log), which GGUF files hold."""
+    """The decay -exp(A_log), as GGUF files store it."""
     del config
     return computed(stored, stored.shape, lambda values: -np.exp(values), "F32")
 
 
 def _rows(pick: Callable[[Any], tuple[int, NDArray[np.int64]]]) -> View:
-    """The rows that `pick` gives, with how many the whole has, of a config."""
+    """View of the rows that `pick` returns for a config, together with the number of all rows."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         total, rows = pick(config)
@@ -164,11 +164,11 @@ def _rows(pick: Callable[[Any], tuple[int, NDArray[np.int64]]]) -> View:
 
 
 def attention_rows(part: str, *, fused: bool = False) -> View:
-    """The rows of "q", "gate", "k" or "v": each head's query stands in front of its gate.
+    """View of the rows of "q", "gate", "k" or "v"; each head's query precedes its gate.
 
     Args:
-        part: which.
-        fused: the stored matrix has k and v behind all of these; else it is the one of queries and gates.
+        part: one of these.
+        fused: the stored matrix has k and v after all queries and gates; otherwise only queries and gates.
     """
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
@@ -184,7 +184,7 @@ def attention_rows(part: str, *, fused: bool = False) -> View:
 
 
 def joint_rows(part: str) -> View:
-    """The rows of "qkv" or "z" where each key head's queries, keys, values and gates of results stand together."""
+    """View of the rows of "qkv" or "z" in a matrix grouped by key head: its queries, keys, values and output gates."""
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
         sizes, heads = config.delta, config.delta.key_heads
@@ -200,7 +200,7 @@ def joint_rows(part: str) -> View:
 
 
 def joint_gates(part: str) -> View:
-    """The rows of "b" or "a" where those of each key head stand together."""
+    """View of the rows of "b" or "a" in a matrix that is grouped by key head."""
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
         total = 2 * config.delta.heads
@@ -210,12 +210,12 @@ def joint_gates(part: str) -> View:
 
 
 def tiled_rows(part: str) -> View:
-    """Rows of GGUF's qwen35 and qwen35moe, whose value heads have another order: the first of each key head come first.
+    """View of rows in GGUF's qwen35 and qwen35moe, where the first value heads of all key heads come first.
 
-    Source: llama.cpp's `_LinearAttentionVReorderBase`, turned back.
+    Source: the inverse of llama.cpp's `_LinearAttentionVReorderBase`.
 
     Args:
-        part: "qkv" for channels of the convolution, "z" for elements of values, "a" or "b" for a row of each head.
+        part: "qkv" for channels of the convolution, "z" for elements of values, "a" or "b" for one row per head.
     """
 
     def pick(config: Qwen3NextConfig) -> tuple[int, NDArray[np.int64]]:
@@ -229,7 +229,7 @@ def tiled_rows(part: str) -> View:
 
 
 def _in_tiles(config: Qwen3NextConfig) -> NDArray[np.int64]:
-    """The place in the file of each value head."""
+    """The index in the file of each value head."""
     sizes = config.delta
     if config.model_type in ("qwen3_next", "qwen3next"):
         return np.arange(sizes.heads)
@@ -245,11 +245,11 @@ def _value_order(config: Qwen3NextConfig) -> NDArray[np.int64]:
 
 
 TILED_COLUMNS = ColumnOrder(_value_order)
-"""Columns that meet values in the order of `tiled_rows`."""
+"""View of columns whose inputs are values in the order of `tiled_rows`."""
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """Shapes of delta nets, and which layers have one: the interval, which old readers want, is that of most models."""
+    """Shapes of delta nets, and the layers that have one; old readers require the interval, which is the usual one."""
     sizes = config.delta
     keys: dict[str, Any] = {
         "ssm.conv_kernel": sizes.taps,
@@ -264,7 +264,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def qwen35_keys(config: Any) -> dict[str, Any]:
-    """With axes also where the config names none, which llama.cpp wants: text turns alike by all."""
+    """The metadata with M-RoPE sections, which llama.cpp requires; text rotates the same by all of them."""
     count = config.rope.dim // 2
     usual: dict[str, Any] = {"rope.dimension_sections": [-(-count // 3), (count + 1) // 3, count // 3, 0]}
     return gguf_keys(config) | (axes_keys(config) if config.rope.axes else usual)

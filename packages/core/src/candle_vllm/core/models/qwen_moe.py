@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Qwen2-MoE and Qwen3-MoE: the wiring of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
 
-Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a layer that all tokens share, weighed by a sigmoid of the token, and takes
-the chosen experts' scores as they are; Qwen3-MoE has no such layer, and makes them sum to 1, as does the text model of
-Qwen3-VL-MoE.
+Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a shared expert, weighted by a sigmoid of the token, and uses the chosen
+experts' scores without normalisation. Qwen3-MoE and the text model of Qwen3-VL-MoE have no shared expert, and normalise
+the scores to sum to 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of qwen2_moe and qwen3_moe."""
+    """Read `config.json` of qwen2_moe and qwen3_moe."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     qwen2 = model_type == "qwen2_moe"
@@ -53,12 +53,12 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def mixture_from_hf(fields: Fields, *, renormalise: bool, shared: bool) -> Mixture:
-    """What `config.json` says of experts.
+    """Read the experts' config from `config.json`.
 
     Args:
         fields: the config.
         renormalise: see `Mixture`.
-        shared: there is a layer that all tokens share.
+        shared: the model has a shared expert.
     """
     return Mixture(
         experts=expert_count(fields, "num_experts", "num_local_experts"),
@@ -79,7 +79,7 @@ def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
+    """Read GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
     dense = llama.config_from_gguf(fields, checkpoint)
     qwen2, sparse = dense.model_type == "qwen2moe", sparse_in_gguf(checkpoint, dense.num_layers)
     mixture = mixture_from_gguf(fields, checkpoint.tensors, renormalise=not qwen2, shared=qwen2)
@@ -87,20 +87,20 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def mixture_from_gguf(fields: Fields, tensors: Any, *, renormalise: bool, shared: bool) -> Mixture:
-    """What GGUF metadata says of experts; `renormalise` where it does not say it, `shared` as of `mixture_from_hf`."""
+    """Read the experts' config from GGUF metadata; `renormalise` is a default, `shared` as in `mixture_from_hf`."""
     return Mixture(
         experts=fields.count("expert_count"),
         top_k=fields.count("expert_used_count"),
         inner_size=fields.count("expert_feed_forward_length"),
         renormalise=fields.get("expert_weights_norm", bool, renormalise),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # llama.cpp writes 0 for no scale
         shared_size=_shared_size(fields, tensors) if shared else 0,
         shared_gate=shared,
     )
 
 
 def _shared_size(fields: Fields, tensors: Any) -> int:
-    """As the metadata says, or, in old files, the tensors."""
+    """The size of the shared expert from the metadata, or, in old files, from the tensors."""
     found: StoredTensor | None = tensors.get("blk.0.ffn_up_shexp.weight")
     stored = found.shape[0] if found is not None and found.shape else None
     return fields.count("expert_shared_feed_forward_length", *([] if stored is None else [stored]))
@@ -112,7 +112,7 @@ _GATE = "layers.{i}.mlp.shared_gate:weight"
 
 
 def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
-    """An expert's matrix, which files of Qwen3-VL-MoE have with its rows as columns."""
+    """An expert's matrix [rows, columns], which files of Qwen3-VL-MoE store transposed."""
     size, inner = config.hidden_size, config.mixture.inner_size
     lies = stored.shape in ((size, 2 * inner), (inner, size)) and stored.shape not in ((2 * inner, size), (size, inner))
     return transposed(stored, config) if lies and config.model_type == "qwen3_vl_moe" else stored
@@ -128,7 +128,7 @@ WEIGHTS = [
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
-    """What GGUF metadata says of a model with experts beyond the usual."""
+    """The GGUF metadata of a model with experts in addition to the keys of every model."""
     mixture = config.mixture
     keys = window_keys(config) | size_keys(mixture) | {"expert_weights_norm": mixture.renormalise}
     if mixture.shared_size:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, and their way to embeddings of the text model.
+"""The vision encoders of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with their projection to the text model.
 
-Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of
-their patch. Every patch sees its whole image; in Qwen2.5-VL, but for some layers, its window of it.
-Behind the last norm cells of 2 x 2 patches become one vector, and two products make an embedding of it.
-Images keep their own size, as multiples of a cell. A still image is two equal frames to the kernels of patches.
-Qwen3-VL begins with learned positions as well, of a grid that is stretched to the image's; of what some layers gave
-it makes embeddings too, which are added to the text model's hidden states behind its first layers. The tower of
-Qwen3.5 (3.6, 3.8) is Qwen3-VL's without those.
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys rotate by the row and the column of
+their patch. Attention is over the whole image, in most layers of Qwen2.5-VL over a window of it.
+After the last norm, cells of 2 x 2 patches become one vector, which two matrices project to an embedding.
+Images keep their own size, in multiples of a cell. For the patch kernels a still image is two equal frames.
+Qwen3-VL also has learned positions, of a grid that is interpolated to the image's grid. It projects the outputs of some
+layers to embeddings too, which are added to the hidden states after the text model's first layers (DeepStack).
+The vision encoder of Qwen3.5 (3.6, 3.8) is Qwen3-VL's without DeepStack.
 Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923 and arXiv:2511.21631.
-Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
+Shapes: T patches, E hidden, P elements of a patch, C cells, D head size.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut, area_r
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
-_FRAMES = 2  # of a patch
+_FRAMES = 2  # frames of a patch
 _THETA = 10000.0
 _EPS = 1e-6
 _MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
-"""Of an image, and where an operator asks for larger ones: published settings allow the latter, whose attention alone
-takes minutes on a CPU."""
+"""Maximum number of patches of an image, by default and if an operator asks for more: published settings allow the
+latter, but its attention alone takes minutes on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTowerConfig(TowerConfig):
-    """A tower of these families; those with gates, Qwen2.5-VL's, have RMS norms too."""
+    """Config of these vision encoders; those with gates (Qwen2.5-VL's) have RMS norms too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +69,7 @@ class QwenTowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> QwenTowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of all these families."""
+    """Read `config.json` and `preprocessor_config.json` of all these families."""
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
@@ -97,7 +97,7 @@ def config_from_hf(
         own = {
             "hidden_size": size,
             "intermediate_size": vision.count("intermediate_size", 3420),
-            "activation": "gelu",  # of the last two products
+            "activation": "gelu",  # activation between the projection's matrices
             "gated": True,
             **_windows(vision, layers, patch * cell),
         }
@@ -120,7 +120,7 @@ def config_from_hf(
 
 
 def _deep(layers: list[Any], count: int, vision: Fields) -> tuple[int, ...]:
-    """The layers that make further embeddings, of so many."""
+    """Check the layers whose outputs become further embeddings; `count` is the number of all layers."""
     if not all(isinstance(each, int) and 0 <= each < count for each in layers) or layers != sorted(set(layers)):
         raise InvalidFileError(
             f"{vision.path}: vision_config.deepstack_visual_indexes is {layers!r:.80}, not some of {count} layers in "
@@ -130,7 +130,7 @@ def _deep(layers: list[Any], count: int, vision: Fields) -> tuple[int, ...]:
 
 
 def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
-    """The cells of a window's side, each of `pixels`, and which layers have windows."""
+    """The side of a window in cells of `pixels` x `pixels`, and the layers with windows."""
     side, whole = vision.count("window_size", 112), vision.get("fullatt_block_indexes", list, [7, 15, 23, 31])
     if side < pixels:
         raise InvalidFileError(f"{vision.path}: vision_config.window_size is {side}; a cell has {pixels} pixels")
@@ -140,7 +140,7 @@ def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> QwenTowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of these; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of these models; keys begin with `clip.vision.`."""
     whole = Fields(fields.values, fields.path)
     kind = whole.get("clip.projector_type", str, fields.get("projector_type", str, ""))
     patch, cell = fields.count("patch_size"), fields.count("spatial_merge_size", 2, most=64)
@@ -174,7 +174,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
         }
     else:
         own = {"activation": "gelu" if whole.get("clip.use_gelu", bool, False) else "quick_gelu"}
-        inner = inner or 4 * size  # older files say 0
+        inner = inner or 4 * size  # older files have 0
     if inner < 1:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner}")
     return _config(
@@ -191,7 +191,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> AreaRule:
-    """How images are prepared; of both ways to say their area an operator's comes before that of the file."""
+    """How images are resized; an operator's limits of the area, in either form, override those of the file."""
     size = said.get("size", NOTHING)
     named = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
@@ -208,13 +208,13 @@ def _config(*, rule: AreaRule, patch: int, cell: int, **own: Any) -> QwenTowerCo
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """The kernels of both frames as one tensor, up and down by their right names, and mergers by their number."""
+    """Merge the kernels of both frames, correct swapped names of up and down, and number DeepStack's mergers from 0."""
     first, second = "v.patch_embd.weight", "v.patch_embd.weight.1"
     found = dict(swapped_back(tensors, config))
     if first in found and second in found and found[first].shape == found[second].shape:
         one, other = found[first], found.pop(second)
         found[first] = computed(one, one.shape, lambda values: values + other.load("F32"), "F32")
-    for number, layer in enumerate(config.deep):  # never above its layer's, so none takes the place of another
+    for number, layer in enumerate(config.deep):  # a number is never above its layer's, so no tensor is overwritten
         for name in [name for name in found if name.startswith(f"v.deepstack.{layer}.")]:
             right = name.replace(f".{layer}.", f".{number}.", 1)
             found[right] = dataclasses.replace(found.pop(name), name=right)
@@ -252,13 +252,13 @@ class Block:
 
 
 class Positions:
-    """Learned positions of a square grid, which is stretched to an image's grid, corner on corner."""
+    """Learned positions of a square grid, interpolated to an image's grid with aligned corners."""
 
     def __init__(self, side: int, size: int, placement: Placement) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
 
     def __call__(self, places: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.float32]:
-        """[n, E] of the row and column in a grid of each patch [n, 2], by both neighbours in each direction."""
+        """Bilinearly interpolated vectors [n, E] for the row and column [n, 2] of patches in an image's grid."""
         table, last = on_host(self.weight), np.float32(self.side - 1)
         found = np.zeros((len(places), table.shape[1]), np.float32)
         steps = [places[:, axis] * (last / max(count - 1, 1)) for axis, count in enumerate(grid)]
@@ -277,7 +277,7 @@ class Positions:
 
 
 class Merger:
-    """An embedding [text size] of what a layer gave of a cell's patches, side by side."""
+    """Projects a layer's output for the patches of a cell, side by side, to an embedding [text size]."""
 
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         joined = config.cell_size
@@ -290,7 +290,7 @@ class Merger:
 
 
 class QwenTower:
-    """The tower: patches of an image to embeddings; see `Tower`."""
+    """The vision encoder: patches of an image to embeddings; see `Tower`."""
 
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         size, joined = config.hidden_size, config.cell_size
@@ -298,7 +298,7 @@ class QwenTower:
         self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
         self.positions = Positions(config.learned, size, placement) if config.learned else None
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
-        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of an image: see `numbers`
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # an image's, see `Placed.numbers`
         self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
         self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
@@ -306,7 +306,7 @@ class QwenTower:
         self.mergers = [Merger(config, placement) for _ in config.deep]
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`: a row of the tables for each patch, whose first half its row turns, and the other its column."""
+        """See `Tower`; rows of the tables, in which the first half rotates by the row, the second by the column."""
         quarter = self._tables[0].shape[1] // 2
         frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
         angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
@@ -333,13 +333,13 @@ class QwenTower:
 
 
 def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The kernels of a convolution over both frames [E, 3, 2, h, w], or of their sum, as a matrix [E, 3 * h * w]."""
+    """The kernels of a convolution over both frames [E, 3, 2, h, w], or their sum, as a matrix [E, 3 * h * w]."""
     side, shape = config.patch, (stored.shape[0], config.patch_size)
     if stored.shape[1:] == (3, _FRAMES, side, side):
         return computed(stored, shape, lambda values: values.sum(2, dtype=np.float32).reshape(shape), "F32")
     if stored.shape[1:] == (3, side, side):
         return computed(stored, shape, lambda values: values.reshape(shape), "F32")
-    return stored  # a wrong shape is named by the loader
+    return stored  # the loader reports the wrong shape
 
 
 _AT, _LAYER, _BLOCK = "visual.", "visual.blocks.{i}.", "v.blk.{i}."
@@ -393,7 +393,7 @@ _MARK = "<|image_pad|>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image of `grid` rows and columns of cells; templates write what is around it."""
+    """The placeholder of an image of `grid` rows and columns of cells; templates write the text around it."""
     del cut
     return _MARK * (grid[0] * grid[1])
 

@@ -83,8 +83,8 @@ FAMILIES = (
     "jina_bert",
     "deberta",
 )
-"""The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
-start imports no more of them than it takes to find the model's: most are of the first."""
+"""The files of this folder with a `FAMILY`. They are imported in this order until one serves the requested name, so the
+most common families come first."""
 
 
 NOT_BUILT = frozenset(
@@ -98,11 +98,11 @@ NOT_BUILT = frozenset(
     }
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
-"""Architectures of which docs/models.md says what they would need."""
+"""Architectures for which docs/models.md lists what is missing."""
 
 
 class ByName(Mapping[str, Row]):
-    """Families of one kind by the names of a format, which are found when they are asked for."""
+    """Families of one kind by the names of one format; a lookup imports families until it finds the name."""
 
     def __init__(self, kind: type[Row], format: Literal["hf", "gguf"]) -> None:
         self._kind = kind
@@ -138,11 +138,11 @@ def _installed() -> tuple[Family | EncoderFamily, ...]:
 
 
 TOWER_FAMILIES = ("siglip", "pixtral", "gemma_tower", "gemma4_tower", "gemma4_unified_tower", "qwen_vl")
-"""The files of this folder that have a `TowerFamily` as `FAMILY`."""
+"""The files of this folder with a `TowerFamily` as `FAMILY`."""
 
 
 def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
-    """The family of the tower that a `config.json` names; None without a tower that is served."""
+    """The vision family for a `config.json`; None if it has no supported vision encoder."""
     names = config.get("architectures")
     named = names[0] if isinstance(names, list) and len(names) == 1 else None
     vision = config.get("vision_config")
@@ -151,10 +151,10 @@ def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
 
 
 def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFamily:
-    """The family of a GGUF file of a tower.
+    """The vision family for a GGUF file.
 
     Raises:
-        UnsupportedModelError: it is no tower, or of a family that is not served.
+        UnsupportedModelError: the file is not a vision encoder, or its family is not supported.
     """
     fields = Fields(metadata, path)
     if metadata.get("general.architecture") != "clip":
@@ -168,7 +168,7 @@ def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFami
 
 
 def tower_family_named(name: str) -> TowerFamily:
-    """The family of this name, one of `TOWER_FAMILIES`."""
+    """The vision family with this name, one of `TOWER_FAMILIES`."""
     return next(family for family in _towers() if family.name == name)
 
 
@@ -184,7 +184,7 @@ GGUF_ENCODERS = ByName(EncoderFamily, "gguf")
 
 
 def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamily, EncoderConfig] | None:
-    """The family and configuration of a `config.json`, if it describes an encoder."""
+    """The family and config for a `config.json`, if it describes an encoder."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     base = base_class(name, config, HF_ENCODERS) if isinstance(name, str) else None
@@ -201,7 +201,7 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
 def encoder_from_gguf(
     metadata: Mapping[str, Any], checkpoint: Checkpoint
 ) -> tuple[EncoderFamily, EncoderConfig] | None:
-    """The family and configuration of GGUF metadata, if it describes an encoder."""
+    """The family and config for GGUF metadata, if it describes an encoder."""
     name = metadata.get("general.architecture")
     family = GGUF_ENCODERS.get(name) if isinstance(name, str) else None
     if family is None or family.config_from_gguf is None:
@@ -215,12 +215,12 @@ def family_from_hf(
     tensors: Mapping[str, StoredTensor] | None = None,
     impl: ModelImpl = "auto",
 ) -> tuple[Family, ModelConfig]:
-    """The family and configuration of a `config.json`, or of its text tower.
+    """The family and config for a `config.json`, or for its text model.
 
     Args:
-        config, path: what the file says, and the file.
-        tensors: what the checkpoint holds; None where there is nothing to look at.
-        impl: whose layers: this project's own, those of transformers, or the latter where there are none of the former.
+        config, path: content of the file, and its path.
+        tensors: tensors of the checkpoint; None if they are not available.
+        impl: which layers to use; by default transformers' only for architectures that are not implemented here.
     """
     if impl == "transformers":
         return _family_of_transformers(config, path, tensors)
@@ -235,7 +235,7 @@ def family_from_hf(
     found = family.config_from_hf(fields, family.hf[name])
     if family.completed is not None and tensors is not None:
         found = family.completed(found, tensors)
-    if is_headed(names):  # which `assembly/heads.py` reads
+    if is_headed(names):  # `assembly/heads.py` reads the head
         own = family.ignored
         family = dataclasses.replace(family, ignored=lambda config: [*own(config), rf"({'|'.join(SCORES)})\..*"])
     return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
@@ -249,7 +249,7 @@ def _is_decoder_of_transformers(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _has_transformers() -> bool:
-    """Whether transformers, and torch for its layers, are installed; neither is imported."""
+    """Whether transformers and torch are installed; they are not imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", "torch"))
 
 
@@ -263,7 +263,7 @@ def _any_architecture() -> Any:
 def _family_of_transformers(
     config: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None
 ) -> tuple[Family, ModelConfig]:
-    """The family of a model, or of the text model of one whose other tensors are split off."""
+    """The family of a model that transformers wires, or of a multimodal model's text model."""
     names = config.get("architectures")
     if isinstance(names, list) and len(names) == 1 and names[0] in TOWERS:
         name, fields = text_fields(names[0], config, path, tensors)
@@ -275,7 +275,7 @@ def _family_of_transformers(
 def family_from_gguf(
     metadata: Mapping[str, Any], checkpoint: Checkpoint, impl: ModelImpl = "auto"
 ) -> tuple[Family, ModelConfig]:
-    """The family and configuration of GGUF metadata; `impl` as for `family_from_hf`."""
+    """The family and config for GGUF metadata; `impl` as in `family_from_hf`."""
     name = Fields(metadata, checkpoint.path).get("general.architecture", str)
     absent = name not in GGUF_FAMILIES and name not in GGUF_ENCODERS
     if impl == "transformers" or (impl == "auto" and absent and _has_transformers()):
@@ -283,7 +283,7 @@ def family_from_gguf(
         if impl == "transformers" or module.gguf.reads_gguf(name):
             return module.family_of_gguf(name, checkpoint)
     if name == "llama" and Fields(metadata, checkpoint.path, "llama.").get("expert_count", int, 0):
-        from candle_vllm.core.models.mixtral import FAMILY as family  # its files bear Llama's name
+        from candle_vllm.core.models.mixtral import FAMILY as family  # its files have Llama's architecture
     else:
         family = _find(name, GGUF_FAMILIES, checkpoint.path, GGUF_ENCODERS)
     assert family.config_from_gguf is not None, "a family that is found by its metadata reads it"
@@ -291,7 +291,7 @@ def family_from_gguf(
 
 
 def _find(name: str, families: Mapping[str, Row], path: Path, others: Iterable[str]) -> Row:
-    """The row of a name; `others` are what else there is, for the message."""
+    """The family with this name; `others` are further supported names for the error message."""
     if name in families:
         return families[name]
     known = [*families, *others]

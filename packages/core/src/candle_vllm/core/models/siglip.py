@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""SigLIP's tower as Idefics3 and SmolVLM have it, and their way to embeddings of the text model.
+"""SigLIP's vision encoder in Idefics3 and SmolVLM, with their projection to embeddings of the text model.
 
-Each block is x + attention(norm(x)), then x + mlp(norm(x)); every patch of a tile sees all of that tile. Behind the
-last norm cells of s x s patches become one vector, and one product makes an embedding of it.
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); attention is over the whole tile. After the
+last norm, cells of s x s patches become one vector, which a matrix projects to an embedding.
 Source: Zhai et al., 2023, arXiv:2303.15343; Laurençon et al., 2024, arXiv:2408.12637 (pixel shuffle).
-Shapes: T patches, E hidden, P numbers of a patch, C cells.
+Shapes: T patches, E hidden, P elements of a patch, C cells.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, Stretc
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"})
-MOST_PATCHES = 1 << 14  # of a tile
+MOST_PATCHES = 1 << 14  # maximum number of patches of a tile
 _DEFAULTS = MappingProxyType(
     {
         "idefics3": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
         "smolvlm": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
     }
 )
-"""Keys that published configs leave out of `vision_config`: the values of transformers' config classes."""
+"""Values of transformers' config classes for keys that published configs leave out of `vision_config`."""
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
+    """Read `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
     processor = over(processor, said)
     section = fields.section("vision_config")
     vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
@@ -71,7 +71,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapp
 
 
 def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
-    """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
+    """Read the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
     size = {
         "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
@@ -82,13 +82,13 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
 
 
 def processor_of_gguf(fields: Fields, size: Mapping[str, Any]) -> Fields:
-    """What `preprocessor_config.json` would say, by the metadata of a `mmproj` file; `size` is of the tiles."""
+    """The fields of a `preprocessor_config.json` from the metadata of a `mmproj` file; `size` is the tiles' size."""
     numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
     return Fields({**size, **numbers}, fields.path)
 
 
 def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
-    """What of a `TowerConfig` the metadata of a `mmproj` file says, for tiles of so many pixels."""
+    """The fields of a `TowerConfig` in the metadata of a `mmproj` file, for tiles with sides of `tile` pixels."""
     patch = fields.count("patch_size")
     return {
         "hidden_size": fields.count("embedding_length"),
@@ -106,10 +106,10 @@ def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
 def config_of_tiles(
     processor: Fields, rule: TileRule | StretchRule, *, patch: int, side: int, cell: int, **values: Any
 ) -> TowerConfig:
-    """A tower of square tiles, whose patches must fill them, and its cells these.
+    """Config for square tiles, which must consist of whole patches and cells.
 
     Raises:
-        InvalidFileError: they do not.
+        InvalidFileError: the sizes do not fit.
     """
     if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
         raise InvalidFileError(
@@ -120,7 +120,7 @@ def config_of_tiles(
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """Older files call up what is down, and the other way: the shapes tell."""
+    """Correct the names of older files, in which up and down are swapped; the shapes show it."""
     down = tensors.get("v.blk.0.ffn_down.weight")
     if down is None or down.shape != (config.intermediate_size, config.hidden_size) or len(set(down.shape)) == 1:
         return tensors
@@ -156,7 +156,7 @@ class Block:
 
 
 class Siglip:
-    """The tower: patches of tiles to embeddings; see `Tower`."""
+    """The vision encoder: patches of tiles to embeddings; see `Tower`."""
 
     mergers = ()
 
@@ -170,7 +170,7 @@ class Siglip:
         self.projector = Linear(config.cell_size, config.text_size, placement)
 
     def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
-        """See `Tower`: rows of the table, row by row of a tile."""
+        """See `Tower`; rows of the position table, which follow a tile row by row."""
         del first, grid
         return Placed(places @ (self.config.side, 1))
 
@@ -193,13 +193,13 @@ class Siglip:
 def patch_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
     """The kernel of a convolution [E, 3, h, w] as a matrix [E, 3 * h * w]."""
     if len(stored.shape) != 4 or stored.shape[1:] != (3, config.patch, config.patch):
-        return stored  # a wrong shape is named by the loader
+        return stored  # the loader reports the wrong shape
     shape = (stored.shape[0], config.patch_size)
     return computed(stored, shape, lambda values: values.reshape(shape))
 
 
 def names(*folders: str) -> list[WeightName]:
-    """The table of a tower without its projector; `folders` are what its names may begin with."""
+    """The table of weight names without the projector; `folders` are the possible prefixes of its names."""
 
     def pair(target: str, hf: str, gguf: str) -> list[WeightName]:
         made = {kind: tuple(f"{at}.{hf}.{kind}" for at in folders) for kind in ("weight", "bias")}
@@ -239,7 +239,7 @@ _MARK = "<image>"
 
 
 def words_around(cut: Cut, grid: tuple[int, int]) -> str:
-    """The placeholder of an image that is cut so; `grid` are rows and columns of a tile's cells."""
+    """The placeholder of an image that was split by `cut`; `grid` is a tile's number of rows and columns of cells."""
     image = _MARK * math.prod(grid)
     fake, tile = "<fake_token_around_image>", "<fake_token_around_image><row_{}_col_{}>{}"
     if not cut.rows:

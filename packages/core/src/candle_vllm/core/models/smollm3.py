@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SmolLM3: the Llama wiring (`llama.py`) in which the queries and keys of every fourth layer do not turn.
+"""SmolLM3: the Llama wiring (`llama.py`) without rotary embedding in every fourth layer.
 
 Source: Yang et al., 2025, arXiv:2501.18795 (RNoPE).
 """
@@ -17,7 +17,7 @@ from candle_vllm.core.models.llama import Llama, LlamaConfig
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of smollm3."""
+    """Read `config.json` of smollm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(Fields({"rope_theta": 2e6, **fields.values}, fields.path), model_type)
     layers, bias = shared["num_layers"], fields.get("attention_bias", bool, False)
@@ -38,7 +38,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 
 def _unrotated(fields: Fields, layers: int) -> frozenset[int]:
-    """Those with a 0 in `no_rope_layers`, whose name says the opposite; else every `no_rope_layer_interval`-th."""
+    """Layers with a 0 in `no_rope_layers` (1 means rotation); otherwise every `no_rope_layer_interval`-th layer."""
     if "no_rope_layers" not in fields:
         interval = fields.count("no_rope_layer_interval", 4)
         return frozenset(layer for layer in range(layers) if (layer + 1) % interval == 0)
@@ -52,7 +52,7 @@ def _unrotated(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of smollm3, which says nothing of the layers that do not turn: every fourth."""
+    """Read GGUF metadata of smollm3, which does not store the unrotated layers: they are every fourth."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,

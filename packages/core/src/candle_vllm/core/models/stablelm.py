@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The StableLM wiring: LayerNorm, SwiGLU, and a part of each head that turns.
+"""The StableLM wiring: LayerNorm, SwiGLU, and a partial rotary embedding.
 
-Each block is x + attention(norm(x)), then x + mlp(norm(x)); StableLM-2-12B has one norm for both instead, and a norm of
-every head of q and k, each head with a weight of its own.
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); StableLM-2-12B instead has one norm for both, and a norm
+of q and k with a separate weight for each head.
 Source: Bellagente et al., 2024, arXiv:2402.17834.
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
@@ -37,13 +37,13 @@ _MAX_NORMED_HEADS = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StableLmConfig(ModelConfig):
-    """The flags of this family.
+    """Config of StableLM.
 
     Attributes:
-        qkv_bias: of queries, keys and values.
-        parallel: attention and the feed-forward layer get the same input.
-        head_norms: of q and k before rotation, their weights stored as one tensor ("whole") or one a head ("cut").
-        first_heads: the numbers of the first heads of queries and of keys; not 0 where it has some of a model's.
+        qkv_bias: the projections to queries, keys and values have biases.
+        parallel: attention and the feed-forward layer read the same input.
+        head_norms: QK norms before the rotation, with weights in one tensor ("whole") or in one per head ("cut").
+        first_heads: indices of the first head of queries and of keys; above 0 on a rank with later heads.
     """
 
     qkv_bias: bool = False
@@ -53,7 +53,7 @@ class StableLmConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
-    """Reads `config.json` of stablelm, where a quarter of a head turns unless it says otherwise."""
+    """Read `config.json` of stablelm, where by default a quarter of each head rotates."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     fields = Fields({"partial_rotary_factor": 0.25, **fields.values}, fields.path)
     normed = fields.get("qk_layernorm", bool, False)
@@ -70,7 +70,7 @@ def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> StableLmConfig:
-    """Reads GGUF metadata of stablelm; which parts there are is told by the tensors, as llama.cpp has it."""
+    """Read GGUF metadata of stablelm; the tensors show which parts a model has, as in llama.cpp."""
     return StableLmConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         qkv_bias=gguf_has_bias(checkpoint),
@@ -100,7 +100,7 @@ class Attention:
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
 
 
@@ -108,7 +108,7 @@ class Attention:
 
 
 class Block:
-    """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
+    """One decoder layer. Its input [T, E] is x + residual, added in the first norm; residual is None in layer 0."""
 
     def __init__(self, config: StableLmConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
@@ -147,12 +147,12 @@ class StableLm(DecoderStack):
 
 
 def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    """A weight and its optional bias."""
+    """The table rows of a weight and of its optional bias."""
     return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in ("weight", "bias")]
 
 
 def _head_norms(part: str) -> list[WeightName]:
-    """One tensor of all heads in GGUF files, one of each head elsewhere."""
+    """The table rows of QK norms: one tensor of all heads in GGUF files, one for each head elsewhere."""
     target, hf = f"layers.{{i}}.attention.{part}_norm:", f"{HF}self_attn.{part}_layernorm.norms."
     each = [WeightName(f"{target}{head}.weight", f"{hf}{head}.weight", None) for head in range(_MAX_NORMED_HEADS)]
     return [WeightName(f"{target}weight", None, f"{GG}attn_{part}_norm.weight"), *each]
@@ -175,7 +175,7 @@ WEIGHTS = [
 
 
 def whole_head_norms(config: Any) -> dict[str, Any]:
-    """The norms of a layer's heads are one tensor."""
+    """Config with the norms of a layer's heads in one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every decoder does with its parts: embedding, layers one after the other, the last norm, the head."""
+"""The parts and the forward pass of every decoder: embedding, a stack of layers, the last norm, the head."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 class Stage:
-    """Some of a model's layers, in a ring with the others: the first stage gets back what the last norm gives.
+    """A pipeline stage: some of a model's layers. Stages form a ring: the last one returns hidden states to the first.
 
-    What goes over a border is x [T, E] as its two summands, so that bits are those of all layers in one place. Where
-    layers further on add of the vectors of rows that are given (`GivenRows`), these go over it too.
+    Stages exchange x [T, E] as its two summands, so that results have the same bits as without stages. If later layers
+    add vectors of given rows (`GivenRows`), these vectors are exchanged too.
 
     Attributes:
-        line: the stages.
-        layers: the numbers of its layers.
+        line: communication with the other stages.
+        layers: indices of the stage's layers.
         size: E.
-        empty: gives memory for activations of a shape.
+        empty: allocates memory for activations of a shape.
     """
 
     def __init__(self, line: Stages, layers: range, size: int, empty: Callable[..., Any]) -> None:
@@ -36,60 +36,59 @@ class Stage:
 
     @property
     def is_first(self) -> bool:
-        """Whether it has the embedding, and the head."""
+        """Whether the stage has the embedding and the head."""
         return self.line.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it has the last norm."""
+        """Whether the stage has the last norm."""
         return self.line.rank == self.line.size - 1
 
     def arrives(self, tokens: int) -> tuple[int, ...]:
-        """The shape of what comes from the stage before, of so many tokens."""
+        """The shape of the input from the previous stage, for `tokens` tokens."""
         return 2, tokens, self.size
 
     def leaves(self, tokens: int) -> tuple[int, ...]:
-        """The shape of what goes to the stage behind, of the last one to the first."""
+        """The shape of the output to the next stage; the last stage sends to the first."""
         return self.returns(tokens) if self.is_last else (2, tokens, self.size)
 
     def returns(self, tokens: int) -> tuple[int, ...]:
-        """The shape of what the last stage gives back to the first."""
+        """The shape of the output of the last stage, which it sends to the first."""
         return tokens, self.size
 
     def vectors_arrive(self, width: int) -> bool:
-        """Whether the stage before hands on vectors of so many numbers."""
+        """Whether the previous stage sends vectors with `width` elements."""
         return not self.is_first and width > (self.layers.start + 1) * self.size
 
     def vectors_leave(self, width: int) -> bool:
-        """Whether vectors of so many numbers go to the stage behind."""
+        """Whether the next stage needs vectors with `width` elements."""
         return not self.is_last and width > (self.layers.stop + 1) * self.size
 
     def take(self, x: Value) -> Value:
-        """x, filled with what the stage before hands on."""
+        """Receive x from the previous stage."""
         return self.line.receive(x, self.line.rank - 1)
 
     def hand_on(self, x: Value) -> None:
-        """What `DecoderStack.part` gave, or vectors, to the stage behind; of the last one to the first."""
+        """Send the result of `DecoderStack.part`, or vectors, to the next stage; the last stage sends to the first."""
         self.line.send(x, 0 if self.is_last else self.line.rank + 1)
 
     def take_back(self, x: Value) -> Value:
-        """x, filled with the hidden states that the last stage gives back."""
+        """Receive the hidden states x from the last stage."""
         return self.line.receive(x, self.line.size - 1)
 
 
 class DecoderStack:
-    """Token ids [T] -> hidden states [T, E] -> logits [T, V]; a family's model makes the parts.
+    """Decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]; a family's model creates the parts.
 
     Attributes:
-        embed: the table, which is the head too where `head` is None.
-        rotary: positions of the layers.
-        layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two, or their
-            sum and None; None stands for one of another stage.
-        norm: behind the last layer; None without a last norm.
-        stage: where this is a part of the model's layers; None where it has all.
-        shares: what divides the tokens of a layer among ranks; None where each has all.
-        narrows: whether what follows the last attention that writes keys and values may have the rows alone whose
-            successor is wanted.
+        embed: embedding table, which is also the head if `head` is None.
+        rotary: rotary embedding of the layers.
+        layers: each maps x [T, E], as x and residual (None at first), to x and residual, or to their sum and None; None
+            for a layer of another stage.
+        norm: norm after the last layer; None without a last norm.
+        stage: the pipeline stage, if the model has only some of the layers; None if it has all.
+        shares: divides the tokens of a layer among ranks; None if each rank has all tokens.
+        narrows: whether the layers after the last cache write may compute only the rows whose next token is wanted.
     """
 
     embed: Embedding
@@ -106,27 +105,27 @@ class DecoderStack:
         self.rotary.prepare(positions)
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
-        """x [T, E] of the first layer: the embedding; a family whose tokens get more than that overrides it."""
+        """Return the input x [T, E] of the first layer: the embedding; a family with further inputs overrides it."""
         del step
         return self.embed(token_ids)
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
-        """Hidden states [T, E] behind the last norm, of a model whose layers are all here."""
+        """Hidden states [T, E] after the last norm, in a model with all layers."""
         assert self.stage is None, "a stage gives `part`"
         return self._normed(*self._through(token_ids, step, None))
 
     def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
-        """The step with what a family's layers are given beside x, made of the tokens and their embeddings x [T, E]."""
+        """Return the step with further inputs of a family's layers, from the tokens and their embeddings x [T, E]."""
         del token_ids, x
         return step
 
     def part(self, token_ids: Value, step: StepInput, arrived: Value | None, left: Value | None = None) -> Value:
-        """What a stage hands on, of the shape of `Stage.leaves`.
+        """Compute the output of a stage, in the shape of `Stage.leaves`.
 
         Args:
-            token_ids, step: see `forward`; of the ids the first stage alone takes more than their number. What is given
-                has the vectors that have arrived.
-            arrived: x [2, T, E] of the stage before; None on the first one.
+            token_ids, step: see `forward`; stages after the first use only the number of ids. `step.given` has the
+                    vectors that arrived.
+            arrived: x [2, T, E] from the previous stage; None on the first stage.
             left: memory for the result; None for any.
         """
         assert self.stage is not None
@@ -139,13 +138,13 @@ class DecoderStack:
         return both
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
-        """The hidden states [T, E] behind the last layer."""
+        """The hidden states [T, E] after the last layer."""
         if self.norm is None:
             return x if residual is None else residual + x
         return self.norm.add(x, residual)[0]
 
     def _through(self, token_ids: Value, step: StepInput, arrived: Value | None) -> tuple[Value, Value | None]:
-        """x behind the layers that are here."""
+        """x and residual after the layers of this stage."""
         taps, given, residual, shares = step.taps, step.given, None, self.shares
         if shares is not None:
             shares.begin(len(token_ids), may_divide=step.may_divide)
@@ -175,21 +174,21 @@ class DecoderStack:
         return x, residual
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, V] in fp32."""
+        """Logits [T, V] in fp32."""
         return self.scoring.logits(self.end(hidden), out)
 
     def end(self, hidden: Value) -> Value:
-        """What the head multiplies: the hidden states; a family whose head is narrower overrides it."""
+        """Return the input of the head: the hidden states; a family with a narrower head overrides it."""
         return hidden
 
     @property
     def scoring(self) -> Embedding:
-        """What gives the logits."""
+        """The layer that computes the logits."""
         return self.embed if self.head is None else self.head
 
 
 def layers_here(model: object, count: int) -> frozenset[int]:
-    """Which of a model's layers are here: all, but where it is a stage."""
+    """The indices of the layers that a model has: all, or those of its stage."""
     if not isinstance(model, DecoderStack):
         return frozenset(range(count))
     return frozenset(number for number, layer in enumerate(model.layers) if layer is not None)

@@ -19,7 +19,7 @@ from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defa
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
-    """Reads `config.json` of starcoder2; a window is that of all layers."""
+    """Read `config.json` of starcoder2; a window applies to all layers."""
     shared = shared_from_hf(with_defaults(fields, tie_word_embeddings=True), model_type, eps="norm_epsilon")
     shared["sliding_windows"] = (fields.count("sliding_window", None),) * shared["num_layers"]
     bias = fields.get("use_bias", bool, True)
@@ -28,7 +28,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> GptConfig:
-    """Reads GGUF metadata of starcoder2."""
+    """Read GGUF metadata of starcoder2."""
     return GptConfig(
         **shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon"),
         qkv_bias=gguf_has_bias(checkpoint),

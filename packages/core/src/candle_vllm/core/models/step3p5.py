@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Step 3.5 and 3.7 Flash: the Llama wiring (`llama.py`) with a sigmoid gate for each head, windows, and experts.
 
-Layers with a window have more query heads and rotary settings of their own. Experts are Laguna's (`laguna.py`). Some
-layers limit both factors of SwiGLU. The layers behind the last, which predict further tokens, are not loaded.
+Layers with a window have more query heads and their own rotary settings. Experts are Laguna's (`laguna.py`). Some
+layers clamp both factors of SwiGLU. Multi-token prediction layers, which follow the last layer, are not loaded.
 Source: StepFun, 2026, the model cards.
 """
 
@@ -76,7 +76,7 @@ def _sparse(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def _step(shared: dict[str, Any], heads: Sequence[int], mixture: Mixture, fields: Fields, *limits: str) -> LlamaConfig:
-    """The description; `limits` are the keys of limits of experts, and of other feed-forward layers."""
+    """Make the config; `limits` are the keys of SwiGLU's limits in routed experts and in other feed-forward layers."""
     listed_limits = [listed(fields, key, len(heads), 0) for key in limits]
     for key, found in zip(limits, listed_limits, strict=True):
         if not all(limit in (*_GATES,) for limit in found):
@@ -87,7 +87,7 @@ def _step(shared: dict[str, Any], heads: Sequence[int], mixture: Mixture, fields
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Read GGUF metadata of step35; layers without a window rotate half of the elements that it says."""
+    """Read GGUF metadata of step35; layers without a window rotate half of the stored number of elements."""
     shared, heads = local_from_gguf(fields, checkpoint)
     rope, sparse = shared["rope"], sparse_in_gguf(checkpoint, len(heads))
     shared |= {"rope": dataclasses.replace(rope, dim=rope.dim // 2), "sparse_layers": sparse}
@@ -99,7 +99,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 def _of_full_layers(stored: StoredTensor, config: LlamaConfig) -> StoredTensor:
-    """GGUF's divisors of frequencies, as long as layers with a window need them, which divide by 1."""
+    """GGUF's divisors of frequencies, cut to the length for layers without a window; the others divide by 1."""
     return stored.rows(0, min(config.rope.dim // 2, stored.shape[0]))
 
 
@@ -117,12 +117,12 @@ WEIGHTS = also_named(map(_line, laguna.WEIGHTS), _PUBLISHED)
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """As Llama's, and the layers behind the last."""
+    """Names that Llama ignores, and multi-token prediction layers."""
     return [*llama.ignored(config), *later_layers(config.num_layers)]
 
 
 def gguf_keys(config: LlamaConfig) -> dict[str, Any]:
-    """What GGUF metadata says of a Step beyond the usual: lists, and twice the rotated share of a head."""
+    """The GGUF metadata of a Step in addition to that of Hy3: lists, and twice the rotated share of a head."""
     heads, kv_heads = zip(*map(config.heads, range(config.num_layers)), strict=True)
     limits = ([float(gate.removeprefix("silu").strip("_") or 0) for gate in gates] for gates in zip(*config.mlp_gates))
     return {

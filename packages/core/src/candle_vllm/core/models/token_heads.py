@@ -31,9 +31,9 @@ from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 _CLASSES, _COLBERT = "ForTokenClassification", "HF_ColBERT"
-_LINEAR = "linear.weight"  # of an HF_ColBERT
+_LINEAR = "linear.weight"  # in an HF_ColBERT checkpoint
 
-# dense, norm, matrix of logits and its bias in the heads of masked language models
+# dense, norm, output matrix and its bias in the heads of masked language models
 _MASKED = (
     ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.decoder.weight",
      "cls.predictions.bias"),
@@ -43,7 +43,7 @@ _MASKED = (
 )  # fmt: skip
 
 
-_ROWS = 64  # positions at a time: logits of a large vocabulary take 128 MB then
+_ROWS = 64  # positions at a time, so that logits of a large vocabulary take 128 MB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class TokenHead(PooledHead):
     def by_token(
         self, rows: NDArray[np.float64], token_ids: Sequence[int], *, activate: bool, sparse: bool
     ) -> NDArray[np.float64]:
-        """See `pooling.Behind`. Of a masked language model's logits, weights are log(1 + ReLU) of the largest ones."""
+        """See `pooling.Behind`; a masked language model's weights are log(1 + ReLU(the largest logit of all rows))."""
         made = []
         for first in range(self.skip, len(rows), _ROWS):
             part = self(rows[first : first + _ROWS], activate=activate)
@@ -88,9 +88,9 @@ class TokenHead(PooledHead):
 
 
 def base_class(name: str, config: Mapping[str, Any], known: Collection[str]) -> str:
-    """Class name of the encoder below a token head; any other class name is returned as it is."""
+    """Class name of the encoder under a token head; any other class name is returned as it is."""
     if config.get("position_embedding_type") == "rotary" and name in (_COLBERT, "XLMRobertaModel"):
-        return "JinaEmbeddingsV3Model"  # jina's code, by XLM-RoBERTa's name
+        return "JinaEmbeddingsV3Model"  # jina's remote code uses XLM-RoBERTa's class name
     if name == _COLBERT:
         return {"bert": "BertModel", "xlm-roberta": "XLMRobertaModel"}.get(str(config.get("model_type")), name)
     stem = name.removesuffix(_CLASSES)

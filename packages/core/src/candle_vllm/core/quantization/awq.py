@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """AWQ in its "gemm" layout: codes of 4 bits packed along the outputs, shuffled.
 
-Stands before step 1 of a request's life. Of a layer [N, K] with G groups of inputs:
+Used before step 1 of a request's life. For a layer [N, K] with G groups of inputs:
 
-    qweight  int32 [K, N / 8]   8 outputs in an int32: the code at bit 4 * i is that of output 8 j + ORDER[i]
-    qzeros   int32 [G, N / 8]   the zeros, packed likewise
+    qweight  int32 [K, N / 8]   8 outputs in an int32: the code at bit 4 * i belongs to output 8 j + ORDER[i]
+    qzeros   int32 [G, N / 8]   the zeros, packed in the same way
     scales   float [G, N]
 
 Source: Lin et al., 2023, arXiv:2306.00978; AutoAWQ's `WQLinear_GEMM`.
@@ -20,13 +20,13 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of 8 outputs the codes of an int32 belong to, from the lowest bits on."""
+"""For each of the 8 codes of an int32, from the lowest bits on, the output that it belongs to."""
 
 PER = 8
 
 
 class AwqSource(CodeSource):
-    """See the head of the file."""
+    """Source of a layer's rows; see the module docstring."""
 
     align = PER
 
@@ -45,7 +45,7 @@ class AwqSource(CodeSource):
 
 
 def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
-    """Codes of some outputs, uint8 [outputs, rows of the part]."""
+    """Return the codes of some outputs, uint8 [outputs, rows of the part]."""
     words = np.ascontiguousarray(numbers(part, np.int32)[:, first // PER : last // PER].T)
     found = nibbles(words.view(np.uint8).reshape(*words.shape, 4))  # [outputs / 8, rows, 8]
     codes = np.empty((words.shape[0], PER, words.shape[1]), np.uint8)
@@ -55,14 +55,14 @@ def _unpacked(part: StoredTensor, first: int, last: int) -> np.ndarray:
 
 
 def awq_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
-    """The weight of a layer with `qweight`.
+    """Return the weight of a layer with `qweight`.
 
     Args:
-        parts: of the layer.
+        parts: stored tensors of the layer.
         group: inputs in a group; -1 for all.
 
     Raises:
-        InvalidFileError: parts are missing or do not go together.
+        InvalidFileError: parts are missing or do not fit together.
     """
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
     scales = parts.get(".scales", *FLOATS)

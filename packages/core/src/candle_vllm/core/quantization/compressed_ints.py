@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""compressed-tensors' whole numbers: codes of 4 or 8 bits in int32, or one by one in int8.
+"""Integers of compressed-tensors: codes of 4 or 8 bits packed in int32, or single int8 codes.
 
-Stands before step 1 of a request's life. Of a layer [N, K] with G groups of inputs, or one scale for a row or all:
+Used before step 1 of a request's life. For a layer [N, K] with G groups of inputs, or one scale per row or tensor:
 
     weight_packed      int32 [N, K * bits / 32, rounded up]   code of (n, k) at bit bits * (k % (32 / bits))
-    weight             int8 [N, K]                            instead, code - 2^(bits - 1)
+    weight             int8 [N, K]                            alternative: code - 2^(bits - 1)
     weight_scale       float [N, G], [N, 1] or one number
     weight_zero_point  int32 [N * bits / 32, rounded up, G], packed along N; or int8 [N, G], minus the middle
-    weight_shape       [N, K], of packed codes
+    weight_shape       [N, K], only with packed codes
     weight_g_idx       int32 [K], the group of each input (actorder "group")
 
 Source: the compressors of vllm-project/compressed-tensors.
@@ -26,14 +26,14 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class CtIntSource(CodeSource):
-    """See the head of the file.
+    """Source of a layer's rows; see the module docstring.
 
     Args:
         stored: `weight_packed`, or `weight` of int8.
         shape: [N, K].
-        bits: of a packed code; an int8 is read as 8.
-        scales, zeros: the parts.
-        group_of: the group of each column where they are no neighbours.
+        bits: bits of a packed code; an int8 is read as 8.
+        scales, zeros: stored tensors of scales and zeros.
+        group_of: the group of each column, if groups are not runs of adjacent columns.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class CtIntSource(CodeSource):
         return GroupCodes(codes, scales, self._zero_codes(first, last), self._bits, dtype, self._group_of)
 
     def _zero_codes(self, first: int, last: int) -> np.ndarray | None:
-        """int32 [rows, G]; None where all are the middle."""
+        """Return zeros as int32 [rows, G]; None if all are the middle code."""
         part, rows, middle = self._zeros, self._shape[0], 1 << (self._bits - 1)
         if part is None:
             return None
@@ -76,21 +76,21 @@ class CtIntSource(CodeSource):
 
 
 def _by_row(found: np.ndarray, rows: int) -> np.ndarray:
-    """Numbers of rows and their groups, [N, G], or one for all, as [N, G]."""
+    """Expand elements per row and group [N, G], or a single element, to [N, G]."""
     table = found.reshape(1 if found.size == 1 else rows, -1)
     return np.broadcast_to(table, (rows, table.shape[1]))
 
 
 def packed_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
-    """The weight of a layer whose codes are packed in int32.
+    """Return the weight of a layer whose codes are packed in int32.
 
     Args:
-        parts: of the layer.
-        bits: of a code, 4 or 8.
+        parts: stored tensors of the layer.
+        bits: bits of a code, 4 or 8.
         group: inputs in a group; -1 for whole rows or the whole tensor.
 
     Raises:
-        InvalidFileError: parts are missing or do not go together.
+        InvalidFileError: parts are missing or do not fit together.
     """
     packed = parts.get(".weight_packed", "I32")
     stored_shape = parts.get(".weight_shape", "I64", "I32")
@@ -105,7 +105,7 @@ def packed_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
 
 
 def plain_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
-    """The same of int8, however many of its bits are used."""
+    """Return the weight of a layer with int8 codes, however many of the bits are used."""
     weight = parts.get(".weight", "I8")
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise parts.shape_error(weight, "[outputs, inputs]", "int8 tensors of other shapes are not read")
@@ -116,7 +116,7 @@ def plain_ints(parts: LayerTensors, bits: int, group: int) -> QuantisedTensor:
 def _tensor(
     parts: LayerTensors, stored: StoredTensor, shape: tuple[int, int], bits: int, group: int
 ) -> QuantisedTensor:
-    """Checks scales, zeros and groups, and makes the tensor."""
+    """Check scales, zeros and groups, and make the tensor."""
     rows, columns = shape
     groups = 1 if group < 0 else -(-columns // group)
     scales, zeros = parts.get(".weight_scale", *FLOATS), parts.find(".weight_zero_point", "I32", "I8")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""compressed-tensors: the schemes of a config's groups, and a layer's weight by one of them.
+"""compressed-tensors: read the schemes of a config's groups, and read a layer's weight by its scheme.
 
-Stands before step 1 of a request's life. Whole numbers are in `compressed_ints.py`, the other formats are those of
-`fp8.py` and `fp4.py`. A config's `targets` and `ignore` are not matched with names: which layers are quantised is seen
-from what is stored, and a layer is read by a scheme that its parts fit.
+Used before step 1 of a request's life. Integers are in `compressed_ints.py`, the other formats in `fp8.py` and
+`fp4.py`. A config's `targets` and `ignore` are not matched with names: the stored tensors show which layers are
+quantised, and a layer is read by a scheme that its parts fit.
 Source: the compressors of vllm-project/compressed-tensors.
 """
 
@@ -23,7 +23,7 @@ from candle_vllm.core.quantization.stored import LayerTensors, QuantisedTensor
 PACKED, INT, FLOAT, NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4, DENSE = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense"
 FORMATS = (PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, DENSE)
-"""The formats that are read."""
+"""The formats that are implemented."""
 
 _WHOLE = (("int", 4), ("int", 8))
 _KINDS = MappingProxyType(
@@ -44,10 +44,10 @@ class CtScheme:
 
     Attributes:
         format: one of `FORMATS`.
-        bits: of a whole number; 8 of a float one.
+        bits: bits of an integer; 8 for a float.
         kind: "int" or "float".
         group: inputs in a group; -1 for whole rows or the whole tensor.
-        block: rows and columns that share a scale, where the strategy is "block".
+        block: rows and columns that share a scale, if the strategy is "block".
     """
 
     format: str
@@ -58,7 +58,7 @@ class CtScheme:
 
 
 def read_schemes(config: Fields) -> list[CtScheme]:
-    """The schemes of a `quantization_config`; empty of a dense one.
+    """Return the schemes of a `quantization_config`; the list is empty for a dense config.
 
     Raises:
         UnsupportedModelError: a format, strategy or number of bits that is not implemented.
@@ -108,10 +108,10 @@ def _scheme(weights: Fields, format: str) -> CtScheme:
 
 
 def block_shape(fields: Fields, key: str) -> tuple[int, int]:
-    """Rows and columns of a block.
+    """Return the rows and columns of a block.
 
     Raises:
-        InvalidFileError: not two counts.
+        InvalidFileError: the value is not two counts.
     """
     sizes = fields.get(key, list)
     if len(sizes) != 2 or not all(isinstance(size, int) and 0 < size <= 1 << 24 for size in sizes):
@@ -120,14 +120,14 @@ def block_shape(fields: Fields, key: str) -> tuple[int, int]:
 
 
 def ct_tensor(parts: Callable[[], LayerTensors], schemes: list[CtScheme]) -> tuple[LayerTensors, QuantisedTensor]:
-    """The weight of a layer that is stored quantised, by the first scheme that its parts fit.
+    """Return the weight of a layer that is stored quantised, by the first scheme that its parts fit.
 
     Args:
-        parts: gives the layer's parts, anew for each scheme that is tried.
-        schemes: of the config.
+        parts: returns the layer's parts, called for each scheme that is tried.
+        schemes: schemes of the config.
 
     Raises:
-        InvalidFileError: the parts fit none; says why not the first.
+        InvalidFileError: the parts fit no scheme; the message has the reason for the first scheme.
     """
     first = parts()
     errors = [

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""MXFP4 and NVFP4: floats of 4 bits (e2m1) in small groups with scales of 8 bits.
+"""MXFP4 and NVFP4: 4-bit floats (e2m1) in small groups with 8-bit scales.
 
-Stands before step 1 of a request's life. A number is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; two are
-in a byte, the first in its lower half.
+Used before step 1 of a request's life. An element is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; a byte has
+two elements, the first in its lower half.
 
-    MXFP4   groups of 32, scale 2^(e - 127) by a byte e, of which 255 is NaN
-    NVFP4   groups of 16, scale e4m3 times one float32 of the tensor: modelopt's `weight_scale_2`, or, to be divided by,
-            compressed-tensors' `weight_global_scale`; in this order, in fp32
+    MXFP4   groups of 32, scale 2^(e - 127) from a byte e; 255 is NaN
+    NVFP4   groups of 16, scale e4m3; multiplied by modelopt's `weight_scale_2` of the tensor or divided by
+            compressed-tensors' `weight_global_scale`, in fp32, before it is multiplied by the element
 
-GGUF has a type of the name MXFP4 for the same numbers: a block is the byte of the scale and 16 bytes, whose low
-nibbles are the codes of the first 16 weights and whose high nibbles are the codes of the last 16.
+GGUF's type MXFP4 has the same elements: a block is the byte of the scale and 16 bytes, whose low nibbles are the codes
+of the first 16 weights and whose high nibbles are the codes of the last 16.
 Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `convert_moe_packed_tensors`.
 """
 
@@ -30,23 +30,23 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 MX_GROUP, NV_GROUP = 32, 16
 MIDDLE = 16
-"""Code of weight 0 in 5 bits."""
+"""Code of weight 0 among the 5-bit codes that `_codes` returns."""
 
 
 def _codes(packed: np.ndarray) -> np.ndarray:
-    """Bytes [R, K / 2] as twice their numbers plus 16: uint8 [R, K]."""
+    """Convert bytes [R, K / 2] to 5-bit codes, 2 * element + 16, which are integers: uint8 [R, K]."""
     return (np.array(E2M1_VALUES) + MIDDLE).astype(np.uint8)[nibbles(packed)]
 
 
 class Mxfp4Codes(GroupCodes):
-    """Rows of MXFP4: codes as `_codes` has them, and half the scales."""
+    """Rows of MXFP4: codes as `_codes` returns them, and the scales divided by 2, because codes count halves."""
 
     def _blocks(self) -> Blocks | None:
-        """See `GroupCodes.blocks`: of GGUF's own type, unless a scale is not a number."""
+        """See `GroupCodes.blocks`: blocks of GGUF's MXFP4, unless a scale is NaN."""
         if not np.isfinite(self.scales).all():
             return None
         table = np.zeros(2 * MIDDLE, np.uint8)
-        for code in reversed(range(len(E2M1_VALUES))):  # of the two that are 0, the first is last
+        for code in reversed(range(len(E2M1_VALUES))):  # two codes mean 0; the first one, written last, is used
             table[MIDDLE + E2M1_VALUES[code]] = code
         exponents = (np.frexp(self.scales)[1] + 127).astype(np.uint8)
         parts = BlockParts(table[self.codes].reshape(*exponents.shape, MX_GROUP), exponents[..., None])
@@ -55,11 +55,11 @@ class Mxfp4Codes(GroupCodes):
 
 
 class Mxfp4Source(CodeSource):
-    """See the head of the file.
+    """Source of rows in MXFP4; see the module docstring.
 
     Args:
-        blocks: bytes of rows, whatever its outer dimensions.
-        scales: exponents; a row has one for 32 weights.
+        blocks: bytes of the rows, with any outer dimensions.
+        scales: exponents, one for 32 weights of a row.
     """
 
     def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
@@ -76,13 +76,13 @@ class Mxfp4Source(CodeSource):
 
 
 class Nvfp4Source(FloatSource):
-    """See the head of the file.
+    """Source of rows in NVFP4; see the module docstring.
 
     Args:
-        packed: [N, K / 2].
-        scales: [N, K / 16].
-        whole: the tensor's own scale, one number.
-        divided: the scales are divided by it.
+        packed: codes [N, K / 2].
+        scales: scales of groups [N, K / 16].
+        whole: the tensor's own scale, one element.
+        divided: the scales are divided by `whole`.
     """
 
     def __init__(self, packed: StoredTensor, scales: StoredTensor, whole: StoredTensor, divided: bool) -> None:
@@ -90,7 +90,7 @@ class Nvfp4Source(FloatSource):
         self.span = 2 * packed.shape[1]
 
     def read(self, first: int, last: int) -> ScaledCodes:
-        """See `WeightSource.read`; a tensor's scale to be divided by becomes a factor, rounded once."""
+        """See `WeightSource.read`; a scale `whole` that divides becomes its reciprocal, rounded to float32."""
         whole = scale_numbers(self._whole).reshape(1, 1)
         with np.errstate(all="ignore"):
             factor = np.float32(1) / whole if self._divided else whole
@@ -99,10 +99,10 @@ class Nvfp4Source(FloatSource):
         return ScaledCodes("e2m1", self._packed.raw()[first:last], scales, columns, self._scales.raw()[first:last])
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`: the two scales meet first, as the format says."""
+        """See `WeightSource.decode`: the two scales are multiplied first, as the format demands."""
         scales = self._scales.rows(first, last).load()
         whole = scale_numbers(self._whole).reshape(-1)[0]
-        with np.errstate(all="ignore"):  # a scale of 0 or NaN is the file's business, and no reason to warn
+        with np.errstate(all="ignore"):  # a scale of 0 or NaN comes from the file and needs no warning
             scales = scales / whole if self._divided else scales * whole
             values = _codes(self._packed.raw()[first:last]).astype(np.float32)
             values -= MIDDLE
@@ -112,10 +112,10 @@ class Nvfp4Source(FloatSource):
 
 
 def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
-    """gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] as one tensor [X, R, K], rows being outputs.
+    """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] to [X, R, K], whose rows are outputs.
 
     Raises:
-        InvalidFileError: parts are missing or do not go together.
+        InvalidFileError: parts are missing or do not fit together.
     """
     blocks, scales = parts.get("_blocks", "U8"), parts.get("_scales", "U8")
     if len(blocks.shape) < 3 or 0 in blocks.shape or blocks.shape[-1] != MX_GROUP // 2:
@@ -127,17 +127,17 @@ def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
 
 
 def mxfp4_tensor(parts: LayerTensors) -> QuantisedTensor:
-    """compressed-tensors' `weight_packed` [N, K / 2] and `weight_scale` [N, K / 32]; errors as `mxfp4_experts`."""
+    """Read compressed-tensors' `weight_packed` [N, K / 2], `weight_scale` [N, K / 32]; errors as `mxfp4_experts`."""
     packed, scales = parts.get(".weight_packed", "U8"), parts.get(".weight_scale", "U8", "F8_E8M0")
     rows, columns = _matrix(parts, packed, scales, MX_GROUP)
     return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
 
 
 def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
-    """GGUF's blocks of a tensor's rows [..., R, K], uint8 [R, 17 K / 32].
+    """Return GGUF's blocks of a tensor's rows [..., R, K], uint8 [R, 17 K / 32].
 
     Raises:
-        WeightsError: a scale is not a number.
+        WeightsError: a scale is NaN.
     """
     assert isinstance(stored, QuantisedTensor)
     found = stored.blocks()
@@ -147,11 +147,11 @@ def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
 
 
 def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:
-    """A matrix of NVFP4; errors as `mxfp4_experts`.
+    """Return a matrix of NVFP4; errors as `mxfp4_experts`.
 
     Args:
-        parts: of the layer.
-        divided: the parts are those of compressed-tensors, else those of modelopt.
+        parts: stored tensors of the layer.
+        divided: the parts have compressed-tensors' names; otherwise modelopt's.
     """
     packed = parts.get(".weight_packed" if divided else ".weight", "U8")
     scales = parts.get(".weight_scale", "F8_E4M3")

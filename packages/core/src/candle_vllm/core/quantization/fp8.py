@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""FP8: a float of 8 bits for each weight, and a scale for a tensor, a row or a block.
+"""FP8: an 8-bit float for each weight, and a scale per tensor, row or block.
 
-Stands before step 1 of a request's life. A weight is scale * number in fp32. Numbers are e4m3 (without infinities) or
-e5m2; of a matrix [N, K] there is one scale, or [N, 1], or [N / block, K / block] with blocks that may be cut off at the
-edges. Hugging Face calls a scale of blocks `weight_scale_inv`, though the numbers are multiplied by it.
+Used before step 1 of a request's life. A weight is scale * element in fp32. Elements are e4m3 (without infinities) or
+e5m2; a matrix [N, K] has one scale, scales [N, 1], or scales [N / block, K / block], with smaller blocks at the edges.
+Hugging Face calls scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 
@@ -26,10 +26,10 @@ _NAMES: Mapping[str, Literal["e4m3", "e5m2"]] = MappingProxyType({"F8_E4M3": "e4
 
 
 class Fp8Source(FloatSource):
-    """See the head of the file.
+    """Source of a layer's rows; see the module docstring.
 
     Args:
-        weight: [N, K].
+        weight: the elements [N, K].
         scales: float32 [blocks of rows, blocks of columns].
         block: rows and columns of a block.
     """
@@ -47,16 +47,16 @@ class Fp8Source(FloatSource):
 
 
 def scale_numbers(part: StoredTensor) -> np.ndarray:
-    """Stored scales as float32, whole."""
+    """Return all stored scales as float32."""
     return part.load() if part.type_name.startswith("F8") else floats(part)
 
 
 def fp8_tensor(parts: LayerTensors, block: tuple[int, int] | None) -> QuantisedTensor:
-    """The weight of a layer whose `weight` is FP8.
+    """Return the weight of a layer whose `weight` is FP8.
 
     Args:
-        parts: of the layer.
-        block: rows and columns that share a scale, as the config says; None where the scale's shape says it.
+        parts: stored tensors of the layer.
+        block: rows and columns that share a scale, by the config; None if the scale's shape determines it.
 
     Raises:
         InvalidFileError: the scale is missing or does not fit.

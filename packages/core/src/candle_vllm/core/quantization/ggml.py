@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""ggml's tensor types: their block sizes, and the way back to numbers.
+"""ggml's tensor types: their block sizes, and their conversion to floats.
 
-Stands before step 1 of a request's life: the loader dequantises what no kernel reads directly. The common types are
-read by `ggml_blocks.py`, several times as fast as by the `gguf` package; every other type goes to `gguf.quants`, which
-is also what the tests compare with, bit for bit. It is numpy on threads of their own that never wait for each other:
-torch's operations meet at a barrier each, which costs them most of their speed on a busy machine.
+Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. The common types are
+decoded by `ggml_blocks.py`, several times as fast as by the `gguf` package; other types go to `gguf.quants`, and the
+tests compare with it bit for bit. This is numpy in threads that never wait for each other: torch's operations wait at a
+barrier each, which makes them slow on a busy machine.
 
-Shapes: N blocks. A block's numbers are computed in float32 in the order that ggml computes them, without fused
-multiply-adds.
+Shapes: N blocks. A block's elements are computed in float32 in ggml's order of operations, without fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
-"""Elements per round: what a round touches stays in the cache."""
+"""Elements per round: the data of a round stays in the cache."""
 
 THREAD_ELEMENTS = 1 << 19
-"""Elements that are worth a thread of their own."""
+"""Elements per additional thread."""
 
 PLAIN_TYPES = frozenset(kind for kind in GGMLQuantizationType if kind.name in ELEMENTS)
 """Types whose elements are stored one by one."""
@@ -46,25 +45,25 @@ Decoder = Callable[[np.ndarray, np.ndarray], None]
 
 
 def block_layout(ggml_type: GGMLQuantizationType) -> tuple[int, int]:
-    """Elements per block and bytes per block."""
+    """Return the elements and the bytes per block."""
     return GGML_QUANT_SIZES[ggml_type]
 
 
 def dequantize(
     raw: np.ndarray, ggml_type: GGMLQuantizationType, shape: tuple[int, ...], wanted: str = "F32"
 ) -> np.ndarray:
-    """Decodes a tensor.
+    """Decode a tensor.
 
     Peak memory is the result and a few MB of scratch.
 
     Args:
-        raw: its bytes, uint8, contiguous; any shape, need not be aligned.
-        ggml_type: how they are stored.
-        shape: torch order; the innermost dimension is a whole number of blocks.
-        wanted: the result's type, see `plain.ELEMENTS`; F32 is exact, a narrower one is rounded from it.
+        raw: its bytes, uint8, contiguous, of any shape; they need not be aligned.
+        ggml_type: its stored type.
+        shape: shape in torch's order; the innermost dimension is a whole number of blocks.
+        wanted: type of the result, see `plain.ELEMENTS`; F32 is exact, narrower types are rounded from it.
 
     Raises:
-        UnsupportedModelError: nothing decodes this type.
+        UnsupportedModelError: no decoder exists for this type.
     """
     if ggml_type in PLAIN_TYPES:
         return read_plain(raw, ggml_type.name, shape, wanted)
@@ -78,17 +77,17 @@ def dequantize(
 
 
 def round_to_q8_0(raw: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
-    """Rounds rows to 8 bits with a float16 scale for each 32, large enough for the largest of them.
+    """Round rows to 8 bits with a float16 scale for each 32 elements, chosen by their maximum.
 
     Args:
-        raw: their bytes, uint8 [R, ...], contiguous.
-        ggml_type: how they are stored, with a multiple of 32 elements in a block.
+        raw: bytes of the rows, uint8 [R, ...], contiguous.
+        ggml_type: their stored type, with a multiple of 32 elements in a block.
 
     Returns:
         Blocks of Q8_0, uint8 [R, B, 34].
 
     Raises:
-        UnsupportedModelError: nothing decodes this type, or a weight is not finite or too large.
+        UnsupportedModelError: no decoder exists for this type, or a weight is not finite or too large.
     """
     size, width = block_layout(ggml_type)
     eight, bytes_of_eight = block_layout(GGMLQuantizationType.Q8_0)
@@ -102,7 +101,7 @@ def round_to_q8_0(raw: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarra
 
 
 def _q8_0(groups: np.ndarray) -> np.ndarray:
-    """Floats [N, 32] as blocks of Q8_0."""
+    """Convert floats [N, 32] to blocks of Q8_0."""
     largest = np.abs(groups).max(axis=1)
     if not (largest < 127 * 65504).all():  # False for NaN too
         raise UnsupportedModelError("a weight is not finite or above 8 million: the file is damaged, or needs F32")
@@ -121,17 +120,17 @@ Finish = Callable[[np.ndarray, np.ndarray], None]
 
 
 def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarray, finish: Finish | None) -> None:
-    """Decodes a tensor into `out` [blocks, ...], on several threads where it is large.
+    """Decode a tensor into `out` [blocks, ...], with several threads if it is large.
 
     Args:
-        finish: what becomes of the floats; None where `out` takes them as they are.
+        finish: converts the floats; None if `out` stores the floats themselves.
     """
     decode = _decoder(ggml_type)
     size, width = block_layout(ggml_type)
     blocks = raw.reshape(-1, width)
     assert len(blocks) == len(out), (blocks.shape, out.shape)
     workers = len(blocks) * size // THREAD_ELEMENTS
-    workers = min(loading_threads(), workers) if workers > 1 else 1  # which reads files of the system
+    workers = min(loading_threads(), workers) if workers > 1 else 1  # `loading_threads` may read system files
     share = max(1, -(-len(blocks) // workers))
     shares = [slice(at, at + share) for at in range(0, len(blocks), share)]
     if len(shares) == 1:
@@ -144,20 +143,20 @@ def _decode_all(raw: np.ndarray, ggml_type: GGMLQuantizationType, out: np.ndarra
 
 
 def _decode_share(decode: Decoder, blocks: np.ndarray, size: int, out: np.ndarray, finish: Finish | None) -> None:
-    """Decodes blocks chunk by chunk."""
+    """Decode blocks chunk by chunk."""
     step = min(CHUNK // size, len(blocks))
     scratch = np.empty((step, size), np.float32) if finish else None
     for first in range(0, len(blocks), step):
         part = out[first : first + step]
         floats = part if scratch is None else scratch[: len(part)]
-        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
+        with np.errstate(all="ignore"):  # an infinite or NaN scale comes from the file and needs no warning
             decode(blocks[first : first + step], floats)
         if finish:
             finish(floats, part)
 
 
 def check_decodable(ggml_type: GGMLQuantizationType) -> None:
-    """Raises UnsupportedModelError for a type that `dequantize` cannot decode."""
+    """Raise UnsupportedModelError for a type that `dequantize` cannot decode."""
     if ggml_type not in PLAIN_TYPES:
         _decoder(ggml_type)
 
@@ -167,12 +166,12 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
     if contents is not None:
         return partial(_decode, contents)
 
-    import gguf  # of rare types alone: it takes longer to import than a file of the others to open
+    import gguf  # only for rare types: its import takes longer than opening a file
 
     kind = gguf.GGMLQuantizationType(ggml_type)
 
     def decode(blocks: np.ndarray, out: np.ndarray) -> None:
-        # As one row: the library loops in Python over groups of 16 rows.
+        # All blocks are one row, because the library loops in Python over groups of 16 rows.
         out[:] = gguf.quants.dequantize(blocks.reshape(1, -1), kind).reshape(out.shape)
 
     size, width = block_layout(ggml_type)
@@ -188,7 +187,7 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
 
 
 def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
-    """A `Decoder` of the types of which it is known what is in a block."""
+    """Decode types whose block contents are described in `ggml_blocks.py`; see `Decoder`."""
     parts = take_apart(blocks, contents, np)
     scale = scale_numbers(parts.scale, contents.float)
     codes = parts.codes.view(np.int8)

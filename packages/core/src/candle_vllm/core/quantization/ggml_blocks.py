@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What is in a block of ggml's common types: a row for each, which everything that takes blocks apart reads.
+"""Contents of a block of ggml's common types: one description per type, for all code that takes blocks apart.
 
-Stands before step 1 of a request's life. `take_apart` does it byte by byte, for numpy arrays and torch tensors alike;
-`kernels/packed_linear/split.py` reads the same rows word by word. Layouts: ggml's `ggml-common.h`, `ggml-quants.c`.
+Used before step 1 of a request's life. `take_apart` reads it byte by byte, for numpy and torch;
+`kernels/packed_linear/split.py` reads it word by word. Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
 
-A block is some **numbers** and the **floats** that they are multiplied with. A weight is scale * code, plus the
-minimum where there is one. K-quants have small scales and minima of their own for every `width` weights: there a weight
-is (scale * small scale) * code, minus minimum * small minimum. A number is int8(stored bits - zero), modulo 256. TQ1_0
-has no bits of numbers, but five digits to the base of 3 in a byte.
+A block has **codes** and the **floats** that they are multiplied with. A weight is scale * code, plus the minimum if
+there is one. K-quants have small scales and minima for every `width` weights: there a weight is (scale * small scale) *
+code, minus minimum * small minimum. A code is int8(stored bits - zero), modulo 256; TQ1_0's are base-3 digits.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ Array = TypeVar("Array")  # numpy's or torch's
 
 
 Float: TypeAlias = Literal["f16", "f32", "e8m0", "e4m3"]
-"""How scales are stored. The last two are one byte: of half a power of two, and of half a number without a sign."""
+"""Stored types of scales. The last two have one byte: half a power of two, and half of a float without a sign."""
 
 
 class Fields(NamedTuple):
-    """Bits of numbers: of each run of `width` bytes the lowest field of every byte, then the next one of every byte.
+    """Bits of codes: in each run of `width` bytes first the lowest field of every byte, then every byte's next field.
 
     Attributes:
-        start, stop: the bytes.
+        start, stop: range of bytes in the block.
         width: bytes in a run.
-        bits: in a field.
-        shift: the bit of the number that a field begins at.
-        first: the bit of a byte that the lowest field begins at.
+        bits: bits of a field.
+        shift: bit of the code at which a field begins.
+        first: bit of the byte at which the lowest field begins.
     """
 
     start: int
@@ -49,28 +48,28 @@ class Fields(NamedTuple):
 
     @property
     def places(self) -> range:
-        """The bits of a byte at which its fields begin."""
+        """Bits of a byte at which its fields begin."""
         return range(self.first, 9 - self.bits, self.bits)
 
     @property
     def numbers(self) -> int:
-        """How many numbers have such a field."""
+        """Number of codes that have such a field."""
         return (self.stop - self.start) * len(self.places)
 
 
 class BlockContents(NamedTuple):
-    """What is in a block.
+    """Contents of a block.
 
     Attributes:
-        codes: of the weights; the fields of one number, lowest bits first. None: they are digits to the base of 3.
-        scale, minimum: where the bytes of a float begin and end, or of several.
-        zero: stored bits of the code 0.
-        small: the small scales and minima: numbers behind each other, each as in `codes`.
-        turn: as many small scales, then as many minima, and so on; 0 where there are no minima.
-        small_zero: stored bits of the small scale 0.
+        codes: fields of a weight's code, lowest bits first. None: codes are base-3 digits.
+        scale, minimum: byte range of a float, or of several floats.
+        zero: stored bits that mean code 0.
+        small: the small scales and minima in their order, each described like `codes`.
+        turn: number of small scales that precede the same number of minima, repeatedly; 0 without minima.
+        small_zero: stored bits that mean the small scale 0.
         width: weights that share a scale.
-        values: the number that stands for each code, where it is not the code itself.
-        float: how the scale is stored, and the minimum.
+        values: the element of each code, if it differs from the code.
+        float: stored type of the scale and the minimum.
     """
 
     codes: tuple[Fields, ...]
@@ -86,36 +85,36 @@ class BlockContents(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Stored of a code; 0 where codes are digits."""
+        """Stored bits of a code; 0 for base-3 digits."""
         return sum(fields.bits for fields in self.codes)
 
     @property
     def floats(self) -> tuple[tuple[int, int], ...]:
-        """Where the floats begin and end: of the scale, and of the minimum where there is one."""
+        """Byte ranges of the floats: the scale, and the minimum if there is one."""
         return (self.scale,) if self.minimum is None else (self.scale, self.minimum)
 
     @property
     def fields(self) -> tuple[Fields, ...]:
-        """Those of all numbers."""
+        """Fields of all codes and small scales."""
         return (*self.codes, *(fields for several in self.small for fields in several))
 
     @property
     def nbytes(self) -> int:
-        """Of a block, up to the last that is told."""
+        """Bytes of a block, up to the last one that is described."""
         return max(stop for _, stop in (*self.floats, *((fields.start, fields.stop) for fields in self.fields)))
 
 
 _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
-"""Scales and minima of four groups, then of the others, whose upper bits are those that the first ones leave over."""
+"""Scales and minima of four groups, then of the other groups, whose upper bits are unused bits of the first ones."""
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""The numbers of IQ4_NL's and IQ4_XS's codes: closer together about 0, where most weights are."""
+"""Elements of IQ4_NL's and IQ4_XS's codes: denser near 0, where most weights are."""
 
 E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the floats of MXFP4's and NVFP4's codes."""
+"""Twice the floats of the codes of MXFP4 and NVFP4."""
 
 _TRITS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
-"""TQ1_0's digits: of each run of bytes the highest of every byte, then the next of every byte, so many times."""
+"""Base-3 digits of TQ1_0: byte ranges, and digits per byte; first the highest digit of every byte, then the next."""
 
 _ROWS = {  # codes, scale, minimum
     "Q4_0": BlockContents((Fields(2, 18, 16, 4),), (0, 2), zero=8),
@@ -155,7 +154,7 @@ _ROWS = {  # codes, scale, minimum
     ),
     "MXFP4": BlockContents((Fields(1, 17, 16, 4),), (0, 1), values=E2M1_VALUES, float="e8m0"),
     "NVFP4": BlockContents((Fields(4, 36, 8, 4),), (0, 4), width=16, values=E2M1_VALUES, float="e4m3"),
-    "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4), float="f32"),  # behind them sums, of no use here
+    "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4), float="f32"),  # sums follow, which are not needed
     "TQ1_0": BlockContents((), (52, 54), zero=1),
     "TQ2_0": BlockContents((Fields(0, 64, 32, 2),), (64, 66), zero=1),
     "Q1_0": BlockContents((Fields(2, 18, 1, 1, shift=1),), (0, 2), zero=1),  # the codes are 1 and -1
@@ -163,18 +162,18 @@ _ROWS = {  # codes, scale, minimum
 CONTENTS: Mapping[GGMLQuantizationType, BlockContents] = MappingProxyType(
     {GGMLQuantizationType[name]: row for name, row in _ROWS.items()}
 )
-"""The rows."""
+"""Contents of the blocks of each type."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockParts(Generic[Array]):
-    """What blocks are made of: arrays of bytes, of the library and on the device that the blocks are of.
+    """Parts of blocks: arrays of bytes, in the array library and on the device of the blocks.
 
     Attributes:
-        codes: uint8 [..., weights of a block], bits of int8; maybe a view of the blocks. Not yet looked up in `values`.
-        scale, minimum: uint8 [..., bytes of a float, or of several]; a view of the blocks.
-        scales: uint8 [..., groups], bits of int8, of K-quants.
-        minima: the same of the small minima; never negative.
+        codes: uint8 [..., weights of a block], bits of int8; may be a view of the blocks. `values` is not applied yet.
+        scale, minimum: uint8 [..., bytes of a float, or of several floats]; a view of the blocks.
+        scales: small scales of K-quants, uint8 [..., groups], bits of int8.
+        minima: small minima in the same form; never negative.
     """
 
     codes: Array
@@ -185,12 +184,12 @@ class BlockParts(Generic[Array]):
 
 
 def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> BlockParts[Array]:
-    """Takes blocks apart.
+    """Split blocks into their parts.
 
     Args:
-        blocks: uint8 [..., bytes of a block].
-        contents: of their type.
-        library: numpy or torch, whichever the blocks are of. Both have the functions of the array API.
+        blocks: the blocks, uint8 [..., bytes of a block].
+        contents: contents of their type.
+        library: numpy or torch, the library of `blocks`. Both have the functions of the array API.
     """
     data: Any = blocks
     codes = _numbers(data, contents.codes, contents.zero, library) if contents.codes else _trits(data) - contents.zero
@@ -207,13 +206,13 @@ def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> B
 
 
 def small_scales(blocks: Any, contents: BlockContents, library: ModuleType) -> Any:
-    """The small scales and minima of blocks in the order of the file: uint8 [..., count]."""
+    """Return the small scales and minima of blocks in file order: uint8 [..., count]."""
     pieces = [_numbers(blocks, fields, contents.small_zero, library) for fields in contents.small]
     return pieces[0] if len(pieces) == 1 else library.concat(pieces, -1)
 
 
 def _numbers(blocks: Any, fields: tuple[Fields, ...], zero: int, library: ModuleType) -> Any:
-    """Numbers of several fields, uint8 [..., count]."""
+    """Return codes that consist of several fields, uint8 [..., count]."""
     found = _bits(blocks, fields[0], library)
     for more in fields[1:]:
         found |= _bits(blocks, more, library)
@@ -223,13 +222,13 @@ def _numbers(blocks: Any, fields: tuple[Fields, ...], zero: int, library: Module
 
 
 def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
-    """The bits of numbers that one row of fields has, uint8 [..., count]; whole bytes are a view of the blocks."""
+    """Return the bits of codes for one field, uint8 [..., count]; whole bytes are a view of the blocks."""
     data = blocks[..., fields.start : fields.stop]
     if fields.bits == 8:
         return data
     if (
         fields.width == 1 and fields.bits == 1 and library is np
-    ):  # as below, where numpy would go through each byte by itself
+    ):  # same as below, where numpy would process byte by byte
         found = np.unpackbits(data, axis=-1, bitorder="little")
     else:
         runs = data.reshape(-1).reshape(*data.shape[:-1], -1, fields.width)  # contiguous: several times as fast
@@ -239,18 +238,18 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
             found[..., index, :] = runs >> place & (1 << fields.bits) - 1
         found = found.reshape(*data.shape[:-1], -1)
     if fields.shift:
-        found *= 1 << fields.shift  # numpy's own shift to the left takes ten times as long
+        found *= 1 << fields.shift  # numpy's left shift takes ten times as long
     return found
 
 
 def _trits(blocks: Any) -> Any:
-    """TQ1_0's codes, uint8 [..., 256]: a byte is a fraction of 256, and three times it has the digit above the byte."""
+    """Return TQ1_0's codes, uint8 [..., 256]: a byte is a fraction of 256; times 3, it has a digit above the byte."""
     moved = [blocks[..., a:b] * np.uint8(3**digit) for a, b, count in _TRITS for digit in range(count)]
     return (np.concatenate(moved, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
 
 
 def scale_numbers(data: np.ndarray, kind: Float) -> np.ndarray:
-    """The floats of blocks, uint8 [N, bytes], as float32 [N, count], as ggml has them: 2^-128 is no 0 in e8m0."""
+    """Convert the floats of blocks, uint8 [N, bytes], to float32 [N, count] as ggml does: 2^-128 is not 0 in e8m0."""
     if kind == "e8m0":
         return np.ldexp(np.float32(1), data.astype(np.int32) - 128)
     if kind == "e4m3":
@@ -260,12 +259,12 @@ def scale_numbers(data: np.ndarray, kind: Float) -> np.ndarray:
 
 
 def e4m3_codes(data: np.ndarray) -> np.ndarray:
-    """Bytes of e4m3 as NVFP4 reads them: without the sign, and 0 for what is no number."""
+    """Convert bytes of e4m3 to NVFP4's meaning: without the sign, and 0 for NaN."""
     return np.where(data == 0x7F, 0, data & 0x7F).astype(np.uint8)
 
 
 def put_together(parts: BlockParts[np.ndarray], contents: BlockContents) -> np.ndarray:
-    """The way back: uint8 [..., bytes of a block]."""
+    """Assemble blocks from their parts, the inverse of `take_apart`: uint8 [..., bytes of a block]."""
     out = np.empty((*parts.codes.shape[:-1], contents.nbytes), np.uint8)
     out[..., slice(*contents.scale)] = parts.scale
     if contents.minimum is not None and parts.minimum is not None:
@@ -285,17 +284,17 @@ def put_together(parts: BlockParts[np.ndarray], contents: BlockContents) -> np.n
 
 
 def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], zero: int) -> None:
-    """Writes the bits of numbers [..., count] to their places in blocks."""
+    """Write the bits of codes [..., count] into blocks."""
     stored = numbers + np.uint8(zero) if zero else numbers
     for fields in several:
         data = blocks[..., fields.start : fields.stop]
         bits = stored >> fields.shift if fields.shift else stored
-        if fields is not several[-1]:  # which nothing stands above
+        if fields is not several[-1]:  # no field is above the last one
             bits = bits & (1 << fields.bits) - 1
         if fields.width == fields.bits == 1:
             data[:] = np.packbits(bits, axis=-1, bitorder="little")
             continue
         runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)
         placed = [runs[..., index, :] * np.uint8(1 << place) for index, place in enumerate(fields.places) if place]
-        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # written before, or here
+        lowest = data.reshape(*runs.shape[:-2], -1) if fields.first else runs[..., 0, :]  # or the lowest bits
         data[:] = reduce(np.bitwise_or, placed, lowest).reshape(data.shape)

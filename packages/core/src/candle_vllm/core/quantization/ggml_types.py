@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ggml's tensor types: their numbers in GGUF files, and the size of their blocks.
+"""ggml's tensor types: their type codes in GGUF files, and the size of their blocks.
 
-The `gguf` package has the same, and a test compares the two. It is not read here because importing it takes longer than
-opening a file: with it come the names of every architecture's tensors and a reader of YAML.
+The `gguf` package has the same tables, and a test compares the two. It is not imported here because its import takes
+longer than opening a file: it includes the tensor names of every architecture and a YAML reader.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 
 class GGMLQuantizationType(enum.IntEnum):
-    """A type by its number; equal to the `gguf` package's member of the same name."""
+    """A type by its code; equal to the `gguf` package's member of the same name."""
 
     F32 = 0
     F16 = 1
@@ -66,4 +66,4 @@ GGML_QUANT_SIZES: Mapping[GGMLQuantizationType, tuple[int, int]] = MappingProxyT
         )
     }
 )  # fmt: skip
-"""Elements and bytes of a block; (1, bytes of an element) of plain types."""
+"""Elements and bytes of a block; (1, bytes of an element) for plain types."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""GPTQ: codes of 4 or 8 bits packed along the inputs, scales and zeros of groups of inputs.
+"""GPTQ: codes of 4 or 8 bits packed along the inputs, with scales and zeros of groups of inputs.
 
-Stands before step 1 of a request's life. Of a layer [N, K] with G groups there are, P = 32 / bits codes in an int32:
+Used before step 1 of a request's life. A layer [N, K] has G groups, with P = 32 / bits codes in an int32:
 
     qweight  int32 [K / P, N]   code of (k, n) at bit bits * (k % P) of [k / P, n]
-    qzeros   int32 [G, N / P]   zero of (g, n) at bit bits * (n % P) of [g, n / P]; in the first version minus one
+    qzeros   int32 [G, N / P]   zero of (g, n) at bit bits * (n % P) of [g, n / P]; in version 1 minus one
     scales   float [G, N]
-    g_idx    int32 [K]          the group of each input (activation order); without it, neighbours
+    g_idx    int32 [K]          the group of each input (activation order); without it, groups are runs of inputs
 
-A zero of the first version is (stored + 1) mod 2^bits, which undoes what the writers do, and is what AutoGPTQ's own
-torch layer computes; quantisers make zeros from 0 to 2^bits - 1 only.
+A zero of version 1 is (stored + 1) mod 2^bits, which inverts what the writers do, and is what AutoGPTQ's own torch
+layer computes; quantisers make only zeros from 0 to 2^bits - 1.
 Source: Frantar et al., 2022, arXiv:2210.17323; AutoGPTQ's and GPTQModel's torch layers.
 """
 
@@ -27,12 +27,12 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclass(frozen=True)
 class GptqScheme:
-    """What the config says of a layer.
+    """Settings of a layer from the config.
 
     Attributes:
         bits: 4 or 8.
         group: inputs in a group; -1 for all.
-        zeros_less_one: the zeros are those of the first version.
+        zeros_less_one: the zeros are stored as in version 1.
     """
 
     bits: int
@@ -40,12 +40,12 @@ class GptqScheme:
     zeros_less_one: bool
 
     def groups(self, columns: int) -> int:
-        """Groups of a row."""
+        """Return the number of groups of a row."""
         return 1 if self.group < 0 else -(-columns // self.group)
 
 
 class GptqSource(CodeSource):
-    """See the head of the file."""
+    """Source of a layer's rows; see the module docstring."""
 
     def __init__(
         self,
@@ -76,10 +76,10 @@ class GptqSource(CodeSource):
 
 
 def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
-    """The weight of a layer with `qweight`.
+    """Return the weight of a layer with `qweight`.
 
     Raises:
-        InvalidFileError: parts are missing or do not go together.
+        InvalidFileError: parts are missing or do not fit together.
     """
     bits, per = scheme.bits, 32 // scheme.bits
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
@@ -102,10 +102,10 @@ def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
 
 
 def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
-    """The stored group of each column, int64 [K]; None where they are G groups of neighbours.
+    """Return the stored group of each column, int64 [K]; None if groups are G runs of adjacent columns.
 
     Raises:
-        InvalidFileError: there are not K of them, or one is not a group.
+        InvalidFileError: the number of entries is not K, or an entry is not a group.
     """
     if g_idx.shape != (columns,):
         raise parts.shape_error(g_idx, [columns], "one group for each input")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Whole numbers in groups that share a scale: what GPTQ, AWQ and the like are, once unpacked.
+"""Integers in groups that share a scale: the unpacked form of GPTQ, AWQ and similar formats.
 
 Used before step 1 of a request's life. A weight is scale * (code - zero) in fp32, which is exact for scales of 16
 bits: the product has at most 11 + 9 significant bits.
@@ -47,7 +47,7 @@ class GroupCodes:
         zeros: the codes of weight 0, int32 [R, G]; None for the middle, 2^(bits - 1).
         bits: 4, 5 or 8.
         scale_dtype: the type that the scales are stored in, one of `plain.ELEMENTS`.
-        group_of: the group of each column, int64 [K]; None for G groups of K / G neighbours.
+        group_of: the group of each column, int64 [K]; None for G groups of K / G adjacent columns.
     """
 
     codes: np.ndarray
@@ -64,22 +64,22 @@ class GroupCodes:
 
     @property
     def middle(self) -> int:
-        """The code of weight 0 where groups have none of their own."""
+        """The code of weight 0, if groups have no zeros."""
         return 1 << (self.bits - 1)
 
     def take(self, rows: np.ndarray | slice) -> GroupCodes:
-        """Some of the rows."""
+        """Select some of the rows."""
         zeros = None if self.zeros is None else self.zeros[rows]
         return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
     @property
     def column_step(self) -> int:
-        """Columns can be cut at multiples of this."""
+        """Columns can be split at multiples of this number."""
         groups = self.scales.shape[1]
         return 1 if self.group_of is not None or groups == 1 else self.columns // groups
 
     def cut(self, first: int, last: int) -> GroupCodes:
-        """Columns first to last - 1, which are multiples of `column_step`."""
+        """Select columns first to last - 1, both multiples of `column_step`."""
         codes, step = self.codes[:, first:last], self.column_step
         if step == 1 and (self.group_of is not None or self.scales.shape[1] == 1):
             group_of = None if self.group_of is None else self.group_of[first:last]
@@ -89,16 +89,16 @@ class GroupCodes:
         return dataclasses.replace(self, codes=codes, scales=self.scales[:, groups], zeros=zeros)
 
     def dequantise(self) -> np.ndarray:
-        """The weights, float32 [R, K]."""
+        """Return the weights, float32 [R, K]."""
         values = self.codes.astype(np.float32)
         zeros = np.float32(self.middle) if self.zeros is None else self._by_column(self.zeros.astype(np.float32))
-        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
+        with np.errstate(all="ignore"):  # an infinite or NaN scale comes from the file and needs no warning
             values -= zeros
             values *= self._by_column(self.scales)
         return values
 
     def _by_column(self, numbers: np.ndarray) -> np.ndarray:
-        """Numbers of groups [R, G] as [R, K]."""
+        """Expand values per group [R, G] to [R, K]."""
         if self.group_of is not None:
             return numbers[:, self.group_of]
         return np.repeat(numbers, self.columns // numbers.shape[1], axis=1)
@@ -137,7 +137,7 @@ class GroupCodes:
         return Blocks(type, raw.reshape(len(raw), -1))
 
     def _group_of_blocks(self) -> np.ndarray | None:
-        """The group of each block of a row; None where a block has several, or is cut off."""
+        """Return the group of each block of a row; None if a block has several groups or is incomplete."""
         groups, columns = self.scales.shape[1], self.columns
         if columns % BLOCK:
             return None
@@ -150,7 +150,7 @@ class GroupCodes:
         return 5 if self.bits == 4 and self.zeros is not None else self.bits
 
     def _signed(self, group_of: np.ndarray) -> np.ndarray | None:
-        """Code - zero, int8 [R, K]; None where it is beyond the block's type."""
+        """Return code - zero, int8 [R, K]; None if a value exceeds the block's type."""
         if self.zeros is None:
             return (self.codes - np.uint8(self.middle)).view(np.int8)
         lowest = 1 << (self._block_bits() - 1)
@@ -163,13 +163,13 @@ class GroupCodes:
 
 
 def in_runs(group_of: np.ndarray) -> bool:
-    """Whether whole blocks of neighbouring columns are in one group."""
+    """Whether each block of adjacent columns is in one group."""
     each = group_of[: len(group_of) // BLOCK * BLOCK].reshape(-1, BLOCK)
     return len(group_of) % BLOCK == 0 and bool((each == each[:, :1]).all())
 
 
 def nibbles(packed: np.ndarray) -> np.ndarray:
-    """Bytes [..., B] as their halves, the lower first: uint8 [..., 2 B]."""
+    """Split bytes [..., B] into their halves, the lower first: uint8 [..., 2 B]."""
     both = np.empty((*packed.shape, 2), np.uint8)
     np.bitwise_and(packed, 15, out=both[..., 0])
     np.right_shift(packed, 4, out=both[..., 1])
@@ -177,6 +177,6 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
 
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of 4 or 8 bits in int32 [..., W], the lowest first: uint8 [..., W * 32 / bits]."""
+    """Unpack codes of 4 or 8 bits from int32 [..., W], the lowest first: uint8 [..., W * 32 / bits]."""
     data = np.ascontiguousarray(words).view(np.uint8)
     return data if bits == 8 else nibbles(data)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""GPTQ checkpoints in the layout of the first Marlin kernel, brought back to plain codes.
+"""Convert GPTQ checkpoints in the layout of the first Marlin kernel to plain codes.
 
-Stands before step 1 of a request's life. Codes are symmetric, of 4 bits. Of a layer [N, K] with G groups of
-128 inputs, or one:
+Used before step 1 of a request's life. Codes are symmetric, with 4 bits. A layer [N, K] has 1 or G = K / 128 groups:
 
     B  int32 [K / 16, 2 N]   tiles of 16 inputs x 64 outputs: 1,024 codes in the order of `_code_order`
     s  float [G, N]          runs of 64 (with one group: 32) scales in the order of `_scale_order`
@@ -19,18 +18,18 @@ from candle_vllm.core.quantization.stored import FLOATS, CodeSource, LayerTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 TILE = 16
-"""Inputs of a tile."""
+"""Inputs in a tile."""
 
 WIDTH = 64
-"""Outputs of a tile."""
+"""Outputs in a tile."""
 
 
 def _code_order() -> np.ndarray:
-    """For each of a tile's codes as stored, where it belongs: output block * 256 + input * 16 + output of 16.
+    """Return where each stored code of a tile belongs: output block * 256 + input * 16 + output within the block.
 
-    A warp's 32 lanes hold, for each of 4 blocks of 16 outputs, what the tensor core's instruction wants: of each half
-    of 8 outputs the inputs 2t, 2t + 1, 2t + 8 and 2t + 9 of output lane / 4, where t = lane % 4. The eight codes of an
-    int32 are interleaved, evens first.
+    A warp's 32 lanes hold, for each of 4 blocks of 16 outputs, the operands of the tensor core's instruction: for each
+    half of 8 outputs, inputs 2t, 2t + 1, 2t + 8 and 2t + 9 of output lane / 4, where t = lane % 4. The eight codes of
+    an int32 are interleaved, even ones first.
     """
     lane, block, half, pair, odd = np.meshgrid(*(np.arange(size) for size in (32, 4, 2, 2, 2)), indexing="ij")
     source = 16 * (2 * (lane % 4) + 8 * pair + odd) + lane // 4 + 8 * half + 256 * block
@@ -38,7 +37,7 @@ def _code_order() -> np.ndarray:
 
 
 def _scale_order(groups: int) -> np.ndarray:
-    """For each scale of a run as stored, the output that it belongs to."""
+    """Return, for each stored scale of a run, the output that it belongs to."""
     if groups > 1:
         return np.arange(64).reshape(8, 8).T.reshape(-1)
     pairs = 2 * np.arange(4)[:, None, None] + 8 * np.arange(4)[None, :, None] + np.arange(2)
@@ -46,7 +45,7 @@ def _scale_order(groups: int) -> np.ndarray:
 
 
 class MarlinSource(CodeSource):
-    """See the head of the file."""
+    """Source of a layer's rows; see the module docstring."""
 
     align = WIDTH
 
@@ -71,14 +70,14 @@ class MarlinSource(CodeSource):
 
 
 def marlin_tensor(parts: LayerTensors, group: int) -> QuantisedTensor:
-    """The weight of a layer with `B`.
+    """Return the weight of a layer that is stored as `B` and `s` (see the module docstring).
 
     Args:
-        parts: of the layer.
+        parts: stored tensors of the layer.
         group: inputs in a group; -1 for all.
 
     Raises:
-        InvalidFileError: parts are missing or do not go together.
+        InvalidFileError: parts are missing or do not fit together.
     """
     packed, scales = parts.get(".B", "I32"), parts.get(".s", *FLOATS)
     parts.find(".workspace", "I32")

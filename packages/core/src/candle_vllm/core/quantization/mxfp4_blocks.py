@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""GGUF's MXFP4 blocks as Q5_0 blocks, number for number, for kernels that do not read their own.
+"""Convert GGUF's MXFP4 blocks exactly to Q5_0 blocks, for kernels that do not support MXFP4.
 
-Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose numbers are
-whole (twice those of e2m1), with the scale 2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits and 16
-bytes of nibbles, whose numbers are -16 to 15. The 32 codes stand in the same order in both. Source: ggml-common.h.
+Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose elements are
+integers (twice the e2m1 floats), with the scale 2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits
+and 16 bytes of nibbles, whose elements are -16 to 15. The 32 codes have the same order in both. Source: ggml-common.h.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.scaled_codes import E2M1
 
 BLOCK = 17
-"""Bytes."""
+"""Bytes of a block."""
 
 _SMALLEST, _LARGEST = 104, 143  # exponents whose scale is a float16, 2^-24 to 2^15
 
 
 def as_q5_0(raw: np.ndarray) -> np.ndarray | None:
-    """The same numbers in blocks of Q5_0, uint8; None where a scale is beyond the range of float16.
+    """Convert to blocks of Q5_0 with the same elements, uint8; None if a scale exceeds the range of float16.
 
     Args:
         raw: blocks of MXFP4, uint8, contiguous.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Plain element types: their numpy types, and conversion from one type to another.
 
-Used before step 1 of a request's life. A type has the name of safetensors and GGUF files. Numpy has no bfloat16 and no
-floats of 8 bits: an array holds their bits, and the type's name is passed beside it.
+Used before step 1 of a request's life. Types have the names of safetensors and GGUF files. Numpy has no bfloat16 and no
+8-bit floats: an array holds their bits, and the type's name is passed beside it.
 Source: OCP 8-bit Floating Point Specification (e4m3, e5m2) and OCP Microscaling Formats 1.0 (e8m0), 2023.
 """
 
@@ -26,20 +26,20 @@ ELEMENTS: Mapping[str, np.dtype] = MappingProxyType(
         )
     }
 )  # fmt: skip
-"""What an array of each type has for elements."""
+"""The numpy type of an array's elements, for each type."""
 
 _CHUNK = 1 << 15
-"""Elements that are converted at a time: what a round touches stays in the cache."""
+"""Elements that are converted at a time: the data of a round stays in the cache."""
 
 
 def read_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], wanted: str) -> np.ndarray:
-    """Copies elements out of a file, converting them where the types differ.
+    """Copy elements out of a file, and convert them if the types differ.
 
     Args:
-        raw: the bytes, uint8, contiguous; need not be aligned.
-        stored: type of the elements in the file.
-        shape: of the result.
-        wanted: type of the result, which has memory of its own.
+        raw: the bytes, uint8, contiguous; they need not be aligned.
+        stored: element type in the file.
+        shape: shape of the result.
+        wanted: element type of the result, which is newly allocated.
     """
     out = np.empty(shape, ELEMENTS[wanted])
     flat, data = out.reshape(-1), raw.reshape(-1)
@@ -91,7 +91,7 @@ def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
         np.add(rounded, bits, out=rounded)
         target = out[first : first + _CHUNK]
         target[:] = rounded.view(np.uint16)[1::2]
-        if math.isnan(part.max(initial=0)):  # its bits may have passed the sign
+        if math.isnan(part.max(initial=0)):  # rounding may have carried a NaN's bits into the sign
             target[np.isnan(part)] = 0x7FC0
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small floats with scales: rows of a matrix of FP8 and NVFP4 checkpoints, as stored.
+"""Rows of a matrix in FP8 or NVFP4 checkpoints, as stored: small floats with scales.
 
 Used before step 1 of a request's life. A weight is its float, times the scale of its group for formats with groups,
 times the scale of its span in fp32. Spans are runs of consecutive columns; the last one of a row may be shorter.
@@ -20,18 +20,18 @@ from candle_vllm.core.quantization.group_codes import nibbles
 from candle_vllm.core.quantization.plain import read_plain
 
 Floats: TypeAlias = Literal["e4m3", "e5m2", "e2m1"]
-"""What codes are: floats of 8 bits, or of 4 with a scale e4m3 for each group."""
+"""Types of codes: 8-bit floats, or 4-bit floats with an e4m3 scale for each group."""
 
 GROUP = 16
-"""Weights of e2m1 that share a scale of 8 bits."""
+"""Number of e2m1 weights that share an 8-bit scale."""
 
 FLOAT_NAMES = MappingProxyType({"e4m3": "F8_E4M3", "e5m2": "F8_E5M2"})
-"""Floats of 8 bits among `plain.ELEMENTS`."""
+"""8-bit floats among `plain.ELEMENTS`."""
 
 _LARGEST = MappingProxyType({"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6 * 448.0})
 
 E2M1 = tuple(sign * number for sign in (1.0, -1.0) for number in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
-"""The number of each code of e2m1; 8 is -0."""
+"""The value of each code of e2m1; 8 is -0."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class ScaledCodes:
 
     Attributes:
         numbers: type of the codes.
-        codes: the floats' bits, uint8 [R, K]; of e2m1 uint8 [R, K / 2], the first of two in the lower half of a byte.
+        codes: bits of the floats, uint8 [R, K]; e2m1: uint8 [R, K / 2], the first of two in the lower half of a byte.
         scales: float32 [R, spans].
-        span: columns of a span; K for one scale per row.
-        groups: for e2m1 the bits of the groups' scales, which are e4m3, uint8 [R, K / 16]; otherwise None.
+        span: columns in a span; K for one scale per row.
+        groups: for e2m1 the bits of the groups' e4m3 scales, uint8 [R, K / 16]; otherwise None.
     """
 
     numbers: Floats
@@ -59,22 +59,22 @@ class ScaledCodes:
 
     @property
     def largest(self) -> float:
-        """Upper bound of all weights that are finite and have finite scales."""
+        """Upper bound of all finite weights with finite scales."""
         finite = np.abs(self.scales[np.isfinite(self.scales)])
         return _LARGEST[self.numbers] * float(finite.max(initial=0.0))
 
     def take(self, rows: np.ndarray | slice) -> ScaledCodes:
-        """Some of the rows."""
+        """Select some of the rows."""
         groups = None if self.groups is None else self.groups[rows]
         return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], groups=groups)
 
     @property
     def column_step(self) -> int:
-        """Columns can be cut at multiples of this."""
+        """Columns can be split at multiples of this number."""
         return math.lcm(self.span if self.scales.shape[1] > 1 else 1, GROUP if self.groups is not None else 1)
 
     def cut(self, first: int, last: int) -> ScaledCodes:
-        """Columns first to last - 1: multiples of `column_step`, or the end."""
+        """Select columns first to last - 1: multiples of `column_step`, or the end."""
         each = 2 if self.numbers == "e2m1" else 1
         spans = slice(first // self.span, -(-last // self.span)) if self.scales.shape[1] > 1 else slice(None)
         return dataclasses.replace(
@@ -86,19 +86,19 @@ class ScaledCodes:
         )
 
     def dequantise(self) -> np.ndarray:
-        """The weights, float32 [R, K], each product of float and scale rounded once."""
+        """Return the weights, float32 [R, K]; each product of float and scale is rounded once."""
         if self.numbers == "e2m1":
             assert self.groups is not None
             values = np.array(E2M1, np.float32)[nibbles(self.codes)]
             values *= np.repeat(_widened(self.groups, "e4m3"), GROUP, axis=1)  # exact: 6 significant bits at most
         else:
             values = _widened(self.codes, self.numbers)
-        with np.errstate(all="ignore"):  # an infinite or NaN scale is the file's business, and no reason to warn
+        with np.errstate(all="ignore"):  # an infinite or NaN scale comes from the file and needs no warning
             spread = self.scales.shape[1] > 1
             values *= np.repeat(self.scales, self.span, axis=1)[:, : self.columns] if spread else self.scales
         return values
 
 
 def _widened(codes: np.ndarray, numbers: Literal["e4m3", "e5m2"]) -> np.ndarray:
-    """Bits of floats as float32, in memory of their own."""
+    """Convert bytes of floats to float32, newly allocated."""
     return read_plain(np.ascontiguousarray(codes), FLOAT_NAMES[numbers], codes.shape, "F32")

@@ -28,10 +28,10 @@ from candle_vllm.core.threads import loading_threads
 Codes = TypeVar("Codes", GroupCodes, ScaledCodes)
 
 FLOATS = ("F16", "BF16", "F32")
-"""Types that scales are stored in."""
+"""Types of stored scales."""
 
 CHUNK = 1 << 19
-"""Weights per round: what a round touches stays in the cache."""
+"""Weights per round: the data of a round stays in the cache."""
 
 
 class WeightSource(ABC, Generic[Codes]):
@@ -49,10 +49,10 @@ class WeightSource(ABC, Generic[Codes]):
 
     @abstractmethod
     def read(self, first: int, last: int) -> Codes:
-        """Rows first to last - 1."""
+        """Read rows first to last - 1."""
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """Rows first to last - 1 as float32 [last - first, K]."""
+        """Decode rows first to last - 1 to float32 [last - first, K]."""
         return self.read(first, last).dequantise()
 
     @abstractmethod
@@ -60,11 +60,11 @@ class WeightSource(ABC, Generic[Codes]):
         """Pack a tensor's rows, from this source or from columns of it, for a backend."""
 
     def columns(self, first: int, last: int) -> WeightSource[Codes]:
-        """Columns first to last - 1 of every row."""
+        """Select columns first to last - 1 of every row."""
         return _Columns(self, first, last)
 
     def column_step(self) -> int:
-        """Columns can be cut at multiples of this; some rows are read."""
+        """Columns can be split at multiples of this number; some rows are read to find it."""
         return self.read(0, self.align).column_step
 
 
@@ -98,7 +98,7 @@ class _Columns(WeightSource[Codes]):
         return self._source.read(first, last).cut(self._first, self._last)
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`: the scales meet as they do in the whole."""
+        """See `WeightSource.decode`: scales are combined as in the whole matrix."""
         return self._source.decode(first, last)[:, self._first : self._last]
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
@@ -188,7 +188,7 @@ class QuantisedTensor(StoredTensor):
         return self.source.pack_for(backend, self)
 
     def codes(self) -> Any:
-        """All rows as the source reads them, `GroupCodes` or `ScaledCodes`; may be a view of the file."""
+        """Return all rows as the source reads them, `GroupCodes` or `ScaledCodes`; may be a view of the file."""
         return self._read(0, self._rows)
 
     @property
@@ -211,12 +211,12 @@ class QuantisedTensor(StoredTensor):
         return math.prod(self.shape[:-1])
 
     def _read(self, first: int, last: int) -> Any:
-        """Rows as `codes` has all of them."""
+        """Read rows in the form of `codes`."""
         start, stop, inside = self._place(first, last)
         return self.source.read(start, stop).take(inside)
 
     def _place(self, first: int, last: int) -> tuple[int, int, np.ndarray | slice]:
-        """The aligned rows of the source to read for rows of this tensor, and which of them these are."""
+        """Return the aligned rows of the source to read for rows of this tensor, and the selection among them."""
         wanted = np.arange(first, last) if self.index is None else self.index[first:last]
         align = self.source.align
         start, stop = int(wanted.min()), int(wanted.max()) + 1
@@ -238,8 +238,8 @@ class LayerTensors:
     """Stored tensors of one layer, taken by name; each is checked, and the others stay in the checkpoint.
 
     Args:
-        tensors: of the checkpoint.
-        layer: prefix of the names, "model.layers.0.mlp.down_proj".
+        tensors: tensors of the checkpoint.
+        layer: prefix of the names, such as "model.layers.0.mlp.down_proj".
         path: file that errors name for a missing tensor.
     """
 
@@ -262,7 +262,7 @@ class LayerTensors:
         return found
 
     def get(self, end: str, *type_names: str) -> StoredTensor:
-        """As `find`; the tensor must be there."""
+        """As `find`, but the tensor must exist."""
         found = self.find(end, *type_names)
         if found is None:
             raise InvalidFileError(
@@ -286,7 +286,7 @@ class LayerTensors:
 
 
 def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
-    """A stored tensor as an array of its shape; a view into the file where it is aligned."""
+    """Return a stored tensor as an array of its shape; a view into the file if it is aligned."""
     data = part.raw().reshape(-1)
     if data.ctypes.data % np.dtype(dtype).itemsize:
         data = data.copy()
@@ -294,7 +294,7 @@ def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
 
 
 def floats(part: StoredTensor, where: object = ...) -> np.ndarray:
-    """Stored floats, or those at `where` in numpy's notation, as float32; a view of the file at best."""
+    """Return stored floats, or those at the numpy index `where`, as float32; a view of the file if possible."""
     if part.type_name == "BF16":
         return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)  # pyright: ignore
     kind = np.float16 if part.type_name == "F16" else np.float32

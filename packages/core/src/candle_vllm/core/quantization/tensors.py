@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A tensor of a checkpoint as it is stored, and the way from plain elements to numbers.
+"""Tensor of a checkpoint as it is stored, and its conversion to arrays.
 
-Stands before step 1 of a request's life. Files are little-endian, and so is every machine that this library runs on.
+Used before step 1 of a request's life. Files are little-endian, and so is every machine that this library supports.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ Packed = TypeVar("Packed", covariant=True)
 
 
 class Backend(Protocol[Packed]):
-    """What makes matrices of its own of stored ones [N, K], by how they are stored; `StoredTensor.pack_for` chooses.
+    """Makes a backend's own matrices from stored ones [N, K]; `StoredTensor.pack_for` calls the method that fits.
 
     Raises:
-        UnsupportedModelError: it has no kernel for such a matrix, and cannot do without one.
+        UnsupportedModelError: the backend needs a kernel for such a matrix and has no kernel for it.
     """
 
     def plain(self, stored: StoredTensor) -> Packed:
-        """Of numbers that are stored one by one."""
+        """Pack a matrix of plain elements."""
         ...
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> Packed:
-        """Of blocks of a ggml type, whose columns may have an order of their own."""
+        """Pack blocks of a ggml type, whose columns may be reordered."""
         ...
 
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> Packed:
-        """Of whole numbers in groups, which may be blocks too."""
+        """Pack integer codes in groups, which may be convertible to blocks."""
         ...
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> Packed:
-        """Of small floats with scales for `span` columns."""
+        """Pack small floats with a scale for each `span` columns."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor(ABC):
-    """One tensor of a checkpoint: still in its file, or made of what is there when it is asked for.
+    """One tensor of a checkpoint: in its file, or computed when it is requested.
 
     Attributes:
-        name: as the file has it, or the name under which a family's table looks for it.
-        shape: torch order, outermost first: a linear weight is [out, in]. () for a single number.
-        type_name: how it is stored: "Q4_1", "F32", "BF16", "F16", "I8", ..., see `dtype`.
-        nbytes: bytes that are stored for it.
+        name: name in the file, or the name under which a family's table finds it.
+        shape: shape in torch's order, outermost first: a linear weight is [out, in]; () for a scalar.
+        type_name: stored type: "Q4_1", "F32", "BF16", "F16", "I8", ..., see `dtype`.
+        nbytes: its stored bytes.
     """
 
     name: str
@@ -69,12 +69,12 @@ class StoredTensor(ABC):
 
     @property
     def dtype(self) -> str | None:
-        """The type of elements that are stored one by one, one of `ELEMENTS`; None for quantised blocks or codes."""
+        """Type of plain elements, one of `ELEMENTS`; None for quantised blocks or codes."""
         return self.type_name if self.type_name in ELEMENTS else None
 
     @property
     def quantised(self) -> bool:
-        """Its numbers are those of quantised blocks or codes, be they decoded by a view."""
+        """Whether its elements come from quantised blocks or codes, even if a view decodes them."""
         return self.dtype is None
 
     @property
@@ -85,28 +85,28 @@ class StoredTensor(ABC):
     @property
     @abstractmethod
     def path(self) -> Path:
-        """The file to blame in messages."""
+        """The file that error messages name."""
 
     @abstractmethod
     def raw(self) -> np.ndarray:
-        """The stored bytes, uint8 [rows, bytes per row], not to be written to.
+        """Return the stored bytes, uint8 [rows, bytes per row]; read-only.
 
-        A row is one run along the innermost dimension; the outer dimensions are flattened.
+        A row is a run along the innermost dimension; the outer dimensions are flattened.
         """
 
     def file_places(self) -> np.ndarray | None:
-        """The byte of the file where each number begins, int64 [*shape]; None where they are decoded or computed."""
+        """Return the offset of each element in the file, int64 [*shape]; None if elements are decoded or computed."""
         return None
 
     def load(self, dtype: str | None = "F32") -> np.ndarray:
-        """The values, contiguous, in memory of their own.
+        """Return the elements, contiguous and newly allocated.
 
         Args:
-            dtype: their type, one of `ELEMENTS`; None keeps that of elements that are stored one by one. Others are
-                computed in float32, and rounded where a narrower type is asked for.
+            dtype: type of the result, one of `ELEMENTS`; None keeps the type of plain elements. Quantised elements are
+                computed in float32, and rounded to a narrower type.
 
         Raises:
-            UnsupportedModelError: nothing decodes the stored type.
+            UnsupportedModelError: no decoder exists for the stored type.
         """
         if self.dtype is not None:
             return read_plain(self.raw(), self.dtype, self.shape, dtype or self.dtype)
@@ -117,46 +117,46 @@ class StoredTensor(ABC):
 
     @property
     def column_step(self) -> int:
-        """Columns can be cut at multiples of this: what shares a scale, or bytes, stays together."""
+        """Columns can be split only at multiples of this number: elements that share a scale or byte stay together."""
         return self._unit[0]
 
     @property
     def block_type(self) -> GGMLQuantizationType | None:
-        """The ggml type of whose blocks its bytes are; None of numbers one by one, and of what several tensors mean."""
+        """The ggml type of its blocks; None for plain elements, and for a tensor encoded in several stored ones."""
         return None if self.dtype is not None else GGMLQuantizationType[self.type_name]
 
     @property
     def span(self) -> int | None:
-        """Columns that share a scale of small floats; None where other things are stored."""
+        """Columns that share a scale of small floats; None for other stored types."""
         return None
 
     @property
     def _unit(self) -> tuple[int, int]:
-        """Numbers that are stored together, and their bytes."""
+        """Return the number of elements that are stored together, and their bytes."""
         if self.dtype is not None:
             return 1, ELEMENTS[self.dtype].itemsize
         return GGML_QUANT_SIZES[GGMLQuantizationType[self.type_name]]
 
     def select(self, order: np.ndarray) -> StoredTensor:
-        """Entries of the outermost dimension by their numbers, int64 [R']."""
+        """Select entries of the outermost dimension by index, int64 [R']."""
         nbytes = self.nbytes // max(1, self.shape[0]) * len(order)
         shape = (len(order), *self.shape[1:])
         return _Rows(self.name, shape, self.type_name, nbytes, self, order)
 
     def rows(self, first: int, last: int) -> StoredTensor:
-        """Entries `first` to `last` - 1 of the outermost dimension.
+        """Select entries `first` to `last` - 1 of the outermost dimension.
 
         Raises:
-            WeightsError: there are fewer.
+            WeightsError: the tensor has fewer entries.
         """
         self._check_cut("rows", first, last, self.shape[:1])
         return self.select(np.arange(first, last))
 
     def columns(self, first: int, last: int) -> StoredTensor:
-        """Entries `first` to `last` - 1 of the innermost dimension; multiples of `column_step`, or its end.
+        """Select columns `first` to `last` - 1; both are multiples of `column_step`, or `last` is the end.
 
         Raises:
-            WeightsError: there are fewer, or what is stored together would be cut.
+            WeightsError: the tensor has fewer entries, or elements that are stored together would be split.
         """
         self._check_columns(first, last)
         nbytes = self.nbytes * (last - first) // self.shape[-1]
@@ -179,22 +179,22 @@ class StoredTensor(ABC):
             )
 
     def pack_for(self, backend: Backend[Packed]) -> Packed:
-        """A matrix [N, K] as a backend multiplies it; errors as `Backend`."""
+        """Pack a matrix [N, K] for a backend; errors as `Backend`."""
         if self.dtype is not None:
             return backend.plain(self)
         return backend.blocks(self, lambda: Blocks(GGMLQuantizationType[self.type_name], self.raw()))
 
     @abstractmethod
     def release(self) -> None:
-        """The tensor has been taken over: its pages of the file need not stay in memory."""
+        """Release the tensor's file pages from memory, after its data was copied."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Viewed(StoredTensor):
-    """A tensor that is made of another.
+    """A tensor that is derived from another one.
 
     Attributes:
-        source: the other.
+        source: the other tensor.
     """
 
     source: StoredTensor
@@ -213,13 +213,13 @@ class Viewed(StoredTensor):
     def raw(self) -> np.ndarray: ...
 
     def release(self) -> None:
-        """See `StoredTensor.release`; what other views of the same tensor still need is read again."""
+        """See `StoredTensor.release`; data that other views of the same tensor still need is read again."""
         self.source.release()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows(Viewed):
-    """Entries of the outermost dimension, in any order."""
+    """Selected entries of the outermost dimension, in any order."""
 
     index: np.ndarray
 
@@ -234,7 +234,7 @@ class _Rows(Viewed):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns(Viewed):
-    """Neighbours of the innermost dimension, whole blocks of it."""
+    """Adjacent entries of the innermost dimension, in whole blocks."""
 
     first: int
 

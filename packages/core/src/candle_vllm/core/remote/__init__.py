@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Engines in processes of their own, which run steps 4 to 9 of a request's life; this process runs the other steps.
+"""Engines in processes of their own, which run steps 4 to 9 of a request; this process runs the other steps.
 
-This process imports no torch for them.
+This process does not import torch for them.
 """
 
 from candle_vllm.core.remote.engine import RemoteEngine

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The engine's process: load the model, and serve it until the parent ends the process or has gone.
+"""The engine's process: load the model, and serve it until the parent ends this process or has exited.
 
 `EngineProcess` starts it as `python -m candle_vllm.core.remote.child` and sends the settings over the standard input.
 Steps 4 to 9 of a request's life run here.
@@ -61,10 +61,10 @@ def main() -> int:
 
 
 def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], told: Told) -> int:
-    """Load the model and answer requests to it; return the exit status.
+    """Load the model and answer requests; return the exit status.
 
-    A process that fails sends its error and waits for the parent to end it: otherwise the parent might notice the
-    process's end before the error arrives.
+    A process that fails sends its error and waits until the parent ends it: otherwise the parent might notice the end
+    of the process before the error arrives.
     """
     try:
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
@@ -116,7 +116,7 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start
     """Return a socket to the parent, identified by the token. It never reconnects: the parent must not change."""
     end = context.socket(zmq.DEALER)
     set_limits(end)
-    end.setsockopt(zmq.SNDTIMEO, -1)  # a slow parent delays steps; the end of the parent ends this process
+    end.setsockopt(zmq.SNDTIMEO, -1)  # a slow parent delays steps; when the parent exits, this process ends
     end.setsockopt(zmq.RECONNECT_IVL, -1)
     end.setsockopt(zmq.ROUTING_ID, kind + start.token)
     end.connect(start.address)
@@ -124,11 +124,11 @@ def connected(context: zmq.Context[zmq.Socket[bytes]], kind: bytes, start: Start
 
 
 class Told:
-    """The parent's request to end this process.
+    """The parent's request that this process ends.
 
     Attributes:
-        ended: set after the request.
-        bell: rung at the request.
+        ended: event that is set after the request.
+        bell: bell that rings at the request.
     """
 
     def __init__(self) -> None:
@@ -136,15 +136,15 @@ class Told:
         self.bell = Bell()
 
     def note(self) -> None:
-        """Note the request."""
+        """Record the request."""
         self.ended.set()
         self.bell.ring()
 
 
 def watch_parent(parent: int, folder: str, note: Callable[[], None]) -> None:
-    """Wait for the parent's request to end; if the parent has gone, remove the folder and exit at once."""
+    """Wait for the parent's request to end; if the parent has exited, remove the folder and exit at once."""
     while True:
-        # Windows cannot poll a pipe; there only the parent has the other end, which is closed when the parent has gone.
+        # Windows cannot poll a pipe; there only the parent has the other end, which is closed when the parent exits.
         if sys.platform == "win32" or select.select([sys.stdin.fileno()], [], [], _LOOK_UP)[0]:
             if os.read(sys.stdin.fileno(), 1) == END:
                 note()

@@ -29,7 +29,7 @@ from candle_vllm.core.vision.prompts import VisionInput
 
 
 class RemoteEngine(EngineFront):
-    """A model in a process of its own, so that this process never delays a step, nor a step this process.
+    """A model in a process of its own, so that neither process delays the other.
 
     Args:
         model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
@@ -61,7 +61,7 @@ class RemoteEngine(EngineFront):
             self.image_sources = ImageSources.of(config)
             writer = RequestWriter(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
             self._link = RemoteLink(process, ready, writer)
-        except BaseException:  # an interrupt, while it loads, as well
+        except BaseException:  # also an interrupt while it loads
             process.close(kill=True)
             raise
         self._info = ready.info
@@ -78,7 +78,7 @@ class RemoteEngine(EngineFront):
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine is closed, or its process has ended."""
+        """False if the engine is closed, or its process has ended."""
         return self._texts is not None and self._thread.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
@@ -94,7 +94,7 @@ class RemoteEngine(EngineFront):
 
         Raises:
             InvalidParameterError: the schema or grammar is wrong or not supported; the message names the part.
-            EngineOverloadedError: too many callers wait for checks, or this one takes too long.
+            EngineOverloadedError: too many callers wait for checks, or this check takes too long.
             EngineDeadError: the process has ended.
         """
         self._check_generates()
@@ -130,7 +130,7 @@ class RemoteEngine(EngineFront):
 
     def close(self) -> None:
         """Abort running requests and end the process, by force after 10 s. Closing twice is fine."""
-        if self._is_elsewhere:  # the process is the parent's
+        if self._is_elsewhere:  # the process belongs to the parent of this fork
             self._finalizer.detach()
             self._texts = None
             return
@@ -149,7 +149,7 @@ class RemoteEngine(EngineFront):
 
 
 class _Texts:
-    """The model's tokenizer, template and image processing, as the child described them."""
+    """The model's tokenizer, template and image processing, from the child's description."""
 
     def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)

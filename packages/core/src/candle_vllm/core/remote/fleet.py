@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Fleet: several engine processes with the same model, used as one engine (steps 3 to 10).
 
-Each replica is a `RemoteEngine` with a thread of its own in this process. The fleet routes requests, keeps the adapters
-of all replicas the same, restarts replicas that have died, and aggregates statistics.
+Each replica is a `RemoteEngine` with a thread of its own in this process. The fleet routes requests, gives all replicas
+the same adapters, restarts replicas that have died, and aggregates statistics.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 MAX_DEATHS: Final = 5
-"""Deaths of a replica within `DEATH_WINDOW` seconds, after which it is not started again."""
+"""Number of deaths of a replica within `DEATH_WINDOW` seconds after which it is not restarted."""
 DEATH_WINDOW: Final = 300.0
-_PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled each time
+_PAUSE: Final = 1.0  # seconds before the next attempt to start a replica; doubled after each attempt
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
-_STATES = ("ready", "loading", "cold", "failed")  # states of an adapter; the first among its replicas' is reported
+_STATES = ("ready", "loading", "cold", "failed")  # states of an adapter; the first state that a replica has is reported
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
-    """Return the configuration of each replica: its GPUs, or its part of the CPU's threads and of the cache memory.
+    """Return the configuration of each replica: its GPUs, or its share of the CPU's threads and of the cache memory.
 
-    `kv_cache_memory`, and the memory share of a GPU, are for each replica; on the CPU `kv_fraction` is for all.
+    `kv_cache_memory`, and the memory share of a GPU, are per replica; on the CPU `kv_fraction` is for all replicas.
 
     Raises:
         ConfigError: see `resolve_ranks`.
@@ -87,7 +87,7 @@ class Replica(RemoteEngine):
 
     Args:
         config: the replica's configuration.
-        process: the process that was started with it.
+        process: the process that was started with this configuration.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be loaded.
@@ -105,7 +105,7 @@ class Replica(RemoteEngine):
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens of one step."""
+        """Maximum number of tokens of one step."""
         return self._link.max_step_tokens
 
     def submit(self, prepared: Sequence[Payload], sink: Sink) -> None:
@@ -137,7 +137,7 @@ class Fleet:
     """Replicas of one model, all loaded when the constructor returns.
 
     Args:
-        config: the configuration of all; see `replica_configs`.
+        config: the configuration of all replicas; see `replica_configs`.
 
     Attributes:
         info: information about the model; sizes are those of all replicas together.
@@ -151,7 +151,7 @@ class Fleet:
     def __init__(self, config: EngineConfig) -> None:
         self._configs = replica_configs(config)
         self._most = config.max_queued_requests
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = threading.RLock()  # guards the following attributes
         self._closed = threading.Event()
         self._dead: EngineDeadError | None = None
         self._callbacks: list[Callable[[], None]] = []
@@ -165,7 +165,7 @@ class Fleet:
         self._woken: frozenset[str] = frozenset()
         self._added: dict[str, AdapterUse] = {}
         self._pinned: set[str] = set()
-        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that only requests have given, by name
+        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that only requests have named, by adapter name
         self._replicas = self._load_all()
         infos = [replica.model_info for replica in self._replicas]
         self.max_model_len = min(info.max_model_len for info in infos)
@@ -196,7 +196,7 @@ class Fleet:
                 processes.append(EngineProcess(each))
             for each, process in zip(self._configs, processes, strict=True):
                 replicas.append(Replica(each, process))
-        except BaseException:  # an interrupt as well
+        except BaseException:  # also an interrupt
             for process in processes[len(replicas) :]:
                 process.close(kill=True)
             for replica in replicas:
@@ -208,7 +208,7 @@ class Fleet:
 
     @property
     def is_alive(self) -> bool:
-        """Whether any replica takes requests."""
+        """Whether any replica accepts requests."""
         return self._dead is None and not self._closed.is_set()
 
     @property
@@ -262,7 +262,7 @@ class Fleet:
             try:
                 self._replicas[number].submit(prepared, sink)
                 return
-            except EngineDeadError:  # the router hears of a death a moment later
+            except EngineDeadError:  # the router is notified of a death a moment later
                 self._router.over(name)
                 refused.add(number)
             except BaseException:
@@ -322,7 +322,7 @@ class Fleet:
         if not size or len(request.prompt_token_ids) < size:
             return []
         marks: dict[int, bytes] = {}
-        for use in request.adapters:  # from the first block on, even if an adapter is active only later
+        for use in request.adapters:  # for all blocks, even if an adapter becomes active only later
             if use.scale:
                 marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
         if request.images and self.texts.vision is not None:
@@ -336,7 +336,7 @@ class Fleet:
     # ---- adapters ----------------------------------------------------------------------------------------------------
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `AdapterStore.call`; all replicas carry it out. If one fails to add a new adapter, all remove it."""
+        """See `AdapterStore.call`; all replicas run it. If one fails to add a new adapter, all remove it."""
         if call.what == "list":
             return _merged(self._each(lambda replica: replica.call(call)))
         assert call.adapter is not None
@@ -368,7 +368,7 @@ class Fleet:
             return infos
 
     def _located(self, use: AdapterUse) -> AdapterUse:
-        """Add the known path to an adapter's use, because only the replica of an earlier request may know the name."""
+        """Add the known path to an adapter's use: maybe only the replica of an earlier request knows the name."""
         if use.load_inplace:
             raise InvalidParameterError(
                 f"load_inplace: the request reaches one of {len(self._replicas)} replicas; have all read the files of "
@@ -415,7 +415,7 @@ class Fleet:
 
         Raises:
             EngineDeadError: no replica is left.
-            CandleVllmError: the error of a replica, raised when all have answered.
+            CandleVllmError: the error of a replica, raised after all replicas have answered.
         """
         living = self._living()
         said: list[Any] = []
@@ -485,7 +485,7 @@ class Fleet:
             return
         replica = Replica(self._configs[number], process)
         replica.follow(self._router.begun, self._router.over)
-        with self._changing:  # gives it the adapters and the sleep level of the others
+        with self._changing:  # adds the adapters of the other replicas, and sets their sleep level
             for name, use in self._added.items():
                 try:
                     replica.call(AdapterCall("add", use))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The connection between the processes: the start message, the sockets' limits, and a bell. Both processes use it.
+"""The connection between the processes: the start message, limits of sockets, and a bell. Both processes use it.
 
 The start message goes over the child's standard input: how to connect to the parent, and what to load. None of this is
-on a command line, which other users of the machine can read. Before step 1 of a request's life.
+on a command line, which other users of the machine can read. Used before step 1 of a request's life.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.remote.wire import MAX_FRAME, MAX_QUEUED, PATIENCE
 from candle_vllm.core.shown import log_style
 
-CONTROL, STEPS = b"c", b"s"  # the child's two sockets: for requests and answers, for outputs of steps
+CONTROL, STEPS = b"c", b"s"  # the child's two sockets: for requests and answers; for outputs of steps
 END = b"e"
 MAX_START: Final = 1 << 24  # bytes
 TOKEN_BYTES: Final = 32
@@ -31,7 +31,7 @@ class Bell:
     """Wakes a thread that polls descriptors (self-pipe). It is a socket pair, because Windows cannot poll a pipe.
 
     Attributes:
-        descriptor: readable after `ring`. Call `clear` before checking what happened, or a ring may be lost.
+        descriptor: readable after `ring`. Call `clear` before checking for events, or a ring may be lost.
     """
 
     def __init__(self) -> None:
@@ -44,17 +44,17 @@ class Bell:
 
     def ring(self) -> None:
         """Make the descriptor readable. Thread-safe; does nothing after `close`."""
-        with self._lock, contextlib.suppress(BlockingIOError):  # a full socket is readable as well
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full socket is already readable
             if not self._closed:
                 self._write.send(b"\0")
 
     def clear(self) -> None:
-        """Make the descriptor unreadable, before checking what happened."""
+        """Make the descriptor unreadable; call this before checking for events."""
         with contextlib.suppress(BlockingIOError):
             self._read.recv(4096)
 
     def close(self) -> None:
-        """Close the sockets; no thread may poll them any more. Closing twice is fine."""
+        """Close the sockets; no thread may poll them after that. Closing twice is fine."""
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -66,10 +66,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """The start message, over the child's standard input.
 
     Attributes:
-        token: secret of the two processes.
+        token: shared secret of the two processes.
         address: address on which the parent listens.
-        folder: folder of the sockets, if they are in one; the child removes it if the parent has gone.
-        alive: descriptor that the child keeps open as long as it lives; None on Windows.
+        folder: folder of the sockets, if they are in one; the child removes it if the parent has exited.
+        alive: descriptor that the child holds open while it runs; None on Windows.
         log: `log_style()` of the parent.
         config: fields of `EngineConfig`.
     """
@@ -102,8 +102,8 @@ def read_start(descriptor: int) -> Start:
     """Read the start message.
 
     Raises:
-        ValueError: the bytes are no start message.
-        EOFError: the parent has gone.
+        ValueError: the bytes are not a start message.
+        EOFError: the parent has exited.
     """
     size = int.from_bytes(_read_exactly(descriptor, 4), "little")
     if size > MAX_START:

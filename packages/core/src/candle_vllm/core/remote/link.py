@@ -32,12 +32,12 @@ from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 _LOOK_UP = 1000  # ms without a message after which the process is checked
-_MAX_AT_ONCE = 64  # messages that are read before their outputs are delivered
+_MAX_AT_ONCE = 64  # maximum number of messages that are read before their outputs are delivered
 
 
 @dataclasses.dataclass
 class _Live:
-    """A request that the engine has."""
+    """A request that was sent to the engine and has not ended."""
 
     request: GenerationRequest
     ticket: str
@@ -50,7 +50,7 @@ class RemoteLink:
 
     Args:
         process: the child process, which has loaded its model.
-        ready: the message that it sent then.
+        ready: the message that it sent after loading.
         writer: checks and serialises requests.
 
     Attributes:
@@ -100,7 +100,7 @@ class RemoteLink:
         self._process.send(payload.data)
 
     def abort(self, request_id: str) -> list[TokenOutput]:
-        """Send an abort to the child; make the last outputs here, and ignore the child's."""
+        """Send an abort to the child; make the last outputs here, and ignore the child's outputs."""
         live = self._by_id.get(request_id)
         if live is None:
             return []
@@ -200,15 +200,15 @@ class RemoteLink:
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT = 120.0  # seconds that a caller waits for a grammar to be compiled, or an adapter to be loaded
+CALL_TIMEOUT = 120.0  # maximum seconds that a caller waits for a grammar to be compiled, or an adapter to be loaded
 
 
 class RemoteThread(EngineThread):
     """Sends requests to an engine in another process, and delivers its outputs.
 
     Args:
-        link: the connection to the engine, which only this thread uses from now on.
-        max_sequences: most live sequences before new requests are refused.
+        link: the connection to the engine, which only this thread may use from now on.
+        max_sequences: maximum number of live sequences; further requests are refused.
         on_end: called in this thread when the engine process has ended without `close`.
     """
 
@@ -265,7 +265,7 @@ class RemoteThread(EngineThread):
         self._ask(number, wire.encode(wire.Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
 
     def _ask(self, number: int, data: bytes, what: str, done: str, patience: float | None = CALL_TIMEOUT) -> Any:
-        """Send a call and return its answer; an error after `patience` seconds says that `what` is not `done`."""
+        """Send a call and return its answer; after `patience` seconds, raise an error that `what` is not `done`."""
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:

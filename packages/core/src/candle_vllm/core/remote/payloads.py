@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check a request in the caller's process, and serialise it for the engine's (between steps 3 and 4 of its life).
+"""Check a request in the caller's process, and serialise it for the engine's process (between steps 3 and 4).
 
 Errors that follow from the request, the vocabulary and the context are raised here, before anything is sent. Other
 errors, such as a grammar that does not compile, are raised by the engine.
@@ -42,7 +42,7 @@ class RequestWriter:
         info: information about the model.
         tokenizer: the model's tokenizer.
         pooling: how vectors are pooled; None for a model that computes its head itself.
-        seed: makes requests without a seed reproducible, in order of preparation.
+        seed: seed that makes requests without a seed reproducible, in order of preparation.
     """
 
     def __init__(self, info: ModelInfo, tokenizer: Tokenizer, pooling: ModelPooling | None, seed: int | None) -> None:
@@ -56,7 +56,7 @@ class RequestWriter:
         """Check a request; return the same `Payload` for each of its sequences.
 
         Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+            InvalidParameterError, PromptTooLongError: the request cannot be served in this form.
         """
         ticket = f"{next(self._tickets):d}"
         if isinstance(request, PoolingRequest):
@@ -76,7 +76,7 @@ class RequestWriter:
             self._pooling.plan(request.pooling)
 
     def _checked_params(self, request: GenerationRequest) -> SamplingParams:
-        """Check the request's sampling parameters; return them with a seed, so that a result can be reproduced."""
+        """Check the request's sampling parameters; return them with a seed, so that the result can be reproduced."""
         info, params = self._info, request.params
         if any(not isinstance(each, str) for each in params.logits_processors or ()):
             said = (
@@ -108,7 +108,7 @@ class RequestWriter:
 
 
 def portable(params: StructuredOutputsParams) -> StructuredOutputsParams:
-    """Return structured outputs whose schema is JSON text, because JSON has numbers that MessagePack lacks.
+    """Return structured outputs with the schema as JSON text, because JSON has numbers that MessagePack lacks.
 
     Raises:
         InvalidParameterError: the schema is not JSON, or is too large.

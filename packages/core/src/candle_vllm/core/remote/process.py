@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""EngineProcess: the child process that runs an engine, and the socket to it. Before step 1 of a request's life.
+"""EngineProcess: the child process that runs an engine, and the socket to it (before step 1 of a request's life).
 
-The socket is in a folder that only this user can enter; on Windows it is a local port. The child identifies itself by a
-token that it read from its standard input: messages of other processes are dropped, and nothing is sent to them. While
-this process lives, its end of that input stays open; while the child lives, its end of `alive` stays open. So each
+The socket is in a folder that only this user can access; on Windows it is a local port. The child identifies itself by
+a token that it reads from its standard input: messages of other processes are dropped, and nothing is sent to them.
+While this process runs, its end of that input is open; while the child runs, its end of `alive` is open. So each
 process notices the end of the other, for any reason.
 """
 
@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 
 CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
 _LONGEST_FOLDER = 80  # bytes; the path of a socket in it may have 107
-_MAX_STRANGERS = 10  # most messages of other processes that are logged
+_MAX_STRANGERS = 10  # maximum number of messages of other processes that are logged
 _LOOK_UP = 1000  # ms
-_LAST_WORDS = 20  # ms that the last messages of an ended child may take to arrive
+_LAST_WORDS = 20  # ms in which the last messages of an ended child may arrive
 
 
 class EngineProcess:
@@ -106,9 +106,9 @@ class EngineProcess:
             raise
 
     def greeting(self) -> Ready:
-        """Wait until the child has loaded its model, and report the progress.
+        """Wait until the child has loaded its model, and report progress.
 
-        A child that fails sends its error and waits to be ended, so a child that has ended sends no more messages.
+        A child that fails sends its error and waits to be ended, so after the child's end no more messages arrive.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
@@ -137,7 +137,7 @@ class EngineProcess:
                 )
 
     def has_more(self) -> bool:
-        """Return whether a message can be read, after waiting a little."""
+        """Return whether a message can be read, after a short wait."""
         return self.socket.poll(_LAST_WORDS) != 0
 
     def received(self, most: int) -> Iterator[bytes]:
@@ -179,7 +179,7 @@ class EngineProcess:
             self._popen.wait(PATIENCE)
 
     def close(self, *, kill: bool = False) -> None:
-        """Ask the child to end, kill it after a while, and free all resources. Closing twice is fine."""
+        """Ask the child to end, kill it after a timeout, and free all resources. Closing twice is fine."""
         with self._ending:
             if self._ended:
                 return
@@ -229,7 +229,7 @@ class EngineProcess:
         return ending(self._popen.returncode)
 
     def _hold(self, end: socket.socket) -> None:
-        """Keep the child's end of `alive` open until the child has ended (Windows)."""
+        """Hold the child's end of `alive` open until the child has ended (Windows)."""
         with end:
             self._popen.wait()
 
@@ -241,7 +241,7 @@ class EngineProcess:
 
 
 def _private_folder() -> str:
-    """Make a folder that only this user can enter, with a path short enough for a socket; "" on Windows."""
+    """Make a folder that only this user can access, with a path short enough for a socket; "" on Windows."""
     if sys.platform == "win32":
         return ""
     folder = tempfile.mkdtemp(prefix="candle-vllm-")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ReplicatedEngine: several engines with the same model as one, with the methods of `InferenceEngine`."""
+"""ReplicatedEngine: several engines with one model, used as one engine with the methods of `InferenceEngine`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ReplicatedEngine(EngineFront):
 
     A request goes to the replica with the least work before its answer: the one that has its prefix cached, unless
     waiting there takes longer than computing the prefix elsewhere. Answers do not depend on the replica, as far as
-    answers of one engine do not depend on the rest of the batch. When a process ends, its requests get an
-    `EngineDeadError`, the others go on, and it is restarted; when the last process ends, the engine has ended.
+    answers of one engine do not depend on the rest of the batch. When a process ends, its requests fail with an
+    `EngineDeadError`, others continue, and it is restarted; when the last process ends, the engine has ended.
     """
 
     def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
@@ -53,7 +53,7 @@ class ReplicatedEngine(EngineFront):
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine is closed, or all of its processes have ended."""
+        """False if the engine is closed, or all of its processes have ended."""
         return self._fleet is not None and self._fleet.is_alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
@@ -90,7 +90,7 @@ class ReplicatedEngine(EngineFront):
 
     def close(self) -> None:
         """Abort running requests and end the processes, by force after 10 s. Closing twice is fine."""
-        if self._is_elsewhere:  # the processes are the parent's
+        if self._is_elsewhere:  # the processes belong to the parent of this fork
             self._finalizer.detach()
         else:
             self._finalizer()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Router: choose the replica for a request (between steps 3 and 4 of its life).
 
-The router tracks what it has sent to each replica: prompt tokens that are still to be run, running sequences, and the
-hashes of the latest prompt blocks, as many as the replica's cache holds. It asks no engine, so it does not know of
-blocks that an engine has evicted or read from a KV tier; that costs the computation of a prompt once more.
+The router tracks what it has sent to each replica: prompt tokens that are not computed yet, running sequences, and the
+hashes of the latest prompt blocks, as many as the replica's cache holds. It does not ask an engine, so it does not know
+of blocks that an engine has evicted or read from a KV tier; the cost is that a prompt is computed again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 
 MAX_INDEX = 1 << 18
-"""Most blocks that are remembered of one replica; 16.8 million tokens in blocks of 64."""
+"""Maximum number of blocks that are remembered per replica; 16.8 million tokens in blocks of 64."""
 SEQUENCE_TOKENS = 256
-"""What a sequence counts that a replica has, beside a prompt's token that is still to be run: about what the steps take
-longer that write its answer."""
+"""Load of a running sequence, in prompt tokens: about the additional time of the steps that generate its answer."""
 HELD_SHARE = 0.05
-"""What a token of a text counts that is being written on: it makes steps longer, and takes room in the cache."""
+"""Load of a token in the context of a generating request: it makes steps longer, and takes memory in the cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Room:
     Attributes:
         num_blocks: blocks of its cache; 0 without prefix caching.
         block_size: tokens of a block.
-        max_num_seqs: most sequences in one step.
+        max_num_seqs: maximum number of sequences in one step.
     """
 
     num_blocks: int
@@ -67,13 +66,13 @@ class _Replica:
         return self.to_run + SEQUENCE_TOKENS * self.sequences + HELD_SHARE * self.held
 
     def found(self, hashes: Sequence[Hashable]) -> int:
-        """Return how many of the first blocks were sent to this replica before."""
+        """Return the number of first blocks that were sent to this replica before."""
         known = self.known
         return next((n for n, digest in enumerate(hashes) if digest not in known), len(hashes))
 
     def remember(self, hashes: Sequence[Hashable]) -> None:
         known = self.known
-        for digest in reversed(hashes):  # the tail is dropped before the head, which other prompts may share
+        for digest in reversed(hashes):  # the end is dropped before the beginning, which other prompts may share
             known[digest] = None
             known.move_to_end(digest)
         while len(known) > min(self.room.num_blocks, MAX_INDEX):
@@ -116,14 +115,14 @@ class Router:
         """Choose the replica of a request, and count the request there until `over`.
 
         Args:
-            request_id: unique among the requests that were given and are not over.
+            request_id: an id that is unique among the requests that have not ended.
             hashes: hashes of the full blocks of its prompt, each chained over all blocks before it.
             length: tokens of its prompt.
-            sequences: number of answers that it asks for.
-            without: replicas that have refused it.
+            sequences: number of requested answers.
+            without: replicas that have refused the request.
 
         Returns:
-            The number of the replica, or None if all replicas are down.
+            The index of the replica, or None if all replicas are down.
         """
         with self._lock:
             up = [n for n, replica in enumerate(self._replicas) if replica.is_up and n not in without]
@@ -146,12 +145,12 @@ class Router:
             return number
 
     def place_of(self, request_id: str) -> int | None:
-        """Return the replica of a request; None if the request is over or unknown."""
+        """Return the replica of a request; None if the request has ended or is unknown."""
         given = self._given.get(request_id)
         return None if given is None else given.replica
 
     def begun(self, request_id: str) -> None:
-        """Note that a request's first token has arrived, so that its prompt has been run."""
+        """Note that a request's first token has arrived, so that its prompt has been computed."""
         with self._lock:
             given = self._given.get(request_id)
             if given is not None and given.to_run:
@@ -172,7 +171,7 @@ class Router:
             replica.held -= 0 if given.to_run else given.length
 
     def lost(self, number: int) -> None:
-        """Note that a replica has died: no request goes there, and its requests are over."""
+        """Note that a replica has died: no requests are sent to it, and its requests have ended."""
         with self._lock:
             replica = self._replicas[number]
             replica.is_up = False

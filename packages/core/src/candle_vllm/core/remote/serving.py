@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """In the engine's process: receive requests, run them on the engine, and send outputs (steps 4 to 9).
 
-`RequestDesk` has one socket and belongs to the process's main thread; `Outbox` has the other and belongs to the
+`RequestDesk` has one socket and runs in the process's main thread; `Outbox` has the other socket and runs in the
 engine's thread. Slow work, such as compiling a grammar, is done in other threads.
 """
 
@@ -53,22 +53,22 @@ class Outbox:
         self._sent_at = 0.0
 
     def put(self, item: Delivery) -> None:
-        """Take one output; see `Sink`."""
-        if isinstance(item, TokenOutput):  # the end of the engine is sent by `fail`
+        """Collect one output; see `Sink`."""
+        if isinstance(item, TokenOutput):  # `fail` sends the end of the engine
             self._pieces.append(item)
 
     def flush(self, engine: StepEngine) -> list[str]:
-        """Send the collected outputs, with the statistics when they are due or the engine becomes idle.
+        """Send the collected outputs, with the statistics if they are due or the engine becomes idle.
 
         Returns:
-            Tickets whose outputs are too large for a message; the parent has got an error for each.
+            Tickets (request ids in this process) whose outputs are too large; the parent has got an error for each.
         """
         pieces, self._pieces = self._pieces, []
         stats = self._due(engine)
         return self._send(pieces, stats) if pieces or stats is not None else []
 
     def fail(self, error: EngineDeadError) -> None:
-        """Send that the engine has failed for good; the parent then ends this process."""
+        """Report that the engine has failed for good; the parent then ends this process."""
         self._socket.send(wire.encode(wire.Ended(wire.writable(str(error)))))
 
     def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
@@ -96,7 +96,7 @@ class Outbox:
         return stats
 
 
-MAX_SEQUENCES: Final = 1 << 20  # no limit here: the parent enforces the configured one
+MAX_SEQUENCES: Final = 1 << 20  # no limit here: the parent enforces the configured limit
 
 
 class ServingThread(EngineThread):
@@ -132,7 +132,7 @@ class ChildEngine(InferenceEngine):
 
     @property
     def max_step_tokens(self) -> int:
-        """Most tokens of one step."""
+        """Maximum number of tokens of one step."""
         return self._require()[0].max_step_tokens
 
     def prepare(self, request: GenerationRequest) -> Sequence[Any]:
@@ -162,7 +162,7 @@ class RequestDesk:
         engine: the engine.
         outbox: the sink of all requests.
         socket: socket to the parent; only the thread that calls `turn` uses it.
-        bell: wakes that thread.
+        bell: bell that wakes that thread.
     """
 
     def __init__(self, engine: ChildEngine, outbox: Outbox, socket: zmq.Socket[bytes], bell: Bell) -> None:
@@ -175,7 +175,7 @@ class RequestDesk:
         self._poller.register(bell.descriptor, zmq.POLLIN)
         self._reader = wire.Reader(wire.ToChild)
         self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
-        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # wait for adapter loads
+        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # threads that wait for adapter loads
         self._preparing: set[str] = set()  # tickets of requests that a worker prepares
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
@@ -246,7 +246,7 @@ class RequestDesk:
         prepared = self._prepared(request)
 
         def hand_over() -> None:
-            if request.request_id in self._preparing:  # or it was aborted meanwhile
+            if request.request_id in self._preparing:  # otherwise it was aborted meanwhile
                 self._preparing.remove(request.request_id)
                 self._submit(request, prepared)
 
@@ -289,11 +289,11 @@ class RequestDesk:
         except Exception as error:
             logger.exception("adapters could not be asked")
             described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
-        self._engine.thread.wake()  # which sends the new statistics
+        self._engine.thread.wake()  # sends the new statistics
         answer = wire.encode(wire.Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _hand_over(self, work: Callable[[], object]) -> None:
-        """Have work done by the main thread, which alone may use the socket."""
+        """Run work in the main thread, which alone may use the socket."""
         self._done.put(work)
         self._bell.ring()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Messages between the processes, and their serialisation: MessagePack, decoded into typed structs.
 
-A request is identified by its ticket, a number that is never used twice: the caller's request id stays in the caller's
-process, and may be used again as soon as the request is over. No message can name code or a class to load.
+A request is identified by its ticket, a number that is never reused: the caller's request id stays in the caller's
+process, and may be reused as soon as the request has ended. No message can name code or a class to load.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatTemplateSource
 from candle_vllm.core.vision.prompts import VisionDescription
 
-MAX_FRAME: Final = 1 << 28  # bytes of a message; log-probabilities of a whole prompt are the largest
-MAX_QUEUED: Final = 10_000  # messages in a socket before its sender waits
-PATIENCE: Final = 10.0  # seconds that this process waits for a full socket, or for a child to end
+MAX_FRAME: Final = 1 << 28  # maximum bytes of a message; log-probabilities of a whole prompt are the largest
+MAX_QUEUED: Final = 10_000  # maximum number of messages in a socket; after that its sender waits
+PATIENCE: Final = 10.0  # seconds that a process waits for a full socket, or for a child to end
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
 
 
 class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
-    """Sleep at this level; level 0 wakes the tags up. Answered by `Checked` with the same number."""
+    """Sleep at this level; level 0 wakes up the tags. The answer is `Checked` with the same number."""
 
     number: int
     level: int
@@ -74,14 +74,14 @@ class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
 
 
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
-    """Check structured outputs. Answered by `Checked` with the same number."""
+    """Check structured outputs. The answer is `Checked` with the same number."""
 
     number: int
     params: StructuredOutputsParams
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
-    """An operator's call to the adapter store. Answered by `Told` with the same number."""
+    """An operator's call to the adapter store. The answer is `Told` with the same number."""
 
     number: int
     call: AdapterCall
@@ -91,7 +91,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
 
 
 class TokenizerParts(msgspec.Struct, frozen=True, kw_only=True):
-    """A `Tokenizer`, its backend as the JSON of a tokenizer.json."""
+    """A `Tokenizer`; its backend is the JSON text of a tokenizer.json."""
 
     backend: str
     vocab_size: int
@@ -103,14 +103,14 @@ class TokenizerParts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The model is loaded.
+    """The model is loaded: its description.
 
     Attributes:
         info: information about the model.
         tokenizer: the tokenizer, with its vocabulary extended to the rows of the embedding table.
         template: the chat template in use, several templates by name, or None.
         pooling: how vectors are pooled; None for a model that computes its head itself.
-        max_step_tokens: most tokens of one step.
+        max_step_tokens: maximum number of tokens of one step.
         stats: statistics before the first request.
         vision: how images become tokens of a prompt; None for a text-only model.
     """
@@ -154,7 +154,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
-    """The answer to `Check` and to `Sleep`; `error` is None on success."""
+    """The answer to `Check` and to `Sleep`; `error` is None if they succeed."""
 
     number: int
     error: WireError | None = None
@@ -187,7 +187,7 @@ def encode(message: msgspec.Struct) -> bytes:
 
     Raises:
         FrameTooLargeError: the message has more than `MAX_FRAME` bytes.
-        TypeError, ValueError, OverflowError: a value in it cannot be serialised.
+        TypeError, ValueError, OverflowError: a value in the message cannot be serialised.
     """
     data = msgspec.msgpack.encode(message, enc_hook=_plain)
     if len(data) > MAX_FRAME:
@@ -205,7 +205,7 @@ class Reader:
         """Decode one message.
 
         Raises:
-            MalformedMessageError: the bytes are no message of these structs.
+            MalformedMessageError: the bytes are not a message of these structs.
         """
         try:
             return self._decoder.decode(data)
@@ -222,10 +222,10 @@ class MalformedMessageError(ValueError):
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value that MessagePack does not know: `SamplingParams` accepts any sequence and mapping."""
+    """Convert a value of a type that MessagePack lacks: `SamplingParams` accepts any sequence and mapping."""
     if isinstance(value, array):
         return value.tobytes()
-    for kind in (str, int, float):  # a subclass, such as numpy's float64
+    for kind in (str, int, float):  # a value of a subclass, such as numpy's float64
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, Mapping):

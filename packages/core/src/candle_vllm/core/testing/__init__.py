@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Stand-ins for tests of code that uses the engine; shipped, because users test their code as well.
+"""Substitutes for tests of code that uses the engine; shipped, because users test their code, too.
 
 `ScriptedEngine` and `ByteTokenizer` need no model and no torch. `candle_vllm.core.testing.toy_model` writes a real
-checkpoint of a few hundred kilobytes for the real engine, without torch as well.
+checkpoint of a few hundred kilobytes for the real engine, also without torch.
 """
 
 from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer

@@ -10,13 +10,13 @@ from candle_vllm.core.text.tokenizer import utf8_decoder
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are bytes; four special tokens follow, and those that are asked for. Every text is representable.
+    """Ids 0 to 255 are bytes; four special tokens follow, and then the given ones. Every text is representable.
 
     Args:
-        special_tokens: names of more special tokens.
+        special_tokens: names of further special tokens.
 
     Attributes:
-        special_tokens: all of them, by name.
+        special_tokens: ids of all special tokens by name.
     """
 
     SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -31,7 +31,7 @@ class ByteTokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
-        """UTF-8 bytes as ids; special tokens are recognised and the beginning token is first, unless unwanted."""
+        """Return UTF-8 bytes as ids; by default with the beginning token, and special tokens are recognized."""
         ids = [self.bos_token_id] if add_special_tokens else []
         for part in self._split.split(text) if parse_special else (text,):
             if parse_special and part in self.special_tokens:
@@ -41,14 +41,14 @@ class ByteTokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """As of `core.text.tokenizer.Tokenizer`."""
+        """As in `core.text.tokenizer.Tokenizer`."""
         kept = [token for token in token_ids if token < 256 or not skip_special_tokens]
         return utf8_decoder("replace").decode(b"".join(map(self.token_bytes, kept)), whole)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token, also of a special one."""
+        """Return the bytes of one token, also of a special one."""
         return bytes([token_id]) if token_id < 256 else self._names[token_id - 256].encode()
 
     def is_special(self, token_id: int) -> bool:
-        """True for the special tokens."""
+        """Whether a token is special."""
         return token_id >= 256

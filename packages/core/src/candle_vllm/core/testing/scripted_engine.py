@@ -60,10 +60,10 @@ class ScriptedEngine(ScriptedVectors):
     """An engine that answers every prompt with a script.
 
     Args:
-        script: the answer: a text (one character per step), chunks of a text (one chunk per step, split anywhere, as
-            bytes also inside a character), or a function of the prompt's text (without the beginning token) that
-            returns either. A function is called once per sequence, so that answers can differ. After the script the end
-            token follows; with `ignore_eos` the script begins again.
+        script: the answer: a text (one character per step), a list of chunks (one chunk per step; a chunk of bytes may
+            end inside a character), or a function that gets the prompt's text (without the beginning token) and returns
+            either. A function is called once per sequence, so that answers can differ. The end token follows the
+            script; with `ignore_eos` the script begins again.
         name, max_model_len, default_sampling, has_chat_template: shown in `model_info`.
         submit_error: raised by `stream`, like the error of a full queue or a dead engine.
         fail_after: number of a request's `TokenOutput`s before `failure`.
@@ -73,16 +73,16 @@ class ScriptedEngine(ScriptedVectors):
         chat_template: shown in `chat_conventions`; the engine always renders ChatML.
         special_tokens: names of further special tokens, which a script may contain.
         architecture: shown in `model_info`.
-        sees: accept images; the script does not receive them.
+        sees: whether to accept images; the script does not receive them.
         tasks: supported tasks; without "generate" it is an embedding model, with "score" alone a cross-encoder.
         pause, first_pause: seconds before every `TokenOutput`, and before the first one if that differs.
 
     Attributes:
         requests: every accepted request, in order.
         aborted: ids of requests whose stream was closed before its end.
-        pausing: number of requests that wait for a `TokenOutput`, whose timeouts run.
+        pausing: number of requests that wait in a pause before their next `TokenOutput`; their timeouts have begun.
         template_calls: every rendered conversation.
-        `pictures`: every image of a request.
+        pictures: every image that `look` was given.
         chat_conventions: conventions like those of a model.
     """
 
@@ -213,7 +213,7 @@ class ScriptedEngine(ScriptedVectors):
         )
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """Render ChatML; tool calls are appended to their message as JSON, other options are only recorded."""
+        """Render ChatML; append tool calls to their message as JSON; only the two generation options have an effect."""
         self._check_generates()
         if not self._info.has_chat_template:
             raise ChatTemplateError(f"{self._info.name} has no chat template", "messages")
@@ -225,7 +225,7 @@ class ScriptedEngine(ScriptedVectors):
         return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the form for bytes as tokens, and raise the engine's errors; the form is not applied to scripts."""
+        """Compile the form for the byte tokenizer, and raise the engine's errors; scripts are not constrained by it."""
         self._grammars.compile(params)
 
     def stream(
@@ -372,7 +372,7 @@ class ScriptedEngine(ScriptedVectors):
 
 
 class ScriptedSink(RequestSink):
-    """Producer of one request's `TokenOutput`s, its sequences in turn, from the call of `start` on."""
+    """Produces the `TokenOutput`s of one request after `start` is called, one of each sequence in turn."""
 
     def __init__(
         self,
@@ -406,10 +406,10 @@ class ScriptedSink(RequestSink):
             pause = engine.pause if self._given else engine.first_pause or engine.pause
             engine.pausing += 1
             try:
-                await asyncio.sleep(pause)  # lets the loop go on at least
+                await asyncio.sleep(pause)  # yields to the event loop even if `pause` is 0
             finally:
                 engine.pausing -= 1
-            while self._held:  # an engine would go on
+            while self._held:  # the real engine would generate on, and its outputs would be held
                 await asyncio.sleep(_PAUSE)
             piece = self._next_piece()
             self._given += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a `ScriptedEngine` says: its sequences, by the contract of the real engine."""
+"""Sequences of a `ScriptedEngine`, by the contract of the real engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TokenBytes = Callable[[int], bytes]
 
 
 def made_up_logprobs(token_id: int, top: int, token_bytes: TokenBytes) -> PositionLogprobs:
-    """Log-probabilities that differ between tokens and fall from rank to rank; together they stay below 1."""
+    """Log-probabilities that differ between tokens and fall with the rank; the probabilities sum to less than 1."""
     chosen = 0.5 + (token_id % 16) / 64
     tokens = [(token_id, chosen)] + [((token_id + rank) % 256, (1 - chosen) * 0.5**rank) for rank in range(1, top)]
     entries = tuple(
@@ -31,9 +31,9 @@ def made_up_logprobs(token_id: int, top: int, token_bytes: TokenBytes) -> Positi
 
 
 class ScriptedSequence:
-    """Plays `steps`, each a list of token ids, then the end token.
+    """Produces `steps`, each a list of token ids, then the end token.
 
-    Text is held back while it is half a character or might be the beginning of a stop string.
+    Text is held back while it ends inside a character, or might be the beginning of a stop string.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ScriptedSequence:
         self._stop_reason: str | int | None = None
 
     def next_piece(self, prompt_logprobs: tuple[PositionLogprobs | None, ...] | None) -> TokenOutput:
-        """What the next step makes."""
+        """Return the output of the next step."""
         taken: list[int] = []
         for token in self._next_step():
             taken.append(token)
@@ -86,7 +86,7 @@ class ScriptedSequence:
         )
 
     def failed(self, message: str, kind: Literal["request", "engine"]) -> TokenOutput:
-        """The last piece of a sequence that the engine gives up."""
+        """Return the last output of a sequence that fails."""
         self._finish = FinishReason.ERROR
         return replace(self._output(), error=message, error_kind=kind)
 
@@ -124,7 +124,7 @@ class ScriptedSequence:
             self._finish = FinishReason.LENGTH
 
     def _taken_text(self) -> str:
-        """The text that became safe to show; all of it where the sequence ends."""
+        """Return the text that can be shown now; at the end of the sequence, all of it."""
         text, self._text = self._text, ""
         if self._finish is not None:
             before = self._stops.found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Vectors and scores for `ScriptedEngine`: made up from the tokens, the same for the same text, without a model."""
+"""Vectors and scores for `ScriptedEngine`: computed from the tokens without a model, equal for equal texts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZE = 16
 
 
 class PoolingCall(NamedTuple):
-    """What one `aembed` or `ascore` was asked."""
+    """Arguments of one call of `aembed`, `aclassify` or `ascore`."""
 
     inputs: list[Prompt] | list[tuple[str, str]]
     params: PoolingParams | None
@@ -41,10 +41,10 @@ class PoolingCall(NamedTuple):
 
 
 class ScriptedVectors:
-    """The part of `ScriptedEngine` that gives vectors and scores.
+    """The part of `ScriptedEngine` that returns vectors and scores.
 
-    A vector counts a text's tokens by their id modulo `SIZE`; it may be cut to any length. A score is the cosine of two
-    vectors; that of a cross-encoder (`tasks=("score",)`) is the share of the second text's tokens that the first has.
+    A vector counts tokens by their id modulo `SIZE`; it may be truncated. A score is the cosine of two vectors; that of
+    a cross-encoder (`tasks=("score",)`) is the share of the second text's tokens that are in the first.
 
     Attributes:
         pooling_calls: every call, in order.
@@ -59,21 +59,21 @@ class ScriptedVectors:
 
     @property
     def model_info(self) -> ModelInfo:
-        """Of the engine that this is a part of."""
+        """Implemented by the engine."""
         raise NotImplementedError
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Of the engine that this is a part of."""
+        """Implemented by the engine."""
         raise NotImplementedError
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
-        """Of the engine that this is a part of."""
+        """Implemented by the engine."""
         raise NotImplementedError
 
     async def aembed(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[EmbeddingOutput]:
-        """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
+        """Return the vector of every text; raises the real engine's errors, or the scripted error."""
         with self._watched("embed", inputs, call) as answered:
             texts = self._texts(inputs, params, call)
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
@@ -90,7 +90,7 @@ class ScriptedVectors:
     async def aclassify(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, **call: Unpack[PoolingOptions]
     ) -> list[ClassificationOutput]:
-        """Of every text the shares of its tokens by their id modulo the number of labels."""
+        """Return the shares of every text's tokens by their id modulo the number of labels."""
         with self._watched("classify", inputs, call) as answered:
             texts = self._texts(inputs, params, call)
             count, request_id = len(self.model_info.labels), call.get("request_id")
@@ -107,7 +107,7 @@ class ScriptedVectors:
         return made
 
     async def ascore(self, pairs: Sequence[tuple[str, str]], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
-        """The score of every pair."""
+        """Return the score of every pair."""
         with self._watched("score", pairs, call) as answered:
             self._note(list(pairs), None, call)
             made = [self._score(pair, number, len(pairs)) for number, pair in enumerate(pairs)]
@@ -131,7 +131,7 @@ class ScriptedVectors:
     def _texts(
         self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, call: PoolingOptions
     ) -> list[list[int]]:
-        """The tokens of every text, checked."""
+        """Return the checked tokens of every text."""
         items = as_prompts(inputs)
         special = call.get("add_special_tokens", True)
         texts = [self.tokenize(text or "", special) if ids is None else ids for text, ids in map(read_prompt, items)]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from candle_vllm.core.quantization.plain import read_plain
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TOY_VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses, as real models have
+TOY_VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few unused rows, as in real models
 
 TOY_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -32,7 +32,7 @@ _TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 def toy_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
-    """A `config.json` of a two-layer model; `overrides` replace or add keys."""
+    """Return the `config.json` of a two-layer model; `overrides` replace or add keys."""
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -56,12 +56,12 @@ def toy_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
 
 
 def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, seed: int = 0) -> Path:
-    """Writes a checkpoint that loads like any other: config.json, model.safetensors and the tokenizer's files.
+    """Write a checkpoint that loads like any other: config.json, model.safetensors and the tokenizer's files.
 
     Args:
-        folder: made where it does not exist.
-        config: as from `toy_config`; its "torch_dtype" is that of the weights: float64, float32, float16 or bfloat16.
-        seed: of the random weights. Equal arguments give equal files.
+        folder: folder, which is created if it does not exist.
+        config: configuration as from `toy_config`; "torch_dtype" is float64, float32, float16 or bfloat16.
+        seed: seed of the random weights. Equal arguments give equal files.
 
     Returns:
         The folder.
@@ -75,7 +75,7 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
 
 
 def save_plain(path: Path, weights: Mapping[str, np.ndarray], type_name: str) -> None:
-    """A safetensors file of one type. The format's own writer takes numpy's types, and bfloat16 is none of those."""
+    """Write a safetensors file of one type. The format's own writer has only numpy's types, without bfloat16."""
     data = {
         name: read_plain(weight.view(np.uint8), "F32", weight.shape, type_name).tobytes()
         for name, weight in weights.items()
@@ -91,14 +91,14 @@ def save_plain(path: Path, weights: Mapping[str, np.ndarray], type_name: str) ->
 
 
 def write_toy_tokenizer(folder: Path) -> None:
-    """Writes the files of the byte tokenizer, with its chat template, into a model's folder."""
+    """Write the files of the byte tokenizer, with its chat template, into a model's folder."""
     _tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {"eos_token": "<|im_end|>", "chat_template": TOY_TEMPLATE, "add_bos_token": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
 
 
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Random weights, float32, whose logits lie far apart, so that rounding never decides between two tokens."""
+    """Return random float32 weights whose logits differ so much that rounding never decides between two tokens."""
     generator = np.random.default_rng(seed)
     hidden, feed, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query, key = (config[n] * config["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
@@ -133,7 +133,7 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray
 
 
 def byte_names() -> list[str]:
-    """Each byte in the byte alphabet of GPT-2."""
+    """Return the character of each byte in GPT-2's byte alphabet."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [value for value in range(256) if value not in printable]
     names = {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
@@ -141,7 +141,7 @@ def byte_names() -> list[str]:
 
 
 def _tokenizer() -> Tokenizer:
-    """One token per byte, and the special tokens behind them."""
+    """Return a tokenizer with one token per byte, and then the special tokens."""
     tokenizer = Tokenizer(models.BPE(vocab={name: value for value, name in enumerate(byte_names())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Chat conventions of a model, from its files; they determine the parser of its answers."""
+"""Chat conventions of a model, from its files; they determine which parser reads its answers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from candle_vllm.core.text.tokenizer import ChatTemplateSource, Tokenizer
 
 
 class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
-    """Texts and tokens that structure a conversation.
+    """Template and tokens that structure a conversation.
 
     Attributes:
         chat_template: the template in use, several by name, or None.
-        special_tokens: name -> id of the tokens that structure a text and are no part of it.
-        mark_ids: name -> id of the tokens that a model writes as marks, although they are text.
+        special_tokens: name -> id of the tokens that structure a text and are not part of it.
+        mark_ids: name -> id of the tokens that a model writes as marks, although they are part of the text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.
         response_template: form of an answer in the tokenizer's configuration (transformers 5.13).
     """

@@ -20,7 +20,7 @@ from candle_vllm.core.text.template_budget import MAX_TEXT, Budget, BudgetExceed
 from candle_vllm.core.text.template_sandbox import Sandbox
 
 MAX_TEMPLATE = 128 << 10  # characters; the largest known template has 17 thousand
-MAX_DEPTH = 64  # of lists and objects in messages, tools and documents
+MAX_DEPTH = 64  # levels of lists and objects in messages, tools and documents
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _HALF = re.compile("[\ud800-\udfff]")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from candle_vllm.core.text.stop_scanner import StopScanner
 from candle_vllm.core.text.tokenizer import Tokenizer, utf8_decoder
 
-_MOST_BEGUN = 3  # tokens that can hold the beginning of a character: it has at most three bytes
+_MOST_BEGUN = 3  # maximum number of tokens in an incomplete character, which has at most three bytes
 
 
 class Detokenizer:

@@ -8,7 +8,7 @@ Each kind of model gives the same token ids as llama.cpp:
 - llama: SentencePiece's byte-pair model. Its merges are not stored, but every token that is the concatenation of two
   tokens is a merge, and its score is its rank;
 - t5: SentencePiece's unigram model;
-- bert: WordPiece. The file writes a word's first piece with U+2581 and the others bare.
+- bert: WordPiece. The file marks the first token of a word with U+2581 and leaves the other tokens unmarked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from candle_vllm.core.text.pretokenizers import PreTokenizer
 from candle_vllm.core.text.special_tokens import END_OF_TURN, VISIBLE_FRAME, end_of_turn_ids
 
 SPACE = "\u2581"
-_LONGEST_WORD = 100  # WordPiece's search is quadratic in the length of a word; BERT's own limit
+_LONGEST_WORD = 100  # characters, BERT's own limit; WordPiece's search is quadratic in the length of a word
 
 
 def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
@@ -48,7 +48,7 @@ def build_backend(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
             backend.add_tokens(_added(vocab, marked - hidden, special=False))
             _frame(backend, vocab)
     except InvalidFileError:
-        gguf_vocab.check_merges(vocab)  # names what the library found wrong, where it is a merge
+        gguf_vocab.check_merges(vocab)  # the error names the wrong merge, if there is one
         raise
     return backend
 
@@ -89,7 +89,7 @@ def _added(vocab: gguf_vocab.GgufVocab, ids: set[int], *, special: bool) -> list
     added = []
     for index in sorted(ids):
         text = vocab.tokens[index]
-        # Phi-3's own tokenizer swallows the line break behind its role tokens; GGUF has no field for it.
+        # Phi-3's own tokenizer swallows the line break after its role tokens; GGUF has no field for it.
         rstrip = phi3 and text not in ("<unk>", "<s>", "<|endoftext|>")
         added.append(AddedToken(text, rstrip=rstrip, normalized=False, special=special))
     return added
@@ -109,7 +109,7 @@ def set_frame(
 ) -> None:
     """Make `backend` put the (text, id) pairs of `before` and `behind` around every prompt.
 
-    With `again`, as transformers does, the second text of a pair has `before` too.
+    With `again`, `before` also precedes the second text of a pair, as in transformers.
     """
     # The template's grammar splits at spaces and colons, so placeholders stand for the tokens.
     head = [f"HEAD{i}" for i in range(len(before))]
@@ -162,7 +162,7 @@ def _spm(vocab: gguf_vocab.GgufVocab) -> Tokenizer:
 
 
 def _merges_by_score(vocab: gguf_vocab.GgufVocab, ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens whose concatenation is a token, the likeliest token first, ties in order of id."""
+    """Return all pairs of tokens that form a token when joined, the likeliest token first, ties in order of id."""
     mergeable = (gguf_vocab.NORMAL, gguf_vocab.USER_DEFINED, gguf_vocab.UNUSED)
     types, scores = vocab.types, vocab.scores
     parts = {text for text, index in ids.items() if types[index] in mergeable}

@@ -62,11 +62,11 @@ class GgufVocab:
 
     Attributes:
         model: kind of tokenizer, one of SUPPORTED_MODELS.
-        tokens: one text per id, all different and not empty.
+        tokens: one text per id, all different and non-empty.
         numbers: the id of each text.
         types: one of the token types per id.
         scores: log-probability per id; empty for a file without scores.
-        merges: pairs of texts, the first merges first; `check_merges` says whether both and their sum are tokens.
+        merges: pairs of texts in order of priority; `check_merges` checks that both and their concatenation are tokens.
         ids: special token ids by name ("bos", "eos", "unknown", ...).
         pre: pre-tokenizer, for byte-pair models.
         add_bos, add_eos: put BOS before, EOS after a prompt.

@@ -2,8 +2,7 @@
 """Fill-in-the-middle: find a vocabulary's infill marks, and make prompts with them.
 
 A model trained for it reads the prefix and the suffix of a gap, each after its mark, and continues with the text of the
-gap. There is no standard: marks and order differ between models, and are found by the names of tokens, or by ids in a
-GGUF file.
+gap. There is no standard: marks and order differ, and are found by names of tokens, or by ids in a GGUF file.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class InfillMarks(NamedTuple):
     """Infill marks of one vocabulary.
 
     Attributes:
-        prefix, suffix: tokens before the text before the gap, and before the text after it.
+        prefix, suffix: marks that precede the text before the gap, and the text after it.
         middle: token after both, where the answer begins; None if the answer follows the text directly.
         suffix_first: the suffix comes first in the prompt.
         ends: tokens that end the answer.
@@ -60,7 +59,7 @@ _ENDS = (
     *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>"),
     *("<|file_sep|>", "<|file_separator|>", "▁<EOT>", "<EOT>", "<[fim-pad]>", "<filename>"),
 )
-# By what GGUF files call the ids, newer names first.
+# Keys of the ids in GGUF files, newer keys first.
 GGUF_NAMES = ("fim_pre", "fim_suf", "fim_mid", "prefix", "suffix", "middle")
 
 

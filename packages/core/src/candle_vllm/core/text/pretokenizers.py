@@ -2,7 +2,7 @@
 """Pre-tokenizers: how text is split into words before byte-pair merging, by `tokenizer.ggml.pre` (step 3 of a request).
 
 GGUF stores the pre-tokenizer's name, not its rules. Each entry lists regular expressions that are applied in order,
-each to the pieces of the previous one; matches and the text between them become separate pieces. The names, and which
+each to the parts from the previous one; matches and the text between them become separate parts. The names, and which
 names share an entry, are those of llama.cpp; if the model's own tokenizer.json is known, its expression is used.
 Syntax: Oniguruma, as in the `tokenizers` package.
 """
@@ -20,7 +20,7 @@ class PreTokenizer:
 
     Attributes:
         patterns: expressions, applied in order.
-        ignore_merges: a piece that is a token becomes this token, without merges.
+        ignore_merges: a part of the text that is a token becomes this token, without merges.
         add_bos: whether prompts start with BOS if the file does not say it.
         byte_level: tokens are spelled in GPT-2's byte alphabet; otherwise in UTF-8 with U+2581 for a space.
     """
@@ -58,7 +58,7 @@ _JAIS2 = (
 
 
 def _cased(numbers: str, contraction: str = "", without: str = "", tail: str = r"[\r\n/]*") -> str:
-    """GPT-4o's shape: a word is capitals then small letters; `without` takes characters out of both classes."""
+    """Return GPT-4o's pattern: a word is capitals, then small letters; `without` excludes characters of both."""
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]"
     lower = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]"
     head = r"[^\r\n\p{L}\p{N}]?"
@@ -78,7 +78,7 @@ _DEEPSEEK3 = (r"\p{N}{1,3}", _KANA_HAN, rf"{_ASCII_WORD}| ?[\p{{P}}\p{{S}}]+[\r\
 _POINTS = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{964}\x{6D4}\x{60C})]+"
 _LINES = r"[^\n]+|[\n]+"
 
-# The cased letters that DeepSeek's first tokenizer knows, an older and smaller set than \p{L}.
+# The cased letters in DeepSeek's first tokenizer, an older and smaller set than \p{L}.
 _DEEPSEEK_LETTERS = (
     r"A-Za-z\x{B5}\x{C0}-\x{D6}\x{D8}-\x{F6}\x{F8}-\x{1BA}\x{1BC}-\x{1BF}\x{1C4}-\x{293}\x{295}-\x{2AF}"
     r"\x{370}-\x{373}\x{376}\x{377}\x{37B}-\x{37D}\x{37F}\x{386}\x{388}-\x{38A}\x{38C}\x{38E}-\x{3A1}"
@@ -100,7 +100,7 @@ _DEEPSEEK_LLM = (
     r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
     r"\s+$",
     _HANGUL_HAN,
-    r"\p{N}",  # llama.cpp's is \p{N}+, which gives the same tokens: DeepSeek's vocabulary has no longer numbers
+    r"\p{N}",  # llama.cpp has \p{N}+, with the same tokens: DeepSeek's vocabulary has no longer numbers
 )
 _AFMOE_SCRIPTS = (
     r"[\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{F900}-\x{FAFF}\x{3040}-\x{309F}\x{30A0}-\x{30FF}\x{FF65}-\x{FF9F}"

@@ -29,7 +29,7 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict, total=False):
-    """A prompt as token ids, perhaps with the text behind them."""
+    """A prompt as token ids, with or without its text."""
 
     prompt_token_ids: Required[Sequence[int]]
     prompt: str
@@ -60,11 +60,11 @@ def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[in
 
     Args:
         prompt: a text, a list of token ids (a numpy array as well), or vLLM's objects with `prompt`, with
-            `prompt_token_ids`, or with both, where the ids count.
-        sees: objects may have `multi_modal_data`, see `prompt_pictures`.
+            `prompt_token_ids`, or with both, in which case the ids are used.
+        sees: the model accepts images: objects may have `multi_modal_data`, see `prompt_pictures`.
 
     Raises:
-        InvalidParameterError: another type of prompt.
+        InvalidParameterError: the prompt has another type.
     """
     if isinstance(prompt, str):
         return prompt, None
@@ -106,7 +106,7 @@ def prompt_pictures(prompt: Any) -> list[Any]:
 def as_token_ids(prompt: Any) -> list[int]:
     """Convert a prompt of token ids to a list; any iterable of integers is accepted, such as a numpy array."""
     if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
-        return list(prompt)  # no Python loop over a million ids, for which a server's other requests would wait
+        return list(prompt)  # no Python loop over a million ids, which would delay a server's other requests
     try:
         if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
             raise TypeError
@@ -131,9 +131,9 @@ def as_conversations(
     """Check conversations; return them, and whether a list of conversations was given rather than one.
 
     Args:
-        messages: of one conversation, or of several.
-        template: may accept more roles and keys than OpenAI's API.
-        sees: messages may have images.
+        messages: messages of one conversation, or several conversations.
+        template: the chat template, which may accept more roles and keys than OpenAI's API.
+        sees: the model accepts images in messages.
 
     Raises:
         InvalidParameterError: an invalid message; the error begins with its path, `messages[2].content`.
@@ -162,7 +162,7 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
     Text parts are joined to one text, one part per line; in a message with images they stay parts. A message with tool
     calls gets a content, which may be empty. Arguments of calls that are the JSON text of an object become that object,
-    and a tool's result gets the function's name. `fit` handles what the template cannot write.
+    and a tool's result gets the function's name. `fit` rewrites what the template does not support.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []
@@ -200,8 +200,8 @@ def prompt_texts(
         within: other owners of arguments, as for `unknown_name`.
 
     Raises:
-        TypeError: an option is unknown, and no variable of the template.
-        InvalidParameterError: `chat_template_kwargs` is no mapping of names.
+        TypeError: an option is unknown, and is not a variable of the template.
+        InvalidParameterError: `chat_template_kwargs` is not a mapping of names.
         ChatTemplateError: the template refused a conversation, or does not read its tools.
     """
     refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, within)
@@ -214,7 +214,7 @@ def prompt_texts(
         raise InvalidParameterError(
             f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
         )
-    # A caller of `apply_chat_template` sees that the prompt lacks tools, and may still constrain answers to calls.
+    # A caller of `apply_chat_template` sees that the prompt lacks the tools, and may constrain answers to calls anyway.
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made, needs = [template_messages(each) for each in conversations], needs_of(template)

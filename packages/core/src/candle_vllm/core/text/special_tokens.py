@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Find the tokens that end a turn and the tokens that are never shown (step 3 and 9 of a request).
 
-Files name one end-of-sequence token; chat models stop at others as well. The texts and the exceptions are those of
-llama.cpp.
+Files name one end-of-sequence token; chat models also stop at others. Texts and exceptions are llama.cpp's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Texts that end a turn wherever a vocabulary has them as a token of its own.
+# Texts that end a turn in every vocabulary that has them as a token.
 END_OF_TURN = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -42,26 +41,26 @@ END_OF_FILE = (
     ("fim_sep", ("<|file_sep|>",)),
 )
 
-# Parts of gpt-oss's message frame: the reader of the text needs them, so they are no hidden tokens.
+# Parts of gpt-oss's message frame: the parser of the text needs them, so they are not hidden.
 VISIBLE_FRAME = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 
 
 def end_of_turn_ids(ids: Mapping[str, int]) -> set[int]:
-    """Ids among `ids` (token text -> id) at which a turn ends."""
+    """Return the ids among `ids` (token text -> id) that end a turn."""
     found = {text for text in END_OF_TURN if text in ids}
-    # Where a frame has its own end of turn, <|end|> only closes one message of several.
+    # If a frame has its own end-of-turn token, <|end|> only closes one of several messages.
     harmony = {"<|return|>", "<|call|>"} <= found
     solar = "<|flush|>" in found and bool(found & {"<|call|>", "<|calls|>"})
     if harmony or solar:
         found.discard("<|end|>")
-    # Gemma 4 has </s> as the HTML tag, PLaMo as plain text.
+    # Gemma 4 has </s> as the HTML tag, PLaMo has it as plain text.
     if "<|tool_response>" in found or "<|plamo:eos|>" in ids:
         found.discard("</s>")
     return {ids[text] for text in found}
 
 
 def end_of_file_ids(ids: Mapping[str, int], given: Mapping[str, int]) -> set[int]:
-    """Ids of padding, repository and file separators: those the file gives, else those found by their text."""
+    """Return ids of padding, repository and file separators: those in the file, otherwise those found by their text."""
     found = set()
     for name, texts in END_OF_FILE:
         index = given.get(name, next((ids[text] for text in texts if text in ids), None))

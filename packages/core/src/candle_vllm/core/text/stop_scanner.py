@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Find stop strings in text that arrives in chunks (step 9 of a request).
 
-The stop string that is complete first wins; of several that end at the same character, the longest. So the result does
-not depend on how the text is split into chunks, and only text that may be the beginning of a stop string is held back.
+The stop string that is complete first wins; if several end at the same character, the longest wins. So the result does
+not depend on how the text is split into chunks, and only text that may begin a stop string is held back.
 
-A caller that parses parts of the text as reasoning or tool calls rather than the answer names the marks around them
+A caller that parses parts of the text as reasoning or tool calls, not as the answer, passes the marks around them
 (`StopMarks`): within these parts, and in the marks themselves, stop strings are ignored.
 """
 
@@ -17,18 +17,18 @@ from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 
 MAX_MARK = 1024  # characters
-MAX_MARKS = 1 << 14  # of all states
+MAX_MARKS = 1 << 14  # number of marks of all states
 
 
 class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """State machine of a text's parts, with the marks between them, which says where stop strings count.
+    """State machine of the parts of a text, with the marks between them; it determines where stop strings count.
 
     Stop strings are searched in the state "" only, after the whitespace that follows another state. The name of a
     special token in a mark means that token, as in `ThoughtBudget`.
 
     Attributes:
         states: state -> mark that ends it -> the state after that mark. A state without marks lasts to the end.
-        fresh: the same for marks that count only at the begin of the text, or of its part in the state "".
+        fresh: the same for marks that count only at the beginning of the text, or of its part in the state "".
         first: the state at the beginning.
         behind: the prompt ends in another state, so that whitespace at the beginning belongs to that state.
     """
@@ -56,8 +56,8 @@ class _Prefix:
 
     def __init__(self, text: str, then: str = "") -> None:
         self.text = text
-        self.then = then  # of a mark: the state behind it
-        self.length = 0  # of the longest end of the text that begins the literal; the whole literal never stays
+        self.then = then  # for a mark: the state after it
+        self.length = 0  # of the longest suffix of the text that is a proper prefix of the literal
         self._borders = [0]
         for character in text[1:]:
             border = self._borders[-1]
@@ -82,14 +82,14 @@ class _State:
     __slots__ = ("_all", "_begins", "fresh", "marks", "stops")
 
     def __init__(self, stops: list[_Prefix], marks: Mapping[str, str], fresh: Mapping[str, str]) -> None:
-        self.stops, self.fresh = stops, list(fresh.items())  # where they begin is known: they need no borders
+        self.stops, self.fresh = stops, list(fresh.items())  # `fresh` marks match only at the beginning
         self.marks = [_Prefix(mark, then) for mark, then in marks.items()]
         self._all = [*stops, *self.marks]
         firsts = {one.text[0] for one in self._all}
         self._begins = re.compile("[" + "".join(map(re.escape, sorted(firsts))) + "]" if firsts else "(?!)")
 
     def idle(self, text: str) -> bool:
-        """Whether nothing has begun and nothing begins in the text; what is `fresh` apart."""
+        """Whether no match has begun and none can begin in the text, apart from `fresh` marks."""
         return not (self._begins.search(text) or any(one.length for one in self._all))
 
     def enter(self) -> None:
@@ -108,7 +108,7 @@ class StopScanner:
         special_tokens: names of the vocabulary's special tokens, for the marks.
 
     Attributes:
-        idle: there is no stop string to search.
+        idle: there are no stop strings.
         found: the stop string that was found, or None.
     """
 
@@ -125,8 +125,8 @@ class StopScanner:
         self.idle = not found
         self._include_stop = include_stop
         self._held = ""
-        self._pending: tuple[int, str] | None = None  # a stop that a mark may yet cover, and how far back it ends
-        self._names = dict[str, str]()  # special tokens in the marks -> what stands for them there
+        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may cover, and the text after it
+        self._names = dict[str, str]()  # special tokens in the marks -> their placeholder characters
         states = {"": _State(found, {}, {})}
         if marks is not None and found:
             self._name(marks, special_tokens)
@@ -135,17 +135,17 @@ class StopScanner:
         self._states = states
         self._state = states[marks.first if marks is not None and found else ""]
         self._answer = states[""]
-        self._skips = marks is not None and (marks.behind or bool(marks.first))  # white space
-        self._part = 0  # characters since this part of the answer began, white space before it left out
-        self._fresh = self._answer.fresh  # those that this part may begin with
+        self._skips = marks is not None and (marks.behind or bool(marks.first))  # skip white space
+        self._part = 0  # characters of this part of the answer, without white space before it
+        self._fresh = self._answer.fresh  # `fresh` marks that this part may still begin with
 
     def feed(self, text: str, *, armed: bool = True, special: str = "") -> str:
         """Add text and return the text that can be shown now.
 
         Args:
-            text: may be the text that a special token stands for.
+            text: the text, which may be that of a special token.
             armed: a stop string that ends in this text counts.
-            special: the name of the special token that `text` is, or that has no text.
+            special: name of the special token that was sampled, which may have no text.
         """
         if self.found is not None or self.idle:
             return text if self.idle else ""
@@ -158,7 +158,7 @@ class StopScanner:
         if stands is None and not self._held and self._is_plain and self._state.idle(text):
             return text
         start, whole = len(self._held), self._held + text
-        named = len(whole) - len(stands) if stands is not None else len(whole)  # where the special token's name begins
+        named = len(whole) - len(stands) if stands is not None else len(whole)  # index of the special token's name
         for position in range(start, len(whole)):
             character = whole[position]
             if self._pending is not None:
@@ -206,9 +206,9 @@ class StopScanner:
         return longest
 
     def _read_mark(self, character: str) -> int:
-        """Takes one character of the marks' alphabet; how many of the last characters may be part of a mark.
+        """Process one character with the marks' placeholders; return how many last characters may belong to a mark.
 
-        A mark that is complete takes away a stop that ends in it.
+        A complete mark cancels a stop string that ends in it.
         """
         state, begun = self._state, 0
         longest: tuple[str, str] | None = None
@@ -231,13 +231,13 @@ class StopScanner:
         return 0
 
     def _name(self, marks: StopMarks, special_tokens: Iterable[str]) -> None:
-        """Has halves of surrogate pairs, which no text has, stand for the special tokens in the marks."""
+        """Choose placeholders for the special tokens in marks: halves of surrogate pairs, which no text contains."""
         literals = "\n".join(mark for state in (*marks.states.values(), marks.fresh) for mark in state)
         used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals]
         self._names = {name: chr(0xD800 + place) * len(name) for place, name in enumerate(used[:0x800])}
 
     def _named(self, marks: Mapping[str, str]) -> Mapping[str, str]:
-        """The marks with what stands for their special tokens."""
+        """Return the marks with placeholders for their special tokens."""
         for name, stands in self._names.items():
             marks = {mark.replace(name, stands): then for mark, then in marks.items()}
         return marks

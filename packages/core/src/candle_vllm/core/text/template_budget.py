@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What one rendering of a chat template may use: processor time and text (step 3 of a request).
+"""Limits of one rendering of a chat template: processor time and text (step 3 of a request).
 
-Templates come with model files and are programs. Every loop turn, macro, operator, filter and call of a sandboxed
-template reports here before it acts, so that a rendering that would take too long or too much ends with a reason.
+Templates are programs in model files. Every loop iteration, macro, operator, filter and call of a sandboxed template
+reports here first, so that a rendering that would take too much time or memory ends with a reason.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from contextvars import ContextVar
 from jinja2.exceptions import TemplateRuntimeError
 
 MAX_SECONDS = 1.0  # of this thread's processor time, so that a busy machine does not fail a good template
-MAX_TEXT = 16 << 20  # characters of any one text
-MAX_WORK = 512 << 20  # bytes of all texts and lists made on the way
+MAX_TEXT = 16 << 20  # characters of a single text
+MAX_WORK = 512 << 20  # bytes of all texts and lists that a rendering creates
 MAX_INTEGER_BITS = 4096
-_WIDE = 4  # bytes of a character outside ASCII, at most
-_OPAQUE = 64  # characters that the name of anything else takes
+_WIDE = 4  # maximum bytes of a character outside ASCII
+_OPAQUE = 64  # characters that are counted for any other object
 CONTAINERS = (Mapping, KeysView, ValuesView, ItemsView, list, tuple, set, frozenset)
 
 
 class BudgetExceededError(TemplateRuntimeError):
-    """The rendering was stopped."""
+    """The rendering exceeded a limit."""
 
 
 class Budget:
-    """The allowance of one rendering."""
+    """Counters of one rendering."""
 
     __slots__ = ("_deadline", "_work")
 
@@ -36,25 +36,25 @@ class Budget:
         self._work = 0
 
     def check_time(self) -> None:
-        """Raises when the time is used up."""
+        """Raise an error if the time is used up."""
         if time.thread_time() > self._deadline:
             raise BudgetExceededError(f"it took more than {MAX_SECONDS:g} s of processor time")
 
     def spend(self, size: int) -> None:
-        """Counts `size` bytes of new text or list, before they are made."""
+        """Count `size` bytes of a new text or list, before it is created."""
         self.check_time()
         self._work += size
         if self._work > MAX_WORK:
             raise BudgetExceededError(f"it built more than {MAX_WORK >> 20} MiB of text")
 
     def spend_text(self, length: int, *, ascii_only: bool = False) -> None:
-        """Counts a text of `length` characters, before it is made."""
+        """Count a text of `length` characters, before it is created."""
         if length > MAX_TEXT:
             raise BudgetExceededError(f"it would build a text of {length} characters; at most {MAX_TEXT} are allowed")
         self.spend(length if ascii_only else length * _WIDE)
 
     def spend_value(self, value: object) -> None:
-        """Counts a value that was just made."""
+        """Count a value that was just created."""
         if isinstance(value, str):
             self.spend_text(len(value), ascii_only=value.isascii())
         elif isinstance(value, (list, tuple)):
@@ -63,16 +63,16 @@ class Budget:
             self.check_time()
 
     def measure(self, value: object) -> int:
-        """Characters that `value` takes as text, about; never less than half of it. Raises when beyond all limits."""
+        """Estimate the characters of `value` as text, at least half of their number. Raises beyond all limits."""
         return _measure(value, MAX_TEXT, self)
 
 
-# The rendering that runs in this thread or task; only `spending` sets it.
+# The current rendering of this thread or task; only `spending` sets it.
 current_budget: ContextVar[Budget | None] = ContextVar("template budget", default=None)
 
 
 def budget() -> Budget:
-    """The allowance of the rendering that runs; a fresh one where none does (while a template is compiled)."""
+    """Return the counters of the current rendering; new ones without a rendering (while a template is compiled)."""
     return current_budget.get() or Budget()
 
 

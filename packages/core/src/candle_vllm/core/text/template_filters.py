@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The filters and functions that chat templates may use (step 3 of a request).
+"""Filters and functions that chat templates may use (step 3 of a request).
 
-Jinja's own filters, each measured before it runs, and the three helpers that transformers adds.
+Jinja's own filters, whose arguments are measured first, and the three helpers that transformers adds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from candle_vllm.core.text.template_guards import (
     check_width,
 )
 
-MAX_LIST = 100_000  # rows or columns that a list may be cut into, and entries that may be sorted
-MAX_SLOW_TEXT = 1 << 20  # characters for filters that take a text apart in Python
+MAX_LIST = 100_000  # maximum rows or columns of a split list, and maximum entries to sort
+MAX_SLOW_TEXT = 1 << 20  # characters, for filters that process a text in Python
 _REFUSED_FILTERS = ("pprint", "urlize", "xmlattr", "wordwrap")
 _SORTING = ("sort", "unique", "groupby", "dictsort", "min", "max")
 _COMPARING = (
@@ -39,12 +39,12 @@ _CALENDAR = re.compile(r"(?:%-?[A-Za-z%]|[^%])*")
 
 
 def raise_exception(message: object) -> None:
-    """Lets a template refuse a conversation."""
+    """Let a template refuse a conversation."""
     raise TemplateError(str(message)[:2000])
 
 
 def strftime_now(pattern: str) -> str:
-    """The local time, as transformers offers it to templates."""
+    """Return the local time; transformers offers this function to templates."""
     if not isinstance(pattern, str) or len(pattern) > 256 or not _CALENDAR.fullmatch(pattern):
         raise TemplateRuntimeError(f"strftime_now cannot take {pattern!r:.60}: use plain fields such as %d %B %Y")
     return datetime.now().strftime(pattern)
@@ -57,7 +57,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escaping for HTML; the parameters are those of `json.dumps`."""
+    """Return JSON without Jinja's escaping for HTML; the parameters are those of `json.dumps`."""
     margin = len(indent) if isinstance(indent, str) else indent or 0
     if margin > 64 or any(len(part) > 64 for part in separators or ()):
         raise BudgetExceededError("tojson takes at most 64 characters of indent and separators")
@@ -71,7 +71,7 @@ def tojson(
 
 
 def _nodes(value: Any, depth: int) -> int:
-    """Lines of indented JSON, each counted as often as it is deep."""
+    """Count the lines of indented JSON, each multiplied by its depth."""
     if isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, (list, tuple)):
@@ -132,7 +132,7 @@ def _ticking(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The join filter, which may be handed a generator: it is made a list first, so that it can be measured."""
+    """Wrap the join filter: a generator, which it accepts, is converted to a list, so that it can be measured."""
 
     @functools.wraps(original)
     def join(eval_ctx: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
@@ -144,14 +144,14 @@ def _joined(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    # A marked filter takes the context, the environment or the evaluation context first, and then the value.
+    # A marked filter has the context, the environment or the evaluation context as first argument, then the value.
     marked = hasattr(original, "jinja_pass_arg")
 
     @functools.wraps(original)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         budget().check_time()
         rest = args[1:] if marked else args
-        if rest and name in _SORTING and isinstance(rest[0], Iterator):  # a list can be measured
+        if rest and name in _SORTING and isinstance(rest[0], Iterator):  # unlike an iterator, a list can be measured
             rest = (list(_ticking(rest[0])), *rest[1:])
             args = (*args[: 1 if marked else 0], *rest)
         if rest:
@@ -166,7 +166,7 @@ def _guarded(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded_tests() -> dict[str, Callable[..., Any]]:
-    """Jinja's own tests; those that compare measure first."""
+    """Return Jinja's own tests; those that compare values measure them first."""
     return {name: _measured(test) if name in _COMPARING else test for name, test in tests.TESTS.items()}
 
 
@@ -180,7 +180,7 @@ def _measured(test: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def guarded_filters() -> dict[str, Callable[..., Any]]:
-    """Jinja's own filters with their checks, and transformers' `tojson`."""
+    """Return Jinja's own filters with their checks, and transformers' `tojson`."""
     guarded = {
         name: _guarded(name, _joined(original) if name == "join" else original)
         for name, original in filters.FILTERS.items()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Size checks around the operators, formats and methods that a chat template may use (step 3 of a request).
+"""Size checks of the operators, formats and methods that a chat template may use (step 3 of a request).
 
-Everything that can make a large value out of small ones is measured before it runs, because Python cannot be stopped
-in the middle of one operation. What templates have no use for and what cannot be measured is refused by name.
+Every operation that can create a large value from small ones is measured first, because Python cannot interrupt an
+operation. Features that templates do not need, or that cannot be measured, are refused by name.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from candle_vllm.core.text.template_budget import (
     budget,
 )
 
-MAX_WIDTH = 10_000  # columns that text may be filled up to
-MAX_NEEDLE = 1024  # characters of a set to strip, or of a text sought from the right
+MAX_WIDTH = 10_000  # maximum width to which text may be padded
+MAX_NEEDLE = 1024  # characters of a set to strip, or of a text searched from the right
 _PERCENT = re.compile(r"%(?:\([^)]*+(?:\)|\Z))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
@@ -30,7 +30,7 @@ _PERCENT = re.compile(r"%(?:\([^)]*+(?:\)|\Z))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 def check_operator(operator: str, left: Any, right: Any) -> None:
-    """Measures `left operator right` for the operators + * ** %."""
+    """Measure `left operator right` for the operators + * ** %."""
     spent = budget()
     spent.check_time()
     if operator == "%" and isinstance(left, str):
@@ -87,7 +87,7 @@ def check_percent(pattern: str, values: Any) -> None:
 
 
 def check_format(pattern: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Measures `pattern.format(*args, **kwargs)`."""
+    """Measure `pattern.format(*args, **kwargs)`."""
     longest = budget().measure([*args, *kwargs.values()])
     total = len(pattern)
     for _, name, spec, _ in string.Formatter().parse(pattern):
@@ -124,10 +124,10 @@ _METHODS: tuple[tuple[type, frozenset[str]], ...] = (
 
 
 def check_compared(*values: Any) -> None:
-    """Measures what is about to be compared or hashed.
+    """Measure values that will be compared or hashed.
 
-    A list that holds another one twice, and so on for a hundred levels, is small and takes for ever to compare, in one
-    operation that nothing can stop.
+    A list that contains another list twice, and so on for a hundred levels, is small, but comparing it takes forever,
+    in one operation that cannot be interrupted.
     """
     for value in values:
         if isinstance(value, CONTAINERS):
@@ -135,7 +135,7 @@ def check_compared(*values: Any) -> None:
 
 
 def check_method(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Measures a call of a built-in method before it is made."""
+    """Measure a call of a built-in method before it is made."""
     budget().check_time()
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     if name in _COMPARING:

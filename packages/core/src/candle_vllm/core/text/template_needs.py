@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import MAX_DEPTH, ChatTemplate
 
 INVALID = "INVALID_JSON"
-"""The one member of arguments that are no object: no tool takes a part of a text for the whole."""
+"""The only key of arguments that are no object, so that no tool mistakes truncated arguments for complete ones."""
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -54,10 +54,10 @@ _ODD_SCHEMA: Mapping[str, Any] = {
 }
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of a message's reasoning
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 _WORD = string.ascii_letters + string.digits + "_.+-"
-_MOST_LAST = 64  # characters of what opens an answer
+_MOST_LAST = 64  # characters of the text that opens an answer
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
 
@@ -67,7 +67,7 @@ class Written:
     """Rendering of an assistant's message.
 
     Attributes:
-        head: the text before it that a prompt for an answer has too.
+        head: the text before the message, which a prompt for an answer has too.
         text: the message, and the template's text after it.
     """
 
@@ -118,22 +118,22 @@ class TemplateProbe:
     def writes(
         self, messages: Sequence[Mapping[str, Any]], *words: str, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> bool:
-        """Whether a conversation can be rendered, and its prompt contains these words."""
+        """Whether a conversation can be rendered, and its prompt contains these texts."""
         text = self._render(messages, tools)
         return text is not None and all(word in text for word in words)
 
     def keeps_order(self, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the texts of these messages, which are all different, are rendered in their order.
 
-        A template that collects system messages at its head changes the prompt's beginning with each new one, so that
-        the prefix cache cannot be used.
+        A template that collects system messages at the beginning changes the prompt's beginning with each new one, so
+        that the prefix cache cannot be used.
         """
         text = self._render(messages, _TOOLS if self._prompts[False] is None else None)
         places = [-1 if text is None else text.find(one["content"]) for one in messages]
         return -1 not in places and places == sorted(places)
 
     def wants_parts(self) -> bool:
-        """Whether the template only writes texts that are parts of a content."""
+        """Whether the template writes texts only if they are parts of a content."""
         plain = self._prompts[False]
         if plain is not None and str(_ASK["content"]) in plain:
             return False
@@ -167,7 +167,7 @@ def split(prompt: str, text: str) -> Written:
         head = _HALF_MARK.sub("", head)
         rest = text[len(head) :]
         last = next((end for end in range(_MOST_LAST, 0, -1) if prompt.endswith(rest[:end])), 0)
-        head += rest[:last]  # a prompt that has more in front of its last words, as instructions
+        head += rest[:last]  # the prompt has more text before its last words, such as instructions
     return Written(head, text[len(head) :])
 
 
@@ -202,21 +202,19 @@ class TemplateNeeds:
         parallel_calls: a message may have several calls; otherwise each call gets its own message, with its result.
         content_beside_calls: a message's content is written beside its calls and reasoning, also in earlier turns;
             otherwise the content becomes a message before the calls.
-        content_forbidden: a message's calls are written only where its content is null.
+        content_forbidden: a message's calls are written only if its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
         content_as_parts: a content must be a list of parts, even for one text.
         writes_system: a first system message is written; otherwise its text begins the first user message.
-        system_alone: a system message is written where the conversation has no other message.
-        system_behind_results: a first system message is written where a tool result ends the conversation.
-        system_anywhere: later system messages are written where they stand; otherwise they become text of the user,
-            in tags.
+        system_alone: a system message is written if the conversation has no other message.
+        system_behind_results: a first system message is written if a tool result ends the conversation.
+        system_anywhere: later system messages are written in place; otherwise they become text of the user, in tags.
         user_behind_results: a user message may follow a tool result; otherwise its text is added to that result.
-        user_first: the first message must be a user's; an empty user message is put before an assistant's.
+        user_first: the first message must be a user's; an empty user message is put before an assistant's message.
         roles_in_turn: two user messages with different names must not follow each other.
         empty_answers: an assistant message may be empty; otherwise it is left out.
-        bare_tools: tools may lack description and parameters; otherwise both are filled in empty.
-        bare_schemas: parameters may lack descriptions, and objects their `additionalProperties`; otherwise both are
-            filled in empty.
+        bare_tools: tools may lack description and parameters; otherwise empty ones are added.
+        bare_schemas: parameters may lack descriptions, objects `additionalProperties`; otherwise empty ones are added.
         odd_schemas: a schema may be `true`, of type null, or of several types; otherwise it is simplified.
     """
 
@@ -329,7 +327,7 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
 
 
 def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
-    """Whether arguments must be JSON text beside a content; None if calls are written in neither form."""
+    """Whether arguments must be JSON text if the message has a content; None if calls are written in neither form."""
     given = probe.calls(content=content)
     if given is not None and _CITY in given.text and f"{{'{next(iter(ARGUMENTS))}'" not in given.text:
         return False
@@ -340,7 +338,7 @@ def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
 
 
 def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Rewrite tools to a form that the template supports; supported ones stay."""
+    """Rewrite tools to a form that the template supports; supported tools are unchanged."""
     made = list[dict[str, Any]]()
     for tool in tools:
         tool = dict(tool)
@@ -492,7 +490,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
             made.append(message)
             continue
         calls = list(calls)
-        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, as their images are
+        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, for their images
             result = left.pop() if left and left[-1]["role"] == "tool" else None
             wanted = None if result is None else result.get("tool_call_id")
             own = next((n for n, one in enumerate(calls) if result is None or one.get("id") == wanted), None)
@@ -505,13 +503,13 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 
 
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Add the content beside calls as a message before them; if a turn may have only one such message, to that one.
+    """Add the content of a message with calls as a message before it, or to such a message if a turn may have only one.
 
     Args:
         content: the content.
-        made: the messages before.
-        left: the messages after, the next one last.
-        needs: of the template.
+        made: the messages before this one.
+        left: the messages after it, in reverse order.
+        needs: features of the template.
     """
     if needs.roles_in_turn:
         for place in range(len(left) - 1, -1, -1):

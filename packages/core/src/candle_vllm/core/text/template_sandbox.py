@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The Jinja environment in which chat templates run (step 3 of a request).
 
-Jinja's immutable sandbox keeps a template from reaching into Python. This one also keeps it from running on for ever
-and from filling the memory: the parsed template is rewritten so that every loop turn, macro body, output, `~` and
-slice calls into `Limits`, and operators, calls and filters pass through `template_guards`.
+Jinja's immutable sandbox prevents a template from reaching into Python. This one also limits its time and memory: the
+parsed template is rewritten so that every loop iteration, macro body, output, `~` and slice calls `Limits`, and
+operators, calls and filters pass through `template_guards`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.text.template_guards import check_compared, check_format, 
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks the assistant's part for training; rendering passes it through."""
+    """`{% generation %}`, which marks the assistant's part for training; rendering leaves its contents unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -36,15 +36,15 @@ class Generation(Extension):
 
 
 class Limits(Extension):
-    """What the rewritten template calls. A template cannot name an extension, so it cannot get round these."""
+    """Functions that the rewritten template calls. A template cannot name an extension, so it cannot evade them."""
 
     def tick(self, size: int = 0) -> bool:
-        """Counts `size` characters of fixed text; True, so that it can stand in a condition."""
+        """Count `size` characters of fixed text; return True, so that the call can be part of a condition."""
         budget().spend(size)
         return True
 
     def emit(self, value: Any, size: int) -> Any:
-        """Counts a value that is about to be written, and `size` characters of fixed text beside it."""
+        """Count a value that will be written, and `size` characters of fixed text with it."""
         spent = budget()
         spent.spend(size)
         if isinstance(value, str):
@@ -54,25 +54,25 @@ class Limits(Extension):
         return value
 
     def concat(self, *values: Any) -> str:
-        """`a ~ b`."""
+        """Compute `a ~ b`."""
         spent = budget()
         spent.spend_text(sum(map(spent.measure, values)), ascii_only=all(str(v).isascii() for v in values[:2]))
         return "".join(map(str, values))
 
     def cut(self, value: Any, start: Any = None, stop: Any = None, step: Any = None) -> Any:
-        """`value[start:stop:step]`."""
+        """Compute `value[start:stop:step]`."""
         piece = value[start:stop:step]
         budget().spend_value(piece)
         return piece
 
     def compared(self, value: Any) -> Any:
-        """A value that is about to be compared or hashed."""
+        """Check a value that will be compared or hashed."""
         check_compared(value)
         return value
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment; make templates with `compile_template`."""
+    """Jinja environment with limits; make templates with `compile_template`."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -89,7 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def compile_template(self, tree: nodes.Template) -> Any:
-        """The template of a parsed tree, rewritten."""
+        """Rewrite a parsed tree and return its template."""
         rewritten = _Rewriter().visit(tree)
         rewritten.set_environment(self)
         return self.from_string(rewritten)
@@ -123,10 +123,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class TemplateNamespace(Namespace):
-    """Jinja's namespace without underscored names, behind which Python's internals lie, and without contents in its
-    text."""
+    """Jinja's namespace without names that begin with an underscore, which lead to Python's internals, and without
+    contents in its representation."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # the odd signature leaves the name `self` to templates
+    def __init__(*args: Any, **kwargs: Any) -> None:  # the signature leaves the name `self` to templates
         self, rest = args[0], args[1:]
         check_compared(*rest)
         attributes = dict(*rest, **kwargs)
@@ -158,7 +158,7 @@ def _call(name: str, arguments: list[nodes.Expr], lineno: int) -> nodes.Call:
 
 
 class _Rewriter(NodeTransformer):
-    """Puts the calls to `Limits` into a parsed template."""
+    """Inserts the calls of `Limits` into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -206,7 +206,7 @@ class _Rewriter(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
         operands = [node.expr, *(operand.expr for operand in node.ops)]
-        if sum(not _is_flat(operand) for operand in operands) > 1:  # a fixed text is compared with anything at once
+        if sum(not _is_flat(operand) for operand in operands) > 1:  # comparing with a constant is fast
             node.expr = _compared(node.expr)
             for operand in node.ops:
                 operand.expr = _compared(operand.expr)
@@ -219,7 +219,7 @@ class _Rewriter(NodeTransformer):
 
 
 def _is_flat(node: nodes.Expr) -> bool:
-    """Fixed values, in lists perhaps."""
+    """Whether an expression is constant, perhaps a list of constants."""
     items = node.items if isinstance(node, (nodes.List, nodes.Tuple)) else [node]
     return all(isinstance(item, nodes.Const) for item in items)
 

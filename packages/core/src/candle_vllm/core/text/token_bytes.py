@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The bytes that a token stands for, by the tokenizer's decoder (steps 3 and 9 of a request).
+"""Convert tokens to bytes by the rules of the tokenizer's decoder (steps 3 and 9 of a request).
 
-The `tokenizers` package decodes lists of tokens to text, and a token that is half a character cannot be decoded
-alone. The same rules as bytes have no such limit: the bytes of the tokens, joined and read as UTF-8, are the text.
+The `tokenizers` package decodes lists of tokens to text, and cannot decode a single token that is half a character. The
+same rules for bytes have no such limit: the joined bytes of the tokens, decoded as UTF-8, are the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from candle_vllm.core.errors import UnsupportedModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# What WordPiece's decoder undoes of the spaces around English punctuation, on one piece at a time.
+# Spaces around English punctuation that WordPiece's decoder removes, in one token at a time.
 _CLEAN_UP = (
     (" .", "."),
     (" ?", "?"),
@@ -36,12 +36,12 @@ _CLEAN_UP = (
 
 @dataclass(frozen=True)
 class ByteRule:
-    """How token texts become bytes.
+    """Rule that converts token texts to bytes.
 
     Attributes:
-        convert: text of an ordinary token -> its bytes.
-        spells_added: added tokens that are no special ones are spelled like ordinary ones.
-        strips_leading_space: a whole text starts without the space of its first token.
+        convert: converts the text of an ordinary token to its bytes.
+        spells_added: added tokens that are not special are converted like ordinary ones.
+        strips_leading_space: a whole text begins without the space of its first token.
     """
 
     convert: Callable[[str], bytes]
@@ -50,10 +50,10 @@ class ByteRule:
 
 
 def byte_rule(backend: Backend) -> ByteRule:
-    """The rule of `backend`'s decoder.
+    """Return the rule of `backend`'s decoder.
 
     Raises:
-        UnsupportedModelError: the decoder is of a kind whose tokens have no bytes of their own.
+        UnsupportedModelError: for this type of decoder, single tokens have no bytes.
     """
     if backend.decoder is None:
         return ByteRule(lambda text: f" {text}".encode(), strips_leading_space=True)
@@ -114,7 +114,7 @@ def _wordpiece(step: dict[str, Any]) -> Callable[[str], bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters are their own byte, the others follow from U+0100 on."""
+    """Return GPT-2's alphabet: printable Latin-1 characters are their own byte, the others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(value): value for value in printable}
     others = (value for value in range(256) if chr(value) not in alphabet)
@@ -129,4 +129,4 @@ def _from_byte_alphabet(text: str) -> bytes:
     try:
         return bytes([BYTE_ALPHABET[character] for character in text])
     except KeyError:
-        return text.encode()  # a token outside the alphabet is written as it is
+        return text.encode()  # a token outside the alphabet is plain text

@@ -35,16 +35,16 @@ class Tokenizer:
         vocab_size: one more than the highest token id.
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
-        special_tokens: texts of `bos_token`, `eos_token` and every other token that has a name, for templates.
+        special_tokens: texts of special tokens by their names in templates: `bos_token`, `eos_token` and others.
         chat_template: the template in the tokenizer's files, several by name, or None.
-        response_template: the form of an answer by the tokenizer's configuration, or None.
-        strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
-        longest_token: characters of the longest token text.
-        infill: the marks of filling in the middle, or None.
+        response_template: `response_template` of tokenizer_config.json: how a model formats its answers; or None.
+        strips_leading_space: a text begins without the space of its first token (SentencePiece).
+        longest_token: number of characters in the longest token text.
+        infill: the marks for fill-in-the-middle, or None.
 
     Args:
-        backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: as above.
-        named_ids: ids that a file gives under other names than the tokens' own.
+        backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: see above.
+        named_ids: a GGUF file's token ids by its own names for them, such as `fim_pre`; used to find infill marks.
         tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
 
@@ -69,7 +69,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.response_template = response_template
         self._special = frozenset(index for index, token in added.items() if token.special)
-        self.mark_ids = {  # added tokens in brackets that are text, as `<tool_call>` of Qwen 2.5
+        self.mark_ids = {  # added tokens in brackets that are part of the text, such as `<tool_call>` of Qwen 2.5
             token.content: index
             for index, token in added.items()
             if not token.special and _MARK.fullmatch(token.content)
@@ -111,7 +111,7 @@ class Tokenizer:
 
         Raises:
             InvalidFileError: a key is missing, wrong or contradicts another.
-            UnsupportedModelError: a kind of tokenizer that is not implemented.
+            UnsupportedModelError: this kind of tokenizer is not implemented.
         """
         vocab = read_gguf_vocab(metadata)
         names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
@@ -138,8 +138,7 @@ class Tokenizer:
 
         Args:
             text: any text that UTF-8 can encode.
-            add_special_tokens: add BOS and EOS if the model uses them; not for rendered chat templates, which contain
-                them.
+            add_special_tokens: add BOS and EOS if the model uses them; rendered chat templates already contain them.
             parse_special: the text of a special token in `text` becomes that token rather than plain text.
 
         Raises:
@@ -179,7 +178,7 @@ class Tokenizer:
             whole: no token follows; otherwise an incomplete character at the end is left out.
 
         Raises:
-            InvalidParameterError: an id outside the vocabulary.
+            InvalidParameterError: an id is outside the vocabulary.
         """
         pieces = [self.token_bytes(index) for index in ids if not (skip_special_tokens and index in self._special)]
         data = b"".join(pieces)
@@ -188,10 +187,10 @@ class Tokenizer:
         return utf8_decoder("replace").decode(data, whole)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that one token adds to a text; a special token's are its name.
+        """Return the bytes that one token adds to a text; for a special token, the bytes of its name.
 
         Raises:
-            InvalidParameterError: an id outside the vocabulary.
+            InvalidParameterError: the id is outside the vocabulary.
         """
         if not 0 <= token_id < self.vocab_size:
             raise InvalidParameterError(f"there is no token {token_id}; ids run from 0 to {self.vocab_size - 1}")
@@ -204,7 +203,7 @@ class Tokenizer:
         """Return the text of one token; None for special tokens and for parts of characters.
 
         Raises:
-            InvalidParameterError: an id outside the vocabulary.
+            InvalidParameterError: the id is outside the vocabulary.
         """
         text = self.plain_texts.get(token_id)
         if text is None and token_id not in self._special:
@@ -264,7 +263,7 @@ def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
 
 
 def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> ChatTemplateSource | None:
-    """Return the file's templates; as in llama.cpp, a chat begins with `bos`, the file's BOS token for texts."""
+    """Return the file's templates; as in llama.cpp, `bos` is put before a template that does not write BOS itself."""
     templates: dict[str, str] = {}
     for key, value in metadata.items():
         if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}."):

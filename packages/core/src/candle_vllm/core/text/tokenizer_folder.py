@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-tokenizer.json holds the vocabulary and its rules; without it SentencePiece's tokenizer.model does (sentencepiece.py).
-tokenizer_config.json, special_tokens_map.json and added_tokens.json say which tokens are special and the roles of
-tokens (docs/models.md says which file wins). The chat template is in one of four places, the newest first:
-chat_template.jinja with additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json
-belongs to the model, not to the tokenizer: loading/model.py reads it.
+tokenizer.json has the vocabulary and its rules; without it SentencePiece's tokenizer.model has them (sentencepiece.py).
+tokenizer_config.json, special_tokens_map.json and added_tokens.json define the special tokens and the roles of tokens
+(docs/models.md: which file wins). The chat template is in one of four files, the newest first: chat_template.jinja with
+additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json belongs to the model, not
+to the tokenizer: assembly/model.py reads it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
 MAX_NAMED_TEMPLATES = 64
 MAX_RANK = 1 << 22
-MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each is tried
+MAX_RANKED_BYTES = 512  # of a token in a tiktoken file; every split of each token is tried
 _RESERVED = 256  # ids after the ranks of a tiktoken file
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
@@ -53,7 +53,7 @@ class FolderParts:
 
 
 def load_folder(folder: Path) -> FolderParts:
-    """Reads the tokenizer files of `folder`; errors as `Tokenizer.from_folder`."""
+    """Read the tokenizer files of `folder`; errors as `Tokenizer.from_folder`."""
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
     backend, known = _load_backend(folder, config)
@@ -107,7 +107,7 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
 def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
 
-    Of all adjacent pairs, the one that forms the token of lowest rank is merged; so every split of a token is a merge.
+    Of all adjacent pairs, the pair that forms the token of lowest rank is merged; so every split of a token is a merge.
     The ids after the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
     """
     path = folder / "tiktoken.model"
@@ -289,10 +289,10 @@ def _torn(backend: Backend, text: str) -> bool:
 
 
 def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
-    """Change the tokens around a prompt in tokenizer.json where add_bos_token and add_eos_token contradict it.
+    """Change the tokens that tokenizer.json puts around a prompt if add_bos_token or add_eos_token contradicts it.
 
-    A key that is absent, or whose token has no name, has no effect. True adds the token on a side without tokens; false
-    removes the token from its side. A side with other tokens stays.
+    A key that is absent, or whose token has no name, has no effect. True adds the token to a side without tokens; false
+    removes the token from its side. A side with other tokens is unchanged.
     """
     sides = _sides(backend)
     if sides is None:
@@ -317,7 +317,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
 
 
 def _sides(backend: Backend) -> list[list[str]] | None:
-    """Return the tokens that tokenizer.json puts before and after a text; None for a rule of another kind."""
+    """Return the tokens that tokenizer.json puts before and after a text; None for another kind of rule."""
     rule = backend.post_processor
     state = None if rule is None else msgspec.json.decode(rule.__getstate__())
     steps = [] if state is None else state.get("processors", [state])

@@ -2,8 +2,8 @@
 """Load images that a request names by URL, file path or file id (before step 3).
 
 Images are fetched from listed hosts, read from a folder, or read from stored files; for requests of a server and for
-conversations of the library. Each connection goes to the IP address that was checked, see `targets`; each redirect is
-checked like the first URL. Bytes, time and number are limited before a file is parsed; only its bytes say its format.
+conversations of the library. Each connection goes to the IP address that was checked, see `targets`; redirects are
+checked like the first URL. Bytes, time and number are limited before a file is parsed; its bytes show the format.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
     import httpx
 
-SECONDS = 10.0  # for one image: resolving, every redirect and all bytes
+SECONDS = 10.0  # for one image: DNS, every redirect and all bytes
 AT_ONCE = 8  # concurrent connections
 MAX_REDIRECTS = 3
-MAX_REQUEST_BYTES = 64 << 20  # of all fetched images of a request
-MAX_HELD_BYTES = 512 << 20  # of undecoded files of all requests; a single request may have more
-MAX_PREPARED_BYTES = 1 << 30  # of preprocessed images of all waiting and running requests; a single one may have more
+MAX_REQUEST_BYTES = 64 << 20  # limit of all fetched images of a request
+MAX_HELD_BYTES = 512 << 20  # limit of undecoded files of all requests; a single request may exceed it
+MAX_PREPARED_BYTES = 1 << 30  # limit of preprocessed images of all requests in the engine; one request may exceed it
 
 _RESOLVING = 4  # concurrent DNS lookups
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -75,13 +75,13 @@ class ImageSources:
             ports 80 and 443, or with a port. A listed IP address may be private or loopback.
         folder: `file://` URLs below this folder are read.
         stored: returns the contents of a stored file by its id and the image's path, for the caller of the current
-            request; raises `RequestError` without such a file.
-        count: called with the result for each URL: "fetched", "failed" or "refused" (fetching it is not allowed).
-        who: returns the client of the current request, who may use half of each limit while others use the rest; empty
-            without a distinction of clients.
+            request; raises `RequestError` if there is no such file.
+        count: called with the result for each URL: "fetched", "failed" or "refused" (the settings do not allow it).
+        who: returns the client of the current request, who may use half of each limit while other clients use the rest;
+            empty if clients are not distinguished.
 
     Raises:
-        ConfigError: an invalid domain pattern, or the folder does not exist.
+        ConfigError: a domain pattern is invalid, or the folder does not exist.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ImageSources:
         self._who = who
         self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns]()
         self._held, self._prepared = Counter[str](), Counter[str]()
-        self._counting = threading.RLock()  # a finalizer may run anywhere
+        self._counting = threading.RLock()  # a finalizer may run at any point
 
     @classmethod
     def of(cls, config: EngineConfig) -> Self:
@@ -119,7 +119,7 @@ class ImageSources:
         """Return the bytes of a data URL, or the unchanged address of an image that may be loaded.
 
         Raises:
-            InvalidParameterError: an invalid URL, or one that may not be loaded.
+            InvalidParameterError: the URL is invalid, or may not be loaded.
         """
         if image.stored:
             if self._stored is None:
@@ -147,13 +147,13 @@ class ImageSources:
 
     @contextlib.asynccontextmanager
     async def had(self, images: Sequence[bytes | ImageAddress]) -> AsyncIterator[list[bytes]]:
-        """Load the bytes of all images of a request, each URL once; count them as held until the block ends.
+        """Load the bytes of all images of a request, each URL once; count them as held until the context ends.
 
-        The list is cleared then, so that an abandoned worker thread keeps no files in memory.
+        Then the list is cleared, so that an abandoned worker thread keeps no files in memory.
 
         Raises:
             InvalidParameterError: an image could not be loaded; the message says why.
-            EngineOverloadedError: images of other requests use the memory limit.
+            EngineOverloadedError: images of other requests exhaust the memory limit.
         """
         wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImageAddress)}
         room, files = _Room(self, self._who()), list[bytes]()
@@ -170,11 +170,11 @@ class ImageSources:
             for job in jobs.values():
                 job.cancel()
             await asyncio.gather(*jobs.values(), return_exceptions=True)
-            jobs.clear()  # their errors hold this frame
+            jobs.clear()  # the errors refer to this frame
             room.leave()
 
     async def files(self, images: Sequence[ImageAddress]) -> list[bytes]:
-        """Return the bytes of images, counted as held only while they load. Raises the errors of `begin` and `had`."""
+        """Return the bytes of images, which are counted only while they load. Errors as `begin` and `had`."""
         async with self.had([self.begin(image) for image in images]) as files:
             return list(files)
 
@@ -195,7 +195,7 @@ class ImageSources:
         """Count preprocessed images until they are garbage-collected, after their requests.
 
         Raises:
-            EngineOverloadedError: the preprocessed images in memory use the whole limit.
+            EngineOverloadedError: the preprocessed images in memory exhaust the limit.
         """
         sizes = {id(image): (image, len(image.tiles)) for image in images}
         total = sum(size for _, size in sizes.values())
@@ -243,7 +243,7 @@ class ImageSources:
         return Path(path)
 
     def _read(self, image: ImageAddress, room: _Room) -> bytes:
-        """Read a file below the folder, links followed; a file elsewhere gives the same error as a missing one."""
+        """Read a file below the folder, following links; a file elsewhere gives the same error as a missing file."""
         assert self._folder is not None
         try:
             path = self._path(image).resolve(strict=True)
@@ -270,7 +270,7 @@ class ImageSources:
             raise InvalidParameterError(f"{path}: the address {error}", path) from None
 
     def _allowed(self, url: str) -> Target:
-        """Check a URL. A private host must be listed by IP address: a name could later resolve to another one."""
+        """Check a URL. A private host must be listed by IP address, because a name could later resolve differently."""
         target = allowed_target(url, self._domains, True)
         return dataclasses.replace(target, private=target.private and _is_address(target.host))
 
@@ -319,16 +319,16 @@ class ImageSources:
         return await self._ask_at(last, target, path, room)
 
     async def _ask_at(self, address: str, target: Target, path: str, room: _Room) -> bytes | str:
-        """Request a URL from the IP address that was checked; the host's name goes into `Host` and into TLS."""
+        """Request a URL from the IP address that was checked; the host's name is used for `Host` and for TLS."""
         import httpx
 
         if target.url.scheme == "https" and self._tls is None:
             self._tls = await asyncio.get_running_loop().run_in_executor(self._threads, httpx.create_ssl_context)
         client = httpx.AsyncClient(
             verify=self._tls if self._tls is not None else False,  # HTTP needs no TLS context, which is slow to load
-            trust_env=False,  # a proxy would resolve the name once more
+            trust_env=False,  # a proxy would resolve the name again
             follow_redirects=False,
-            timeout=httpx.Timeout(SECONDS, connect=SECONDS / 2),  # which leaves time for a second address
+            timeout=httpx.Timeout(SECONDS, connect=SECONDS / 2),  # leaves time for a second address
         )
         headers = {**_HEADERS, "Host": target.url.netloc.decode("ascii")}
         url, extensions = target.url.copy_with(host=address), {"sni_hostname": target.host}
@@ -341,7 +341,7 @@ class ImageSources:
 
 
 def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> None:
-    """Count bytes of a client: any number if no other client holds bytes, otherwise at most half of `most`."""
+    """Count bytes of a client: any number if no other client has bytes, otherwise at most half of `most`."""
     total = counted.total()
     if size > 0 and total and (total + size > most or (who and counted[who] and counted[who] + size > most // 2)):
         raise EngineOverloadedError(f"{what} take {total >> 20} MB: try again later")
@@ -388,7 +388,7 @@ class _Room:
             self._size += size
 
     def hold(self, size: int) -> None:
-        """Count files that the request contains; the limit of its body's size bounds them."""
+        """Count files that the request contains; the size limit of its body bounds them."""
         self._sources.count(size, self.who)
         self._given = size
 
@@ -423,9 +423,9 @@ def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
 
 
 def _opened_below(folder: Path, path: Path) -> int:
-    """Open a resolved path folder by folder without following links that were made since; raises OSError for a link.
+    """Open a resolved path folder by folder, without following links that were made since; raises OSError for a link.
 
-    O_NONBLOCK: opening a pipe would wait for a writer.
+    O_NONBLOCK: opening a pipe would otherwise wait for a writer.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     if os.open not in os.supports_dir_fd:

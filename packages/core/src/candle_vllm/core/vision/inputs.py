@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Preprocessed image as it is passed to the engine. Without numpy: the scheduler's sequences refer to images."""
+"""Preprocessed image in the form that the engine gets. Without numpy, because the scheduler's sequences have images."""
 
 from __future__ import annotations
 

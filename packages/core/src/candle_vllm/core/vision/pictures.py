@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Check image files of requests and decode them to pixels (before step 3).
 
-An untrusted file is parsed once before Pillow reads it. This reads and checks its format, its size and its scans, and
-removes everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow
-parses no metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a broken file
-is not passed on, because it may show memory addresses. Source of the limits: CVE-2026-22778, CVE-2026-34755 and
-similar ones, see docs/vision.md.
+An untrusted file is parsed once before Pillow reads it. This checks its format, its size and its scans, and removes
+everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no
+metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may
+contain memory addresses and is not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PARTS = 1 << 16  # segments, chunks or blocks of a file
-MAX_SCANS = 100  # of a JPEG; encoders write about ten
+MAX_SCANS = 100  # limit for a JPEG; encoders write about ten
 MAX_SCANNED = 1 << 31  # pixels times scans of a JPEG: a scan of a few bytes visits every pixel
 _ORIENTATION = 0x0112
 _LONGEST_SIDE = 1 << 16
-_WHOLE = 1 << 25  # pixels; both sides of a larger image are halved while decoding: no model has such a resolution
+_WHOLE = 1 << 25  # pixels; both sides of a larger image are halved while decoding, as no model needs more
 _BLANKS = " \t\r\n\f\v"
 
 
@@ -44,8 +43,8 @@ class PictureLimits:
     """Limits of an image.
 
     Attributes:
-        nbytes: most bytes of its file.
-        pixels: most pixels, width times height in the file's header.
+        nbytes: maximum number of bytes of its file.
+        pixels: maximum number of pixels: width times height in the file's header.
     """
 
     nbytes: int = 20 << 20
@@ -92,11 +91,11 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
 
     Args:
         data: the file's bytes.
-        limits: largest file and image.
+        limits: limits of the file and the image.
         name: the image's name in messages, and the field that an error names.
 
     Raises:
-        InvalidParameterError: the file has another format, is damaged or is too large; too large is not decoded.
+        InvalidParameterError: the file has another format, is damaged, or is too large and therefore not decoded.
     """
     import PIL.Image
 
@@ -110,7 +109,7 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
             said = f"{file.width} x {file.height} pixels in {file.scans} scans; a JPEG may have {MAX_SCANNED} in all"
             raise _RefusedFile(said)
         with PIL.Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
-            _check_size(*image.size, limits, name)  # again, as Pillow may read another size from the file
+            _check_size(*image.size, limits, name)  # again, because Pillow may read another size from the file
             if image.width * image.height > _WHOLE:
                 image.draft(None, (image.width // 2, image.height // 2))  # a JPEG is decoded at half its size
             image.load()
@@ -137,10 +136,10 @@ def pixels_of(data: bytes) -> int:
 
 
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
-    """Convert an image of a library caller: a Pillow image, an array [H, W, 3] uint8, or a file's bytes.
+    """Convert an image of a library caller: a Pillow image, an array [H, W, 3] uint8, or the bytes of a file.
 
     Raises:
-        InvalidParameterError: another type, or the image is too large.
+        InvalidParameterError: the image has another type, or is too large.
     """
     if isinstance(image, Picture):
         return image
@@ -170,7 +169,7 @@ def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image")
     """Return the bytes of a `data:` URL; its media type is ignored. Source: RFC 2397.
 
     Raises:
-        InvalidParameterError: not a data URL, not base64, or too many bytes.
+        InvalidParameterError: it is not a data URL, not base64, or too long.
     """
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
@@ -196,7 +195,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     `url` or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
 
     Raises:
-        InvalidParameterError: the part has no image, or the URL of another machine.
+        InvalidParameterError: the part has no image, or a URL of another machine.
     """
     found = [
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
@@ -225,7 +224,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
 
 
 def part_address(part: Mapping[str, Any]) -> str | None:
-    """Return the URL of a content part's image; None for a part without one, or with a data URL."""
+    """Return the URL of a content part's image; None if the part has no image or a data URL."""
     for key in ("image", "image_url", "url"):
         given = part.get(key)
         given = given.get("url") if isinstance(given, Mapping) else given
@@ -256,12 +255,12 @@ def _picture(image: Image, orientation: int) -> Picture:
     }
     turn = turns.get(orientation)
     if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value / 256).convert("L")  # Pillow alone would cut at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")  # Pillow alone would clip at 255
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         seen = _halved(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, (255, 255, 255, 255)), seen)
     image = _halved(image if image.mode in ("RGB", "L") else image.convert("RGB"))
-    image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    image = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy it
     return _of_pixels(np.asarray(image if turn is None else image.transpose(turn)))
 
 
@@ -282,7 +281,7 @@ def _of_pixels(pixels: NDArray[np.uint8]) -> Picture:
 
 
 class _RefusedFile(Exception):
-    """A file of a kind that is not decoded, or that would cost too much to decode; the message says why."""
+    """A file of a kind that is not decoded, or whose decoding would be too expensive; the message has the reason."""
 
 
 class _File(NamedTuple):
@@ -291,8 +290,8 @@ class _File(NamedTuple):
     Attributes:
         format: Pillow's name of the format.
         data: the file without metadata.
-        width, height: pixels by the file's header.
-        exif: the file's EXIF, not parsed; empty for WebP, whose EXIF Pillow returns unparsed.
+        width, height: pixels in the file's header.
+        exif: the file's EXIF data, not parsed; empty for WebP, whose EXIF data Pillow returns unparsed.
         scans: passes over the pixels.
     """
 
@@ -327,7 +326,7 @@ _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 
 
 def _bare_png(data: bytes) -> _File:
-    """Keep critical chunks and transparency; Pillow decides about a truncated file. Source: PNG 3, 5.3 and 11."""
+    """Keep critical chunks and transparency; Pillow handles truncated files. Source: PNG 3, 5.3 and 11."""
     if data[12:16] == b"CgBI":  # another order of colours and another compression
         raise _RefusedFile("an Apple-optimised PNG (CgBI) is not read: convert it to a plain one")
     if data[12:16] != b"IHDR":
@@ -381,7 +380,7 @@ def _bare_jpeg(data: bytes) -> _File:
 
 
 def _bare_gif(data: bytes) -> _File:
-    """Keep the screen, the last control block and all from the first image on. Source: GIF89a, 18 to 26."""
+    """Keep the screen, the last control block and everything from the first image on. Source: GIF89a, 18 to 26."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at = 13 + ((6 << (flags & 7)) if flags & 128 else 0)
     screen, control = data[:at], b""

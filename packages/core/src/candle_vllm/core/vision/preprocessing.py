@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Cut images into the tiles that a vision encoder reads, by the model's `preprocessor_config.json` (before step 3).
 
-Each model family has a rule, one of `Rule`: it computes the grid of tiles for an image's size, and makes the tiles.
+Each model family has a rule, one of `Rule`: it computes the grid of tiles from an image's size, and makes the tiles.
 
-Pixels stay uint8 until the vision encoder reads them: that takes a quarter of the memory of float32, and a table maps
-each value to its normalised float. Resampling is Pillow's, so that tiles equal those of transformers' Pillow
-processors bit for bit. Shapes: N tiles of h x w pixels.
+Pixels stay uint8 until the vision encoder reads them: this takes a quarter of the memory of float32, and a table maps
+each value to its normalised float. Resampling is Pillow's, so that tiles equal those of transformers' Pillow processors
+bit for bit. Shapes: N tiles of h x w pixels.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, Uns
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import Picture
 
-_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers of resampling filters, which config files contain
-_MOST_SIDE = 4096  # pixels on a side of an image that is cut into tiles, as in transformers
-_MOST_PARTS = 64  # crops of an image by pan and scan
+_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's codes of resampling filters, which config files contain
+_MOST_SIDE = 4096  # maximum pixels on a side of an image that is cut into tiles, as in transformers
+_MOST_PARTS = 64  # maximum number of crops of an image by pan and scan
 MAX_TILE = 4096
-_MOST_RATIO = 200  # of an image's longer side to the other, as in transformers
+_MOST_RATIO = 200  # maximum ratio of an image's longer side to the other, as in transformers
 
 
 class Cut(NamedTuple):
     """Grid of tiles of one image.
 
     Attributes:
-        rows, columns: of the grid of tiles; 0 for an image of one tile.
-        height, width: pixels of a tile.
+        rows, columns: size of the grid of tiles; 0 for an image of one tile.
+        height, width: size of a tile in pixels.
     """
 
     rows: int
@@ -47,7 +47,7 @@ class Cut(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Number of tiles: those of the grid, and the whole image as one more."""
+        """Number of tiles: those of the grid, and one more for the whole image."""
         return self.rows * self.columns + 1
 
     def cells(self, size: int) -> tuple[int, int]:
@@ -76,15 +76,14 @@ class Normalisation:
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Idefics3 and SmolVLM: a grid of square tiles, row by row, followed by the whole image as one tile.
 
-    The image is resized twice: first its longer side to `longest` (small images are enlarged too), then both sides to
-    multiples of a tile.
+    The image is resized twice: its longer side to `longest` (even if it is smaller), then both sides to whole tiles.
 
     Attributes:
         longest: pixels of the longer side.
         tile: pixels of a tile's side.
         splits: make a grid; otherwise every image is one tile.
-        resample: Pillow's number of the filter.
-        normalisation: of the pixels.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
     """
 
     longest: int
@@ -121,7 +120,7 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return made
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width for a longer side of `longest`; the other side is even, none exceeds `_MOST_SIDE`."""
+        """Return height and width for a longer side of `longest`; the other is even. `_MOST_SIDE` limits both."""
         ratio = width / height
         if width >= height:
             width = self.longest
@@ -155,10 +154,10 @@ class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Pixtral and Mistral 3: one tile of the image's size, shrunk to `longest`, its sides rounded up to cells.
 
     Attributes:
-        longest: most pixels of a side.
+        longest: maximum number of pixels of a side.
         cell: pixels of a cell's side.
-        resample: Pillow's number of the filter.
-        normalisation: of the pixels.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
     """
 
     longest: int
@@ -189,11 +188,11 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     Attributes:
         tile: pixels of a tile's side.
-        resample: Pillow's number of the filter.
-        normalisation: of the pixels.
-        most_parts: most crops of an image; 0 without pan and scan.
-        least_part: least pixels of a crop's side.
-        ratio: least ratio of the longer side to the other for which crops are made.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
+        most_parts: maximum number of crops of an image; 0 without pan and scan.
+        least_part: minimum number of pixels of a crop's side.
+        ratio: minimum ratio of the longer side to the other for which crops are made.
     """
 
     tile: int
@@ -234,9 +233,9 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         cell: pixels of a cell's side.
         least, most: bounds of the image's pixels; a very long image may have more.
-        resample: Pillow's number of the filter.
-        normalisation: of the pixels.
-        fills: rule of Gemma 4: scale every image, also a small one, to `most` pixels, its sides rounded down.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
+        fills: Gemma 4's rule: scale every image, small ones too, to `most` pixels, with its sides rounded down.
     """
 
     cell: int
@@ -248,14 +247,14 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     @property
     def longest(self) -> int:
-        """Upper bound of a side's pixels."""
+        """Upper bound of the pixels of a side."""
         if self.fills:
             return self.most // self.cell
         return self.cell * (math.isqrt(2 * _MOST_RATIO * self.most) // self.cell + 2)
 
     @property
     def most_cells(self) -> int:
-        """Upper bound of an image's cells: sides that are rounded up, or to at least one cell, exceed `most` pixels."""
+        """Upper bound of an image's cells; sides that are rounded up, or to at least one cell, exceed `most` pixels."""
         if self.fills:
             return self.most // self.cell**2
         return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
@@ -298,18 +297,18 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
-- `normalisation`: of the pixels,
+- `normalisation`: normalisation of the pixels,
 - `cut(height, width)`: the `Cut` of an image of this size,
 - `tiles(picture)`: the tiles of that `Cut`, uint8 [N, h, w, 3].
 """
 
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-"""`mm_processor_kwargs` of an operator who keeps the settings of the model's files."""
+"""`mm_processor_kwargs` that leave the settings of the model's files unchanged."""
 
 
 def over(fields: Fields, said: Mapping[str, Any]) -> Fields:
-    """Override `preprocessor_config.json` by an operator's `mm_processor_kwargs`, which error messages name then."""
+    """Override `preprocessor_config.json` with an operator's `mm_processor_kwargs`; then error messages name these."""
     if not said:
         return fields
     values = dict(fields.values)
@@ -324,7 +323,7 @@ def tile_rule(fields: Fields) -> TileRule:
 
     Raises:
         InvalidFileError: a number is missing or impossible.
-        UnsupportedModelError: the file asks for preprocessing that is not implemented.
+        UnsupportedModelError: the file requires preprocessing that is not implemented.
     """
     _require_usual(fields)
     return TileRule(
@@ -485,22 +484,21 @@ def patch_rows(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Convert tiles to the normalised patches that a vision encoder reads.
 
-    The cell x cell patches that become one embedding are consecutive, in order of rows, and so are the cells of a tile.
-    So merging patches means reading several rows as one. Attention does not depend on the order.
+    The cell x cell patches that become one embedding are consecutive, row by row, and so are the cells of a tile. So
+    merging patches means reading several rows as one. Attention does not depend on the order.
 
     Args:
-        tiles: [N, h, w, 3].
+        tiles: the tiles, [N, h, w, 3].
         patch: pixels of a patch's side.
         cell: patches of a cell's side; h and w are multiples of cell * patch.
-        normalisation: of the pixels.
+        normalisation: normalisation of the pixels.
 
     Returns:
-        Patches [N * P, 3 * patch * patch] with channels before pixels, and the row and column of each in its tile
-        [N * P, 2].
+        Patches [N * P, 3 * patch * patch], channels before pixels, and row and column of each in its tile [N * P, 2].
     """
     count, height, width, _ = tiles.shape
     grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
-    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile, cell's row and column, patch's in it, channel, pixel's row and column
+    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile; row, column of the cell; of its patch; channel; row, column of the pixel
     values = tiles.reshape(grid).transpose(order)
     rows = np.empty(values.shape, np.float32)
     for channel, table in enumerate(normalisation.table.T):
@@ -510,6 +508,6 @@ def patch_rows(
 
 
 def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
-    """Return row and column of the patches of a grid [rows * columns, 2], in the order of `patch_rows`."""
+    """Return row and column of the patches of a grid, [rows * columns, 2], in the order of `patch_rows`."""
     places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
     return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)

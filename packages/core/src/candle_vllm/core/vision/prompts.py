@@ -21,7 +21,7 @@ from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
 def spans_of(places: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return begin and end of each run of consecutive integers in a sorted array."""
+    """Return the beginning and end of each run of consecutive integers in a sorted array."""
     ends = np.flatnonzero(np.diff(places) > 1) + 1
     return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, ends)]
 
@@ -33,12 +33,12 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
         family: name of the family's module.
         rule: preprocessing rule of images.
         mark: placeholder token of each image embedding.
-        asks: token that a chat template writes for an image; may equal `mark`.
+        asks: token that a chat template writes for an image; may be `mark`.
         written: the whole text that a chat template writes for an image.
         cell: pixels of a cell's side; a cell becomes one embedding.
-        whole: embeddings of a tile attend to each other, also to later ones.
-        turned: embeddings are rotated by time, row and column (M-RoPE).
-        blank: token whose row of an embedding table is used for `mark`; None for the row of `mark` itself.
+        whole: whether the embeddings of a tile attend to each other, also to later ones.
+        turned: whether embeddings are rotated by time, row and column (M-RoPE).
+        blank: token whose row of the embedding table is used for `mark`; None for the row of `mark` itself.
     """
 
     family: str
@@ -58,15 +58,15 @@ class VisionDescription(ShownStruct, frozen=True, kw_only=True):
 
 @dataclasses.dataclass(frozen=True)
 class VisionInput:
-    """Image input of a model.
+    """Expands the image placeholders in a model's prompts, and preprocesses the images.
 
     Attributes:
         parts: description of its vision encoder.
-        words: returns the tokens of an image by its grid of tiles.
-        breaks: tokens that are line breaks alone, with their numbers of line breaks; empty, or with a single one.
-        limits: largest file and image.
-        most: most images of a prompt.
-        one_at_a_time: held while an image is decoded.
+        words: returns the tokens of an image, given its grid of tiles.
+        breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
+        limits: limits of files and images.
+        most: maximum number of images of a prompt.
+        one_at_a_time: lock that is held while an image is decoded.
     """
 
     parts: VisionDescription
@@ -126,7 +126,7 @@ class VisionInput:
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
-        """Append tokens; line breaks on both sides of the seam are tokenized as one run, as within one text."""
+        """Append `more` to `ids`; line breaks where they meet become the tokens that they have within one text."""
         count, place, breaks = 0, 0, self.breaks
         if ids and more and ids[-1] in breaks and more[0] in breaks:
             while ids and ids[-1] in breaks:
@@ -147,15 +147,15 @@ class VisionInput:
         return ImageInput(key=key, tiles=tiles.tobytes(), shape=(tiles.shape[0], tiles.shape[1], tiles.shape[2]))
 
     def grid(self, image: ImageInput) -> tuple[int, int] | None:
-        """Return rows and columns of an image's embeddings; None without rotation by row and column."""
+        """Return rows and columns of an image's embeddings; None for a model without M-RoPE."""
         return (image.shape[1] // self.parts.cell, image.shape[2] // self.parts.cell) if self.parts.turned else None
 
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
         """Return the positions of each image's embeddings in a prompt.
 
         Raises:
-            InvalidParameterError: the numbers of placeholders and embeddings differ, or the placeholders of an image
-                that is rotated by row and column are not consecutive.
+            InvalidParameterError: the numbers of placeholders and embeddings differ, or with M-RoPE the placeholders
+                of an image are not consecutive.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         cell = self.parts.cell

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Translate the arguments of vLLM's `LLM`, `EngineArgs` and `AsyncLLM` to settings of an engine.
 
-Three kinds of names are accepted: fields of `EngineConfig`, with the same meaning or translated below; names in the
-tables of `core/arguments.py` with values that change nothing; and defaults of requests. Everything else is refused by
-name.
+Three kinds of names are accepted: fields of `EngineConfig`, unchanged or translated below; names in the tables of
+`core/arguments.py`, if their values change nothing; and defaults of requests. All other names are refused.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Translated:
     """Translated arguments of vLLM.
 
     Attributes:
-        config: the engine's settings.
+        config: settings of the engine.
         pooling: default pooling parameters of a call.
-        quantization: the given quantisation method of the checkpoint; None if not given.
-        generation: defaults of requests that replace those of the model's files; None keeps these.
+        quantization: given quantization method of the checkpoint; None if not given.
+        generation: defaults of requests that replace those of the model's files; None leaves these.
         sampling: defaults that override both.
     """
 
@@ -53,8 +52,8 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     """Translate vLLM's arguments and those of `EngineConfig`.
 
     Raises:
-        ConfigError: an invalid value; the error names its argument.
-        TypeError: an argument without a counterpart, with a value that would change something.
+        ConfigError: a value is invalid; the error names its argument.
+        TypeError: an argument has no counterpart here, and its value would change something.
     """
     rest = _with_drafts(given)
     pooling = _pooling_params(rest.pop("pooler_config", None))
@@ -78,16 +77,16 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:
-    """Refuse a quantisation method for a checkpoint of plain weights.
+    """Refuse a quantization method for a checkpoint of plain weights.
 
-    For a quantised checkpoint the argument has no effect: its files say the method.
+    For a quantized checkpoint the argument has no effect: its files define the method.
 
     Args:
         said: vLLM's name of a method.
         stored: `ModelInfo.quantization` of the checkpoint.
 
     Raises:
-        ConfigError: the checkpoint's weights are plain.
+        ConfigError: the checkpoint's weights are not quantized.
     """
     if said is not None and stored is None:
         raise ConfigError(
@@ -101,11 +100,11 @@ class EngineArgs:
     """Stored arguments of `LLM` and `AsyncLLM`; `vars` returns the given ones.
 
     Args:
-        model: as of `InferenceEngine`.
-        arguments: vLLM's, or fields of `EngineConfig`.
+        model: as in `InferenceEngine`.
+        arguments: arguments of vLLM, or fields of `EngineConfig`.
 
     Raises:
-        ConfigError, TypeError: as of `LLM`.
+        ConfigError, TypeError: as in `LLM`.
     """
 
     def __init__(self, model: str | Path = "demo", **arguments: Any) -> None:
@@ -161,7 +160,7 @@ def _reader(name: str) -> Callable[[str], Any]:
 
 
 def _value(text: str) -> Any:
-    """Convert a text to a number if it is one."""
+    """Parse a text as JSON, such as a number; other text is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:
@@ -169,7 +168,7 @@ def _value(text: str) -> Any:
 
 
 def _by(name: str, names: Mapping[str, str]) -> Callable[[Any], dict[str, Any]]:
-    """A value under another name; torch's types by theirs."""
+    """Return a translation of a setting's values by a table; types of torch become their names."""
 
     def translate(value: Any) -> dict[str, Any]:
         if value is None:

@@ -50,13 +50,13 @@ class AsyncLLM:
         engine: the engine.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as `LLM`.
+        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as for `LLM`.
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
         self._opened = Opened.of(model, arguments)
         self.engine = self._opened.engine
-        self._adapter_names: dict[int, str] = {}  # by vLLM's number, of those that were added by hand
+        self._adapter_names: dict[int, str] = {}  # names of added adapters by vLLM's numbers
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
@@ -76,14 +76,14 @@ class AsyncLLM:
         priority: int = 0,
         data_parallel_rank: int | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Continue a prompt; yield an output for each delta, in the form of `sampling_params.output_kind`.
+        """Continue a prompt; yield an output for each delta, in the format of `sampling_params.output_kind`.
 
-        With several sequences (`n`) an output has only the sequence with new text, with its index; with `FINAL_ONLY`
+        With several sequences (`n`), an output has only the sequence with new text, with its index; with `FINAL_ONLY`
         the only output has all sequences. Leaving the iteration, or cancelling the task, aborts the request.
 
         Args:
             request_id: id for `abort`; unique among the running requests.
-            priority: lower runs first.
+            priority: priority of the request; lower values run first.
             lora_request: its adapter, or pairs of adapters and scales (`enable_lora`).
             trace_headers, data_parallel_rank: refused.
 
@@ -130,7 +130,7 @@ class AsyncLLM:
         *,
         pooling_task: str = "embed",
     ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
-        """Yield the pooled output of a text, once. Arguments and errors as of `generate` and `LLM.encode`."""
+        """Yield the pooled output of a text, once. Arguments and errors are as in `generate` and `LLM.encode`."""
         refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
         call: PoolingOptions = {
@@ -156,7 +156,7 @@ class AsyncLLM:
             self.engine.abort(each)
 
     async def reset_prefix_cache(self) -> bool:
-        """As of `LLM`."""
+        """As in `LLM`."""
         self.engine.reset_prefix_cache()
         return True
 
@@ -217,7 +217,7 @@ class AsyncLLM:
         return self._opened.defaults.sampling_params()
 
     def get_tokenizer(self) -> LlmTokenizer:
-        """The model's tokenizer and template."""
+        """Return the model's tokenizer and template."""
         return LlmTokenizer(self.engine)
 
     def shutdown(self) -> None:
@@ -229,9 +229,9 @@ class _Telling:
     """Converter of a stream's `TokenOutput`s to vLLM's outputs.
 
     Args:
-        stream: the request's stream.
+        stream: stream of the request.
         kind: contents of an output: deltas, everything so far, or everything once.
-        lora_request: the request's adapter.
+        lora_request: adapter of the request.
     """
 
     def __init__(self, stream: TokenStream, kind: RequestOutputKind, lora_request: LoRARequest | None = None) -> None:

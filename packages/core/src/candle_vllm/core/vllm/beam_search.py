@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Beam search of width w for the likeliest continuations of a prompt, as vLLM's `beam_search`.
 
-Each step continues each beam by the model's 2w likeliest tokens. A sequence with an end token is complete; of the
-others the w best go on. The result is ranked by score: the sum of log-probabilities divided by a power of the number of
-tokens, over complete sequences and the beams of the last step (Wu et al., arXiv:1609.08144, section 7, with the length
-penalty of transformers instead of the paper's).
+Each step extends each beam by the model's 2w likeliest tokens. A sequence with an end token is complete; of the others,
+the w best are the next beams. The result is ranked by score: the sum of log-probabilities divided by a power of the
+number of tokens, over complete sequences and the beams of the last step (Wu et al., arXiv:1609.08144, section 7, with
+the length penalty of transformers instead of the paper's).
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from candle_vllm.core.sampling.params import MAX_LOGPROBS, MAX_TOKENS, SamplingP
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.vllm.outputs import Logprob, by_token
 
-MAX_BEAMS = MAX_LOGPROBS // 2  # as in vLLM, where nobody raises max_logprobs
+MAX_BEAMS = MAX_LOGPROBS // 2  # vLLM's limit with its default max_logprobs
 
 
 class BeamSearchParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Parameters of a beam search.
 
     Attributes:
-        beam_width: w, beams of a prompt, 1 to 10.
-        max_tokens: most generated tokens.
-        ignore_eos: end tokens do not complete a sequence.
-        length_penalty: exponent of the number of tokens by which a sum is divided, -10 to 10: above 0 long sequences
-            are favoured, at 0 the sum alone counts.
-        skip_special_tokens: leave special tokens out of the text.
+        beam_width: w, number of beams per prompt, 1 to 10.
+        max_tokens: maximum number of generated tokens.
+        ignore_eos: whether end tokens do not complete a sequence.
+        length_penalty: exponent, -10 to 10: the sum of log-probabilities is divided by the number of tokens to this
+            power. Above 0, long sequences are favoured; at 0, only the sum counts.
+        skip_special_tokens: whether special tokens are left out of the text.
     """
 
     beam_width: int
@@ -62,11 +62,11 @@ class BeamSearchSequence:
     """One continuation of a prompt.
 
     Attributes:
-        orig_prompt: the prompt, as it was given.
+        orig_prompt: the prompt as given.
         tokens: tokens of the prompt and of the continuation, the end token included.
         logprobs: the model's log-probabilities for each token of the continuation, by token id.
-        cum_logprob: the sum over the continuation.
-        text: prompt and continuation.
+        cum_logprob: sum of log-probabilities over the continuation.
+        text: text of prompt and continuation.
         finish_reason: "stop" after an end token, otherwise "length".
         stop_reason: always None: beam search has no stop strings.
     """
@@ -99,7 +99,7 @@ class _Search:
         self.complete: list[BeamSearchSequence] = []
         self._params = params
         self._ends = ends
-        self._room = room  # most tokens that may follow
+        self._room = room  # maximum number of tokens that may still be generated
 
     def take(self, entries: Sequence[dict[int, Logprob]]) -> None:
         """Extend every beam by the model's likeliest tokens."""
@@ -148,19 +148,19 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """Search the best continuations of every prompt; outputs are in the order of the prompts.
 
-    Each step of the search is a request for each beam, whose tokens so far are in the prefix cache.
+    Each step of the search sends one request per beam; the prefix cache holds the beam's earlier tokens.
 
     Args:
-        engine: continues the beams.
-        prompts: as of `EngineFront.generate`.
-        use_tqdm: show a progress bar of steps.
-        concurrency_limit: most prompts that are searched at a time; None for all.
-        priority: one for all prompts, or one each.
-        lora_request: as of `EngineFront.generate`; files are not read again for it.
+        engine: engine that continues the beams.
+        prompts: as in `EngineFront.generate`.
+        use_tqdm: whether to show a progress bar of steps.
+        concurrency_limit: maximum number of prompts that are searched at the same time; None for no limit.
+        priority: one priority for all prompts, or one for each.
+        lora_request: as in `EngineFront.generate`, but `load_inplace` is refused.
 
     Raises:
-        RequestError: a prompt or an argument is wrong.
-        CandleVllmError: as of `EngineFront.generate`.
+        RequestError: a prompt or an argument is invalid.
+        CandleVllmError: as in `EngineFront.generate`.
     """
     if not isinstance(params, BeamSearchParams):
         raise InvalidParameterError(f"params must be BeamSearchParams, not {type(params).__name__}", "params")
@@ -190,7 +190,7 @@ def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _S
     tokens = engine.tokenize(text or "") if ids is None else ids
     info = engine.model_info
     ends = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
-    room = max(1, min(params.max_tokens, info.max_model_len - len(tokens)))  # the engine refuses what is too long
+    room = max(1, min(params.max_tokens, info.max_model_len - len(tokens)))  # the engine refuses a longer prompt
     return _Search(BeamSearchSequence(prompt, tokens, []), params, ends, room)
 
 
@@ -200,7 +200,7 @@ def _step(
     own: Sequence[tuple[int, LoraChoice]],
     params: BeamSearchParams,
 ) -> bool:
-    """Extend every beam by one token, with the priority and adapters of its search; False without beams."""
+    """Extend every beam by one token, with its search's priority and adapters; return False if no beam is left."""
     todo = [(beam, *each) for search, each in zip(searches, own, strict=True) for beam in search.beams]
     if not todo:
         return False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """LLM: vLLM's class for programs without an event loop, over `InferenceEngine`.
 
-It differs from `InferenceEngine` where vLLM does: in names and outputs, in sampling defaults (the model's own if no
-parameters were given, otherwise temperature 1 over the whole vocabulary), and in 16 tokens also for a chat.
+It differs from `InferenceEngine` as vLLM does: in names and outputs, in sampling defaults (without parameters, the
+model's own, otherwise temperature 1 over the whole vocabulary), and in the default of 16 tokens, also for a chat.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Defaults:
 
     Args:
         engine: engine whose model's files have defaults.
-        generation: defaults that replace those of the files; None keeps these.
+        generation: defaults that replace those of the files; None leaves these.
         sampling: values that override both.
     """
 
@@ -83,7 +83,7 @@ class Defaults:
         """Fill a request's parameters with vLLM's defaults; None becomes `sampling_params()`.
 
         Raises:
-            InvalidParameterError: `params` is no `SamplingParams`.
+            InvalidParameterError: `params` is not `SamplingParams`.
         """
         if params is None:
             return self.sampling_params()
@@ -98,7 +98,7 @@ class Opened:
     """Engine and defaults of an `LLM` or `AsyncLLM`.
 
     Attributes:
-        owned: the engine was created here, and is closed with its holder.
+        owned: whether the engine was created here; it is then closed with its holder.
         pooling: default pooling parameters of a call.
     """
 
@@ -109,7 +109,7 @@ class Opened:
 
     @classmethod
     def of(cls, model: str | Path | EngineConfig | EngineFront, arguments: Mapping[str, Any]) -> Self:
-        """Create an engine by vLLM's arguments, or wrap an existing engine. Errors as `LLM`."""
+        """Create an engine by vLLM's arguments, or wrap an existing engine. Errors are as for `LLM`."""
         if isinstance(model, EngineFront):
             if arguments:
                 raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
@@ -130,8 +130,8 @@ class LLM:
     """Model for offline inference, with vLLM's names.
 
     Args:
-        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an existing engine, which its
-            owner closes.
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an engine that its owner
+            closes.
         arguments: arguments of vLLM's `LLM`, or fields of `EngineConfig`. LIBRARY_API.md says whether each is
             accepted, translated or refused. `seed` is 0, as in vLLM.
 
@@ -139,7 +139,7 @@ class LLM:
         engine: the engine.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served with these arguments.
         TypeError: an argument has no counterpart here.
     """
 
@@ -152,7 +152,7 @@ class LLM:
         """Make an `LLM` from stored arguments."""
         return cls(**vars(engine_args))
 
-    # ---- texts -------------------------------------------------------------------------------------------------------
+    # ---- text --------------------------------------------------------------------------------------------------------
 
     @explained(SamplingParams=SamplingParams.__struct_fields__)
     def generate(
@@ -169,19 +169,18 @@ class LLM:
         """Continue every prompt; outputs are in the order of the prompts.
 
         Args:
-            prompts: one prompt or a list; a prompt is a text, a list of token ids, or an object with `prompt` or
-                `prompt_token_ids`.
-            sampling_params: one for all, or one each; None is `get_default_sampling_params()`.
-            use_tqdm: show a progress bar on a terminal, or a function that makes one.
-            lora_request: the adapter of all prompts, or one or None for each (`enable_lora`); pairs of adapters and
-                scales mix adapters.
-            priority: one for all, or one each; lower runs first.
+            prompts: a prompt or a list: a text, token ids, or an object with `prompt` or `prompt_token_ids`.
+            sampling_params: one for all prompts, or one for each; None means `get_default_sampling_params()`.
+            use_tqdm: whether to show a progress bar on a terminal, or a function that makes one.
+            lora_request: adapter (`enable_lora`), or pairs of adapters and scales; for all prompts, or a list with one
+                each.
+            priority: one priority for all prompts, or one for each; lower values run first.
             tokenization_kwargs: may have `add_special_tokens`.
-            mm_processor_kwargs: refused: images are read as they are, and prepared as the model's files say.
+            mm_processor_kwargs: refused: images are prepared as the model's files define.
 
         Raises:
-            RequestError: an invalid prompt or parameter, with its index in a list; no prompt has run then.
-            CandleVllmError: the engine failed on a request, or was closed meanwhile.
+            RequestError: a prompt or parameter is invalid; its index is given in a list; no prompt has run then.
+            CandleVllmError: the engine failed on a request, or was closed in the meantime.
         """
         refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
         outputs = self.engine.generate(
@@ -214,12 +213,12 @@ class LLM:
         """Answer a conversation, or every conversation of a list; returns a list of outputs in both cases.
 
         Args:
-            messages: the messages of one conversation, or a list of conversations.
+            messages: messages of one conversation, or a list of conversations.
             chat_template: Jinja source that replaces the model's template.
-            chat_template_content_format: "auto" or "string": parts of a content are always joined to one text.
+            chat_template_content_format: "auto" or "string": the parts of a content are always joined to one text.
             tokenization_kwargs: refused: a template writes the special tokens itself.
 
-        The other arguments and errors are as of `generate` and of `InferenceEngine.chat`.
+        The other arguments and errors are as in `generate` and `InferenceEngine.chat`.
         """
         refuse_given("chat", mm_processor_kwargs=mm_processor_kwargs)
         refuse_given("chat", tokenization_kwargs=tokenization_kwargs or None)
@@ -253,11 +252,11 @@ class LLM:
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
     ) -> list[BeamSearchOutput]:
-        """Find the best continuations of every prompt by beam search. Errors as `generate`.
+        """Find the best continuations of every prompt by beam search. Errors are as in `generate`.
 
         Args:
-            use_tqdm: show a progress bar of steps.
-            concurrency_limit: most prompts that are searched at a time; None for all.
+            use_tqdm: whether to show a progress bar of steps.
+            concurrency_limit: maximum number of prompts that are searched at the same time; None for no limit.
         """
         return beam_search(
             self.engine,
@@ -269,7 +268,7 @@ class LLM:
             lora_request=lora_request,
         )
 
-    # ---- numbers -----------------------------------------------------------------------------------------------------
+    # ---- vectors and scores ------------------------------------------------------------------------------------------
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     def embed(
@@ -281,7 +280,7 @@ class LLM:
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
-        """Compute the embedding of every text; a model that generates text can do this too. Errors as `generate`."""
+        """Compute the embedding of every text, also with a model that generates text. Errors are as in `generate`."""
         refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
         outputs = self.engine.embed(
             prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm, lora_request=lora_request
@@ -314,7 +313,7 @@ class LLM:
                 for the same per token, [tokens, ...].
 
         Raises:
-            InvalidParameterError: another task.
+            InvalidParameterError: the task is unknown or not supported.
         """
         refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
         if asks_classes(pooling_task, self.engine.model_info):
@@ -346,7 +345,7 @@ class LLM:
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
-        """Compute the class probabilities of every text with a classifier. Errors as `generate`."""
+        """Compute the class probabilities of every text with a classifier. Errors are as in `generate`."""
         refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
         return [
             ClassificationRequestOutput(
@@ -370,11 +369,11 @@ class LLM:
     ) -> list[ScoringRequestOutput]:
         """Compute similarity scores of pairs of texts: one with one, one with each of many, or many with as many.
 
-        A cross-encoder reads both texts at once; for other models the score is the cosine of their embeddings.
+        A cross-encoder reads both texts at once; with other models, the score is the cosine of their embeddings.
 
         Raises:
-            InvalidParameterError: an input is no text, or the numbers of texts do not match.
-            CandleVllmError: as of `generate`.
+            InvalidParameterError: an input is not a text, or the numbers of texts do not match.
+            CandleVllmError: as in `generate`.
         """
         refuse_given("score", tokenization_kwargs=tokenization_kwargs or None)
         refuse_given("score", pooling_params=pooling_params, chat_template=chat_template)
@@ -393,7 +392,7 @@ class LLM:
             for number, each in enumerate(outputs)
         ]
 
-    # ---- the rest ----------------------------------------------------------------------------------------------------
+    # ---- other methods -----------------------------------------------------------------------------------------------
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the default sampling parameters: the model's if its files have some, otherwise vLLM's."""
@@ -413,7 +412,7 @@ class LLM:
         self.engine.wake_up(tags)
 
     def get_tokenizer(self) -> LlmTokenizer:
-        """The model's tokenizer and template."""
+        """Return the model's tokenizer and template."""
         return LlmTokenizer(self.engine)
 
     def close(self) -> None:
@@ -429,7 +428,7 @@ class LLM:
     def __repr__(self) -> str:
         return f"LLM({self.engine!r})"
 
-    if not TYPE_CHECKING:  # to which every name would be one
+    if not TYPE_CHECKING:  # a type checker would accept every name
 
         def __getattr__(self, name: str) -> NoReturn:
             said = f": {_ABSENT[name]}" if name in _ABSENT else ""
@@ -518,7 +517,7 @@ def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
     """Whether `encode` computes classes of a text or of its tokens rather than embeddings.
 
     Raises:
-        InvalidParameterError: an unknown task, or one per token or per text that the model does not support.
+        InvalidParameterError: the task is unknown, or the model does not support it per token or per text.
     """
     if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
         raise InvalidParameterError(
@@ -533,7 +532,7 @@ def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
 
 
 def task_params(params: Any, pooling_task: str) -> Any:
-    """Return the pooling parameters for a task; "token_embed" gives an embedding of each token."""
+    """Return the pooling parameters for a task; "token_embed" computes an embedding of each token."""
     if pooling_task != "token_embed":
         return params
     if isinstance(params, (list, tuple)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Output classes of vLLM's library: requests with their texts, embeddings, classes or scores.
 
-The engine's own outputs (`core/engine/outputs.py`) are frozen and hold tuples; these have the form that programs
+The engine's own outputs (`core/engine/outputs.py`) are frozen and hold tuples; these have the types that programs
 written for vLLM expect: lists, dicts of log-probabilities by token id, and outputs that may be unfinished.
 """
 
@@ -27,7 +27,7 @@ class Logprob:
     Attributes:
         logprob: natural logarithm of its probability, before penalties and temperature.
         rank: 1 for the likeliest token.
-        decoded_token: the token alone as text.
+        decoded_token: text of this token alone.
     """
 
     logprob: float
@@ -40,12 +40,11 @@ class CompletionOutput:
     """One sequence of a request: all of it, everything so far, or a delta.
 
     Attributes:
-        index: which of the request's `n` sequences.
-        cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None unless `logprobs` was
-            requested.
-        logprobs: for each token of `token_ids`, by token id: the sampled token and the likeliest tokens.
+        index: index among the request's `n` sequences.
+        cumulative_logprob: sum over the sampled tokens of the whole sequence so far; None without `logprobs`.
+        logprobs: for each token of `token_ids`, log-probabilities by token id: the sampled and the likeliest tokens.
         finish_reason: "stop", "length" or "abort"; None for an unfinished sequence.
-        stop_reason: the stop string or token id that ended it; None for the model's own end token.
+        stop_reason: stop string or token id that ended it; None for the model's own end token.
     """
 
     index: int
@@ -66,11 +65,11 @@ class RequestOutput:
     """A prompt and its sequences.
 
     Attributes:
-        prompt: the text, if one was given.
-        prompt_logprobs: one entry per prompt token if requested, None for the first.
-        metrics: the request's times, once it has finished.
-        num_cached_tokens: prompt tokens that came from the prefix cache.
-        lora_request: its adapter; None without one, and for a mix of several.
+        prompt: text of the prompt, if one was given.
+        prompt_logprobs: one entry for each prompt token if requested; None for the first.
+        metrics: times of the request, once it has finished.
+        num_cached_tokens: number of prompt tokens that were in the prefix cache.
+        lora_request: adapter of the request; None without an adapter, or for a mix of several.
     """
 
     request_id: str
@@ -152,7 +151,7 @@ class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
 
 
 def request_output(given: GenerationOutput) -> RequestOutput:
-    """Convert a finished request of the engine to vLLM's form."""
+    """Convert a finished request of the engine to vLLM's format."""
     return RequestOutput(
         request_id=given.request_id,
         prompt=given.prompt,

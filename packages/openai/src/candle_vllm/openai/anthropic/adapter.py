@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """MessagesAdapter: Anthropic's Messages API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-A request is read as a task, and what happens while it is answered is written as Anthropic's events (steps 2 and 10).
+Requests are converted to tasks, and the events of the answer to Anthropic's events (steps 2 and 10).
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 
-Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
+Fields = Mapping[str, Any]  # a request as a plain object, validated when it is used
 
 
 class MessagesAdapter:
     """Answers Anthropic's requests.
 
     Requests are plain objects, or come from `parse_messages_request` and `parse_count_tokens_request`. Every method
-    raises what `OpenAIAdapter` raises; `to_anthropic_error` turns it into an answer.
+    raises what `OpenAIAdapter` raises; `to_anthropic_error` converts it to a response.
     """
 
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Fields | None = None) -> None:
         """
         Args:
             adapter: answers the tasks.
-            sampling_defaults: by names of `SamplingParams`, for what a request leaves open; before the model's own.
+            sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
         """
         self._adapter = adapter
         self._sampling_defaults = dict(sampling_defaults or {})
 
     async def create(self, request: MessagesRequest | Fields) -> Message:
-        """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
+        """Return the whole answer; the request's `stream` is ignored. Cancelling this coroutine aborts the request."""
         async with aclosing(await self.create_stream(request)) as events:
             return join_message([event async for event in events])
 
     async def create_stream(self, request: MessagesRequest | Fields) -> MessageStream:
-        """Submits the request and gives its events as they come; close the stream to abort it."""
+        """Submit the request and stream its events; close the stream to abort the request."""
         parsed = request if isinstance(request, MessagesRequest) else parse_messages_request(request)
         reading = await self._read(parsed)
         with reading.worded():
@@ -64,7 +64,7 @@ class MessagesAdapter:
             except PromptTooLongError as error:
                 if error.param != "max_tokens":
                     raise
-                # As Anthropic's models do: the answer goes on up to the context's end, and says that it ended there.
+                # As with Anthropic's models, the answer continues to the end of the context; its stop reason says so.
                 answer, bound = await self._unbound(reading.task), True
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
         writer = EventWriter(show_thinking=shown, context_bound=bound)
@@ -72,7 +72,7 @@ class MessagesAdapter:
         return MessageStream(answer, writer, partial(_worded, reading), writer.start(answer.head, counts))
 
     async def count_tokens(self, request: CountTokensRequest | Fields) -> TokenCount:
-        """The tokens of the prompt that `create` would make, found in the cache or not; nothing is generated."""
+        """Count the prompt tokens that `create` would submit, cached or not; nothing is generated."""
         parsed = request if isinstance(request, CountTokensRequest) else parse_count_tokens_request(request)
         reading = await self._read(parsed)
         with reading.worded():
@@ -87,12 +87,12 @@ class MessagesAdapter:
             raise
 
     async def _read(self, request: MessagesRequest | CountTokensRequest) -> Reading:
-        """Not in the event loop: conversations may be long."""
+        """Convert a request in another thread, because conversations may be long."""
         return await apart(read_messages, request, self._sampling_defaults)
 
 
 class MessageStream(ChunkStream[MessageEvent]):
-    """The events of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+    """Events of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
 
 
 @contextmanager

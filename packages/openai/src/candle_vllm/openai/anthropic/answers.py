@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's answers and the events of its streams (step 10)."""
+"""Anthropic's answers and stream events (step 10)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.events import Usage as Counts
 
-# Thinking blocks carry a signature, by which Anthropic knows its own. Here it is always this one, and never looked at.
+# Thinking blocks have a signature that Anthropic verifies. Here it is a constant, and requests are not checked for it.
 SIGNATURE = "Y2FuZGxlLXZsbG0gdGhvdWdodHMsIHVuc2lnbmVk"
 
 
@@ -25,17 +25,17 @@ class TextBlock(_Tagged, frozen=True, kw_only=True, tag="text"):
 
 
 class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
-    """What the model thought; empty where the request asked to leave it out."""
+    """The model's reasoning; empty if the request omits its text."""
 
     thinking: str
     signature: str
 
 
 class ToolUseBlock(_Tagged, frozen=True, kw_only=True, tag="tool_use"):
-    """A call that the client is asked to make; the result refers to its `id`.
+    """A call that the client is asked to execute; the result refers to its `id`.
 
-    `input` is what had come of it where the answer was cut. Text of the model that is no JSON object stands as it is
-    in a member `INVALID_JSON`, so that no tool takes a part of it for the whole.
+    If the answer was truncated, `input` has what was generated. Model output that is not a JSON object is stored
+    unchanged in a member `INVALID_JSON`, so that no tool mistakes a part of it for the whole.
     """
 
     id: str
@@ -47,17 +47,17 @@ ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    """What the output's tokens were: `thinking_tokens` are thoughts, with the marks around them."""
+    """Kinds of output tokens: `thinking_tokens` counts the reasoning with its marks."""
 
     thinking_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the request. The prompt is `input_tokens` and `cache_read_input_tokens` together.
+    """Tokens of the request. The prompt is the sum of `input_tokens` and `cache_read_input_tokens`.
 
     Attributes:
-        cache_creation_input_tokens: 0: nothing is charged for what is put into the cache.
-        output_tokens_details: there where the model may have thought.
+        cache_creation_input_tokens: 0, because writing to the cache is not charged.
+        output_tokens_details: present if the model may have thought.
     """
 
     input_tokens: int
@@ -68,7 +68,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> Usage:
-        """The counts of an answer."""
+        """Convert the counts of an answer."""
         reasoning = counts.reasoning_tokens
         return cls(
             input_tokens=counts.prompt_tokens - counts.cached_tokens,
@@ -82,9 +82,9 @@ class Message(_Tagged, frozen=True, kw_only=True, tag="message"):
     """The whole answer.
 
     Attributes:
-        stop_reason: `end_turn`, `max_tokens`, `stop_sequence`, `tool_use`, or `model_context_window_exceeded` where
-            the context ended before `max_tokens` did; null in `message_start`.
-        stop_sequence: the one that ended it.
+        stop_reason: `end_turn`, `max_tokens`, `stop_sequence`, `tool_use`, or `model_context_window_exceeded` if the
+            context ended before `max_tokens` was reached; null in `message_start`.
+        stop_sequence: the stop sequence that ended the answer.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Message(_Tagged, frozen=True, kw_only=True, tag="message"):
 
 
 class TokenCount(msgspec.Struct, frozen=True):
-    """How many tokens a prompt has."""
+    """Number of tokens of a prompt."""
 
     input_tokens: int
 
@@ -105,7 +105,7 @@ class TokenCount(msgspec.Struct, frozen=True):
 class _Event(_Tagged, frozen=True, kw_only=True):
     @property
     def event_name(self) -> str:
-        """What stands behind `event:`."""
+        """The event name after `event:`."""
         return str(self.__struct_config__.tag)
 
 
@@ -116,24 +116,24 @@ class MessageStart(_Event, frozen=True, kw_only=True, tag="message_start"):
 
 
 class Ping(_Event, frozen=True, kw_only=True, tag="ping"):
-    """Says nothing."""
+    """An event without content."""
 
 
 class ContentBlockStart(_Event, frozen=True, kw_only=True, tag="content_block_start"):
-    """A block begins, empty."""
+    """Start of an empty block."""
 
     index: int
     content_block: ContentBlock
 
 
 class TextDelta(_Tagged, frozen=True, kw_only=True, tag="text_delta"):
-    """More text."""
+    """Delta of text."""
 
     text: str
 
 
 class ThinkingDelta(_Tagged, frozen=True, kw_only=True, tag="thinking_delta"):
-    """More thoughts."""
+    """Delta of reasoning."""
 
     thinking: str
 
@@ -145,33 +145,33 @@ class SignatureDelta(_Tagged, frozen=True, kw_only=True, tag="signature_delta"):
 
 
 class InputJsonDelta(_Tagged, frozen=True, kw_only=True, tag="input_json_delta"):
-    """More of the JSON text of a call's input."""
+    """Delta of the JSON text of a call's input."""
 
     partial_json: str
 
 
 class ContentBlockDelta(_Event, frozen=True, kw_only=True, tag="content_block_delta"):
-    """More of the open block."""
+    """Delta of the open block."""
 
     index: int
     delta: TextDelta | ThinkingDelta | SignatureDelta | InputJsonDelta
 
 
 class ContentBlockStop(_Event, frozen=True, kw_only=True, tag="content_block_stop"):
-    """The open block is complete."""
+    """End of the open block."""
 
     index: int
 
 
 class StopDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """Why the answer ended."""
+    """Reason why the answer ended."""
 
     stop_reason: str
     stop_sequence: str | None = None
 
 
 class MessageDelta(_Event, frozen=True, kw_only=True, tag="message_delta"):
-    """The end of the message, and its counts; they replace those of `message_start`."""
+    """End of the message and its counts, which replace those of `message_start`."""
 
     delta: StopDelta
     usage: Usage

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Content blocks of Anthropic's requests (step 2).
 
-Text, images, what a model thought, the calls it made, and their results can be read. Every other type is refused by its
-name.
+Text, images, reasoning, tool calls and their results are accepted; the error of any other type names it.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ CacheControl = dict[str, Any]
 
 
 class TextBlock(WireModel):
-    """Text. The cache mark has no effect, because every full block is cached; nor has `parsed_output`.
+    """Text. The cache mark has no effect, because every full block is cached; neither has `parsed_output`.
 
-    `parsed_output` is what the official client makes of an answer's text.
+    The official client adds `parsed_output` to the text of an answer.
     """
 
     type: Literal["text"]
@@ -48,13 +47,13 @@ class TextBlock(WireModel):
 
 
 class WrittenBlock(TextBlock):
-    """Text of a user or of a system prompt, which says something."""
+    """Non-empty text of a user or of a system prompt."""
 
     text: Annotated[str, Field(min_length=1)]
 
 
 class ThinkingBlock(WireModel):
-    """What a model thought; the signature is not looked at."""
+    """Reasoning of the model; its signature is not checked."""
 
     type: Literal["thinking"]
     thinking: str
@@ -62,20 +61,20 @@ class ThinkingBlock(WireModel):
 
 
 class RedactedThinkingBlock(WireModel):
-    """Thoughts that only Anthropic can read; left out."""
+    """Reasoning that only Anthropic can read; ignored."""
 
     type: Literal["redacted_thinking"]
     data: str
 
 
 class _Caller(WireModel):
-    """Who called a tool: the model itself."""
+    """Caller of a tool: always the model."""
 
     type: Literal["direct"]
 
 
 class ToolUseBlock(WireModel):
-    """A call that an earlier answer made."""
+    """A call in an earlier answer."""
 
     type: Literal["tool_use"]
     id: Name
@@ -91,13 +90,13 @@ class ToolUseBlock(WireModel):
     def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:  # objects of Python that are no JSON
+        except (TypeError, ValueError, RecursionError) as error:  # Python objects that are not JSON
             raise invalid("", f"must be JSON: {error}") from None
         return value
 
 
 class Base64Source(WireModel):
-    """The data of an image; what its bytes are is looked at, and the type that is said is not believed."""
+    """Data of an image; its type is found from its bytes, not from `media_type`."""
 
     type: Literal["base64"]
     media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
@@ -105,7 +104,7 @@ class Base64Source(WireModel):
 
 
 class UrlSource(WireModel):
-    """The address of an image."""
+    """Address of an image."""
 
     type: Literal["url"]
     url: Annotated[str, Field(min_length=1)]
@@ -132,7 +131,7 @@ class ImageBlock(WireModel):
     cache_control: CacheControl | None = None
 
     def image(self, path: str) -> ImagePart:
-        """The image as a task has it."""
+        """Convert to the `ImagePart` of a `Task`."""
         if isinstance(self.source, FileSource):
             return ImagePart(self.source.file_id, path=f"{path}.source.file_id", stored=True)
         if isinstance(self.source, UrlSource):
@@ -141,7 +140,7 @@ class ImageBlock(WireModel):
 
 
 class PlainTextSource(WireModel):
-    """A document's text."""
+    """Text of a document."""
 
     type: Literal["text"]
     media_type: Literal["text/plain"]
@@ -149,12 +148,12 @@ class PlainTextSource(WireModel):
 
     @property
     def text(self) -> str:
-        """The document."""
+        """Text of the document."""
         return self.data
 
 
 class ContentSource(WireModel):
-    """A document as a text or as blocks of text."""
+    """A document as a text or as text blocks."""
 
     type: Literal["content"]
     content: Annotated[
@@ -165,7 +164,7 @@ class ContentSource(WireModel):
 
     @property
     def text(self) -> str:
-        """The document."""
+        """Text of the document."""
         return self.content if isinstance(self.content, str) else "\n".join(block.text for block in self.content)
 
 
@@ -176,8 +175,7 @@ def _readable(value: Any) -> Any:
 
 
 class DocumentBlock(WireModel):
-    """A document of plain text; the model reads its title, what is said of it, and its text. The cache mark has no
-    effect, and nothing is cited."""
+    """A document of plain text; the model reads its title, context and text. The cache mark has no effect."""
 
     type: Literal["document"]
     source: Annotated[
@@ -195,12 +193,12 @@ class DocumentBlock(WireModel):
 
     @property
     def text(self) -> str:
-        """What the model reads."""
+        """The text that the model reads."""
         return "\n".join(filter(None, (self.title, self.context, self.source.text)))
 
 
 class ToolReferenceBlock(WireModel):
-    """A tool that a search found; the model reads its name."""
+    """A tool that a search returned; the model reads its name."""
 
     type: Literal["tool_reference"]
     tool_name: Name
@@ -208,12 +206,12 @@ class ToolReferenceBlock(WireModel):
 
     @property
     def text(self) -> str:
-        """What the model reads."""
+        """The text that the model reads."""
         return f"Tool: {self.tool_name}"
 
 
 def type_of(value: Any) -> str:
-    """The `type` of an object; raises pydantic's error for an object without `type`."""
+    """Return the `type` of an object; raises pydantic's error for an object without `type`."""
     if isinstance(value, WireModel):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):
@@ -226,7 +224,7 @@ def type_of(value: Any) -> str:
 
 
 def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
-    """A check that an object's type is one of `allowed`; null passes."""
+    """Return a validator that requires the type of an object to be one of `allowed`; null passes."""
 
     def check(value: Any) -> Any:
         if value is not None and (kind := type_of(value)) not in allowed:
@@ -237,7 +235,7 @@ def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
 
 
 def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
-    """A check that a block's type is one of `allowed`; `place` is where the block stands, in words."""
+    """Return a validator that requires a block's type to be one of `allowed`; `place` names its place in messages."""
 
     def check(value: Any) -> Any:
         kind = type_of(value)
@@ -263,7 +261,7 @@ def _form(value: Any) -> str:
     return "<blocks>" if isinstance(value, list) else "<string>"
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 _ResultBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
@@ -280,7 +278,7 @@ _ResultContent = Annotated[
 
 
 class ToolResultBlock(WireModel):
-    """What a called tool gave back, which may be nothing; `is_error` says that it failed."""
+    """Result of a called tool; may be empty. `is_error` marks a failed call."""
 
     type: Literal["tool_result"]
     tool_use_id: Name

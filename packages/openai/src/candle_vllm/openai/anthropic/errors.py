@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The table of errors in Anthropic's words: exception -> status, error body and headers.
+"""Table of errors in Anthropic's form: exception -> status, error body and headers.
 
-It is made from OpenAI's table, so that the two routes agree on what is whose fault and on what may be told.
+It is built from OpenAI's table, so both APIs agree on whose fault an error is and on what a client may know.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import msgspec
 
 from candle_vllm.openai.errors import to_error
 
-OVERLOADED = 529  # Anthropic's status for it, which its clients know and retry
-_FINAL = (401, 403)  # Claude Code would try a wrong key again for minutes, because Anthropic's tokens are renewed
+OVERLOADED = 529  # Anthropic's status for overload, which its clients know and retry
+_FINAL = (401, 403)  # not retried: Claude Code would retry a wrong key for minutes, as Anthropic's tokens are renewed
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -27,11 +27,11 @@ _TYPES = {
 
 
 class ErrorCode(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client's program acts on.
+    """Machine-readable details of an error.
 
     Attributes:
-        error_code: `thread_unsupported_request`: the client shall send the whole conversation without a thread.
-        unsupported: the fields that made it so.
+        error_code: `thread_unsupported_request`: the client must send the whole conversation without a thread.
+        unsupported: the fields that caused the error.
     """
 
     error_code: str
@@ -39,13 +39,13 @@ class ErrorCode(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong.
+    """Description of an error.
 
     Attributes:
-        type: a word of Anthropic's.
-        message: for people; begins with the field at fault, where one is.
-        param: the field to blame as a dotted path (`messages.0.content`), or None; Anthropic has no such field.
-        details: where a client has a way round.
+        type: Anthropic's type of the error.
+        message: text for people; begins with the field at fault, if there is one.
+        param: dotted path of the field at fault (`messages.0.content`), or None; Anthropic has no such field.
+        details: present if the client can work around the error.
     """
 
     type: str
@@ -58,19 +58,19 @@ _NO_THREADS = ErrorCode(error_code="thread_unsupported_request", unsupported=("t
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
-    """The whole body of a failed request, and the data of an error inside a stream."""
+    """Body of a failed request, and data of an error inside a stream."""
 
     error: ErrorDetail
     request_id: str | None = None
 
     @property
     def event_name(self) -> str:
-        """What stands behind `event:` in a stream."""
+        """The event name after `event:` in a stream."""
         return "error"
 
 
 class ErrorResponse(NamedTuple):
-    """What to answer to a failed request."""
+    """Response to a failed request."""
 
     status: int
     body: ErrorBody
@@ -78,7 +78,7 @@ class ErrorResponse(NamedTuple):
 
 
 def to_anthropic_error(exception: Exception, *, request_id: str | None = None) -> ErrorResponse:
-    """The answer to a request that ended in `exception`; what may be told of it is as in `to_error`."""
+    """Convert the exception that ended a request to a response; `to_error` decides what the client may know."""
     known = to_error(exception)
     error = known.body.error
     status = OVERLOADED if error.code == "overloaded" else known.status
@@ -93,7 +93,7 @@ def anthropic_error(
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
 ) -> ErrorResponse:
-    """The answer with this status, for what a server refuses itself: a missing key, a body that is too large."""
+    """Build a response with this status, for errors that the server itself finds: a missing key, a body too large."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     details = _NO_THREADS if param == "thread" else msgspec.UNSET
     detail = ErrorDetail(type=kind, message=_with_field(message, param), param=param, details=details)
@@ -102,7 +102,7 @@ def anthropic_error(
 
 
 def _with_field(message: str, param: str | None) -> str:
-    """Anthropic's form: the field, a colon, and what is wrong with it."""
+    """Format the message as Anthropic does: the field, a colon, and the fault."""
     if param is None:
         return message
     named = message.startswith((f"{param} ", f"{param}:"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The messages of Anthropic's requests, and the rules that tie calls to their results (step 2)."""
+"""Messages of Anthropic's requests, and the rules that connect calls to their results (step 2)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _ROLES = ("user", "assistant", "system")
 
 
 class UserMessage(WireModel):
-    """What the user said, and what tools gave back."""
+    """Content of the user, and results of tools."""
 
     role: Literal["user"]
     content: UserContent
 
 
 class AssistantMessage(WireModel):
-    """An earlier answer; as the last message, the beginning of the next one. An answer may have been empty."""
+    """An earlier answer; as the last message, the beginning of the next answer. An answer may be empty."""
 
     role: Literal["assistant"]
     content: AssistantContent
 
 
 class _TurnConfig(WireModel):
-    """Settings from this message on; an effort has no effect, as in `output_config`."""
+    """Settings that apply from this message on; an effort has no effect, as in `output_config`."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
@@ -43,7 +43,7 @@ class _TurnConfig(WireModel):
 class SystemMessage(WireModel):
     """Instructions in the middle of a conversation.
 
-    `clear_at: "next_user_message"` means that they are shown until a user message follows.
+    `clear_at: "next_user_message"` means that they apply until a user message follows.
     """
 
     role: Literal["system"]
@@ -77,13 +77,13 @@ Message = Annotated[
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Every call is answered in the turn after it, once, and nothing else is; results stand before text.
+    """Check that each call has exactly one result in the turn after it, and that results precede text.
 
-    Consecutive messages of one role are one turn, and system messages do not end a turn. Ids may come again in later
+    Consecutive messages of one role are one turn, and system messages do not end a turn. Ids may be repeated in later
     turns. Raises the error that pydantic reports.
     """
     pending: dict[str, None] = {}
-    answered_in: int | None = None  # the first user message behind the calls
+    answered_in: int | None = None  # the first user message after the calls
     for index, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
             if answered_in is not None:

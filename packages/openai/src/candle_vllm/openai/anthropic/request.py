@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's requests: bytes to a checked object (step 2)."""
+"""Anthropic's requests: bytes -> a validated object (step 2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import Schema, check_tools
 from candle_vllm.openai.validation import parse_body
 
-# Accepted, checked, and without effect.
+# Accepted, validated, without effect.
 ADVISORY_MESSAGES_FIELDS: Mapping[str, str] = {
     "metadata": "names the caller's user; the server keeps no per-user state",
     "service_tier": "chooses a price; there is one tier",
@@ -68,18 +68,18 @@ REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
 }
 
 
-MIN_BUDGET = 1024  # Anthropic's least `budget_tokens`
+MIN_BUDGET = 1024  # Anthropic's minimum for `budget_tokens`
 
 _Display = Literal["summarized", "omitted", "updates"]
 
 
 class ThinkingOn(WireModel):
-    """The model thinks (`enabled`), or decides itself (`adaptive`); templates know one switch for both.
+    """Thinking is on (`enabled`), or the model decides (`adaptive`); templates have one switch for both.
 
     Attributes:
-        budget_tokens: most tokens of thoughts; behind as many they are ended and the answer goes on.
-        display: `omitted` leaves their text out of the answer; else they are shown as they come.
-        block_binding: about signatures, which are not looked at; no effect.
+        budget_tokens: maximum number of thinking tokens; after that thinking is ended and the answer follows.
+        display: `omitted` leaves the text of the thinking out of the answer; otherwise it is streamed.
+        block_binding: applies to signatures, which are not checked; no effect.
     """
 
     type: Literal["enabled", "adaptive"]
@@ -97,7 +97,7 @@ class ThinkingOn(WireModel):
 
 
 class ThinkingOff(WireModel):
-    """The model is told not to think; thoughts of one that cannot be told are left out of the answer."""
+    """Thinking is off; thinking of a model that cannot turn it off is left out of the answer."""
 
     type: Literal["disabled"]
 
@@ -106,7 +106,7 @@ def _thinking(value: Any) -> str:
     return "<off>" if type_of(value) == "disabled" else "<on>"
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 Thinking = Annotated[
     Annotated[ThinkingOn, Tag("<on>")] | Annotated[ThinkingOff, Tag("<off>")],
     Discriminator(_thinking),
@@ -115,14 +115,14 @@ Thinking = Annotated[
 
 
 class JsonFormat(WireModel):
-    """JSON that follows a schema; the model is not shown the schema."""
+    """JSON that follows a schema; the model does not see the schema."""
 
     type: Literal["json_schema"]
     json_schema: Schema = Field(alias="schema")
 
 
 class OutputConfig(WireModel):
-    """The form of the answer; `effort` has no effect, because templates differ in the efforts that they take."""
+    """Format of the answer; `effort` has no effect, because templates accept different efforts."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
@@ -133,13 +133,13 @@ class OutputConfig(WireModel):
 
 
 class Metadata(WireModel):
-    """Names the caller's user; no effect."""
+    """User of the caller; no effect."""
 
     user_id: str | None = None
 
 
 class PromptRequest(WireModel):
-    """What the model sees, and the fields that both requests share. None always means absent."""
+    """What the model sees: fields that both requests share. None always means absent."""
 
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -149,7 +149,7 @@ class PromptRequest(WireModel):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
 
-    # ADVISORY_MESSAGES_FIELDS: checked and without effect.
+    # ADVISORY_MESSAGES_FIELDS: validated, without effect.
     cache_control: CacheControl | None = None
     context_management: dict[str, Any] | None = None
     speed: Literal["standard", "fast"] | None = None
@@ -201,16 +201,16 @@ class MessagesRequest(PromptRequest):
 
 
 class CountTokensRequest(PromptRequest):
-    """A conversation whose tokens are counted: `POST /v1/messages/count_tokens`."""
+    """A conversation to count the tokens of: `POST /v1/messages/count_tokens`."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
 
 
 def parse_messages_request(body: bytes | Mapping[str, Any]) -> MessagesRequest:
-    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a request from a body or an object; raises `RequestError`."""
     return parse_body(MessagesRequest, body)
 
 
 def parse_count_tokens_request(body: bytes | Mapping[str, Any]) -> CountTokensRequest:
-    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and validate a request from a body or an object; raises `RequestError`."""
     return parse_body(CountTokensRequest, body)

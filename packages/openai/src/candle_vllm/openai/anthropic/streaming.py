@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Events of an answer -> Anthropic's events, and those -> the whole message (step 10).
 
-There is one path: a whole message is the sum of the events that a stream would have sent, so the two cannot differ.
+A whole message is joined from the events of a stream, so the two cannot differ.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _Kind = Literal["text", "thinking"]
 
 
 class EventWriter:
-    """The events of one answer.
+    """Writes the events of one answer.
 
-    Blocks follow each other: one is closed before the next begins. White space between blocks is left out, because
-    clients send blocks back and this API takes none without text.
+    Blocks follow each other: one is closed before the next begins. White space between blocks is omitted, because
+    clients send blocks back, and this API refuses text blocks that are blank.
 
     Args:
-        show_thinking: whether thoughts are shown; where not, their blocks are empty.
-        context_bound: the answer may go on up to the context's end, because `max_tokens` lies behind it.
+        show_thinking: whether thinking blocks have their text; otherwise they are empty.
+        context_bound: the answer may fill the context, because `max_tokens` exceeds the context.
     """
 
     def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:
@@ -36,20 +36,20 @@ class EventWriter:
         self._counts: Counts | None = None
         self._index = -1
         self._open: _Kind | ToolInput | None = None
-        self._space: tuple[_Kind, str] | None = None  # white space that may be the beginning of a block
+        self._space: tuple[_Kind, str] | None = None  # white space that may begin a block
         self._stop: answers.StopDelta | None = None
         self._begun = False
 
     def start(self, head: Head, counts: Counts) -> list[answers.MessageEvent]:
-        """The first events, before the first token: clients count what they see as a sign of life. How much of the
-        prompt was cached is not known then; the last counts have it."""
+        """Return the events that precede the first token: clients take them as a sign of life. The number of cached
+        prompt tokens is not known yet; the final counts have it."""
         self._begun = True
         name = "msg_" + head.id.removeprefix("chatcmpl-")
         message = answers.Message(id=name, model=head.model, content=(), usage=answers.Usage.of(counts))
         return [answers.MessageStart(message=message), answers.Ping()]
 
     def write(self, events: Sequence[Event]) -> list[answers.MessageEvent]:
-        """The events that those of an answer with one choice make."""
+        """Convert events of an answer with one choice."""
         return [made for event in events for made in self._written(event)]
 
     def _written(self, event: Event) -> list[answers.MessageEvent]:
@@ -110,7 +110,7 @@ class EventWriter:
         return [answers.ContentBlockStart(index=self._index, content_block=block)]
 
     def _close(self, *, cut: bool = False) -> list[answers.MessageEvent]:
-        """`cut`: the answer ends here, and not where the model was done with a call."""
+        """Close the open block; `cut`: the answer ended here without completing a call."""
         kind, self._open, self._space = self._open, None, None
         if kind is None:
             return []
@@ -131,7 +131,7 @@ class EventWriter:
 
 
 def join_message(events: Sequence[answers.MessageEvent]) -> answers.Message:
-    """The whole message that `events` amount to."""
+    """Join `events` to the whole message."""
     start = events[0]
     assert isinstance(start, answers.MessageStart)
     message, blocks = start.message, list[answers.ContentBlock]()

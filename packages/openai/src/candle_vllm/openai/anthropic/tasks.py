@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's edge: checked requests -> tasks, and errors in Anthropic's words (step 2)."""
+"""Anthropic's requests -> tasks, and errors in Anthropic's wording (step 2)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _CHOICES = {
     "tool": Choice("required"),
     "none": Choice("none"),
 }
-_PREFILL = "continue_final_message"  # how core's messages call an answer that is begun already
+_PREFILL = "continue_final_message"  # core's name for an answer that the messages begin
 
 
 class Reading(NamedTuple):
-    """A task, and the path of the message that its last one begins with."""
+    """A task, and the path of the request message from which its last message begins."""
 
     task: Task
     last: str
 
     @contextmanager
     def worded(self) -> Iterator[None]:
-        """Errors about the prompt come out in the words that Anthropic's clients know."""
+        """Reword errors about the prompt as Anthropic's clients expect them."""
         try:
             yield
         except RequestError as error:
@@ -45,17 +45,17 @@ class Reading(NamedTuple):
                     "not write it as it is: end with a user message"
                 )
             if isinstance(error, PromptTooLongError) and error.param != "max_tokens":
-                text = f"prompt is too long: {text}"  # by these words clients know that they must shorten it
+                text = f"prompt is too long: {text}"  # clients recognise this wording and shorten the prompt
             error.args = (text, *error.args[1:])
             raise
 
 
 def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaults: Mapping[str, Any]) -> Reading:
-    """What a checked request asks for; raises `RequestError`.
+    """Convert a validated request; raises `RequestError`.
 
     Args:
-        request: checked.
-        sampling_defaults: by names of `SamplingParams`, for fields that the request leaves open.
+        request: a validated request.
+        sampling_defaults: values by name in `SamplingParams` for fields that the request leaves open.
     """
     turns, prefilled = read_turns(request.system, request.messages)
     form = _form(request)
@@ -77,7 +77,7 @@ def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaul
         model=request.model,
         continued=prefilled,
         variables={} if thinks is None else {"thinking": thinks, "enable_thinking": thinks},
-        # Clients send a budget whatever model answers: where its thoughts have no marks there is nothing to limit.
+        # Clients send a budget to every model: if its thinking has no marks, there is nothing to limit.
         thinking=None if budget is None else ThinkingLimit(budget, required=False),
         show_thoughts=thinks is not False,
     )

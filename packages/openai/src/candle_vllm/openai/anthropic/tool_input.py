@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The arguments of a call as they come -> JSON text of an object that clients can read at every moment (step 10).
+"""Streamed arguments of a call -> JSON text of an object that clients can parse at every moment (step 10).
 
-Clients of this API parse a call's input while it streams, and fail on text that is no JSON. Models write such text. So
-names and texts at the top of the object are passed on as they come, every other value when it is complete. Where the
-text turns out to be no JSON object, the whole of it is added as a member `INVALID_JSON`: no schema of a tool has that.
+Clients of this API parse a call's input while it streams, and fail on invalid JSON, which models may write. So names
+and strings at the top level of the object are passed on at once, every other value when it is complete. If the text
+turns out not to be a JSON object, all of it is added as a member `INVALID_JSON`, a name that no tool's schema has.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
 _SPACE = " \t\r\n"
 _PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
 _STRUCTURE = re.compile(r'["\[\]{}]')
-_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)  # up to its end, or as far as it has come
+_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)  # up to its end, or the part that has arrived
 _SCALAR_END = re.compile(r"[,}\s]")
 _HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _LOW = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _UNIT = re.compile(r"\\u[0-9a-fA-F]{4}")
 _ESCAPES = '"\\/bfnrt'
-_REPLACED = "\\ufffd"  # for half of a surrogate pair
+_REPLACED = "\\ufffd"  # replaces half of a surrogate pair
 
 
 class _Broken(Exception):
-    """The text is no JSON object."""
+    """The text is not a JSON object."""
 
 
 class ToolInput:
-    """The input of one call."""
+    """Input of one call."""
 
     def __init__(self) -> None:
         self._raw: list[str] = []
-        self._text = ""  # what has come and is not taken
-        self._held = ""  # what stands before the next value, to be passed on with it
+        self._text = ""  # text that has arrived and is not consumed
+        self._held = ""  # text before the next value, passed on with that value
         self._scan = _Scan()
         self._has_members = self._begun = self._complete = self._in_text = self._broken = False
         self._state: Callable[[list[str]], bool] = self._begin
 
     def feed(self, text: str) -> str:
-        """Takes more of the arguments; returns what can be passed on."""
+        """Add more of the arguments; return the text that can be passed on."""
         self._raw.append(text)
         if self._broken or self._complete:
             return ""
@@ -60,7 +60,7 @@ class ToolInput:
         return "".join(parts)
 
     def finish(self, *, cut: bool) -> str:
-        """The call is over; returns the rest. A call that was `cut` stays open where it was right so far."""
+        """End the call; return the rest. A call that was `cut` stays incomplete if it was valid so far."""
         raw = "".join(self._raw)
         if self._complete or (not self._broken and (cut or not raw.strip())):
             return ""
@@ -70,7 +70,7 @@ class ToolInput:
         member = f"{json.dumps(INVALID)}: {json.dumps(readable)}"
         return f"{bridge if self._begun else '{'}{member}}}"
 
-    # Each state takes what it can of the text; False where it needs more to go on.
+    # Each state consumes what it can of the text; it returns False if it needs more to continue.
 
     def _begin(self, parts: list[str]) -> bool:
         if not self._skip():
@@ -170,7 +170,7 @@ class ToolInput:
 
 
 class _Scan:
-    """Looks for the end of a name or a value; goes on where it was when there is more."""
+    """Searches the end of a name or a value; resumes at its position when there is more text."""
 
     def __init__(self) -> None:
         self.place = 0
@@ -178,7 +178,7 @@ class _Scan:
         self._in_string = False
 
     def end(self, text: str) -> int | None:
-        """Where the value at the beginning of `text` ends; None where it is not complete."""
+        """Return the end of the value at the beginning of `text`; None if the value is not complete."""
         if text[0] not in '[{"':
             match = _SCALAR_END.search(text, self.place)
             self.place = len(text) if match is None else match.start()
@@ -203,7 +203,7 @@ class _Scan:
 
 
 def _escaped(text: str) -> tuple[str, int]:
-    """What stands for the escape, or for the character that needs one, and how long it is; 0 where more is needed."""
+    """Return the replacement of the first escape or character, and its length; 0 if more text is needed."""
     if text[0] != "\\":
         return (_REPLACED if text[0] > "\x1f" else json.dumps(text[0])[1:-1]), 1
     if len(text) < 2 or (text[1] == "u" and len(text) < 6):
@@ -220,18 +220,18 @@ def _escaped(text: str) -> tuple[str, int]:
 
 
 def _check(text: str) -> None:
-    """Raises where the text is no JSON value that every client can read."""
+    """Raise `_Broken` if the text is not a JSON value that every client can read."""
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         if is_deeper(value, MAX_DEPTH - 1) or _has_wide_integer(value):
             raise _Broken
-    except (ValueError, RecursionError):  # also halves of surrogate pairs
+    except (ValueError, RecursionError):  # halves of surrogate pairs too
         raise _Broken from None
 
 
 def _has_wide_integer(value: Any) -> bool:
-    """Integers of more than 64 bits, which answers cannot have."""
+    """Whether the value has an integer of more than 64 bits, which answers cannot have."""
     if isinstance(value, dict):
         return any(map(_has_wide_integer, value.values()))
     if isinstance(value, list):
@@ -240,5 +240,5 @@ def _has_wide_integer(value: Any) -> bool:
 
 
 def parsed_input(text: str) -> dict[str, Any]:
-    """The object that a call's passed on text stands for, also where it is cut."""
+    """Parse the text that was passed on for a call, which may be incomplete."""
     return from_json(text, allow_partial=True) if text else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tools of Anthropic's requests, and the choice among them (step 2)."""
+"""Tools of Anthropic's requests, and the tool choice (step 2)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ ToolName = Annotated[str, AfterValidator(_check_name)]
 
 
 class Tool(WireModel):
-    """A tool that the client runs.
+    """A tool that the client executes.
 
-    `defer_loading` has no effect: every tool is shown to the model from the start, which keeps the beginning of the
-    prompt, and so the prefix cache, the same. Nor has `eager_input_streaming`: the input is always streamed as it
-    comes.
+    `defer_loading` has no effect: the model sees every tool from the start, so the beginning of the prompt stays the
+    same for the prefix cache. `eager_input_streaming` has no effect either: the input is always streamed.
     """
 
     type: Literal["custom"] | None = None
@@ -52,7 +51,7 @@ class Tool(WireModel):
     }
 
     def shown(self) -> dict[str, Any]:
-        """The tool for a chat template, in the form that templates know."""
+        """Return the tool in the form that chat templates expect."""
         given = {
             "name": self.name,
             "description": self.description,
@@ -63,7 +62,7 @@ class Tool(WireModel):
 
 
 class SearchTool(WireModel):
-    """Anthropic's search among deferred tools; left out, because every tool is shown from the start."""
+    """Anthropic's search among deferred tools; ignored, because the model sees every tool from the start."""
 
     type: str
     name: Name
@@ -76,7 +75,7 @@ def _is_search(value: Any) -> bool:
 
 
 def _run_by_the_client(value: Any) -> Any:
-    """Names the tools that Anthropic runs, or knows without a schema."""
+    """Refuse tools that Anthropic executes, or defines without a schema, with a hint."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "custom" and not _is_search(value):
         if kind == "function":
@@ -89,7 +88,7 @@ def _tool_form(value: Any) -> str:
     return "<search>" if _is_search(value) or isinstance(value, SearchTool) else "<tool>"
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 AnyTool = Annotated[
     Annotated[Tool, Tag("<tool>")] | Annotated[SearchTool, Tag("<search>")],
     Discriminator(_tool_form),
@@ -98,14 +97,14 @@ AnyTool = Annotated[
 
 
 class AutoChoice(WireModel):
-    """The model calls tools or answers (`auto`), or it must call (`any`)."""
+    """The model decides whether to call tools (`auto`), or must call one (`any`)."""
 
     type: Literal["auto", "any"]
     disable_parallel_tool_use: bool | None = None
 
 
 class ToolNameChoice(WireModel):
-    """Exactly one call of the named tool."""
+    """Exactly one call, of the named tool."""
 
     type: Literal["tool"]
     name: ToolName
@@ -113,7 +112,7 @@ class ToolNameChoice(WireModel):
 
 
 class NoneChoice(WireModel):
-    """No call; the model is not shown the tools either."""
+    """No call; the model does not see the tools either."""
 
     type: Literal["none"]
 

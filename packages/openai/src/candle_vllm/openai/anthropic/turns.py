@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Anthropic's messages -> those of a task (step 2).
 
-Consecutive messages of one role become one. Texts of one message stand on lines of their own, as parts do.
+Consecutive messages of one role are merged. Texts of one message are joined by line breaks, as parts are.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
-_BILLING = "x-anthropic-billing-header"  # how a line begins that Claude Code changes with every request
-_SAYS_SO = ("error", "<error", "<tool_use_error")  # how results begin that call themselves errors
+_BILLING = "x-anthropic-billing-header"  # beginning of a line that Claude Code changes with every request
+_SAYS_SO = ("error", "<error", "<tool_use_error")  # beginnings of results that are already marked as errors
 
 
 class Turn(NamedTuple):
-    """A message of a task, and the path of the message that it begins with."""
+    """A message of a task, and the path of the request message from which it begins."""
 
     message: TaskMessage
     source: str
 
 
 def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message]) -> tuple[list[Turn], bool]:
-    """The conversation, and whether its last message begins the answer.
+    """Return the conversation, and whether its last message begins the answer.
 
     Raises:
-        InvalidParameterError: nothing is said in it, or there is more of it than a task may have.
+        InvalidParameterError: the conversation is empty, or has more messages than a task may have.
     """
     body = _Turns()
     last_user = max((place for place, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
@@ -67,7 +67,7 @@ def _said(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage
 
 
 def _fill(turns: list[Turn]) -> bool:
-    """Remove an empty last answer: it says nothing."""
+    """Return whether the last message begins the answer; remove it if it is empty."""
     message = turns[-1].message
     if message.parts or message.thoughts:
         return True
@@ -76,7 +76,7 @@ def _fill(turns: list[Turn]) -> bool:
 
 
 class _Turns:
-    """Collects messages between answers, whose results must come first, and answers."""
+    """Collects answers, and the messages between answers; tool results come first."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -139,7 +139,7 @@ class _Turns:
 
 
 class _Answer:
-    """One answer, of one assistant message or more."""
+    """One answer, from one or more assistant messages."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -178,7 +178,7 @@ def _system_texts(content: blocks.SystemContent) -> list[str]:
 
 
 def _without_billing(text: str) -> str:
-    """A line that changes with every request would keep the prefix cache from finding anything behind it."""
+    """Remove a line that changes with every request: nothing after it would be found in the prefix cache."""
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
@@ -190,7 +190,7 @@ def _result_images(block: blocks.ToolResultBlock, path: str) -> list[ImagePart]:
 
 
 def _result_text(block: blocks.ToolResultBlock) -> str:
-    """The result; a task has no mark for errors, so one that does not say that it is an error is made to."""
+    """Return the text of a result; a task cannot mark errors, so unmarked errors get the prefix "Error"."""
     content = block.content or ""
     if not isinstance(content, str):
         content = "\n".join(part.text for part in content if not isinstance(part, blocks.ImageBlock))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How models write thoughts and tool calls: formats, the parser that reads them, the grammars that hold them."""
+"""How models write reasoning and tool calls: formats, a parser that reads them, and grammars that enforce them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages in blocks, each behind a mark that says what it is (Inkling)."""
+"""Messages that consist of blocks, each with a mark for its kind (Inkling)."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _CALL = JsonCalls(arguments_key="args", closers=_ENDS)
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Inkling's: `<|message_model|>f<|content_invoke_tool_json|>{"name": "f", "args": {"a": 1}}<|end_message|>`.
+    """Inkling's format: `<|message_model|>f<|content_invoke_tool_json|>{"name": "f", "args": {"a": 1}}<|end_message|>`.
 
-    The prompt ends with the first block's `start`. A name may stand between that and the mark of a block's kind; it
-    is no text. What stands behind no such mark is text of the answer. Source: vLLM, `vllm/parser/inkling.py`.
+    The prompt ends with the first block's `start`. A name may precede the mark of the block's kind; it is not part of
+    the text. A block without such a mark is text of the answer. Source: vLLM, `vllm/parser/inkling.py`.
 
     Attributes:
         start: the mark before a block.
-        thoughts, call: marks of the kinds.
-        texts: those of text, as the first of them is written.
-        ends: marks behind a block.
-        body: how a call is written.
+        thoughts, call: marks of reasoning and of calls.
+        texts: marks of text; templates write the first of them.
+        ends: marks after a block.
+        body: format of a call.
     """
 
     start: str = "<|message_model|>"
@@ -40,13 +40,13 @@ class Blocks:
     body: Body = _CALL
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow`."""
+        """See `layout.Flow.states`."""
         kinds = {**dict.fromkeys(self.texts, ""), self.thoughts: THOUGHTS, self.call: CALL if tools else ""}
         within = {**dict.fromkeys(self.ends, ""), self.start: "header"}
         return {"": {**kinds, **within}, "header": kinds, THOUGHTS: within, CALL: within}, {}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
+        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
         kind = self.thoughts if in_reasoning else (yield from self._header(reader, output))
         while kind:
             if kind == self.call and tools:
@@ -65,13 +65,13 @@ class Blocks:
         return (self.thoughts, self.call, *self.texts)
 
     def _text(self, reader: Reader, output: Output) -> Need[None]:
-        """A block's text, and the mark that ends it."""
+        """Parse a block's text and the mark that ends it."""
         sink = output.reasoning if output.thinking else output.content
         mark = yield from reader.until(markers(self.start, *self._kinds, *self.ends), sink)
         reader.put_back("" if mark in self.ends else mark)
 
     def _call(self, reader: Reader, output: Output) -> Need[None]:
-        """A call; anything else is text."""
+        """Parse a call; anything else is text."""
         reader.mark()
         yield from reader.skip_space()
         called = yield from self.body.read(reader, output.calls)
@@ -82,7 +82,7 @@ class Blocks:
             yield from self._text(reader, output)
 
     def _header(self, reader: Reader, output: Output) -> Need[str]:
-        """The kind of the next block, read with what stands before it; "" at the end."""
+        """Return the kind of the next block, after its header; "" at the end."""
         while (yield from reader.take(self.start, *self.ends)):
             pass
         name: list[str] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages in several parts, each with a header that says what it is."""
+"""Messages that consist of parts, each with a header for its kind."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _TO = "to="
 _RECIPIENT = re.compile(rf"\b{_TO}([^\s<\ud800-\udfff]+)")
 _ROLE = re.compile(r"\s*([^\s<\ud800-\udfff]*)")
 _CHANNEL = re.compile(r"\s*(?:analysis|commentary|final)\b")
-_KINDS = ("json", "code")  # of a part's text, as headers name them
+_KINDS = ("json", "code")  # kinds of a part's text, as named in headers
 
 
 class _Header(NamedTuple):
-    """What stands before a part's text.
+    """Header of a part.
 
     Attributes:
-        text: with the marks in it; "" where there is no header.
-        recipient: whom the part is addressed to; "" is nobody.
-        role: whose part it is; "" where that is not said.
-        lead: what was taken for a header and is the beginning of the text.
+        text: the header with its marks; "" without a header.
+        recipient: the addressee of the part; "" without one.
+        role: the author of the part; "" if it is not given.
+        lead: beginning of the part's text that looked like a header.
     """
 
     text: str = ""
@@ -43,19 +43,19 @@ class _Header(NamedTuple):
 class Harmony:
     """OpenAI's harmony: `<|channel|>analysis<|message|>...<|end|><|start|>assistant to=functions.f...<|call|>`.
 
-    The analysis channel is reasoning, the others are content, and a part that is addressed to a function calls it.
-    Parts of others than the model are left out.
+    The analysis channel is reasoning, other channels are content, and a part that is addressed to a function calls it.
+    Parts of other authors than the model are left out.
 
     Attributes:
         start, channel, message: marks before a part, before its channel ("" without channels), and before its text.
         constrain: the mark before the kind of text, in a header.
-        ends: marks behind a part.
-        reasoning: what a header has where the part is reasoning.
-        role: the model's own.
-        people: recipients that are no functions.
-        name_space: before a function's name.
-        body: how a call is written, where it is not an object of arguments.
-        body_open: before that.
+        ends: marks after a part.
+        reasoning: texts in the header of a reasoning part.
+        role: the model's role.
+        people: recipients that are not functions.
+        name_space: prefix of a function's name.
+        body: format of a call; None if it is an object of arguments.
+        body_open: the mark before `body`.
     """
 
     start: str = "<|start|>"
@@ -71,7 +71,7 @@ class Harmony:
     body_open: str = ""
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow`."""
+        """See `layout.Flow.states`."""
         people = {f"{one}{self.message}": "" for one in self.people}
         thoughts = {f"{one.removeprefix(self.channel)}{self.message}": THOUGHTS for one in self.reasoning}
         headers = dict.fromkeys(filter(None, (self.start, self.channel)), "header")
@@ -83,7 +83,7 @@ class Harmony:
         return {**states, THOUGHTS: within, CALL: within}, {} if self.channel and not tools else {_TO: "recipient"}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
+        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
         stops = markers(self.start, self.channel, *self.ends)
         opened = _Header(self.reasoning[0], role=self.role) if in_reasoning else None
         while True:
@@ -105,12 +105,12 @@ class Harmony:
             output.part_ends()
 
     def _text(self, reader: Reader, stops: Markers, sink: Sink) -> Need[None]:
-        """A part's text, and the mark that ends it."""
+        """Parse a part's text and the mark that ends it."""
         mark = yield from reader.until(stops, sink)
         reader.put_back("" if mark in self.ends else mark)
 
     def _call(self, reader: Reader, output: Output, name: str, stops: Markers) -> Need[None]:
-        """A part that is addressed to a function, up to the mark behind it."""
+        """Parse a part that is addressed to a function, up to the mark after it."""
         if self.body is None:
             yield from read_arguments(reader, output.calls, name, stops)
             return
@@ -125,7 +125,7 @@ class Harmony:
         reader.put_back((yield from reader.until(stops, nowhere if called else output.content)))
 
     def _header(self, reader: Reader) -> Need[_Header]:
-        """What stands before a part's text, with the mark behind it."""
+        """Parse a part's header and the mark after it."""
         yield from reader.skip_space()
         begins = (self.start, self.message, _TO, *filter(None, (self.channel,)))
         begun = yield from reader.take(*begins)
@@ -144,7 +144,7 @@ class Harmony:
         return self._unended(begun, text)
 
     def _unended(self, begun: str, text: str) -> _Header:
-        """What began as a header does, without the mark behind one: what is no header is the beginning of the text."""
+        """Return the header for a header without its final mark: what is not a header is the beginning of the text."""
         if begun == _TO:
             return _Header(role=self.role, lead=begun + text)
         _, channel, rest = (begun + text).rpartition(self.channel or begun)
@@ -159,23 +159,23 @@ class Harmony:
 
 @dataclasses.dataclass(frozen=True)
 class Headed:
-    """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` is for the answer.
+    """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` marks the answer.
 
-    The prompt ends with the first part's `>>>`. A further part may begin within a line, as templates write it, but not
-    in code, and only with the name of a tool that is offered and with its arguments.
+    The prompt ends with the first part's `>>>`. Another part may begin within a line, as templates write it, but not
+    in code, and only with the name of an offered tool and with its arguments.
     """
 
     mark: str = ">>>"
     answer: str = "all"
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """See `layout.Flow`."""
+        """See `layout.Flow.states`."""
         heads = {f"{name}\n": CALL for name in tools} | {f"{self.answer}\n": ""}
         marks = {f"{self.mark}{head}": to for head, to in heads.items()}
         return {"": marks, CALL: marks}, heads
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:  # noqa: ARG002
-        """Reads a message to its end; calls are text unless `tools`. It has no thoughts."""
+        """Parse a message to its end; calls are text unless `tools`. The format has no reasoning."""
         parts = _Parts(self, reader, output, tools)
         name = yield from parts.first()
         while name:
@@ -185,7 +185,7 @@ class Headed:
 
 
 class _Parts:
-    """The reading of one message's parts; each tells the name of the next, "" at the end."""
+    """Parser of one message's parts; each method returns the name of the next part, "" at the end."""
 
     def __init__(self, shape: Headed, reader: Reader, output: Output, tools: bool) -> None:
         self._shape = shape
@@ -196,7 +196,7 @@ class _Parts:
         self._heads = {f"{name}\n": name for name in (*offered, shape.answer)}
 
     def first(self) -> Need[str]:
-        """The name of the first part; without one it is the answer."""
+        """Parse the header of the first part; a part without a header is the answer."""
         reader, heads = self._reader, self._heads
         yield from reader.take(self._shape.mark)
         line, end = yield from reader.name(markers("\n"))
@@ -210,11 +210,11 @@ class _Parts:
         return name or self._shape.answer
 
     def content(self) -> Need[str]:
-        """Text of the answer."""
+        """Parse a part with text of the answer."""
         return (yield from self._until_part(self._output.content, CodeSpans()))
 
     def call(self, name: str) -> Need[str]:
-        """A call's arguments."""
+        """Parse a part with a call's arguments."""
         reader, calls = self._reader, self._output.calls
         yield from reader.skip_space()
         start = yield from reader.peek()
@@ -236,7 +236,7 @@ class _Parts:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
     def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
-        """Text up to the next part. Within text (`code`, or `inside` of an argument) only arguments tell of a call."""
+        """Parse text up to the next part. In text (`code`, or `inside` an argument) arguments must follow a call."""
         reader, last = self._reader, ""
 
         def text(part: str) -> None:
@@ -273,7 +273,7 @@ class _Parts:
 
 
 def _in_code(code: CodeSpans, last: str) -> bool:
-    """Whether a text goes on as code; `last` are its last characters, which may close a block."""
+    """Whether a text continues as code; `last` are its last characters, which may close a code block."""
     if code.inside and last in ("```", "~~~"):
         code = copy.copy(code)
         code.end_line()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which formats a model writes: asked for, told by its tokenizer, seen in its chat template, or known of its kind."""
+"""Choice of a model's formats: by option, by its tokenizer, by its chat template, or by its model type."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from candle_vllm.openai.formats.template_rows import (
 _OFF = ("none", "passthrough", "off")
 _AUTO = "auto"
 _GENERIC = "json"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # that templates write without asking for them
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens that templates write without an option
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
 _ByTemplate = Callable[[], tuple[_Row | None, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The formats of a model, and why these.
+    """The formats of a model, and the reasons for them.
 
     Attributes:
-        tools, reasoning: the formats; None where calls or thoughts are not looked for.
-        tools_reason, reasoning_reason: what decided, for people to read.
-        needs: what the chat template needs; None where there is no template that can be used.
+        tools, reasoning: the formats; None if calls or reasoning are not parsed.
+        tools_reason, reasoning_reason: the reasons as text.
+        needs: what the chat template requires of messages; None without a usable template.
     """
 
     tools: ToolFormat | None
@@ -50,7 +50,7 @@ class Choice:
 
     @property
     def layout(self) -> Layout:
-        """Both."""
+        """The layout with both formats."""
         return Layout(self.reasoning, self.tools)
 
 
@@ -63,21 +63,21 @@ def choose_layout(
     model_type: str | None = None,
     chat_template: ChatTemplate | None = None,
 ) -> Choice:
-    """Chooses the formats of a model.
+    """Choose the formats of a model.
 
-    The first of these decides: the option; the tokenizer's response template; what the chat template writes, or which
-    marks its text has; the model's type. A model of which nothing is known, and whose template has tools, writes JSON.
+    The first of these decides: the option; the tokenizer's response template; the output of the chat template, or the
+    marks in its source; the model type. For an unknown model whose template has tools, the format is JSON.
 
     Args:
-        tool_parser, reasoning_parser: names of formats, as we, vLLM, SGLang or candle-vllm have them; "none" looks for
-            nothing, and None and "auto" leave the choice.
+        tool_parser, reasoning_parser: names of formats, ours or those of vLLM, SGLang or candle-vllm; "none" turns
+            parsing off, and None and "auto" choose automatically.
         template: the chat template, or several by name.
-        response_template: of the tokenizer (`tokenizer_config.json`).
-        model_type: of `config.json`, or a GGUF file's architecture.
-        chat_template: `template`, where it was compiled already; otherwise that is done here.
+        response_template: response template of the tokenizer (`tokenizer_config.json`).
+        model_type: type in `config.json`, or a GGUF file's architecture.
+        chat_template: `template` if it is already compiled; otherwise it is compiled here.
 
     Raises:
-        ConfigError: no format has that name; the message has the nearest names, or all.
+        ConfigError: no format has that name; the message lists similar names, or all names.
     """
     text = _text(template)
     probe = _probe(template, chat_template)
@@ -135,7 +135,7 @@ def _first(
     by_template: _ByTemplate[_Row],
     kind: str,
 ) -> tuple[_Row | None, str]:
-    """The row that is decided first, and by what; no reason where nothing decides."""
+    """Return the first row that is found, and the reason; an empty reason if no row is found."""
     if option is not None and _plain(option) != _AUTO:
         return _named(option, setting, names), f"{setting} is {option!r}"
     note = ""
@@ -152,7 +152,7 @@ def _first(
 
 
 def _with_answer_marks(row: ReasoningFormat, text: str, kind: str) -> ReasoningFormat:
-    """The row with the same marks and more around answers, where the template or the type tells of those."""
+    """Return the row with the same marks and with marks of answers, if the template or model type indicates it."""
     for other in REASONING_FORMATS:
         told = kind in map(_plain, other.model_types) or any(hint in text for hint in other.hints)
         if told and other.answer and (other.open, other.close) == (row.open, row.close):
@@ -176,19 +176,19 @@ def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
 
 
 def _plain(name: str) -> str:
-    """A name without what people write differently."""
+    """Normalise a name: remove what people spell differently."""
     return re.sub(r"[-_. ]", "", name.strip().lower())
 
 
 def _text(template: str | Mapping[str, str] | None) -> str:
-    """The text of the template that is used for tools."""
+    """Return the text of the template that is used with tools."""
     if isinstance(template, Mapping):
         return next((template[name] for name in ("tool_use", "default") if name in template), "")
     return template or ""
 
 
 def _probe(template: str | Mapping[str, str] | None, compiled: ChatTemplate | None) -> TemplateProbe | None:
-    """The template to be asked; None where it cannot be compiled."""
+    """Return a probe of the template; None if it cannot be compiled."""
     if compiled is None and template:
         try:
             compiled = ChatTemplate(template, dict.fromkeys(_SPECIAL, ""))

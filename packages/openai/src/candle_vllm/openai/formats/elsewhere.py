@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls in the way of other models, where an answer begins with them: complete, of tools that are offered (step 10)."""
+"""Calls in the formats of other models at the beginning of an answer: complete, and of offered tools (step 10)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.openai.formats.reader import SPACE, Need, Reader, nowhere
 from candle_vllm.openai.formats.shapes import BARE_JSON, HERMES, MISTRAL, QWEN
 from candle_vllm.openai.formats.tagged import Tagged
 
-Way = tuple[str, Body]  # a mark, "" for a format without one, and what follows it
+Way = tuple[str, Body]  # a mark, "" for a format without one, and the format after it
 COMMON: tuple[Way, ...] = (
     ("<tool_call>", HERMES),
     ("<tool_call>", QWEN),
@@ -26,7 +26,7 @@ COMMON: tuple[Way, ...] = (
 
 
 def ways_beside(form: ToolFormat, ways: Iterable[Way]) -> tuple[Way, ...]:
-    """Those of the ways that are not the format's own."""
+    """Return the formats in `ways` that are not the model's own."""
     own = dict.fromkeys((*form.opens, *form.names), form.bodies)
     own[""] = tuple(body for body in (form.bare, form.unmarked) if body is not None)
     return tuple(way for way in ways if not any(_alike(way[1], body) for body in own.get(way[0], ())))
@@ -48,7 +48,7 @@ class _Kept(CallSink):
 
     @property
     def complete(self) -> bool:
-        """There are calls, and all were closed."""
+        """Whether there are calls and all of them were closed."""
         return bool(self._calls) and self._whole
 
     def begin(self, name: str, given_id: str = "") -> None:
@@ -65,7 +65,7 @@ class _Kept(CallSink):
         self._whole = whole
 
     def give(self, calls: CallSink) -> None:
-        """Makes them calls."""
+        """Emit the collected calls."""
         for name, given_id, parts in self._calls:
             calls.begin(name, given_id)
             calls.arguments("".join(parts))
@@ -73,15 +73,15 @@ class _Kept(CallSink):
 
 
 def _is_closed(text: str) -> bool:
-    """Whether a list of calls has its end, brackets too many behind it aside."""
+    """Whether a list of calls is closed; surplus brackets after it are ignored."""
     return not text.lstrip(SPACE).startswith("[") or text.rstrip(SPACE + "})").endswith(("]", ">"))
 
 
 def read_elsewhere(reader: Reader, calls: CallSink, ways: Iterable[Way]) -> Need[int]:
-    """Reads calls that one of the ways has written; -1 where it has.
+    """Parse calls in one of the formats `ways`.
 
     Returns:
-        If no way has, nothing was read: how many characters were looked at.
+        -1 if calls were parsed; otherwise nothing was consumed, and the result is the number of examined characters.
     """
     reader.mark()
     most = 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a parser finds in a model's text (step 10): pieces of content, of reasoning, and of tool calls.
+"""What a parser finds in a model's text (step 10): parts of content, of reasoning, and of tool calls.
 
-Pieces of one kind that follow each other may be cut anywhere; their concatenation does not depend on the cuts.
+Consecutive parts of one kind may be split anywhere; their concatenation does not depend on the splits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import msgspec
 
 
 class TextPiece(msgspec.Struct, frozen=True):
-    """Text of the answer, or of the thoughts before it."""
+    """Delta of the answer's text or of the reasoning."""
 
     kind: Literal["content", "reasoning"]
     text: str
@@ -27,18 +27,18 @@ class CallStart(msgspec.Struct, frozen=True):
 
 
 class CallArguments(msgspec.Struct, frozen=True):
-    """More of the JSON text of a call's arguments."""
+    """Delta of the JSON text of a call's arguments."""
 
     index: int
     text: str
 
 
 class CallEnd(msgspec.Struct, frozen=True):
-    """A call is over.
+    """A call ends.
 
     Attributes:
-        index: which call.
-        whole: its arguments were closed, by the model or by repair.
+        index: number of the call.
+        whole: whether its arguments were closed, by the model or by repair.
     """
 
     index: int

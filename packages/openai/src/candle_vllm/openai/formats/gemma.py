@@ -19,12 +19,12 @@ _MOST_DEPTH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Gemma:
-    """A name and an object whose keys and numbers are bare and whose strings stand between `quote`s.
+    """A name and an object with unquoted keys and numbers, and strings between `quote`s.
 
     Attributes:
-        quote: around a string.
-        closers: what may follow the call.
-        prefix: before the name.
+        quote: the mark around a string.
+        closers: marks that may follow the call.
+        prefix: text before the name.
         known_only: only names of the request's tools are calls; for text without marks.
     """
 
@@ -34,7 +34,7 @@ class Gemma:
     known_only: bool = False
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while True:
             yield from reader.skip_space()
@@ -56,7 +56,7 @@ class Gemma:
 
 
 class _Object:
-    """The reading of one call's arguments; its opening bracket was read."""
+    """Parser of one call's arguments, after the opening bracket."""
 
     def __init__(self, quote: str, reader: Reader, calls: CallSink, name: str) -> None:
         self._quote = quote
@@ -65,12 +65,12 @@ class _Object:
         self._schema = calls.tools.get(name, {})
 
     def read(self) -> Need[bool]:
-        """True when the object was closed, or the model was done."""
+        """Return whether the object was closed, or the model had finished."""
         self._emit("{")
         return (yield from self._members("}", 1))
 
     def _members(self, close: str, depth: int) -> Need[bool]:
-        """The entries of an object, or the items of a list, up to the bracket that closes it."""
+        """Parse the entries of an object, or the items of a list, up to the closing bracket."""
         reader, between = self._reader, ""
         while True:
             yield from reader.skip_space()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A grammar of tool calls from a row of `table`: what a model may write, and nothing else (step 2).
+"""Grammar of tool calls, from a row of `table`: exactly what a model may write (step 2).
 
-In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call is held to the
-form of its row from its opening mark on. White space is what models write by habit. Each kind of body has its module in
-`grammars`.
+In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call must follow
+the format from its opening mark on. White space is allowed where models usually write it. `grammars` has the bodies.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<(?!.*end)[^
 _TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")
 _NONE = re.compile("(?!)")
 _FENCE = "```json"
-_WORD = re.compile(r"[\w :]+")  # marks that text may hold without meaning a call
+_WORD = re.compile(r"[\w :]+")  # marks that text may contain without a call
 
 
 def tool_grammar(
@@ -58,28 +57,27 @@ def tool_grammar(
     loose: Collection[str] = (),
     always: bool = False,
 ) -> str | None:
-    """The grammar of a message, in llguidance's dialect of Lark.
+    """Return the grammar of a message, in llguidance's dialect of Lark.
 
     Args:
-        form: how the model writes calls: its first body, behind its first mark.
-        tools: what may be called; at least one.
-        mode: whether a call must come.
-        parallel: more than one call may come.
-        reasoning: how the model writes thoughts, which are free.
-        in_reasoning: the prompt has opened the thoughts already, with the first pair of marks.
+        form: the model's format of calls; its first body after its first mark is used.
+        tools: tools that may be called; at least one.
+        mode: whether a call is required.
+        parallel: whether more than one call is allowed.
+        reasoning: the model's reasoning format; reasoning is free text.
+        in_reasoning: the prompt has already opened the reasoning, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
-        own: texts of tokens that are no special ones -> their ids; marks that are forced are made of them, so that the
-            next prompt, which has the same tokens, finds this answer in the cache.
-        loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict and have no
-            grammar are.
-        always: calls are held to their form in mode "auto" even where no tool is strict.
+        own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
+            has the same tokens, finds this answer in the cache.
+        loose: tools whose arguments may be any object; in mode "auto" also all that are not strict and without grammar.
+        always: constrain calls in mode "auto" even if no tool is strict.
 
     Returns:
-        None in mode "auto" where nothing is to be guaranteed: no tool is strict or has a grammar.
+        None in mode "auto" if there is nothing to enforce: no tool is strict or has a grammar.
 
     Raises:
-        UnsupportedParameterError: a schema asks for what the format cannot express.
-        InvalidParameterError: a schema is wrong, or constrained decoding does not support it.
+        UnsupportedParameterError: a schema requires what the format cannot express.
+        InvalidParameterError: a schema is invalid, or constrained decoding does not support it.
     """
     assert tools
     auto = mode == "auto"
@@ -110,10 +108,10 @@ def answer_grammar(
     special: Mapping[str, int],
     loose: Collection[str] = (),
 ) -> str | None:
-    """The grammar of a message whose answer must have a form, `@form` in it, or be calls; see `tool_grammar`.
+    """Return the grammar of a message that is an answer with a constraint, `@form` in the grammar, or calls.
 
     Returns:
-        None where nothing but thoughts may stand beside the form.
+        None if only reasoning may accompany the constrained text. For the arguments see `tool_grammar`.
     """
     row = form or ToolFormat("none")
     if reasoning is not None:
@@ -150,7 +148,7 @@ _block.register(Nested, nested)
 
 
 def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool) -> str:
-    """Messages that are no text with marks in it."""
+    """Return the grammar of a message that is not text with marks."""
     if isinstance(flow, Harmony):
         return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     if isinstance(flow, Headed):
@@ -161,12 +159,12 @@ def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool)
 
 
 def _one_call(flow: Harmony | Blocks, context: Context) -> Callable[[FunctionShape], Block]:
-    """Writes a call of one tool as the body of a message has it."""
+    """Return a function that writes a call of one tool, in the format of the message's body."""
     return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
 
 
 class _Message:
-    """Messages that are text with marks in it."""
+    """Grammar of a message that is text with marks."""
 
     def __init__(self, context: Context, reasoning: ReasoningFormat | None, in_reasoning: bool) -> None:
         self._context = context
@@ -180,16 +178,16 @@ class _Message:
         return self._form.bodies[0]
 
     def required(self) -> str:
-        """Thoughts and calls."""
+        """Return the grammar of reasoning followed by calls."""
         return sequence(self._thoughts(), self._calls())
 
     def answer(self) -> str:
-        """Thoughts, and then what has a form, in marks each of which may be left out, or calls."""
+        """Return the grammar of reasoning, followed by constrained text between optional marks, or by calls."""
         found = "@form"
         if self._form.answer:
             sides = zip(*self._form.answer, strict=True)
             before, behind = (" | ".join(map(self._writer.mark, dict.fromkeys(side))) for side in sides)
-            # no white space: it would be content, which has to have the form
+            # no white space: it would be content, which must satisfy the constraint
             found = sequence(self._strays(_LEADING, space=""), f"({before})? @form ({behind})?")
         calls = [self._calls()] if self._context.tools else []
         return sequence(self._thoughts(SPACE), self._writer.rule(" | ".join([found, *calls])))
@@ -199,12 +197,12 @@ class _Message:
         block = _block(self._body, self._context)
         mark = self._opening()
         tag = _is_tag(mark, self._body)
-        if block.lead in form.names and not tag:  # that mark is the only one
+        if block.lead in form.names and not tag:  # the body begins with the only mark
             mark = ""
         calls = sequence(writer.mark(block.lead), block.rest)
         marked = writer.rule(sequence(writer.mark(mark), SPACE if mark else "", calls))
         closers = getattr(self._body, "closers", ())
-        many = self._context.many and not any(mark.startswith(closer) for closer in closers)  # as "```" and "```json"
+        many = self._context.many and not any(mark.startswith(closer) for closer in closers)  # "```" and "```json"
         inside = sequence(marked, f"({SPACE} {marked})*" if many else "")
         if form.bare is not None and not tag:
             inside = writer.rule(f"{inside} | {self._bare(form.bare)}")
@@ -212,12 +210,12 @@ class _Message:
         return sequence(*self._empty_parts(), *around)
 
     def _opening(self) -> str:
-        """The mark before calls: the first that is made of tokens that the vocabulary has, if there is one."""
+        """Return the mark before calls: the first one with a special token of the vocabulary, else the first."""
         known = (mark for mark in self._form.opens if not self._writer.is_text(mark))
         return next(known, next(iter(self._form.opens), ""))
 
     def _strays(self, these: re.Pattern[str], but: re.Pattern[str] = _NONE, *, space: str = SPACE) -> str:
-        """Marks around all calls of a message, each of which may be left out."""
+        """Return optional marks around all calls of a message."""
         marks = [mark for mark in self._form.strays if these.search(mark) and not but.search(mark)]
         return sequence(*(f"({space} {self._writer.mark(mark)})?" for mark in marks)) if marks else ""
 
@@ -226,7 +224,7 @@ class _Message:
         return sequence(self._writer.mark(block.lead), block.rest)
 
     def _thoughts(self, behind: str = "") -> str:
-        """Thoughts before calls or a form. A fence could be the second of the quotes around a mark that ends none."""
+        """Return reasoning before calls or text. If calls begin with a fence, see `Writer.thought` for its end."""
         writer = self._writer
         thought = writer.thought if self._opening().startswith("`") else writer.until
         if self._open_close:
@@ -235,12 +233,12 @@ class _Message:
         return f"({SPACE} {writer.rule(' | '.join(pairs))} {behind})?" if pairs else ""
 
     def _empty_parts(self) -> Iterator[str]:
-        """Parts of a message that are written though nothing is in them, as Kimi K3's answer before its calls."""
+        """Yield optional empty parts of a message, such as Kimi K3's empty answer before its calls."""
         for begin, end in self._form.answer:
             yield f"({SPACE} {self._writer.mark(begin)} {self._writer.mark(end)})?"
 
     def lazy(self) -> str | None:
-        """Free text, in which calls have their form."""
+        """Return the grammar of free text, in which calls follow the format."""
         writer, form = self._writer, self._form
         found: list[str] = []
         marks: list[str] = []
@@ -250,7 +248,7 @@ class _Message:
             found = [part for mark in marks if (part := self._begun(mark, block))]
         fenced, whole, begun = self._unmarked()
         found += [f"{fenced} {whole}"] if fenced else []
-        if form.bare is not None:  # behind thoughts a message begins anew
+        if form.bare is not None:  # after reasoning, the message begins anew
             thoughts = ((begin, writer.thought(end)) for begin, end in self._pairs.items())
             found += [writer.trigger(begin, sequence(thought, whole)) for begin, thought in thoughts]
         if not found and not whole:
@@ -268,13 +266,13 @@ class _Message:
         return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
 
     def _text(self, parts: Sequence[str], body: str) -> str:
-        """Text with some parts in it, to its end; thoughts at its end need not be closed."""
+        """Return text with the given parts, up to its end; reasoning at its end need not be closed."""
         ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
         lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))
 
     def _unmarked(self) -> tuple[str, str, str]:
-        """Text up to a fenced block, calls without marks, and what begins as these; "" stands for no such text."""
+        """Return text up to a code fence, calls without marks, and beginnings of such calls; "" if not applicable."""
         bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
         body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
         fenced = self._form.fenced is not None or _FENCE in self._form.opens
@@ -286,17 +284,17 @@ class _Message:
         return fence, whole, begun
 
     def _begun(self, mark: str, block: Block) -> str:
-        """Text, a mark, and the calls that must follow it."""
+        """Return text, a mark, and the calls that must follow it."""
         if mark in self._form.names:
             if not block.lead.startswith(mark):
-                return ""  # the beginning of another body
+                return ""  # the mark begins another body
             return self._writer.trigger(mark, sequence(self._writer.mark(block.lead[len(mark) :]), block.rest))
         if _WORD.fullmatch(mark):
             return self._writer.trigger(mark, block.rest, lead=block.lead)
         return self._writer.trigger(mark, sequence(SPACE, self._writer.mark(block.lead), block.rest))
 
     def _free(self, body: str) -> Iterator[str]:
-        """Thoughts, and special tokens that mean nothing, behind text of terminal `body`."""
+        """Yield reasoning, and special tokens without meaning, after text of terminal `body`."""
         fence, _, begun = self._unmarked() if body == "TEXT" else ("", "", "")
         bare = f"({begun})?" if begun and self._form.bare is not None else ""
         for begin, end in self._pairs.items():
@@ -309,5 +307,5 @@ class _Message:
 
 
 def _is_tag(mark: str, body: Any) -> bool:
-    """Whether a mark is a tag with a closing tag, which models do not leave out."""
+    """Whether a mark is a tag with a closing tag, which models always write."""
     return mark.startswith("<") and f"</{mark[1:]}" in getattr(body, "closers", ())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls that are JSON objects: `{"name": "f", "arguments": {...}}`, alone, in a row, or in a list."""
+"""Calls that are JSON objects: `{"name": "f", "arguments": {...}}`, a single one, several, or in a list."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 _IDS = ("id", "tool_call_id", "call_id")
 _HARMLESS = ("type", "index", *_IDS)
 _MOST_KEY = 1 << 10
-_MOST_DEPTH = 4  # of `{"function": {...}}`
+_MOST_DEPTH = 4  # nesting of `{"function": {...}}`
 _FENCE = "```"
 _BRACKETS = re.compile(r"[ \t\r\n}\])]*")
 
@@ -27,16 +27,15 @@ class JsonCalls:
     """One or more objects, each a call.
 
     Attributes:
-        closers: what may follow the calls, and ends arguments that were not closed.
-        known_only: nothing but an object of a known tool's name and of arguments is a call; for text without marks.
-        offered_only: no names but those of the request's tools are called, and an empty list is no calls; behind a mark
-            that is a word like others.
-        silent: names that stand for no call, where the request does not offer them.
-        keyed: the object has one entry, of the tool's name and its arguments (Apertus).
-        listed: calls stand in a list, as `grammar` writes them.
-        name_key, arguments_key: the names that this model was trained to write.
-        id_key: the name of the call's id, where the model is trained to write one.
-        fenced: the objects stand in a fenced block.
+        closers: marks that may follow the calls and that end unclosed arguments.
+        known_only: only an object with a known tool's name and with arguments is a call; for text without marks.
+        offered_only: only names of the request's tools are calls, an empty list is not; for a mark that is a word.
+        silent: names that are not calls unless the request offers them.
+        keyed: the object has one entry, the tool's name with its arguments (Apertus).
+        listed: `grammar` writes calls in a list.
+        name_key, arguments_key: the keys that this model was trained to write.
+        id_key: the key of the call's id, if the model was trained to write one.
+        fenced: the objects are in a fenced code block.
     """
 
     closers: tuple[str, ...] = ()
@@ -51,7 +50,7 @@ class JsonCalls:
     fenced: bool = False
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         stops = markers(*self.closers)
         before, found = calls.count, False
         yield from reader.skip_space()
@@ -69,7 +68,7 @@ class JsonCalls:
                 return calls.count > before
             found = True
             yield from reader.skip_space()
-            while listed and (yield from reader.take("}")):  # one too many
+            while listed and (yield from reader.take("}")):  # a surplus bracket
                 yield from reader.skip_space()
             yield from reader.take(",", ";")
             if not listed and self.known_only and not (yield from self._another(reader)):
@@ -95,15 +94,15 @@ class JsonCalls:
 
 
 def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
-    """Reads closing marks and the white space between them, and the beginning of one where the text was cut in it.
+    """Skip closing marks and the white space between them, and the beginning of a mark at the end of truncated text.
 
-    So are brackets that close nothing, before a mark or at the end.
+    Surplus closing brackets before a mark or at the end are skipped too.
     """
     if not any(closer.startswith(tuple("}])")) for closer in closers):
         yield from _skip_brackets(reader, closers)
     while closers:
         yield from reader.skip_space()
-        if (yield from reader.take(*closers)) in ("", _FENCE):  # behind a fence another one opens the next block
+        if (yield from reader.take(*closers)) in ("", _FENCE):  # after a fence, another one opens the next block
             break
     reader.drop_begun(*closers)
 
@@ -121,7 +120,7 @@ def _skip_brackets(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
 
 
 class _ObjectReader:
-    """The reading of one object."""
+    """Parser of one object."""
 
     def __init__(self, shape: JsonCalls, reader: Reader, calls: CallSink, stops: Markers) -> None:
         self._shape = shape
@@ -130,17 +129,17 @@ class _ObjectReader:
         self._stops = stops
         self._name = ""
         self._id = ""
-        self._early: list[str] | None = None  # arguments that came before the name
+        self._early: list[str] | None = None  # arguments that precede the name
         self._begun = False
         self._whole = True
-        self._closed = False  # its closing bracket was read
+        self._closed = False  # whether its closing bracket was read
 
     def read(self) -> Need[bool]:
-        """True when a call was made of it."""
+        """Return whether the object is a call."""
         reader = self._reader
         reader.at += 1
         yield from reader.skip_space()
-        doubled = yield from reader.take("{")  # as in the example that Qwen2.5's template shows
+        doubled = yield from reader.take("{")  # as in the example in Qwen2.5's template
         sound = yield from self._entries()
         if doubled and sound:
             yield from reader.skip_space()
@@ -152,7 +151,7 @@ class _ObjectReader:
         return self._begun
 
     def _entries(self, depth: int = 1) -> Need[bool]:
-        """The entries up to the closing bracket; False where the text is not what it should be."""
+        """Parse the entries up to the closing bracket; return False if the text is not a call."""
         reader = self._reader
         while True:
             yield from reader.skip_space()
@@ -181,7 +180,7 @@ class _ObjectReader:
             return (yield from self._arguments())
         mark = yield from reader.peek()
         if key in NAME_KEYS and not self._name and not self._begun:
-            if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # OpenAI's form: the call is one level deeper
+            if mark == "{" and key == "function" and depth < _MOST_DEPTH:  # in OpenAI's form the call is one level down
                 reader.at += 1
                 return (yield from self._entries(depth + 1))
             name = yield from read_string(reader, _MOST_KEY)
@@ -199,7 +198,7 @@ class _ObjectReader:
         return (yield from read_value(reader, nowhere, self._stops))
 
     def _may_call(self) -> bool:
-        """Whether the name is that of a call, or of none."""
+        """Whether the object with this name may be a call, or must be ignored."""
         shape, tools = self._shape, self._calls.tools
         if self._name in tools:
             return True
@@ -216,9 +215,9 @@ class _ObjectReader:
         return self._whole
 
     def _begin(self, sink: Callable[[str], object] | None) -> Need[bool]:
-        """The call begins; its arguments are those read before, or come through `sink`."""
+        """Begin the call; its arguments were read before, or are passed to `sink`."""
         mark = yield from self._reader.peek()
-        if sink is not None and not mark:  # cut before the first character of the arguments
+        if sink is not None and not mark:  # truncated before the arguments
             return False
         self._begun = True
         self._calls.begin(self._name, self._id if self._shape.id_key else "")

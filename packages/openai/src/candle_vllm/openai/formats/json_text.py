@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""JSON in texts that are there, and JSON inside of a string of JSON (step 10)."""
+"""Repair of JSON in complete texts, and JSON inside a JSON string (step 10)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, Sink
 
 _NOTHING = Markers(())
 _LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
-_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that is one character
+_FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that encodes one character
 
 
 def mended(text: str) -> str | None:
-    """A text that is one value, as JSON; None for any other text."""
+    """Repair a text that is one JSON value; None for any other text."""
     reader, parts = Reader(), list[str]()
     reader.feed(text)
     reader.end(False)
@@ -30,7 +30,7 @@ def mended(text: str) -> str | None:
 
 
 def is_json(text: str) -> bool:
-    """Whether a text is one value of JSON, which knows no NaN."""
+    """Whether a text is one JSON value, without NaN."""
     try:
         json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -43,22 +43,22 @@ def _no_constant(name: str) -> None:
 
 
 def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
-    """Reads a quoted string and hands on the arguments that it means: JSON inside of JSON. True when both are closed.
+    """Parse a quoted string and pass on the arguments in it, which are JSON inside JSON. True if both are closed.
 
-    Nothing, and null, are no arguments. What is no object is handed on as it is.
+    Empty text and null mean no arguments. Text that is not an object is passed on unchanged.
     """
     inner, held = Reader(), ""
     run = _read_inner(inner, sink)
     next(run)
 
     def decoded(text: str) -> None:
-        nonlocal held  # runs of characters and whole escapes come, one at a time
-        if _LONE.fullmatch(text):  # a special token, which is plain text in here
+        nonlocal held  # receives runs of characters and whole escapes, one at a time
+        if _LONE.fullmatch(text):  # a special token, which is plain text here
             whole, held = held, ""
             inner.feed((_LONE.sub("\ufffd", json.loads(f'"{whole}"')) if whole else "") + text)
             next(run)
             return
-        if text == '"':  # one of the quotes around it: those inside are escaped
+        if text == '"':  # one of the outer quotes: inner ones are escaped
             whole, held = held, ""
         elif _FIRST_HALF.fullmatch(text):
             whole, held = held, text
@@ -78,7 +78,7 @@ def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
 
 
 def _read_inner(reader: Reader, sink: Sink) -> Need[bool]:
-    """The text of a string that holds arguments."""
+    """Parse the text of a string that contains arguments."""
     yield
     yield from reader.skip_space()
     mark = yield from reader.peek()

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One JSON value, passed on as it comes (step 10).
+"""One JSON value, passed on while it is received (step 10).
 
-What is valid is passed on byte for byte. Slips that models make and that have one meaning are mended on the way: raw
-control characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that
-JSON does not know, keys without quotes, commas before a closing bracket, closing brackets that are missing where the
-model was done.
+Valid JSON is passed on byte for byte. Mistakes that models make and that have one meaning are repaired: raw control
+characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that JSON
+does not allow, keys without quotes, commas before a closing bracket, and brackets that a finished text lacks.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ _NOTHING = Markers(())
 
 
 def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bool]:
-    """Reads one value and hands its text to `sink`.
+    """Parse one value and pass its text to `sink`.
 
     Args:
-        reader: stands at the value's first character, or at white space before it.
-        sink: gets the text.
-        stops: markers that end the value early where they stand outside of its strings; they are not read.
+        reader: positioned at the value's first character, or at white space before it.
+        sink: receives the text.
+        stops: markers that end the value early if they are outside of its strings; they are not consumed.
 
     Returns:
-        True when the value is closed, by itself or by brackets that were missing.
+        Whether the value is closed, by itself or by added brackets.
     """
     yield from reader.skip_space()
     return (yield from _Value(reader, sink, stops).read())
 
 
 def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
-    """Reads a quoted string and returns what it means; None without a quote, or if it is not closed within `most`."""
+    """Parse a quoted string and return its content; None without a quote, or if it is not closed within `most`."""
     quote = yield from reader.peek()
     if quote not in ('"', "'") or not quote:
         return None
@@ -56,12 +55,12 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
 
 
 def read_quoted(reader: Reader, sink: Sink, most: int = 1 << 30) -> Need[bool]:
-    """Reads a quoted string as JSON: runs of characters and whole escapes, one at a time. True when it is closed."""
+    """Parse a quoted string to JSON, in runs of characters and whole escapes. True if it is closed."""
     return (yield from _Value(reader, sink, _NOTHING, most).string())
 
 
 def number(text: str) -> str | None:
-    """A number as JSON writes it: without zeros or a plus before it, and with digits on both sides of its point."""
+    """Return a number as valid JSON: without leading zeros or plus, and with digits on both sides of the point."""
     match = _NUMBER.fullmatch(text)
     if match is None or not (match[2] or len(match[3] or "") > 1):
         return None
@@ -70,7 +69,7 @@ def number(text: str) -> str | None:
 
 
 def _plain(word: str) -> str:
-    """A word without quotes: a number, one of JSON's or Python's, or a text."""
+    """Return the JSON of a word without quotes: a number, a word of JSON or Python, or a string."""
     return _WORDS.get(word.lower()) or number(word) or json.dumps(word, ensure_ascii=False)
 
 
@@ -78,17 +77,17 @@ _LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair
 
 
 class _Value:
-    """The reading of one value."""
+    """Parser of one value."""
 
     def __init__(self, reader: Reader, sink: Sink, stops: Markers, most: int = 1 << 30) -> None:
         self._reader = reader
         self._sink = sink
         self._stops = stops
-        self._open: list[str] = []  # closing brackets to come
-        self._count = {"}": 0, "]": 0}  # how many of each
+        self._open: list[str] = []  # closing brackets that are expected
+        self._count = {"}": 0, "]": 0}  # number of expected brackets of each kind
         self._left = most
-        self._comma = ""  # a comma and the space behind it, until it is known what follows
-        self._state = "value"  # what may come next: value, key, colon, or more (a comma or a closing bracket)
+        self._comma = ""  # a comma and the space after it, held back until the next token is known
+        self._state = "value"  # expected token: value, key, colon, or more (a comma or a closing bracket)
 
     def read(self) -> Need[bool]:
         reader = self._reader
@@ -118,7 +117,7 @@ class _Value:
                 return True
 
     def string(self) -> Need[bool]:
-        """A quoted string as JSON; False when it is not closed."""
+        """Parse a quoted string to JSON; False if it is not closed."""
         reader = self._reader
         quote = reader.text[reader.at]
         reader.at += 1
@@ -136,7 +135,7 @@ class _Value:
                 if not (yield from self._escape()):
                     return False
             else:
-                reader.at += 1  # a special token is what it reads like: marks mean nothing in here
+                reader.at += 1  # a special token is its text: marks have no meaning here
                 self._run(character if _LONE.match(character) else json.dumps(character)[1:-1])
 
     def _run(self, text: str) -> None:
@@ -144,7 +143,7 @@ class _Value:
         self._sink(text)
 
     def _escape(self) -> Need[bool]:
-        """A backslash and what it escapes; what JSON does not know means itself."""
+        """Parse a backslash and the escaped character; an unknown escape means the character itself."""
         reader = self._reader
         while len(reader.text) - reader.at < 2:
             if reader.ended:
@@ -179,7 +178,7 @@ class _Value:
         return True
 
     def _word(self) -> Need[None]:
-        """A number or a word, or a key without quotes, unless it was cut; any other character as it is."""
+        """Parse a number, a word or an unquoted key, unless it is truncated; any other character is passed on."""
         parts: list[str] = []
         yield from self._reader.match(_WORD, parts.append)
         word = "".join(parts)
@@ -220,7 +219,7 @@ class _Value:
             self._state = "value"
         else:
             self._drop_comma()
-            closed = "" if self._count[character] else character  # one that closes nothing is left out
+            closed = "" if self._count[character] else character  # a surplus bracket is left out
             while closed != character:
                 closed = self._open.pop()
                 self._count[closed] -= 1
@@ -233,7 +232,7 @@ class _Value:
             self._comma = ""
 
     def _stopped(self) -> Need[bool]:
-        """Whether one of the stops stands here; it is not read."""
+        """Whether a stop marker begins here; it is not consumed."""
         reader = self._reader
         while True:
             hit = self._stops.pattern.match(reader.text, reader.at)
@@ -244,7 +243,7 @@ class _Value:
             yield
 
     def _begun_stop(self) -> bool:
-        """Whether the text was cut in what may be a stop."""
+        """Whether the text was truncated inside a possible stop marker."""
         reader = self._reader
         cut = bool(self._stops) and reader.ended and not reader.whole
         if not cut or self._stops.begun_at(reader.text, reader.at) != reader.at:
@@ -256,7 +255,7 @@ class _Value:
         return self._close() if self._reader.whole else False
 
     def _close(self) -> bool:
-        """Adds the brackets that are missing, where that makes a value."""
+        """Add the missing brackets, if they complete a value."""
         after_colon = self._state == "value" and self._open[-1:] == ["}"]
         if not self._open or self._state == "colon" or after_colon:
             return False

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How a model lays out a message: what its reasoning and its calls look like, and the same for one vocabulary.
+"""Layout of a model's messages: formats of reasoning and calls, and their form for one vocabulary.
 
-The table of layouts is `table`. For a vocabulary, each special token in a text becomes one character that no text can
-have: a mark that is a special token is then found where the model wrote that token, and not in a text that reads like
-it. The characters are halves of surrogate pairs, which decoded UTF-8 never has.
+The table of layouts is `table`. For a vocabulary, each special token in a text is replaced by one character that no
+text contains: a mark that is a special token is then found where the model generated this token, and not in text that
+spells it. The characters are halves of surrogate pairs, which decoded UTF-8 never contains.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from candle_vllm.openai.formats.output import CallSink, Output, call_id
 from candle_vllm.openai.formats.reader import Need, Reader
 
 THOUGHTS, CALL = "thoughts", "call"
-"""States of `StopMarks` in which a flow's messages are no answer."""
+"""States of `StopMarks` in which a message is not text of the answer."""
 
 
 class Body(Protocol):
-    """A way to write calls."""
+    """A format of calls."""
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         ...
 
 
 class Flow(Protocol):
-    """A way to write whole messages, where they are not text with marks in it."""
+    """A format of whole messages that are not text with marks."""
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
+        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
         ...
 
     def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-        """`StopMarks.states` and `StopMarks.fresh` of a message in which tools of these names may be called."""
+        """Return `StopMarks.states` and `StopMarks.fresh` of a message in which tools of these names may be called."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningFormat:
-    """Thoughts between two marks.
+    """Reasoning between two marks.
 
     Attributes:
-        name: of the format.
+        name: name of the format.
         open, close: the marks.
-        others: further pairs that mean the same.
-        strays: marks that mean nothing where they stand alone, and are left out.
-        answer: strays that stand before and behind the text of an answer.
-        flow: for messages that are no text with marks in it.
-        aliases: names that others know it by.
-        hints: texts in a chat template that tell of the format where the template writes no thoughts itself.
-        model_types: of models that write it, as `config.json` and GGUF files name them.
+        others: further pairs with the same meaning.
+        strays: marks without meaning if they occur alone; they are left out.
+        answer: strays before and after the text of an answer.
+        flow: for messages that are not text with marks.
+        aliases: names of the format in other servers.
+        hints: texts in a chat template that indicate the format if the template writes no reasoning itself.
+        model_types: types of models that write it, as in `config.json` and GGUF files.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ReasoningFormat:
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
 
     def led_by(self, opening: str) -> ReasoningFormat:
-        """The same with the pair first that `opening` begins; where a prompt opened the thoughts, that one counts."""
+        """Return the format with the pair of `opening` as its first; a prompt may open the reasoning with it."""
         if opening == self.open or opening not in self.pairs:
             return self
         closing = self.pairs[opening]
@@ -83,29 +83,28 @@ class ReasoningFormat:
 
 @dataclasses.dataclass(frozen=True)
 class ToolFormat:
-    """Calls in a message.
+    """Format of the calls in a message.
 
     Attributes:
-        name: of the format.
+        name: name of the format.
         opens: marks that begin calls.
-        bodies: what may follow such a mark; the first that fits counts.
-        names: marks that begin calls and are the beginning of the body too, as a function's tag without the tag around.
-        named: what follows those, where it is not the `bodies`: a text may well name such a tag.
-        ends_thoughts: models call within thoughts that they have not closed; a call of a tool that is offered ends
-            them.
-        line_start: marks in `opens` that are text begin calls only at a line's beginning.
-        on_lines: in thoughts, a call begins only at a line's beginning.
-        bare: what calls without a mark look like; only at the beginning of a message.
-        unmarked: the same, where no grammar writes them: models leave the mark out by mistake.
-        bare_starts: the characters that those begin with.
-        fenced: what calls look like that some models write into a block of JSON code instead.
-        strays: marks that mean nothing where they stand alone, and are left out.
-        answer: strays that stand before and behind the text of an answer.
-        flow: for messages that are no text with marks in it.
-        make_id: makes the ids of calls that bring none.
-        aliases: names that others know it by.
-        hints: texts in a chat template that tell of the format where the template writes no calls itself.
-        model_types: of models that write it, as `config.json` and GGUF files name them.
+        bodies: formats that may follow such a mark; the first that matches is used.
+        names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
+        named: format after these marks, if it is not one of `bodies`: text may mention such a tag.
+        ends_thoughts: models write calls in unclosed reasoning; a call of an offered tool ends the reasoning.
+        line_start: marks in `opens` that are text begin calls only at the beginning of a line.
+        on_lines: in reasoning, a call begins only at the beginning of a line.
+        bare: format of calls without a mark; only at the beginning of a message.
+        unmarked: the same, but not written by grammars: models omit the mark by mistake.
+        bare_starts: first characters of such calls.
+        fenced: format of calls that some models write in a JSON code block instead.
+        strays: marks without meaning if they occur alone; they are left out.
+        answer: strays before and after the text of an answer.
+        flow: for messages that are not text with marks.
+        make_id: creates ids of calls without an id.
+        aliases: names of the format in other servers.
+        hints: texts in a chat template that indicate the format if the template writes no calls itself.
+        model_types: types of models that write it, as in `config.json` and GGUF files.
     """
 
     name: str
@@ -131,11 +130,11 @@ class ToolFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a message may hold; either may be None.
+    """What a message may contain; either format may be None.
 
     Attributes:
         reasoning, tools: the formats.
-        elsewhere: ways to write calls that are other models': a mark, "" for a way without one, and what follows it.
+        elsewhere: formats of calls of other models: a mark, "" for a format without one, and the format after it.
     """
 
     reasoning: ReasoningFormat | None = None
@@ -153,9 +152,9 @@ class BoundLayout:
     """A layout for one vocabulary.
 
     Attributes:
-        layout: with the characters in place of special tokens.
-        characters: token id -> character, of the special tokens that are part of a mark.
-        names: token id -> text, of every special token.
+        layout: the layout with characters instead of special tokens.
+        characters: token id -> character, for the special tokens that are part of a mark.
+        names: token id -> text, for every special token.
     """
 
     layout: Layout
@@ -164,12 +163,12 @@ class BoundLayout:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Character -> text, for those who want to see special tokens."""
+        """Character -> text, for clients that want to see special tokens."""
         return {character: self.names[index] for index, character in self.characters.items()}
 
 
 def bind(layout: Layout, special_tokens: Mapping[str, int]) -> BoundLayout:
-    """The layout for a vocabulary whose special tokens are these, by name."""
+    """Return the layout for a vocabulary with these special tokens, by name."""
     literals = "\n".join(_literals(layout))
     used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals][:_MOST]
     table = {name: chr(_FIRST + place) for place, name in enumerate(used)}
@@ -181,22 +180,22 @@ def bind(layout: Layout, special_tokens: Mapping[str, int]) -> BoundLayout:
 
 
 class SpecialText:
-    """One sequence's text with its special tokens as characters, those that are part of no mark left out.
+    """Text of one sequence with special tokens as characters; special tokens outside of marks are left out.
 
     Args:
         bound: the layout.
-        keep: leave the texts of those in.
+        keep: whether texts of special tokens outside of marks are preserved.
     """
 
     def __init__(self, bound: BoundLayout, *, keep: bool = False) -> None:
         self._bound = bound
         self._keep = keep
-        self._text = ""  # what is not given away yet
-        self._offset = 0  # of its first character
+        self._text = ""  # text that is not returned yet
+        self._offset = 0  # offset of its first character
         self._tokens: deque[tuple[int, int]] = deque()
 
     def add(self, text: str, special_tokens: Iterable[tuple[int, int]]) -> str:
-        """The next text, and where special tokens stand: (offset in the sequence's whole text, id)."""
+        """Add text and its special tokens, (offset in the sequence's whole text, id); return what is complete."""
         self._tokens.extend(special_tokens)
         if not self._tokens and not self._text:
             self._offset += len(text)
@@ -218,7 +217,7 @@ class SpecialText:
         return "".join(parts)
 
     def finish(self) -> str:
-        """What was held back: a special token whose text was cut is plain text."""
+        """Return the text that was held back: a special token with truncated text is plain text."""
         return self._take(len(self._text))
 
     def _take(self, count: int) -> str:
@@ -239,7 +238,7 @@ def _literals(value: Any) -> Iterable[str]:
 
 
 def _translated(value: _T, table: Mapping[str, str]) -> _T:
-    """The same with every name of a special token replaced, wherever it stands in a text."""
+    """Replace names of special tokens in all texts of a value."""
     new: Any = value
     if isinstance(value, str):
         for name, character in table.items():

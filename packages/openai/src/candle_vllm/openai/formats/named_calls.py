@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose name stands before the arguments: JSON, `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or a
-text that is the one argument of a tool, as code is."""
+"""Calls whose name precedes the arguments: `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or code."""
 
 from __future__ import annotations
 
@@ -23,16 +22,16 @@ class NamedJson:
     """A name, a mark, and arguments.
 
     Attributes:
-        before_name: what may stand before the name and says nothing of it (DeepSeek's type, Kimi's name space).
-        name_end: the mark between name and arguments, "" where the arguments' bracket follows the name.
-        between: marks that may stand behind that one too, before the arguments.
-        id_mark: a mark after which an id stands before `name_end` (Mistral).
-        id_end: a mark before which an id stands, in front of the name (Solar).
-        counted: the name is followed by its number, and both are the call's id: `functions.f:0` (Kimi).
-        fenced: arguments stand in a fenced block (DeepSeek V3).
-        again: what begins a further call without an opening mark of its own.
-        closers: what follows the arguments.
-        closed: how many of those `grammar` writes.
+        before_name: texts that may precede the name and are ignored (DeepSeek's type, Kimi's name space).
+        name_end: the mark between name and arguments, "" if the arguments' bracket follows the name.
+        between: marks that may follow it, before the arguments.
+        id_mark: the mark between the name and an id before `name_end` (Mistral).
+        id_end: the mark between an id and the name after it (Solar).
+        counted: the name is followed by a number, and both are the call's id: `functions.f:0` (Kimi).
+        fenced: arguments are in a fenced code block (DeepSeek V3).
+        again: text that begins another call without an opening mark.
+        closers: marks after the arguments.
+        closed: number of `closers` that `grammar` writes.
     """
 
     before_name: tuple[str, ...] = ()
@@ -47,7 +46,7 @@ class NamedJson:
     closed: int = 1
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while (yield from self._call(reader, calls)):
             yield from skip_closers(reader, self.closers)
@@ -77,7 +76,7 @@ class NamedJson:
         return (yield from self._arguments(reader, calls, name, given_id))
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
-        """Name and id, read with the mark behind them."""
+        """Parse name and id, and the mark after them; None if there is no mark."""
         ends = markers(self.name_end, self.id_mark, "{", *self.closers)
         name, mark = yield from reader.name(ends)
         given_id = ""
@@ -94,7 +93,7 @@ class NamedJson:
         fence = self.fenced and bool((yield from reader.take(*_FENCES)))
         if fence:
             yield from reader.skip_space()
-        told = fence or self.name_end not in _COMMON  # what stands here are arguments, whatever they look like
+        told = fence or self.name_end not in _COMMON  # arguments must follow, whatever they look like
         mark = yield from reader.peek()
         if mark == '"':
             calls.begin(name, given_id)
@@ -114,7 +113,7 @@ class NamedJson:
         return True
 
     def _nothing(self, reader: Reader, told: bool, fence: bool) -> Need[bool]:
-        """Whether there are no arguments, or null in their place, which is read."""
+        """Whether there are no arguments, or null in their place, which is consumed."""
         word = (yield from reader.take("null")) if told else ""
         yield from reader.skip_space()
         ends = (*self.closers, *(("```",) if fence else ()))
@@ -127,7 +126,7 @@ class NamedJson:
 
 
 _FENCES = ("```json", "```")
-_COMMON = ("", ">", "\n")  # behind a name that is no call's, too
+_COMMON = ("", ">", "\n")  # text that may also follow a word that is not a call
 _WORD = re.compile(r"\w")
 _COUNTED = re.compile(r"([\w.\-:/]+):\d+")
 
@@ -136,10 +135,10 @@ CODE_TOOLS = ("python", "ipython", "code_interpreter")
 
 
 class RawArgument:
-    """Takes the text of a call that is no object, and makes arguments of it.
+    """Converts the text of a call that is not an object to arguments.
 
-    It is the value of the argument that `text_argument` names. Without such an argument, the text is passed on as it
-    is: the caller sees what the model wrote. Without text there are no arguments.
+    The text is the value of the argument that `text_argument` names. Without such an argument, the text is passed on
+    unchanged: the caller sees what the model wrote. Without text there are no arguments.
     """
 
     def __init__(self, calls: CallSink, key: str) -> None:
@@ -148,14 +147,14 @@ class RawArgument:
         self._empty = True
 
     def add(self, text: str) -> None:
-        """More of the text."""
+        """Add more of the text."""
         if self._empty and self._key:
             self._emit("{" + json.dumps(self._key, ensure_ascii=False) + ': "')
         self._empty = False
         self._emit(escaped(text) if self._key else text)
 
     def end(self) -> None:
-        """There is no more."""
+        """End the text."""
         if self._empty:
             self._emit("{}")
         elif self._key:
@@ -163,7 +162,7 @@ class RawArgument:
 
 
 def text_argument(name: str, schema: Mapping[str, Any]) -> str:
-    """The argument of a tool that takes nothing but a text, or code; "" where the tool does not."""
+    """Return the argument of a tool whose only argument is a text or code; "" for other tools."""
     properties = schema.get("properties")
     keys = list(properties) if isinstance(properties, Mapping) else []
     if len(keys) == 1 and ((kinds := argument_kinds(schema, keys[0])).text or kinds.listed):
@@ -172,7 +171,7 @@ def text_argument(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -> Need[None]:
-    """A call's arguments up to a mark, which is not read."""
+    """Parse a call's arguments up to a mark, which is not consumed."""
     yield from reader.skip_space()
     start = yield from reader.peek()
     if NAME.fullmatch(name) is not None and (start or reader.whole):
@@ -185,7 +184,7 @@ def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -
 
 
 def _read_raw(reader: Reader, calls: CallSink, key: str, stops: Markers) -> Need[bool]:
-    """Text up to a mark, which is not read; False when it was cut."""
+    """Parse text up to a mark, which is not consumed; False if the text was truncated."""
     raw = RawArgument(calls, key)
     mark = yield from reader.until(stops, raw.add, inside=True)
     reader.put_back(mark)
@@ -200,17 +199,17 @@ class RawCode:
     """Code that is the argument of a tool which runs it, without its name: Llama 3's `<|python_tag|>print(1)`.
 
     Attributes:
-        names: of such tools; the first that the request offers is called.
-        closers: what ends the code.
+        names: names of such tools; the first one that the request offers is called.
+        closers: marks that end the code.
     """
 
     names: tuple[str, ...] = CODE_TOOLS
     closers: tuple[str, ...] = ()
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where no such tool is offered, or what follows is no code.
+        """Parse code after the opening mark; False if no such tool is offered, or if it is not code.
 
-        A text that was cut before it was clear whether it calls a function in another way is no call.
+        Text that was truncated before it is clear whether it is a call in another format is not a call.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

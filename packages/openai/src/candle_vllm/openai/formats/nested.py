@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose arguments are tags in tags: MiniMax M3's `<invoke name="f"><tags><item>a</item></tags></invoke>`."""
+"""Calls whose arguments are nested tags: MiniMax M3's `<invoke name="f"><tags><item>a</item></tags></invoke>`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _EMPTY = {"object": "{}", "array": "[]"}
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """A name and tagged values; objects and lists are tags inside of them.
+    """A name and tagged values; objects and lists are nested tags.
 
     Attributes:
-        tag: stands before every tag, so that no text can be mistaken for one.
+        tag: mark before every tag, so that no text can be mistaken for a tag.
         call: the tag of a call, which has a name.
-        item: the tag of a list's entry.
-        closers: what may follow the calls.
+        item: the tag of an item of a list.
+        closers: marks that may follow the calls.
     """
 
     tag: str
@@ -34,7 +34,7 @@ class Nested:
     closers: tuple[str, ...] = ()
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while True:
             yield from reader.skip_space()
@@ -53,7 +53,7 @@ class Nested:
 
 
 class _Arguments:
-    """The reading of one call's arguments."""
+    """Parser of one call's arguments."""
 
     def __init__(self, shape: Nested, reader: Reader, calls: CallSink, name: str) -> None:
         self._shape = shape
@@ -62,12 +62,12 @@ class _Arguments:
         self._schema = calls.tools.get(name, {})
 
     def read(self) -> Need[bool]:
-        """True when the call was closed, or the model was done."""
+        """Return whether the call was closed, or the model had finished."""
         self._emit("{")
         return (yield from self._entries(self._schema, 1))
 
     def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
-        """Tags up to the one that closes what they are in; the name of the `first` was read already."""
+        """Parse tags up to the tag that closes the enclosing one; the name of the `first` was already read."""
         reader, key, empty = self._reader, first, True
         while True:
             if not key:
@@ -85,14 +85,14 @@ class _Arguments:
             key, empty = "", False
 
     def _tag(self) -> Need[str]:
-        """A tag's name, with the stroke of one that closes; "" where none stands here."""
+        """Return a tag's name, with the slash of a closing tag; "" without a tag."""
         if not (yield from self._reader.take(f"{self._shape.tag}<")):
             return ""
         name, end = yield from self._reader.name(markers(">"))
         return name if end else ""
 
     def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
-        """A value and the tag that closes it."""
+        """Parse a value and the tag that closes it."""
         reader = self._reader
         kinds = argument_kinds({**self._schema, "properties": {"": schema}}, "")
         text = kinds.is_string
@@ -107,7 +107,7 @@ class _Arguments:
         if not name or name.startswith("/"):
             self._emit('"' if text else _scalar("".join(parts), kinds))
             return True
-        if text:  # a string has no entries that a tag could name
+        if text:  # a string has no entries
             return False
         listed = name == self._shape.item and "array" in kinds.types
         self._emit("[" if listed else "{")
@@ -115,7 +115,7 @@ class _Arguments:
 
 
 def _scalar(text: str, kinds: Kinds) -> str:
-    """A value without tags in it; one without text is an empty object or list where the schema says so."""
+    """Return a value without tags; empty text is an empty object or list if the schema requires one."""
     is_text = text.strip(SPACE) or text in kinds.listed or kinds.is_anything
     kind = "" if is_text else next((kind for kind in _EMPTY if kind in kinds.types), "")
     return _EMPTY.get(kind) or to_json(text, kinds)

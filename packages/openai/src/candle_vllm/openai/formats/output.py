@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a parser has found of one message so far, its texts and its tool calls, put together as events (step 10)."""
+"""What a parser has found of one message, its texts and tool calls, joined to events (step 10)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.values import escaped
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
 MakeId = Callable[[int], str]
 
-NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # what can be a function's name, of whatever model
+NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # possible names of functions, for any model
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
 
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 def call_id(_: int) -> str:
-    """OpenAI's form."""
+    """Return a call id in OpenAI's form."""
     return "call_" + secrets.token_hex(12)
 
 
 def mistral_id(_: int) -> str:
-    """Mistral's form: nine letters and digits; its templates refuse others."""
+    """Return a call id in Mistral's form: nine letters and digits; its templates refuse other ids."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
@@ -38,16 +38,16 @@ class CallSink:
     """The calls of one message, as events.
 
     Args:
-        emit: takes an event.
-        tools: what the request offers, by name.
-        make_id: makes ids of calls that bring none.
-        most: further calls are left out; None is no limit.
-        names: texts of special tokens by their characters (see `layout`): in a string they are what they read like.
+        emit: receives events.
+        tools: tools of the request, by name.
+        make_id: creates ids of calls without an id.
+        most: maximum number of calls, further ones are left out; None means no limit.
+        names: texts of special tokens by their characters (see `layout`), which replace them in strings.
 
     Attributes:
-        tools: what the request offers, by name.
-        count: calls begun.
-        may_begin: asked before the next call begins; `CallBegins` is raised where it may not.
+        tools: tools of the request, by name.
+        count: number of calls begun.
+        may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
     def __init__(
@@ -63,41 +63,41 @@ class CallSink:
         self._make_id = make_id
         self._most = most
         self._ids: set[str] = set()
-        self._parts: list[str] = []  # of the present call's arguments, not given away yet
+        self._parts: list[str] = []  # arguments of the current call that are not emitted yet
         self._shown = False
         self.tools = tools
         self.count = 0
         self.may_begin: Callable[[], bool] | None = None
 
     def begin(self, name: str, given_id: str = "") -> None:
-        """The next call is of `name`; `given_id` is the id that the model gave it."""
+        """Begin a call of `name`; `given_id` is the id that the model gave it."""
         if self.may_begin is not None and not self.may_begin():
             raise CallBegins(name)
-        self.may_begin = None  # the calls behind it have its form
+        self.may_begin = None  # later calls follow the format
         index = self.count
         self.count += 1
         usable = _ID.fullmatch(given_id) is not None and given_id not in self._ids
         own = given_id if usable else self._make_id(index)
         self._ids.add(own)
         self._shown = self._most is None or self.count <= self._most
-        if self._most not in (None, 1) and index == self._most:  # at 1 the request asked for one call
+        if self._most not in (None, 1) and index == self._most:  # with a limit of 1 the request asked for one call
             logger.warning("an answer has more than %s tool calls: those behind them are left out", self._most)
         if self._shown:
             self._emit(CallStart(index, own, name))
 
     def arguments(self, text: str) -> None:
-        """More of the present call's arguments."""
+        """Add more of the current call's arguments."""
         if self._shown:
             self._parts.append(text)
 
     def end(self, whole: bool = True) -> None:
-        """The present call is over."""
+        """End the current call."""
         self.flush()
         if self._shown:
             self._emit(CallEnd(self.count - 1, whole))
 
     def flush(self) -> None:
-        """Gives away the arguments that have come since the last time."""
+        """Emit the arguments that were added since the last time."""
         if not self._parts:
             return
         text = "".join(self._parts)
@@ -107,7 +107,7 @@ class CallSink:
 
 
 class CallBegins(Exception):
-    """A call begins where one was looked for, or where none may."""
+    """A call begins where a parser only looked for one, or where no call may begin."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -115,22 +115,21 @@ class CallBegins(Exception):
 
 
 class Output:
-    """Takes what is found and keeps events until they are fetched.
+    """Collects what is found as events, until they are fetched.
 
-    White space around reasoning, and between content and calls, separates them and is part of neither. Where content
-    goes on behind them, that before them stays in it, or else a line break.
+    White space around reasoning, and between content and calls, separates them and belongs to neither. If content
+    continues after them, the white space before them is preserved, or else a line break is inserted.
 
     Args:
-        tools: what the request offers, by name.
-        make_id: makes ids of calls.
-        most_calls: further calls are left out; None is no limit.
-        shown: texts of the special tokens that are to be shown, by their characters here (see `layout`); the others
-            are left out.
-        names: texts of special tokens by their characters, for the strings in arguments and what is text after all.
+        tools: tools of the request, by name.
+        make_id: creates ids of calls.
+        most_calls: maximum number of calls, further ones are left out; None means no limit.
+        shown: texts of the special tokens to show, by their characters (see `layout`); others are left out.
+        names: texts of special tokens by their characters, for strings in arguments and marks that are text after all.
 
     Attributes:
-        calls: where calls go.
-        thinking: what is read now is reasoning.
+        calls: receives calls.
+        thinking: whether the parser is inside the reasoning.
     """
 
     def __init__(
@@ -152,41 +151,41 @@ class Output:
 
     @property
     def in_content(self) -> bool:
-        """There is content since the last part began."""
+        """Whether there is content since the last part began."""
         return self._content.begun
 
     def content(self, text: str) -> None:
-        """Text of the answer."""
+        """Add text of the answer."""
         self._content.add(_named(text, self._shown))
 
     def reasoning(self, text: str) -> None:
-        """Text of the thoughts."""
+        """Add text of the reasoning."""
         self._reasoning.add(_named(text, self._shown))
 
     def spelt(self, text: str, but: str = "") -> str:
-        """A text with the names of special tokens in it, but for those characters in `but`."""
+        """Return a text with the names of special tokens, except for the characters in `but`."""
         return text if text.isascii() else _SPECIAL.sub(lambda one: self._spelt(one.group(), but), text)
 
     def _spelt(self, character: str, but: str) -> str:
         return character if character in but else self._names.get(character, character)
 
     def part_ends(self) -> None:
-        """What comes next is something else."""
+        """End the current part; another kind of part follows."""
         self._content.separate()
         self._reasoning.separate()
 
     def end(self) -> None:
-        """The message is over; content keeps the white space at its end."""
+        """End the message; content retains the white space at its end."""
         self._content.flush()
 
     def fetch(self) -> list[Event]:
-        """The events since the last time, pieces of a kind joined."""
+        """Return the events since the last time, with consecutive texts of a kind joined."""
         self.calls.flush()
         if len(self._events) < 2:
             events, self._events = self._events, []
             return events
         events: list[Event] = []
-        run: list[str] = []  # texts that are joined to the last event's
+        run: list[str] = []  # texts to append to the last event
         for event in self._events:
             last = events[-1] if events else None
             if isinstance(event, TextPiece) and isinstance(last, TextPiece) and event.kind == last.kind:
@@ -203,12 +202,12 @@ class Output:
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:
-    """A text with the names of the special tokens in it; those without one are left out."""
+    """Return a text with the names of special tokens; those without a name are left out."""
     return text if text.isascii() else _SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
 
 
 def _join(events: list[Event], run: list[str]) -> None:
-    """Puts the texts of a run behind that of the last event."""
+    """Append the texts of a run to the last event."""
     if run:
         last = events[-1]
         assert isinstance(last, TextPiece)
@@ -217,24 +216,24 @@ def _join(events: list[Event], run: list[str]) -> None:
 
 
 class _Text:
-    """Text whose white space at either end is held back.
+    """Text whose white space at both ends is held back.
 
     Args:
-        emit: takes the text.
-        joined: stands between two parts where the first ends without white space; "" joins them as they are.
+        emit: receives the text.
+        joined: inserted between two parts if the first ends without white space; "" inserts nothing.
     """
 
     def __init__(self, emit: Callable[[str], None], joined: str = "") -> None:
         self._emit = emit
         self._joined = joined
         self._held: list[str] = []
-        self._lead = False  # nothing of the present part was emitted; white space at its beginning is dropped
-        self._between = ""  # stands before the next part
+        self._lead = False  # nothing of the current part was emitted; its leading white space is dropped
+        self._between = ""  # inserted before the next part
         self._empty = True  # nothing was emitted
 
     @property
     def begun(self) -> bool:
-        """Something of the present part was emitted."""
+        """Whether text of the current part was emitted."""
         return not (self._lead or self._empty)
 
     def add(self, text: str) -> None:

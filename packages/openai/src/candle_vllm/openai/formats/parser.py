@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One incremental parser for reasoning and tool calls of every format (step 10).
+"""Incremental parser of reasoning and tool calls, for all formats (step 10).
 
-It reads a model's text in pieces and holds back only what may be the beginning of a mark. However the text is cut, the
-pieces that it gives add up to one message.
+It receives a model's text in parts and holds back only what may be the beginning of a mark. However the text is split,
+the events add up to the same message.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class OutputParser:
     """Parses one message.
 
     Args:
-        layout: what it may hold.
-        tools: what the request offers: name -> schema of the arguments; None where calls are not looked for.
-        in_reasoning: the prompt has opened the thoughts already, with the layout's first pair of marks.
-        behind_reasoning: the prompt has closed them already; white space at the beginning belongs to it.
-        held: calls are held to their form by a grammar.
-        lazy: it begins with the call; what it does not hold is no call.
-        most_calls: further calls are left out; None is no limit.
-        make_id: makes ids of calls that bring none; None is the format's own way.
+        layout: what the message may contain.
+        tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
+        in_reasoning: the prompt has already opened the reasoning, with the layout's first pair of marks.
+        behind_reasoning: the prompt has already closed it; white space at the beginning belongs to it.
+        held: a grammar constrains calls.
+        lazy: the grammar applies from the beginning of a call; text that it does not constrain is not a call.
+        most_calls: maximum number of calls, further ones are left out; None means no limit.
+        make_id: creates ids of calls without an id; None uses the format's function.
         shown: texts of special tokens that are shown as text, by their characters.
-        names: texts of special tokens by their characters: within the strings of arguments they are kept.
+        names: texts of special tokens by their characters; strings in arguments retain them.
     """
 
     def __init__(
@@ -64,16 +64,16 @@ class OutputParser:
 
     @property
     def num_calls(self) -> int:
-        """Calls begun so far."""
+        """Number of calls begun so far."""
         return self._output.calls.count
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether what comes next is reasoning, as far as is known."""
+        """Whether the next text is reasoning, as far as is known."""
         return self._output.thinking
 
     def feed(self, text: str) -> list[Event]:
-        """Takes more text; what is certain now."""
+        """Parse more text; return the events that are certain now."""
         if not text:
             return []
         if self._run is not None:
@@ -82,11 +82,11 @@ class OutputParser:
         return self._output.fetch()
 
     def finish(self, whole: bool) -> list[Event]:
-        """The text has ended; what was held back.
+        """End the text; return the events that were held back.
 
         Args:
-            whole: the model was done. A text that was cut is taken as it is; of one that is whole, arguments that lack
-                nothing but closing brackets are closed.
+            whole: whether the model had finished. Truncated text is not completed; in finished text, arguments that
+                only lack closing brackets are closed.
         """
         self._reader.end(whole)
         while self._run is not None:

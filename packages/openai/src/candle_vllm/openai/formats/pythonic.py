@@ -22,7 +22,7 @@ _SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
 _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
-_BEHIND, _INSIDE = ",)+", ",)]}:+"  # the string of a keyword, and one in a list or an object
+_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow the string of a keyword argument, and one in a list or an object
 _KEYS = re.compile(r"\w*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
@@ -30,12 +30,12 @@ _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
 
 @dataclasses.dataclass(frozen=True)
 class Pythonic:
-    """Calls with keyword arguments, in a list or on lines of their own.
+    """Calls with keyword arguments, in a list or on separate lines.
 
     Attributes:
-        closers: what may follow the calls.
+        closers: marks that may follow the calls.
         known_only: only names of the request's tools are calls; for text without marks.
-        listed: they stand in a list, as `grammar` writes them.
+        listed: `grammar` writes calls in a list.
     """
 
     closers: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Pythonic:
     listed: bool = True
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         yield from reader.skip_space()
         listed = bool((yield from reader.take("[")))
@@ -76,7 +76,7 @@ class Pythonic:
 
 
 class _Arguments:
-    """The arguments of one call."""
+    """Parser of one call's arguments."""
 
     def __init__(self, reader: Reader, calls: CallSink, name: str) -> None:
         self._reader = reader
@@ -86,7 +86,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """True when the bracket was closed, or the model was done."""
+        """Return whether the bracket was closed, or the model had finished."""
         while True:
             text, end = yield from self._piece()
             key = ""
@@ -110,11 +110,11 @@ class _Arguments:
         self._calls.arguments(_to_json(text))
 
     def _next_key(self) -> str:
-        """The name of an argument that is given by its place."""
+        """Return the name of the next positional argument."""
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Text up to a comma, the closing bracket, or (unless `inside` a value) an equals sign, and which it was."""
+        """Parse text up to a comma, a closing bracket, or (not `inside` a value) an equals sign; return both."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)
@@ -127,7 +127,7 @@ class _Arguments:
             if mark in "\"'":
                 yield from self._string(mark, parts, keyed=inside and not stack)
                 continue
-            if "\ud800" <= mark <= "\udfff":  # a special token: the model has left the call
+            if "\ud800" <= mark <= "\udfff":  # a special token: the call has ended
                 return "".join(parts).strip(SPACE), ""
             reader.at += 1
             parts.append(mark)
@@ -137,7 +137,7 @@ class _Arguments:
                 stack.pop()
 
     def _string(self, quote: str, parts: list[str], *, keyed: bool) -> Need[None]:
-        """A quoted text with its quotes, single or triple. Those in it that the model did not escape are escaped."""
+        """Parse a text in single or triple quotes; escape the quotes in it that the model did not escape."""
         reader = self._reader
         mark = yield from reader.take(quote * 3, quote)
         parts.append(mark)
@@ -161,7 +161,7 @@ class _Arguments:
                 parts.append("\\" + mark)
 
     def _closes(self, keyed: bool) -> Need[bool]:
-        """Whether what follows a quote can stand behind a string; the value of a keyword has more to tell."""
+        """Whether a quote ends a string, by the text after it; for a keyword's value more text is examined."""
         reader, read = self._reader, list[str]()
         yield from reader.match(SPACES, read.append)
         following = yield from reader.peek()
@@ -176,21 +176,21 @@ class _Arguments:
                 closes = (yield from reader.peek()) in ("=", ")", "")
             else:
                 closes = (yield from reader.peek()) not in ('"', "'")
-        if reader.cut:  # it cannot be known
+        if reader.cut:  # undecidable
             return True
         reader.put_back("".join(read))
         return closes
 
 
 def _to_json(text: str) -> str:
-    """A value of Python or JSON; what is neither is taken for a text."""
+    """Convert a value of Python or JSON; anything else is a string."""
     word = _WORDS.get(text)
     if word is not None:
         return word
     value = python_value(text)
     if value is None and _SUM.fullmatch(text):
         return json.dumps("".join(json.loads(_to_json(one)) for one in _ONE.findall(text)), ensure_ascii=False)
-    if value is None and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # a text with raw line breaks
+    if value is None and len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # a string with raw line breaks
         value = python_value(text.replace("\n", "\\n")) or json.dumps(text[1:-1], ensure_ascii=False)
     if value is not None:
         return value

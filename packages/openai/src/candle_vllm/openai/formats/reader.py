@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A model's text as it comes, for parsers that are written as if it were all there, and which of it is code.
+"""Streamed text, for parsers that are written as if all of it were present, and detection of code in it.
 
-A parser is a generator: it `yield`s whenever it needs more text than there is, and is resumed when more has come. What
-it decides depends on the text and on whether that has ended, never on how it was cut; so every cut gives one result.
+A parser is a generator: it `yield`s when it needs more text, and is resumed when more has arrived. Its decisions depend
+on the text and on whether the text has ended, never on how it was split; so every split gives the same result.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def nowhere(_: object) -> None:
-    """Takes what is read and not wanted."""
+    """Ignore text that is read and not needed."""
 
 
 class Markers:
-    """A set of literals to look for; none may be the beginning of another.
+    """A set of literals to search for; no literal may begin with another one.
 
     Args:
         literals: texts of at least one character.
@@ -39,7 +39,7 @@ class Markers:
         assert clash is None, f"one marker begins with another: {clash}"
         assert "" not in self.literals
         self.pattern = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        self._reach = max(map(len, ordered), default=1) - 1  # most characters that can be the beginning of one
+        self._reach = max(map(len, ordered), default=1) - 1  # maximum length of the beginning of a literal
         begun = "|".join(_beginnings(literal) for literal in ordered if len(literal) > 1)
         self._begun = re.compile(rf"(?:{begun})\Z") if begun else None
 
@@ -47,7 +47,7 @@ class Markers:
         return bool(self.literals)
 
     def begun_at(self, text: str, start: int) -> int:
-        """Where the end of `text` may be the beginning of a literal; its length where it cannot."""
+        """Return where the end of `text` may begin a literal; the length of `text` if it does not."""
         if self._begun is None:
             return len(text)
         match = self._begun.search(text, max(start, len(text) - self._reach))
@@ -56,7 +56,7 @@ class Markers:
 
 @functools.lru_cache(maxsize=512)
 def markers(*literals: str) -> Markers:
-    """Markers of these literals, made once; repeated and empty ones count for nothing."""
+    """Return markers of these literals, cached; repeated and empty literals are ignored."""
     return Markers(literal for literal in literals if literal)
 
 
@@ -66,14 +66,13 @@ def _longest_first(literals: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Reader:
-    """Text that was not read yet.
+    """Text that is not consumed yet.
 
     Attributes:
-        text, at: what has come, and how far it was read.
-        ended: no more will come.
-        lenient: what a text lacks at its end may be added to it; otherwise one that is whole is read like one that was
-            cut.
-        begun: the beginning of a mark in which it was cut, where that was left out.
+        text, at: the received text, and the offset up to which it is consumed.
+        ended: no more text will arrive.
+        lenient: whether missing text at the end may be added; otherwise finished text is parsed like truncated text.
+        begun: the beginning of a mark at the end of truncated text, if it was left out.
     """
 
     __slots__ = ("_done", "_from", "_kept", "at", "begun", "ended", "lenient", "text")
@@ -85,33 +84,33 @@ class Reader:
         self.lenient = True
         self._done = False
         self.begun = ""
-        self._kept: list[str] | None = None  # read since the mark and no longer in `text`
-        self._from = 0  # where in `text` what is kept of it begins
+        self._kept: list[str] | None = None  # consumed since the mark and no longer in `text`
+        self._from = 0  # offset in `text` of what follows `_kept`
 
     def feed(self, text: str) -> None:
-        """More text."""
+        """Add more text."""
         if self._kept is not None:
             self._kept.append(self.text[self._from : self.at])
         self.text = self.text[self.at :] + text
         self.at = self._from = 0
 
     def end(self, whole: bool) -> None:
-        """No more text."""
+        """End the text."""
         self.ended = True
         self._done = whole
 
     @property
     def whole(self) -> bool:
-        """The text has ended because the model was done, not because it was cut."""
+        """Whether the text ended because the model had finished, not because it was truncated."""
         return self._done and self.lenient
 
     def mark(self) -> None:
-        """Keeps what is read from here on, for `unread`."""
+        """Remember the position, for `unread`."""
         self._from = self.at
         self._kept = []
 
     def unread(self) -> int:
-        """Back to the mark; how many characters that is."""
+        """Return to the mark; the result is the number of characters."""
         assert self._kept is not None
         size = sum(map(len, self._kept)) + self.at - self._from
         if self._kept:
@@ -122,16 +121,16 @@ class Reader:
         return size
 
     def since_mark(self) -> str:
-        """What was read since the mark."""
+        """Return the text consumed since the mark."""
         return "".join(self._kept or ()) + self.text[self._from : self.at]
 
     def forget(self) -> None:
-        """There is no way back to the mark."""
+        """Remove the mark."""
         self._kept = None
 
     def put_back(self, text: str) -> None:
-        """Makes the text that was read last unread; not from before a mark."""
-        gone = len(text) - self.at  # characters that are no longer in `text`
+        """Return to the position before the text that was consumed last; not to before a mark."""
+        gone = len(text) - self.at  # number of characters that are no longer in `text`
         if gone <= 0:
             self.at -= len(text)
             return
@@ -144,12 +143,12 @@ class Reader:
             gone = max(0, gone - len(last))
 
     def next(self, count: int) -> str:
-        """Reads characters that have come already."""
+        """Consume characters that have already arrived."""
         start, self.at = self.at, self.at + count
         return self.text[start : self.at]
 
     def skip_space(self) -> Need[None]:
-        """Reads white space."""
+        """Consume white space."""
         if self.at < len(self.text) and self.text[self.at] not in SPACE:
             return
         while True:
@@ -161,13 +160,13 @@ class Reader:
             yield
 
     def peek(self) -> Need[str]:
-        """The next character, not read; "" at the end."""
+        """Return the next character without consuming it; "" at the end."""
         while self.at == len(self.text) and not self.ended:
             yield
         return self.text[self.at : self.at + 1]
 
     def take(self, *literals: str) -> Need[str]:
-        """Reads the longest of the literals that stands here; "" where none does."""
+        """Consume and return the longest of the literals that begins here; "" without a match."""
         ordered = literals if len(literals) == 1 else _longest_first(literals)
         while True:
             rest = self.text[self.at : self.at + len(ordered[0])]
@@ -182,7 +181,7 @@ class Reader:
             yield
 
     def match(self, pattern: re.Pattern[str], sink: Sink) -> Need[None]:
-        """Reads characters as long as `pattern`, a class of characters with a star, matches them."""
+        """Consume characters while `pattern`, a character class with a star, matches them."""
         while True:
             match = pattern.match(self.text, self.at)
             assert match is not None
@@ -194,10 +193,10 @@ class Reader:
             yield
 
     def until(self, markers: Markers, sink: Sink, *, inside: bool = False) -> Need[str]:
-        """Hands text on up to one of the markers, which is read and returned; "" when the text ended before one.
+        """Pass text to `sink` up to one of the markers, which is consumed and returned; "" if the text ends before one.
 
-        `inside` of a call the beginning of a marker at the end of a text that was cut is not handed on: it would be
-        taken for a part of the arguments.
+        `inside` a call, the beginning of a marker at the end of truncated text is not passed on: it would be taken
+        for a part of the arguments.
         """
         while True:
             hit = markers.pattern.search(self.text, self.at)
@@ -218,7 +217,7 @@ class Reader:
             yield
 
     def drop_begun(self, *literals: str) -> bool:
-        """Reads the beginning of one of the literals, where the text was cut in it; False where it was not."""
+        """Consume the beginning of a literal at the end of truncated text; return whether there was one."""
         rest = len(self.text) - self.at
         if not self.ended or self.whole or not rest or rest > max(map(len, literals), default=0):
             return False
@@ -228,11 +227,11 @@ class Reader:
 
     @property
     def cut(self) -> bool:
-        """All was read of a text that was cut."""
+        """Whether all of a truncated text is consumed."""
         return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
-        """A short text and the marker that ended it; the marker is "" without a marker in reach."""
+        """Consume a short text and the marker that ends it; return both. The marker is "" if not within `most`."""
         parts: list[str] = []
         size = 0
         while True:
@@ -245,13 +244,13 @@ class Reader:
                 self.at = hit.end()
                 return "".join(parts), hit.group()
             if self.ended or size > most:
-                self.at -= max(0, size - most)  # so far and no further, however much has come
+                self.at -= max(0, size - most)  # the result does not depend on how much has arrived
                 return "".join(parts)[:most], ""
             yield
 
 
 def _beginnings(literal: str) -> str:
-    """A pattern of every proper beginning of `literal`, longest first."""
+    """Return a pattern of every proper beginning of `literal`, longest first."""
     pattern = ""
     for character in reversed(literal[1:-1]):
         pattern = f"(?:{re.escape(character)}{pattern})?"
@@ -259,20 +258,20 @@ def _beginnings(literal: str) -> str:
 
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_HEAD = 80  # characters of a line that are kept; a fence stands at its beginning
+_HEAD = 80  # characters of a line that are stored; a fence is at its beginning
 
 
 class CodeSpans:
-    """Follows a text, which may come in any pieces."""
+    """Detects code in a text that is added in parts of any size."""
 
     def __init__(self) -> None:
-        self._fence = ""  # what opened the block that we are in
-        self._head = ""  # the present line's first characters
-        self._size = 0  # its characters
-        self._ticks = 0  # its backticks
+        self._fence = ""  # fence that opened the current code block
+        self._head = ""  # first characters of the current line
+        self._size = 0  # number of its characters
+        self._ticks = 0  # number of its backticks
 
     def add(self, text: str) -> None:
-        """The next piece."""
+        """Add the next part."""
         for number, part in enumerate(text.split("\n")):
             if number:
                 self._end_line()
@@ -283,20 +282,20 @@ class CodeSpans:
 
     @property
     def inside(self) -> bool:
-        """True where the text goes on as code."""
+        """Whether the text continues as code."""
         return bool(self._fence or self._opened()) or self._ticks % 2 == 1
 
     @property
     def at_line_start(self) -> bool:
-        """True where nothing but white space stands before on the present line."""
+        """Whether only white space precedes on the current line."""
         return self._size == len(self._head) and not self._head.strip()
 
     def end_line(self) -> None:
-        """What comes next stands on a line of its own."""
+        """End the line: the next text begins a new line."""
         self._end_line()
 
     def _opened(self) -> str:
-        """The fence with which the present line opens a block; what follows backticks must contain no backtick."""
+        """Return the fence with which the current line opens a block; no backtick may follow a fence of backticks."""
         match = _FENCE.match(self._head)
         if match is None or (match[1][0] == "`" and self._ticks > len(match[1])):
             return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of reasoning formats: one row for each way in which models write their thoughts."""
+"""The table of reasoning formats: one row for each way in which models write their reasoning."""
 
 from __future__ import annotations
 
@@ -129,22 +129,21 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
     ),
 )
 
-# What Qwen's makers have their models say where a budget ends the thoughts (the model cards of Qwen3).
+# Text that Qwen's makers recommend when a budget ends the reasoning (the model cards of Qwen3).
 _QWEN = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
 )
 LAST_WORDS: Mapping[str, str] = dict.fromkeys(words("qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe"), _QWEN)
-"""Model type -> what is said before the closing mark where a budget ends the thoughts."""
+"""Model type -> text that is inserted before the closing mark when a budget ends the reasoning."""
 
 
 def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
-    """The mark by which a prompt leaves the thoughts open, so that the model begins within them; "" where it does not.
+    """Return the mark with which a prompt opens the reasoning, so the model begins in it; "" without such a mark.
 
     Args:
         prompt_tail: the end of the prompt, at least from the answer's beginning on.
-        reasoning: how the model writes thoughts.
-        continued: the prompt ends with the beginning of an answer that the model is to go on with, so that thoughts may
-            have been written already.
+        reasoning: the model's reasoning format.
+        continued: the prompt ends with the beginning of an answer, so it may contain reasoning.
     """
     found, last = "", -1
     for opening, ends in _ends(reasoning).items() if reasoning else ():
@@ -156,7 +155,7 @@ def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued:
 
 
 def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
-    """Opening mark -> the marks that end the thoughts behind it."""
+    """Opening mark -> the marks that end the reasoning after it."""
     if reasoning.flow is not None:
         return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
     return {opening: (closing,) for opening, closing in reasoning.pairs.items()}

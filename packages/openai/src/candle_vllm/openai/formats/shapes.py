@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ways to write calls that more than one row of `table` has, and marks that rows share."""
+"""Formats of calls that more than one row of `table` uses, and marks that rows share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from candle_vllm.openai.formats.tagged import Tagged
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a text: for lists of names that are long."""
+    """Split a text into words, for long lists of names."""
     return tuple(text.split())
 
 

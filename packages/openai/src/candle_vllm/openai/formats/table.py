@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The table of formats: one row for each way in which models write calls. `reasoning_table` has those of thoughts.
+"""The table of tool formats: one row for each way in which models write calls. `reasoning_table` has reasoning formats.
 
-The samples that tests check are in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.
+Tests check the samples in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
             "granitemoehybrid granite_hybrid ernie4_5 ernie4_5_moe exaone4 phi yi stablelm"
         ),
     ),
-    ToolFormat(  # before Qwen's, which reads such calls too
+    ToolFormat(  # before Qwen's format, which matches such calls too
         "functionary_v31",
         opens=("<|python_tag|>",),
         names=("<function=",),
@@ -436,17 +436,17 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ends_thoughts=True,
         model_types=("plamo3",),
     ),
-    *(point.load() for point in entry_points(group="candle_vllm.tool_formats")),  # of other installed packages
+    *(point.load() for point in entry_points(group="candle_vllm.tool_formats")),  # from other installed packages
 )
 
 
 def tool_names() -> dict[str, ToolFormat]:
-    """Every name of a tool format, its own first."""
+    """Return the tool formats by every name, each format's own name first."""
     return _by_name(TOOL_FORMATS)
 
 
 def reasoning_names() -> dict[str, ReasoningFormat]:
-    """Every name of a reasoning format, its own first."""
+    """Return the reasoning formats by every name, each format's own name first."""
     return _by_name(REASONING_FORMATS)
 
 

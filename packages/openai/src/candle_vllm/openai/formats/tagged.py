@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls whose arguments are tagged texts: `<function=f><parameter=a>1</parameter></function>` and its kin."""
+"""Calls whose arguments are tagged texts: `<function=f><parameter=a>1</parameter></function>` and similar formats."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ _SHORT = frozenset({"integer", "number", "boolean", "null"})
 
 @dataclasses.dataclass(frozen=True)
 class Tagged:
-    """A name and tagged values, which the tool's schema tells the types of.
+    """A name and tagged values, whose types the tool's schema determines.
 
     Attributes:
-        name_open, name_end: around the name; where `name_open` is "", the name stands behind the opening mark.
-        name_head: reads attributes that stand beside the name; its group is `name`.
-        key_open, key_end: around the key.
-        value_open: between key and value.
-        type_open, type_end: around the value's JSON type, which may stand before that.
-        value_end: behind the value. It is a mark only where another key, the end of the call, or nothing follows.
-        call_end: behind the last value.
-        closers: what may follow the calls.
-        head: reads attributes that stand beside the key; its groups are `key`, and `text`, "true" where the value is
-            a string and "false" where it is JSON, or `type`, a JSON type.
-        newlines: a line break stands before and behind each value and is no part of it; that behind it is, where none
-            stands before.
-        text_open, text_end: stand around a text that could be mistaken for tags (XML's CDATA).
-        tight: how models spell `name_open` and `key_open` that leave a space out.
-        known_only: one tool that the request offers, and its arguments or its end, are a call; for names that no mark
-            stands before: `std::function<function=f>` is text.
+        name_open, name_end: marks around the name; if `name_open` is "", the name follows the opening mark.
+        name_head: pattern of attributes beside the name; its group is `name`.
+        key_open, key_end: marks around the key.
+        value_open: mark between key and value.
+        type_open, type_end: marks around the value's JSON type, which may precede `value_open`.
+        value_end: mark after the value; valid only if another key, the end of the call, or nothing follows.
+        call_end: mark after the last value.
+        closers: marks that may follow the calls.
+        head: pattern of attributes beside the key; its groups are `key`, and `text`, "true" if the value is a string
+            and "false" if it is JSON, or `type`, a JSON type.
+        newlines: line breaks before and after a value are not part of it; without the first, the second is.
+        text_open, text_end: marks around a text that could be mistaken for tags (XML's CDATA).
+        tight: spellings of `name_open` and `key_open` without a space, which models also write.
+        known_only: a call must name an offered tool, and arguments or the end of the call must follow; for names
+            without a mark before them: `std::function<function=f>` is text.
     """
 
     name_open: str
@@ -62,16 +61,16 @@ class Tagged:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What begins a call."""
+        """Marks that begin a call."""
         return (self.name_open, *self.tight[:1]) if self.name_open else ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What begins an argument."""
+        """Marks that begin an argument."""
         return (self.key_open, *self.tight[1:])
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Reads what follows the opening mark; False where that is no call, and nothing was made of it."""
+        """Parse calls after the opening mark; return False, without any event, if there is no call."""
         before = calls.count
         while (yield from self._call(reader, calls)):
             yield from reader.skip_space()
@@ -114,7 +113,7 @@ class Tagged:
 
 
 class _Arguments:
-    """The reading of one call's arguments."""
+    """Parser of one call's arguments."""
 
     def __init__(self, shape: Tagged, reader: Reader, calls: CallSink, name: str) -> None:
         self._shape = shape
@@ -124,7 +123,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """True when the call was closed, or the model was done."""
+        """Return whether the call was closed, or the model had finished."""
         shape, reader, emit = self._shape, self._reader, self._calls.arguments
         yield from reader.skip_space()
         if (yield from reader.peek()) == "{":
@@ -133,7 +132,7 @@ class _Arguments:
         while closed:
             yield from reader.skip_space()
             mark = yield from reader.take(*shape.keys, shape.value_end, shape.call_end, *shape.closers)
-            if mark == shape.value_end:  # a stray one
+            if mark == shape.value_end:  # a stray mark
                 continue
             if mark not in shape.keys:
                 closed = bool(mark) or reader.whole or not reader.ended
@@ -144,7 +143,7 @@ class _Arguments:
         return closed
 
     def _object(self) -> Need[bool]:
-        """All arguments as one object of JSON, which models write where other formats do."""
+        """Parse all arguments as one JSON object, which models write by mistake."""
         shape, reader = self._shape, self._reader
         closed = yield from read_value(reader, self._calls.arguments, markers(shape.call_end, *shape.closers))
         if closed:
@@ -153,7 +152,7 @@ class _Arguments:
         return closed
 
     def _argument(self) -> Need[bool]:
-        """One key and its value; False when the text was cut within."""
+        """Parse one key and its value; False if the text was truncated inside."""
         shape, reader = self._shape, self._reader
         head, mark = yield from reader.name(markers(shape.key_end))
         told = ""
@@ -179,12 +178,12 @@ class _Arguments:
         return (yield from self._text(sink) if kinds.is_string else self._other(sink, kinds))
 
     def _may_wrap(self, key: str) -> bool:
-        """Whether an argument that the tool does not have may hold all those that it has."""
+        """Whether an argument with this key, unknown to the tool, may contain all arguments of the tool."""
         properties = self._schema.get("properties")
         return key in ARGUMENT_KEYS and isinstance(properties, Mapping) and bool(properties) and key not in properties
 
     def _wrapped(self, key: str, kinds: Kinds) -> Need[bool]:
-        """A value that may be an object of the tool's arguments; False when the text was cut within."""
+        """Parse a value that may be an object of the tool's arguments; False if the text was truncated inside."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
         if (yield from self._value(inner, short=False)):
@@ -199,7 +198,7 @@ class _Arguments:
         return False
 
     def _unopened(self, head: str) -> Need[bool]:
-        """A value without the mark before it; a key without a value is left out. False when the text was cut within."""
+        """Parse a value without `value_open`; omit a key without a value. False if the text was truncated inside."""
         shape, reader, parts = self._shape, self._reader, list[str]()
         ends = markers(shape.value_end, *shape.keys, shape.call_end, *shape.closers)
         mark = yield from reader.until(ends, parts.append, inside=True)
@@ -211,7 +210,7 @@ class _Arguments:
         return bool(mark) or reader.whole
 
     def _begin(self, key: str) -> Sink:
-        """Where the value of an argument goes: nowhere where it has one."""
+        """Begin an argument and return the sink of its value; a repeated argument is ignored."""
         if key in self._keys:
             return nowhere
         self._calls.arguments((", " if self._keys else "{") + json.dumps(key, ensure_ascii=False) + ": ")
@@ -231,7 +230,7 @@ class _Arguments:
         return key, kinds._replace(marked=told == "false")
 
     def _text(self, sink: Sink) -> Need[bool]:
-        """A string, handed on as it comes."""
+        """Parse a string and pass it on while it is received."""
         sink('"')
         inner = _Inner(lambda text: sink(escaped(text)), self._shape)
         closed = yield from self._value(inner, short=False)
@@ -240,7 +239,7 @@ class _Arguments:
         return closed
 
     def _plain_text(self, sink: Sink) -> Need[bool]:
-        """A string that its own mark ends."""
+        """Parse a string up to `text_end`."""
         sink('"')
         ends = markers(self._shape.text_end)
         mark = yield from self._reader.until(ends, lambda text: sink(escaped(text)), inside=True)
@@ -251,7 +250,7 @@ class _Arguments:
         return bool(mark) or self._reader.whole
 
     def _other(self, sink: Sink, kinds: Kinds) -> Need[bool]:
-        """A value that can be understood only when it is there."""
+        """Parse a value that can only be interpreted when it is complete."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
         closed = yield from self._value(inner, short=not (kinds.text or kinds.listed) and kinds.types <= _SHORT)
@@ -259,14 +258,14 @@ class _Arguments:
         plain = _SPECIAL.sub("", text)
         value = to_json(plain, kinds)
         is_text = value == _quoted(plain)
-        if closed or (inner.ended and not is_text):  # no number goes on behind the beginning of a mark
+        if closed or (inner.ended and not is_text):  # a number before the beginning of a mark is complete
             sink(_quoted(text) if is_text else value)
         return closed
 
     def _value(self, inner: _Inner, *, short: bool) -> Need[bool]:
-        """The text up to the end of the value; False when the text was cut within.
+        """Parse text up to the end of the value; False if the text was truncated inside.
 
-        What ends a value is believed where it makes sense: a text may well hold the same tags, a `short` value none.
+        An end mark is valid only where it makes sense: a text may contain the same tags, a `short` value contains none.
         """
         marked = yield from self._until_end(inner, short)
         if marked is None:
@@ -275,7 +274,7 @@ class _Arguments:
         return True
 
     def _until_end(self, inner: _Inner, short: bool) -> Need[bool | None]:
-        """Whether the value ended with its mark; None when the text was cut within."""
+        """Return whether the value ended with its mark; None if the text was truncated inside."""
         shape, reader = self._shape, self._reader
         outer = [closer for closer in shape.closers if closer != shape.call_end]
         ends = markers(
@@ -321,7 +320,7 @@ class _Arguments:
             text(mark + "".join(spaces))
 
     def _new_key(self) -> Need[bool]:
-        """Whether the name of an argument that has no value yet stands here; it is not read unless it was cut."""
+        """Whether the key of a further argument follows; it is not consumed unless it is truncated."""
         reader = self._reader
         head, mark = yield from reader.name(markers(self._shape.key_end))
         if not mark and reader.cut:
@@ -332,21 +331,21 @@ class _Arguments:
 
 
 class _Inner:
-    """A value without the line breaks that stand around it.
+    """A value without the line breaks around it.
 
     Attributes:
-        ended: the text was cut where the value has ended, as far as can be seen.
+        ended: the text was truncated where the value has probably ended.
     """
 
     def __init__(self, sink: Sink, shape: Tagged) -> None:
         self._sink = sink
         self._newlines = self._first = shape.newlines
-        self._paired = False  # one stands before the value
+        self._paired = False  # whether a line break precedes the value
         self._held = ""
         self.ended = False
 
     def add(self, text: str) -> None:
-        """More of the value."""
+        """Add more of the value."""
         if self._first:
             self._first = False
             self._paired = text.startswith("\n")
@@ -357,7 +356,7 @@ class _Inner:
             self._sink(text)
 
     def end(self, marked: bool) -> None:
-        """The value is over, with the mark behind it or without: then the line break stands before something else."""
+        """End the value, `marked` if its mark follows; otherwise the line break belongs to what follows."""
         if self._held and marked and not self._paired:
             self._sink(self._held)
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The row of the table that a template tells of: read back from what a chat template writes, by the marks in its text,
-or by the `response_template` of a tokenizer (transformers 5).
+"""Choice of a row of the table: by a chat template's output, by its marks, or by a tokenizer's `response_template`.
 
-A response template names fields of a message, each with the marks around it and the way its inside is written. What has
-the marks of a row is that row; calls that are JSON between marks make a row of their own.
+A response template (transformers 5) names fields of a message, each with its marks and its content's format. A template
+with the marks of a row selects that row; calls that are JSON between marks make a new row.
 Source: transformers, `utils/chat_parsing/response_templates.py`.
 """
 
@@ -34,12 +33,12 @@ from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_m
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.formats.tagged import Tagged
 
-_COMMON = frozenset({"```json", "functools"})  # too common in texts to tell of a format
+_COMMON = frozenset({"```json", "functools"})  # too common in texts to indicate a format
 _SHORT = 3
 
 
 def writer_of_calls(probe: TemplateProbe, *, as_text: bool) -> ToolFormat | None:
-    """The first row that reads the call back which the template writes; those before that are made for it."""
+    """Return the first row that parses the call in the template's output; earlier marks are tried first."""
     written = probe.calls(as_text=as_text)
     if written is None:
         return None
@@ -58,7 +57,7 @@ def writer_of_calls(probe: TemplateProbe, *, as_text: bool) -> ToolFormat | None
 
 
 def writer_of_thoughts(probe: TemplateProbe) -> ReasoningFormat | None:
-    """The first row that reads the thoughts back which the template writes, beside calls or content."""
+    """Return the first row that parses the reasoning in the template's output, with calls or with content."""
     calling = (probe.calls(as_text=as_text, thoughts=THOUGHTS) for as_text in (False, True))
     for written in filter(None, itertools.chain(calling, (probe.thinking(),))):
         if THOUGHTS not in written.text:
@@ -70,14 +69,14 @@ def writer_of_thoughts(probe: TemplateProbe) -> ReasoningFormat | None:
 
 
 def marked_tools(text: str) -> ToolFormat | None:
-    """The row with the most marks in the text of a template."""
+    """Return the row with the most marks in the source of a template."""
     sizes = {row.name: _tool_marks(row, text) for row in TOOL_FORMATS}
     best = max(TOOL_FORMATS, key=lambda row: sizes[row.name])
     return best if sizes[best.name] else None
 
 
 def marked_reasoning(text: str) -> ReasoningFormat | None:
-    """The row with both its marks in the text of a template, or one of them where that is enough to know it by."""
+    """Return the row with both its marks in the source of a template, or with one distinctive mark."""
     for row in _own_first(REASONING_FORMATS):
         for opening, closing in row.pairs.items():
             if (opening in text and closing in text) or ("/" in closing and (opening in text or closing in text)):
@@ -86,19 +85,19 @@ def marked_reasoning(text: str) -> ReasoningFormat | None:
 
 
 def _own_first(rows: Iterable[ReasoningFormat]) -> Iterator[ReasoningFormat]:
-    """Every row with its own marks alone, then with the others."""
+    """Yield every row with only its main marks, then with its other marks."""
     listed = list(rows)
     yield from (dataclasses.replace(row, others=()) for row in listed)
     yield from (row for row in listed if row.others)
 
 
 def _first_mark(row: ToolFormat, text: str) -> int:
-    """Where the first mark of a row stands; -1 where none does. What stands outside begins first."""
+    """Return the offset of the first mark of a row, -1 without a mark. An enclosing mark comes first."""
     return min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
 
 
 def _tool_marks(row: ToolFormat, text: str) -> int:
-    """Characters of the marks of a row that a text has; 0 where it lacks one that calls cannot do without."""
+    """Return the number of characters of a row's marks in a text; 0 if a mark that calls require is missing."""
     opens = [mark for mark in (*row.opens, *row.names, *row.hints) if mark in text and mark not in _COMMON]
     needed = list(_literals(row.bodies[0])) if row.bodies else []
     if any(hint in text for hint in row.hints):
@@ -109,7 +108,7 @@ def _tool_marks(row: ToolFormat, text: str) -> int:
 
 
 def _literals(body: Body) -> Iterator[str]:
-    """What stands in every text that has such a call and tells it from others."""
+    """Yield texts that every such call contains and that distinguish it from others."""
     found: tuple[str, ...] = ()
     if isinstance(body, Tagged):
         found = (body.name_open, body.name_end, body.key_open)
@@ -124,7 +123,7 @@ def _literals(body: Body) -> Iterator[str]:
 
 
 def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
-    """The calls that a row reads in what a template wrote."""
+    """Parse the calls in a template's output with a row."""
     parser = OutputParser(Layout(None, row), tools={NAME: SCHEMA}, make_id=str)
     texts: list[list[str]] = []
     for event in (*parser.feed(written.text), *parser.finish(True)):
@@ -139,7 +138,7 @@ def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
 
 
 def _thoughts(row: ReasoningFormat, written: Written) -> str:
-    """The thoughts that a row reads in what a template wrote."""
+    """Parse the reasoning in a template's output with a row."""
     opening = open_mark(written.head, row)
     parser = OutputParser(Layout(row.led_by(opening), None), in_reasoning=bool(opening))
     events = (*parser.feed(written.text), *parser.finish(True))
@@ -153,7 +152,7 @@ _PLACEHOLDER = re.compile(r"\{content\.(\w+)\}")
 
 
 def response_tools(template: Any) -> ToolFormat | str:
-    """The format of the calls in a response template, or why it has no such format."""
+    """Return the format of the calls in a response template, or the reason why there is no such format."""
     field = _field(template, "tool_calls")
     if field is None:
         return "it has no field tool_calls"
@@ -173,7 +172,7 @@ def response_tools(template: Any) -> ToolFormat | str:
 
 
 def response_reasoning(template: Any) -> ReasoningFormat | str:
-    """The format of the thoughts in a response template, or why it has no such format."""
+    """Return the format of the reasoning in a response template, or the reason why there is no such format."""
     field = next(
         (found for name in ("reasoning_content", "thinking", "reasoning") if (found := _field(template, name))), None
     )
@@ -196,7 +195,7 @@ def _field(template: Any, name: str) -> Mapping[str, Any] | None:
 
 
 def _marks(field: Mapping[str, Any], side: str) -> Iterator[str]:
-    """The texts that a field opens or closes with; of a pattern, the plain text that it begins with."""
+    """Yield the texts that a field opens or closes with; of a pattern, its plain beginning."""
     given = field.get(side)
     for one in given if isinstance(given, list) else [given]:
         if isinstance(one, str) and 0 < len(one.strip()) <= _MOST_MARK:
@@ -207,7 +206,7 @@ def _marks(field: Mapping[str, Any], side: str) -> Iterator[str]:
 
 
 def _plain_beginning(pattern: str) -> str:
-    """The text that every match of a pattern begins with, white space before it left out."""
+    """Return the text that every match of a pattern begins with, after white space."""
     place, text = 0, ""
     while place < len(pattern) and len(text) < _MOST_MARK:
         if not text and (space := _SPACE.match(pattern, place)):
@@ -222,14 +221,14 @@ def _plain_beginning(pattern: str) -> str:
 
 
 def _before_names(row: ToolFormat) -> Iterator[str]:
-    """Marks with what stands between them and a name."""
+    """Yield marks with the text between them and a name."""
     for body in row.bodies[:1]:
         starts = (body.prefix,) if isinstance(body, Gemma) else getattr(body, "before_name", ())
         yield from (mark + start for mark in row.opens for start in starts)
 
 
 def _writes(body: Body, kind: str, field: Mapping[str, Any], opened: str) -> bool:
-    """Whether a row's calls are written as a field's are."""
+    """Whether a row writes calls as a field does."""
     arguments = field.get("content_args")
     arguments = arguments if isinstance(arguments, Mapping) else {}
     if kind == "xml-inline":
@@ -244,7 +243,7 @@ def _writes(body: Body, kind: str, field: Mapping[str, Any], opened: str) -> boo
 
 
 def _json_row(field: Mapping[str, Any], opens: tuple[str, ...]) -> ToolFormat | str:
-    """A row for calls that are JSON between marks."""
+    """Build a row for calls that are JSON between marks."""
     function = field.get("transform")
     for _ in range(2):
         function = function.get("function", function) if isinstance(function, Mapping) else function

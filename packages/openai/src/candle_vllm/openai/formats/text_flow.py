@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Messages that are text with marks in it: where thoughts and calls begin and end (step 10).
+"""Messages that are text with marks: where reasoning and calls begin and end (step 10).
 
-A mark is believed where it makes sense. What was wrongly taken for a mark is text, which is looked at again, but not
-without end.
+A mark is valid only where it makes sense. What was wrongly taken for a mark is parsed again as text, up to a limit.
 """
 
 from __future__ import annotations
@@ -16,27 +15,27 @@ from candle_vllm.openai.formats.reader import SPACES, CodeSpans, Markers, Need, 
 
 FENCE = "```json"
 _QUOTES = "`\"'"
-# How calls without a mark begin where a grammar holds them (`grammars.json_bodies`, `grammars.pythonic`).
+# Beginnings of calls without a mark in a grammar (`grammars.json_bodies`, `grammars.pythonic`).
 _HELD = re.compile(
     r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
     r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
 )
-_MOST_AGAIN = 1 << 16  # characters of a message that are looked at again because they were no calls
+_MOST_AGAIN = 1 << 16  # characters of a message that are parsed again because they were not calls
 
 
 def _lead(form: ToolFormat) -> str:
-    """What the calls begin with that a grammar holds: those of the first body."""
+    """Return the beginning of calls in a grammar, which are those of the first body."""
     body = form.bodies[0] if form.bodies else None
     return getattr(body, "name_open", "") or next(iter(getattr(body, "before_name", ())), "")
 
 
 def is_special(mark: str) -> bool:
-    """Whether a mark is made of a special token, which no text can be mistaken for."""
+    """Whether a mark begins with a special token, which text cannot spell."""
     return "\ud800" <= mark[0] <= "\udfff"
 
 
 class TextFlow:
-    """A message that is text with marks in it."""
+    """Parser of a message that is text with marks."""
 
     def __init__(
         self,
@@ -51,13 +50,13 @@ class TextFlow:
     ) -> None:
         """
         Args:
-            layout: what the message may hold.
-            form: how calls are written; None where they are not looked for.
-            reader: has the text.
-            output: takes what is found.
-            in_reasoning: the prompt has opened the thoughts already.
-            held: a grammar holds calls to their form: thoughts end with their mark alone.
-            lazy: it does so once a call has begun; one without a mark is one only where it begins as it has it.
+            layout: what the message may contain.
+            form: format of calls; None if they are not parsed.
+            reader: provides the text.
+            output: receives what is found.
+            in_reasoning: the prompt has already opened the reasoning.
+            held: a grammar constrains calls: only its mark ends the reasoning.
+            lazy: the grammar applies from the beginning of a call; calls without marks must begin as in it.
         """
         self._reader = reader
         self._output = output
@@ -72,25 +71,25 @@ class TextFlow:
         self._answers = frozenset(begin for begin, _ in answers)
         self._marks = markers(*sorted({*self._pairs, *self._pairs.values(), *self._opens, *strays}))
         tags = (*form.opens, *form.names, *form.strays) if form and form.ends_thoughts and not held else ()
-        self._tags = frozenset(tag for tag in tags if not is_special(tag))  # those end thoughts whatever follows
+        self._tags = frozenset(tag for tag in tags if not is_special(tag))  # these end reasoning whatever follows
         opens = "".join(self._opens)
         others = "".join((*self._pairs, *self._pairs.values(), *strays, *self._answers))
         self._silent = "".join(
             set(others).difference(opens)
-        )  # what calls have none of: left out where it means nothing
+        )  # marks that calls do not use: left out where they have no meaning
         self._in_reasoning = in_reasoning
         ways = ways_beside(form, layout.elsewhere) if form and not (held or lazy) else ()
         own = {*form.opens, *form.names} if form else set[str]()
         self._ways = tuple(way for way in ways if way[0] not in own)
-        self._later = tuple(way for way in ways if way[0] in own)  # where its mark begins no call of the model's own
+        self._later = tuple(way for way in ways if way[0] in own)  # if its mark begins none of the model's own calls
         self._lazy = lazy
         self._code = CodeSpans()
-        self._spelt = False  # marks were no calls: special tokens are text up to the next part
-        self._unclosed = False  # thoughts were ended by a call
-        self._again = 0  # characters that were looked at again
+        self._spelt = False  # marks were not calls: special tokens are text up to the next part
+        self._unclosed = False  # a call ended the reasoning
+        self._again = 0  # characters that were parsed again
 
     def run(self) -> Need[None]:
-        """Reads the message."""
+        """Parse the message."""
         if self._in_reasoning and self._pairs:
             yield from self._reasoning(next(iter(self._pairs)))
         fresh = True
@@ -112,7 +111,7 @@ class TextFlow:
                 fresh = self._is_end(mark)
 
     def _is_end(self, mark: str) -> bool:
-        """Whether a mark ends thoughts that nothing began; in a line, or behind content, it is text."""
+        """Whether a mark ends reasoning that was not opened; within a line, or after content, it is text."""
         if is_special(mark) or (mark not in self._pairs and (self._unclosed or not self._output.in_content)):
             self._unclosed = False
             self._part_ends()
@@ -121,7 +120,7 @@ class TextFlow:
         return False
 
     def _in_line(self, mark: str) -> bool:
-        """Whether a mark stands where it is a word like others; what a grammar has taken for one is one."""
+        """Whether a mark is an ordinary word here; a mark that a grammar has recognised is not."""
         apart = is_special(mark) or self._lazy or self._code.at_line_start
         return not apart and self._form is not None and self._form.line_start
 
@@ -138,10 +137,10 @@ class TextFlow:
         self._spelt = False
 
     def _no_calls(self, read: int, text: str = "") -> None:
-        """What was taken for calls is text.
+        """Treat what was taken for calls as text.
 
-        Marks are looked for in the `read` characters that are unread now, but not without end: a text of nothing but
-        beginnings of calls would be read to its end from every one.
+        Marks are searched again in the `read` characters that are unread now, up to a limit: otherwise a text that
+        consists of beginnings of calls would be parsed to its end from each of them.
         """
         self._again += read
         text += self._reader.next(read) if self._again > _MOST_AGAIN else ""
@@ -149,7 +148,7 @@ class TextFlow:
             self._text(text)
 
     def _bare(self) -> Need[bool]:
-        """Calls without a mark at the beginning of the message."""
+        """Parse calls without a mark at the beginning of the message."""
         form, reader = self._form, self._reader
         body = form and (form.bare or (None if self._lazy else form.unmarked))
         if form is None or body is None:
@@ -167,7 +166,7 @@ class TextFlow:
         return False
 
     def _elsewhere(self, ways: tuple[Way, ...]) -> Need[bool]:
-        """Calls as other models write them, where the answer begins."""
+        """Parse calls in the formats of other models at the beginning of the answer."""
         if not ways:
             return False
         read = yield from read_elsewhere(self._reader, self._output.calls, ways)
@@ -178,7 +177,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Calls behind a mark; without a call, the mark is text. True where it was another model's."""
+        """Parse calls after a mark; without a call, the mark is text. True if the call had another model's format."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:
@@ -210,13 +209,13 @@ class TextFlow:
 
     @property
     def _behind_calls(self) -> bool:
-        """Nothing but white space has come since calls: what was cut there is the beginning of a further one."""
+        """Whether only white space follows calls: truncated text there is the beginning of another call."""
         return self._output.calls.count > 0 and not self._output.in_content
 
     def _read(self, body: Body) -> Need[bool]:
-        """Whether calls are here; where they are held to a form, those without a mark must begin in it."""
+        """Parse calls, if there are any; with a lazy grammar, calls without marks must begin as in the grammar."""
         calls = self._output.calls
-        named = self._form is not None and body is self._form.named  # its mark is the beginning that a grammar has
+        named = self._form is not None and body is self._form.named  # the grammar recognises its mark
         if self._lazy and not named and getattr(body, "known_only", False):
             calls.may_begin = lambda: _HELD.fullmatch(self._reader.since_mark()) is not None
         try:
@@ -227,7 +226,7 @@ class TextFlow:
             calls.may_begin = None
 
     def _bodies(self, mark: str) -> tuple[Body, ...]:
-        """What may follow a mark."""
+        """Return the formats that may follow a mark."""
         form = self._form
         assert form is not None
         if mark == FENCE and form.fenced:
@@ -235,7 +234,7 @@ class TextFlow:
         return (form.named,) if mark in form.names and form.named else form.bodies
 
     def _repeated(self, *marks: str) -> Need[str]:
-        """A mark that was read, the first of these, and what follows of them: models open more than once."""
+        """Consume repetitions of the mark that was read, the first of these; models may repeat an opening mark."""
         reader, parts = self._reader, [marks[0]]
         while True:
             spaces: list[str] = []
@@ -247,11 +246,11 @@ class TextFlow:
             parts += [*spaces, again]
 
     def _reasoning(self, opened: str) -> Need[None]:
-        """Thoughts up to the mark that closes them, or to a call, which models begin without closing them."""
+        """Parse reasoning up to its closing mark, or up to a call, which models begin without closing it."""
         reader, output, code = self._reader, self._output, CodeSpans()
         output.thinking = True
         yield from reader.skip_space()
-        yield from reader.take(opened)  # a prompt that opened them, and a model that does so again
+        yield from reader.take(opened)  # repeated by models although the prompt contains it
         close = self._pairs[opened]
         calls = self._opens if self._form and self._form.ends_thoughts else frozenset[str]()
         ends = {close, *filter(is_special, calls | self._answers)}
@@ -274,7 +273,7 @@ class TextFlow:
         self._output.reasoning(self._output.spelt(text, self._silent))
 
     def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
-        """The text that a mark is; "", and it is unread, where a call of a tool that is offered begins with it."""
+        """Return the text of a mark; "" if a call of an offered tool begins with it, and then nothing is consumed."""
         form, reader = self._form, self._reader
         if not mark or form is None:
             return ""
@@ -298,7 +297,7 @@ class TextFlow:
         return text + (reader.next(most) if self._again > _MOST_AGAIN else "")
 
     def _name(self, body: Body) -> Need[str]:
-        """The name of the call that begins here; "" where none does."""
+        """Return the name of the call that begins here; "" without a call."""
         yield from self._reader.skip_space()
         probe = CallSink(nowhere, self._output.calls.tools, call_id)
         probe.may_begin = lambda: False
@@ -309,7 +308,7 @@ class TextFlow:
         return ""
 
     def _until_mark(self, marks: Markers, sink: Sink, code: CodeSpans, always: str = "") -> Need[str]:
-        """Text up to a mark that is one; those in quotes are text, and those in code that are not `always` marks."""
+        """Parse text up to a valid mark; marks in quotes are text, and so are marks in code except `always`."""
         reader = self._reader
         last = ""
 

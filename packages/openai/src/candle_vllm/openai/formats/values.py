@@ -14,7 +14,7 @@ from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
 from candle_vllm.openai.formats.json_text import is_json, mended
 from candle_vllm.openai.formats.json_value import number
 
-_MOST_STEPS = 64  # of a schema looked at for one argument
+_MOST_STEPS = 64  # parts of a schema that are examined for one argument
 _MOST_LISTED = 1 << 16  # strings of one enumeration
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _INTEGER = r"-?(?:0|[1-9][0-9]*)"
@@ -26,8 +26,8 @@ SPELLINGS: Mapping[str, str] = {
     "array": r"\[(?s:.*)",
     "object": r"\{(?s:.*)",
 }
-"""Regular expressions of the texts that are values of a type even where a string may stand; grammars exclude them from
-strings. Null and booleans are spelt as in JSON, or as in Python, which chat templates write; other words are not."""
+"""Regular expressions of texts that have a type even if a string is allowed; grammars exclude them from strings.
+Null and booleans are spelt as in JSON, or as in Python, which chat templates write; other words are not included."""
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 _SCALARS = {kind: re.compile(SPELLINGS[kind]) for kind in ("null", "boolean", "integer", "number")}
 JSON_TYPES = frozenset({"string", *SPELLINGS})
@@ -35,16 +35,16 @@ _NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
 _YES, _NO = ("true", "yes"), ("false", "no")
 _MOST_LITERAL = 1 << 16  # characters of a Python literal: its tree takes hundreds of bytes for each
-_MOST_STRING = 1 << 24  # of one that is a string, which is a single leaf
+_MOST_STRING = 1 << 24  # characters of a string literal, which is a single leaf
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 class Kinds(NamedTuple):
-    """The values that an argument may have, as far as its text has to be told apart by them.
+    """The values that an argument may have, as far as its text must be interpreted.
 
     Attributes:
         types: JSON types other than string.
-        text: any string is allowed.
+        text: whether any string is allowed.
         listed: strings that the schema enumerates.
         marked: the format marks strings, and this value has no such mark.
     """
@@ -56,33 +56,33 @@ class Kinds(NamedTuple):
 
     @property
     def is_string(self) -> bool:
-        """The text is a string, whatever it looks like."""
+        """Whether the text is a string, whatever it looks like."""
         return not self.types and not self.marked and (self.text or bool(self.listed))
 
     @property
     def is_anything(self) -> bool:
-        """Every value is allowed."""
+        """Whether every value is allowed."""
         return self.text and self.types == ANYTHING.types
 
 
 ANYTHING = Kinds(frozenset(SPELLINGS), text=True)
-"""Of an argument whose schema does not restrict its type."""
+"""Kinds of an argument whose schema does not restrict its type."""
 
 
 def kinds_of(kind: str) -> Kinds:
-    """The values of one JSON type."""
+    """Return the values of one JSON type."""
     return Kinds(frozenset(), text=True) if kind == "string" else Kinds(frozenset({kind}))
 
 
 def argument_kinds(schema: Mapping[str, Any], key: str) -> Kinds:
-    """The values that the schema of a tool's arguments allows for the argument `key`."""
+    """Return the values that the schema of a tool's arguments allows for the argument `key`."""
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
     return _kinds(own, schema) if isinstance(own, Mapping) else ANYTHING
 
 
 def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """The schema of an object's entry `key`, or of a list's entries; empty without a schema."""
+    """Return the schema of an object's entry `key`, or of a list's items; empty without a schema."""
     properties = schema.get("properties")
     if key is None:
         own = schema.get("items")
@@ -94,21 +94,21 @@ def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
 
 
 def escaped(text: str) -> str:
-    """A text as the inside of a JSON string."""
+    """Escape a text for the inside of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def to_json(text: str, kinds: Kinds) -> str:
-    """The JSON text of an argument.
+    """Return the JSON text of an argument.
 
-    A text that the schema enumerates is that string. Where any string is allowed, only what `SPELLINGS` names has
-    another type; where no string is allowed, further words and spellings of numbers count too. Where nothing fits,
-    the value is a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are its own;
-    where every value is allowed, what stands in them is a string. In a format that marks strings, a value without the
-    mark is a string only where it can be nothing else.
+    A text that the schema enumerates is a string. If any string is allowed, only texts that match `SPELLINGS` have
+    another type; if no string is allowed, further words and spellings of numbers are converted too. If nothing matches,
+    the value is a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are part of
+    the value; if every value is allowed, quotes mean a string. In a format that marks strings, a value without the mark
+    is a string only if it can be nothing else.
 
     Args:
-        text: as the model wrote it.
+        text: the value as the model wrote it.
         kinds: the values that the schema allows.
     """
     bare, plain = text.strip(), text
@@ -127,7 +127,7 @@ def to_json(text: str, kinds: Kinds) -> str:
 
 
 def _quoted(text: str) -> str | None:
-    """The text in a JSON string; None for a text that is no JSON string."""
+    """Return the content of a JSON string; None if the text is not a JSON string."""
     if not (len(text) > 1 and text[0] == text[-1] == '"'):
         return None
     try:
@@ -138,7 +138,7 @@ def _quoted(text: str) -> str | None:
 
 
 def python_value(text: str) -> str | None:
-    """A Python literal as JSON; None for a text that is no literal."""
+    """Convert a Python literal to JSON; None if the text is not a literal."""
     string = text[:1] in ("'", '"')
     if len(text) > (_MOST_STRING if string else _MOST_LITERAL) or (not string and _depth(text) > 64):
         return None
@@ -150,7 +150,7 @@ def python_value(text: str) -> str | None:
 
 
 def _valid_escape(match: re.Match[str]) -> str:
-    """A backslash before a character that it does not escape stands for itself."""
+    """Double a backslash that does not begin a valid escape."""
     return match[0] if match[1] in "\\'\"abfnrtvxuUN01234567\n" else "\\" + match[0]
 
 
@@ -194,7 +194,7 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | Non
 
 
 def _spelt(text: str, types: frozenset[str]) -> str | None:
-    """A value in the spelling of its type; None where the text is no such value."""
+    """Return a value in the spelling of its type; None if the text is no such value."""
     for kind, spelling in _SCALARS.items():
         if kind in types and spelling.fullmatch(text):
             return _number(text, kind == "integer") if kind in _NUMBERS else _WORDS.get(text, text)
@@ -204,7 +204,7 @@ def _spelt(text: str, types: frozenset[str]) -> str | None:
 
 
 def _meant(text: str, kinds: Kinds) -> str | None:
-    """A null, boolean or number in another spelling than that of its type, unless it is nearly an enumerated string."""
+    """Convert other spellings of null, booleans and numbers; None for a text that is nearly an enumerated string."""
     lower, types = text.lower(), kinds.types
     if any(lower == one.lower() for one in kinds.listed):
         return None
@@ -232,7 +232,7 @@ def _number(text: str, whole: bool) -> str | None:
 
 
 def _depth(text: str) -> int:
-    """At least how deep brackets are inside each other."""
+    """Return a lower bound of the nesting depth of brackets."""
     depth = most = 0
     for character in text:
         if character in "([{":

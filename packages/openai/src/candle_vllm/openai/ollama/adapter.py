@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OllamaAdapter: Ollama's API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-A request is read as a task, and what happens while it is answered is written as Ollama's lines (steps 2 and 10).
+Requests are converted to tasks, and the events of the answer to Ollama's lines (steps 2 and 10).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _SPELLED = {
     "logprobs": "top_logprobs",
     **{name: f"options.{name}" for name in sampling_names(Options)},
 }
-"""What the engine's names are called in a request."""
+"""The engine's parameter names, and the names of the same parameters in a request."""
 
 
 class LineStream(ChunkStream[answers.Line]):
-    """The lines of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+    """Lines of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
 
 
 class OllamaAdapter:
@@ -58,7 +58,7 @@ class OllamaAdapter:
 
     Args:
         adapter: answers the tasks.
-        sampling_defaults: by names of `SamplingParams`, for what a request leaves open; before the model's own.
+        sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
     """
 
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Mapping[str, Any] | None = None) -> None:
@@ -66,27 +66,27 @@ class OllamaAdapter:
         self._defaults = dict(sampling_defaults or {})
 
     async def chat(self, request: ChatRequest) -> answers.ChatLine:
-        """The whole answer. Cancelling it aborts the request."""
+        """Return the whole answer. Cancelling this coroutine aborts the request."""
         return cast(answers.ChatLine, await self._whole(await self.chat_stream(request)))
 
     async def chat_stream(self, request: ChatRequest) -> LineStream:
-        """Submits the request and gives its lines as they come; close the stream to abort it."""
+        """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         answer = await self._bounded(self._chat_task, request)
         return LineStream(answer, answers.LineWriter(times, chat=True))
 
     async def generate(self, request: GenerateRequest) -> answers.GenerateLine:
-        """The whole answer. Cancelling it aborts the request."""
+        """Return the whole answer. Cancelling this coroutine aborts the request."""
         return cast(answers.GenerateLine, await self._whole(await self.generate_stream(request)))
 
     async def generate_stream(self, request: GenerateRequest) -> LineStream:
-        """Submits the request and gives its lines as they come; close the stream to abort it."""
+        """Submit the request and stream its lines; close the stream to abort the request."""
         times = self._begun(request)
         if request.raw or request.suffix or not self._adapter.model_info.has_chat_template:
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)
-        # Marks without their images would be all that the next request saw of them.
+        # With images there is no `context`: the next request would only have their placeholders, not the images.
         goes_on = not (request.raw or request.suffix or request.images)
         return LineStream(answer, answers.LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
 
@@ -100,7 +100,7 @@ class OllamaAdapter:
         return await self._adapter.continued(_unbound(task))
 
     async def _bounded(self, read: Callable[[Any], Task], request: _Generating) -> AnswerStream:
-        """An answer that ends at the context's end where `num_predict` lies behind it."""
+        """Start an answer; it ends at the end of the context if `num_predict` exceeds the context."""
         try:
             return await self._adapter.answer(lambda: read(request))
         except PromptTooLongError as error:
@@ -109,7 +109,7 @@ class OllamaAdapter:
         return await self._adapter.answer(lambda: _unbound(read(request)))
 
     async def embed(self, request: EmbedRequest) -> answers.Vectors:
-        """The vectors of texts, each of length 1. Cancelling it aborts what has not been run."""
+        """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that have not run."""
         times = self._begun(request)
         texts: Sequence[str | list[int]] = request.input
         if request.truncate:
@@ -123,7 +123,7 @@ class OllamaAdapter:
         )
 
     async def embeddings(self, request: EmbeddingsRequest) -> answers.Vector:
-        """The vector of one text, as the model gives it. Cancelling it aborts the request."""
+        """Return the embedding of one text, as the model computes it. Cancelling aborts the request."""
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
         return answers.Vector(cast("list[float]", made.data[0].embedding))
@@ -149,7 +149,7 @@ class OllamaAdapter:
             raise
 
     async def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of texts, those that are too long without their ends; special tokens at the end stay."""
+        """Tokenize texts and truncate those that are too long at their end; a special token at the end is preserved."""
         most, made = self._adapter.model_info.max_model_len, list[list[int]]()
         around, *tokens = await self._adapter.tokens_of(["", *texts])
         for number, ids in enumerate(tokens):
@@ -203,7 +203,7 @@ class OllamaAdapter:
         }
 
     def _thinking(self, request: _Generating) -> dict[str, Any]:
-        """Variables of the template; a model that does not think refuses to, as Ollama's do."""
+        """Return the template's thinking variables; raises for a model that does not think, as Ollama does."""
         think, variables = request.think, dict[str, Any]()
         if think is None:
             return variables
@@ -216,9 +216,9 @@ class OllamaAdapter:
 
 
 def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
-    """Messages as tasks have them. Calls have no ids in this API: a result belongs to the call that it names, or to the
-    first that is open.
-    """
+    """Convert messages to those of a `Task`.
+
+    Calls have no ids in this API: a result belongs to the call that it names, or to the first unanswered call."""
     made, count = list[TaskMessage](), 0
     pending = deque[Call]()
     for number, message in enumerate(messages):
@@ -246,7 +246,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
 
 
 def _answered(pending: deque[Call], message: Message) -> Call | None:
-    """The open call that a tool's message answers, which is not open any more."""
+    """Return the pending call that a tool message answers, and remove it from `pending`."""
     for call in pending:
         if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
             pending.remove(call)
@@ -271,7 +271,7 @@ def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
         before=tuple(request.context or ()),
         paths=Paths({**_SPELLED, "structured_outputs": "format"}),
         form=request.form(),
-        # A completion of OpenAI's has 16 tokens where nobody says; here it goes on.
+        # OpenAI's completions have 16 tokens by default; Ollama's have no limit.
         sampling={"max_tokens": None, **defaults, **request.sampling()},
         add_special_tokens=True,
         tell_ids=True,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Ollama's answers: events -> lines of a stream, and those -> the whole answer (step 10).
+"""Ollama's answers: events -> lines of a stream, and lines -> the whole answer (step 10).
 
-There is one path: a whole answer is the sum of the lines that a stream would have had, so the two cannot differ.
+A whole answer is joined from the lines of a stream, so the two cannot differ.
 Durations are in nanoseconds.
 """
 
@@ -25,7 +25,7 @@ _MS = 1_000_000  # nanoseconds
 
 
 class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model calls; `index` counts the calls of an answer from 0."""
+    """A function that the model calls; `index` numbers the calls of an answer from 0."""
 
     index: int
     name: str
@@ -33,14 +33,14 @@ class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallMade(msgspec.Struct, frozen=True, kw_only=True):
-    """A call, whole."""
+    """A complete call."""
 
     id: str
     function: FunctionCalled
 
 
 class Said(msgspec.Struct, frozen=True, kw_only=True):
-    """A message of the model, or more of it."""
+    """A message of the model, or a delta of it."""
 
     role: str = "assistant"
     content: str = ""
@@ -49,18 +49,18 @@ class Said(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What every line has, and the last one more of.
+    """Fields of every line; only the last line has the counts and durations.
 
     Attributes:
-        created_at: RFC 3339.
-        done: nothing follows.
+        created_at: time as RFC 3339.
+        done: true in the last line.
         done_reason: stop, length, load or unload.
-        total_duration: since the request came.
-        load_duration: of it, until the model was there and free.
+        total_duration: time since the request arrived.
+        load_duration: part of it until the model was loaded and available.
         prompt_eval_count: tokens of the prompt.
-        prompt_eval_duration: from first work on it to the first token.
+        prompt_eval_duration: time from the first work on the prompt to the first token.
         eval_count: tokens of the answer.
-        eval_duration: from the first of them to the last.
+        eval_duration: time from the first token of the answer to the last.
     """
 
     model: str
@@ -77,13 +77,13 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatLine(Line, frozen=True, kw_only=True):
-    """One line of a chat's stream, or all of them as one."""
+    """One line of a chat stream, or the whole answer."""
 
     message: Said
 
 
 class GenerateLine(Line, frozen=True, kw_only=True):
-    """One line of a generated text, or all of them as one; `context` is what a next request may go on from."""
+    """One line of a generate stream, or the whole answer; `context` lets the next request continue the answer."""
 
     response: str
     thinking: str | UnsetType = UNSET
@@ -91,7 +91,7 @@ class GenerateLine(Line, frozen=True, kw_only=True):
 
 
 class Vectors(msgspec.Struct, frozen=True, kw_only=True):
-    """The vectors of texts, in their order."""
+    """Embeddings of texts, in their order."""
 
     model: str
     embeddings: tuple[list[float], ...]
@@ -101,25 +101,25 @@ class Vectors(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Vector(msgspec.Struct, frozen=True):
-    """The vector of one text."""
+    """Embedding of one text."""
 
     embedding: list[float]
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """The whole body of a failed request, and the last line of a stream that failed."""
+    """Body of a failed request, and the last line of a failed stream."""
 
     error: str
 
 
 class Times(NamedTuple):
-    """`time.perf_counter_ns()` when a request came, and when its model was there and free."""
+    """`time.perf_counter_ns()` when a request arrived, and when its model was loaded and available."""
 
     received: int
     loaded: int
 
     def told(self) -> dict[str, int]:
-        """The durations so far."""
+        """Return the durations up to now."""
         return {
             "total_duration": time.perf_counter_ns() - self.received,
             "load_duration": self.loaded - self.received,
@@ -127,24 +127,24 @@ class Times(NamedTuple):
 
 
 def rfc3339(seconds: float) -> str:
-    """Unix seconds as Ollama writes them."""
+    """Format Unix seconds as Ollama does."""
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLine | GenerateLine:
-    """The answer to a request that asks for nothing but that its model is loaded, or goes."""
+    """Return the answer to a request that only loads or unloads its model."""
     told: dict[str, Any] = {"model": model, "created_at": rfc3339(time.time()), "done": True, "done_reason": reason}
     told |= times.told()
     return ChatLine(message=Said(), **told) if chat else GenerateLine(response="", **told)
 
 
 class LineWriter:
-    """The lines of one answer.
+    """Writes the lines of one answer.
 
     Args:
-        times: of the request.
-        chat: its lines are those of a chat.
-        context: tokens of the prompt, where the last line is to say them and those of the answer.
+        times: times of the request.
+        chat: whether to write chat lines.
+        context: prompt tokens, if the last line must have the tokens of prompt and answer as `context`.
     """
 
     def __init__(self, times: Times, *, chat: bool, context: Sequence[int] | None = None) -> None:
@@ -158,7 +158,7 @@ class LineWriter:
         self._ended: Ended | None = None
 
     def write(self, events: Sequence[Event]) -> list[Line]:
-        """The lines that events of an answer with one choice make."""
+        """Convert events of an answer with one choice to lines."""
         return [line for event in events for line in self._written(event)]
 
     def _written(self, event: Event) -> list[Line]:
@@ -201,7 +201,7 @@ class LineWriter:
         return GenerateLine(response=text, thinking=thought, **known)
 
     def _called(self, *, cut: bool) -> list[Line]:
-        """The call that is complete now, if there is one; `cut`: the answer ended within it."""
+        """Return a line with the pending call, if there is one; `cut`: the answer was truncated inside the call."""
         call, self._call = self._call, None
         if call is None:
             return []
@@ -225,7 +225,7 @@ class LineWriter:
 
 
 def join_lines(lines: Sequence[Line]) -> Line:
-    """The whole answer that `lines` amount to."""
+    """Join `lines` to the whole answer."""
     last = lines[-1]
     logprobs = tuple(entry for line in lines if line.logprobs is not UNSET for entry in line.logprobs)
     last = replace(last, logprobs=logprobs or UNSET)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ollama's requests: bytes to a checked object (step 2)."""
+"""Ollama's requests: bytes -> a validated object (step 2)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from candle_vllm.openai.task import ImagePart
 from candle_vllm.openai.validation import parse_body
 
 MAX_CONTEXT = 1 << 20  # token ids in `context`
-_LONGEST = 1 << 31  # seconds in `keep_alive`; what is longer stays for ever
+_LONGEST = 1 << 31  # seconds in `keep_alive`; a longer time means forever
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|µs|μs|ms|s|m|h)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
 _FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
-# Options that say how Ollama runs a model: accepted, checked, and without effect.
+# Options of Ollama that configure how a model runs: accepted, validated, without effect.
 ADVISORY_OPTIONS: Mapping[str, str] = {
     "num_ctx": "the context is the operator's (--max-model-len); a larger one is remarked on in x-warning",
     "num_keep": "says what stays when a conversation is cut; prompts are never cut",
@@ -74,9 +74,9 @@ REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
 
 
 def seconds_of(value: float | str) -> float:
-    """How long a model is kept, in seconds: a number of them, or a duration as Go writes it (`5m`, `1h30m`).
+    """Convert `keep_alive` to seconds: from a number of seconds, or a duration as Go writes it (`5m`, `1h30m`).
 
-    What is negative is infinite. Raises `ValueError` for anything else.
+    Negative values mean infinity. Raises `ValueError` for anything else.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -139,17 +139,17 @@ _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
 class Options(LlamaFields):
-    """How tokens are sampled. None always means absent: the model's own default counts, then ours.
+    """How tokens are sampled. None always means absent: then the model's default applies, then the server's.
 
     Attributes:
-        num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.
+        num_predict: maximum number of tokens of the answer; 0, -1 and -2 mean up to the end of the context.
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_OPTIONS
 
     num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
 
-    # ADVISORY_OPTIONS: checked and without effect.
+    # ADVISORY_OPTIONS: validated, without effect.
     num_ctx: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     num_keep: _Count = None
     num_batch: _Count = None
@@ -164,9 +164,9 @@ class Options(LlamaFields):
     use_mlock: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """What is given, by the names of `SamplingParams`."""
+        """Return the given options, under their names in `SamplingParams`."""
         found = self.drawing()
-        if found.get("stop") == []:  # nothing is said with it
+        if found.get("stop") == []:  # an empty list means the same as no list
             del found["stop"]
         if self.num_predict is not None:
             found["max_tokens"] = self.num_predict if self.num_predict > 0 else None
@@ -174,7 +174,7 @@ class Options(LlamaFields):
 
 
 class _Asked(fields.WireModel):
-    """What every request has.
+    """Fields of every request.
 
     Attributes:
         keep_alive: how long the model stays loaded after the request: seconds, or a duration such as 5m.
@@ -188,27 +188,27 @@ class _Asked(fields.WireModel):
 
     @property
     def received(self) -> int:
-        """`time.perf_counter_ns()` when it was read."""
+        """`time.perf_counter_ns()` when the request was parsed."""
         return self._received
 
     @property
     def keep_seconds(self) -> float | None:
-        """How long the model is to stay; None leaves it to the operator."""
+        """Seconds for which the model stays loaded; None uses the operator's setting."""
         return None if self.keep_alive is None else seconds_of(self.keep_alive)
 
     def sampling(self) -> dict[str, Any]:
-        """The options by the names of `SamplingParams`."""
+        """Return the options under their names in `SamplingParams`."""
         return {} if self.options is None else self.options.sampling()
 
 
 class _Generating(_Asked):
-    """What chat and generate share.
+    """Fields that chat and generate share.
 
     Attributes:
-        stream: true unless it is false.
-        format: the form of the answer: json, or a JSON schema.
-        think: whether the model thinks before it answers, or how much.
-        logprobs, top_logprobs: log-probabilities of the tokens, and how many likely ones beside each.
+        stream: null means true.
+        format: format of the answer: json, or a JSON schema.
+        think: whether the model thinks before it answers, or the reasoning effort.
+        logprobs, top_logprobs: whether tokens have log-probabilities, and the number of alternatives for each token.
     """
 
     stream: _Streams = True
@@ -225,7 +225,7 @@ class _Generating(_Asked):
         return value
 
     def form(self) -> StructuredOutputsParams | None:
-        """What the answer must look like; raises `InvalidParameterError`."""
+        """Return the constraint on the answer; raises `InvalidParameterError`."""
         if self.format in (None, ""):
             return None
         try:
@@ -236,7 +236,7 @@ class _Generating(_Asked):
             raise InvalidParameterError(f"format cannot be used: {reason}", "format") from None
 
     def sampling(self) -> dict[str, Any]:
-        """As of every request, with log-probabilities where they are wanted."""
+        """Return the options under their names in `SamplingParams`, with `logprobs` if the request asks for it."""
         return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
 
 
@@ -250,7 +250,7 @@ def _writable(name: str) -> str:
 
 
 class OfferedFunction(FunctionDefinition):
-    """A function that the model may call. Ollama has no rule for names, as OpenAI has."""
+    """A function that the model may call. Unlike OpenAI, Ollama has no rule for names."""
 
     name: Annotated[str, AfterValidator(_writable)]
 
@@ -282,7 +282,7 @@ Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=f
 
 
 def image_parts(images: Sequence[str] | None, path: str) -> tuple[ImagePart, ...]:
-    """Images as a task has them."""
+    """Convert images to the `ImagePart`s of a `Task`."""
     given = [one if one[:5].lower() == "data:" else f"data:;base64,{one}" for one in images or ()]
     return tuple(ImagePart(source, path=f"{path}.{place}") for place, source in enumerate(given))
 
@@ -291,8 +291,8 @@ class Message(fields.WireModel):
     """One message of a conversation.
 
     Attributes:
-        images: in base64; they stand before the text.
-        tool_name, tool_call_id: which call a tool's message answers; without both, the first that is open.
+        images: images in base64; they precede the text.
+        tool_name, tool_call_id: the call that a tool message answers; without both, the first unanswered call.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -305,7 +305,7 @@ class Message(fields.WireModel):
 
 
 class ChatRequest(_Generating):
-    """A conversation to continue: `POST /api/chat`. Without messages, the model is loaded."""
+    """A conversation to continue: `POST /api/chat`. Without messages, the request only loads the model."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_CHAT_FIELDS
 
@@ -320,19 +320,19 @@ class ChatRequest(_Generating):
 
     @property
     def loads(self) -> bool:
-        """Whether nothing is asked but that the model is loaded."""
+        """Whether the request only asks to load the model."""
         return not self.messages
 
 
 class GenerateRequest(_Generating):
-    """A prompt to answer: `POST /api/generate`. Without one, the model is loaded.
+    """A prompt to answer: `POST /api/generate`. Without a prompt, the request only loads the model.
 
     Attributes:
         system: a system message before the prompt.
-        suffix: what stands behind the answer, which fills the gap; by a model that was trained to.
-        raw: the prompt is continued as it is, without the model's template.
-        context: what an earlier answer gave as `context`, which this one goes on from.
-        images: in base64; they stand before the prompt.
+        suffix: text that follows the answer, so the model fills the gap; needs a model trained for this.
+        raw: whether the prompt is continued without applying the model's template.
+        context: the `context` of an earlier answer, which this request continues.
+        images: images in base64; they precede the prompt.
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_GENERATE_FIELDS
@@ -369,7 +369,7 @@ class GenerateRequest(_Generating):
 
     @property
     def loads(self) -> bool:
-        """Whether nothing is asked but that the model is loaded."""
+        """Whether the request only asks to load the model."""
         return not self.prompt and not self.suffix
 
 
@@ -381,12 +381,12 @@ def _listed(value: Any) -> Any:
 
 
 class EmbedRequest(_Asked):
-    """Texts whose vectors are wanted: `POST /api/embed`.
+    """Texts to embed: `POST /api/embed`.
 
     Attributes:
-        input: a text or several.
-        truncate: texts that are too long are cut at their end; else they are refused.
-        dimensions: length of the vectors, where the model was trained to be cut.
+        input: a text or several texts.
+        truncate: whether texts that are too long are truncated at their end; otherwise they are refused.
+        dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
     """
 
     input: Annotated[
@@ -400,18 +400,18 @@ class EmbedRequest(_Asked):
 
     @property
     def loads(self) -> bool:
-        """Whether nothing is asked but that the model is loaded."""
+        """Whether the request only asks to load the model."""
         return not self.input
 
 
 class EmbeddingsRequest(_Asked):
-    """One text whose vector is wanted: `POST /api/embeddings`, the older route."""
+    """One text to embed: `POST /api/embeddings`, the older route."""
 
     prompt: str | None = None
 
     @property
     def loads(self) -> bool:
-        """Whether nothing is asked but that the model is loaded."""
+        """Whether the request only asks to load the model."""
         return not self.prompt
 
 
@@ -419,7 +419,7 @@ _Request = TypeVar("_Request", bound=fields.WireModel)
 
 
 def ollama_parser(kind: type[_Request]) -> Any:
-    """A function that makes a checked request of the body's bytes or of an object; it raises `RequestError`."""
+    """Return a function that parses and validates a body or an object; the function raises `RequestError`."""
 
     def parse(body: bytes | Mapping[str, Any]) -> _Request:
         return parse_body(kind, body)

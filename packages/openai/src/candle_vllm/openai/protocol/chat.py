@@ -28,12 +28,12 @@ from candle_vllm.openai.task import ToolUse
 
 
 def _conversation(value: Any) -> Any:
-    """candle-vllm takes a text for a conversation of one message of the user."""
+    """Convert a plain text, which candle-vllm accepts as `messages`, to one user message."""
     return [{"role": "user", "content": value}] if isinstance(value, str) and value else value
 
 
 class _OrText:
-    """Says in the schema what `_conversation` takes."""
+    """Adds a plain text, which `_conversation` accepts, to the JSON schema."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
@@ -49,14 +49,14 @@ Label = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class PredictionPart(WireModel):
-    """A text of a predicted answer."""
+    """A text part of a predicted answer."""
 
     type: Literal["text"]
     text: str
 
 
 class Prediction(WireModel):
-    """What the answer will be for the most part. Draft tokens are taken from it, and it changes no token."""
+    """Text that is expected to make up most of the answer. Draft tokens are taken from it; the output is the same."""
 
     type: Literal["content"]
     content: Annotated[
@@ -67,18 +67,17 @@ class Prediction(WireModel):
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole predicted text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
-    `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
-    `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
-    With a `prediction`, usage says how many of its tokens stand in the answer.
-    With `timings_per_token` chunks have llama.cpp's `timings`, the last one those of the engine, and so has a whole
-    answer.
+    `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
+    `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted.
+    With a `prediction`, usage counts the predicted tokens that are part of the answer.
+    With `timings_per_token`, an answer and every chunk have llama.cpp's `timings`; the last chunk's are the engine's.
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
@@ -120,17 +119,17 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The client's own labels, which its answer repeats."""
+        """The client's labels, which the answer repeats."""
         given = {"conversation_id": self.conversation_id, "resource_id": self.resource_id}
         return {name: value for name, value in given.items() if value is not None}
 
     @property
     def custom_tools(self) -> frozenset[str]:
-        """Names of tools whose input is text."""
+        """Names of the custom tools, whose input is text."""
         return custom_names(self.tools)
 
     def tool_use(self) -> ToolUse:
-        """What the request says about tools, in one piece."""
+        """Combine the request's tool fields into one `ToolUse`."""
         return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
@@ -143,7 +142,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatTokenLogprob(msgspec.Struct, frozen=True):
-    """The token at one position and the likeliest ones there; log-probabilities are natural, at least -9999."""
+    """The token at one position and the likeliest tokens there; natural log-probabilities, at least -9999."""
 
     token: str
     logprob: float
@@ -152,14 +151,14 @@ class ChatTokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of a choice, or of one chunk of it."""
+    """Log-probabilities of a choice, or of one chunk of a choice."""
 
     content: tuple[ChatTokenLogprob, ...]
     refusal: None = None
 
 
 class FunctionCallOut(msgspec.Struct, frozen=True):
-    """The called function; `arguments` is JSON text as the model wrote it, cut short where the answer was."""
+    """The called function; `arguments` is JSON text as the model wrote it, incomplete if the answer was truncated."""
 
     name: str
     arguments: str
@@ -173,12 +172,12 @@ class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
     @property
     def type(self) -> Literal["function"]:
-        """As in the JSON."""
+        """The `type` of the JSON object."""
         return "function"
 
 
 class CustomCallOut(msgspec.Struct, frozen=True):
-    """The called custom tool and the text for it, cut short where the answer was."""
+    """The called custom tool and its input text, incomplete if the answer was truncated."""
 
     name: str
     input: str
@@ -192,15 +191,14 @@ class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
 
     @property
     def type(self) -> Literal["custom"]:
-        """As in the JSON."""
+        """The `type` of the JSON object."""
         return "custom"
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer; `content` is null where there are only tool calls or only thoughts.
+    """The answer; `content` is null if the answer has only tool calls or only reasoning.
 
-    The thoughts have two names: `reasoning_content` is llama.cpp's and DeepSeek's, `reasoning` is vLLM's and
-    OpenRouter's.
+    The reasoning has two names: `reasoning_content` (llama.cpp, DeepSeek) and `reasoning` (vLLM, OpenRouter).
     """
 
     role: str = "assistant"
@@ -212,14 +210,14 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that the server ran itself; what it gave went to the model alone.
+    """A call that the server executed itself; its result was shown only to the model.
 
     Attributes:
-        server: the MCP server that has the tool; null where there is no such tool.
-        name: what the model called.
+        server: the MCP server that provides the tool; null if no such tool exists.
+        name: the tool name that the model called.
         arguments: JSON text as the model wrote it.
         status: completed, failed, timed_out, unavailable, unknown, invalid_arguments, denied, or not_run.
-        seconds: how long it ran.
+        seconds: duration of the call.
     """
 
     server: str | None
@@ -232,9 +230,9 @@ class ServerToolCall(msgspec.Struct, frozen=True, kw_only=True):
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     """One of the `n` answers.
 
-    `stop_reason` is the stop string or token id that ended it, null for the model's own end; `token_ids` are there
-    when `return_token_ids` asked for them, `mcp_calls` when the server ran tools, and `mcp_limit` when a limit on that
-    ended the answer.
+    `stop_reason` is the stop string or token id that ended the answer, null for the model's end-of-sequence token.
+    `token_ids` are present if `return_token_ids` requested them, `mcp_calls` if the server executed tools, and
+    `mcp_limit` if a limit on tool execution ended the answer.
     """
 
     index: int
@@ -248,7 +246,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):
-    """vLLM's form of a prompt token's log-probability; keyed by the token id."""
+    """Log-probability of a prompt token in vLLM's form; keyed by the token id."""
 
     logprob: float
     rank: int
@@ -261,7 +259,7 @@ PromptLogprobs = tuple[dict[str, PromptLogprob] | None, ...]
 class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     """The whole answer to a chat request.
 
-    Tokens and log-probabilities of the prompt are null where they were not asked for, as vLLM has it.
+    Tokens and log-probabilities of the prompt are null unless the request asks for them, as in vLLM.
     """
 
     id: str
@@ -279,21 +277,21 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is new of a called function: its name once, then its arguments in pieces."""
+    """Delta of a called function: its name once, then chunks of its arguments."""
 
     name: str | None = None
     arguments: str | None = None
 
 
 class CustomCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is new of a called custom tool: its name once, then its input, in one piece when it is whole."""
+    """Delta of a called custom tool: its name once, then its whole input in one chunk."""
 
     name: str | None = None
     input: str | None = None
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is new of the call with this index; id and type stand in its first delta only."""
+    """Delta of the call with this index; only its first delta has the id and the type."""
 
     index: int
     id: str | None = None
@@ -303,7 +301,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is new in one choice; the role stands in the first delta only."""
+    """Delta of one choice; only the first delta has the role."""
 
     role: str | None = None
     content: str | None = None
@@ -313,7 +311,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The news of one choice; `mcp_calls` and `mcp_limit` stand in its last chunk."""
+    """Chunk of one choice; its last chunk has `mcp_calls` and `mcp_limit`."""
 
     index: int
     delta: ChatDelta

@@ -23,7 +23,7 @@ _QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpu
 INPUT_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"search_query": _QUERY, "query": _QUERY, "search_document": _DOCUMENT, "document": _DOCUMENT, "passage": _DOCUMENT}
 )
-"""Further names that models have for the prompt of an input_type, where they have none of its own name."""
+"""Other names under which models store the prompt of an input_type; used if a model has no prompt of that name."""
 
 EmbeddingType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 
@@ -32,9 +32,9 @@ class CohereEmbedRequest(PoolingFields):
     """Texts to embed, as Cohere's clients send them.
 
     Attributes:
-        input_type: what the texts are; the model's own prompt for it is put before each text.
-        embedding_types: types of the vectors; None is floats, and for `/v1/embed` a plain list of float vectors.
-        output_dimension: length of the vectors, if the model was trained so that its vectors can be truncated.
+        input_type: what the texts are; the model's prompt for this type is prepended to each text.
+        embedding_types: types of the vectors; None means floats, and for `/v1/embed` a plain list of float vectors.
+        output_dimension: length of the vectors, for models trained for truncated vectors (Matryoshka).
         truncate: end at which a text that is too long is truncated; Cohere's default is "END".
     """
 
@@ -52,7 +52,7 @@ class CohereEmbedRequest(PoolingFields):
     truncate: Literal["NONE", "START", "END"] | None = None
 
     def inner(self) -> EmbeddingRequest:
-        """Return this request as an OpenAI request."""
+        """Convert this request to an OpenAI request."""
         return EmbeddingRequest(
             **{name: getattr(self, name) for name in ("model", "lora_path", "priority", "input_type")},
             input=self.texts,
@@ -75,7 +75,7 @@ class CohereEmbeddings(msgspec.Struct, frozen=True, kw_only=True):
 def cohere_answer(
     request: CohereEmbedRequest, request_id: str, outputs: Sequence[EmbeddingOutput], version: str
 ) -> CohereEmbeddings:
-    """Response of version 1 or 2 of the API."""
+    """Build the response of version 1 or 2 of the API."""
     plain, types = version == "1" and request.embedding_types is None, request.embedding_types or ["float"]
     tokens = sum(each.num_tokens for each in outputs)
     made: dict[str, list[Any]] = {

@@ -30,8 +30,8 @@ Prompt = Annotated[
 class CompletionRequest(GenerationFields):
     """Prompts to continue: a text, several, token ids, or several lists of them.
 
-    With a `suffix` each answer is what belongs between its prompt and that, by a model that was trained to fill in.
-    Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and adds nothing.
+    With a `suffix`, the model writes the text between prompt and suffix; it must be trained for fill-in-the-middle.
+    Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and generates nothing.
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.COMPLETION_REFUSED_FIELDS
@@ -60,7 +60,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one entry each."""
+        """The prompts as a list with one entry for each prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -69,13 +69,13 @@ class CompletionRequest(GenerationFields):
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
-    """OpenAI's older form: four lists with one entry per token.
+    """Log-probabilities in OpenAI's older form: four lists with one entry per token.
 
     Attributes:
-        tokens: texts; `bytes:\\xe2\\x82` where the bytes are not whole characters.
-        token_logprobs: null for the first token of an echoed prompt.
-        top_logprobs: text -> log-probability of the likeliest tokens and the chosen one.
-        text_offset: where each token begins, in characters of the choice's text.
+        tokens: text of each token; `bytes:\\xe2\\x82` if its bytes are not whole characters.
+        token_logprobs: log-probability of each token; null for the first token of an echoed prompt.
+        top_logprobs: map of text to log-probability, for the likeliest tokens and the chosen token.
+        text_offset: offset of each token in the choice's text, in characters.
     """
 
     tokens: tuple[str, ...]
@@ -85,9 +85,9 @@ class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One continuation, or its news in a stream; `finish_reason` is null until the last piece.
+    """One completion, or one chunk of it in a stream; `finish_reason` is null before the last chunk.
 
-    A whole answer has null for tokens and log-probabilities of the prompt that were not asked for, as vLLM's has.
+    In a whole answer, tokens and log-probabilities of the prompt are null unless requested, as in vLLM.
     """
 
     index: int
@@ -101,7 +101,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to a completion request, whole or as one event of a stream."""
+    """The answer to a completion request: the whole answer, or one event of a stream."""
 
     id: str
     created: int

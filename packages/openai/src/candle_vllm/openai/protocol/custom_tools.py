@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Custom tools, whose input is any text: wire types, the function with one text that a model is shown for each, and
-what it calls that with."""
+"""Custom tools, whose input is free text: wire types, and the function with one text argument that the model sees."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ Syntax = Literal["lark", "regex"]
 
 
 def stand_in(name: str, description: str | None, syntax: Syntax | None, definition: str) -> dict[str, Any]:
-    """The function that a model is shown; a grammar in Lark, which a schema cannot say, is shown to it as well.
+    """Return the function that the model sees instead of a custom tool.
 
     Args:
-        name, description: of the tool.
-        syntax: of its grammar, None where any text will do.
+        name, description: name and description of the tool; a Lark grammar, which no schema expresses, is appended.
+        syntax: syntax of the grammar, None if any text is allowed.
         definition: the grammar.
     """
     value: dict[str, Any] = {"type": "string"}
@@ -43,15 +42,15 @@ def stand_in(name: str, description: str | None, syntax: Syntax | None, definiti
 
 
 def custom_arguments(text: str) -> str:
-    """The arguments of that function, of which this is the text."""
+    """Return the arguments of a `stand_in` function with the input `text`."""
     return json.dumps({CUSTOM_INPUT: text}, ensure_ascii=False)
 
 
 def custom_input(arguments: str) -> str:
-    """The text in the arguments of that function.
+    """Return the input text from the arguments of a `stand_in` function.
 
-    Models that know the tool as a function of their own call the one text otherwise (Codex's `apply_patch`: `patch`).
-    What is not of the form that was asked for, such as JSON that was cut, is given as it is.
+    Models that were trained with the tool as a function use their own argument name (Codex's `apply_patch`: `patch`).
+    Arguments of any other form, such as truncated JSON, are returned unchanged.
     """
     try:
         value = decode_json(arguments)
@@ -66,48 +65,48 @@ def custom_input(arguments: str) -> str:
 
 
 def type_of(value: Any) -> Any:
-    """The `type` of an object, checked or not."""
+    """Return the `type` of an object, whether it is validated or a plain dict."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
 def kind_form(value: Any) -> str:
-    """The tag of a tool, a call or a reference: of a function, or of a custom tool."""
+    """Return pydantic's union tag of a tool, a call or a reference: function or custom tool."""
     return "<custom>" if type_of(value) == "custom" else "<function>"
 
 
 class AnyText(WireModel):
-    """Any text."""
+    """Format that allows any text."""
 
     type: Literal["text"]
 
 
 class Grammar(WireModel):
-    """Of the input of a custom tool."""
+    """Grammar of a custom tool's input."""
 
     syntax: Syntax
     definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
 
 
 class GrammarFormat(WireModel):
-    """Text of a grammar, which is enforced."""
+    """Format that enforces a grammar."""
 
     type: Literal["grammar"]
     grammar: Grammar
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names the form that other routes have."""
+        """Refuse a grammar in the form of other routes with a hint."""
         if "grammar" not in data and "definition" in data:
             raise invalid("grammar", "is required: put syntax and definition into it")
 
 
 def format_form(value: Any) -> str:
-    """The tag of a format of a custom tool's input."""
+    """Return pydantic's union tag for the format of a custom tool's input."""
     return "<grammar>" if type_of(value) == "grammar" else "<text>"
 
 
 class CustomDefinition(WireModel):
-    """What a custom tool is; without a format its input is any text."""
+    """Definition of a custom tool; without a format its input is any text."""
 
     name: FunctionName
     description: str | None = None
@@ -121,7 +120,7 @@ class CustomDefinition(WireModel):
 
 
 class CustomTool(WireModel):
-    """A tool whose input is text; the model is shown a function with one text."""
+    """A tool whose input is text; the model sees it as a function with one text argument."""
 
     type: Literal["custom"]
     custom: CustomDefinition
@@ -131,49 +130,49 @@ class CustomTool(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names the form that other routes have."""
+        """Refuse a tool in the form of other routes with a hint."""
         if "custom" not in data:
             raise invalid("custom", "is required: put name, description and format into it")
 
     @property
     def name(self) -> str:
-        """Its own."""
+        """The tool's name."""
         return self.custom.name
 
     @property
     def grammar(self) -> Grammar | None:
-        """Of its input, if it has one."""
+        """Grammar of the tool's input, if it has one."""
         return self.custom.format.grammar if isinstance(self.custom.format, GrammarFormat) else None
 
     def shown(self) -> dict[str, Any]:
-        """The tool for a chat template."""
+        """Return the tool in the form that a chat template expects."""
         tool, grammar = self.custom, self.grammar
         syntax, definition = (grammar.syntax, grammar.definition) if grammar else (None, "")
         return {"type": "function", "function": stand_in(tool.name, tool.description, syntax, definition)}
 
 
 class FunctionReference(WireModel):
-    """A function by its name."""
+    """A function, referred to by its name."""
 
     name: FunctionName
 
 
 class CustomToolReference(WireModel):
-    """A custom tool by its name; as a choice, exactly one call of it."""
+    """A custom tool, referred to by its name; as a tool choice it requires exactly one call of the tool."""
 
     type: Literal["custom"]
     custom: FunctionReference
 
 
 class CustomCall(WireModel):
-    """The custom tool that an earlier answer called, with the text for it."""
+    """The custom tool that an earlier answer called, with its input text."""
 
     name: Name
     input: str
 
 
 class CustomToolCall(WireModel):
-    """A call of a custom tool in an assistant message; `index` is its place in a stream and has no effect."""
+    """A call of a custom tool in an assistant message; `index` is its index in a stream and has no effect."""
 
     id: Name
     type: Literal["custom"]
@@ -181,5 +180,5 @@ class CustomToolCall(WireModel):
     index: Annotated[int, Field(ge=0)] | None = None
 
     def called(self) -> Call:
-        """The call as a task has it: of the function that stands for the tool."""
+        """Convert to the call of a `Task`: a call of the function that represents the tool."""
         return Call(self.id, self.custom.name, custom_arguments(self.custom.input))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/v1/embeddings`, and of `/pooling` and `/classify` as vLLM has them."""
+"""Wire types of `/v1/embeddings`, and of `/pooling` and `/classify` in vLLM's form."""
 
 from __future__ import annotations
 
@@ -45,23 +45,22 @@ Input = Annotated[
 
 
 class EmbeddingRequest(CutFields, PoolingFields):
-    """Texts whose vectors are wanted: a text, several, token ids, or several lists of them.
+    """Texts to embed: a text, several texts, token ids, or several lists of token ids.
 
     Attributes:
-        encoding_format: numbers, or the bytes of little-endian float32 in base64.
-        dimensions: length of the vectors, where the model was trained to be cut.
-        pooling, embedding_type: which positions a vector is made of; two names of one field, the second candle-vllm's.
-        normalize, normalized: scale the vectors to length 1; None is as the model says. The second name is Jina's.
-        add_special_tokens: of texts; None adds them.
-        truncate: Jina's way to have texts cut at the model's longest; the same as `truncate_prompt_tokens` -1.
-        task: Jina's name of a task ("retrieval.query"): the adapter of that name ("retrieval_query") answers.
-        return_multivector: Jina's way to ask for a vector of each token, `pooling` "all".
-        input_type: what the texts are ("query", "document"), as sentence-transformers' prompts of the model name it:
-            the words that the model has for it are put before each.
+        encoding_format: vectors as numbers, or as base64 of little-endian float32.
+        dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
+        pooling, embedding_type: which token positions are pooled; two names of one field, the second candle-vllm's.
+        normalize, normalized: scale vectors to length 1; None uses the model's setting. The second name is Jina's.
+        add_special_tokens: whether special tokens are added to texts; None adds them.
+        truncate: Jina's field to truncate texts to the model's maximum length; the same as `truncate_prompt_tokens` -1.
+        task: Jina's name of a task ("retrieval.query"), which selects the adapter of that name ("retrieval_query").
+        return_multivector: Jina's field to request a vector for each token; the same as `pooling` "all".
+        input_type: kind of the texts ("query", "document"): name of a sentence-transformers prompt that precedes each.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
-    own_tasks: ClassVar[bool] = False  # tasks are not adapters' names
+    own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
 
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
@@ -101,17 +100,17 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """The texts, one entry each."""
+        """The inputs as a list with one entry for each text."""
         return _entries(self.input)
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
-        """See `CutFields`."""
+        """Return the truncation of the inputs; see `CutFields.cut`."""
         if self.truncate:
             return Cut(-1, self.truncation_side or otherwise)
         return super().cut(otherwise)
 
     def pooling_params(self) -> PoolingParams:
-        """How the vectors are made."""
+        """Return the pooling parameters that the fields set."""
         return PoolingParams(
             dimensions=self.dimensions,
             normalize=self.normalized if self.normalize is None else self.normalize,
@@ -120,11 +119,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
 
 class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
-    """A conversation, perhaps with images, that becomes one vector, in vLLM's words.
+    """A conversation, which may contain images, to embed as one vector; vLLM's form.
 
     Attributes:
-        messages: as in a chat request; the template writes no beginning of an answer behind them unless it is asked to.
-        add_special_tokens: around what the template writes; None does not, because templates write them themselves.
+        messages: as in a chat request; the template begins no answer after them unless the request asks for it.
+        add_special_tokens: add special tokens to the rendered text; None does not, because templates write them.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
@@ -136,14 +135,14 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
     messages: Messages
 
     def chat_fields(self) -> dict[str, Any]:
-        """The fields that a chat request has too, checked already each for itself."""
+        """Return the fields that chat requests share, each already validated."""
         names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
         opened = bool(self.add_generation_prompt)
         return {name: getattr(self, name) for name in names} | {"add_generation_prompt": opened, "max_tokens": 1}
 
 
 class ActivationFields(WireModel):
-    """Whether a head's logits become probabilities; two names of one field, the second vLLM's older one."""
+    """Whether logits of a head are converted to probabilities; two names of one field, the second is vLLM's older."""
 
     use_activation: bool | None = None
     activation: bool | None = None
@@ -155,15 +154,15 @@ class ActivationFields(WireModel):
         return self
 
     def activated(self) -> PoolingParams:
-        """The parameters of a call for classes."""
+        """Return the pooling parameters for a classification."""
         return PoolingParams(use_activation=self.activation if self.use_activation is None else self.use_activation)
 
 
 class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
-    """Texts that a classifier is to tell apart, in vLLM's words.
+    """Texts to classify, in vLLM's form.
 
     Attributes:
-        add_special_tokens: of texts; None adds them.
+        add_special_tokens: whether special tokens are added to texts; None adds them.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(POOLING_REFUSED_FIELDS, "use_activation", "activation")
@@ -173,7 +172,7 @@ class ClassifyRequest(ActivationFields, CutFields, PoolingFields):
 
     @property
     def inputs(self) -> list[str | list[int]]:
-        """The texts, one entry each."""
+        """The inputs as a list with one entry for each text."""
         return _entries(self.input)
 
 
@@ -189,7 +188,7 @@ Item = TypeVar("Item")
 
 
 class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
-    """What was made of a request's texts."""
+    """Response with one item for each text of a request."""
 
     id: str
     created: int
@@ -200,13 +199,13 @@ class Listed(msgspec.Struct, Generic[Item], frozen=True, kw_only=True):
 
 
 class ModerationRequest(PoolingFields):
-    """Texts of which a classifier is to say whether they do harm, in OpenAI's words."""
+    """Texts that a classifier checks for harmful content, in OpenAI's form."""
 
     input: Texts
 
 
 class Moderated(msgspec.Struct, frozen=True, kw_only=True):
-    """Which of the model's labels have at least 0.5 for one text, and their numbers; harmless ones are left out."""
+    """Scores of the model's labels for one text, and whether each is at least 0.5; harmless labels are left out."""
 
     flagged: bool
     categories: dict[str, bool]
@@ -214,7 +213,7 @@ class Moderated(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Moderation(msgspec.Struct, frozen=True, kw_only=True):
-    """What is said of each text, in their order."""
+    """Result for each text, in the order of the texts."""
 
     id: str
     model: str
@@ -228,7 +227,7 @@ _HARMLESS = (
 
 
 def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
-    """What numbers of a classifier's labels say."""
+    """Convert the scores of a classifier's labels to a moderation result."""
     pairs = zip(labels, numbers, strict=True)
     scores = {label: number for label, number in pairs if not re.fullmatch(_HARMLESS, label.lower())}
     found = {label: number >= 0.5 for label, number in scores.items()}
@@ -236,7 +235,7 @@ def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
 
 
 class Classified(msgspec.Struct, frozen=True, kw_only=True):
-    """What one text is: the likeliest label, and the numbers of all of them in the order of the model's config."""
+    """Class of one text: the likeliest label, and the probabilities of all labels in the config's order."""
 
     index: int
     label: str
@@ -245,15 +244,15 @@ class Classified(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClassifiedList(Listed[Classified], frozen=True, kw_only=True):
-    """The classes in the order of the texts."""
+    """Classes in the order of the texts."""
 
 
 Numbers = list[float | list[float] | str] | str
-"""A vector, or a list of vectors where each token has one; a text in the place of each where base64 was asked for."""
+"""A vector, or a list of vectors with one for each token; with base64 each vector is a text."""
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made of one text."""
+    """Embedding of one text."""
 
     index: int
     embedding: Numbers
@@ -261,17 +260,17 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingList(Listed[Embedding], frozen=True, kw_only=True):
-    """The vectors in the order of the texts."""
+    """Embeddings in the order of the texts."""
 
 
 PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
 
 
 class PoolingRequest(ActivationFields, EmbeddingRequest):
-    """The same in vLLM's words.
+    """Texts to pool, in vLLM's form.
 
     Attributes:
-        task: what is made of a text, or of each token; None is what the model does.
+        task: what is computed for a text or for each token; None uses the model's own task.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
@@ -283,7 +282,7 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
 
 
 class Pooled(msgspec.Struct, frozen=True, kw_only=True):
-    """What was made of one text."""
+    """Pooling result of one text."""
 
     index: int
     data: Numbers
@@ -291,4 +290,4 @@ class Pooled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PooledList(Listed[Pooled], frozen=True, kw_only=True):
-    """The vectors in the order of the texts, in vLLM's words."""
+    """Pooling results in the order of the texts, in vLLM's form."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every request object shares: strict types, no unknown names, and the tables of names with no effect here."""
+"""Base of all request objects: strict types, no unknown names, and tables of fields that have no effect here."""
 
 from __future__ import annotations
 
@@ -15,38 +15,37 @@ from candle_vllm.openai.remarks import remark, unknown_fields_pass
 from candle_vllm.openai.task import Cut
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
-_MOST = 1 << 31  # of a number that has no effect
+_MOST = 1 << 31  # limit for numbers in fields that have no effect
 _MAX_FIELD = 128  # characters of a field's path in an error
 MAX_MESSAGES = 2048
 MAX_PARTS = 1024  # content parts of one message
-MAX_TOOL_CALLS = 128  # of one message
-MAX_TOOLS = 1024  # of one request; OpenAI's limit is 128, agents with several MCP servers bring hundreds
+MAX_TOOL_CALLS = 128  # tool calls of one message
+MAX_TOOLS = 1024  # tools of one request; OpenAI's limit is 128, but agents with several MCP servers send hundreds
 MAX_TOOL_NAME = 64  # characters of a function's name: OpenAI's rule
 MAX_TOOLS_SIZE = 2 << 20  # characters of all tools of a request as JSON
-MAX_SCHEMA_DEPTH = 48  # lists and objects inside each other in one JSON schema
+MAX_SCHEMA_DEPTH = 48  # nesting depth of lists and objects in one JSON schema
 MAX_DOCUMENTS = 256
 MAX_TEMPLATE_KWARGS = 64
-MAX_PROMPTS = 128  # of one completion request
+MAX_PROMPTS = 128  # prompts of one completion request
 MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
-MAX_LOGPROBS = 1 << 18  # of an answer: tokens x n x (logprobs + 1), of the prompt or generated
+MAX_LOGPROBS = 1 << 18  # log-probabilities of an answer: tokens x n x (logprobs + 1), of the prompt or generated
 MAX_PRIORITY = (1 << 31) - 1
 
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # empty where a client has no name to give
+ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # empty if a client has no model name to send
 
 
 class Refusal(NamedTuple):
-    """What becomes of a field that others define and that does nothing here.
+    """How a field is handled that another server defines and that has no effect here.
 
     Attributes:
-        reason: why it does nothing.
-        neutral: values that ask for nothing, and so may stand.
-        idle: other values are taken with a remark, because the answer is right without them; otherwise they are
-            refused.
+        reason: why the field has no effect.
+        neutral: values that ask for nothing, and so are accepted.
+        idle: other values are ignored with a warning, because the answer is right without them; else they are refused.
     """
 
     reason: str
@@ -54,7 +53,7 @@ class Refusal(NamedTuple):
     idle: bool = False
 
     def accepts(self, value: Any) -> bool:
-        """True for null and the neutral values."""
+        """Return whether `value` is null or a neutral value."""
         return value is None or any(type(value) is type(one) and value == one for one in self.neutral)
 
 
@@ -77,7 +76,7 @@ GUESS_FIELDS: Mapping[str, Refusal] = {
     "speculative.p_min": Refusal(_MEASURED, (0, 0.0), idle=True),
     "speculative.type": Refusal("the operator chooses it, --speculative-config", idle=True),
 }
-"""Of llama.cpp."""
+"""Fields of llama.cpp for draft tokens."""
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
     **GUESS_FIELDS,
@@ -173,7 +172,7 @@ ADVISORY_FIELDS: Mapping[str, str] = {
 
 
 def rule_error(kind: str, field: str, text: str) -> PydanticCustomError:
-    """A refusal at `field` (a dotted path below the object being checked).
+    """Return a validation error for `field` (a dotted path relative to the object that is validated).
 
     `kind` is `unknown_field`, `unsupported_field` or `invalid_field`; `text` follows the path in the message.
     """
@@ -181,17 +180,17 @@ def rule_error(kind: str, field: str, text: str) -> PydanticCustomError:
 
 
 def unsupported(field: str, reason: str) -> PydanticCustomError:
-    """Something that is defined elsewhere and not implemented here."""
+    """Return the error for a field that other servers define and that is not implemented here."""
     return rule_error("unsupported_field", field, f"is not supported: {reason}")
 
 
 def invalid(field: str, text: str) -> PydanticCustomError:
-    """A value that cannot be."""
+    """Return the error for an invalid value."""
     return rule_error("invalid_field", field, text)
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Refuses an object of more than `most` entries before they are checked: listing a million errors takes seconds."""
+    """Refuse an object of more than `most` entries before validating them: listing a million errors takes seconds."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -202,9 +201,9 @@ def few_entries(most: int) -> BeforeValidator:
 
 
 class WireModel(BaseModel):
-    """An object of a request: exact types (no "1" for 1, no true for 1), finite numbers, no unknown names.
+    """Base of request objects: exact types (no "1" for 1, no true for 1), finite numbers, no unknown names.
 
-    What checks it is built when the first one is read, a few milliseconds, and not while a server starts.
+    Its validator is built when the first such object is parsed, in a few milliseconds, not when the server starts.
     """
 
     model_config = ConfigDict(
@@ -244,11 +243,11 @@ class WireModel(BaseModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuses objects of another kind before their names are looked at."""
+        """Hook for subclasses: refuse an object of another kind before its field names are checked."""
 
     @classmethod
     def wire_names(cls) -> set[str]:
-        """The names that an object of this kind may have."""
+        """Return the names of the fields that an object of this class may have."""
         return {field.alias or name for name, field in cls.model_fields.items()}
 
     @classmethod
@@ -268,7 +267,7 @@ _OF_THE_OPERATOR = {
     "num_ctx": "the context is the operator's, --max-model-len",
     "n_ctx": "the context is the operator's, --max-model-len",
 }
-"""Fields of llama.cpp, Ollama and transformers."""
+"""Fields of llama.cpp, Ollama and transformers, and where they are set here."""
 
 
 def _plain_id(value: str) -> str:
@@ -282,7 +281,7 @@ RequestId = Annotated[str, AfterValidator(_plain_id)]
 
 
 def prompt_form(value: Any) -> str:
-    """The tag of a text, token ids, or a list of either."""
+    """Return pydantic's union tag for a prompt: a text, token ids, or a list of either."""
     if not isinstance(value, list):
         return "<string>"
     first = value[0] if value else ""
@@ -295,7 +294,7 @@ _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 
 
 def check_name(name: str) -> str:
-    """OpenAI's rule for the names of functions and schemas."""
+    """Check OpenAI's rule for the names of functions and schemas."""
     if not _NAME.fullmatch(name):
         raise invalid(
             "",
@@ -313,29 +312,29 @@ _MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null
 
 
 class CutFields(WireModel):
-    """vLLM's way to have prompts that are too long cut, which otherwise are refused.
+    """vLLM's fields that truncate prompts which are too long; without them such prompts are refused.
 
     Attributes:
-        truncate_prompt_tokens: tokens that are left at most; -1 is as many as the model takes.
-        truncation_side: from which side they are taken away.
+        truncate_prompt_tokens: maximum number of prompt tokens after truncation; -1 for as many as the model takes.
+        truncation_side: the side from which tokens are removed.
     """
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=(1 << 31) - 1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
-        """How prompts are cut, from the side `otherwise` where the request names none; None is not at all."""
+        """Return how prompts are truncated, by default from the side `otherwise`; None without truncation."""
         given = self.truncate_prompt_tokens
         return None if given is None else Cut(given, self.truncation_side or otherwise)
 
 
 class ModelFields(WireModel):
-    """Which model answers, through which adapter.
+    """The model that answers, and its adapter.
 
     Attributes:
-        model: its name, or an adapter's.
-        lora_path: SGLang's way to name an adapter beside the model; a list of one name, as often as there are prompts,
-            is read too. It joins the model's name.
+        model: name of the model or of an adapter.
+        lora_path: SGLang's field for the adapter; may be a list that repeats one name for every prompt. The name is
+            appended to the model's name (`model:adapter`).
     """
 
     model: ModelName | None = None

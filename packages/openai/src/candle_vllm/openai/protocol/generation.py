@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The fields that chat and completion requests share: OpenAI's, and vLLM's extra ones that the engine has."""
+"""Fields that chat and completion requests share: OpenAI's, and vLLM's extensions that the engine supports."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ Stop = Annotated[
 
 
 class StreamOptions(fields.WireModel):
-    """What a stream carries beside the text.
+    """What a stream contains besides the text.
 
     Attributes:
-        include_usage: a last chunk without choices has the token counts; every other chunk has `usage: null`.
-        continuous_usage_stats: every chunk has the counts so far, where `include_usage` is true.
+        include_usage: the last chunk has the token counts and no choices; every other chunk has `usage: null`.
+        continuous_usage_stats: every chunk has the counts so far, if `include_usage` is true.
     """
 
     include_usage: bool | None = None
@@ -71,8 +71,8 @@ class StreamOptions(fields.WireModel):
     }
 
 
-_MAX_LORAS = 1024  # those with a scale of 0 included
-# Of the names of `SamplingParams`, those whose values requests give in another form, or beside other fields.
+_MAX_LORAS = 1024  # adapters with a scale of 0 included
+# Names of `SamplingParams` whose values have another form in requests, or depend on other fields.
 _READ_APART = frozenset({
     "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "thinking_token_budget",
     "prediction",
@@ -81,19 +81,18 @@ _READ_APART = frozenset({
 
 @functools.cache
 def sampling_names(request: type[fields.WireModel]) -> tuple[str, ...]:
-    """The fields of a request that mean the same in `SamplingParams`."""
+    """Return the fields of a request that mean the same in `SamplingParams`."""
     known = request.model_fields.keys() - _READ_APART
     return tuple(name for name in caps.SamplingParams.__struct_fields__ if name in known)
 
 
 def sampling_values(request: fields.WireModel) -> dict[str, Any]:
-    """The values that a request gives for these fields."""
+    """Return the values of these fields that a request sets."""
     return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
 class SamplerFields(fields.WireModel):
-    """llama.cpp's samplers, by its names, and the number of draft tokens; `SamplingParams` has the same fields and
-    says what they mean."""
+    """llama.cpp's samplers under its names, and the number of draft tokens. `SamplingParams` documents the fields."""
 
     repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
     top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
@@ -135,7 +134,7 @@ class SamplerFields(fields.WireModel):
     @field_validator("dry_sequence_breakers", mode="before")
     @classmethod
     def _listed_breakers(cls, value: Any) -> Any:
-        """text-generation-webui writes the list's inside as one text."""
+        """text-generation-webui sends the list as one text without its brackets."""
         if not isinstance(value, str) or len(value) > MAX_BREAKERS_TEXT:
             return value
         try:
@@ -145,11 +144,11 @@ class SamplerFields(fields.WireModel):
 
 
 class LlamaFields(SamplerFields):
-    """How tokens are sampled, under the names of llama.cpp and of Ollama. None always means absent.
+    """Sampling fields under the names of llama.cpp and of Ollama. None always means absent.
 
     Attributes:
         seed: -1 means no seed.
-        repeat_penalty: what others call repetition_penalty.
+        repeat_penalty: called repetition_penalty elsewhere.
     """
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -163,7 +162,7 @@ class LlamaFields(SamplerFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 
     def drawing(self) -> dict[str, Any]:
-        """What is given of these, by the names of `SamplingParams`."""
+        """Return the fields that are set, under their names in `SamplingParams`."""
         given = sampling_values(self) | {"repetition_penalty": self.repeat_penalty}
         return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
 
@@ -173,12 +172,12 @@ OTHER_NAMES: Mapping[str, str] = {
     "mirostat_mode": "mirostat",
     "speculative.n_max": "num_speculative_tokens",
 }
-"""Of llama.cpp, Ollama and text-generation-webui, with what they are called here."""
+"""Names of llama.cpp, Ollama and text-generation-webui, and the names of the same fields here."""
 MAX_BREAKERS_TEXT = 4096  # characters
 
 
 class LoraScale(fields.WireModel):
-    """llama.cpp's way to say how much of an adapter is added: its number in `GET /lora-adapters`, and a factor."""
+    """llama.cpp's scale of an adapter: the adapter's id in `GET /lora-adapters`, and a factor."""
 
     id: Annotated[int, Field(ge=0, le=1 << 31)]
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
@@ -188,7 +187,7 @@ LoraScales = Annotated[list[LoraScale], Field(max_length=_MAX_LORAS, fail_fast=T
 
 
 def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None:
-    """The factors by number; those that are not named count nothing. Raises `InvalidParameterError`."""
+    """Return the factors by id; adapters without an entry have a factor of 0. Raises `InvalidParameterError`."""
     if given is None:
         return None
     scales = {each.id: each.scale for each in given}
@@ -198,7 +197,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
 
 
 class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
-    """How to generate. None always means absent: the model's own default counts, then ours."""
+    """How to generate. None always means absent: then the model's default applies, then the server's."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.REFUSED_FIELDS
 
@@ -240,7 +239,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
     request_id: fields.RequestId | None = None
 
-    # ADVISORY_FIELDS: checked and without effect.
+    # ADVISORY_FIELDS: validated, without effect.
     user: str | None = None
     metadata: (
         Annotated[dict[str, str], fields.few_entries(fields.MAX_NAME), Field(max_length=fields.MAX_NAME)] | None
@@ -257,7 +256,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     @model_validator(mode="before")
     @classmethod
     def _no_limit(cls, data: Any) -> Any:
-        """llama.cpp's name of `max_tokens`, and -1, by which its clients and LM Studio's mean no limit."""
+        """Convert llama.cpp's name of `max_tokens`; -1, which its clients and LM Studio's send, means no limit."""
         if not isinstance(data, dict) or not ("n_predict" in data or data.get("max_tokens") == -1):
             return data
         limit = data.get("max_tokens", data.get("n_predict"))
@@ -276,7 +275,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
         return self
 
     def structured(self) -> StructuredOutputsParams | None:
-        """What the answer must look like; None when any text will do."""
+        """Return the constraint on the answer; None if any text is allowed."""
         form, given = structured_params(self.response_format, self.structured_outputs), self.llama_form()
         if form is not None and given is not None:
             other = blamed_field(self.response_format, self.structured_outputs)
@@ -285,22 +284,22 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
 
     @property
     def structured_field(self) -> str:
-        """The path of what core calls `structured_outputs`, for errors that core finds later."""
+        """Path of the field that core calls `structured_outputs`, for errors that core finds later."""
         if self.grammar or self.json_schema:
             return "grammar" if self.grammar else "json_schema"
         return blamed_field(self.response_format, self.structured_outputs)
 
     @property
     def sequences(self) -> int:
-        """`n` with its default."""
+        """`n`, or its default."""
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
-        """True when the stream ends with the token counts."""
+        """Whether the stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        """True when every chunk has the counts so far."""
+        """Whether every chunk has the counts so far."""
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)

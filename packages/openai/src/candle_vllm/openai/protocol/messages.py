@@ -21,7 +21,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class TextPart(WireModel):
-    """One part of a message's content; the cache marks have no effect, because every full block is cached."""
+    """A text part of a message's content; cache marks have no effect, because every full block is cached."""
 
     type: Literal["text", "input_text"]
     text: str
@@ -30,23 +30,23 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names parts that carry something other than text."""
+        """Name the type of a part that is not text in the error."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
 
 
 class ImageUrl(WireModel):
-    """Where an image is: its data as a data URL, or its address; `detail` has no effect."""
+    """Location of an image: a data URL or an address; `detail` has no effect."""
 
     url: Annotated[str, Field(min_length=1)]
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(WireModel):
-    """An image; the newer `input_image`, and some clients, have the address alone in the place of the object.
+    """An image; in the newer `input_image`, and from some clients, `image_url` is the address itself, not an object.
 
-    `file_id` is of a file of `/v1/files`.
+    `file_id` refers to a file of `/v1/files`.
     """
 
     type: Literal["image_url", "input_image"]
@@ -71,7 +71,7 @@ class ImagePart(WireModel):
         return self
 
     def image(self, path: str) -> Image:
-        """The image as a task has it."""
+        """Convert to the `ImagePart` of a `Task`."""
         if self.image_url is None:
             return Image(self.file_id or "", self.detail, f"{path}.file_id", stored=True)
         if isinstance(self.image_url, str):
@@ -80,14 +80,14 @@ class ImagePart(WireModel):
 
 
 class RefusalPart(WireModel):
-    """What a model said when it refused; shown to the model like any other text."""
+    """Text with which a model refused to answer; the model sees it like any other text."""
 
     type: Literal["refusal"]
     refusal: str
 
     @property
     def text(self) -> str:
-        """The text, by the name that it has in other parts."""
+        """The text, under the name that other parts use."""
         return self.refusal
 
 
@@ -105,7 +105,7 @@ def _seen_form(value: Any) -> str:
     return "<image>" if kind in ("image_url", "input_image") else "<text>"
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 _String = Annotated[str, Tag("<string>")]
 Content = Annotated[
     _String | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
@@ -140,7 +140,7 @@ class SystemMessage(WireModel):
 
 
 class UserMessage(WireModel):
-    """What the user said."""
+    """A message of the user."""
 
     role: Literal["user"]
     content: SeenContent
@@ -150,8 +150,8 @@ class UserMessage(WireModel):
 class FunctionCall(WireModel):
     """The function that an earlier answer called, with its arguments as JSON text.
 
-    The text may be broken JSON, because a model wrote it: an answer that was cut short must not end a conversation.
-    `parsed_arguments` is what the official client makes of the text; it has no effect.
+    The text may be invalid JSON, because a model wrote it: a truncated answer must not end a conversation.
+    `parsed_arguments`, which the official client adds, has no effect.
     """
 
     name: Name
@@ -160,7 +160,7 @@ class FunctionCall(WireModel):
 
 
 class ToolCall(WireModel):
-    """A call in an assistant message; `index` is its place in a stream and has no effect."""
+    """A call in an assistant message; `index` is its index in a stream and has no effect."""
 
     id: Name
     type: Literal["function"] = "function"
@@ -168,7 +168,7 @@ class ToolCall(WireModel):
     index: Annotated[int, Field(ge=0)] | None = None
 
     def called(self) -> Call:
-        """The call as a task has it."""
+        """Convert to the `Call` of a `Task`."""
         return Call(self.id, self.function.name, self.function.arguments)
 
 
@@ -178,11 +178,11 @@ AnyToolCall = Annotated[
 
 
 class AssistantMessage(WireModel):
-    """An earlier answer; `reasoning_content` and `reasoning` are two names for its thoughts.
+    """An earlier answer; `reasoning_content` and `reasoning` are two names of its reasoning.
 
     Attributes:
-        refusal: what the model said instead of an answer; shown to the model after the content.
-        parsed: what the official client makes of the content; no effect.
+        refusal: text with which the model refused to answer; the model sees it after the content.
+        parsed: parsed content, which the official client adds; no effect.
     """
 
     role: Literal["assistant"]
@@ -194,7 +194,7 @@ class AssistantMessage(WireModel):
     reasoning: str | None = None
     tool_calls: Annotated[list[AnyToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
 
-    # Clients send answers back as they got them, so the fields of an answer may stand here when they are empty.
+    # Clients send answers back unchanged, so fields of an answer are allowed here if they are empty.
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "annotations": Refusal("annotations cannot be shown to the model", ([],)),
         "audio": Refusal("the server takes text only"),
@@ -216,7 +216,7 @@ class AssistantMessage(WireModel):
 
 
 class ToolMessage(WireModel):
-    """What a called function gave back, which may be nothing: an empty text or no parts."""
+    """Result of a called function; may be empty: an empty text or no parts."""
 
     role: Literal["tool"]
     content: ResultContent
@@ -256,10 +256,10 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_ME
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Every tool call is answered right after it, once, and nothing else is. Ids may come again in later turns.
+    """Check that each tool call has exactly one result right after it, and that each result has a call.
 
-    Raises the error that pydantic reports when two calls of an answer have one id, a result is missing, or a result has
-    no call.
+    Ids may be repeated in later turns. Raises the error that pydantic reports if two calls of an answer have the same
+    id, a result is missing, or a result has no call.
     """
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answer of `/v1/models`."""
+"""Response of `/v1/models`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """One served name.
 
     Attributes:
-        id: the name to put into a request's `model`.
+        id: the name for a request's `model`.
         created: Unix seconds.
-        root: the model's own name, which `id` may be an alias of.
-        max_model_len: most tokens of prompt and output together.
-        modalities: what the model reads: text, and images where it sees.
-        tool_parser: the format that the model's tool calls are read in; null where it calls no tools.
-        reasoning_parser: the format that its thoughts are read in; null where they are not told apart.
-        default_sampling: what counts where a request says nothing of it.
+        root: the model's own name; `id` may be an alias of it.
+        max_model_len: maximum number of tokens of prompt and output together.
+        modalities: input types: text, and image if the model reads images.
+        tool_parser: format of the model's tool calls; null if the model calls no tools.
+        reasoning_parser: format of the model's reasoning; null if it is not separated from the answer.
+        default_sampling: sampling values that apply if a request does not set them.
     """
 
     id: str

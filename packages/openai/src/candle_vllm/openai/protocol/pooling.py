@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What requests for vectors and for scores share, and their token counts."""
+"""Fields that requests for embeddings and scores share, and their token counts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic import Field
 
 from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelFields, Refusal, RequestId
 
-MAX_INPUTS = 2048  # texts of one request for vectors; OpenAI's limit
-MAX_PAIRS = 2048  # pairs of texts that one request has scored
-MAX_POOLED_TOKENS = 1 << 20  # of all texts or pairs of a request together
-MAX_NUMBERS = 1 << 24  # of all vectors, where a text has more than one, or one as long as the vocabulary
+MAX_INPUTS = 2048  # texts of one embedding request; OpenAI's limit
+MAX_PAIRS = 2048  # pairs of texts of one score request
+MAX_POOLED_TOKENS = 1 << 20  # tokens of all texts or pairs of a request
+MAX_NUMBERS = 1 << 24  # elements of all vectors, if a text has several vectors or one as long as the vocabulary
 
 _NEVER_CUT = "texts are never cut; one that is too long is refused with its number"
 _TEXT_ONLY = "the server takes text only"
@@ -36,11 +36,11 @@ POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
 
 
 Words = Annotated[str, Field(min_length=1)]
-"""A text that is not empty."""
+"""Non-empty text."""
 
 
 class PoolingFields(ModelFields):
-    """Fields of every request that generates nothing. None always means absent; `user` has no effect."""
+    """Fields of every request that generates no text. None always means absent; `user` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = POOLING_REFUSED_FIELDS
 
@@ -50,12 +50,12 @@ class PoolingFields(ModelFields):
 
 
 def text_form(value: Any) -> str:
-    """The tag of a text or a list of texts."""
+    """Return pydantic's union tag for a text or a list of texts."""
     return "<strings>" if isinstance(value, list) else "<string>"
 
 
 class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that were read; nothing is generated, so that both numbers are the same."""
+    """Tokens that the model read; both counts are equal, because nothing is generated."""
 
     prompt_tokens: int
     total_tokens: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Requests for scores of pairs and for rankings, and their answers."""
+"""Requests that score pairs of texts or rank documents, and their responses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Texts = Annotated[
     Discriminator(text_form),
 ]
 
-# Names that vLLM has for the two sides of its pairs.
+# vLLM's names of the two sides of the pairs.
 _SIDES = (("text_1", "text_2"), ("queries", "items"), ("queries", "documents"), ("data_1", "data_2"))
 
 
 class ScoreRequest(PoolingFields):
-    """Pairs of texts: one against several, or as many on one side as on the other, in order."""
+    """Pairs of texts: one text with each of several, or two lists of equal length, paired in order."""
 
     text_1: Texts | None = None
     text_2: Texts | None = None
@@ -56,12 +56,12 @@ class ScoreRequest(PoolingFields):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Every pair of texts."""
+        """All pairs of texts."""
         left, right = self._lists()
         return list(zip(left * len(right) if len(left) == 1 else left, right))
 
     def blamed(self, number: int, side: int) -> str:
-        """The field that has the first (0) or second (1) text of a pair."""
+        """Return the path of the field with the first (0) or second (1) text of a pair."""
         name = self._names()[side]
         texts = getattr(self, name)
         return name if isinstance(texts, str) else f"{name}.{min(number, len(texts) - 1)}"
@@ -75,7 +75,7 @@ class ScoreRequest(PoolingFields):
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """The score of one pair."""
+    """Score of one pair."""
 
     index: int
     score: float
@@ -83,7 +83,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
-    """The scores in the order of the pairs."""
+    """Scores in the order of the pairs."""
 
     id: str
     created: int
@@ -94,7 +94,7 @@ class ScoreList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDocument(WireModel):
-    """A document as an object."""
+    """A document as an object with its text."""
 
     text: Words
 
@@ -111,11 +111,11 @@ Document = Annotated[
 
 
 class RerankRequest(PoolingFields):
-    """Documents to be put in order by how well they fit a query.
+    """Documents to rank by their relevance to a query.
 
     Attributes:
-        top_n: how many of them to return, best first; None or 0 is all.
-        return_documents: with their texts; None is yes.
+        top_n: maximum number of documents in the response, best first; None or 0 means all.
+        return_documents: whether the response has the texts; None means yes.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -132,18 +132,18 @@ class RerankRequest(PoolingFields):
 
     @property
     def texts(self) -> list[str]:
-        """The documents' texts."""
+        """Texts of the documents."""
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
 class RankedText(msgspec.Struct, frozen=True, kw_only=True):
-    """A document's text."""
+    """Text of a document."""
 
     text: str
 
 
 class Ranked(msgspec.Struct, frozen=True, kw_only=True):
-    """A document's place in the request, and its score."""
+    """Index of a document in the request, and its score."""
 
     index: int
     relevance_score: float

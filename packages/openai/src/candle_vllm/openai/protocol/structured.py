@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Wire types of structured output: OpenAI's `response_format` and vLLM's `structured_outputs` (step 2).
 
-Both become core's `StructuredOutputsParams`, whose caps and whose grammar compiler have the last word.
+Both are converted to core's `StructuredOutputsParams`, which checks limits and compiles the grammar.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _OTHER_FORMATS = frozenset({"grammar", "regex", "json", "choice", "ebnf"})
 
 
 class TextFormat(WireModel):
-    """Any text."""
+    """Format that allows any text."""
 
     type: Literal["text"]
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names the formats that others define, and lists ours."""
+        """Name formats of other servers and list the supported formats in the error."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_FORMATS:
             raise unsupported("type", f"it has no {kind!r}; use structured_outputs instead of response_format")
@@ -41,20 +41,20 @@ class TextFormat(WireModel):
 
 
 class JsonObjectFormat(WireModel):
-    """Any JSON object, or, as llama.cpp has it, JSON that follows a schema."""
+    """Any JSON object, or, as in llama.cpp, JSON that follows a schema."""
 
     type: Literal["json_object"]
     json_schema: Schema | None = Field(default=None, alias="schema")
 
     def core_fields(self) -> dict[str, Any]:
-        """The fields of core's `StructuredOutputsParams` that say the same."""
+        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         return {"json": self.json_schema} if self.json_schema else {"json_object": True}
 
 
 class JsonSchema(WireModel):
     """A schema that the answer always follows, whether `strict` or not.
 
-    Name and description are labels: the model sees neither them nor the schema.
+    Name and description are labels; the model sees neither them nor the schema.
     """
 
     name: FunctionName
@@ -64,23 +64,23 @@ class JsonSchema(WireModel):
 
 
 def _named(value: Any) -> Any:
-    """llama.cpp's clients leave the name out."""
+    """Add the name that llama.cpp's clients omit."""
     return {"name": "schema", **value} if isinstance(value, dict) and "schema" in value else value
 
 
 class JsonSchemaFormat(WireModel):
-    """JSON that follows a schema."""
+    """Format: JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: Annotated[JsonSchema, BeforeValidator(_named)]
 
     def core_fields(self) -> dict[str, Any]:
-        """The fields of core's `StructuredOutputsParams` that say the same."""
+        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         return {"json": self.json_schema.json_schema}
 
 
 class Structure(WireModel):
-    """One tagged part: JSON by the schema between two texts."""
+    """One tagged part: JSON that follows the schema, between a begin text and an end text."""
 
     begin: str
     content_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
@@ -91,7 +91,7 @@ MAX_TAGS = 1000
 
 
 class StructuralTagFormat(WireModel):
-    """Free text with tagged parts, in the older form (`structures`, `triggers`) or the newer (`format`)."""
+    """Free text with tagged parts, in the older form (`structures`, `triggers`) or the newer form (`format`)."""
 
     type: Literal["structural_tag"]
     structures: Annotated[list[Structure], Field(max_length=MAX_TAGS, fail_fast=True)] | None = None
@@ -110,7 +110,7 @@ class StructuralTagFormat(WireModel):
         return self
 
     def core_fields(self) -> dict[str, Any]:
-        """The fields of core's `StructuredOutputsParams` that say the same."""
+        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         if self.format is not None:
             return {"structural_tag": {"type": self.type, "format": self.format}}
         structures = [
@@ -125,14 +125,14 @@ def _format(value: Any) -> str:
 
 
 def format_of(given: Any) -> Any:
-    """A class as the `response_format` of its schema; anything else as it is."""
+    """Convert a class to the `response_format` of its schema; return anything else unchanged."""
     if not isinstance(given, type):
         return given
     name = re.sub(r"[^a-zA-Z0-9_-]", "_", given.__name__)[:MAX_TOOL_NAME]
     return {"type": "json_schema", "json_schema": {"name": name, "schema": plain_schema(given)}}
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 ResponseFormat = Annotated[
     Annotated[TextFormat, Tag("<text>")]
     | Annotated[JsonObjectFormat, Tag("<json_object>")]
@@ -144,11 +144,11 @@ ResponseFormat = Annotated[
 
 
 class StructuredOutputs(WireModel):
-    """vLLM's way to constrain an answer: exactly one of the first six fields.
+    """vLLM's constraint on an answer: exactly one of the first six fields.
 
     Attributes:
-        json_value: a JSON schema, as an object or as JSON text; in a library a class with one, too.
-        disable_fallback: there is one backend, so nothing is ever left to another one.
+        json_value: a JSON schema, as an object or as JSON text; as a library, also a class that has a schema.
+        disable_fallback: no effect, because there is only one backend.
     """
 
     json_value: Any = Field(default=None, alias="json")
@@ -191,7 +191,7 @@ class StructuredOutputs(WireModel):
         return self
 
     def asks_for(self, kind: str) -> bool:
-        """Whether the answer must be of this kind; `json_object: false` asks for nothing."""
+        """Return whether the answer must be of this kind; `json_object: false` asks for nothing."""
         value = self._value(kind)
         return value is not None and (kind != "json_object" or value)
 
@@ -199,7 +199,7 @@ class StructuredOutputs(WireModel):
         return self.json_value if kind == "json" else getattr(self, kind)
 
     def core_fields(self) -> dict[str, Any]:
-        """The fields of core's `StructuredOutputsParams` that say the same."""
+        """Return the equivalent fields of core's `StructuredOutputsParams`."""
         fields: dict[str, Any] = {kind: self._value(kind) for kind in KINDS if self.asks_for(kind)}
         if self.whitespace_pattern is not None:
             fields["whitespace_pattern"] = self.whitespace_pattern
@@ -209,7 +209,7 @@ class StructuredOutputs(WireModel):
 
 
 class LlamaForms(WireModel):
-    """llama.cpp's own fields for the form of an answer, beside `response_format`; empty ones ask for nothing.
+    """llama.cpp's fields that constrain an answer, besides `response_format`; empty values ask for nothing.
 
     Attributes:
         grammar: GBNF, or Lark.
@@ -220,7 +220,7 @@ class LlamaForms(WireModel):
     json_schema: dict[str, Any] | None = None
 
     def llama_form(self) -> tuple[str, StructuredOutputsParams] | None:
-        """The field that is given, and what it asks for; raises the error that pydantic reports."""
+        """Return the field that is set and its constraint; raises the error that pydantic reports."""
         if self.grammar and self.json_schema:
             raise invalid("grammar", "and json_schema exclude each other; give one of them")
         name = "grammar" if self.grammar else "json_schema"
@@ -235,9 +235,9 @@ class LlamaForms(WireModel):
 def structured_params(
     response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None
 ) -> StructuredOutputsParams | None:
-    """What the answer must look like, or None for any text.
+    """Return the constraint on the answer, or None if any text is allowed.
 
-    Raises the error that pydantic reports when both fields ask for something, or when core refuses the value.
+    Raises the error that pydantic reports if both fields set a constraint, or if core refuses the value.
     """
     fields: dict[str, Any] = {}
     if response_format is not None and not isinstance(response_format, TextFormat):
@@ -256,7 +256,7 @@ def structured_params(
 
 
 def blamed_field(response_format: ResponseFormat | None, structured_outputs: StructuredOutputs | None) -> str:
-    """The path of the part of a request that core knows as `structured_outputs`."""
+    """Return the path of the request field that core calls `structured_outputs`."""
     if isinstance(response_format, JsonSchemaFormat):
         return "response_format.json_schema.schema"
     if isinstance(response_format, JsonObjectFormat) and response_format.json_schema:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The fields of a chat request that its template sees (step 3), and how much may be thought."""
+"""Fields of a chat request that its template uses (step 3), and the limit on reasoning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.text.chat_template import MAX_TEMPLATE
 from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, invalid
 from candle_vllm.openai.task import ThinkingLimit
 
-# Arguments of the template call, which `chat_template_kwargs` must not shadow.
+# Arguments of the template call; `chat_template_kwargs` must not replace them.
 _TEMPLATE_ARGUMENTS = frozenset({
     "self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
     "tokenize", "template", "conversation",
@@ -26,7 +26,7 @@ _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_token
 
 
 class ThinkingSwitch(WireModel):
-    """Anthropic's form of the switch, and of the budget."""
+    """Anthropic's form of the thinking switch and of the budget."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
@@ -42,20 +42,20 @@ def _thinking_form(value: Any) -> str:
     return "<object>" if isinstance(value, (dict, ThinkingSwitch)) else "<switch>"
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 Thinking = Annotated[
     Annotated[bool, Tag("<switch>")] | Annotated[ThinkingSwitch, Tag("<object>")], Discriminator(_thinking_form)
 ]
 
 
 class TemplateFields(WireModel):
-    """How the messages become one text, and how much may be thought. None always means absent.
+    """How messages are rendered to one text, and the limit on reasoning. None always means absent.
 
     Attributes:
-        chat_template: a template instead of the model's own; whether that is allowed is up to the adapter.
-        thinking: a template variable under two names, `thinking` and `enable_thinking`; or an object with a budget too.
-        thinking_token_budget: most tokens of thoughts; -1 is no limit. The other `..._budget...` mean the same.
-        reasoning_budget_message: what the model is made to say where the budget ends its thoughts.
+        chat_template: a template that replaces the model's template; the adapter decides whether it is allowed.
+        thinking: template variable with two names, `thinking` and `enable_thinking`; or an object with a budget too.
+        thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. Other `..._budget...` are aliases.
+        reasoning_budget_message: text that is inserted when the budget ends the reasoning.
     """
 
     add_generation_prompt: bool | None = None
@@ -79,11 +79,10 @@ class TemplateFields(WireModel):
         return kwargs
 
     def template_kwargs(self) -> dict[str, Any]:
-        """The template's variables: `chat_template_kwargs` and the fields that are variables too.
+        """Return the variables of the template: `chat_template_kwargs`, and the fields that are variables too.
 
-        Templates know the thinking switch under two names, so both are set; effort "none" turns it off as well, for
-        templates that know the switch only, and so does a budget of 0; any other effort turns it on where nothing else
-        is said. Raises where two of these contradict each other.
+        Templates use two names for the thinking switch, so both are set. Effort "none" and a budget of 0 also turn it
+        off, for templates that only have the switch; other efforts turn it on unless it is set. Contradictions raise.
         """
         kwargs = dict(self.chat_template_kwargs or {})
         for field in ("thinking", "enable_thinking"):
@@ -101,11 +100,11 @@ class TemplateFields(WireModel):
 
     @property
     def budget_field(self) -> str:
-        """The path of the budget."""
+        """Path of the field that sets the budget."""
         return next((name for name in _BUDGETS if getattr(self, name) is not None), "thinking.budget_tokens")
 
     def thinking_limit(self) -> ThinkingLimit | None:
-        """How much may be thought; raises where the names of it contradict each other."""
+        """Return the limit on reasoning; raises if the names of the budget contradict each other."""
         given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
         if isinstance(self.thinking, ThinkingSwitch) and self.thinking.budget_tokens is not None:
             given["thinking.budget_tokens"] = self.thinking.budget_tokens
@@ -121,7 +120,7 @@ class TemplateFields(WireModel):
 
 
 def check_variables(kwargs: Mapping[str, Any]) -> None:
-    """Refuses what cannot be variables of a template; the paths begin below them."""
+    """Refuse values that cannot be template variables; paths in errors are relative to `kwargs`."""
     if len(kwargs) > MAX_TEMPLATE_KWARGS:
         raise invalid("", f"must have at most {MAX_TEMPLATE_KWARGS} entries, not {len(kwargs)}")
     for name in kwargs:
@@ -132,7 +131,7 @@ def check_variables(kwargs: Mapping[str, Any]) -> None:
 
 
 def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
-    """Adds how much the model is to think, which `field` asks for; raises where another variable contradicts it."""
+    """Set the reasoning effort that `field` requests; raises if another variable contradicts it."""
     if effort is not None:
         _agree(kwargs, field, "reasoning_effort", effort)
     if effort == "none":
@@ -144,7 +143,7 @@ def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
 
 
 def close_thoughts(kwargs: dict[str, Any], budget: int) -> None:
-    """Turns the template's switch off where nothing may be thought and nobody has turned it on."""
+    """Turn the template's thinking switch off if the budget is 0 and the switch is not set."""
     if budget == 0:
         kwargs.setdefault("thinking", False)
         kwargs.setdefault("enable_thinking", False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/tokenize` and `/detokenize`, as vLLM and as llama.cpp's server have them."""
+"""Wire types of `/tokenize` and `/detokenize`, in the forms of vLLM and of llama.cpp's server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PREPARED = Refusal("images are read as they are, and prepared as the model's fi
 
 
 class TokenizeTextRequest(WireModel):
-    """A text to cut into tokens.
+    """A text to tokenize.
 
     Attributes:
-        add_special_tokens: with the tokens that the model wants around every text; None adds them.
-        return_token_strs: each token's text as well.
+        add_special_tokens: whether to add the special tokens that the model expects around every text; None adds them.
+        return_token_strs: whether to return the text of each token.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -39,11 +39,11 @@ class TokenizeTextRequest(WireModel):
 
 
 class TokenizeChatRequest(TemplateFields):
-    """A conversation to cut into tokens, as a chat request with the same fields would be.
+    """A conversation to tokenize, rendered as a chat request with the same fields would be.
 
     Attributes:
-        add_special_tokens: around what the template writes; None does not, because templates write them themselves.
-        return_token_strs: each token's text as well.
+        add_special_tokens: add special tokens to the rendered text; None does not, because templates write them.
+        return_token_strs: whether to return the text of each token.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -59,16 +59,16 @@ class TokenizeChatRequest(TemplateFields):
     return_token_strs: bool | None = None
 
     def chat_fields(self) -> dict[str, Any]:
-        """The fields that a chat request has too, checked already each for itself."""
+        """Return the fields that chat requests share, each already validated."""
         return {name: getattr(self, name) for name in type(self).model_fields if name != "return_token_strs"}
 
 
 class TokenizeContentRequest(WireModel):
-    """A text to cut into tokens, in llama.cpp's words.
+    """A text to tokenize, in llama.cpp's form.
 
     Attributes:
-        add_special: with the tokens that the model wants around every text.
-        with_pieces: each token's text as well.
+        add_special: whether to add the special tokens that the model expects around every text.
+        with_pieces: whether to return the text of each token.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -85,20 +85,20 @@ TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest | TokenizeContentReq
 
 
 class DetokenizeRequest(WireModel):
-    """Token ids whose text is wanted."""
+    """Token ids to convert to text."""
 
     model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED, fail_fast=True)]
 
 
 class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of a text.
+    """Tokens of a text.
 
     Attributes:
-        count: how many they are.
-        max_model_len: most tokens of prompt and output together.
-        tokens: their ids.
-        token_strs: their texts, where asked for; U+FFFD where a token's bytes are no complete character.
+        count: number of tokens.
+        max_model_len: maximum number of tokens of prompt and output together.
+        tokens: token ids.
+        token_strs: text of each token, if requested; U+FFFD for bytes that are not a complete character.
     """
 
     count: int
@@ -108,26 +108,26 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenPiece(msgspec.Struct, frozen=True, kw_only=True):
-    """A token's id and its text, with U+FFFD for bytes that are no complete character."""
+    """Id and text of a token; U+FFFD for bytes that are not a complete character."""
 
     id: int
     piece: str
 
 
 class TokenizedContent(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens of a text, in llama.cpp's words."""
+    """Tokens of a text, in llama.cpp's form."""
 
     tokens: tuple[int | TokenPiece, ...]
 
 
 class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
-    """The text that a template makes of a conversation, as llama.cpp's `/apply-template` gives it."""
+    """Conversation rendered by the template, as llama.cpp's `/apply-template` returns it."""
 
     prompt: str
 
 
 class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of token ids, with the names of special tokens in it; `content` is llama.cpp's name for it."""
+    """Text of token ids, including the names of special tokens; `content` is llama.cpp's name of the field."""
 
     prompt: str
     content: str

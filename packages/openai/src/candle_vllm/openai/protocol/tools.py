@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of functions, custom tools and the choice among them, and what they say in one piece (step 2)."""
+"""Wire types of functions, custom tools and the tool choice, and their conversion to `ToolUse` (step 2)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from candle_vllm.openai.task import Choice, ToolFunction, ToolUse
 
 
 def check_depth(schema: Any) -> Any:
-    """A JSON schema as it is; refuses one whose parts lie too deep inside each other."""
+    """Return a JSON schema unchanged; refuse one that is nested too deeply."""
     if is_deeper(schema, fields.MAX_SCHEMA_DEPTH):
         raise fields.invalid(
             "", f"is nested too deeply: a schema may have at most {fields.MAX_SCHEMA_DEPTH} levels; use $defs"
@@ -45,7 +45,7 @@ def check_depth(schema: Any) -> Any:
 
 
 def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a function's arguments as it is; refuses what cannot be one, with paths that begin below it."""
+    """Return the schema of a function's arguments unchanged; refuse an invalid one. Paths are relative to it."""
     check_depth(schema)
     kind = schema.get("type", "object")
     if kind not in ("object", "dict"):
@@ -65,7 +65,7 @@ def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_schema(given: Any) -> Any:
-    """A class, which a library may give, as its schema; anything else as it is."""
+    """Convert a class, which a library caller may pass, to its schema; return anything else unchanged."""
     if not isinstance(given, type):
         return given
     try:
@@ -82,8 +82,8 @@ class FunctionDefinition(fields.WireModel):
     """A function that the model may call.
 
     Attributes:
-        parameters: a JSON schema of type object; absent or empty means that there are no arguments.
-        strict: the arguments always follow the schema, whatever the choice of tools is.
+        parameters: a JSON schema of type object; without it, or if it is empty, the function has no arguments.
+        strict: the arguments always follow the schema, with any tool choice.
     """
 
     name: fields.FunctionName
@@ -108,7 +108,7 @@ class Tool(fields.WireModel):
     @model_validator(mode="wrap")
     @classmethod
     def _keep_as_given(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
-        """Templates print tools as JSON, so the order of the names matters to the prompt and to the prefix cache."""
+        """Keep the order of the names: templates print tools as JSON, and the prefix cache depends on the prompt."""
         tool = handler(data)
         if isinstance(data, dict):
             tool._given = data
@@ -116,7 +116,7 @@ class Tool(fields.WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names other types of tools, and the form that other routes have."""
+        """Explain the error of another type of tool, or of a tool in the form of other routes."""
         kind = data.get("type", "function")
         if isinstance(kind, str) and kind != "function":
             raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function'")
@@ -125,11 +125,11 @@ class Tool(fields.WireModel):
 
     @property
     def name(self) -> str:
-        """Its own."""
+        """The tool's name."""
         return self.function.name
 
     def shown(self) -> dict[str, Any]:
-        """The tool for a chat template: the caller's names in the caller's order, without nulls and cache marks."""
+        """Return the tool for a chat template: names in the caller's order, without nulls and cache marks."""
         given = self._given.get("function")
         function = given if isinstance(given, dict) else self.function.model_dump()
         known = FunctionDefinition.model_fields
@@ -156,14 +156,14 @@ AnyTool = Annotated[
 
 
 class ToolReference(fields.WireModel):
-    """A tool by its name; as a choice, exactly one call of it."""
+    """A tool, referred to by its name; as a tool choice it requires exactly one call of the tool."""
 
     type: Literal["function"] = "function"
     function: FunctionReference
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Says what else a choice may be."""
+        """List the other forms of a tool choice in the error."""
         if data.get("type", "function") != "function":
             raise fields.invalid(
                 "type",
@@ -185,7 +185,7 @@ class AllowedTools(fields.WireModel):
 
 
 class AllowedToolsChoice(fields.WireModel):
-    """OpenAI's way to narrow the tools down without changing the prompt."""
+    """OpenAI's choice that restricts the tools without changing the prompt."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
@@ -197,7 +197,7 @@ def _choice_form(value: Any) -> str:
     return "<allowed>" if type_of(value) == "allowed_tools" else kind_form(value)
 
 
-# Tags in angle brackets are left out of the paths in error messages.
+# Tags in angle brackets are omitted from the paths in error messages.
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")]
     | Annotated[ToolReference, Tag("<function>")]
@@ -208,11 +208,11 @@ ToolChoice = Annotated[
 
 
 def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path: str = "function.parameters") -> None:
-    """Refuses tools with equal names, and more text than a prompt can hold; the paths begin below `tools`.
+    """Refuse tools with equal names, and tools that are too large for a prompt; paths are relative to `tools`.
 
     Args:
-        tools: where each has its name (`0.function.name`), its name, and what the template is shown of it.
-        schema_path: where a tool has its schema.
+        tools: for each tool, the path of its name (`0.function.name`), its name, and what the template shows of it.
+        schema_path: path of the schema inside a tool.
     """
     places: dict[str, str] = {}
     size = 0
@@ -223,7 +223,7 @@ def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path
             raise fields.invalid(path, f"must be unique, and tools.{first} is called {name!r} too")
         try:
             size += len(json.dumps(shown, ensure_ascii=False, allow_nan=False))
-        except (TypeError, ValueError) as error:  # objects of Python that are no JSON
+        except (TypeError, ValueError) as error:  # Python objects that are not JSON
             raise fields.invalid(f"{number}.{schema_path}", f"must be JSON: {error}") from None
         if size > fields.MAX_TOOLS_SIZE:
             raise fields.invalid(
@@ -232,12 +232,12 @@ def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path
 
 
 def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
-    """`check_tools` of a chat request's."""
+    """Apply `check_tools` to the tools of a chat request."""
     check_tools((f"{place}.{tool.type}.name", tool.name, tool.shown()) for place, tool in enumerate(tools or ()))
 
 
 def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
-    """The three fields as one; raises the error that pydantic reports where they contradict each other."""
+    """Combine the three fields; raises the error that pydantic reports if they contradict each other."""
     functions = [_function(tool) for tool in tools or ()]
     if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
         raise fields.invalid("tool_choice", "needs tools: there is nothing to choose from")
@@ -247,14 +247,14 @@ def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | Non
 
 
 def custom_names(tools: Sequence[Tool | CustomTool] | None) -> frozenset[str]:
-    """Which of the tools are custom ones."""
+    """Return the names of the custom tools."""
     return frozenset(tool.custom.name for tool in tools or () if isinstance(tool, CustomTool))
 
 
 def read_choice(choice: ToolChoice | None, known: Collection[str], custom: Collection[str] = ()) -> Choice:
-    """The choice among functions of the names `known` and custom tools.
+    """Convert the tool choice, given the names `known` of functions and `custom` of custom tools.
 
-    Raises the error that pydantic reports where it names another.
+    Raises the error that pydantic reports if the choice names another tool.
     """
     if isinstance(choice, (ToolReference, CustomToolReference)):
         return Choice("required", named=_known(choice, known, custom, "tool_choice"))
@@ -278,7 +278,7 @@ def _known(
 
 
 def unknown_tool(name: str, known: Collection[str]) -> str:
-    """What is wrong with a choice of a tool that is none of `known`."""
+    """Return the message for a choice of a tool that is not in `known`."""
     if not known:
         return f"must name one of the tools of that type, and there is none; {name!r} is none"
     near = difflib.get_close_matches(name, known, n=1)
@@ -299,6 +299,6 @@ def _function(tool: Tool | CustomTool) -> ToolFunction:
 def function_of(
     name: str, description: str | None, parameters: Mapping[str, Any] | None, strict: bool | None
 ) -> ToolFunction:
-    """A function as it stands in a task."""
+    """Build the function of a `Task`."""
     schema = {"type": "object", **(parameters or {"properties": {}, "additionalProperties": False})}
     return ToolFunction(name, description, in_json_types(schema), bool(strict))

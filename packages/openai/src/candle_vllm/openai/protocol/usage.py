@@ -8,21 +8,20 @@ from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Where the prompt's tokens came from: `cached_tokens` were found in the prefix cache."""
+    """Source of the prompt's tokens: `cached_tokens` were found in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """What the output's tokens were; final counts alone have more than the first.
+    """Kinds of output tokens; counts before the final ones only have `reasoning_tokens`.
 
     Attributes:
-        reasoning_tokens: thoughts, with the marks around them.
-        accepted_prediction_tokens, rejected_prediction_tokens: tokens of the predicted text that stand in the answer,
-            and the others, whether they were tried or not; there where the request predicted its answer, and of every
-            choice.
+        reasoning_tokens: tokens of the reasoning and of its marks.
+        accepted_prediction_tokens, rejected_prediction_tokens: tokens of the predicted text in the answer, and the
+            other predicted tokens, tried or not; present if the request has a prediction. Sums over all choices.
         draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became part of the answer;
-            there where `return_draft_counts` asked for them.
+            present if `return_draft_counts` requested them.
     """
 
     reasoning_tokens: int
@@ -33,12 +32,12 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the whole request: each prompt counted once, the output of every choice.
+    """Tokens of the whole request: each prompt is counted once, the output of every choice is counted.
 
     Attributes:
-        completion_tokens_details: there where there is something to be told of.
-        prompt_time_costs: milliseconds from first work on the prompt to the first token; in final counts only.
-        completion_time_costs: milliseconds from the first token to the last; in final counts only.
+        completion_tokens_details: present if it has at least one count.
+        prompt_time_costs: milliseconds from the first work on the prompt to the first token; only in final counts.
+        completion_time_costs: milliseconds from the first token to the last; only in final counts.
     """
 
     prompt_tokens: int
@@ -51,11 +50,10 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """llama.cpp's tokens and milliseconds of the prompt and of the answer; cached tokens took no time.
+    """llama.cpp's token counts and milliseconds of the prompt and of the answer; cached tokens took no time.
 
     Attributes:
-        draft_n, draft_n_accepted: draft tokens that were tried, and tokens of the answer that came of them; absent
-            without any draft token.
+        draft_n, draft_n_accepted: draft tokens that were tried, and those accepted; absent without draft tokens.
     """
 
     cache_n: int

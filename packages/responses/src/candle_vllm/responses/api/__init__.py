@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The Responses API without HTTP: requests to conversations, and their events to responses."""
+"""The Responses API without HTTP: makes conversations of requests, and responses of the conversations' events."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Responses that run without their client: tasks of the application, their events kept for whoever comes back.
+"""Background responses: tasks of the application whose events are buffered for clients that come back.
 
-The store has a lease on each of them, which is renewed while it runs: where this process dies, the response has
-failed once the lease is over, and a response that was cancelled or deleted elsewhere is ended here.
+The store holds a lease on each of them, which is renewed while it runs. If this process dies, the response fails when
+its lease expires. A response that was cancelled or deleted by another process is ended here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStore
 from candle_vllm.responses.store.upkeep import Upkeep
 
 MAX_RUNNING = 32
-MAX_ENDED = 128  # whose events are still kept
+MAX_ENDED = 128  # ended responses whose events are still held
 MAX_ENDED_BYTES = 64 << 20
-MAX_BYTES = 8 << 20  # of the events of one
+MAX_BYTES = 8 << 20  # of the events of one response
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Run:
-    """One response at work; its entry is as it was when it began."""
+    """One running response; `entry` is its record as it was at the beginning."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -45,10 +45,10 @@ class _Run:
         self.events = Pieces[EncodedEvent](MAX_BYTES)
         self.latest = entry.body  # the response object, as JSON
         self.ended_elsewhere = False
-        self.work: Work[StreamEvent] | None = None  # once it is in the store
+        self.work: Work[StreamEvent] | None = None  # None until the record is stored
 
     async def cancel(self) -> None:
-        """Ends the work; returns when it has ended."""
+        """End the work; returns when it has ended."""
         if self.work is not None:
             await self.work.cancel()
 
@@ -57,8 +57,8 @@ class Background:
     """All responses that run in the background of this process.
 
     Args:
-        kept: the responses among which they are.
-        max_running: at a time; half of them of one owner.
+        kept: store of the responses.
+        max_running: maximum number of responses that run at a time; one owner may have half of them.
     """
 
     def __init__(self, kept: KeptResponses, max_running: int = MAX_RUNNING) -> None:
@@ -77,21 +77,21 @@ class Background:
     async def begin(
         self, entry: Entry, events: AsyncIterator[StreamEvent], seconds: float
     ) -> AsyncIterator[EncodedEvent]:
-        """Keeps a response as queued and begins to work on it; the events, for whoever wants to read along.
+        """Store a response as queued, begin to work on it, and return an iterator of its events.
 
         Args:
-            entry: with `background` and the status "queued".
-            events: of the answer, from number 0 on; read by a task of its own, and closed at the end.
-            seconds: after which it has failed.
+            entry: record with `background` and the status "queued".
+            events: events of the answer, numbered from 0; a task of their own reads them, and closes them at the end.
+            seconds: time limit, after which the response fails.
 
         Raises:
-            EngineOverloadedError: too many are running.
-            StoreLimitError, StoreUnavailableError: it cannot be kept.
+            EngineOverloadedError: too many responses are running.
+            StoreLimitError, StoreUnavailableError: the response cannot be stored.
         """
         run = _Run(entry)
         try:
             self._check_room(entry.owner)
-            self._running[run.name] = run  # its place, while the store is waited for
+            self._running[run.name] = run  # reserves its slot while the store is awaited
             await self._kept.put(entry)
         except BaseException:
             self._running.pop(run.name, None)
@@ -103,11 +103,11 @@ class Background:
         return run.events.read()
 
     async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
-        """The events of a background response behind number `after`, those to come included.
+        """Return the events of a background response after number `after`, future events included.
 
         Raises:
-            InvalidParameterError: it does not run in the background, or its events are not here any more.
-            NotStoredError: there is no such response, here and below.
+            InvalidParameterError: the response does not run in the background, or its events are no longer held.
+            NotStoredError: there is no such response; also in the methods below.
         """
         entry = await self._kept.get(owner, response_id)
         if not entry.about["background"]:
@@ -122,10 +122,10 @@ class Background:
         return events.read(after)
 
     async def cancel(self, owner: str, response_id: str) -> bytes:
-        """Ends a background response; one that has ended stays as it is. The response object as JSON.
+        """End a background response, and return its response object as JSON; one that has ended is not changed.
 
         Raises:
-            InvalidParameterError: it does not run in the background.
+            InvalidParameterError: the response does not run in the background.
         """
         if not (await self._kept.get(owner, response_id)).about["background"]:
             raise InvalidParameterError(
@@ -139,23 +139,23 @@ class Background:
         return cancelled.body
 
     async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
-        """Deletes a response, whether or not it ran in the background, and ends the work on it."""
+        """Delete a response, whether or not it ran in the background, and end the work on it."""
         await self._kept.delete(owner, response_id)
         await self.stop(owner, response_id, forget=True)
         return ResponseDeleted(id=response_id)
 
     def events(self, owner: str, response_id: str) -> Pieces[EncodedEvent] | None:
-        """The events of a response that runs here, or ended not long ago."""
+        """Return the events of a response that runs here, or ended here not long ago."""
         run = self._running.get((owner, response_id))
         return run.events if run is not None else self._ended.get((owner, response_id))
 
     async def stop(self, owner: str, response_id: str, *, forget: bool = False) -> None:
-        """Ends the work on a response that was cancelled or deleted in the store.
+        """End the work on a response that was cancelled or deleted in the store.
 
         Args:
-            owner: whose it is.
-            response_id: of a response that need not run here.
-            forget: its events go, too.
+            owner: owner of the response.
+            response_id: id of the response, which need not run here.
+            forget: whether to drop its events, too.
         """
         run = self._running.get((owner, response_id))
         if run is not None:
@@ -165,7 +165,7 @@ class Background:
             self._ended.pop((owner, response_id), None)
 
     async def close(self) -> None:
-        """Ends all work; what was running has failed."""
+        """End all work; the responses that were running fail."""
         self._closed = True
         if self._renewing is not None:
             await self._renewing.close()
@@ -181,7 +181,7 @@ class Background:
             )
 
     async def _take(self, run: _Run, event: StreamEvent) -> None:
-        """Keeps what an event says of the response, and then lets it be seen."""
+        """Store the response object of a lifecycle event, and then publish the event."""
         finished = False
         if isinstance(event, LifecycleEvent):
             finished = event.response.status not in ACTIVE
@@ -195,7 +195,7 @@ class Background:
         try:
             if await self._kept.change(*run.name, response.status, body):
                 run.latest = body
-                if finished and response.status != "failed":  # a part of an answer would stand in the way of the next
+                if finished and response.status != "failed":  # a partial answer would spoil the conversation
                     made = {"status": response.status, "body": body}
                     await self._kept.add_to_conversation(msgspec.structs.replace(run.entry, **made))
             elif not await self._is_kept(run.name, response.status):  # cancelled or deleted, maybe by another server
@@ -225,7 +225,7 @@ class Background:
         body = settled(run.latest, "failed", ("server_error", message))
         try:
             await self._kept.change(*run.name, "failed", body)
-        except CandleVllmError as error:  # its lease ends, and it has failed
+        except CandleVllmError as error:  # its lease will expire, and then it has failed
             logger.error("the end of a response could not be kept: %s", error.__cause__ or error)
         if not run.events.finished:
             name = str(ResponseFailed.__struct_config__.tag)
@@ -249,7 +249,7 @@ class Background:
             await asyncio.gather(*(self.stop(*name) for name in ended))
 
     async def _is_kept(self, name: Name, status: str) -> bool:
-        """Whether a response has ended in this way already, because whoever answered it has kept it."""
+        """Whether the store already has this status, because the task that answered it has written it."""
         try:
             return (await self._kept.get(*name)).status == status
         except NotStoredError:

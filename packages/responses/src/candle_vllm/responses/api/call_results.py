@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What came of each call of a conversation, and which calls wait for agreement or have it."""
+"""Results of the calls of a conversation, and which calls wait for an approval or have one."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ NOT_RUN = "This call was not run."
 
 
 class Placed(NamedTuple):
-    """An item, and the path of what it came with: `input.3`, or the field that named the history."""
+    """An item, and its path in the request: `input.3`, or the field that named the history."""
 
     item: InputItem
     path: str
 
 
 class CallResults:
-    """What came of each call, by its id, and which calls somebody has agreed to.
+    """Results of the calls by their ids, and the calls that somebody has approved.
 
     Args:
-        items: of the conversation.
-        max_images: that the model may be shown; of `mcp_call` items beyond it, and of all where it is 0, the text
-            stands in their place.
+        items: items of the conversation.
+        max_images: maximum number of images that the model may see. The images of an `mcp_call` item that exceed it are
+            replaced by the item's text, as are all images if it is 0.
     """
 
     def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
         self._shown = _shown(items, max_images)
         self.parts: dict[str, tuple[Part, ...]] = {}
-        self._earlier: dict[str, list[tuple[Part, ...]]] = {}  # of calls whose ids came again
-        self.approved: dict[str, str] = {}  # id of the call -> path of the agreement
+        self._earlier: dict[str, list[tuple[Part, ...]]] = {}  # results of calls whose ids occur again later
+        self.approved: dict[str, str] = {}  # id of the call -> path of the approval
         self.call_paths: dict[str, str] = {}
         self.run_by_approval: set[str] = set()
         self._requests: set[str] = set()
@@ -68,7 +68,7 @@ class CallResults:
                 self.parts.setdefault(request, (TextPart(NOT_APPROVED),))
 
     def check_all(self, messages: Sequence[Message]) -> None:
-        """Refuses calls without results, and agreements to calls that are no longer at the end."""
+        """Refuse calls without results, and approvals of calls that are not at the end of the conversation."""
         for call_id, path in self.call_paths.items():
             if call_id not in self.parts and call_id not in self.approved:
                 _refuse(path, f"{call_id!r:.80} has no output: send it as a function_call_output")
@@ -79,7 +79,7 @@ class CallResults:
                 _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
 
     def take(self, call_id: str) -> tuple[Part, ...] | None:
-        """What came of a call; called once for each, in their order."""
+        """Return the result of a call; to be called once for each call, in their order."""
         earlier = self._earlier.get(call_id)
         return earlier.pop(0) if earlier else self.parts.get(call_id)
 
@@ -123,7 +123,7 @@ class CallResults:
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:
-    """The ids of `mcp_call` items whose images there is room for beside those of messages, the latest first."""
+    """Ids of the `mcp_call` items whose images fit beside the images of messages, the latest first."""
     shown = set[str]()
     if room:
         for item, _ in items:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls while they grow: of functions, of custom tools, and of tools of MCP servers, which have a result here."""
+"""Writers of calls: of functions, of custom tools, and of MCP tools, which run here and have a result."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol import response
 from candle_vllm.responses.tools.tool import ToolResult
 
-_TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's codes, as MCP uses them
+_TIMED_OUT, _UNAVAILABLE, _REFUSED = -32001, -32000, -32602  # JSON-RPC's error codes, as MCP uses them
 _CODES = {"timed_out": _TIMED_OUT, "unavailable": _UNAVAILABLE}
 
 
 class CallWriter(ItemWriter):
-    """A call whose arguments come in pieces."""
+    """A call whose arguments arrive in deltas."""
 
     def __init__(self, emit: Emit, index: int, prefix: str) -> None:
         super().__init__(emit, index, prefix)
@@ -28,16 +28,16 @@ class CallWriter(ItemWriter):
 
     @property
     def arguments(self) -> str:
-        """So far."""
+        """The arguments so far."""
         return "".join(self._arguments)
 
     def add(self, delta: str) -> None:
-        """More of them."""
+        """Add a delta of the arguments."""
         self._arguments.append(delta)
 
 
 class FunctionWriter(CallWriter):
-    """A call of a function of the caller's."""
+    """A call of a function that the client runs."""
 
     def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
         super().__init__(emit, index, "fc")
@@ -62,7 +62,7 @@ class FunctionWriter(CallWriter):
 
 
 class CustomWriter(CallWriter):
-    """A call of a custom tool; its input is told when the JSON that it comes in is complete."""
+    """A call of a custom tool; its input is sent when the JSON that contains it is complete."""
 
     def __init__(self, emit: Emit, index: int, call_id: str, name: str, namespace: str | None) -> None:
         super().__init__(emit, index, "ctc")
@@ -105,13 +105,13 @@ class McpCallWriter(CallWriter):
         self._emit(wire.McpArgumentsDelta, delta=delta)
 
     def end_arguments(self) -> None:
-        """They are complete; once."""
+        """Report that the arguments are complete; later calls do nothing."""
         if not self._told:
             self._told = True
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
     def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
-        """The last events, with what came of the call, and what the model sees of that where it is not text."""
+        """Write the last events, with the call's result, and what the model sees of it if that is not only text."""
         self._result, self._shown = result, shown
         self.end("completed" if result.status == "completed" else "failed")
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Compaction: a conversation becomes what users said in it and a summary that its model writes.
+"""Compaction: replaces a conversation by its users' messages and a summary that its model writes.
 
-The summary travels as an item of type `compaction`, encoded and not encrypted, and is shown to the model where the item
-stands in a later input.
+The summary is an item of type `compaction`, encoded but not encrypted; in a later input, the model sees it there.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from candle_vllm.responses.protocol.response import CompactedResponse, MessageOu
 from candle_vllm.responses.store.entries import new_id, new_item_id
 
 MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
-_SHORTER = 8  # characters of a conversation for each token of its summary: half as long, as texts go
+_SHORTER = 8  # characters of a conversation for each token of its summary: about half its length
 _ASKED = (
     "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
     "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "
@@ -28,7 +27,7 @@ _ASKED = (
 
 
 def summary_request(request: CompactRequest) -> ResponsesRequest:
-    """What the model is asked for; its last item is the question."""
+    """Request for the summary; its last item is the question."""
     given: Any = request.model_dump(mode="json", by_alias=True, exclude_none=True).get("input", [])
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
     return parse_responses_request(
@@ -44,16 +43,16 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 
 
 def summary_limit(items: Sequence[Placed]) -> int:
-    """Most tokens of a summary of these, which has to be shorter than the conversation."""
+    """Maximum number of tokens of a summary of these items, which has to be shorter than the conversation."""
     size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
     return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 
 
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
-    """The conversation in fewer words.
+    """Return the compacted conversation.
 
     Args:
-        response: the answer to `summary_request`.
+        response: answer to `summary_request`.
         items: history and input, without the question.
     """
     assert response.usage is not None

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConnectionMemory: responses that nobody keeps, for as long as the connection that asked for them is open.
+"""ConnectionMemory: responses that are not stored, held while the connection that asked for them is open.
 
-A client that stays connected may continue a response with `store: false`. What a store has stays there: only what is
-nowhere else is remembered here, and only so much of it.
+A client that stays connected may continue a response with `store: false`. A limited number of these is held here.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ class ConnectionMemory:
     """The last responses of one connection, by their ids.
 
     Args:
-        most, most_bytes: of responses, and of their items as JSON; the oldest are forgotten, with what follows them.
+        most, most_bytes: limits of responses and of their JSON; the oldest are dropped with their continuations.
     """
 
     def __init__(self, most: int = MAX_REMEMBERED, most_bytes: int = MAX_BYTES) -> None:
@@ -32,7 +31,7 @@ class ConnectionMemory:
         return response_id in self._entries
 
     def remember(self, entry: Entry) -> None:
-        """Keeps a response that has ended."""
+        """Hold a response that has ended."""
         self.forget(entry.id)
         self._entries[entry.id] = entry
         self._bytes += _size(entry)
@@ -40,14 +39,14 @@ class ConnectionMemory:
             self.forget(next(iter(self._entries)))
 
     def forget(self, response_id: str) -> None:
-        """Drops a response and those that follow it, which cannot be continued without it."""
+        """Drop a response and those that follow it, which cannot be continued without it."""
         gone = [response_id] if response_id in self._entries else []
         for name in gone:
             self._bytes -= _size(self._entries.pop(name))
             gone += [other for other, entry in self._entries.items() if entry.follows == name]
 
     async def history(self, response_id: str) -> tuple[list[Item], str | None]:
-        """What was said up to the end of a remembered response, and the response before all that, of a store."""
+        """Items up to the end of a held response, and the id of the stored response that precedes them."""
         chain: list[Entry] = []
         before: str | None = response_id
         while before is not None and before in self._entries:

@@ -27,7 +27,7 @@ class ConversationCreateRequest(WireModel):
     """A new conversation: `POST /v1/conversations`.
 
     Attributes:
-        items: the first ones, at most 20.
+        items: the first items, at most 20.
         metadata: up to 16 labels.
     """
 
@@ -36,10 +36,10 @@ class ConversationCreateRequest(WireModel):
 
 
 class ConversationUpdateRequest(WireModel):
-    """Other labels of a conversation: `POST /v1/conversations/{conversation_id}`; null takes all away.
+    """New labels of a conversation: `POST /v1/conversations/{conversation_id}`; null removes all.
 
     Attributes:
-        metadata: those that it has from now on.
+        metadata: labels that replace the earlier ones.
     """
 
     metadata: Metadata | None
@@ -49,7 +49,7 @@ class ItemsCreateRequest(WireModel):
     """Further items of a conversation: `POST /v1/conversations/{conversation_id}/items`.
 
     Attributes:
-        items: up to 20, added at its end.
+        items: up to 20 items, which are added at the end of the conversation.
     """
 
     items: Annotated[_Items, Field(min_length=1)]
@@ -65,7 +65,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConversationDeleted(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation that is gone."""
+    """A conversation that has been deleted."""
 
     id: str
     object: str = "conversation.deleted"
@@ -73,13 +73,13 @@ class ConversationDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Conversations:
-    """Conversations of a store; NotStoredError where an owner has no such one."""
+    """Conversations of a store; methods raise NotStoredError if the owner has no such conversation."""
 
     def __init__(self, kept: KeptResponses) -> None:
         self._kept = kept
 
     async def create(self, owner: str, request: ConversationCreateRequest) -> Conversation:
-        """A new one."""
+        """Create a conversation."""
         store, metadata = await self._kept.store(), msgspec.json.encode(request.metadata or {})
         made = entries.Entry(
             kind=entries.CONVERSATION, owner=owner, id=entries.new_id("conv"), created=store.now, body=metadata
@@ -89,7 +89,7 @@ class Conversations:
         return _shown(made)
 
     async def retrieve(self, owner: str, name: str) -> Conversation:
-        """One of them."""
+        """Return a conversation."""
         store, name = await self._find(name)
         found = await store.get(entries.CONVERSATION, owner, name)
         if found is None:
@@ -97,20 +97,20 @@ class Conversations:
         return _shown(found)
 
     async def update(self, owner: str, name: str, request: ConversationUpdateRequest) -> Conversation:
-        """One of them, with other metadata."""
+        """Replace the metadata of a conversation, and return it."""
         store, name = await self._find(name)
         await store.change(entries.CONVERSATION, owner, name, msgspec.json.encode(request.metadata or {}))
         return await self.retrieve(owner, name)
 
     async def delete(self, owner: str, name: str) -> ConversationDeleted:
-        """Deletes it and its items; responses that were made in it stay."""
+        """Delete a conversation and its items; responses that were made in it stay stored."""
         store, name = await self._find(name)
         if not await store.delete(entries.CONVERSATION, owner, name):
             raise entries.NotStoredError("Conversation", name, "conversation_id")
         return ConversationDeleted(id=name)
 
     async def items(self, owner: str, name: str, wanted: PageRequest) -> ItemList:
-        """Some of its items; InvalidParameterError where `after` is none of them."""
+        """Return a page of a conversation's items; InvalidParameterError if `after` is not one of them."""
         if wanted.after is not None and not entries.is_id(wanted.after):
             raise InvalidParameterError(f"after must be the id of an item, not {wanted.after!r:.80}", "after")
         store, name = await self._find(name)
@@ -122,12 +122,12 @@ class Conversations:
         return _page(found[: wanted.limit], has_more=len(found) > wanted.limit)
 
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
-        """Adds items behind those of a response that is being answered in it, and shows them."""
+        """Add items once no response is being answered in the conversation, and return them."""
         async with self._kept.turn(owner, name, "conversation_id"):
             return _page(await self._kept.append(owner, name, _stored(request.items)), has_more=False)
 
     async def item(self, owner: str, name: str, item_id: str) -> bytes:
-        """One item, as JSON."""
+        """Return one item as JSON."""
         store, name = await self._find(name)
         found = await store.part(entries.CONVERSATION, owner, name, entries.checked_id("Conversation item", item_id))
         if found is None:
@@ -135,7 +135,7 @@ class Conversations:
         return found.body
 
     async def delete_item(self, owner: str, name: str, item_id: str) -> Conversation:
-        """Deletes an item; the conversation that it was in."""
+        """Delete an item, and return its conversation."""
         store, name = await self._find(name)
         if not await store.delete_part(
             entries.CONVERSATION, owner, name, entries.checked_id("Conversation item", item_id)
@@ -144,7 +144,7 @@ class Conversations:
         return await self.retrieve(owner, name)
 
     async def _find(self, name: str) -> tuple[Backend, str]:
-        """The store, and a name that a conversation can have."""
+        """Return the store and the checked id of a conversation."""
         return await self._kept.store(), entries.checked_id("Conversation", name)
 
 

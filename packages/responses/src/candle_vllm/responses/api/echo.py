@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The response as it begins: the request's fields, with their defaults, as the answer repeats them.
+"""The initial response: the request's fields with their defaults, as the answer repeats them.
 
-Its tools are those of the request, without those that do not run here, and without secrets.
+It lists the tools of the request, without those that do not run here, and without secrets.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptField
 from candle_vllm.responses.protocol.response import ConversationOut, Response
 from candle_vllm.responses.protocol.tools import CustomTool, FunctionTool, HostedTool, McpTool, NamespaceTool
 
-# Ours, where neither the request nor the operator nor the model says something.
+# This server's defaults, used if neither the request nor the operator nor the model gives a value.
 _DEFAULTS: Mapping[str, float] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -25,13 +25,13 @@ _DEFAULTS: Mapping[str, float] = {
 
 
 def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defaults: Mapping[str, Any]) -> Response:
-    """A response in progress (queued, where it runs in the background).
+    """Return a response in progress, or queued if it runs in the background.
 
     Args:
-        request: checked.
-        model: the name that is told.
-        stored: whether it will be kept.
-        defaults: sampling values for fields that the request leaves open.
+        request: checked request.
+        model: model name to report.
+        stored: whether the response will be stored.
+        defaults: sampling values for fields that the request does not set.
     """
     conversation = request.conversation_id
     return Response(
@@ -103,7 +103,7 @@ def _reasoning(request: ResponsesRequest) -> dict[str, Any] | None:
 
 
 def shown_tools(request: PromptFields) -> list[dict[str, Any]]:
-    """In the request's order."""
+    """Tools of a request as the response shows them, in the request's order."""
     return [_shown_any(tool) for tool in request.tools or () if not isinstance(tool, HostedTool)]
 
 

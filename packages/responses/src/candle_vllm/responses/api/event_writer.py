@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""EventWriter: what happens in a conversation -> the events of a streamed response.
+"""EventWriter: turns the events of a conversation into the events of a streamed response.
 
-There is one path: the response at the end is made of the items that the events have told, so whole and streamed
-answers cannot differ.
+The final response is built from the items that the events have sent, so whole and streamed answers cannot differ.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ _LAST = {"completed": wire.ResponseCompleted, "incomplete": wire.ResponseIncompl
 
 
 class EventWriter:
-    """Writes the events of one response; feed it every event of the conversation.
+    """Writes the events of one response; must be given every event of the conversation.
 
     Args:
-        response: as it begins, in progress or queued, and without output.
-        plan: the tools; where they are not known yet, `resume` says them.
-        encoded: thoughts come in the form that is sent back, too.
-        tells_guesses: usage has the counts of draft tokens.
-        room: bytes of the images in its items.
-        clock: seconds since 1970.
+        response: initial response, in progress or queued, without output.
+        plan: the tools; if they are not known yet, they are passed to `resume`.
+        encoded: whether reasoning items have `encrypted_content`, too.
+        tells_guesses: whether the usage reports the counts of draft tokens.
+        room: maximum bytes of the images in the output items.
+        clock: returns seconds since 1970.
 
     Attributes:
-        response: as it stands.
-        concluded: its last event has been written.
+        response: response with the output so far.
+        concluded: whether the last event has been written.
     """
 
     def __init__(
@@ -71,14 +70,14 @@ class EventWriter:
         self._usage = ConversationUsage()
 
     def start(self) -> list[wire.StreamEvent]:
-        """The first events; for a response that is queued, `resume` has the next."""
+        """Return the first events; the next event of a queued response comes from `resume`."""
         self._log.emit(wire.ResponseCreated, response=self.response)
         queued = self.response.status == "queued"
         self._log.emit(wire.ResponseQueued if queued else wire.ResponseInProgress, response=self.response)
         return self._log.take()
 
     def resume(self, plan: ToolPlan | None = None) -> list[wire.StreamEvent]:
-        """Work has begun, with these tools."""
+        """Note that work has begun, with these tools, and return the events."""
         if plan is not None:
             self._items = TurnItems(self._log, plan, encoded=self._encoded, room=self._room)
         if self.response.status == "queued":
@@ -87,7 +86,7 @@ class EventWriter:
         return self._log.take()
 
     def list_server(self, label: str, offered: list[ToolDefinition], error: str | None) -> list[wire.StreamEvent]:
-        """The tools of an MCP server, or why they cannot be listed."""
+        """Return the events that list the tools of an MCP server, or say why they cannot be listed."""
         begun = McpListToolsOut(id=new_id("mcpl"), server_label=label, tools=(), status="in_progress")
         status = "failed" if error else "completed"
         ended = replace(begun, tools=tuple(map(_listed, offered)), error=error, status=status)
@@ -96,7 +95,7 @@ class EventWriter:
         return self._log.take()
 
     def add(self, event: said.Event) -> list[wire.StreamEvent]:
-        """The events that one of the conversation makes; behind its last one, `conclude` has the response's."""
+        """Return the events for one event of the conversation; after its last, `conclude` returns the final event."""
         items = self._items
         match event:
             case said.TextDelta():
@@ -119,7 +118,7 @@ class EventWriter:
             case said.ToolFinished():
                 items.ran(event.result, event.shown)
             case said.ToolProgressed():
-                pass  # the specification has no event for it
+                pass  # the specification has no event for progress
             case said.ConversationFinished():
                 self._usage = event.result.usage
                 reason = event.result.stop_reason
@@ -127,22 +126,22 @@ class EventWriter:
         return self._log.take()
 
     def cut(self, reason: str) -> list[wire.StreamEvent]:
-        """Ends a response that met a limit of its own between two turns; `conclude` has its last event."""
+        """End a response that reached one of its limits between two turns; `conclude` returns its last event."""
         self._end(reason)
         return self._log.take()
 
     def conclude(self) -> list[wire.StreamEvent]:
-        """The last event of a response that has ended."""
+        """Return the last event of a response that has ended."""
         self.concluded = True
         self._log.emit(_LAST[self.response.status], response=self.response)
         return self._log.take()
 
     def fail(self, error: wire.ErrorDetail, code: str) -> list[wire.StreamEvent]:
-        """Ends a response that failed: what has begun is incomplete.
+        """End a response that failed; unfinished items become incomplete.
 
         Args:
-            error: as in the envelope of a failed request.
-            code: what the response says.
+            error: error as in the envelope of a failed request.
+            code: error code of the response object.
         """
         self.concluded = True
         self._items.close("incomplete")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Output items while they grow: each writes its own events, into the one log of a response."""
+"""Writers of output items while they grow: each writes its events into the response's log."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
 
 Emit = Callable[..., None]
-"""Adds an event: `emit(kind, **fields)`; the number is added to it."""
+"""Adds an event: `emit(kind, **fields)`; the log adds the sequence number."""
 
 
 def new_id(prefix: str) -> str:
-    """An id of an item or of a response."""
+    """Return a new id of an item or a response."""
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
 class ItemWriter:
-    """An item at its place in the output.
+    """An item of the output.
 
     Args:
-        emit: takes the events.
-        index: its place.
-        prefix: of its id.
+        emit: receives the events.
+        index: index of the item in the output.
+        prefix: prefix of the item's id.
     """
 
     def __init__(self, emit: Emit, index: int, prefix: str) -> None:
         self._emit_any = emit
         self.index = index
         self.id = new_id(prefix)
-        self.final: OutputItem | None = None  # as it stays; None while it grows
+        self.final: OutputItem | None = None  # the completed item; None while it grows
 
     def begin(self) -> None:
-        """The first event."""
+        """Write the first event."""
         self._emit_any(wire.OutputItemAdded, output_index=self.index, item=self.item("in_progress"))
 
     def end(self, status: str = "completed") -> None:
-        """The last events; `status` is "completed" or "incomplete"."""
+        """Write the last events; `status` is "completed" or "incomplete"."""
         self._end_content()
         self.final = self.item(status)
         self._emit_any(wire.OutputItemDone, output_index=self.index, item=self.final)
 
     def item(self, status: str) -> OutputItem:
-        """The item as it stands."""
+        """Return the item in its present state."""
         raise NotImplementedError
 
     def _end_content(self) -> None:
-        """What stands before `output_item.done`."""
+        """Write the events that precede `output_item.done`."""
 
     def _emit(self, kind: type[wire.StreamEvent], **fields: Any) -> None:
         self._emit_any(kind, item_id=self.id, output_index=self.index, **fields)
 
 
 class MessageWriter(ItemWriter):
-    """A message of one text; `phase` may be said before it ends."""
+    """A message of one text; `phase` can be set until it ends."""
 
     def __init__(self, emit: Emit, index: int, phase: Phase | UnsetType) -> None:
         super().__init__(emit, index, "msg")
@@ -74,7 +74,7 @@ class MessageWriter(ItemWriter):
         self._emit(wire.ContentPartAdded, content_index=0, part=OutputText(text=""))
 
     def add(self, text: str, logprobs: tuple[ChatTokenLogprob, ...]) -> None:
-        """More text."""
+        """Add a text delta."""
         self._text.append(text)
         self._logprobs += logprobs
         self._emit(wire.OutputTextDelta, content_index=0, delta=text, logprobs=logprobs)
@@ -93,7 +93,7 @@ class MessageWriter(ItemWriter):
 
 
 class ReasoningWriter(ItemWriter):
-    """Thoughts; `encoded` adds them in the form that is sent back."""
+    """Reasoning of the model; with `encoded`, the item has `encrypted_content`, too."""
 
     def __init__(self, emit: Emit, index: int, *, encoded: bool) -> None:
         super().__init__(emit, index, "rs")
@@ -105,7 +105,7 @@ class ReasoningWriter(ItemWriter):
         self._emit(wire.ContentPartAdded, content_index=0, part=ReasoningText(text=""))
 
     def add(self, text: str) -> None:
-        """More thoughts."""
+        """Add a reasoning delta."""
         self._text.append(text)
         self._emit(wire.ReasoningTextDelta, content_index=0, delta=text)
 
@@ -135,37 +135,37 @@ class OutputLog:
 
     @property
     def next_place(self) -> int:
-        """The place of the next item."""
+        """Index of the next output item."""
         return len(self._output)
 
     @property
     def items(self) -> tuple[OutputItem, ...]:
-        """Those that are complete."""
+        """The completed items."""
         return tuple(item for item in self._output if not isinstance(item, ItemWriter))
 
     def emit(self, kind: type[wire.StreamEvent], **fields: Any) -> None:
-        """Adds an event with the next number."""
+        """Add an event with the next sequence number."""
         self._new.append(kind(sequence_number=self._number, **fields))
         self._number += 1
 
     def take(self) -> list[wire.StreamEvent]:
-        """The events since the last time."""
+        """Return the events since the last call."""
         new, self._new = self._new, []
         return new
 
     def begin(self, writer: _Writer) -> _Writer:
-        """Gives a new item its place, and tells that it begins."""
+        """Append a new item to the output, and write its first event."""
         self._output.append(writer)
         writer.begin()
         return writer
 
     def settle(self, writer: ItemWriter) -> None:
-        """An item has ended, and stays as it is."""
+        """Put a completed item in place of its writer."""
         assert writer.final is not None
         self._output[writer.index] = writer.final
 
     def add(self, begun: OutputItem, ended: OutputItem, *between: type[wire.StreamEvent], **fields: Any) -> None:
-        """An item that is there all at once: as it begins, events of its own with these fields, and as it ends."""
+        """Add an item that is complete at once: its start, the events between with these fields, and its end."""
         place = self.next_place
         self.emit(wire.OutputItemAdded, output_index=place, item=begun)
         for kind in between:

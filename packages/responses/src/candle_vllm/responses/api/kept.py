@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""KeptResponses: responses and conversations in a store, as whoever answers and whoever asks for them later use them.
+"""KeptResponses: stored responses and conversations, for the code that answers and for later requests.
 
-They are entries by the hash of their key and their id. Nothing is told of another key's: it does not exist. Every
-failure of the store is a `StoreUnavailableError`.
+Records are found by the hash of their API key and their id. Another key's records are treated as if they did not exist.
+Every failure of the store is a `StoreUnavailableError`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from candle_vllm.responses.store.entries import (
 from candle_vllm.responses.store.options import StoreOptions, backend_at
 from candle_vllm.responses.store.upkeep import Upkeep
 
-LEASE_MS = 60_000  # of a response that is worked on
+LEASE_MS = 60_000  # of a running response
 PURGE_SECONDS = 60.0
 _PREVIOUS = "previous_response_id"
 
@@ -47,16 +47,16 @@ logger = logging.getLogger(__name__)
 
 
 class KeptResponses:
-    """A store of responses and conversations; started, used and closed in one event loop.
+    """A store of responses and conversations; opened, used and closed in one event loop.
 
-    A store in memory is opened when it is first used, because SQLAlchemy takes a while to import.
+    A store in memory is opened on first use, because SQLAlchemy takes a while to import.
 
     Args:
-        options: of the store.
-        clock: seconds since 1970.
+        options: options of the store.
+        clock: returns seconds since 1970.
 
     Attributes:
-        turn: the right to answer in a conversation (`ConversationTurns.turn`).
+        turn: context manager that reserves a conversation for one answer (`ConversationTurns.turn`).
     """
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
@@ -69,12 +69,12 @@ class KeptResponses:
         self._closed = False
 
     async def start(self) -> None:
-        """Opens a store that is not in memory; ConfigError when it cannot be opened."""
+        """Open a store that is not in memory; ConfigError if it cannot be opened."""
         if self.options.url != MEMORY:
             await self.store()
 
     async def close(self) -> None:
-        """Closes the store."""
+        """Close the store."""
         self._closed = True
         if self._purging is not None:
             await self._purging.close()
@@ -82,7 +82,7 @@ class KeptResponses:
             await self._store.close()
 
     async def store(self) -> Backend:
-        """The store, opened."""
+        """Return the store, opened."""
         if self._store is None:
             async with self._opening:
                 if self._store is None:
@@ -90,16 +90,16 @@ class KeptResponses:
         return self._store
 
     async def owner(self, key: str) -> str:
-        """Whom what is made with an API key belongs to; "" without keys: then all share one owner."""
+        """Return the owner of an API key's data; without keys (""), all share one owner."""
         return (await self.store()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 
     async def put(self, entry: Entry) -> None:
-        """Keeps a response; the oldest of the key that has most makes room.
+        """Store a response; the oldest records of the owner with the most data are dropped if the store is full.
 
         Raises:
-            StoreLimitError: it is larger than one may be, or than the store.
+            StoreLimitError: the response exceeds the limit for one response, or the whole store.
         """
         store = await self.store()
         expires = entry.expires or entry.created + self.options.retention_days * 86_400_000
@@ -108,9 +108,9 @@ class KeptResponses:
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
     async def keep(self, entry: Entry) -> None:
-        """Keeps a response that was answered, and adds its items to the conversation that it names.
+        """Store a response that was answered, and add its items to the conversation that it names.
 
-        One that ran in the background and was cancelled or deleted meanwhile stays so.
+        A background response that was cancelled or deleted in the meantime is not changed.
         """
         if not entry.about["background"]:
             await self.put(entry)
@@ -119,7 +119,7 @@ class KeptResponses:
         await self.add_to_conversation(entry)
 
     async def get(self, owner: str, response_id: str) -> Entry:
-        """A response; NotStoredError where this owner has no such response, here and below."""
+        """Return a response; NotStoredError if this owner has no such response, also in the methods below."""
         store, found = await self.store(), None
         if is_id(response_id):
             found = await store.get(RESPONSE, owner, response_id)
@@ -130,24 +130,24 @@ class KeptResponses:
         return found
 
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
-        """What the request of a response gave, without what it only referred to."""
+        """Return a page of the items that the response's request contained, without the history it referred to."""
         entry = await self.get(owner, response_id)
         return await apart(lambda: page_of(msgspec.json.decode(entry.given), wanted), size=entry.size)
 
     async def delete(self, owner: str, response_id: str) -> None:
-        """Deletes a response. What works on it is not told."""
+        """Delete a response. The task that works on it is not notified."""
         store = await self.store()
         if not is_id(response_id) or not await store.delete(RESPONSE, owner, response_id):
             raise NotStoredError("Response", response_id, "response_id")
 
     async def change(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
-        """Writes how far a response is, or how it ended; False when somebody else has ended or deleted it.
+        """Write the progress or the end of a response; False if it was ended or deleted by somebody else.
 
         Args:
-            owner: whose it is.
-            response_id: of one that is queued or in progress.
-            status: as in the response object.
-            response: the response object as JSON.
+            owner: owner of the response.
+            response_id: id of a response that is queued or in progress.
+            status: status of the response object.
+            response: response object as JSON.
         """
         store, what = await self.store(), (RESPONSE, owner, response_id, response)
         if status in ACTIVE:
@@ -155,7 +155,7 @@ class KeptResponses:
         return await store.change(*what, status=status, names=await apart(_names, response, size=len(response)))
 
     async def cancel(self, owner: str, response_id: str) -> Entry:
-        """Ends a response that is queued or in progress as cancelled, and returns what is kept of it."""
+        """End a response that is queued or in progress as cancelled, and return its record."""
         found = await self.get(owner, response_id)
         if found.active:
             await self.change(owner, response_id, "cancelled", settled(found.body, "cancelled"))
@@ -163,16 +163,16 @@ class KeptResponses:
         return found
 
     async def renew(self, names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Says that responses (owner, id) are still worked on, within `LEASE_MS`; those that were ended elsewhere."""
+        """Renew the leases of running responses (owner, id) for `LEASE_MS`; return those that ended elsewhere."""
         store, held = await self.store(), [Held(owner, name, name) for owner, name in names]
         return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
 
     async def history(self, owner: str, response_id: str) -> list[Item]:
-        """What was said up to the end of a response: input and output items of all before it and of itself.
+        """Return the input and output items of a response and of all responses before it.
 
         Raises:
-            NotStoredError: it, or one before it, is not there; `param` is previous_response_id.
-            StoreLimitError: it is still running, or there is too much of it.
+            NotStoredError: the response, or one before it, is not stored; `param` is previous_response_id.
+            StoreLimitError: the response is still running, or the history is too large.
         """
         store, what = await self.store(), checked_id("Previous response", response_id, _PREVIOUS)
         most, most_size = self.options.max_chain, self.options.max_chain_bytes
@@ -196,7 +196,7 @@ class KeptResponses:
         return await apart(lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)])
 
     async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, Item]:
-        """Items of this owner's responses and conversations by their ids; those that are nowhere are left out."""
+        """Return items of this owner's responses and conversations by their ids, without those that do not exist."""
         known = [name for name in dict.fromkeys(names) if is_id(name)]
         parts, entries = await (await self.store()).find(owner, known)
         this_request().add(sum(each.size for each in (*parts, *entries)))
@@ -205,11 +205,11 @@ class KeptResponses:
     # ---- conversations that responses are made in --------------------------------------------------------------------
 
     async def conversation_items(self, owner: str, conversation_id: str) -> list[Item]:
-        """The items of a conversation, the oldest first.
+        """Return the items of a conversation, the oldest first.
 
         Raises:
             NotStoredError: this owner has no such conversation.
-            StoreLimitError: it is full, and could not take an answer.
+            StoreLimitError: the conversation is full, and cannot take an answer.
         """
         store = await self.store()
         with blaming("conversation"):
@@ -224,17 +224,17 @@ class KeptResponses:
     async def append(
         self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False
     ) -> list[EntryItem]:
-        """Adds items at the end of a conversation, all or none; those without an id get one.
+        """Add items at the end of a conversation, all or none; items without an id get one.
 
         Args:
-            owner: whose it is.
-            name: of the conversation.
-            items: checked ones.
-            skip_known: items whose id is there already are left out, and not refused.
+            owner: owner of the conversation.
+            name: id of the conversation.
+            items: checked items.
+            skip_known: whether items whose id exists already are left out instead of refused.
 
         Raises:
-            StoreLimitError: an item, or all together, are too much.
-            InvalidParameterError: an id is there already.
+            StoreLimitError: an item is, or all together are, too large.
+            InvalidParameterError: an id exists already.
         """
         more = parts_of(items, self.options.max_item_bytes)
         if more:
@@ -243,32 +243,32 @@ class KeptResponses:
         return more
 
     async def add_to_conversation(self, entry: Entry) -> None:
-        """Adds the items of a response to its conversation, where it has one; what stands in the way is logged."""
+        """Add the items of a response to its conversation, if it has one; log an error that prevents it."""
         conversation = entry.about["conversation"]
         if conversation is None:
             return
         try:
             await self.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
-        except RequestError as error:  # it was deleted meanwhile, or is full
+        except RequestError as error:  # the conversation was deleted, or is full
             logger.warning("a response could not be added to its conversation: %s", error)
 
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     async def purge(self) -> int:
-        """Deletes what has expired and ends what nobody works on; how many were deleted."""
+        """Delete expired records, and end responses whose lease has expired; return the number of deleted records."""
         store = await self.store()
         for entry in await store.lapsed():
             await self._fail_lapsed(entry)
         return await store.expire()
 
     async def _fail_lapsed(self, entry: Entry) -> bool:
-        """Ends a response whose server has died; whether it was one."""
+        """End a response whose server has died; return whether it had."""
         store = await self.store()
         if not entry.active or entry.lease is None or entry.lease > store.now:
             return False
         body = settled(entry.body, "failed", ("server_error", STOPPED))
         where = RESPONSE, entry.owner, entry.id
-        await store.change(*where, body, status="failed", lease_was=entry.lease)  # or it was renewed meanwhile
+        await store.change(*where, body, status="failed", lease_was=entry.lease)  # unless it was renewed meanwhile
         return True
 
     async def _open(self) -> Backend:
@@ -286,7 +286,7 @@ class KeptResponses:
 
 
 def note_dropped(dropped: int) -> None:
-    """Says in the log that others had to make room."""
+    """Log that old records were dropped."""
     if dropped:
         logger.warning("the store of responses was full: %d of its oldest records made room", dropped)
 

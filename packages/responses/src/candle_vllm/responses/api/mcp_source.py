@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the MCP servers of a request come from: the operator's own, and URLs that the operator allows."""
+"""Sources of the MCP servers that requests name: the operator's servers, and URLs that the operator allows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Parts(NamedTuple):
 
     @property
     def names_host(self) -> bool:
-        """Whether the host of a pattern stands for itself alone."""
+        """Whether the host of a pattern has no wildcard."""
         return ANY not in self.host
 
 
@@ -44,10 +44,10 @@ class ServerUrls:
     """The operator's patterns: `https://host[:port]/path`, with "*" for any characters within one of the three parts,
     or "*" alone for every public URL.
 
-    Without a port it is the scheme's own. Where "*" stands in the host, the addresses of what fits must be public.
+    The default port is the scheme's. If the host has a "*", the addresses of a matching host must be public.
 
     Raises:
-        ConfigError: a pattern that no URL could fit.
+        ConfigError: a pattern that no URL can match.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -55,15 +55,15 @@ class ServerUrls:
         self._patterns = [_pattern(pattern) for pattern in patterns if pattern != ANY]
 
     def check(self, url: str, field: str) -> bool:
-        """Whether the host stands in a pattern; otherwise it must have public addresses.
+        """Return whether a pattern names the host without "*"; otherwise its addresses must be public.
 
         Args:
-            url: of a request.
-            field: where the request has it.
+            url: URL of a request.
+            field: path of the URL in the request.
 
         Raises:
-            InvalidParameterError: no connection could be made to it.
-            UnsupportedParameterError: no pattern fits.
+            InvalidParameterError: the URL is not one that this server may connect to.
+            UnsupportedParameterError: no pattern matches.
         """
         parts = _parts(url)
         if parts is None:
@@ -97,7 +97,7 @@ def _pattern(text: str) -> _Parts:
 
 
 def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
-    """A URL, in one spelling; None for an invalid URL, or one that programs read differently."""
+    """Return the normalized parts of a URL; None for an invalid URL, or one that programs parse differently."""
     if not url.isascii() or not url.isprintable() or any(char in url for char in ' \\"<>^`{|}#'):
         return None
     try:
@@ -131,17 +131,17 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-# What the connection says by itself; in other words it could be led elsewhere, or be understood in two ways.
+# Headers that the connection sets; a request that set them could redirect it or make its meaning ambiguous.
 _OWN_HEADERS = frozenset({
     "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
     "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 _OWN_PREFIXES = ("mcp-", "proxy-")
-_FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  # of a configuration -> of a tool
+_FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  # key of a configuration -> of a tool
 
 
 class OpenServer(NamedTuple):
-    """An MCP server as a request sees it; `error` says why there are no tools."""
+    """An MCP server as a request sees it; `error` is the reason if there are no tools."""
 
     label: str
     tools: Sequence[Tool] = ()
@@ -149,39 +149,39 @@ class OpenServer(NamedTuple):
 
 
 class McpSource(Protocol):
-    """Gives the tools of servers that requests name."""
+    """Provides the tools of the MCP servers that requests name."""
 
     def check(self, tool: McpTool, path: str) -> None:
-        """Raises `RequestError` where there is no such server, or it must not be dialled; `path` is the tool's."""
+        """Raise `RequestError` if the server does not exist or must not be used; `path` is the tool's path."""
         ...
 
     def open(self, tool: McpTool) -> AbstractAsyncContextManager[OpenServer]:
-        """The server while a response is made; one that cannot be reached has an error instead of tools."""
+        """Open the server while a response is made; one that cannot be reached has an error instead of tools."""
         ...
 
 
 class NoServers:
-    """No MCP server may be named."""
+    """A source without MCP servers."""
 
     def check(self, tool: McpTool, path: str) -> None:  # noqa: ARG002
-        """Refuses every tool."""
+        """Refuse every tool."""
         field = f"{path}.server_label"
         raise UnsupportedParameterError(f"{field} is not supported: this server has no MCP servers", field)
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """Never reached."""
+        """Is never called, because `check` refuses every tool."""
         yield OpenServer(tool.server_label, error="there are no MCP servers")
 
 
 class McpServers:
-    """The servers of a registry, by their labels, and URLs that fit a pattern.
+    """The servers of a registry, by their labels, and URLs that match a pattern.
 
     Args:
-        registry: of the operator's servers, as an `McpFleet` fills it.
-        errors: why an operator's server has no tools now, by its label; None where it is not configured.
-        allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. Plain http is for loopback alone.
-        connect_timeout: seconds for a URL.
+        registry: registry of the operator's servers, as an `McpFleet` fills it.
+        errors: reason why an operator's server has no tools now, by its label; None if it is not configured.
+        allowed_urls: URL patterns that requests may name, see `ServerUrls`. Plain http is only for loopback.
+        connect_timeout: timeout of a connection to a URL in seconds.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class McpServers:
         self._connect_timeout = connect_timeout
 
     def check(self, tool: McpTool, path: str) -> None:
-        """Raises `RequestError` that names the label or the URL."""
+        """Raise a `RequestError` that names the label or the URL."""
         if tool.server_url is not None:
             self._urls.check(tool.server_url, f"{path}.server_url")
             _check_headers(tool.headers or {}, f"{path}.headers")
@@ -214,7 +214,7 @@ class McpServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """The server's tools now, or a connection of its own to a URL."""
+        """Yield the present tools of an operator's server, or connect to a URL."""
         label = tool.server_label
         if tool.server_url is None:
             tools = self._tools(label)
@@ -259,7 +259,7 @@ def _check_headers(headers: Mapping[str, str], path: str) -> None:
 
 @contextmanager
 def _blaming(path: str) -> Iterator[None]:
-    """A setting of a server that cannot be is a field of the request's tool."""
+    """Report an invalid server setting as an error of the request's field."""
     try:
         yield
     except ConfigError as error:

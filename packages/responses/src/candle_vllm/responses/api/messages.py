@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Input items -> the messages of a task.
+"""Converts input items to the messages of a task.
 
-Items of one answer that stand next to each other become one assistant message. The result of a call stands right
-behind the message that made it, wherever it came. Items of the model's own tools (`mcp_call`) are calls with results.
+Adjacent items of one answer become one assistant message. The result of a call directly follows the message that made
+the call, wherever its item stands. Items of tools that run here (`mcp_call`) are calls with results.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from candle_vllm.responses.protocol.items import (
 )
 from candle_vllm.responses.tools.names import tool_name
 
-_ENCODED = "candle-vllm-1."  # the beginning of thoughts that this server encoded
+_ENCODED = "candle-vllm-1."  # prefix of reasoning that this server encoded
 _SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversation before>"
 
 
 class ToolNames(Protocol):
-    """What the model calls the tools of a request."""
+    """Returns the names by which the model calls the tools of a request."""
 
     def mcp_name(self, label: str, name: str) -> str: ...
 
@@ -50,10 +50,9 @@ class Translated(NamedTuple):
     """The conversation of a request.
 
     Attributes:
-        messages: of its task.
-        approved: ids of calls at the end that somebody has agreed to, with the paths of the agreements: they are to be
-            run first.
-        listed: labels of MCP servers whose tools the conversation has already.
+        messages: messages of its task.
+        approved: paths of the approvals of calls at the end, by the calls' ids; these calls are run first.
+        listed: labels of the MCP servers whose tool lists the conversation contains already.
     """
 
     messages: tuple[Message, ...]
@@ -62,22 +61,21 @@ class Translated(NamedTuple):
 
 
 def encode_thoughts(text: str) -> str:
-    """Thoughts in the form of `encrypted_content`; it hides nothing."""
+    """Encode reasoning in the form of `encrypted_content`; this is no encryption."""
     return _ENCODED + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
 
 
 def translate(items: Sequence[Placed], instructions: str | None, names: ToolNames, max_images: int = 0) -> Translated:
-    """The messages of a request.
+    """Return the messages of a request.
 
     Args:
         items: history and input, without references.
-        instructions: go before everything.
-        names: of tools in calls.
-        max_images: that the model may be shown, those in results of its own tools among them.
+        instructions: text that precedes all messages.
+        names: names of the tools in calls.
+        max_images: maximum number of images that the model may see, those in results of its tools included.
 
     Raises:
-        InvalidParameterError: calls and results do not belong together, or there are too many in one answer; the item
-            is named.
+        InvalidParameterError: calls and results do not match, or an answer has too many calls.
     """
     results = CallResults(items, max_images)
     body = _Body(names, results)
@@ -102,7 +100,7 @@ class _Body:
         self._answer: _Answer | None = None
 
     def add(self, placed: Placed) -> None:
-        """Takes the next item."""
+        """Add the next item."""
         item, path = placed
         if isinstance(item, MessageItem):
             self._message(item, path)
@@ -129,7 +127,7 @@ class _Body:
             assert not isinstance(item, ItemReference)
 
     def finish(self) -> tuple[Message, ...]:
-        """The messages."""
+        """Return the messages."""
         self._close()
         head = "\n".join(self.head)
         return tuple([_said("system", head), *self._messages] if head else self._messages)
@@ -153,7 +151,7 @@ class _Body:
             self._messages.append(_said("system", text))
 
     def _say(self, *said: Part) -> None:
-        """Adds what the user says; templates want the roles in turn."""
+        """Add a user's message; templates want alternating roles, so it is merged with a user message before it."""
         last = self._messages[-1] if self._messages else None
         if last is not None and last.role == "user":
             parts = tuple(part for part in (*last.parts, *said) if part != TextPart(""))
@@ -182,7 +180,7 @@ class _Body:
 
 
 class _Answer:
-    """One answer, of one item or more."""
+    """One answer, made of one or more items."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -192,7 +190,7 @@ class _Answer:
         self.has_results = False
 
     def message(self) -> Message:
-        """As a task has it."""
+        """Return the answer as a message of a task."""
         if len(self.calls) > MAX_TOOL_CALLS:
             raise InvalidParameterError(
                 f"{self.path} must have at most {MAX_TOOL_CALLS} entries, not a list of {len(self.calls)}", self.path
@@ -228,7 +226,7 @@ def _summary(item: CompactionItem, path: str) -> str:
 
 
 def _decoded(encrypted: str | None) -> str:
-    """The thoughts that this server encoded; "" for what another server made."""
+    """Return the reasoning that this server encoded; "" if another server encoded it."""
     if not encrypted or not encrypted.startswith(_ENCODED):
         return ""
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Answers that outlive their clients: a task reads one to its end, and whoever wants reads along.
+"""Answers that outlive their clients: a task reads an answer to its end, and clients read what it has buffered.
 
-So run the responses in the background, and the answers that the server's mailbox keeps.
+Background responses use this, and the answers that the server's mailbox stores.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class EncodedEvent(NamedTuple):
 
 
 class Pieces(Generic[T]):
-    """What there has been of an answer, for readers that come, go and come back.
+    """Buffer of an answer's chunks, for readers that disconnect and come back.
 
     Args:
-        max_bytes: where there are more, the oldest go; None: all stay.
+        max_bytes: limit of the buffer; the oldest chunks are dropped beyond it. None means no limit.
 
     Attributes:
-        size: bytes of those that are here.
-        finished: no more will come.
-        next_number: that the next one has; they are counted from 0.
+        size: bytes of the buffered chunks.
+        finished: whether the answer has ended.
+        next_number: number of the next chunk; chunks are counted from 0.
     """
 
     def __init__(self, max_bytes: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Pieces(Generic[T]):
         self.next_number = 0
 
     def add(self, piece: T, size: int = 0, *, last: bool = False) -> None:
-        """Lets readers see one more."""
+        """Add a chunk, and wake the readers."""
         self.next_number += 1
         self._pieces.append(piece)
         self._sizes.append(size)
@@ -61,15 +61,15 @@ class Pieces(Generic[T]):
         self._wake()
 
     def finish(self, failure: Exception | None = None) -> None:
-        """No more will come; readers get the failure at their end."""
+        """End the answer; readers get the failure after the last chunk."""
         self.finished, self._failure = True, failure
         self._wake()
 
     def check(self, after: int) -> None:
-        """Refuses to read behind one that has not been there, or from one that is not there any more.
+        """Refuse to read after a chunk that has not come yet, or one whose successor was dropped.
 
         Raises:
-            InvalidParameterError: with param starting_after.
+            InvalidParameterError: `after` is out of this range; `param` is starting_after.
         """
         if after >= self.next_number:
             raise InvalidParameterError(
@@ -85,11 +85,11 @@ class Pieces(Generic[T]):
             )
 
     def __iter__(self) -> Iterator[T]:
-        """Those that are here."""
+        """Iterate over the buffered chunks."""
         return iter(self._pieces)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
-        """Those behind number `after`, those that are still to come included."""
+        """Yield the chunks after number `after`, future chunks included."""
         wanted = after + 1
         while True:
             news = self._news
@@ -105,20 +105,20 @@ class Pieces(Generic[T]):
                 return
 
     def _wake(self) -> None:
-        """Wakes all readers; each waits for news of its own time."""
+        """Wake all readers; each of them waits for the event that it saw last."""
         self._news.set()
         self._news = asyncio.Event()
 
 
 class Work(Generic[T]):
-    """The task that reads an answer to its end; it begins at once, and nobody's disconnect cancels it.
+    """Task that reads an answer to its end; it begins at once, and no client's disconnect cancels it.
 
     Args:
-        pieces: of the answer; closed at the end.
-        seconds: after which it ends.
-        take: told of each piece.
-        end: told of the end, after the pieces were closed: None, or what ended them; TimeoutError where it took too
-            long, CancelledError where it was cancelled, or where `take` raised that.
+        pieces: chunks of the answer; closed at the end.
+        seconds: time limit of the task.
+        take: called with each chunk.
+        end: called after the chunks were closed, with None or the exception that ended them: TimeoutError after the
+            time limit, CancelledError if the task was cancelled or `take` raised it.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Work(Generic[T]):
         take: Callable[[T], Awaitable[None]],
         end: Callable[[Failure], Awaitable[None]],
     ) -> None:
-        self._started = asyncio.Event()  # a task that is cancelled before it has begun would clean nothing up
-        self.task = asyncio.create_task(self._run(pieces, seconds, take, end))  # which alone holds them
+        self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `pieces`
+        self.task = asyncio.create_task(self._run(pieces, seconds, take, end))  # only the task refers to the arguments
 
     async def cancel(self) -> None:
-        """Ends the work; returns when it has ended."""
+        """End the work; returns when it has ended."""
         await self._started.wait()
         self.task.cancel()
         await asyncio.wait({self.task})
@@ -157,7 +157,7 @@ class Work(Generic[T]):
 
 
 async def close(pieces: AsyncIterator[object]) -> None:
-    """Closes what can be closed."""
+    """Close an iterator, if it can be closed."""
     closing = getattr(pieces, "aclose", None)
     if closing is not None:
         with contextlib.suppress(Exception):

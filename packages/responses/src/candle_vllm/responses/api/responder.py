@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Responder: the Responses API over a chat model, its tools and kept responses, whole or streamed, without HTTP."""
+"""Responder: the Responses API over a chat model, its tools and stored responses, whole or streamed, without HTTP."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.responses.store.options import StoreOptions
 
-Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
+Fields = Mapping[str, Any]  # a request as a plain object, which is checked on use
 
 
 class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of every response, and what it says where the request says nothing.
+    """Limits of every response, and its values where the request sets none.
 
     Attributes:
-        model: the name that is told, where the request has none of `names`.
-        names: those that the model is served by; empty where it is not known how it is called.
-        sampling_defaults: for fields that a request leaves open; sent to the model.
-        model_defaults: what the model uses where neither says something; only told.
-        max_turns: of the model in one response, where tools run here.
+        model: model name to report if the request names none of `names`.
+        names: names that the model is served by; empty if they are not known.
+        sampling_defaults: values for fields that a request does not set; sent to the model.
+        model_defaults: values that the model uses if neither sets one; only reported.
+        max_turns: maximum number of the model's turns in one response with tools that run here.
         timeout: seconds for one response, or None.
-        tool_timeout: seconds for one call of a tool, or None for the tool's own.
+        tool_timeout: seconds for one call of a tool, or None for the tool's own timeout.
     """
 
     model: str = "default"
@@ -74,14 +74,14 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Responder:
-    """Answers requests. Every method raises `RequestError` for a wrong request, and what its model raises.
+    """Answers requests. Every method raises `RequestError` for an invalid request, and the errors of its model.
 
     Args:
         model: answers tasks.
-        count: how many tokens the prompt of a task has; None where that cannot be told.
-        servers: where MCP servers come from; None allows no server.
-        kept: keeps responses; None keeps nothing.
-        memory: of the client's connection, for responses that are not kept; None keeps nothing.
+        count: counts the tokens of a task's prompt; None if they cannot be counted.
+        servers: source of MCP servers; None allows no server.
+        kept: store of responses; None stores nothing.
+        memory: memory of the client's connection, for responses that are not stored; None holds nothing.
         options: limits and defaults.
     """
 
@@ -103,10 +103,10 @@ class Responder:
         self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
-        """The whole response; what `create_stream` would tell in its last event. Cancelling it ends the response.
+        """Return the whole response, as in the last event of `create_stream`. Cancelling the call ends the response.
 
         Raises:
-            CandleVllmError: also where the response failed after it had begun.
+            CandleVllmError: also if the response failed after it had begun.
         """
         async with aclosing(await self.create_stream(request, owner=owner)) as events:
             async for _ in events:
@@ -115,7 +115,7 @@ class Responder:
             return events.response
 
     async def create_stream(self, request: ResponsesRequest | Fields, *, owner: str = "") -> ResponseStream:
-        """Submits the request and gives its events as they come; close the stream to end it."""
+        """Submit the request, and return its events as they occur; close the stream to end the response."""
         stream = await self.prepare(request, owner=owner)
         await stream.start()
         return stream
@@ -123,14 +123,14 @@ class Responder:
     async def prepare(
         self, request: ResponsesRequest | Fields, *, owner: str = "", keep: bool = True, at_once: bool = False
     ) -> ResponseStream:
-        """Checks a request and gives its events, to be started; close the stream also where it never is.
+        """Check a request, and return its stream, not yet started; close the stream even if it is never started.
 
         Args:
-            request: checked, or an object.
-            owner: whose response it is, where it is kept.
-            keep: False where the caller keeps the response.
-            at_once: what has to be waited for, the conversation's turn and MCP servers, is waited for when the stream
-                is started; what is wrong from there on is told in events.
+            request: checked request, or an object.
+            owner: owner of the response if it is stored.
+            keep: False if the caller stores the response.
+            at_once: whether to return without waiting for the conversation's turn and MCP servers: the stream waits for
+                them after its start, and reports later errors in events.
         """
         parsed = request if isinstance(request, ResponsesRequest) else parse_responses_request(request)
         stored = self._is_stored(parsed)
@@ -169,7 +169,7 @@ class Responder:
             return ResponseStream(writer, work, given, opened=stack.pop_all())
 
     async def compact(self, request: CompactRequest | Fields, *, owner: str = "") -> CompactedResponse:
-        """A conversation in fewer words: what users said, and the model's summary of it all."""
+        """Return a conversation in a shorter form: the users' messages, and the model's summary of everything."""
         parsed = request if isinstance(request, CompactRequest) else parse_compact_request(request)
         asked = summary_request(parsed)
         items = await gather_items(asked, self._kept, owner, self._memory)
@@ -179,11 +179,11 @@ class Responder:
         except PromptTooLongError as error:
             if error.param != "max_output_tokens":
                 raise
-            response = await self.create(asked, owner=owner)  # as much as there is room for
+            response = await self.create(asked, owner=owner)  # with as many tokens as fit
         return compacted(response, items[:-1])
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
-        """The tokens of the prompt that `create` would make; nothing is generated."""
+        """Count the tokens of the prompt that `create` would make; nothing is generated."""
         parsed = request if isinstance(request, InputTokensRequest) else parse_input_tokens_request(request)
         if self._count is None:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
@@ -192,7 +192,7 @@ class Responder:
             items = await gather_items(parsed, self._kept, owner, self._memory)
             prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
             task = await apart(prepared.task)
-            if prepared.made.approved:  # what these calls will give is part of the prompt
+            if prepared.made.approved:  # the results of these calls would be part of the prompt
                 missing = ", ".join(repr(call.id)[:80] for call in _open_calls(task, prepared.made)[:5])
                 raise InvalidParameterError(f"input leaves tool calls without a tool message: {missing}", "input")
             return InputTokens(input_tokens=await self._count(lambda: task))
@@ -208,7 +208,7 @@ class Responder:
     async def _ready(
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
     ) -> tuple[Prepared, Sequence[Placed]]:
-        """Waits for the conversation's turn, reads the history, opens the servers; the stack gives them back."""
+        """Wait for the conversation's turn, read the history, and open the servers; the stack releases them."""
         if request.conversation_id is not None and self._kept is not None:
             await stack.enter_async_context(self._kept.turn(owner, request.conversation_id))
         items = await gather_items(request, self._kept, owner, self._memory)
@@ -222,7 +222,7 @@ class Responder:
         prepared: Prepared,
         keep: str | None,
     ) -> None:
-        """Puts the events of a response from the first to the last."""
+        """Put the events of a response from the first to the last."""
         plan, made = prepared.plan, prepared.made
         model = TurnModel(self._model, max_tokens=request.max_output_tokens, truncate=request.truncation == "auto")
         model.entered = stream.begun
@@ -271,17 +271,17 @@ def _conversation(loop: ConversationLoop, prepared: Prepared, task: Task) -> Asy
 
 
 def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
-    """Calls of the last answer without results, which somebody has agreed to."""
+    """Calls of the last answer without results that somebody has approved."""
     calls = (call for message in task.messages for call in message.calls if call.id in made.approved)
     return [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
 
 
 def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
-    """What came with the request itself, as it is kept."""
+    """Items of the request itself, as they are stored."""
     return stored_items([one.item for one in items if one.path.startswith("input")])
 
 
 def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes that the images in an answer may have: with what was given it must fit into the store."""
+    """Maximum bytes of the images in an answer, which must fit into the store together with the request's items."""
     left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
     return max(0, min(MAX_SHOWN, left // 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStream: the events of one response, made by a task of its own until its reader has them or leaves."""
+"""ResponseStream: events of one response, made by a task of its own until the response ends or its reader leaves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from candle_vllm.responses.protocol.response import Response
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 64  # events that a slow reader has not taken, before nothing more is generated
+MAX_WAITING = 64  # unread events; with more, the producer waits for a slow reader
 
 Work = Callable[["ResponseStream"], Awaitable[None]]
 
@@ -35,12 +35,12 @@ class ResponseStream:
     Args:
         writer: writes the events.
         work: puts events (`put`) until the response has ended.
-        input_items: of the request, each with an id, as they are kept.
-        opened: what the response uses: closed behind the last event, or with the stream.
+        input_items: items of the request, each with an id, as they are stored.
+        opened: resources of the response, closed after the last event or with the stream.
 
     Attributes:
-        input_items, opened: as given.
-        failure: what the response failed with, or None.
+        input_items, opened: the arguments.
+        failure: exception that ended the response, or None.
     """
 
     def __init__(
@@ -59,27 +59,27 @@ class ResponseStream:
         self._waiting: deque[wire.StreamEvent] = deque(writer.start())
         self._news = asyncio.Event()
         self._room = asyncio.Event()
-        self._taken = False  # the request has been
-        self._decided = asyncio.Event()  # it has been, or it never will
+        self._taken = False  # whether the model has accepted the request
+        self._decided = asyncio.Event()  # it is accepted, or never will be
         self._last: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
     def response(self) -> Response:
-        """The response as it stands; complete after the last event."""
+        """The response so far; complete after the last event."""
         return self._writer.response
 
     def opening(self) -> list[wire.StreamEvent]:
-        """The events that there are before it is started; they do not come again."""
+        """Return the events that exist before the start; the iterator does not repeat them."""
         opening = list(self._waiting)
         self._waiting.clear()
         return opening
 
     async def start(self) -> None:
-        """Begins; returns when the request has been taken, so that what is wrong with it is raised here.
+        """Start the response, and return when the request has been accepted; errors before that are raised here.
 
         Raises:
-            CandleVllmError: what the first turn of the model was refused with.
+            CandleVllmError: the error of the model's first turn.
         """
         self._last = asyncio.create_task(self._run(), name="response")
         try:
@@ -92,7 +92,7 @@ class ResponseStream:
             self.raise_failure()
 
     def raise_failure(self) -> None:
-        """Raises what the response failed with, if it did, and keeps it no longer: its traceback has the request."""
+        """Raise the response's failure, if any, and drop it, because its traceback refers to the request."""
         failure, self.failure = self.failure, None
         try:
             if failure is not None:
@@ -101,12 +101,12 @@ class ResponseStream:
             del failure
 
     def begun(self) -> None:
-        """The request has been taken: from here on failures are told in events."""
+        """Note that the request has been accepted: from here on, failures are reported in events."""
         self._taken = True
         self._decided.set()
 
     async def put(self, events: list[wire.StreamEvent]) -> None:
-        """Adds events; waits where the reader is slow."""
+        """Add events; waits if the reader is slow."""
         self._waiting += events
         self._news.set()
         while len(self._waiting) > MAX_WAITING and self._taken:
@@ -128,7 +128,7 @@ class ResponseStream:
         return event
 
     async def aclose(self) -> None:
-        """Ends the response if it is still running. Idempotent."""
+        """End the response if it is still running. Idempotent."""
         self._closed = True
         self._waiting.clear()
         self._news.set()
@@ -137,7 +137,7 @@ class ResponseStream:
         await self.opened.aclose()
 
     def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
-        """The last events of a response that its caller ends for a reason of its own; then close it."""
+        """Return the last events of a response that its caller ends with an error; close the stream after this."""
         self._closed = True
         if self._last is not None:
             self._last.cancel()
@@ -153,7 +153,7 @@ class ResponseStream:
             if self._taken:
                 if to_error(failure).status >= 500 and not isinstance(failure, EngineDeadError):
                     logger.error("a response failed", exc_info=failure)
-                failure.__traceback__ = None  # it holds this stream
+                failure.__traceback__ = None  # it refers to this stream
                 await self.put(self._writer.fail(error_detail(failure), response_code(failure)))
         finally:
             self._closed = True
@@ -162,13 +162,13 @@ class ResponseStream:
 
 
 def error_detail(failure: Exception) -> wire.ErrorDetail:
-    """What may be told of a failure, as in the envelope of a failed request."""
+    """Return the public part of a failure, as in the envelope of a failed request."""
     body = to_error(failure).body.error
     return wire.ErrorDetail(type=body.type, code=body.code, message=body.message, param=body.param)
 
 
 def response_code(failure: Exception) -> str:
-    """The word for a failure in a response, as OpenAI has it."""
+    """Return OpenAI's error code of a response for a failure."""
     if isinstance(failure, PromptTooLongError):
         return "context_length_exceeded"
     if isinstance(failure, RequestError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Items as they are kept and shown, with their id, type and status; pages of them; a response as it is kept."""
+"""Items as they are stored and shown, with their id, type and status; pages of them; the record of a response."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WITHOUT_STATUS = frozenset(
 
 
 def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
-    """The `input` of a checked request, each item with an id.
+    """Return the `input` of a checked request as stored items, each with an id.
 
     Args:
-        given: a text, or checked input items; references among them must have been replaced by what they refer to.
+        given: a text, or checked input items; references among them must have been resolved.
     """
     if given is None:
         return []
@@ -34,14 +34,14 @@ def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
 
 
 def stored_item(item: WireModel | Item, param: str) -> Item:
-    """One checked item as it is kept.
+    """Return one checked item as it is stored.
 
     Args:
-        item: as the request has it, or an item that was kept before.
-        param: what to blame.
+        item: item of a request, or an item that was stored before.
+        param: parameter that an error names.
 
     Raises:
-        InvalidParameterError: it only refers to another item.
+        InvalidParameterError: the item only refers to another item.
     """
     if isinstance(item, dict):
         return item
@@ -58,7 +58,7 @@ def stored_item(item: WireModel | Item, param: str) -> Item:
 
 
 def _parts(content: str | list[Item], role: str) -> list[Item]:
-    """A content as parts of the type that its role has."""
+    """Return a content as a list of parts, with the type of its role."""
     kind = "output_text" if role == "assistant" else "input_text"
     parts = [{"type": kind, "text": content}] if isinstance(content, str) else content
     made: list[Item] = [{**part, "type": kind} if part["type"] == "text" else part for part in parts]
@@ -75,7 +75,7 @@ Order = Literal["asc", "desc"]
 
 
 class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Which items: at most `limit`, newest ("desc") or oldest ("asc") first, behind the item `after`."""
+    """Which items: at most `limit`, newest ("desc") or oldest ("asc") first, after the item `after`."""
 
     limit: int = DEFAULT_LIMIT
     order: Order = "desc"
@@ -83,14 +83,14 @@ class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnyItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item: a message, a call, what came of one, or thoughts. What else it has depends on its type."""
+    """An item: a message, a call, a call's result, or reasoning. Its further fields depend on its type."""
 
     id: str
     type: str
 
 
 class ItemList(msgspec.Struct, frozen=True, kw_only=True):
-    """One page of items; the ids are null where it is empty."""
+    """One page of items; the ids are null if it is empty."""
 
     object: str = "list"
     data: tuple[msgspec.Raw, ...]
@@ -100,7 +100,7 @@ class ItemList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def item_list(items: Sequence[tuple[str, bytes]], has_more: bool) -> ItemList:
-    """A page of items, each with its id and itself as JSON."""
+    """Return a page of items, given as pairs of id and JSON."""
     return ItemList(
         data=tuple(msgspec.Raw(body) for _, body in items),
         first_id=items[0][0] if items else None,
@@ -110,10 +110,10 @@ def item_list(items: Sequence[tuple[str, bytes]], has_more: bool) -> ItemList:
 
 
 def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
-    """A page of all items of something, given in their order.
+    """Return one page of a list of items.
 
     Raises:
-        InvalidParameterError: `after` is none of them.
+        InvalidParameterError: `after` is not the id of one of the items.
     """
     ordered = list(items) if wanted.order == "asc" else list(items)[::-1]
     if wanted.after is not None:
@@ -126,12 +126,12 @@ def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
 
 
 def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]]) -> Entry:
-    """A response as it is kept.
+    """Return a response as a record of the store.
 
     Args:
-        owner: whose it is; "" where there are no API keys.
-        response: as the client gets it.
-        given: the items of the request alone, without its history, each with an id.
+        owner: owner of the response; "" without API keys.
+        response: response as the client gets it.
+        given: items of the request without its history, each with an id.
     """
     return Entry(
         kind=RESPONSE,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TaskMaker: from a checked request to a task, with its history, its servers' tools, and what it must fit."""
+"""TaskMaker: makes tasks of checked requests, with their history, their servers' tools, and the limits of a task."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
 _ITEM = TypeAdapter[InputItem](InputItem)
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-)  # an image of 1 x 1, to find out whether a template has a place for one
-MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own
+)  # an image of 1 x 1 pixels, to find out whether a template can show images
+MAX_URLS = 16  # MCP servers that one request may name by URL; each has a connection of its own
 
 
 class Prepared(NamedTuple):
     """A request that can be answered.
 
     Attributes:
-        request: as it came.
-        plan: its tools.
-        made: its conversation.
-        defaults: of sampling values, for those that the request leaves open.
+        request: the request as received.
+        plan: tools of the request.
+        made: conversation of the request.
+        defaults: sampling values for fields that the request does not set.
     """
 
     request: PromptFields
@@ -60,14 +60,14 @@ class Prepared(NamedTuple):
     defaults: Mapping[str, Any]
 
     def task(self) -> Task:
-        """What is asked for; raises `RequestError`."""
+        """Return the task of the request; raises `RequestError`."""
         request, made = self.request, self.made
         sampled = isinstance(request, ResponsesRequest)
         form, form_path = _form(request)
         paths = self._paths(form_path, request.max_output_tokens if sampled else None)
-        # Nothing is left out of what is only counted.
+        # A request that only counts tokens must count all messages.
         kept = fewer(made.messages) if sampled and request.truncation == "auto" else made.messages
-        check_number(len(kept) + len(made.approved), paths)  # calls that are to be run first have results by then
+        check_number(len(kept) + len(made.approved), paths)  # approved calls have run by then, so each adds a result
         return Task(
             messages=made.messages,
             paths=paths,
@@ -83,7 +83,7 @@ class Prepared(NamedTuple):
     def _paths(self, form: str, limit: int | None) -> Paths:
         own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
         own |= dict.fromkeys(("thinking_token_budget", "thoughts"), "reasoning.max_tokens")
-        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
+        to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit, errors name the input
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
             [_path_of(self.plan.by_name[tool["function"]["name"]]) for tool in self.plan.shown],
@@ -92,7 +92,7 @@ class Prepared(NamedTuple):
 
 
 def _path_of(tool: PlannedTool) -> str:
-    """Where a request says what the arguments of a tool must be."""
+    """Path of the field in the request that defines a tool's arguments."""
     return f"{tool.path}.{'format.definition' if tool.kind == 'custom' else 'parameters'}"
 
 
@@ -100,9 +100,9 @@ class TaskMaker:
     """Prepares requests.
 
     Args:
-        servers: where MCP servers come from.
-        sampling_defaults: for fields that a request leaves open.
-        eyes: the model's, for the images in results of its own tools; None is shown none.
+        servers: source of MCP servers.
+        sampling_defaults: values for fields that a request does not set.
+        eyes: image input of the model, for images in results of MCP tools; None shows the model no images.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TaskMaker:
         self._eyes = eyes
 
     def check_servers(self, request: PromptFields) -> None:
-        """Refuses MCP servers that are not there or must not be dialled, without dialling any."""
+        """Refuse MCP servers that do not exist or must not be used, without connecting to any of them."""
         labels: set[str] = set()
         urls = 0
         for place, tool in _servers_of(request).items():
@@ -135,17 +135,16 @@ class TaskMaker:
     async def prepare(
         self, request: PromptFields, items: Sequence[Placed], stack: AsyncExitStack, *, check: bool
     ) -> Prepared:
-        """Opens the MCP servers and translates the request.
+        """Open the MCP servers, and translate the request.
 
         Args:
-            request: its servers have been checked.
+            request: request whose servers have been checked.
             items: history and input.
             stack: closes the servers.
-            check: refuse here what cannot be a task, because somebody answers before the model is asked. That is done
-                in any case where tools run before that.
+            check: whether to check that a task can be made; this is also checked if tools run first.
 
         Raises:
-            RequestError: about what the caller wrote.
+            RequestError: the caller's request is invalid.
         """
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)
@@ -161,7 +160,7 @@ class TaskMaker:
         return prepared
 
     async def _max_images(self, items: Sequence[Placed]) -> int:
-        """Of the conversation, where it has images in results and the model's template has a place for them."""
+        """Image limit of the model, if results in the conversation have images and its template shows them; else 0."""
         shown = any(isinstance(item, McpCallItem) and images_in(item.content) for item, _ in items)
         if not shown or self._eyes is None or not self._eyes.max_images:
             return 0
@@ -172,7 +171,7 @@ class TaskMaker:
         return self._eyes.max_images
 
     async def _open(self, request: PromptFields, stack: AsyncExitStack) -> dict[int, OpenServer]:
-        """All at the same time; where one fails, those that are open are closed with the stack."""
+        """Open all servers concurrently; if one fails, the stack closes the others."""
         opening = {
             place: asyncio.ensure_future(stack.enter_async_context(self._servers.open(tool)))
             for place, tool in _servers_of(request).items()
@@ -183,25 +182,25 @@ class TaskMaker:
             for task in opening.values():
                 task.cancel()
             await asyncio.gather(*opening.values(), return_exceptions=True)
-            opening.clear()  # their errors hold this frame
+            opening.clear()  # their errors refer to this frame
             raise
 
 
 async def gather_items(
     request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None = None
 ) -> list[Placed]:
-    """History and input of a request. A reference to an item of the history stands for nothing more than that item.
+    """Return the history and the input of a request. References to items of the history are left out.
 
-    What the connection remembers is looked for there first.
+    A previous response is looked up in the connection's memory first.
 
     Raises:
-        RequestError: there is no store, or it does not have what the request refers to.
+        RequestError: there is no store, or it does not have an item that the request refers to.
     """
     given = request.input or []
     if isinstance(given, str):
         given = [_ITEM.validate_python({"type": "message", "role": "user", "content": given})]
     history = await _history(request, kept, owner, memory)
-    known = {item.id for item, _ in history}  # a reference to one of these says nothing new
+    known = {item.id for item, _ in history}  # references to these are redundant
     wanted = {
         item.id: f"input.{number}.id"
         for number, item in enumerate(given)
@@ -247,7 +246,7 @@ async def _history(
 
 
 def _checked(item: Mapping[str, Any], field: str) -> InputItem:
-    """A kept item as an input item."""
+    """Convert a stored item to an input item."""
     try:
         return _ITEM.validate_python({name: value for name, value in item.items() if value is not None})
     except ValidationError as error:
@@ -256,7 +255,7 @@ def _checked(item: Mapping[str, Any], field: str) -> InputItem:
 
 
 def has_servers(request: PromptFields) -> bool:
-    """Whether it names MCP servers."""
+    """Whether a request names MCP servers."""
     return bool(_servers_of(request))
 
 
@@ -282,7 +281,7 @@ def _sampling(request: ResponsesRequest) -> dict[str, Any]:
 
 
 def _form(request: PromptFields) -> tuple[StructuredOutputsParams | None, str]:
-    """The form of the answer, and what is to blame for it; a grammar of calls comes from the tools."""
+    """Return the answer's format, and the field that an error names; tools define the grammar of calls."""
     form = None if request.text is None else request.text.format
     if isinstance(form, JsonSchemaFormat):
         return StructuredOutputsParams(json=form.json_schema), "text.format.schema"
@@ -319,7 +318,7 @@ def _check_length(request: PromptFields, count: int) -> None:
 
 
 def _check_agreements(plan: ToolPlan, made: Translated) -> None:
-    """Somebody who has agreed to a call must hear where it cannot run; that its server is gone is told otherwise."""
+    """Refuse approved calls of tools that the request lacks, unless a server failed: the events report that."""
     if not made.approved or any(server.error for server in plan.servers):
         return
     names = {call.id: call.name for message in made.messages for call in message.calls}

@@ -47,12 +47,12 @@ class PlannedTool(NamedTuple):
     """A tool that the model may call.
 
     Attributes:
-        kind: who runs it and in which form.
-        name: its own.
-        path: where the request has it.
-        namespace: of a function or a custom tool.
+        kind: type of the tool, which defines its format and who runs it.
+        name: name without a prefix.
+        path: path of the tool in the request.
+        namespace: namespace of a function or a custom tool.
         server: label of an MCP server.
-        grammar: in Lark, of a custom tool's input.
+        grammar: Lark grammar of a custom tool's input.
     """
 
     kind: Kind
@@ -67,13 +67,13 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     """The tools of one request.
 
     Attributes:
-        by_name: each tool by the name that the model calls.
-        shown: all in the form that templates know: those that run here, then the caller's.
-        registry: those that run here.
-        approval: for each that runs here, whether somebody must agree.
-        choice: among them.
-        servers: MCP servers of the request, with their tools or why these cannot be listed.
-        offered: the tools of each of them that the model is shown, by its label.
+        by_name: tools by the names that the model uses.
+        shown: all tools in the form of chat templates: those that run here, then the client's.
+        registry: tools that run here.
+        approval: approval rule of each tool that runs here.
+        choice: tool choice.
+        servers: MCP servers of the request, with their tools or the reason why these cannot be listed.
+        offered: tools of each server that the model is shown, by the server's label.
     """
 
     by_name: dict[str, PlannedTool] = msgspec.field(default_factory=dict)
@@ -85,18 +85,18 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
     def mcp_name(self, label: str, name: str) -> str:
-        """What the model calls a tool of an MCP server, also of one that is not there."""
+        """Name that the model uses for a tool of an MCP server, even if the server does not exist."""
         for chat_name, tool in self.by_name.items():
             if tool.server == label and tool.name == name:
                 return chat_name
         return tool_name(label, name)
 
     def needs_approval(self, name: str) -> bool:
-        """Whether somebody must agree before it runs."""
+        """Whether a tool needs an approval before it runs."""
         return self.approval.get(name) == "always"
 
     def use(self, choice: Choice, *, parallel: bool | None) -> ToolUse:
-        """What a task says about the tools."""
+        """Return the tools and the tool choice of a task."""
         names = ("name", "description", "parameters", "strict")
         functions = [
             msgspec.structs.replace(
@@ -108,14 +108,14 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 
 
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
-    """What a request says about tools.
+    """Return the tools of a request.
 
     Args:
-        request: checked.
-        servers: the MCP servers of its tools, by their place among them.
+        request: checked request.
+        servers: MCP servers of its tools, by their index in `tools`.
 
     Raises:
-        InvalidParameterError: two tools have one name, or the choice names none of them.
+        InvalidParameterError: two tools have one name, or the tool choice names no tool of the request.
     """
     plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
     for place, tool in enumerate(request.tools or ()):
@@ -189,7 +189,7 @@ def _add_server(plan: ToolPlan, tool: McpTool, server: OpenServer, path: str) ->
             )
         try:
             plan.registry.add(one)
-        except InvalidParameterError as fault:  # as it is with the operator's servers
+        except InvalidParameterError as fault:  # the operator's servers are treated alike
             logger.warning("a tool of the MCP server %.100r is left out: %s", server.label, fault)
             continue
         offered.append(definition)
@@ -213,7 +213,7 @@ def _matches(chosen: ToolFilter, definition: ToolDefinition) -> bool:
 
 
 def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
-    """What neither list names needs agreement."""
+    """Approval rule of a tool; a tool that neither list names needs an approval."""
     wish = tool.require_approval
     if isinstance(wish, ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):
@@ -222,11 +222,11 @@ def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
     return wish or "always"
 
 
-# ---- the choice among them -------------------------------------------------------------------------------------------
+# ---- tool choice -----------------------------------------------------------------------------------------------------
 
 
 def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choice:
-    """The choice by the names that the model calls; raises `InvalidParameterError` where it names none of the tools."""
+    """Return the choice with the model's names of tools; raises `InvalidParameterError` if it names no tool."""
     if choice is None or isinstance(choice, str):
         return Choice(choice or "auto")
     if isinstance(choice, AllowedToolsChoice):
@@ -239,7 +239,7 @@ def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choi
 
 
 def _named(tools: Mapping[str, PlannedTool], reference: ToolReference, path: str) -> list[str]:
-    """The names that the model calls for what a choice names."""
+    """Names that the model uses for the tools that a choice refers to."""
     if isinstance(reference, McpToolChoice):
         field, wanted = f"{path}.server_label", reference.server_label
         found = [name for name, tool in tools.items() if tool.server == wanted]

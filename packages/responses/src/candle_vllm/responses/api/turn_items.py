@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TurnItems: what a model says and what becomes of its calls -> output items, each at its place and told to its end."""
+"""TurnItems: output items of the model's text, reasoning and calls, and of the calls' results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 MAX_SHOWN = 8 << 20  # bytes of the images of results in one response
-MAX_SHOWN_OF_ITEM = 3 << 20  # of those in one item; a conversation's items have 4 MB
+MAX_SHOWN_OF_ITEM = 3 << 20  # bytes of the images in one item; a conversation's items are limited to 4 MB
 
 _Writer = TypeVar("_Writer", bound=ItemWriter)
 
@@ -28,10 +28,10 @@ class TurnItems:
     """The items of all turns of one response.
 
     Args:
-        log: gets their events.
+        log: receives their events.
         plan: the tools.
-        encoded: thoughts come in the form that is sent back, too.
-        room: bytes of the images that all items together have.
+        encoded: whether reasoning items have `encrypted_content`, too.
+        room: maximum bytes of the images in all items.
     """
 
     def __init__(self, log: OutputLog, plan: ToolPlan, *, encoded: bool, room: int = MAX_SHOWN) -> None:
@@ -40,31 +40,31 @@ class TurnItems:
         self._encoded = encoded
         self._room = room
         self._open: MessageWriter | ReasoningWriter | None = None
-        self._calls: dict[str, CallWriter] = {}  # by the id of the call; those that are not done
+        self._calls: dict[str, CallWriter] = {}  # unfinished calls by their ids
         self._told: set[str] = set()  # ids of calls that have an item
-        self._current: CallWriter | None = None  # the call whose arguments come now
+        self._current: CallWriter | None = None  # the call whose arguments are being generated
         self._space: list[tuple[str, tuple[ChatTokenLogprob, ...]]] = []  # white space that may begin a message
         self._said_this_turn = False
         self._called_this_turn = False
         self._may_call = bool(plan.by_name) and plan.choice.mode != "none"
 
-    # ---- what the model says -----------------------------------------------------------------------------------------
+    # ---- text, reasoning and calls of the model ----------------------------------------------------------------------
 
     def begin_turn(self) -> None:
-        """Nothing has been said in it."""
+        """Note that a new turn begins."""
         self._said_this_turn = self._called_this_turn = False
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
-        """More of a message."""
+        """Add a delta of a message."""
         if isinstance(self._open, MessageWriter):
             self._open.add(text, logprobs)
             return
         self._space.append((text, logprobs))
-        if text.strip():  # white space alone stands between thoughts and calls
+        if text.strip():  # a message of white space alone, as between reasoning and calls, is dropped
             self._begin_message()
 
     def thoughts(self, text: str) -> None:
-        """More thoughts."""
+        """Add a delta of the reasoning."""
         writer = self._open
         if not isinstance(writer, ReasoningWriter):
             self._name_phase("commentary")
@@ -75,14 +75,14 @@ class TurnItems:
         writer.add(text)
 
     def begin_call(self, call_id: str, name: str) -> None:
-        """A call begins."""
+        """Begin a call."""
         self._name_phase("commentary")
         self._end_saying()
         self._space = []
         tool = self._plan.by_name.get(name)
         self._said_this_turn = self._called_this_turn = True
         if tool is None or self._plan.needs_approval(name):
-            return  # the model made it up, or it is told when somebody is asked
+            return  # the tool does not exist, or the item is written when the approval is requested
         emit, place = self._log.emit, self._log.next_place
         if tool.kind == "mcp":
             writer: CallWriter = McpCallWriter(emit, place, tool.server or "", tool.name)
@@ -93,18 +93,18 @@ class TurnItems:
         self._calls[call_id] = self._current = self._begin(writer)
 
     def arguments(self, call_id: str, delta: str) -> None:
-        """More of a call's arguments."""
+        """Add a delta of a call's arguments."""
         if call_id not in self._told:
-            return  # they are told when somebody is asked, or never
+            return  # an approval request has the arguments, too; other calls have no item
         writer = self._calls.get(call_id)
         if writer is None or writer is not self._current:
             raise CandleVllmError("The model's answer has the arguments of several calls mixed up.")
         writer.add(delta)
 
     def end_turn(self, *, cut: bool) -> None:
-        """The turn has ended, maybe because it was cut."""
+        """End the turn; `cut` is true if a limit ended it."""
         if not self._said_this_turn and not cut and self._open is None:
-            self._begin_message()  # an answer of white space, or of nothing
+            self._begin_message()  # an answer of white space, or an empty one
         if not cut and not self._called_this_turn:
             self._name_phase("final_answer")
         elif self._called_this_turn:
@@ -112,10 +112,10 @@ class TurnItems:
         self._end_saying("incomplete" if cut else "completed")
         self._space = []
 
-    # ---- what becomes of calls ---------------------------------------------------------------------------------------
+    # ---- approvals and results of calls ------------------------------------------------------------------------------
 
     def ask(self, call: ToolCall) -> None:
-        """Somebody has to agree to a call."""
+        """Write the approval request of a call."""
         tool = self._plan.by_name.get(call.name)
         self._told.add(call.id)
         label, name = (tool.server or "", tool.name) if tool else ("", call.name)
@@ -123,7 +123,7 @@ class TurnItems:
         self._log.add(item, item)
 
     def run(self, call: ToolCall) -> None:
-        """A call runs; one that was agreed to has not been told yet."""
+        """Note that a call runs; an approved call gets its item here."""
         tool = self._plan.by_name.get(call.name)
         if call.id in self._told or tool is None or tool.kind != "mcp":
             return
@@ -135,8 +135,8 @@ class TurnItems:
         writer.end_arguments()
 
     def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
-        """A call has its result; its item has what the model is shown of that, where there is room for the images."""
-        self.run(result.call)  # one that was not let run, such as one with wrong arguments
+        """End a call with its result; its item has the images that the model sees if they do not exceed the limits."""
+        self.run(result.call)  # for calls that were not run, for example with invalid arguments
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
             size = sum(len(part.source) for part in shown if isinstance(part, ImagePart))
@@ -146,7 +146,7 @@ class TurnItems:
             self._settle(writer)
 
     def close(self, status: str) -> None:
-        """The response ends: so does what is open. A call without a result is incomplete."""
+        """End the response and its open items. An MCP call without a result is incomplete."""
         self._end_open(status)
         self._current = None
         for writer in list(self._calls.values()):
@@ -160,23 +160,23 @@ class TurnItems:
 
     def _begin_message(self) -> None:
         self._end_saying()
-        phase = UNSET if self._may_call else "final_answer"  # whether a call follows shows at the message's end
+        phase = UNSET if self._may_call else "final_answer"  # only the end of the message shows whether a call follows
         writer = self._begin(MessageWriter(self._log.emit, self._log.next_place, phase))
         self._open, self._space, held = writer, [], self._space
         for text, logprobs in held:
             writer.add(text, logprobs)
 
     def _name_phase(self, phase: Phase) -> None:
-        """Says what the open message is, if there is one of which that was not known."""
+        """Set the phase of the open message, if it has no phase yet."""
         if isinstance(self._open, MessageWriter) and self._open.phase is UNSET:
             self._open.phase = phase
 
     def _end_saying(self, status: str = "completed") -> None:
-        """Ends what is being said: a message, thoughts, or a call's arguments."""
+        """End the open message or reasoning, and a call's arguments."""
         self._end_open(status)
         writer, self._current = self._current, None
         if isinstance(writer, McpCallWriter) and status == "completed":
-            writer.end_arguments()  # it goes on until its result is there
+            writer.end_arguments()  # the call's item stays open until its result arrives
         elif writer is not None:
             self._end(writer, status)
 

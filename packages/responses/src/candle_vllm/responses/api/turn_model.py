@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""TurnModel: the model of one response, with what holds for all of its turns together.
+"""TurnModel: the model of one response, with the limits that all of its turns share.
 
-`max_output_tokens` is a limit of the whole response: each turn gets what the turns before have left. `truncation: auto`
-leaves the oldest turns out of what the model sees until the rest fits.
+`max_output_tokens` limits the whole response: each turn gets the tokens that the turns before have left. With
+`truncation: auto`, the oldest turns are left out of the prompt until the rest fits.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.openai.task import Message, Paths, Task
 from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 
-_STEPS = 16  # how often a prompt is shortened at most; each try costs what a prompt's tokens cost
+_STEPS = 16  # maximum number of times that a prompt is shortened; each try tokenizes the prompt
 
 
 class TokensSpentError(CandleVllmError):
-    """Nothing is left of `max_output_tokens` for another turn."""
+    """No token of `max_output_tokens` is left for another turn."""
 
 
 class TurnModel:
@@ -32,12 +32,12 @@ class TurnModel:
 
     Args:
         model: answers tasks.
-        max_tokens: of all turns together, or None.
+        max_tokens: maximum number of tokens of all turns together, or None.
         truncate: whether old turns may be left out.
 
     Attributes:
-        entered: called when a turn has been taken by the engine, and will be answered.
-        eyes: the model's.
+        entered: called when the engine has accepted a turn.
+        eyes: image input of the model.
     """
 
     def __init__(self, model: ChatModel, *, max_tokens: int | None = None, truncate: bool = False) -> None:
@@ -49,7 +49,7 @@ class TurnModel:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
-        """The events of one turn; raises `TokensSpentError` where there is no token left for it."""
+        """Yield the events of one turn; raises `TokensSpentError` if no token is left for it."""
         assert isinstance(request, Task), "turns are asked for by tasks"
         if self._left is not None:
             if self._left < 1:
@@ -82,7 +82,7 @@ class TurnModel:
 
 
 def check_number(count: int, paths: Paths) -> None:
-    """Raises `InvalidParameterError` for so many messages where a task may not have them."""
+    """Raise `InvalidParameterError` if a task may not have this number of messages."""
     if not 0 < count <= MAX_MESSAGES:
         field = paths.fields.get("messages", "messages")
         told = f"have at most {MAX_MESSAGES} entries, not a list of {count}" if count else "not be empty"
@@ -90,15 +90,15 @@ def check_number(count: int, paths: Paths) -> None:
 
 
 def fewer(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Without the oldest turns, where there are more messages than a task may have."""
+    """Return the messages without the oldest turns, if there are more than a task may have."""
     units = _units(messages)
     return _without(messages, units[: _least(units, len(messages) - MAX_MESSAGES)])
 
 
 def _units(messages: Sequence[Message]) -> list[range]:
-    """What may be left out, the oldest first: turns of a user with their answers, but for the last one.
+    """Messages that may be left out, the oldest first: each user's turn with its answers, except the last one.
 
-    System messages stay.
+    System messages are never left out.
     """
     starts = [place for place, message in enumerate(messages) if message.role == "user"]
     first = next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))
@@ -108,7 +108,7 @@ def _units(messages: Sequence[Message]) -> list[range]:
 
 
 def _least(units: Sequence[range], too_many: int) -> int:
-    """How many of the oldest have to go for so many messages less."""
+    """Number of the oldest turns that must be left out to remove `too_many` messages."""
     gone = 0
     for count, unit in enumerate(units):
         if gone >= too_many:

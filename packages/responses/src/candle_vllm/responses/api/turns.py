@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConversationTurns: one response at a time in a conversation; the next one sees what the one before it added.
+"""ConversationTurns: one response at a time in a conversation; the next one sees the items that it added.
 
-Within a process a lock sees to that, among the servers of one store a lease in it, which is renewed while it is held.
+Within a process, a lock ensures this; among servers that share a store, a lease that is renewed while it is held.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from candle_vllm.responses.store.entries import (
 )
 from candle_vllm.responses.store.upkeep import Upkeep
 
-TURN_MS = 20_000  # others wait for so long for a server that has died
+TURN_MS = 20_000  # lease; if a server dies, others wait this long
 RENEW_SECONDS = 5.0
-POLL_SECONDS = 0.25  # between looks at whether another server has ended
+POLL_SECONDS = 0.25  # between checks whether another server has finished
 MAX_WAITING = 8  # responses that wait for one conversation
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ class _Queue:
 
 
 class ConversationTurns:
-    """Who may add to which conversation now.
+    """The right to add items to a conversation.
 
     Args:
-        store: where conversations are; None where no other process can use it.
+        store: opens the store of the conversations; None if no other process can use it.
     """
 
     def __init__(self, store: Callable[[], Awaitable[Backend]] | None = None) -> None:
@@ -49,15 +49,15 @@ class ConversationTurns:
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
-        """Waits until nobody else is answering in the conversation, and lets nobody in until it is left.
+        """Wait until no other answer is in progress in the conversation, and hold it until the context exits.
 
         Args:
-            owner: whose it is.
-            conversation_id: of a conversation that need not be there.
-            param: what is blamed where it is not.
+            owner: owner of the conversation.
+            conversation_id: id of the conversation, which need not exist.
+            param: parameter that the error names if it does not exist.
 
         Raises:
-            ConversationBusyError: too many wait already.
+            ConversationBusyError: too many responses wait for this conversation.
         """
         name = owner, conversation_id
         queue = self._queues.setdefault(name, _Queue())
@@ -96,13 +96,13 @@ async def _turn_in_store(store: Backend, owner: str, conversation_id: str, param
         await upkeep.close()
         try:
             await store.move([turn], None)
-        except CandleVllmError as error:  # the lease ends by itself
+        except CandleVllmError as error:  # the lease expires by itself
             logger.warning("a conversation's turn could not be given back: %s", error.__cause__ or error)
 
 
 @contextlib.contextmanager
 def blaming(param: str) -> Iterator[None]:
-    """What is not there is blamed on the field that named it."""
+    """Set `param` of a `NotStoredError` to the field that named the missing object."""
     try:
         yield
     except NotStoredError as error:

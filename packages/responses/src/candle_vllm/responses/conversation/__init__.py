@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Turns of a model and the tools between them: one loop, its events, its transcript, and the models it asks."""
+"""Conversation of a model and its tools: one loop, its events, its transcript, and the models that answer."""

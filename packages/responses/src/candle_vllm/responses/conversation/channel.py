@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tasks that work for a reader: a bounded way for what they send, and their end for good."""
+"""Tasks that work for a reader: a bounded channel for their events, and their reliable cancellation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class EventChannel(Generic[T]):
-    """Holds at most `size` events; who sends more waits until the reader has taken some.
-    Unlike a queue it can be closed at any time, also by a callback that cannot wait, and its reader then gets what is
-    left and after that the end or the error.
+    """Channel of about `size` events; a sender beyond that waits until the reader has taken some. Unlike a queue, it
+    can be closed at any time, also by a synchronous callback; the reader then gets the remaining events, and the end or
+    the error.
     """
 
     def __init__(self, size: int = 64) -> None:
@@ -27,7 +27,7 @@ class EventChannel(Generic[T]):
         self._errors: list[BaseException] = []
 
     async def send(self, event: T) -> None:
-        """Adds an event, and waits while there are too many; an event is never lost, also if the wait is cancelled."""
+        """Add an event, and wait while the channel is full; the event stays in it even if the wait is cancelled."""
         self._events.append(event)
         self._news.set()
         while len(self._events) > self._size:
@@ -35,23 +35,23 @@ class EventChannel(Generic[T]):
             await self._room.wait()
 
     def offer(self, event: T) -> None:
-        """Adds an event if there is room; otherwise nobody gets it."""
+        """Add an event if the channel is not full; otherwise drop it."""
         if len(self._events) < self._size:
             self._events.append(event)
             self._news.set()
 
     def close(self, error: BaseException | None = None) -> None:
-        """Says that no more comes, and why."""
+        """Close the channel, with an error or without."""
         self._closed = True
         self._errors += [] if error is None else [error]
         self._news.set()
 
     async def receive(self) -> T | None:
-        """The next event, or None when there are no more; raises once what the channel was closed with."""
+        """Return the next event, or None after the last one; the error of `close` is raised once."""
         while not self._events:
             if self._closed:
                 if self._errors:
-                    raise self._errors.pop()  # it holds this channel
+                    raise self._errors.pop()  # the error refers to this channel
                 return None
             self._news.clear()
             await self._news.wait()
@@ -63,14 +63,13 @@ class EventChannel(Generic[T]):
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0  # seconds
-AGAIN = 2.0  # seconds after which a task that swallowed its cancelling is cancelled again
+AGAIN = 2.0  # seconds after which a task that suppressed its cancellation is cancelled again
 
 
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
-    """Cancels a task and returns when it has ended; its error, if any, is left in it.
+    """Cancel a task, and return when it has ended; its error, if any, stays in it.
 
-    One that goes on is cancelled every `again` seconds. A task that does not end within `patience` seconds is left
-    behind, with a line in the log.
+    It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged.
     """
     now = asyncio.get_running_loop().time
     deadline = now() + patience
@@ -91,4 +90,4 @@ async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again
         if cancelled is not None:
             raise cancelled
     finally:
-        del cancelled  # it holds this frame
+        del cancelled  # it refers to this frame

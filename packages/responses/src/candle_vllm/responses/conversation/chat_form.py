@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OpenAI's chat form: messages that a library's user gives and gets, requests to other servers, tasks written so."""
+"""OpenAI's chat format: messages of a library's user, and tasks written as requests to other servers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 ChatMessage = dict[str, Any]
 
-_UNSAID = {  # fields of a task without words, as requests spell them
+_UNSAID = {  # fields of a task that a chat request cannot express, by the names of the API
     "prompts": ("prompt", "a chat request has messages, and no prompts that are continued as they are"),
     "tell_ids": ("return_token_ids", "its answer is read as text"),
     "tell_counts": ("stream_options", "the tokens of its answer are counted at the end"),
@@ -26,13 +26,13 @@ _UNSAID = {  # fields of a task without words, as requests spell them
 
 
 class ChatTranscript(Transcript):
-    """A conversation whose messages somebody gave in OpenAI's form; they stay as they are.
+    """A conversation whose messages were given in OpenAI's format; they are not changed.
 
     Args:
-        messages: what was said before; copied.
+        messages: earlier messages; copied.
 
     Raises:
-        InvalidParameterError: something is no message or no JSON, or the calls of the last turn cannot be read.
+        InvalidParameterError: an entry is no message or not JSON, or the calls of the last turn are malformed.
     """
 
     def __init__(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -44,14 +44,14 @@ class ChatTranscript(Transcript):
 
     @property
     def messages(self) -> list[ChatMessage]:
-        """All of them, a copy."""
+        """A copy of all messages."""
         return [*_copied(self._given), *map(chat_message, self.added)]
 
     def request(
         self, fields: Mapping[str, Any], client_tools: Sequence[Mapping[str, Any]], tools: Sequence[ToolDefinition],
         *, first: bool,
     ) -> dict[str, Any]:  # fmt: skip
-        """The chat request of the next turn: `fields` with the messages and the tools."""
+        """Return the chat request of the next turn: `fields` with the messages and the tools."""
         request: dict[str, Any] = {**fields, "messages": self.messages}
         if tools or client_tools:
             request["tools"] = [*(one.to_openai() for one in tools), *map(dict, client_tools)]
@@ -74,7 +74,7 @@ def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:
 
 
 def chat_message(message: Message) -> ChatMessage:
-    """A message of a task in OpenAI's form; the content is null where there are thoughts or calls alone."""
+    """Convert a message of a task to OpenAI's format; content is null if it has only reasoning or calls."""
     content = _content(message.parts)
     written: ChatMessage = {"role": message.role, "content": content}
     if message.thoughts:
@@ -91,10 +91,10 @@ def chat_message(message: Message) -> ChatMessage:
 
 
 def chat_request(task: Task) -> dict[str, Any]:
-    """A task as the body of a chat request, for other servers; what it leaves open is not in it.
+    """Convert a task to the body of a chat request for other servers; fields without a value are left out.
 
     Raises:
-        UnsupportedParameterError: it asks for what a chat request, or the answer to it, has no words for.
+        UnsupportedParameterError: the task uses a feature that a chat request or its answer cannot express.
     """
     for name, (param, reason) in _UNSAID.items():
         if getattr(task, name):
@@ -104,7 +104,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         raise UnsupportedParameterError(message, "echo")
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)
-    if effort is not None:  # by which a server knows these
+    if effort is not None:  # a server derives these from the effort
         implied = ("thinking", "enable_thinking")
         variables = {k: value for k, value in variables.items() if k not in implied or value is not (effort != "none")}
     sampling = dict(task.sampling)
@@ -163,7 +163,7 @@ def _choice(use: ToolUse) -> Any:
 
 
 def _content(parts: Sequence[Part]) -> Any:
-    """The text of a message; a list where there is more than text."""
+    """Content of a message: its text, or a list of parts if it has more than text."""
     if all(isinstance(part, TextPart) for part in parts):
         return "\n".join(part.text for part in parts if isinstance(part, TextPart))
     return list(map(_chat_part, parts))
@@ -183,14 +183,14 @@ def _chat_call(call: Call) -> dict[str, Any]:
 
 
 def _free_choice(choice: Any) -> Any:
-    """The choice for later turns: a model that had to call something would never come to its answer."""
+    """Return the choice for later turns: if calls stayed required, the model could never answer."""
     if isinstance(choice, Mapping) and isinstance(choice.get("allowed_tools"), Mapping):
         return {**choice, "allowed_tools": {**choice["allowed_tools"], "mode": "auto"}}
     return "none" if choice == "none" else "auto"
 
 
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
-    """Names of the caller's tools; a tool of this session with such a name would never be called."""
+    """Return the names of the caller's tools, which must differ from the names of tools that run here."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
         function = tool.get("function")
@@ -207,7 +207,7 @@ def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry)
 
 
 def check_is_list(messages: object) -> None:
-    """Raises `InvalidParameterError` for what cannot be a list of messages."""
+    """Raise `InvalidParameterError` if the value cannot be a list of messages."""
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
         raise InvalidParameterError(
             f"messages must be a list of objects with a role and content, not a {type(messages).__name__}", "messages"
@@ -215,7 +215,7 @@ def check_is_list(messages: object) -> None:
 
 
 def _checked_message(message: Any, place: int) -> ChatMessage:
-    """A copy of what somebody gave as a message."""
+    """Return a copy of a message that a caller gave."""
     where = f"messages.{place}"
     if not isinstance(message, Mapping):
         raise InvalidParameterError(
@@ -223,7 +223,7 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
         )
     try:
         text = json.dumps(dict(message), ensure_ascii=False, allow_nan=False)
-        text.encode()  # half of a surrogate pair is no text
+        text.encode()  # a lone surrogate is not valid text
         checked = json.loads(text)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameterError(f"{where} must be JSON: {error!s:.200}", where) from None
@@ -234,12 +234,12 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of JSON; several times faster than `copy.deepcopy`, and it is made in every turn."""
+    """Copy JSON; it is done in every turn, and this is several times faster than `copy.deepcopy`."""
     return json.loads(json.dumps(value, ensure_ascii=False))
 
 
 def _last_calls(messages: Sequence[ChatMessage]) -> tuple[ToolCall, ...]:
-    """The calls of the last assistant message that no tool message behind it answers, if only such follow it."""
+    """Return the unanswered calls of the last assistant message, if only tool messages follow it."""
     answered: set[object] = set()
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who answers a turn: an engine of this process, or any server with OpenAI's chat API."""
+"""Models that answer turns: an engine of this process, or any server with OpenAI's chat API."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ if TYPE_CHECKING:
 
 
 class ChatModel(Protocol):
-    """Answers tasks in events."""
+    """Answers a task with a stream of events."""
 
     def stream(self, request: Task | Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What happens while one request is answered; see `candle_vllm.openai.events`.
+        """Open the events of one answer; see `candle_vllm.openai.events`.
 
-        A library's user says in OpenAI's form what is asked for; that is passed on as it is to where it is read.
+        A user of the library gives a request in OpenAI's format; it is passed on unchanged to the code that parses it.
 
         Leaving the context before the end aborts the request.
 
         Raises:
-            CandleVllmError: the request is wrong, or the model failed.
+            CandleVllmError: the request is invalid, or the model failed.
         """
         ...
 
 
 class Eyes(Protocol):
-    """How a model is shown the images that its tools return."""
+    """Image input of a model, for images that its tools return."""
 
     @property
     def max_images(self) -> int:
-        """Of all messages of a turn; 0 where it reads text alone."""
+        """Maximum number of images in all messages of a turn; 0 if the model reads only text."""
         ...
 
     async def try_picture(self, data: bytes) -> None:
-        """Raises `RequestError` where the model cannot be shown this file as the result of a tool."""
+        """Raise `RequestError` if the model cannot see this file as part of a tool's result."""
         ...
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:
-    """The `eyes` of a model; None for a model that sees no images, or of which that is not known."""
+    """Return the `eyes` of a model; None for a model that sees no images, or may not."""
     return getattr(model, "eyes", None)
 
 
 class InProcessModel:
-    """Asks an adapter: steps 2 to 10 of a request's life, without HTTP.
+    """Model that asks an adapter of this process, without HTTP.
 
     Attributes:
-        eyes: the adapter's.
+        eyes: image input of the adapter.
     """
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
@@ -79,17 +79,17 @@ ModelSource = EngineLike | OpenAIAdapter | ChatModel | str
 
 
 def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpModel:
-    """The model behind a base URL; see `HttpModel`."""
+    """Return the model of a base URL; see `HttpModel`."""
     from candle_vllm.responses.conversation.http_model import HttpModel
 
     return HttpModel(base_url, api_key=api_key, model=model)
 
 
 def local_model(source: Any) -> ChatModel:
-    """The model for an engine, an adapter, or a model as it is.
+    """Return the model for an engine or an adapter; a model is returned unchanged.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: the source has another type.
     """
     is_class = isinstance(source, type)
     if isinstance(source, OpenAIAdapter):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What happens in a conversation, one typed event at a time.
+"""Typed events of a conversation.
 
-A turn: `TurnStarted`, then deltas of thoughts, text and calls as they are generated, then `TurnFinished` with the whole
-message. For its calls: `ApprovalRequested` where somebody is asked, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
-those of calls that run at the same time interleave. The last event is `ConversationFinished`. A failure of the model
-is an exception from the iterator.
+A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, then `TurnFinished` with the
+whole message. Its calls: `ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
+the events of concurrent calls interleave. The last event is `ConversationFinished`. The iterator raises errors of the
+model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class TurnStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """More of the model's thoughts."""
+    """A delta of the model's reasoning."""
 
     text: str
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """More of its answer; `logprobs` are OpenAI's entries for its tokens where the request asked for them."""
+    """A delta of the answer; `logprobs` are OpenAI's entries for its tokens, if the request asked for them."""
 
     text: str
     logprobs: tuple[Any, ...] = ()
@@ -47,7 +47,7 @@ class CallStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CallArgumentsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """More of a call's arguments, as JSON text."""
+    """A delta of a call's arguments, as JSON text."""
 
     index: int
     call_id: str
@@ -58,10 +58,10 @@ class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The model has ended its turn.
 
     Attributes:
-        number: of the turn.
-        message: the whole message in OpenAI's form, as it stands in the transcript.
-        finish_reason: why it ended.
-        usage: of this turn.
+        number: number of the turn.
+        message: whole message in OpenAI's format, as in the transcript.
+        finish_reason: why the turn ended.
+        usage: usage of this turn.
     """
 
     number: int
@@ -71,32 +71,32 @@ class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ApprovalRequested(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Somebody is asked whether a call may run, or nobody could be: then it is among the result's `pending`."""
+    """An approval of a call is requested; a call that nobody could decide is in the result's `pending`."""
 
     call: ToolCall
     definition: ToolDefinition
 
 
 class ToolStarted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A call runs."""
+    """A call has started."""
 
     call: ToolCall
     definition: ToolDefinition
 
 
 class ToolProgressed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A running call says how far it is."""
+    """A running call reports its progress."""
 
     call_id: str
     progress: ToolProgress
 
 
 class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A call has its result; also one that did not run (no such tool, wrong arguments, denied).
+    """A call has a result; also one that did not run (unknown tool, invalid arguments, denied).
 
     Attributes:
-        result: what came of it.
-        shown: what the model sees of it in place of the text, where images are among that.
+        result: result of the call.
+        shown: what the model sees instead of the result's text, if the result has images.
     """
 
     result: ToolResult
@@ -107,8 +107,8 @@ class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The last event.
 
     Attributes:
-        result: what the conversation came to.
-        messages: what it added to the transcript: assistant and tool messages in OpenAI's form.
+        result: result of the conversation.
+        messages: messages that were added to the transcript: assistant and tool messages in OpenAI's format.
     """
 
     result: ConversationResult

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""JSON of a chat stream -> events, as tolerant as OpenAI-compatible servers are different.
+"""Converts the JSON of a chat stream to events, and tolerates the differences of OpenAI-compatible servers.
 
-Read are: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls once or in every
-piece, whole calls in one piece, several calls under one index, calls without index, id or name, usage without details.
-What is missing gets the value that says nothing.
+It accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk or in
+every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage without
+details. A missing value gets a neutral default.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class ChunkReader:
 
     @property
     def finished(self) -> bool:
-        """Chunks said of every answer why it ended."""
+        """Whether every answer has a finish reason."""
         return bool(self._choices) and all(choice.reason for choice in self._choices.values())
 
     def read(self, data: Mapping[str, Any]) -> list[Event]:
-        """What one chunk says; raises `CandleVllmError` for an answer beyond all bounds."""
+        """Return the events of one chunk; raises `CandleVllmError` for an answer that exceeds the limits."""
         events: list[Event] = []
         if self._head is None:
             self._head = Head(
@@ -75,7 +75,7 @@ class ChunkReader:
         return events
 
     def end(self) -> list[Event]:
-        """What is left to say at the end of all answers."""
+        """Return the last events of all answers."""
         return [event for choice in (self._choices or {0: _Choice(0)}).values() for event in choice.end()]
 
     def _begin(self, number: int, head: Head) -> list[Event]:
@@ -86,21 +86,21 @@ class ChunkReader:
 
 
 class _Choice:
-    """One answer of a stream; `reason` is why it ended, in the server's word."""
+    """One answer of a stream; `reason` is the finish reason as the server spelled it."""
 
     def __init__(self, number: int) -> None:
         self.reason = ""
         self._number = number
         self._next_index = 0
         self._calls: list[_Call] = []
-        self._at: dict[int, int] = {}  # index in the chunks -> our own
+        self._at: dict[int, int] = {}  # index in the chunks -> our index
         self._held = 0
 
     def end(self) -> list[Event]:
-        """What is left to say at the end: the calls that never got a name, and why the answer ended.
+        """Return the last events: the calls that never got a name, and the finish reason.
 
-        Servers have many words for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none). With
-        calls, of which the last may be cut, an unknown one counts as a cut.
+        Servers have many finish reasons for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none).
+        If there are calls, the last of which may be incomplete, an unknown reason counts as "length".
         """
         unknown = Reason.LENGTH if self._calls and self.reason else Reason.STOP
         events: list[Event] = []
@@ -110,7 +110,7 @@ class _Choice:
         return [*events, Ended(self._number, _REASONS.get(self.reason.lower(), unknown))]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
-        """What its part of a chunk says."""
+        """Return the events of this answer's part of a chunk."""
         self.reason = _text(choice, "finish_reason") or self.reason  # some servers write "" for no reason
         delta = choice.get("delta")
         delta = delta if isinstance(delta, dict) else {}
@@ -146,16 +146,16 @@ class _Choice:
         return events
 
     def _name(self, number: int, name: str) -> list[Event]:
-        """The beginning of a call, with the arguments that came before its name."""
+        """Return the beginning of a call, with the arguments that came before its name."""
         call = self._calls[number]
         call.begun = True
         events: list[Event] = [CallBegun(self._number, number, call.given_id, name)]
         return [*events, CallText(self._number, number, "".join(call.held))] if call.held else events
 
     def _place(self, call: dict[str, Any], name: str) -> int:
-        """Which call a piece belongs to; another id and a name under the same index begin another."""
+        """Return the call of a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
-        if not isinstance(index, int):  # a name begins a call, anything else continues the last one
+        if not isinstance(index, int):  # a name begins a call, any other delta continues the last one
             index = self._next_index if name else max(self._next_index - 1, 0)
         self._next_index = max(self._next_index, index + 1)
         known = self._at.get(index)
@@ -174,7 +174,7 @@ def _text(data: Mapping[str, Any], name: str) -> str | None:
 
 
 def _whole(text: str) -> str:
-    """The text without halves of surrogate pairs, which JSON can hold and no message can."""
+    """Return the text without lone surrogates, which JSON can contain but a message cannot."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -195,13 +195,13 @@ def _content(value: Any) -> str:
 
 
 def _logprobs(value: Any) -> Sequence[PositionLogprobs] | None:
-    """The engine's form of OpenAI's entries, without ids and ranks; None where the server's have another form."""
+    """Convert OpenAI's logprobs to the engine's, without ids and ranks; None if the server's have another format."""
     try:
         given = msgspec.convert(_with_bytes(value), ChatLogprobs) if isinstance(value, dict) else None
         if given is None:
             return None
         return [PositionLogprobs(_token(one), tuple(map(_token, one.top_logprobs))) for one in given.content]
-    except ValueError:  # msgspec's, too
+    except ValueError:  # msgspec's error is one, too
         return None
 
 
@@ -210,7 +210,7 @@ def _token(entry: ChatTokenLogprob | TopLogprob) -> TokenLogprob:
 
 
 def _with_bytes(value: Any) -> Any:
-    """The same with an empty list where `bytes` is null, which it is for tokens that are no text."""
+    """Replace null by an empty list as `bytes`; it is null for tokens that are not valid text."""
     if isinstance(value, dict):
         return {key: [] if key == "bytes" and item is None else _with_bytes(item) for key, item in value.items()}
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HttpModel: any server with OpenAI's chat API answers the turns; what can go wrong with it."""
+"""HttpModel: a model behind a server with OpenAI's chat API, and the errors of such a server."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.chat_form import chat_request
 from candle_vllm.responses.conversation.http_chunks import ChunkReader
 
-_MAX_MESSAGE = 500  # characters of a server's own words
+_MAX_MESSAGE = 500  # characters of a server's message
 _BUSY = frozenset({429, 503, 529})
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is tried again, where the server does not say how long
-_LONGEST_WAIT = 120.0  # seconds; a server that asks for more is not waited for
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a retry, if the server does not set them
+_LONGEST_WAIT = 120.0  # seconds; if a server asks for more, the request fails
 
 logger = logging.getLogger(__name__)
 
 
 class ModelServerError(CandleVllmError):
-    """The server cannot be reached, failed, refused the key, or answered something that is not OpenAI's API.
+    """The server cannot be reached, failed, refused the key, or its answer is not of OpenAI's API.
 
     Attributes:
-        status: of its answer; None without an answer.
+        status: HTTP status of the answer; None without an answer.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -49,7 +49,7 @@ class ModelServerError(CandleVllmError):
 
 
 class ModelServerBusyError(EngineOverloadedError):
-    """The server takes no more requests now.
+    """The server accepts no more requests now.
 
     Attributes:
         status: 429, 503 or 529.
@@ -65,7 +65,7 @@ class ModelServerRequestError(RequestError):
 
     Attributes:
         status: 400 to 499.
-        code: the server's own word for it, or None.
+        code: the server's error code, or None.
     """
 
     def __init__(self, message: str, status: int, param: str | None = None, code: str | None = None) -> None:
@@ -75,7 +75,7 @@ class ModelServerRequestError(RequestError):
 
 
 def error_of(status: int, body: bytes, server: str, api_key: str | None) -> CandleVllmError:
-    """The exception for an answer with an error status; the key is never in its message."""
+    """Return the exception for an answer with an error status; the key is never in its message."""
     envelope = _envelope(body)
     words = envelope.get("message") or body.decode("utf-8", "replace").strip() or "no reason given"
     said = f"{server} answered {status}: {shown(words, api_key)}"
@@ -94,7 +94,7 @@ def error_of(status: int, body: bytes, server: str, api_key: str | None) -> Cand
 
 
 def shown(words: Any, api_key: str | None) -> str:
-    """A server's words, bounded, on one line and without the key."""
+    """Return a server's text, limited, on one line and without the key."""
     text = words if isinstance(words, str) else json.dumps(words)
     if api_key:
         text = text.replace(api_key, "***")
@@ -103,7 +103,7 @@ def shown(words: Any, api_key: str | None) -> str:
 
 
 def _envelope(body: bytes) -> dict[str, Any]:
-    """The `error` object of OpenAI's envelope, or the nearest to it that servers send."""
+    """Return the `error` object of OpenAI's envelope, or what a server sends instead."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -121,18 +121,18 @@ _READ_ON = 0.5  # seconds
 
 
 class HttpModel:
-    """Asks a server; see `ChatModel`.
+    """Model that asks a server; see `ChatModel`.
 
     Args:
-        base_url: what stands before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
-        api_key: sent as `Authorization: Bearer`; never shown.
-        model: the name that requests have; None asks the server, and takes the first of its models.
-        connect_timeout: seconds.
-        read_timeout: seconds without a byte of the answer, up to its first and between any two.
-        transport: what carries the requests; None is the network.
+        base_url: the URL before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
+        api_key: key that is sent as `Authorization: Bearer`; never shown.
+        model: model name in the requests; None asks the server, and uses the first of its models.
+        connect_timeout: timeout of a connection in seconds.
+        read_timeout: seconds without a byte of the answer, before its first byte and between any two.
+        transport: transport of the requests; None uses the network.
 
     Raises:
-        ConfigError: the URL is not one of http or https, or the key cannot be sent.
+        ConfigError: the URL is not an http or https URL, or the key cannot be sent.
     """
 
     def __init__(
@@ -163,17 +163,17 @@ class HttpModel:
         return f"HttpModel({self._url.host!r}, model={self._model!r})"
 
     async def aclose(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._client.aclose()
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
-        """The events of the answer; leaving the context closes the connection, by which servers stop their work.
+        """Open the events of the answer; leaving the context closes the connection, which makes servers stop.
 
         Raises:
             RequestError: the server refuses the request; `ModelServerRequestError` has the status.
-            EngineOverloadedError: it takes none now. It was asked several times, as `Retry-After` says.
-            ModelServerError: anything else, before the first event or among them.
+            EngineOverloadedError: the server was busy in every try; retries wait as `Retry-After` asks.
+            ModelServerError: any other failure, before the first event or between events.
         """
         self._check_open()
         fields = chat_request(request) if isinstance(request, Task) else request
@@ -194,8 +194,7 @@ class HttpModel:
             raise self._failed(error) from None
 
     async def _answer(self, method: str, path: str, **given: Any) -> httpx2.Response:
-        """An answer whose body has not been read. A busy server, and one that broke off before its answer, is asked
-        again after a while."""
+        """Return an answer with its body unread; retry if the server is busy, or disconnects before it answers."""
         for wait in (*_WAITS, None):
             try:
                 response = await self._client.send(
@@ -275,7 +274,7 @@ class HttpModel:
         return first
 
     async def _body(self, response: httpx2.Response) -> bytes:
-        """The beginning of an answer that is no stream."""
+        """Read the beginning of an answer that is no stream."""
         read = bytearray()
         async for piece in response.aiter_bytes():
             read += piece
@@ -295,7 +294,7 @@ class HttpModel:
 
 
 def _wait_of(said: str | None, otherwise: float) -> float:
-    """Seconds that a `Retry-After` asks for, a number or a date; `otherwise` where it asks for nothing."""
+    """Return the seconds of a `Retry-After`, a number or a date; `otherwise` if it is missing or invalid."""
     try:
         seconds = float(said or "")
     except ValueError:
@@ -307,7 +306,7 @@ def _wait_of(said: str | None, otherwise: float) -> float:
 
 
 async def _read_on(events: AsyncIterator[object]) -> None:
-    """Reads what comes after the end of an answer, so that the next one can have the connection; not for long."""
+    """Read the rest of the stream after an answer, for a short time, so that its connection can be reused."""
     with contextlib.suppress(TimeoutError, httpx2.HTTPError):
         async with asyncio.timeout(_READ_ON):
             async for _ in events:

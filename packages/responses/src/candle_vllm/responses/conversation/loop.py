@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConversationLoop: a model and its tools take turns until the model has answered, or something ends it.
+"""ConversationLoop: a model and its tools alternate until the model has answered, or a limit ends the conversation.
 
-The one loop behind `ResponsesSession`, the chat route that executes tools, and `/v1/responses`.
+`ResponsesSession`, the chat route that runs tools, and `/v1/responses` all use this loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WHOLE = "The answer was cut at its token limit behind this call, so it did not r
 
 
 class Ask(Protocol):
-    """Says what the model is asked next, with the tools that run here."""
+    """Makes the request of the next turn, with the tools that run here."""
 
     def __call__(self, tools: Sequence[ToolDefinition], /, *, first: bool) -> Task | Mapping[str, Any]: ...
 
@@ -45,10 +45,10 @@ _Round = tuple[tuple[str, str, str, str], ...]
 
 
 class RepeatWatch:
-    """Counts turns in a row with equal calls and equal results, whatever their order and ids.
+    """Counts consecutive turns with equal calls and equal results, whatever their order and ids.
 
     Args:
-        most: so many equal turns are a loop.
+        most: number of equal turns that count as a loop.
     """
 
     def __init__(self, most: int) -> None:
@@ -57,7 +57,7 @@ class RepeatWatch:
         self._count = 0
 
     def is_loop(self, results: Sequence[ToolResult]) -> bool:
-        """Takes the results of one turn; True when they complete a loop."""
+        """Add the results of one turn; True if they complete a loop."""
         this = tuple(sorted((one.call.name, _canonical(one.call.arguments), one.status, one.text) for one in results))
         self._count = self._count + 1 if this == self._last else 1
         self._last = this
@@ -65,7 +65,7 @@ class RepeatWatch:
 
 
 def _canonical(arguments: str) -> str:
-    """Arguments with their names in order and without blanks; text that is no JSON as it stands."""
+    """Return JSON arguments with sorted names and without blanks; other text is returned unchanged."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):
@@ -73,13 +73,13 @@ def _canonical(arguments: str) -> str:
 
 
 class ConversationLoop:
-    """Runs conversations; any number at the same time.
+    """Runs conversations, any number of them concurrently.
 
     Args:
         model: answers the turns.
-        tools: what the model may call; looked at anew before each turn.
+        tools: tools that the model may call; they are read again before each turn.
         options: limits and approval.
-        auto_approve: True for a tool that needs no approval, whatever the policy is.
+        auto_approve: returns True for a tool that needs no approval, whatever the policy is.
     """
 
     def __init__(
@@ -104,21 +104,21 @@ class ConversationLoop:
         approved: Collection[str] = (),
         denied: Collection[str] = (),
     ) -> AsyncGenerator[Event, None]:
-        """The events of a conversation; `ConversationFinished` is the last.
+        """Yield the events of a conversation; `ConversationFinished` is the last.
 
-        Calls of the last assistant message that have no result are taken up before the first turn. A `tool_choice` of
-        the request that forces a call holds for the first turn; from then on the model chooses.
+        Calls of the last assistant message that have no result are run before the first turn. A `tool_choice` that
+        forces a call applies to the first turn; from then on, the model chooses.
 
         Closing the iterator, or cancelling the task that reads it, ends the model's answer and every running tool
         before it returns (`contextlib.aclosing` closes it in time).
 
         Args:
-            messages: in OpenAI's form; a `ChatTranscript` grows as the conversation does, also where it is cut off.
+            messages: messages in OpenAI's format; a `ChatTranscript` gets the new ones, even if the run ends early.
             client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last.
             approved, denied: ids of calls without results that may run, or may not.
 
         Raises:
-            RequestError: a message, tool or option is wrong, or the conversation is too long.
+            RequestError: a message, tool or option is invalid, or the conversation is too long.
             CandleVllmError: the model failed. Running tools have been ended.
         """
         transcript = messages if isinstance(messages, ChatTranscript) else ChatTranscript(messages)
@@ -135,12 +135,12 @@ class ConversationLoop:
         approved: Collection[str] = (),
         denied: Collection[str] = (),
     ) -> AsyncGenerator[Event, None]:
-        """The same, whatever the messages are written in.
+        """Run a conversation as `run` does, in any format of messages.
 
         Args:
-            transcript: grows as the conversation does, also where it is cut off.
-            ask: what the model is asked next.
-            names: of tools that the caller runs.
+            transcript: gets the new messages, even if the run is ended early.
+            ask: makes the request of the next turn.
+            names: names of the tools that the caller runs.
             approved, denied: as in `run`.
         """
         decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
@@ -160,16 +160,16 @@ class ConversationLoop:
                 await end_task(task)
             finally:
                 self._running.discard(task)
-                del task  # its error holds this frame
+                del task  # its error refers to this frame
                 transcript.settle()
 
     async def aclose(self) -> None:
-        """Ends the conversations that run; who reads one gets `RequestAbortedError`."""
+        """End the running conversations; their readers get `RequestAbortedError`."""
         await asyncio.gather(*map(end_task, self._running))
 
 
 class _Conversation:
-    """One run of the loop, in a task of its own, so that its time limit never touches the reader's task."""
+    """One run of the loop, in a task of its own, so that its timeout does not cancel the reader's task."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Conversation:
             for call in self._transcript.lost_calls():
                 await self._calls.refuse(call, "timed_out", LOST)
         finally:
-            del limit  # it holds this task, whose error holds this frame
+            del limit  # it refers to this task, whose error refers to this frame
         result = ConversationResult(
             final_message=self._words,
             tool_calls=self._calls.results,
@@ -235,7 +235,7 @@ class _Conversation:
         return reason
 
     async def _run_calls(self) -> StopReason | None:
-        """Runs the open calls; why the conversation ends with them, or None."""
+        """Run the open calls; return the reason if the conversation ends with them, else None."""
         calls = self._transcript.open_calls
         reason = await self._calls.run(calls)
         if reason is None and self._repeats.is_loop(self._calls.of_turn(calls)):

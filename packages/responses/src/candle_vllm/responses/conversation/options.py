@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a caller says about a conversation, and what it came to."""
+"""Options and result of a conversation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 StopReason = Literal[
     "stop",  # the model ended by itself
-    "length",  # an answer was cut at max_tokens or the context
+    "length",  # max_tokens or the context length ended an answer
     "max_turns",
     "max_tool_calls",
     "timeout",
-    "loop",  # the same calls with the same results came again and again
-    "client_tools",  # calls of tools that the caller runs; their results go on
-    "approval",  # calls that wait for somebody's agreement
+    "loop",  # the same calls with the same results were repeated
+    "client_tools",  # calls of tools that the caller runs and returns results for
+    "approval",  # calls that wait for an approval
 ]
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
@@ -62,19 +62,19 @@ _LIMITS = (
 
 
 class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
-    """How one call of `run_conversation` is answered.
+    """Options of one call of `run_conversation`.
 
     Attributes:
-        max_turns: model turns, 1 to 1000.
-        allowed_tools: names that the model may see; None is all, patterns with "*" are understood. A session
-            refuses a name that it has no tool of.
-        max_tool_calls: tools that may run in all, 0 to 10000; None is no limit beside `max_turns`.
-        timeout: seconds for the whole; None is no limit.
-        approval: who agrees before a tool runs.
-        parallel_tools: calls of one turn run at the same time, at most this many (1: one after the other).
-        tool_timeout: seconds for one call; None is the tool's own, or 60.
-        max_result_chars: of a tool's text that the model sees; more is cut, with a note that says so.
-        max_repeats: 2 to 100; so many turns in a row with the same calls and the same results end the conversation.
+        max_turns: maximum number of the model's turns, 1 to 1000.
+        allowed_tools: names of the tools that the model may call, or patterns with "*"; None allows all. A session
+            refuses a name that matches none of its tools.
+        max_tool_calls: maximum number of calls that run, 0 to 10000; None sets no limit.
+        timeout: seconds for the whole conversation; None sets no limit.
+        approval: policy that decides which calls need an approval.
+        parallel_tools: maximum number of calls of one turn that run concurrently.
+        tool_timeout: seconds for one call; None means the tool's own timeout, or 60.
+        max_result_chars: characters of a tool's text that the model sees; a longer text is truncated, with a note.
+        max_repeats: number of consecutive turns with equal calls and results that end the conversation, 2 to 100.
         request: further fields of a chat completion request (`temperature`, `max_tokens`, `tool_choice`, ...).
     """
 
@@ -95,7 +95,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
         if not isinstance(self.request, Mapping):
             raise InvalidParameterError(f"request must be an object, not {self.request!r:.40}", "request")
         form = self.request.get("response_format")
-        if isinstance(form, type):  # of which a server at the other end knows nothing
+        if isinstance(form, type):  # another server cannot read a Python type
             with rules_below("response_format"):
                 force_setattr(self, "request", {**self.request, "response_format": format_of(form)})
         taken = OWN_FIELDS & set(self.request)
@@ -111,12 +111,11 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all turns together; a prompt counts again in every turn, `cached_tokens` of it were not computed.
+    """Sum of the tokens of all turns; prompts count in every turn. `cached_tokens` of them were not computed.
 
     Attributes:
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became output.
-        predicted_tokens, accepted_predicted_tokens: of the text that was predicted, and those that stand in the output;
-            for each turn.
+        draft_tokens, accepted_draft_tokens: draft tokens that were verified, and those that were accepted.
+        predicted_tokens, accepted_predicted_tokens: tokens of the predicted output, and those that were accepted.
     """
 
     prompt_tokens: int = 0
@@ -135,17 +134,15 @@ class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What a call of `run_conversation` came to.
+    """Result of a call of `run_conversation`.
 
     Attributes:
-        final_message: the model's last words, "" where it ended with calls alone.
-        tool_calls: what came of each call, in the order of the model's asking. Once they have 64 MB of output, later
-            ones keep the text that the model saw in its place.
-        turns_taken: model turns.
-        completed: the model ended by itself (`stop_reason` "stop").
-        stop_reason: why it ended.
-        pending: calls without a result: the caller's own tools, those that wait for agreement, or those for which a
-            limit left no room.
+        final_message: text of the model's last turn, "" if it has only calls.
+        tool_calls: results in the order of the calls; after 64 MB of output, only with the text that the model saw.
+        turns_taken: number of the model's turns.
+        completed: whether the model ended by itself (`stop_reason` "stop").
+        stop_reason: why the conversation ended.
+        pending: calls without a result: the caller's own, or those that wait for an approval or exceed a limit.
         usage: tokens of all turns.
     """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Transcript: what a conversation grows by, and only by what really happened.
+"""Transcript: the messages that a conversation adds, and only those that really occurred.
 
 An assistant message with calls is *open* until every call has its tool message. A call that has begun is never open
-afterwards: where its result is lost (a timeout, a cancellation), a tool message says so, because running it again could
-do its work twice. A call that has not begun stays open and may run later.
+afterwards: if its result is lost (by a timeout or a cancellation), a tool message reports that, because a second run
+could repeat its effects. A call that has not begun stays open and may run later.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ LOST = "The call was cut off before its result was known. It may have done some 
 
 
 class Transcript:
-    """The messages that come behind those that were given, and which calls of the last turn have begun.
+    """The messages that follow the given ones, and which calls of the last turn have begun.
 
     Args:
-        open_calls: of the last assistant message that was given, in its order.
-        call_ids: of all calls that were given.
-        images: in the messages that were given.
+        open_calls: open calls of the last given assistant message, in its order.
+        call_ids: ids of all calls in the given messages.
+        images: number of images in the given messages.
 
     Attributes:
-        images: in all messages; who adds results with some counts them.
+        images: number of images in all messages; callers that add results with images increase it.
     """
 
     def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0) -> None:
@@ -38,7 +38,7 @@ class Transcript:
 
     @property
     def added(self) -> tuple[Message, ...]:
-        """Those that came: turns, and results in the order of the calls."""
+        """New messages: turns, and results in the order of the calls."""
         answered = (call.id for call in self._calls if call.id in self._results)
         return (*self._messages, *(_result(call_id, self._results[call_id]) for call_id in answered))
 
@@ -54,11 +54,11 @@ class Transcript:
 
     @property
     def call_ids(self) -> frozenset[str]:
-        """Ids of all calls; none may be used again."""
+        """Ids of all calls; a new call must have another id."""
         return frozenset(self._ids)
 
     def add_turn(self, message: Message) -> None:
-        """Adds what the model said; the calls before it have their results."""
+        """Add the message of a turn; all earlier calls must have results."""
         assert not self.open_calls, "the calls of the last turn are open"
         self._messages = (*self.added, message)
         self._calls = tuple(ToolCall(id=one.id, name=one.name, arguments=one.arguments) for one in message.calls)
@@ -66,15 +66,15 @@ class Transcript:
         self._results, self._begun = {}, set()
 
     def begin(self, call: ToolCall) -> None:
-        """Notes that a call runs from now on."""
+        """Note that a call has begun to run."""
         self._begun.add(call.id)
 
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
-        """Adds a result; results stand in the order of the calls, whenever they come.
+        """Add a result; the transcript orders results by their calls.
 
         Args:
-            result: whose text the model sees.
-            parts: what it sees in place of the text, where there are images.
+            result: result whose text the model sees.
+            parts: parts that it sees instead of the text, if there are images.
         """
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
         self._results[result.call.id] = parts or (TextPart(result.text),)
@@ -84,7 +84,7 @@ class Transcript:
         return tuple(call for call in self.open_calls if call.id in self._begun)
 
     def settle(self) -> None:
-        """Answers the calls that have begun and have no result."""
+        """Add a result to each call that has begun and has no result."""
         for call in self.lost_calls():
             self._results[call.id] = (TextPart(LOST),)
 

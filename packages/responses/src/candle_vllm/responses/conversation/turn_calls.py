@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The calls of one turn: what may run, what must wait, and the results, which come in any order.
+"""The calls of one turn: which may run, which must wait, and the results, which arrive in any order.
 
-Two phases: first every call is checked and, where the policy says so, somebody is asked, one call after the other;
-then the calls that may run do so at the same time. So nothing has been done yet while a person decides.
+There are two phases: first every call is checked, and its approval is requested if the policy needs one, one call after
+the other; then the calls that may run do so concurrently. So no call has run yet while a person decides.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from candle_vllm.responses.tools.approval import Approval, decide
 from candle_vllm.responses.tools.execution import Checked, check, denied, run, unknown_text
 from candle_vllm.responses.tools.registry import ToolRegistry
 
-MAX_PICTURES = 64 << 20  # characters of base64 of all images that a conversation is shown
-MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
+MAX_PICTURES = 64 << 20  # base64 characters of all images that a model sees in one conversation
+MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they store what the model saw
 
 
 class Decisions(NamedTuple):
-    """What was decided about calls before the conversation goes on.
+    """Decisions about calls from before the conversation continues.
 
     Attributes:
-        approved: ids of calls that run without asking.
+        approved: ids of calls that run without a request for approval.
         denied: ids of calls that do not run.
-        auto_approve: True for a tool that needs no approval, whatever the policy is.
+        auto_approve: returns True for a tool that needs no approval, whatever the policy is.
     """
 
     approved: Collection[str] = ()
@@ -50,7 +50,7 @@ class Decisions(NamedTuple):
     auto_approve: Callable[[tool.ToolDefinition], bool] | None = None
 
     def check(self, transcript: Transcript) -> None:
-        """Raises `InvalidParameterError` where an id is no open call of the transcript, or is in both."""
+        """Raise `InvalidParameterError` if an id is not of an open call, or is in both lists."""
         known = {call.id for call in transcript.open_calls}
         for name, ids in (("approved", self.approved), ("denied", self.denied)):
             unknown = sorted(set(ids) - known)
@@ -66,14 +66,14 @@ class Decisions(NamedTuple):
 
 
 class ShownPictures:
-    """The images of results: the model is shown those that it can see, and the reason why not for the others.
+    """Images of results: the model sees those that it can decode, and for the others the reason why it does not.
 
-    An image is decoded before it joins the conversation, which could not go on with a broken one.
+    Images are decoded before they are added to the conversation: an invalid one would make later turns fail.
 
     Args:
-        eyes: of the model; None is shown none.
-        transcript: has the images that there are.
-        max_chars: of a result's text.
+        eyes: image input of the model; None shows no images.
+        transcript: counts the images of the conversation.
+        max_chars: maximum number of characters of a result's text.
     """
 
     def __init__(self, eyes: Eyes | None, transcript: Transcript, max_chars: int) -> None:
@@ -81,10 +81,10 @@ class ShownPictures:
         self._transcript = transcript
         self._max_chars = max_chars
         self._room = MAX_PICTURES
-        self._turn = asyncio.Lock()  # calls end at the same time, and count together
+        self._turn = asyncio.Lock()  # concurrent calls must be counted one after the other
 
     async def of(self, result: tool.ToolResult) -> tuple[tool.ToolResult, tuple[Part, ...]]:
-        """The result, whose text says which images cannot be shown; and what the model sees, where it is not text."""
+        """Return the result, its text naming images that are not shown, and the model's parts if some are shown."""
         pictures = {place: part for place, part in enumerate(result.output.content) if tool.is_picture(part)}
         if self._eyes is None or not pictures:
             return result, ()
@@ -101,11 +101,11 @@ class ShownPictures:
                 result = replace(result, text=tool.output_text(result.output, self._max_chars, faults))
             pieces = tool.output_pieces(result.output, self._max_chars, faults, images)
             parts = tuple(TextPart(text) if image is None else ImagePart(image) for text, image in pieces)
-            self._transcript.images += len(images)  # before another result is looked at
+            self._transcript.images += len(images)  # before another result is processed
             return result, parts if images else ()
 
     async def _fault(self, eyes: Eyes, data: str, there: int) -> str | None:
-        """Why an image cannot be shown beside so many others, in words for a model."""
+        """Return why an image cannot be shown beside `there` others, as a text for the model, or None."""
         if there >= eyes.max_images:
             return f"it is not shown: a conversation may have {eyes.max_images} images"
         if len(data) > self._room:
@@ -121,13 +121,13 @@ class TurnCalls:
     """Runs the calls of a conversation, turn by turn.
 
     Args:
-        tools: what there is; of it, only tools that the options allow are found.
+        tools: registry of the tools; only tools that the options allow are used.
         options: approval and limits.
-        decisions: of before.
-        client_names: tools that the caller runs.
-        transcript: gets the results.
-        channel: gets the events.
-        pictures: the images of results that the model is shown.
+        decisions: earlier decisions about calls.
+        client_names: names of the tools that the caller runs.
+        transcript: receives the results.
+        channel: receives the events.
+        pictures: makes the images of results that the model sees.
     """
 
     def __init__(
@@ -150,15 +150,15 @@ class TurnCalls:
         self._results: dict[str, tool.ToolResult | None] = {}  # by call id, in the order of the calls
         self._room = options.max_tool_calls
         self._kept = 0  # size of the outputs in the results
-        self._seen: tuple[int, Mapping[str, tool.ToolDefinition]] = (-1, {})  # revision of the tools, and those allowed
+        self._seen: tuple[int, Mapping[str, tool.ToolDefinition]] = (-1, {})  # tools' revision, and allowed tools
 
     @property
     def results(self) -> tuple[tool.ToolResult, ...]:
-        """Of all turns, in the order of the calls."""
+        """Results of all turns, in the order of the calls."""
         return tuple(result for result in self._results.values() if result is not None)
 
     def definitions(self) -> Mapping[str, tool.ToolDefinition]:
-        """The tools that the model may call and that run here."""
+        """Return the tools that the model may call and that run here."""
         revision, shown = self._seen
         if revision != self._tools.revision:
             found = self._tools.definitions(self._options.allowed_tools)
@@ -167,10 +167,10 @@ class TurnCalls:
         return shown
 
     async def run(self, calls: Sequence[tool.ToolCall]) -> StopReason | None:
-        """Runs the calls of one turn; cancelling it ends those that run.
+        """Run the calls of one turn; cancelling this ends the running calls.
 
         Returns:
-            Why the conversation cannot go on: some of the calls have no result. None where all have one.
+            The reason why the conversation cannot continue, if some of the calls have no result; else None.
         """
         self._results.update(dict.fromkeys(call.id for call in calls))
         ready: list[Checked] = []
@@ -193,11 +193,11 @@ class TurnCalls:
         return next((reason for reason in order if reason in reasons), None)
 
     def of_turn(self, calls: Sequence[tool.ToolCall]) -> list[tool.ToolResult]:
-        """The results of some calls."""
+        """Return the results of the given calls."""
         return [result for call in calls if (result := self._results.get(call.id)) is not None]
 
     async def refuse(self, call: tool.ToolCall, status: tool.ToolStatus, text: str) -> None:
-        """Gives a call a result that says why it did not run, or not to its end."""
+        """Give a call a result that says why it did not run, or did not complete."""
         definition = self.definitions().get(call.name)
         output = tool.ToolOutput.of_text(text, is_error=True)
         server = None if definition is None else definition.server
@@ -206,7 +206,7 @@ class TurnCalls:
     async def _decide(
         self, call: tool.ToolCall, definitions: Mapping[str, tool.ToolDefinition]
     ) -> Checked | StopReason | None:
-        """The call if it may run, or why it waits; None when it has its result already."""
+        """Return the call if it may run, or the reason why it waits; None if it has its result already."""
         if call.name in self._client_names:
             return "client_tools"
         if call.name not in definitions:

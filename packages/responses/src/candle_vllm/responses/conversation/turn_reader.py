@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""TurnReader: what happens in one answer -> the conversation's events, and the whole message at the end.
+"""TurnReader: converts the events of one answer to the conversation's events, and to the whole message at the end.
 
-Ids that were used in an earlier turn, and those that cannot be ids, are replaced.
+Ids that an earlier turn used, and invalid ids, are replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from candle_vllm.responses.conversation.events import (
 )
 from candle_vllm.responses.conversation.options import ConversationUsage
 
-MAX_CHARS = 16 << 20  # of one turn: text, thoughts and arguments together
+MAX_CHARS = 16 << 20  # of one turn: text, reasoning and arguments together
 _UNNAMED = "unnamed"
 
 
@@ -42,7 +42,7 @@ class TurnReader:
     """Reads one answer.
 
     Args:
-        number: of the turn.
+        number: number of the turn.
         used_ids: ids of earlier calls, which no new call may have.
     """
 
@@ -57,7 +57,7 @@ class TurnReader:
         self._usage = ConversationUsage()
 
     def read(self, event: answer.Event) -> list[Event]:
-        """What is new; raises `CandleVllmError` for an answer beyond all bounds."""
+        """Return the new events; raises `CandleVllmError` for an answer that exceeds the limits."""
         if isinstance(event, answer.Usage):
             self._usage = _usage(event)
         elif event.choice == 0:
@@ -65,7 +65,7 @@ class TurnReader:
         return []
 
     def finish(self) -> TurnFinished:
-        """The whole turn."""
+        """Return the whole turn."""
         reason = answer.Reason.TOOL_CALLS if self._calls else answer.Reason.STOP
         return TurnFinished(
             number=self._number,
@@ -110,7 +110,7 @@ class TurnReader:
         parts.append(text)
 
     def message(self) -> Message:
-        """The message so far, for a task."""
+        """Return the message so far, for a task."""
         calls = (call for _, call in sorted(self._calls.items()))
         return Message(
             role="assistant",
@@ -125,7 +125,7 @@ def _entries(logprobs: Sequence[PositionLogprobs] | None) -> tuple[Any, ...]:
 
 
 def _alone(logprobs: Sequence[PositionLogprobs] | None) -> list[Event]:
-    """Entries of tokens that are no text of the answer."""
+    """Entries of tokens that are not part of the answer's text."""
     return [TextDelta(text="", logprobs=_entries(logprobs))] if logprobs else []
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""mcp.json: where it lies, what it may look like, and the servers in it.
+"""mcp.json: where it is found, its formats, and the servers in it.
 
-Accepted are `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), `servers` as
-a list (candle-vllm), and the servers without a key around them, as an object or a list. See docs/mcp.md.
+It accepts `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), `servers` as a
+list (candle-vllm), and the servers without a key around them, as an object or a list. See docs/mcp.md.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ class McpConfig:
     """The servers of a file.
 
     Attributes:
-        servers: in the file's order, disabled ones too.
-        path: of the file; None without a file.
+        servers: servers in the file's order, including disabled ones.
+        path: path of the file; None without a file.
     """
 
     servers: tuple[McpServerConfig, ...] = ()
     path: Path | None = None
 
     def server(self, name: str) -> McpServerConfig | None:
-        """The server of this name, or None."""
+        """Return the server of this name, or None."""
         return next((server for server in self.servers if server.name == name), None)
 
 
 McpServers = McpConfig | McpServerConfig | Iterable[McpServerConfig] | str | Path
-"""Every form in which a session takes its servers."""
+"""All types in which a session accepts its servers."""
 
 
 def server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
-    """The servers that a session was given, by name; a path is read with this process's environment and folder.
+    """Return the servers of a session by name; a path is read with this process's environment and folder.
 
     Raises:
-        ConfigError: something is no configuration, a file cannot be used, or two servers have one name.
+        ConfigError: a value is no configuration, a file cannot be used, or two servers have one name.
     """
     if isinstance(servers, (str, Path)):
         servers = load_mcp_config(servers)
@@ -91,18 +91,18 @@ def _no_configuration(given: object) -> ConfigError:
 
 
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
-    """The file that applies, if any.
+    """Return the configuration file to use, if any.
 
-    It is the one given, else that of CANDLE_VLLM_MCP_CONFIG, else `.candle-vllm/mcp.json` in the home folder (HOME),
-    else `mcp.json` in the folder.
+    It is the first of these: the given file, that of CANDLE_VLLM_MCP_CONFIG, `.candle-vllm/mcp.json` in the home folder
+    (HOME), and `mcp.json` in the folder.
 
     Args:
-        flag: the value of --mcp-config, or None.
-        environ: the environment; an empty variable counts as none.
-        folder: where relative paths start.
+        flag: value of --mcp-config, or None.
+        environ: environment variables; an empty one counts as unset.
+        folder: base of relative paths.
 
     Raises:
-        ConfigError: a file that was named is not there.
+        ConfigError: the file that was named does not exist.
     """
     for given, spelled in ((flag, "--mcp-config"), (environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE)):
         if given is not None:
@@ -115,7 +115,7 @@ def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder:
 
 
 def _home_expanded(path: Path | str) -> Path:
-    """The path with its `~` replaced, if there is such a user."""
+    """Return the path with its `~` replaced, if the user exists."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -123,7 +123,7 @@ def _home_expanded(path: Path | str) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether it is a file; a name that is too long for the system names no file."""
+    """Whether a path is a file; False for a name that is too long for the system."""
     try:
         return path.is_file()
     except OSError:
@@ -137,19 +137,18 @@ def load_mcp_config(
     workspace: Path | str | None = None,
     inputs: Inputs | None = None,
 ) -> McpConfig:
-    """Reads mcp.json.
+    """Read mcp.json.
 
-    Relative `cwd` and `envFile` start in the folder of the file. In a disabled server what cannot be expanded stays as
-    it is.
+    `cwd` and `envFile` are relative to the file's folder. Disabled servers may have variables that are not set.
 
     Args:
-        path: the file; None looks for one (`find_mcp_config`), and none at all is no servers.
-        environ: the environment, for `${NAME}` and `MCP_INPUT_<ID>`; None is that of this process.
-        workspace: what `${workspaceFolder}` stands for, and where a file is looked for; None is the working folder.
-        inputs: answers to `${input:id}`: a mapping, or a function that is asked once for each.
+        path: path of the file; None searches for one (`find_mcp_config`), and without a file there are no servers.
+        environ: environment for `${NAME}` and `MCP_INPUT_<ID>`; None uses this process's environment.
+        workspace: value of `${workspaceFolder}`, and where a file is searched; None means the working folder.
+        inputs: answers to `${input:id}`: a mapping, or a function that is called once for each id.
 
     Raises:
-        ConfigError: the file cannot be used; the message names the file, and the server and key where there are some.
+        ConfigError: the file cannot be used; the message names the file, and the server and key if there are any.
     """
     environ = os.environ if environ is None else environ
     workspace = Path.cwd() if workspace is None else Path(workspace)
@@ -170,10 +169,10 @@ def load_mcp_config(
 
 
 def strip_comments(text: str) -> str:
-    """The text with blanks where `//` and `/* */` comments and commas before a closing bracket were.
+    """Replace `//` and `/* */` comments, and commas before a closing bracket, by blanks.
 
-    Strings stay as they are, and so do lines and columns, for the messages of a JSON parser. What is wrong otherwise
-    is left for that parser to find; a comment that never ends takes the rest of the text.
+    Strings are not changed, and lines and columns stay the same, for the messages of a JSON parser. That parser reports
+    all other errors; an unterminated comment extends to the end of the text.
     """
     return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
 
@@ -184,7 +183,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]:
-    """The declared inputs and the entries of the servers by name."""
+    """Return the declared inputs, and the entries of the servers by name."""
     inner = content.get("mcp") if isinstance(content, dict) else None
     if isinstance(inner, dict) and any(key in inner for key in _WRAPPERS):
         content = inner  # a section of a program's settings
@@ -246,13 +245,13 @@ def _server(name: str, entry: Any, variables: Variables, folder: Path) -> McpSer
         key: _expand(value, f"MCP server {name!r:.100}: {key}", variables, lenient) if key in EXPANDED else value
         for key, value in entry.items()
     }
-    if lenient:  # nothing of it is used: a file that is not there is no fault
+    if lenient:  # it is not used, so a missing file is no error
         expanded = {key: value for key, value in expanded.items() if FIELD_OF.get(key) != "env_file"}
     return McpServerConfig.from_mapping(name, expanded, folder=folder)
 
 
 def _expand(value: Any, where: str, variables: Variables, lenient: bool) -> Any:
-    """The value with every text in it expanded."""
+    """Return the value with the variables in all its texts expanded."""
     if isinstance(value, dict):
         return {key: _expand(item, f"{where}.{key:.100}", variables, lenient) for key, item in value.items()}
     if isinstance(value, list):
@@ -268,7 +267,7 @@ def _expand(value: Any, where: str, variables: Variables, lenient: bool) -> Any:
 
 
 def _inputs(declared: Any) -> dict[str, McpInput]:
-    """VS Code's declarations; what it runs to get an answer (`command`) is not run."""
+    """Read VS Code's input declarations; a command that would provide an answer (`command`) is not run."""
     if not isinstance(declared, list) or len(declared) > MAX_INPUTS:
         raise ConfigError(f'"inputs" must be a list of at most {MAX_INPUTS} objects', "inputs")
     found: dict[str, McpInput] = {}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""One connection to a server, from its opening to its end, held by a task of its own.
+"""One connection to a server, from its opening to its end, owned by one task.
 
-The SDK's client belongs to the task that enters it: when a transport fails, that task is cancelled, whatever it does
-at the moment. So one owner task alone enters and leaves the client, and each request runs in a task of its own that
-races the connection's end; a caller is never cancelled by a server.
+The SDK's client belongs to the task that enters it: if a transport fails, that task is cancelled, whatever it is doing.
+So only one owner task enters and leaves the client, and each request runs in a task of its own that is awaited together
+with the connection's end; a server can never cancel a caller.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from candle_vllm.responses.mcp.peer import Peer, leaf
 from candle_vllm.responses.mcp.processes import to_the_end
 from candle_vllm.responses.mcp.transports import CLOSED, Kind, Opening
 
-_END_SECONDS = 1.0  # for the owner to learn why the connection ended, once it is known that it did
-_CANCEL_SECONDS = 1.0  # that a caller who gives up waits until the server was told; the telling goes on after that
-_REQUEST_SECONDS = 6.0  # for requests to end when the connection does; the SDK takes 5 at most to tell the server
+_END_SECONDS = 1.0  # for the owner to find out why the connection ended
+_CANCEL_SECONDS = 1.0  # that a cancelled caller waits until the server is notified; the notification goes on after that
+_REQUEST_SECONDS = 6.0  # for requests to end after the connection; the SDK takes up to 5 to notify the server
 _CLOSE_SECONDS = 10.0  # for the whole end of a connection, before its owner is cancelled
 _T = TypeVar("_T")
 
 
 class ConnectionLostError(Exception):
-    """The connection ended before the answer came; the text says why."""
+    """The connection ended before the answer came; the text is the reason."""
 
 
 class McpConnection:
@@ -36,10 +36,9 @@ class McpConnection:
 
     Args:
         peer: the server.
-        kind: the transport; a server object of this process takes its place.
-        mode: how a protocol version is agreed on: "auto" asks in the newer era's way first, "legacy" in the older era's
-            alone.
-        wake: called when the connection has gone down, when the tools changed, and when a session is in doubt.
+        kind: transport; not used for a server object of this process.
+        mode: version negotiation: "auto" tries the newer protocol first, "legacy" uses only the older one.
+        wake: called when the connection ends, when the tools change, and when the session is in doubt.
     """
 
     def __init__(self, peer: Peer, kind: Kind, *, mode: str, wake: Callable[[], None]) -> None:
@@ -56,24 +55,24 @@ class McpConnection:
         self._owner: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[Any]] = set()
         self.tools_changed = False
-        """The server said that its tools are others now; whoever lists them again resets it."""
+        """Whether the server said that its tools have changed; reset by the code that lists them again."""
         self.in_doubt = False
-        """The server refused a request in a way that may mean the whole session."""
+        """Whether the server refused a request in a way that may concern the whole session."""
 
     @property
     def client(self) -> Client:
-        """The SDK's client; requests of it run within `run` alone."""
+        """The SDK's client; use it for requests only within `run`."""
         assert self._client is not None
         return self._client
 
     @property
     def is_down(self) -> bool:
-        """It has ended or is about to."""
+        """Whether the connection has ended or is about to."""
         return self._down.is_set()
 
     @property
     def why(self) -> str:
-        """Why it could not be opened or has ended."""
+        """Why the connection could not be opened or has ended."""
         return self._why or "the connection was closed"
 
     @property
@@ -82,7 +81,7 @@ class McpConnection:
         return self._opening.status
 
     async def open(self, seconds: float) -> bool:
-        """Connects and agrees on a protocol version. False, with `why`, where that fails or takes too long."""
+        """Connect and negotiate a protocol version. False, with `why` set, if that fails or times out."""
         self._owner = asyncio.ensure_future(self._own())
         waits = [asyncio.ensure_future(event.wait()) for event in (self._opened, self._down)]
         try:
@@ -102,11 +101,11 @@ class McpConnection:
         return False
 
     async def run(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
-        """Awaits one request.
+        """Await one request.
 
         Raises:
             ConnectionLostError: the connection ended first, or was closed.
-            TimeoutError: it took longer; the server was told that nobody waits.
+            TimeoutError: the request took longer; the server was notified of its cancellation.
         """
         if self.is_down:
             work.close()
@@ -129,7 +128,7 @@ class McpConnection:
             await _abandon(task)
 
     async def close(self, *, patience: float = _CLOSE_SECONDS) -> None:
-        """Ends it: requests under way, the session, the server's program. Idempotent."""
+        """End the connection: its requests, the session, and the server's program. Idempotent."""
         self._closing = True
         self.end("the connection was closed")
         if self._owner is not None:
@@ -145,11 +144,11 @@ class McpConnection:
             await _abandon(request, _REQUEST_SECONDS)
 
     async def _own(self) -> None:
-        """The owner task: nobody else enters or leaves the client. It never fails, it tells why it ended."""
+        """Run the owner task, which alone enters and leaves the client. It never fails; it sets `why` instead."""
         try:
             async with self._make_client() as client:
                 self._client = client
-                # the SDK's check of structured outputs throws the output away, and runs patterns without a limit
+                # the SDK's check of structured outputs discards the output, and matches patterns without a time limit
                 client.session.validate_tool_result = _accept
                 self._opened.set()
                 try:
@@ -157,7 +156,7 @@ class McpConnection:
                 finally:
                     self._down.set()
         except asyncio.CancelledError:
-            pass  # by `close`, which has said why
+            pass  # by `close`, which has set the reason
         except (Exception, BaseExceptionGroup) as error:
             if self._why in (None, CLOSED) or not (self._opened.is_set() or self._closing):
                 self._why = self._reason(error)
@@ -182,7 +181,7 @@ class McpConnection:
         return self._peer.sentence(error)
 
     def end(self, why: str) -> None:
-        """The connection ends; the first reason counts."""
+        """End the connection; only the first reason is recorded."""
         if self._why is None:
             self._why = why
         self._down.set()
@@ -201,7 +200,7 @@ class McpConnection:
             self.note_tools_changed()
 
     def note_tools_changed(self) -> None:
-        """The server says that its tools are others now."""
+        """Note that the server's tools have changed."""
         self.tools_changed = True
         self._wake()
 
@@ -211,11 +210,11 @@ class McpConnection:
     def _forget(self, request: asyncio.Task[Any]) -> None:
         self._requests.discard(request)
         if not request.cancelled():
-            request.exception()  # looked at, so that asyncio does not complain of one that nobody waits for any more
+            request.exception()  # retrieved, so that asyncio does not report the error of an abandoned request
 
 
 async def _abandon(task: asyncio.Task[Any], seconds: float = _CANCEL_SECONDS) -> None:
-    """Cancels a request and waits until it has told its server; its outcome is of no interest any more."""
+    """Cancel a request, and wait until it has notified its server; its outcome is ignored."""
     if not task.done():
         task.cancel()
         await to_the_end(asyncio.wait({task}, timeout=seconds))

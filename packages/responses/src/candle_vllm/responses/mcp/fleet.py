@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A server as a page or a log shows it; nothing in it is secret.
+    """Status of a server for a page or a log; nothing in it is secret.
 
     Attributes:
-        name: in the configuration.
+        name: name in the configuration.
         transport: "stdio", "http", "sse" or "in process".
         state: see `McpLink.state`.
         error: why there is no connection, or None.
-        server: its own name and version, or None.
-        protocol_version: that both sides agreed on, or None.
-        instructions: its words on how to use it, or None.
-        tools: the names that a model calls, of the last list that is known.
-        notes: what was left out of its list of tools, and why.
-        reconnects: connections after the first.
-        log: the last lines of its log.
+        server: name and version that the server reports, or None.
+        protocol_version: negotiated protocol version, or None.
+        instructions: the server's instructions for its use, or None.
+        tools: names that a model uses, of the last known list.
+        notes: what was left out of the server's list of tools, and why.
+        reconnects: number of connections after the first.
+        log: last lines of the server's log.
     """
 
     name: str
@@ -52,16 +52,16 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class McpFleet:
-    """The servers of a configuration; as a context manager it starts them and ends them.
+    """The servers of a configuration; as a context manager, it starts and ends them.
 
     Args:
-        configs: at most 64, with different names; disabled ones are shown and not started.
-        registry: gets the servers' tools, and again whenever they change.
-        strict: a server that cannot be reached at the start is a failure; otherwise it is tried again in the
-            background, and its tools come when it does.
+        configs: at most 64 servers with different names; disabled ones are shown but not started.
+        registry: receives the servers' tools, and their new lists whenever they change.
+        strict: whether a server that cannot be reached at the start is an error; otherwise it is tried again in the
+            background, and its tools are added once it is connected.
 
     Raises:
-        ConfigError: too many servers, or two of one name.
+        ConfigError: too many servers, or two with one name.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class McpFleet:
         return dict(self._links)
 
     async def start(self) -> None:
-        """Starts all servers at the same time and waits until each is ready or has failed once.
+        """Start all servers concurrently, and wait until each is ready or has failed once.
 
         Raises:
-            McpServerError: with `strict`, a server could not be reached; all are ended then.
+            McpServerError: with `strict`, a server could not be reached; all servers are ended then.
         """
         self._starting = True
         starts = [asyncio.create_task(link.start(keep_trying=not self._strict)) for link in self._links.values()]
@@ -108,7 +108,7 @@ class McpFleet:
             logger.warning("%s; it is tried again in the background", failure)
 
     async def aclose(self) -> None:
-        """Ends all servers at the same time and takes their tools out of the registry. Idempotent."""
+        """End all servers concurrently, and remove their tools from the registry. Idempotent."""
         await to_the_end(self._end(()))
 
     async def __aenter__(self) -> McpFleet:
@@ -119,7 +119,7 @@ class McpFleet:
         await self.aclose()
 
     def status(self) -> list[LinkStatus]:
-        """Each server as it is now, in the configuration's order."""
+        """Return the present status of each server, in the configuration's order."""
         return [self._status(link) for link in self._links.values()]
 
     async def _end(self, starts: Iterable[asyncio.Task[None]]) -> None:
@@ -131,9 +131,9 @@ class McpFleet:
             self.registry.replace(name, ())
 
     def _register(self, link: McpLink) -> None:
-        """Puts a server's tools into the registry; those of the start all at its end, in the configuration's order.
+        """Put a server's tools into the registry; during the start, all at its end in the configuration's order.
 
-        The order of the tools is that of the prompt, whose beginning is cached: it must not depend on who was faster.
+        The tools are part of the prompt, whose prefix is cached, so their order must not depend on timing.
         """
         if self._starting or not (link.tools or link.state == "ready"):
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTP below a connection: who the client says it is, bounded bodies, what the statuses say, and public addresses."""
+"""HTTP below a connection: credentials, limits of bodies and times, status codes, and public addresses."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 MAX_BODY = 10 * 1024 * 1024  # bytes of a reply that is no event stream, and of one event
 _WRITE_SECONDS = 30.0
-_NOTICE_SECONDS = 10.0  # for the answer to a notification, behind which the SDK lets everything else wait
-_LEAVE_SECONDS = 3.0  # for the answer to the end of a session
+_NOTICE_SECONDS = 10.0  # for the answer to a notification, which blocks all other messages in the SDK
+_LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
 _RESOLVE_SECONDS = 10.0
-_MAX_ADDRESSES = 4  # of one name that are tried
+_MAX_ADDRESSES = 4  # addresses of one name that are tried
 _PORTS = {"http": 80, "https": 443}
 
 
 def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
-    """A client for one connection, maybe to public addresses alone. A reply may take as long as its caller waits."""
+    """Return a client for one connection, with public addresses only if required. Reads have no timeout here."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
     if isinstance(peer.config.auth, str):
         headers["Authorization"] = f"Bearer {peer.config.auth}"
@@ -47,19 +47,19 @@ def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
 
 
 def bare_address(url: str) -> str:
-    """The address without user, password and fragment, as it is sent."""
+    """Return the address without user, password and fragment, as it is sent."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, parts.query, ""))
 
 
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
-    """The credentials of a server's requests beside its headers, or None: Basic ones of its address, or a token that
-    is got when the server asks for one (OAuth), and again when that has run out."""
+    """Return the credentials of a server's requests besides its headers, or None: Basic ones of its address, or an
+    OAuth token, which is requested when the server asks for it, and again when it has expired."""
     if not config.url:
         return None
     if isinstance(config.auth, OAuthClient):
         with warnings.catch_warnings():
-            # without an issuer the server chooses who gets the secret: mcp.json's documentation says so
+            # without an issuer, the server chooses who gets the secret: the documentation of mcp.json says so
             warnings.simplefilter("ignore", MCPDeprecationWarning)
             return _ClientCredentials(config.auth, bare_address(config.url))
     parts = urlsplit(config.url)
@@ -69,7 +69,7 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
 
 
 class _Memory:
-    """Keeps the token as long as the connection lives; nothing is written to a disk."""
+    """Holds the token until the connection ends; nothing is written to a disk."""
 
     def __init__(self) -> None:
         self._tokens: OAuthToken | None = None
@@ -89,7 +89,7 @@ class _Memory:
 
 
 class _ClientCredentials(ClientCredentialsOAuthProvider):
-    """Asks for the scopes of the configuration; the SDK would take those that the servers name in their place."""
+    """Requests the scopes of the configuration; the SDK would use those that the servers name instead."""
 
     def __init__(self, client: OAuthClient, url: str) -> None:
         self._scopes = " ".join(client.scopes) or None
@@ -109,14 +109,14 @@ class _ClientCredentials(ClientCredentialsOAuthProvider):
 
 
 class HttpNotes:
-    """What the answers of one connection said beside their bodies.
+    """Records the status of a connection's answers, and limits their sizes and times.
 
     Attributes:
-        status: the last answer's, or None.
+        status: status of the last answer, or None.
 
     Args:
-        session_doubted: called when the server refuses a request of a session: with True where it says that the
-            session is not there (404), with False where it may mean the request (400).
+        session_doubted: called when the server refuses a request of a session: with True if it says that the session
+            does not exist (404), with False if the request itself may be the reason (400).
     """
 
     def __init__(self, session_doubted: Callable[[bool], None]) -> None:
@@ -124,14 +124,14 @@ class HttpNotes:
         self._session_doubted = session_doubted
 
     async def on_request(self, request: httpx2.Request) -> None:
-        """Gives an answer that nobody waits for a time of its own: a call's is the caller's matter."""
+        """Set a timeout for answers that no caller awaits; calls have their caller's timeout."""
         if request.method == "DELETE":
             _limit(request, _LEAVE_SECONDS)
         elif request.method == "POST" and _is_notice(_content(request)):
             _limit(request, _NOTICE_SECONDS)
 
     async def on_response(self, response: httpx2.Response) -> None:
-        """Notes the status and bounds the body."""
+        """Record the status, and limit the body."""
         self.status = response.status_code
         if response.status_code in (400, 404) and "mcp-session-id" in response.request.headers:
             self._session_doubted(response.status_code == 404)
@@ -148,7 +148,7 @@ def _limit(request: httpx2.Request, seconds: float) -> None:
 
 
 def _content(request: httpx2.Request) -> bytes:
-    """The body; b"" of a request that follows a redirect, whose body is a stream."""
+    """Return the body; b"" for a request that follows a redirect, whose body is a stream."""
     try:
         return request.content
     except httpx2.RequestNotRead:
@@ -156,7 +156,7 @@ def _content(request: httpx2.Request) -> bytes:
 
 
 def _is_notice(body: bytes) -> bool:
-    """A JSON-RPC message without an id; a long one is a request, whose answer is waited for."""
+    """Whether a body is a JSON-RPC message without an id; a long body is treated as a request."""
     if len(body) > 4096:
         return False
     try:
@@ -167,7 +167,7 @@ def _is_notice(body: bytes) -> bool:
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
-    """A body that fails beyond its limit; also one that came compressed, whose real size nobody knows before."""
+    """A body that fails beyond its limit, or if it is compressed, because its real size is not known in advance."""
 
     def __init__(self, inner: httpx2.AsyncByteStream, limit: int | None, encoding: str) -> None:
         self._inner = inner
@@ -189,20 +189,20 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
 
 class PublicTransport(httpx2.AsyncBaseTransport):
-    """Sends requests to the public addresses of their hosts; a host that has another one is not reached at all.
+    """Sends requests to the public addresses of their hosts; a host with any other address is refused.
 
-    It is for servers that somebody else than the operator has named. A name is looked up once, and the address that was
-    checked is the one that is connected to, so that a name which is somewhere else a moment later reaches nothing.
+    It is for servers that somebody else than the operator has named. A name is looked up once, and the connection goes
+    to the address that was checked, so a name that is changed a moment later cannot lead elsewhere.
 
     Args:
-        inner: connects; None is a transport without proxies, which would look the name up once more.
+        inner: makes the connections; None uses a transport without proxies, which would look the name up again.
     """
 
     def __init__(self, inner: httpx2.AsyncBaseTransport | None = None) -> None:
         self._inner = inner or httpx2.AsyncHTTPTransport(trust_env=False)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Sends one request.
+        """Send one request.
 
         Raises:
             httpx2.ConnectError: the host has no address, or one that is not public.
@@ -218,7 +218,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
         return await self._send(request, url, last)
 
     async def _send(self, request: httpx2.Request, url: httpx2.URL, address: str) -> httpx2.Response:
-        """The connection goes to the address; the name stays in Host and TLS, and in the request afterwards."""
+        """Connect to the address; Host and TLS use the name, and the request has it again afterwards."""
         request.url = url.copy_with(host=address)
         try:
             return await self._inner.handle_async_request(request)
@@ -226,7 +226,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
             request.url = url
 
     async def aclose(self) -> None:
-        """Closes the connections."""
+        """Close the connections."""
         await self._inner.aclose()
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""McpLink: a server that is there, or comes back, and LinkTool: one of its tools for the registry.
+"""McpLink: a server that is connected or reconnects, and LinkTool: one of its tools for the registry.
 
-A supervisor keeps the connection; calls go through the one of the moment. A call is never made a second time by itself:
-one that was under way when the connection was lost may have done its work.
+A supervisor maintains the connection; calls use the current one. A call is never repeated automatically: a call that
+was running when the connection was lost may have had its effects.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from candle_vllm.responses.tools.tool import (
 if TYPE_CHECKING:
     from mcp_types import Implementation, Tool
 
-MAX_CALLS = 64  # at the same time; more wait
+MAX_CALLS = 64  # concurrent calls; more wait
 CALL_WAIT = 5.0  # seconds that a call waits for a connection
-_MESSAGE_CHARS = 2000  # of a server's words that a model sees
+_MESSAGE_CHARS = 2000  # of a server's message that a model sees
 
 
 class McpLink:
@@ -47,10 +47,10 @@ class McpLink:
     It belongs to the event loop in which it was started.
 
     Args:
-        config: of the server.
-        server: an `mcp` server object of this process, in the place of what the configuration would open.
-        public_only: its address was named by somebody whom it could lead into this network: a host whose addresses are
-            not public is not reached.
+        config: configuration of the server.
+        server: an `mcp` server object of this process, used instead of the configuration's command or URL.
+        public_only: whether only hosts with public addresses are allowed, because an untrusted user has named the
+            address and could use it to reach this network.
         on_tools_changed: called after the list of tools has changed, also by the first connection.
     """
 
@@ -72,7 +72,7 @@ class McpLink:
 
     @property
     def state(self) -> LinkState:
-        """ "ready" takes calls; "failed" will be tried again, by itself or by the next call."""
+        """The state: "ready" accepts calls; "failed" is retried, automatically or by the next call."""
         return self._supervisor.state
 
     @property
@@ -82,12 +82,12 @@ class McpLink:
 
     @property
     def transport(self) -> str:
-        """What the connection uses, or would."""
+        """Transport that the connection uses, or would use."""
         return "in process" if self._peer.server is not None else self._supervisor.transports[0]
 
     @property
     def tools(self) -> dict[str, Tool]:
-        """The server's tools by their names there; those of the last connection while there is no connection."""
+        """The server's tools by its own names; without a connection, those of the last one."""
         return dict(self._supervisor.listed.tools) if self._supervisor.listed else {}
 
     @property
@@ -97,38 +97,38 @@ class McpLink:
 
     @property
     def reconnects(self) -> int:
-        """Connections after the first."""
+        """Number of connections after the first."""
         return max(0, self._supervisor.connections - 1)
 
     @property
     def protocol_version(self) -> str | None:
-        """The version that both sides agreed on."""
+        """The negotiated protocol version."""
         return self._client.protocol_version if self._client else None
 
     @property
     def server_info(self) -> Implementation | None:
-        """Name and version, where the server gives them."""
+        """Name and version of the server, if it reports them."""
         return self._client.server_info if self._client else None
 
     @property
     def instructions(self) -> str | None:
-        """Words on how to use it: the configuration's, or else the server's."""
+        """Instructions for its use: those of the configuration, or else those of the server."""
         if self.config.instructions is not None:
             return self.config.instructions
         return self._client.instructions if self._client else None
 
     def log_lines(self) -> list[str]:
-        """The last lines of its log: standard error of a stdio server, and what happened to the connection."""
+        """Return the last lines of the log: standard error of a stdio server, and events of the connection."""
         return self._peer.log_lines()
 
     async def start(self, *, keep_trying: bool = False) -> None:
-        """Connects and lists the tools. A disabled server is left alone.
+        """Connect, and list the tools. A disabled server is not started.
 
         Args:
-            keep_trying: after a failure, which is raised all the same, go on trying in the background.
+            keep_trying: whether to keep trying in the background after a failure, which is raised all the same.
 
         Raises:
-            McpServerError: it could not be reached or talked to. Without `keep_trying` nothing of it is left.
+            McpServerError: the connection failed. Without `keep_trying`, everything is ended.
         """
         if self.state == "disabled" or self._supervisor.runs:
             return
@@ -146,7 +146,7 @@ class McpLink:
             raise McpServerError(self.name, why)
 
     async def aclose(self) -> None:
-        """Ends the connection, the server's program and all calls. Idempotent."""
+        """End the connection, the server's program and all calls. Idempotent."""
         await self._supervisor.stop()
 
     async def __aenter__(self) -> McpLink:
@@ -164,20 +164,19 @@ class McpLink:
         timeout: float | None = None,
         report: Report | None = None,
     ) -> ToolOutput:
-        """Calls a tool once.
+        """Call a tool once.
 
-        Cancelling tells the server so. What the server calls an error, and an output that does not fit the schema that
-        it declares for it, are results with `is_error`.
+        Cancelling notifies the server. Errors of the server and invalid outputs are results with `is_error`.
 
         Args:
-            name: the tool's name on the server.
-            timeout: seconds for all; None is the configuration's.
-            report: gets the progress that the server tells.
+            name: name of the tool on the server.
+            timeout: seconds for the whole call; None uses the configuration's timeout.
+            report: receives the progress that the server reports.
 
         Raises:
-            ToolUnavailableError: there is no connection, or it was lost meanwhile.
-            ToolTimedOutError: the time is over; the server was told.
-            ToolError: there is no such tool, or the server refused the call or answered against the protocol.
+            ToolUnavailableError: there is no connection, or it was lost during the call.
+            ToolTimedOutError: the timeout has expired; the server was notified.
+            ToolError: the tool does not exist, or the server refused the call or violated the protocol.
         """
         seconds = self.config.timeout if timeout is None else timeout
         deadline = asyncio.get_running_loop().time() + seconds
@@ -224,7 +223,7 @@ class McpLink:
             self._on_tools_changed(self)
 
     async def _connected(self, seconds: float) -> McpConnection:
-        """The connection of the moment; waits a little for one that is being made."""
+        """Return the current connection; waits a short time for one that is being opened."""
         supervisor = self._supervisor
         if supervisor.runs and not supervisor.is_ready:
             supervisor.want()
@@ -237,7 +236,7 @@ class McpLink:
 
 
 def _progress(report: Report | None) -> Any:
-    """The SDK's callback for progress."""
+    """Return the SDK's callback for progress."""
     if report is None:
         return None
 
@@ -251,23 +250,23 @@ class LinkTool:
     """One of a server's tools.
 
     Args:
-        link: to the server.
-        tool: as the server lists it.
+        link: link to the server.
+        tool: the tool as the server lists it.
     """
 
     def __init__(self, link: McpLink, tool: Tool) -> None:
         self._link = link
         self.definition = definition_of(link.name, tool)
         self.timeout: float | None = link.config.timeout
-        """Seconds for one call, by the server's configuration."""
+        """Seconds for one call, from the server's configuration."""
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Calls it once; see `McpLink.call`."""
+        """Call the tool once; see `McpLink.call`."""
         return await self._link.call(self.definition.original_name, arguments, report=report)
 
 
 def definition_of(server: str, tool: Tool) -> ToolDefinition:
-    """What a model sees of a server's tool."""
+    """Return the definition of a server's tool for a model."""
     schema = dict(tool.input_schema)
     schema.setdefault("type", "object")
     return ToolDefinition(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peer: the server at the other end of a link, its log, and what went wrong with it as one sentence without secrets."""
+"""Peer: the server at the other end of a link, its log, and its errors as one sentence without secrets."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from candle_vllm.responses.mcp.server_values import redactor
 
 logger = logging.getLogger(__name__)
 
-MAX_LINES = 200  # of a log; the oldest go
-MAX_LINE_CHARS = 1000  # a longer line is cut
+MAX_LINES = 200  # lines of a log; the oldest are dropped
+MAX_LINE_CHARS = 1000  # a longer line is truncated
 MAX_SENTENCE_CHARS = 500
 _TELLING = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, ValidationError, ValueError)
 
 
 class McpServerError(CandleVllmError):
-    """A server could not be reached or talked to, as the program sees it; a model that calls its tools sees a
-    `ToolError`.
+    """A server could not be reached, or communication failed; a model's call of a tool gets a `ToolError` instead.
 
     Attributes:
-        server: the server's name in the configuration.
-        why: the message without the name.
+        server: name of the server in the configuration.
+        why: message without the name.
     """
 
     def __init__(self, server: str, why: str) -> None:
@@ -43,16 +42,16 @@ class McpServerError(CandleVllmError):
 
 
 class Peer:
-    """What all connections to one server share.
+    """State that all connections to one server share.
 
     Attributes:
-        redact: takes the secrets of the configuration out of a text.
+        redact: removes the secrets of the configuration from a text.
 
     Args:
-        config: of the server.
-        server: a server object of this process, in the place of what the configuration would open.
-        auth: of its HTTP requests. One object serves all connections.
-        public_only: HTTP goes to public addresses alone.
+        config: configuration of the server.
+        server: a server object of this process, used instead of the configuration's command or URL.
+        auth: credentials of its HTTP requests. One object serves all connections.
+        public_only: whether HTTP connects to public addresses only.
     """
 
     def __init__(
@@ -66,8 +65,7 @@ class Peer:
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
 
     def log(self, line: str) -> str:
-        """Keeps a line, and gives it as it is kept: without secrets, and without control characters other than tabs,
-        for it is shown to people."""
+        """Log a line, and return it without secrets, and without control characters except tabs: people read it."""
         line = self.redact(line[: 4 * MAX_LINE_CHARS])
         clean = _cut("".join(char for char in line.rstrip() if char.isprintable() or char == "\t"), MAX_LINE_CHARS)
         if clean:
@@ -75,20 +73,20 @@ class Peer:
         return clean
 
     def note(self, line: str) -> None:
-        """Keeps a line on what happened to the connection, and gives it to the program's log too."""
+        """Add a line about the connection to the server's log, and to the program's log."""
         self.log(line)
         logger.info("MCP server %.100r: %s", self.config.name, self.redact(line))
 
     def log_lines(self) -> list[str]:
-        """The last lines, oldest first."""
+        """Return the last lines, the oldest first."""
         return list(self._lines)
 
     def sentence(self, error: BaseException) -> str:
-        """Why a connection could not be made or was lost."""
+        """Return why a connection could not be made or was lost, as a sentence."""
         return _cut(" ".join(self.redact(self._sentence(leaf(error))).split()), MAX_SENTENCE_CHARS)
 
     def status_sentence(self, status: int) -> str:
-        """What an HTTP status of the server means for the one who configured it."""
+        """Return a sentence that explains an HTTP status to the person who configured the server."""
         where = self._where
         if status in (401, 403):
             return f"{where} answered {status}: it wants credentials; set `headers` or `auth` for it"
@@ -133,7 +131,7 @@ class Peer:
 
 
 def leaf(error: BaseException) -> BaseException:
-    """The failure that tells most among those of a group."""
+    """Return the most informative error of a group."""
     leaves = list(_leaves(error))
     for kind in _TELLING:
         for one in leaves:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Child processes in groups of their own: started, watched and ended with everything that they started."""
+"""Child processes in process groups of their own: started, watched, and ended with all their descendants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import anyio
 from mcp.client.stdio import get_default_environment
 
 GRACE = 2.0  # seconds between the end of its input, SIGTERM and SIGKILL
-_KILLED = 0.5  # seconds for SIGKILL to be done; dead members that nobody waits for are in the group for ever
+_KILLED = 0.5  # seconds to wait after SIGKILL; zombies that nobody reaps stay in the group
 _POLL = 0.01
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NODE_EXTRA_CA_CERTS")
@@ -26,10 +26,9 @@ _T = TypeVar("_T")
 
 
 def inherited_environment() -> dict[str, str]:
-    """What a program gets of this process's environment: the SDK's few variables, and the way to the network.
+    """Return the environment of a server's program: the SDK's few variables, and the network's.
 
-    Without its proxy and its certificates, a program that fetches itself first (`npx`, `uvx`) would not even start
-    where there are such.
+    Behind a proxy, a program that downloads itself first (`npx`, `uvx`) would not start without these variables.
     """
     names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
     found = {name: os.environ[name] for name in names if name in os.environ}
@@ -37,7 +36,7 @@ def inherited_environment() -> dict[str, str]:
 
 
 def inherited_secrets() -> list[str]:
-    """Credentials in the addresses of proxies, which programs are given and may print."""
+    """Return the credentials in proxy addresses, which programs inherit and may print."""
     environment = inherited_environment()
     proxies = [environment.get(name, "") for name in (*_PROXIES, *map(str.lower, _PROXIES))]
     credentials = [match[1] for value in proxies if (match := _CREDENTIALS.match(value))]
@@ -45,7 +44,7 @@ def inherited_secrets() -> list[str]:
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Awaits what must not be left half done; a cancellation meanwhile is raised when it is done."""
+    """Await work that must not be interrupted; a cancellation in the meantime is raised after it."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
@@ -56,7 +55,7 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
                 cancelled = error
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # it was looked at
+            task.exception()  # marks it as retrieved
         raise cancelled
     return task.result()
 
@@ -64,11 +63,11 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
 async def start_process(
     command: str, arguments: Sequence[str], *, environment: Mapping[str, str], folder: str | None
 ) -> Process:
-    """A process with three pipes, in a group and session of its own. Nothing is left of it when this is cancelled.
+    """Start a process with three pipes, in a group and session of its own. It is ended if this call is cancelled.
 
     Raises:
-        OSError: it cannot be started.
-        ValueError: a NUL in the command, an argument or the environment.
+        OSError: the process cannot be started.
+        ValueError: the command, an argument or the environment contains NUL.
     """
     spawning = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
@@ -91,14 +90,14 @@ async def start_process(
 
 
 async def _end_spawned(spawning: asyncio.Future[Process]) -> None:
-    """Ends what may not have been started yet; whoever waits for `spawning` by itself would cancel that as well."""
+    """End a process that may not have been started yet; awaiting `spawning` elsewhere would cancel it, too."""
     await end_process(await spawning, grace=0.0)
 
 
 async def end_process(process: Process, *, grace: float | None = None) -> None:
-    """Closes its input, waits, and ends its whole group: SIGTERM, and SIGKILL for what is still there.
+    """Close its input, wait, and end its whole group: first with SIGTERM, then with SIGKILL.
 
-    A descendant that left the group (`setsid`) is not reached, which is what leaving it means.
+    A descendant that left the group (`setsid`) is not ended.
     """
     grace = GRACE if grace is None else grace
     if process.stdin is not None:
@@ -116,7 +115,7 @@ async def end_process(process: Process, *, grace: float | None = None) -> None:
 
 
 def kill_group(process: Process) -> None:
-    """Ends a process and its group at once, without waiting."""
+    """Kill a process and its group at once, without waiting."""
     if sys.platform == "win32":
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -126,16 +125,16 @@ def kill_group(process: Process) -> None:
 
 
 async def exited(process: Process, seconds: float) -> None:
-    """Waits for its end by looking: `wait()` also waits for the ends of its pipes, which a descendant may hold."""
+    """Poll for the end of a process: `wait()` also waits until its pipes close, which a descendant may hold open."""
     deadline = asyncio.get_running_loop().time() + seconds
     while process.returncode is None and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(_POLL)
 
 
 def _close_pipes(process: Process) -> None:
-    """Where a descendant outside the group holds a pipe's end, asyncio would keep the transport open for ever.
+    """Close the pipes; if a descendant outside the group holds one, asyncio would never close the transport.
 
-    Its `close` waits until what was written has been read: nobody reads the input any more.
+    The input's `close` would wait until its data is read, and nobody reads it any more.
     """
     if process.stdin is not None and process.stdin.transport.get_write_buffer_size():
         process.stdin.transport.abort()
@@ -152,12 +151,12 @@ async def _gone(process: Process, seconds: float) -> None:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Whether the group had somebody left to signal."""
+    """Send a signal to a group; return whether it had a member."""
     assert sys.platform != "win32"
     try:
         os.killpg(group, number)
     except ProcessLookupError:
         return False
-    except PermissionError:  # zombies of another user, or on macOS of one's own
+    except PermissionError:  # zombies of another user, or on macOS also one's own
         return number == 0
     return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""McpServerConfig: how one MCP server is reached and what of it may be used."""
+"""McpServerConfig: how one MCP server is reached, and which of its tools may be used."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ _REMOTE = ("headers", "auth")  # settings of an address
 class McpServerConfig(ExplainedSettings):
     """One server: a command that is started (`command`), or an address (`url`).
 
-    `repr` and `masked()` hide what may be secret; the attributes hold the values as they are.
+    `repr` and `masked()` hide values that may be secret; the attributes hold the plain values.
 
     Attributes:
-        name: its label, which begins the names of its tools.
-        transport: "stdio", "http" (streamable HTTP) or "sse"; None with a `url` is HTTP, and SSE where that is refused.
-        command: the program; found in PATH, or a path.
-        args: its arguments.
-        env: variables that it gets beside HOME, LOGNAME, PATH, SHELL, TERM and USER, and those of proxies and
-            certificates; no others are passed on.
-        cwd: the folder that it runs in; None is the program's own.
-        url: the address, http or https; a user and password in it are sent as Basic credentials.
-        headers: sent with each request.
-        auth: a bearer token, or the credentials of an OAuth client. A text with another scheme ("Basic ...") becomes
-            the Authorization header.
+        name: label of the server, which begins the names of its tools.
+        transport: "stdio", "http" (streamable HTTP) or "sse"; None with a `url` tries HTTP first, and then SSE.
+        command: the program: its name in PATH, or a path.
+        args: arguments of the command.
+        env: environment variables of the program, besides HOME, LOGNAME, PATH, SHELL, TERM and USER, and those of
+            proxies and certificates; it inherits no others.
+        cwd: working folder of the program; None means this process's.
+        url: http or https address; a user and password in it are sent as Basic credentials.
+        headers: headers that are sent with each request.
+        auth: a bearer token, an OAuth client, or a text with another scheme ("Basic ...") for the Authorization header.
         timeout: seconds for one call, at most 3600.
         connect_timeout: seconds for the start until its tools are known, at most 600.
-        enabled: False keeps it in the configuration without a connection.
-        allowed_tools: patterns of the server's own tool names that may be used ("*" is any characters); None is all.
-        excluded_tools: patterns of those that may not, also where they are allowed.
-        auto_approve: patterns of those that run without anybody's agreement.
-        instructions: words for the model on how to use it, in place of the server's own.
+        enabled: False leaves the server in the configuration without a connection.
+        allowed_tools: patterns of the server's own tool names that may be used ("*" matches any text); None allows all.
+        excluded_tools: patterns of tool names that may not be used, even if they are allowed.
+        auto_approve: patterns of tool names that run without an approval.
+        instructions: instructions for the model, used instead of the server's own.
 
     Raises:
-        ConfigError: a setting that cannot be; the message names server and setting.
+        ConfigError: a setting is invalid; the message names the server and the setting.
     """
 
     name: str
@@ -71,17 +70,17 @@ class McpServerConfig(ExplainedSettings):
 
     @classmethod
     def from_mapping(cls, name: str, mapping: Mapping[str, Any], *, folder: Path | None = None) -> McpServerConfig:
-        """The server of an entry of mcp.json, with any of the keys that other programs use.
+        """Return the server of an entry of mcp.json, with any of the keys that other programs use.
 
-        `${...}` is not expanded here. Keys that nobody knows are left out with a warning in the log.
+        `${...}` is not expanded here. Unknown keys are ignored, with a warning in the log.
 
         Args:
-            name: the server's label.
+            name: label of the server.
             mapping: the entry.
-            folder: where a relative `cwd` and `envFile` start; None is the working folder.
+            folder: base of relative `cwd` and `envFile`; None means the working folder.
 
         Raises:
-            ConfigError: as of the class, and for two keys that say the same.
+            ConfigError: as for the class, or two keys are the same setting.
         """
         return cls(name=name, **settings_of(name, mapping, folder))
 
@@ -115,11 +114,11 @@ class McpServerConfig(ExplainedSettings):
         return allowed and not matches(self.excluded_tools, tool)
 
     def auto_approves(self, tool: str) -> bool:
-        """Whether the server's tool of this name runs without anybody's agreement."""
+        """Whether the server's tool of this name runs without an approval."""
         return matches(self.auto_approve, tool)
 
     def masked(self) -> dict[str, Any]:
-        """The settings that are not the default, as JSON for a log or a page, with masks for what may be secret."""
+        """Return the settings that differ from their defaults, as JSON for a log or a page, with secrets masked."""
         shown: dict[str, Any] = {}
         for name, setting in self.__dataclass_fields__.items():
             value = getattr(self, name)
@@ -137,7 +136,7 @@ class McpServerConfig(ExplainedSettings):
         return shown
 
     def secrets(self) -> Iterator[str]:
-        """What must not be shown: the environment, headers, credentials, and user, password and query of the url."""
+        """Yield the secret values: environment, headers, credentials, and user, password and query of the URL."""
         yield from self.env.values()
         yield from self.headers.values()
         if self.auth is not None:
@@ -150,7 +149,7 @@ class McpServerConfig(ExplainedSettings):
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
 
     def _check_target(self, checks: server_values.Checks) -> None:
-        """Exactly one of `command` and `url`, and nothing that belongs to the other."""
+        """Check that exactly one of `command` and `url` is set, and no setting of the other."""
         if (self.command is None) == (self.url is None):
             both = "and has both" if self.command is not None else "and has neither"
             checks.fail("command", f"or url must be given, not both: the server is a program or an address, {both}")
@@ -164,7 +163,7 @@ class McpServerConfig(ExplainedSettings):
         else:
             if self.enabled:
                 checks.address("url", self.url)
-            else:  # it may hold a variable that is not set
+            else:  # it may contain a variable that is not set
                 checks.one_line("url", self.url)
             wrong, target = [name for name in _LOCAL if getattr(self, name)], "a url"
             fits = self.transport != "stdio"
@@ -174,7 +173,7 @@ class McpServerConfig(ExplainedSettings):
             checks.fail("transport", f"does not fit: the server has {target}")
 
     def _authorization(self, checks: server_values.Checks, headers: server_values.SecretMap) -> dict[str, Any]:
-        """Where credentials go: a bearer token stays in `auth`, other schemes become the header."""
+        """Return where credentials go: a bearer token stays in `auth`, other schemes become the header."""
         if self.auth is None:
             return {}
         given = [name for name in headers if name.lower() == "authorization"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The keys of a server in mcp.json, this project's and other programs', to the fields of `McpServerConfig`."""
+"""Converts the keys of a server in mcp.json, this project's and other programs', to fields of `McpServerConfig`."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "instructions": ("instructions",),
     "sandbox": ("sandbox", "sandboxEnabled"),
 }  # fmt: skip
-NAMES = ("name", "id", "label")  # of the server itself: read by who reads the list
+NAMES = ("name", "id", "label")  # of the server itself; the code that reads the list uses them
 FIELD_OF = {key: field for field, keys in KEYS.items() for key in keys}
 EXPANDED = frozenset(
     key for field in ("command", "args", "env", "env_file", "cwd", "url", "headers", "auth") for key in KEYS[field]
@@ -69,10 +69,10 @@ _OAUTH = {
 
 
 def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """The fields of `McpServerConfig` that an entry gives, but for the name.
+    """Return the fields of `McpServerConfig` that an entry sets, except the name.
 
     Raises:
-        ConfigError: two keys say the same, or a value has a form that its field cannot have.
+        ConfigError: two keys are the same setting, or a value has the wrong type for its field.
     """
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
@@ -87,7 +87,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
             if key not in NAMES:
                 hint = nearest(key, FIELD_OF)
                 logger.warning("MCP server %.100r: the key %.60r is not known and has no effect%s", server, key, hint)
-        elif value is not None:  # null is what many programs write for a setting that is not there
+        elif value is not None:  # many programs write null for a setting that is not set
             if field in spelled:
                 checks.fail(key, f"and {spelled[field]} are the same setting: give one")
             spelled[field] = key
@@ -106,13 +106,13 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
 
 
 def nearest(name: str, known: Any) -> str:
-    """A hint at the known name that is most like this one, or nothing."""
+    """Return a hint with the most similar known name, or an empty text."""
     near = difflib.get_close_matches(name[:100], list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
-    if isinstance(value, str) and value in _RUNTIMES:  # candle-vllm's, where nothing depends on it
+    if isinstance(value, str) and value in _RUNTIMES:  # written by candle-vllm; it has no effect here
         logger.warning("MCP server %.100r: %s %r is what runs it, and no transport: stdio", checks.server, key, value)
         return "stdio"
     if not isinstance(value, str) or value not in TRANSPORTS:
@@ -121,7 +121,7 @@ def _transport(checks: Checks, key: str, value: Any) -> str:
 
 
 def _env(checks: Checks, key: str, value: Any) -> dict[str, str]:
-    """Variables; numbers and booleans, which people write without quotes, become text."""
+    """Convert variables to texts; people write numbers and booleans without quotes."""
     if isinstance(value, Mapping):
         value = {name: _env_text(text) for name, text in value.items()}
     return checks.variables(key, value)
@@ -147,14 +147,14 @@ def _enabled(checks: Checks, key: str, value: Any) -> bool:
 
 
 def _patterns(checks: Checks, key: str, value: Any) -> tuple[str, ...]:
-    """A list of patterns; true and "*" are all, false none."""
+    """Return a list of patterns; true and "*" match all names, false matches no name."""
     if isinstance(value, bool):
         return ("*",) if value else ()
     return ("*",) if value == "*" else checks.texts(key, value, most=1000)
 
 
 def _auth(checks: Checks, key: str, value: Any) -> str | OAuthClient:
-    """A token, or the credentials of an OAuth client as Cursor writes them."""
+    """Return a token, or the credentials of an OAuth client as Cursor writes them."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
@@ -189,7 +189,7 @@ _CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
 
 
 def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
-    """The assignments of a dotenv file; `${...}` in it is not expanded."""
+    """Return the assignments of a dotenv file; `${...}` in it is not expanded."""
     from dotenv.parser import parse_stream
 
     content = read_small_file(path, f"MCP server {checks.server!r:.100}: {key}")
@@ -203,13 +203,13 @@ def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
 
 
 def read_small_file(path: Path, what: str) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark.
+    """Return the text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ConfigError: it is not there, no plain file, too large, or no text; the message begins with `what`.
+        ConfigError: the file does not exist, is no regular file, too large or not text; the message begins with `what`.
     """
     try:
-        if not path.is_file():  # a pipe would never end, and a device has no size
+        if not path.is_file():  # reading a pipe would never end, and a device has no size
             problem = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
             raise ConfigError(f"{what}: {path} {problem}")
         with path.open("rb") as file:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The values of a server's settings: what each must be, and those that may be secret as they may be shown.
+"""Checks the values of a server's settings, and masks those that may be secret.
 
 Messages name the server and the setting, and never show a value that may be secret.
 """
@@ -28,7 +28,7 @@ MASK = "***"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
-_SHORTEST_SECRET = 6  # characters; a shorter one stands in too many words
+_SHORTEST_SECRET = 6  # characters; a shorter one occurs in too many words
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|api.?key|access.?key|auth|bearer|credential|header|cookie", re.IGNORECASE
 )
@@ -50,11 +50,11 @@ class Checks:
         self.server = server
 
     def fail(self, setting: str, problem: str) -> NoReturn:
-        """Raises the error that names server and setting."""
+        """Raise the error that names server and setting."""
         raise ConfigError(f"MCP server {self.server!r:.100}: {setting} {problem}", setting)
 
     def text(self, setting: str, value: Any, *, most: int = MAX_TEXT, empty: bool = False) -> str:
-        """A string without NUL."""
+        """Check a string without NUL."""
         if not isinstance(value, str):
             self.fail(setting, f"must be a string, not {_kind(value)}")
         if not value and not empty:
@@ -66,14 +66,14 @@ class Checks:
         return value
 
     def one_line(self, setting: str, value: Any, *, most: int = MAX_TEXT) -> str:
-        """A string without control characters, as HTTP wants it."""
+        """Check a string without control characters, as HTTP requires."""
         checked = self.text(setting, value, most=most)
         if _CONTROL.search(checked):
             self.fail(setting, "must stand on one line, without control characters")
         return checked
 
     def texts(self, setting: str, value: Any, *, most: int = MAX_ITEMS, empty: bool = False) -> tuple[str, ...]:
-        """A list of strings."""
+        """Check a list of strings."""
         if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
             self.fail(setting, f"must be a list of strings, not {_kind(value)}")
         items = tuple(value)
@@ -82,7 +82,7 @@ class Checks:
         return tuple(self.text(f"{setting}[{number}]", item, empty=empty) for number, item in enumerate(items))
 
     def variables(self, setting: str, value: Any) -> dict[str, str]:
-        """Environment variables."""
+        """Check environment variables."""
         for name, text in self._mapping(setting, value).items():
             if not name or "=" in name or "\0" in name or len(name) > MAX_LABEL:
                 self.fail(setting, f"has the name {name!r:.60}, which no environment variable can have")
@@ -90,7 +90,7 @@ class Checks:
         return dict(value)
 
     def http_headers(self, setting: str, value: Any) -> dict[str, str]:
-        """HTTP headers."""
+        """Check HTTP headers."""
         seen: set[str] = set()
         for name, text in self._mapping(setting, value).items():
             if not _HEADER_NAME.fullmatch(name):
@@ -104,7 +104,7 @@ class Checks:
         return dict(value)
 
     def address(self, setting: str, value: Any) -> str:
-        """An http or https address."""
+        """Check an http or https address."""
         url = self.one_line(setting, value, most=MAX_URL)
         try:
             parts = urlsplit(url)
@@ -118,17 +118,17 @@ class Checks:
         return url
 
     def folder(self, setting: str, value: Any) -> Path:
-        """A path."""
+        """Check a path."""
         return value if isinstance(value, Path) else Path(self.text(setting, value, most=MAX_URL))
 
     def flag(self, setting: str, value: Any) -> bool:
-        """True or false."""
+        """Check a boolean."""
         if not isinstance(value, bool):
             self.fail(setting, f"must be true or false, not {_kind(value)}")
         return value
 
     def seconds(self, setting: str, value: Any, most: float, *, unit: str = "seconds", factor: float = 1.0) -> float:
-        """A time; `factor` is the seconds of its unit."""
+        """Check a time, and return its seconds; `factor` is the length of its unit in seconds."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fail(setting, f"must be a number of {unit}, not {_kind(value)}")
         if not 0 < value <= most / factor:
@@ -145,7 +145,7 @@ class Checks:
 
 
 def _kind(value: Any) -> str:
-    """What a wrong value is, without the value."""
+    """Return the kind of a wrong value, without the value."""
     names = {
         bool: "true or false",
         int: "a number",
@@ -158,7 +158,7 @@ def _kind(value: Any) -> str:
 
 
 class SecretMap(Mapping[str, str]):
-    """A mapping that cannot be changed, and whose values its `repr` hides. It is no `dict`: encoders refuse it."""
+    """An immutable mapping whose `repr` hides its values. It is not a `dict`, so that encoders refuse it."""
 
     __slots__ = ("_values",)
 
@@ -181,20 +181,20 @@ class SecretMap(Mapping[str, str]):
         return repr(self.masked())
 
     def masked(self) -> dict[str, str]:
-        """The names, with a mask for each value."""
+        """Return the names, with a mask for each value."""
         return dict.fromkeys(self._values, MASK)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OAuthClient:
-    """Credentials of a program that gets its own token (OAuth client credentials).
+    """Credentials of a program that requests its own token (OAuth client credentials).
 
     Attributes:
-        client_id: of the program.
-        client_secret: goes to the authorization server alone.
-        scopes: that are asked for.
-        issuer: the address of the authorization server that may have the secret; None leaves the choice to the MCP
-            server, which is only right for a server that is trusted with the secret.
+        client_id: id of the program.
+        client_secret: secret, which is sent only to the authorization server.
+        scopes: requested scopes.
+        issuer: address of the authorization server that may get the secret; None lets the MCP server choose it, which
+            is only right if the MCP server may know the secret.
     """
 
     client_id: str
@@ -204,7 +204,7 @@ class OAuthClient:
 
 
 def masked_url(url: str) -> str:
-    """The address with masks for user and password and for all of its query but the names."""
+    """Return the address with user, password, and the values of its query masked."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -216,9 +216,9 @@ def masked_url(url: str) -> str:
 
 
 def masked_arguments(arguments: Iterable[str]) -> list[str]:
-    """The arguments of a command, with masks for those that look like secrets by the words in them or before them.
+    """Return a command's arguments, with masks for those that look like secrets by words in or before them.
 
-    It may miss one: a secret is safer in `env`.
+    It may miss a secret: `env` is a safer place for one.
     """
     shown: list[str] = []
     follows = False
@@ -235,7 +235,7 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
-    """What takes secrets out of a text: those of six characters or more, whole, decoded and word by word."""
+    """Return a function that masks secrets of six or more characters in a text, also their decoded form and words."""
     values: set[str] = set()
     for value in secrets:
         values |= {value, unquote(value), *value.split()}

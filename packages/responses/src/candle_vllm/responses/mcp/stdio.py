@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The stdio transport: a server as a child process, JSON-RPC in lines on its pipes.
+"""The stdio transport: a server as a child process, with JSON-RPC messages as lines on its pipes.
 
-The SDK's own client reads lines of any length, wants a file for standard error, and leaves what the server started when
-the server ends by itself; here a line is bounded, standard error goes to a log, and the whole group is ended.
+The SDK's own client reads lines of any length, needs a file for standard error, and does not end the server's
+descendants if the server exits by itself; here, a line is limited, standard error is logged, and the group is ended.
 Specification: https://modelcontextprotocol.io/specification/2025-11-25/basic/transports#stdio
 """
 
@@ -33,18 +33,18 @@ from candle_vllm.responses.mcp.processes import (
 )
 
 MAX_MESSAGE = 10 * 1024 * 1024  # bytes
-_MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and thrown away, before its server is given up
+_MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and discarded before the server is ended
 _CHUNK = 1 << 16
 _ERROR_CHUNK = 1 << 12
-_LINES_PER_SECOND = 5000  # of standard error; a program that writes more waits, and nobody else
+_LINES_PER_SECOND = 5000  # of standard error; only a program that writes more is delayed
 _BLANK_PER_SECOND = 1_000_000  # bytes of blank lines on standard output
 _BLANK_LINES = re.compile(rb"\n{2,}")
-_LOOK = 0.25  # seconds between looks at whether the program still runs
-_EXIT = 2.0  # seconds between the end of its output and its own
-_KEPT = 256  # bytes of an oversized line's two ends
-_FLUSH = 0.5  # seconds for what was accepted to reach the pipe at the end
-_LAST_LINES = 20  # of standard error in which its failure is looked for
-_WORDS = 300  # characters of the line that tells of it
+_LOOK = 0.25  # seconds between checks whether the program still runs
+_EXIT = 2.0  # seconds from the end of its output to its exit
+_KEPT = 256  # bytes of an oversized line's head and tail
+_FLUSH = 0.5  # seconds to flush accepted messages to the pipe at the end
+_LAST_LINES = 20  # lines of standard error that are searched for its error
+_WORDS = 300  # characters of the line that reports it
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
 _ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
@@ -52,17 +52,17 @@ _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMB
 
 
 class StdioServer:
-    """One run of a server's program; each line of its standard error goes to the peer's log."""
+    """One run of a server's program; each line of its standard error is added to the peer's log."""
 
     def __init__(self, peer: Peer) -> None:
         self._config = peer.config
         self._log = peer.log
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)  # of its standard error
-        self._exit_status: int | None = None  # where it ended by itself; negative is the signal that ended it
-        self._fault: str | None = None  # why this side gave it up
+        self._exit_status: int | None = None  # if it exited by itself; negative for a signal
+        self._fault: str | None = None  # why this side ended it
 
     def ending(self) -> str | None:
-        """How the program ended, or why it was given up, in words; None while it runs."""
+        """Return how the program ended, or why it was ended; None while it runs."""
         status = self._exit_status
         if self._fault or status is None:
             return self._fault
@@ -70,10 +70,10 @@ class StdioServer:
         return f"its program {how}{self.last_words()}"
 
     def last_words(self) -> str:
-        """What its standard error says of a failure, to be put behind a sentence; empty where it says nothing.
+        """Return what standard error says about a failure, to be appended to a sentence; empty if it says nothing.
 
-        That is the last line that speaks of one, for Node ends with its version and a trace with its indented frames;
-        the last line, where none does.
+        It is the last line that reports an error, because Node ends with its version and a traceback with its indented
+        frames; without such a line, it is the last line.
         """
         lines = list(self._last_lines)
         telling = [line for line in lines if not line[0].isspace() and _ERROR.search(line)] or lines
@@ -84,7 +84,7 @@ class StdioServer:
 
     @asynccontextmanager
     async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
-        """Runs the program; gives the two streams that the SDK's `Client` takes."""
+        """Run the program; yields the two streams that the SDK's `Client` needs."""
         config = self._config
         assert config.command is not None
         process = await start_process(
@@ -107,7 +107,7 @@ class StdioServer:
             try:
                 await to_the_end(self._close(process, (reader, writer, errors, watcher)))
             except asyncio.CancelledError:
-                kill_group(process)  # where the event loop itself ends, nobody waits for the steps before
+                kill_group(process)  # if the event loop itself ends, nothing awaits the steps above
                 raise
             for stream in (to_session, from_session):
                 stream.close()
@@ -117,13 +117,13 @@ class StdioServer:
         watcher.cancel()
         await asyncio.wait({writer}, timeout=_FLUSH)
         await end_process(process)
-        await asyncio.wait({errors}, timeout=_FLUSH)  # its last words are already in the pipe
+        await asyncio.wait({errors}, timeout=_FLUSH)  # its last lines are already in the pipe
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, process: Process, session: Any, errors: asyncio.Task[None]) -> None:
-        """Brings messages to the session; ends it with the pipe, or when the server is given up."""
+        """Pass messages to the session; ends it when the pipe ends or the server has failed."""
         assert process.stdout is not None
         splitter = LineSplitter(MAX_MESSAGE)
         async with session:
@@ -140,17 +140,17 @@ class StdioServer:
                     if self._fault:
                         return
                 await exited(process, _EXIT)
-                await asyncio.wait({errors}, timeout=_EXIT)  # what it wrote of its end
+                await asyncio.wait({errors}, timeout=_EXIT)  # the last lines that it wrote
                 self._exit_status = process.returncode
         while await process.stdout.read(_CHUNK):
-            pass  # nobody listens any more, but a server with a full pipe would not come to its end
+            pass  # a server whose pipe is full could not exit, so its output is discarded
 
     async def _watch(self, process: Process, reader: asyncio.Task[None]) -> None:
-        """Ends the session of a program that is gone though somebody whom it started holds its pipe."""
+        """End the session of a program that has exited while a descendant holds its pipe open."""
         while process.returncode is None:
             await asyncio.sleep(_LOOK)
         self._exit_status = process.returncode
-        await asyncio.wait({reader}, timeout=_EXIT)  # what it wrote last may still be in the pipe
+        await asyncio.wait({reader}, timeout=_EXIT)  # its last output may still be in the pipe
         reader.cancel()
 
     def _message(self, line: bytes | OversizedLine) -> SessionMessage | Exception | None:
@@ -164,7 +164,7 @@ class StdioServer:
             return ValueError(f"on standard output: {line[:200].decode(errors='replace')}")
 
     def _refusal(self, line: OversizedLine) -> SessionMessage | None:
-        """An oversized reply as a failure of its request; where nobody knows of which one, the connection ends."""
+        """Convert an oversized reply to an error of its request; if its id is not found, the connection ends."""
         found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
         if found is None:
             self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
@@ -197,12 +197,12 @@ class StdioServer:
                     process.stdin.write(text.encode() + b"\n")
                     await process.stdin.drain()
                 return
-        await asyncio.wait({reader}, timeout=_EXIT)  # most programs that read no more are ending, and say why
-        session.close()  # its pipe is broken: the session must learn that no answer will come
+        await asyncio.wait({reader}, timeout=_EXIT)  # most programs that stop reading are exiting, and report why
+        session.close()  # the pipe is broken: the session must know that no answer will come
 
 
 class OversizedLine(NamedTuple):
-    """What is left of a line beyond the limit: its first and last bytes, and how many it had."""
+    """The head and tail of a line that exceeds the limit, and its size."""
 
     head: bytes
     tail: bytes
@@ -210,10 +210,10 @@ class OversizedLine(NamedTuple):
 
 
 class LineSplitter:
-    """Cuts chunks at their line feeds; of a line beyond the limit nothing but its ends is held.
+    """Splits chunks at their line feeds; of a line that exceeds the limit, only the head and tail are held.
 
     Args:
-        limit: bytes of a line, without its line feed.
+        limit: maximum bytes of a line, without its line feed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -229,7 +229,7 @@ class LineSplitter:
         return self._size
 
     def feed(self, chunk: bytes) -> Iterator[bytes | OversizedLine]:
-        """The lines that end within a chunk."""
+        """Yield the lines that end within a chunk."""
         *ended, rest = chunk.split(b"\n")
         for piece in ended:
             self._add(piece)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Keeps a server connected: opens a connection, has its tools watched, and opens another when it ends.
+"""Supervisor: opens a server's connection, has its tools watched, and opens another connection when it ends.
 
-The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants
-the server makes the next one come now.
+Attempts follow after 0.5 to 30 seconds, longer after each failure; a call of a tool starts one at once.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ logger = logging.getLogger(__name__)
 LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
 
 FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds between attempts to connect
-MAX_ATTEMPTS = 12  # in a row; after that a server is tried again when one of its tools is called
-STEADY = 5.0  # seconds after which a connection counts as a success, and delays start small again
+MAX_ATTEMPTS = 12  # in a row; after that, only a call of one of the server's tools starts an attempt
+STEADY = 5.0  # seconds after which a connection counts as a success, and the delays are reset
 
 
 class Supervisor:
     """The connections of one server, one after the other.
 
     Attributes:
-        state, error, connections: what a link shows.
-        connection: of the moment, or None.
-        transports: what is tried, in order; once one has connected it stands alone.
+        state, error, connections: values that a link reports.
+        connection: current connection, or None.
+        transports: transports to try, in order; after a success, only the one that connected.
         settled: set after each attempt, and at the end.
 
     Args:
         peer: the server.
-        changed: called when the list of tools is another one.
+        changed: called when the list of tools has changed.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None]) -> None:
         self._peer = peer
-        self._mode = "auto"  # how a protocol version is agreed on
+        self._mode = "auto"  # how a protocol version is negotiated
         self.state: LinkState = "closed" if peer.config.enabled else "disabled"
         self.error: str | None = None
         self.connection: McpConnection | None = None
@@ -62,27 +61,27 @@ class Supervisor:
 
     @property
     def listed(self) -> ToolList | None:
-        """The tools, of the last connection that there was."""
+        """The tools of the last connection."""
         return self._watch.listed
 
     @property
     def runs(self) -> bool:
-        """It keeps the server connected, or tries to."""
+        """Whether the server is connected, or attempts are being made."""
         return self._task is not None and not self._task.done()
 
     @property
     def is_ready(self) -> bool:
-        """There is a connection that takes calls."""
+        """Whether there is a connection that accepts calls."""
         return self.state == "ready" and self.connection is not None and not self.connection.is_down
 
     def start(self) -> None:
-        """Begins; `settled` is set when the first attempt is over."""
+        """Start; `settled` is set after the first attempt."""
         self._closing = False
         self.settled.clear()
         self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._peer.config.name}")
 
     async def stop(self) -> None:
-        """Ends the connection and all attempts."""
+        """End the connection and all attempts."""
         self._closing = True
         self._wake.set()
         if self.connection is not None:
@@ -93,7 +92,7 @@ class Supervisor:
             self.state = "closed"
 
     def want(self) -> None:
-        """Somebody waits for a connection: the next attempt is made now; `settled` is set when it is over."""
+        """Request a connection: the next attempt is made now, and `settled` is set after it."""
         self._wanted = True
         self.settled.clear()
         self._wake.set()
@@ -125,7 +124,7 @@ class Supervisor:
             self.settled.set()
 
     async def _connect(self) -> McpConnection | None:
-        """One attempt: the transports in their order, until one of them connects and lists its tools."""
+        """Make one attempt: try the transports in order, until one of them connects and lists its tools."""
         self.state = "connecting"
         first_error: str | None = None
         for kind in self.transports:
@@ -134,7 +133,7 @@ class Supervisor:
             if why is None:
                 self.transports = (kind,)
                 if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-                    self._mode = "legacy"  # a server that leaves questions unanswered costs seconds each time
+                    self._mode = "legacy"  # requests that such a server does not answer cost seconds each time
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
@@ -147,19 +146,19 @@ class Supervisor:
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break
-        self._mode = "auto"  # maybe it is another server now
+        self._mode = "auto"  # it may be a different server next time
         self.error = first_error
         self.state = "failed"
         return None
 
     async def _open(self, connection: McpConnection) -> str | None:
-        """Opens a connection and lists its tools; a sentence where that fails."""
+        """Open a connection, and list its tools; return a sentence if that fails, else None."""
         if not await connection.open(self._peer.config.connect_timeout):
             return self._peer.redact(connection.why)
         return await self._watch.list(connection)
 
     async def _pause(self, failures: int) -> None:
-        """Waits before the next attempt; a call that wants the server ends the wait."""
+        """Wait before the next attempt; a call of one of the server's tools ends the wait."""
         delay: float | None = min(LAST_DELAY, FIRST_DELAY * 2 ** (failures - 1)) * random.uniform(0.75, 1.25)  # noqa: S311
         if failures >= MAX_ATTEMPTS:
             delay = None

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tools that a server lists: all pages, within limits, those that the configuration lets in; listed again when they
-change, and a session in doubt asked."""
+"""Lists a server's tools within limits and again when they change, and pings when the session may no longer exist."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_PAGES = 100
 MAX_TOOLS = 1000
 MAX_BYTES = 4 * 1024 * 1024  # of all definitions together, as JSON
-_DEBOUNCE = 0.2  # seconds after a notice that the tools changed
+_DEBOUNCE = 0.2  # seconds to wait after a notification that the tools changed, before they are listed
 _MIN_BETWEEN_LISTS = 1.0
 _PING_SECONDS = 5.0
 _FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a subscription is opened again
@@ -36,11 +35,11 @@ _ACK_SECONDS = 10.0
 
 
 class ToolList(NamedTuple):
-    """What a server offers.
+    """The tools that a server offers.
 
     Attributes:
-        tools: by name, in the server's order.
-        notes: what was left out and why, sentences.
+        tools: tools by name, in the server's order.
+        notes: what was left out and why, as sentences.
     """
 
     tools: dict[str, Tool]
@@ -48,10 +47,10 @@ class ToolList(NamedTuple):
 
 
 async def list_tools(connection: McpConnection, config: McpServerConfig) -> ToolList:
-    """Asks for the list, page by page; each may take `connect_timeout`.
+    """Request the list page by page; each request may take `connect_timeout`.
 
     Raises:
-        ConnectionLostError, TimeoutError, MCPError, ValidationError: a page could not be had.
+        ConnectionLostError, TimeoutError, MCPError, ValidationError: a page could not be fetched.
     """
     tools: dict[str, Tool] = {}
     notes: list[str] = []
@@ -91,15 +90,15 @@ async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]
 
 
 class ToolWatch:
-    """What one server offers, over all its connections.
+    """Lists and watches the tools of one server; what it listed stays when the server is connected again.
 
     Args:
         peer: the server.
-        changed: called when the list of tools is another one.
-        wake: set when a connection has news.
+        changed: called when the list of tools has changed.
+        wake: set when the state of a connection changes.
 
     Attributes:
-        listed: of the last connection that there was.
+        listed: the tools as last listed successfully; None before that.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
@@ -109,7 +108,7 @@ class ToolWatch:
         self.listed: ToolList | None = None
 
     async def list(self, connection: McpConnection) -> str | None:
-        """Lists the tools and tells of a change; a sentence where that fails."""
+        """List the tools, and report a change; return a sentence if that fails, else None."""
         connection.tools_changed = False
         try:
             found = await list_tools(connection, self._peer.config)
@@ -132,7 +131,7 @@ class ToolWatch:
         return None
 
     async def follow(self, connection: McpConnection) -> None:
-        """Follows a connection to its end: lists the tools again when they change, and asks a session in doubt."""
+        """Watch a connection until it ends: list changed tools again, and ping if the session may no longer exist."""
         listener: asyncio.Task[None] | None = None
         capability = connection.client.server_capabilities.tools
         if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
@@ -154,7 +153,7 @@ class ToolWatch:
                 await asyncio.gather(listener, return_exceptions=True)
 
     async def _sleep(self, connection: McpConnection, seconds: float) -> None:
-        """Sleeps, unless the connection ends; what woke it is looked at again."""
+        """Sleep until the connection ends or the time is over; `wake` is set afterwards, so no change is missed."""
         deadline = asyncio.get_running_loop().time() + seconds
         with anyio.move_on_at(deadline):
             while not connection.is_down:
@@ -171,9 +170,9 @@ class ToolWatch:
 
 
 async def listen_for_changes(connection: McpConnection, note: Callable[[str], None]) -> None:
-    """Tells the connection of each change until it ends; a server that refuses the subscription is left in peace.
+    """Subscribe to changes of the tools until the connection ends, or the server refuses the subscription.
 
-    The protocol replays nothing: after a subscription was lost the tools count as changed.
+    The protocol does not repeat lost notifications, so the tools are listed again after a lost subscription.
     """
     delay = _FIRST_DELAY
     while not connection.is_down:

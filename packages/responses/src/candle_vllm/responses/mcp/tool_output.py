@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a server's tool gives back, as our own pieces, and whether it fits the schema that its server declares."""
+"""Converts the output of a server's tool, and checks whether it matches the schema that its server declares."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MAX_PARTS = 1000
 
 
 def tool_output(result: CallToolResult, *, fault: str | None = None) -> ToolOutput:
-    """A call's result; every kind of content of both protocol eras has its piece.
+    """Convert a call's result; every kind of content of both protocol versions is supported.
 
     Args:
-        fault: what is wrong with the result though the server calls it a success; it becomes its first text.
+        fault: error in a result that the server reports as a success; it becomes the first text.
     """
     parts = [_part(block) for block in result.content[:MAX_PARTS]]
     if len(result.content) > MAX_PARTS:
@@ -54,17 +54,17 @@ def _part(block: Any) -> ContentPart:
 
 
 class OutputChecks:
-    """Checks outputs; a schema is prepared when it is first needed, and kept until the tool's is another one."""
+    """Checks outputs; the checker of a schema is made on first use, and reused until the tool's schema changes."""
 
     def __init__(self) -> None:
         self._checkers: dict[str, tuple[Any, ArgumentsChecker]] = {}
 
     def keep(self, names: set[str]) -> None:
-        """Forgets all other tools."""
+        """Drop the checkers of all other tools."""
         self._checkers = {name: kept for name, kept in self._checkers.items() if name in names}
 
     async def fault(self, tool: Tool, result: CallToolResult) -> str | None:
-        """What is wrong with an output that its server calls a success, in words for a model; None where it fits."""
+        """Return the errors of an output that its server reports as a success, as a text for a model, or None."""
         schema = tool.output_schema
         if schema is None or result.is_error:
             return None
@@ -74,7 +74,7 @@ class OutputChecks:
         known = self._checkers.get(tool.name)
         if known is None or known[0] != schema:
             if len(msgspec.json.encode(schema)) > MAX_SCHEMA:
-                return None  # nobody checks with a schema of that size
+                return None  # a schema of that size is not used
             known = self._checkers[tool.name] = (schema, ArgumentsChecker(schema, tool.name))
         faults = await asyncio.to_thread(known[1].faults, structured)
         if not faults:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a connection to a server is opened, stdio, streamable HTTP or the older SSE transport, and what it sends watched:
-its end is noticed, its pace and its rubbish are bounded, and what does not fit the protocol is left out by itself."""
+"""Opens a connection over stdio, HTTP or SSE, detects its end, limits its rate, and repairs invalid messages."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ from candle_vllm.responses.mcp.stdio import StdioServer
 Kind = Literal["stdio", "http", "sse"]
 NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # what an SSE server answers to a POST at its address
 CLOSED = "the server closed the connection"
-MAX_PER_SECOND = 2000  # messages; a server that sends more waits, and with it nobody else
-MAX_RUBBISH = 1000  # things that are no messages, one after the other
+MAX_PER_SECOND = 2000  # messages; a server that sends more is delayed, and only that server
+MAX_RUBBISH = 1000  # consecutive invalid messages
 
 
 def kinds(config: McpServerConfig) -> tuple[Kind, ...]:
-    """What is tried, in order: an address without a named transport is streamable HTTP, then SSE."""
+    """Return the transports to try, in order: for an address without one, streamable HTTP and then SSE."""
     if config.transport is not None:
         return (config.transport,)
     return ("http", "sse") if config.url else ("stdio",)
@@ -63,13 +62,13 @@ class Opening:
 
     @asynccontextmanager
     async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
-        """The transport's two streams, for the SDK's `Client`."""
+        """Yield the transport's two streams, for the SDK's `Client`."""
         opened = {"stdio": self._stdio, "http": self._http, "sse": self._sse}[self._kind]
         async with opened() as (received, sent):
             yield WatchedStream(received, self._over, self._peer.log), sent
 
     def last_words(self) -> str:
-        """What its program said of its failure, to be put behind a sentence; empty where it said nothing."""
+        """Return what the program reported about its failure, to be appended to a sentence; empty if nothing."""
         return self._program.last_words() if self._program is not None else ""
 
     def _over(self, why: str) -> None:
@@ -99,25 +98,24 @@ class Opening:
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
 
-MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are looked at; those behind them are left out
-_LEFT_OUT = {"type": "text", "text": ""}  # in the place of each block behind them, so that their number is known
+MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are checked; the others are dropped
+_LEFT_OUT = {"type": "text", "text": ""}  # replaces each block after them, so that their number is known
 _MAX_NOTES = 20
-_ERA = "2025-11-25"  # the protocol version whose forms are the strictest
+_ERA = "2025-11-25"  # the protocol version with the strictest formats
 _OBJECT = "object"
 _SHOWN = ("title", "description", "icons", "annotations", "execution", "outputSchema", "_meta")
-"""Members of a tool without which it can be called."""
+"""Optional fields of a tool."""
 
 
 def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
-    """Leaves out of a server's answer what does not fit the protocol, in place.
+    """Remove the parts of a server's answer that violate the protocol, in place.
 
-    The SDK checks an answer as a whole, so one bad tool would take the list with it, and one unknown block the result
-    of a call. A tool is mended where its meaning is plain, else it is left out; a bad block becomes a text that says
-    so.
+    The SDK checks an answer as a whole, so one invalid tool would invalidate the list, and one unknown block the
+    result. A tool is repaired if its meaning is clear, else dropped; an invalid block is replaced by a text about it.
 
     Args:
-        result: of any request; lists of tools and results of calls are looked at.
-        note: gets a sentence for each tool that is left out, of the first ones.
+        result: result of any request; lists of tools and results of calls are checked.
+        note: called with a sentence for each dropped tool, up to a limit.
     """
     if isinstance(tools := result.get("tools"), list):
         notes: list[str] = []
@@ -133,7 +131,7 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
 
 
 def _fault(method: str, result: dict[str, Any]) -> str | None:
-    """What of a result does not fit the protocol; None where all does."""
+    """Return how a result violates the protocol, or None."""
     try:
         methods.validate_server_result(method, _ERA, result)
     except ValidationError as error:
@@ -173,15 +171,14 @@ def _mended_block(block: Any) -> Any:
 
 
 class WatchedStream:
-    """A transport's read stream that tells when it ends.
+    """A transport's read stream that reports its end.
 
-    The SDK closes what waits on a connection and says nothing to the one who opened it: an owner that does not look
-    here would hold a dead connection until the next call.
+    The SDK ends a connection's requests without notifying its owner, which would not reconnect until the next call.
 
     Args:
-        inner: the transport's read stream.
-        ended: called with a sentence when the stream ends; more than once is possible.
-        log: gets a line for each thing that is no message.
+        inner: read stream of the transport.
+        ended: called with a sentence when the stream ends, maybe more than once.
+        log: called with a line for each invalid message.
     """
 
     def __init__(self, inner: Any, ended: Callable[[str], None], log: Callable[[str], object]) -> None:
@@ -194,11 +191,11 @@ class WatchedStream:
 
     @property
     def last_context(self) -> Any:
-        """The context of the sender, which the SDK takes over where its own streams have one."""
+        """Context of the sender, which the SDK uses if a stream has one."""
         return getattr(self._inner, "last_context", None)
 
     async def receive(self) -> SessionMessage | Exception:
-        """The next message; `anyio.EndOfStream` at the end."""
+        """Return the next message; raises `anyio.EndOfStream` at the end."""
         try:
             item = await self._inner.receive()
         except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
@@ -224,7 +221,7 @@ class WatchedStream:
             await asyncio.sleep(max(0.0, self._since + 1.0 - now))
 
     async def aclose(self) -> None:
-        """Closes the inner stream."""
+        """Close the inner stream."""
         await self._inner.aclose()
 
     def __aiter__(self) -> Self:

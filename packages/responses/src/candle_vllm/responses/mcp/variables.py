@@ -2,11 +2,11 @@
 """`${...}` in mcp.json: environment variables, inputs and folders.
 
     ${NAME}  ${env:NAME}          an environment variable, which must be set
-    ${NAME:-default}              the default where it is unset or empty
+        ${NAME:-default}              the default if it is unset or empty
     ${input:id}                   an answer of the user
     ${workspaceFolder}  ${workspaceFolderBasename}  ${userHome}  ${pathSeparator}  ${/}
 
-What is put in is not looked through again. A "$" that no "{" follows is a dollar sign.
+Inserted values are not expanded again. A "$" without a "{" after it is a plain dollar sign.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _INPUT = re.compile(r"input:([A-Za-z0-9_.-]{1,100})")
 
 
 class McpInput(msgspec.Struct, frozen=True, kw_only=True):
-    """A value that mcp.json asks its user for (`inputs`, as in VS Code).
+    """A value that mcp.json requests from its user (`inputs`, as in VS Code).
 
     Attributes:
-        id: its name in `${input:id}`.
-        description: the question.
+        id: name in `${input:id}`.
+        description: question for the user.
         password: whether the answer is a secret.
-        default: the answer if the user gives none.
-        options: the answers to choose from; none means any.
+        default: answer if the user gives none.
+        options: allowed answers; an empty list allows any.
     """
 
     id: str
@@ -46,22 +46,22 @@ class McpInput(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def variable(self) -> str:
-        """The environment variable that answers it."""
+        """Name of the environment variable with the answer."""
         return "MCP_INPUT_" + re.sub(r"[^A-Z0-9]", "_", self.id.upper())
 
 
 Inputs = Mapping[str, str] | Callable[[McpInput], str | None]
-"""Answers by the id of an input, or a function that is asked for each once; None is no answer."""
+"""Answers by the id of an input, or a function that is called once for each input; None means no answer."""
 
 
 class Variables:
     """Expands the values of one file.
 
     Args:
-        environ: the environment.
-        workspace: what `${workspaceFolder}` stands for.
-        inputs: answers, asked before the environment's `MCP_INPUT_<ID>` and the input's own default.
-        declared: the inputs that the file declares, by id.
+        environ: environment variables.
+        workspace: value of `${workspaceFolder}`.
+        inputs: answers, which precede the environment's `MCP_INPUT_<ID>` and the input's own default.
+        declared: inputs that the file declares, by id.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Variables:
         self._answers: dict[str, str | None] = {}
 
     def expand(self, text: str, where: str) -> str:
-        """The text with its expressions replaced.
+        """Return the text with its expressions replaced.
 
         Args:
-            text: a value of the file.
-            where: server and key, for messages; the text itself is never in one.
+            text: value of the file.
+            where: server and key for messages, which never contain the text itself.
 
         Raises:
-            ConfigError: a variable is not set, an input has no answer, or an expression is none of the known ones.
+            ConfigError: a variable is not set, an input has no answer, or an expression is unknown.
         """
 
         def value(match: re.Match[str]) -> str:
@@ -125,7 +125,7 @@ class Variables:
         return found
 
     def _folder(self, name: str, where: str) -> str | None:
-        """The value of a name that is no variable, or None."""
+        """Return the value of a name that is not a variable, or None."""
         if name == "userHome":
             home = self._environ.get("HOME") or self._environ.get("USERPROFILE")
             if not home:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events of a streamed response; each has the next number, from 0, without gaps."""
+"""Events of a streamed response, numbered from 0 without gaps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
     @property
     def event_name(self) -> str:
-        """What stands behind `event:`."""
+        """Value of the `event:` field."""
         return str(self.__struct_config__.tag)
 
 
 class LifecycleEvent(StreamEvent, frozen=True, kw_only=True):
-    """The response as it stands."""
+    """An event with the response so far."""
 
     response: Response
 
@@ -33,19 +33,19 @@ class ResponseCreated(LifecycleEvent, frozen=True, kw_only=True, tag="response.c
 
 
 class ResponseQueued(LifecycleEvent, frozen=True, kw_only=True, tag="response.queued"):
-    """A background response waits."""
+    """A background response waits to run."""
 
 
 class ResponseInProgress(LifecycleEvent, frozen=True, kw_only=True, tag="response.in_progress"):
-    """Work has begun."""
+    """Work on the response has begun."""
 
 
 class ResponseCompleted(LifecycleEvent, frozen=True, kw_only=True, tag="response.completed"):
-    """The last event of a response that was answered."""
+    """The last event of a response that completed."""
 
 
 class ResponseIncomplete(LifecycleEvent, frozen=True, kw_only=True, tag="response.incomplete"):
-    """The last event of a response that met a limit."""
+    """The last event of a response that reached a limit."""
 
 
 class ResponseFailed(LifecycleEvent, frozen=True, kw_only=True, tag="response.failed"):
@@ -58,11 +58,11 @@ class _ItemEvent(StreamEvent, frozen=True, kw_only=True):
 
 
 class OutputItemAdded(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.added"):
-    """An item begins."""
+    """A new item."""
 
 
 class OutputItemDone(_ItemEvent, frozen=True, kw_only=True, tag="response.output_item.done"):
-    """An item is as it stays."""
+    """A completed item."""
 
 
 class _PlacedEvent(StreamEvent, frozen=True, kw_only=True):
@@ -75,19 +75,19 @@ class _PartEvent(_PlacedEvent, frozen=True, kw_only=True):
 
 
 class ContentPartAdded(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.added"):
-    """A part begins, empty."""
+    """A new part, still empty."""
 
     part: OutputText | ReasoningText
 
 
 class ContentPartDone(_PartEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
-    """A part is as it stays."""
+    """A completed part."""
 
     part: OutputText | ReasoningText
 
 
 class OutputTextDelta(_PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
-    """More text."""
+    """A delta of the text."""
 
     delta: str
     logprobs: tuple[ChatTokenLogprob, ...] = ()
@@ -101,38 +101,38 @@ class OutputTextDone(_PartEvent, frozen=True, kw_only=True, tag="response.output
 
 
 class ReasoningTextDelta(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.delta"):
-    """More thoughts."""
+    """A delta of the reasoning."""
 
     delta: str
 
 
 class ReasoningTextDone(_PartEvent, frozen=True, kw_only=True, tag="response.reasoning_text.done"):
-    """The whole thoughts."""
+    """The whole reasoning."""
 
     text: str
 
 
 class FunctionArgumentsDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.delta"):
-    """More of a call's arguments."""
+    """A delta of a call's arguments."""
 
     delta: str
 
 
 class FunctionArgumentsDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.function_call_arguments.done"):
-    """The whole arguments."""
+    """The whole arguments of a call."""
 
     name: str
     arguments: str
 
 
 class CustomInputDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.custom_tool_call_input.delta"):
-    """More of the input of a custom tool."""
+    """A delta of the input of a custom tool."""
 
     delta: str
 
 
 class CustomInputDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.custom_tool_call_input.done"):
-    """The whole input."""
+    """The whole input of a custom tool."""
 
     input: str
 
@@ -142,31 +142,31 @@ class McpListToolsInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="respo
 
 
 class McpListToolsCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.completed"):
-    """It has said them."""
+    """The server has listed its tools."""
 
 
 class McpListToolsFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.failed"):
-    """It could not be asked."""
+    """The tools of the server could not be listed."""
 
 
 class McpCallInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.in_progress"):
-    """A call begins."""
+    """A call of an MCP tool begins."""
 
 
 class McpArgumentsDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.delta"):
-    """More of its arguments."""
+    """A delta of its arguments."""
 
     delta: str
 
 
 class McpArgumentsDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.done"):
-    """The whole arguments."""
+    """The whole arguments of the call."""
 
     arguments: str
 
 
 class McpCallCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.completed"):
-    """The tool has answered."""
+    """The tool has returned a result."""
 
 
 class McpCallFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call.failed"):
@@ -174,7 +174,7 @@ class McpCallFailed(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_c
 
 
 class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong, as in the envelope of a failed request."""
+    """An error, as in the envelope of a failed request."""
 
     type: str
     code: str | None
@@ -183,11 +183,11 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
-    """What went wrong; `response.failed` follows.
+    """An error; `response.failed` follows.
 
     Attributes:
-        error: as the specification has it.
-        code, message, param: the same, as OpenAI has it.
+        error: the error as in the specification.
+        code, message, param: the same as in OpenAI's events.
     """
 
     error: ErrorDetail

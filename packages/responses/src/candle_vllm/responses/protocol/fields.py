@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of the Responses API that have no effect here, those that are refused, and kinds of values that many have."""
+"""Fields of the Responses API that have no effect here, refused fields, and types that several objects share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ItemId = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete", "failed", "calling"]
 
-# Accepted, checked, and without effect.
+# Fields that are accepted and checked but have no effect.
 ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
     "safety_identifier": "names the caller's user; the server keeps no per-user state",
@@ -72,7 +72,7 @@ REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
 
 
 def type_of(value: Any) -> str | None:
-    """The `type` of an object, checked or not; None where it is no text."""
+    """The `type` of an object, checked or not; None if it is not a string."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return kind if isinstance(kind, str) else None
 
@@ -87,4 +87,4 @@ def _checked(metadata: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[dict[str, str], few_entries(MAX_METADATA), AfterValidator(_checked)]
-"""Labels of a response or a conversation, for its owner's own records: up to 16 pairs of texts."""
+"""Labels of a response or a conversation, for its owner's use: up to 16 pairs of strings."""

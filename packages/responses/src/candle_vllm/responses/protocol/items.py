@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Input items, everything that a conversation is made of, and the content parts that messages are made of."""
+"""Input items of a conversation, and the content parts of messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HOSTED_ITEMS = frozenset({
 
 
 class TextPart(WireModel):
-    """A text; what an answer has beside its text (`annotations`, `logprobs`) is not shown to the model."""
+    """A text; other fields of an answer's text (`annotations`, `logprobs`) are not shown to the model."""
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
@@ -39,14 +39,14 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Names parts that carry something other than text."""
+        """Refuse parts that are neither text nor image by name."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
 
 
 class ImagePart(WireModel):
-    """An image: its data as a data URL, its address, or the file of `/v1/files` that it is; `detail` has no effect."""
+    """An image: a data URL, an address, or the id of a file of `/v1/files`; `detail` has no effect."""
 
     type: Literal["input_image"]
     image_url: Annotated[str, Field(min_length=1)] | None = None
@@ -63,21 +63,21 @@ class ImagePart(WireModel):
         return self
 
     def image(self, path: str) -> Image:
-        """The image as a task has it."""
+        """Return the image of a task."""
         if self.file_id is not None:
             return Image(self.file_id, self.detail, f"{path}.file_id", stored=True)
         return Image(self.image_url or "", self.detail, f"{path}.image_url")
 
 
 class RefusalPart(WireModel):
-    """What a model said when it refused; shown to the model like any other text."""
+    """A model's refusal; shown to the model like any other text."""
 
     type: Literal["refusal"]
     refusal: Text
 
     @property
     def text(self) -> str:
-        """The text, by the name that it has in other parts."""
+        """The text, under the name that other parts use."""
         return self.refusal
 
 
@@ -86,7 +86,7 @@ def _part_form(value: Any) -> str:
 
 
 def content_form(value: Any) -> str:
-    """Which of a string and a list of parts it is."""
+    """Tag of a content: a string or a list of parts."""
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
@@ -114,14 +114,14 @@ Output = Annotated[
 
 
 def text_of(content: Any) -> str:
-    """A content as one string; its texts stand on lines of their own."""
+    """Return a content as one string; each text begins a new line."""
     if isinstance(content, str):
         return content
     return "\n".join(part.text for part in content if not isinstance(part, ImagePart))
 
 
 def parts_of(content: Any, path: str) -> tuple[Part, ...]:
-    """A content as a task has it: one text, or parts where there are images; `path` is the content's."""
+    """Return the parts of a task: one text, or several parts if there are images; `path` is the content's."""
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return (TaskText(text_of(content)),)
     return tuple(
@@ -131,16 +131,16 @@ def parts_of(content: Any, path: str) -> tuple[Part, ...]:
 
 
 def images_in(content: Any) -> int:
-    """How many images a content has."""
+    """Number of images in a content."""
     return 0 if isinstance(content, str) else sum(isinstance(part, ImagePart) for part in content or ())
 
 
 Phase = Literal["commentary", "final_answer"]
-"""What a message of the model is: said before or between calls, or the answer."""
+"""Kind of a model's message: text before or between calls, or the final answer."""
 
 
 class MessageItem(WireModel):
-    """What somebody said; `phase` of an answer is kept with it, and no template shows it to the model."""
+    """A message; `phase` of an answer is stored with it but not shown to the model."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -156,13 +156,13 @@ class MessageItem(WireModel):
 
 
 class _DirectCaller(WireModel):
-    """Who called a tool: the model itself."""
+    """The caller of a tool: the model itself."""
 
     type: Literal["direct"]
 
 
 class _CallItem(WireModel):
-    """A call that an earlier answer made; `async` and `caller` are marks of OpenAI's models without effect."""
+    """A call of an earlier answer; `async` and `caller` are fields of OpenAI's models without effect here."""
 
     id: ItemId | None = None
     call_id: Name
@@ -174,7 +174,7 @@ class _CallItem(WireModel):
 
 
 class FunctionCallItem(_CallItem):
-    """A call of a function; the arguments are JSON text as the model wrote it."""
+    """A call of a function; the arguments are JSON text as the model generated it."""
 
     type: Literal["function_call"]
     arguments: Text
@@ -189,7 +189,7 @@ class CustomCallItem(_CallItem):
 
 
 class CallOutputItem(WireModel):
-    """What a tool of the caller's gave back."""
+    """The output of a tool that the client ran."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     id: ItemId | None = None
@@ -202,19 +202,19 @@ class CallOutputItem(WireModel):
 
 
 class _ThoughtPart(WireModel):
-    """A text of thoughts or of their summary."""
+    """A text of the reasoning or of its summary."""
 
     type: Literal["reasoning_text", "summary_text", "text", "output_text"]
     text: Text
 
 
 class ReasoningItem(WireModel):
-    """What a model thought.
+    """Reasoning of a model.
 
     Attributes:
-        summary: of OpenAI's models; shown to the model where there is nothing else.
-        content: the thoughts.
-        encrypted_content: the thoughts as this server encoded them; other servers' is left out.
+        summary: summary by OpenAI's models; shown to the model if there is no other text.
+        content: text of the reasoning.
+        encrypted_content: reasoning as this server encoded it; that of another server is ignored.
     """
 
     type: Literal["reasoning"]
@@ -226,7 +226,7 @@ class ReasoningItem(WireModel):
 
 
 class CompactionItem(WireModel):
-    """What `/v1/responses/compact` made of a conversation: its summary, encoded."""
+    """A compacted conversation of `/v1/responses/compact`: its summary, encoded."""
 
     type: Literal["compaction"]
     id: ItemId | None = None
@@ -235,14 +235,14 @@ class CompactionItem(WireModel):
 
 
 class ItemReference(WireModel):
-    """An item that the store has, by its id."""
+    """A reference to a stored item by its id."""
 
     type: Literal["item_reference"] | None = None
     id: ItemId
 
 
 class McpListToolsItem(WireModel):
-    """The tools that an MCP server had; a server with such an item is not listed again."""
+    """Tools of an MCP server; the tools of a server with such an item are not listed again."""
 
     type: Literal["mcp_list_tools"]
     id: ItemId | None = None
@@ -253,7 +253,7 @@ class McpListToolsItem(WireModel):
 
 
 class McpCallItem(WireModel):
-    """A call that was run on an MCP server, and what came of it; `content` is shown to a model that sees."""
+    """A call that was run on an MCP server, and its result; `content` is shown to a vision model."""
 
     type: Literal["mcp_call"]
     id: ItemId
@@ -268,7 +268,7 @@ class McpCallItem(WireModel):
 
 
 class McpApprovalRequestItem(WireModel):
-    """A call that waits for agreement."""
+    """A call that waits for an approval."""
 
     type: Literal["mcp_approval_request"]
     id: ItemId
@@ -279,7 +279,7 @@ class McpApprovalRequestItem(WireModel):
 
 
 class McpApprovalResponseItem(WireModel):
-    """The answer to a request for agreement; the model is told the reason of a refusal."""
+    """The answer to an approval request; the model sees the reason of a denial."""
 
     type: Literal["mcp_approval_response"]
     id: ItemId | None = None
@@ -319,7 +319,7 @@ def _item_form(value: Any) -> str:
 
 
 def _known_kind(value: Any) -> Any:
-    """Names items of tools that others run, and lists ours."""
+    """Refuse items of tools that do not run here by name; for unknown types, list the known ones."""
     if isinstance(value, WireModel):
         return value
     if not isinstance(value, dict):

@@ -32,7 +32,7 @@ ENCRYPTED = "reasoning.encrypted_content"
 Include = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
-    # Of tools that are not here, so there is nothing to include.
+    # Data of tools that do not exist here, so nothing is included.
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -44,7 +44,7 @@ INCLUDABLE: tuple[str, ...] = get_args(Include)
 
 
 class StreamOptions(fields.WireModel):
-    """Has nothing to choose."""
+    """Options of the stream; this server offers no choice."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "include_obfuscation": fields.Refusal("events are never padded with random characters", (False,))
@@ -52,7 +52,7 @@ class StreamOptions(fields.WireModel):
 
 
 class JsonSchemaFormat(JsonSchema):
-    """A schema that the answer always follows, whether `strict` or not; the model sees nothing of it."""
+    """A schema that the answer always follows, whether `strict` or not; it is not part of the prompt."""
 
     type: Literal["json_schema"]
 
@@ -62,7 +62,7 @@ class PlainFormat(TextFormat):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Lists the formats."""
+        """Report the known formats."""
         if data.get("type") != "text":
             raise fields.invalid("type", "must be one of text, json_object, json_schema")
 
@@ -73,7 +73,7 @@ def _format_form(value: Any) -> str:
 
 
 class TextConfig(fields.WireModel):
-    """The form of the answer; `verbosity` has no effect."""
+    """Format of the answer; `verbosity` has no effect."""
 
     format: (
         Annotated[
@@ -88,7 +88,7 @@ class TextConfig(fields.WireModel):
 
 
 class ReasoningConfig(fields.WireModel):
-    """How much the model thinks: `effort` where its template knows efforts, `max_tokens` of thoughts at most.
+    """How much the model reasons: `effort` if its template supports it; `max_tokens` limits the reasoning.
 
     The other fields have no effect.
     """
@@ -123,7 +123,7 @@ Input = Annotated[
 
 
 class PromptFields(fields.WireModel):
-    """What the model sees. None always means absent."""
+    """Fields that define the prompt. None always means absent."""
 
     model: fields.ModelName | None = None
     input: Input | None = None
@@ -154,13 +154,13 @@ class PromptFields(fields.WireModel):
 
     @property
     def conversation_id(self) -> str | None:
-        """The id of the conversation, in whichever form it was given."""
+        """Id of the conversation, in either form."""
         named = self.conversation
         return named.id if isinstance(named, ConversationReference) else named
 
 
 class ResponsesRequest(PromptFields, SamplerFields):
-    """Something to answer, with tools and memory: `POST /v1/responses`."""
+    """A request for an answer, with tools and history: `POST /v1/responses`."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_RESPONSES_FIELDS
 
@@ -178,7 +178,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     top_logprobs: Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)] | None = None
     metadata: Metadata | None = None
 
-    # vLLM's extra ones that the engine has.
+    # vLLM's extra fields that the engine supports.
     top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -188,7 +188,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
     return_draft_counts: bool | None = None
 
-    # ADVISORY_RESPONSES_FIELDS: checked and without effect.
+    # ADVISORY_RESPONSES_FIELDS: checked, without effect.
     user: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     safety_identifier: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
@@ -210,23 +210,23 @@ class ResponsesRequest(PromptFields, SamplerFields):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether the answer's tokens have log-probabilities."""
+        """Whether the answer includes log-probabilities of its tokens."""
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
     @property
     def wants_encrypted(self) -> bool:
-        """Whether thoughts come in the form that is sent back, too."""
+        """Whether reasoning items have `encrypted_content`, too."""
         return ENCRYPTED in (self.include or ())
 
 
 class InputTokensRequest(PromptFields):
-    """A request whose prompt is counted: `POST /v1/responses/input_tokens`."""
+    """A request whose prompt tokens are counted: `POST /v1/responses/input_tokens`."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_COUNT_FIELDS
 
 
 class CompactRequest(fields.WireModel):
-    """A conversation that is to become shorter: `POST /v1/responses/compact`. None always means absent."""
+    """A conversation to compact: `POST /v1/responses/compact`. None always means absent."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "image": REFUSED_RESPONSES_FIELDS["image"],
@@ -238,7 +238,7 @@ class CompactRequest(fields.WireModel):
     input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
-    # Checked and without effect, as in other requests.
+    # Checked, without effect, as in other requests.
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -252,15 +252,15 @@ class CompactRequest(fields.WireModel):
 
 
 def parse_compact_request(body: bytes | Mapping[str, Any]) -> CompactRequest:
-    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
     return parse_body(CompactRequest, body)
 
 
 def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
-    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
     return parse_body(ResponsesRequest, body)
 
 
 def parse_input_tokens_request(body: bytes | Mapping[str, Any]) -> InputTokensRequest:
-    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
     return parse_body(InputTokensRequest, body)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What comes of a request: the response and the items that it is made of."""
+"""The response to a request, and its output items."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Typed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
-    """Text of an answer; `logprobs` are empty where the request did not ask for them."""
+    """Text of an answer; `logprobs` are empty if the request did not ask for them."""
 
     text: str
     annotations: tuple[None, ...] = ()
@@ -25,16 +25,16 @@ class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
 
 
 class ReasoningText(_Typed, frozen=True, kw_only=True, tag="reasoning_text"):
-    """Text of thoughts."""
+    """Text of the reasoning."""
 
     text: str
 
 
 class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
-    """What the model said.
+    """A message of the model.
 
     Attributes:
-        status: `incomplete` where it was cut.
+        status: `incomplete` if a limit ended it.
         phase: `commentary` before and between calls, `final_answer` otherwise; absent while it is not known.
     """
 
@@ -46,12 +46,11 @@ class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
 
 
 class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
-    """What the model thought.
+    """Reasoning of the model.
 
     Attributes:
-        summary: always empty; the thoughts are in `content`.
-        encrypted_content: the thoughts once more, in the form that is sent back, where the request asked for it. It
-            is encoded and not encrypted.
+        summary: always empty; the reasoning is in `content`.
+        encrypted_content: reasoning in a form to send back, if requested; it is encoded but not encrypted.
     """
 
     id: str
@@ -62,11 +61,11 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
 
 
 class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
-    """A call that the caller is asked to make; the result refers to its `call_id`.
+    """A call that the client has to run; its output item refers to `call_id`.
 
     Attributes:
-        namespace: of the tool, where it has one.
-        arguments: JSON text as the model wrote it, cut short where the answer was.
+        namespace: namespace of the tool, if it has one.
+        arguments: JSON text as the model generated it; incomplete if the answer was truncated.
     """
 
     id: str
@@ -78,7 +77,7 @@ class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
 
 
 class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call"):
-    """A call of a custom tool with the text for it."""
+    """A call of a custom tool with its input."""
 
     id: str
     status: str
@@ -89,7 +88,7 @@ class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call
 
 
 class ListedTool(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool of an MCP server; `annotations` are hints of the server's."""
+    """A tool of an MCP server; `annotations` are the server's hints."""
 
     name: str
     description: str
@@ -98,7 +97,7 @@ class ListedTool(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
-    """The tools of an MCP server, or why they could not be had."""
+    """Tools of an MCP server, or why they could not be listed."""
 
     id: str
     server_label: str
@@ -108,38 +107,38 @@ class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
 
 
 class ToolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_tool_execution_error"):
-    """What a tool said when it failed."""
+    """Error text of a tool that failed."""
 
     content: tuple[dict[str, Any], ...]
 
 
 class ProtocolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_protocol_error"):
-    """Why a call has no output of its tool: the server could not be reached, or did not answer in time."""
+    """Why a call has no output: the server could not be reached, or did not answer in time."""
 
     code: int
     message: str
 
 
 class ShownText(_Typed, frozen=True, kw_only=True, tag="input_text"):
-    """Text of a result that the model was shown."""
+    """Text of a result, as the model saw it."""
 
     text: str
 
 
 class ShownImage(_Typed, frozen=True, kw_only=True, tag="input_image"):
-    """An image of a result that the model was shown, as a data URL."""
+    """An image of a result, as the model saw it, as a data URL."""
 
     image_url: str
 
 
 class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
-    """A call that the server made on an MCP server.
+    """A call that this server made on an MCP server.
 
     Attributes:
-        status: `completed`, `failed`, or `incomplete` where it was not run.
-        output: the result as text; null where it failed.
-        content: what the model saw of the result, where images were among that.
-        approval_request_id: the request that somebody agreed to.
+        status: `completed`, `failed`, or `incomplete` if it was not run.
+        output: result as text; null if the call failed.
+        content: what the model saw of the result, if that included images.
+        approval_request_id: id of the approved request.
     """
 
     id: str
@@ -154,7 +153,7 @@ class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
 
 
 class McpApprovalRequestOut(_Typed, frozen=True, kw_only=True, tag="mcp_approval_request"):
-    """A call that waits for agreement: send an `mcp_approval_response` with its id."""
+    """A call that waits for an approval: send an `mcp_approval_response` with its id."""
 
     id: str
     server_label: str
@@ -175,17 +174,16 @@ OutputItem = (
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the prompt's tokens came from; writing to the prefix cache is not counted."""
+    """Cached tokens of the prompt; writes to the prefix cache are not counted."""
 
     cached_tokens: int
     cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them.
+    """Kinds of output tokens: `reasoning_tokens` are those of the reasoning, with the marks around it.
 
-    The other two are there where `return_draft_counts` asked for them: draft tokens that were tried, and tokens of
-    the output that came of them.
+    With `return_draft_counts`, the other two are the draft tokens that were verified, and those that were accepted.
     """
 
     reasoning_tokens: int
@@ -194,7 +192,7 @@ class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all turns of the model together."""
+    """Sum of the tokens of all the model's turns."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -204,10 +202,10 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompactedResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation made shorter.
+    """A compacted conversation.
 
     Attributes:
-        output: what users said, and an item of type `compaction` with a summary; the input of what follows.
+        output: the users' messages, and an item of type `compaction` with a summary; use them as the next input.
     """
 
     id: str
@@ -235,20 +233,20 @@ class ResponseError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConversationOut(msgspec.Struct, frozen=True, kw_only=True):
-    """The conversation that a response belongs to."""
+    """The conversation of a response."""
 
     id: str
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a request; every field is always there.
+    """The response to a request; every field is always present.
 
     Attributes:
         created_at, completed_at: Unix seconds.
         status: `queued`, `in_progress`, `completed`, `incomplete`, `failed` or `cancelled`.
-        tools: those that the model was shown; tools of others are not among them. Headers and tokens are left out.
-        temperature, top_p, presence_penalty, frequency_penalty: as used.
-        store: whether it is kept.
+        tools: tools that the model was shown, without hosted tools. Headers and tokens are left out.
+        temperature, top_p, presence_penalty, frequency_penalty: values that were used.
+        store: whether the response is stored.
     """
 
     id: str
@@ -287,7 +285,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
-    """A response that is gone."""
+    """A response that has been deleted."""
 
     id: str
     object: str = "response"
@@ -295,7 +293,7 @@ class ResponseDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InputTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """How many tokens the prompt of a request has."""
+    """Number of tokens of a request's prompt."""
 
     input_tokens: int
     object: str = "response.input_tokens"

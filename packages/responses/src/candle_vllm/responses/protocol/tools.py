@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tools of a request, functions, custom tools, namespaces of them, MCP servers, and the choice among them."""
+"""Tools of a request: functions, custom tools, namespaces, MCP servers; and the tool choice."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CALLED_DIRECTLY = {"allowed_callers": fields.Refusal("only the model itself cal
 
 
 class FunctionTool(fields.WireModel):
-    """A function that the caller runs.
+    """A function that the client runs.
 
-    `defer_loading` has no effect: every tool is shown to the model from the start. Nor have `async` and
-    `output_schema`, which describe what the caller does.
+    `defer_loading` has no effect: the model sees every tool from the start. `async` and `output_schema` have no effect
+    either: they describe how the client runs the tool.
     """
 
     type: Literal["function"]
@@ -45,19 +45,19 @@ class FunctionTool(fields.WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Says where the parts of a chat request's tool belong."""
+        """Explain where the fields of a chat request's tool belong."""
         if "function" in data and "name" not in data:
             raise fields.invalid("name", "is required: name, description and parameters stand in the tool itself here")
 
 
 class GrammarFormat(Grammar):
-    """Text of a grammar, which is enforced."""
+    """Text that follows a grammar, which is enforced."""
 
     type: Literal["grammar"]
 
 
 class CustomTool(fields.WireModel):
-    """A tool that the caller runs and whose input is text."""
+    """A tool that the client runs, and whose input is text."""
 
     type: Literal["custom"]
     name: fields.FunctionName
@@ -80,7 +80,7 @@ def _inner_form(value: Any) -> str:
 
 
 class NamespaceTool(fields.WireModel):
-    """Tools with a name before their names; the model sees `namespace__name`, the caller gets both parts back."""
+    """Tools with a common prefix; the model sees `namespace__name`, the client gets both names."""
 
     type: Literal["namespace"]
     name: fields.FunctionName
@@ -97,14 +97,14 @@ class NamespaceTool(fields.WireModel):
 
 
 class ToolFilter(fields.WireModel):
-    """Some tools of a server: those of these names, or those that say that they change nothing (or do)."""
+    """Some tools of a server: those with these names, or those that are declared read-only (or not)."""
 
     tool_names: Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     read_only: bool | None = None
 
 
 class ApprovalFilter(fields.WireModel):
-    """Which tools need agreement and which do not; for the others somebody is asked."""
+    """Which tools need an approval and which do not; all other tools need one."""
 
     always: ToolFilter | None = None
     never: ToolFilter | None = None
@@ -122,11 +122,11 @@ class McpTool(fields.WireModel):
     """The tools of an MCP server: one that the operator has configured under this label, or one at a URL.
 
     Attributes:
-        server_url: dialled where the operator allows it; None is a server of mcp.json.
-        authorization: a bearer token for it.
-        headers: for it.
-        allowed_tools: None is all.
-        require_approval: None is "always".
+        server_url: URL of the server, if the operator allows it; None means a server of mcp.json.
+        authorization: bearer token for the server.
+        headers: HTTP headers for the server.
+        allowed_tools: tools that may be called; None allows all.
+        require_approval: calls that need an approval; None means "always".
         server_description, defer_loading: no effect: the tools describe themselves and are shown from the start.
     """
 
@@ -170,7 +170,7 @@ class McpTool(fields.WireModel):
 
 
 class HostedTool(fields.WireModel):
-    """A tool that OpenAI runs, such as `web_search`; it is left out."""
+    """A tool that OpenAI runs, such as `web_search`; it is ignored."""
 
     type: Annotated[str, Field(min_length=1, max_length=fields.MAX_NAME)]
 
@@ -184,7 +184,7 @@ def _tool_form(value: Any) -> str:
 
 
 def _only_type_of_hosted(value: Any) -> Any:
-    """What else a tool has that is left out does not matter."""
+    """Drop all fields but the type of a hosted tool, because they do not matter."""
     if isinstance(value, fields.WireModel):
         return value
     if not isinstance(value, dict):
@@ -208,7 +208,7 @@ AnyTool = Annotated[
 
 
 class NamedToolChoice(fields.WireModel):
-    """Exactly one call of this tool."""
+    """Exactly one call of this tool is required."""
 
     type: Literal["function", "custom"]
     name: fields.Name
@@ -216,7 +216,7 @@ class NamedToolChoice(fields.WireModel):
 
 
 class McpToolChoice(fields.WireModel):
-    """A call of a tool of this server, or of this one."""
+    """A call of this server's tools, or of this one of them, is required."""
 
     type: Literal["mcp"]
     server_label: fields.Name
@@ -244,7 +244,7 @@ ToolReference = Annotated[
 
 
 class AllowedToolsChoice(fields.WireModel):
-    """Some of the tools: `auto` may call them, `required` must; the model is shown all."""
+    """Some of the tools: `auto` may call them, `required` must; the model sees all tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["none", "auto", "required"] = "auto"

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Where responses and conversations are kept: SQLite or PostgreSQL, bounded, each API key's apart from the others."""
+"""Stores of responses and conversations: SQLite or PostgreSQL, limited in size, separate for each API key."""

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What a store must do: the protocol between what is kept and where it is kept.
+"""The protocol of a store: what its users expect, and a backend implements.
 
-A store holds entries: responses, conversations with their parts, answers of the mailbox. Each belongs to an owner,
-the hash of an API key, and has an id of its own among that owner's. What a kind of entry means is known to those
-who keep it (`KeptResponses`, and the server's mailbox); a backend knows what follows here, and no more. Times are
-milliseconds since 1970.
+A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
+owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`KeptResponses`, and the
+server's mailbox) define kinds of entries; a backend knows only what follows here. Times are milliseconds since 1970.
 
-A **lease** says who has an entry: a time and the name of a holder. Until that time it is the holder's, who may move
-the time; from then on whoever comes gets it. There are four, told in these words alone:
+A **lease** reserves an entry: it is a time and the name of a holder. Until that time, only the holder may change it,
+and renew it; afterwards, anyone may claim the entry. There are four kinds of leases:
 
-    a response in the background    held by the server that answers it, who renews it. One that is over means that
-                                    the server died: whoever sees that ends the response as failed.
-    an answer for the mailbox       likewise; its time is its request's deadline, and is not renewed.
-    a conversation's turn           held by the response that is answered in it, who renews it.
-    a push to a webhook             due when its lease is over: the server that claims it moves it, and ends it or
-                                    moves it again. Its holder is the push itself, so that a newer one is not ended.
+    a response in the background    held and renewed by the server that answers it. An expired lease means that this
+                                    server died: whoever finds it ends the response as failed.
+    an answer for the mailbox       likewise; the lease ends at the request's deadline, and is not renewed.
+    a conversation's turn           held and renewed by the response that is being answered in it.
+    a push to a webhook             due when its lease has ended: the server that claims it extends it, and then ends
+                                    or extends it again. Its holder is the push itself, so that no newer push is ended.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ Order = Literal["asc", "desc"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a store is.
+    """Location of a store.
 
     Attributes:
-        url: `memory`, or of a database.
-        name: by which its tables begin: several stores may share a database.
-        title: what messages call it.
-        setting: the setting that holds its URL.
+        url: `memory`, or the URL of a database.
+        name: prefix of its tables' names, so that several stores can share a database.
+        title: name of the store in messages.
+        setting: name of the setting that holds its URL.
     """
 
     url: str
@@ -49,20 +48,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much a store holds. Where there is too much, the oldest of the owner that has most makes room.
+    """Limits of a store. If they are exceeded, the oldest entries of the owner with the most are dropped.
 
     Attributes:
-        entries: of all owners.
-        owner_entries: of one; its own oldest makes room.
-        size: bytes of all entries.
-        entry_size: bytes of one without its parts.
-        parts: of one entry.
-        parts_size: their bytes.
-        spares_leased: what somebody has now does not make room, and what is new is refused instead; otherwise it
-            makes room last.
-        advice: what to do about a store that is full.
-        several: whether there are several owners, each of whom may have half of entries and size then; its own oldest
-            makes room.
+        entries: maximum number of entries of all owners.
+        owner_entries: maximum number of entries of one owner, whose own oldest are dropped.
+        size: maximum bytes of all entries.
+        entry_size: maximum bytes of one entry without its parts.
+        parts: maximum number of parts of one entry.
+        parts_size: maximum bytes of the parts of one entry.
+        spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
+        advice: advice for the message about a full store.
+        several: whether there are several owners; then each has half of entries and size, and drops its own oldest.
     """
 
     entries: int
@@ -78,7 +75,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Held:
-    """An entry and who has it."""
+    """An entry and the holder of its lease."""
 
     owner: str
     id: str
@@ -86,59 +83,58 @@ class Held:
 
 
 class Backend(Protocol):
-    """A store; opened, used and closed in one event loop. Every method is one step for all servers that share it.
+    """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share it.
 
-    Every method but `close` and `owner` raises StoreUnavailableError when the store does not answer in time, or too
-    many calls wait for it.
+    All methods except `close` and `owner` raise StoreUnavailableError if the store is too slow or has too many calls.
     """
 
     @property
     def now(self) -> int:
-        """The store's clock."""
+        """Present time of the store."""
         ...
 
     async def open(self) -> None:
-        """Connects, and makes what has to be there; ConfigError when that cannot be."""
+        """Connect, and create what is missing; ConfigError if that fails."""
         ...
 
     async def close(self) -> None:
-        """Waits for what is running; what still waits is dropped."""
+        """Wait for the running call; waiting calls are dropped."""
         ...
 
     def owner(self, key: str) -> str:
-        """Whom what is made with an API key belongs to; "" without keys: then all share one owner."""
+        """Return the owner of an API key's data; without keys (""), all share one owner."""
         ...
 
     # ---- entries -----------------------------------------------------------------------------------------------------
 
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
-        """Keeps an entry in the place of one with its owner and id; how many others had to make room.
+        """Store an entry, and replace one with its owner and id; return how many others were dropped to make room.
 
-        One that is being worked on is completed where it stands in lists; another is deleted before.
+        An active entry is replaced at its position in lists; any other is deleted first.
 
         Args:
-            entry: the new one.
-            names: of what is in it, for `find`.
-            parts: its first ones.
+            entry: new entry.
+            names: names of its contents, for `find`.
+            parts: first parts of the entry.
 
         Raises:
-            StoreLimitError: it is larger than one may be, or than the store.
+            StoreLimitError: the entry exceeds the limit of one entry, or the store.
         """
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """An entry that has not expired; one that is being worked on does not."""
+        """Return an entry that has not expired; an active one never expires."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Records without their contents, newest first, from the one before `after`; None when that is unknown."""
+        """Return records without contents, newest first, from the one before `after`; None if that is unknown."""
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
-        """An entry and those that it follows, the newest first.
+        """Return an entry and those that it follows, the newest first.
 
-        It ends with the first entry, with one that is missing or worked on, or beyond `most` entries or `most_size`
-        bytes; what ends with its first entry is used now.
+        The chain ends with its first entry, with a missing or an active one, or when it exceeds `most` entries or
+        `most_size` bytes; a chain that reaches its first entry counts as used now.
         """
         ...
 
@@ -155,92 +151,92 @@ class Backend(Protocol):
         expires: int | None = None,
         names: Collection[str] = (),
     ) -> bool:
-        """Writes how far an entry is; False when it is not as it should be, or gone.
+        """Write the progress of an entry; False if it is not in the expected state, or does not exist.
 
         Args:
-            kind: of the entry.
-            owner: whose it is.
-            name: its id.
-            body: the new one.
-            status: of one that is being worked on; None for one that nobody works on: its status and lease stay.
-            lease: until then its holder has it; None: nobody has it any more.
-            lease_was: only where its lease is still this one, and whatever room there is: so ends what nobody works on.
-            expires: when; None leaves it.
-            names: of what is in it beside what was.
+            kind: kind of the entry.
+            owner: owner of the entry.
+            name: id of the entry.
+            body: new body.
+            status: new status of an active entry; None for an inactive one: its status and lease do not change.
+            lease: new end of the lease; None ends it.
+            lease_was: expected lease; with it, limits are ignored, so that an entry with an expired lease can be ended.
+            expires: new time of expiry; None leaves it.
+            names: further names of its contents.
 
         Raises:
-            StoreLimitError: it is larger than one may be, or than the store.
+            StoreLimitError: the entry exceeds the limit of one entry, or the store.
         """
         ...
 
     async def delete(
         self, kind: str, owner: str, name: str, *, status: str | None = None, holder: str | None = None
     ) -> bool:
-        """Deletes an entry that `get` would find, with this status and this holder; whether there was one."""
+        """Delete an entry that `get` would find, with this status and this holder; return whether it existed."""
         ...
 
     async def expire(self) -> int:
-        """Deletes what has expired; how many."""
+        """Delete expired entries; return their number."""
         ...
 
     async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
-        """The parts with these ids, and the entries that have something with these names in them."""
+        """Return the parts with these ids, and the entries whose contents have these names."""
         ...
 
     # ---- parts -------------------------------------------------------------------------------------------------------
-    # NotStoredError where the entry is not there
+    # all raise NotStoredError if the entry does not exist
 
     async def append(
         self, kind: str, owner: str, name: str, parts: Sequence[EntryItem], *, skip_known: bool = False
     ) -> int:
-        """Adds parts at the end, all or none; how many entries had to make room.
+        """Add parts at the end, all or none; return how many entries were dropped to make room.
 
-        With `skip_known`, those that are there already stay where they are; otherwise they are refused.
+        With `skip_known`, parts that exist already are not changed; otherwise they are refused.
 
         Raises:
-            StoreLimitError: they are too many or too much.
-            InvalidParameterError: an id is there already.
+            StoreLimitError: the parts exceed the limits.
+            InvalidParameterError: an id exists already.
         """
         ...
 
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """At most `limit` parts behind `after`; None when that is none of them. Who reads all of them uses them now."""
+        """Return at most `limit` parts after `after`; None if it is unknown. Without a limit, this counts as a use."""
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
-        """One part."""
+        """Return one part."""
         ...
 
     async def delete_part(self, kind: str, owner: str, name: str, part: str) -> bool:
-        """Deletes one part; whether there was one."""
+        """Delete one part; return whether it existed."""
         ...
 
     # ---- leases ------------------------------------------------------------------------------------------------------
 
     async def claim(self, kind: str, what: Held, until: int) -> bool:
-        """Gives an entry to a holder; False while another one has it, NotStoredError where there is no such entry."""
+        """Give an entry's lease to a holder; False while another has it; NotStoredError if the entry does not exist."""
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Of entries that nobody works on, the one that is due longest, of an owner not among these; due again then."""
+        """Claim until a time the inactive entry whose lease ended first, of an owner not among these."""
         ...
 
     async def next_due(self, busy_owners: Collection[str]) -> int | None:
-        """When `claim_due` will find the next one, or None."""
+        """Time when `claim_due` will find its next entry, or None."""
         ...
 
     async def move(self, held: Sequence[Held], until: int | None, about: bytes | None = None) -> set[Held]:
-        """Moves leases, or ends them with None; those that their holder does not have any more.
+        """Change the end of leases, or end them with None; return those that their holder no longer has.
 
         Args:
             held: entries and their holders.
-            until: the new time; None: nobody has them.
-            about: what the entries say of themselves from now on; None leaves it.
+            until: new end of the leases; None ends them.
+            about: new summary of the entries; None leaves it.
         """
         ...
 
     async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
-        """Some entries that are worked on by somebody whose lease is over, of owners not among these, oldest first."""
+        """Return some active entries whose lease has expired, of owners not among these, the oldest first."""
         ...

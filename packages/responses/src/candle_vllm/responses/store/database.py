@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A database behind one thread: SQLite or PostgreSQL, tables with a version, calls that are bounded in number and time.
+"""A database behind one thread: SQLite or PostgreSQL, versioned tables, calls limited in number and time.
 
-One thread and one connection do all the work of a store, so there is one writer in each process. Every call is one
-transaction.
+One thread with one connection does all the work of a store, so each process has one writer. A call is a transaction.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
 
 logger = logging.getLogger(__name__)
 
-_FULL = "database or disk is full"  # SQLite's words
+_FULL = "database or disk is full"  # SQLite's message
 
 WAIT_SECONDS = 20.0  # that a call waits for its result
 BUSY_SECONDS = 5  # that a statement waits for another writer, or a connection for the server
 _STATEMENT_MS = 10_000
-_ATTEMPTS = 10  # to open an SQLite file that others open as well
+_ATTEMPTS = 10  # to open an SQLite file that other processes open, too
 _PAUSE_SECONDS = 0.1
 
 P = ParamSpec("P")
@@ -48,9 +47,9 @@ class Database:
     """One connection in a thread of its own.
 
     Args:
-        place: where it is.
-        tables: those that it has.
-        max_waiting: calls that may wait for the thread, half of them of one API key. Keys take turns.
+        place: location of the store.
+        tables: tables of the store.
+        max_waiting: maximum number of calls that wait for the thread, half of them of one API key. Keys alternate.
     """
 
     def __init__(self, place: Place, tables: Tables, max_waiting: int) -> None:
@@ -61,7 +60,7 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connect and create missing tables; ConfigError when that cannot be done."""
+        """Connect and create missing tables; ConfigError if that fails."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
@@ -75,17 +74,17 @@ class Database:
         self._engine = engine
 
     async def close(self) -> None:
-        """Waits for what is running; what still waits is dropped."""
+        """Wait for the running call; waiting calls are dropped."""
         await self._thread.close()
         if self._engine is not None:
             self._engine.dispose()
 
     def owner(self, key: str) -> str:
-        """An API key as this store knows it: a keyed hash in hex, from which the key cannot be read back."""
+        """Return the owner of an API key: a keyed hash in hex, from which the key cannot be recovered."""
         return hmac.new(self._salt, key.encode(), hashlib.sha256).hexdigest()
 
     async def run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `work` returns; it is called in the thread, inside a transaction that ends with it.
+        """Call `work` in the thread, inside a transaction that ends with it, and return its result.
 
         Raises:
             StoreUnavailableError: the database is closed, fails, or takes too long.
@@ -114,10 +113,10 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
 
 
 def connect_to(place: Place) -> Engine:
-    """An engine for `memory`, `sqlite:///path` or `postgresql://...`; nothing is opened yet.
+    """Return an engine for `memory`, `sqlite:///path` or `postgresql://...`; nothing is opened yet.
 
     Raises:
-        ConfigError: another URL, or PostgreSQL without its driver. The URL is not repeated: it may hold a password.
+        ConfigError: invalid URL, or PostgreSQL without its driver. The message omits the URL: it may hold a password.
     """
     if place.url == MEMORY:
         return _watched(
@@ -138,15 +137,15 @@ def connect_to(place: Place) -> Engine:
 
 
 def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
-    """Create missing tables and bring old ones up to date; return the salt of the hashes of keys.
+    """Create missing tables, and migrate old ones; return the salt of the hashes of keys.
 
     Raises:
-        ConfigError: a later version made them.
+        ConfigError: the tables were made by a later version.
     """
     for _ in range(_ATTEMPTS - 1 if engine.dialect.name == "sqlite" else 0):
         try:
             return _prepare(engine, place, tables)
-        except OperationalError:  # SQLite waits for no one while a file becomes a WAL file
+        except OperationalError:  # SQLite does not wait for locks while a file becomes a WAL file
             time.sleep(_PAUSE_SECONDS)
     return _prepare(engine, place, tables)
 
@@ -183,7 +182,7 @@ def _sqlite(url: URL, place: Place) -> Engine:
             place.setting,
         )
     path = Path(url.database).expanduser()
-    if not path.parent.parent.is_dir():  # a typing error would be hidden by folders that are made for it
+    if not path.parent.parent.is_dir():  # creating these folders, too, would hide a typing error
         raise ConfigError(
             f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name another "
             "place",
@@ -191,7 +190,7 @@ def _sqlite(url: URL, place: Place) -> Engine:
         )
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users read no answers
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users cannot read the answers
     except OSError as error:
         raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None
     made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)
@@ -205,15 +204,15 @@ def _watched(engine: Engine) -> Engine:
 
 
 def _settle_sqlite(connection: Any, _: Any) -> None:
-    # Readers do not wait for the writer; a crash of the machine may cost the last answers, not the file; and what
-    # is deleted is overwritten. SQLite takes these settings in no other form.
+    # Readers do not wait for the writer; a crash of the machine may lose the last answers, but not the file; and
+    # deleted data is overwritten. SQLite accepts these settings only in this form.
     connection.isolation_level = None  # the driver begins no transactions of its own
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """What reads and then writes waits for other processes at once, and is not refused in the middle."""
+    """Lock at once, so that a transaction that reads and then writes is not refused in between."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

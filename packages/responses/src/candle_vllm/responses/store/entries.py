@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a store keeps: entries and their parts, and what responses make of them; what it refuses."""
+"""The contents of a store: entries and their parts, the items of responses, and the errors of a store."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 
 
 class NotStoredError(RequestError):
-    """The caller has no such response, conversation or item, whether or not somebody else has one."""
+    """The caller has no such response, conversation or item, whether or not another owner has one."""
 
     def __init__(self, what: str, name: str, param: str) -> None:
         super().__init__(f"{what} with id {name!r:.80} was not found.", param)
 
 
 class StoreLimitError(RequestError):
-    """What is to be kept is more than the store may hold."""
+    """The data exceeds a limit of the store."""
 
 
 class StoreFullError(StoreLimitError):
-    """Nothing of a store can make room now; later something may.
+    """No entry of a store can be dropped now; this may change later.
 
     Attributes:
-        own: it is the owner's share that is full, and not the store.
+        own: whether the owner's share is full, and not the store.
     """
 
     def __init__(self, message: str, *, own: bool) -> None:
@@ -43,7 +43,7 @@ class StoreUnavailableError(CandleVllmError):
     """A store does not answer in time, or too many calls wait for it; the cause has the details.
 
     Attributes:
-        setting: the setting that says where the store is.
+        setting: name of the setting with the location of the store.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -52,8 +52,8 @@ class StoreUnavailableError(CandleVllmError):
 
 
 MAX_ID = 256  # characters of an id
-OVERHEAD = 512  # bytes that an entry or a part takes beside its contents, about
-ACTIVE = ("queued", "in_progress", "streaming")  # statuses of what somebody still works on
+OVERHEAD = 512  # approximate bytes of an entry or a part besides its contents
+ACTIVE = ("queued", "in_progress", "streaming")  # statuses of entries in progress
 STOPPED = "The server was stopped before the response was complete."
 RESPONSE, CONVERSATION = "response", "conversation"  # kinds of entry
 
@@ -67,23 +67,21 @@ _PREFIXES = {
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that is kept. Times are milliseconds since 1970.
+    """One record of a store. Times are milliseconds since 1970.
 
     Attributes:
-        kind: what it is.
-        owner: hash of the API key that it was made with.
-        id: the owner has one with it.
-        created: when it was made.
-        status: how far it is; of a response as in the response object.
-        expires: when it goes; None: never.
-        lease: until then its holder has it; None: nobody has it.
-        holder: who has it.
-        follows: the entry before it, of a response.
-        about: what is said of it in short, shown in lists; of a response whether it runs in the `background`, and its
-            `conversation`.
-        body: what it is, as JSON: the response object, a conversation's metadata, an answer; empty while an answer
-            streams, and in lists.
-        given: its input: of a response its request's items, a JSON list whose items have their ids.
+        kind: kind of entry.
+        owner: hash of the API key that made it.
+        id: id, unique for its owner.
+        created: time of its creation.
+        status: status; that of a response is as in the response object.
+        expires: time of its expiry; None means never.
+        lease: end of the holder's lease; None means no lease.
+        holder: holder of the lease.
+        follows: id of the response before it.
+        about: summary, shown in lists; for a response, whether it runs in the `background`, and its `conversation`.
+        body: JSON of the response object, metadata or answer; empty while an answer streams, and in lists.
+        given: input; for a response, its request's items as a JSON list of items with ids.
     """
 
     kind: str
@@ -100,58 +98,58 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     given: bytes = b""
 
     def __repr__(self) -> str:
-        return f"Entry({self.kind} {self.id!r}, {self.status})"  # its contents are private, and some of it secret
+        return f"Entry({self.kind} {self.id!r}, {self.status})"  # its contents are private, and partly secret
 
     @property
     def active(self) -> bool:
-        """Whether somebody still works on it."""
+        """Whether the entry is in progress."""
         return self.status in ACTIVE
 
     @property
     def size(self) -> int:
-        """The bytes that it takes without its parts, about."""
+        """Approximate bytes of the entry without its parts."""
         return len(self.body) + len(self.given) + OVERHEAD
 
 
 class EntryItem(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of an entry: an item of a conversation, as JSON with its id."""
+    """A part of an entry: an item of a conversation, as JSON with its id."""
 
     id: str
     body: bytes
 
     @property
     def size(self) -> int:
-        """The bytes that it takes, about."""
+        """Approximate bytes of the part."""
         return len(self.body) + OVERHEAD
 
 
 def new_id(prefix: str) -> str:
-    """An id of enough random characters that it is a secret."""
+    """Return an id with enough random characters that nobody can find it by trial."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
 def new_item_id(kind: str) -> str:
-    """An id for an item of a type."""
+    """Return a new id for an item of a type."""
     return new_id(_PREFIXES.get(kind, "item"))
 
 
 def is_id(text: str) -> bool:
-    """Whether a text can be an id; others are not looked for (PostgreSQL takes no NUL)."""
+    """Whether a text can be an id; other texts are not looked up (PostgreSQL refuses NUL)."""
     return 0 < len(text) <= MAX_ID and text.isascii() and text.isprintable()
 
 
 def checked_id(what: str, text: str, param: str | None = None) -> str:
-    """A text that can be an id of something; NotStoredError, which blames `param`, for another."""
+    """Return a text that can be an id; otherwise raise NotStoredError with `param`."""
     if not is_id(text):
         raise NotStoredError(what, text, param or ("conversation_id" if what == "Conversation" else "item_id"))
     return text
 
 
 def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
-    """Checked items as parts; those without an id get one.
+    """Convert checked items to parts; items without an id get one.
 
     Raises:
-        InvalidParameterError: an invalid id.
+        InvalidParameterError: an id is invalid.
         StoreLimitError: an item has more than `max_size` bytes as JSON.
     """
     made = []
@@ -170,12 +168,12 @@ def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
 
 
 def settled(response: bytes, status: str, error: tuple[str, str] | None = None) -> bytes:
-    """A response object whose work has ended in a way that nobody generated.
+    """Return a response object whose work was ended from outside, with its new status.
 
     Args:
-        response: as JSON.
+        response: response object as JSON.
         status: "failed" or "cancelled".
-        error: code and message, for people.
+        error: code and message.
     """
     made: dict[str, Any] = msgspec.json.decode(response)
     made["status"] = status
@@ -185,7 +183,7 @@ def settled(response: bytes, status: str, error: tuple[str, str] | None = None) 
 
 
 def items_of(response: bytes, given: bytes = b"[]") -> list[Item]:
-    """What a response was given and what it gave, both as JSON, in their order."""
+    """Return the input and output items of a response, both given as JSON, in their order."""
     return msgspec.json.decode(given, type=list[Item]) + msgspec.json.decode(response, type=_Output).output
 
 

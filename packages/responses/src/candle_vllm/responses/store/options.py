@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operator's side of the store: where it is and what keeps it, how much it holds, and for how long."""
+"""The operator's options of the store: its location, its limits, and how long it holds responses."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ MAX_MB = 1 << 20
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """A store of responses and conversations.
+    """Options of a store of responses and conversations.
 
     Attributes:
-        url: `memory` (it ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
-        retention_days: how long a response is kept; a conversation is kept until somebody deletes it, or it has to
-            make room.
-        max_records: responses and conversations of all keys; the oldest of the key that has most makes room.
-        max_bytes: of all of them; likewise.
-        max_record_bytes: of one response, what was given and what was generated.
-        max_item_bytes: of one item as JSON.
-        max_items: of one conversation.
-        max_conversation_bytes: of the items of one conversation.
-        max_chain: responses that may follow each other by `previous_response_id`.
-        max_chain_bytes: of the items of such a chain.
+        url: `memory` (ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
+        retention_days: days after which a response is deleted; conversations have no such limit.
+        max_records: maximum number of responses and conversations; the oldest of the key with the most are dropped.
+        max_bytes: maximum bytes of all of them; likewise.
+        max_record_bytes: maximum bytes of one response, input and output together.
+        max_item_bytes: maximum bytes of one item as JSON.
+        max_items: maximum number of items of one conversation.
+        max_conversation_bytes: maximum bytes of the items of one conversation.
+        max_chain: maximum number of responses that follow each other by `previous_response_id`.
+        max_chain_bytes: maximum bytes of the items of such a chain.
     """
 
     url: str = field(default=MEMORY, repr=False)
@@ -56,12 +55,12 @@ class StoreOptions:
 
     @property
     def place(self) -> Place:
-        """Where it is."""
+        """Location of the store."""
         return Place(self.url, "responses", "store of responses", SETTING)
 
     @property
     def bounds(self) -> Bounds:
-        """How much it holds."""
+        """Limits of the store."""
         return Bounds(
             self.max_records,
             size=self.max_bytes,
@@ -74,13 +73,13 @@ class StoreOptions:
 
 
 def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """What keeps a store at a place; not opened yet.
+    """Return the backend of a store; not opened yet.
 
     Args:
-        place: `memory`, `sqlite:///path` or `postgresql://user:password@host/database`.
-        bounds: how much it holds.
-        clock: seconds since 1970.
+        place: location: `memory`, `sqlite:///path` or `postgresql://user:password@host/database`.
+        bounds: limits of the store.
+        clock: returns seconds since 1970.
     """
-    from candle_vllm.responses.store.sql import SqlBackend  # takes a while to import, and is needed late
+    from candle_vllm.responses.store.sql import SqlBackend  # slow to import, and needed late
 
     return SqlBackend(place, bounds, clock)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a store in tables stays within its bounds: the oldest of the owner that has most makes room."""
+"""Enforces the limits of a store in tables: the oldest entries of the owner with the most are dropped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreFullErro
 from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # in one statement
-ROWS_AT_ONCE = 100  # that are looked at in one go
+ROWS_AT_ONCE = 100  # that one statement reads
 
 
 class Room:
-    """The room in a store's tables, for one transaction.
+    """Limits of a store's tables, enforced in one transaction.
 
     Args:
-        connection: of the transaction.
-        place: of the store.
-        tables: of the store.
-        bounds: of the store.
-        now: ms since 1970.
+        connection: connection of the transaction.
+        place: location of the store.
+        tables: tables of the store.
+        bounds: limits of the store.
+        now: present time in ms since 1970.
     """
 
     def __init__(self, connection: Connection, place: Place, tables: Tables, bounds: Bounds, now: int) -> None:
@@ -37,20 +37,20 @@ class Room:
         self._now = now
 
     def make(self, owner: str, size: int, *, rows: int = 0, keep: int = -1, beyond_share: bool = False) -> int:
-        """Deletes what has to go so that more fits; how many entries went.
+        """Delete entries until the new data fits; return the number of deleted entries.
 
         Args:
-            owner: who wants the room.
-            size: further bytes.
-            rows: further rows.
-            keep: a row that must stay.
-            beyond_share: the owner may have more than its share of the store.
+            owner: owner of the new data.
+            size: number of new bytes.
+            rows: number of new rows.
+            keep: row that must not be deleted.
+            beyond_share: whether the owner may exceed its share of the store.
 
         Raises:
-            StoreLimitError: it is more than the store.
-            StoreFullError: there is not so much that could go.
+            StoreLimitError: the data is larger than the store.
+            StoreFullError: too few entries may be deleted.
         """
-        if self._connection.dialect.name == "postgresql":  # several servers make room one after the other
+        if self._connection.dialect.name == "postgresql":  # one server after the other makes room
             self._connection.execute(select(func.pg_advisory_xact_lock(self._tables.lock + 1)))
         bounds, dropped = self._bounds, 0
         most, most_size = (bounds.owner_entries if rows else None), None
@@ -61,14 +61,14 @@ class Room:
         return dropped + self._free(None, size, rows, keep, bounds.entries, bounds.size)
 
     def drop(self, numbers: Sequence[int]) -> None:
-        """Deletes rows, and what belongs to them."""
+        """Delete rows, and the parts and names that belong to them."""
         if numbers:
             for belonging in (self._parts, self._tables.names):
                 self._connection.execute(delete(belonging).where(belonging.c.entry.in_(numbers)))
             self._connection.execute(delete(self._entries).where(self._entries.c.number.in_(numbers)))
 
     def append(self, number: int, owner: str, more: Sequence[EntryItem], *, skip_known: bool) -> int:
-        """Adds parts to a row; how many other entries had to make room. As `Backend.append`."""
+        """Add parts to a row; return how many other entries were dropped, as in `Backend.append`."""
         parts, bounds = self._parts, self._bounds
         there = self._known(number, more)
         if skip_known:
@@ -94,7 +94,7 @@ class Room:
         return dropped
 
     def _free(self, owner: str | None, size: int, rows: int, keep: int, most: int | None, most_size: int | None) -> int:
-        """Deletes what an owner, or with None all of them together, would have beyond so many entries and bytes."""
+        """Delete what exceeds the limits of entries and bytes, of one owner or, with None, of all together."""
         entries, bounds, dropped = self._entries, self._bounds, 0
         held = select(func.count(), func.coalesce(func.sum(entries.c.size), 0))
         count, total = self._connection.execute(held if owner is None else held.where(entries.c.owner == owner)).one()
@@ -122,27 +122,27 @@ class Room:
         return dropped
 
     def _fullest(self, most: ColumnElement[Any], keep: int) -> str | None:
-        """Who has most that may go."""
+        """Owner with the most entries or bytes that may be deleted."""
         owner = self._entries.c.owner
         query = select(owner).where(self._may_go(keep)).group_by(owner).order_by(most.desc()).limit(1)
         return self._connection.execute(query).scalar_one_or_none()
 
     def _victims(self, owner: str | None, keep: int, limit: int = ROWS_AT_ONCE) -> Sequence[Any]:
-        """Rows of an owner that make room, the longest unused first; what somebody works on or has to do last."""
+        """Rows of an owner to delete, the longest unused first; active and leased entries come last."""
         entries = self._entries
         query = select(entries.c.number, entries.c.size).where(entries.c.owner == owner, self._may_go(keep))
         order = (entries.c.status.in_(ACTIVE), entries.c.lease.is_not(None), entries.c.used, entries.c.number)
         return self._connection.execute(query.order_by(*order).limit(limit).with_for_update(skip_locked=True)).all()
 
     def _may_go(self, keep: int) -> ColumnElement[bool]:
-        """What may make room: where the store spares what somebody has, nothing of that."""
+        """Condition of rows that may be deleted; not leased ones if the store spares them."""
         lease, other = self._entries.c.lease, self._entries.c.number != keep
         if not self._bounds.spares_leased:
             return other
         return and_(other, not_(self._entries.c.status.in_(ACTIVE)), or_(lease.is_(None), lease <= self._now))
 
     def _known(self, number: int, more: Sequence[EntryItem]) -> set[str]:
-        """The ids of these parts that the row has already."""
+        """Ids of these parts that the row has already."""
         found: set[str] = set()
         for start in range(0, len(more), NAMES_AT_ONCE):
             names = [each.id for each in more[start : start + NAMES_AT_ONCE]]

@@ -35,7 +35,7 @@ T = TypeVar("T")
 def _transaction(
     work: Callable[Concatenate[SqlBackend, Connection, P], T],
 ) -> Callable[Concatenate[SqlBackend, P], CoroutineType[Any, Any, T]]:
-    """A method that does `work` in the database's thread, inside a transaction that ends with it."""
+    """Return a method that runs `work` in the database's thread, inside a transaction that ends with it."""
 
     @functools.wraps(work)
     async def call(self: SqlBackend, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -45,16 +45,16 @@ def _transaction(
 
 
 class SqlBackend:
-    """What `Backend` says, in tables.
+    """Implements `Backend` with tables.
 
     Args:
-        place: where they are.
-        bounds: how much they hold.
-        clock: seconds since 1970.
+        place: location of the store.
+        bounds: limits of the store.
+        clock: returns seconds since 1970.
 
     Attributes:
-        tables: of this store.
-        database: where they are.
+        tables: tables of this store.
+        database: their database.
     """
 
     def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
@@ -97,7 +97,7 @@ class SqlBackend:
         }  # fmt: skip
         if there is not None and there.active:
             held = select(func.coalesce(func.sum(self._parts.c.size), 0)).where(self._parts.c.entry == there.number)
-            values["size"] += int(connection.execute(held).scalar_one())  # its parts stay
+            values["size"] += int(connection.execute(held).scalar_one())  # its parts are not deleted
             dropped = room.make(entry.owner, values["size"] - there.size, keep=there.number)
             connection.execute(update(entries).where(entries.c.number == there.number).values(values))
             number = there.number
@@ -178,7 +178,7 @@ class SqlBackend:
         if lease_was is None:
             self._check_size(kind, row.given + len(body) + OVERHEAD)
         if grown > 0 and lease_was is None:
-            self._room(connection).make(owner, grown, keep=row.number, beyond_share=True)  # what is begun can end
+            self._room(connection).make(owner, grown, keep=row.number, beyond_share=True)  # an active entry may end
         values: dict[str, Any] = {"body": body, "size": entries.c.size + grown, "used": self.now}
         if status is not None:
             values |= {"status": status, "lease": lease} | ({"holder": None} if lease is None else {})
@@ -308,7 +308,7 @@ class SqlBackend:
         row = connection.execute(due.order_by(entries.c.lease).limit(1)).first()
         if row is None:
             return None
-        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # or another server was faster
+        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # unless another server was faster
         moved = connection.execute(update(entries).where(same).values(lease=until))
         return _entry(row) if moved.rowcount else None
 
@@ -359,7 +359,7 @@ class SqlBackend:
         return Room(connection, self._place, self.tables, self._bounds, self.now)
 
     def _find(self, connection: Connection, kind: str, owner: str, name: str, *, locked: bool = False) -> int:
-        """An entry's number; NotStoredError if there is no such entry."""
+        """Number of an entry; NotStoredError if it does not exist."""
         query = select(self._entries.c.number).where(self._visible(kind, owner, name))
         number = connection.execute(query.with_for_update() if locked else query).scalar_one_or_none()
         if number is None:
@@ -376,7 +376,7 @@ class SqlBackend:
             )
 
     def _note(self, connection: Connection, number: int, names: Collection[str]) -> None:
-        """Writes down what is in an entry."""
+        """Store the names of an entry's contents."""
         known = sorted({name for name in names if len(name) <= MAX_ID and "\0" not in name})
         for start in range(0, len(known), NAMES_AT_ONCE):
             some = known[start : start + NAMES_AT_ONCE]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The tables of a store in a database, and how those of version 1 become these.
+"""The tables of a store in a database, and the migration of version 1.
 
-Version 1 had other tables for the mailbox than for responses, and turns in a third. One layout for all of them needs
-the step: a store of version 1 is copied into it when it is opened, in one transaction, and servers of version 1
-refuse it from then on.
+Version 1 had separate tables for the mailbox, for responses, and for turns. A store of version 1 is copied to the
+tables below in one transaction when it is opened, and servers of version 1 refuse it from then on.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from sqlalchemy import (
 from candle_vllm.responses.store.entries import CONVERSATION, MAX_ID, OVERHEAD, RESPONSE
 
 VERSION = 2
-_Key = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers rows itself in this type only
-_AT_ONCE = 100  # rows that are copied in one go
+_Key = BigInteger().with_variant(Integer(), "sqlite")  # the only type for which SQLite assigns row numbers
+_AT_ONCE = 100  # rows that one statement copies
 
 
 class Tables:
@@ -59,9 +58,9 @@ class Tables:
             Column("kind", String(20), nullable=False),
             Column("status", String(20), nullable=False),
             Column("created", BigInteger, nullable=False),  # this and the other times: ms since 1970
-            Column("used", BigInteger, nullable=False),  # the oldest makes room
+            Column("used", BigInteger, nullable=False),  # the longest unused are dropped first
             Column("expires", BigInteger),  # NULL: never
-            Column("lease", BigInteger),  # until then `holder` has it; NULL: nobody has it
+            Column("lease", BigInteger),  # end of the holder's lease; NULL: no lease
             Column("holder", String(MAX_ID)),
             Column("follows", String(MAX_ID)),
             Column("size", BigInteger, nullable=False),  # bytes, parts included
@@ -76,14 +75,14 @@ class Tables:
         self.parts = Table(
             f"{name}_parts",
             self.all,
-            Column("number", _Key, primary_key=True, autoincrement=True),  # their order
+            Column("number", _Key, primary_key=True, autoincrement=True),  # the order of parts
             Column("entry", _Key, ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False),
             Column("id", String(MAX_ID), nullable=False),
             Column("size", BigInteger, nullable=False),
             Column("body", LargeBinary, nullable=False),
             UniqueConstraint("entry", "id"),
         )
-        self.names = Table(  # of what is in which entry
+        self.names = Table(  # names of the entries' contents
             f"{name}_names",
             self.all,
             Column("number", _Key, primary_key=True, autoincrement=True),
@@ -93,13 +92,13 @@ class Tables:
 
     @property
     def lock(self) -> int:
-        """A number of their own: servers that start together make them one after the other."""
+        """Number of the advisory lock, by which servers that start together create the tables one after the other."""
         return int.from_bytes(self.name[:4].encode(), "big")
 
 
 @cache
 def tables_of(name: str) -> Tables:
-    """The tables of a store."""
+    """Return the tables of a store."""
     return Tables(name)
 
 
@@ -124,21 +123,21 @@ _ANSWERS = table(
 
 
 def from_version_1(connection: Connection, new: Tables) -> None:
-    """Moves what tables of version 1 hold into these, whose names begin alike."""
+    """Move the data of the tables of version 1 to these, whose names have the same prefix."""
     if connection.dialect.name == "postgresql":
         connection.execute(select(func.set_config("statement_timeout", "0", True)))
     if new.name == "responses":
         _copy(connection, new, _RESPONSES.c.number, _response)
         connection.execute(insert(new.parts).from_select(["number", "entry", "id", "size", "body"], select(_ITEMS)))
         connection.execute(insert(new.names).from_select(["number", "entry", "name"], select(_PLACES)))
-        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns last 20 seconds
+        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns end in 20 s
     else:
         _copy(connection, new, _ANSWERS.c.id, _answer)
         old = ("mailbox_records",)
     for name in old:
         connection.exec_driver_sql(f"DROP TABLE {name}")
     if connection.dialect.name == "postgresql":
-        for each in (new.entries, new.parts, new.names):  # rows have their old numbers: the next ones come behind them
+        for each in (new.entries, new.parts, new.names):  # rows have their old numbers: new ones must be larger
             last = select(func.max(each.c.number)).scalar_subquery()
             connection.execute(select(func.setval(func.pg_get_serial_sequence(each.name, "number"), last)))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Upkeep: what is done again and again while a store is open, its purging and the renewing of leases."""
+"""Upkeep: periodic work while a store is open, such as purging it and renewing leases."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ logger = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Work that is done every so often, whatever becomes of it once: the next time may be better.
+    """Periodic work; a failure is logged, and the work is tried again next time.
 
     Args:
-        seconds: from the end of one time to the next.
-        work: what is done.
-        failure: what the log says where it failed.
-        at_once: it begins with the first time, and not with a wait.
+        seconds: from the end of one run to the next.
+        work: work to do.
+        failure: log message for a failed run.
+        at_once: whether the first run begins at once, and not after a wait.
     """
 
     def __init__(
         self, seconds: float, work: Callable[[], Awaitable[object]], failure: str, *, at_once: bool = False
     ) -> None:
         repeated = _repeat(seconds, work, failure, 0.0 if at_once else seconds)
-        self._task = asyncio.create_task(repeated, context=Context())  # it is not the request's that opened the store
+        self._task = asyncio.create_task(repeated, context=Context())  # not in the opening request's context
 
     async def close(self) -> None:
-        """Ends it, also in the middle."""
+        """End the work, even during a run."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 

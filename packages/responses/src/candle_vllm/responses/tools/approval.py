@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Who may run which tool: never asked, always asked, by tool, or by a callback."""
+"""Which tool calls need approval: none, all, by a rule for each tool, or by a callback's decision."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 
 class Approval(StrEnum):
-    """The answer to whether a call may run."""
+    """Decision whether a call may run."""
 
     ALLOW = "allow"
     DENY = "deny"
     PENDING = "pending"
-    """Nobody could be asked: the conversation stops before the call and can be taken up with an answer."""
+    """Nobody could be asked: the conversation stops before the call and can be resumed with a decision."""
 
 
 Ask = Callable[[ToolCall, ToolDefinition], Awaitable[Approval] | Approval]
 Rule = Literal["never", "always"]
 ApprovalPolicy = Rule | Mapping[str, Rule] | Ask
-"""When somebody must agree before a tool runs: "never" (all run), "always" (none runs: each call is pending), a rule
-for each tool by its name with "*" for the others (absent: "always"), or a callback that decides each call."""
+"""When a tool call needs approval: "never" (every call runs), "always" (every call is pending), a mapping of tool names
+to these rules, with "*" for other tools (default: "always"), or a callback that decides each call."""
 
 _RULES = ("never", "always")
 
 
 def policy_fault(policy: Any) -> str | None:
-    """What is wrong with a policy, or None."""
+    """Return what is wrong with a policy, or None."""
     if callable(policy) or policy in _RULES:
         return None
     if not isinstance(policy, Mapping):
@@ -41,10 +41,10 @@ def policy_fault(policy: Any) -> str | None:
 
 
 async def decide(policy: ApprovalPolicy, call: ToolCall, definition: ToolDefinition) -> Approval:
-    """What a policy says of a call.
+    """Decide by the policy whether a call may run.
 
     Raises:
-        InvalidParameterError: a callback answered something else; whatever it raises itself comes through.
+        InvalidParameterError: the callback did not return an `Approval`. Exceptions of the callback are passed on.
     """
     if not callable(policy):
         rule = policy if isinstance(policy, str) else policy.get(call.name, policy.get("*", "always"))

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One call of a tool: found, checked, agreed to, run within its time, and told to the model. It never raises for what a
-tool does.
+"""One call of a tool: look-up, check, approval, run with a timeout, and result. A tool's failure is never raised.
 
-`check` and `run` are the steps for callers that ask for agreement in between; `execute` is all of them, and
+`check` and `run` are the steps for callers that ask for an approval in between; `execute` is all of them, and
 `call_directly` is for programs that call a tool themselves, without a model.
 """
 
@@ -43,25 +42,25 @@ from candle_vllm.responses.tools.tool import (
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT = 60.0  # seconds of a call where neither the caller nor the tool says
+DEFAULT_TIMEOUT = 60.0  # seconds of a call if neither the caller nor the tool sets a timeout
 DEFAULT_MAX_CHARS = 50_000
-MAX_TIMEOUT = 86_400.0  # seconds that a program may give a call
+MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
 _MAX_MESSAGE = 2000  # characters of a tool's own error
 _PATIENCE = 6.0  # seconds that a cancelled tool has to end
 _AGAIN = 2.0  # seconds after which it is cancelled again
-_NEAR = 500  # names that are looked through for one like that which was called
+_NEAR = 500  # names that are searched for a similar one
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that may run: there is such a tool, and the arguments fit.
+    """A call that may run: the tool exists, and the arguments match its schema.
 
     Attributes:
-        call: what the model asked for.
-        definition: of the tool.
+        call: call of the model.
+        definition: definition of the tool.
         tool: the tool itself.
-        arguments: as they were parsed.
+        arguments: parsed arguments.
     """
 
     call: ToolCall
@@ -79,18 +78,18 @@ async def execute(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult | Checked:
-    """Checks a call, asks the policy, and runs it.
+    """Check a call, decide by the policy, and run it.
 
     Args:
-        registry: the tools.
-        call: what the model asks for.
-        approval: who agrees; a callback's own exceptions reach the caller.
-        timeout: seconds; None is the tool's own, or 60.
-        max_chars: of the result's text.
-        report: gets the tool's progress.
+        registry: registry of the tools.
+        call: call of the model.
+        approval: policy; exceptions of a callback reach the caller.
+        timeout: timeout in seconds; None means the tool's own timeout, or 60.
+        max_chars: maximum number of characters of the result's text.
+        report: receives the tool's progress.
 
     Returns:
-        What came of it. A `Checked` where nobody could be asked: `run` it once somebody has agreed.
+        The result, or a `Checked` if nobody could be asked: `run` it after the approval.
     """
     checked = await check(registry, call, max_chars=max_chars)
     if isinstance(checked, ToolResult):
@@ -104,7 +103,7 @@ async def execute(
 
 
 async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFAULT_MAX_CHARS) -> Checked | ToolResult:
-    """The call with its tool and its parsed arguments, or the result that says what is wrong with it."""
+    """Return the call with its tool and its parsed arguments, or a result that says what is wrong with it."""
     entry = registry.entry(call.name)
     if entry is None:
         return _not_run(call, None, "unknown", unknown_text(call.name, registry.names()), max_chars)
@@ -120,7 +119,7 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
 
 
 def denied(checked: Checked, *, reason: str = "", max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
-    """The result of a call that somebody refused; `reason` is told to the model."""
+    """Return the result of a call that was denied; the model sees `reason`."""
     text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
     text = f"{text} The reason: {reason}" if reason else text
     return _not_run(checked.call, checked.definition.server, "denied", text, max_chars)
@@ -133,10 +132,10 @@ async def run(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult:
-    """Runs a checked call once.
+    """Run a checked call once.
 
-    Cancelling it cancels the tool and waits until it has ended; a tool that takes no cancelling is left behind after
-    six seconds, with an error in the log. Arguments as of `execute`.
+    Cancelling it cancels the tool, and waits until it has ended; a tool that does not react is abandoned after six
+    seconds, with an error in the log. Arguments are as in `execute`.
     """
     own: float | None = getattr(checked.tool, "timeout", None)
     seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
@@ -153,7 +152,7 @@ async def run(
 
 
 async def _run_within(checked: Checked, seconds: float, report: Report | None) -> tuple[ToolStatus, ToolOutput]:
-    """Runs the tool in a task of its own: what it does with cancelling cannot be mistaken for its caller's."""
+    """Run the tool in a task of its own, so that its cancellation cannot be mistaken for its caller's."""
     running = True
 
     def passed_on(progress: ToolProgress) -> None:
@@ -174,7 +173,7 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
 
 
 async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOutput]:
-    """What the tool gives, whatever it does. Ctrl+C alone passes: it is meant for the program."""
+    """Return the tool's output or failure. Only Ctrl+C is passed on, because it is meant for the program."""
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)
@@ -195,7 +194,7 @@ async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOu
 
 
 def parsed_arguments(text: str) -> dict[str, Any] | str:
-    """The arguments, or what is wrong with them; none at all are an empty object."""
+    """Return the arguments, or what is wrong with them; an empty text means an empty object."""
     if len(text) > MAX_ARGUMENTS:
         return f"The arguments have {len(text)} characters, and {MAX_ARGUMENTS} are allowed."
     if not text.strip():
@@ -215,17 +214,17 @@ async def call_directly(
     *,
     timeout: float | None = None,
 ) -> ToolResult:
-    """What comes of the call.
+    """Call a tool without a model, and return the result.
 
     Args:
-        registry: the tools.
+        registry: registry of the tools.
         server: label of the MCP server; None for a Python function.
-        tool: its name there, or the one that a model calls.
-        arguments: checked against its schema.
-        timeout: seconds; None is the tool's own, or 60.
+        tool: name of the tool there, or the name that a model uses.
+        arguments: arguments, which are checked against its schema.
+        timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
     Raises:
-        InvalidParameterError: there is no such tool, the arguments are no JSON object, or the timeout is wrong.
+        InvalidParameterError: the tool does not exist, the arguments are not a JSON object, or the timeout is invalid.
     """
     if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT):
         raise InvalidParameterError(
@@ -252,7 +251,7 @@ def _as_json(arguments: Any) -> str:
 
 
 def unknown_text(name: str, known: Iterable[str]) -> str:
-    """What a model is told that called a tool which is not among the known ones."""
+    """Return the text for a model that called a tool which does not exist."""
     text = f"There is no tool {name[:100]!r}."
     near = difflib.get_close_matches(name[:100], list(islice(known, _NEAR)), 3, 0.5)
     return f"{text} Did you mean {' or '.join(near)}?" if near else f"{text} Use only the tools that you were given."

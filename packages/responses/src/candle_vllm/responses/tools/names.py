@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Names of tools: from a server's label and a tool's own name to what a model may call.
+"""Names of tools: makes names that a model may call from a server's label and a tool's own name.
 
-OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used as it is where the two can be
-told apart again at its first "__"; otherwise what is not allowed becomes "_", the whole is cut, and ten hex digits of
-a SHA-256 of both names stand at the end. A name depends on its own two parts alone, never on what else there is.
+OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used unchanged if it can be split
+again at its first "__"; otherwise forbidden characters become "_", the name is truncated, and ten hex digits of a
+SHA-256 of both names are appended. A name depends only on its own two parts, never on other tools.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 MAX_NAME = 64  # characters, OpenAI's limit
 SEPARATOR = "__"
 _DIGITS = 10  # hex digits of the hash
-_MAX_SERVER = 20  # characters of a server's label where a name is cut
+_MAX_SERVER = 20  # characters of a server's label in a truncated name
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_-]+")
@@ -24,18 +24,18 @@ _HASHED = re.compile(rf"_[0-9a-f]{{{_DIGITS}}}\Z")
 
 
 def is_tool_name(name: str) -> bool:
-    """Whether a model may be offered a tool of this name."""
+    """Whether a tool of this name may be offered to a model."""
     return _NAME.fullmatch(name) is not None
 
 
 def tool_name(server: str, tool: str) -> str:
-    """The name under which a model calls a server's tool.
+    """Return the name that a model uses for a server's tool.
 
-    Two different pairs never have the same name, but for the chance of a hash of 40 bits.
+    Two different pairs never have the same name, except by a collision of 40-bit hashes.
 
     Args:
-        server: the label of the server, any text.
-        tool: the tool's name there, any text.
+        server: label of the server, any text.
+        tool: name of the tool there, any text.
     """
     name = f"{server}{SEPARATOR}{tool}"
     plain = _is_plain_server(server) and tool and is_tool_name(name) and not _HASHED.search(name)
@@ -43,7 +43,7 @@ def tool_name(server: str, tool: str) -> str:
 
 
 def hashed_name(server: str, tool: str) -> str:
-    """The name with the hash: for parts that need it, and for a name that something else has already."""
+    """Return the name with the hash: for parts that need it, and for a name that is already used."""
     data = f"{len(server)}:{server}{tool}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(data).hexdigest()[:_DIGITS]
     label = (_clean(server) or "server")[:_MAX_SERVER]
@@ -52,7 +52,7 @@ def hashed_name(server: str, tool: str) -> str:
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of the patterns is the name; "*" in a pattern stands for any characters, all else for itself."""
+    """Whether a pattern matches the name; "*" in a pattern matches any text, all other characters themselves."""
     return any(pattern == name or ("*" in pattern and _fits(pattern, name)) for pattern in patterns)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Python functions as tools: their signature is the schema, their docstring the description."""
+"""Python functions as tools: the signature becomes the schema, the docstring the description."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.signatures import Signature, describe
 
-MAX_THREADS = 64  # of one tool, those included that go on after their time is over; a turn runs at most so many calls
+MAX_THREADS = 64  # of one tool, including timed-out calls; one turn runs at most as many calls at once
 MAX_TIMEOUT = 86_400.0  # seconds
 
 
@@ -28,25 +28,25 @@ def function_tool(
     description: str | None = None,
     timeout: float | None = None,
 ) -> tool.Tool:
-    """Makes a tool of a Python function.
+    """Make a tool of a Python function.
 
-    The schema comes from the annotations: whatever pydantic understands, also nested dataclasses and models, `Literal`,
-    and `Annotated[..., Field(description=...)]`; a parameter without one takes any JSON. The docstring's first
-    paragraph describes the tool, its "Args:" in Google's style the parameters. What the function returns becomes text;
-    a `ToolOutput` stays as it is, any other value is JSON. It raises `ToolError` to tell the model what is wrong.
+    The schema comes from the annotations: whatever pydantic supports, also nested dataclasses and models, `Literal`,
+    and `Annotated[..., Field(description=...)]`; a parameter without annotation accepts any JSON. The docstring's first
+    paragraph describes the tool, its "Args:" in Google's style the parameters. A returned text or `ToolOutput` is used
+    unchanged, any other value becomes JSON. The function may raise `ToolError`, whose message the model sees.
 
-    An async function runs on the event loop and ends when it is cancelled. Any other runs in a thread, which nothing
-    can end: when its time is over, the model is told so and the thread goes on. After `MAX_THREADS` such threads the
-    tool is unavailable until one ends.
+    An async function runs on the event loop and ends when it is cancelled. A plain function runs in a thread, which
+    cannot be stopped: after a timeout, the model learns that the call timed out, and the thread continues. While
+    `MAX_THREADS` threads of the tool run, it is unavailable.
 
     Args:
-        function: with parameters that can be given by name.
-        name: what the model calls; the function's own by default.
-        description: what it is for; the docstring's first paragraph by default.
-        timeout: seconds for a call where the conversation does not say; None is 60.
+        function: function whose parameters can be given by name.
+        name: name that the model uses; the function's own by default.
+        description: purpose of the tool; the docstring's first paragraph by default.
+        timeout: seconds for a call if the conversation sets no timeout; None means 60.
 
     Raises:
-        InvalidParameterError: it cannot be a tool; the message says why.
+        InvalidParameterError: the function cannot be a tool; the message says why.
     """
     return PythonTool(function, name=name, description=description, timeout=timeout)
 
@@ -55,8 +55,8 @@ class PythonTool:
     """A Python function that a model may call; `function_tool` makes it.
 
     Attributes:
-        definition: as a model sees it.
-        timeout: seconds for a call where the conversation does not say.
+        definition: definition that a model sees.
+        timeout: seconds for a call if the conversation sets no timeout.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class PythonTool:
         )
 
     async def run(self, arguments: Mapping[str, Any], report: tool.Report) -> tool.ToolOutput:  # noqa: ARG002 it reports nothing
-        """Converts the arguments, calls the function, and makes an output of what it returns."""
+        """Convert the arguments, call the function, and make an output of its return value."""
         values = self._signature.convert(arguments)
         value = await self._function(**values) if self._is_async else await self._in_thread(values)
         if inspect.isawaitable(value):  # a plain function that calls an async one
@@ -96,9 +96,9 @@ class PythonTool:
         return _output(value)
 
     async def _in_thread(self, values: dict[str, Any]) -> Any:
-        """Calls the function in a thread of its own.
+        """Call the function in a thread of its own.
 
-        The thread is a daemon, in no pool: one that hangs must not keep the loop or the program from ending.
+        The thread is a daemon outside of any pool: one that hangs must not keep the loop or the program from ending.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
@@ -119,7 +119,7 @@ class PythonTool:
             try:
                 loop.call_soon_threadsafe(settle, value, failure)
             except RuntimeError:
-                return  # the loop is closed: nobody waits any more
+                return  # the loop is closed, so nobody waits for the result
 
         context = contextvars.copy_context()
         self._start(work)
@@ -147,7 +147,7 @@ class PythonTool:
 
 
 def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
-    """The tool's name, and what messages call the function."""
+    """Return the tool's name, and a description of the function for error messages."""
     own = name if name is not None else getattr(function, "__name__", None)
     label = f"the function {getattr(function, '__qualname__', own)!r:.100}"
     if not callable(function):
@@ -169,7 +169,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _output(value: Any) -> tool.ToolOutput:
-    """What a function returned, as an output: text as it is, None as nothing, all else as JSON."""
+    """Return a function's result as an output: text unchanged, None as an empty output, all else as JSON."""
     if isinstance(value, tool.ToolOutput):
         return value
     if value is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tools of a conversation or a server, by the names that a model calls."""
+"""The tools of a conversation or a server, by the names that a model uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_TOOLS = 10_000
 
 
 class Registered:
-    """A tool with its definition as it was when it came, and the checker of its arguments."""
+    """A tool with its definition at the time of its registration, and the checker of its arguments."""
 
     def __init__(self, tool: Tool, definition: ToolDefinition) -> None:
         self.tool = tool
@@ -29,10 +29,10 @@ class Registered:
 
 
 class ToolRegistry:
-    """Tools by name: functions one by one, those of an MCP server all together.
+    """Tools by name: functions are added one by one, the tools of an MCP server all together.
 
-    Functions come first, then each server's tools, servers in the order of their first coming. It belongs to one
-    thread, that of the event loop.
+    Functions come first, then each server's tools, with the servers in the order of their registration. A registry
+    belongs to one thread, that of the event loop.
     """
 
     def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
@@ -50,14 +50,14 @@ class ToolRegistry:
 
     @property
     def revision(self) -> int:
-        """Counts the changes: equal numbers mean the same tools."""
+        """Number of changes: equal numbers mean the same tools."""
         return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:
-        """Adds one tool.
+        """Add one tool.
 
         Raises:
-            InvalidParameterError: its name is taken or not allowed, its schema too large, or there are too many tools.
+            InvalidParameterError: its name is used or invalid, its schema too large, or there are too many tools.
         """
         definition = tool.definition
         fault = _fault(definition)
@@ -79,7 +79,7 @@ class ToolRegistry:
         description: str | None = None,
         timeout: float | None = None,
     ) -> Tool:
-        """Makes a tool of a Python function (`function_tool`) and adds it."""
+        """Make a tool of a Python function (`function_tool`), and add it."""
         from candle_vllm.responses.tools.python_tool import function_tool
 
         tool = function_tool(function, name=name, description=description, timeout=timeout)
@@ -87,7 +87,7 @@ class ToolRegistry:
         return tool
 
     def remove(self, name: str) -> None:
-        """Takes a tool out; calls of it that run go on.
+        """Remove a tool; its running calls continue.
 
         Raises:
             InvalidParameterError: there is no tool of this name.
@@ -99,10 +99,10 @@ class ToolRegistry:
         raise InvalidParameterError(f"there is no tool {name!r:.100} to remove", "tools")
 
     def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
-        """Puts a server's tools in the place of all that it had; none takes the server out.
+        """Replace all tools of a server; an empty list removes the server.
 
-        A tool whose name another group has gets its name with the hash. One that cannot be offered at all (the second
-        of a name, a schema beyond the limits) is left out, with a warning in the log.
+        A tool whose name is used by another group gets a name with a hash. A tool that cannot be offered (the second
+        with a name, a schema beyond the limits) is left out, with a warning in the log.
 
         Returns:
             The original names of the tools that were left out.
@@ -129,22 +129,22 @@ class ToolRegistry:
         return tuple(left_out)
 
     def definitions(self, allowed: Iterable[str] | None = None) -> tuple[ToolDefinition, ...]:
-        """What a model is shown: all, or those whose names match one of the patterns ("*" is any characters)."""
+        """Return the definitions for a model: all, or those whose names match a pattern ("*" matches any text)."""
         patterns = None if allowed is None else tuple(allowed)
         shown = (entry.definition for entry in self._entries())
         return tuple(item for item in shown if patterns is None or matches(patterns, item.name))
 
     def find(self, name: str) -> Tool | None:
-        """The tool that a model calls so, or None."""
+        """Return the tool that a model calls by this name, or None."""
         entry = self.entry(name)
         return None if entry is None else entry.tool
 
     def entry(self, name: str) -> Registered | None:
-        """The tool with its definition and checker, or None."""
+        """Return the tool with its definition and checker, or None."""
         return next((group[name] for group in self._groups.values() if name in group), None)
 
     def names(self) -> Iterator[str]:
-        """The names of all tools."""
+        """Return the names of all tools."""
         return (entry.definition.name for entry in self._entries())
 
     def __iter__(self) -> Iterator[Tool]:
@@ -161,7 +161,7 @@ class ToolRegistry:
             yield from group.values()
 
     def _entry(self, server: str, tool: Tool, group: Mapping[str, Registered]) -> Registered | str:
-        """What to register for one of a server's tools, or why it cannot be."""
+        """Return the entry for one of a server's tools, or why it cannot be registered."""
         definition = tool.definition
         if definition.server != server:
             return f"it says that its server is {definition.server!r:.100}"
@@ -180,7 +180,7 @@ class ToolRegistry:
 
 
 class _Renamed:
-    """A tool under another name."""
+    """A tool with another name."""
 
     def __init__(self, tool: Tool, definition: ToolDefinition) -> None:
         self._tool = tool
@@ -188,12 +188,12 @@ class _Renamed:
         self.timeout: float | None = getattr(tool, "timeout", None)
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Runs the tool."""
+        """Run the tool."""
         return await self._tool.run(arguments, report)
 
 
 def _fault(definition: ToolDefinition) -> str | None:
-    """Why a model cannot be offered the tool, or None."""
+    """Return why the tool cannot be offered to a model, or None."""
     if not is_tool_name(definition.name):
         return "a name is 1 to 64 letters, digits, '_' and '-'"
     return schema_fault(definition.parameters)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Checks arguments against a tool's JSON schema, which may come from a server that nobody trusts.
+"""Checks arguments against a tool's JSON schema, which may come from an untrusted server.
 
-Nothing is fetched: references outside of the schema allow everything. The work is bounded: schemas to `MAX_SCHEMA`
-bytes, checking to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine; those that it does not know
-(lookaround, back references), long ones, and long strings are not checked, nor are `patternProperties` with their
-neighbour `additionalProperties`, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
-arrays. What is not checked is allowed: a tool must look at its arguments itself.
+Nothing is fetched: references outside of the schema allow everything. The work is limited: schemas to `MAX_SCHEMA`
+bytes, checking to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. Not checked are patterns that it
+does not support (lookaround, back references), long patterns, long strings, `patternProperties` with the
+`additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
+arrays. What is not checked is allowed: a tool must check its arguments itself.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ MAX_SCHEMA = 1 << 18  # bytes of JSON
 MAX_SCHEMA_DEPTH = 64  # objects and arrays inside each other
 CPU_SECONDS = 1.0  # of one check
 MAX_PATTERN = 1000  # characters of a pattern
-MAX_MATCHED = 2000  # characters of a string that a pattern is tried on
-MAX_UNIQUE = 1000  # items of an array that must differ
-MAX_FAULTS = 5  # told at once
-_MAX_FAULT = 300  # characters of one
+MAX_MATCHED = 2000  # characters of a string that is matched with a pattern
+MAX_UNIQUE = 1000  # items of an array that is checked for duplicates
+MAX_FAULTS = 5  # reported at once
+_MAX_FAULT = 300  # characters of one fault
 
 _SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"enum", "const", "default", "examples"})
@@ -45,7 +45,7 @@ Keyword = Callable[..., Iterator[Any] | None]
 
 
 def schema_fault(parameters: Mapping[str, Any]) -> str | None:
-    """Why this cannot be the schema of a tool's arguments, or None: not JSON, of no object, too large or too deep."""
+    """Return why this cannot be a schema of arguments, or None: not JSON, not of an object, too large or too deep."""
     if not isinstance(parameters, Mapping):
         return "its parameters must be the JSON schema of an object"
     try:
@@ -74,9 +74,9 @@ class ArgumentsChecker:
         self._prepared = False
 
     def faults(self, arguments: Mapping[str, Any]) -> list[str]:
-        """What is wrong with them, one sentence each, at most `MAX_FAULTS`; empty where they fit.
+        """Return the faults of the arguments, one sentence each, at most `MAX_FAULTS`; empty if they match.
 
-        It can take `CPU_SECONDS`: call it in another thread than the event loop's.
+        It can take `CPU_SECONDS`: do not call it in the event loop's thread.
         """
         with self._lock:
             self._deadline = time.thread_time() + CPU_SECONDS
@@ -87,13 +87,13 @@ class ArgumentsChecker:
                 if self._validator is None:
                     return []
                 return [_sentence(error) for error in islice(self._validator.iter_errors(arguments), MAX_FAULTS)]
-            except Exception as error:  # a schema can fail in as many ways as there are keywords
+            except Exception as error:  # a schema can fail in many ways
                 reason = "it takes too long" if isinstance(error, _TooLongError) else type(error).__name__
                 logger.warning("arguments of the tool %.100r cannot be checked with its schema: %s", self._name, reason)
                 return []
 
     def _prepare(self) -> Validator | None:
-        """A validator of the checkable part of the schema; None where the schema is not valid itself."""
+        """Return a validator of the part of the schema that is checked; None if the schema itself is invalid."""
         import jsonschema
         import referencing
         from jsonschema import validators
@@ -120,11 +120,11 @@ class ArgumentsChecker:
 
 
 class _TooLongError(Exception):
-    """The time for a check is over."""
+    """The check has exceeded its time."""
 
 
 def _checkable(schema: Any) -> Any:
-    """The schema without what is not checked."""
+    """Return the schema without the parts that are not checked."""
     if isinstance(schema, list):
         return [_checkable(item) for item in schema]
     if not isinstance(schema, dict):
@@ -179,7 +179,7 @@ def _unique_items(validator: Any, wanted: Any, instance: Any, schema: Any) -> It
 
 
 def _sentence(error: Any) -> str:
-    """Where and what, for a model to read."""
+    """Return the path of an error and its message, for a model."""
     place = ""
     for step in islice(error.absolute_path, 20):
         place += f"[{step}]" if isinstance(step, int) else f".{step:.80}" if place else f"{step:.80}"

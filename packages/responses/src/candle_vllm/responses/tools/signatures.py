@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a Python function says of itself: its signature as a JSON schema, its docstring in Google's style."""
+"""Description of a Python function: its signature as a JSON schema, its docstring in Google's style."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Signature:
     """The parameters of a function.
 
     Attributes:
-        schema: the JSON schema of its arguments.
+        schema: JSON schema of the arguments.
 
     Raises:
         InvalidParameterError: a model cannot give such parameters, or their types are not JSON.
@@ -40,7 +40,7 @@ class Signature:
         for name, parameter in parameters.items():
             hint = hints.get(name, Any)
             fields[name] = hint if parameter.default is inspect.Parameter.empty else NotRequired[hint]
-        make: Any = TypedDict  # a type checker allows the form with a literal alone
+        make: Any = TypedDict  # a type checker accepts only literals here
         arguments = make("arguments", fields)
         arguments.__pydantic_config__ = ConfigDict(extra="forbid")
         try:
@@ -54,10 +54,10 @@ class Signature:
         self._complete(parameters, descriptions)
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments in the types of the parameters; those that were left out stay out.
+        """Convert the arguments to the types of the parameters; missing ones are left out.
 
         Raises:
-            ToolArgumentsError: they are of other types.
+            ToolArgumentsError: the arguments have other types.
         """
         try:
             return self._adapter.validate_json(json.dumps(dict(arguments)))
@@ -67,7 +67,7 @@ class Signature:
             raise ToolArgumentsError(f"The arguments do not fit: {told}") from None
 
     def _complete(self, parameters: Mapping[str, inspect.Parameter], descriptions: Mapping[str, str]) -> None:
-        """Adds descriptions and defaults, which pydantic does not see."""
+        """Add descriptions and defaults, which pydantic does not see."""
         self.schema.pop("title", None)
         self.schema.setdefault("properties", {})
         for name, parameter in parameters.items():
@@ -78,11 +78,11 @@ class Signature:
                 try:
                     schema["default"] = to_jsonable_python(parameter.default, inf_nan_mode="null")
                 except (PydanticSerializationError, ValueError, RecursionError):
-                    continue  # a default that is no JSON stays the function's own matter
+                    continue  # a default that is not JSON is left out of the schema
 
 
 class _Untitled(GenerateJsonSchema):
-    """Leaves out titles, which repeat the names and cost tokens."""
+    """Generates schemas without titles, which repeat the names and cost tokens."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False
@@ -120,7 +120,7 @@ def _hints(function: Callable[..., Any], label: str) -> dict[str, Any]:
 
 
 def describe(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """The docstring's first paragraph on one line, and the descriptions of its "Args:" by parameter."""
+    """Return the docstring's first paragraph on one line, and the descriptions of its "Args:" by parameter."""
     lines = (inspect.getdoc(function) or "").splitlines()
     first: list[str] = []
     for line in lines:

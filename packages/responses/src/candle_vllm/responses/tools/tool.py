@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a tool is, what a model asks of it, what comes of that, and what a tool raises to speak to the model."""
+"""Types of tools: definition, call, output, result, and the errors by which a tool reports to the model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
     """A tool as a model sees it.
 
     Attributes:
-        name: what the model calls; letters, digits, "_" and "-", at most 64 of them, and its own in a registry.
-        description: what it is for, in the tool's own words.
+        name: name that the model uses; at most 64 letters, digits, "_" and "-", and unique in a registry.
+        description: purpose of the tool, in its own words.
         parameters: a JSON schema of an object.
-        server: the label of the MCP server that has it; None for a Python function.
-        original_name: its name there; the name itself otherwise.
-        read_only: its server says that it changes nothing, which is a hint and no promise.
+        server: label of its MCP server; None for a Python function.
+        original_name: name on the server; equal to `name` for a Python function.
+        read_only: whether its server declares that it changes nothing, which is only a hint.
     """
 
     name: str
@@ -42,13 +42,13 @@ class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
 
     def to_openai(self) -> dict[str, Any]:
-        """The tool in a chat request."""
+        """Return the tool in the format of a chat request."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model asks for; `arguments` is JSON text as it wrote it, which need not be valid."""
+    """A call by a model; `arguments` is JSON text as the model generated it, which may be invalid."""
 
     id: str
     name: str
@@ -56,13 +56,13 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ContentPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A piece of a tool's output.
+    """A part of a tool's output.
 
     Attributes:
-        kind: "text", "image", "audio", "resource" (its content is here) or "resource_link" (it is elsewhere).
-        text: of a text or of a resource that is one.
-        data: base64 of an image, of audio, or of a resource that is not text.
-        mime_type, uri, name: as the tool gave them.
+        kind: "text", "image", "audio", "resource" (with its content) or "resource_link" (without).
+        text: text of a text part, or of a text resource.
+        data: base64 data of an image, of audio, or of a resource that is not text.
+        mime_type, uri, name: values that the tool gave.
     """
 
     kind: Literal["text", "image", "audio", "resource", "resource_link"]
@@ -74,12 +74,12 @@ class ContentPart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ToolOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tool gave back.
+    """The output of a tool.
 
     Attributes:
-        content: its pieces in order.
-        structured: a JSON value beside them, or None.
-        is_error: the tool says that it failed; the content says why, and the model may try again.
+        content: parts in order.
+        structured: JSON value in addition to the parts, or None.
+        is_error: whether the tool reports a failure; the content says why, and the model may try again.
     """
 
     content: tuple[ContentPart, ...] = ()
@@ -88,12 +88,12 @@ class ToolOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_text(cls, text: str, *, is_error: bool = False) -> ToolOutput:
-        """An output of one text."""
+        """Return an output of one text."""
         return cls(content=(ContentPart(kind="text", text=text),), is_error=is_error)
 
 
 class ToolProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a running tool says that it is; `total` is None where it does not know."""
+    """Progress that a running tool reports; `total` is None if it is unknown."""
 
     progress: float
     total: float | None = None
@@ -101,16 +101,16 @@ class ToolProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of one call.
+    """The result of one call.
 
     Attributes:
-        call: what the model asked for.
-        server: the label of the MCP server; None for a Python function or a tool that does not exist.
-        status: "completed"; "failed" where the tool says so itself; else why it did not run or has no output. "not_run"
-            is a call that was whole, in an answer that was cut at its token limit.
-        output: for every status: where the tool gave none, a text that tells the model what happened.
-        text: the output as the model sees it, cut to the limit.
-        seconds: how long it ran.
+        call: call of the model.
+        server: label of the MCP server; None for a Python function or a tool that does not exist.
+        status: "completed"; "failed" if the tool reports a failure; else why it did not run or has no output. "not_run"
+            is a complete call in an answer that reached its token limit.
+        output: output for every status: if the tool gave none, a text that tells the model what happened.
+        text: output as the model sees it, truncated to the limit.
+        seconds: time that it ran.
     """
 
     call: ToolCall
@@ -125,72 +125,70 @@ Report = Callable[[ToolProgress], None]
 
 
 class Tool(Protocol):
-    """Something that a model may call."""
+    """A tool that a model may call."""
 
     @property
     def definition(self) -> ToolDefinition: ...
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Runs once with arguments that fit the schema.
+        """Run once with arguments that match the schema.
 
-        Cancelling it ends the work. An exception that is a `ToolError` speaks to the model; any other is a failure
-        whose message stays in the log.
+        Cancelling it ends the work. The model sees the message of a `ToolError`; other exceptions are only logged.
         """
         ...
 
 
 class ToolError(CandleVllmError):
-    """A failure whose message the model sees, so that it can do otherwise; each kind becomes a status of the result.
+    """A failure whose message the model sees, so that it can react; each class has its own status of the result.
 
-        ToolError                    "failed": the tool says so in its own words
+            ToolError                    "failed": any other failure that the tool reports
         ├── ToolUnavailableError     "unavailable": it cannot be reached now
-        ├── ToolTimedOutError        "timed_out": it noticed by itself that its time is over
-        └── ToolArgumentsError       "invalid_arguments": they do not fit after all
+            ├── ToolTimedOutError        "timed_out": the tool itself noticed that its time is over
+            └── ToolArgumentsError       "invalid_arguments": the tool does not accept them
 
-    Their messages reach the model, and through it the user: they must hold no secrets.
+    The model, and through it the user, can see their messages: they must not contain secrets.
     """
 
     status: ClassVar[ToolStatus] = "failed"
 
 
 class ToolUnavailableError(ToolError):
-    """The tool cannot run now: its server is gone, or too many calls of it run."""
+    """The tool cannot run now: its server is not connected, or too many of its calls are running."""
 
     status: ClassVar[ToolStatus] = "unavailable"
 
 
 class ToolTimedOutError(ToolError):
-    """The tool gave up because its time was over."""
+    """The tool ended because its time was over."""
 
     status: ClassVar[ToolStatus] = "timed_out"
 
 
 class ToolArgumentsError(ToolError):
-    """The arguments fit the schema and still not the tool."""
+    """The arguments match the schema, but the tool does not accept them."""
 
     status: ClassVar[ToolStatus] = "invalid_arguments"
 
 
 def is_picture(part: ContentPart) -> bool:
-    """Whether a piece has the data of an image."""
+    """Whether a part has the data of an image."""
     return bool(part.data) and (part.kind == "image" or (part.kind == "resource" and picture_type(part) != ""))
 
 
 def picture_type(part: ContentPart) -> str:
-    """The media type of an image as a tool gave it; "" for an invalid one."""
+    """Return the media type that a tool gave for an image; "" for an invalid one."""
     return part.mime_type if part.mime_type and _PICTURE.fullmatch(part.mime_type) else ""
 
 
 def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
-    """The output as text of at most `max_chars` characters; where it is cut, its end says so.
+    """Return the output as text of at most `max_chars` characters; a truncated text ends with a note.
 
-    Texts and text resources stand as they are; of images, sound and other data the model learns the kind and size.
-    Structured output is shown as JSON where there is no text that says the same.
+    Images, audio and other data are shown by kind and size, and structured output as JSON if there is no text.
 
     Args:
-        output: of a tool.
-        max_chars: at least 1.
-        faults: what is said of some of its pieces besides, by their places.
+        output: output of a tool.
+        max_chars: maximum number of characters, at least 1.
+        faults: additional remarks on parts, by their indices.
     """
     ((text, _),) = output_pieces(output, max_chars, faults)
     return text
@@ -200,16 +198,16 @@ def output_pieces(
     output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({}),
     images: Mapping[int, str] = MappingProxyType({}),
 ) -> list[tuple[str, str | None]]:  # fmt: skip
-    """The output in pieces, texts and images; see `output_text`, whose limit holds for the texts together.
+    """Return the output as texts and images; see `output_text`, whose limit applies to all texts together.
 
     Args:
-        output: of a tool.
-        max_chars: of all texts.
-        faults: what is said of some of its pieces besides, by their places.
-        images: addresses of those that are shown.
+        output: output of a tool.
+        max_chars: maximum number of characters of all texts.
+        faults: additional remarks on parts, by their indices.
+        images: addresses of the parts that are shown as images, by their indices.
 
     Returns:
-        Texts with None, and images with "" and their address; at least one.
+        Pairs: a text and None, or "" and the address of an image; at least one pair.
     """
     runs, made = [list[str]()], list[str]()
     for place, part in enumerate(output.content):
@@ -234,7 +232,7 @@ def output_pieces(
 
 
 def cut(text: str, max_chars: int) -> str:
-    """The text, or its beginning and a note of how much is missing."""
+    """Return the text, or its beginning and a note with its whole length."""
     if len(text) <= max_chars:
         return text
     note = f"\n[cut: the whole output has {len(text)} characters]"
@@ -242,7 +240,7 @@ def cut(text: str, max_chars: int) -> str:
 
 
 def output_size(output: ToolOutput) -> int:
-    """Characters of all that is in it, base64 as it stands; structured output counts where no text says the same."""
+    """Number of characters of the output, with base64 data; structured output counts only if there is no text."""
     size = sum(len(part.text or "") + len(part.data or "") for part in output.content)
     return size if output.structured is None or _has_text(output) else size + len(_json(output.structured))
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Adapters by the name that a request gives its model: where they come from, what is kept of them, who may have one."""
+"""LoRA adapters that requests name in `model`: their sources, their cache, and which clients may use them."""

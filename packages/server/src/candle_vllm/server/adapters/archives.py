@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in tar archives behind addresses (before step 1), which nobody vouches for: a few plain files of one, within
-bounds, and nothing else.
+"""Adapters in untrusted tar archives on HTTP servers (before step 1): unpack one adapter's files only, within limits.
 
-Names in the archive never become paths: a member counts by its last part alone, if that is one of an adapter's files.
+Names in the archive never become paths: only the last part of a member's name is compared with an adapter's file names.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off
 
 MAX_MEMBERS = 64
-MAX_RATIO = 200  # of what is unpacked to what came; weights are numbers, which hardly shrink
-_SLACK = 16 << 20  # bytes that need no such ratio: padding of small archives
-_MAX_HEAD = 64 << 10  # bytes of a long name, or of a member's further attributes
+MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes; weights hardly compress
+_SLACK = 16 << 20  # bytes that may exceed this ratio: padding of small archives
+_MAX_HEAD = 64 << 10  # maximum bytes of a header with a long name or with extended attributes
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
 _HEADS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 _KEPT = (sources.CONFIG, sources.WEIGHTS)
-_HTTP_SECONDS = 10.0  # without a byte
-_MAX_SUM = 4096  # bytes of a file with a sum
+_HTTP_SECONDS = 10.0  # timeout of a single read
+_MAX_SUM = 4096  # maximum bytes of a checksum file
 _SUM = re.compile(r"[0-9a-f]{64}")
-_NOTHING = (403, 404, 410)  # a place that may not be listed says 403
+_NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key without list rights
 
 
 class TarSource(FetchedSource):
-    """Archives at an address with `{name}` in it, and `{revision}` where they have some.
+    """Archives at a URL that contains `{name}`, and optionally `{revision}`.
 
-    The address with `.sha256` behind it has the SHA-256 of the archive, which is its revision: it is fetched first, and
-    an archive that differs from it is not unpacked. Redirects are not followed.
+    The URL with the suffix `.sha256` serves the SHA-256 of the archive, which is its revision. The checksum is fetched
+    first, and an archive that does not match it is not unpacked. Redirects are not followed.
 
     Args:
-        address: http or https, of the operator.
+        address: http or https URL from the operator's settings.
     """
 
     kind = "tar"
@@ -82,7 +81,7 @@ class TarSource(FetchedSource):
             except FileNotFoundError:
                 raise sources.Unavailable(f"{shown} is not there, though its sum is") from None
             if found.hexdigest() != told:
-                raise sources.Unavailable(f"{shown} is not what its sum says")  # one of the two may be about to come
+                raise sources.Unavailable(f"{shown} is not what its sum says")  # maybe only one of the two is updated
             base = unpack(archive, folder, budget)
             size = archive.stat().st_size
             archive.unlink()
@@ -93,7 +92,7 @@ class TarSource(FetchedSource):
 
 
 def is_template(address: str) -> bool:
-    """Whether a name changes the path of an address, and nothing else."""
+    """Whether a URL contains `{name}` in its path, and no placeholder outside the path."""
     try:
         parts = urlsplit(address)
         host = parts.hostname
@@ -104,7 +103,7 @@ def is_template(address: str) -> bool:
 
 
 def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
-    """The body at an address, in pieces; raises FileNotFoundError where there is nothing."""
+    """Yield the chunks of the response body; raises FileNotFoundError if the URL does not exist."""
     import httpx
 
     shown, left = without_secrets(url), most
@@ -123,7 +122,7 @@ def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
             told = answer.headers.get("content-length", "")
             if told.isascii() and told.isdigit() and len(told) < 16:
                 budget.expect(min(int(told), most))
-            for piece in answer.iter_raw():  # as they come: a drip is looked at too
+            for piece in answer.iter_raw():  # check the time for every chunk, so that a slow server cannot exceed it
                 left -= len(piece)
                 _ = budget.seconds
                 if left < 0:
@@ -138,13 +137,13 @@ def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
 
 
 def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:
-    """Unpacks the adapter of an archive, plain or with gzip, into an empty folder.
+    """Unpack the adapter of a tar archive, plain or compressed with gzip, into an empty folder.
 
     Returns:
-        The base that its configuration names.
+        The base model that its configuration names.
 
     Raises:
-        Refused: it has no adapter, two of them, a link or a device, or more members or bytes than are allowed.
+        Refused: the archive has no adapter, two adapters, a link or a device, or too many members or bytes.
     """
     most = min(archive.stat().st_size * MAX_RATIO, budget.limits.max_bytes) + _SLACK
     try:
@@ -211,7 +210,7 @@ def _copy(content: IO[bytes], path: Path, size: int, budget: sources.Budget) -> 
 
 
 class BoundedStream:
-    """What an archive unpacks to, from front to back, and no more than it may."""
+    """The unpacked bytes of an archive, read sequentially; raises `Refused` after `most` bytes."""
 
     def __init__(self, plain: IO[bytes] | gzip.GzipFile, most: int) -> None:
         self._plain = plain
@@ -226,11 +225,11 @@ class BoundedStream:
 
 
 class BoundedMember(tarfile.TarInfo):
-    """A member, whose head is not read into memory where it is too long to be one."""
+    """A member of an archive; an oversized header is refused before it is read into memory."""
 
     def _proc_member(self, tar: Any) -> Any:
         if self.type in _HEADS and not 0 <= self.size <= _MAX_HEAD:
             raise sources.Refused(f"its archive has a name or attributes of {self.size} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise sources.Refused("its archive has a sparse file, which is no plain file")
-        return super()._proc_member(tar)  # type: ignore[misc]  # what TarInfo documents for subclasses
+        return super()._proc_member(tar)  # type: ignore[misc]  # TarInfo documents this method for subclasses

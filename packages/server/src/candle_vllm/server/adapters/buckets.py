@@ -21,9 +21,9 @@ _PIECE = 1 << 20
 
 
 class BucketSource(FetchedSource):
-    """A bucket of an S3-compatible store; an adapter's files lie below its name, or below `name/revision`.
+    """A bucket of an S3-compatible store; the keys of an adapter's files start with `name/` or `name/revision/`.
 
-    Address and credentials are those of AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and their like.
+    Address and credentials are read from environment variables: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID etc.
 
     Args:
         place: `bucket`, or `bucket/folder`.
@@ -63,7 +63,7 @@ class BucketSource(FetchedSource):
                 for file in (sources.CONFIG, sources.WEIGHTS):
                     heads.append(obstore.head(self._store, below + file))
                     _ = budget.seconds
-            except (FileNotFoundError, PermissionDeniedError):  # a bucket that may not be listed says the latter
+            except (FileNotFoundError, PermissionDeniedError):  # S3 denies access to a missing key without list rights
                 return None
         tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
         revision = hashlib.sha256("\n".join(tags).encode()).hexdigest()[:40]
@@ -81,7 +81,7 @@ class BucketSource(FetchedSource):
         import obstore
 
         with _s3_failures(budget), path.open("xb") as stream:
-            got = obstore.get(self._store, key)  # that it is there was known
+            got = obstore.get(self._store, key)  # `_pin` has found that it exists
             size = int(got.meta["size"])
             if size > most:
                 raise sources.Refused(f"its {path.name} has more than {most >> 20} MiB")
@@ -93,7 +93,7 @@ class BucketSource(FetchedSource):
 
 @contextmanager
 def _s3_failures(budget: sources.Budget) -> Iterator[None]:
-    """What the store's failures mean."""
+    """Convert errors of the store to `Unavailable`."""
     from obstore.exceptions import BaseError
 
     try:

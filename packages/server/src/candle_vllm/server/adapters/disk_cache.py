@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Fetched adapters on disk: bounded by bytes, the least used goes first, and nothing half fetched is ever found.
+"""Fetched adapters on disk: limited in bytes, evicted in LRU order, and visible only when they are complete.
 
-An adapter is filled beside its place and renamed into it when it is whole; what comes has its bytes reserved, so that
-all that is there and all that comes stay within the bound together. Its folder is called after the SHA-256 of its
-source, name and revision, so that no two names share one. Several servers may share a cache.
+An adapter is written to a staging folder, which is renamed when it is complete. Its bytes are reserved before they are
+written, so that complete and incomplete adapters together stay within the limit. The folder's name is the SHA-256 of
+source, name and revision, so that two adapters never share a folder. Several servers may share a cache.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from candle_vllm.server.adapters.sources import Refused, Unavailable
 _ENTRY = "entry.json"
 _FILES = "adapter"
 _STAGED = ".staged-"
-_LEFT_SECONDS = 3600.0  # after which what was not finished is nobody's any more
+_LEFT_SECONDS = 3600.0  # age after which an unfinished download counts as abandoned
 _MAX_ENTRY = 64 << 10
-_STEP = 16 << 20  # bytes that are reserved at a time where it is not known how many will come
+_STEP = 16 << 20  # bytes that are reserved at a time if the size is unknown
 
 
 class Key(NamedTuple):
-    """What was fetched: whence, by which name, and the revision that it was pinned to."""
+    """Key of a fetched adapter: the kind of its source, its name, and its pinned revision."""
 
     kind: str
     name: str
@@ -41,18 +41,18 @@ class Key(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Name of its folder."""
+        """Name of the adapter's folder in the cache."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """What is kept of one.
+    """Metadata of a cached adapter.
 
     Attributes:
-        key: what it is.
-        asked: the revision that was asked for when it was fetched; "" without a revision.
-        size: bytes of its files.
-        base: the base that its configuration names.
+        key: key of the adapter.
+        asked: the revision in the request that fetched it; "" without a revision.
+        size: total bytes of its files.
+        base: the base model that its configuration names.
     """
 
     key: Key
@@ -62,13 +62,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Room:
-    """Bytes of a cache that an adapter on its way has to itself.
+    """Bytes of the cache that are reserved for an adapter while it is fetched.
 
     Args:
-        reserve: sets bytes of the cache aside for it: at least so many, and so many where they are free.
+        reserve: reserves bytes of the cache for this adapter; its numbers are the minimum and the preferred size.
 
     Attributes:
-        size: that are set aside.
+        size: bytes that are reserved.
     """
 
     def __init__(self, reserve: Callable[[Room, int, int], None]) -> None:
@@ -77,23 +77,23 @@ class Room:
         self._taken = 0
 
     def expect(self, size: int) -> None:
-        """So many bytes are about to come; raises as `DiskCache.put`."""
+        """Reserve space for `size` further bytes; raises as `DiskCache.put`."""
         if self._taken + size > self.size:
             self._reserve(self, self._taken + size, self._taken + size)
 
     def take(self, size: int) -> None:
-        """So many have come, or have gone below zero; raises as `DiskCache.put`."""
+        """Count `size` written bytes, or deleted bytes if negative; raises as `DiskCache.put`."""
         self._taken += size
         if self._taken > self.size:
             self._reserve(self, self._taken, self._taken + _STEP)
 
 
 class DiskCache:
-    """The adapters of one folder. Safe for threads.
+    """Cache of adapters in one folder. Thread-safe.
 
     Args:
-        folder: made where need be.
-        max_bytes: most of all files together.
+        folder: is created if it does not exist.
+        max_bytes: maximum size of all files together.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -101,10 +101,10 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._held = Counter[str]()
-        self._rooms: dict[str, Room] = {}  # of what is fetched now, by its folder
+        self._rooms: dict[str, Room] = {}  # reservations of running fetches, by staging folder
 
     def find(self, key: Key) -> tuple[Path, Entry] | None:
-        """An adapter that is whole; it counts as used now."""
+        """Return a complete adapter and mark it as used now."""
         place = self._folder / key.digest
         entry = _read(place)
         if entry is None or entry.key != key or not (place / _FILES).is_dir():
@@ -114,24 +114,24 @@ class DiskCache:
         return place / _FILES, entry
 
     def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
-        """What a name without a pinned revision meant when it was last fetched; `is_it` knows the name."""
+        """Return the last used key of a name that was requested with revision `asked`; `is_it` matches the name."""
         found = [(used, entry) for used, _, entry in self._entries() if entry.key.kind == kind]
         found = [(used, entry) for used, entry in found if is_it(entry.key.name)]
         found = [(used, entry) for used, entry in found if asked in (entry.asked, entry.key.revision)]
         return max(found, key=lambda each: each[0])[1].key if found else None
 
     def put(self, key: Key, asked: str, fill: Callable[[Path, Room], str | None]) -> Path:
-        """Fills a folder with an adapter, and makes room for it.
+        """Let `fill` write an adapter to a new folder, and evict others if there is too little space.
 
         Args:
-            key: what it is.
-            asked: the revision that was asked for.
-            fill: puts its files into an empty folder, tells the room of each byte, and gives the base that its
-                configuration names; where it raises, nothing is kept.
+            key: key of the adapter.
+            asked: the revision in the request.
+            fill: writes the adapter's files to an empty folder, reports every byte to the `Room`, and returns the base
+                model that the configuration names. If it raises, nothing is stored.
 
         Raises:
-            Refused: it is larger than the cache.
-            Unavailable: what is in use, and what is fetched beside it, leaves no room.
+            Refused: the adapter is larger than the cache.
+            Unavailable: adapters in use and running fetches leave too little space.
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         staged = self._folder / f"{_STAGED}{secrets.token_hex(8)}"
@@ -147,7 +147,7 @@ class DiskCache:
             place = self._folder / key.digest
             with self._lock:
                 self._make_room(room, size, size, key.digest)
-                if _read(place) is None:  # else another server was first
+                if _read(place) is None:  # else another server has already stored it
                     shutil.rmtree(place, ignore_errors=True)
                     staged.rename(place)
                 del self._rooms[staged.name]
@@ -158,7 +158,7 @@ class DiskCache:
         return place / _FILES
 
     def hold(self, path: Path) -> Callable[[], None]:
-        """Keeps an adapter of `find` or `put` from making room until what this gives is called."""
+        """Protect an adapter of `find` or `put` from eviction until the returned function is called."""
         digest = path.parent.name
         with self._lock:
             self._held[digest] += 1
@@ -166,12 +166,12 @@ class DiskCache:
         def let_go() -> None:
             with self._lock:
                 self._held[digest] -= 1
-                self._held += Counter()  # keeps those above zero
+                self._held += Counter()  # removes entries that are zero
 
         return let_go
 
     def clear_left(self) -> None:
-        """Removes what a server that ended in between did not finish."""
+        """Remove unfinished downloads of servers that were terminated."""
         with contextlib.suppress(OSError):
             for path in self._folder.glob(_STAGED + "*"):
                 if time.time() - path.stat().st_mtime > _LEFT_SECONDS:
@@ -182,11 +182,11 @@ class DiskCache:
             self._make_room(room, least, most)
 
     def _make_room(self, room: Room, least: int, most: int, own: str = "") -> None:
-        """Sets `least` bytes aside, and `most` where nothing has to go for that; with the lock.
+        """Reserve up to `most` bytes if `least` are free; else evict adapters to reserve `least`. With the lock held.
 
         Args:
-            room: whose they are; what it has is given back.
-            least, most: see above.
+            room: receives the reservation, which replaces its previous one.
+            least, most: minimum and preferred number of bytes.
             own: folder that is about to be replaced.
         """
         entries = sorted((each for each in self._entries() if each[1].name != own), key=lambda each: each[0])
@@ -200,7 +200,7 @@ class DiskCache:
             if total + least > self._max_bytes and not self._held[place.name]:
                 leaving.append(place)
                 total -= entry.size
-        if total + least > self._max_bytes:  # nothing goes for what would not fit
+        if total + least > self._max_bytes:  # evict nothing if the adapter would not fit anyway
             said = f"it has {least >> 20} MiB, and the cache holds {self._max_bytes >> 20} MiB"
             if least > self._max_bytes:
                 raise Refused(f"{said} (--lora-cache-bytes)")
@@ -210,7 +210,7 @@ class DiskCache:
         room.size = least
 
     def _elsewhere(self) -> int:
-        """Bytes of what other servers fetch into this cache."""
+        """Bytes of unfinished downloads of other servers."""
         total = 0
         with contextlib.suppress(OSError):
             for staged in self._folder.glob(_STAGED + "*"):
@@ -219,7 +219,7 @@ class DiskCache:
         return total
 
     def _entries(self) -> Iterator[tuple[float, Path, Entry]]:
-        """When each was used last, its folder, and what is kept of it."""
+        """Yield for each adapter the time of its last use, its folder and its metadata."""
         with contextlib.suppress(OSError):
             for place in list(self._folder.iterdir()):
                 if place.name.startswith(".") or (entry := _read(place)) is None:
@@ -239,6 +239,6 @@ def _read(place: Path) -> Entry | None:
 def _size(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # it has gone meanwhile
+        with contextlib.suppress(OSError):  # the file has been deleted meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return total

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What sources from elsewhere share: an adapter is pinned, then it is in the cache or is fetched into it.
+"""Common code of the remote sources: pin the revision of an adapter, then take it from the cache or fetch it.
 
-Before step 1 of a request's life, in threads. Each fetches from the place alone that the operator named; what a request
-says is a name below it. The revision is pinned to what names content (a commit, a sum, a tag of the store) before
-anything is fetched, and the configuration is checked before the weights come.
+Runs in threads before step 1 of a request's life. A source fetches only from the location that the operator named; a
+request supplies just a name below it. The revision is pinned to one that identifies the content (a commit, a checksum,
+an entity tag) before anything is fetched, and the configuration is checked before the weights are fetched.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from candle_vllm.server.adapters.sources import AdapterName, Budget, Fetch, Foun
 
 logger = logging.getLogger(__name__)
 
-_SLOWEST = 1024  # bytes a second, on average
-_BEGINNING = 60.0  # seconds in which it may be slower
+_SLOWEST = 1024  # minimum average bytes per second
+_BEGINNING = 60.0  # seconds of tolerance for a slow start
 
 
 class Pinned(NamedTuple):
-    """An adapter that there is: its revision, what fetches its files into an empty folder, and its name there."""
+    """An existing adapter: its revision, a function that writes its files to a folder, and its name in the source."""
 
     revision: str
     fill: Callable[[Path, Budget], str | None]
@@ -37,11 +37,11 @@ class Pinned(NamedTuple):
 
 
 class FetchedSource:
-    """A source whose adapters are fetched; what is in the cache is found there also where the place is out of reach.
+    """A source whose adapters are fetched into a cache; cached adapters are found even if the source is unreachable.
 
     Attributes:
-        kind, pins: as of `Source`.
-        keeps: what its adapters are of in the cache.
+        kind, pins: as in `Source`.
+        keeps: the kind in the cache keys of its adapters.
     """
 
     kind = ""
@@ -53,7 +53,7 @@ class FetchedSource:
 
     @property
     def keeps(self) -> str:
-        """See above."""
+        """Kind in the cache keys of its adapters."""
         return self.kind
 
     def find(self, name: AdapterName) -> Found | Fetch | None:
@@ -62,7 +62,7 @@ class FetchedSource:
             return None
         label, asked = self._label(name), name.revision or ""
         if self.pins and asked and (here := self._here(Key(self.keeps, label, asked))) is not None:
-            return here  # a revision that names content: nobody need be asked
+            return here  # the revision identifies the content, so the source need not be asked
         try:
             pinned = self._pin(name, Budget(self._limits))
         except Unavailable as error:
@@ -79,7 +79,7 @@ class FetchedSource:
 
     def _fetched(self, key: Key, asked: str, pinned: Pinned) -> Found:
         here = self._here(key)
-        if here is not None:  # somebody was first
+        if here is not None:  # another thread has fetched it meanwhile
             return here
         base: str | None = None
 
@@ -96,27 +96,27 @@ class FetchedSource:
         return Found(path, f"{key.name}@{key.revision}", key.revision, base)
 
     def _here(self, key: Key) -> Found | None:
-        """An adapter of the cache; raises `Refused` for one that is not taken any more."""
+        """Return a cached adapter; raises `Refused` if the limits no longer allow it."""
         here = self._cache.find(key)
         if here is None:
             return None
         path, entry = here
-        check_base(entry.base, self._limits)  # which the operator may have set since it was fetched
+        check_base(entry.base, self._limits)  # the operator may have changed the allowed bases since it was fetched
         return Found(path, f"{key.name}@{key.revision}", key.revision, entry.base)
 
     def names(self) -> Sequence[str]:
-        """None: nobody is asked."""
+        """Return no names, since a list would need a request over the network."""
         return ()
 
-    def _may_have(self, name: AdapterName) -> bool:  # noqa: ARG002  # some places have anything
+    def _may_have(self, name: AdapterName) -> bool:  # noqa: ARG002  # by default a source may have every name
         return True
 
     def _label(self, name: AdapterName) -> str:
-        """What says where it is from."""
+        """Origin of the adapter, as it is shown to clients."""
         return name.name
 
     def _is(self, kept: str, label: str) -> bool:
-        """Whether what is in the cache as `kept` is what is asked for."""
+        """Whether the cached name `kept` means the same adapter as the requested name `label`."""
         return kept == label
 
     def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
@@ -124,14 +124,14 @@ class FetchedSource:
 
 
 class Taking:
-    """A file that something is written into, within its budget."""
+    """A file that is written within a budget."""
 
     def __init__(self, stream: IO[bytes], budget: Budget) -> None:
         self._stream = stream
         self._budget = budget
 
     def write(self, piece: bytes) -> int:
-        """Takes the bytes of the budget, and writes them."""
+        """Count the bytes in the budget, and write them."""
         self._budget.take(len(piece))
         return self._stream.write(piece)
 
@@ -141,17 +141,17 @@ class Taking:
 
 @contextmanager
 def cut_off(seconds: float) -> Iterator[dict[str, Any]]:
-    """Ends the connections of HTTP requests after so many seconds, however little came of their answers until then.
+    """Shut down the connections of HTTP requests after `seconds`, even while data still arrives.
 
     Yields:
-        The extensions of a request of httpx; of a connection that was open before nothing is known.
+        The `extensions` for an httpx request. They see only connections that the request opens, not reused ones.
     """
     opened, counting, over = list[socket.socket](), threading.Lock(), False
 
     def traced(event: str, info: dict[str, Any]) -> None:
         if event.endswith(".connect_tcp.complete"):
             with counting:
-                opened.append(info["return_value"].get_extra_info("socket").dup())  # TLS takes the socket itself away
+                opened.append(info["return_value"].get_extra_info("socket").dup())  # TLS detaches the original socket
             if over:
                 end()
 
@@ -177,7 +177,7 @@ def cut_off(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def steadily(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Pieces of an answer as they come, in whose time a large file may take hours; httpx.ReadTimeout of a drip."""
+    """Yield the chunks of a response of any duration; raises httpx.ReadTimeout if the average rate is too low."""
     import httpx
 
     begun, size = time.monotonic(), 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters of Hugging Face: whose repositories are taken, and which of their revisions (before step 1)."""
+"""Adapters from Hugging Face: which repositories and which of their revisions are allowed (before step 1)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]{4,64}")  # a commit, or the beginning of one
-_MAX_TOLD = 16 << 20  # bytes that the hub may say of a repository: some 60,000 files
-_MAX_HISTORY = 2000  # commits of all branches and tags among which one is looked for
+_MAX_TOLD = 16 << 20  # maximum bytes of a response about a repository: some 60,000 files
+_MAX_HISTORY = 2000  # maximum number of commits that are searched for a requested one
 
 
 class HubSource(FetchedSource):
     """Repositories of Hugging Face whose names match a pattern; a name is `org/repo`, or a folder in one.
 
-    Anybody may propose changes to a repository, and the hub has the commits of proposals under its name. Where the
-    pattern says whose repositories are taken, a revision is one of their own: of a branch or a tag.
+    Anyone can open a pull request on a repository, and the hub serves its commits under the repository's name. If the
+    pattern restricts the owners, only commits of the repository's branches and tags are accepted.
 
     Args:
-        pattern: `org/*`, `org/repo`; `*` is any.
-        settings: token, and whether the hub is asked at all.
+        pattern: `org/*`, `org/repo`; `*` matches any text.
+        settings: the Hugging Face token, and whether the server is offline.
     """
 
     kind = "hf"
@@ -49,17 +49,17 @@ class HubSource(FetchedSource):
 
     @property
     def takes_all(self) -> bool:
-        """Whether every repository is its."""
+        """Whether the pattern allows every repository."""
         return self._pattern.strip("*/") == ""
 
     @property
     def keeps(self) -> str:
-        """See `FetchedSource`. What was taken of anybody's proposals is not a repository's own later."""
+        """See `FetchedSource`. Adapters that are fetched without a restriction have another kind."""
         return "hf" if self.takes_all else "hf, own"
 
     def _may_have(self, name: sources.AdapterName) -> bool:
         if "/" in (name.revision or "") and not self.takes_all:
-            return False  # refs/pr/1 and its like are what anybody proposes to the repository
+            return False  # anyone can create refs/pr/1 and similar refs
         repo, _ = _repo(name)
         return HUB_ID.fullmatch(repo) is not None and fnmatchcase(repo, self._pattern)
 
@@ -72,7 +72,7 @@ class HubSource(FetchedSource):
         info = self._info(asked, name.revision, budget)
         if info is None:
             return None
-        repo = info.id  # as the hub writes it: names that differ in case alone are one
+        repo = info.id  # in the hub's spelling: names that differ only in case are the same
         if repo.lower() != asked.lower():
             logger.info("no adapter %s: the repository has moved", asked)
             return None
@@ -120,7 +120,7 @@ class HubSource(FetchedSource):
             return None
 
     def _is_own(self, repo: str, revision: str | None, commit: str, budget: sources.Budget) -> bool:
-        """Whether a commit that a request names is of the repository's branches or tags, as far as the hub says so."""
+        """Whether a requested commit belongs to a branch or tag of the repository, according to the hub."""
         from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError
 
@@ -154,7 +154,7 @@ class HubSource(FetchedSource):
         return False
 
     def _told(self, url: str, budget: sources.Budget) -> tuple[bytes, str]:
-        """What the hub says at an address, and where it goes on, "" for nowhere; errors as of `_answer`."""
+        """Return the response body of a URL, and the URL of the next page or ""; raises as `_answer`."""
         told = bytearray()
         with self._answer(url, budget) as answer:
             for piece in answer.iter_raw():
@@ -166,18 +166,18 @@ class HubSource(FetchedSource):
 
     @contextmanager
     def _answer(self, url: str, budget: sources.Budget) -> Iterator[Any]:
-        """An answer, as it is sent; raises what huggingface_hub raises, of HTTPError and OSError."""
+        """Yield the response, not decompressed; raises HTTPError and OSError of huggingface_hub."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = {**build_hf_headers(token=self._settings.hf_token), "accept-encoding": "identity"}
-        headers["connection"] = "close"  # `cut_off` knows the connections that it has seen opened
+        headers["connection"] = "close"  # `cut_off` sees only connections that are opened by the request
         patience = min(HUB_TIMEOUT_S, budget.seconds)
         with (
             cut_off(budget.seconds) as extensions,
             get_session().stream("GET", url, headers=headers, timeout=patience, extensions=extensions) as answer,
         ):
             own = {name: value for name, value in answer.headers.items() if name.startswith("x-")}
-            # The body of a refusal, which tells nothing more, would be read whole.
+            # hf_raise_for_status would read the whole body of an error response, which holds nothing that is needed.
             hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
             if answer.headers.get("content-encoding", "identity") != "identity":
                 raise sources.Unavailable("the hub sends what nobody asked for: it is compressed")
@@ -212,7 +212,7 @@ class _File(msgspec.Struct):
 
 
 class _Info(msgspec.Struct):
-    """What the hub says of a repository; its name as the hub writes it."""
+    """Metadata of a repository from the hub; `id` is its name in the hub's spelling."""
 
     id: str
     sha: str | None = None
@@ -234,6 +234,6 @@ class _Commit(msgspec.Struct):
 
 
 def _repo(name: sources.AdapterName) -> tuple[str, str]:
-    """A repository, and the beginning of the names of the files in its folder."""
+    """Split a name into its repository and the path prefix of the adapter's files."""
     parts = name.name.split("/")
     return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])

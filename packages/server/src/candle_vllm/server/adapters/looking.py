@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Looks for adapters where they may be: one look for many askers, and none that waits for another source's.
+"""Search the sources for adapters: requests for the same name share a search, and one source never blocks another.
 
-Before step 1 of a request's life. A look says whether a source has a name, and takes no longer than asking it; fetching
-what is not here yet takes its turn among the source's own fetches. So neither a local folder nor what is in the cache
-waits for a download. What a source did not have is not asked for again for a while.
+Before step 1 of a request's life. A lookup only finds out whether a source has a name. A fetch waits for other fetches
+of its source only, so that local folders and cached adapters never wait for a download. Names that a source does not
+have are remembered for a while.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from candle_vllm.server.loop_threads import in_thread
 
 logger = logging.getLogger(__name__)
 
-_MAX_MISSING = 4096  # names that a source did not have
+_MAX_MISSING = 4096  # maximum number of remembered missing names
 _MISSING_SECONDS = 60.0
-_FAULT_SECONDS = 5.0  # after a source that could not be asked
-_LOOKING = 16  # at a time, in one source
-_FETCHING = 4  # at a time, from one source
-_MAX_LOOKING = 256  # of one source, with those that wait
+_FAULT_SECONDS = 5.0  # before an unreachable source is asked again
+_LOOKING = 16  # simultaneous lookups in one source
+_FETCHING = 4  # simultaneous fetches from one source
+_MAX_LOOKING = 256  # lookups of one source, including waiting ones
 _LISTED_SECONDS = 10.0
 
 
 class _Crowded(Exception):
-    """Too many look at a source."""
+    """Too many lookups are waiting for a source."""
 
 
 class _Place:
-    """A source, who looks at it, and what it did not have."""
+    """A source with its running lookups and its remembered missing names."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -43,7 +43,7 @@ class _Place:
         self.missing: OrderedDict[AdapterName, tuple[float, Refused | Unavailable | None]] = OrderedDict()
 
     async def find(self, read: AdapterName) -> Found | None:
-        """What the source has, on this machine."""
+        """Look an adapter up, and fetch it if it is not on this machine."""
         kind = self.source.kind
         if self.inside >= _MAX_LOOKING:
             raise _Crowded
@@ -62,11 +62,11 @@ class _Place:
 
 
 class Lookout:
-    """The sources of one server, in order. For one event loop.
+    """The sources of one server in order of precedence. Not thread-safe: belongs to one event loop.
 
     Args:
-        sources: where adapters may be.
-        looked: called with the kind of a source and how a look at it ended.
+        sources: sources that are searched in this order.
+        looked: called after each lookup with the kind of the source and the outcome.
     """
 
     def __init__(self, sources: Sequence[Source], looked: Callable[[str, str], object]) -> None:
@@ -76,13 +76,13 @@ class Lookout:
         self._looks: dict[AdapterName, asyncio.Task[tuple[Source, Found] | None]] = {}
         self._listing: asyncio.Task[tuple[str, ...]] | None = None
         self._listed_at = -_LISTED_SECONDS
-        self.names: tuple[str, ...] = ()  # what sources say that they have, as it was listed last
+        self.names: tuple[str, ...] = ()  # names that the sources listed at the last `refresh`
 
     async def find(self, read: AdapterName) -> tuple[Source, Found] | None:
-        """The first source that has an adapter, and what that found; who leaves takes nothing from the others.
+        """Return the adapter and the first source that has it; a cancelled caller does not cancel the shared search.
 
         Raises:
-            HttpError: 400, because it is there and is not taken; 503, because it cannot be had now, or too many look.
+            HttpError: 400 if the adapter is refused; 503 if a source is unavailable or has too many lookups.
         """
         look = self._looks.get(read)
         if look is None:
@@ -93,7 +93,7 @@ class Lookout:
     def _ended(self, read: AdapterName, look: asyncio.Task[tuple[Source, Found] | None]) -> None:
         del self._looks[read]
         if not look.cancelled():
-            look.exception()  # who asked has heard of it, or has left
+            look.exception()  # the callers have received it; this avoids asyncio's warning
 
     async def _find(self, read: AdapterName) -> tuple[Source, Found] | None:
         fault, crowded = False, False
@@ -120,7 +120,7 @@ class Lookout:
         raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
 
     async def _ask(self, place: _Place, read: AdapterName) -> Found | None:
-        """One source, unless it was asked for the same a while ago; a local folder always is."""
+        """Ask one source, unless a recent result for the name is remembered. A local folder is always asked."""
         source, now = place.source, time.monotonic()
         until, error = place.missing.get(read, (0.0, None))
         if now < until:
@@ -151,12 +151,12 @@ class Lookout:
             self._looked(source.kind, outcome)
 
     def ask_anew(self) -> None:
-        """What sources did not have may be there now."""
+        """Forget the remembered missing names."""
         for place in self._places:
             place.missing.clear()
 
     async def refresh(self) -> None:
-        """Has `names` be what there is, or was some seconds ago; folders are walked in a thread, once for all."""
+        """Update `names` if they are older than a few seconds; folders are read in a thread, once for all callers."""
         if not self.sources or time.monotonic() - self._listed_at < _LISTED_SECONDS:
             return
         if self._listing is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The adapters of one server: those that the operator named, and those that a request named and a source has.
+"""Registry of the adapters of one server: those of the operator, and those that requests name and a source has.
 
-Step 1 of a request's life, behind the name in `model`. Many who ask for the same new adapter wait for one look; a name
-that no source has is remembered for a while, and never means the base.
+Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one search. A
+name that no source has is remembered for a while; it is never served by the base model instead.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from candle_vllm.server.settings.options import UsageError
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN = 10_000  # adapters that requests named; those that nobody asked for longest are forgotten
-_LISTED = 20  # names in a message
-_NEAR = 200  # names that one is compared with
+MAX_KNOWN = 10_000  # adapters named by requests; the least recently used are dropped
+_LISTED = 20  # maximum number of names in a message
+_NEAR = 200  # maximum number of names that are compared with an unknown one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter that is known.
+    """An adapter in the registry.
 
     Attributes:
-        name: by which requests name it.
-        base: the entry of the catalogue that it is for.
-        path: its folder or file.
-        root: what is said of where it is from.
+        name: the name that requests use.
+        base: name of the catalogue entry of its base model.
+        path: its folder or GGUF file.
+        root: its origin, as it is shown to clients.
         revision: a commit, a checksum or a version; None without a revision.
-        number: llama.cpp's id of it; None of one that the operator did not name.
+        number: its id in llama.cpp's API; None for adapters that are not in the operator's settings.
         scale: its scale in requests that name no adapter; 0 leaves it out.
-        pinned: it stays in memory.
-        kind: of the source; "given" of files that the operator named.
-        asked: what its source is asked for, of one that the operator loaded by that; None of all others.
-        plain: its name means it also where the base is not said; not so of one that was asked for with its base alone.
-        created: Unix seconds.
+        pinned: whether the engine keeps it in memory.
+        kind: kind of its source; "given" for files that the operator named.
+        asked: the name in its source, for an adapter that the operator loaded from a source; None for all others.
+        plain: whether its name works without the prefix `base:`; False if it was only requested with the prefix.
+        created: Unix time in seconds.
     """
 
     name: str
@@ -70,35 +70,33 @@ class Adapter:
 
     @property
     def names(self) -> tuple[str, str]:
-        """By which a key may be let have it: with its revision, and without."""
+        """Names that an API key may be restricted to: with the revision and without."""
         return self.name, self.name.partition("@")[0]
 
     def called(self, base: str) -> str:
-        """What requests call it, whose model is served as `base`."""
+        """Name of the adapter in the API of the model that is served as `base`."""
         return self.name if self.plain else f"{base}:{self.name}"
 
     @property
     def stays(self) -> bool:
-        """Whether it is the operator's, and known until they unload it."""
+        """Whether the operator named or loaded it, so that it stays until the operator unloads it."""
         return self.kind == "given" or self.asked is not None
 
     @property
     def request(self) -> LoRARequest:
-        """What an engine is told: a name that stands for these files alone."""
+        """The LoRA request for the engine; its name is unique for these files."""
         pinned = self.revision and not self.name.endswith(f"@{self.revision}")
         name = f"{self.name}@{self.revision}" if pinned else self.name
         return LoRARequest(lora_name=name, lora_path=str(self.path))
 
 
 class Adapters:
-    """Those of one server. For one event loop.
-
-    A manager of models has it `adopt` its catalogue before anything is asked.
+    """Registry of adapters; belongs to one event loop. The model manager calls `adopt` before any other method.
 
     Args:
-        sources: where names that are not known are looked for, in order.
-        cache: of what they fetch; None where they fetch nothing.
-        looked: called with the kind of a source and how a look at it ended.
+        sources: sources that are searched for unknown names, in order.
+        cache: cache of the sources; None if no source fetches anything.
+        looked: called after each lookup with the kind of the source and the outcome.
     """
 
     def __init__(
@@ -113,18 +111,18 @@ class Adapters:
         self._known: OrderedDict[tuple[str, str], Adapter] = OrderedDict()  # by base and name
         self._numbered: dict[str, dict[int, str]] = {}  # names by base and number
         self._used = Counter[tuple[str, str]]()
-        self._kept: dict[tuple[str, str], Callable[[], None]] = {}  # whose files stay though no request names them
-        self._all: tuple[tuple[str, ...], tuple[Adapter, ...]] | None = None  # with the names that it was made of
+        self._kept: dict[tuple[str, str], Callable[[], None]] = {}  # release functions of protected files
+        self._all: tuple[tuple[str, ...], tuple[Adapter, ...]] | None = None  # with the sources' names
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
     @property
     def looks_elsewhere(self) -> bool:
-        """Whether a name that is not known may be an adapter's all the same."""
+        """Whether an unknown name may be an adapter of a source."""
         return bool(self._lookout.sources and self.bases())
 
     def bases(self) -> list[ModelEntry]:
-        """The models that take adapters, the default first."""
+        """The models that support adapters, the default model first."""
         catalogue = self._catalogue
         if catalogue is None:
             return []
@@ -132,7 +130,7 @@ class Adapters:
         return [entry for entry in entries if entry.settings.enable_lora]
 
     def find(self, text: str | None) -> Adapter | None:
-        """A known adapter by `name`, `name@revision`, or either behind `base:`; never what a model is called."""
+        """Return a registered adapter by `name`, `name@revision`, or either after `base:`; model names win."""
         if text is None or self._catalogue is None or self._catalogue.has(text):
             return None
         base, name = self._split(text)
@@ -142,19 +140,19 @@ class Adapters:
         return next((each for each in known if each is not None and each.plain), None)
 
     def is_model(self, name: str) -> bool:
-        """Whether a model is called so."""
+        """Whether a model has this name."""
         return self._catalogue is not None and self._catalogue.has(name)
 
     def numbered(self, base: str) -> list[Adapter]:
-        """Those that the operator named for a model, by llama.cpp's ids."""
+        """The adapters in a model's settings, in the order of their llama.cpp ids."""
         names = self._numbered.get(base, {})
         return [self._known[base, names[number]] for number in sorted(names)]
 
     def mix(self, base: str, scales: Mapping[int, float] | None) -> list[tuple[Adapter, float]]:
-        """The adapters of a request of llama.cpp's kind, or those that count where it says nothing.
+        """Return the adapters and scales of a llama.cpp request; without `scales`, those that apply by default.
 
         Raises:
-            InvalidParameterError: there is none of that id.
+            InvalidParameterError: an id does not exist.
         """
         names = self._numbered.get(base, {})
         if scales is None:
@@ -167,12 +165,12 @@ class Adapters:
         return [(self._known[base, names[number]], scale) for number, scale in scales.items() if scale]
 
     async def listed(self) -> Sequence[Adapter]:
-        """`all`, with what local folders have by now; they are walked beside the event loop."""
+        """Return `all()` after a refresh of the names in local folders."""
         await self._lookout.refresh()
         return self.all()
 
     def all(self) -> Sequence[Adapter]:
-        """Every known adapter, and those of local folders that nobody has asked for, by base and name."""
+        """Every registered adapter, and those in local folders that were not requested yet, by base and name."""
         names = self._lookout.names
         if self._all is None or self._all[0] is not names:
             found = {(each.base, each.name): each for each in self._known.values()}
@@ -184,7 +182,7 @@ class Adapters:
         return self._all[1]
 
     def near(self, name: str) -> str:
-        """What there is, for a message: the name that is nearest, and some others."""
+        """Text for an error message: some adapter names, and the name that is most similar."""
         known = self.all()
         if not known:
             return "No adapters are known."
@@ -196,7 +194,7 @@ class Adapters:
         return f"Adapters are: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
-        """The base before a colon, where a model is called so, and the name behind it."""
+        """Split `base:name` if a model is called `base`; else the base is None."""
         named = [(name, entry) for entry in self.bases() for name in entry.names if text.startswith(f"{name}:")]
         if not named:
             return None, text
@@ -206,7 +204,7 @@ class Adapters:
     # ---- on demand ---------------------------------------------------------------------------------------------------
 
     async def reach(self, text: str) -> Adapter | None:
-        """The adapter of a name, looked for where it is not known, and again where its files have gone.
+        """Return the adapter of a name; search the sources if it is not registered or its files are gone.
 
         Raises:
             HttpError: as `Lookout.find`.
@@ -227,7 +225,7 @@ class Adapters:
         if read is None or not self.looks_elsewhere:
             return None
         pins = known is not None and all(source.pins for source in self._lookout.sources if source.kind == known.kind)
-        if known is not None and known.revision is not None and pins:  # the cache made room for others
+        if known is not None and known.revision is not None and pins:  # the cache has evicted it
             read = AdapterName(read.name, known.revision, told=True)
         looked = await self._lookout.find(read)
         return None if looked is None else self._looked_up(*looked, base, name, known)
@@ -235,12 +233,12 @@ class Adapters:
     def _looked_up(
         self, source: Source, found: Found, base: ModelEntry | None, name: str, known: Adapter | None
     ) -> Adapter | None:
-        """What a name means from now on; `known` is what it meant when the look began."""
+        """Register the result of a search; `known` is the adapter of that name when the search began."""
         entry = (base or self._base_of(found)).name if known is None else known.base
         now = self._known.get((entry, name))
         if known is not None and known.stays and (now is None or now.path != known.path):
-            return now  # it was unloaded meanwhile, or loaded anew
-        if now is None or now is known or not (now.kind == "given" or now.path.exists()):  # else it is pinned already
+            return now  # it was unloaded or replaced meanwhile
+        if now is None or now is known or not (now.kind == "given" or now.path.exists()):  # else already registered
             before = now or Adapter(name=name, base=entry, path=found.path, root=found.root, plain=False)
             now = replace(before, path=found.path, root=found.root, revision=found.revision, kind=source.kind)
         adapter = now if now.plain or base is not None else replace(now, plain=True)
@@ -250,7 +248,7 @@ class Adapters:
         return adapter
 
     async def fetch(self, text: str, name: str, base: str) -> Adapter | None:
-        """What a source has by the name `text`, to be `add`ed by another name; errors as `reach`."""
+        """Fetch the adapter `text` from a source for a later `add` under another name; raises as `reach`."""
         read = read_name(text)
         looked = None if read is None else await self._lookout.find(read)
         if read is None or looked is None:
@@ -262,10 +260,10 @@ class Adapters:
         )  # fmt: skip
 
     async def bring(self, base: str) -> None:
-        """Sees to it that the files are here of what requests of a model have by number, or without naming any.
+        """Fetch missing files of the adapters that requests to a model use by id or by default.
 
         Raises:
-            HttpError: as `reach`, of an adapter that counts where a request says nothing.
+            HttpError: as `reach`, for an adapter that applies by default.
         """
         entries = {entry.name: entry for entry in self.bases()}
         for adapter in self.numbered(base) if base in entries else ():
@@ -278,19 +276,19 @@ class Adapters:
                     raise
 
     def _base_of(self, found: Found) -> ModelEntry:
-        """The model that an adapter says it is for, if this server has it; else the default."""
+        """The base model that the adapter's configuration names, if this server has it; else the default model."""
         bases = self.bases()
         named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
         return next(named, bases[0])
 
     def _set(self, adapter: Adapter) -> None:
-        """An adapter is known; one of its name is no more."""
+        """Register an adapter; replace another of the same name."""
         key = (adapter.base, adapter.name)
         self._drop(key)
         self._known[key] = adapter
         if adapter.number is not None:
             self._numbered.setdefault(adapter.base, {})[adapter.number] = adapter.name
-            self._kept[key] = self._held(adapter)  # any request may have it, and need not name it
+            self._kept[key] = self._held(adapter)  # any request may use it without naming it
 
     def _drop(self, key: tuple[str, str]) -> None:
         adapter = self._known.pop(key, None)
@@ -300,7 +298,7 @@ class Adapters:
             self._kept.pop(key)()
 
     def _forget_some(self) -> None:
-        """Those that nobody asked for longest, unless they are in use or the operator's."""
+        """Drop the least recently used adapters, except those in use and the operator's."""
         many = len(self._known) - MAX_KNOWN
         if many > 0:
             loose = (key for key, each in self._known.items() if not each.stays and not self._used[key])
@@ -308,12 +306,12 @@ class Adapters:
                 self._drop(key)
 
     def _held(self, adapter: Adapter) -> Callable[[], None]:
-        """Keeps an adapter's files in the cache until what this gives is called."""
+        """Protect an adapter's files from eviction until the returned function is called."""
         fetched = adapter.kind not in ("given", "local")
         return self.cache.hold(adapter.path) if fetched and self.cache is not None else lambda: None
 
     def use(self, adapter: Adapter) -> Callable[[], None]:
-        """Keeps an adapter's files where they are until what this gives is called."""
+        """Mark an adapter as used and keep its files until the returned function is called."""
         key, let_go = (adapter.base, adapter.name), self._held(adapter)
         self._used[key] += 1
 
@@ -328,10 +326,10 @@ class Adapters:
     # ---- the operator's ----------------------------------------------------------------------------------------------
 
     def adopt(self, catalogue: Catalogue) -> None:
-        """Takes a catalogue and the adapters that its models are given; those of models that are gone are forgotten.
+        """Adopt a catalogue and its models' adapters; drop adapters of models that are no longer in it.
 
         Raises:
-            UsageError: an adapter of it is wrong, or has the name of a model.
+            UsageError: an adapter is invalid, or has the name of a model.
         """
         for entry in catalogue.entries:
             if not entry.settings.enable_lora and (entry.settings.lora_modules or entry.settings.lora_warmup):
@@ -362,29 +360,29 @@ class Adapters:
         self._set(given)
 
     def given(self, base: str) -> list[Adapter]:
-        """Those that the operator named or loaded for a model."""
+        """The adapters that the operator named or loaded for a model."""
         return [each for each in self._known.values() if each.base == base and each.stays]
 
     def add(self, adapter: Adapter) -> None:
-        """An adapter that an operator loads while the server runs; one of that name is replaced."""
+        """Register an adapter that the operator loads at run time; it replaces another of the same name."""
         before = self._known.get((adapter.base, adapter.name), adapter)
         self._set(replace(adapter, number=before.number, scale=before.scale))
 
     def spelled(self, text: str) -> tuple[str, str]:
-        """The name of an adapter in what a request says, without its base: with its revision, and without."""
+        """Return the adapter name of a request without its base: with the revision, and without."""
         name = self._split(text)[1]
         return name, name.partition("@")[0]
 
     def forget(self, adapter: Adapter) -> None:
-        """An adapter is known no more, until it is asked for again where a source has it."""
+        """Drop an adapter; a later request may load it again from a source."""
         self._drop((adapter.base, adapter.name))
         self._lookout.ask_anew()
 
     def scale(self, base: str, scales: Mapping[int, float]) -> None:
-        """What counts from now on where a request says nothing of adapters; those that are not named count nothing.
+        """Set the scales that apply by default; adapters that `scales` omits get scale 0.
 
         Raises:
-            InvalidParameterError: there is none of that id.
+            InvalidParameterError: an id does not exist.
         """
         chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
         for adapter in self.numbered(base):
@@ -392,23 +390,23 @@ class Adapters:
 
 
 class BaseAdapters:
-    """The adapters of one model, as an `OpenAIAdapter` asks for them (`candle_vllm.openai.serving.AdapterNames`)."""
+    """The adapters of one model; implements `candle_vllm.openai.serving.AdapterNames` for an `OpenAIAdapter`."""
 
     def __init__(self, adapters: Adapters, base: str) -> None:
         self._adapters = adapters
         self._base = base
 
     def is_known(self, name: str) -> bool:
-        """Whether an adapter of the model is called so."""
+        """Whether the model has an adapter of this name."""
         found = self._adapters.find(name)
         return found is not None and found.base == self._base
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
-        """What a request goes through.
+        """Return the LoRA requests and scales of a request.
 
         Raises:
             InvalidParameterError: as `AdapterNames.uses`.
-            ModelNotServedError: the name was an adapter's of this model when the request came, and is not any more.
+            ModelNotServedError: the adapter has been unloaded since the request arrived.
         """
         found = self._adapters.find(name)
         if found is None or found.base != self._base:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`--lora-resolver`: what each means, and the adapters of a server with its sources."""
+"""`--lora-resolver`: parses its values and builds the adapter registry of a server."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from candle_vllm.server.settings.options import UsageError
 
 
 def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> Adapters:
-    """The adapters of a server, with the sources of its settings.
+    """Build the adapter registry of a server with the sources in its settings.
 
     Args:
-        settings: of the process.
-        looked: told of each look at a source.
+        looked: called after each lookup with the kind of the source and the outcome.
 
     Raises:
-        UsageError: a source is invalid, or everybody who reaches the server could have any repository fetched.
+        UsageError: a source is invalid, or unauthenticated clients could make the server fetch any repository.
     """
     if not settings.lora_resolver:
         return Adapters()
@@ -50,7 +49,7 @@ def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> A
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Where fetched adapters are kept."""
+    """Folder of the cache of fetched adapters."""
     if settings.lora_cache_dir is not None:
         return settings.lora_cache_dir.expanduser()
     if settings.download_dir is not None:
@@ -59,10 +58,10 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits) -> Source:
-    """What one `--lora-resolver` means: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER, tar=ADDRESS.
+    """Parse one `--lora-resolver`: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER, tar=ADDRESS.
 
     Raises:
-        UsageError: it is none of them.
+        UsageError: the value has no such form.
     """
     kind, equals, place = spec.partition("=")
     shown = without_secrets(spec, alone=True)

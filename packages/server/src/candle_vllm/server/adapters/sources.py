@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where adapters come from: the grammar of their names, what a source is, and the local folder.
+"""Sources of adapters: the grammar of adapter names, the interface of a source, and the local folder.
 
-Before step 1 of a request's life, in threads. A name from a request reaches a source only in the grammar of
-`AdapterName`, which has no way up, no absolute path and no empty part; a source that is not sure reports no adapter.
+Runs in threads before step 1 of a request's life. A source gets only names that match the grammar of `AdapterName`: no
+"..", no absolute path, no empty part. A source that cannot verify an adapter reports it as missing.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ MAX_CONFIG = MAX_CONFIG_BYTES
 MAX_NAME = 256  # characters
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]{0,126}[A-Za-z0-9_+-])?"
 _NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,7}}", re.ASCII)
-_MAX_LISTED = 1000  # names of a folder
+_MAX_LISTED = 1000  # maximum number of names that are listed of a folder
 
 
 class Refused(Exception):
-    """The adapter is there and is not taken; the message is for whoever asked for it."""
+    """The adapter exists, but this server refuses it; the message is for the client."""
 
 
 class Unavailable(Exception):
-    """It cannot be known now whether the adapter is there, or it cannot be had; the message is for the log."""
+    """The source cannot say now whether the adapter exists, or cannot deliver it; the message is for the log."""
 
 
 class AdapterName(NamedTuple):
-    """What a request calls an adapter: `name`, or `name@revision`.
+    """Name of an adapter in a request: `name`, or `name@revision`.
 
     Attributes:
-        told: a source has said the revision, and no request.
+        told: the revision comes from a source, not from a request.
     """
 
     name: str
@@ -54,7 +54,7 @@ class AdapterName(NamedTuple):
 
 
 def read_name(text: str) -> AdapterName | None:
-    """The name of an adapter that a source may be asked for; None of any other text."""
+    """Parse the name of an adapter that a source may be asked for; return None for any other text."""
     name, at, revision = text.partition("@")
     if len(text) > MAX_NAME or not _NAME.fullmatch(name) or (at and not _NAME.fullmatch(revision)):
         return None
@@ -62,13 +62,13 @@ def read_name(text: str) -> AdapterName | None:
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fetched adapter may be.
+    """Limits for a fetched adapter.
 
     Attributes:
-        max_bytes: of all its files.
-        max_rank: of its configuration.
-        bases: patterns, one of which the base that it names must match; without patterns any base will do.
-        seconds: that fetching it may take.
+        max_bytes: maximum size of all its files together.
+        max_rank: maximum rank in its configuration.
+        bases: patterns; the base model that the adapter names must match one of them. Empty allows every base model.
+        seconds: maximum time to fetch it.
     """
 
     max_bytes: int = 1 << 30
@@ -78,25 +78,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Disk(Protocol):
-    """Where the bytes of a fetched adapter go; see `Room` in `disk_cache.py`."""
+    """Accounts for the bytes of a fetched adapter on disk; see `Room` in `disk_cache.py`."""
 
     def expect(self, size: int) -> None:
-        """So many bytes are about to come."""
+        """Announce that `size` bytes will be written."""
         ...
 
     def take(self, size: int) -> None:
-        """So many have come; below zero, so many have gone."""
+        """Count `size` written bytes; a negative `size` counts deleted bytes."""
         ...
 
 
 class Budget:
-    """What is left of the bytes and of the time of one adapter.
+    """The bytes and the seconds that are left for fetching one adapter.
 
-    Raises `Refused` and `Unavailable` where nothing is.
+    Its methods raise `Refused` when no bytes are left and `Unavailable` when no time is left.
 
     Args:
-        limits: of the adapter.
-        disk: told of what comes; None where nothing is kept.
+        limits: limits for the adapter.
+        disk: is notified of the bytes that are written; None if the files are not cached.
     """
 
     def __init__(self, limits: Limits, disk: Disk | None = None) -> None:
@@ -107,31 +107,31 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """That are left."""
+        """The seconds that are left; raises `Unavailable` at zero."""
         left = self._until - time.monotonic()
         if left <= 0:
             raise Unavailable(f"fetching took longer than {self.limits.seconds:g} seconds (--lora-fetch-timeout)")
         return left
 
     def check(self, size: int) -> None:
-        """Whether files of that many bytes may come."""
+        """Raise `Refused` if files of `size` bytes exceed the limit."""
         if size > self._left:
             raise Refused(f"it has more than {self.limits.max_bytes >> 20} MiB, the most that this server fetches")
 
     def expect(self, size: int) -> None:
-        """Checks that, and sees to it that there is room on the disk before any of them comes."""
+        """Check that `size` bytes are within the limit, and reserve disk space for them before they are fetched."""
         self.check(size)
         if self._disk is not None:
             self._disk.expect(size)
 
     def take(self, size: int) -> None:
-        """That many bytes have come."""
+        """Count `size` fetched bytes of the adapter's files."""
         self.check(size)
         self._left -= size
         self.store(size)
 
     def store(self, size: int) -> None:
-        """That many are on the disk for a while and no part of the adapter; below zero, they are gone."""
+        """Count `size` bytes of temporary files, which do not belong to the adapter; negative when they are deleted."""
         if self._disk is not None:
             self._disk.take(size)
         _ = self.seconds
@@ -142,9 +142,9 @@ class Found(NamedTuple):
 
     Attributes:
         path: its folder, or its GGUF file.
-        root: what is said of where it is from.
+        root: its origin, as it is shown to clients.
         revision: the commit, checksum or version that `path` has; None without a revision.
-        base: the base that its configuration names.
+        base: the base model that its configuration names.
     """
 
     path: Path
@@ -154,37 +154,37 @@ class Found(NamedTuple):
 
 
 Fetch = Callable[[], Found]
-"""Brings an adapter that there is to this machine; raises as `Source.find`."""
+"""Fetches an adapter that a source has found to this machine; raises as `Source.find`."""
 
 
 class Source(Protocol):
-    """Somewhere that adapters come from.
+    """A place that adapters are loaded from.
 
     Attributes:
         kind: local, hf, s3 or tar, for logs and counts.
-        pins: the revision of what it found can be asked for.
+        pins: an adapter that it found can be found again later by the revision in `Found`.
     """
 
     kind: str
     pins: bool
 
     def find(self, name: AdapterName) -> Found | Fetch | None:
-        """The adapter, or what fetches it, which may take long; None where there is none of that name.
+        """Return the adapter, or a slow function that fetches it; None if the source has no adapter of this name.
 
         Raises:
-            Refused, Unavailable: it is not taken, or cannot be had now.
+            Refused, Unavailable: this server refuses the adapter, or the source cannot deliver it now.
         """
         ...
 
     def names(self) -> Sequence[str]:
-        """What there is, as far as it is known without asking anybody."""
+        """Names of adapters that the source knows without a request over the network."""
         ...
 
 
 def check_config(text: bytes, limits: Limits) -> str | None:
-    """The base that a configuration names, once the configuration is one that is honoured; raises `Refused`.
+    """Check a configuration and return the base model that it names; raises `Refused` for unsupported configurations.
 
-    That is known before the weights come; whether they fit the base, the engine finds out.
+    This is done before the weights are fetched. Whether the weights fit the base model is checked by the engine.
     """
     try:
         base = parse_config(text, Path(CONFIG), limits.max_rank).base
@@ -195,14 +195,14 @@ def check_config(text: bytes, limits: Limits) -> str | None:
 
 
 def check_base(base: str | None, limits: Limits) -> None:
-    """Raises `Refused` for an adapter of a base that is not allowed."""
+    """Raise `Refused` for an adapter whose base model is not allowed."""
     if limits.bases and not any(fnmatchcase(base or "", pattern) for pattern in limits.bases):
         named = "no base" if base is None else f"{base!r:.100}"
         raise Refused(f"{CONFIG} names {named}, and this server takes adapters of {', '.join(limits.bases)}")
 
 
 class LocalSource:
-    """A folder of adapters; a name is a path in it, and `name@version` the folder `version` of the one of that name."""
+    """A folder of adapters. A name is a path in it; `name@version` is the folder `version` inside the folder `name`."""
 
     kind = "local"
     pins = False
@@ -212,7 +212,7 @@ class LocalSource:
         self._limits = limits
 
     def find(self, name: AdapterName) -> Found | None:
-        """As `Source.find`; a link that leads out of the folder is nothing."""
+        """As `Source.find`; returns None for a link that leads out of the folder."""
         root = self._folder.resolve()
         path = root.joinpath(*name.name.split("/"), *(name.revision or "").split("/"))
         path = path if path.exists() else path.with_name(path.name + ".gguf")
@@ -225,7 +225,7 @@ class LocalSource:
         return Found(path, str(name), name.revision, base)
 
     def names(self) -> Sequence[str]:
-        """The adapters of the folder and of the folders in it that `find` gives."""
+        """Names of the adapters in the folder and its subfolders, as far as `find` accepts them."""
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
             if len(found) >= _MAX_LISTED:
@@ -239,7 +239,7 @@ class LocalSource:
 
 
 def _below(folder: Path, depth: int) -> Sequence[Path]:
-    """Folders and GGUF files below a folder; those of every level before those of the next."""
+    """List the folders and GGUF files below a folder in breadth-first order."""
     level, found = [folder], list[Path]()
     for _ in range(depth):
         below = list[Path]()
@@ -256,19 +256,19 @@ def _below(folder: Path, depth: int) -> Sequence[Path]:
 
 
 def holds_adapter(path: Path) -> bool:
-    """Whether a path is a folder of PEFT's or a GGUF file."""
+    """Whether a path is a PEFT adapter folder or a GGUF file."""
     return path.is_file() if path.suffix == ".gguf" else (path / CONFIG).is_file()
 
 
 def _is_inside(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except OSError:  # a circle of links
+    except OSError:  # symbolic links form a cycle
         return False
 
 
 def _head(path: Path) -> bytes:
-    """A configuration, unless it is too large to be one."""
+    """Read a configuration file; raises `Refused` if it is too large."""
     with path.open("rb") as stream:
         text = stream.read(MAX_CONFIG + 1)
     if len(text) > MAX_CONFIG:

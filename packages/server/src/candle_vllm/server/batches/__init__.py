@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Batches: many requests in a file, answered beside everybody else's or on a command line of their own."""
+"""Batches: many requests in a file, answered by a server beside other requests, or by the command `run-batch`."""

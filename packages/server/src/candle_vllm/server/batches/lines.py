@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One line of a batch, in OpenAI's format: read, asked of the application, and written as a line of its own.
+"""One line of a batch, in OpenAI's format: parse it, send it to the application, and write the result as a line.
 
-A line enters the life of a request at step 1, like any request that comes over HTTP: the application is asked in this
-process. So what a line may hold, what it costs and how it is refused cannot differ from what a client sees.
+A line enters the life of a request at step 1, like a request over HTTP: the application is called in this process. So
+a line has the same fields, limits and errors as a request of a client.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 POOLING = ("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank")
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
 MAX_CUSTOM_ID = 512  # characters
-PRIORITY = 1000  # added to a line's own: requests of clients go first
-LONGEST_PAUSE = 5.0  # seconds before a line that found the server full is asked again
+PRIORITY = 1000  # added to a line's own priority: requests of clients go first
+LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again because the server was full
 _FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
@@ -40,9 +40,9 @@ class Line(NamedTuple):
     """A request of a batch.
 
     Attributes:
-        custom_id: what its sender calls it.
+        custom_id: the sender's name for it.
         url: one of `URLS`.
-        body: as JSON.
+        body: its body as JSON.
     """
 
     custom_id: str
@@ -51,11 +51,11 @@ class Line(NamedTuple):
 
 
 class LineError(Exception):
-    """A line that is no request.
+    """A line that is no valid request.
 
     Attributes:
-        code: a word for programs.
-        custom_id: of the line, where it has one.
+        code: error code for programs.
+        custom_id: `custom_id` of the line, if it has one.
     """
 
     def __init__(self, message: str, code: str, custom_id: str | None = None) -> None:
@@ -65,7 +65,7 @@ class LineError(Exception):
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """What the application said to a line."""
+    """The application's response to a line."""
 
     status_code: int
     request_id: str
@@ -73,7 +73,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a line has no good answer."""
+    """Why a line has no successful response."""
 
     code: str
     message: str
@@ -83,10 +83,10 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """A line of an output file.
 
     Attributes:
-        id: of this line.
-        custom_id: of the request; None for a request without one.
-        response: what the application said; None where it was not asked.
-        error: why there is no good answer; None where there is one.
+        id: id of this line.
+        custom_id: `custom_id` of the request; None for a request without one.
+        response: the application's response; None if the line was not sent to it.
+        error: why there is no successful response; None if there is one.
     """
 
     id: str
@@ -96,21 +96,21 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def line(self) -> bytes:
-        """As JSON, with its newline."""
+        """The result as JSON, with a newline."""
         return to_json_bytes(self) + b"\n"
 
 
 def failed(custom_id: str | None, code: str, message: str) -> Result:
-    """The result of a line that was not asked."""
+    """The result of a line that was not sent to the application."""
     return Result(id=_new_id(), custom_id=custom_id, response=None, error=Problem(code=code, message=message))
 
 
 def read_line(data: bytes, endpoint: str | None = None) -> Line:
-    """A line as a request.
+    """Parse a line into a request.
 
     Args:
-        data: without the newline.
-        endpoint: the one URL that its batch asks; None is any of `URLS`.
+        data: the line without its newline.
+        endpoint: the only URL that the batch allows; None: any of `URLS`.
 
     Raises:
         LineError: the line is no valid request.
@@ -141,30 +141,30 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
         if body.get(field):
             raise LineError(f"{field} must be left out: a line has one whole answer.", "invalid_request", name)
     own = body.get("priority")
-    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # others are refused by the route
+    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route refuses others
         body["priority"] = (own or 0) + PRIORITY
     return Line(name, url, json.dumps(body).encode())
 
 
 class Application:
-    """The application as lines ask it.
+    """The application, as the lines of batches call it.
 
     Args:
-        client: of the application (`asked_here`).
+        client: HTTP client of the application (`asked_here`).
     """
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
     async def read(self, data: bytes, endpoint: str | None = None) -> Line:
-        """A line by `read_line`, in a thread; big ones are read as big bodies are (`apart`)."""
+        """Parse a line with `read_line`, in a thread; a large line is parsed as a large body is (`apart`)."""
         return await apart(read_line, data, endpoint, size=len(data))
 
     async def answer(self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None) -> Result:
-        """The result of a line; one that finds the server full is asked again until it does not.
+        """Return the result of a line; while the server is full, the line is sent again.
 
         Args:
-            data: without the newline.
+            data: the line without its newline.
             caller: who sent it.
             endpoint: as in `read_line`.
         """
@@ -196,11 +196,11 @@ class Application:
 
 @asynccontextmanager
 async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
-    """An application that runs in this process and event loop."""
-    import httpx  # a server that never has a batch does without it
+    """Open an ASGI application of this process and event loop for the lines of batches."""
+    import httpx  # a server that never has a batch does not load it
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    # Without the environment's proxies, to which the requests would go instead.
+    # Without the environment's proxies, to which the requests would be sent instead.
     async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False) as client:  # noqa: S113
         yield Application(client)
 
@@ -208,9 +208,9 @@ async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
 async def answered_in_order(
     lines: AsyncIterator[bytes], answer: Callable[[bytes], Awaitable[Result]], width: int
 ) -> AsyncGenerator[Result]:
-    """The results of lines in their order, `width` lines at a time; no more than that are held.
+    """Yield the results of lines in their order; at most `width` lines are answered and held at a time.
 
-    Closing it ends what is being answered.
+    Closing the generator cancels the lines that are being answered.
     """
     working: deque[asyncio.Future[Result]] = deque()
     try:
@@ -229,7 +229,7 @@ async def answered_in_order(
 
 
 def problem_of(body: bytes) -> Problem:
-    """What an error envelope says, in short."""
+    """Return the code and the message of an error envelope."""
     try:
         error: Any = msgspec.json.decode(body)["error"]
         return Problem(code=str(error.get("code") or error.get("type") or "error"), message=str(error["message"]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What `/v1/files` and `/v1/batches` take and give: OpenAI's file and batch objects. Times are seconds since 1970."""
+"""Wire types of `/v1/files` and `/v1/batches`: OpenAI's file and batch objects. Times are seconds since 1970."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.protocol.fields import Metadata
 
 BATCH, BATCH_OUTPUT = "batch", "batch_output"  # purposes of files
-SEEN = ("vision", "user_data", "assistants")  # those of files that requests may show to a model
+SEEN = ("vision", "user_data", "assistants")  # purposes of files that requests may show to a model
 UPLOADED = (BATCH, *SEEN)
 LEAST_LIFE, LONGEST_LIFE = 3600, 30 * 86400  # seconds
 COMPLETION_SECONDS = 86400
@@ -25,7 +25,7 @@ BatchStatus = Literal[
 
 
 class FileObject(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that is kept."""
+    """A stored file."""
 
     id: str
     object: Literal["file"] = "file"
@@ -49,7 +49,7 @@ class FileList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):
-    """A file that is gone."""
+    """A deleted file."""
 
     id: str
     object: Literal["file"] = "file"
@@ -57,7 +57,7 @@ class FileDeleted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ExpiresAfter(WireModel):
-    """How long a file is kept."""
+    """How long a file is stored."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=LEAST_LIFE, le=LONGEST_LIFE)]
@@ -86,14 +86,14 @@ class BatchError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchErrors(msgspec.Struct, frozen=True, kw_only=True):
-    """The first things that are wrong."""
+    """The first errors of a batch."""
 
     object: Literal["list"] = "list"
     data: Sequence[BatchError]
 
 
 class RequestCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """How many lines there are, and how many have an answer."""
+    """How many lines a batch has, and how many of them have completed or failed."""
 
     total: int = 0
     completed: int = 0
@@ -136,13 +136,13 @@ class BatchList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch as it is kept.
+    """A batch as it is stored.
 
     Attributes:
-        batch: as it is shown, but for a cancelling that has not been noticed.
-        output_id: where its good answers are gathered.
-        error_id: where the others are.
-        result_seconds: how long these are kept.
+        batch: the batch as clients see it, but without a cancellation that has not been noticed yet.
+        output_id: id of the file with its successful results.
+        error_id: id of the file with its other results.
+        result_seconds: how long these files are stored.
     """
 
     batch: Batch

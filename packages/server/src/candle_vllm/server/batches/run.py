@@ -21,8 +21,8 @@ from candle_vllm.server.batches.store import FILE, MAX_LINES, BatchStore
 from candle_vllm.server.http.routing import Caller
 
 LEASE_MS = 30_000
-FLUSH_SECONDS = 1.0  # between two writings of results
-MAX_ERRORS = 20  # that are told of an input file
+FLUSH_SECONDS = 1.0  # between two writes of results
+MAX_ERRORS = 20  # maximum number of errors of an input file that are reported
 CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
 EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
 
@@ -35,16 +35,16 @@ class BatchRun:
     """The work on one batch.
 
     Args:
-        store: where it is.
-        held: the batch and this server.
-        longest: bytes of a line.
-        pause: seconds between two looks at whether it is still this server's, and wanted.
+        store: store of the batch.
+        held: the batch, with this server as its holder.
+        longest: maximum bytes of a line.
+        pause: seconds between two checks whether this server still holds the batch and whether it was cancelled.
 
     Attributes:
-        held: the batch and this server.
-        cancelled: somebody wishes that it ends.
-        task: that does it.
-        lost: another server has it.
+        held: the batch, with this server as its holder.
+        cancelled: set when somebody cancels the batch.
+        task: the task that does the work.
+        lost: whether another server has taken over the batch.
     """
 
     def __init__(self, store: BatchStore, held: Held, longest: int, pause: float) -> None:
@@ -60,18 +60,18 @@ class BatchRun:
 
     @property
     def record(self) -> BatchRecord:
-        """How far it is."""
+        """The record of the batch, with its current state."""
         assert self._record is not None
         return self._record
 
     async def work(self, application: Application, caller: Caller | None, places: Places, width: int) -> None:
-        """Checks the input, answers its lines and shows the results.
+        """Check the input, answer its lines and create the files of results.
 
         Args:
-            application: answers.
-            caller: who made the batch; None where no key stands for them any more.
-            places: gives a place for a line, when one is free.
-            width: lines that are held at a time.
+            application: answers the lines.
+            caller: who created the batch; None if no valid key stands for this caller any more.
+            places: context manager that waits for a free slot for a line and occupies it.
+            width: maximum number of lines that are held at a time.
         """
         owner, backend = self.held.owner, await self._store.backend()
         self._record = await self._store.batch(owner, self.held.id)
@@ -99,7 +99,7 @@ class BatchRun:
             await asyncio.gather(keeping, return_exceptions=True)
 
     async def give_back(self) -> None:
-        """Writes what there is, and lets another server go on."""
+        """Write the results so far, and release the lease, so that another server can continue."""
         if self.lost:
             return
         try:
@@ -110,12 +110,12 @@ class BatchRun:
             logger.warning("the batch %s could not be given back: %s", self.held.id, error)
 
     async def fail_for_good(self) -> None:
-        """Ends what would fail again."""
+        """Mark the batch as failed, because it would fail again."""
         with contextlib.suppress(CandleVllmError, AssertionError):
             await self._fail([BatchError(code="server_error", message="The server failed; its log says why.")])
 
     async def _keep(self) -> None:
-        """Renews the lease and looks whether somebody wishes its end; a batch that was taken over stops here."""
+        """Renew the lease and notice a cancellation; stop the work on a batch that another server has taken over."""
         while True:
             await asyncio.sleep(self._pause)
             with contextlib.suppress(StoreUnavailableError):
@@ -130,11 +130,11 @@ class BatchRun:
     # ---- the input ---------------------------------------------------------------------------------------------------
 
     async def _lines(self) -> AsyncGenerator[list[tuple[int, bytes]]]:
-        """The lines of the input that are not empty with their numbers, from 1, some at a time."""
+        """Yield lists of the input's lines with their numbers, from 1, without empty lines."""
         number, rest = 0, b""
         parts = self._store.contents(self.held.owner, await self._input())
         async for part in parts:
-            # In a thread, and a turn for others at each part: a part may be nothing but ends of lines.
+            # In a thread, where keys take turns part by part: a part may consist of newlines alone.
             size = len(rest) + len(part.body)
             *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
             if len(rest) > self._longest:
@@ -147,12 +147,12 @@ class BatchRun:
             yield [(number + 1, rest)]
 
     async def _input(self) -> str:
-        """The id of the input, which must be there."""
+        """The id of the input file; NotStoredError if it does not exist any more."""
         batch = self.record.batch
         return (await self._store.file(self.held.owner, batch.input_file_id)).id
 
     async def _validate(self) -> bool:
-        """Whether the input is right; a batch with another one has failed."""
+        """Return whether the input is valid; a batch with invalid input is marked as failed."""
         errors: list[BatchError] = []
         names: set[str] = set()
         total = 0
@@ -189,7 +189,7 @@ class BatchRun:
     # ---- the answers -------------------------------------------------------------------------------------------------
 
     async def _answer(self, application: Application, caller: Caller, places: Places, width: int) -> None:
-        """Answers the lines that have no result yet."""
+        """Answer the lines that have no result yet."""
         owner, record = self.held.owner, self.record
         done = await self._store.gather(owner, record.output_id)
         wrong = await self._store.gather(owner, record.error_id)
@@ -201,7 +201,7 @@ class BatchRun:
         stopped: tuple[str, str] | None = None
 
         async def take(timeout: float | None) -> None:
-            """What is ready, and writes it from time to time."""
+            """Collect the results that are ready, and write them from time to time."""
             nonlocal flushed
             ready, _ = await asyncio.wait(working, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             self._unwritten += [(working.pop(task), task.result()) for task in ready]
@@ -234,7 +234,7 @@ class BatchRun:
         await self._flush()
 
     async def _one(self, application: Application, places: Places, caller: Caller, data: bytes) -> Result:
-        """The result of a line, unless somebody wishes the batch's end before it is there."""
+        """Return the result of a line, or a failure if the batch is cancelled first."""
 
         async def placed() -> Result:
             async with places():
@@ -253,20 +253,20 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Takes what is under way when a batch is to end: a cancelled one ends it, one out of time waits for it."""
+        """Collect the running lines of a batch that ends: after a cancellation they fail at once, else they finish."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
         working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
-        """Why no further line is asked: code and message."""
+        """Why no further line is answered, as code and message; None if the batch goes on."""
         if self.cancelled.is_set():
             return CANCELLED
         return EXPIRED if await self._now() >= self.record.batch.expires_at else None
 
     async def _flush(self) -> None:
-        """Writes results, and how many there are."""
+        """Write the results and their counts."""
         if not self._unwritten:
             return
         results, self._unwritten = self._unwritten, []
@@ -278,10 +278,10 @@ class BatchRun:
                 await self._store.add_results(owner, file_id, some)
         await self._change(completed=counts.completed + len(good), failed=counts.failed + len(wrong))
 
-    # ---- how far it is -----------------------------------------------------------------------------------------------
+    # ---- the state of the batch --------------------------------------------------------------------------------------
 
     async def _end(self) -> None:
-        """Shows the results."""
+        """Create the files of results and write the final status."""
         owner, record = self.held.owner, self.record
         cancelled, expired = self.cancelled.is_set(), await self._now() >= record.batch.expires_at
         if not cancelled:
@@ -306,7 +306,7 @@ class BatchRun:
     async def _change(
         self, total: int | None = None, completed: int | None = None, failed: int | None = None, **fields: Any
     ) -> None:
-        """Writes the batch with other fields; one that has ended lets go of its lease and of its input."""
+        """Write the batch with changed fields; a batch that has ended releases its lease and its input."""
         batch, now = self.record.batch, (await self._store.backend()).now
         given = {"total": total, "completed": completed, "failed": failed}
         counts = {name: value for name, value in given.items() if value is not None}

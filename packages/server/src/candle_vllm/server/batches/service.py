@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Batches: answers the lines of batches beside everybody else's requests, at a lower priority, and in half of the
-places that a model has.
+"""Batches: answer the lines of batches beside other requests, at a lower priority, in half of a model's sequences.
 
-Several servers may share a store: a batch is worked on by the one that has its lease. A server that stops gives it
-back, with the answers that it has; the next one goes on behind them.
+Several servers may share a store: the server that has the lease of a batch works on it. A server that stops releases
+the lease and writes the results so far; the next server continues after them.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ from candle_vllm.server.http.keys import are_several
 from candle_vllm.server.http.request_context import current_request
 from candle_vllm.server.http.routing import Caller, caller_of
 
-RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
+RENEW_SECONDS = 5.0  # also between two searches for batches of stopped servers and for cancellations on other servers
 AT_ONCE = 4  # batches that one server works on
-UPLOADS_OF_A_KEY = 8  # at a time
-FORM_OVERHEAD = 64 << 10  # bytes of a form beside its file
+UPLOADS_OF_A_KEY = 8  # at the same time
+FORM_OVERHEAD = 64 << 10  # bytes of a form besides its file
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +52,14 @@ class Batches:
     """The batches of one application.
 
     Args:
-        options: of the store.
-        callers: whom valid API keys stand for; nobody alone where everybody may come.
-        longest: bytes of a line.
-        places: how many sequences run at a time in a model; half of them may be lines.
-        app: answers.
+        options: options of the store.
+        callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
+        longest: maximum bytes of a line.
+        places: returns how many sequences a model runs at a time; half of them may be lines.
+        app: answers the lines.
 
     Attributes:
-        store: files and batches.
+        store: store of files and batches.
     """
 
     def __init__(
@@ -75,27 +74,27 @@ class Batches:
         self._callers = callers
         self._longest = longest
         self._count_places = places
-        self._places: asyncio.Semaphore | None = None  # for lines of all batches
-        self._places_of = dict[str, asyncio.Semaphore]()  # by owner, where there are several keys
+        self._places: asyncio.Semaphore | None = None  # slots for the lines of all batches
+        self._places_of = dict[str, asyncio.Semaphore]()  # slots by owner, used if there are several keys
         self._app = app
         self._name = secrets.token_hex(8)
         self._width = 1
         self._running: dict[str, BatchRun] = {}
         self._looking = asyncio.Lock()
-        self._uploads: dict[str, dict[object, int]] = {}  # bytes that have come, by owner and upload
+        self._uploads: dict[str, dict[object, int]] = {}  # received bytes, by owner and upload
         self._uploaded = 0  # their sum
         self._upkeep: Upkeep | None = None
         self._closing = contextlib.AsyncExitStack()
         self._application: Application | None = None
 
     async def start(self) -> None:
-        """Opens a store that is not in memory and goes on with what an earlier server left."""
+        """Open a store that is not in memory, and continue the batches of an earlier server."""
         if on_disk(self.store.options):
             await self.store.backend()
         self._upkeep = Upkeep(RENEW_SECONDS, self._look, "batches could not be looked for", at_once=True)
 
     async def close(self) -> None:
-        """Gives back what is being worked on, and closes the store."""
+        """Give back the running batches, and close the store."""
         if self._upkeep is not None:
             await self._upkeep.close()
         runs = [run.task for run in self._running.values() if run.task is not None]
@@ -106,7 +105,7 @@ class Batches:
         await self.store.close()
 
     async def create(self, owner: str, wire: BatchRequest) -> Batch:
-        """A new batch, which begins soon; NotStoredError where there is no such file."""
+        """Create a batch, which begins soon; NotStoredError if there is no such file."""
         given = await self.store.file(owner, wire.input_file_id, "input_file_id")
         if given.purpose in SEEN:
             said = f"input_file_id: the file was kept for {given.purpose}; a batch needs one for {BATCH}"
@@ -124,7 +123,7 @@ class Batches:
         return batch
 
     async def cancel(self, owner: str, batch_id: str) -> Batch:
-        """Ends a batch soon; what it has made stays. HttpError 409 where it has ended."""
+        """Cancel a batch, which ends soon; its results so far stay. HttpError 409 if it has ended already."""
         batch = (await self.store.batch(owner, batch_id)).batch
         if batch.status not in WORKING:
             raise HttpError(409, f"The batch has ended already: it is {batch.status}.", "batch_ended", param="batch_id")
@@ -135,11 +134,10 @@ class Batches:
 
     @contextlib.contextmanager
     def upload(self, owner: str) -> Iterator[Callable[[int], None]]:
-        """An upload that is under way, until the store has it; what it gives is told of bytes that have come.
+        """Register an upload until it is stored; yields a function that counts its received bytes.
 
         Raises:
-            HttpError: 429 where the key has too many uploads or bytes under way, 503 where all keys together have; here
-                and as bytes are counted.
+            HttpError: 429 if the key has too many running uploads or bytes, 503 if all keys have; also when counting.
         """
         own, upload = self._uploads.setdefault(owner, {}), object()
         if len(own) >= UPLOADS_OF_A_KEY:
@@ -166,7 +164,7 @@ class Batches:
         return are_several(self._callers())
 
     async def _look(self) -> None:
-        """Takes up batches that nobody works on; one of several keys may have half of the places."""
+        """Start batches that no server works on; if there are several keys, one has at most half of those that run."""
         if not self.store.is_open:
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE
@@ -174,7 +172,7 @@ class Batches:
         await backend.expire()
         busy, known = set[str](), -1
         async with self._looking:
-            while known < len(busy):  # else no further owner hid behind one that has enough
+            while known < len(busy):  # look again without owners that have enough, to find further owners
                 known = len(busy)
                 for entry in await self.store.lapsed(busy):
                     if len(self._running) >= AT_ONCE:
@@ -189,7 +187,7 @@ class Batches:
 
     @contextlib.asynccontextmanager
     async def _place(self, owner: str) -> AsyncIterator[None]:
-        """A place for a line of an owner; one of several keys waits for half of them alone."""
+        """Occupy a slot for a line of an owner; if there are several keys, one owner has at most half of the slots."""
         assert self._places is not None
         half = self._places_of.setdefault(owner, asyncio.Semaphore(max(1, self._width // 2)))
         async with half if self._several() else contextlib.nullcontext(), self._places:
@@ -201,12 +199,12 @@ class Batches:
         run.task = asyncio.create_task(self._work(run))
 
     async def _work(self, run: BatchRun) -> None:
-        """One batch to its end, or until this server stops."""
+        """Work on one batch until it has ended, or until this server stops."""
         again = False
         try:
             backend = await self.store.backend()
             caller = next((each for each in self._callers() if backend.owner(each.key) == run.held.owner), None)
-            asker.set("" if caller is None else caller.label)  # the task may be begun by another key's request
+            asker.set("" if caller is None else caller.label)  # the task may have been started by another key's request
             if self._application is None:
                 self._application = await self._closing.enter_async_context(asked_here(self._app))
             if self._places is None:
@@ -234,10 +232,10 @@ def _too_much(status: int, said: str) -> HttpError:
 
 
 async def stored_image(file_id: str, path: str) -> bytes:
-    """The contents of a file, for the caller of the request that is being answered; `path` is where it is named.
+    """Return the content of a file of the current request's caller; `path` is the request field that names it.
 
     Raises:
-        InvalidParameterError: it is not there, or too large.
+        InvalidParameterError: the file does not exist, or is too large.
     """
     context = current_request.get()
     app = None if context is None else context.scope.get("app")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""BatchStore: files and batches in a store, each of them of one API key.
+"""BatchStore: files and batches in a store; each belongs to one API key.
 
-A file is an entry whose parts are its contents: what was uploaded in pieces of one size, what batches made in lines.
-Its kind says how far it is. An `upload` is not whole yet, and goes where its server dies; the `results` of a batch are
-not shown before it has ended; a `file` is.
+A file is an entry whose parts are its content: chunks of one size for an upload, lines for the results of a batch. Its
+kind says its state: an `upload` is incomplete, and is deleted if its server dies; the `results` of a batch are hidden
+until it has ended; a `file` is complete and visible.
 
-A batch is an entry that a server works on until it has ended; its lease names that server, and any server may take a
-batch without a lease. Whoever cancels it leaves a part, so that no answer of a server that works on it is overwritten.
+A batch is an entry with a lease that names the server which works on it; any server may take a batch whose lease has
+lapsed. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, Batch
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
 ACTIVE = "in_progress"  # the status of an entry that is worked on
 PIECE = 256 << 10  # bytes of a part of an upload
-AT_ONCE = 16  # parts that are read in one go, where they are small
-MANY = 1000  # files that are looked at in one go for those of a purpose
-UPLOAD_MS = 15 * 60_000  # that an upload may take
+AT_ONCE = 16  # small parts that are read at once
+MANY = 1000  # files that are read at once to find those of a purpose
+UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
-_CANCEL = "cancel"  # the part of a batch that is to end
+_CANCEL = "cancel"  # id of the part that cancels a batch
 
 
 @dataclass(frozen=True)
 class FileOptions:
-    """A store of files and batches.
+    """Options of the store of files and batches.
 
     Attributes:
-        url: as of `StoreOptions`.
-        max_bytes: of all files; the oldest of the key that has most makes room.
-        max_file_bytes: of one.
-        retention_seconds: how long files and ended batches are kept.
-        max_entries: files and batches.
+        url: URL of the store, as in `StoreOptions`.
+        max_bytes: maximum bytes of all files; beyond it, the oldest file of the key that has most is deleted.
+        max_file_bytes: maximum bytes of one file.
+        retention_seconds: how long files and ended batches are stored.
+        max_entries: maximum number of files and batches.
     """
 
     url: str
@@ -61,12 +61,12 @@ class FileOptions:
 
 
 class BatchStore:
-    """Files and batches; opened when they are first used, where the store is memory. Failures as of `Backend`.
+    """The store of files and batches; a store in memory is opened on first use. Errors are those of `Backend`.
 
     Args:
-        options: of the store.
-        several: whether there are several keys, each of which may have half of the store then.
-        clock: seconds since 1970.
+        options: options of the store.
+        several: returns whether there are several keys; if so, each may have half of the store.
+        clock: returns seconds since 1970.
     """
 
     def __init__(
@@ -84,29 +84,29 @@ class BatchStore:
 
     @property
     def share(self) -> int:
-        """Bytes of files that one key may have."""
+        """Maximum bytes of the files of one key."""
         return self.options.max_bytes // 2 if self._several() else self.options.max_bytes
 
     @property
     def is_open(self) -> bool:
-        """Whether there can be something in it."""
+        """Whether the store was opened; before that it is empty."""
         return self._backend is not None
 
     async def backend(self) -> Backend:
-        """What keeps it, opened."""
+        """Return the backend, opened."""
         async with self._opening:
             if self._backend is None:
                 self._backend = await self._open()
         return self._backend
 
     async def close(self) -> None:
-        """Closes it."""
+        """Close the store."""
         self._closed = True
         if self._backend is not None:
             await self._backend.close()
 
     async def owner(self, key: str) -> str:
-        """Whom what is made with an API key belongs to."""
+        """Return the owner of the files and batches of an API key."""
         return (await self.backend()).owner(key)
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -114,14 +114,14 @@ class BatchStore:
     async def upload(
         self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None, purpose: str = BATCH
     ) -> FileObject:
-        """Keeps a file.
+        """Store a file.
 
         Args:
-            owner: whose it is.
-            name: what its sender calls it.
-            pieces: its contents, each of at most `PIECE` bytes.
-            seconds: how long it is kept; None is as long as the operator says.
-            purpose: what for.
+            owner: its owner.
+            name: its file name.
+            pieces: its content, in chunks of at most `PIECE` bytes.
+            seconds: how long it is stored; None: as long as the operator allows.
+            purpose: its purpose.
 
         Raises:
             StoreLimitError: it is too large.
@@ -145,14 +145,14 @@ class BatchStore:
             raise
 
     async def file(self, owner: str, file_id: str, param: str = "file_id") -> FileObject:
-        """A file; NotStoredError where this owner has no such file, here and below."""
+        """Return a file; here and below, NotStoredError is raised if this owner has no such file."""
         found = await (await self.backend()).get(FILE, owner, file_id) if is_id(file_id) else None
         if found is None:
             raise NotStoredError("File", file_id, param)
         return _file(found)
 
     async def files(self, owner: str, limit: int, after: str | None, purpose: str | None) -> list[FileObject]:
-        """At most `limit` files, newest first, behind `after`."""
+        """Return at most `limit` files, newest first, following the id `after`."""
         backend = await self.backend()
         made: list[FileObject] = []
         most = limit if purpose is None else MANY
@@ -166,9 +166,9 @@ class BatchStore:
             after = page[-1].id
 
     async def contents(self, owner: str, file_id: str, kind: str = FILE) -> AsyncGenerator[EntryItem]:
-        """The parts of a file, in their order."""
+        """Yield the parts of a file, in their order."""
         backend, after = await self.backend(), None
-        count = 1  # whoever reads slowly shall hold no more than a large part
+        count = 1  # a slow reader must hold no more than one large part
         while page := await backend.parts(kind, owner, file_id, count, "asc", after):
             count = min(AT_ONCE, 2 * count) if sum(len(part.body) for part in page) <= PIECE // 2 else 1
             after = page[-1].id
@@ -176,7 +176,7 @@ class BatchStore:
                 yield page.pop(0)
 
     async def whole(self, owner: str, file_id: str, most: int, param: str) -> bytes:
-        """All that is in a file.
+        """Return the whole content of a file.
 
         Raises:
             StoreLimitError: it has more than `most` bytes.
@@ -194,7 +194,7 @@ class BatchStore:
     async def _show(
         self, owner: str, file_id: str, created: int, purpose: str, name: str, size: int, seconds: int
     ) -> FileObject:
-        """Makes a file of what was gathered in an entry with that id, whose parts stay."""
+        """Turn the entry with that id into a visible file; its parts stay."""
         entry = Entry(
             kind=FILE, owner=owner, id=file_id, created=created, status="processed",
             expires=created + 1000 * seconds, about={"purpose": purpose, "filename": name, "bytes": size},
@@ -205,7 +205,7 @@ class BatchStore:
     # ---- what a batch makes ------------------------------------------------------------------------------------------
 
     async def gather(self, owner: str, file_id: str) -> set[int]:
-        """Begins a file of results, or takes it up again: the numbers of the lines whose results it has."""
+        """Begin or continue a file of results; return the numbers of the lines whose results it has."""
         backend = await self.backend()
         if await backend.get(RESULTS, owner, file_id) is None:
             await backend.put(Entry(kind=RESULTS, owner=owner, id=file_id, created=backend.now, status=ACTIVE))
@@ -213,14 +213,14 @@ class BatchStore:
         return {int(part.id) async for part in self.contents(owner, file_id, RESULTS)}
 
     async def add_results(self, owner: str, file_id: str, results: Sequence[tuple[int, bytes]]) -> None:
-        """Adds the results of lines, by their numbers; one that is there already stays."""
+        """Add the results of lines, by their numbers; results that are stored already stay."""
         parts = [EntryItem(id=str(number), body=line) for number, line in results]
         await (await self.backend()).append(RESULTS, owner, file_id, parts, skip_known=True)
 
     async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
-        """Create a file of results; its id, or None without results."""
+        """Create a visible file of the results; return its id, or None without results."""
         backend, size = await self.backend(), 0
-        if await backend.get(RESULTS, owner, file_id) is None:  # it has been done before
+        if await backend.get(RESULTS, owner, file_id) is None:  # the file was created before
             return file_id if await backend.get(FILE, owner, file_id) is not None else None
         async for part in self.contents(owner, file_id, RESULTS):
             size += len(part.body)
@@ -233,7 +233,7 @@ class BatchStore:
     # ---- batches -----------------------------------------------------------------------------------------------------
 
     async def add_batch(self, owner: str, record: BatchRecord) -> None:
-        """Keeps a batch that anybody may work on from now on."""
+        """Store a batch; any server may work on it from now on."""
         backend = await self.backend()
         body = msgspec.json.encode(record)
         await backend.put(
@@ -244,7 +244,7 @@ class BatchStore:
         )  # fmt: skip
 
     async def batch(self, owner: str, batch_id: str, param: str = "batch_id") -> BatchRecord:
-        """A batch, with a cancelling that nobody has noticed yet."""
+        """Return a batch, including a cancellation that its server has not noticed yet."""
         backend = await self.backend()
         found = await backend.get(BATCHES, owner, batch_id) if is_id(batch_id) else None
         if found is None:
@@ -258,20 +258,20 @@ class BatchStore:
         return record
 
     async def batches(self, owner: str, limit: int, after: str | None) -> list[Batch]:
-        """At most `limit` batches, newest first, behind `after`."""
+        """Return at most `limit` batches, newest first, following the id `after`."""
         page = await (await self.backend()).page(BATCHES, owner, limit, after)
         if page is None:
             raise NotStoredError("Batch", after or "", "after")
         return [(await self.batch(owner, entry.id)).batch for entry in page]
 
     async def cancel(self, owner: str, batch_id: str) -> None:
-        """Wishes that a batch ends."""
+        """Mark a batch as cancelled."""
         backend = await self.backend()
         wish = EntryItem(id=_CANCEL, body=b"%d" % (backend.now // 1000))
         await backend.append(BATCHES, owner, batch_id, [wish], skip_known=True)
 
     async def write(self, owner: str, record: BatchRecord, lease: int | None) -> bool:
-        """Writes how far a batch is, or with no lease that it has ended; False where it is gone."""
+        """Write the state of a batch, which has ended if `lease` is None; return False if the batch is gone."""
         backend, batch = await self.backend(), record.batch
         status, expires = (batch.status, backend.now + 1000 * self.options.retention_seconds) if lease is None else (
             ACTIVE, None)  # fmt: skip
@@ -279,13 +279,13 @@ class BatchStore:
         return await backend.change(BATCHES, owner, batch.id, body, status=status, lease=lease, expires=expires)
 
     async def renew(self, held: Held, file_id: str, until: int | None) -> bool:
-        """Keeps a batch and its input for who works on it; False where somebody else has it."""
+        """Renew the leases of a batch and its input for their holder; return False if another server has the batch."""
         backend = await self.backend()
         await backend.move([Held(held.owner, file_id, held.id)], until)
         return not await backend.move([held], until)
 
     async def lapsed(self, busy_owners: Collection[str]) -> list[Entry]:
-        """Batches that nobody works on, of owners not among these. Uploads whose server has died go."""
+        """Return batches that no server works on, except for these owners; delete uploads whose server has died."""
         backend, found = await self.backend(), []
         for entry in await backend.lapsed(busy_owners):
             if entry.kind == BATCHES:
@@ -319,12 +319,12 @@ def new_file_id() -> str:
 
 
 def too_large(most: int) -> StoreLimitError:
-    """For a file that is too large."""
+    """The error for a file that is too large."""
     return StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
 
 
 def on_disk(options: FileOptions) -> bool:
-    """Whether there may be something of an earlier server."""
+    """Whether the store may have entries of an earlier server."""
     return options.url != MEMORY
 
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Measuring: servers from outside (`bench serve`), the engine in this process (`bench throughput`, `bench latency`)."""
+"""Benchmarks of servers over HTTP (`bench serve`) and of the engine in this process (`bench throughput`, `latency`)."""

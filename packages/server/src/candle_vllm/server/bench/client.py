@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Clients on bare sockets, cheap enough to run a thousand of them beside the server that they measure.
+"""HTTP clients on plain sockets, so cheap that a thousand of them can run beside the server that they measure.
 
-A client sends one request over a connection of its own and takes the body of the answer apart as it comes: in chunks,
-of a told length, or up to the end of the connection.
+Each client sends one request over its own connection and parses the response body as it arrives: in chunks, with a
+content length, or up to the end of the connection.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from urllib.parse import urlsplit
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings.options import UsageError
 
-BUFFER = 1 << 20  # bytes that may wait for the rest of a head, a chunk or an event
+BUFFER = 1 << 20  # maximum bytes of an incomplete head, chunk or event
 CONNECT_SECONDS = 30.0
 
 
 class AnswerClient(asyncio.Protocol):
-    """One request and its answer.
+    """One request and its response.
 
     Args:
-        request: the bytes to send.
+        request: bytes to send.
 
     Attributes:
-        sent: `time.monotonic()` when the request went out.
-        done: its result is the seconds from there to the end of the answer; not a number where it failed.
-        failure: why it failed.
+        sent: `time.monotonic()` when the request was sent.
+        done: future of the seconds from `sent` to the end of the response; NaN if the request failed.
+        failure: reason of the failure, or None.
     """
 
     def __init__(self, request: bytes) -> None:
         self._request = request
         self._buffer = b""
-        self._left: int | None = 0  # bytes of the body that are missing; None: up to the end of the connection
+        self._left: int | None = 0  # remaining bytes of the body; None: until the connection closes
         self._chunked = self._in_body = False
         self._status = b""
         self.sent = 0.0
@@ -48,15 +48,15 @@ class AnswerClient(asyncio.Protocol):
     # ---- what kinds of clients have of their own ---------------------------------------------------------------------
 
     def received(self, data: bytes, now: float) -> None:
-        """A piece of the body of a good answer: a chunk where it is sent in chunks."""
+        """Handle data of the body of a response with status 200: one whole chunk at a time if it is chunked."""
 
     def failed(self, why: str) -> None:
-        """There is no whole answer; called once."""
+        """Handle a failure; called once."""
 
     # ---- the connection ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's does not inherit from it
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's class does not inherit from it
         self.sent = time.monotonic()
         self.transport.write(self._request)
 
@@ -102,7 +102,7 @@ class AnswerClient(asyncio.Protocol):
         return b""
 
     def _chunks(self, data: bytes, now: float) -> bytes:
-        """Reads whole chunks; the rest that is not whole."""
+        """Read complete chunks; return the incomplete rest."""
         at = 0
         while True:
             line = data.find(b"\r\n", at)
@@ -136,7 +136,7 @@ class AnswerClient(asyncio.Protocol):
             self.fail("a chunk without end")
 
     def fail(self, why: str) -> None:
-        """Ends it without an answer."""
+        """End the request with a failure."""
         if not self.done.done():
             self.failure = why
             self.done.set_result(float("nan"))
@@ -144,24 +144,24 @@ class AnswerClient(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection, and waits for nothing: the event loop may end before a peer has agreed to it, by TLS."""
+        """Abort the connection without a TLS shutdown, since the event loop may end before the peer responds."""
         if self.transport is not None:
             self.transport.abort()
 
     def leave(self) -> None:
-        """Goes away in the middle of the answer."""
+        """Disconnect before the end of the response."""
         if not self.done.done():
             self.done.set_result(float("nan"))
         self.close()
 
 
 class EventClient(AnswerClient):
-    """One streamed answer of OpenAI's chat or text completions, and when its pieces came.
+    """A streamed response of OpenAI's chat or text completions, with the times of its events.
 
     Attributes:
-        text: what was answered, thoughts included.
-        times: seconds from the sending of the request to each event with content.
-        usage: of the answer, where the server told it.
+        text: generated text, including reasoning.
+        times: seconds from `sent` to each event with content.
+        usage: usage of the response, if the server reports it.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -203,14 +203,14 @@ class EventClient(AnswerClient):
             self._ended = self._ended or choice.get("finish_reason") is not None
 
     def whole(self) -> bool:
-        """Whether the answer came to its end; a stream that was cut is a failure."""
+        """Whether the response is complete; a truncated stream counts as failed."""
         if self.failure is None and not self._ended:
             self.failure = "the stream ended without its end"
         return self.failure is None
 
 
 class WholeClient(AnswerClient):
-    """One answer that is no stream, and the usage that it tells: embeddings, scores."""
+    """A response without a stream, such as embeddings or scores, and its usage."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
@@ -223,7 +223,7 @@ class WholeClient(AnswerClient):
         self._body.append(data)
 
     def whole(self) -> bool:
-        """Whether it is a good answer."""
+        """Whether the request succeeded with a JSON response."""
         try:
             value = json.loads(b"".join(self._body)) if self.failure is None else None
         except ValueError:
@@ -234,7 +234,7 @@ class WholeClient(AnswerClient):
 
 
 def _content(choice: Mapping[str, Any]) -> str:
-    """The text of a piece: of an answer, a thought or a call of a tool."""
+    """Text of a delta: of the answer, of reasoning, or of tool call arguments."""
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return choice.get("text") or ""
@@ -243,18 +243,18 @@ def _content(choice: Mapping[str, Any]) -> str:
 
 
 class Target:
-    """A server, by the address under which its paths lie.
+    """A server, by its base URL.
 
     Args:
-        base_url: `http://` or `https://` with a host, and a port and a prefix if there are some.
+        base_url: `http://` or `https://` with a host, optionally with port and path prefix.
         headers: sent with every request.
-        insecure: certificates are not checked.
+        insecure: whether certificates are not verified.
 
     Attributes:
-        tls: whose certificates are taken, as this machine has it; None without HTTPS.
+        tls: TLS context with this machine's certificate authorities; None without HTTPS.
 
     Raises:
-        UsageError: it is no such address.
+        UsageError: the URL has another form.
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None, insecure: bool = False) -> None:
@@ -277,7 +277,7 @@ class Target:
                 self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """A request as bytes."""
+        """Build a POST request as bytes."""
         data = json.dumps(body).encode()
         headers = {
             "host": self._netloc, "content-type": "application/json", "content-length": str(len(data)),
@@ -287,7 +287,7 @@ class Target:
         return f"POST {self._prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode() + data
 
     async def send(self, client: AnswerClient) -> None:
-        """Connects a client, whose request goes out then; one that cannot be connected has failed."""
+        """Connect a client, which then sends its request; a failed connection is a failed request."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Data sets of `bench`: what is asked, and how long the answers shall be.
+"""Data sets of `bench`: prompts and the lengths of their answers.
 
-Lengths are in tokens of whoever counts them (`Words`): the server itself by its `/tokenize` and `/detokenize`, or a
-tokenizer of this machine.
+Lengths are in tokens. A `Words` object counts them: with the server's `/tokenize` and `/detokenize`, or with a
+tokenizer on this machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from candle_vllm.core import CandleVllmError
 from candle_vllm.server.settings.options import UsageError
 
 NAMES = ("random", "sonnet", "sharegpt", "custom")
-_MAX_FILE = 1 << 31  # bytes of a data set
-_SETTLING = 8  # times that a random prompt is cut or filled until it has its length
+_MAX_FILE = 1 << 31  # maximum bytes of a data set
+_SETTLING = 8  # maximum attempts to adjust a random prompt to its length
 _PREFACE = "Pick as many lines as you can from these poem lines:\n"
 _LINES = (
     "The morning leans across the harbour wall", "and counts the boats that never left the bay;",
@@ -36,29 +36,29 @@ _LINES = (
 
 
 class Words(Protocol):
-    """Who counts tokens."""
+    """A tokenizer for data sets."""
 
     def draw(self, count: int, chance: random.Random) -> list[int]:
-        """So many random tokens."""
+        """Return `count` random tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without those that a prompt begins with."""
+        """Tokenize a text without a BOS token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
+        """Return the text of tokens."""
         ...
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One request.
+    """A request of a data set.
 
     Attributes:
-        prompt: its text.
-        prompt_len: in tokens; 0 where nobody has counted.
-        output_len: of the answer at most; None leaves it to the server.
+        prompt: text of the prompt.
+        prompt_len: length of the prompt in tokens; 0 if unknown.
+        output_len: maximum length of the answer in tokens; None leaves it to the server.
     """
 
     prompt: str
@@ -68,12 +68,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shape:
-    """How long prompts and answers are.
+    """Lengths of prompts and answers.
 
     Attributes:
-        input_len, output_len: in tokens; None is as the data set has it.
-        prefix_len: tokens that all random prompts begin with.
-        range_ratio: lengths are drawn between (1 - ratio) and (1 + ratio) times these.
+        input_len, output_len: lengths in tokens; None takes those of the data set.
+        prefix_len: number of tokens that all random prompts share at the start.
+        range_ratio: lengths are random between (1 - ratio) and (1 + ratio) times these.
     """
 
     input_len: int | None = None
@@ -85,18 +85,14 @@ class Shape:
 def make_samples(
     name: str, path: Path | None, count: int, shape: Shape, words: Callable[[], Words], seed: int
 ) -> list[Sample]:
-    """So many requests of a data set.
+    """Return `count` requests of a data set.
 
     Args:
-        name: of the data set.
-        path: of its file.
-        count: how many.
-        shape: how long.
-        words: who counts tokens; asked only where somebody must.
-        seed: the same one makes the same requests.
+        words: returns the tokenizer; called only if tokens must be counted.
+        seed: the same seed gives the same requests.
 
     Raises:
-        UsageError: there is no such data set, or it has no requests.
+        UsageError: the data set does not exist, or is empty.
     """
     chance = random.Random(seed)  # noqa: S311 - no secret
     if name == "hf":
@@ -132,7 +128,7 @@ def _between(length: int, ratio: float, chance: random.Random) -> int:
 
 
 def _random(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
-    """Random tokens, as text that has exactly so many of them wherever the vocabulary allows."""
+    """Return prompts of random tokens, as texts that have the wanted number of tokens if the vocabulary allows it."""
     prefix = words.draw(shape.prefix_len, chance)
     made = []
     for _ in range(count):
@@ -146,7 +142,7 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
     wanted = len(prefix) + length
     ids = prefix + words.draw(length, chance)
     text = words.decode(ids)
-    for _ in range(_SETTLING):  # text of random tokens is seldom read as the same ones
+    for _ in range(_SETTLING):  # random tokens decoded to text are seldom tokenized to the same ones
         ids = words.encode(text)
         if len(ids) == wanted:
             break
@@ -155,7 +151,7 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
 
 
 def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
-    """Lines of a poem in another order each time, up to the length."""
+    """Return prompts of lines of a poem in random order, up to the length."""
     wanted = shape.input_len or 550
     sizes = [len(words.encode(line + "\n")) for line in _LINES]
     made = []
@@ -173,7 +169,7 @@ def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> li
 
 
 def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
-    """The first question of each conversation, and its answer, which says how long ours shall be."""
+    """Yield the first question of each conversation and its answer, whose length is the length to generate."""
     try:
         value = json.loads(_text(path))
     except ValueError as error:
@@ -187,7 +183,7 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _custom(path: Path) -> Iterator[tuple[str, int | None]]:
-    """Lines of JSON with `prompt`, and `output_tokens` where they say how long the answer shall be."""
+    """Yield `prompt` and `output_tokens` (or None) of each line of JSON."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -212,7 +208,7 @@ def _text(path: Path) -> str:
 
 
 class LocalWords:
-    """A tokenizer of this machine: a folder with tokenizer files, or a GGUF file."""
+    """A tokenizer on this machine: a folder with tokenizer files, or a GGUF file."""
 
     def __init__(self, path: Path) -> None:
         from candle_vllm.core.text.tokenizer import Tokenizer
@@ -239,8 +235,8 @@ class ServerWords:
     """The server's own `/tokenize` and `/detokenize`.
 
     Args:
-        http: a client of the server, which is the caller's to close.
-        model: whose tokenizer.
+        http: client of the server; the caller closes it.
+        model: the model whose tokenizer is used.
 
     Raises:
         CandleVllmError: the server has no such routes.
@@ -252,7 +248,7 @@ class ServerWords:
         ids = self.encode("To be counted.")
         if not ids or not self.decode(ids):
             raise CandleVllmError("the server's /tokenize counts nothing")
-        # Which ids there are is not told. Those of texts of plain words stand for all of them.
+        # The server does not report its vocabulary; tokens of plain text represent it.
         self._known = sorted({token for line in (*_LINES, _PREFACE) for token in self.encode(line)})
 
     def draw(self, count: int, chance: random.Random) -> list[int]:

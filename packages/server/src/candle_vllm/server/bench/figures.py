@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What `bench` reports: latencies in percentiles, throughput, goodput, under the names that vLLM's results have.
+"""Figures of `bench`: percentiles of latencies, throughput and goodput, under the names in vLLM's results.
 
-    ttft    from the sending of a request to the first event with content
-    tpot    the time of an answer after its first event / its tokens after the first
-    itl     between two events with content of one answer
-    e2el    from the sending of a request to the end of its answer
+    ttft    time from sending the request to the first event with content
+    tpot    time from the first event to the end of the answer / number of tokens after the first
+    itl     time between two events with content of one answer
+    e2el    time from sending the request to the end of its answer
 
-Requests that failed are counted, and have no part in any latency.
+Failed requests are counted, but not included in latencies.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ GOODPUT = ("ttft", "tpot", "e2el")
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of one request. Times are seconds.
+    """Result of one request. Times are in seconds.
 
     Attributes:
-        start: when it was sent, since the first one was.
-        input_len, output_len: in tokens.
-        latency: to the end of its answer.
-        times: to each event with content, from its sending.
-        text: what was answered.
-        error: why there is no whole answer; empty where there is one.
+        start: time at which it was sent, relative to the first request.
+        input_len, output_len: lengths in tokens.
+        latency: time from sending to the end of the answer.
+        times: times from sending to each event with content.
+        text: the generated text.
+        error: reason of the failure; empty if it succeeded.
     """
 
     start: float
@@ -52,17 +52,17 @@ class Seen:
 
     @property
     def ttft(self) -> float:
-        """To the first event with content; 0 without one."""
+        """Time to the first event with content; 0 without one."""
         return self.times[0] if self.times else 0.0
 
     @property
     def itls(self) -> list[float]:
-        """Between two events."""
+        """Times between consecutive events."""
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
     @property
     def tpot(self) -> float | None:
-        """None where the answer has no second token."""
+        """Time per output token after the first; None for an answer with fewer than two tokens."""
         return (self.latency - self.ttft) / (self.output_len - 1) if self.output_len > 1 and self.times else None
 
 
@@ -75,15 +75,15 @@ def summary(
     *,
     streamed: bool = True,
 ) -> dict[str, Any]:
-    """The figures of a run.
+    """Compute the figures of a run.
 
     Args:
-        seen: every request.
-        duration: seconds of the run.
-        metrics: of `METRICS`, those with percentiles.
-        percentiles: which.
-        goals: milliseconds of `GOODPUT` that a good request stays within; None: nobody asks.
-        streamed: answers came in events.
+        seen: results of all requests.
+        duration: duration of the run in seconds.
+        metrics: the names in `METRICS` to report.
+        percentiles: the percentiles to report.
+        goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None skips goodput.
+        streamed: whether answers were streamed.
     """
     good = [each for each in seen if not each.error]
     output = sum(each.output_len for each in good)
@@ -115,7 +115,7 @@ def summary(
 
 
 def detail(seen: Sequence[Seen]) -> dict[str, Any]:
-    """Every request, for --save-detailed."""
+    """Lists with the results of every request, for --save-detailed."""
     return {
         "input_lens": [each.input_len for each in seen],
         "output_lens": [each.output_len for each in seen],
@@ -128,7 +128,7 @@ def detail(seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
-    """None where there is nothing to tell: answers of one token have no tpot."""
+    """Statistics of one metric; None without values, as for the tpot of answers with one token."""
     ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
     return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}
@@ -149,7 +149,7 @@ def _most_at_once(good: Sequence[Seen]) -> int:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A run for people."""
+    """Format the figures of a run as a table."""
     rows: list[tuple[str, Any]] = [
         ("Successful requests:", result["completed"]), ("Failed requests:", result["failed"]),
         ("Benchmark duration (s):", result["duration"]), ("Total input tokens:", result["total_input_tokens"]),
@@ -182,7 +182,7 @@ def _row(name: str, value: float | None) -> str:
 
 
 def read_percentiles(text: str) -> list[float]:
-    """`25,50,99`."""
+    """Parse percentiles: `25,50,99`."""
     try:
         found = [float(each) for each in text.split(",")]
     except ValueError:
@@ -193,7 +193,7 @@ def read_percentiles(text: str) -> list[float]:
 
 
 def read_metrics(text: str) -> list[str]:
-    """`ttft,tpot`."""
+    """Parse names of metrics: `ttft,tpot`."""
     found = [each.strip() for each in text.split(",")]
     unknown = next((each for each in found if each not in METRICS), None)
     if unknown is not None:
@@ -202,7 +202,7 @@ def read_metrics(text: str) -> list[str]:
 
 
 def read_goals(texts: Sequence[str]) -> dict[str, float] | None:
-    """`ttft:200`, several of them; None without any."""
+    """Parse goodput limits, such as `ttft:200`; return None without any."""
     goals: dict[str, float] = {}
     for text in (each for given in texts for each in given.split()):
         name, _, value = text.partition(":")

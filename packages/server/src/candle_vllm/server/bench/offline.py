@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm bench throughput`, `latency` and `speculation`: the engine in this process, asked without HTTP.
+"""`candle-vllm bench throughput`, `latency` and `speculation`: benchmarks of the engine in this process, without HTTP.
 
-Calls the engine at step 3 of a request's life, as `vllm bench throughput` and `vllm bench latency` do, under their
-names: a set of requests that are all there at once, and one batch again and again. `bench speculation` answers each
-prompt with draft tokens and without, in turns.
+Calls the engine at step 3 of a request's life. `throughput` and `latency` do the same as the commands of vLLM: a set of
+requests that are submitted at once, and repeated runs of one batch. `speculation` answers each prompt alternately with
+and without draft tokens.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 class EngineWords:
-    """Tokens as an engine counts them (`Words`)."""
+    """An engine's tokenizer (`Words`)."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
 
     def draw(self, count: int, chance: random.Random) -> list[int]:
-        """Random tokens that end nothing."""
+        """Return random tokens without EOS tokens."""
         info = self._engine.model_info
         ends, most = set(info.eos_token_ids), info.vocab_size
         drawn = (chance.randrange(most) for _ in range(count + count))
@@ -45,11 +45,11 @@ class EngineWords:
         return made if len(made) == count else self.draw(count, chance)
 
     def encode(self, text: str) -> list[int]:
-        """Without the token that a prompt begins with."""
+        """Tokenize a text without a BOS token."""
         return self._engine.tokenize(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Without special tokens."""
+        """Return the text of tokens, without special tokens."""
         return self._engine.detokenize(ids)
 
 
@@ -66,7 +66,7 @@ def bench_throughput(
     seed: int = 0,
     output_json: Path | None = None,
 ) -> int:
-    """Answers a data set as fast as the engine can, and prints requests and tokens per second."""
+    """Answer a data set as fast as possible, and print requests and tokens per second."""
     with load_engine(settings, max_queued_requests=_queue(num_prompts * n)) as engine:
         shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
         words = EngineWords(engine)
@@ -103,9 +103,9 @@ def bench_latency(
     seed: int = 0,
     output_json: Path | None = None,
 ) -> int:
-    """Answers one batch again and again, and prints how long that takes."""
+    """Answer one batch repeatedly, and print its latency."""
     size = max(batch_size * n, settings.max_num_seqs or 64)
-    # The same prompts come again: what is kept of them would be measured instead.
+    # The same prompts are repeated, so a prefix cache would falsify the result.
     with load_engine(
         settings, enable_prefix_caching=False, max_num_seqs=size, max_queued_requests=_queue(batch_size * n)
     ) as engine:
@@ -141,10 +141,10 @@ def bench_speculation(
     skip_chat_template: bool = False,
     output_json: Path | None = None,
 ) -> int:
-    """Answer each prompt alone, with draft tokens and without, in turns, and print the speedup.
+    """Answer each prompt alone, alternately with and without draft tokens, and print the speedup.
 
     Returns:
-        1 where answers differ, else 0.
+        1 if any answers differ, else 0.
     """
     drafts = settings.speculative_config or {"method": "suffix"}
     if drafts.get("method") == "none":
@@ -180,7 +180,7 @@ def _in_template(engine: InferenceEngine, prompt: str, *, raw: bool) -> str:
 
 @dataclasses.dataclass
 class _Total:
-    """Of answers: tokens after the first, and the seconds that they took; draft tokens, tried and accepted."""
+    """Sums over answers: tokens after the first and their seconds; proposed and accepted draft tokens."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -188,7 +188,7 @@ class _Total:
     right: int = 0
 
     def add(self, output: GenerationOutput) -> tuple[int, ...]:
-        """Takes one; gives its tokens."""
+        """Add one answer; return its tokens."""
         times = output.metrics
         assert times is not None
         if times.first_token_time is not None and times.finished_time is not None:
@@ -200,7 +200,7 @@ class _Total:
 
 
 def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: int) -> dict[str, Any]:
-    """Each prompt in turns, the answer with drafts first in every other pair; the first round is not counted."""
+    """Answer each prompt with and without drafts in alternating order, and compute the result; round 0 is warmup."""
     whole = _Total(), _Total()
     ratios, different = list[float](), 0
     for pair in range(pairs + 1):
@@ -208,7 +208,7 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
         for place, (prompt, length) in enumerate(asked):
             found: dict[int, tuple[int, ...]] = {}
             for guesses in (0, 1) if (pair + place) % 2 else (1, 0):
-                # The salt keeps the answer of one turn from being the draft of the next.
+                # The salt prevents the use of the first answer as the draft of the second.
                 params = SamplingParams(temperature=0.0, max_tokens=length, cache_salt="bench")
                 params.num_speculative_tokens *= guesses
                 (output,) = engine.generate([prompt], params, add_special_tokens=False, use_tqdm=False)
@@ -241,8 +241,8 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
 
 
 def bound_of(tokens: float, rows: float, seconds: Sequence[float]) -> float:
-    """How much faster answers could be at best: so many tokens a step, of steps that have so many rows and take no
-    longer than such a step does, against one token a step of one row."""
+    """Upper bound of the speedup: `tokens` per step, in the time of a step with `rows` rows, against one token per step
+    in the time of a step with one row; `seconds[i]` is the time of a step with i + 1 rows."""
     return tokens * seconds[0] / float(np.interp(rows, range(1, len(seconds) + 1), seconds))
 
 
@@ -251,7 +251,7 @@ def _params(output_len: int, n: int) -> SamplingParams:
 
 
 def _queue(sequences: int) -> int:
-    """All of them wait at once."""
+    """Queue limit that admits all sequences at once."""
     return max(sequences, EngineConfig.max_queued_requests)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm bench serve`: how a server with OpenAI's API answers, measured from outside as `vllm bench serve` does.
+"""`candle-vllm bench serve`: measures a server with OpenAI's API over HTTP, as `vllm bench serve` does.
 
-All requests are made before the first is sent. They arrive all at once, or at random: gaps between them follow a gamma
-distribution, which with a burstiness of 1 is a Poisson process. Tokens are counted by the server's `usage`, and where
-it tells none by a tokenizer.
+All requests are built before the first is sent. They are sent all at once, or at random times: the gaps follow a gamma
+distribution, which for burstiness 1 gives a Poisson process. Token counts come from the server's `usage`, or from a
+tokenizer if the server does not report it.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ _HEADER = re.compile(r"[A-Za-z0-9-]{1,128}=[ -~]{0,4096}")
 
 @dataclass(frozen=True)
 class Ramp:
-    """A rate that grows from the first request to the last, in steps of equal size or of equal ratio."""
+    """A request rate that increases from the first request to the last, linearly or exponentially."""
 
     strategy: str
     start: int
     end: int
 
     def rate(self, progress: float) -> float:
-        """Requests per second, once this share of the requests has been sent."""
+        """Requests per second after this share of the requests was sent."""
         if self.strategy == "linear":
             return self.start + (self.end - self.start) * progress
         return self.start * (self.end / self.start) ** progress
@@ -64,7 +64,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent where, and how it arrives."""
+    """The requests of a run, their target and their arrival rate."""
 
     target: Target
     endpoint: str
@@ -79,11 +79,11 @@ class Load:
 
     @property
     def streamed(self) -> bool:
-        """Whether answers come in events."""
+        """Whether answers are streamed."""
         return self.backend != "openai-embeddings"
 
     def body(self, sample: Sample) -> dict[str, Any]:
-        """A request."""
+        """Build the body of a request."""
         if not self.streamed:
             return {"model": self.model, "input": sample.prompt, **self.extra}
         length = {} if sample.output_len is None else {"max_tokens": sample.output_len}
@@ -94,7 +94,7 @@ class Load:
 
 
 def bench_serve(
-    settings: object,  # noqa: ARG001 - what every command is given; nothing of it is about a server elsewhere
+    settings: object,  # noqa: ARG001 - every command receives them, but a remote server has its own
     *,
     base_url: str | None = None,
     host: str | None = None,
@@ -137,7 +137,7 @@ def bench_serve(
     result_filename: str | None = None,
     metadata: tuple[str, ...] = (),
 ) -> int:
-    """Measures and prints a table; the status is 1 where no request was answered."""
+    """Measure, and print a table; return 1 if no request succeeded."""
     if base_url is not None and (host is not None or port is not None):
         raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
     base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
@@ -198,7 +198,7 @@ def bench_serve(
 
 
 def read_rate(text: str) -> float:
-    """Requests per second; `inf` is all at once."""
+    """Parse the requests per second; `inf` sends all at once."""
     try:
         rate = float(text)
     except ValueError:
@@ -209,7 +209,7 @@ def read_rate(text: str) -> float:
 
 
 def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp | None:
-    """How the rate grows; None where it does not."""
+    """Parse the ramp of the request rate; None without one."""
     if strategy is None and start is None and end is None:
         return None
     if strategy is None or start is None or end is None:
@@ -220,7 +220,7 @@ def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp 
 
 
 async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[list[Seen], float]:
-    """Every request, and the seconds from the first to the end of the last."""
+    """Send all requests; return their results and the duration in seconds."""
     places = asyncio.Semaphore(load.most) if load.most else contextlib.nullcontext()
 
     async def one(sample: Sample, began: float) -> Seen:
@@ -236,7 +236,7 @@ async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[lis
 
 
 async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Sample]:
-    """The requests at their times, which are told from the beginning so that no delay adds up."""
+    """Yield the requests at their arrival times, computed from the start of the run so that delays do not add up."""
     chance = random.Random(load.seed)  # noqa: S311
     at = time.monotonic()
     for sent, sample in enumerate(samples, 1):
@@ -266,7 +266,7 @@ async def _ask(load: Load, sample: Sample, began: float) -> Seen:
 
 
 def _counted(each: Seen, words: Sequence[Words]) -> Seen:
-    """An answer whose tokens its server did not count."""
+    """Count the tokens of an answer if its server did not report them."""
     if each.output_len or not each.text or each.error:
         return each
     if not words:
@@ -294,10 +294,10 @@ def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
 def _extra(
     text: str | None, ignore_eos: bool | None, dataset: str, backend: str, **sampling: float | None
 ) -> dict[str, Any]:
-    """The further fields of every request."""
+    """Return the further fields of every request."""
     extra = {name: value for name, value in sampling.items() if value is not None}
     if ignore_eos or (ignore_eos is None and dataset == "random" and backend != "openai-embeddings"):
-        extra["ignore_eos"] = True  # random questions have no answer that ends by itself
+        extra["ignore_eos"] = True  # answers to random prompts have no natural end
     try:
         more = json.loads(text or "{}")
     except ValueError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm agent`: one request, carried out with the tools of MCP servers, on the terminal.
+"""`candle-vllm agent`: answers one request on the terminal, with the tools of MCP servers.
 
-The answer goes to standard output; what the tools do, and the questions whether they may, to standard error. Its turns
-enter the life of a request at step 2, or go to the server of `--base-url`.
+The answer goes to standard output, tool calls and questions for approval to standard error. Each turn enters the life
+of a request at step 2, or is sent to the server of `--base-url`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def agent(
     max_tokens: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Carries out `prompt` ("-" reads it from standard input); 0 when the model has ended by itself, else 1."""
+    """Answer `prompt` ("-" reads it from standard input); return 0 if the model completed the task, else 1."""
     if api_key is not None and base_url is None:
         raise UsageError("--api-key needs --base-url: a model of this process has no keys")
     text = read_stdin("request") if prompt == "-" else prompt
@@ -116,7 +116,7 @@ async def _carry_out(
 
 
 def _introduce(session: ResponsesSession) -> None:
-    """Says what there is to work with."""
+    """Print the available tools and MCP servers."""
     tools = len(session.list_openai_tools())
     statuses = session.fleet.status() if session.fleet is not None else []
     ready = [status.name for status in statuses if status.state == "ready"]
@@ -136,20 +136,20 @@ def _print_json(event: Event) -> None:
 
 QUESTION = "may it run? [y]es, [a]lways for this tool, [n]o: "
 _COLOURS = {"+": "32", "-": "31"}
-MAX_SHOWN = 4000  # characters of the arguments that a person sees before agreeing
+MAX_SHOWN = 4000  # maximum characters of the arguments that are shown before approval
 _NOBODY = "is not allowed, because standard input is no terminal to ask on: --approve it, or pass --yes"
 
 ReadLine = Callable[[str], Awaitable[str | None]]
 
 
 class TerminalApproval:
-    """An approval callback that asks a person; without a terminal the answer is no.
+    """An approval callback that asks the user; without a terminal it denies.
 
     Args:
-        approved: names of tools that need no asking, with their server's (`files__read`) or without (`read`); "*" is
-            any characters.
-        read_line: asks a question and gives the line that answers it, None at the end of input. None asks on standard
-            input, if that is a terminal.
+        approved: names of tools that are approved in advance, with their server (`files__read`) or without (`read`);
+            "*" matches any characters.
+        read_line: asks a question and returns the line that answers it, None at the end of input. None uses standard
+            input, if it is a terminal.
     """
 
     def __init__(self, approved: Iterable[str] = (), read_line: ReadLine | None = None) -> None:
@@ -162,7 +162,7 @@ class TerminalApproval:
     async def __call__(self, call: ToolCall, definition: ToolDefinition) -> Approval:
         if self._is_approved(definition):
             return Approval.ALLOW
-        is_terminal = sys.stdin is not None and sys.stdin.isatty()  # closed by who started us: None
+        is_terminal = sys.stdin is not None and sys.stdin.isatty()  # None if it is closed
         read_line = self._read_line or (read_terminal_line if is_terminal else None)
         if read_line is None:
             note(f"{call.name} {_NOBODY}")
@@ -182,7 +182,7 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """A server can call a tool of its own as another server's is called in full: such a name is no agreement."""
+        """Whether a tool is approved. Names with a server match full names only, as servers choose original names."""
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)
@@ -191,10 +191,7 @@ class TerminalApproval:
 
 
 async def read_terminal_line(question: str) -> str | None:
-    """A line from the terminal, None at the end of input; the event loop goes on, and Ctrl+C ends the waiting.
-
-    What was typed before the question is no answer to it, and is thrown away.
-    """
+    """Read a line that is typed after the question, None at the end of input; Ctrl+C ends the wait."""
     if sys.platform == "win32":
         return await _read_console_line(question)
     import termios
@@ -210,12 +207,12 @@ async def read_terminal_line(question: str) -> str | None:
         await ready.wait()
     finally:
         loop.remove_reader(descriptor)
-    line = os.read(descriptor, 4096)  # a terminal gives one line at a time
+    line = os.read(descriptor, 4096)  # a terminal returns one line per read
     return line.decode("utf-8", "replace") if line else None
 
 
 async def _read_console_line(question: str) -> str | None:
-    """The same on Windows, whose event loop waits for no console: in a thread, which ends with the process."""
+    """The same on Windows, whose event loop cannot wait for a console: reads in a daemon thread."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -227,14 +224,14 @@ async def _read_console_line(question: str) -> str | None:
 
     def read() -> None:
         line = sys.stdin.readline()
-        with contextlib.suppress(RuntimeError):  # the loop has ended
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(lambda: found.done() or found.set_result(line or None))
 
     threading.Thread(target=read, name="console", daemon=True).start()
     return await found
 
 
-_MOST = 300  # characters of arguments and of a result on one line
+_MOST = 300  # maximum characters of arguments and of a result on one line
 
 _ENDS = {
     "length": CUT,
@@ -253,7 +250,7 @@ class AgentDisplay:
         self._began = 0.0
 
     def show(self, event: Event) -> None:
-        """Writes what the event has for a person."""
+        """Print the event."""
         if isinstance(event, TextDelta):
             self._say(Said(event.text))
         elif isinstance(event, ReasoningDelta):
@@ -277,7 +274,7 @@ class AgentDisplay:
                 note(f"not finished: {_ENDS.get(reason, reason)}")
 
     def close(self) -> None:
-        """Ends what is on the screen, where the conversation ended in the midst of it."""
+        """End the current output line, if the conversation ended within it."""
         if sys.stdout.isatty():
             self._end_line()
 
@@ -295,11 +292,11 @@ class AgentDisplay:
 
 
 def note(text: str, colour: str = "") -> None:
-    """Writes a line to standard error, without what could move a terminal's cursor.
+    """Write a line to standard error, without characters that could move a terminal's cursor.
 
     Args:
-        text: of one line.
-        colour: its number, where a terminal has colour.
+        text: text of the line.
+        colour: ANSI code of its colour, for terminals with colour.
     """
     plain = "".join(char if char.isprintable() else " " for char in text)
     sys.stderr.write((f"\x1b[{colour}m{plain}\x1b[0m" if colour and has_colour(sys.stderr) else plain) + "\n")
@@ -307,7 +304,7 @@ def note(text: str, colour: str = "") -> None:
 
 
 def short(text: str, most: int = _MOST) -> str:
-    """The beginning of a text on one line; where it is cut, its end says of how much."""
+    """Shorten a text to one line; a truncated text ends with its full length."""
     line = " ".join(text[: 2 * most].split())
     if len(line) <= most and len(text) <= 2 * most:
         return line

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm bench`: how fast a model is on this machine, without HTTP.
+"""`candle-vllm bench`: measures the speed of a model on this machine, without HTTP.
 
 Calls the engine at step 3 of a request's life. After one short request (start-up) and one unmeasured round, every
 round submits `concurrency` requests at once; the median of each figure over the rounds is reported. Prompts are
-random valid token ids, never repeated, and the prefix cache is off, so that nothing is measured twice.
+random valid token ids, never repeated, and the prefix cache is off, so that no result is reused.
 
     ttft_s          from submission to the first token; median over the streams
     prefill_tok_s   prompt tokens of all streams / time until every stream has its first token
     decode_tok_s    tokens of one stream after its first / time they took; median over the streams
     output_tok_s    output tokens of all streams / whole time of the round, prompts included
-    load_s          making the engine: reading, repacking, compiling
+    load_s          creation of the engine: reading, repacking, compiling
     start_s         from the start of this process to the first token of the short request (Linux; else null)
     peak_rss_mb     largest resident memory of this process so far, in MB of 2^20 bytes
 """
@@ -38,17 +38,17 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
 
-_PROBE_TOKENS = 8  # length of the request that start_s is measured with
+_PROBE_TOKENS = 8  # prompt length of the request for start_s
 
 
 @dataclass(frozen=True)
 class _Times:
-    """One request: seconds since its round began, and how many tokens came."""
+    """Times of one request in seconds since the start of its round, and its numbers of tokens."""
 
     first: float
     last: float
     tokens: int
-    first_tokens: int  # tokens that came with the first piece
+    first_tokens: int  # tokens in the first output
 
 
 def bench(
@@ -59,9 +59,9 @@ def bench(
     repeat: int = 3,
     as_json: bool = False,
 ) -> int:
-    """Measures and prints one JSON object, or a table for people."""
+    """Measure, and print one JSON object or a table."""
     began = time.perf_counter()
-    # All requests run at once: waiting in a queue is not what is measured.
+    # All requests run at once, so that no time in a queue is measured.
     room: dict[str, Any] = {"max_queued_requests": max(concurrency, EngineConfig.max_queued_requests)}
     if concurrency > min(settings.max_num_seqs or 64, 64):
         room["max_num_seqs"] = max(concurrency, settings.max_num_seqs or 64)
@@ -78,7 +78,7 @@ def bench(
 
 
 def _check_room(engine: InferenceEngine, length: int, concurrency: int) -> None:
-    """Refuses a shape that cannot run at once."""
+    """Raise UsageError for requests that cannot all run at once."""
     longest, stats = engine.model_info.max_model_len, engine.stats()
     if length > longest:
         raise UsageError(
@@ -135,7 +135,7 @@ async def _request(engine: InferenceEngine, prompt: list[int], output_tokens: in
 
 
 def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
-    """The figures of one round. A decode rate needs two tokens; of one, it is 0."""
+    """Return the figures of one round. The decode rate needs two tokens; for one token it is 0."""
     rates = [(each.tokens - each.first_tokens) / max(each.last - each.first, 1e-9) for each in times]
     return {
         "prefill_tok_s": prompt_tokens * len(times) / max(each.first for each in times),
@@ -146,7 +146,7 @@ def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
 
 
 def process_age() -> float | None:
-    """Seconds since this process was started, to the kernel's clock tick (10 ms); None where nothing says so."""
+    """Seconds since the start of this process, with a resolution of 10 ms on Linux; None if unknown."""
     if sys.platform != "linux":
         return time.time() - psutil.Process().create_time()
     try:
@@ -158,7 +158,7 @@ def process_age() -> float | None:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process."""
+    """Peak resident memory of this process in MB of 2^20 bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / (1 << 20)
     import resource
@@ -168,7 +168,7 @@ def peak_rss_mb() -> float:
 
 
 def round_figure(value: float | None) -> float | None:
-    """Four significant digits: more would be noise."""
+    """Round to four significant digits; further digits would be noise."""
     return None if value is None else float(f"{value:.4g}")
 
 
@@ -190,7 +190,7 @@ def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) ->
 
 
 def _versions(*names: str) -> dict[str, str]:
-    """Of those that are installed."""
+    """Versions of the installed packages."""
     found = {}
     for name in names:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a call of a tool would change, for the person who is asked whether it may.
+"""Preview of the changes that a tool call would make, for the user who approves it.
 
-Tools that write files take a path and a text, or a text and what stands in its place, under the names below; of other
-tools nobody knows what they change, and their arguments say it.
+Tools that write files take a path and a text, or a text and its replacement, under the names below. For other tools no
+preview is possible; the user sees their arguments.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _TEXTS = ("content", "contents", "text", "file_text", "new_content")
 _OLD = ("old_string", "old_str", "old_text", "oldText", "search")
 _NEW = ("new_string", "new_str", "new_text", "newText", "replace")
 _MAX_FILE = 1 << 18  # bytes
-_MAX_COMPARED = 1000  # lines of each side: comparing takes their product
+_MAX_COMPARED = 1000  # lines of each side; the time for a comparison grows with their product
 _MAX_LINES = 200
-_MAX_WIDTH = 500  # characters of a line
+_MAX_WIDTH = 500  # maximum characters of a line
 
 
 def changes(call: ToolCall, definition: ToolDefinition) -> list[str]:
-    """Lines of what a call would change, "-" before what goes and "+" before what comes; none where nobody knows.
+    """Return the diff lines of a call, "-" before removed and "+" before added lines; empty if it is unknown.
 
-    A file is compared as it lies here, which need not be where the tool writes. Long ones are cut, and it is said.
+    A file is compared with that on this machine, which may differ from the tool's. Long output is truncated.
     """
     if definition.read_only:
         return []
@@ -72,9 +72,9 @@ def _difference(old: str, new: str, title: str) -> Iterator[str]:
 
 
 def _file(path: str) -> tuple[str, str]:
-    """The text of a file of this machine, and what was found."""
+    """Return the text of a local file, and a remark on it."""
     try:
-        waiting = 0 if sys.platform == "win32" else os.O_NONBLOCK  # a pipe would keep us
+        waiting = 0 if sys.platform == "win32" else os.O_NONBLOCK  # opening a pipe would block
         descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | waiting)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm chat`: a conversation on the terminal.
 
-Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said;
-while another model loads, it brings back the one before.
+Each turn enters the life of a request at step 2. Ctrl+C stops the current answer and keeps its text. While a new model
+is loading, Ctrl+C restores the previous model.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_SAVED = 64 << 20  # bytes of a saved conversation
 _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
-_SHOWN_TURNS, _SHOWN = 4, 200  # messages of a conversation that /load shows, and characters of each
-_MAX_STOPS, _MAX_STOP = 4, 1024  # texts that end an answer, and characters of one
+_SHOWN_TURNS, _SHOWN = 4, 200  # messages that /load shows, and maximum characters of each
+_MAX_STOPS, _MAX_STOP = 4, 1024  # maximum number of stop strings, and maximum characters of one
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
@@ -55,9 +55,9 @@ EXIT_FAILED = 1
 
 
 def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
-    """Talks until /exit or the end of input; without a terminal, also until Ctrl+C between answers.
+    """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
 
-    The status is 1 where the input is no terminal and a part of it failed.
+    Returns 1 if standard input is not a terminal and a part of the input failed, else 0.
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
@@ -76,22 +76,22 @@ class _Command(NamedTuple):
 
 
 class _Saved(msgspec.Struct, forbid_unknown_fields=True):
-    """What /save writes."""
+    """Format of the files that /save writes."""
 
     model: str
     messages: list[Message]
 
 
 class Chat:
-    """One conversation and the model that answers in it.
+    """A conversation and the model that answers in it.
 
     Args:
-        settings: of the model and its sampling.
-        system: the system message that every conversation begins with; empty for no message.
-        max_tokens: most tokens of an answer.
+        settings: settings of the model and of sampling.
+        system: system message of every conversation; None or empty for no message.
+        max_tokens: maximum number of tokens of an answer.
 
     Attributes:
-        failed: something that was typed could not be done.
+        failed: whether a part of the input failed.
     """
 
     def __init__(self, settings: Settings, system: str | None, max_tokens: int | None) -> None:
@@ -102,7 +102,7 @@ class Chat:
         self._max_tokens = max_tokens
         self._messages: list[Message] = []
         self._stop: tuple[str, ...] = ()
-        self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
+        self._left_out = 0  # number of earliest messages that no longer fit into the context
         self._images: list[str] = []  # for the next message, as data URLs
         self._own_file: Path | None = None
         self._lora: LoRARequest | None = None
@@ -135,23 +135,23 @@ class Chat:
 
     @property
     def commands(self) -> list[str]:
-        """What may stand at the beginning of a line."""
+        """Names of the commands."""
         return list(self._commands)
 
     def close(self) -> None:
-        """Lets the model go."""
+        """Close the engine."""
         self._runner.close()
         if self._engine is not None:
             self._engine.close()
 
     def say(self, text: str) -> None:
-        """Writes a line that is no answer: to standard error where answers go into a pipe or a file."""
+        """Print a line that is not part of an answer: to standard error if answers are redirected."""
         stream = sys.stdout if sys.stdout.isatty() else sys.stderr
         stream.write(terminal_safe(text) + "\n")
         stream.flush()
 
     def ends_with(self, line: str) -> bool:
-        """Whether a person leaves with this; on a pipe `exit` alone is a message."""
+        """Whether this line ends the conversation; without a terminal `exit` alone is a message."""
         return _ALIASES.get(line, line) == "/exit" or (line in ("exit", "quit") and sys.stdin.isatty())
 
     def _fail(self, text: str) -> None:
@@ -159,20 +159,20 @@ class Chat:
         self.say(text)
 
     def take(self, line: str) -> None:
-        """Carries out one input: a command, or a text for the model."""
+        """Process one input: a command, or a message for the model."""
         try:
             self._carry_out(line)
         except BrokenPipeError:
-            raise  # nobody reads any more
+            raise  # the output is closed
         except CandleVllmError as error:
             self._fail(f"error: {in_flags(str(error))}")
-        except Exception as error:  # whatever it is: the conversation is worth more
+        except Exception as error:  # no error may end the conversation
             logger.debug("this input failed", exc_info=True)
             self._fail(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
 
     def _carry_out(self, line: str) -> None:
         word, _, rest = line.partition(" ")
-        if "/" in word[1:] or not line.startswith("/"):  # a path is no command
+        if "/" in word[1:] or not line.startswith("/"):  # a path is not a command
             if line:
                 text = line[1:] if line.startswith("//") else line
                 if not self._is_image(text):
@@ -187,7 +187,7 @@ class Chat:
         command.run(rest.strip())
 
     def _is_image(self, line: str) -> bool:
-        """Takes a line that is the path of an image, as terminals write one that is dropped on them."""
+        """Attach an image if the line is its path, as terminals insert for dropped files; return whether it is."""
         if self._engine is None or "image" not in self._engine.model_info.modalities:
             return False
         words = line.strip("'\" ").replace("\\ ", " ")
@@ -197,14 +197,14 @@ class Chat:
         return True
 
     def _ask(self, text: str) -> None:
-        """A text for the model, behind the images that were given."""
+        """Send a message to the model, after the attached images."""
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self._turn([*self._messages, {"role": "user", "content": content}])
         self._images = []
 
     def _turn(self, messages: list[Message]) -> None:
-        """One answer; a question that the engine refuses leaves the conversation as it was."""
+        """Generate one answer; a message that the engine refuses leaves the conversation unchanged."""
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         parts: list[str] = []
@@ -225,7 +225,7 @@ class Chat:
         return [*self._start, *messages[len(self._start) + self._left_out :]]
 
     def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
-        """What of a conversation the context has room for, with a quarter of it for the answer, and `max_tokens`.
+        """Return the messages that fit into the context beside a quarter of it for the answer, and `max_tokens`.
 
         Raises:
             UsageError: the last message alone is too long.
@@ -252,7 +252,7 @@ class Chat:
 
     @staticmethod
     def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Tokens of a prompt."""
+        """Number of tokens of the prompt."""
         try:
             return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
         except PromptTooLongError:
@@ -261,7 +261,7 @@ class Chat:
     async def _answer(
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
     ) -> bool:
-        """Shows an answer and adds its text to `parts`; whether it was cut at its limit."""
+        """Print an answer and append its text to `parts`; return whether it was truncated at its limit."""
         first: float | None = None
         cut = False
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._lora)
@@ -308,7 +308,7 @@ class Chat:
         self.say(f"{name} is {self._value(name)}")
 
     def _set_stop(self, text: str) -> None:
-        """One text that ends an answer, or several that a shell would tell apart."""
+        """Set the stop strings, which are split as by a shell."""
         if not text:
             raise UsageError(f"/set stop needs a text that ends the answer, or default; it is {self._shown_stop()}")
         wanted = f"/set stop takes 1 to {_MAX_STOPS} texts"
@@ -336,14 +336,14 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Two models may not fit, so the old one goes first, and comes back where the new one cannot be loaded."""
+        """Switch the model. The old one is unloaded first, as both may not fit, and restored if the new one fails."""
         if not rest:
             self.say(self.name)
             return
         if self._choose_adapter(rest):
             self.say(f"{self.name} answers from here on")
             return
-        whole = Path(rest).expanduser()  # a path may have blanks
+        whole = Path(rest).expanduser()  # a path may contain spaces
         model, *file = [str(whole)] if whole.exists() else _words(rest, 2, "/model takes MODEL and FILE")
         if not model:
             raise UsageError("/model takes a model: an id, a folder or a .gguf file")
@@ -362,7 +362,7 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Takes an adapter of --lora-modules from here on, or none where the model itself is named."""
+        """Select an adapter of --lora-modules, or none by the model's own name; return whether the name is known."""
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:
@@ -377,7 +377,7 @@ class Chat:
         return False
 
     def _bring(self, settings: Settings) -> str | None:
-        """Load a model in the place of the present one; say why if no model is loaded then."""
+        """Replace the current model; return the reason if no model is loaded after that."""
         old, self._engine = self._engine, None
 
         def load() -> InferenceEngine:
@@ -413,7 +413,7 @@ class Chat:
         data = msgspec.json.format(msgspec.json.encode(_Saved(self.name, self._messages)), indent=1)
         if path.is_dir():
             raise UsageError(f"{path} is a folder: name a file in it")
-        mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # what this conversation did not write stays
+        mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # overwrite only this conversation's file
         try:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "wb") as file:
                 file.write(data + b"\n")
@@ -447,17 +447,17 @@ class Chat:
 
 
 def _text_of(content: Any) -> str:
-    """What is shown of a message: its text, and that it has images."""
+    """Text of a message for display, with a placeholder for each image."""
     if isinstance(content, str):
         return content
     return " ".join(part["text"] if part.get("type") == "text" else "(image)" for part in content)
 
 
 def read_saved(path: Path) -> list[Message]:
-    """The messages of a file that /save wrote.
+    """Read the messages of a file that /save wrote.
 
     Raises:
-        UsageError: it cannot be read, or is something else.
+        UsageError: it is unreadable, or has another format.
     """
     try:
         with path.open("rb") as file:
@@ -480,7 +480,7 @@ def read_saved(path: Path) -> list[Message]:
 
 
 def _are_parts(content: Any) -> bool:
-    """Whether a content is texts and images, as `Chat` keeps them."""
+    """Whether a content is a list of text and image parts, as in `Chat`."""
     return isinstance(content, list) and all(
         isinstance(part, dict)
         and (isinstance(part.get("text"), str) if part.get("type") == "text" else part.get("type") == "image_url")
@@ -489,7 +489,7 @@ def _are_parts(content: Any) -> bool:
 
 
 def _path(text: str, command: str) -> Path:
-    """A path as it was typed, with its blanks, in quotes or without."""
+    """Parse a path as it was typed, with its spaces, with or without quotes."""
     path = _words(text, 1, f"{command} takes one file")[0] if text[:1] in ("'", '"') else text
     if not path:
         raise UsageError(f"{command} needs the name of a file")
@@ -497,7 +497,7 @@ def _path(text: str, command: str) -> Path:
 
 
 def _words(text: str, most: int, wanted: str) -> list[str]:
-    """What was typed as a shell would split it."""
+    """Split a text like a shell; raises UsageError for more than `most` words."""
     try:
         words = shlex.split(text)
     except ValueError:

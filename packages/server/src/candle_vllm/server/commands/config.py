@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm config`: every setting with its value and where that comes from; reads no weights.
+"""`candle-vllm config`: prints every setting with its value and its source; reads no weights.
 
-What nobody gave is shown as it will be: from the model's files, where they are on this machine, and from the machine.
-What serving would refuse is refused here.
+Settings that are not set are shown with the value that applies: from the model's files, if they are on this machine,
+or from the machine. Settings that `serve` refuses are refused here, too.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ DEFAULT = "default"
 
 @dataclasses.dataclass(frozen=True)
 class Effective:
-    """One setting as it counts.
+    """The effective value of one setting.
 
     Attributes:
         option: the setting.
-        value: as JSON has it; secrets are hidden.
-        source: where it comes from, "default" where nobody gave it.
+        value: value in JSON types; secrets are hidden.
+        source: its source, "default" if it is not set.
     """
 
     option: Option
@@ -64,10 +64,10 @@ class Effective:
 
 
 def config(configuration: Configuration, *, as_json: bool = False) -> int:
-    """Prints the settings of the model that the server would start with, and the other models' names.
+    """Print the settings of the server's first model, and the names of the other models.
 
     Raises:
-        CandleVllmError: what serving would raise, as far as that shows without weights and without the network.
+        CandleVllmError: an error of serving that is detectable without the weights and the network.
     """
     check(configuration)
     if (reading := warn_of_missing(configuration.catalogue)) is not None:
@@ -85,7 +85,7 @@ def config(configuration: Configuration, *, as_json: bool = False) -> int:
 
 
 def _mailbox(options: MailboxOptions) -> dict[str, Any]:
-    """The mailbox as it will be, models.yaml's section included; what may hold a secret is hidden."""
+    """Effective settings of the mailbox, including the section in models.yaml; possible secrets are hidden."""
 
     def shown(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -96,12 +96,12 @@ def _mailbox(options: MailboxOptions) -> dict[str, Any]:
     told = shown(options)
     told["webhook"]["headers"] = dict.fromkeys(options.webhook.headers, HIDDEN)
     if url := told["webhook"]["url"]:
-        told["webhook"]["url"] = f"{'/'.join(url.split('/')[:3])}/{HIDDEN}"  # the path of a webhook is often its key
+        told["webhook"]["url"] = f"{'/'.join(url.split('/')[:3])}/{HIDDEN}"  # the path of a webhook is often its secret
     return told
 
 
 def effective(configuration: Configuration, derived: Mapping[str, Derived] | None = None) -> list[Effective]:
-    """Every setting, in the order of the help, and where nobody gave it what is derived for it."""
+    """Return every setting in the order of the help, with derived values for those that are not set."""
     deciding = origins(configuration.sources)
     found = []
     for option in sorted(OPTIONS, key=lambda option: GROUPS.index(option.group)):
@@ -116,7 +116,7 @@ def effective(configuration: Configuration, derived: Mapping[str, Derived] | Non
 
 
 def check(configuration: Configuration) -> None:
-    """Refuses what serving would refuse later."""
+    """Raise the errors that serving would raise later."""
     for entry in configuration.catalogue.entries:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
@@ -130,7 +130,7 @@ def check(configuration: Configuration) -> None:
 
 
 class Derived(NamedTuple):
-    """What a setting will be that nobody gave, and why."""
+    """Effective value of a setting that is not set, and its reason."""
 
     value: Any
     source: str
@@ -138,7 +138,7 @@ class Derived(NamedTuple):
 
 _ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
-_UNSET = {  # what it means that nobody gave it, where that is not the engine's business
+_UNSET = {  # meaning of an unset setting that the engine does not derive
     "isq": "off",
     "yarn_scaling_factor": "off",
     "gpu_memory_utilization": "kv_fraction counts",
@@ -161,7 +161,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
-    """What will be where nobody gave it; of a model that is not on this machine yet, what is known without it."""
+    """Return values for settings that are not set; of a model that is not on this machine, as far as they are known."""
     settings, names = configuration.settings, configuration.catalogue.default.names
     config = resolve_ranks(engine_config(settings, fetch=False))
     found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
@@ -223,14 +223,14 @@ _OF_MODEL = (
 
 
 def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePlan:
-    """The cache of a model on the CPU, beside its model of drafts and what it sees by."""
+    """Return the cache sizes of a model on the CPU, beside its draft model and its vision encoder."""
     placement, threads = model.placement, config.threads or default_threads()
     tower = tower_memory(config, opened, model.config.hidden_size, placement, threads)
     return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
 
 
 def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
-    """What a model's files say, its weights unread."""
+    """Return values from a model's files; the weights are not read."""
     own = Derived("the model's own", f"derived from {files.name}")
     if is_encoder(files):
         none = Derived("none", f"derived: {files.name} reads texts whole and generates none")

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm generate`: continue one prompt, streamed to standard output.
-
-Enters the life of a request at step 2 (with `--chat`, through the adapter) or 3 (without).
-"""
+"""`candle-vllm generate`: continues one prompt on standard output (from step 2 with `--chat`, else from step 3)."""
 
 from __future__ import annotations
 
@@ -30,14 +27,14 @@ def generate(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     stop: tuple[str, ...] = (),
 ) -> int:
-    """Writes the continuation of `prompt` ("-" reads it from standard input), and a newline."""
+    """Print the continuation of `prompt` ("-" reads it from standard input), and a newline."""
     if system is not None and not chat:
         raise UsageError("--system needs --chat: a plain prompt has no system message")
     text = read_stdin("prompt") if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings, max_num_seqs=1) as engine:
-        gc.freeze()  # what is closed below goes with the process: nobody need look through it for cycles
+        gc.freeze()  # the process ends soon: skip the cycle detection
         if chat:
             messages = conversation(system, text)
             pieces = answer_pieces(engine, messages, settings, max_tokens, stop)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a person at a terminal has and a pipe has not: a line that is edited and kept, a sign of life, and colour.
+"""Terminal features of the commands: line editor with history, progress spinner and colour.
 
 Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported for a terminal only.
 """
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from prompt_toolkit.output import Output
 
 HISTORY_FILE = ".candle-vllm/chat_history"
-MAX_HISTORY = 1 << 20  # bytes of the file; a start that finds more keeps the newer half
-_MAX_ENTRY = 1 << 16  # characters; what is longer is not kept
+MAX_HISTORY = 1 << 20  # maximum bytes of the file; at startup a larger file is reduced to its newer half
+_MAX_ENTRY = 1 << 16  # maximum characters of an entry; longer ones are not stored
 _WITH_PATH = ("/image", "/load", "/model", "/save")
 _QUOTES = '"""'
 
-_PATIENCE = 0.15  # seconds until a sign of life is shown; most answers begin before
+_PATIENCE = 0.15  # seconds before the spinner is shown; most answers begin earlier
 
 ReadLine = Callable[[], str | None]
 
 
 def answer_display() -> Display:
-    """What shows an answer on standard output: on a terminal that can, Markdown, in colour if nobody set NO_COLOR."""
+    """Return the display of answers: Markdown on capable terminals, coloured unless NO_COLOR is set."""
     if not sys.stdout.isatty():
         return Display()
     from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
@@ -48,7 +48,7 @@ def answer_display() -> Display:
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether a stream is a terminal with colour, and nobody set NO_COLOR."""
+    """Whether a stream is a terminal with colour and NO_COLOR is not set."""
     if not stream.isatty():
         return False
     from candle_vllm.server.commands.markdown import colour_console
@@ -59,10 +59,7 @@ def has_colour(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def sign_of_life() -> Iterator[Callable[[], None]]:
-    """Inside, a terminal shows that something is done, until what is given is called; nothing stays of it.
-
-    For an event loop that waits for the first piece of an answer.
-    """
+    """Context with a spinner on the terminal until the yielded function is called, while an answer has not begun."""
     if not sys.stdout.isatty():
         yield lambda: None
         return
@@ -87,11 +84,8 @@ def sign_of_life() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Inside, a terminal does not show what is typed, which would stand in the midst of an answer; a prompt gets it.
-
-    Whoever stops the process (Ctrl+Z) has the terminal as it was; where it goes on, the keys are unseen again.
-    """
-    if sys.platform == "win32":  # a console shows no keys before somebody reads them
+    """Context without echo of typed keys, which would mix with the answer; Ctrl+Z restores the terminal meanwhile."""
+    if sys.platform == "win32":  # a console echoes keys only when they are read
         yield
         return
     import termios
@@ -104,15 +98,15 @@ def keys_unseen() -> Iterator[None]:
     shown = termios.ECHO | termios.ECHONL
 
     def put(echo: bool) -> None:
-        if os.tcgetpgrp(descriptor) == os.getpgrp():  # in the background the terminal is another's
+        if os.tcgetpgrp(descriptor) == os.getpgrp():  # a background process must not change the terminal
             now = termios.tcgetattr(descriptor)
             now[3] = now[3] & ~shown | (before[3] & shown if echo else 0)
-            termios.tcsetattr(descriptor, termios.TCSANOW, now)  # what was typed stays
+            termios.tcsetattr(descriptor, termios.TCSANOW, now)  # preserves typed input
 
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - what a handler takes
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         put(echo=True)
         if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-            os.write(1, b"\x1b[?25h")  # the cursor, which a drawing hides
+            os.write(1, b"\x1b[?25h")  # show the cursor, which live drawing hides
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, stop)
@@ -129,10 +123,7 @@ def keys_unseen() -> Iterator[None]:
 
 
 def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
-    """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before.
-
-    Tab completes `commands`, and paths behind one.
-    """
+    """Return a function that reads a text, None at the end of input; `home` has the history, Tab completes commands."""
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():
@@ -143,9 +134,9 @@ def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
 def editor(
     history: Path, source: Input | None = None, output: Output | None = None, commands: Sequence[str] = ()
 ) -> ReadLine:
-    """Reads texts on a terminal: pasted lines are one text, and so is what stands between triple quotes.
+    """Return a line editor for a terminal: pasted lines, and lines between triple quotes, are one text.
 
-    Ctrl+C clears what was typed, Ctrl+D on an empty line is the end of input.
+    Ctrl+C clears the input, Ctrl+D on an empty line is the end of input.
     """
     from prompt_toolkit import PromptSession, print_formatted_text
     from prompt_toolkit.filters import Condition
@@ -165,7 +156,7 @@ def editor(
     def read() -> str | None:
         while True:
             try:
-                return _unquoted(session.prompt().encode(errors="replace").decode())  # keys that are no UTF-8
+                return _unquoted(session.prompt().encode(errors="replace").decode())  # replaces invalid UTF-8
             except KeyboardInterrupt:
                 if not session.default_buffer.text:
                     print_formatted_text("(Ctrl+D or /exit leaves)", output=session.output)
@@ -176,7 +167,7 @@ def editor(
 
 
 def completer(commands: Sequence[str]) -> Completer:
-    """Completes commands, and paths behind those that take one."""
+    """Return a completer of commands, and of paths after commands that take one."""
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -194,7 +185,7 @@ def completer(commands: Sequence[str]) -> Completer:
 
 
 def private_history(path: Path) -> History:
-    """What was typed before, in a file that its owner alone can read; in memory where there can be no file."""
+    """Return the input history in a file that only its owner can read; in memory if the file is not writable."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class Kept(FileHistory):
@@ -212,20 +203,20 @@ def private_history(path: Path) -> History:
                 newer = file.read()
                 file.seek(0)
                 file.truncate()
-                file.write(newer[newer.find(b"\n# ") :])  # an entry begins there: lines of texts begin with "+"
+                file.write(newer[newer.find(b"\n# ") :])  # start of the next entry; lines of texts begin with "+"
     except OSError:
         return InMemoryHistory()
     return Kept(path)
 
 
 def _is_open(text: str) -> bool:
-    """Whether a text begins with triple quotes that nothing closes."""
+    """Whether a text begins with triple quotes that are not closed."""
     begun = text.lstrip()
     return begun.startswith(_QUOTES) and not (begun.rstrip().endswith(_QUOTES) and len(begun.rstrip()) >= 6)
 
 
 def _unquoted(text: str) -> str:
-    """A text without its triple quotes; between them "/" begins no command, which a second one says."""
+    """Remove triple quotes; a "/" at the start of the quoted text is doubled, since it is not a command."""
     text = text.strip()
     if not text.startswith(_QUOTES) or _is_open(text):
         return text
@@ -234,7 +225,7 @@ def _unquoted(text: str) -> str:
 
 
 def _next_text() -> str | None:
-    """A line of a pipe, or what stands between triple quotes."""
+    """Read the next line of standard input, or all lines of a text in triple quotes."""
     text = ""
     try:
         while line := read_line("message"):
@@ -251,7 +242,7 @@ def _next_text() -> str | None:
 
 
 def _asked_text() -> str | None:
-    """A text from a terminal while the answers go elsewhere."""
+    """Read a text from the terminal while standard output is redirected."""
     sys.stderr.write("> ")
     sys.stderr.flush()
     if (text := _next_text()) is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm pull | list | rm | show | ps | run`: the models on this machine, and those of a server that runs.
+"""`candle-vllm pull | list | rm | show | ps | run`: manages the models on this machine, and lists those of a server.
 
-Outside the life of a request, but for `run`, which is `chat` or one answer with a model that is fetched first.
+Outside the life of a request, except for `run`, which downloads a model if necessary and then is `chat` or one answer.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from candle_vllm.server.settings.derived import model_source, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
 
-_PATIENCE = 10.0  # seconds that a server has for its list
+_PATIENCE = 10.0  # timeout of the request to the server
 
 
 def pull(settings: Settings, name: str) -> int:
-    """Says what a model takes and whether it fits, fetches it, and compares it with the hub's sums."""
+    """Print the size of a model and whether it fits, download it, and verify it with the hub's checksums."""
     _pulled(settings, name)
     return 0
 
 
 def _file(settings: Settings, name: str) -> Settings | None:
-    """The settings of a model that is fetched from no hub: the demo model, a file or folder, an address."""
+    """Return the settings of a model that is not on the hub: the demo model, a file or folder, a URL; else None."""
     path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
     if not (path or is_demo(name) or "://" in named_model(name)):
         return None
@@ -59,7 +59,7 @@ def _pulled(settings: Settings, name: str) -> Local:
 
 
 def list_models(settings: Settings, known: bool = False) -> int:
-    """The downloaded models; or the names that are known, with the memory that they take."""
+    """Print the downloaded models, or the short names with their memory needs."""
     if known:
         rows = [(name, str(read_name(name)), f"{row.mib:,} MiB") for name, row in KNOWN.items()]
         _table(("NAME", "MODEL", "MEMORY"), rows)
@@ -70,14 +70,14 @@ def list_models(settings: Settings, known: bool = False) -> int:
 
 
 def rm(settings: Settings, name: str) -> int:
-    """Removes a downloaded model."""
+    """Remove a downloaded model."""
     local = find_downloaded(settings, name)
     _say(f"removed {local.name}: {size(remove(settings, local))} are free again")
     return 0
 
 
 def show(settings: Settings, name: str) -> int:
-    """What is known of a model: of a downloaded one by its files, of another by what the hub says."""
+    """Print the properties of a model: from its files if it is downloaded, else from the hub."""
     rows: list[tuple[str, str]] = []
     if (chosen := _file(settings, name)) is not None:
         rows += [("name", source_name(chosen, demo_model()))]
@@ -122,7 +122,7 @@ def run(
     system: str | None = None,
     max_tokens: int | None = None,
 ) -> int:
-    """Fetches a model where need be, and talks with it; with a prompt, answers that."""
+    """Download a model if necessary, and run a conversation with it, or answer `prompt`."""
     chosen = _file(settings, name)
     if chosen is None:
         try:
@@ -140,7 +140,7 @@ def run(
 
 
 def ps(settings: Settings) -> int:
-    """The models that a running server has in memory, asked at its address."""
+    """Print the models that a running server has in memory."""
     import httpx
 
     address = settings.address
@@ -164,7 +164,7 @@ def ps(settings: Settings) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes with a unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -190,7 +190,7 @@ def _say(text: str) -> None:
 
 
 def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
-    """Columns of texts, as wide as what stands in them; control characters of names are not written."""
+    """Print aligned columns, without control characters in names."""
     lines = [*([head] if head is not None else []), *rows]
     clean = [["".join(char for char in cell if char.isprintable()) for cell in line] for line in lines]
     widths = [max(len(line[place]) for line in clean) for place in range(len(clean[0]))] if clean else []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""An answer's Markdown in colour while it is written, on a terminal.
+"""Display of an answer as coloured Markdown on a terminal, while it is generated.
 
-A block of Markdown that has ended is printed once and for all; the one that is being written is drawn anew below it, in
-the last lines of the screen. What rich cannot show whole is shown as it was written.
+A complete block of Markdown is printed once. The current block is redrawn below it, in the last lines of the screen.
+Text that rich cannot render without loss is shown as source.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from candle_vllm.server.commands.terminal import Display, Said, terminal_safe
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_EVERY = 0.08  # seconds between two drawings of the open block
-_MAX_BLOCK = 1 << 15  # characters of a block; a longer one goes out as it was written, so that its end is not awaited
-_MAX_DRAWN = 1 << 13  # characters of an open block that are drawn as Markdown again and again
+_EVERY = 0.08  # minimum seconds between two drawings of the current block
+_MAX_BLOCK = 1 << 15  # maximum characters of a block; a longer one is printed as source without waiting for its end
+_MAX_DRAWN = 1 << 13  # maximum characters of a current block that is redrawn as Markdown
 _FENCE = re.compile(r"( *)(`{3,}|~{3,})(.*)")
 _RUN = re.compile(r"\*+|~+")
 _CJK = re.compile(  # Hangul, CJK radicals to ideographs, Hangul syllables, compatibility and full-width forms
@@ -40,20 +40,20 @@ _CODE_THEME = "ansi_dark"  # the terminal's own colours
 
 
 def colour_console(stream: TextIO) -> Console:
-    """A stream for rich, which shows texts as they are."""
+    """Return a rich console that prints texts unchanged."""
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 def _masked(text: str, begin: int) -> str:
-    """A text of the same length in which punctuation that does not hinder the emphasis of marks is a letter.
+    """Replace punctuation that must not affect emphasis marks by a letter; the length stays the same.
 
-    CommonMark tells by the punctuation beside marks whether they open or close, which takes blanks between words. CJK
-    punctuation counts as a letter here, and so does any punctuation across the marks from a CJK character. Source: the
-    specification of markdown-cjk-friendly.
+    CommonMark uses the punctuation beside marks to decide whether they open or close, which relies on spaces between
+    words. Here CJK punctuation counts as a letter, and so does punctuation on the other side of the marks from a CJK
+    character. Source: the specification of markdown-cjk-friendly.
 
     Args:
-        text: of a paragraph.
-        begin: where the marks begin.
+        text: text of a paragraph.
+        begin: position of the marks.
     """
     run = _RUN.match(text, begin)
     if run is None:
@@ -67,7 +67,7 @@ def _masked(text: str, begin: int) -> str:
 
 
 def _beside_cjk(rule: _Rule) -> _Rule:
-    """A rule of emphasis that reads the masked text."""
+    """Wrap an emphasis rule so that it reads the masked text."""
 
     def read(state: StateInline, silent: bool) -> bool:
         source = state.src
@@ -81,7 +81,7 @@ def _beside_cjk(rule: _Rule) -> _Rule:
 
 
 class MarkdownDisplay(Display):
-    """Shows an answer block by block; thoughts as they come."""
+    """Prints an answer block by block, and reasoning as it arrives."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -92,16 +92,16 @@ class MarkdownDisplay(Display):
             self._parser.inline.ruler.at(name, _beside_cjk(rule))
         self._live: Live | None = None
         self._drawn_at = 0.0
-        self._block = ""  # lines of the block that is being written
-        self._line = ""  # and the line that is
-        self._fence = ""  # the mark that closes its code
+        self._block = ""  # complete lines of the current block
+        self._line = ""  # the current line
+        self._fence = ""  # mark that closes its code block
         self._fence_is_block = False
         self._after_blank = False
-        self._torn = False  # its beginning went out already, for it is too long
+        self._torn = False  # its beginning is already printed, because it is too long
         self._any = False
 
     def show(self, piece: Said) -> None:
-        """Takes one piece."""
+        """Print one delta."""
         if piece.thought:
             self._finish()
             super().show(piece)
@@ -124,7 +124,7 @@ class MarkdownDisplay(Display):
         self._write_rate()
 
     def _take(self, line: str) -> None:
-        """Adds a whole line to the block, or ends the block before it or with it."""
+        """Append a complete line to the block; print the previous block, or this one, when it is complete."""
         mark = _FENCE.match(line)
         if self._fence:
             self._block += line
@@ -151,7 +151,7 @@ class MarkdownDisplay(Display):
             self._print(self._block, ended=False)
 
     def _print(self, source: str, *, ended: bool = True) -> None:
-        """Prints a block above what is drawn."""
+        """Print a block above the live area."""
         torn = self._torn or not ended
         self._block = ""
         if source.strip():
@@ -165,12 +165,12 @@ class MarkdownDisplay(Display):
             self._after_blank = False
 
     def _rendered(self, source: str) -> RenderableType:
-        """A block as Markdown, or as it was written where that would show fewer letters and digits."""
+        """Render a block as Markdown, or as source if Markdown would lose letters or digits."""
         tokens = self._parser.parse(source)
         for token in tokens:
             for child in token.children or ():
                 if child.type == "softbreak":
-                    child.type = "hardbreak"  # lines of a poem stay lines
+                    child.type = "hardbreak"  # preserves line breaks, for example of a poem
         markdown = Markdown("", code_theme=_CODE_THEME, hyperlinks=False)
         markdown.parsed = tokens
         segments = list(self._console.render(markdown))
@@ -200,7 +200,7 @@ class MarkdownDisplay(Display):
         self._live.update(_LastLines(Group(Text(""), shown) if self._any else shown), refresh=True)
 
     def _finish(self) -> None:
-        """Prints what is still open, and stops drawing."""
+        """Print the rest of the text, and stop the live area."""
         self._print(self._block + self._line)
         self._line = self._fence = ""
         if self._live is not None:
@@ -211,7 +211,7 @@ class MarkdownDisplay(Display):
 
 
 class _LastLines:
-    """As many of the last lines of something as the screen has room for."""
+    """The last lines of a renderable that fit on the screen."""
 
     def __init__(self, whole: RenderableType) -> None:
         self._whole = whole

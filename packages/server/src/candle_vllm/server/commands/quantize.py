@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm quantize`: writes a model as one GGUF file, with adapters merged, or an adapter as one.
-
-No request runs; the file is what this library and llama.cpp load (see `candle_vllm.core.conversion`).
-"""
+"""`candle-vllm quantize`: writes a model with merged adapters, or a single adapter, as a GGUF file; runs no request."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
 
-_MOST = 1000.0  # times an adapter
+_MOST = 1000.0  # maximum scale of an adapter
 
 
 def quantize(
@@ -31,7 +28,7 @@ def quantize(
     lora: Sequence[str] = (),
     lora_to_gguf: Path | None = None,
 ) -> int:
-    """Writes the file and says what is in it."""
+    """Write the file, and print its size and types."""
     if out is None:
         raise UsageError("--out FILE.gguf is missing: it names the file to write")
     if lora and lora_to_gguf is not None:
@@ -54,7 +51,7 @@ def quantize(
 
 
 def _scaled(text: str) -> tuple[Path, float]:
-    """An adapter, and what it is multiplied by."""
+    """Parse an adapter's path and its scale."""
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         return Path(text), 1.0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm run-batch`: answers the requests of a file, in OpenAI's batch format, and writes a file of answers.
+"""`candle-vllm run-batch`: answers the requests of a file in OpenAI's batch format, and writes the answers to a file.
 
-Nothing listens: the lines are asked of the application in this process, at step 1 of a request's life. A file may lie
-behind an address that the operator names, which is read by GET and written by PUT.
+No port is opened: the application in this process answers the lines, from step 1 of a request's life. Files may also be
+HTTP URLs that the operator names; they are read by GET and written by PUT.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from candle_vllm.server.settings.derived import image_sources, refuse_wrong_form
 from candle_vllm.server.settings.options import UsageError
 
 MAX_LINE_MB = 64
-MAX_INPUT_MB = 4096  # of a file behind an address
-PATIENCE = 1 << 20  # seconds for one line
-TELLING_SECONDS = 5.0  # between two lines about how far it is
-SENDING_PAUSES = (1.0, 5.0, 25.0)  # seconds before the answers are sent once more
-MORE_THAN_RUN = 2  # lines under way for each one that the engine computes: the next are read and checked meanwhile
+MAX_INPUT_MB = 4096  # maximum size of a file from a URL
+PATIENCE = 1 << 20  # timeout of one line in seconds
+TELLING_SECONDS = 5.0  # between two progress messages
+SENDING_PAUSES = (1.0, 5.0, 25.0)  # seconds before each further attempt to upload the answers
+MORE_THAN_RUN = 2  # lines in progress per running sequence: the next ones are parsed meanwhile
 
 
 def run_batch(
@@ -53,12 +53,12 @@ def run_batch(
     output_tmp_dir: Path | None = None,
     load: Load | None = None,
 ) -> int:
-    """Answers every line of `input_file` into `output_file`, which is written anew; 0 also where lines failed.
+    """Answer every line of `input_file` in `output_file`, which is overwritten; return 0 even if lines failed.
 
-    Both are files, or addresses of HTTP; what goes to one is gathered in a file of `output_tmp_dir` first.
+    Both are files or HTTP URLs; answers for a URL are first written to a file in `output_tmp_dir`.
 
     Raises:
-        CandleVllmError: a file or the model cannot be had.
+        CandleVllmError: a file or the model is not available.
     """
     if input_file is None or output_file is None:
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")
@@ -84,7 +84,7 @@ def run_batch(
 
 
 def _place(text: str) -> Path | httpx.URL:
-    """A path, or an address that is one of HTTP."""
+    """Parse a path or an HTTP URL."""
     scheme, colon, _ = text.partition("://")
     if not colon or "/" in scheme:
         return Path(text).expanduser()
@@ -98,12 +98,12 @@ def _place(text: str) -> Path | httpx.URL:
 
 
 def _client() -> httpx.Client:
-    """Redirects are not followed: the operator has named one address."""
+    """HTTP client that does not follow redirects, since the operator has named one URL."""
     return httpx.Client(timeout=60, follow_redirects=False)
 
 
 def _fetched(url: httpx.URL) -> IO[bytes]:
-    """The file behind an address, at its beginning; it is gone when it is closed."""
+    """Download a URL to a temporary file, which is deleted when it is closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     try:
         with _client() as http, http.stream("GET", url) as answer:
@@ -132,7 +132,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Puts the answers where they shall go; where they cannot be put they stay in their file."""
+    """Upload the answers; if that fails, they stay in their file."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)
@@ -155,7 +155,7 @@ def _send(url: httpx.URL, path: Path) -> None:
 
 
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
-    # Nobody comes from outside: there are no keys, and nobody has to be protected from the others.
+    # There are no other clients, so no API keys and no limits are needed.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
         requests_per_minute=None, tokens_per_minute=None, max_queued_per_key=None,
@@ -198,7 +198,7 @@ async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes
 
 
 async def _lines(given: IO[bytes], longest: int) -> AsyncGenerator[bytes]:
-    """The lines of a file that are not empty; of one that is too long, its beginning."""
+    """Yield the non-empty lines of a file; a line that is too long is truncated."""
     lines = _cut_lines(given, longest)
     while (line := await asyncio.to_thread(next, lines, None)) is not None:
         yield line
@@ -207,7 +207,7 @@ async def _lines(given: IO[bytes], longest: int) -> AsyncGenerator[bytes]:
 def _cut_lines(given: IO[bytes], longest: int) -> Iterator[bytes]:
     while line := given.readline(longest + 2):
         whole = line.endswith(b"\n")
-        while not whole and (rest := given.readline(1 << 20)):  # read, and let go
+        while not whole and (rest := given.readline(1 << 20)):  # read and discard the rest
             whole = rest.endswith(b"\n")
         if line := line.strip(b" \t\r\n"):
             yield line

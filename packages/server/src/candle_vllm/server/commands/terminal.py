@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the commands with text share: a conversation as a request, its answer as text, and safe output.
-
-Step 2 and the first half of step 10 of a request's life, without HTTP.
-"""
+"""Shared code of the text commands (steps 2 and 10): requests from conversations, answers as text, safe output."""
 
 from __future__ import annotations
 
@@ -27,18 +24,18 @@ Message = dict[str, Any]
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
-    """A conversation that begins with one user message; an empty system message is left out."""
+    """Return a conversation with one user message, after a non-empty system message."""
     start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": text}]
 
 
 class Said(NamedTuple):
-    """A piece of an answer, or of the thoughts before it."""
+    """A delta of an answer, or of the reasoning before it."""
 
     text: str
     thought: bool = False
-    tokens: int | None = None  # of the whole answer, thoughts among them, where it has ended
-    cut: bool = False  # the answer has ended at its limit
+    tokens: int | None = None  # tokens of the whole answer with its reasoning, in the last delta
+    cut: bool = False  # the answer is truncated at its limit
 
 
 async def answer_pieces(
@@ -49,8 +46,8 @@ async def answer_pieces(
     stop: Sequence[str] = (),
     lora: LoRARequest | None = None,
 ) -> AsyncGenerator[Said, None]:
-    """The pieces of the model's answer to a conversation, `lora` with it; closing the iterator aborts the request."""
-    from candle_vllm.openai import OpenAIAdapter  # which a plain prompt has no need of
+    """Yield the deltas of the model's answer, with the adapter `lora`; closing the iterator aborts the request."""
+    from candle_vllm.openai import OpenAIAdapter  # not needed for a plain prompt
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
     name = engine.model_info.name
@@ -81,7 +78,7 @@ async def answer_pieces(
 
 
 class _Always:
-    """The adapter of every answer, however its model is called (`candle_vllm.openai.serving.AdapterNames`)."""
+    """Applies one adapter to every request (`candle_vllm.openai.serving.AdapterNames`)."""
 
     def __init__(self, lora: LoRARequest) -> None:
         self._lora = lora
@@ -94,7 +91,7 @@ class _Always:
 
 
 class Display:
-    """Writes an answer to standard output; thoughts are shown, dimmed, on a terminal only."""
+    """Prints an answer on standard output; reasoning is shown dimmed, and only on a terminal."""
 
     def __init__(self) -> None:
         self._thinking = False
@@ -102,7 +99,7 @@ class Display:
         self._begun = False
 
     def show(self, piece: Said) -> None:
-        """Writes one piece."""
+        """Print one delta."""
         self._begun = True
         if not piece.text or (piece.thought and not sys.stdout.isatty()):
             return
@@ -116,18 +113,18 @@ class Display:
         sys.stdout.flush()
 
     def tell_rate(self, tokens: int, seconds: float) -> None:
-        """Keeps for the end, on a terminal, how fast the answer came: `tokens`, of which the first was at 0 s."""
+        """On a terminal, set the token rate for the end of the answer: `tokens` in `seconds` after the first token."""
         if sys.stdout.isatty():
             rate = f", {(tokens - 1) / seconds:.1f} a second" if tokens > 1 and seconds > 0 else ""
             self._rate = dimmed(f"({tokens} tokens{rate})") + "\n"
 
     def close(self) -> None:
-        """Ends the answer and its line, if there is one."""
+        """End the answer and its line, if there is one."""
         sys.stdout.write("\n" if self._begun else "")
         self._write_rate()
 
     def _write_rate(self) -> None:
-        """Ends with the figure that was kept, and is as new."""
+        """Print the token rate, and reset the display."""
         sys.stdout.write(self._rate)
         sys.stdout.flush()
         self._rate = ""
@@ -135,19 +132,19 @@ class Display:
 
 
 def require_stdin() -> None:
-    """UsageError where whoever started the process has closed standard input."""
+    """Raise UsageError if standard input is closed."""
     if sys.stdin is None:
         raise UsageError("standard input is closed: give it a text, or /dev/null")
 
 
 def read_stdin(name: str) -> str:
-    """The whole standard input as the text that a command takes; `name` says what it is."""
+    """Read standard input as a text; error messages call it `name`."""
     require_stdin()
     return _decoded(sys.stdin.buffer.read(MAX_TEXT + 1), name)
 
 
 def read_line(name: str) -> str:
-    """The next line of standard input with its end, empty at the end of input; `name` says what it is."""
+    """Read the next line of standard input with its line end, "" at the end of input; error messages call it `name`."""
     return _decoded(sys.stdin.buffer.readline(MAX_TEXT + 1), name)
 
 
@@ -161,12 +158,12 @@ def _decoded(data: bytes, name: str) -> str:
 
 
 def dimmed(text: str) -> str:
-    """A text in the terminal's faint letters, if it knows any."""
+    """Return a text in the terminal's faint style, if it supports it."""
     return text if os.environ.get("TERM", "dumb") == "dumb" else f"\x1b[2m{text}\x1b[0m"
 
 
 def terminal_safe(text: str) -> str:
-    """On a terminal, the text without control characters, which could move the cursor or retitle the window."""
+    """On a terminal, remove control characters, which could move the cursor or change the window title."""
     if not sys.stdout.isatty():
         return text
     return "".join(char for char in text if char in "\n\t" or (char >= " " and not "\x7f" <= char <= "\x9f"))

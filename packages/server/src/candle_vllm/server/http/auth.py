@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Who may ask at all: API keys, before every route but /health, /ping and /ready; no page from elsewhere, anywhere.
+"""Access checks: API keys for every route but /health, /ping and /ready, and no requests of other origins' web pages.
 
-Both are pure ASGI middleware. The pages for people are guarded by keys too. A browser cannot send one from its address
-bar, so these take it as the password of HTTP Basic as well.
+Both are pure ASGI middleware. The documentation pages need a key too. A browser cannot send a key from its address bar,
+so these pages also accept it as the password of HTTP Basic.
 
-Step 1 of a request's life. What a key opens rests on the ASGI path and two headers alone, never on the Host header or
-the raw URL, and takes the same time whichever key is right and however long it is. Routes of operators can have keys of
-their own.
+Step 1 of a request's life. The check uses the ASGI path and two headers alone, never the Host header or the raw URL. It
+takes the same time for every key, whatever its length. Routes of operators can have their own keys.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READY = "/ready"
-PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
+PAGES = ("/openapi.json", "/docs")  # and every path below /docs/
 
 
 class ApiKeyMiddleware:
-    """Lets a request pass when it carries a key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
+    """Passes on a request with a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    Who it comes from is known afterwards (`caller_of`), and at `/ready` whether it is a stranger (`is_stranger`). One
-    of several keys may have half of the connections for requests that have not ended: bodies that come slowly, streams
-    and WebSockets.
+    Inner layers find its caller with `caller_of`; `/ready` finds with `is_stranger` whether a valid key was missing. If
+    there are several keys, one key may use half of the connections for requests that have not ended: slow uploads,
+    streams and WebSockets.
 
     Args:
-        keys: those of clients and of operators.
+        keys: keys of clients and of operators.
         access: which paths need no key, and which are for operators.
     """
 
@@ -79,7 +78,7 @@ class ApiKeyMiddleware:
         key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
         if key is not None and key.is_valid and (key.manages if manages else key.uses):
             scope.setdefault("state", {})["caller"] = key.caller
-            asker.set(key.caller.label if self._keys.are_several else "")  # one alone may have all
+            asker.set(key.caller.label if self._keys.are_several else "")  # a single owner may use everything
             if acting is None:
                 await self._counted(key.caller.label, scope, receive, send)
             else:
@@ -108,13 +107,13 @@ class ApiKeyMiddleware:
 
 
 def _called(key: Key) -> str:
-    """A key by its name, where it has one: how many stood before it is nothing to its sender."""
+    """What a message calls a key: its name, if it has one; the number of a key without a name is not revealed."""
     named = key.caller.label and not key.caller.label.removeprefix("m").isdecimal()
     return f"The API key {key.caller.label!r}" if named else "This API key"
 
 
 def _refused(key: Key | None, manages: bool) -> str:
-    """Why a request does not pass, for its sender."""
+    """Why a request is refused, for its sender."""
     if key is not None and not key.is_valid:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
@@ -127,7 +126,7 @@ def _refused(key: Key | None, manages: bool) -> str:
 
 
 def _is_page(method: str, path: str) -> bool:
-    """Whether a browser asks for one of the pages or of their files."""
+    """Whether a browser asks for one of the documentation pages or one of their files."""
     return method == "GET" and (path in PAGES or path.startswith("/docs/"))
 
 
@@ -154,7 +153,7 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
     return password if colon else None
 
 
-# ---- pages from elsewhere --------------------------------------------------------------------------------------------
+# ---- web pages of other origins --------------------------------------------------------------------------------------
 
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
@@ -164,19 +163,19 @@ _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
 
 def origins(allowed: Sequence[str]) -> re.Pattern[str]:
-    """What the origins of --cors-origin are: as they stand, where `*` is any host, part of one, or port."""
+    """A pattern for the origins of --cors-origin, in which `*` is any host, any part of a host, or any port."""
     return re.compile("|".join(re.escape(origin).replace(r"\*", "[^/]*") for origin in allowed) or r"(?!)")
 
 
 class OriginMiddleware:
-    """Refuses every request of a page from elsewhere (403); programs that are no browsers send no Origin.
+    """Refuses (403) every request of a web page of another origin; programs that are no browsers send no Origin.
 
-    A browser lets any page send simple requests to any address, and tells whose page it was. What such a page asks for
-    is not begun: that it could not read the answer would leave it the use of the models.
+    A browser lets any page send simple requests to any address, and adds the page's origin. Such a request is not even
+    begun: the page could not read the answer, but it would use the models.
 
     Args:
         allowed: the origins of --cors-origin.
-        page: whether `/` is the web UI, which works at an address alone whose origin may ask.
+        page: whether `/` is the web UI, which works only at an address whose origin is allowed.
     """
 
     def __init__(self, app: ASGIApp, allowed: Sequence[str], *, page: bool = False) -> None:
@@ -192,7 +191,7 @@ class OriginMiddleware:
         if not (given or own) or self._any or (len(given) == 1 and self._may_ask(scope, given[0])):
             await self._app(scope, receive, send)
             return
-        if not self._silent:  # a browser shows its user less than this
+        if not self._silent:  # logged once: a browser does not show this to its user
             self._silent = True
             logger.warning("refused a page of %r; --cors-origin allows its origin", (own or given[0])[:100])
         if own:
@@ -211,7 +210,7 @@ class OriginMiddleware:
         await refusal(scope, error)(scope, receive, send)
 
     def _shut_page(self, scope: Scope) -> str:
-        """The origin of the web UI, where a browser that asks for the page would not get its scripts; else ""."""
+        """The origin of the web UI, if a browser that loads the page could not load its scripts; else ""."""
         if not self._page or scope["type"] != "http" or route_path(scope) != "/":
             return ""
         asked = _values(scope, b"host")
@@ -228,15 +227,15 @@ class OriginMiddleware:
 
 
 class HostMiddleware:
-    """Refuses requests (403) to a name that may be anybody's, for a page whose own name is made to lead here.
+    """Refuses (403) requests whose Host is a public name, because a foreign page's name may be made to resolve here.
 
-    Such a page (DNS rebinding) is of the server's origin for the browser, which sends no Origin with its GETs. For
-    servers without keys; on open paths, over TLS and over Unix sockets any name will do.
+    For the browser, such a page (DNS rebinding) has the server's origin, and its GETs are sent without Origin. Used by
+    servers without keys; on public paths, over TLS and over Unix sockets, every name is accepted.
 
     Args:
-        own: the name or address that the server was told to listen at.
+        own: the name or address that the server listens at.
         allowed: the origins of --cors-origin, whose hosts are names of this server as well.
-        public: the paths where any name will do.
+        public: the paths where every name is accepted.
     """
 
     def __init__(self, app: ASGIApp, own: str, allowed: Sequence[str], public: AbstractSet[str]) -> None:
@@ -264,13 +263,13 @@ class HostMiddleware:
         await refusal(scope, error)(scope, receive, send)
 
     def _is_private(self, authority: str) -> bool:
-        """Whether no page can have the name: a number, a name of this machine, or one that no public DNS gives out."""
+        """Whether no web page can have the name: an IP address, a name of this machine, or a name of no public DNS."""
         name = re.sub(r":[0-9]*$", "", authority).lower().removesuffix(".")
         private = "." not in name or name.endswith(_PRIVATE_NAMES)
         return private or _is_number(authority) or self._names.fullmatch(name) is not None
 
     def _may_pass(self, scope: Scope) -> bool:
-        """Where no name can mislead: a browser says `Sec-Fetch-Site`, which no page can write, of safe addresses."""
+        """Whether any name may pass; `Sec-Fetch-Site`, which no page can set, is sent to trustworthy origins alone."""
         return (
             route_path(scope) in self._public
             or scope.get("scheme") in ("https", "wss")
@@ -284,11 +283,11 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 
 
 def _is_own(scope: Scope, origin: str) -> bool:
-    """Whether a page is this server's own, by what no page can arrange, not even one whose name leads here.
+    """Whether a page is this server's own, by evidence that no other page can forge, even if its name resolves here.
 
-    That is the address at which the connection arrived; a number that the browser asked for (a container's published
-    port), as numbers need no name server; or that the browser itself says so, which it does over HTTPS and to this
-    machine alone (a proxy).
+    The evidence is the address at which the connection arrived; an IP address that the browser asked for (a container's
+    published port), which no DNS server can redirect; or the browser's `Sec-Fetch-Site`, which it sends only over HTTPS
+    and to this machine (a proxy).
     """
     if origin in _addresses(scope) or _values(scope, b"sec-fetch-site") == ["same-origin"]:
         return True
@@ -314,13 +313,13 @@ def _addresses(scope: Scope) -> Iterator[str]:
 
 
 def _scheme(scope: Scope) -> str:
-    """As a page's address has it."""
+    """The scheme as in a page's address: http or https."""
     scheme = str(scope.get("scheme", "http"))
     return {"ws": "http", "wss": "https"}.get(scheme, scheme)
 
 
 def _is_number(authority: str) -> bool:
-    """Whether a Host header has an address instead of a name, with or without a port."""
+    """Whether a Host header has an IP address instead of a name, with or without a port."""
     host = re.sub(r":[0-9]{1,5}$", "", authority)
     try:
         ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Reading a request's body with a limit, and waiting for an answer while watching the connection.
+"""Read a request's body with a limit, and wait for an answer while watching the connection.
 
-Step 1 of a request's life, and the client-gone edge of the diagram: a disconnect cancels the waiting, which aborts
-the request in the engine.
+Step 1 of a request's life, and the case that its client leaves: a disconnect cancels the waiting, which aborts the
+request in the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.openai.fair_threads import BIG, FairQueue, RequestBytes, apart,
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
 
-SILENCE_SECONDS = 60.0  # between two pieces of a body
+SILENCE_SECONDS = 60.0  # between two parts of a body
 READING_SECONDS = 600.0  # for a whole body
 BIG_BODY = BIG  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it
 
@@ -28,16 +28,16 @@ T = TypeVar("T")
 
 
 class Held:
-    """Bytes of bodies and messages, with the stored responses that they continue, until prompts are made of them.
+    """Counts the bytes of bodies and messages, and of stored responses that they continue, until prompts are made.
 
-    The first 64 KB of each do not count, so that other clients' bodies never refuse a request of usual size. One key
-    may have half of the bytes. Big bodies are parsed one at a time (`apart`), and keys take turns.
+    The first 64 KB of each do not count, so that a request of usual size is never refused because of other clients. One
+    key may hold half of the bytes. Large bodies are parsed one at a time (`apart`), and keys take turns.
 
     Args:
-        most: bytes of all.
+        most: maximum number of bytes.
 
     Attributes:
-        pieces: who reads the next piece of a big body or message.
+        pieces: the connections that wait to read the next part of a large body or message.
     """
 
     def __init__(self, most: int) -> None:
@@ -46,10 +46,10 @@ class Held:
         self.pieces = Pieces()
 
     def add(self, caller: Caller, size: int) -> None:
-        """Count bytes; fewer than none where they have been parsed, or are gone.
+        """Count bytes; a negative `size` releases bytes that were parsed or dropped.
 
         Raises:
-            HttpError: 503, for there are too many.
+            HttpError: 503, there are too many bytes.
         """
         mine = self._by_key.get(caller.label, 0) + size
         if size > 0:
@@ -63,10 +63,10 @@ class Held:
 
     @contextmanager
     def waiting(self, scope: Scope) -> Iterator[RequestBytes]:
-        """Counts the request that is worked on until its prompt is made: a parsed body has at least its size.
+        """Count the current request until its prompt is made: a parsed body takes at least as much memory as its bytes.
 
         Raises:
-            HttpError: 503, for there are too many bytes; also where the request adds some.
+            HttpError: 503, there are too many bytes; also raised when the request adds bytes.
         """
         mine = this_request()
         try:
@@ -76,10 +76,10 @@ class Held:
             mine.release()
 
     async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
-        """What `parse` makes of a body whose bytes were counted: they count until it ends, in a thread if it is big.
+        """Parse a body whose bytes were counted, in a thread if it is large; they count until the parser has ended.
 
-        A thread goes on where nobody waits for it any more. A failure that we foresee refers to nothing of the body.
-        What the caller's task does afterwards knows how large the body was (`this_request`).
+        A thread goes on when nobody waits for it any more. An expected error (CandleVllmError) does not refer to the
+        body. Later code in the caller's task finds the size of the body in `this_request`.
         """
         size = len(body)
         request_bytes.set(RequestBytes(size))
@@ -96,23 +96,23 @@ class Held:
 
 
 class Pieces:
-    """Connections that wait until the next piece of their big body or message is read: one in a round of the loop.
+    """Connections that wait to read the next part of a large body or message: one per iteration of the event loop.
 
-    A socket that has been read is read again in the same round, for up to 8 MB (libuv). What sixty connections send
-    would hold the event loop up for seconds. Keys take turns.
+    libuv reads a socket repeatedly in one iteration, up to 8 MB. The data of sixty connections would block the event
+    loop for seconds. Keys take turns.
     """
 
     def __init__(self) -> None:
         self._waiting = FairQueue[Callable[[], object]]()
 
     def add(self, key: str, read: Callable[[], object]) -> None:
-        """Have `read` called in a round of its own."""
+        """Have `read` called in an iteration of its own."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._read_next)
         self._waiting.add(key, read)
 
     async def turn(self, key: str) -> None:
-        """Wait for a round of one's own."""
+        """Wait for an iteration of the loop in which no other connection reads."""
         mine = asyncio.get_running_loop().create_future()
         self.add(key, lambda: mine.done() or mine.set_result(None))
         await mine
@@ -128,13 +128,12 @@ class Pieces:
 async def parse_request(
     scope: Scope, receive: Receive, limit: int, parse: Callable[[bytes], T], *, typed: bool = True
 ) -> T:
-    """The parsed JSON body of a request, of at most `limit` bytes; more is refused before it is held in memory.
+    """Return the parsed JSON body of a request; a body of more than `limit` bytes is refused before it is in memory.
 
-    `typed` wants its content type, which pages from elsewhere cannot send without being asked first.
+    `typed` requires the JSON content type, which web pages of other origins cannot send without a CORS preflight.
 
     Raises:
-        HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow,
-            503 where too many bytes are held.
+        HttpError: 415 other content type, 400 broken length, 413 too large, 408 too slow, 503 too many bytes held.
         ClientGone: the client left while sending.
     """
     headers = dict(scope["headers"])
@@ -177,7 +176,7 @@ async def parse_request(
                 {"connection": "close"},
             ) from None  # fmt: skip
         parts[:] = [b"".join(parts)]
-        held = 0  # they count until the body is parsed
+        held = 0  # `Held.parse` releases the bytes once the body is parsed
         return await scope["app"].state.held.parse(caller_of(scope), parts.pop(), parse)
     finally:
         if held:
@@ -185,7 +184,7 @@ async def parse_request(
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client has gone; the body must have been read."""
+    """Return when the client has disconnected; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -193,12 +192,12 @@ async def disconnected(receive: Receive) -> None:
 async def unless_disconnected(
     answer: Awaitable[T], receive: Receive, dropped: Callable[[T], Awaitable[object] | None] | None = None
 ) -> T:
-    """The answer; a disconnect cancels it and raises ClientGone.
+    """Return the answer; a disconnect cancels it and raises ClientGone.
 
     Args:
-        answer: what is waited for.
-        receive: of the ASGI connection; the body must have been read.
-        dropped: given an answer that came while the waiting was cancelled, so that nobody takes it.
+        answer: the awaitable that gives the answer.
+        receive: `receive` of the ASGI connection; the body must have been read.
+        dropped: called with an answer that was ready when the waiting was cancelled, so that nobody uses it.
     """
     working = asyncio.ensure_future(answer)
     watching = asyncio.ensure_future(disconnected(receive))
@@ -218,7 +217,7 @@ async def unless_disconnected(
                 closing = dropped(working.result())
                 if closing is not None:
                     await closing
-        del working  # its error holds this frame
+        del working  # its exception refers to this frame
 
 
 def _too_large(limit: int) -> HttpError:
@@ -226,5 +225,5 @@ def _too_large(limit: int) -> HttpError:
         413,
         f"The body is larger than {limit >> 20} MB. Send less, or raise --max-body-mb.",
         "request_too_large",
-        {"connection": "close"},  # what is left of the body is not read
+        {"connection": "close"},  # the rest of the body is not read
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The server's own refusals, in the OpenAI error envelope: what goes wrong before the adapter sees a request.
+"""Errors that the server itself raises before the adapter sees a request, in the OpenAI error envelope.
 
 Step 1 of a request's life. Failures inside the adapter and the engine are mapped by `candle_vllm.openai.to_error`.
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Every failure of a request as an answer, in the envelope of the API that was asked (steps 1 and 10).
+"""Turn every failure of a request into a response in the error format of its API (steps 1 and 10).
 
-Anthropic's routes answer in Anthropic's words, Ollama's in Ollama's, all others in OpenAI's.
+Anthropic's routes use Anthropic's error format, Ollama's routes use Ollama's, and all others use OpenAI's.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
 JSON = "application/json"
-RETRY_SECONDS = "30"  # after which something of a full store may have ended
+RETRY_SECONDS = "30"  # after which entries of a full store may have ended
 
 logger = logging.getLogger(__name__)
 
 
 class FailureMiddleware:
-    """Answers what no route foresaw, inside the layers that every answer passes; a failed start it tells in short.
+    """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
 
-    After the first byte the server ends the connection, for the client must see a cut: of a failure that a route
-    foresaw a line of the log says why, any other one goes on to the server.
+    After the first byte, the server closes the connection, so that the client sees that the answer is incomplete. An
+    expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -66,13 +66,13 @@ class FailureMiddleware:
 
 
 def _brief(scope: Scope, message: Message) -> Message:
-    """A start that failed for a reason of the user's is told without where in the program that was."""
+    """The message of a failed start, without its traceback if the user caused the failure."""
     failure = scope["app"].state.failure
     return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
 
 
 def store_refusal(failure: Exception) -> HttpError | None:
-    """What a client is told of a failure of the store; None where it is another failure."""
+    """The error that a client gets for a failure of the store; None for any other failure."""
     if isinstance(failure, entries.NotStoredError):
         if failure.param == "previous_response_id":
             return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
@@ -90,7 +90,7 @@ def store_refusal(failure: Exception) -> HttpError | None:
 
 
 async def answer_failure(request: Request, failure: Exception) -> Response:
-    """What a client gets instead of an answer; failures that are ours are logged."""
+    """The response to a request that failed; failures of the server are logged."""
     if isinstance(failure, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if isinstance(failure, HTTPException):
@@ -110,9 +110,9 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
 
 
 def refusal(scope: Scope, error: HttpError) -> Response:
-    """The server's own refusal of a request."""
+    """The response for an error of the server itself, in the format of the request's API."""
     if speaks_ollama(scope):
-        headers = {"x-error-code": error.code, **error.headers}  # for which its errors have no place
+        headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for it
         return _response(to_json_bytes(Failure(str(error))), error.status, headers)
     if not _speaks_anthropic(scope):
         return error.response
@@ -159,7 +159,7 @@ def _log(what: str, failure: Exception) -> None:
 
 
 _ROUTES_HERE = {"/generate": "/v1/completions", "/embedding": "/v1/embeddings"}
-"""Routes of other servers whose answers have another form."""
+"""Routes of other servers that are not served, because their answers have another form, with the route to use."""
 
 
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:
@@ -174,7 +174,7 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     }
     message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
     headers = failure.headers
-    if failure.status_code == 405:  # the router names the methods of one of the routes at this path
+    if failure.status_code == 405:  # the router names the methods of only one route at this path
         headers = {"allow": ", ".join(methods)}
     return HttpError(failure.status_code, message, code, headers)
 
@@ -185,7 +185,7 @@ def _speaks_anthropic(scope: Scope) -> bool:
 
 
 def speaks_ollama(scope: Scope) -> bool:
-    """Whether a route of Ollama's API was asked for."""
+    """Whether the request is for a route of Ollama's API."""
     return route_path(scope).startswith(OLLAMA)
 
 

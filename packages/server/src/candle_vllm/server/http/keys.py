@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""API keys: which there are, whose they are and until when; files of them are read again while the server runs.
+"""API keys, their owners and their expiry; files of keys are read again while the server runs.
 
-Read before step 1 of a request's life and asked in it. A key of `--api-keys-file` has a name, and stands for whoever
-has that name: what is kept for a name stays its own when its key becomes another.
+Read before step 1 of a request's life and checked in it. A key of `--api-keys-file` has a name, and stored data belongs
+to the name: its owner can still use the data after the key was replaced.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from candle_vllm.server.settings.sources import read_yaml
 from candle_vllm.server.settings.table import BY_NAME
 
 MAX_KEYS = 10_000
-LOOK_SECONDS = 1.0  # between two looks at the files
+LOOK_SECONDS = 1.0  # between two checks of the files
 _ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "models", "notes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
-_TAKEN = re.compile(r"m?[0-9]+|none|other")  # what keys without a name are called, and none, and many
+_TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of keys without a name, of no key, and of all further keys
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 512
 _SHOWN = 10  # names in a line of the log
 
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 
 class Key(NamedTuple):
-    """A key and what it opens.
+    """A key and its permissions.
 
     Attributes:
-        digest: SHA-256 of it.
-        caller: whom it stands for.
-        uses: it opens the routes of clients.
-        manages: it opens the routes of operators.
-        expires: Unix seconds; None is never.
+        digest: SHA-256 of the key.
+        caller: the caller that it stands for.
+        uses: whether it opens the routes of clients.
+        manages: whether it opens the routes of operators.
+        expires: Unix seconds; None: never.
     """
 
     digest: bytes
@@ -55,7 +55,7 @@ class Key(NamedTuple):
 
     @property
     def is_valid(self) -> bool:
-        """Whether its time is not over."""
+        """Whether the key has not expired."""
         return self.expires is None or time.time() < self.expires
 
 
@@ -63,7 +63,7 @@ class Keyring:
     """The keys of one application.
 
     Args:
-        settings: where they stand.
+        settings: the settings that have the keys and name their files.
 
     Raises:
         UsageError: a file of keys cannot be read, or is wrong.
@@ -80,7 +80,7 @@ class Keyring:
         return self._settings.has_api_keys or (operators and bool(self._settings.management_key))
 
     def find(self, given: bytes | None) -> Key | None:
-        """The key that was given, valid or not; takes the same time whichever it is."""
+        """Find the key that was given, expired or not; it takes the same time whichever key matches."""
         if given is None:
             return None
         digest = _digest(given)
@@ -88,32 +88,32 @@ class Keyring:
         return self._keys[matches.index(True)] if any(matches) else None
 
     def find_caller(self, caller: Caller) -> Key | None:
-        """A valid key of a caller on whose behalf this process asks itself; None if no key of the caller is valid."""
+        """Find a valid key of a caller for whom this process sends itself a request; None without a valid key."""
         return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
 
     def callers(self) -> Iterable[Caller]:
-        """Whom the valid keys of clients stand for; nobody alone where everybody may come."""
+        """The callers of all valid client keys; only `NOBODY` if clients need no key."""
         if not self._settings.has_api_keys:
             return (NOBODY,)
         return (key.caller for key in self._keys if key.uses and key.is_valid)
 
     @property
     def are_several(self) -> bool:
-        """Whether clients have keys of several owners."""
+        """Whether the keys of clients belong to several owners."""
         return are_several(self.callers())
 
     async def watch(self) -> None:
-        """Reads the files again when they have changed, for ever."""
+        """Read the files again whenever they have changed; this never returns."""
         seen = self._read_at
         while self._paths:
             await asyncio.sleep(LOOK_SECONDS)
             now = await asyncio.to_thread(self._stamp)
-            if now == seen != self._read_at:  # changed, and not any more: what is being written is left alone
+            if now == seen != self._read_at:  # it changed, and nobody is writing it any more
                 await self.reload()
             seen = now
 
     async def reload(self) -> bool:
-        """Reads the files again; where one is wrong, says so and keeps the keys that were. Whether all went well."""
+        """Read the files again and return True; if a file is wrong, log it, keep the old keys and return False."""
         if not self._paths:
             return True
         self._read_at = await asyncio.to_thread(self._stamp)
@@ -127,7 +127,7 @@ class Keyring:
         return True
 
     def _stamp(self) -> tuple[Any, ...]:
-        """What changes when a file does."""
+        """Modification time, size and inode of each file, which change with the file."""
         return tuple(_stat(path) for path in self._paths)
 
     def _read(self) -> tuple[Key, ...]:
@@ -150,17 +150,17 @@ class Keyring:
 
 
 def are_several(callers: Iterable[Caller]) -> bool:
-    """Whether there are several owners among them."""
+    """Whether these callers are of several owners."""
     owners = (caller.key for caller in callers)
     first = next(owners, None)
     return any(other != first for other in owners)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one in a line; empty lines and lines that begin with # are left out.
+    """Read a file with one key per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or something that cannot be one.
+        UsageError: the file cannot be read, has no key, or has a line that cannot be a key.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -182,14 +182,14 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 def read_named_keys(path: Path, limits: Limits) -> list[Key]:
-    """The keys of a file with names; no message repeats one.
+    """Read a file of named keys; no error message repeats a key.
 
     Args:
-        path: a YAML file: `keys`, a list of entries with `name`, `key` or `sha256`, and what `_ENTRY` has.
-        limits: of entries that say none.
+        path: a YAML file: `keys`, a list of entries with `name`, `key` or `sha256`, and the other fields of `_ENTRY`.
+        limits: limits of entries that do not set their own.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or something wrong; it says in which line.
+        UsageError: the file cannot be read, has no key, or is wrong; the message names the line.
     """
     content = mapping(read_yaml(path, secret=True), str(path))
     known_keys(content, ("keys",), str(path))
@@ -215,7 +215,7 @@ def read_named_keys(path: Path, limits: Limits) -> list[Key]:
 
 
 def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
-    """The keys of one entry; it may have several, while its owner changes from one to the next."""
+    """Read the keys of one entry; it may have several, while its owner replaces one key by another."""
     known_keys(entry, _ENTRY, str(path))
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
@@ -262,7 +262,7 @@ def _key(value: Any, wrong: Any) -> str:
 
 
 def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any) -> int | None:
-    """A limit of an entry: its own, `null` for none, or what all have."""
+    """Read a limit of an entry: its own value, `null` for no limit, or the default."""
     value = entry.get(field, default)
     if value is None:
         return None
@@ -275,7 +275,7 @@ def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any
 
 
 def _models(entry: Mapping[str, Any], wrong: Any) -> tuple[str, ...] | None:
-    """The patterns of the models and adapters that a key may use; None is all."""
+    """Read the patterns of the models and adapters that a key may use; None: all."""
     if "models" not in entry:
         return None
     patterns = _listed(entry, "models", wrong)
@@ -288,7 +288,7 @@ def _models(entry: Mapping[str, Any], wrong: Any) -> tuple[str, ...] | None:
 
 
 def _expiry(value: Any, wrong: Any) -> float:
-    """Unix seconds; a day counts to its end, and both are UTC where they do not say otherwise."""
+    """Convert to Unix seconds; a day counts to its end, and a value without a time zone is in UTC."""
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value) if len(value) > len("2027-01-31") else date.fromisoformat(value)
@@ -305,7 +305,7 @@ def _expiry(value: Any, wrong: Any) -> float:
 
 
 def _digest(key: bytes) -> bytes:
-    """What is compared instead of a key, so that its length does not show in the time."""
+    """The hash that is compared instead of a key, so that the time does not reveal the key's length."""
     return hashlib.sha256(key).digest()
 
 
@@ -318,7 +318,7 @@ def _stat(path: Path) -> tuple[int, ...] | None:
 
 
 def _difference(before: Sequence[Key], after: Sequence[Key]) -> str:
-    """How many keys there are, and the names that have come and gone; never a key."""
+    """For the log: the number of keys, and which names are new or gone; never a key."""
     old, new = ({key.caller.label for key in keys} for keys in (before, after))
     parts = [f"{len(after)} keys"]
     for word, names in (("new", new - old), ("gone", old - new)):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Requests and tokens per minute of each API key: who may begin, what answers cost, and what clients are told of it.
+"""Rate limits: requests and tokens per minute of each API key, as token buckets.
 
-Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds what
-a minute allows and fills steadily. A request begins where the bucket of requests holds one and that of tokens anything
-at all; tokens are taken out as they are counted for `usage`, so no answer is estimated, and no answer is cut. What an
-answer takes beyond the bucket is owed, and the key waits until it has been filled up again.
+Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds the
+amount of one minute and fills at a constant rate. A request may begin if the bucket of requests and the bucket of
+tokens each hold at least 1. Tokens are taken out as they are counted for `usage`, so nothing is estimated and no answer
+is truncated. If an answer takes more than the bucket holds, its level is negative, and the key must wait.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from candle_vllm.server.http.routing import UNLIMITED, Caller, Limits, caller_of
 
 Kind = Literal["requests", "tokens"]
 MINUTE = 60.0
-ROUNDING = 1e-6  # seconds: who waited as long as it was told may be so much too early, by floats
-_SWEEP = 1024  # meters, from where on those that are as new are let go
+ROUNDING = 1e-6  # seconds by which a client that waited as long as asked may be early, through rounding
+_SWEEP = 1024  # number of meters from which on unused ones are deleted
 
 
 class Bucket:
-    """What may be taken now of what a minute allows; less than nothing is owed.
+    """The amount that may be used now; it is negative after more was used.
 
     Attributes:
-        limit: a minute's worth, and the most that is saved up.
+        limit: the amount that is added per minute, and the maximum level.
     """
 
     __slots__ = ("_at", "_level", "limit")
@@ -40,25 +40,25 @@ class Bucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """What is in it."""
+        """Return the amount in the bucket."""
         self._level = min(self.limit, self._level + max(0.0, now - self._at) * self.limit / MINUTE)
         self._at = now
         return self._level
 
     def take(self, count: float) -> None:
-        """Takes something out, also what is not there."""
+        """Take an amount out, even if the bucket holds less."""
         self._level -= count
 
     def until(self, wanted: float, now: float) -> float:
-        """Seconds until it holds so much."""
+        """Seconds until the bucket holds the wanted amount."""
         return max(0.0, wanted - self.level(now)) * MINUTE / self.limit
 
 
 class Meter:
-    """The buckets of one key, None where it has no such limit. For one event loop.
+    """The buckets of one key; None for a limit that it does not have. For one event loop.
 
     Args:
-        limits: what a minute allows.
+        limits: limits per minute.
         now: `time.monotonic()`.
     """
 
@@ -68,7 +68,7 @@ class Meter:
         self.change(limits, now)
 
     def change(self, limits: Limits, now: float) -> None:
-        """Other limits, of which as much has been used."""
+        """Set other limits; what was used stays used."""
         used = {kind: bucket.limit - bucket.level(now) for kind, bucket in self.buckets()}
         self.limits = limits
         requests, tokens = limits
@@ -78,23 +78,23 @@ class Meter:
             bucket.take(used.get(kind, 0.0))
 
     def spend(self, tokens: int) -> None:
-        """Tokens of a prompt or of an answer have been counted."""
+        """Take out the tokens of a prompt or of an answer."""
         if self.tokens is not None:
             self.tokens.take(tokens)
 
     def is_full(self, now: float) -> bool:
-        """Whether it is as one that was never used."""
+        """Whether all buckets are full, as in a meter that was never used."""
         return all(bucket.level(now) >= bucket.limit for _, bucket in self.buckets())
 
     def buckets(self) -> Iterator[tuple[Kind, Bucket]]:
-        """Those that there are."""
+        """The buckets of the limits that the key has."""
         if self.requests is not None:
             yield "requests", self.requests
         if self.tokens is not None:
             yield "tokens", self.tokens
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
-        """What clients are told, under OpenAI's names."""
+        """The response headers about the limits, under OpenAI's names."""
         told: list[tuple[bytes, bytes]] = []
         for kind, bucket in self.buckets():
             values = {
@@ -107,12 +107,12 @@ class Meter:
 
 
 class RateLimits:
-    """The meters of one application, one for each name or number of a key that has limits and was used.
+    """The meters of one application: one for each label of a key that has limits and was used.
 
     Args:
-        default: of callers without a key, all of them together.
-        refused: told of the label of each request that is refused, and of the limit.
-        clock: as `time.monotonic`.
+        default: limits of all callers without a key together.
+        refused: called with the key's label and the kind of limit when a request is refused.
+        clock: a clock like `time.monotonic`.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class RateLimits:
         self._sweep = _SWEEP
 
     def meter(self, caller: Caller) -> Meter | None:
-        """What the caller's requests are measured by; None where it has no limits."""
+        """Return the meter of the caller's requests; None if the caller has no limits."""
         limits = caller.limits if caller.label else self._default
         if limits == UNLIMITED:
             return None
@@ -138,15 +138,15 @@ class RateLimits:
                 self._meters = {label: each for label, each in self._meters.items() if not each.is_full(now)}
                 self._sweep = max(_SWEEP, 2 * len(self._meters))
             meter = self._meters[caller.label] = Meter(limits, now)
-        elif meter.limits != limits:  # the file of keys has changed: what is owed stays owed
+        elif meter.limits != limits:  # the file of keys has changed; what was used stays used
             meter.change(limits, now)
         return meter
 
     def admit(self, caller: Caller) -> None:
-        """A request begins.
+        """Count a request that begins.
 
         Raises:
-            HttpError: 429 with Retry-After, because its key has used up what a minute allows.
+            HttpError: 429 with Retry-After, because its key has used up a limit.
         """
         meter = self.meter(caller)
         if meter is None:
@@ -165,7 +165,7 @@ class RateLimits:
 
 
 class RateLimitMiddleware:
-    """Tells a caller with limits in every answer what is left, and whoever counts its tokens where to take them."""
+    """Adds headers with a caller's limits to its responses, and its meter to the scope, for the count of tokens."""
 
     def __init__(self, app: ASGIApp, limits: RateLimits) -> None:
         self._app = app
@@ -188,7 +188,7 @@ class RateLimitMiddleware:
 
 
 def duration(seconds: float) -> str:
-    """A time as OpenAI's headers have it: 6m0s, 8.64s, 20ms."""
+    """A time in the form of OpenAI's headers: 6m0s, 8.64s, 20ms."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds * 100) / 100, 60)

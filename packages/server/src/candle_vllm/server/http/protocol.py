@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""uvicorn's protocols: HTTP and WebSockets with limits on heads, bodies, frames and connections.
+"""uvicorn's protocols: HTTP and WebSockets with limits on request heads, bodies, frames and connections.
 
-Below step 1 of a request's life. Without the limits, a client without a key could fill the memory, hold every
-connection, or keep the event loop busy with chunks and frames of a few bytes. A server that stops closes idle
-WebSockets at once; one on which an answer is written is told, and has the time of the drain for it.
+Below step 1 of a request's life. Without the limits, a client without a key could fill the memory, use up all
+connections, or keep the event loop busy with chunks and frames of a few bytes. A server that stops closes idle
+WebSockets at once; a WebSocket on which an answer is written is notified, and may finish it during the drain.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from candle_vllm.server.http.sse import WRITE_PART, WritePart
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-MAX_HEAD = 64 << 10  # bytes of request line and headers, besides the last piece read from the socket
+MAX_HEAD = 64 << 10  # bytes of request line and headers, not counting the last read from the socket
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
 MAX_CONNECTIONS = 4096  # at the same time
-MAX_FILES = 1 << 16  # that the process lets itself have open
-CROWDED_SECONDS = 1.0  # for a first head while more than half of the connections are taken
-STALL_SECONDS = 60.0  # a client that leaves what was sent unread for so long is cut off
-UNDECODED = "candle_vllm.undecoded"  # in a received message, in the place of a big text: its bytes
+MAX_FILES = 1 << 16  # maximum limit on open files that the process sets for itself
+CROWDED_SECONDS = 1.0  # time for a first request head while more than half of the connections are in use
+STALL_SECONDS = 60.0  # a client that reads nothing for so long is disconnected
+UNDECODED = "candle_vllm.undecoded"  # key in a received message that replaces a large text: its bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
-MAX_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body: so many, and one more for each 64 bytes
+MAX_PIECES, PIECE_BYTES = 4096, 64  # maximum number of chunks of a body, plus one for each 64 bytes
 CHUNK_OVERHEAD = 12  # bytes of framing that a chunk may have
-MAX_PIPELINED = 64  # requests that wait behind the one that is being answered on their connection
-LINGER_SECONDS, LINGER_BYTES = 5.0, 16 << 20  # what is taken of a body, and not read, once its answer has been sent
+MAX_PIPELINED = 64  # requests that wait on a connection for the answer before theirs
+LINGER_SECONDS, LINGER_BYTES = 5.0, 16 << 20  # limits on the discarded rest of a body after its answer
 MAX_FRAGMENTS = 1024  # frames of one WebSocket message
 MAX_FRAMES = 1024  # frames of less than 1 KiB from a WebSocket's client in a second
-CONTROL_WEIGHT = 16  # a control frame counts as so many of them, for it is answered
+CONTROL_WEIGHT = 16  # a control frame counts as so many small frames, because it is answered
 
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")  # RFC 9112, section 3.2
 
@@ -54,7 +54,7 @@ def http_protocol() -> type[asyncio.Protocol]:
 
 
 class _ClosingH11Protocol(H11Protocol):
-    """Closes a connection whose answer was complete before the body of its request was."""
+    """Closes a connection if the answer was complete before the body of its request."""
 
     def on_response_complete(self) -> None:
         if self.cycle.more_body:
@@ -63,7 +63,7 @@ class _ClosingH11Protocol(H11Protocol):
 
 
 class _ReadInTime(asyncio.Protocol):
-    """Cuts off a client that leaves what it was sent unread for `STALL_SECONDS`; its request is aborted."""
+    """Disconnects a client that reads nothing for `STALL_SECONDS`; its request is aborted."""
 
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
@@ -88,9 +88,9 @@ class _ReadInTime(asyncio.Protocol):
 
 
 def most_connections() -> int:
-    """`MAX_CONNECTIONS`, or seven eighths of the files that the process may have open, where those are fewer.
+    """Return `MAX_CONNECTIONS`, or seven eighths of the limit on open files if that is less.
 
-    It may have as many open as the system lets it, up to `MAX_FILES`: shells begin with 1,024 or fewer, for `select`.
+    The process raises its limit on open files to the hard limit, at most `MAX_FILES`: shells set 1,024 or less.
     """
     if sys.platform == "win32":
         return MAX_CONNECTIONS
@@ -99,7 +99,7 @@ def most_connections() -> int:
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     if files != resource.RLIM_INFINITY and files < wanted:
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not name here
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not report here
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             files = wanted
     return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, files * 7 // 8))
@@ -107,14 +107,14 @@ def most_connections() -> int:
 
 def _timed(base: Any) -> type[asyncio.Protocol]:
     most = most_connections()
-    silent: dict[Any, float] = {}  # connections whose head is awaited, and since when; the oldest first
-    idle: dict[Any, None] = {}  # those that have had an answer and send nothing; the longest idle first
+    silent: dict[Any, float] = {}  # connections that wait for a request head, with the time since when; oldest first
+    idle: dict[Any, None] = {}  # connections that were answered and send nothing; longest idle first
 
     class TimedProtocol(_ReadInTime, base):
-        """Closes a connection on which no request has begun and no head has ended within `HEAD_SECONDS`.
+        """Closes a connection whose next request head is not complete within `HEAD_SECONDS`.
 
-        uvicorn's own timer runs between an answer and the next byte; this one runs where that does not. Where
-        connections run short, a new one takes the place of a silent one.
+        uvicorn's own timer runs between an answer and the next byte; this timer runs the rest of the time. When
+        connections run short, a new connection replaces a silent one.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -128,9 +128,9 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
                 self._watch()
 
         def _make_place(self) -> None:
-            """Close every connection that has been silent for `CROWDED_SECONDS`, and at the limit one more.
+            """Close every connection that has been silent for `CROWDED_SECONDS`, and beyond the limit one more.
 
-            That is the one that has been silent for longest, or idle, else the new one.
+            That is the longest silent connection, else the longest idle one, else the new one.
             """
             patience = self.loop.time() - CROWDED_SECONDS
             while (oldest := next(iter(silent), self)) is not self and silent[oldest] < patience:
@@ -161,7 +161,7 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _watch(self) -> None:
-            if self not in self.connections:  # it became a WebSocket, whose protocol has limits of its own
+            if self not in self.connections:  # it became a WebSocket, whose protocol has its own limits
                 silent.pop(self, None)
                 self._unwatch()
                 return
@@ -170,7 +170,7 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
                 silent.pop(self, None)
                 self._unwatch()
                 return
-            silent.setdefault(self, self.loop.time())  # also behind an answer, once the next head has begun
+            silent.setdefault(self, self.loop.time())  # also after an answer, once the next head has begun
             if self._late is None:
                 self._late = self.loop.call_later(HEAD_SECONDS, self._end_wait)
 
@@ -187,14 +187,14 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
 
 
 def _part_writer(cycle: RequestResponseCycle) -> WritePart:
-    """The `WritePart` of one of uvicorn's answers, which frames the parts itself."""
+    """The `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
 
     def write(data: bytes) -> bool:
         if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
             return False
         sending = cycle.send({"type": "http.response.body", "body": data, "more_body": True})
         try:
-            sending.send(None)  # it waits for nothing but a client that does not keep up
+            sending.send(None)  # it suspends only if the client does not keep up
         except StopIteration:
             return True
         raise RuntimeError("a part of an answer was not written at once")
@@ -203,7 +203,7 @@ def _part_writer(cycle: RequestResponseCycle) -> WritePart:
 
 
 class _UnknownLength(int):
-    """The bytes that are still to come of an answer whose end is the connection's; it stands for any number."""
+    """The remaining length of a response that ends with its connection; no part is longer than it."""
 
     def __sub__(self, sent: int) -> _UnknownLength:
         return self
@@ -213,7 +213,7 @@ class _UnknownLength(int):
 
 
 class _UnreadTransport(asyncio.Transport):
-    """The transport of an answer to a client that may still be sending: it ends so that the client can read it."""
+    """The transport of an answer to a client that may still be sending: `close` lets the client read the answer."""
 
     def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
         super().__init__()
@@ -222,9 +222,9 @@ class _UnreadTransport(asyncio.Transport):
 
 
 def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
-    """What RFC 9112 wants a request refused for that llhttp takes (sections 2.3, 3.2 and 6.1).
+    """Why a request must be refused by RFC 9112 (sections 2.3, 3.2 and 6.1), although llhttp accepts it.
 
-    And a body behind an upgrade to a WebSocket or CONNECT, which llhttp would take for the next request.
+    Also refuses a body after an upgrade to a WebSocket or after CONNECT, which llhttp would parse as the next request.
     """
     names, values = [name for name, _ in headers], dict(headers)
     if version not in ("1.1", "1.0"):
@@ -247,19 +247,19 @@ def _limited() -> type[HttpToolsProtocol]:
     class LimitedHttpToolsProtocol(HttpToolsProtocol):
         """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-        Or a body in too many small chunks, or no whole body when its answer begins. Requests that were sent one behind
-        the other are kept apart, where uvicorn knows only the last of them: when the client goes, the one that is
-        being answered is told, and what is no request is not answered in its place.
+        It also does so for a body in too many small chunks, and for a body that is incomplete when its answer begins.
+        uvicorn knows only the last of several pipelined requests; this class knows all of them. When the client leaves,
+        the request that is being answered is notified; no error is sent in place of its answer.
         """
 
-        _piece = b""  # what is being parsed
-        _seen = 0  # bytes of a request that has not ended
-        _body = 0  # those of its body
-        _pieces = 0  # in which they came
-        _ended = False  # a request ended in the current piece
-        _broken = False  # what came last is no request, and what comes after it is not read
-        _fault: str | None = None  # why it is no request
-        _keep_alive = False  # whether the connection lasts once the body of the last request has come
+        _piece = b""  # the data that is being parsed
+        _seen = 0  # bytes of a request that is incomplete
+        _body = 0  # bytes of its body
+        _pieces = 0  # chunks of its body
+        _ended = False  # whether a request ended in the current data
+        _broken = False  # whether the last data was no valid request; later data is ignored
+        _fault: str | None = None  # why it was not valid
+        _keep_alive = False  # whether the connection stays open after the body of the last request
         _unread: _UnreadTransport
         _lingering: asyncio.TimerHandle | None = None
         _answering: RequestResponseCycle | None = None
@@ -285,15 +285,15 @@ def _limited() -> type[HttpToolsProtocol]:
                 self.send_400_response("The request head is too large.")
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value.rstrip(b" \t"))  # llhttp drops blanks before a value alone; RFC 9110, 5.5
+            super().on_header(name, value.rstrip(b" \t"))  # llhttp strips only the blanks before a value; RFC 9110, 5.5
 
         def _leaves_upgrade(self) -> bool:
-            """Whether the request asks for a protocol that the server does not speak (h2c), which it may ignore."""
+            """Whether the request asks to upgrade to a protocol that the server lacks (h2c); it may ignore that."""
             parser = self.parser
             return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
 
         def _unsupported_upgrade_warning(self) -> None:
-            """Read a request again without its `Upgrade`, behind which llhttp leaves body and all else unread."""
+            """Parse a request again without its `Upgrade`, because llhttp parses nothing after a request with one."""
             upgrade = sys.exception()
             if not self._leaves_upgrade() or not isinstance(upgrade, httptools.HttpParserUpgrade):
                 return
@@ -301,7 +301,7 @@ def _limited() -> type[HttpToolsProtocol]:
             head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
             head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
             self._piece = b"\r\n".join([*head, b"", self._piece[upgrade.args[0] :]])
             super().data_received(self._piece)
 
@@ -325,9 +325,9 @@ def _limited() -> type[HttpToolsProtocol]:
             cycle.scope["extensions"] = extensions
             if not self.pipeline:
                 self._answering = cycle
-            # Until its body has come, an answer ends the connection and says so.
+            # While the body is incomplete, an answer closes the connection and has `Connection: close`.
             self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
-            if self.parser.get_http_version() == "1.0":  # which has no chunks (RFC 9112, 6.1): the end of all ends it
+            if self.parser.get_http_version() == "1.0":  # no chunks (RFC 9112, 6.1): the connection's end ends it
                 cycle.chunked_encoding, cycle.expected_content_length = False, _UnknownLength()
                 self._keep_alive = False
             cycle.transport = self._unread
@@ -357,9 +357,9 @@ def _limited() -> type[HttpToolsProtocol]:
             super().shutdown()
 
         def _linger(self, transport: asyncio.Transport) -> None:
-            """End a connection whose client is still sending; what it sends is taken for a while, and not parsed.
+            """End a connection whose client is still sending; its data is read for a while and discarded.
 
-            A socket that is closed with bytes unread is reset, and the answer may be lost.
+            A socket that is closed with unread bytes is reset, and the answer may be lost.
             """
             if transport.is_closing() or self._lingering is not None:
                 return
@@ -374,10 +374,10 @@ def _limited() -> type[HttpToolsProtocol]:
             super().on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
-            """Refuses what came last; the requests before it are answered first, and the connection ends after them."""
+            """Refuse the last request; if requests before it wait for answers, only end the connection after them."""
             self._broken = True
             before = self._unanswered()
-            broken = before.pop() if before and before[-1].more_body else None  # its body broke, not the next head
+            broken = before.pop() if before and before[-1].more_body else None  # its body is broken, not the next head
             if before:
                 before[-1].keep_alive = False
                 if broken is not None:
@@ -402,7 +402,7 @@ def _limited() -> type[HttpToolsProtocol]:
             self.pipeline.clear()
 
         def _unanswered(self) -> list[RequestResponseCycle]:
-            """The requests that have no whole answer yet, in order of arrival."""
+            """The requests whose answers are incomplete, in order of arrival."""
             first = [] if self._answering is None or self._answering.response_complete else [self._answering]
             return first + [cycle for cycle, _ in reversed(self.pipeline)]
 
@@ -410,11 +410,10 @@ def _limited() -> type[HttpToolsProtocol]:
 
 
 class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
-    """Leaves it to the route to end a connection when the server stops, and bounds what a client may send.
+    """Lets the route close a connection when the server stops, and limits what a client may send.
 
-    Bounded are the frames of a message, small frames in a second, the bytes of messages that have not come whole
-    (`Held`), the pieces of big messages in a round of the event loop (`Pieces`), and what the client leaves unread:
-    nothing is read from it meanwhile.
+    Limits apply to the frames of a message, small frames per second, the bytes of incomplete messages (`Held`), and the
+    parts of large messages per iteration of the loop (`Pieces`). Nothing is read from a client that does not read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -422,14 +421,14 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         self._draining = asyncio.Event()
         self._receive_frame = self.conn.recv_frame
         self.conn.recv_frame = self._count  # type: ignore[method-assign]
-        self._fragments = self._partial = 0  # frames of the message that is coming, and their bytes
-        self._frame: Frame | None = None  # the last one of a message that was just received
-        self._frames, self._second = 0, 0.0  # small frames in a second, and when it began
-        self._held, self._owner = 0, NOBODY  # bytes that are counted by `Held`, and as whose
-        self._waits = False  # for its turn to read the next piece of a big message
+        self._fragments = self._partial = 0  # frames of the incomplete message, and their bytes
+        self._frame: Frame | None = None  # the last frame of a message that was just received
+        self._frames, self._second = 0, 0.0  # small frames in the current second, and its beginning
+        self._held, self._owner = 0, NOBODY  # bytes that are counted by `Held`, and their owner
+        self._waits = False  # whether it waits for its turn to read the next part of a large message
 
     def _count(self, frame: Frame) -> None:
-        """Take a frame, unless there are too many."""
+        """Receive a frame, or close the connection if there were too many."""
         control = frame.opcode in CTRL_OPCODES
         if not control:
             self._fragments += 1
@@ -451,7 +450,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
                     self._fragments = self._partial = 0
 
     def _refuse(self, code: int, reason: str) -> None:
-        """End the connection, also in the middle of what is being parsed; `data_received` tells the route."""
+        """Close the connection, even in the middle of parsing; `data_received` notifies the route."""
         self.conn.fail(code, reason)
         self.conn.parser_exc = WebSocketException(reason)
 
@@ -460,8 +459,8 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         if self._frame is not None:
             self._frame.data = b""  # the parser of websockets refers to its last frame until the next one
             self._frame = None
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # after which uvicorn would wait
-            said = b"".join(self.conn.data_to_send())  # nothing, by websockets before 17
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would go on waiting
+            said = b"".join(self.conn.data_to_send())  # empty with websockets before version 17
             self.transport.write(said or b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
             self.transport.close()
         pending = len(self.conn.reader.buffer) + self._partial
@@ -473,7 +472,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
             self._all_held.pieces.add(self._owner.label, self._read_on)
 
     def handle_parser_exception(self) -> None:
-        if self.conn.close_sent is None:  # there is no connection yet that could be closed in words
+        if self.conn.close_sent is None:  # no WebSocket is open yet that could be closed with a reason
             self.transport.abort()
         else:
             super().handle_parser_exception()
@@ -483,7 +482,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         return self.config.app.state.held  # type: ignore[union-attr]
 
     def _hold(self, pending: int) -> None:
-        """Count the bytes of a message that has not come whole."""
+        """Count the bytes of an incomplete message."""
         if not self._held:
             self._owner = caller_of(getattr(self, "scope", {}))
         try:
@@ -495,7 +494,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
             self._hold(0)
 
     def send_receive_event_to_app(self) -> None:
-        """The message, if it is right; what is no text ends the connection, once."""
+        """Queue the message for the route; a text that is not valid UTF-8 closes the connection, once."""
         if self.curr_msg_data_type != "text" or self.close_sent:
             super().send_receive_event_to_app()
             return
@@ -513,7 +512,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
-        if hasattr(self, "scope"):  # the handshake was right; the route has not begun
+        if hasattr(self, "scope"):  # the handshake succeeded; the route has not begun
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})  # type: ignore[assignment]
             extensions[DRAINING] = self._draining
 
@@ -537,7 +536,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         self._resume()
 
     def _resume(self) -> None:
-        """Read on, where nothing stands in the way."""
+        """Resume reading, unless there is another reason to wait."""
         if not (self._waits or self.read_paused or self.transport.is_closing()) and self.writable.is_set():
             self.transport.resume_reading()
 

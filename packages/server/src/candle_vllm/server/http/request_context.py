@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What is known of the HTTP request that a generation belongs to, for those who observe the engine.
+"""The HTTP request that a generation belongs to, for the code that observes the engine.
 
-Step 1 of a request's life leaves it in a context variable, and step 4 finds it there: the layers between, which know
-no HTTP, need not pass it on. Everything is read from the ASGI scope when it is asked for, because keys and routes are
-found after the outermost layers have begun.
+Step 1 of a request's life stores it in a context variable, and step 4 reads it there: the layers between, which know
+no HTTP, need not pass it on. Every property is read from the ASGI scope on access, because key and route are found only
+after the outermost layers have begun.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RequestContext:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What layers and routes have noted of the request; `Request.state` writes there."""
+        """The values that layers and routes store for the request; `Request.state` has the same."""
         return self.scope.setdefault("state", {})
 
     @property
@@ -47,7 +47,7 @@ class RequestContext:
 
     @property
     def key_label(self) -> str:
-        """Which API key, in a form that may be shown; never the key."""
+        """The label of the API key, which may be shown; never the key."""
         return caller_of(self.scope).label or NO_KEY
 
     @property
@@ -57,7 +57,7 @@ class RequestContext:
 
     @property
     def arrived(self) -> float | None:
-        """When the body had been read, `time.monotonic()`; None where the route has not said it."""
+        """When the body had been read, `time.monotonic()`; None if the route has not set it."""
         return self.state.get("arrived")
 
     @property
@@ -67,17 +67,17 @@ class RequestContext:
 
     @property
     def meter(self) -> Meter | None:
-        """Where the request's tokens are taken from; None where its key has no limits."""
+        """The rate-limit meter that the request's tokens are taken from; None if its key has no limits."""
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """True once: a request with several prompts is several to the engine and one to its client."""
+        """True on the first call only: several prompts are several requests to the engine, but one to the client."""
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first
 
     def trace_headers(self) -> Mapping[str, str]:
-        """W3C trace context as the client sent it; nothing where a header is repeated or too long."""
+        """The client's W3C trace context, without headers that are repeated or too long."""
         found: dict[str, list[bytes]] = {}
         for name, value in self.scope.get("headers", ()):
             if name in _TRACE_HEADERS:
@@ -92,9 +92,9 @@ class RequestContext:
 def owned_salt(salt: str) -> str:
     """Return a `cache_salt` that belongs to the API key of the request that is being answered.
 
-    Who sends another key's salt finds none of its blocks. The engine, its process and the blocks that are kept on disk
-    and in Redis know the hash alone. It is the same after a restart, and for every key of a name. Where the server asks
-    for no key, the salt stays as it is.
+    A client that sends the salt of another key does not find that key's blocks. The engine, its process and the blocks
+    on disk and in Redis have only the hash. It is the same after a restart, and for every key of a name. If the server
+    needs no key, the salt is returned unchanged.
     """
     context = current_request.get()
     key = "" if context is None else caller_of(context.scope).key
@@ -102,11 +102,11 @@ def owned_salt(salt: str) -> str:
 
 
 def begin_generation(scope: Scope, *, prompt_only: bool = False) -> None:
-    """Notes that a request's body has been read: its time to the first token counts from here.
+    """Note that a request's body has been read: its time to the first token counts from here.
 
     Args:
-        scope: of the request.
-        prompt_only: the request wants nothing generated, only its prompt scored.
+        scope: ASGI scope of the request.
+        prompt_only: whether the request generates nothing and only scores its prompt.
     """
     state: dict[str, Any] = scope.setdefault("state", {})
     state["arrived"] = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The path and the method of a request as the router takes them, and who it comes from (step 1)."""
+"""The path, the method and the caller of a request, before the router sees it (step 1)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 def route_path(scope: Scope) -> str:
-    """The path, for layers that decide before the router does.
+    """Return the path of a request, for layers that decide before the router does.
 
-    That is behind the prefix, where it is a folder of the path, and without a last newline.
-
-    The router's expressions end with `$`, which matches before such a newline as well.
+    It is the path without the prefix (`root_path`), and without a newline at its end: the expressions of the router end
+    with `$`, which matches before such a newline too.
     """
     path, root = scope["path"], scope.get("root_path", "")
     path = path[len(root) :] if root and path.startswith(root + "/") else path
@@ -24,9 +23,9 @@ def route_path(scope: Scope) -> str:
 
 
 class HeadMiddleware:
-    """HEAD wherever there is GET, for load balancers and uptime checks.
+    """Answers HEAD wherever there is a route for GET, for load balancers and uptime checks.
 
-    The routes are asked for GET; the HTTP protocol below, which knows that it was HEAD, sends no body.
+    The routes see a GET; the HTTP protocol, which knows that it was a HEAD, sends no body.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -40,11 +39,11 @@ class HeadMiddleware:
         try:
             await self._app(asked, receive, send)
         finally:
-            scope["route"] = asked.get("route")  # for the layers that count
+            scope["route"] = asked.get("route")  # for the layers with metrics
 
 
 class PrefixMiddleware:
-    """Takes paths with the prefix of a proxy in front as well as without it; every layer within sees them without."""
+    """Accepts paths with and without the prefix of a reverse proxy; every inner layer sees them without it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
         self._app = app
@@ -60,7 +59,7 @@ class PrefixMiddleware:
 
 
 class UnversionedMiddleware:
-    """Takes OpenAI's routes without `/v1` too, as llama-server does; every layer within sees them with it."""
+    """Accepts OpenAI's routes without `/v1` too, as llama-server does; every inner layer sees them with `/v1`."""
 
     PATHS = frozenset({"/chat/completions", "/embeddings", "/models", "/responses"})
 
@@ -74,7 +73,7 @@ class UnversionedMiddleware:
 
 
 class GreetingMiddleware:
-    """Answers at `/` of one port as Ollama does, where its clients look whether it runs."""
+    """Answers `/` at one port as Ollama does, because its clients check there whether the server runs."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app
@@ -89,11 +88,11 @@ class GreetingMiddleware:
 
 
 class Limits(NamedTuple):
-    """What one key may ask for in a minute; None is as much as it likes.
+    """The limits of one key per minute; None: no limit.
 
     Attributes:
-        requests_per_minute: that ask a model for something.
-        tokens_per_minute: of prompts and answers together.
+        requests_per_minute: requests to a model.
+        tokens_per_minute: tokens of prompts and answers together.
     """
 
     requests_per_minute: int | None = None
@@ -104,13 +103,13 @@ UNLIMITED = Limits()
 
 
 class Caller(NamedTuple):
-    """Who a request comes from; both texts are empty where no key is asked for.
+    """The sender of a request; `label` and `key` are empty if the server needs no key.
 
     Attributes:
-        label: of the API key, which may be shown: its name, or "1" for the first, "m1" for the first of the operators'.
-        key: by whose hash stores know whose something is: the key itself, or what stands for its name.
-        limits: what it may ask for.
-        models: patterns of the names of models and adapters that it may use; None is all.
+        label: its key's name, or "1" for the first key, "m1" for the first management key; it may be shown.
+        key: the key itself, or a value that stands for its name; stores use its hash as the owner.
+        limits: limits per minute.
+        models: patterns of the names of models and adapters that it may use; None: all.
     """
 
     label: str = ""
@@ -119,7 +118,7 @@ class Caller(NamedTuple):
     models: tuple[str, ...] | None = None
 
     def may_use(self, *names: str) -> bool:
-        """Whether it may use what has these names."""
+        """Whether the caller may use a model or an adapter with these names."""
         return self.models is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.models)
 
     def __repr__(self) -> str:
@@ -130,14 +129,14 @@ NOBODY = Caller()
 
 
 acting_for: ContextVar[Caller | None] = ContextVar("acting_for", default=None)
-"""Whom this process asks itself for, in the task that asks; no request from outside can set it."""
+"""The caller for whom this process sends itself a request, set in the sending task; no outside request can set it."""
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Who a request comes from, once it has passed."""
+    """The caller of a request, once its key has been checked."""
     return scope.get("state", {}).get("caller", NOBODY)
 
 
 def is_stranger(scope: Scope) -> bool:
-    """Whether a request to an open route brought no key to a server that has some."""
+    """Whether a request to `/ready` had no valid key, on a server that has keys."""
     return scope.get("state", {}).get("stranger", False)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Server-sent events: an adapter's chunks -> bytes on the connection.
 
-Step 10 of a request's life. Pure ASGI: chunks that are ready in the same tick leave in one write, silence is
-broken by a keep-alive, a failure in mid-stream is an event of its own, and a disconnect closes the chunks, which
-aborts the request in the engine. A client that does not keep up, one that leaves, a deadline and the server's end are
-handled here, for every API.
+Step 10 of a request's life. Pure ASGI: chunks that are ready in the same iteration of the event loop are sent in one
+write, a silence is filled with keep-alives, a failure in mid-stream is sent as an event, and a disconnect closes the
+chunks, which aborts the request in the engine. Slow clients, clients that leave, deadlines and the server's shutdown
+are handled here, for every API.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from candle_vllm.server.http.body import disconnected
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE_SECONDS = 15.0
-MAX_BUFFERED = 1 << 20  # bytes waiting for a slow client before its chunks are no longer taken
+MAX_BUFFERED = 1 << 20  # bytes that wait for a slow client before no more chunks are read
 
 _HEADERS = {
     "cache-control": "no-cache",
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 def data_event(data: bytes | msgspec.Struct) -> bytes:
-    """One event without a name; bytes have no line ends."""
+    """One event without a name; `data` has no line breaks if it is bytes."""
     return b"data: " + (data if isinstance(data, bytes) else to_json_bytes(data)) + b"\n\n"
 
 
 def named_event(name: str, data: bytes) -> bytes:
-    """One event with a name; `data` has no line ends."""
+    """One event with a name; `data` has no line breaks."""
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
@@ -52,30 +52,29 @@ WRITE_PART = "candle_vllm.write_part"
 """The ASGI extension under which the HTTP protocol of this server offers a `WritePart`."""
 
 WritePart = Callable[[bytes], bool]
-"""Writes a part of an answer's body at once, neither empty nor the last; False where the client must be waited for.
+"""Writes a part of a response body at once, neither empty nor the last; False if the client does not keep up.
 
-The layers around a route see the beginning and the end of an answer, which go the ASGI way, and no part between:
-passing a part through them takes longer than the token's own way.
+The layers around a route see only the beginning and the end of a response, which are sent as ASGI messages: passing
+a part through the layers would take longer than all other work between the engine and the connection.
 """
 
 
 class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver`).
 
-    Chunks that are pushed are written in the tick in which they come. While the client does not keep up they wait, and
-    behind `MAX_BUFFERED` bytes the sink of the request keeps what comes, up to `MAX_UNREAD` pieces.
+    Pushed chunks are written in the loop iteration in which they arrive. If the client does not keep up, they wait;
+    beyond `MAX_BUFFERED` bytes, the sink of the request holds further output, up to `MAX_UNREAD` pieces.
 
     Args:
-        chunks: a `PushStream` or an iterator; its `aclose` is called however the stream ends, and where it has one, its
-            `delivered` before that, once the client was handed everything.
-        encode: a chunk as the bytes of an event.
-        error: an exception of `chunks` as the bytes of an event; the stream ends after it.
-        done: the last event of a stream that ends well.
+        chunks: a `PushStream` or an iterator. Its `aclose` is called however the stream ends; before that its
+            `delivered`, if it has one, once everything was sent to the client.
+        encode: encodes a chunk as an event.
+        error: encodes an exception of `chunks` as an event; the stream ends after it.
+        done: the last event of a stream that does not fail.
         deadline: `time.monotonic()` at which the stream ends with `too_late`.
-        released: called once nothing more is taken from `chunks`.
-        silence: makes what breaks a silence. Without it a comment does, which proxies count and clients do not: an API
-            that has an event for it sends that.
-        keep_alive: seconds of silence before that is sent.
+        released: called once nothing more is read from `chunks`.
+        silence: makes the event that is sent during a silence; the default is a comment, which clients ignore.
+        keep_alive: seconds of silence before it is sent.
     """
 
     media_type = "text/event-stream"
@@ -111,7 +110,7 @@ class EventStream(Response):
         self._idle: asyncio.Future[None] | None = None  # what `_write` waits for: something to write, or the end
         self._idle_since = 0.0  # by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
-        self._drained = asyncio.Event()  # an iterator may go on
+        self._drained = asyncio.Event()  # set when an iterator may be read further
         self._ended = False
         self._complete = False  # the last message has been sent
         self._delivered: Callable[[], object] | None = getattr(chunks, "delivered", None)
@@ -139,7 +138,7 @@ class EventStream(Response):
             await asyncio.shield(self._close(tasks))
 
     def put(self, items: Sequence[Any]) -> None:
-        """Write chunks: at once where nothing waits before them and the client keeps up."""
+        """Write chunks: at once if nothing waits before them and the client keeps up."""
         try:
             data = self._encode(items[0]) if len(items) == 1 else b"".join(map(self._encode, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
@@ -178,7 +177,7 @@ class EventStream(Response):
             self._drained.set()
             if isinstance(self._chunks, PushStream):
                 self._chunks.hold(False)
-            # Where it matters whether the client has it all, an empty last message waits until a slow one has taken it.
+            # If `delivered` is to be called, an empty last message is sent on its own, which waits for a slow client.
             last = ended and not (data and self._delivered)
             if last or self._write_part is None or not self._write_part(data):
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
@@ -195,7 +194,7 @@ class EventStream(Response):
             self._wake()
 
     def _watch_time(self) -> None:
-        """Breaks a silence and ends what is too late: one timer for the stream, not one for every event."""
+        """Fill a silence, and end a stream that is too late: one timer for the stream, not one for every event."""
         if self._ended:
             return
         loop = self._loop
@@ -211,7 +210,7 @@ class EventStream(Response):
         self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
 
     async def _last_words(self, send: Send, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Tells the client of a stream that is cut off by the server's end."""
+        """Send the error of a stream that the server's shutdown cancels."""
         self._end()
         await _stop(tasks)
         if self._complete:
@@ -247,7 +246,7 @@ class EventStream(Response):
             idle.set_result(None)
 
     async def _close(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """Stops all tasks, then closes the chunks: also when they were never asked for the first one."""
+        """Stop all tasks, then close the chunks, even if the first chunk was never read."""
         self._end()
         if self._timer is not None:
             self._timer.cancel()
@@ -260,7 +259,7 @@ class EventStream(Response):
 
 
 class LineStream(EventStream):
-    """The same as lines of JSON. Silence is broken by a space, which readers of the next line skip."""
+    """An `EventStream` of JSON lines. During a silence a space is sent, which readers of the next line skip."""
 
     media_type = "application/x-ndjson"
     filler = b" "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTPS: certificate and key as a context of TLS, checked before a model is loaded, and read again when they change.
+"""HTTPS: load certificate and key into a TLS context before a model is loaded, and again when the files change.
 
 Below step 1 of a request's life.
 """
@@ -52,11 +52,11 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def load_chain(context: ssl.SSLContext, settings: Settings) -> None:
-    """Reads certificate and key; what was read before stays where that fails (UsageError)."""
+    """Load certificate and key; if that fails (UsageError), the previous ones stay in use."""
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     assert certificate is not None
     try:
-        # A key with a password is refused; without an answer here OpenSSL would ask for it at the terminal.
+        # A key with a password is refused; without this function, OpenSSL would ask for it at the terminal.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ssl.SSLError) as error:
         for path in (certificate, key):
@@ -71,12 +71,12 @@ def _reason(error: OSError) -> str:
         return error.strerror or "it cannot be read"
     if error.reason == "KEY_VALUES_MISMATCH":
         return "the key belongs to another certificate"
-    # OpenSSL tells these apart in no way that stays the same from version to version.
+    # How OpenSSL reports these three cases differs from version to version.
     return "it is not PEM, there is no private key in it (ssl_keyfile names its file), or the key has a password"
 
 
 async def refresh(context: ssl.SSLContext, settings: Settings) -> None:
-    """Reads certificate and key again when one of the files was replaced, for connections that come later."""
+    """Load certificate and key again when one of the files was replaced; later connections use them."""
     paths = [path for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None]
     known = _states(paths)
     while True:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Pushes in the background: what is due is claimed from the store, tried, and tried again later where it failed.
+"""Push answers in the background: claim the pushes that are due from the store, try each, and retry it if it failed.
 
-The queue is the store itself, so it is bounded like the store and survives a restart; of the pushes that are under
-way, one key has at most half, so that a slow receiver holds up its own key alone.
+The queue is the store itself, so it is bounded like the store and survives a restart. One key has at most half of the
+running pushes, so that a slow receiver delays only its own key.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 from candle_vllm.server.mailbox.webhook import Attempt, Message, Outcome, Sender
 
 LEASE_MARGIN_SECONDS = 30.0
-POLL_SECONDS = 15.0  # between looks at a store in which other servers may leave pushes
-FAILURE_SECONDS = 15.0  # after a failure that nobody foresaw, before the next look
-CLOSE_SECONDS = 5.0  # for pushes that are under way at the end
+POLL_SECONDS = 15.0  # between two checks of the store, where other servers may leave pushes
+FAILURE_SECONDS = 15.0  # after an unexpected failure, before the next check
+CLOSE_SECONDS = 5.0  # for pushes that are running at the end
 _MAX_WAIT_MS = 3_600_000
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ class Deliverer:
     """Pushes what is due until it is closed.
 
     Args:
-        store: where pushes are.
+        store: the store of the pushes.
         sender: sends them.
-        options: the operator's.
-        pushed: told of every push that ended: True where it was delivered, False where it was given up.
+        options: the operator's options.
+        pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class Deliverer:
         self._pump: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins; what an earlier server left is found at once."""
+        """Begin; pushes that an earlier server left are found at once."""
         self._pump = asyncio.create_task(self._work())
 
     def wake(self) -> None:
-        """Something is due now."""
+        """Note that a push is due now."""
         self._due.set()
 
     async def close(self) -> None:
-        """Gives what is under way a little time; what is cut off is due again when the next server starts."""
+        """Give running pushes a little time; a push that is cancelled is due again when the next server starts."""
         if self._pump is not None:
             self._pump.cancel()
             await asyncio.gather(self._pump, return_exceptions=True)
@@ -116,7 +116,7 @@ class Deliverer:
             logger.error("a push failed unexpectedly", exc_info=task.exception())
 
     async def _push(self, push: StoredAnswer) -> None:
-        """One attempt and what follows from it; cut off or without a store, the lease brings the push back."""
+        """Make one attempt and handle its outcome; if it is cancelled or the store fails, the push is due again."""
         try:
             attempt = await self._try(push)
         except asyncio.CancelledError:
@@ -144,7 +144,7 @@ class Deliverer:
         await self._store.settle(push)
 
     def _target(self, url: str | None) -> Target:
-        """Where a push goes: to a client's URL, checked again, or to the operator's webhook; ForbiddenTarget."""
+        """The target of a push: a client's URL, checked again, or the operator's webhook; raises ForbiddenTarget."""
         if url is not None:
             return allowed_target(url, self._options.webhook_allowed_hosts, self._options.webhook_allow_private)
         if self._options.webhook.url is None:
@@ -153,6 +153,6 @@ class Deliverer:
 
 
 def wait_ms(delay_ms: int, retry: int) -> int:
-    """How long to wait before retry 1, 2, ...: doubled with each, a quarter less or more, so that they spread."""
+    """How long to wait before retry 1, 2, ...: doubled each time, plus or minus a quarter, so that retries spread."""
     spread = random.uniform(0.75, 1.25)  # noqa: S311
     return int(min(delay_ms * 2 ** (retry - 1), _MAX_WAIT_MS) * spread)

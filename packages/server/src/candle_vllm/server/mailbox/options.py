@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The operator's side of the mailbox: where it is kept, how much, and where its webhooks may go.
+"""The operator's options of the mailbox: its store, its limits, and the targets of its webhooks.
 
 Read before step 1 of a request's life. `webhook_options` reads the `webhook` section of a settings file.
 """
@@ -29,16 +29,16 @@ MAX_HEADERS = 16
 
 @dataclass(frozen=True)
 class WebhookOptions:
-    """The operator's webhook, and how often any webhook is tried.
+    """The operator's webhook, and the retries of all webhooks.
 
     Attributes:
-        url: where finished answers go; None for no webhook of the operator.
-        on_disconnect: push the answer of a client that has gone, where its request asked to be kept.
-        on_complete: push every answer whose request asked to be kept.
+        url: URL that finished answers are pushed to; None: the operator has no webhook.
+        on_disconnect: push the answer of a client that disconnected, if its request asked for the mailbox.
+        on_complete: push every answer whose request asked for the mailbox.
         retry_count: further attempts after the first.
-        retry_delay_ms: wait before the first of them; it doubles with each.
-        timeout_secs: for one whole attempt.
-        auth: what the operator's pushes carry.
+        retry_delay_ms: wait before the first retry; it doubles with each.
+        timeout_secs: time limit of one whole attempt.
+        auth: authentication of the operator's pushes.
         headers: further headers of the operator's pushes.
         signing_secret: signs the operator's pushes in addition to `auth`.
     """
@@ -71,27 +71,26 @@ class WebhookOptions:
             checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
 
     def own_headers(self, timestamp: str, body: bytes) -> dict[str, str]:
-        """What the operator's pushes carry beside the standard headers: theirs, their key and signature."""
+        """Headers of the operator's pushes besides the standard ones: configured ones, authentication, signature."""
         signed = WebhookAuth("hmac", self.signing_secret).headers(timestamp, body) if self.signing_secret else {}
         return {**self.headers, **self.auth.headers(timestamp, body), **signed}
 
 
 @dataclass(frozen=True)
 class MailboxOptions:
-    """The whole mailbox.
+    """Options of the whole mailbox.
 
     Attributes:
         url: `sqlite:///path` or `postgresql://user:password@host/database`.
-        retention_secs: how long a finished answer is kept.
-        max_record_bytes: of one answer's JSON; a larger one is kept as an error that says so.
-        max_records_per_key: of one API key; its oldest makes room.
-        max_records: of all keys; the oldest of the key that has most makes room.
-        webhook: the operator's webhook and the retries of all.
-        webhook_allowed_hosts: where webhooks of clients may go: `name`, `*.name`, either with `:port`; without a
-            port, 80 and 443. Empty: clients may name none.
-        webhook_allow_private: hosts that are listed by their full name may have private or loopback addresses.
+        retention_secs: how long a finished answer is stored.
+        max_record_bytes: maximum size of one answer's JSON; a larger answer is stored as an error that says so.
+        max_records_per_key: maximum number of answers of one API key; beyond it, its oldest is deleted.
+        max_records: maximum number of all answers; beyond it, the oldest of the key that has most is deleted.
+        webhook: the operator's webhook and the retries of all webhooks.
+        webhook_allowed_hosts: hosts of clients' webhooks: `name` or `*.name`, with `:port` unless 80 or 443.
+        webhook_allow_private: whether hosts listed by their full name may have private or loopback addresses.
         webhook_allowed_headers: headers that clients may add to a push, in lower case.
-        max_deliveries: pushes at the same time.
+        max_deliveries: maximum number of pushes at the same time.
     """
 
     url: str = field(repr=False)
@@ -133,12 +132,12 @@ _FIELDS: Mapping[str, Kind] = {**_NUMBERS, "url": Text(2048), "on_disconnect": B
 
 
 def webhook_options(section: Mapping[str, Any], variables: Mapping[str, str]) -> WebhookOptions:
-    """The `webhook` section of a settings file.
+    """Read the `webhook` section of a settings file.
 
     Args:
         section: `{url, on_disconnect, on_complete, retry_count, retry_delay_ms, timeout_secs, auth, headers,
             signing_secret}`, all optional.
-        variables: what `${NAME}` in a secret may stand for: the environment.
+        variables: the environment, for `${NAME}` in a secret.
 
     Raises:
         UsageError: an unknown key, a wrong value, a variable that is not set.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a request's headers ask of the mailbox: `X-Mailbox-Mode` and `X-Webhook-*`, candle-vllm's names.
+"""Read the headers by which a request asks for the mailbox: `X-Mailbox-Mode` and `X-Webhook-*`, candle-vllm's names.
 
 Read at step 1 of a request's life, so that a wrong header is refused before anything is generated.
 """
@@ -24,25 +24,25 @@ Headers = Iterable[tuple[bytes, bytes]]  # as in an ASGI scope
 
 
 class Mode(StrEnum):
-    """When an answer is kept or pushed."""
+    """When an answer is stored or pushed."""
 
     ON_DISCONNECT = "on_disconnect"
     ALWAYS = "always"
     NEVER = "never"
 
     def applies(self, disconnected: bool) -> bool:
-        """Whether it happens to an answer whose client has gone, or has not."""
+        """Whether an answer is stored or pushed in this mode, given whether its client has disconnected."""
         return self is Mode.ALWAYS or (self is Mode.ON_DISCONNECT and disconnected)
 
 
 @dataclass(frozen=True)
 class DeliveryPolicy:
-    """What becomes of one request's answer; at least one mode is not `never`.
+    """What happens to one request's answer; at least one mode is not `never`.
 
     Attributes:
-        mailbox: when it is kept for its client.
+        mailbox: when it is stored for its client.
         webhook: when it is pushed.
-        url: where to; None for the operator's webhook.
+        url: URL that it is pushed to; None: the operator's webhook.
         bearer: token for `url`, or None.
     """
 
@@ -53,10 +53,10 @@ class DeliveryPolicy:
 
 
 def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | None:
-    """What the request asks for, or None for a request that asks for nothing.
+    """Return what the request asks for; None for a request that asks for nothing.
 
     Raises:
-        MailboxError: 400 that names the header.
+        MailboxError: 400; the message names the header.
     """
     given = _given(headers)
     mailbox = _mode(given, MAILBOX_MODE)
@@ -79,7 +79,7 @@ def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | N
 
 
 def refuse_headers(headers: Headers, reason: str | None = None) -> None:
-    """Where nothing is kept: raises a 400 when a request asks for it; without a `reason`, the mailbox is off."""
+    """Raise a 400 if a request asks for the mailbox, for the `reason` given, or because the mailbox is off."""
     for name in _given(headers):
         if reason is not None:
             raise invalid(name, reason)
@@ -89,7 +89,7 @@ def refuse_headers(headers: Headers, reason: str | None = None) -> None:
 
 
 def client_target(param: str, url: str, options: MailboxOptions) -> Target:
-    """A client's URL, checked; raises a 400 that names `param`."""
+    """Check and parse a client's URL; raises a 400 that names `param`."""
     if not options.webhook_allowed_hosts:
         raise invalid(param, "is not allowed: this server's operator has allowed no hosts for webhooks of clients")
     try:
@@ -99,7 +99,7 @@ def client_target(param: str, url: str, options: MailboxOptions) -> Target:
 
 
 def check_bearer(param: str, bearer: str) -> None:
-    """Raises a 400 that names `param` unless `bearer` can stand in a header; it is not repeated."""
+    """Raise a 400 that names `param` unless `bearer` can be sent in a header; the message does not repeat it."""
     if len(bearer) > MAX_BEARER or not HEADER_VALUE.fullmatch(bearer) or " " in bearer:
         raise invalid(param, f"must be 1 to {MAX_BEARER} printable ASCII characters without blanks")
 

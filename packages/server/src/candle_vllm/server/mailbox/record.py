@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the mailbox tells: the record of an answer in its forms on the wire, and refusals.
+"""Wire types of the mailbox: the record of an answer, and errors.
 
 A record is made at step 10 of a request's life, when the answer is complete or has failed.
 """
@@ -19,7 +19,7 @@ from candle_vllm.server.http.errors import HttpError
 
 
 class Status(StrEnum):
-    """How far the answer is."""
+    """The state of an answer."""
 
     COMPLETED = "completed"
     STREAMING = "streaming"  # still being generated
@@ -33,9 +33,9 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: the id of the answer, `chatcmpl-...`.
-        model: name under which the model was asked.
+        model: name of the model in the request.
         created: seconds since 1970 when the record was made.
-        status: how far it is.
+        status: state of the answer.
         response: the whole OpenAI answer, or the error envelope; absent while it streams and in lists.
     """
 
@@ -55,30 +55,30 @@ class RecordList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MailboxError(HttpError):
-    """A refusal of the mailbox; `param` is a header, a query parameter or a field."""
+    """An error of the mailbox; `param` is a header, a query parameter or a field."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(status, message, code, {"retry-after": "1"} if status == 503 else None, param=param)
 
 
 def invalid(param: str, text: str) -> MailboxError:
-    """400: a header or field has a value that it cannot have; `text` follows its name."""
+    """400: a header or field has an invalid value; `text` follows its name in the message."""
     return MailboxError(400, f"{param} {text}", "invalid_value", param)
 
 
 def not_found(request_id: str) -> MailboxError:
-    """404: no such record of this key, whether or not another key has one."""
+    """404: this key has no such record, whether or not another key has one."""
     return MailboxError(
         404, f"The mailbox has no record {request_id!r:.80} of this API key.", "not_found", "request_id"
     )
 
 
 def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Status, bytes]:
-    """The status and the JSON of an answer, or of the failure that stands for it.
+    """Return the status and the JSON of an answer, or of the failure of its request.
 
     Args:
-        answer: OpenAI's answer object, its JSON, or what ended the request.
-        most: bytes; an answer beyond it is kept as an error that says so, because half an answer is of no use.
+        answer: OpenAI's answer object, its JSON, or the exception that ended the request.
+        most: maximum bytes; a longer answer is stored as an error that says so, because half an answer is of no use.
     """
     if isinstance(answer, Exception):
         error = to_error(answer)

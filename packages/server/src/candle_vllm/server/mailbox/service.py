@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Mailbox: what the server's routes use of all this.
+"""Mailbox: the interface of the mailbox to the server's routes.
 
-At step 1 of a request's life `policy` reads what it asks for; at step 10 `keep` takes its answer, also after its
-client has gone. In between, `begin` lets a client that looks too early see that the answer is on its way.
+At step 1 of a request's life, `policy` reads what the request asks for; at step 10, `keep` stores its answer, even if
+its client has disconnected. In between, `begin` shows clients that the answer is still being generated.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Mailbox:
     """Answers that outlive their clients; started, used and closed in one event loop.
 
     Attributes:
-        options: the operator's.
-        store: where records are.
-        pushed: told of every webhook that ended: True where it was delivered, False where it was given up.
+        options: the operator's options.
+        store: the store of the records.
+        pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
@@ -53,17 +53,17 @@ class Mailbox:
         self.store = MailboxStore(options, clock)
         self._sender = Sender(options.webhook, clock)
         self._deliverer = Deliverer(self.store, self._sender, options, lambda delivered: self.pushed(delivered))
-        self._pushing: Counter[str] = Counter()  # at the wish of clients, by owner
+        self._pushing: Counter[str] = Counter()  # running pushes that clients asked for, by owner
         self._purging: Upkeep | None = None
 
     async def start(self) -> None:
-        """Opens the store and begins with what an earlier server left; ConfigError when it cannot be opened."""
+        """Open the store and begin with the pushes of an earlier server; ConfigError if the store cannot be opened."""
         await self.store.open()
         self._deliverer.start()
         self._purging = Upkeep(PURGE_SECONDS, self.store.purge, "the mailbox could not be purged", at_once=True)
 
     async def close(self) -> None:
-        """Stops pushing within seconds and closes the store; open pushes stay in it."""
+        """Stop pushing within seconds and close the store; pending pushes stay in it."""
         if self._purging is not None:
             await self._purging.close()
         await self._deliverer.close()
@@ -71,25 +71,25 @@ class Mailbox:
         await self.store.close()
 
     def policy(self, headers: Headers) -> DeliveryPolicy | None:
-        """What a request's headers ask for; None for a plain request, which ends with its client.
+        """Return what a request's headers ask for; None for a plain request, which ends with its client.
 
         Args:
-            headers: of the ASGI scope.
+            headers: headers of the ASGI scope.
 
         Raises:
-            HttpError: 400 that names the wrong header.
+            HttpError: 400; the message names the wrong header.
         """
         return read_policy(headers, self.options)
 
     def owner(self, key: str) -> str:
-        """The owner of what a request with this API key makes; empty without keys: then all share one."""
+        """The owner of the answers to an API key; empty without keys, when all requests have the same owner."""
         return self.store.owner(key)
 
     async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
-        """Shows an answer as `streaming`, when its client has gone or it is kept always.
+        """Show an answer as `streaming`, when its client has disconnected or it is always stored.
 
         Args:
-            limit_secs: the time that the request may take; when the server dies, the record becomes an error after it.
+            limit_secs: time limit of the request; if the server dies, the record becomes an error after it.
         """
         if policy.mailbox is Mode.NEVER:
             return
@@ -105,14 +105,14 @@ class Mailbox:
         answer: msgspec.Struct | bytes | Exception,
         disconnected: bool,
     ) -> bool:
-        """Keeps or pushes an answer as its request asked; whether it did either.
+        """Store or push an answer as its request asked; return whether it did either.
 
-        A store that fails is logged and loses the answer: the request itself must not fail for it.
+        If the store fails, that is logged and the answer is lost: the request itself must not fail because of it.
 
         Args:
-            owner: of `owner(key)`.
-            answer: OpenAI's answer object (also for a stream, of all its chunks), its JSON, or the failure.
-            disconnected: whether its client has gone.
+            owner: result of `owner(key)`.
+            answer: OpenAI's answer object (for a stream, made from all its chunks), its JSON, or the exception.
+            disconnected: whether its client has disconnected.
         """
         listed, push = policy.mailbox.applies(disconnected), policy.webhook.applies(disconnected)
         if not listed and not push:
@@ -134,16 +134,15 @@ class Mailbox:
     async def push(
         self, owner: str, request_id: str, url: str | None, bearer: str | None, headers: Mapping[str, str]
     ) -> None:
-        """Pushes a record once, now, at its owner's wish.
+        """Push a record once, now, because its owner asks for it.
 
         Args:
-            url: a client's; None for the operator's webhook.
+            url: URL of a client; None: the operator's webhook.
             bearer: token for `url`.
-            headers: further headers, of those that the operator allows.
+            headers: further headers; the operator must allow their names.
 
         Raises:
-            MailboxError: 404 without such a record, 400 for a wrong value, 502 when it did not arrive, 503 when too
-                many are under way.
+            MailboxError: 404 no such record, 400 wrong value, 502 not delivered, 503 too many running pushes.
         """
         push_target = self._push_target(url, bearer, headers)
         push = await self.store.get(owner, request_id)
@@ -162,7 +161,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def _place(self, owner: str) -> Iterator[None]:
-        """One of the places for pushes; one key has at most half of them."""
+        """Occupy one of the slots for pushes; one key has at most half of them."""
         most = self.options.max_deliveries
         if self._pushing.total() >= most or self._pushing[owner] >= max(1, most // 2):
             raise MailboxError(503, "Too many pushes are under way: try again later.", "overloaded")
@@ -171,7 +170,7 @@ class Mailbox:
             yield
         finally:
             self._pushing[owner] -= 1
-            self._pushing += Counter()  # forgets owners without any
+            self._pushing += Counter()  # removes owners without pushes
 
     def _push_target(self, url: str | None, bearer: str | None, headers: Mapping[str, str]) -> Target:
         for name, value in headers.items():

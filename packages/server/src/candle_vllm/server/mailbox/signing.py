@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How a push shows whose it is: the operator's token, key or signature, as they are read, checked and sent.
+"""Authentication of pushes: read, check and send the operator's token, key or signature.
 
-`${NAME}` in a secret of the settings file stands for a variable of the environment, and nowhere else.
+`${NAME}` stands for an environment variable in the secrets of the settings file, and nowhere else.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class WebhookAuth:
-    """How the operator's webhook knows that a push is ours.
+    """How the operator's webhook recognises a push of this server.
 
     Attributes:
         type: none, bearer (`Authorization: Bearer`), api_key (a header of its own) or hmac (a signature).
         secret: the token, the key, or the secret of the signature.
-        header: the header of the key or of the signature; empty chooses X-API-Key or X-Signature-256 (-512).
-        algorithm: of the signature.
+        header: the header of the key or of the signature; empty: X-API-Key or X-Signature-256 (-512).
+        algorithm: hash algorithm of the signature.
         signs: what is signed: timestamp, dot and body, or the body alone, as candle-vllm signs it.
     """
 
@@ -60,7 +60,7 @@ class WebhookAuth:
         return self.header or ("X-API-Key" if self.type == "api_key" else _SIGNATURE_HEADERS[self.algorithm])
 
     def headers(self, timestamp: str, body: bytes) -> dict[str, str]:
-        """What a push of `body` at `timestamp` carries; empty without authentication."""
+        """The authentication headers of a push of `body` at `timestamp`; empty without authentication."""
         if self.type == "none":
             return {}
         if self.type == "bearer":
@@ -71,14 +71,14 @@ class WebhookAuth:
 def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
     """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed.
 
-    Of the body alone where `auth.signs` says so.
+    If `auth.signs` is "body", it is the HMAC of the body alone.
     """
     signed = body if auth.signs == "body" else timestamp.encode("ascii") + b"." + body
     return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
 
 
 def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
-    """The `auth` section of a webhook.
+    """Read the `auth` section of a webhook.
 
     Raises:
         UsageError: an unknown key, a wrong value, a variable that is not set.
@@ -104,10 +104,10 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
 
 
 def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
-    """A secret of the `webhook` section, its variables filled in.
+    """Read a secret of the `webhook` section and replace its variables.
 
     Raises:
-        UsageError: no text, an empty or too long one, a variable that is not set.
+        UsageError: the secret is no text, is empty or too long, or has a variable that is not set.
     """
     if not isinstance(value, str):
         raise UsageError(f"webhook {name} must be a text")
@@ -119,7 +119,7 @@ def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
 
 
 def checked(name: str, check: Callable[[], Value]) -> Value:
-    """What `check` says, its refusal beginning with the setting's name.
+    """Return the result of `check`; its error message gets the setting's name as a prefix.
 
     Raises:
         UsageError: the value is wrong.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""MailboxStore: answers by the hash of their key and their id, with their open pushes.
+"""MailboxStore: answers by the hash of their API key and their id, with their pending pushes.
 
-An answer that its client may fetch is an entry of the kind `answer`, one that is there for its push alone a `push`.
-The lease of one that streams is its request's deadline; the lease of another says when it is pushed next.
+An answer that its client may fetch is an entry of the kind `answer`; an answer that is stored only to be pushed is a
+`push`. The lease of a streaming answer is its request's deadline; other leases are the time of the next push.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _LOST = failure_body("The server was stopped before the answer was complete.", "
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """An answer with what its push needs.
+    """An answer with the data of its push.
 
     Attributes:
         owner: hash of the API key.
-        request_id: what it is called.
-        model: whose it is.
-        status: how far it is.
+        request_id: id of the answer.
+        model: name of the model.
+        status: state of the answer.
         response: JSON; None while it streams.
-        expires: when it is purged; of a streaming one, when it is given up (ms since 1970).
-        listed: its client may fetch it; otherwise it is there for its push alone.
-        push: it is to be pushed as soon as possible.
-        url: where to; None for the operator's webhook.
+        expires: when it is deleted, or for a streaming answer when it is given up (ms since 1970).
+        listed: whether its client may fetch it; otherwise it is stored only to be pushed.
+        push: whether it is to be pushed as soon as possible.
+        url: URL that it is pushed to; None: the operator's webhook.
         bearer: token for `url`, or None.
-        attempts: to push it, that failed before.
-        delivery_id: stays the same however often it is tried.
+        attempts: number of failed attempts to push it.
+        delivery_id: id of the push, the same for every attempt.
         created: ms since 1970; set by the store.
     """
 
@@ -61,24 +61,24 @@ class StoredAnswer:
 
     @property
     def record(self) -> Record:
-        """What clients and webhooks see of it."""
+        """The record that clients and webhooks see."""
         fields = {} if self.response is None else {"response": msgspec.Raw(self.response)}
         seconds = self.created // 1000
         return Record(request_id=self.request_id, model=self.model, created=seconds, status=self.status, **fields)
 
     @property
     def held(self) -> Held:
-        """By which its push is known."""
+        """The entry in the store, with the id of the push as its holder."""
         return Held(self.owner, self.request_id, self.delivery_id)
 
     def about(self, attempts: int = 0, *, pushed: bool = False) -> dict[str, object]:
-        """What the store says of it in short; once it has been pushed, nothing of where to."""
+        """The metadata of its entry; once it has been pushed, without the URL and the token."""
         where = {} if pushed else {"url": self.url, "bearer": self.bearer}
         return {"model": self.model, "attempts": attempts, **where}
 
 
 class MailboxStore:
-    """Answers; a call that is not answered in time raises StoreUnavailableError."""
+    """The stored answers; a call that is not answered in time raises StoreUnavailableError."""
 
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         place = Place(options.url, "mailbox", "mailbox", SETTING)
@@ -92,7 +92,7 @@ class MailboxStore:
         return self.backend.now
 
     async def put(self, answer: StoredAnswer) -> int:
-        """Keeps an answer in place of an older one with its owner and id; how many others had to make room."""
+        """Store an answer, replacing one with the same owner and id; return how many others were deleted for it."""
         lease = answer.expires if answer.status is Status.STREAMING else self.now if answer.push else None
         return await self.backend.put(
             Entry(
@@ -103,25 +103,25 @@ class MailboxStore:
         )  # fmt: skip
 
     async def get(self, owner: str, request_id: str) -> StoredAnswer | None:
-        """A listed answer."""
+        """Return a listed answer."""
         found = await self.backend.get(ANSWER, owner, request_id)
         return None if found is None else _answer(found)
 
     async def page(self, owner: str, limit: int, after: str | None) -> list[Record] | None:
-        """At most `limit` listed records, newest first, from the one before `after`; None when `after` is unknown."""
+        """Return at most `limit` listed records, newest first, following the id `after`; None if `after` is unknown."""
         found = await self.backend.page(ANSWER, owner, limit, after)
         return None if found is None else [_answer(entry).record for entry in found]
 
     async def remove(self, owner: str, request_id: str) -> bool:
-        """Deletes a listed answer and its open push; whether there was one."""
+        """Delete a listed answer and its pending push; return whether there was one."""
         return await self.backend.delete(ANSWER, owner, request_id)
 
     async def drop(self, owner: str, request_id: str) -> None:
-        """Deletes an answer that was begun and will not be completed."""
+        """Delete an answer that was begun and will not be completed."""
         await self.backend.delete(ANSWER, owner, request_id, status=Status.STREAMING)
 
     async def purge(self) -> int:
-        """Deletes what has expired, and gives up answers that stream beyond their time; how many were deleted."""
+        """Delete expired answers, and turn answers that stream too long into errors; return how many were deleted."""
         for lost in await self.backend.lapsed():
             name, expires = (lost.kind, lost.owner, lost.id), self.now + self._retention
             status = Status.INTERNAL_ERROR
@@ -129,23 +129,23 @@ class MailboxStore:
         return await self.backend.expire()
 
     async def claim(self, lease_ms: int, busy_owners: Collection[str]) -> StoredAnswer | None:
-        """The push that is due longest, of an owner not among `busy_owners`; it is due again after the lease."""
+        """Claim the push that has been due longest, except for `busy_owners`; it is due again after the lease."""
         found = await self.backend.claim_due(self.now + lease_ms, busy_owners)
         return None if found is None else _answer(found)
 
     async def next_push(self, busy_owners: Collection[str]) -> int | None:
-        """When `claim` will find the next push, or None."""
+        """The time of the next push that `claim` will find, or None."""
         return await self.backend.next_due(busy_owners)
 
     async def settle(self, push: StoredAnswer) -> None:
-        """The push has been delivered or given up: what was kept for it alone goes."""
+        """Note that a push was delivered or given up; an answer that was stored only for it is deleted."""
         if push.listed:
             await self.backend.move([push.held], None, msgspec.json.encode(push.about(pushed=True)))
         else:
             await self.backend.delete(PUSH, push.owner, push.request_id, holder=push.delivery_id)
 
     async def postpone(self, push: StoredAnswer, attempts: int, wait_ms: int) -> None:
-        """The push is due again after `wait_ms`."""
+        """Make the push due again after `wait_ms`."""
         await self.backend.move([push.held], self.now + wait_ms, msgspec.json.encode(push.about(attempts)))
 
 

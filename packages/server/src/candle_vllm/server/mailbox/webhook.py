@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One push: the record as an HTTP request, signed, to an address that was checked.
+"""One push: send a record as a signed HTTP request to an address that was checked.
 
-The body is what `GET /v1/mailbox/{request_id}` answers. Nothing of the receiver's answer is kept but its status.
+The body is that of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response is used.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from candle_vllm.server.mailbox.record import Record
 
 TIMESTAMP_HEADER = "X-Webhook-Timestamp"
 ID_HEADER = "Idempotency-Key"
-MAX_ANSWER = 16 << 10  # bytes of the receiver's answer that are read, to end it politely
+MAX_ANSWER = 16 << 10  # bytes of the receiver's response that are read before the connection is closed
 
-_RESOLVING = 4  # names at a time
-_RETRIED = frozenset({408, 425, 429})  # beside 500 and above
+_RESOLVING = 4  # host names that are resolved at the same time
+_RETRIED = frozenset({408, 425, 429})  # besides 500 and above
 
 
 class Outcome(Enum):
@@ -35,16 +35,16 @@ class Outcome(Enum):
 
     DELIVERED = "delivered"
     FAILED = "failed"  # trying again may help
-    REFUSED = "refused"  # it does not
-    FORBIDDEN = "forbidden"  # nothing was sent: the address may not be reached
+    REFUSED = "refused"  # trying again does not help
+    FORBIDDEN = "forbidden"  # nothing was sent: the address is not allowed
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """The end of one attempt.
+    """The result of one attempt.
 
     Attributes:
-        detail: for the log and for the owner of the record; holds nothing of the receiver's answer but its status.
+        detail: text for the log and for the owner of the record; of the receiver's response, it has only the status.
     """
 
     outcome: Outcome
@@ -56,11 +56,11 @@ class Message:
     """What is pushed.
 
     Attributes:
-        record: with its answer.
-        delivery_id: the same for every attempt.
-        target: where to.
+        record: the record, with its answer.
+        delivery_id: id of the push, the same for every attempt.
+        target: URL that it is sent to.
         bearer: a client's token for its own target.
-        headers: a client's, of the operator's list.
+        headers: headers of a client that the operator allows.
     """
 
     record: Record
@@ -71,7 +71,7 @@ class Message:
 
 
 class Sender:
-    """Sends messages; each has a connection of its own, so that a checked address is never another host's."""
+    """Sends messages; each uses a new connection, so that a checked address is never another host's."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Sender:
         clock: Callable[[], float] = time.time,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`tls` says whose certificates count; without it, those of the public authorities."""
+        """`tls` has the trusted certificate authorities; by default, the public ones are trusted."""
         self._options = options
         self._clock = clock
         self._resolving = ThreadPoolExecutor(_RESOLVING, "candle-vllm-webhook")
@@ -87,17 +87,17 @@ class Sender:
             verify=tls or True,
             trust_env=False,  # a proxy would resolve the name once more
             follow_redirects=False,
-            timeout=httpx.Timeout(options.timeout_secs, connect=options.timeout_secs / 2),  # a second address may do
+            timeout=httpx.Timeout(options.timeout_secs, connect=options.timeout_secs / 2),  # time for a second address
             limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     async def close(self) -> None:
-        """Closes what is open."""
+        """Close the HTTP client and the threads."""
         self._resolving.shutdown(wait=False, cancel_futures=True)
         await self._client.aclose()
 
     async def send(self, message: Message) -> Attempt:
-        """One attempt, within the time of the options; it never raises for what the other side does."""
+        """Make one attempt, within the configured time; failures of the receiver raise no exception."""
         try:
             async with asyncio.timeout(self._options.timeout_secs):
                 status = await self._post(message)
@@ -122,7 +122,7 @@ class Sender:
         return await self._post_to(last, message.target, headers, body)
 
     async def _post_to(self, address: str, target: Target, headers: Mapping[str, str], body: bytes) -> int:
-        """The connection goes to the address that was checked; the name goes into Host and into TLS."""
+        """Post to the address that was checked; Host and TLS have the host name."""
         request = self._client.build_request(
             "POST",
             target.url.copy_with(host=address),
@@ -148,7 +148,7 @@ class Sender:
         }
         if message.bearer is not None:
             headers["Authorization"] = f"Bearer {message.bearer}"
-        # A signature on what a client sends elsewhere could be shown to the operator's receiver.
+        # If pushes to a client's own URL were signed, the client could replay them at the operator's receiver.
         own = self._options.own_headers(now, body) if message.target.trusted else {}
         return {**message.headers, **headers, **own}
 

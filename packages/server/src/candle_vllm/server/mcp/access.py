@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def response_servers(service: McpService | None, settings: Settings) -> McpSource | None:
-    """The operator's servers and the URLs that the operator allows; None where there are none of both."""
+    """The operator's servers and the URLs that the operator allows; None if there are neither servers nor URLs."""
     urls = settings.mcp_allow_urls
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None
@@ -29,15 +29,15 @@ def response_servers(service: McpService | None, settings: Settings) -> McpSourc
 
 
 class ConfiguredServers:
-    """Gives the operator's servers to those who may use them.
+    """Gives clients access to the operator's servers.
 
-    With API keys, all of their tools, for a client with a key says itself what needs its approval. Without, those that
-    mcp.json approves, and only where the operator lets tools run at all.
+    With API keys, a client may use all tools, because it says itself which calls need its approval. Without keys, it
+    may use the tools that mcp.json approves, and only if the operator lets tools run at all.
 
     Args:
-        servers: the operator's, and allowed URLs.
+        servers: the operator's servers, and allowed URLs.
         keys: whether clients need a key.
-        approved: whether a tool may run without anybody's agreement; None where no tool runs without a key.
+        approved: returns whether a tool may run without approval; None if no tool runs without a key.
     """
 
     def __init__(self, servers: McpServers, *, keys: bool, approved: Callable[[ToolDefinition], bool] | None) -> None:
@@ -46,7 +46,7 @@ class ConfiguredServers:
         self._approved = approved
 
     def check(self, tool: McpTool, path: str) -> None:
-        """As of `McpSource`."""
+        """See `McpSource.check`."""
         if tool.server_url is None and not self._keys and self._approved is None:
             field = f"{path}.server_label"
             raise UnsupportedParameterError(
@@ -58,7 +58,7 @@ class ConfiguredServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """As of `McpSource`."""
+        """See `McpSource.open`."""
         async with self._servers.open(tool) as server:
             yield self._approved_part(server) if tool.server_url is None and not self._keys else server
 

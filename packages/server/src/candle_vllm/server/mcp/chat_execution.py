@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """A chat request whose tools run here: turns of the model and calls between them, as one chat completion.
 
-Steps 2 to 10 of a request's life, once for each turn. The calls are not given to the client, which would run them too;
-the last chunk and the whole answer have them as `mcp_calls`, without their outputs. A stream has the words of every
-turn, because nobody knows beforehand which turn is the last; a whole answer has those of the last one.
+Steps 2 to 10 of a request's life, once for each turn. The client does not get the calls as tool calls, because it would
+run them too; the last chunk and the whole answer list them as `mcp_calls`, without outputs. A stream has the text of
+every turn, because nobody knows beforehand which turn is the last; a whole answer has the text of the last turn.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _BETWEEN_TURNS = "\n\n"
 
 
 class WatchedTurns:
-    """Passes turns on, and knows what the answer to the whole request begins with.
+    """Passes turns on, and remembers the head of the first turn, which is that of the whole answer.
 
     Args:
         model: answers the turns.
-        scope: of the HTTP request.
+        scope: ASGI scope of the HTTP request.
 
     Attributes:
-        head: of the first turn, once it has begun: its id, time and names are those of the answer.
-        entered: the engine has taken the first turn.
-        eyes: the model's.
+        head: head of the first turn, once it has begun: its id, time and names are those of the answer.
+        entered: set when the engine has accepted the first turn.
+        eyes: the vision of the model (`eyes_of`).
     """
 
     def __init__(self, model: ChatModel, scope: Scope) -> None:
@@ -66,7 +66,7 @@ class WatchedTurns:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
-        """The events of one turn. Turns after the first have ids and times of their own."""
+        """The events of one turn. Turns after the first have their own ids and times."""
         assert isinstance(request, Task), "turns are asked for by tasks"
         self._turns += 1
         if self._turns > 1:
@@ -84,19 +84,19 @@ class WatchedTurns:
 
 
 class Execution:
-    """The events of one request's conversation; `aclose` ends whatever runs for it.
+    """The events of one request's conversation; `aclose` stops everything that runs for it.
 
     Args:
         service: has the tools.
-        offer: those that the model is shown.
+        offer: the tools that the model is shown.
         model: answers the turns.
-        wire: the request, checked.
-        scope: of the HTTP request.
+        wire: the validated request.
+        scope: ASGI scope of the HTTP request.
 
     Attributes:
-        labels: the client's own, which the answer repeats.
-        state: what it has come to.
-        turns: knows the answer's id.
+        labels: the client's labels, which the answer repeats.
+        state: state of the conversation.
+        turns: the turns of the model, with the head of the answer.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Execution:
         self._next: asyncio.Task[Event] | None = None
 
     async def start(self) -> None:
-        """Returns when the engine has taken the first turn; raises why it does not, and nothing is left then."""
+        """Wait until the engine has accepted the first turn; on a failure, close everything and raise it."""
         try:
             self.state.add(await anext(self._events))
             self._next = asyncio.ensure_future(_next(self._events))
@@ -158,15 +158,15 @@ class Execution:
         except PromptTooLongError:
             if not self.state.turns:
                 raise
-            self.state.end(Reason.LENGTH, limit=CONTEXT)  # what the tools gave has filled it, and not the client
+            self.state.end(Reason.LENGTH, limit=CONTEXT)  # the outputs of tools filled the context, not the client
             raise StopAsyncIteration from None
         finally:
-            del pending  # its error holds this frame
+            del pending  # its exception refers to this frame
         self.state.add(event)
         return event
 
     async def aclose(self) -> None:
-        """Ends the model's turn and the tools that run."""
+        """Stop the model's turn and the running tools."""
         pending, self._next = self._next, None
         if pending is not None:
             pending.cancel()
@@ -175,7 +175,7 @@ class Execution:
 
 
 def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int | None) -> tuple[Transcript, Ask]:
-    """What the model is asked, turn by turn; `limit` is told of as each turn has it."""
+    """The transcript, and a function that makes the request of each turn; `limit` is the client's token limit."""
     task = read_chat(wire)
     names = {} if limit is None else {"max_tokens": "max_completion_tokens"}
     task = replace(
@@ -202,7 +202,7 @@ async def _next(events: Any) -> Event:
 
 
 async def executed(execution: Execution) -> ChatCompletion:
-    """The whole answer. Cancelling it ends everything."""
+    """Return the whole answer. Cancelling it stops everything."""
     async with aclosing(execution):
         await execution.start()
         async for _ in execution:
@@ -224,7 +224,7 @@ async def executed(execution: Execution) -> ChatCompletion:
 
 
 class ExecutedStream:
-    """The chunks of the answer as they come; one id, one role, one end. Close it to end everything."""
+    """The chunks of the answer as they are generated; one id, one role, one end. Close it to stop everything."""
 
     def __init__(self, execution: Execution, *, include_usage: bool) -> None:
         self._execution = execution
@@ -232,7 +232,7 @@ class ExecutedStream:
         self._no_usage = None if include_usage else UNSET
         self._ready: deque[ChatCompletionChunk] = deque()
         self._begun = self._ended = False
-        self._spoke = False  # an earlier turn has, so that the next one begins a paragraph
+        self._spoke = False  # an earlier turn had text, so the next one begins a new paragraph
         self._turn_spoke = False
 
     def __aiter__(self) -> ExecutedStream:
@@ -249,7 +249,7 @@ class ExecutedStream:
         return self._ready.popleft()
 
     async def aclose(self) -> None:
-        """Ends the answer, and what runs for it."""
+        """Stop the answer and everything that runs for it."""
         self._ended = True
         self._ready.clear()
         await self._execution.aclose()

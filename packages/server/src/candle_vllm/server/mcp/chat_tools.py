@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Tools of MCP servers in chat requests that bring none of their own (steps 1 and 2 of a request's life).
+"""Add tools of MCP servers to chat requests without tools (steps 1 and 2 of a request's life).
 
-A request without `tools` is given them; `tools: []` and `tool_choice: "none"` leave them out. The calls go back to the
-client as any others, or run here (`--mcp-execute`).
+A request without `tools` gets them; `tools: []` and `tool_choice: "none"` leave them out. Their calls are sent to the
+client like any other calls, or run here (`--mcp-execute`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 async def answer_with_tools(request: Request, service: McpService, api: GenerationApi) -> Response:
-    """The whole way of a chat request; every failure is an exception.
+    """Read and answer a chat request; every failure is an exception.
 
     Args:
         request: its body has not been read.
@@ -55,7 +55,7 @@ async def answer_with_tools(request: Request, service: McpService, api: Generati
 
 
 def shows_tools(model: ServedModel) -> bool:
-    """Whether the model's prompts have the tools of a request, and its calls can be read."""
+    """Whether the model's prompts show the tools of a request, and its calls can be parsed."""
     choice = model.adapter.planner.choice
     return choice.tools is not None and (choice.needs is None or choice.needs.writes_tools)
 
@@ -80,14 +80,14 @@ _Streamed = Callable[[ServedModel, Any], Awaitable[AsyncIterator[Any]]]
 
 
 class _Injected:
-    """A chat request that was given tools, whose calls go to the client."""
+    """A chat request to which tools were added; its calls are sent to the client."""
 
     def __init__(self, offer: Offer, service: McpService) -> None:
         self._offer = offer
         self._service = service
 
     def whole(self, plain: _Whole) -> _Whole:
-        """How the whole answer is made; `plain` is the way of a request without our tools."""
+        """Return the function that makes the whole answer; `plain` makes it for a request without added tools."""
 
         async def answer(model: ServedModel, wire: ChatCompletionRequest) -> Any:
             if not _fits(model, wire, self._service):
@@ -98,7 +98,7 @@ class _Injected:
         return answer
 
     def streamed(self, plain: _Streamed) -> _Streamed:
-        """How a stream is made."""
+        """Return the function that makes the stream; `plain` makes it for a request without added tools."""
 
         async def answer(model: ServedModel, wire: ChatCompletionRequest) -> AsyncIterator[Any]:
             if not _fits(model, wire, self._service):
@@ -116,7 +116,7 @@ class _Injected:
 
     @contextmanager
     def _told_of_tools(self) -> Iterator[None]:
-        """A prompt that is too long may be so because of tools that the client has not sent."""
+        """Mention the added tools in the error of a prompt that is too long, because the client did not send them."""
         try:
             yield
         except PromptTooLongError as error:
@@ -126,7 +126,7 @@ class _Injected:
 
 
 class _Executed(_Injected):
-    """A chat request that was given tools, whose calls run here."""
+    """A chat request to which tools were added; its calls run here."""
 
     def __init__(self, offer: Offer, service: McpService, request: Request) -> None:
         super().__init__(offer, service)
@@ -163,10 +163,10 @@ async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCom
 
 
 def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) -> bool:
-    """Whether the model is given the tools: where it would see them, or where the request asks for a call.
+    """Whether the model gets the tools: if its prompts show them, or if the request asks for a call.
 
     Raises:
-        InvalidParameterError: the request asks for a call, and the model's calls cannot be read.
+        InvalidParameterError: the request asks for a call, and the model's calls cannot be parsed.
     """
     if shows_tools(model):
         return True
@@ -189,7 +189,7 @@ def _without_tools(wire: ChatCompletionRequest) -> ChatCompletionRequest:
 
 
 def _check_executable(wire: ChatCompletionRequest) -> None:
-    """Raises a 400 that names what one answer of several turns cannot have."""
+    """Raise a 400 that names a field which one answer of several turns cannot serve."""
     wrong = {
         "n": wire.sequences > 1,
         "echo": bool(wire.echo),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a conversation whose tools run here has come to so far: tokens, calls, and the words of its last turn."""
+"""State of a conversation whose tools run here: tokens, calls, and the text of its last turn."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ CONTEXT = "context_length"
 
 
 class ExecutionState:
-    """Grows with the events of a conversation.
+    """The state, updated with each event of the conversation.
 
     Args:
-        registry: knows the servers of tools.
-        reasons: whether the model may think, so that thoughts are counted.
-        told: what the counts tell beside the usual.
+        registry: knows the server of each tool.
+        reasons: whether the model may reason, so that reasoning tokens are counted.
+        told: further counts that the usage has besides the usual ones.
 
     Attributes:
-        finish_reason: of the whole; "" while it goes on.
-        limit: which limit of the server ended it, or UNSET.
-        turns: that have ended.
-        text, thoughts, logprobs: of the last turn.
+        finish_reason: finish reason of the whole answer; "" while it goes on.
+        limit: the limit of the server that ended it, or UNSET.
+        turns: number of turns that have ended.
+        text, thoughts, logprobs: output of the last turn.
     """
 
     def __init__(self, registry: ToolRegistry, *, reasons: bool, told: Told = Told()) -> None:  # noqa: B008  # immutable
@@ -51,7 +51,7 @@ class ExecutionState:
         self.logprobs: list[Any] = []
 
     def add(self, event: events.Event) -> None:
-        """Takes what has happened."""
+        """Update the state with an event."""
         match event:
             case events.TurnStarted():
                 self.text, self.thoughts, self.logprobs = "", "", []
@@ -77,12 +77,12 @@ class ExecutionState:
                 pass
 
     def end(self, reason: Reason, limit: str | UnsetType = UNSET) -> None:
-        """The conversation is over."""
+        """End the conversation."""
         self.finish_reason, self.limit = reason.value, limit
 
     @property
     def calls(self) -> tuple[ServerToolCall, ...] | UnsetType:
-        """Every call, for the answer; UNSET without calls."""
+        """All calls, for the answer; UNSET without calls."""
         return tuple(self._calls.values()) or UNSET
 
     @property

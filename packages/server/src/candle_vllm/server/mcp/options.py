@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""From settings to the MCP servers and what may be done with their tools (before step 1 of a request's life).
+"""Read the MCP servers, and the limits on their tools, from the settings (before step 1 of a request's life).
 
-The SDK is not imported here: without servers nobody pays for it.
+The SDK is not imported here, so that a server without MCP servers does not load it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class McpOptions:
     """The servers, and the limits of a chat request whose tools run here.
 
     Attributes:
-        servers: in the order of the file; that of --mcp-command is the last.
-        execute: whether calls run here where a chat request brings no tools of its own.
-        max_turns: of the model, 1 to 1000.
-        max_tool_calls: that run, 0 to 10000.
+        servers: the servers in the order of the file; the server of --mcp-command is the last.
+        execute: whether calls run here if a chat request has no tools.
+        max_turns: maximum number of turns of the model, 1 to 1000.
+        max_tool_calls: maximum number of calls that run, 0 to 10000.
     """
 
     servers: tuple[McpServerConfig, ...]
@@ -39,10 +39,10 @@ class McpOptions:
 
 
 def mcp_options(settings: Settings) -> McpOptions | None:
-    """The options, or None where there are no servers.
+    """Return the options, or None without servers.
 
     Raises:
-        ConfigError: mcp.json, or a setting, cannot be used; what is wrong is named.
+        ConfigError: mcp.json or a setting is wrong; the message names the error.
     """
     config = load_mcp_config(settings.mcp_config)
     servers = (*config.servers, *_command_server(settings))
@@ -67,7 +67,7 @@ def _command_server(settings: Settings) -> Iterator[McpServerConfig]:
 
 
 def split_arguments(text: str) -> tuple[str, ...]:
-    """The arguments in a text: split at blanks as a shell does, or, where it has no blanks and no quotes, at commas.
+    """Split a text into arguments: at blanks as a shell does, or at commas if it has neither blanks nor quotes.
 
     Raises:
         UsageError: a quote is not closed; the text, which may hold a secret, is not repeated.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""McpService: the MCP servers of one application, from its start to its end, and the calls of their tools counted.
+"""McpService: start, watch and stop the MCP servers of one application, and count the calls of their tools.
 
-Beside the ten steps. The servers connect while the model is loaded and requests are answered; one that cannot be
-reached is tried again and holds nobody up.
+Beside the ten steps. The servers connect while the model is loaded and requests are answered; a server that cannot be
+reached is tried again and delays nobody.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, Tool, ToolDefinition, ToolError, ToolOutput
 from candle_vllm.server.mcp.options import McpOptions
 
-Called = Callable[[str, str], object]  # told the server's name and how the call ended
+Called = Callable[[str, str], object]  # called with the server's name and the status of the call
 
-SETTLE_SECONDS = 10.0  # that a chat request waits for servers that connect for the first time
+SETTLE_SECONDS = 10.0  # maximum wait of a chat request for servers that connect for the first time
 _NAMED = 40  # tools in a line of the log
-_GRACE = 1.0  # seconds that a caller waits longer than the server's own limit, which then says what happened
+_GRACE = 1.0  # seconds added to the server's own time limit, so that its error message comes first
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class CountedRegistry(ToolRegistry):
     """The tools of MCP servers.
 
     Args:
-        called: told of every call when it has ended.
+        called: called when a call has ended.
     """
 
     def __init__(self, called: Called) -> None:
@@ -46,12 +46,12 @@ class CountedRegistry(ToolRegistry):
         self._called = called
 
     def replace(self, server: str, tools: Sequence[Tool]) -> tuple[str, ...]:
-        """As of the registry; the calls of the tools are counted."""
+        """See `ToolRegistry.replace`; the calls of the tools are counted."""
         return super().replace(server, [CountedTool(tool, self._called) for tool in tools])
 
 
 class CountedTool:
-    """A tool of an MCP server, with a line in the log and a count for each call; neither has its arguments."""
+    """A tool of an MCP server; each call is logged and counted, without its arguments."""
 
     def __init__(self, tool: Tool, called: Called) -> None:
         self._tool = tool
@@ -79,11 +79,11 @@ class CountedTool:
 
 
 class Offer(NamedTuple):
-    """What a chat request without tools is given.
+    """The tools that are added to a chat request without tools.
 
     Attributes:
-        tools: in OpenAI's form; each is one that a request may have, and so are all together.
-        names: of them.
+        tools: the tools in OpenAI's form; each, and all together, are within the limits of a request.
+        names: their names.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -98,9 +98,9 @@ class McpService:
 
     Attributes:
         registry: the tools of all servers, by the names that models call.
-        called: told of every call of a tool, when it has ended: the server and how.
-        calls: of clients themselves that run now.
-        told: models of which the log has said that they are given no tools.
+        called: called when a call of a tool has ended, with the server and the status.
+        calls: number of running calls that clients made directly.
+        told: models for which it was logged that they get no tools.
 
     Raises:
         ConfigError: too many servers, or two of one name.
@@ -119,23 +119,23 @@ class McpService:
         self._offered_revision = -1
 
     async def start(self) -> None:
-        """Begins to connect, and does not wait for it."""
+        """Begin to connect, without waiting for it."""
         self._starting = asyncio.create_task(self._connect(), name="MCP servers")
 
     async def close(self) -> None:
-        """Ends all servers; nothing of them is left. Idempotent."""
+        """Stop all servers and free all that they use. Idempotent."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await self._fleet.aclose()
 
     async def settled(self, seconds: float = SETTLE_SECONDS) -> None:
-        """Waits until every server has connected or failed once, or the time is over."""
+        """Wait until every server has connected or failed once, or until the time is over."""
         if self._starting is not None and not self._starting.done():
             await asyncio.wait({self._starting}, timeout=seconds)
 
     def status(self) -> list[LinkStatus]:
-        """Each server as it is now."""
+        """The current status of each server."""
         return self._fleet.status()
 
     def states(self) -> list[str]:
@@ -143,12 +143,12 @@ class McpService:
         return [link.state for link in self._fleet.links.values()]
 
     def auto_approves(self, definition: ToolDefinition) -> bool:
-        """Whether mcp.json lets the tool run without anybody's agreement."""
+        """Whether mcp.json lets the tool run without approval."""
         config = self._configs.get(definition.server or "")
         return config is not None and config.auto_approves(definition.original_name)
 
     def offer(self) -> Offer:
-        """The tools for chat requests: all, or those that may run here where calls do."""
+        """The tools for chat requests: all of them, or if calls run here, those that may run without approval."""
         if self._offered_revision != self.registry.revision:
             self._offered_revision = self.registry.revision
             execute = self.options.execute
@@ -196,7 +196,7 @@ class _Errors(Mapping[str, str | None]):
 
 
 def _offer(definitions: Sequence[ToolDefinition]) -> Offer:
-    """Those that a request may have; the others are named in the log, once for each change of the tools."""
+    """The tools that a request may have; the others are logged, once for each change of the tools."""
     tools: list[dict[str, Any]] = []
     size = 0
     for definition in definitions:
@@ -207,7 +207,7 @@ def _offer(definitions: Sequence[ToolDefinition]) -> Offer:
         except ValidationError as error:
             logger.warning("models are not shown the tool %s: %s", definition.name, to_request_error(error))
             continue
-        except ValueError as error:  # a rule of its own, which pydantic would have reported
+        except ValueError as error:  # from `check_tools`, outside pydantic
             logger.warning("models are not shown the tool %s: %.200s", definition.name, error)
             continue
         size += len(json.dumps(wire.shown(), ensure_ascii=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the routes of `/v1/mcp` take and give."""
+"""Wire types of the routes of `/v1/mcp`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class McpCallRequest(WireModel):
     """A tool to be called once.
 
     Attributes:
-        name: as `/v1/mcp/tools` has it.
-        arguments: by the tool's schema.
-        approved: true: somebody has agreed to this call.
+        name: its name in `/v1/mcp/tools`.
+        arguments: its arguments, valid by the tool's schema.
+        approved: true: somebody has approved this call.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
@@ -30,13 +30,13 @@ class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """An MCP server as it is now.
 
     Attributes:
-        name: in mcp.json.
+        name: its name in mcp.json.
         transport: stdio, http or sse.
         state: connecting, ready, failed (it is tried again), closed or disabled.
         error: why there is no connection, or null.
-        protocol_version: that both sides agreed on, or null.
+        protocol_version: the version that both sides agreed on, or null.
         tools_count: how many tools it has.
-        reconnects: connections after the first.
+        reconnects: number of connections after the first.
         log: the last lines of its log.
     """
 
@@ -62,11 +62,11 @@ class McpToolInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A tool of an MCP server.
 
     Attributes:
-        function: what a model is shown.
-        server: its name in mcp.json.
-        original_name: the tool's name there.
-        read_only: its server says that it changes nothing.
-        auto_approve: mcp.json lets it run without anybody's agreement.
+        function: the function that a model is shown.
+        server: name of its server in mcp.json.
+        original_name: the tool's name at its server.
+        read_only: whether its server says that it changes nothing.
+        auto_approve: whether mcp.json lets it run without approval.
     """
 
     type: str = "function"
@@ -78,13 +78,13 @@ class McpToolInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a call.
+    """The result of a call.
 
     Attributes:
-        status: completed; failed where the tool says so; invalid_arguments, timed_out or unavailable.
-        content: the pieces of the output.
-        structured: a JSON value beside them, or null.
-        is_error: the tool failed, or did not run.
+        status: completed; failed if the tool reports an error; invalid_arguments, timed_out or unavailable.
+        content: the parts of the output.
+        structured: a JSON value besides them, or null.
+        is_error: whether the tool failed or did not run.
         text: the output as a model would see it.
         seconds: how long it ran.
     """

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Which models there are, and how a request gets the one that it asks for."""
+"""The models of a server: downloading, loading and unloading them, and the queues of requests for them."""

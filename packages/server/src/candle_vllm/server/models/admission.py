@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Admission: a bounded queue before a model's engine, shared fairly between API keys.
 
-Between steps 1 and 2 of a request's life. The engine runs what it is given in order of arrival; so that one key's
-thousand requests do not stand before another key's one, they wait here, and a free place goes to the key that has
-fewest sequences running. Without keys there is one queue in order of arrival.
+Between steps 1 and 2 of a request's life. The engine runs its requests in order of arrival. Requests therefore wait
+here, so that one key's thousand requests do not delay another key's single one: a free place goes to the key with the
+fewest running sequences. Without keys there is one queue in order of arrival.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from candle_vllm.server.http.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.metrics import Rejection
 
 MAX_RETRY_AFTER = 60  # seconds
-_FADING = 0.9  # weight of the past in the mean time of a request
+_FADING = 0.9  # weight of earlier requests in the mean request time
 
 
 @dataclass
 class Place:
-    """The right of a request's sequences to be in the engine; `leave` gives it back, once."""
+    """The right of a request's sequences to be in the engine; the first call of `leave` releases it."""
 
     admission: Admission
     key: str
@@ -36,21 +36,21 @@ class Place:
     since: float = field(default_factory=time.monotonic)
 
     def leave(self) -> None:
-        """The request is over."""
+        """Release the place."""
         if self.sequences:
             self.admission.left(self)
             self.sequences = 0
 
 
 class Queued(NamedTuple):
-    """A request that waits, for operators; nothing of its content.
+    """A waiting request, as it is shown to operators; without its content.
 
     Attributes:
-        id: of the HTTP request; empty outside an HTTP request.
+        id: id of the HTTP request; empty outside an HTTP request.
         key: label of its API key; "none" without a key.
-        sequences: how many it makes, as far as that counts where it waits.
-        priority: lower ones go first.
-        since: Unix seconds.
+        sequences: number of its sequences; 1 if the number does not matter for the queue.
+        priority: requests with a lower value run first.
+        since: start of the wait, as Unix time in seconds.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Queued(NamedTuple):
 
     @classmethod
     def now(cls, sequences: int = 1, priority: int = 0) -> Queued:
-        """The request that is being answered begins to wait."""
+        """Create the entry of the current request."""
         context = current_request.get()
         told = ("", NO_KEY) if context is None else (context.http_request_id, context.key_label)
         return cls(*told, sequences, priority, time.time())
@@ -76,19 +76,19 @@ class _Waiting:
 
 
 class RetiredError(Exception):
-    """The model has gone while a request waited for a place in it."""
+    """The model was unloaded, or its engine died, while a request waited for a place in it."""
 
 
 class Admission:
-    """The places of one model.
+    """Admission control of one model.
 
     Args:
-        capacity: sequences that may be in the engine at a time. A request of more than half of them counts as half: so
-            the engine need not be emptied for it, and what it has beyond waits in the engine.
-        max_unfinished: sequences in the engine and before it; beyond, requests are refused with 503.
-        max_per_key: the same of one key; beyond, its requests get 429. None is half of all, where there are
-            several keys.
-        refused: told of every refusal.
+        capacity: maximum number of sequences in the engine. A request with more than half of them counts as half, so
+            that the engine need not be empty before it starts; its further sequences wait inside the engine.
+        max_unfinished: maximum number of running and waiting sequences; further requests are refused with 503.
+        max_per_key: the same limit for each key, with 429 for further requests. None means half of `max_unfinished`
+            if the server has several keys.
+        refused: called for every refusal.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class Admission:
         self._max_per_key = max_per_key
         self._refused = refused
         self._running: Counter[str] = Counter()
-        self._taken = 0  # of the capacity
-        self._counted: Counter[str] = Counter()  # of what may be unfinished: of a request, its share of the capacity
+        self._taken = 0  # used part of the capacity
+        self._counted: Counter[str] = Counter()  # counts towards max_unfinished; of a request, its capacity share
         self._unfinished: Counter[str] = Counter()
         self._queues: OrderedDict[tuple[int, str], deque[_Waiting]] = OrderedDict()  # by priority and key
         self._seconds = 1.0  # mean time of a request in the engine
@@ -116,21 +116,21 @@ class Admission:
 
     @property
     def waiting(self) -> int:
-        """Sequences before it."""
+        """Sequences that wait for the engine."""
         return self._unfinished.total() - self.running
 
     @property
     def queue(self) -> list[Queued]:
-        """The requests before it, in no order between keys."""
+        """The requests that wait for the engine; the keys are in no particular order."""
         return [one.queued for queue in self._queues.values() for one in queue]
 
     async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
-        """Waits for a place. Cancelling it gives the wait up.
+        """Wait for a place. Cancelling the coroutine removes the request from the queue.
 
         Args:
-            key: whose request it is.
-            sequences: how many it makes, at least 1.
-            priority: lower ones enter first.
+            key: label of the request's API key.
+            sequences: number of its sequences, at least 1.
+            priority: requests with a lower value enter first.
 
         Raises:
             HttpError: 503 or 429 with Retry-After when too much is waiting.
@@ -150,7 +150,7 @@ class Admission:
             raise
 
     def close(self) -> None:
-        """The model has gone: who waits for a place in it hears so (`RetiredError`)."""
+        """Fail all waiting requests with `RetiredError`, because the engine is closed."""
         for queue in self._queues.values():
             for waiting in queue:
                 if not waiting.entered.done():
@@ -159,7 +159,7 @@ class Admission:
         self._queues.clear()
 
     def left(self, place: Place) -> None:
-        """Takes a place back; called by `Place.leave`."""
+        """Release a place; called by `Place.leave`."""
         self._forget(self._running, place.key, place.sequences)
         self._taken -= self._share(place.sequences)
         self._end(place.key, place.sequences)
@@ -183,7 +183,7 @@ class Admission:
             raise HttpError(503, message, "overloaded", self._retry_after(total))
 
     def _retry_after(self, unfinished: int) -> dict[str, str]:
-        """How long the engine will need for what is there, as far as the past tells."""
+        """Headers with the estimated time in which the engine finishes that many sequences."""
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 
@@ -199,7 +199,7 @@ class Admission:
         return Place(self, key, sequences)
 
     def _admit(self) -> None:
-        """Fills free places. The next in line is waited for, also when a smaller request behind it would fit."""
+        """Fill free places. The first request in line is never overtaken by a smaller request that would fit."""
         while self._queues:
             first = min(self._queues, key=lambda each: serving_rank(each[0], running=self._running[each[1]]))
             waiting = self._queues[first][0]
@@ -211,9 +211,9 @@ class Admission:
 
     def _give_up(self, waiting: _Waiting) -> None:
         if waiting.entered.done() and not waiting.entered.cancelled():
-            if waiting.entered.exception() is not None:  # the model has gone
+            if waiting.entered.exception() is not None:  # the engine was closed
                 return
-            waiting.entered.result().leave()  # it was let in in the tick in which it was cancelled
+            waiting.entered.result().leave()  # it was admitted and cancelled in the same iteration of the event loop
             return
         self._remove(waiting)
         self._end(waiting.key, waiting.sequences)

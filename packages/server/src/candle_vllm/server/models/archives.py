@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Models at addresses, GGUF files and tar archives (before step 1): fetched in ranges side by side, checked, kept.
+"""Models from URLs (GGUF files and tar archives, before step 1): parallel range downloads, verification, storage.
 
-A model that is there whole has a marker in its folder, which is made beside its place and renamed; whatever broke off
-before is gone on with, or done again, and never taken for the model. Nobody vouches for an archive: plain files come
-out of it, below its folder, and links to them as further names of the same files.
+The folder of a complete model has a marker file: it is prepared under another name and renamed at the end. An
+interrupted download is resumed or repeated, and never mistaken for a complete model. Archives are untrusted: only plain
+files inside the model's folder are extracted, and links inside it become hard links to those files.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from candle_vllm.server.adapters.sources import Refused
 logger = logging.getLogger(__name__)
 
 MARKER = ".complete"
-_PIECE = 16 << 20  # bytes of one range
+_PIECE = 16 << 20  # bytes of one range request
 _AT_ONCE = 8
 _TRIES = 4
-_SECONDS = 30.0  # without a byte
+_SECONDS = 30.0  # timeout of a single read
 _MAX_MEMBERS = 20_000
-_MAX_RATIO = 200  # of what is unpacked to what came
-_SLACK = 16 << 20  # bytes that need no such ratio
-_MOST_PARTS = 32  # of a name: each of a member's may be a folder of its own
+_MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes
+_SLACK = 16 << 20  # bytes that may exceed this ratio
+_MOST_PARTS = 32  # maximum path depth of a member, since each part may create a folder
 _COPIED = 1 << 20
 _ENDINGS = (".tar.gz", ".tgz", ".tar")
 _GGUF = ".gguf"
@@ -54,14 +54,14 @@ _SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
-    """Where a model's archive is: a file of this machine, or an address, which may be a GGUF file's as well."""
+    """Location of a model's archive: a local file or a URL. A URL may also be that of a GGUF file."""
 
     address: str
     sha256: str | None = None
 
     @classmethod
     def of(cls, text: str, sha256: str | None = None) -> Archive | None:
-        """What a text means, with `#sha256=...` behind it or not; None where it is no archive.
+        """Parse a location with an optional suffix `#sha256=...`; return None if it is not an archive.
 
         Raises:
             InvalidFileError: the checksum or the address is invalid.
@@ -79,12 +79,12 @@ class Archive(NamedTuple):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it has to be fetched."""
+        """Whether the location is a URL."""
         return urlsplit(self.address).scheme in ("http", "https")
 
     @property
     def name(self) -> str:
-        """What its folder is called: the last part of the path without its ending, or the one before `model.tar`."""
+        """Name of its folder: the last part of the path without its extension, or the part before `model.tar`."""
         parts = [part for part in unquote(urlsplit(self.address).path).split("/") if part] or [""]
         last = next(
             (parts[-1][: -len(end)] for end in (*_ENDINGS, _GGUF) if parts[-1].lower().endswith(end)), parts[-1]
@@ -94,12 +94,12 @@ class Archive(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The address without who asks and what may be a signature."""
+        """The URL without credentials and query, which may hold a signature."""
         return without_secrets(self.address, alone=True)
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is no archive but the file itself."""
+        """Whether it is a GGUF file instead of an archive."""
         return urlsplit(self.address).path.lower().endswith(_GGUF)
 
     @property
@@ -107,13 +107,13 @@ class Archive(NamedTuple):
         return hashlib.sha256(self.source.encode()).hexdigest()[:8]
 
     def kept_in(self, root: Path) -> Path:
-        """Its folder below `root`, where it is or would be: another model of the same name has the shorter one."""
+        """Its folder below `root`, existing or not; it has a suffix if another model has the same name."""
         folder = root / self.name
         marker = _read_marker(folder)
         return folder if marker is None or self._is(marker) else root / f"{self.name}-{(self.sha256 or self._mark)[:8]}"
 
     def is_kept_in(self, root: Path) -> bool:
-        """Whether it is there whole."""
+        """Whether the complete model is stored below `root`."""
         marker = _read_marker(self.kept_in(root))
         return marker is not None and self._is(marker)
 
@@ -122,16 +122,16 @@ class Archive(NamedTuple):
 
 
 def fetch_archive(archive: Archive, root: Path) -> Path:
-    """The folder of an archive's model below `root`: as it is there, or fetched and unpacked.
+    """Return the folder of an archive's model below `root`; fetch and unpack the archive if it is missing.
 
-    Processes that ask for the same model wait for one of them. Its progress is told (`candle_vllm.core.progress`).
+    Processes that need the same model wait for one download. Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
-        ModelNotFoundError: it cannot be had now; what came of it is kept, and gone on with the next time.
-        InvalidFileError: it is not what its sum says, cannot be unpacked, or holds no model.
+        ModelNotFoundError: the download failed; the next call resumes it.
+        InvalidFileError: it does not match its checksum, cannot be unpacked, or holds no model.
         OSError: the folder cannot be written.
     """
-    if archive.is_kept_in(root):  # where nothing need be written
+    if archive.is_kept_in(root):  # also works on a read-only file system
         return model_folder(archive.kept_in(root))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root / f".{archive.name}.lock"):
@@ -168,10 +168,10 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path:
-    """The one folder in it, itself included, that has a model's files.
+    """Return the only folder in `folder`, which may be `folder` itself, that holds a model's files.
 
     Raises:
-        InvalidFileError: there is no model's file, or there are several models.
+        InvalidFileError: there are no model files, or several models.
     """
     found = {path.parent for name in ("config.json", "*.gguf") for path in folder.rglob(name)}
     tops = [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
@@ -183,12 +183,12 @@ def model_folder(folder: Path) -> Path:
 
 
 def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
-    """The folder of the model at an address that an operator gave, `https://...` to a tar archive or a .gguf file.
+    """Return the folder of a model from the operator's URL, `https://...` of a tar archive or a .gguf file.
 
     Args:
-        address: with `#sha256=...` behind it, or nobody knows what comes.
-        cache: where models are kept; it goes to a folder of its own there, and is never fetched twice.
-        offline: only what is there.
+        address: URL; without the suffix `#sha256=...` its content is not verified.
+        cache: folder of the stored models; each has its own folder there and is fetched only once.
+        offline: whether only stored models are used.
 
     Raises:
         ModelNotFoundError, InvalidFileError: as `fetch_archive`.
@@ -223,9 +223,9 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Holds a lock of this machine; what another process holds is waited for, and goes with that process."""
+    """Hold a file lock across processes; the operating system releases it if its process ends."""
     with path.open("a") as file:
-        if sys.platform != "win32":  # where such servers share no folder
+        if sys.platform != "win32":  # servers on Windows do not share a folder
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -247,16 +247,16 @@ def _checked(archive: Archive, file: Path) -> str:
 
 
 def kept_at(address: str, cache: Path) -> Path | None:
-    """The folder of `model_at` where it is there already."""
+    """Return the folder of `model_at` if the model is stored already, else None."""
     archive, root = Archive.of(address), cache / "archives"
     return model_folder(archive.kept_in(root)) if archive is not None and archive.is_kept_in(root) else None
 
 
 def _take_gguf(file: Path, target: Path) -> None:
-    """Moves a file to its place.
+    """Move a GGUF file to its final name.
 
     Raises:
-        InvalidFileError: it is no GGUF file, or a part of a model.
+        InvalidFileError: it is not a GGUF file, or only one part of a split model.
     """
     if len(split_names(target.name)) > 1:
         raise InvalidFileError(f"{target.name} is a part of a model: an archive may hold all of them")
@@ -304,7 +304,7 @@ def _download(archive: Archive, partial: Path) -> Path:
 
 
 def _whole(answer: Any, partial: Path, shown: str) -> None:
-    """One stream to its end, of a server that knows no ranges."""
+    """Download in one stream from a server without range requests."""
     total = int(answer.headers.get("content-length") or 0)
     _check_room(partial, total)
     done, most = 0, total or shutil.disk_usage(partial.parent).free // 2
@@ -320,7 +320,7 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
 
 
 def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
-    """All that is missing of it, in pieces side by side; which are there is written down behind each."""
+    """Download all missing ranges in parallel; a journal records each finished range."""
     shown, count = without_secrets(address, alone=True), -(-total // _PIECE)
     head = json.dumps({"source": shown, "bytes": total, "version": version, "piece": _PIECE}).encode() + b"\n"
     journal = _pieces(partial)
@@ -332,7 +332,7 @@ def _ranges(client: Any, address: str, partial: Path, total: int, version: str) 
             out.truncate(total)
         kept = head + bytes(count)
         journal.write_bytes(kept)
-    lock = Lock()  # of the file's position
+    lock = Lock()  # protects the file position
     missing = [number for number in range(count) if not kept[len(head) + number]]
     with partial.open("r+b", buffering=0) as out, journal.open("r+b") as done, ThreadPoolExecutor(_AT_ONCE) as workers:
 
@@ -358,7 +358,7 @@ def _ranges(client: Any, address: str, partial: Path, total: int, version: str) 
 
 
 def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, last: int, version: str) -> None:
-    """The bytes from first to last, both included, written in their place; tried again where the line breaks."""
+    """Download the bytes from first to last, both inclusive, to their position in `out`; retries transport errors."""
     import httpx
 
     shown = without_secrets(address, alone=True)
@@ -378,7 +378,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                     with lock:
                         out.seek(at)
                         rest = memoryview(piece)
-                        while rest:  # a file without a buffer may take less, as where the disk is nearly full
+                        while rest:  # an unbuffered file may write less, for example on a nearly full disk
                             rest = rest[out.write(rest) :]
                     at += len(piece)
             if at == last + 1:
@@ -402,10 +402,10 @@ def _check_room(path: Path, nbytes: int) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks an archive, plain or with gzip, into an empty folder.
+    """Unpack a tar archive, plain or compressed with gzip, into an empty folder.
 
     Raises:
-        InvalidFileError: it cannot be read, or has a name or a link that leads out, a device, or too much of anything.
+        InvalidFileError: it is unreadable, has a path or link that leads out of it or a device, or exceeds a limit.
     """
     most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
     try:
@@ -417,7 +417,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
                     _unpack(tar, folder)
                 if zipped:
-                    while bounded.read(_COPIED):  # its sum stands at the end
+                    while bounded.read(_COPIED):  # the gzip checksum is at the end
                         pass
     except Refused as error:
         raise InvalidFileError(f"{archive.name}: {error}") from None
@@ -455,7 +455,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
 
 
 def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
-    """Links become further names of the files that they lead to, by whatever links."""
+    """Turn links, also links to links, into hard links to the files they lead to."""
     while ready := [name for name, target in links.items() if target in files]:
         for name in ready:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -467,10 +467,10 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
 
 
 def writable(roots: Sequence[Path]) -> Path:
-    """The first folder that is there, or can be made, and can be written.
+    """Return the first folder that is writable; creates it if necessary.
 
     Raises:
-        OSError: none can; it says why of the last.
+        OSError: no folder is writable; it is the error of the last one.
     """
     problem: OSError | None = None
     for root in roots:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is said of the models, for clients and operators, and the bodies that name one (step 1 of a request's life)."""
+"""Cards and status of the models for clients and operators; request bodies that name a model (step 1)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from candle_vllm.server.models.slot import ModelSlot, ModelState
 from candle_vllm.server.models.switcher import NoRoomError
 
 MAX_ERROR = 2000  # characters
-_FEW = 200  # adapters whose cards are made at once
-FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
+_FEW = 200  # more cards than this are made in a thread
+FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first match counts
     (NoMemoryError, "memory"),
     (NoRoomError, "memory"),
     (MemoryError, "memory"),
@@ -45,7 +45,7 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (EngineDeadError, "died"),
     (Exception, "other"),
 )
-"""What kinds of failure clients are told of; what the failure itself says may hold paths, and is for operators."""
+"""Kinds of failure that clients see. The error text itself may contain paths, so only operators see it."""
 
 
 _KNOWN = (
@@ -55,11 +55,11 @@ _KNOWN = (
 
 
 class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """What is being done while a model is loaded.
+    """Progress of loading a model.
 
     Attributes:
-        what: for people, as "loading the weights".
-        percent: how much of that is done; null where nobody knows.
+        what: the current stage as text, for example "loading the weights".
+        percent: progress of this stage; null if unknown.
     """
 
     what: str
@@ -67,11 +67,11 @@ class LoadProgress(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A served name whose model is not loaded, so that little is known of it.
+    """A served model name whose model is not loaded, so that few properties are known.
 
     Attributes:
-        loading: what is being done, while it is loaded.
-        failure: of what kind it is, where the model could not be loaded, or died; one of `FAILURES`.
+        loading: progress while it is loaded.
+        failure: kind of the failure, one of `FAILURES`, if the model could not be loaded or its engine died.
     """
 
     id: str
@@ -86,15 +86,15 @@ class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadedCard(ModelCard, frozen=True, kw_only=True):
-    """A served name whose model is loaded.
+    """A served model name whose model is loaded.
 
     Attributes:
-        architecture, num_parameters: of the model.
-        implementation: whose layers run, see `ModelInfo`.
-        quantization: the format of its weights; null where they are plain numbers.
-        dtype, device: what it computes in, and on.
+        architecture, num_parameters: architecture and number of parameters of the model.
+        implementation: implementation of its layers, see `ModelInfo`.
+        quantization: quantization format of its weights; null if they are not quantized.
+        dtype, device: type and device of its activations.
         weight_bytes: memory of the weights.
-        kv_cache_bytes: memory that is set aside for the KV cache; a CPU's is taken as it fills.
+        kv_cache_bytes: memory that is reserved for the KV cache; on a CPU it is allocated as the cache fills.
     """
 
     status: str
@@ -110,14 +110,14 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
 
 
 class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter, which a request names as it names a model.
+    """A LoRA adapter, which a request names in place of a model.
 
     Attributes:
-        root: what its files are called, or where they are from.
-        parent: the model that it is for.
-        status: of that model.
-        revision: a commit, a sum or a version, to which the name is pinned.
-        pinned: it stays in memory.
+        root: name of its files, or their origin.
+        parent: its base model.
+        status: status of the base model.
+        revision: the pinned commit, checksum or version.
+        pinned: whether it stays in memory.
     """
 
     id: str
@@ -136,21 +136,21 @@ Card = LoadedCard | UnloadedCard | AdapterCard
 
 
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One model for operators.
+    """Status of one model for operators.
 
     Attributes:
-        id: its first name.
+        id: first name of the model.
         status: unloaded, waiting, loading, ready, draining or failed.
-        in_flight: requests that use it, those in its queue included.
-        running, waiting: their sequences, in the engine and before it.
+        in_flight: requests that use it, including those in its queue.
+        running, waiting: sequences of these requests in the engine, and waiting for it.
         waiting_for_load: requests that wait until it is loaded.
-        loaded_at: Unix seconds.
-        load_seconds: how long loading took, what it waited for others included.
-        idle_seconds: since it was last used.
-        memory_bytes: of weights and a full cache, states of layers included.
-        state_bytes: of these, for states of layers and their checkpoints.
-        error: why it could not be loaded, or died.
-        loading: what is being done, while it is loaded.
+        loaded_at: Unix time in seconds.
+        load_seconds: duration of loading, including the wait for other models.
+        idle_seconds: seconds since its last use.
+        memory_bytes: size of the weights and of a full cache, including recurrent states of layers.
+        state_bytes: the part of these for recurrent states and their checkpoints.
+        error: reason why it could not be loaded, or why its engine died.
+        loading: progress while it is loaded.
     """
 
     id: str
@@ -169,14 +169,14 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """All models for operators; the first six fields are candle-vllm's.
+    """Status of all models for operators; the first six fields are those of the original candle-vllm.
 
     Attributes:
-        active_model: the one that requests without a name mean.
-        status: Idle, Loading, Ready, Switching or Error, of that model.
-        last_error: why a model could not be loaded, or died.
+        active_model: the model for requests without a model name.
+        status: status of the active model: Idle, Loading, Ready, Switching or Error.
+        last_error: reason why a model could not be loaded, or why its engine died.
         in_flight_requests: requests that use a model.
-        switch_requested_at: Unix seconds, while the switch to `active_model` is not done.
+        switch_requested_at: Unix time in seconds of the switch to `active_model` while it is pending.
         queue_lengths: requests that wait for a model to be loaded, by model.
         models: every model.
     """
@@ -191,10 +191,7 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
-    """A card for every served name that a caller may use, those of the active model first, adapters last.
-
-    Those of many adapters are made beside the event loop.
-    """
+    """Return a card for every name that a caller may use: active model first, adapters last (in a thread if many)."""
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
     found: list[Card] = [card for slot in shown for card in _cards(slot, slot.entry.name == manager.active)]
@@ -247,7 +244,7 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
 
 
 def slot_status(slot: ModelSlot) -> SlotStatus:
-    """One model for operators."""
+    """Status of one model for operators."""
     admission = slot.model.admission if slot.model else None
     return SlotStatus(
         id=slot.entry.names[0],
@@ -267,29 +264,29 @@ def slot_status(slot: ModelSlot) -> SlotStatus:
 
 
 def load_progress(slot: ModelSlot) -> LoadProgress | None:
-    """How far a model is that is being loaded; None of any other."""
+    """Progress of a model that is being loaded; None in other states."""
     progress = slot.progress if slot.state is ModelState.LOADING else None
     return None if progress is None else LoadProgress(what=str(progress), percent=progress.percent)
 
 
 def failure_of(slot: ModelSlot) -> str | None:
-    """Of what kind a model's failure is; None of a model that has not failed."""
+    """Kind of a model's failure; None if it has not failed."""
     if slot.state is not ModelState.FAILED:
         return None
     return next(kind for failure, kind in FAILURES if isinstance(slot.error, failure))
 
 
 class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request that waits for a model, or for a place in one; nothing of its content.
+    """A request that waits for a model or for a place in its engine; without its content.
 
     Attributes:
         id: its `x-request-id`.
         model: first name of the model.
-        queued_at: Unix seconds.
-        waits_for: "model", until it is loaded, or "place", in its engine.
+        queued_at: Unix time in seconds.
+        waits_for: "model" until the model is loaded, "place" until its engine has a free place.
         key: number of its API key; "none" on a server without keys.
-        sequences: how many it makes.
-        priority: lower ones go first.
+        sequences: number of its sequences.
+        priority: requests with a lower value run first.
     """
 
     id: str
@@ -303,7 +300,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Queues(msgspec.Struct, frozen=True, kw_only=True):
-    """The requests that wait, the longest first; `counts` has every model, by its first name."""
+    """The waiting requests, the oldest first; `counts` has the number for every model, by its first name."""
 
     counts: dict[str, int]
     data: tuple[QueuedRequest, ...]
@@ -311,7 +308,7 @@ class Queues(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def queues(slots: Iterable[ModelSlot]) -> Queues:
-    """The requests that wait for models, for operators."""
+    """The waiting requests of all models, for operators."""
     counts: dict[str, int] = {}
     data: list[QueuedRequest] = []
     for slot in slots:
@@ -335,7 +332,7 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
 
 
 def status(manager: ModelManager) -> ManagerStatus:
-    """All models for operators."""
+    """Status of all models for operators."""
     slots = list(manager.slots.values())
     active = manager.slots[manager.active]
     errors = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]
@@ -353,7 +350,7 @@ def status(manager: ModelManager) -> ManagerStatus:
 
 
 def anthropic_card(card: Card) -> dict[str, object]:
-    """The card as Anthropic's API has it."""
+    """The card in the format of Anthropic's API."""
     created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     most = card.max_model_len if isinstance(card, LoadedCard) else None
     return {
@@ -362,9 +359,9 @@ def anthropic_card(card: Card) -> dict[str, object]:
 
 
 def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
-    """All cards as Anthropic's API lists them, in one page."""
+    """All cards in the list format of Anthropic's API, in one page."""
     data = [anthropic_card(card) for card in listed]
-    ends = (listed[0].id, listed[-1].id) if listed else (None, None)  # a key may be let have nothing that there is
+    ends = (listed[0].id, listed[-1].id) if listed else (None, None)  # an API key may allow no model at all
     return {"data": data, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
 
 
@@ -372,13 +369,13 @@ def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
 
 
 class NewModelRequest(WireModel):
-    """A model, as an entry of `models` in models.yaml.
+    """A model in the format of an entry of `models` in models.yaml.
 
     Attributes:
-        name: what it shall be called.
+        name: name of the model on this server.
         hf_id, local_path: exactly one of them: a Hugging Face id, or a folder or file of the server's machine.
-        weight_file: where there are several.
-        params: its settings, by their names in models.yaml.
+        weight_file: file of the weights, if the repository or folder has several.
+        params: settings of the model by their names in models.yaml.
     """
 
     name: Name
@@ -389,15 +386,15 @@ class NewModelRequest(WireModel):
 
 
 def parse_new_model(body: bytes) -> NewModelRequest:
-    """The body of a request for one model more; errors as `parse_body`."""
+    """Parse the body of a request that adds a model; raises as `parse_body`."""
     return parse_body(NewModelRequest, body)
 
 
 class ModelRequest(WireModel):
-    """Which model.
+    """Body of a request that names a model.
 
     Attributes:
-        model, model_id: one of the served names; one field or the other (`model_id` is candle-vllm's).
+        model, model_id: a served name, in one of the two fields (`model_id` is the original candle-vllm's).
     """
 
     model: Name | None = None
@@ -411,12 +408,12 @@ class ModelRequest(WireModel):
 
     @property
     def name(self) -> str:
-        """The model."""
+        """The name from either field."""
         name = self.model or self.model_id
         assert name is not None
         return name
 
 
 def parse_model_request(body: bytes | Mapping[str, Any]) -> ModelRequest:
-    """Checks a body; raises `RequestError` naming the field."""
+    """Parse a body; raises `RequestError`, which names the invalid field."""
     return parse_body(ModelRequest, body)

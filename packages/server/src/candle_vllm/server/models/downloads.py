@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models on Hugging Face and in its cache here: their names, what they take, and removing them.
+"""Models on Hugging Face and in the local hub cache: names, sizes and removal.
 
 Before step 1 of a request's life, in threads. Everything goes through huggingface_hub, which is imported inside the
 functions, because that takes half a second.
@@ -40,12 +40,12 @@ MIB = 1 << 20
 
 
 def choose_file(names: Sequence[str], named: Named) -> str | None:
-    """Which GGUF file of a repository is meant, by its first part; None for safetensors.
+    """Return the first part of the GGUF file that a name selects; None for safetensors.
 
     Raises:
-        PullError: no file has that tag, or several files fit and the name chooses none.
+        PullError: no file has the tag, or several files match.
         ModelNotFoundError: there are no weights.
-        UnsupportedModelError: the weights are in a format that is not read.
+        UnsupportedModelError: the format of the weights is not supported.
     """
     models, tag = gguf_models(names), named.tag
     if tag is None:
@@ -67,7 +67,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
 
 
 class HubFile(msgspec.Struct, frozen=True):
-    """A file of a repository; `sha256` where the hub knows it, which is that of its weights."""
+    """A file of a repository; `sha256` is None if the hub does not know it, as for files outside LFS."""
 
     name: str
     size: int
@@ -75,14 +75,14 @@ class HubFile(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What fetching a model will take.
+    """The files that a download of a model needs.
 
     Attributes:
-        named: what was asked for.
-        weight_file: the GGUF file, by its first part; None for safetensors.
-        files: all that is fetched.
+        named: the requested name.
+        weight_file: first part of the GGUF file; None for safetensors.
+        files: all files to download.
         weight_bytes: size of the weights.
-        commit: of the repository, which the files are of.
+        commit: commit of the repository that has these files.
     """
 
     named: Named
@@ -93,7 +93,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """What the model is called here."""
+        """Name of the model on this machine."""
         return full_name(self.named.repo, self.weight_file)
 
     @property
@@ -103,16 +103,16 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def full_name(repo: str, weight_file: str | None) -> str:
-    """A model's name by its repository and file."""
+    """Return a model's name from its repository and file."""
     return repo if weight_file is None else f"{repo}:{tag_of(weight_file)}"
 
 
 def plan_pull(settings: Settings, name: str) -> Plan:
-    """Asks the hub what a model consists of; nothing is fetched.
+    """Query the hub for the files of a model; nothing is downloaded.
 
     Raises:
-        PullError: there is no such model, or the hub is not reached.
-        CandleVllmError: it has no weights that can be served.
+        PullError: the model does not exist, or the hub is unreachable.
+        CandleVllmError: it has no supported weights.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
@@ -139,7 +139,7 @@ def plan_pull(settings: Settings, name: str) -> Plan:
 
 
 def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError | None:
-    """What the hub's answer means; None when there was no answer."""
+    """Convert an error response of the hub; None if the hub did not respond."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     refusal = hub_refusal(repo, settings.revision, error)
@@ -151,7 +151,7 @@ def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError
 
 
 def _file(sibling: RepoSibling) -> HubFile:
-    """What the hub says of a file, whose name and sum become names of files here."""
+    """Check the metadata of a file, since its name and checksum become names of local files."""
     name, told = sibling.rfilename, None if sibling.lfs is None else str(sibling.lfs["sha256"])
     leaves = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if leaves or (told is not None and re.fullmatch("[0-9a-f]{64}", told) is None):
@@ -160,7 +160,7 @@ def _file(sibling: RepoSibling) -> HubFile:
 
 
 class Room(NamedTuple):
-    """Whether a model fits this machine: bytes of memory that it needs at least and that are free, and of the disk."""
+    """Memory that a model needs at least and memory that is free, download size and free disk space, all in bytes."""
 
     needed: int
     free: int
@@ -173,7 +173,7 @@ class Room(NamedTuple):
 
 
 def room_of(settings: Settings, weight_bytes: int, to_fetch: int = 0) -> Room:
-    """Whether weights of that size can be served here, with the smallest cache."""
+    """Compare the needs of a model of that size, with the smallest KV cache, with this machine's memory and disk."""
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
     from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE
@@ -192,11 +192,11 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
     """A model in the hub's cache.
 
     Attributes:
-        name: its repository, with a tag where it is a GGUF file.
-        repo, weight_file: the same, apart.
+        name: its repository, followed by a tag for a GGUF file.
+        repo, weight_file: the two parts of the name.
         size: bytes of its weights.
-        modified: Unix seconds.
-        digest: of its weights, where the cache knows it.
+        modified: Unix time in seconds.
+        digest: SHA-256 of its weights, if the cache knows it.
     """
 
     name: str
@@ -207,7 +207,7 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
     digest: str | None
 
     def settings(self, settings: Settings) -> Settings:
-        """Those with which it is served."""
+        """The settings to serve this model."""
         changes: dict[str, Any] = {"model": self.repo, "weight_path": None, "weight_file": self.weight_file}
         return dataclasses.replace(settings, **changes, served_model_name=())
 
@@ -218,7 +218,7 @@ def downloaded(settings: Settings) -> list[Local]:
 
 
 def find_downloaded(settings: Settings, name: str) -> Local:
-    """The downloaded model that a name means.
+    """Return the downloaded model of a name.
 
     Raises:
         ModelNotFoundError: it is not on this machine.
@@ -227,11 +227,11 @@ def find_downloaded(settings: Settings, name: str) -> Local:
 
 
 def find_among(locals_: Sequence[Local], name: str) -> Local:
-    """The same among downloaded models."""
+    """Find a model in a list of downloaded models; as `find_downloaded`."""
     named = read_name(name)
     here = [local for local in locals_ if local.repo == named.repo]
     names = [local.weight_file for local in here if local.weight_file is not None]
-    whole = named.tag is None and len(names) < len(here)  # its safetensors
+    whole = named.tag is None and len(names) < len(here)  # the name means the safetensors
     with suppress(ModelNotFoundError):
         first = choose_file(names, named) if names and not whole else None
         found = [local for local in here if local.weight_file == first]
@@ -242,10 +242,10 @@ def find_among(locals_: Sequence[Local], name: str) -> Local:
 
 
 def remove(settings: Settings, local: Local) -> int:
-    """Removes a model's files from the cache; returns how many bytes are free again."""
+    """Remove a model's files from the cache; return the number of bytes that this frees."""
     repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
     if all(other.name == local.name for other in _models_of(repo)):
-        shutil.rmtree(repo.repo_path)  # not by its commits, which another repository may have as well
+        shutil.rmtree(repo.repo_path)  # not through its commits, which another repository may share
         return repo.size_on_disk
     freed = 0
     for revision in repo.revisions:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an operator manages: the models with what they take and whether they fit, known names, what is being fetched.
-
-Outside the ten steps, in threads: files are listed, and no file is read.
-"""
+"""Inventory for operators (in threads): served and known models and downloads, their sizes and whether they fit."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: its first name.
-        size: bytes of its weight files; 0 where they are not on this machine yet.
-        needed: bytes of memory that it takes at least; null where that is not known.
-        fits: now, alone (once others are unloaded) or never; null for one that is loaded, or of unknown size.
-        removable: whether it was fetched, and may be removed with its files.
+        size: bytes of its weight files; 0 if they are not on this machine.
+        needed: minimum memory in bytes; null if unknown.
+        fits: now, alone (after others are unloaded) or never; null if it is loaded, or its size is unknown.
+        removable: whether it was downloaded and can be removed together with its files.
     """
 
     id: str
@@ -40,12 +37,12 @@ class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that has a name here.
+    """A model for which this program has a short name.
 
     Attributes:
-        name, model: its name, and what that stands for on Hugging Face.
-        needed, fits: as of a served one.
-        served: the served model that is the same.
+        name, model: its short name, and its name on Hugging Face.
+        needed, fits: as in `StockedModel`.
+        served: name of the same model among the served ones; null if it is not served.
     """
 
     name: str
@@ -56,14 +53,14 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PullStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is being fetched, or was not fetched to its end.
+    """A running, waiting or unsuccessful download of a model.
 
     Attributes:
-        model, asked: what it is called once it is here, and by which name it was asked for.
+        model, asked: its name once it is downloaded, and the name in the request.
         state: waiting, downloading, verifying, stopping, stopped or failed.
-        done, total: bytes; of the sums, while they are verified.
-        needed, fits: as of a served one.
-        failure, error: why it failed, for programs and for people.
+        done, total: bytes that are downloaded, or verified in the state "verifying", and their total.
+        needed, fits: as in `StockedModel`.
+        failure, error: reason of the failure, as a code and as text.
     """
 
     model: str
@@ -81,10 +78,10 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
     """The models of a server and of its machine.
 
     Attributes:
-        changes: whether models may be fetched and removed over HTTP.
-        memory_free, memory_most: bytes that are free for models, and that would be free without any loaded model.
-        disk_free: bytes, where models are kept.
-        models, known, pulls: those that are served, those that have a name, those that are being fetched.
+        changes: whether clients may download and remove models over HTTP.
+        memory_free, memory_most: bytes that are free for models now, and with all models unloaded.
+        disk_free: free bytes on the disk of the models.
+        models, known, pulls: served models, models with a short name, downloads.
     """
 
     changes: bool
@@ -99,13 +96,10 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 def take_stock(
     manager: ModelManager, slots: Sequence[ModelSlot], settings: Settings, pulls: Sequence[Pull], *, changes: bool
 ) -> Inventory:
-    """Looks at everything.
+    """Build the inventory.
 
     Args:
-        manager: of the models.
-        slots: its models, in order.
-        settings: of the server.
-        pulls: what is being fetched.
+        slots: the served models, in order.
         changes: whether clients may change models.
     """
     room = room_of(settings, 0)

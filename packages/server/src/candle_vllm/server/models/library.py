@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The models on this machine: what their files say before they are loaded.
+"""Descriptions of models on this machine from their files, without loading them.
 
-Before step 1 of a request's life, in threads. What knows files is imported inside the functions, because that takes
-long.
+Before step 1 of a request's life, in threads. Modules that read model files are imported inside the functions, because
+their import takes long.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from candle_vllm.server.settings.derived import engine_config
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """A model as its files describe it, its weights unread.
+    """A model's properties from its files; the weights are not read.
 
     Attributes:
-        format: of the files: gguf, safetensors or dummy.
-        architecture, num_parameters: of the model; 0 parameters where that is not known.
-        quantization: how most of its weights are stored, or the type that they are in.
-        context: most tokens of a prompt and its answer.
+        format: format of the files: gguf, safetensors or dummy.
+        architecture, num_parameters: architecture and number of parameters; 0 parameters if unknown.
+        quantization: quantization format or type of most of its weights.
+        context: maximum number of tokens of a prompt and its answer together.
         file_bytes: size of the weight files.
         tasks: generate, embed, score.
-        tools, thinks: whether its answers are looked through for calls, and for thoughts.
-        sees: it takes images; known once it is loaded.
-        template: its chat template, in Jinja; None for a model without one, or with several.
-        sampling: the sampling settings that its files recommend.
+        tools, thinks: whether its output is parsed for tool calls, and for reasoning.
+        sees: whether it accepts images; known only after it is loaded.
+        template: its Jinja chat template; None for a model without a template, or with several.
+        sampling: the sampling parameters that its files recommend.
     """
 
     format: str
@@ -47,7 +47,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_bytes(settings: Settings) -> int:
-    """Size of a model's weight files; 0 where they are not on this machine."""
+    """Size of a model's weight files in bytes; 0 if they are not on this machine."""
     from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.errors import CandleVllmError
 
@@ -58,7 +58,7 @@ def file_bytes(settings: Settings) -> int:
 
 
 def describe(settings: Settings) -> Description:
-    """What a model's files say; nothing is downloaded.
+    """Describe a model from its files; nothing is downloaded.
 
     Raises:
         CandleVllmError: the model is not on this machine, or it cannot be served.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""From an entry of the catalogue to a served model: is there room, then engine, adapters and admission.
+"""Loading of a catalogue entry: check the free memory, start the engine, build the API adapters and the admission.
 
-Before step 1 of a request's life, in a thread of the manager's. The engine is imported inside the functions, because
-that import takes seconds.
+Before step 1 of a request's life, in a thread of the model manager. The engine is imported inside the functions,
+because that import takes seconds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from candle_vllm.core.vision.fetching import ImageSources
 
 MIB = 1 << 20
-WORKSPACE = 256 * MIB  # what steps take besides weights and cache
-LEAST_CACHE = 256 * MIB  # a KV cache below this serves nobody
-CACHE_SHARE = 0.4  # of what is left beside other models
-BESIDE_CAPACITY = 8  # one sequence more in the engine for so many in a step
+WORKSPACE = 256 * MIB  # memory of a step besides weights and cache
+LEAST_CACHE = 256 * MIB  # a smaller KV cache is useless
+CACHE_SHARE = 0.4  # share of the memory that other models leave free
+BESIDE_CAPACITY = 8  # one further sequence in the engine for every eight of `max_num_seqs`
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ class ModelLoader:
     """Loads models for the manager.
 
     Args:
-        metrics: counts what the engines do.
-        start_engine: makes an engine of its configuration; None chooses by the settings.
-        adapters: of the models.
-        images: where those of requests may come from, whichever model they are for; None is for each as it is set.
+        metrics: metrics of the engines.
+        start_engine: creates an engine from its configuration; None selects one by the settings.
+        adapters: LoRA adapters of the models.
+        images: allowed sources of images for all models; None uses each model's settings.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class ModelLoader:
         self._images = images
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-        """Finds the model's files, downloads them where need be, and reads their heads.
+        """Find the model's files, download them if necessary, and read their headers.
 
         Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served, whatever makes room for it.
+            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served even if other models are unloaded.
         """
         if self._start_engine is None:
             check_model(entry.settings, beside)
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        """Loads a model beside others.
+        """Load a model while others stay loaded.
 
         Raises:
             NoRoomError: it does not fit beside them.
@@ -92,10 +92,10 @@ def serve_engine(
     engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None,
     images: ImageSources | None = None,
 ) -> ServedModel:  # fmt: skip
-    """A loaded engine with all that answers in its name; `images` as of `ModelLoader`."""
+    """Build the served model of a loaded engine: watcher, API adapters and admission; `images` as for `ModelLoader`."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
-        # Those that run in a step, and a few that wait in the engine itself, so that no step has a place free.
+        # The sequences of a full step and a few that wait in the engine, so that every step is full.
         info.max_num_seqs + -(-info.max_num_seqs // BESIDE_CAPACITY),
         settings.max_queued_requests or SETTINGS["max_queued_requests"].default,
         settings.max_queued_per_key,
@@ -135,21 +135,21 @@ def serve_engine(
 
 
 def local_engine(config: EngineConfig) -> ServedEngine:
-    """An engine in a thread of this process."""
+    """Start an engine in a thread of this process."""
     from candle_vllm.core import InferenceEngine
 
     return InferenceEngine(config)
 
 
 def remote_engine(config: EngineConfig) -> ServedEngine:
-    """An engine in a process of its own."""
+    """Start an engine in its own process."""
     from candle_vllm.core.remote import RemoteEngine
 
     return RemoteEngine(config)
 
 
 def replicated_engine(config: EngineConfig) -> ServedEngine:
-    """Several engines in processes of their own."""
+    """Start several engines, each in its own process."""
     from candle_vllm.core.remote import ReplicatedEngine
 
     return ReplicatedEngine(config)
@@ -162,7 +162,7 @@ def _starter(settings: Settings) -> Callable[[EngineConfig], ServedEngine]:
 
 
 def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
-    """Raises what can be known of a model before room is made for it, without reading its weights."""
+    """Raise errors that are detectable without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
@@ -186,16 +186,16 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
 
 
 def held_by(models: Sequence[ServedModel]) -> int:
-    """Bytes of memory that are free again without these models; a cache on the CPU takes its own as it fills."""
+    """Bytes that unloading these models frees; without KV caches on a CPU, where they are allocated as they fill."""
     infos = [(model, model.engine.model_info) for model in models]
     return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
 
 
 def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:
-    """What to change in a model's engine configuration so that it fits beside others.
+    """Return changes to a model's engine configuration so that it fits beside the loaded models.
 
-    On a CPU, caches take memory only as they fill, so what the others may still take is set aside in full. On a GPU
-    they have taken theirs, and what is free is free.
+    A CPU allocates caches only as they fill, so the full cache sizes of the other models are subtracted from the free
+    memory. A GPU has allocated them already.
 
     Raises:
         NoRoomError: it does not fit.
@@ -225,7 +225,7 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
 
 
 def _copies(config: EngineConfig, device: Device) -> int:
-    """How many replicas share a device's memory."""
+    """Number of replicas that share a device's memory."""
     return config.data_parallel_size if device.type == "cpu" else 1
 
 
@@ -234,7 +234,7 @@ def _called(settings: Settings) -> str:
 
 
 def _weight_bytes(config: EngineConfig) -> int:
-    """Of the files of a model, and of one that drafts for it."""
+    """Bytes of the weight files of a model and of its draft model."""
     from candle_vllm.core.assembly.draft import draft_config
     from candle_vllm.core.assembly.opening import model_files
 

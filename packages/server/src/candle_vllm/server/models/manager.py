@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The model manager: who asks for a model gets it, once it is loaded, and a turn in it, once there is a place.
+"""The model manager: gives each request a loaded model and then a place in its engine.
 
-Step 1 of a request's life, behind the name in `model`. Everyone who wants the same model waits for the same load, and
-hears of its failure. The switcher makes the changes. A turn is one request's claim on a model; it is released when the
-answer is complete, or the client has gone.
+Step 1 of a request's life, after the name in `model` is read. Requests for the same model share one load and its
+failure. The switcher loads and unloads the models. A turn is one request's claim on a model; it is released when the
+response is complete or the client has disconnected.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-DEATH_WINDOW = 300.0  # seconds in which deaths of an engine are counted
+DEATH_WINDOW = 300.0  # period in seconds in which deaths of an engine are counted
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What another catalogue changed: names of models."""
+    """Names of the models that a new catalogue changes."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -45,18 +45,18 @@ class ModelManager:
     """The models of a catalogue, some of them loaded.
 
     Args:
-        catalogue: which there are.
-        load: loads one; None for a manager of models that somebody else has loaded, and which stay.
-        limits: how far it goes.
+        catalogue: the models.
+        load: loads a model; None if the caller has loaded the models, which then stay loaded.
+        limits: limits and timeouts.
         metrics: counts loads and waits.
-        adapters: of its models; without them only the adapters that are given with the models.
+        adapters: the adapter registry; None allows only the adapters in the models' settings.
 
-    All methods are for one event loop. `close` unloads everything.
+    Not thread-safe: belongs to one event loop. `close` unloads everything.
 
     Attributes:
-        active: the name of the model that requests without a name mean.
-        rates: what each caller may ask for in a minute.
-        switch_requested_at: Unix seconds, while another model is about to become that one.
+        active: name of the model for requests without a model name.
+        rates: rate limits of the callers.
+        switch_requested_at: Unix time in seconds of a pending change of `active`; None without one.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ModelManager:
         self.adapters.adopt(catalogue)
         self.active = catalogue.default.name
         self.switch_requested_at: float | None = None
-        self._chosen: str | None = None  # becomes the active one when it is ready
+        self._chosen: str | None = None  # becomes `active` when it is ready
         self.slots = {entry.name: ModelSlot(entry, self._idle) for entry in catalogue.entries}
         self._switcher: ModelSwitcher | None = None
         if load is not None:
@@ -85,7 +85,7 @@ class ModelManager:
 
     @classmethod
     def of_loaded(cls, model: ServedModel, metrics: Metrics, adapters: Adapters | None = None) -> ModelManager:
-        """A manager of one model that is loaded and stays so."""
+        """Return a manager of one loaded model, which stays loaded."""
         manager = cls(Catalogue([model.entry]), None, metrics=metrics, adapters=adapters)
         manager.slots[model.entry.name].ready(model)
         return manager
@@ -93,15 +93,15 @@ class ModelManager:
     # ---- for requests ------------------------------------------------------------------------------------------------
 
     def find(self, name: str | None, *, exact: bool = False, caller: Caller = NOBODY) -> ModelSlot:
-        """The model that a request means, which is an adapter's base where it names one.
+        """Return the model of a request; for an adapter's name, its base model.
 
         Args:
-            name: what the request calls it, or None.
-            exact: whether it must be one of a model's own names.
-            caller: whose request it is; what it may not use is not told.
+            name: the model name in the request, or None.
+            exact: whether only a model's own names are valid, not those of adapters.
+            caller: sender of the request; error messages do not list models that it may not use.
 
         Raises:
-            ModelNotServedError: there is none of that name.
+            ModelNotServedError: no model has this name.
         """
         adapter = None if exact else self.adapters.find(name)
         if adapter is not None:
@@ -118,12 +118,12 @@ class ModelManager:
         return self.slots[chosen]
 
     async def reach(self, name: str | None, caller: Caller) -> None:
-        """Sees to it that what a name means is known, where it means something that the caller may use.
+        """Check that the caller may use a name, and fetch the adapters that the request needs.
 
-        An adapter that nobody has asked for yet is looked for; what is looked for counts as a request.
+        An unknown adapter is searched in the sources, which counts as a request in the rate limits.
 
         Raises:
-            HttpError: 403, because the key may not use it; as `Adapters.reach` and `RateLimits.admit`.
+            HttpError: 403 if the key may not use it; also as `Adapters.reach` and `RateLimits.admit`.
         """
         if name is None or not self.adapters.bases() or self._catalogue.has(name):
             self.permit(name, caller)
@@ -136,7 +136,7 @@ class ModelManager:
         await self.adapters.reach(name)
 
     def permit(self, name: str | None, caller: Caller) -> None:
-        """Refuses (HttpError 403) a name that means something known which the caller may not use."""
+        """Raise HttpError 403 if a name belongs to a known model or adapter that the caller may not use."""
         if caller.models is None:
             return
         adapter = self.adapters.find(name)
@@ -145,12 +145,12 @@ class ModelManager:
             raise _not_allowed(name)
 
     async def acquire(self, name: str | None) -> Lease:
-        """The use of a loaded model, once it is. Cancelling it gives the wait up.
+        """Wait until a model is loaded, and return a lease of it. Cancelling the coroutine ends the wait.
 
         Raises:
             ModelNotServedError: no such model.
-            HttpError: 503, because too many wait, it took too long, or it could not be loaded.
-            EngineDeadError: its engine has stopped for good.
+            HttpError: 503 if too many requests wait, the wait takes too long, or the model cannot be loaded.
+            EngineDeadError: its engine has died and is not restarted.
         """
         slot, adapter = self.find(name), self.adapters.find(name)
         if adapter is None:
@@ -176,10 +176,10 @@ class ModelManager:
         return await self._wait(slot, self._limits.patience)
 
     async def start(self) -> ModelSlot:
-        """Loads the default model, however long that takes.
+        """Load the default model, without a timeout.
 
         Raises:
-            CandleVllmError: why it cannot be loaded.
+            CandleVllmError: it cannot be loaded.
         """
         slot = self.slots[self.active]
         slot.awaited = True
@@ -229,23 +229,20 @@ class ModelManager:
 
     @property
     def catalogue(self) -> Catalogue:
-        """Which models there are."""
+        """The catalogue of the models."""
         return self._catalogue
 
     # ---- for operators -----------------------------------------------------------------------------------------------
 
     async def load(self, name: str | None) -> ModelSlot:
-        """Loads a model and waits for it, also one that has just failed; errors as `acquire`."""
+        """Load a model and wait for it, even if it has just failed; raises as `acquire`."""
         slot = self.find(name, exact=True)
         slot.failed_at = None
         (await self.acquire(slot.entry.name)).release()
         return slot
 
     async def unload(self, name: str | None) -> ModelSlot:
-        """Lets a model finish its requests and unloads it; one that is not loaded stays so.
-
-        A request that names it later loads it again.
-        """
+        """Drain and unload a model if it is loaded; a later request loads it again."""
         slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
@@ -253,7 +250,7 @@ class ModelManager:
         return slot
 
     def select(self, name: str | None) -> ModelSlot:
-        """Makes a model the one that requests without a name mean, once it is loaded; does not wait."""
+        """Make a model the active one as soon as it is loaded; does not wait."""
         slot = self.find(name, exact=True)
         if slot.state is ModelState.READY or self._switcher is None:
             self.active, self._chosen, self.switch_requested_at = slot.entry.name, None, None
@@ -263,10 +260,7 @@ class ModelManager:
         return slot
 
     def keep(self, name: str | None, seconds: float) -> bool:
-        """Has a model stay so long after its last use, from now on; it may still have to make room for another.
-
-        False where models stay because somebody else has loaded them.
-        """
+        """Set how long a model stays loaded after its last use; returns False if this manager never unloads models."""
         slot = self.find(name)
         if self._switcher is None:
             return False
@@ -274,18 +268,18 @@ class ModelManager:
         return True
 
     def expires_at(self, slot: ModelSlot) -> float | None:
-        """Unix seconds at which a loaded model is unloaded unless somebody uses it; None where it stays."""
+        """Unix time in seconds at which a loaded model is unloaded unless it is used; None if it stays."""
         rest = None if self._switcher is None else self._switcher.rest_of(slot)
         return None if rest is None else time.time() + rest - (time.monotonic() - slot.last_used)
 
     def adopt(self, catalogue: Catalogue) -> Changes:
-        """Serves the models of another catalogue.
+        """Replace the catalogue.
 
-        A model that is as before stays as it is, loaded or not. What another one, or one that is gone, was asked is
-        finished by it; who waits for it gets the one that has its name now. One that was loaded is loaded again.
+        A model with unchanged settings keeps its state. A changed or removed model finishes its running requests; its
+        waiting requests go to the new model of that name. A changed model that was loaded is loaded again.
 
         Raises:
-            HttpError: 409, because the model stays loaded.
+            HttpError: 409 if this manager does not unload models.
         """
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays")
@@ -308,7 +302,7 @@ class ModelManager:
                 continue
             wanted = old.model is not None or old.is_waited_for
             new.waiters, old.waiters = old.waiters, new.waiters
-            new.arrivals = old.arrivals  # the same: who waits takes itself out of it
+            new.arrivals = old.arrivals  # the same dictionary, since each waiting request removes itself from it
             if wanted:
                 self._switcher.want(new, asked=True)
         return Changes(
@@ -318,17 +312,14 @@ class ModelManager:
         )
 
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
-        """The engine of a model has died by itself: what it held is let go, and it is started again.
-
-        An engine that dies again and again is left dead until a request asks for its model.
-        """
+        """Release a model's dead engine and start it again; after repeated deaths, only a request for it does so."""
         if self._switcher is None or slot.model is not model or self._switcher.closing:
             return
         logger.error("the engine of %s has died", slot.entry.name)
         slot.model = None
         model.admission.close()
         self._switcher.let_go(model)
-        if slot.state is not ModelState.READY or slot.going:  # it was to go anyway
+        if slot.state is not ModelState.READY or slot.going:  # it was about to be unloaded
             return
         slot.state, slot.error, slot.failed_at = ModelState.FAILED, EngineDeadError("the engine has stopped"), None
         now = time.monotonic()
@@ -343,17 +334,17 @@ class ModelManager:
 
     @property
     def is_healthy(self) -> bool:
-        """False once an engine has stopped that will not come back by itself."""
+        """False after an engine has died that is not restarted automatically."""
         alive = all(model.engine.is_alive or model.entry.settings.has_own_process for model in self.loaded)
         return alive and not any(slot.given_up for slot in self.slots.values())
 
     async def close(self) -> None:
-        """Unloads everything; requests that wait are refused, those that run are aborted."""
+        """Unload all models; waiting requests are refused, running ones are aborted."""
         if self._switcher is not None:
             await self._switcher.close()
 
     async def warm(self, slot: ModelSlot) -> None:
-        """Loads the adapters of a model that shall be in memory before they are asked for; what fails is logged."""
+        """Load the pinned adapters and the warmup adapters of a model; failures are logged."""
         pinned = [each for each in self.adapters.given(slot.entry.name) if each.pinned]
         wanted = [*(each.name for each in pinned), *slot.entry.settings.lora_warmup]
         for name in dict.fromkeys(wanted):
@@ -390,43 +381,43 @@ def _load_adapter(model: ServedModel, adapter: Adapter, pinned: bool) -> None:
 
 
 def _not_allowed(name: str | None) -> HttpError:
-    which = "the default model" if name is None else f"the model {name!r:.200}"  # only what its sender has said
+    which = "the default model" if name is None else f"the model {name!r:.200}"  # only repeats the sender's text
     message = f"This API key may not use {which}: this server's operator says which it may."
     return HttpError(403, message, "model_not_allowed", param="model")
 
 
 def _not_served(name: str) -> Exception:
-    from candle_vllm.openai.errors import ModelNotServedError  # slow to import, and not needed before
+    from candle_vllm.openai.errors import ModelNotServedError  # slow import, needed only here
 
     return ModelNotServedError(f"The model {name!r} is not served any more.", "model")
 
 
 @dataclass
 class Turn:
-    """The right to use a model now; `release` gives it back, once."""
+    """The right to use a model now; the first call of `release` ends it."""
 
     lease: Lease
     place: Place
 
     @property
     def model(self) -> ServedModel:
-        """The model."""
+        """The leased model."""
         return self.lease.model
 
     def release(self) -> None:
-        """The request is over."""
+        """Release the place and the lease."""
         self.place.leave()
         self.lease.release()
 
 
 async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, priority: int = 0) -> Turn:
-    """Waits for a model and for a place in it. Cancelling it gives up.
+    """Wait for a model and for a place in its engine. Cancelling the coroutine ends the wait.
 
     Args:
-        scope: of the request, whose body has been read.
-        name: what the request calls its model.
-        sequences: how many it makes.
-        priority: lower ones go first, where the operator lets requests go before others.
+        scope: ASGI scope of the request, whose body has been read.
+        name: the model name in the request.
+        sequences: number of its sequences.
+        priority: requests with a lower value run first, if the operator allows priorities.
 
     Raises:
         ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire`, `RateLimits.admit` and
@@ -435,13 +426,13 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
     manager: ModelManager = scope["app"].state.manager
     caller = caller_of(scope)
     await manager.reach(name, caller)
-    manager.find(name, caller=caller)  # what cannot be answered is not counted
+    manager.find(name, caller=caller)  # raises for an unknown model, before the request counts in the rate limits
     manager.rates.admit(caller)
     while True:
         lease = await manager.acquire(name)
         try:
             place = await enter(lease, caller, sequences, priority)
-        except RetiredError:  # its engine has died, or had to go: it is waited for again
+        except RetiredError:  # the model was unloaded or its engine died: wait for it again
             lease.release()
         except BaseException:
             lease.release()
@@ -451,6 +442,6 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
 
 
 async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:
-    """Waits for a place in a model, with the priority that its operator lets the request have."""
+    """Wait for a place in a model's engine, with the priority that the operator allows."""
     allowed = lease.model.entry.settings.enable_request_priority
     return await lease.model.admission.enter(caller.label, sequences, priority if allowed else max(priority, 0))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Fetching models: one file after the other by ranges, and the pulls that run, followed and stopped by whoever asks.
+"""Downloads of models: resumable downloads of their files, and the list of downloads that clients follow and stop.
 
-Before step 1 of a request's life. What has arrived of a file is kept under the file's sum, so that a pull that broke
-off or was stopped goes on where it ended, also in another process; huggingface_hub itself begins a file anew.
+Before step 1 of a request's life. Partial files are stored under the checksum of the file, so that an interrupted or
+stopped download is resumed, also by another process. huggingface_hub itself would start the file again.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 20  # bytes
 _PAUSE = 0.2  # seconds between two reports
-_MAX_RUNNING = 8  # pulls that run or wait
-_MAX_ENDED = 16  # that are still told of
+_MAX_RUNNING = 8  # maximum number of running and waiting downloads
+_MAX_ENDED = 16  # maximum number of listed unsuccessful downloads
 
 
 # ---- one model, in a thread ------------------------------------------------------------------------------------------
 
 
 def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
-    """Fetches what is missing, goes on where an earlier time stopped, and compares the weights with the hub's sums.
+    """Download the missing files, resume partial ones, and verify the weights with the hub's checksums.
 
-    Its progress is told (`candle_vllm.core.progress`).
+    Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
         PullError: the disk is too small, or the download did not finish.
-        InvalidFileError: a file is not what the hub has; it is removed.
+        InvalidFileError: a file does not match its checksum; the file is removed.
     """
     here = sum(local.size for local in downloads.downloaded(settings) if local.name == plan.name)
     missing = plan.total - here - sum(_partial_size(path) for path in _partials(settings, plan))
@@ -71,13 +71,13 @@ def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
 
 
 def discard(settings: Settings, plan: downloads.Plan) -> None:
-    """Removes what has arrived of files that are not whole."""
+    """Remove partial files."""
     for path in _partials(settings, plan):
         path.unlink(missing_ok=True)
 
 
 def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
-    """Puts the large files into the hub's cache, under the names that it looks for."""
+    """Download the large files into the hub cache, under the names that huggingface_hub expects."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.file_download import http_get
@@ -86,7 +86,7 @@ def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
     blobs = _blobs(settings, plan)
     locks = cache_folder(settings) / ".locks" / blobs.parent.name
     summed = [file for file in plan.files if file.sha256 is not None]
-    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # others come in its own way
+    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `resolve` fetches others
     before = 0
     for file in wanted:
         whole, partial = blobs / f"{file.sha256}", _partial(blobs, file)
@@ -117,7 +117,7 @@ def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
 
 
 def _bar(what: str, before: int, total: int) -> Any:
-    """A class of bars for the hub, which tell how much there is of all files; `before` came in others."""
+    """Return a progress bar class that reports the progress of all files to `tell`; `before` counts earlier files."""
 
     class Bar:
         def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
@@ -177,12 +177,12 @@ def _verify(plan: downloads.Plan, folder: Path) -> None:
 
 
 class PullState(enum.StrEnum):
-    """Where a pull stands; one that has succeeded is told of no more."""
+    """State of a download; a successful one is removed from the list."""
 
-    WAITING = "waiting"  # for the one before it
+    WAITING = "waiting"  # another download is running
     DOWNLOADING = "downloading"
     VERIFYING = "verifying"
-    STOPPING = "stopping"  # at the next piece that arrives
+    STOPPING = "stopping"  # stops when the next bytes arrive
     STOPPED = "stopped"
     FAILED = "failed"
 
@@ -191,7 +191,7 @@ ENDED = (PullState.STOPPED, PullState.FAILED)
 
 
 def failure_code(error: Exception) -> str:
-    """Why a model could not be fetched, for programs: `PullError.code`, damaged, unsupported, or pull_failed."""
+    """Return a code for the failure: `PullError.code`, damaged, unsupported or pull_failed."""
     if isinstance(error, PullError):
         return error.code
     kinds = {InvalidFileError: "damaged", UnsupportedModelError: "unsupported", ModelNotFoundError: "unsupported"}
@@ -199,14 +199,14 @@ def failure_code(error: Exception) -> str:
 
 
 class Pull:
-    """A model that is being fetched, or was not fetched to its end.
+    """A running, waiting or unsuccessful download of a model.
 
     Attributes:
-        plan, asked: what is fetched, and by which name it was asked for.
-        room: whether it fits.
-        state, progress: where it stands.
-        error: why it failed.
-        task, stopped, has_ended: what fetches it, whether that shall end, and whether it has.
+        plan, asked: the files to download, and the name in the request.
+        room: needs of the model and resources of this machine.
+        state, progress: its current state and progress.
+        error: reason of the failure.
+        task, stopped, has_ended: the task that downloads, whether it is asked to stop, and whether it has ended.
     """
 
     def __init__(self, plan: downloads.Plan, asked: str, room: downloads.Room) -> None:
@@ -220,10 +220,10 @@ class Pull:
         self._followers = set[asyncio.Queue[Progress | None]]()
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """How far it is, until it has ended; it goes on where nobody follows.
+        """Yield the progress until the download ends; the download goes on without followers.
 
         Raises:
-            CandleVllmError: it failed, or was stopped.
+            CandleVllmError: the download failed or was stopped.
         """
         told = asyncio.Queue[Progress | None]()
         self._followers.add(told)
@@ -241,7 +241,7 @@ class Pull:
             raise PullError(f"{self.plan.name} was not fetched to its end: it was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
-        """Something has arrived; None is the end. Bars of the hub's that are collected late say something once more."""
+        """Publish progress, or None at the end. Progress bars that are finalized late may report after the end."""
         if progress is not None and self.state in ENDED:
             return
         if progress is not None:
@@ -256,15 +256,15 @@ class Pull:
 
 
 class _Stopped(Exception):
-    """Raised where a pull tells how far it is, to end it."""
+    """Raised in the progress callback of a download to stop it."""
 
 
 class Pulls:
-    """The pulls of one server, one of which runs at a time. For one event loop.
+    """The downloads of one server, which run one at a time. Not thread-safe: belongs to one event loop.
 
     Args:
-        settings: of the server, without a model.
-        fetched: called with a pull that has succeeded, and its model.
+        settings: settings of the server, without a model.
+        fetched: called with a successful download and its model.
     """
 
     def __init__(self, settings: Settings, fetched: Callable[[Pull, downloads.Local], object]) -> None:
@@ -275,16 +275,16 @@ class Pulls:
 
     @property
     def all(self) -> list[Pull]:
-        """Those that run or wait, and those that ended without success."""
+        """Running, waiting and unsuccessful downloads."""
         return list(self._pulls.values())
 
     @property
     def is_full(self) -> bool:
-        """Whether no more may wait."""
+        """Whether the queue is full."""
         return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
 
     async def begin(self, name: str) -> Pull:
-        """Begins to fetch a model, or goes on with it; gives the pull that runs where there is one.
+        """Start or resume a download; returns the running download of the same model if there is one.
 
         Raises:
             CandleVllmError: as `plan_pull`.
@@ -310,12 +310,12 @@ class Pulls:
         return pull
 
     def find(self, name: str) -> Pull | None:
-        """The pull of that name, or that was asked for by it."""
+        """Return the download of a model name, or that was requested under this name."""
         asked = (pull for pull in self._pulls.values() if pull.asked == name)
         return self._pulls.get(name) or next(asked, None)
 
     async def stop(self, pull: Pull, *, remove: bool) -> None:
-        """Stops a pull where it is; with `remove`, waits for that, forgets it and removes what has arrived."""
+        """Stop a download; with `remove`, wait for its end, delete its partial files and drop it from the list."""
         assert pull.task is not None
         if pull.state is PullState.WAITING:
             pull.state = PullState.STOPPED

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One model of the catalogue as the manager sees it: its state, who uses it, and who waits for it.
-
-Step 1 of a request's life. Nothing here waits or loads; the manager does.
-"""
+"""State of one model of the catalogue (step 1): its leases and its waiting requests. This module only holds state."""
 
 from __future__ import annotations
 
@@ -22,31 +19,31 @@ from candle_vllm.server.models.library import Description
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings.catalogue import ModelEntry
 
-MAX_DEATHS = 5  # of an engine within the manager's window, before it is not started again by itself
+MAX_DEATHS = 5  # deaths within `DEATH_WINDOW` after which an engine is not restarted automatically
 
 
 class ModelState(enum.StrEnum):
-    """Where a model stands between its files and its answers."""
+    """State of a model."""
 
     UNLOADED = "unloaded"
-    WAITING = "waiting"  # wanted; another model is being loaded or drained
+    WAITING = "waiting"  # requested; another model is being loaded or drained
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"  # running requests finish, new ones wait
-    FAILED = "failed"  # could not be loaded, or died; asked for again, it is tried again
+    FAILED = "failed"  # could not be loaded, or its engine died; a request tries again
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model with all that answers in its name.
+    """A loaded model with its API adapters.
 
     Attributes:
-        entry: of the catalogue.
+        entry: entry of the catalogue.
         engine: the engine; the server closes it when the model is unloaded.
-        watcher: counts what it is asked.
-        adapter, messages, ollama: OpenAI's, Anthropic's and Ollama's requests answered by it.
-        admission: who may use it when.
-        memory: bytes that it holds, weights and cache, for the next decision about room.
+        watcher: updates the metrics of the engine.
+        adapter, messages, ollama: adapters for the APIs of OpenAI, Anthropic and Ollama.
+        admission: admission control of the engine.
+        memory: bytes of its weights and its cache, for memory checks of other models.
     """
 
     entry: ModelEntry
@@ -59,7 +56,7 @@ class ServedModel:
     memory: int = 0
 
     def close(self) -> None:
-        """Takes the model's gauges away and closes the engine. Closing twice is fine."""
+        """Remove the model's gauges and close the engine. Further calls have no effect."""
         self.watcher.close()
         self.engine.close()
 
@@ -69,21 +66,21 @@ class ModelSlot:
     """A model of the catalogue and its state.
 
     Attributes:
-        idle: called when the last lease comes back.
-        in_flight: leases that are out.
+        idle: called when the last lease is released.
+        in_flight: number of leases that are not released.
         waiters: requests that wait for the model, in order.
-        arrivals: what is told of each of them.
-        asked: it shall be loaded also if no request waits for it.
-        error, failed_at: why it could not be loaded, or died; and `time.monotonic()` when loading failed.
+        arrivals: their entries in the queue for operators.
+        asked: whether it is to be loaded even if no request waits for it.
+        error, failed_at: reason why loading failed or the engine died; and `time.monotonic()` of a failed load.
         deaths: `time.monotonic()` of its engine's latest deaths.
-        last_used, loaded_at: `time.monotonic()` and Unix seconds.
-        load_seconds: how long the last load took.
-        progress: what is being done while it is loaded, and how far that is.
-        awaited: the start waits for it, and says itself why it cannot be loaded.
-        going: the catalogue has it no more: it goes when its last lease comes back.
-        timer: runs until the model has rested long enough to be unloaded.
-        described: what its files say, once somebody has asked.
-        keep_seconds: how long the latest request that said so wants it to rest; None is the manager's `idle_seconds`.
+        last_used, loaded_at: `time.monotonic()` of the last use, and Unix time in seconds of the load.
+        load_seconds: duration of the last load.
+        progress: current stage and progress of loading.
+        awaited: whether the server's start waits for it and reports its failure itself.
+        going: whether it is removed from the catalogue, so that it is unloaded when its last lease is released.
+        timer: timer that unloads it after its idle time.
+        described: description from its files, once it was requested.
+        keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
     """
 
     entry: ModelEntry
@@ -109,43 +106,43 @@ class ModelSlot:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether a request waits that has not left."""
+        """Whether a request waits and is not cancelled."""
         return any(not waiter.done() for waiter in self.waiters)
 
     @property
     def given_up(self) -> bool:
-        """Whether its engine died so often that it is not started again by itself."""
+        """Whether its engine died so often that it is not restarted automatically."""
         return self.state is ModelState.FAILED and len(self.deaths) > MAX_DEATHS
 
     def ready(self, model: ServedModel) -> None:
-        """The model is loaded."""
+        """Set the loaded model."""
         self.model, self.state = model, ModelState.READY
         self.last_used, self.loaded_at = time.monotonic(), time.time()
         self.error = self.failed_at = None
 
     def lease(self) -> Lease:
-        """A claim on the loaded model, which keeps it loaded until it is released."""
+        """Return a lease, which keeps the model loaded until it is released."""
         assert self.model is not None
         self.in_flight += 1
         self.last_used = time.monotonic()
         return Lease(self, self.model)
 
     def grant(self) -> None:
-        """The model is ready: every request that waits gets its lease."""
+        """Give a lease to every waiting request."""
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.done():
                 waiter.set_result(self.lease())
 
     def refuse(self, error: Exception) -> None:
-        """Every request that waits fails."""
+        """Fail every waiting request with an error."""
         while self.waiters:
             waiter = self.waiters.popleft()
             if not waiter.done():
                 waiter.set_exception(error)
 
     def forget(self, waiter: asyncio.Future[Lease]) -> None:
-        """A request waits no more; a lease that it was given in the same tick comes back."""
+        """Remove a waiting request; release the lease if it was granted at the same time."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -155,10 +152,10 @@ class ModelSlot:
 
 
 class Lease:
-    """The use of a loaded model by one request; released once, however often `release` is called.
+    """The use of a loaded model by one request. Only the first call of `release` has an effect.
 
     Attributes:
-        beside: called when it is released.
+        beside: further callback for the release.
     """
 
     def __init__(self, slot: ModelSlot, model: ServedModel) -> None:
@@ -167,7 +164,7 @@ class Lease:
         self._slot: ModelSlot | None = slot
 
     def release(self) -> None:
-        """The request is over."""
+        """Release the lease."""
         slot, self._slot = self._slot, None
         if slot is not None:
             if self.beside is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The model switcher: the one task that loads and unloads models, one after the other.
+"""The model switcher: a single task that loads and unloads models, one after the other.
 
-Step 1 of a request's life, behind the manager. A model that is wanted is loaded beside the others where memory allows;
-where not, the one that was used longest ago finishes what it was asked and makes room.
+Step 1 of a request's life, below the manager. A requested model is loaded beside the others if memory allows; if not,
+the least recently used model finishes its requests and is unloaded.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ T = TypeVar("T")
 
 
 class NoRoomError(Exception):
-    """The model does not fit beside those that are loaded, and would without some of them."""
+    """The model does not fit beside the loaded models, but would fit without some of them."""
 
 
 class Load(Protocol):
-    """Loads models; called in threads."""
+    """Interface of a model loader; called in threads."""
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-        """Raises what can be known of a model that cannot be loaded, before others make room for it."""
+        """Raise errors that are detectable before other models are unloaded for this one."""
         ...
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        """Loads a model beside others; `NoRoomError` when it does not fit beside them."""
+        """Load a model while others stay loaded; raises `NoRoomError` if it does not fit beside them."""
         ...
 
 
 @dataclass(frozen=True)
 class ManagerLimits:
-    """How far the manager goes.
+    """Limits and timeouts of the manager.
 
     Attributes:
-        max_loaded: most models in memory; None is as many as fit.
-        max_waiting: requests that may wait for one model that is not loaded.
-        patience: seconds that a request waits for its model.
-        drain_seconds: how long a model that has to go may finish its requests; what still runs then is aborted.
-        idle_seconds: a model that was not used for so long is unloaded; None keeps it.
-        retry_seconds: a model that could not be loaded is not tried again for so long, unless an operator asks.
+        max_loaded: maximum number of models in memory; None is limited by memory only.
+        max_waiting: maximum number of requests that wait for one model to be loaded.
+        patience: maximum seconds that a request waits for its model.
+        drain_seconds: maximum seconds in which a model finishes its requests before unloading; then they are aborted.
+        idle_seconds: seconds without use after which a model is unloaded; None disables it.
+        retry_seconds: pause after a failed load before a request, other than an operator's, tries again.
     """
 
     max_loaded: int | None = None
@@ -69,11 +69,11 @@ class ManagerLimits:
 
 @dataclass(frozen=True)
 class _Unwanted:
-    """A model that shall go.
+    """A model that is to be unloaded.
 
     Attributes:
-        done: set when it has gone, or need not.
-        idle: it goes only if nobody has used it for the manager's `idle_seconds`.
+        done: is completed when the model is unloaded, or need not be.
+        idle: whether it is unloaded only after the idle time that applies to it.
     """
 
     slot: ModelSlot
@@ -82,15 +82,15 @@ class _Unwanted:
 
 
 class ModelSwitcher:
-    """Makes every change to the models' slots.
+    """Loads and unloads the models of the slots.
 
     Args:
         slots: the models.
-        load: loads one.
-        limits: how far it goes.
+        load: loads a model.
+        limits: limits and timeouts.
         metrics: counts loads.
-        settled: called with a slot whose model is ready, or could not be loaded.
-        died: called with a slot whose engine has died, and the model that it had.
+        settled: called with a slot when its model is ready, or could not be loaded.
+        died: called with a slot and its model when the model's engine dies.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class ModelSwitcher:
         self._wanted: deque[ModelSlot] = deque()
         self._unwanted: deque[_Unwanted] = deque()
         self._worker: asyncio.Task[None] | None = None
-        self._returned = asyncio.Event()  # a lease came back, for the drain
-        self._leaving = set[asyncio.Task[None]]()  # engines that are being closed
+        self._returned = asyncio.Event()  # set when a lease is released, for `_retire`
+        self._leaving = set[asyncio.Task[None]]()  # tasks that close engines
         self.closing = False
 
     def adopt(self, slots: Sequence[ModelSlot], gone: Sequence[ModelSlot]) -> None:
-        """Other slots from now on; a model that is in none of them goes when its last request has been answered."""
+        """Replace the slots; a loaded model without a new slot is unloaded after its last request."""
         for slot in gone:
             slot.going, slot.asked = True, False
         still = [slot for slot in self._slots if slot.going and _is_there(slot)]
@@ -131,7 +131,7 @@ class ModelSwitcher:
         return [slot.model for slot in self._slots if slot.model is not None]
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
-        """A model shall be loaded: for requests that wait, or because it was asked for by itself."""
+        """Queue a model for loading: because requests wait, or because it is `asked` for without a request."""
         slot.asked = slot.asked or asked
         if slot not in self._wanted and slot.state is not ModelState.LOADING:
             if slot.state in (ModelState.UNLOADED, ModelState.FAILED):
@@ -140,14 +140,14 @@ class ModelSwitcher:
         self._work()
 
     async def unwant(self, slot: ModelSlot) -> None:
-        """A model shall go; returns when it has gone."""
+        """Unload a model, and wait until it is unloaded."""
         entry = _Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False)
         self._unwanted.append(entry)
         self._work()
         await entry.done
 
     def idle(self, slot: ModelSlot) -> None:
-        """Nobody uses the model at the moment."""
+        """Handle the release of a model's last lease: start its idle timer, or unload it if it was removed."""
         self._returned.set()
         if slot.going:
             if slot.model is not None and not self.closing:
@@ -159,13 +159,13 @@ class ModelSwitcher:
             slot.timer = asyncio.get_running_loop().call_later(seconds, self._unload_idle, slot)
 
     def rest_of(self, slot: ModelSlot) -> float | None:
-        """Seconds after which an unused model is unloaded; None keeps it."""
+        """Seconds after which an unused model is unloaded; None if it stays."""
         if slot.keep_seconds is None:
             return self._limits.idle_seconds
         return None if slot.keep_seconds == math.inf else slot.keep_seconds
 
     def keep(self, slot: ModelSlot, seconds: float | None) -> None:
-        """Says how long a model rests before it is unloaded, from now on; None is as the manager has it."""
+        """Set the idle time of a model; None is the manager's `idle_seconds`."""
         slot.keep_seconds = seconds
         if slot.timer is not None:
             slot.timer.cancel()
@@ -174,11 +174,11 @@ class ModelSwitcher:
             self.idle(slot)
 
     def let_go(self, model: ServedModel) -> None:
-        """Closes the engine of a model that is in no slot any more, beside everything else."""
+        """Close the engine of a model that has no slot any more; does not wait."""
         self._leave(model)
 
     def _leave(self, model: ServedModel) -> asyncio.Task[None]:
-        """Begins to close an engine; whoever stops waiting for it stops nothing."""
+        """Start to close an engine; cancelling a caller that waits for it does not stop this."""
         name = model.entry.name
 
         async def leave() -> None:
@@ -193,7 +193,7 @@ class ModelSwitcher:
         return task
 
     async def close(self) -> None:
-        """Stops changing anything, refuses who waits, and unloads everything."""
+        """Stop the switcher, refuse waiting requests, and unload everything."""
         self.closing = True
         if self._worker is not None:
             self._worker.cancel()
@@ -224,16 +224,16 @@ class ModelSwitcher:
                 slot.grant()
             elif slot.asked or slot.is_waited_for:
                 await self._bring(slot)
-            elif slot.state is ModelState.WAITING:  # everyone who wanted it has left
+            elif slot.state is ModelState.WAITING:  # all requests for it were cancelled
                 slot.state = ModelState.UNLOADED
 
     async def _bring(self, slot: ModelSlot) -> None:
-        """Loads a model, and makes room for it first where need be."""
+        """Load a model; unload others first if necessary."""
         started = time.monotonic()
         slot.state, slot.error, slot.asked, slot.progress = ModelState.LOADING, None, False, None
         try:
-            if self.loaded:  # else nobody makes room for it, and loading finds out the same
-                check = _heard(slot, lambda: self._load.check(slot.entry, self.loaded))  # which may download it
+            if self.loaded:  # else no model would be unloaded, and loading detects the same errors
+                check = _heard(slot, lambda: self._load.check(slot.entry, self.loaded))  # may download the model
                 await in_thread(check, f"check-{slot.entry.name}")
             while self._limits.max_loaded is not None and len(self.loaded) >= self._limits.max_loaded:
                 await self._retire(self._least_used())
@@ -261,7 +261,7 @@ class ModelSwitcher:
                 await self._retire(victim)
 
     def _failed(self, slot: ModelSlot, error: Exception) -> None:
-        ours = not isinstance(error, (CandleVllmError, NoRoomError))  # what a file or setting causes has no traceback
+        ours = not isinstance(error, (CandleVllmError, NoRoomError))  # errors of files or settings need no traceback
         if ours or not slot.awaited:
             logger.error("the model %s could not be loaded: %s", slot.entry.name, error, exc_info=ours)
         _forget_frames(error)
@@ -284,12 +284,12 @@ class ModelSwitcher:
             self.idle(slot)
 
     def _least_used(self) -> ModelSlot:
-        """The next to go: an idle one before a busy one, and of these the one that was used longest ago."""
+        """Return the slot to unload next: idle ones before busy ones, and of these the least recently used."""
         slots = [slot for slot in self._slots if slot.model is not None]
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 
     async def _retire(self, slot: ModelSlot) -> None:
-        """Lets a model finish what it was asked, then unloads it. Requests that come meanwhile wait for its return."""
+        """Let a model finish its requests, then unload it. Requests that arrive meanwhile wait for the next load."""
         slot.state = ModelState.DRAINING
         try:
             async with asyncio.timeout(self._limits.drain_seconds):
@@ -308,13 +308,13 @@ class ModelSwitcher:
         model, slot.model = slot.model, None
         slot.state, slot.loaded_at = ModelState.UNLOADED, None
         self._slots = tuple(each for each in self._slots if each is not slot or not slot.going)
-        if model is None:  # it died while it was drained
+        if model is None:  # its engine died while it was drained
             return
         model.admission.close()
         await asyncio.shield(self._leave(model))
 
     def _unload_idle(self, slot: ModelSlot) -> None:
-        """Unloads a model that nobody has used for long enough; where somebody has, the timer runs on."""
+        """Unload a model after its idle time; restart the timer if it was used meanwhile."""
         slot.timer = None
         if slot.state is not ModelState.READY or slot.in_flight or self.closing:
             return
@@ -334,21 +334,21 @@ class ModelSwitcher:
 
 
 def _is_there(slot: ModelSlot) -> bool:
-    """Whether a slot has a model, or is about to."""
+    """Whether a slot's model is loaded or being loaded."""
     return slot.model is not None or slot.state is ModelState.LOADING
 
 
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
-    """For requests of a model that could not be loaded: not before `retry_seconds` is it tried again."""
+    """Error for requests to a model that could not be loaded; it is not tried again before `retry_seconds`."""
     left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
     message = f"The model {slot.entry.name!r} could not be loaded; the server's log says why."
     return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})
 
 
 def _heard(slot: ModelSlot, work: Callable[[], T]) -> Callable[[], T]:
-    """Work on a slot's model, in whose thread the slot hears how far it is."""
+    """Wrap work on a slot's model so that its progress is stored in the slot."""
 
-    def hear(progress: Progress) -> None:  # the next one is put in its place
+    def hear(progress: Progress) -> None:  # replaces the previous progress
         slot.progress = progress
 
     def heard() -> T:
@@ -364,12 +364,12 @@ def _done(entry: _Unwanted) -> None:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """A failure that is kept must not keep what its frames held: the weights of a model that was half loaded."""
+    """Clear the frames of a stored error, which would otherwise keep the weights of a partly loaded model in memory."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
 def _unload(model: ServedModel) -> None:
-    gc.unfreeze()  # objects of the start were frozen, and would keep what they refer to for ever
+    gc.unfreeze()  # objects from startup were frozen, which would keep everything that they refer to
     model.close()

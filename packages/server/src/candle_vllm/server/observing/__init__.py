@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""What the server shows of its work: metrics, the log of requests, traces. It sees every step of a request's life."""
+"""Observability: metrics, the log of requests, and traces, for every step of a request's life."""

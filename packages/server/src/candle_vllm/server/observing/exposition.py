@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""From counts to what a scrape is answered with: Prometheus's text, or OpenMetrics where it is asked for.
+"""Render the metrics for a scrape: Prometheus's text format, or OpenMetrics if the client asks for it.
 
-It runs in a worker thread: with many models it is a few milliseconds of work, which streams should not wait for.
+This runs in a worker thread: with many models it takes a few milliseconds, which streams should not wait for.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from candle_vllm.server.observing.series import ENGINE, MCP_SERVERS, MODEL_SERIE
 
 
 def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
-    """The answer to a scrape and its content type.
+    """Return the body of the response to a scrape, and its content type.
 
     Args:
-        registry: of `Metrics`.
+        registry: the registry of `Metrics`.
         accept: the request's Accept header.
     """
     if "openmetrics" not in choose_encoder(accept)[1]:
@@ -36,7 +36,7 @@ def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
 
 
 class ModelCollector(Collector):
-    """The series of all models, read when they are asked for."""
+    """The metrics of all models, read at each scrape."""
 
     def __init__(self, models: Callable[[], list[ModelMetrics]]) -> None:
         self._models = models
@@ -57,7 +57,7 @@ class ModelCollector(Collector):
 
 
 class EventCollector(Collector):
-    """prometheus-client's metrics without the times at which their series began, which double the lines."""
+    """prometheus-client's metrics without the `_created` samples, which would double the lines."""
 
     def __init__(self, metrics: Sequence[MetricWrapperBase]) -> None:
         self._metrics = metrics
@@ -76,7 +76,7 @@ class EventCollector(Collector):
 
 
 class McpServersCollector(Collector):
-    """How many MCP servers are in which state, counted when it is asked for."""
+    """The number of MCP servers in each state, counted at each scrape."""
 
     def __init__(self, states: Callable[[], Iterable[str]]) -> None:
         self._states = states
@@ -86,7 +86,7 @@ class McpServersCollector(Collector):
         return [_family(MCP_SERVERS)]
 
     def collect(self) -> Iterator[Metric]:
-        """The family, with a sample for each state that there is."""
+        """The family, with a sample for each state that occurs."""
         family = _family(MCP_SERVERS)
         assert isinstance(family, GaugeMetricFamily)
         for state, count in sorted(Counter(self._states()).items()):

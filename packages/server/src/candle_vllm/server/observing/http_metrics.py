@@ -24,7 +24,7 @@ NO_STATUS = "none"
 
 
 class HttpMetricsMiddleware:
-    """Counts requests and their times, and puts the `RequestContext` where who watches an engine finds it."""
+    """Counts requests and their durations, and sets the `RequestContext` for the code that observes an engine."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app

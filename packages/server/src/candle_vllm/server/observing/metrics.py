@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Metrics: everything that one application counts, the registry that `/metrics` is made from, and who is told.
+"""Metrics: the counts of one application, the registry that `/metrics` is made from, and the observers of requests.
 
-No globals: a process may hold several applications, each with its own. The parts that change with every token are
-plain numbers (`ModelMetrics`); for what happens once per request or more rarely, prometheus-client's own are used.
+No globals: a process may hold several applications, each with its own metrics. Counts that change with every token are
+plain numbers (`ModelMetrics`); events that happen at most once per request use prometheus-client's metrics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rejection(enum.StrEnum):
 
 
 class Outcome(enum.StrEnum):
-    """How something ended that can fail."""
+    """The outcome of an operation that can fail."""
 
     OK = "ok"
     FAILED = "failed"
@@ -47,10 +47,10 @@ class Metrics:
     """The counts of one application.
 
     Args:
-        observers: told of every request to an engine that has ended; what they raise is logged and goes no further.
+        observers: called with every engine request that has ended; their exceptions are logged and not raised.
 
     Attributes:
-        registry: for `render`.
+        registry: the registry for `render`.
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
@@ -58,7 +58,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._models: dict[str, ModelMetrics] = {}
         self._usage = UsageTable()
-        self._limited: set[str] = set()  # labels of keys
+        self._limited: set[str] = set()  # labels of keys that were limited
         self._events: dict[str, MetricWrapperBase] = {
             each.name: Counter(each.name, each.help, each.labels, registry=None)
             if each.kind == "counter"
@@ -78,7 +78,7 @@ class Metrics:
             return self._models[name]
 
     def models(self) -> list[ModelMetrics]:
-        """Of every model that has been loaded, in order of their names."""
+        """The counts of every model that has been loaded, in order of names."""
         with self._lock:
             return [self._models[name] for name in sorted(self._models)]
 
@@ -91,11 +91,11 @@ class Metrics:
     # ---- events ------------------------------------------------------------------------------------------------------
 
     def refused(self, model: str, reason: str) -> None:
-        """A request was refused before it ran: a value of `Rejection`."""
+        """Count a request that was refused before it ran; `reason` is a value of `Rejection`."""
         self._count(series.REJECTIONS, model, Rejection(reason))
 
     def rate_limited(self, key: str, limit: str) -> None:
-        """A key has used up what a minute allows: `limit` is "requests" or "tokens"."""
+        """Count a request whose key had used up a limit: `limit` is "requests" or "tokens"."""
         with self._lock:
             if len(self._limited) < MAX_KEYS:
                 self._limited.add(key)
@@ -104,44 +104,44 @@ class Metrics:
         self._count(series.RATE_LIMITED, key or NO_KEY, limit)
 
     def model_loaded(self, model: str, seconds: float) -> None:
-        """A model has been loaded."""
+        """Count a model that was loaded, and its loading time."""
         self._count(series.LOADS, model, Outcome.OK)
         self._observe(series.LOAD_SECONDS, seconds, model)
 
     def model_failed(self, model: str) -> None:
-        """A model could not be loaded."""
+        """Count a model that could not be loaded."""
         self._count(series.LOADS, model, Outcome.FAILED)
 
     def model_unloaded(self, model: str) -> None:
-        """A model has been unloaded."""
+        """Count a model that was unloaded."""
         self._count(series.UNLOADS, model)
 
     def model_waited_for(self, model: str, seconds: float) -> None:
-        """A request got its model, which had to be loaded or switched to first."""
+        """Record how long a request waited for its model, which had to be loaded or switched to first."""
         self._observe(series.WAIT_SECONDS, seconds, model)
 
     def answer_kept(self, outcome: Outcome) -> None:
-        """An answer was put into the mailbox, or could not be."""
+        """Count an answer that was put into the mailbox, or could not be."""
         self._count(series.ANSWERS_KEPT, outcome)
 
     def webhook_sent(self, outcome: Outcome) -> None:
-        """A webhook was delivered, or given up."""
+        """Count a webhook that was delivered or given up."""
         self._count(series.WEBHOOKS, outcome)
 
     def adapter_looked_for(self, source: str, outcome: str) -> None:
-        """A source of adapters was asked for one; `outcome` says how that ended."""
+        """Count a lookup in a source of adapters; `outcome` says how it ended."""
         self._count(series.ADAPTER_LOOKS, source, outcome)
 
     def image_fetched(self, outcome: str) -> None:
-        """A request named an image by its address; `outcome` says how that ended."""
+        """Count an image that a request named by its URL; `outcome` says how fetching it ended."""
         self._count(series.IMAGE_FETCHES, outcome)
 
     def tool_called(self, server: str, status: str) -> None:
-        """A tool of an MCP server was called; `status` says how that ended."""
+        """Count a call of a tool of an MCP server; `status` says how it ended."""
         self._count(series.TOOL_CALLS, server, status)
 
     def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
-        """Shows how many MCP servers are in which state; `states` is called by scrapes, in other threads."""
+        """Show the number of MCP servers in each state; scrapes call `states` in other threads."""
         self.registry.register(McpServersCollector(states))
 
     def _count(self, event: Series, *labels: str) -> None:
@@ -159,11 +159,11 @@ class Observation:
     """The observers of one application.
 
     Attributes:
-        metrics: its counts.
+        metrics: the counts of the application.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UsageError where traces are wanted and OpenTelemetry is not installed."""
+        """Raises UsageError if traces are configured and OpenTelemetry is not installed."""
         self._tracing: Tracing | None = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
         observers: list[Observer] = []
         if settings.log_requests:
@@ -173,6 +173,6 @@ class Observation:
         self.metrics = Metrics(observers)
 
     def close(self) -> None:
-        """Sends what traces are left; takes two seconds at most."""
+        """Send the remaining traces, for at most two seconds."""
         if self._tracing is not None:
             self._tracing.close()

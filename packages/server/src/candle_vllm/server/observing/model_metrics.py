@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""ModelMetrics: everything counted under one model's name, while it is loaded and after.
+"""ModelMetrics: all metrics under one model's name, while the model is loaded and afterwards.
 
-Beside steps 4 to 9 of a request's life. Its counters belong to the name: they go on when the model is unloaded and
-loaded again, while the gauges are there only as long as the engine is.
+Beside steps 4 to 9 of a request's life. The counters belong to the name: they go on when the model is unloaded and
+loaded again, while the gauges exist only as long as the engine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServedEngine(EngineLike, Protocol):
-    """What the server needs of an engine, beyond what the adapter does."""
+    """The methods of an engine that the server needs, besides those that the adapter needs."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -64,12 +64,12 @@ class ServedEngine(EngineLike, Protocol):
 
 
 class EngineWatcher:
-    """One loaded engine: what it is asked is counted under its model's name, and its gauges are shown until `close`.
+    """Observes one loaded engine: counts its requests under its model's name, and shows its gauges until `close`.
 
     Args:
         engine: the engine itself.
-        model: where it is counted.
-        queued: sequences that wait before it, read when the gauges are.
+        model: the metrics of its model.
+        queued: returns how many sequences wait before the engine; called when the gauges are read.
     """
 
     def __init__(self, engine: ServedEngine, model: ModelMetrics, queued: Callable[[], int] = lambda: 0) -> None:
@@ -80,15 +80,15 @@ class EngineWatcher:
         model.attach(self)
 
     def begin(self, info: RequestInfo) -> RequestRecord:
-        """A request that is being given to the engine."""
+        """Return the record of a request that is being given to the engine."""
         return self._model.begin(info)
 
     def close(self) -> None:
-        """The engine is about to be closed: its gauges go, what it counted stays. Closing twice is fine."""
+        """Remove the gauges of an engine that is about to be closed; its counts stay. Idempotent."""
         self._model.detach(self)
 
     def read(self) -> EngineReading:
-        """The numbers of now; the last ones where the engine gives none any more."""
+        """Read the current statistics, or the last ones if the engine does not return any."""
         try:
             self._last = self._engine.stats()
         except CandleVllmError:
@@ -100,11 +100,11 @@ class ModelMetrics:
     """The counts of one model.
 
     Args:
-        name: the label `model_name`.
-        max_model_len: tokens; bound of the buckets of token counts.
-        usage: where tokens are added up by key.
-        refuse: called with the reason when a request is refused.
-        observers: told of every request that has ended, in the thread in which it did.
+        name: value of the label `model_name`.
+        max_model_len: maximum tokens of a request; limits the buckets of token counts.
+        usage: table of token counts by key.
+        refuse: called with the model and the reason when a request is refused.
+        observers: called with every request that has ended, in the thread in which it ended.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class ModelMetrics:
     # ---- the engine --------------------------------------------------------------------------------------------------
 
     def attach(self, engine: EngineWatcher) -> None:
-        """The model is loaded: its gauges are shown from now on, in place of those of an engine before."""
+        """Show the gauges of a model that was loaded, in place of those of an earlier engine."""
         stats = engine.read().stats
         with self._lock:
             self._adapters.max_keys = max(self._adapters.max_keys, 0 if stats is None else stats.max_adapters)
@@ -143,7 +143,7 @@ class ModelMetrics:
                 self._past += _sums(before.read())
 
     def detach(self, engine: EngineWatcher) -> None:
-        """The model is about to be unloaded: its gauges go, what its engine counted stays."""
+        """Remove the gauges of a model that is about to be unloaded; the counts of its engine stay."""
         with self._lock:
             if self._engine is engine:
                 self._engine = None
@@ -152,25 +152,25 @@ class ModelMetrics:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def begin(self, info: RequestInfo) -> RequestRecord:
-        """A request that is being given to the engine."""
+        """Return the record of a request that is being given to the engine."""
         record = RequestRecord(self, info, current_request.get())
         with self._lock:
             self._live.add(record)
         return record
 
     def refused(self, reason: str, record: RequestRecord) -> None:
-        """The engine did not take a request."""
+        """Count a request that the engine did not accept."""
         with self._lock:
             self._live.discard(record)
         self._refuse(self.name, reason)
 
     def first_token(self, seconds: float) -> None:
-        """A request's first token has come."""
+        """Record the time to a request's first token."""
         with self._lock:
             self._histograms[TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
 
     def settle(self) -> None:
-        """Adds what has ended to the sums, and tells the observers."""
+        """Add the requests that have ended to the sums, and call the observers."""
         while self.ended:
             try:
                 record = self.ended.popleft()
@@ -189,7 +189,7 @@ class ModelMetrics:
             self._tell(summary)
 
     def read(self) -> ModelReading:
-        """The numbers of now; may be called in any thread."""
+        """Read the current metrics; may be called in any thread."""
         self.settle()
         with self._lock:
             engine = None if self._engine is None else self._engine.read()
@@ -226,6 +226,6 @@ class ModelMetrics:
 
 
 def _sums(engine: EngineReading | None) -> Counter[str]:
-    """What an engine has counted itself."""
+    """The counters of the engine itself."""
     stats = None if engine is None else engine.stats
     return Counter() if stats is None else Counter({each.stat: getattr(stats, each.stat) for each in ENGINE_COUNTERS})

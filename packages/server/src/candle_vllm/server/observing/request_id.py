@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Request ids, the request log, and what the sender should know (`x-warning`): the outermost ASGI layer.
+"""Request ids, the log of HTTP requests, and warnings for the sender (`x-warning`): the outermost ASGI layer.
 
-Steps 1 and 10 of a request's life. A client's own `x-request-id` is kept when it is harmless; every response
-carries one. The log has method, path, status, time, id, the client's address and its key's label, never content or
-headers.
+Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if it is harmless; every response has one.
+The log has method, path, status, time, id, the client's address and its key's label, never content or headers.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.observing.request_log import FIELDS
 
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies take heads of 4 KB
+MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies accept heads of 4 KB
 _PROBES = ("/health", "/ready", "/ping", "/metrics")
 _PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
 
@@ -34,7 +33,7 @@ class RequestIdMiddleware:
     Args:
         app: the application inside.
         log: whether a line for each request is logged.
-        unknown_fields: whether fields that nobody knows are warned of; otherwise they are refused.
+        unknown_fields: whether unknown fields cause a warning; otherwise they are refused.
     """
 
     def __init__(self, app: ASGIApp, log: bool, unknown_fields: bool = False) -> None:
@@ -53,7 +52,7 @@ class RequestIdMiddleware:
         remarks = collect_remarks(unknown_fields=self._unknown_fields)
 
         def send_with_id(message: Message) -> Awaitable[None]:
-            """No coroutine of its own: it is called for every token of every stream."""
+            """Send a message with the headers; not a coroutine, because it may be called for every token."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -70,7 +69,7 @@ class RequestIdMiddleware:
 
 
 def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
-    """The headers that say what the sender should know; names in them are the sender's, so each is cut."""
+    """The headers with warnings; they may contain names that the sender chose, so each is truncated."""
     room = MAX_WARNINGS
     for text in remarks:
         value = text[:MAX_WARNING].encode("ascii", "backslashreplace")[:MAX_WARNING].translate(_PRINTABLE)
@@ -80,13 +79,13 @@ def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
-    """One line, and in JSON the same as fields; of a key its label alone."""
+    """Log one line, and in JSON the same as fields; of a key, only its label."""
     key, client = caller_of(scope).label, (scope.get("client") or ("unknown",))[0]
     fields = {
         "method": scope["method"][:20], "path": scope["path"][:200], "status": status or None,
         "seconds": round(seconds, 3), "http_request_id": request_id, "client": client, "key": key or None,
     }  # fmt: skip
-    probe = status == 200 and scope["path"] in _PROBES  # asked every few seconds, by load balancers and Prometheus
+    probe = status == 200 and scope["path"] in _PROBES  # requested every few seconds by load balancers and Prometheus
     logger.log(
         logging.DEBUG if probe else logging.INFO, "%s %r %s %.3f s %s from %s%s",
         scope["method"][:20], scope["path"][:200], status or "no answer", seconds, request_id, client,

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The log of requests: one line for each request to an engine that has ended. After step 10 of a request's life.
 
-Prompts are written only where the operator asks for it, and cut; nothing that a client sends can begin a line of its
-own.
+Prompts are logged only if the operator wants it, and truncated; nothing that a client sends can begin a new line.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ class RequestLog:
     """An observer that writes one record per request.
 
     Args:
-        log_prompts: whether the beginning of the prompt is written as well.
-        max_prompt: characters of it.
+        log_prompts: whether the beginning of the prompt is logged too.
+        max_prompt: maximum number of its characters.
     """
 
     def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
@@ -51,7 +50,7 @@ class RequestLog:
 
 
 def request_fields(request: FinishedRequest) -> dict[str, Any]:
-    """What is said of a request: names and numbers, nothing of its content. Times are milliseconds."""
+    """The logged fields of a request: names and numbers, nothing of its content. Times are milliseconds."""
     context, times = request.context, request.times
     seconds = request.ended - (request.first_token or request.ended)
     after_first = request.completion_tokens - request.info.count
@@ -84,18 +83,18 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line of one record, without the traceback that may follow it."""
-        if not hasattr(record, FIELDS):  # those are escaped already
+        if not hasattr(record, FIELDS):  # records with fields are escaped already
             record.message = escaped(cut(record.message))
         return super().formatMessage(record)
 
 
 class LogFile(logging.FileHandler):
-    """The file of `--log-file`. Where it cannot be written, standard error says so once, until it can again."""
+    """The file of `--log-file`. If it cannot be written, standard error says so once, until a write succeeds."""
 
     _failed = _told = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record, if that is possible."""
+        """Write a record, if that is possible."""
         self._failed = False
         try:
             super().emit(record)
@@ -104,7 +103,7 @@ class LogFile(logging.FileHandler):
         self._told = self._failed
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Notes that it failed; what could not be written is dropped, and the next record opens the file anew."""
+        """Note the failure; the record that could not be written is dropped, and the next one opens the file again."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -117,7 +116,7 @@ class LogFile(logging.FileHandler):
 
 
 def log_formatter(log_format: LogFormat) -> logging.Formatter:
-    """What `--log-format` means."""
+    """The formatter for `--log-format`."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
 
 
@@ -125,11 +124,11 @@ def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round(max(end - start, 0.0) * 1000, 2)
 
 
-# ---- texts from outside, one line each, with nothing that a terminal would obey -------------------------------------
+# ---- text from outside: one line each, without control characters ---------------------------------------------------
 
 
 def escaped(text: str) -> str:
-    """A text without control, format and separator characters, each written as Python would."""
+    """A text whose control, format and separator characters are escaped as in Python."""
     return "".join(
         character.encode("unicode_escape").decode("ascii")
         if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")

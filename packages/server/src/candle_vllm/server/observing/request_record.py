@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""RequestRecord: what one request to the engine has done so far, and the summary of it when it ends.
+"""RequestRecord: the counts and times of one engine request, and its summary when it ends.
 
 Beside steps 4 to 9 of a request's life. Only the task that reads the request's pieces writes here, so that a token
-takes no lock; the scrape reads, and adds the requests that are running to those that have ended.
+takes no lock; a scrape reads, and adds the running requests to those that have ended.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class FinishedRequest:
     """A request that has ended, for the log and the traces.
 
     Attributes:
-        info: what was asked.
+        info: the request as the engine got it.
         model: name of the model.
-        context: the HTTP request, where there is one.
+        context: the HTTP request, if there is one.
         arrived, ended: `time.monotonic()` seconds, as its caller saw it.
-        first_token: the same of its first token; None for an answer without tokens.
-        times: the engine's own, as far as it said them.
-        prompt_tokens, cached_tokens: as usage counts them.
-        tokens, sequence_times: of each sequence, its tokens and the engine's times.
-        finish_reasons: of each sequence.
-        failure: the message of what went wrong.
+        first_token: time of its first token; None for an answer without tokens.
+        times: the engine's own times, as far as it reported them.
+        prompt_tokens, cached_tokens: token counts as in `usage`.
+        tokens, sequence_times: for each sequence, its number of tokens and the engine's times.
+        finish_reasons: finish reason of each sequence.
+        failure: the error message.
     """
 
     info: RequestInfo
@@ -60,7 +60,7 @@ class FinishedRequest:
 
     @property
     def completion_tokens(self) -> int:
-        """Of all sequences, as usage counts them."""
+        """Tokens of all sequences, as in `usage`."""
         return sum(self.tokens)
 
     @property
@@ -72,12 +72,12 @@ class FinishedRequest:
 
 
 class Counts(Protocol):
-    """Where what a request has done is counted: the model's own sums.
+    """The counts of a model, to which a request is added.
 
     Attributes:
-        name: of the model.
-        gap_bounds: of the histogram of times between pieces.
-        ended: where a record goes that has ended; appended to without a lock.
+        name: name of the model.
+        gap_bounds: bounds of the histogram of times between pieces.
+        ended: the records that have ended; appended to without a lock.
     """
 
     name: str
@@ -92,12 +92,12 @@ class Counts(Protocol):
 
 
 class RequestRecord:
-    """Watches one request for the metrics. It ends once, however often it is told to.
+    """Observes one request for the metrics. It ends once, even if it is ended several times.
 
     Args:
-        model: where its counts go when it ends.
-        info: what was asked.
-        context: the HTTP request, where there is one.
+        model: counts of its model.
+        info: the request as the engine got it.
+        context: the HTTP request, if there is one.
     """
 
     __slots__ = (
@@ -143,7 +143,7 @@ class RequestRecord:
         self._counted = 0 if context is not None and context.prompt_only else 1
 
     def take(self, piece: TokenOutput) -> None:
-        """Counts a piece on its way to the caller."""
+        """Count a piece that is sent to the caller."""
         count = len(piece.token_ids)
         if count and self.ended is None:
             index, now = piece.index, time.monotonic()
@@ -163,18 +163,18 @@ class RequestRecord:
             self._finish(piece)
 
     def pooled(self, outputs: Pooled) -> None:
-        """Vectors or scores go to the caller: every text or pair has ended well."""
+        """Count embeddings or scores that are returned: every text or pair has ended successfully."""
         self._count_prompt(sum(each.num_tokens for each in outputs))
         self.close(FinishReason.STOP)
 
     def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
-        """Ends what has not finished."""
+        """End the sequences that have not finished."""
         if self.ended is None:
             self._end(reason)
             self.model.settle()
 
     def reject(self, error: Exception) -> None:
-        """The engine raised instead of taking the request."""
+        """End a request that the engine did not accept but answered with an exception."""
         reason = _refusal(error, EngineDeadError)
         if reason is None:
             self.fail(error)
@@ -182,7 +182,7 @@ class RequestRecord:
             self._forget(reason)
 
     def fail(self, error: Exception) -> None:
-        """Ends what has not finished by an exception; a refusal that came late is no failure of the engine."""
+        """End the unfinished sequences with an exception; a refusal that came late is not a failure of the engine."""
         reason = _refusal(error) if self.first_token is None else None
         if self.ended is not None:
             return
@@ -195,12 +195,12 @@ class RequestRecord:
             self.close(FinishReason.ERROR)
 
     def drop(self) -> None:
-        """Ends it where no lock may be taken: in a finaliser, which may run anywhere. Counted at the next occasion."""
+        """End the request without a lock, for a finaliser, which may run anywhere; the next `settle` counts it."""
         if self.ended is None:
             self._end(FinishReason.ABORT)
 
     def summary(self) -> FinishedRequest:
-        """What it came to; it must have ended."""
+        """Return the summary of the request, which must have ended."""
         assert self.ended is not None
         return FinishedRequest(
             info=self.info,
@@ -219,7 +219,7 @@ class RequestRecord:
         )
 
     def times(self) -> RequestMetrics:
-        """The engine's times of the whole request: the first sequence to begin, the last to end."""
+        """The engine's times of the whole request: from its first sequence that begins to its last that ends."""
         known = [each for each in self.metrics if each is not None]
         return RequestMetrics(
             self.started,
@@ -229,7 +229,7 @@ class RequestRecord:
         )
 
     def _first(self, piece: TokenOutput, now: float) -> None:
-        """The first tokens of a sequence: its prompt has been run."""
+        """Note the first tokens of a sequence, whose prompt has been computed."""
         if piece.index == 0:  # the other sequences find its prompt in the cache, which usage does not count
             self.cached_tokens = piece.num_cached_tokens
         if self.first_token is None:
@@ -253,7 +253,7 @@ class RequestRecord:
             self.close()
 
     def _forget(self, reason: str) -> None:
-        """Counts it as refused and as nothing else."""
+        """Count the request as refused and as nothing else."""
         self.ended = time.monotonic()
         self.model.refused(reason, self)
 
@@ -264,7 +264,7 @@ class RequestRecord:
 
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:
-    """Why a request was refused, where it was; a value of `Rejection`."""
+    """Why a request was refused, a value of `Rejection`; None if it was not refused."""
     if isinstance(error, EngineOverloadedError):
         return "queue_full"
     if isinstance(error, EngineSleepingError):

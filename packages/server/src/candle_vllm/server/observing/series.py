@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The one table of series: what `/metrics` shows, apart from the process's own memory and time.
+"""The table of all metrics at `/metrics`, except the process's own memory and time.
 
 docs/metrics.md explains each of them. Names that begin with `vllm:` mean what they mean in vLLM; those that only
 this server has begin with `candle_vllm:`.
@@ -26,14 +26,14 @@ ENGINE = "0"
 
 
 MOST_NAMED = 16
-"""Adapters in a label."""
+"""Maximum number of adapters in a label."""
 
-Row = tuple[tuple[str, ...], float]  # values of further labels, and the number
+Row = tuple[tuple[str, ...], float]  # values of further labels, and the value of the sample
 
 
 @dataclass(frozen=True)
 class EngineReading:
-    """A loaded model's engine now: its numbers, those that wait before it, and whether it works."""
+    """State of a loaded model's engine: its statistics, the sequences that wait before it, whether it works."""
 
     stats: EngineStats | None
     queued: int
@@ -41,20 +41,20 @@ class EngineReading:
 
     @property
     def runs(self) -> EngineStats | None:
-        """The numbers of an engine that works; one that has failed runs nothing, whatever it last said."""
+        """The statistics of a working engine; None for one that has failed, because it runs nothing."""
         return self.stats if self.alive else None
 
 
 @dataclass(frozen=True)
 class ModelReading:
-    """The numbers of one model at one moment, those of running requests included.
+    """The metrics of one model at one moment, including its running requests.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         tokens: prompt, cached and completion tokens.
         finished: sequences and pooled texts by finish reason.
-        histograms: by name of the series.
-        engine_sums: by name of `EngineStats`, over all its engines, the present one included.
+        histograms: histograms by name of the metric.
+        engine_sums: sums over all its engines, including the current one, by field of `EngineStats`.
         engine: the loaded engine; None while the model is not loaded.
         adapters: the requests that have ended and their tokens, by adapter.
     """
@@ -73,14 +73,14 @@ class Series:
     """One family of time series.
 
     Attributes:
-        name: as it is exposed.
+        name: its exposed name.
         kind: Prometheus's type.
         labels: names of the labels.
-        help: what is counted or measured, in which unit.
-        buckets: upper bounds of a histogram, without the infinite one; none given are those of `token_buckets`.
-        read: its samples, for a counter or a gauge of a model.
-        values: what a request that has ended well adds to a histogram; None is nothing.
-        stat: the number of `EngineStats` that it is the sum of.
+        help: what is counted or measured, and in which unit.
+        buckets: upper bounds of a histogram, without the infinite one; if empty, those of `token_buckets`.
+        read: returns its samples, for a counter or a gauge of a model.
+        values: returns the values that a successful request adds to a histogram; None adds nothing.
+        stat: the field of `EngineStats` that it sums up.
     """
 
     name: str
@@ -102,18 +102,18 @@ _HTTP = (.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600
 _LOADING = (.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)  # fmt: skip
 
 
-# ---- how a number is read --------------------------------------------------------------------------------------------
+# ---- kinds of metrics ------------------------------------------------------------------------------------------------
 
 
 def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Series:
-    """Of a loaded model's engine."""
+    """A gauge of a loaded model's engine."""
     return Series(
         name, "gauge", MODEL, text, read=lambda model: () if model.engine is None else [((), value(model.engine))]
     )
 
 
 def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
-    """Of a loaded model's cache; an encoder has no cache."""
+    """A gauge of a loaded model's KV cache; an encoder has no cache."""
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
@@ -123,7 +123,7 @@ def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row
 
 
 def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: str) -> Series:
-    """Of the adapters of a loaded model's engine, where they are on."""
+    """A gauge of the adapters of a loaded model's engine, if adapters are enabled."""
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
@@ -133,7 +133,7 @@ def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: 
 
 
 def _replicas(name: str, text: str, value: Callable[[ReplicaStats], float]) -> Series:
-    """Of each replica of a loaded model, where there are several."""
+    """A gauge of each replica of a loaded model, if there are several."""
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
@@ -143,7 +143,7 @@ def _replicas(name: str, text: str, value: Callable[[ReplicaStats], float]) -> S
 
 
 def _named(counts: Mapping[str, int]) -> str:
-    """Adapters with sequences, the most of them first; a label has no more than `MOST_NAMED`."""
+    """Names of at most `MOST_NAMED` adapters, those with most sequences, for a label."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     return ",".join([*sorted(names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
 
@@ -170,7 +170,7 @@ def _histogram(
     values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: (),
     of: tuple[str, ...] = ("generate",),
 ) -> Series:
-    """What requests add when they end; `of` are the operations that do."""
+    """A histogram to which requests of the operations `of` are added when they end."""
     return Series(
         name, "histogram", MODEL, text, buckets,
         values=lambda request: values(request) if request.info.operation in of else (),
@@ -232,14 +232,14 @@ GAUGES: tuple[Series, ...] = (
     _replicas("candle_vllm:replica_kv_cache_usage_perc", "Share of its KV cache's blocks that sequences hold, 0 to 1.",
               lambda replica: 1 - replica.num_free_blocks / replica.num_blocks if replica.num_blocks else 0),
 )  # fmt: skip
-"""Of a loaded model, read when they are asked for."""
+"""Gauges of a loaded model, read at each scrape."""
 
 ENGINE_COUNTERS: tuple[Series, ...] = tuple(
     Series(kind.series, "counter", MODEL, kind.help, stat=stat, read=partial(_engine_sum, stat))
     for stat, kind in STATS.items()
     if kind.series
 )
-"""What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""
+"""Counters of the engine itself; their sums go on when a model is unloaded and loaded again."""
 
 REQUEST_COUNTERS: tuple[Series, ...] = (
     _tokens("vllm:prompt_tokens_total", "Tokens of prompts, a request's prompt counted once.",
@@ -270,7 +270,7 @@ BETWEEN_PIECES_TOO = _histogram(
 )  # fmt: skip
 ALL_OPERATIONS = ("generate", "embed", "score", "classify")
 HISTOGRAMS: tuple[Series, ...] = (
-    TO_FIRST_TOKEN,  # observed when it comes
+    TO_FIRST_TOKEN,  # observed at the first token
     BETWEEN_PIECES,
     BETWEEN_PIECES_TOO,
     _histogram("vllm:request_time_per_output_token_seconds",
@@ -331,10 +331,10 @@ EVENTS = (
     REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ADAPTER_LOOKS, IMAGE_FETCHES, ANSWERS_KEPT,
     WEBHOOKS, TOOL_CALLS,
 )  # fmt: skip
-"""What happens to the server rather than to a request in an engine."""
+"""Metrics of the server, not of requests in an engine."""
 
 MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")
-"""Read when it is asked for; absent without MCP servers."""
+"""Read at each scrape; absent without MCP servers."""
 
 HTTP: tuple[Series, ...] = (
     Series("http_requests_total", "counter", ("method", "handler", "status"), "HTTP requests, by route and status."),

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What is added up: histograms without a lock, for what is measured at every token, and tokens by model and key.
+"""Histograms without a lock, for values that are measured at every token, and token counts by model and key.
 
-The histograms of prometheus-client take a lock and walk through their buckets; a token of a fast model has no time for
-that.
+The histograms of prometheus-client take a lock and search all buckets, which is too slow for every token.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from prometheus_client.utils import INF, floatToGoString
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
-"""Where keys beyond `MAX_KEYS` are added up together."""
+"""Label under which the keys beyond `MAX_KEYS` are counted together."""
 
 
 class Histogram:
@@ -34,17 +33,17 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Counts one value in the first bucket that reaches it."""
+        """Count one value in the first bucket whose bound is not below it."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
     def merge(self, other: Histogram) -> None:
-        """Adds the observations of another one with the same bounds."""
+        """Add the observations of another histogram with the same bounds."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 
     def copy(self) -> Histogram:
-        """The same observations, apart from those to come."""
+        """Return a histogram with the same observations."""
         made = Histogram(self.bounds)
         made.merge(self)
         return made
@@ -72,7 +71,7 @@ def token_buckets(most: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class UsageCounts:
-    """Sums over requests: how many, and their tokens as their own `usage` has them."""
+    """Sums over requests: their number, and their tokens as in their `usage`."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -80,7 +79,7 @@ class UsageCounts:
     completion_tokens: int = 0
 
     def plus(self, other: UsageCounts) -> UsageCounts:
-        """Both together."""
+        """Return the sum of both."""
         return UsageCounts(
             self.requests + other.requests,
             self.prompt_tokens + other.prompt_tokens,
@@ -118,6 +117,6 @@ class UsageTable:
             self._rows[model, key] = self._rows.get((model, key), UsageCounts()).plus(counts)
 
     def rows(self) -> list[UsageRow]:
-        """In order of model and key."""
+        """Return the rows in order of model and key."""
         with self._lock:
             return [UsageRow(model, key, counts) for (model, key), counts in sorted(self._rows.items())]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
 
-Off unless an endpoint is given, and an optional extra: `candle-vllm[telemetry]`. Spans are made when a request
-has ended and handed to a bounded queue, which drops them when it is full: a collector that is slow or gone costs no
-request anything.
+Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended and
+are put into a bounded queue, which drops them when it is full: a slow or missing collector delays no request.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from candle_vllm.server.settings.options import UsageError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-EXPORT_SECONDS = 5.0  # for one batch to reach the collector
-CLOSE_SECONDS = 2.0  # for the last ones to be sent
+EXPORT_SECONDS = 5.0  # for one batch of spans to reach the collector
+CLOSE_SECONDS = 2.0  # for the last spans to be sent
 MAX_QUEUED_SPANS = 2048
 _TRACES = "/v1/traces"
 _OPERATIONS: Mapping[str, str] = {
@@ -39,7 +38,7 @@ class Tracing:
     """An observer that makes spans.
 
     Args:
-        exporter: where they go.
+        exporter: sends the spans.
 
     Raises:
         UsageError: OpenTelemetry is not installed.
@@ -68,7 +67,7 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def __call__(self, request: FinishedRequest) -> None:
-        """Makes the span of one request, below the client's own where its headers name one."""
+        """Make the span of one request, as a child of the client's own span if its headers name one."""
         headers = {} if request.context is None else request.context.trace_headers()
         attributes = span_attributes(request)
         shift = time.time() - time.monotonic()
@@ -86,7 +85,7 @@ class Tracing:
         span.end(_nanoseconds(request.ended + shift))
 
     def close(self) -> None:
-        """Sends what is queued, as far as that takes no longer than `CLOSE_SECONDS`. Closing twice is fine."""
+        """Send the queued spans, for at most `CLOSE_SECONDS`. Idempotent."""
         if not self._closing:
             self._closing = True
             ending = threading.Thread(target=self._provider.shutdown, name="tracing-close", daemon=True)
@@ -95,13 +94,13 @@ class Tracing:
 
 
 def otlp_tracing(endpoint: str) -> Tracing:
-    """Spans to a collector that speaks OTLP over HTTP.
+    """Send spans to a collector by OTLP over HTTP.
 
     Args:
-        endpoint: its URL; without a path, that of traces is added.
+        endpoint: its URL; if it has no path, `/v1/traces` is added.
 
     Raises:
-        UsageError: it is no URL, or OpenTelemetry is not installed.
+        UsageError: the endpoint is no URL, or OpenTelemetry is not installed.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -117,12 +116,12 @@ def otlp_tracing(endpoint: str) -> Tracing:
 
 
 def missing_telemetry() -> UsageError:
-    """What is said where the extra is not installed."""
+    """The error if the extra is not installed."""
     return UsageError(f"--otlp-endpoint needs OpenTelemetry: {with_extra('telemetry')}")
 
 
 def span_attributes(request: FinishedRequest) -> dict[str, Any]:
-    """OpenTelemetry's names of what is known; nothing of the content."""
+    """The known attributes of a request under OpenTelemetry's names; nothing of its content."""
     params, context = request.info.params, request.context
     known = {
         "gen_ai.operation.name": _operation(request),

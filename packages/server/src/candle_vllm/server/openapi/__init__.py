@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The OpenAPI document: what every route takes and gives, from the types that check and encode it."""
+"""The OpenAPI document: requests and answers of every route, from the types that validate and encode them."""

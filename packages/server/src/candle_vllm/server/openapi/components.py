@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Wire types as JSON schemas: requests from pydantic models, answers from msgspec structs.
 
-Outside the ten steps: made once, for the document. The schemas say what the types check one field at a time; rules
-between fields are in the words of the routes' errors.
+Outside the ten steps: made once, for the document. The schemas describe what the types check field by field; rules
+between several fields are stated only in the error messages of the routes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Naming:
-    """How one API's types are called in the document.
+    """The names of one API's types in the document.
 
     Attributes:
-        prefix: before every class name, where another API has classes of the same names.
-        out: behind the names of answers, where requests have classes of the same names.
+        prefix: prefix of every class name, if another API has classes of the same names.
+        out: suffix of the names of answers, if requests have classes of the same names.
     """
 
     prefix: str = ""
     out: str = ""
 
     def name(self, kind: type) -> str:
-        """What a wire type is called."""
+        """The name of a wire type."""
         return self.prefix + kind.__name__ + (self.out if issubclass(kind, msgspec.Struct) else "")
 
     def ref(self, kind: type) -> Schema:
@@ -46,13 +46,13 @@ class Naming:
         return {"$ref": _REF + self.name(kind)}
 
     def one_of(self, kinds: Sequence[type]) -> Schema:
-        """A schema of a value that is of one of these types."""
+        """The schema of a value of one of these types."""
         return self.ref(kinds[0]) if len(kinds) == 1 else {"anyOf": [self.ref(kind) for kind in kinds]}
 
     def components(
         self, requests: Sequence[type[WireModel]], answers: Sequence[type[msgspec.Struct]]
     ) -> dict[str, Schema]:
-        """The schemas of these types and of all within them, by name."""
+        """The schemas of these types and of all types in their fields, by name."""
         made = self._requests(requests) if requests else {}
         structs = {kind.__name__: kind for kind in _reached(answers, msgspec.Struct)}
         template = f"{_REF}{self.prefix}{{name}}{self.out}"
@@ -73,7 +73,7 @@ class Naming:
 
 
 def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
-    """The schema with the fields that are not served, and the values of them that may stand."""
+    """Add the fields that are not served to a schema, with the values that are accepted for them."""
     properties = schema.setdefault("properties", {})
     for each in properties.values():
         each.pop("title", None)
@@ -87,7 +87,7 @@ def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
 
 
 def _answer_schema(kind: type[msgspec.Struct], schema: Schema) -> Schema:
-    """The schema as answers have it: what has a default is there all the same, unless it is left unset."""
+    """Adapt a schema to answers: fields with a default are always present, unless the default is UNSET."""
     if not kind.__struct_config__.omit_defaults:
         always = [field.encode_name for field in msgspec.structs.fields(kind) if field.default is not UNSET]
         schema["required"] = [*dict.fromkeys([*schema.get("required", ()), *always])]
@@ -97,7 +97,7 @@ def _answer_schema(kind: type[msgspec.Struct], schema: Schema) -> Schema:
 
 
 def _reached(kinds: Sequence[Any], base: type[_T]) -> Iterator[type[_T]]:
-    """Those of these classes that are of a kind, and those inside their fields."""
+    """Yield the subclasses of `base` among these types and the types of their fields."""
     waiting, seen = list(kinds), list[Any]()
     while waiting:
         kind = waiting.pop()
@@ -117,7 +117,7 @@ def _field_types(kind: Any) -> list[Any]:
 
 
 def _described(schema: Schema, text: str | None) -> Schema:
-    """With what the docstring says of the whole and of each field."""
+    """Add the descriptions of the type and of each field from the docstring."""
     whole, _, attributes = (text or "").partition("Attributes:\n")
     paragraphs = [" ".join(part.split()) for part in whole.split("\n\n")]
     schema["description"] = "\n\n".join(filter(None, paragraphs)).replace("`", "")
@@ -130,7 +130,7 @@ def _described(schema: Schema, text: str | None) -> Schema:
 
 
 def _entries(attributes: str) -> Iterator[tuple[str, str]]:
-    """The entries of a docstring's section, whatever it is indented by."""
+    """Yield the entries of a docstring's section, whatever its indentation."""
     lines = attributes.split("\n")
     indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=4)
     text = "\n".join(" " * 4 + line[indent:] for line in lines)
@@ -139,7 +139,7 @@ def _entries(attributes: str) -> Iterator[tuple[str, str]]:
 
 
 def as_list(items: Schema) -> Schema:
-    """OpenAI's list of objects that are as `items` says."""
+    """The schema of OpenAI's list of objects; `items` is the schema of an object."""
     return {
         "type": "object",
         "required": ["object", "data"],

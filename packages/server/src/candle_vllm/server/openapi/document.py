@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The document of one application, made of what stands at its routes (outside the ten steps)."""
+"""The OpenAPI document of one application, made from the declarations of its routes (outside the ten steps)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ApiDocument:
     """The document of an application, made when it is first asked for.
 
     Args:
-        routers: those that the application includes.
+        routers: the routers that the application includes.
         keys: whether clients need a key.
         management_keys: whether operators have keys of their own.
     """
@@ -72,16 +72,16 @@ class ApiDocument:
 
     @cached_property
     def value(self) -> dict[str, Any]:
-        """As an object."""
+        """The document as an object."""
         return make_document(operations_of(self._routers), keys=self._keys, management_keys=self._management_keys)
 
     @cached_property
     def encoded(self) -> bytes:
-        """As JSON."""
+        """The document as JSON."""
         return msgspec.json.encode(self.value)
 
     def methods(self, path: str) -> list[str]:
-        """What can be asked of the resource at a path."""
+        """The HTTP methods that the routes at a path accept."""
         routes = [route for router in self._routers for route in router.routes if isinstance(route, APIRoute)]
         first = next((route.path for route in routes if route.path_regex.match(path)), None)
         return sorted({method for route in routes if route.path == first for method in route.methods or ()})
@@ -91,7 +91,7 @@ def make_document(operations: Mapping[Key, Operation], *, keys: bool, management
     """OpenAPI 3.1 for the routes of an application.
 
     Args:
-        operations: the routes, with what is said of them.
+        operations: the routes with their declarations.
         keys: whether clients need a key.
         management_keys: whether operators have keys of their own.
     """
@@ -129,7 +129,7 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
-    """The types of each API, under its names."""
+    """The schemas of the types of each API, by name."""
     made: dict[str, Schema] = {}
     for naming in dict.fromkeys(each.naming for each in operations):
         own = [each for each in operations if each.naming == naming]
@@ -201,7 +201,7 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
 
 
 def _events(operation: Operation) -> Schema:
-    # Without a type: readers of documents differ in whether a schema here is of the stream or of one event.
+    # Without a type: tools differ in whether a schema here describes the stream or one event.
     return {
         "description": "With stream: true, server-sent events whose data is JSON. A stream of OpenAI's form ends with "
         "the data [DONE]; one that fails ends with an error instead.",

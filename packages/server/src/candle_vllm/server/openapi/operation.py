@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a route takes, gives and refuses, and who may call it, told where the route stands. Outside the ten steps."""
+"""Declarations of routes: requests, answers, errors, and who may call them. Outside the ten steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from candle_vllm.openai import ErrorEnvelope
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.server.openapi.components import Naming
 
-Key = tuple[str, str]  # method and path, as the router has it
+Key = tuple[str, str]  # method and path, as in the router
 _P = ParamSpec("_P")
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
 _BODY_ERRORS = (400, 408, 413, 415)
 
-# What several modules of routes declare: statuses of refusals, names of types, parameters, examples.
+# Declarations that several modules of routes share: statuses of errors, names of types, parameters, examples.
 MODEL_ERRORS = (404, 503)
 QUEUED = (*MODEL_ERRORS, 429, 504)
 COUNTED = (*MODEL_ERRORS, 504)
@@ -37,27 +37,27 @@ class Operation:
     """One route.
 
     Attributes:
-        tag: heading in the pages.
-        answer: type of a good answer's body; several mean one of them.
-        statuses: of good answers.
-        id: name of the operation in generated clients; without one the function's.
-        summary: one line; without one the first of the function's docstring.
-        errors: statuses of refusals, besides 401, 403, 500 and those of every body.
-        body: type of the request; several mean one of them.
+        tag: heading in the documentation pages.
+        answer: type of a successful answer's body; several mean one of them.
+        statuses: statuses of successful answers.
+        id: name of the operation in generated clients; by default the name of the function.
+        summary: one line; by default the first line of the function's docstring.
+        errors: statuses of errors, besides 401, 403, 500 and those of every body.
+        body: type of the request's body; several mean one of them.
         example: a body that works with any model of its kind.
         form: the fields of a body that is a form, by name, each with its schema.
-        media: type of a good answer's body; those of JSON have types. Empty where there is no body.
-        events: types of an event's data, where the answer can be a stream.
-        lines: types of a line, where the answer can be lines of JSON.
-        error: type of a refusal's body.
-        naming: what these types are called in the document.
-        listed: the answer is a list of objects of the types.
-        bare: the answer is an array of them.
-        one_or_more: the answer is one of them, or an array.
-        bare_body: the body is an array of them.
-        manages: the route is for operators.
-        public: the route needs no key.
-        query: the parameters behind the path: a schema by name.
+        media: media type of a successful answer's body; empty if there is no body.
+        events: types of an event's data, if the answer can be a stream.
+        lines: types of a line, if the answer can be lines of JSON.
+        error: type of an error's body.
+        naming: names of these types in the document.
+        listed: whether the answer is OpenAI's list of objects of the types.
+        bare: whether the answer is an array of them.
+        one_or_more: whether the answer is one of them, or an array.
+        bare_body: whether the body is an array of them.
+        manages: whether the route is for operators.
+        public: whether the route needs no key.
+        query: the query parameters: a schema by name.
     """
 
     tag: str
@@ -84,31 +84,31 @@ class Operation:
 
     @property
     def bodies(self) -> tuple[type[WireModel], ...]:
-        """The types of the request."""
+        """The types of the request's body."""
         return self.body if isinstance(self.body, tuple) else (self.body,)
 
     @property
     def answers(self) -> tuple[type[msgspec.Struct], ...]:
-        """The types of a good answer's body."""
+        """The types of a successful answer's body."""
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
 
     @property
     def refusals(self) -> set[int]:
-        """The statuses of refusals that do not depend on keys."""
+        """The statuses of errors that do not depend on keys."""
         return {*self.errors, 403, 500, *(_BODY_ERRORS if self.body or self.form else ())} - {*self.statuses}
 
 
 def routing(
     router: APIRouter, make: Callable[_P, Operation]
 ) -> Callable[Concatenate[str, _P], Callable[[_Endpoint], _Endpoint]]:
-    """A decorator that adds a route to a router, with what the document says of it.
+    """Return a decorator that adds a route to a router, with its declaration for the document.
 
     Args:
-        router: of the module.
-        make: `Operation`, perhaps with what the module's routes have in common.
+        router: router of the module.
+        make: `Operation`, perhaps with arguments that the module's routes share.
 
     Returns:
-        What is called with the method and the paths, as `"POST /v1/score /score"`, and the operation's arguments.
+        A function of the method and the paths, such as `"POST /v1/score /score"`, and of the operation's arguments.
     """
 
     def route(at: str, *args: _P.args, **told: _P.kwargs) -> Callable[[_Endpoint], _Endpoint]:
@@ -141,11 +141,11 @@ def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:
 
 
 class Access:
-    """Who may call what, by the path alone: everybody, operators, or clients.
+    """Who may call a route, decided by its path: everybody, operators, or clients.
 
     Args:
-        operations: of all routes.
-        public: more paths that need no key.
+        operations: the operations of all routes.
+        public: further paths that need no key.
     """
 
     def __init__(self, operations: Mapping[Key, Operation], public: frozenset[str] = frozenset()) -> None:
@@ -155,5 +155,5 @@ class Access:
         self._below = tuple(path.partition("{")[0] for path in self.managed if "{" in path)
 
     def manages(self, method: str | None, path: str) -> bool:
-        """Whether a request is for operators; of a WebSocket there is no method."""
+        """Whether a request is for operators; a WebSocket has no method."""
         return (path in self.managed or path.startswith(self._below)) and (method, path) not in self._open

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: adapters in the words of vLLM and llama.cpp.
+"""`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: adapters as in vLLM and llama.cpp.
 
-Beside step 1 of a request's life, whose `model` names an adapter without any of these.
+Beside step 1 of a request's life: the `model` of a request can name an adapter without any of these routes.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, Operation,
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="operators", manages=True))
 
-_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # vLLM's
+_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # error codes of vLLM
 
 
 class LoadAdapterRequest(WireModel):
-    """An adapter of this machine's files, or one that a resolver has, and what it shall be called.
+    """An adapter from files of this machine or from a resolver, and the name to serve it by.
 
     Attributes:
         lora_path: a PEFT folder, a GGUF adapter, or a name that a resolver knows.
-        load_inplace: it takes the place of the adapter that is called so.
-        base_model_name: the model that it is for; the default one where there are several.
-        is_3d_lora_weight: without effect: an adapter's files say how they hold experts.
+        load_inplace: whether it replaces an adapter of the same name.
+        base_model_name: the model that it is for; by default the first model that takes adapters.
+        is_3d_lora_weight: without effect, because an adapter's files say how they store experts.
     """
 
     lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
@@ -56,7 +56,7 @@ class LoadAdapterRequest(WireModel):
 
 
 class UnloadAdapterRequest(WireModel):
-    """Which adapter; its number has no effect, as names are its identity."""
+    """Which adapter to unload; its number has no effect, because adapters are identified by name."""
 
     lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
     lora_int_id: int | None = None
@@ -67,9 +67,9 @@ class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: its number, for `lora` of a request.
-        path: what its files are called; where they lie is nobody's business.
-        scale: how much of it is added where a request says nothing.
-        name: for `model` of a request.
+        path: the name of its files, without their folder, which stays private.
+        scale: its scale in requests that do not set one.
+        name: its name, for `model` of a request.
     """
 
     id: int
@@ -128,12 +128,12 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 def _said(info: AdapterInfo) -> list[str]:
-    """What an adapter came to."""
+    """A summary of a loaded adapter."""
     return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
 
 
 async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
-    """An adapter whose files are on this machine now: a resolver fetches what was not."""
+    """Return an adapter whose files are on this machine; a resolver fetches missing files."""
     path, local = wanted.lora_path, Path(wanted.lora_path).expanduser()
     if await asyncio.to_thread(local.exists):
         return Adapter(name=wanted.lora_name, base=base, path=local, root=local.name)
@@ -167,7 +167,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 
 def _changeable(request: Request) -> ModelManager:
-    """The models, where the operator allows that their adapters change."""
+    """Return the manager of the models, if the operator allows clients to change adapters."""
     state = request.app.state
     if not state.settings.allow_runtime_lora:
         message = "This server's adapters stay as they are: it was started without --allow-runtime-lora."
@@ -179,7 +179,7 @@ def _changeable(request: Request) -> ModelManager:
 
 
 def _base(manager: ModelManager, name: str | None) -> ModelSlot:
-    """A model that takes adapters: the one of that name, else the first."""
+    """Return a model that takes adapters: the model of that name, or the first without a name."""
     slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
     if not slot.entry.settings.enable_lora:
         raise HttpError(409, f"The model {slot.entry.names[0]!r} takes no adapters.", "adapters_off")

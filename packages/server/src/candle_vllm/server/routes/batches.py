@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/batches`: files of requests that are answered without a client. Each is of the caller's own API key."""
+"""`/v1/batches`: files of requests that are answered without a client. A caller sees only its own batches."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/conversations`: conversations and their items. Every one is of the caller's own API key."""
+"""`/v1/conversations`: conversations and their items. A caller sees only its own conversations."""
 
 from __future__ import annotations
 

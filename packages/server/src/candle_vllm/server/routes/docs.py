@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`/openapi.json`, and `/docs`: pages that show it and try it out.
+"""`/openapi.json`, and `/docs`: pages that show the document and send requests.
 
-Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, run no script that
-is not one of this server's files, and be shown in no other page's frame.
+Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, may run only
+scripts that are files of this server, and may not be shown in a frame of another page.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/files`: requests of batches, their answers, and images. Each file is of the caller's own API key."""
+"""`/v1/files`: requests of batches, their answers, and images. A caller sees only its own files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 JSON = "application/json"
 MAX_LIST = 10_000
-_NAME = 200  # characters of a file's name
+_NAME = 200  # maximum characters of a file's name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 
@@ -66,7 +66,7 @@ async def upload_file(request: Request) -> Response:
 
 
 async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> records.FileObject:
-    """The file of a form, in the store; `count` is told of each piece of the form before it is kept."""
+    """Store the file of a form; `count` is called with the size of each chunk of the form before it is stored."""
     most = min(batches.store.options.max_file_bytes, batches.store.share)
     form = await _form(request, most + FORM_OVERHEAD, count)
     try:
@@ -137,10 +137,10 @@ async def get_file_content(request: Request, file_id: str) -> Response:
 
 
 class _Download(StreamingResponse):
-    """Contents of a file, of which a part counts while the client reads (`Held`)."""
+    """The content of a file; the size of one part counts in `Held` while the client reads."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file; HttpError 503 where too many bytes are held."""
+        """Send the file; HttpError 503 if too many bytes are held."""
         held, caller = scope["app"].state.held, caller_of(scope)
         held.add(caller, PIECE)
         try:
@@ -159,7 +159,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 
 
 async def batches_and_owner(request: Request) -> tuple[Batches, str]:
-    """Who has files and batches, and the caller as an owner of them; 404 where nothing is kept."""
+    """Return the service of files and batches, and the caller as an owner in it; 404 if nothing is stored."""
     batches: Batches | None = request.app.state.batches
     if batches is None:
         raise HttpError(404, "This server keeps no files: it was started with --responses-store off.", "store_off")
@@ -171,14 +171,14 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A file's name without folders and without what no name should have."""
+    """A file's name without folders and without unprintable characters."""
     last = re.split(r"[/\\]", name)[-1]
     kept = "".join(character for character in last if character.isprintable()).strip(" .")
     return kept[:_NAME] or "file.jsonl"
 
 
 def _seconds(form: FormData) -> int | None:
-    """How long a file is kept, of the fields `expires_after[...]`."""
+    """Read how long a file is stored, from the fields `expires_after[...]`."""
     anchor, seconds = form.get(_ANCHOR, "created_at"), form.get(_SECONDS)
     if anchor != "created_at":
         raise InvalidParameterError(f"{_ANCHOR} must be created_at, not {anchor!r:.60}", _ANCHOR)
@@ -193,10 +193,10 @@ async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:
 
 
 async def _form(request: Request, limit: int, count: Callable[[int], None]) -> FormData:
-    """The form of a request; its file lies on the disk where it is not small.
+    """Read the form of a request; a file that is not small is written to the disk.
 
     Raises:
-        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow; or `count`'s.
+        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow; or from `count`.
         InvalidBodyError: the body is no form.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -217,7 +217,7 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
         raise HttpError(408, message, "request_timeout", {"connection": "close"}) from None
     except HTTPException as error:
         raise InvalidBodyError(f"The form cannot be read: {error.detail}") from None
-    except FormParserError as error:  # which older Starlettes let through
+    except FormParserError as error:  # older versions of Starlette raise it
         raise InvalidBodyError(f"The form cannot be read: {error}") from None
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/mailbox`: finished answers of clients that had gone, fetched, deleted or pushed by their owner.
+"""`/v1/mailbox`: finished answers of clients that disconnected; their owner fetches, deletes or pushes them.
 
-Outside the ten steps: nothing is generated here. Every answer is of the caller's own API key; another's record does
-not exist for it.
+Outside the ten steps: nothing is generated here. A caller sees only its own answers and gets a 404 for any other.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ MAX_BODY = 64 << 10
 
 
 class PushRequest(WireModel):
-    """The body of `POST /v1/mailbox/{request_id}/webhook`; all of it optional."""
+    """The body of `POST /v1/mailbox/{request_id}/webhook`; every field is optional."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
     bearer_token: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
@@ -46,7 +45,7 @@ class PushRequest(WireModel):
 
 
 class Delivered(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of a push that arrived."""
+    """The response to a push that was delivered."""
 
     request_id: str
     delivered: bool = True
@@ -126,7 +125,7 @@ async def push_record(request: Request, request_id: str) -> Response:
 
 
 def _mailbox(request: Request) -> tuple[Mailbox, str]:
-    """The server's mailbox and the caller as its owner; 404 where there is no mailbox."""
+    """Return the server's mailbox, and the caller as an owner in it; 404 without a mailbox."""
     mailbox: Mailbox | None = getattr(request.app.state, "mailbox", None)
     if mailbox is None:
         raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")
@@ -134,7 +133,7 @@ def _mailbox(request: Request) -> tuple[Mailbox, str]:
 
 
 def _query(request: Request, *known: str) -> dict[str, str]:
-    """The query parameters, each known and given once."""
+    """Return the query parameters, each known and given once."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:

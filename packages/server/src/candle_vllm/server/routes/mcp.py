@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/mcp`: the MCP servers, their tools, and calls that a client makes itself, such as the web page.
+"""`/v1/mcp`: the MCP servers, their tools, and calls that a client such as the web UI makes directly.
 
-Outside the ten steps: no model is asked here.
+Outside the ten steps: no model runs here.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from candle_vllm.server.openapi.operation import Operation, routing
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
-MAX_CALLS = 32  # at the same time, of all clients
+MAX_CALLS = 32  # calls of all clients at the same time
 JSON = "application/json"
-_LINES = 50  # of a server's log
+_LINES = 50  # last lines of a server's log that are shown
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="mcp"))
@@ -136,7 +136,7 @@ def _service(request: Request) -> McpService:
 
 
 def _check_client(request: Request, *, has_api_keys: bool) -> None:
-    """A call may do anything that its tool can, so it is for clients that the operator knows."""
+    """Refuse a call without a key: it may do anything that its tool can, so the operator must know the client."""
     if not (has_api_keys or _has_page_key(request)):
         message = (
             "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
@@ -146,7 +146,7 @@ def _check_client(request: Request, *, has_api_keys: bool) -> None:
 
 
 def _has_page_key(request: Request) -> bool:
-    """Whether the request carries the key of the page's printed address, where the server has made one."""
+    """Whether the request has the key of the web UI's printed address, if the server has made such a key."""
     key: str | None = request.app.state.page_key
     given = request.headers.getlist("authorization")
     if key is None or len(given) != 1:

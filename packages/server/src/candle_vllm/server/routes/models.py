@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/models` and `/v1/queues`: which models there are, how an operator loads, unloads and chooses them, who waits.
+"""`/v1/models` and `/v1/queues`: list models, load, unload and choose them as an operator, and show waiting requests.
 
 Step 1 of a request's life.
 """
@@ -54,7 +54,7 @@ _ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always sen
 
 
 class Selected(msgspec.Struct, frozen=True):
-    """The model that was chosen: ready, or switching while requests for it wait."""
+    """The model that was made the default: ready, or still loading while requests for it wait."""
 
     status: str
     model: str
@@ -70,7 +70,7 @@ async def list_models(request: Request) -> Response:
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
         return json_answer(anthropic_list(listed))
-    most = str(request.app.state.settings.max_body_mb << 20)  # by which the page keeps its images small enough
+    most = str(request.app.state.settings.max_body_mb << 20)  # the web UI keeps its images below it
     return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
@@ -151,7 +151,7 @@ async def reload_models(request: Request) -> Response:
 )
 async def add_model(request: Request) -> Response:
     """Serve one model more, where the operator allows that."""
-    wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
+    wanted = await parsed(request, parse_new_model)  # errors of the request are reported before the refusal
     reloader = _reloader(request)
     with _told():
         return json_answer(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
@@ -167,7 +167,7 @@ async def remove_model(request: Request) -> Response:
 
 
 def _reloader(request: Request) -> Reloader:
-    """What changes the models, where the operator allows that."""
+    """Return what changes the models, if the operator allows that."""
     if not request.app.state.settings.allow_model_changes:
         message = "This server's models stay as they are: it was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")
@@ -179,7 +179,7 @@ def _reloader(request: Request) -> Reloader:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """What is wrong in a file or in a request for a model, for its sender."""
+    """Turn an error in a file or in a request for a model into a 400."""
     try:
         yield
     except UsageError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/api/chat` and its kin: Ollama's API for answers and vectors (steps 1 and 10 of a request's life)."""
+"""`/api/chat` and related routes: Ollama's API for answers and embeddings (steps 1 and 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LATEST = ":latest"
 
 
 async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:
-    """The checked body of a request to one of Ollama's routes, whose model is named as it is here.
+    """Return the validated body of a request to one of Ollama's routes, with this server's name of its model.
 
     Raises:
         ModelNotServedError: see `served_name`.
@@ -57,10 +57,10 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact:
 
 
 async def served_name(request: Request, name: str, *, exact: bool = False) -> str:
-    """A model's name here, or an adapter's: as it is, or without `:latest`.
+    """Return this server's name of a model or an adapter: the name as given, or without `:latest`.
 
     Raises:
-        ModelNotServedError: there is none of that name, and `exact` or several models keep the only one from answering.
+        ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
     """
     manager, caller = _manager(request), caller_of(request.scope)
     for given in (name, name.removesuffix(_LATEST)):
@@ -147,7 +147,7 @@ CHAT = answering.GenerationApi(
     event=lambda line: to_json_bytes(line) + b"\n",
     error_event=ollama_error_line,
     done=b"",
-    defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
+    defaults=lambda wire, settings: wire,  # its adapter fills them in  # noqa: ARG005
     stream=LineStream,
 )
 GENERATE = answering.GenerationApi(
@@ -178,7 +178,7 @@ async def _generated(request: Request, kind: type[WireModel], api: answering.Gen
 
 
 async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
-    """Waits until the model is loaded."""
+    """Wait until the model is loaded."""
     async with answering.in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
@@ -188,7 +188,7 @@ async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
 
 
 def _keep(request: Request, wire: Any) -> None:
-    """Has the model stay as long as the request wants."""
+    """Keep the model loaded as long as the request asks for."""
     seconds = wire.keep_seconds
     if seconds is None:
         return

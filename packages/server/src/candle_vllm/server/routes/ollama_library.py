@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for changing which models there are.
+"""`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for downloading, naming and deleting models.
 
-Outside the ten steps. All of it is off until the operator allows it, and for clients with a key, or on this machine.
+Outside the ten steps. The operator must allow all of it; then it is for clients with a key, or on this machine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ route = routing(router, functools.partial(Operation, tag="ollama", error=Failure
 
 
 def refuse_open_changes(settings: Settings) -> None:
-    """UsageError where everybody who reaches the server could fetch and delete models, or load adapters."""
+    """Raise UsageError if everybody who reaches the server could download and delete models, or load adapters."""
     if settings.allow_model_changes and not may_change(settings):
         raise UsageError(
             "--allow-model-changes lets clients fetch and delete models, and everybody who reaches "
@@ -74,7 +74,7 @@ class _OfModel(WireModel):
 
 
 class PullRequest(_OfModel):
-    """A model of Hugging Face to fetch: `org/name:Q4_K_M`, or a known name. `stream` is true unless it is false."""
+    """A model of Hugging Face to download: `org/name:Q4_K_M`, or a known name. `stream` is true by default."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "insecure": Refusal("downloads are checked always", (False,)),
@@ -90,13 +90,13 @@ class PullRequest(_OfModel):
 
 
 class StopRequest(_OfModel):
-    """A model that is fetched no further; `remove` takes away too what has arrived of it."""
+    """A model whose download is stopped; `remove` also deletes what was downloaded."""
 
     remove: bool = False
 
 
 class DeleteRequest(_OfModel):
-    """A fetched model whose files are removed, or a name that was given by a copy."""
+    """A downloaded model whose files are removed, or a name that a copy was given."""
 
 
 class CopyRequest(WireModel):
@@ -107,7 +107,7 @@ class CopyRequest(WireModel):
 
 
 class PullLine(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a pull is; `total` and `completed` are bytes."""
+    """The progress of a pull; `total` and `completed` are bytes."""
 
     status: str
     digest: str | UnsetType = UNSET
@@ -200,7 +200,7 @@ async def ollama_delete(request: Request) -> Response:
 
 
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
-    """Serves another model in the place of one, or one more, or one less; UsageError where a name is another's."""
+    """Replace, add or remove a model of the catalogue; UsageError if another model has the name."""
     catalogue = manager.catalogue
     entries = [new if each is old and new is not None else each for each in catalogue.entries]
     if old is None and new is not None:
@@ -211,7 +211,7 @@ def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | Non
 
 
 async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
-    """How far a pull is."""
+    """Yield the progress of a pull."""
     yield PullLine(status="pulling manifest")
     yield PullLine(status=f"{pull.plan.name}: {pull.room}")
     digests = [file.sha256 for file in pull.plan.files if file.sha256 is not None]
@@ -225,13 +225,13 @@ async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
 
 
 def pulls_of(manager: ModelManager, settings: Settings) -> Pulls:
-    """What fetches models for a server, and serves them from then on."""
+    """Return the service that downloads models and adds them to the served ones."""
     base = _base(settings)
     return Pulls(base, lambda pull, local: _serve(manager, base, local, pull.asked))
 
 
 def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
-    """Adds a fetched model, under the name too that it was asked for by, where no other model has that."""
+    """Serve a downloaded model, also under the name in the request if no other model has that name."""
     if local.name in manager.slots:
         return
     try:
@@ -241,7 +241,7 @@ def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) 
 
 
 def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()) -> ModelEntry:
-    """A fetched model as one of the catalogue."""
+    """The entry of a downloaded model in the catalogue."""
     return ModelEntry(local.name, local.settings(settings), (local.name, *aliases))
 
 
@@ -252,7 +252,7 @@ def _failed_line(failure: Exception) -> bytes:
 
 
 async def _allowed(request: Request, kind: type[WireModel]) -> Any:
-    """The checked body; HttpError 403 where the operator does not let models be changed."""
+    """Return the validated body; HttpError 403 if the operator does not let clients change models."""
     settings: Settings = request.app.state.settings
     wire = await parsed(request, ollama_parser(kind), typed=False)
     if not settings.allow_model_changes or not may_change(settings):
@@ -262,7 +262,7 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
 
 
 def _base(settings: Settings) -> Settings:
-    """The settings with which fetched models are served: those of the process, without its model."""
+    """The settings for downloaded models: those of the process, without its model."""
     return dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/api/tags` and its kin: Ollama's API for the models that there are (step 1 of a request's life)."""
+"""`/api/tags` and related routes: Ollama's API for the available models (step 1 of a request's life)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA))
 
 API_VERSION = "0.12.11"
-"""The version of Ollama whose API this is: clients choose by it what they ask for."""
+"""The version of Ollama whose API this is; clients choose by it which features they use."""
 
 _FAR = 253370764800  # Unix seconds of the year 9999
 _CAN = {"generate": "completion", "embed": "embedding", "score": "rerank"}
@@ -43,7 +43,7 @@ _AS_IT_IS = "a model is described as it is"
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
-    """What kind of model it is; empty where that is not known before it is loaded."""
+    """The kind of a model; a field is empty if it is not known before the model is loaded."""
 
     parent_model: str = ""
     format: str = ""
@@ -54,12 +54,12 @@ class Details(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tag(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that can be asked.
+    """A model that can be used.
 
     Attributes:
-        modified_at: when it was loaded, or asked about.
-        size: bytes of its weights; 0 where they are not on this machine yet.
-        digest: stands for the name, not for the weights.
+        modified_at: when it was loaded, or the time of the request.
+        size: bytes of its weights; 0 if they are not on this machine yet.
+        digest: hash of the name, not of the weights.
     """
 
     name: str
@@ -82,8 +82,8 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         size: bytes of its weights and of a full cache.
         size_vram: the part of them on a GPU.
-        expires_at: when it is unloaded unless somebody uses it; in the year 9999 where it stays.
-        context_length: most tokens of a prompt and its answer.
+        expires_at: when it is unloaded unless somebody uses it; in the year 9999 if it stays loaded.
+        context_length: maximum tokens of a prompt and its answer together.
     """
 
     name: str
@@ -132,10 +132,10 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a model.
 
     Attributes:
-        modelfile: how it is served, in words.
-        parameters: its sampling settings, a line each.
+        modelfile: how it is served, as text.
+        parameters: its sampling settings, one per line.
         template: its chat template, in Jinja.
-        model_info: names and numbers as Ollama calls them.
+        model_info: properties of the model under Ollama's names.
         capabilities: completion, tools, thinking, embedding, rerank.
     """
 
@@ -164,7 +164,7 @@ async def ollama_tags(request: Request) -> Response:
 
 
 def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
-    """A model's names and those of its adapters, as far as the caller may use them."""
+    """The names of a model and of its adapters that the caller may use."""
     own = list(slot.entry.names) if caller.may_use(*slot.entry.names) else []
     adapters = (each for each in manager.adapters.all() if each.base == slot.entry.name)
     return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
@@ -196,7 +196,7 @@ async def ollama_show(request: Request) -> Response:
     if slot.model is None and slot.described is None:
         try:
             slot.described = await asyncio.to_thread(describe, slot.entry.settings)
-        except CandleVllmError as error:  # which may hold paths
+        except CandleVllmError as error:  # its message may hold paths
             logger.warning("the model %s cannot be served: %s", slot.entry.name, error)
             message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log says why."
             raise HttpError(409, message, "model_unusable", param="model") from None
@@ -236,7 +236,7 @@ def _shown(slot: ModelSlot) -> Shown:
 
 
 def _description(slot: ModelSlot) -> Description | None:
-    """What is known of a model: by itself once it is loaded, else by its files where they were asked."""
+    """The description of a model: from the loaded model, else from its files if they were read."""
     if slot.model is None:
         return slot.described
     engine, choice = slot.model.engine, slot.model.adapter.planner.choice
@@ -264,7 +264,7 @@ def _format(slot: ModelSlot) -> str:
 
 
 def details(slot: ModelSlot) -> Details:
-    """What kind of model a slot has."""
+    """The kind of a slot's model."""
     known = _description(slot)
     if known is None:
         return Details(format=_format(slot))
@@ -283,7 +283,7 @@ def size_of(parameters: int) -> str:
 
 
 def digest(name: str) -> str:
-    """What stands for a model's name."""
+    """The hash of a model's name."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 

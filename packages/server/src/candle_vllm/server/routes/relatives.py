@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What clients of vLLM, of llama.cpp's server and of Mistral's API ask besides OpenAI's API: what is served, how busy
-it is, and texts in their words.
+"""Routes of vLLM, llama.cpp's server and Mistral's API besides OpenAI's: state, tokenizer, sleep, completions.
 
-Outside the ten steps, but for those with a body, `/completion` and `/infill` first. Where several models are served,
-`?model=` or the body's `model` says which is meant.
+Outside the ten steps, except for routes with a body such as `/completion` and `/infill`. If several models are served,
+`?model=` or the body's `model` chooses one.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "prese
 
 
 class Load(msgspec.Struct, frozen=True):
-    """How busy the server is: the sequences of all requests, those included that wait for their turn or their model."""
+    """The load of the server: the sequences of all requests, including those that wait for a turn or a model."""
 
     server_load: int
 
@@ -78,18 +77,18 @@ class Sleeping(msgspec.Struct, frozen=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
-    """What the server was started with; secrets are hidden."""
+    """The settings of the server; secrets are hidden."""
 
     version: str
     vllm_config: dict[str, Any]
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is known of the model's tokenizer.
+    """Properties of the model's tokenizer.
 
     Attributes:
-        model_max_length: most tokens of prompt and output together.
-        special_tokens: the id of each, by its text.
+        model_max_length: maximum tokens of prompt and output together.
+        special_tokens: ids of the special tokens, by their text.
         chat_template: Jinja; None for a model without a template.
     """
 
@@ -104,14 +103,14 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class GenerationSettings(msgspec.Struct, frozen=True):
-    """What a request of llama.cpp's kind has to go on with: context, and what counts where it says nothing."""
+    """Defaults of llama.cpp's requests: the context length, and the sampling settings that a request leaves out."""
 
     n_ctx: int
     params: dict[str, float | int]
 
 
 class Modalities(msgspec.Struct, frozen=True):
-    """What a model reads besides text."""
+    """The inputs of a model besides text."""
 
     vision: bool = False
     video: bool = False
@@ -119,12 +118,12 @@ class Modalities(msgspec.Struct, frozen=True):
 
 
 class Properties(msgspec.Struct, frozen=True, kw_only=True):
-    """What llama.cpp's clients look at first.
+    """The properties that llama.cpp's clients read first.
 
     Attributes:
-        total_slots: most sequences in one step.
-        model_path: the model's name; where its files lie is nobody's business.
-        media_marker: what stands for an image in the `prompt_string` of `/completion`.
+        total_slots: maximum number of sequences in one step.
+        model_path: the model's name; the path of its files stays private.
+        media_marker: placeholder of an image in the `prompt_string` of `/completion`.
     """
 
     default_generation_settings: GenerationSettings
@@ -140,7 +139,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One of the sequences that may run at the same time. There are no places here that keep a request."""
+    """One of the sequences that may run at the same time. Unlike in llama.cpp, a slot does not belong to a request."""
 
     id: int
     n_ctx: int
@@ -149,13 +148,13 @@ class Slot(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request without a body."""
+    """A request without a body, which may name a model in its query."""
 
     model: str | None
 
 
 async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) -> Response:
-    """What is to be said of a model, which is loaded for it if need be."""
+    """Answer with a description of a model, which is loaded for it if necessary."""
 
     async def described(model: ServedModel, _: _Asked) -> Any:
         return describe(model)
@@ -382,7 +381,7 @@ async def classify(request: Request) -> Response:
 
 
 def _api(kind: type[LlamaRequest]) -> GenerationApi:
-    """llama.cpp's texts, whole or streamed."""
+    """The API of llama.cpp's completions, whole or streamed."""
     return GenerationApi(
         parse=lambda body: parse_body(kind, body),
         whole=lambda model, wire: llama_answer(model.adapter, wire, model.entry.settings.default_sampling),

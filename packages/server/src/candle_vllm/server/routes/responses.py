@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
 
-Responses that are kept are fetched by the routes of `stored_responses`. `Responders` makes who answers in the name of
-each model.
+The routes of `stored_responses` fetch stored responses. `Responders` makes the object that answers with a model.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class Responders:
     """Makes a responder for a request.
 
     Args:
-        kept: keeps responses; None keeps nothing.
-        servers: where MCP servers of requests come from; None allows no server.
+        kept: the store of responses; None stores nothing.
+        servers: source of the MCP servers of requests; None allows no server.
     """
 
     def __init__(self, kept: KeptResponses | None, servers: McpSource | None = None) -> None:
@@ -66,12 +65,12 @@ class Responders:
         self.servers = servers
 
     def of(self, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
-        """Who answers with this model.
+        """Return the object that answers with this model.
 
         Args:
-            model: has a turn, or needs none.
-            name: what the request calls it, which may be an adapter's name.
-            memory: of the client's connection.
+            model: a model on which the request has a turn, if it needs one.
+            name: the name in the request, which may be an adapter's name.
+            memory: memory of the client's connection.
         """
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
         from candle_vllm.responses.conversation.chat_model import InProcessModel
@@ -162,14 +161,14 @@ class _Exchange:
         self._events = ResponseEvents()
 
     def api(self) -> answering.GenerationApi:
-        """How it is answered."""
+        """How the request is parsed and answered."""
         return answering.GenerationApi(
             parse=parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
             event=self._events.write,
             error_event=self._error_events,
-            defaults=lambda wire, settings: wire,  # its responder has them  # noqa: ARG005
+            defaults=lambda wire, settings: wire,  # its responder fills them in  # noqa: ARG005
             silence=self._events.silence,
         )
 
@@ -182,7 +181,7 @@ class _Exchange:
         return self._stream
 
     def _error_events(self, failure: Exception) -> bytes:
-        """The end of a stream that the server ends: the response fails, with the numbers that come next."""
+        """The last events of a stream that the server ends: the response fails, with the next sequence numbers."""
         assert self._stream is not None
         if isinstance(failure, HttpError):
             detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
@@ -192,13 +191,13 @@ class _Exchange:
 
 
 async def _in_background(request: Request, wire: ResponsesRequest, deadline: float) -> HttpResponse:
-    """Begins a response that outlives its client; its turn is waited for by a task of the application."""
+    """Begin a response that outlives its client; a task of the application waits for its turn."""
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
     async with answering.in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
-        state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model costs nothing
+        state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model uses up no rate limit
         state.limits.admit(caller_of(request.scope))
         lease = await unless_disconnected(
             state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
@@ -227,7 +226,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
 async def _work(
     stream: ResponseStream, lease: Lease, request: Request, priority: int, size: RequestBytes
 ) -> AsyncGenerator[StreamEvent, None]:
-    """The events of a response that waits for its place by itself; its bytes count until its prompt is made."""
+    """Yield the events of a response after waiting for its turn; its bytes count until its prompt is made."""
     request_bytes.set(size)
     try:
         for event in stream.opening():
@@ -247,7 +246,7 @@ async def _work(
 
 
 async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest) -> str:
-    """Whose response it is; nobody's where no store is needed, which takes a moment to open."""
+    """Return the owner of the response; "" if no store is needed, because opening the store takes a moment."""
     responders: Responders = request.app.state.responders
     stored = isinstance(wire, ResponsesRequest) and wire.store is not False
     given = wire.input if isinstance(wire.input, list) else ()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/responses` over a WebSocket: steps 1 and 10 of responses that one connection asks for, one behind the other.
+"""`/v1/responses` over a WebSocket: steps 1 and 10 of the responses of one connection, one after the other.
 
-A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. Its answer are the
-events of a stream, each a message. What is not kept can be continued by the connection that asked for it, from its own
-memory; a continuation that fails is forgotten with what it continued.
+A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. It is answered with the
+events of a stream, one per message. A response that is not stored can be continued on the same connection, from the
+connection's memory; if a continuation fails, the response that it continued is forgotten too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
 MAX_WAITING = 16  # messages that wait for the response before theirs
-MAX_WAITING_BYTES = 16 << 20  # of these messages, where there are several
-MAX_SECONDS = 3600.0  # of a connection; a response that has begun by then is finished
+MAX_WAITING_BYTES = 16 << 20  # bytes of these messages, if there are several
+MAX_SECONDS = 3600.0  # age of a connection; a response that has begun by then is finished
 _CREATE = "response.create"
-_RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # codes of closes
+_RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # close codes
 
 
 @router.websocket("/v1/responses")
@@ -58,23 +58,23 @@ async def respond(websocket: WebSocket) -> None:
 
 
 class _Connection:
-    """One connection from its first message to its last."""
+    """One WebSocket connection, from its first message to its last."""
 
     def __init__(self, websocket: WebSocket) -> None:
         self._websocket = websocket
         self._state = websocket.app.state
         self._responders: Responders = self._state.responders
         self._memory = ConnectionMemory()
-        self._waiting: deque[bytes | HttpError] = deque()  # messages, and why one is not kept
+        self._waiting: deque[bytes | HttpError] = deque()  # messages, or the error of a message that was refused
         self._held: Held = self._state.held
         self._caller = caller_of(websocket.scope)
         self._news = asyncio.Event()
-        self._gone = False  # the client is
+        self._gone = False  # whether the client has left
         self._stream: ResponseStream | None = None
         self._draining: asyncio.Event = websocket.scope.get("extensions", {}).get(DRAINING) or asyncio.Event()
 
     async def run(self) -> None:
-        """Answers until the client leaves, the server stops, or the connection is too old."""
+        """Answer messages until the client leaves, the server stops, or the connection is too old."""
         ends = time.monotonic() + MAX_SECONDS
         reader = asyncio.create_task(self._read(), name="reader of a WebSocket")
         stop = asyncio.create_task(self._draining.wait(), name="drain of a WebSocket")
@@ -88,7 +88,7 @@ class _Connection:
                 error = HttpError(400, "The connection is an hour old: open another.", _OLD)
                 await self._send_error(error)
                 await self._websocket.close(_TOO_OLD)
-        except asyncio.CancelledError:  # the drain's time is over
+        except asyncio.CancelledError:  # the time of the drain is over
             await self._cut_off()
         finally:
             await end_task(stop)
@@ -98,7 +98,7 @@ class _Connection:
                     self._held.add(self._caller, -_counted(message))
 
     async def _read(self) -> None:
-        """Takes messages, also while a response is written, so that a client that leaves is noticed."""
+        """Receive messages, even while a response is written, so that a client that leaves is noticed."""
         try:
             while True:
                 message = await self._websocket.receive()
@@ -119,16 +119,16 @@ class _Connection:
                     self._waiting.append(data)
                 except HttpError as full:
                     self._waiting.append(full)
-                del data  # whoever takes it lets go of it
+                del data  # only the queue may refer to it
                 self._news.set()
-        except (WebSocketDisconnect, RuntimeError, KeyError):  # it has left, or sent bytes that are no text
+        except (WebSocketDisconnect, RuntimeError, KeyError):  # the client has left, or sent a binary message
             pass
         finally:
             self._gone = True
             self._news.set()
 
     async def _take(self) -> ResponsesRequest:
-        """What the next message asks for; nothing refers to the message itself afterwards."""
+        """Parse the next message; afterwards nothing refers to the message itself."""
         message = self._waiting.popleft()
         try:
             if isinstance(message, HttpError):
@@ -150,7 +150,7 @@ class _Connection:
         return not self._gone and time.monotonic() < ends
 
     async def _answer_next(self) -> None:
-        """Answers one message, or gives up when the client leaves."""
+        """Answer one message, or cancel the answer when the client leaves."""
         answering = asyncio.create_task(self._answer(), name="response over a WebSocket")
         try:
             while not answering.done() and not self._gone:
@@ -165,7 +165,7 @@ class _Connection:
             if not answering.cancelled():
                 answering.result()
         finally:
-            del answering  # its error holds this frame
+            del answering  # its exception refers to this frame
 
     async def _answer(self) -> None:
         previous: str | None = None
@@ -185,9 +185,9 @@ class _Connection:
         self._stream = None
 
     async def _generate(self, wire: ResponsesRequest) -> None:
-        """The events of one response, sent as they come."""
+        """Generate one response and send its events as they come."""
         scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
-        current_request.set(RequestContext(scope))  # each response is a request of its own to those who count
+        current_request.set(RequestContext(scope))  # in the metrics, each response is a request of its own
         begin_generation(scope)
         async with in_time(time.monotonic() + self._state.settings.request_timeout, self._websocket):
             turn = await take_turn(scope, wire.model, priority=wire.priority or 0)
@@ -205,7 +205,7 @@ class _Connection:
             self._memory.remember(entry)
 
     async def _fail(self, failure: Exception) -> None:
-        """Tells of a failure: of a response that has begun as its end, otherwise as an event of its own."""
+        """Send a failure: as the end of a response that has begun, otherwise as an error event."""
         stream, self._stream = self._stream, None
         if stream is None:
             await self._send_error(failure)
@@ -214,7 +214,7 @@ class _Connection:
             await self._send(event)
 
     async def _cut_off(self) -> None:
-        """The last words of a connection that the end of the drain cancels."""
+        """Send the last messages of a connection that the end of the drain cancels."""
         error = HttpError(503, "The server was stopped before the response was complete.", "shutting_down")
         with contextlib.suppress(Exception):
             if self._stream is not None:
@@ -228,7 +228,7 @@ class _Connection:
         await self._send_bytes(_error_event(failure))
 
     async def _send_bytes(self, data: bytes) -> None:
-        """Sends a message; a client that does not read for long is as good as gone."""
+        """Send a message; a client that does not read for long is disconnected."""
         try:
             async with asyncio.timeout(STALL_SECONDS):
                 await self._websocket.send_text(data.decode())
@@ -246,13 +246,13 @@ def _counted(message: bytes) -> int:
 
 
 class _NotUtf8Error(InvalidBodyError):
-    """A message is no text."""
+    """A message is not valid UTF-8."""
 
 
 def _request_of(message: bytes) -> ResponsesRequest:
     try:
         text = message.decode()
-    except UnicodeDecodeError:  # which refers to the message
+    except UnicodeDecodeError:  # it refers to the message
         raise _NotUtf8Error("a text is not valid UTF-8") from None
     body = decode_json(text)
     del text
@@ -284,7 +284,7 @@ def _detail(failure: Exception) -> ErrorDetail:
 
 
 def _error_event(failure: Exception) -> bytes:
-    """An error as the message of its own that clients of this transport know."""
+    """Encode an error as the `error` message of this protocol."""
     failure = _refused(failure)
     if isinstance(failure, HttpError):
         status, kind = failure.status, "invalid_request_error" if failure.status < 500 else "server_error"

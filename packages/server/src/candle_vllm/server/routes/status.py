@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Whether the server can answer, and what it has done so far: `/health`, `/ready`, `/metrics` and their like.
+"""Health, readiness, metrics and usage of the server: `/health`, `/ready`, `/metrics` and similar routes.
 
-Outside the ten steps: asked by load balancers, Prometheus and people. `/health` and `/ready` need no
-key, and say nothing but their status to strangers.
+Outside the ten steps: requested by load balancers, Prometheus and people. `/health` and `/ready` need no key; without
+a valid key, they show only the status.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ route = routing(router, functools.partial(Operation, tag="server"))
 
 
 class Standing(msgspec.Struct, frozen=True):
-    """One word on how things stand."""
+    """The status of the server, in one word."""
 
     status: str
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Whether the default model can answer, and while it is loaded how far that is."""
+    """Whether the default model can answer, and the progress while it is being loaded."""
 
     status: str
     loading: LoadProgress | msgspec.UnsetType = msgspec.UNSET
@@ -47,7 +47,7 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """What this is and where to go on."""
+    """What this server is, and the address of its API."""
 
     name: str
     version: str
@@ -115,7 +115,7 @@ async def ready(request: Request) -> JSONResponse:
         if alive and slot.model.engine.is_sleeping:
             return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
-    # A model that was unloaded because nobody used it is loaded when it is asked for.
+    # A model that was unloaded because nobody used it is loaded when a request asks for it.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
     content: dict[str, object] = {"status": slot.state.value}
     told = not is_stranger(request.scope) and caller_of(request.scope).may_use(*slot.entry.names)

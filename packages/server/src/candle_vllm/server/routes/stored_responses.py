@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/responses/{response_id}`: responses after they were made. Every one is of the caller's own API key."""
+"""`/v1/responses/{response_id}`: stored responses. A caller sees only its own responses."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ async def list_input_items(request: Request, response_id: str) -> Response:
 
 
 def _background(request: Request) -> Background:
-    """Who works on responses without their client: there where responses are kept."""
+    """Return the service of background responses, which exists if responses are stored."""
     return request.app.state.background

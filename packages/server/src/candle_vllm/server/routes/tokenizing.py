@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/tokenize`, `/detokenize` and the count of a chat request: steps 1 to 3 of a request's life, and no further.
 
-They use a model's tokenizer and wait in no queue: the engine has nothing to do for them.
+They use a model's tokenizer and wait in no queue, because they need no work of the engine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The web UI at `/`: the files of the bundle that `packages/server/webui` builds.
 
-Outside the ten steps. The files are the same in every installation and say nothing of this one, so they need no key;
-what the page asks for does. Only names of the bundle's manifest are served: no path is made of what a client sends.
+Outside the ten steps. The files are the same in every installation and reveal nothing about this one, so they need no
+key; the requests of the page do. Only names of the bundle's manifest are served: no path is built from client input.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ _PREVIEW_POLICY: Mapping[str, str] = {
     "frame-ancestors": "'self'",
     "sandbox": "allow-scripts",
 }
-"""What a model's code may do in a preview: run, and reach nothing. Its frame lies in this document and inherits it."""
-_NO_CONNECTIONS = {"connection-allowlist": "()"}  # also what a content policy does not cover: WebRTC, names looked up
-_CHECKED = "no-cache"  # kept, but asked about each time
+"""What a model's code may do in a preview: run, but open no connection. Its frame in this document inherits this."""
+_NO_CONNECTIONS = {"connection-allowlist": "()"}  # also covers WebRTC and DNS lookups, unlike a content policy
+_CHECKED = "no-cache"  # cached, but revalidated each time
 _FOREVER = "public, max-age=31536000, immutable"  # their names change with their content
 _INDEX = "index.html"
 _PREVIEW = "preview.html"
 
 
 def bundle_names() -> tuple[str, ...]:
-    """The files of the bundle, by the manifest."""
+    """The names of the bundle's files, from the manifest."""
     return tuple(json.loads((_ROOT / "manifest.json").read_text("utf-8"))["files"])
 
 
@@ -69,26 +69,26 @@ def read_bundle() -> dict[str, PageFile]:
 
 
 def new_page_key(settings: Settings, has_tools: bool) -> str | None:
-    """A random key for the printed address, by which the page may call tools where the server has no API key.
+    """A random key for the printed address, with which the page may call tools if the server has no API key.
 
     Args:
         settings: whether the page is served, and whether clients have keys of their own.
         has_tools: whether the server has MCP servers.
 
     Returns:
-        The key; None where nobody needs one.
+        The key; None if the page needs no key.
     """
     has_keys = settings.has_api_keys
     return secrets.token_urlsafe(24) if settings.ui_server and has_tools and not has_keys else None
 
 
 def page_address(url: str, key: str | None) -> str:
-    """The address to open; the key stands after #, which browsers send to nobody."""
+    """The address to open; the key follows #, and browsers do not send that part to any server."""
     return f"{url}/#key={key}" if key else f"{url}/"
 
 
 def web_ui_router() -> APIRouter:
-    """The routes of the page; they have to come before the server's own answer at `/`."""
+    """The routes of the page; they must be added before the server's own answer at `/`."""
     router, bundle = APIRouter(), read_bundle()
 
     @router.get("/", include_in_schema=False)

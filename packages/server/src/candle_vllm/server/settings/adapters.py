@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The adapters that an operator names: `--lora-modules`, and `adapters` of models.yaml.
-
-Read before step 1 of a request's life.
-"""
+"""Adapters in the operator's settings (before step 1): `--lora-modules`, and `adapters` in models.yaml."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ _KEYS = {"name": "name", "path": "path", "scale": "scale", "pinned": "pinned", "
 
 
 class AdapterSpec(NamedTuple):
-    """An adapter that an operator names.
+    """An adapter in the operator's settings.
 
     Attributes:
         scale: its scale in requests that name no adapter; 0 leaves it out.
-        pinned: it stays in memory.
+        pinned: whether it stays in memory.
     """
 
     name: str
@@ -37,7 +34,7 @@ class AdapterSpec(NamedTuple):
 
 
 def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:
-    """The adapters of a model, each under a name of its own; raises `UsageError`."""
+    """Parse the adapters of a model; raises `UsageError`, also for duplicate names."""
     found = dict[str, AdapterSpec]()
     for text in texts:
         spec = read_spec(text)
@@ -50,7 +47,7 @@ def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:
 
 
 def read_spec(text: str) -> AdapterSpec:
-    """One of `--lora-modules`: `name=path`, or vLLM's or SGLang's JSON; raises `UsageError`."""
+    """Parse one `--lora-modules`: `name=path`, or JSON of vLLM or SGLang; raises `UsageError`."""
     if text.lstrip().startswith("{"):
         try:
             given = json.loads(text)
@@ -64,12 +61,12 @@ def read_spec(text: str) -> AdapterSpec:
 
 
 def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) -> AdapterSpec:
-    """An adapter out of a mapping; raises `UsageError`, which says where it stands.
+    """Build an adapter from a mapping; raises `UsageError`, which names its position.
 
     Args:
-        given: name and path, and if need be scale and pinned.
-        where: for messages.
-        folder: which its path is relative to.
+        given: name and path, optionally scale and pinned.
+        where: position in the settings, for messages.
+        folder: folder that a relative path starts from.
     """
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -97,5 +94,5 @@ def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) 
 
 
 def spec_text(spec: AdapterSpec) -> str:
-    """A spec as `--lora-modules` has it."""
+    """Format a spec for `--lora-modules`."""
     return json.dumps(spec._asdict())

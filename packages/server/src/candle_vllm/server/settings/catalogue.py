@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The catalogue: which models this server knows, by which names, each with its settings.
-
-Read in step 1 of a request's life, where the `model` field chooses. What is loaded is the manager's business.
-"""
+"""The catalogue of the models that this server may serve, with their names and settings (step 1)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import MODEL, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
-ANY_MODEL = "default"  # the name that always means the default
+ANY_MODEL = "default"  # this name always selects the default model
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,9 @@ class ModelEntry:
     """One model that can be served.
 
     Attributes:
-        name: what the catalogue calls it: its name in models.yaml, or what its files are called.
-        settings: those of the process, with the model's own in their place.
-        aliases: the names that clients use; the first is reported. None is `name` alone.
+        name: its name in the catalogue: that in models.yaml, or one derived from its files.
+        settings: settings of the process, overridden by the model's own.
+        aliases: the names for clients; the API reports the first. Without aliases it reports `name`.
     """
 
     name: str
@@ -35,22 +32,22 @@ class ModelEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that means this model, the reported one first."""
+        """Every name of this model, the reported one first."""
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a loaded model of the one does for the other; what is of the process does not count."""
+        """Whether a loaded model of this entry fits the other entry; settings of the process are ignored."""
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
         return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)
 
 
 class Catalogue:
-    """The models by name.
+    """Lookup of models by name.
 
     Args:
-        entries: at least one, all of their names different.
-        default: name of the one that is meant where a request names none; None is the first.
+        entries: at least one entry; no two models share a name.
+        default: name of the model for requests that name no model; None selects the first.
 
     Raises:
         UsageError: two models have the same name.
@@ -69,28 +66,28 @@ class Catalogue:
         self.default = self.entries[0] if default is None else by_name[default]
 
     def has(self, name: str) -> bool:
-        """Whether a model is called so."""
+        """Whether a model has this name."""
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
 
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
-        """The model that a request means: where there is but one, that one, by any name but the empty one.
+        """Return the model of a request; a single model accepts every non-empty name, unless names are strict.
 
         Args:
-            name: what the request calls it, or None.
-            exact: whether it must be one of its names; it always must where names are strict.
+            name: the name in the request, or None.
+            exact: whether the name must be one of the model's names; strict names imply it.
 
         Raises:
-            ModelNotServedError: there is none of that name.
+            ModelNotServedError: no model has this name.
         """
         if name is not None and name in self._by_name:
             return self._by_name[name]
         loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
-        alone = len(self.entries) == 1 and loose  # with adapters, another name could be an adapter's
+        alone = len(self.entries) == 1 and loose  # with adapters, another name may be that of an adapter
         if name is None or name == ANY_MODEL:
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:
             return self._by_name[DEMO_NAME]
-        from candle_vllm.openai.serving import answered_by  # slow to import, and not needed before
+        from candle_vllm.openai.serving import answered_by  # slow import, needed only here
 
         served = [self.default.names[0]] if alone else [entry.names[0] for entry in self.entries]
         answered_by(name, served, strict=exact or not alone)
@@ -98,14 +95,14 @@ class Catalogue:
 
 
 def source_name(settings: Settings, demo: Path | None) -> str:
-    """What a model that stands in no models.yaml is called before it is loaded: as its files are."""
+    """Return the name of a model outside models.yaml, derived from its files or its source."""
     if settings.model is None and settings.weight_path is None and settings.weight_file is None:
         return "default" if demo is None else demo.stem
     if settings.weight_path is None and is_demo(settings.model or "") and demo is not None:
         return demo.stem
     source = str(settings.weight_path or settings.model or settings.weight_file)
     if "://" in source:
-        from candle_vllm.server.models.archives import Archive  # whoever has no address does not import it
+        from candle_vllm.server.models.archives import Archive  # imported only for URLs
 
         return without_secrets(source, alone=True) if (archive := Archive.of(source)) is None else archive.name
     path = Path(source).expanduser()

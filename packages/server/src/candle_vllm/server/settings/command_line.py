@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The command line's grammar, made from the table in `table.py`.
+"""The command line parser, built from the table in `table.py`.
 
-Read before step 1 of a request's life. argparse splits the line; the values are converted by the same kinds as
-those of the environment and of models.yaml, so that every source refuses the same things in the same words.
+Runs before step 1 of a request's life. argparse splits the command line. The values are converted by the same kinds as
+those of the environment and of models.yaml, so that every source has the same rules and error messages.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ On a pipe every line is a message or a command, and what stands between \"\"\" a
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
 _TOKENS = Integer(1, 1 << 24)
-_SPACED = ("serve", "config", "bench serve")  # commands where a flag may have several values, as vLLM has it
-_TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
+_SPACED = ("serve", "config", "bench serve")  # these commands accept several values after one flag, as vLLM does
+_TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands with a text argument
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(least=0), "system message of the conversation", "TEXT")
 MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
@@ -51,7 +51,7 @@ MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most t
 _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
 
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
-"""Flags of other programs that mean the same here; -p is a prompt to some, and so a port where we serve alone."""
+"""Short flags of other programs. -p is a prompt in some of them, and therefore the port only for `serve`."""
 
 _CONFIG = Option(
     "config", "command", ("--config",), FilePath(), "YAML file of flags: those given beside it win", "FILE"
@@ -59,7 +59,7 @@ _CONFIG = Option(
 
 
 def _own(name: str, kind: Kind, text: str, metavar: str, **more: Any) -> Option:
-    """An option of one command, whose flag is its name."""
+    """An option of one command; its flag is derived from its name."""
     return Option(name, "command", ("--" + name.replace("_", "-"), *more.pop("also", ())), kind, text, metavar, **more)
 
 
@@ -246,7 +246,7 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     ),
     "config": (_CONFIG, _AS_JSON),
 }
-"""Options of single commands; they have no environment variable and no models.yaml key."""
+"""Options of single commands; they have no environment variable and no key in models.yaml."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -255,7 +255,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command and its arguments; without a command it is `serve`."""
+    """Split the command from its arguments; the default command is `serve`."""
     if not argv or argv[0].startswith("-"):
         return "serve", list(argv)
     if " ".join(argv[:2]) in COMMANDS:
@@ -276,10 +276,10 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, Any]]:
-    """Settings given on the command line, and the command's own values (`prompt`, `max_tokens`, ...).
+    """Parse the command line into settings and the command's own values (`prompt`, `max_tokens`, ...).
 
     Raises:
-        UsageError: an unknown flag, a missing or a refused value.
+        UsageError: a flag is unknown, or a value is missing or invalid.
         SystemExit: after `--help` or `--version`.
     """
     argv, remarks = translated(command, _in_full(command, argv), flag_commands())
@@ -307,7 +307,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
 
 
 def _over_file(command: str, given: SettingsSource, path: Path | None) -> SettingsSource:
-    """What was given above the flags of a YAML file."""
+    """Combine the command line with the flags of a YAML file, which have lower precedence."""
     if path is None:
         return given
     try:
@@ -326,7 +326,7 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
 
 
 def _may_be_model(text: str) -> bool:
-    """vLLM takes the model anywhere on the line; a command's name is a mistake there."""
+    """Whether an argument may be the model, which vLLM accepts at any position; names of commands are mistakes."""
     return not text.startswith("-") and text not in COMMANDS
 
 
@@ -385,7 +385,7 @@ def _add(group: argparse._ArgumentGroup, option: Option, command: str) -> None:
     default = option.default
     text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
     if option.flags:
-        # Several values behind one flag, as vLLM has it, where no text stands behind the flags.
+        # Several values after one flag, as vLLM allows, for commands without a text argument.
         several: dict[str, Any] = {"action": "extend", "nargs": "+"} if command in _SPACED else {"action": "append"}
         given: dict[str, Any] = several if option.repeat else {"action": "store"}
         group.add_argument(*option.flags, dest=option.name, metavar=option.metavar, help=text, **given)
@@ -409,16 +409,16 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _in_full(command: str, argv: Sequence[str]) -> list[str]:
-    """The line with its short forms written out: -m, -p of a server, and `serve MODEL` as vLLM has it."""
+    """Expand short forms: -m, -p of a server, and vLLM's `serve MODEL`."""
     end = argv.index("--") if "--" in argv else len(argv)
     found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
-    if command == "generate":  # llama-cli's, for the text that stands by itself here
+    if command == "generate":  # llama-cli's flags of the prompt, which is a plain argument here
         found = [text for text in found if text not in ("-p", "--prompt")]
-    found = ["--help" if text.startswith("--help=") else text for text in found]  # of a group or a flag, as vLLM has it
+    found = ["--help" if text.startswith("--help=") else text for text in found]  # with a group or flag, as in vLLM
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
     if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
         found.insert(0, "--m")
-    for place, text in enumerate(found[:-1]):  # what argparse would take for a flag: --mcp-args -m,server
+    for place, text in enumerate(found[:-1]):  # a value that argparse would parse as a flag: --mcp-args -m,server
         if text == "--mcp-args" and found[place + 1].startswith("-") and _is_argument(found[place + 1]):
             found[place : place + 2] = [f"{text}={found[place + 1]}"]
             break
@@ -431,7 +431,7 @@ def _is_argument(text: str) -> bool:
 
 
 def flag_commands() -> dict[str, list[str]]:
-    """The commands that each flag belongs to."""
+    """Return the commands of each flag."""
     known: dict[str, list[str]] = {}
     for command in COMMANDS:
         for option in (*settings_of(command), *COMMAND_OPTIONS[command]):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The configuration: every source merged into the settings of the process and a catalogue of models.
+"""The configuration: merges all sources into the settings of the process and the catalogue of models.
 
-Made before step 1 of a request's life. Precedence: command line > environment > names of other deployments in it >
-`.env` > models.yaml > defaults. What stands above models.yaml holds for every model in it, but for the choice of the
-model and its served names. What lies in the working folder ends no command that does not need it.
+Built before step 1 of a request's life. Precedence: command line > `CANDLE_VLLM_*` > other environment variables >
+`.env` > models.yaml > defaults. Sources above models.yaml apply to every model in it, except for the choice of the
+model and its served names. An invalid file in the working folder only stops commands that need it.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
 
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}
-)  # which model, and what it is called
+)  # settings that select the model and its names
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a process was told.
+    """The complete configuration of a process.
 
     Attributes:
-        settings: of the process and of the model that it starts with.
-        catalogue: every model that it may serve; its default is the one that it starts with.
-        sources: where settings came from, the strongest first, for `candle-vllm config`.
+        settings: settings of the process and of its first model.
+        catalogue: every model that it may serve; its default is the first model.
+        sources: sources of the settings, the highest precedence first, for `candle-vllm config`.
         models_file: the models.yaml that was read, if any.
-        mailbox: how answers are kept, or None.
-        in_file: its models are those of models.yaml.
-        again: reads everything anew.
-        entry_of: one model more, said as in models.yaml, and remarks on it; UsageError where it is wrong.
-        remarks: what was given and has no effect, or another than its author may think; each in a sentence.
+        mailbox: settings of the mailbox, or None.
+        in_file: whether its models are those of models.yaml.
+        again: reads all sources again.
+        entry_of: builds a further entry from a section in the format of models.yaml; adds remarks or raises UsageError.
+        remarks: sentences about settings that have no effect or a surprising one.
     """
 
     settings: Settings
@@ -73,17 +73,17 @@ class Configuration:
 def load_configuration(
     command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path, command: str = "serve"
 ) -> Configuration:
-    """Merges all sources.
+    """Merge all sources.
 
     Args:
-        command_line: values of the flags that were given.
-        environ: the process's environment.
-        folder: the working folder, where `.env` and models.yaml may lie.
-        home: the home folder, where `.candle-vllm/models.yaml` may lie.
-        command: which it is for; those that serve nothing pass over what is wrong in files that they do not need.
+        command_line: values from the command line.
+        environ: environment of the process.
+        folder: the working folder, which may contain `.env` and models.yaml.
+        home: the home folder, which may contain `.candle-vllm/models.yaml`.
+        command: the command; commands other than servers ignore errors in files that they do not need.
 
     Raises:
-        UsageError: something in them is wrong; it is named.
+        UsageError: a source is invalid; the message names it.
     """
     serving, remarks = command in SERVING, list[str]()
     place = folder / ".env"
@@ -114,12 +114,12 @@ def load_configuration(
     if models_file is None or name is None:
         sources = [*upper, *lower]
         settings = settings_of(sources)
-        name_there = source_name(settings, demo_model())  # where another is given, nobody learns of it
+        name_there = source_name(settings, demo_model())  # unused if a served name is set
         entries = [ModelEntry((*settings.served_model_name, name_there)[0], settings, settings.served_model_name)]
     else:
         sources, entries = [], []
         for model, entry in models_file.models.items():
-            kept = {"served_model_name"} if model == name else set[str]()  # others would have the same name
+            kept = {"served_model_name"} if model == name else set[str]()  # else the models would share a name
             its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, models_file.params, *lower]
             sources = its if model == name else sources
             settings = settings_of(its)
@@ -151,14 +151,14 @@ def load_configuration(
 
 
 def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
-    """The settings alone, for a process that runs one model; arguments and errors as `load_configuration`."""
+    """Return only the settings, for a process with one model; arguments and errors as `load_configuration`."""
     return load_configuration(command_line, environ, folder=folder, home=home).settings
 
 
 def _found_models(
     merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str], *, needed: bool
 ) -> ModelsFile | None:
-    """The models.yaml that applies; a wrong file that was not asked for is passed over if no model needs it."""
+    """Return the models.yaml that applies; ignore an invalid one if it is neither given explicitly nor needed."""
     explicit, model = merged.get("models_config"), merged.get("model")
     if model is None:
         elsewhere = bool(merged.keys() & {"weight_path", "weight_file"})
@@ -174,7 +174,7 @@ def _found_models(
 
 
 def _started(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> str | None:
-    """Which entry of models.yaml the process starts with; None where the model stands outside of it."""
+    """Return the entry of models.yaml that the process starts with; None if its model is not in the file."""
     name = merged.get("model")
     if models_file is None:
         if name == "default":
@@ -194,7 +194,7 @@ def _without(source: SettingsSource, names: frozenset[str]) -> SettingsSource:
 
 
 def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> None:
-    """Of a port inside `host` and a `port`, the one from the stronger source counts."""
+    """Choose between a port inside `host` and `port`: the source with higher precedence decides."""
     if "host" not in merged or "port" not in merged or merged["host"].startswith(SOCKETS):
         return
     name, inner = split_host(merged["host"])
@@ -208,7 +208,7 @@ def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> N
 
 
 def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
-    """The Hugging Face token: itself, by the name of a variable, from a file, or from HF_TOKEN."""
+    """Return the Hugging Face token: given directly, by the name of a variable, in a file, or by HF_TOKEN."""
     if merged.get("hf_token_path") is not None:
         path = folder / merged["hf_token_path"]
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""From settings to what they set up: the engine and its model, the store of responses, the mailbox.
+"""Objects that are built from settings: the engine and its model, the response store, the mailbox.
 
-Done before step 1 of a request's life. The engine is imported inside the functions, because a wrong flag should be
-reported before it, and the mailbox where there is one.
+Runs before step 1 of a request's life. The engine is imported inside the functions, so that an invalid flag is reported
+before that slow import; the mailbox is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -55,18 +55,17 @@ logger = logging.getLogger(__name__)
 
 
 def may_change(settings: Settings) -> bool:
-    """Whether clients may be let change models: they have keys, or come from this machine."""
+    """Whether clients may change models: only if they need keys, or can only connect from this machine."""
     keyed = settings.has_api_keys or bool(settings.management_key)
     return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
 
 
 def model_source(settings: Settings, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
-    """The model and its weight file, as `EngineConfig` takes them.
+    """Return the model and its weight file for `EngineConfig`.
 
     Args:
-        settings: the operator's.
-        fetch: whether a model at an address is brought here; else it is said where it is, or would come from.
-        offline: only what is there.
+        fetch: whether a model at a URL is downloaded; if not, its folder or its URL is returned.
+        offline: whether only downloaded models are used.
     """
     if settings.weight_path is not None:
         if not settings.weight_path.is_dir():
@@ -101,17 +100,17 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Where downloads are kept."""
+    """Folder of downloaded models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
 def refuse_missing(settings: Settings) -> None:
-    """Refuses a file or folder that is not there before anything is imported that takes a while.
+    """Raise an error for a model path that does not exist, before slow imports.
 
     Raises:
-        ModelNotFoundError: the model is a path, and nothing lies there; a name like it is said.
+        ModelNotFoundError: the path does not exist; the message suggests a similar name.
     """
     model = settings.model or ""
     is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
@@ -122,16 +121,16 @@ def refuse_missing(settings: Settings) -> None:
 
 
 def refuse_wrong_formats(settings: Settings) -> None:
-    """Raise a ConfigError for unknown names of formats of calls and thoughts, before a model is loaded."""
+    """Raise a ConfigError for unknown tool and reasoning parsers, before a model is loaded."""
     if settings.tool_parser is None and settings.reasoning_parser is None:
-        return  # nor is what knows them imported
+        return  # also avoids the import of the parsers
     from candle_vllm.openai.formats.choice import choose_layout
 
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
 
 
 def thinking_settings(settings: Settings) -> dict[str, Any]:
-    """How much a model may think, as an adapter takes it."""
+    """Reasoning limits as arguments of an API adapter."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
@@ -139,7 +138,7 @@ def thinking_settings(settings: Settings) -> dict[str, Any]:
 def image_sources(
     settings: Settings, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
 ) -> ImageSources:
-    """Where images of requests may come from; `stored` and `count` as of `ImageSources`.
+    """Build the allowed sources of images; `stored` and `count` as for `ImageSources`.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -152,12 +151,11 @@ def image_sources(
 
 
 def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> EngineConfig:
-    """The engine's configuration; a setting that was not given is left to `EngineConfig`'s own default.
+    """Build the engine's configuration; settings that are not given keep the defaults of `EngineConfig`.
 
     Args:
-        settings: the operator's.
-        fetch: as of `model_source`.
-        changes: fields in the place of the settings'.
+        fetch: as for `model_source`.
+        changes: fields that replace those from the settings.
     """
     from candle_vllm.core import EngineConfig
 
@@ -166,7 +164,7 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
-    alone = (settings.tensor_parallel_size or 1) == 1  # ranks that compute in torch are refused by name
+    alone = (settings.tensor_parallel_size or 1) == 1  # tensor parallelism with torch raises its own error
     if settings.enforce_eager and alone and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
@@ -177,7 +175,7 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
 
 
 def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
-    """Loads the model; `changes` override fields of `EngineConfig`."""
+    """Load the model; `changes` override fields of `EngineConfig`."""
     from candle_vllm.core.progress import Progress, heard_by
 
     latest = Progress("importing the engine")
@@ -199,7 +197,7 @@ _ADVICE = re.compile(r"`([a-z_][a-z0-9_]*)`|\b([a-z_][a-z0-9_]*)=('[^']{0,60}'|[
 
 
 def in_flags(text: str) -> str:
-    """What the library says of settings, as this command line spells them: `kv_cache_memory=1048576` is --mem 1."""
+    """Rewrite names of engine settings in a message as flags: `kv_cache_memory=1048576` becomes --mem 1."""
     flags = {option.engine or option.name: option for option in OPTIONS}
 
     def flag(match: re.Match[str]) -> str:
@@ -219,7 +217,7 @@ def in_flags(text: str) -> str:
 
 @contextmanager
 def told_in_flags() -> Iterator[None]:
-    """What an engine refuses within is said to somebody at a command line."""
+    """Context that rewrites names of engine settings in errors as flags."""
     try:
         yield
     except CandleVllmError as error:
@@ -228,7 +226,7 @@ def told_in_flags() -> Iterator[None]:
 
 
 def speak_in_flags(error: CandleVllmError) -> None:
-    """Has an error of the library say what it says in flags."""
+    """Rewrite names of engine settings in an error's message as flags."""
     error.args = (in_flags(str(error)), *error.args[1:])
 
 
@@ -239,7 +237,7 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def _template(path: Path | None) -> str | None:
-    """The template of a file, or ChatML by llama.cpp's name, `chatml`."""
+    """Return the template of a file, or ChatML for llama.cpp's name `chatml`."""
     if path is None:
         return None
     if path.name == "chatml" and not path.exists():
@@ -255,7 +253,7 @@ def _template(path: Path | None) -> str | None:
 
 
 def store_options(settings: Settings) -> StoreOptions | None:
-    """The options, or None where nothing shall be kept; UsageError, which leaves it out, for an invalid URL."""
+    """Return the options of the response store, or None if it is off; the UsageError for an invalid URL omits it."""
     url = settings.responses_store
     if url == OFF:
         return None
@@ -279,17 +277,16 @@ def mailbox_options(
     given: Collection[str],
     home: Path,
 ) -> MailboxOptions | None:
-    """The options, or None where there shall be no mailbox.
+    """Return the options of the mailbox, or None without a mailbox.
 
     Args:
-        settings: of the process.
         section: `mailbox` of models.yaml, or None.
-        variables: what `${NAME}` in a secret may stand for.
-        given: the settings that somebody gave.
-        home: where the file of `--mailbox sqlite` is.
+        variables: values for `${NAME}` in secrets.
+        given: names of the settings that are set explicitly.
+        home: folder of the database for `--mailbox sqlite`.
 
     Raises:
-        UsageError: something is wrong, or asks for a mailbox that is off.
+        UsageError: a value is invalid, or a setting needs a mailbox that is off.
     """
     section = {} if section is None else section
     known_keys(section, _KEYS, "mailbox")

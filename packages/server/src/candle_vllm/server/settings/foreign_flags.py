@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Flags and commands of vLLM, llama.cpp, Ollama and candle-vllm that are called otherwise here, or are not needed.
+"""Flags and commands of vLLM, llama.cpp, Ollama and the original candle-vllm that differ here, or are not needed.
 
-The rows stand in core's `foreign_names.md`; here are the functions that they name.
+The table is core's `foreign_names.md`; this module has the functions that its rows name.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ ANY = "*"
 
 
 class Row(NamedTuple):
-    """What is made of foreign flags.
+    """Translation of a foreign flag.
 
     Attributes:
-        answer: what is said of them.
-        becomes: the arguments that stand for each value: a text, in which `{}` is the value and which may be empty
-            where it is so anyway, or what makes them (ValueError: why not). "" is the flag without a value, `ANY` every
-            other value; a value that is not there is refused with the answer.
-        idle: what is taken has no effect, and a start says so.
-        elsewhere: a command that lacks the setting takes it without effect; otherwise it refuses it.
+        answer: text of the message about the flag.
+        becomes: arguments for each value: a text, in which `{}` stands for the value and which is empty if it is the
+            default here, or a function (ValueError gives the reason for a refusal). The key "" means the flag without a
+            value, `ANY` every other value; a missing value is refused with the answer.
+        idle: whether accepted values have no effect, which is logged at startup.
+        elsewhere: whether commands without the setting ignore the flag; else they refuse it.
     """
 
     answer: str
@@ -69,20 +69,20 @@ def _socket(path: str) -> list[str]:
 
 
 def _device(text: str) -> list[str]:
-    """llama.cpp's names of devices: CUDA0, none."""
+    """Translate llama.cpp's device names: CUDA0, none."""
     name = text.lower()
     return ["--device", f"cuda:{name[4:]}" if name.startswith("cuda") and name[4:].isdecimal() else
             {"none": "cpu"}.get(name, text)]  # fmt: skip
 
 
 def _drafts(text: str) -> list[str]:
-    """llama.cpp's most drafted tokens of a step; its n-gram methods take up to 64, which counts as our bound."""
+    """Translate llama.cpp's maximum of draft tokens per step; larger values, as for its n-gram methods, are clipped."""
     count = min(int(text), MAX_DRAFT) if text.isdecimal() else text
     return ["--speculative-config.num_speculative_tokens", str(count)]
 
 
 def _images(text: str) -> list[str]:
-    """vLLM's `--limit-mm-per-prompt`: a JSON object of counts; those of video and audio may only be 0."""
+    """Translate vLLM's `--limit-mm-per-prompt`: a JSON object of counts; those of video and audio must be 0."""
     try:
         given = json.loads(text)
         counts = {kind: limit.get("count", 0) if isinstance(limit, dict) else limit for kind, limit in given.items()}
@@ -95,7 +95,7 @@ def _images(text: str) -> list[str]:
 
 
 def _adapters(text: str) -> list[str]:
-    """`--lora F[,F]`: adapters that count where a request says nothing, each called after its file."""
+    """`--lora F[,F]`: adapters that apply to requests without adapters, each named after its file."""
     return [argument for path in text.split(",") for argument in _adapter(path, 1.0)]
 
 
@@ -131,12 +131,12 @@ COMMANDS = {row[0]: row[1] for row in foreign_tables()["Commands"]}
 
 @cache
 def foreign_flags() -> Mapping[str, Row]:
-    """The row of each flag: its answer begins with this program's flag if that does the same."""
+    """Return the row of each flag; its answer begins with this program's flag if there is an equivalent one."""
     return dict(told())
 
 
 def told() -> Iterator[tuple[str, Row]]:
-    """Every flag of the table with its row."""
+    """Yield every flag of the table with its row."""
     for flags, becomes, here, answer in foreign_tables()["Flags"]:
         row = Row(answer, _becomes(becomes), here == "no effect", here.endswith("or no effect"))
         for flag in flags.split():
@@ -144,7 +144,7 @@ def told() -> Iterator[tuple[str, Row]]:
 
 
 def _becomes(text: str) -> Mapping[str, Becomes]:
-    """What stands for each value, from a cell `VALUE: ARGUMENTS; ...`."""
+    """Parse the translations of each value from a table cell `VALUE: ARGUMENTS; ...`."""
     parts = (part.partition(":") for part in text.split(";") if part)
     found = {value.strip(): arguments.strip() for value, _, arguments in parts}
     return {

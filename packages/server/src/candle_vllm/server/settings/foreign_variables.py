@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Environment variables of other deployments: what each means here, or that it means nothing.
+"""Environment variables of other deployments: their meaning here, or the reason why they have no effect.
 
-Read before step 1 of a request's life. Names such as PORT are everybody's: they stand below `CANDLE_VLLM_*`, count in
-the process's environment alone, and are passed over where they can hardly be meant for us. A name that looks like an
-API key but is none of this server's is warned of, so that nobody's server stands open by a spelling.
+Read before step 1 of a request's life. Names such as PORT are used by many programs: `CANDLE_VLLM_*` overrides them,
+they are read only from the process's environment, and values that cannot be meant for this server are ignored. A name
+that looks like an API key but is not one of this server's causes a warning, so that a typo leaves no server open.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from candle_vllm.server.settings.table import BY_NAME, Settings
 
 _ROWS = foreign_tables()["Variables"]
 DEPLOYMENTS: Mapping[str, str] = {name: setting for name, setting, _ in _ROWS if setting}
-"""The setting of each variable; of two for one setting, the first that is given counts. MODEL_NAME beside MODEL_ID is
-the served name."""
+"""The setting of each variable; of two for one setting, the first that is set applies. MODEL_NAME beside MODEL_ID
+is the served name."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Variables with the Hugging Face token, which may stand in `.env` too."""
+"""Variables with the Hugging Face token; they are also read from `.env`."""
 
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
-"""Variables of candle-vllm without its prefix that change nothing, and why."""
+"""Variables of the original candle-vllm without its prefix that have no effect, with the reason."""
 
 SERVING = frozenset({"serve", "config"})
-"""The commands that names of servers are for."""
+"""The commands that read variables of servers."""
 _WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
-_LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # of a service that always takes adapters
-_OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # of programs, and so for every command
+_LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
+_OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # not only for servers, so every command reads them
 _KEY_LIKE = re.compile(
     r"(?:(?:CANDLE(?:_?VLLM)?|VLLM|LLM|LLAMA|LOCALAI|OLLAMA|SGLANG|APHRODITE|TGI|MODEL|ENGINE|INFERENCE|SERVER|SERVICE|"
     r"SERVE|APP|AUTH|ACCESS|BEARER|X)_?)?(?:API_?(?:KEYS?|TOKENS?|SECRET)|AUTH_?(?:KEY|TOKEN)|ACCESS_?(?:KEY|TOKEN)|"
     r"BEARER_?TOKEN|TOKEN|KEY)",
     re.ASCII,
 )
-_CLIENTS_KEY = "OPENAI_API_KEY"  # a client's, and on many machines: a reason to warn only where others reach the server
+_CLIENTS_KEY = "OPENAI_API_KEY"  # a client's variable: warn only if other machines can connect
 _LEVELS = {"off": "error", "error": "error", "warn": "warning", "info": "info", "debug": "debug", "trace": "debug"}
 
 
 def deployment_source(
     environ: Mapping[str, str], stronger: Mapping[str, Any], command: str, *, keyed: bool
 ) -> SettingsSource:
-    """What the names of other deployments give.
+    """Read the settings from variables of other deployments.
 
     Args:
-        environ: the process's environment. An empty variable gives nothing, but for a key is remarked upon.
-        stronger: the settings that are given by what stands above.
-        command: names of servers count for those that serve alone, and where to look for one for `ps`.
-        keyed: whether an API key is given elsewhere.
+        environ: environment of the process. Empty variables are ignored, with a remark if they are for a key.
+        stronger: settings from sources with higher precedence.
+        command: only servers read variables of servers; `ps` reads those that locate a server.
+        keyed: whether another source sets an API key.
 
     Raises:
-        UsageError: a value that is meant for this program is invalid.
+        UsageError: the value of a variable that is meant for this program is invalid.
     """
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
@@ -66,7 +66,7 @@ def deployment_source(
         if name not in environ or not (command in SERVING or name in (*_OTHERS, *_WHERE.get(command, ()))):
             continue
         if name == "CACHE_DIR" and "MODEL_ID" not in environ:
-            continue  # of any program
+            continue  # other programs use this name, too
         if not text.strip():
             remarks += [f"{name} in the environment is empty, and no key"] if setting == "api_key" else []
         elif setting not in values:
@@ -95,23 +95,23 @@ def deployment_source(
 def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
     spelled = f"{name} in the environment"
     if setting == "host":
-        return text if _is_address(text) else None  # shells say there what machine this is
+        return text if _is_address(text) else None  # some shells set HOST to the name of the machine
     if setting == "log_level":
         return _rust_level(text)
     if name == "HF_HOME":
         return convert(BY_NAME[setting].kind, text, spelled) / "hub"
     try:
         value = convert(BY_NAME[setting].kind, text, spelled)
-        return (value,) if setting == "api_key" else value  # one key, commas and all
+        return (value,) if setting == "api_key" else value  # a single key, which may contain commas
     except UsageError as error:
         if name not in ("PORT", "HF_HUB_OFFLINE"):
             raise
-        remarks.append(f"{error}: it is not used")  # what others mean by it, too
+        remarks.append(f"{error}: it is not used")  # other programs use this name, too
         return None
 
 
 def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
-    """What is said of names without our prefix in `.env`."""
+    """Remarks on variables without our prefix in `.env`."""
     remarks = idle_remarks(dotenv, ".env")
     if "RUST_LOG" in dotenv:
         remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
@@ -119,12 +119,12 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
-    """What is said of candle-vllm's variables without its prefix that change nothing."""
+    """Remarks on variables of the original candle-vllm without its prefix that have no effect."""
     return [f"{name} in {title} has no effect: {why}" for name, why in IDLE.items() if name in variables]
 
 
 def hub_token_source(*places: tuple[str, Mapping[str, str]]) -> SettingsSource:
-    """The Hugging Face token of the variables that its own programs read, from the first place that has one."""
+    """Read the token from the variables of huggingface_hub, from the first place that has one."""
     for title, variables in places:
         for name in HUB_TOKENS:
             if variables.get(name):
@@ -143,18 +143,18 @@ def _is_address(text: str) -> bool:
 
 
 def _rust_level(text: str) -> str | None:
-    """The level that RUST_LOG means for this program: that of its own directive, else that of all."""
+    """Translate RUST_LOG to a log level: that of this program's directive, else the global one."""
     levels: dict[str, str] = {}
     for directive in text.lower().split(","):
         target, equals, level = directive.strip().rpartition("=")
         if level in _LEVELS and (not equals or target.replace("-", "_").startswith("candle_vllm")):
-            whose, means = target and "own", _LEVELS[level]  # of several of our modules, the one that says most
+            whose, means = target and "own", _LEVELS[level]  # the most verbose level of several modules
             levels[whose] = min(means, levels.get(whose, means), key=("debug", "info", "warning", "error").index)
     return levels.get("own", levels.get(""))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address of `--host` reaches no further than this machine."""
+    """Whether an address of `--host` is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of models: repositories of Hugging Face with the type of a file, and names of our own for small models."""
+"""Names of models: Hugging Face repositories with a file type, and short names for some small models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PullError(ModelNotFoundError):
     """A model cannot be fetched.
 
     Attributes:
-        code: why, for programs: no_such_name, no_such_model, no_access, no_such_file, hub_unreachable, offline,
+        code: reason for programs: no_such_name, no_such_model, no_access, no_such_file, hub_unreachable, offline,
             disk_full, interrupted or stopped.
     """
 
@@ -28,7 +28,7 @@ class PullError(ModelNotFoundError):
 
 
 class Known(NamedTuple):
-    """A model with a name of its own: where it is, and how much memory it takes at least, in MB of 2^20 bytes."""
+    """A model with a short name: its location, and its minimum memory in MB of 2^20 bytes."""
 
     repo: str
     tag: str | None
@@ -50,11 +50,11 @@ KNOWN: Mapping[str, Known] = {
     "qwen3:8b": Known("Qwen/Qwen3-8B-GGUF", "Q4_K_M", 5300),
     "all-minilm:latest": Known("sentence-transformers/all-MiniLM-L6-v2", None, 400),
 }
-"""A list of names: what is behind them is what its authors published, and is not checked here."""
+"""The short names; the files are those that the authors have published, and are not reviewed here."""
 
 
 class Named(NamedTuple):
-    """A repository, and which of its files is meant: a type as `Q4_K_M`, or a part of a name."""
+    """A repository and the selected file: a type such as `Q4_K_M`, or part of a file name."""
 
     repo: str
     tag: str | None
@@ -64,10 +64,10 @@ class Named(NamedTuple):
 
 
 def read_name(name: str) -> Named:
-    """What a name means: `org/repo`, `org/repo:Q4_K_M`, either behind `hf.co/`, or a name of `KNOWN`.
+    """Parse a name: `org/repo`, `org/repo:Q4_K_M`, either after `hf.co/`, or a name in `KNOWN`.
 
     Raises:
-        PullError: it has none of these forms, or is no known name.
+        PullError: it has no such form, or is unknown.
     """
     given = name.strip()
     for host in _HOSTS:
@@ -93,10 +93,7 @@ def read_name(name: str) -> Named:
 
 
 def named_model(model: str) -> str:
-    """The model that a name means to the engine: of `qwen3:4b` and `hf.co/org/name:Q8_0` the repository and the type.
-
-    Files and folders, Hugging Face ids, other addresses, and names that nobody knows stay as they are.
-    """
+    """Resolve `qwen3:4b` or `hf.co/org/name:Q8_0` to a repository and a type; return other names unchanged."""
     of_hub = model.startswith(("hf.co/", "huggingface.co/", "https://hf.co/", "https://huggingface.co/"))
     if os.path.exists(model) or ("/" in model and not of_hub):
         return model

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""models.yaml: named models with their settings; candle-vllm's own keys are read by `original_keys`.
+"""models.yaml: named models with their settings; `original_keys` reads the keys of the original candle-vllm.
 
-Read before step 1 of a request's life. A key that is not known is refused with the nearest one that is, a key that is
-null gives nothing, and what has no effect here is named in a remark.
+Read before step 1 of a request's life. An unknown key is refused with the nearest known one, a key with the value null
+sets nothing, and a key without effect causes a remark.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ class ModelsFile:
     """A models.yaml: named models with their settings.
 
     Attributes:
-        path: of the file.
         models: the settings of each model by name.
         default_model: the model of requests that name no model.
-        globals: settings of the file that are not of one model.
-        params: settings of its models that do not say otherwise, `global_params`.
-        mailbox: the section on the mailbox, as it stands there.
-        remarks: what stands there and has no effect.
+        globals: settings of the file that do not belong to one model.
+        params: defaults for its models (`global_params`).
+        mailbox: the section on the mailbox, unparsed.
+        remarks: remarks on keys without effect.
     """
 
     path: Path
@@ -55,7 +54,7 @@ class ModelsFile:
 
 
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
-    """The models.yaml that applies: the given one, else that of the home folder, else that of the working folder."""
+    """Read the models.yaml that applies: the given one, else that in the home folder, else in the working folder."""
     if explicit is not None:
         path = folder / explicit
         if not path.is_file():
@@ -69,7 +68,7 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
 
 
 def read_models_file(path: Path) -> ModelsFile:
-    """Parses and checks a models.yaml; every mistake is a UsageError that names the file, the line and the key."""
+    """Parse and check a models.yaml; a UsageError for each mistake names the file, the line and the key."""
     content, remarks = given(read_yaml(path), str(path)), list[str]()
     known_keys(content, _TOP_KEYS, str(path))
     entries = content.get("models")
@@ -99,7 +98,7 @@ def read_models_file(path: Path) -> ModelsFile:
 
 
 def _globals(content: Mapping[str, Any], path: Path, remarks: list[str]) -> SettingsSource:
-    """What is not of one model: keys of the top, and candle-vllm's limits."""
+    """Read the global settings: top-level keys, and limits of the original candle-vllm."""
     told = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
         told = {**lot_limits(content["parking_lot"], f"{path}: parking_lot", remarks), **told}
@@ -123,17 +122,17 @@ def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapp
 def model_entry(
     entry: Mapping[str, Any], where: str, folder: Path, remarks: list[str], number: int = 1
 ) -> tuple[str, SettingsSource]:
-    """One model: its name and its settings.
+    """Read one model; returns its name and its settings.
 
     Args:
-        entry: as an entry of `models` in models.yaml.
-        where: it stands, for messages.
-        folder: which its paths are relative to.
-        remarks: what has no effect is added to them.
-        number: of the entry, counted from 1.
+        entry: mapping in the format of an entry of `models`.
+        where: its position, for messages.
+        folder: folder that relative paths start from.
+        remarks: receives remarks on keys without effect.
+        number: number of the entry, counted from 1.
 
     Raises:
-        UsageError: it is wrong; the message names the key.
+        UsageError: the entry is invalid; the message names the key.
     """
     name = convert(Text(512), entry.get("name"), f"{where}{line_of(entry)}: name of model {number}")
     if name == "default":
@@ -163,7 +162,7 @@ def model_entry(
 
 
 def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
-    """The adapters of a model, as --lora-modules has them."""
+    """Convert the adapters of a model to values of --lora-modules."""
     where = f"{title}{line_of(entry, 'adapters')}: adapters"
     given = entry["adapters"]
     if not isinstance(given, list):
@@ -172,7 +171,7 @@ def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, 
 
 
 def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Typed values by setting name, and how each is spelled in the section of the file."""
+    """Return typed values by setting name, and the key of each setting in the file."""
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     for key, value in params.items():

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a setting is: its name, flags, kind and help, how a wrong one is refused, and the forms of `--host`.
+"""Definition of a setting: name, flags, kind and help; errors for invalid values; the forms of `--host`.
 
-The engine's are told in the table of `EngineConfig`.
-
-Read before step 1 of a request's life.
+Read before step 1 of a request's life. The engine's settings are defined in the table of `EngineConfig`.
 """
 
 from __future__ import annotations
@@ -75,9 +73,9 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rm": ("download_dir", "log_level"),
     "ps": ("host", "port", "api_key", "log_level"),
 }
-"""Commands that have a few settings of their groups alone."""
+"""Commands that use only these settings of their groups."""
 NAMING = ("run", "pull", "show", "rm")
-"""Commands whose model is an argument."""
+"""Commands that take the model as an argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +83,20 @@ class Option:
     """One setting.
 
     Attributes:
-        name: field of `Settings`; upper-cased after `CANDLE_VLLM_`, the environment variable.
+        name: field of `Settings`; in upper case after `CANDLE_VLLM_`, the environment variable.
         group: heading in the help.
         flags: flags that take a value, in the order of the help.
-        kind: how its values are read and checked.
-        help: what it does, for `--help`.
-        metavar: what stands for the value in the help.
-        constants: flags without a value, and the value that each means.
-        repeat: the flag may be given several times; in the environment, values are separated by commas.
-        in_yaml: may stand among `params` of a model in models.yaml.
-        rivals: name of the set of settings of which one source may give only one.
-        commands: those that the setting acts on, among those that have its group; the others do not know its flags.
-        default: what it is where nobody gives it; None leaves it to the engine, the model or the machine.
-        engine: the field of `EngineConfig` that takes it as it is.
-        secret: its value is shown nowhere.
+        kind: type of its values, which parses and checks them.
+        help: text for `--help`.
+        metavar: placeholder of the value in the help.
+        constants: flags without a value, each with the value that it sets.
+        repeat: whether the flag may be repeated; in the environment, values are separated by commas.
+        in_yaml: whether it is allowed in `params` of a model in models.yaml.
+        rivals: name of a set of settings of which one source may set only one.
+        commands: commands, of those with its group, that use the setting; the others reject its flags.
+        default: value if it is not set; None leaves it to the engine, the model or the machine.
+        engine: field of `EngineConfig` that receives its value.
+        secret: whether its value is never shown.
     """
 
     name: str
@@ -118,19 +116,19 @@ class Option:
 
     @property
     def env(self) -> str:
-        """The environment variable."""
+        """Name of its environment variable."""
         return ENV_PREFIX + self.name.upper()
 
 
 def shown(option: Option, value: Any) -> Any:
-    """A setting's value as JSON has it, with secrets hidden, those of addresses included."""
+    """Convert a setting's value to JSON types, with secrets hidden, also those in URLs."""
     if (option.secret or isinstance(option.kind, Secret)) and value and value != option.default:
         return [HIDDEN] * len(value) if option.repeat else HIDDEN
     return plain(value)
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON has it; addresses in it have no user, password, query and fragment."""
+    """Convert a value to JSON types; URLs lose user, password, query and fragment."""
     if isinstance(value, (str, Path)):
         return without_secrets(str(value), alone=True)
     if isinstance(value, Mapping):
@@ -139,18 +137,18 @@ def plain(value: Any) -> Any:
 
 
 Told = Callable[[str, Any], Option]
-"""A setting but for its name and its default."""
+"""Builds a setting from its name and its default."""
 
 
 def switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more: Any) -> Option:
-    """An option that is on or off: `--name` and `--no-name`, or others that switch it off."""
+    """A Boolean option: `--name` and `--no-name`, or other flags that switch it off."""
     flag = "--" + name.replace("_", "-")
     constants = {flag: True, **dict.fromkeys(off or (f"--no-{flag[2:]}",), False)}
     return Option(name, group, (), Boolean(), text, constants=constants, **more)
 
 
 def own(group: str, kind: Kind, text: str, metavar: str = "", **more: Any) -> Told:
-    """A setting that the server alone has."""
+    """A setting of the server that the engine does not have."""
 
     def told(name: str, default: Any) -> Option:
         if isinstance(kind, Boolean):
@@ -167,10 +165,10 @@ def engine(
     group: str, metavar: str = "", *, name: str = "", text: str = "", more: str = "",
     reading: Mapping[str, Any] | None = None, **others: Any,
 ) -> Told:  # fmt: skip
-    """A setting that `EngineConfig` has, under the same name or under `name`.
+    """A setting of `EngineConfig`, under the same name or under `name`.
 
-    What it may hold and its help are told there; `text` stands for that help, `more` is added to it, and `reading`
-    says how its kind is spelled here. It may stand in models.yaml.
+    Its type and its help are defined there. `text` replaces the help, `more` is appended to it, and `reading` overrides
+    attributes of its kind. It is allowed in models.yaml by default.
     """
 
     def told(field: str, default: Any) -> Option:
@@ -186,38 +184,38 @@ def engine(
 
 
 class UsageError(ConfigError):
-    """A command line, environment variable or settings file that cannot be understood."""
+    """A command line, environment variable or settings file is invalid."""
 
 
 class Section(dict[Any, Any]):
-    """A mapping of a YAML file that knows where it stands there: `line`, and `lines` of its keys, counted from 1."""
+    """A mapping of a YAML file with its `line`, and `lines` of its keys, counted from 1."""
 
     line = 0
     lines: Mapping[Any, int] = {}
 
 
 def line_of(section: Any, key: Any = None) -> str:
-    """Where a mapping of a file stands, or one of its keys, for messages: ", line 3"; "" where that is not known."""
+    """Position of a mapping or of one of its keys in a file, for messages: ", line 3"; "" if unknown."""
     line = section.lines.get(key, section.line) if isinstance(section, Section) else 0
     return f", line {line}" if line else ""
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """A section of a settings file; UsageError for anything but a mapping."""
+    """Return a section of a settings file; raises UsageError if it is not a mapping."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} must be a mapping of keys to values")
     return value
 
 
 def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """UsageError for the first key that is not known, with the nearest one that is, and its line."""
+    """Raise UsageError for the first unknown key, with its line and the nearest known key."""
     for key in keys:
         if key not in known:
             raise UsageError(f"{where}{line_of(keys, key)}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
 
 
 def convert(kind: Kind, value: Any, spelled: str) -> Any:
-    """`value` as its kind wants it, from text or from a typed YAML value; UsageError names how it was spelled."""
+    """Convert `value`, a text or a typed YAML value, to its kind; a UsageError names it as `spelled`."""
     try:
         if isinstance(value, str):
             return kind.from_text(value)
@@ -233,7 +231,7 @@ def convert(kind: Kind, value: Any, spelled: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """A TCP address, or the path of a Unix socket, and whether HTTPS is spoken there."""
+    """A TCP address or the path of a Unix socket, and whether it uses HTTPS."""
 
     host: str
     port: int
@@ -242,18 +240,18 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The address for people; a server that listens everywhere is reached at 127.0.0.1."""
+        """The URL for users; a server that listens on all interfaces is shown as 127.0.0.1 or ::1."""
         if self.unix_path is not None:
             return f"unix://{self.unix_path}"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http{'s' * self.tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-SOCKETS = ("unix://", "file://", "socket://")  # the same; all three are candle-vllm's
+SOCKETS = ("unix://", "file://", "socket://")  # synonyms of the original candle-vllm
 
 
 def parse_address(host: str, port: int) -> Address:
-    """Reads the forms of `--host`; a port inside `host` wins over `port`."""
+    """Parse the forms of `--host`; a port inside `host` overrides `port`."""
     if host.startswith(SOCKETS):
         path = Path(host.partition("://")[2])
         if not path.is_absolute() or len(str(path).encode()) > 100:
@@ -264,7 +262,7 @@ def parse_address(host: str, port: int) -> Address:
 
 
 def split_host(host: str) -> tuple[str, int | None]:
-    """Host name or address, and the port that stands in it, if any."""
+    """Split a host name or address from its port, if any."""
     match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
     if match is None or match["scheme"] not in (None, "tcp", "http"):
         hint = ": HTTPS is what --ssl-certfile and --ssl-keyfile give" if host.startswith("https:") else ""

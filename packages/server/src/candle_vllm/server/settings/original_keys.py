@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""candle-vllm's own keys of models.yaml, and its variables: what each means here, or a remark that it means nothing.
+"""Keys of models.yaml and variables of the original candle-vllm: their meaning here, or a remark that they do nothing.
 
-Read before step 1 of a request's life. A key with a meaning becomes the setting that means the same; of one without,
-a remark says so by name; one that is neither is refused as everywhere.
+Read before step 1 of a request's life. A key with an equivalent is translated to that setting; a key without effect
+causes a remark; an unknown key is refused.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _MAX_DEVICES = 64
 _DEVICE_ID = Integer(0, 999, units=False)
 
 MODEL_KEYS = ("capabilities", "parking_lot")
-"""Keys of a model, beside ours."""
+"""Further keys of a model."""
 
 
 def given(section: Any, where: str) -> dict[Any, Any]:
-    """A section without the keys that are null, which give nothing; UsageError where it is no mapping."""
+    """Return a section without its null keys, which set nothing; UsageError if it is not a mapping."""
     kept = Section({key: value for key, value in mapping(section, where).items() if value is not None})
     if isinstance(section, Section):
         kept.line, kept.lines = section.line, section.lines
@@ -59,12 +59,12 @@ def given(section: Any, where: str) -> dict[Any, Any]:
 
 
 def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> dict[str, Any]:
-    """The params of a model by our names, with what its `capabilities` and `parking_lot` say.
+    """Return the params of a model by our names, including those from its `capabilities` and `parking_lot`.
 
     Args:
-        entry: the model, as it stands in the file.
-        title: how messages name it.
-        remarks: what has no effect is added to them.
+        entry: the model's mapping in the file.
+        title: name of the model in messages.
+        remarks: receives remarks on keys without effect.
     """
     params = given(entry.get("params") or {}, f"{title}: params")
     if "capabilities" in entry:
@@ -79,7 +79,7 @@ def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> di
 
 
 def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, stored: bool = False) -> dict[Any, Any]:
-    """Params by our names; what is not candle-vllm's stays as it is. `stored`: the weights are a GGUF file's."""
+    """Translate params to our names; other keys stay. `stored`: whether the weights are in a GGUF file."""
     found: dict[Any, Any] = {}
     for key, value in given(params, f"{title}: params").items():
         where = f"{title}{line_of(params, key)}: {key}"
@@ -110,7 +110,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 
 def _device(value: Any, where: str) -> str:
-    """`device` for a list of GPUs: no GPU means the CPU, and so does the first GPU alone on a machine without GPUs."""
+    """Translate a list of GPUs to `device`: an empty list is the CPU, GPU 0 alone is "auto"."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
@@ -123,7 +123,7 @@ def _prompt_cache(value: Any, where: str, remarks: list[str], found: dict[Any, A
     section = given(value, where)
     known_keys(section, _PROMPT_CACHE, where)
     enabled = convert(Boolean(), section.pop("enabled", False), f"{where}.enabled") if "enabled" in section else None
-    backend = section.pop("backend", None)  # sled is a file of another kind: a folder of blocks stands for it
+    backend = section.pop("backend", None)  # sled is another file format: a folder of blocks replaces it
     for key, ours in () if enabled is False else _KEPT_IN.get(backend, ()):
         if key in section:
             found[ours] = section.pop(key)
@@ -164,7 +164,7 @@ def _limits_of_model(section: Any, where: str, remarks: list[str]) -> dict[str, 
 
 
 def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
-    """The settings that `limits` and `pool` of a `parking_lot` give, by our names; `limits` wins."""
+    """Return the settings in `limits` and `pool` of a `parking_lot` by our names; `limits` has precedence."""
     lot = given(section, where)
     known_keys(lot, _LOT, where)
     values: dict[str, Any] = {}
@@ -179,7 +179,7 @@ def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
 
 
 def lot_mailbox(section: Any, where: str, remarks: list[str]) -> dict[str, Any] | None:
-    """The `mailbox` of `parking_lot` as `mailbox` of models.yaml has it: `url`, `retention_secs`, `webhook`."""
+    """Translate `mailbox` of `parking_lot` to keys of `mailbox` in models.yaml: `url`, `retention_secs`, `webhook`."""
     lot = given(section, where)
     if "mailbox" not in lot:
         return None
@@ -207,7 +207,7 @@ def _part(lot: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
 
 
 def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
-    """The webhook as ours is written, or none where it is not enabled; nothing of it is looked at then."""
+    """Translate the webhook; a disabled webhook is ignored without a check."""
     for key in ("enabled", "sign_payload"):
         if key in section:
             section[key] = convert(Boolean(), section[key], f"{where}: {key}")
@@ -216,7 +216,7 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
     if not section.pop("sign_payload", True):
         section.pop("signing_secret", None)
     if isinstance(auth := section.get("auth"), dict) and auth.get("type") == "hmac":
-        section["auth"] = {"signs": "body", **auth}  # which its receivers check
+        section["auth"] = {"signs": "body", **auth}  # its receivers verify the body only
     return {"webhook": section}
 
 
@@ -225,13 +225,13 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
 ORIGINAL: Mapping[str, str] = {
     name.removeprefix(ENV_PREFIX): why for name, _, why in foreign_tables()["Variables"] if name.startswith(ENV_PREFIX)
 }
-"""candle-vllm's variables, behind the prefix, that change nothing here, and why."""
+"""Variables of the original candle-vllm, without the prefix, that have no effect here, with the reason."""
 
 _HONOURED = ("PROMPT_CACHE_ENABLED", "PROMPT_CACHE_REDIS_URL", "STREAM_AS_REASONING_CONTENT")
 
 
 def original_variable(name: str, text: str, spelled: str, among: Mapping[str, str]) -> tuple[str, Any] | str | None:
-    """What a variable of candle-vllm's means: a setting with its value, or why none; None where it is none of its."""
+    """Translate a variable of the original candle-vllm to a setting, or the reason for no effect; None if unknown."""
     inner = name.removeprefix(ENV_PREFIX)
     if inner in ORIGINAL:
         return ORIGINAL[inner]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Sources of settings: what one gives, the environment and `.env`, and which source decides where several speak.
+"""Sources of settings: their values, the environment and `.env`, and the precedence between sources.
 
-Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. A name
-that is not in the table is an error with the nearest one that is.
+Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. An
+unknown name is an error that suggests the nearest known one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 if TYPE_CHECKING:
     import yaml
 
-_MAX_FILE = 1 << 20  # bytes of .env, models.yaml and a file of keys
+_MAX_FILE = 1 << 20  # maximum bytes of .env, models.yaml and key files
 _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 
 
 @dataclass(frozen=True)
 class SettingsSource:
-    """Values that one source gives.
+    """Values from one source.
 
     Attributes:
-        title: what the source is, for messages.
+        title: name of the source, for messages.
         values: typed values by setting name.
-        given_as: how each setting was spelled there, for messages.
-        remarks: what stands there and has no effect, or another than its author may think, each in a sentence.
+        given_as: spelling of each setting in the source, for messages.
+        remarks: sentences about entries that have no effect or a surprising one.
     """
 
     title: str
@@ -43,15 +43,15 @@ class SettingsSource:
 
 
 def environment_source(variables: Mapping[str, str], title: str, known: Container[str] | None = None) -> SettingsSource:
-    """The `CANDLE_VLLM_*` variables; other variables are none of our business.
+    """Read the `CANDLE_VLLM_*` variables; other variables are ignored.
 
     Args:
-        variables: by name.
-        title: what they are, for messages.
-        known: the settings that count: what is wrong elsewhere is remarked upon, not refused. None is all of them.
+        variables: values by name.
+        title: name of the source, for messages.
+        known: settings that are used; errors in others become remarks. None means all settings.
 
     Raises:
-        UsageError: an unknown variable, or a wrong value.
+        UsageError: a variable is unknown, or its value invalid.
     """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -99,9 +99,9 @@ def _variable(option: Option, text: str, spelled: str) -> Any:
 
 
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
-    """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded.
+    """Read the assignments of a `.env` file; returns {} if it does not exist. `${...}` is not expanded.
 
-    An invalid line is a UsageError, or, where there is a list for them, is added to `wrong` and passed over.
+    An invalid line is a UsageError, or, if `wrong` is given, is skipped and added to it.
     """
     if not path.is_file():
         return {}
@@ -123,7 +123,7 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
 
 
 def read_small(path: Path) -> str:
-    """The text of a settings file of at most a megabyte; UsageError for a missing file."""
+    """Read a settings file of at most a megabyte; raises UsageError, also for a missing file."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE + 1)
@@ -137,14 +137,13 @@ def read_small(path: Path) -> str:
 
 
 def read_yaml(path: Path, *, secret: bool = False) -> Any:
-    """What a settings file in YAML holds, its mappings as `Section`.
+    """Parse a YAML settings file, with its mappings as `Section`.
 
     Args:
-        path: of the file.
-        secret: no word of what stands there may be repeated.
+        secret: whether messages must not repeat any of its content.
 
     Raises:
-        UsageError: it cannot be read or is not YAML; it says in which line.
+        UsageError: it is unreadable or not YAML; the message names the line.
     """
     import yaml
 
@@ -164,7 +163,7 @@ def read_yaml(path: Path, *, secret: bool = False) -> Any:
 
 
 def _loader() -> type[yaml.SafeLoader]:
-    """YAML's safe loader with lines, which refuses a key that stands twice; yaml itself takes the last one."""
+    """Return PyYAML's safe loader with line numbers; it refuses duplicate keys, of which yaml takes the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -187,7 +186,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
     def section(loader: Loader, node: yaml.MappingNode) -> Iterator[Section]:
         made = Section()
-        yield made  # what it holds may refer to it
+        yield made  # its content may refer to it
         made.line = node.start_mark.line + 1
         made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
         made.update(loader.construct_mapping(node))
@@ -197,12 +196,12 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
-    """One value per setting, from the first source that has it; of rival settings, only the first source's."""
+    """Return one value per setting, from the first source that sets it or one of its rivals."""
     return {name: source.values[name] for name, source in origins(sources).items()}
 
 
 def origins(sources: Sequence[SettingsSource]) -> dict[str, SettingsSource]:
-    """The source that decides on each setting that anybody gives."""
+    """Return the source that decides each setting."""
     deciding: dict[str, SettingsSource] = {}
     taken: set[str] = set()
     for source in sources:

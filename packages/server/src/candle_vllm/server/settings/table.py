@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The one table of settings: flags, variables, models.yaml keys, help and the fields of `Settings` all come from it.
+"""The table of all settings, which defines flags, variables, models.yaml keys, help and the fields of `Settings`.
 
 Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the
-variable `CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` where no others are named, and, where `in_yaml`, a key of
-`params` in models.yaml. The short names with two dashes (`--m`, `--p`) are candle-vllm's; the long ones are those that
-users of other servers know.
+variable `CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` unless others are named, and, with `in_yaml`, a key of
+`params` in models.yaml. The short names with two dashes (`--m`, `--p`) come from the original candle-vllm, the long
+ones from other servers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from candle_vllm.server.settings.options import (
 )  # fmt: skip
 
 _BATCHING = ("serve", "run-batch", "bench throughput", "config")
-_SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
+_SERVE = ("serve", "run-batch", "config")  # bench sets the batch size, and a conversation has no batch
 _WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
 _SERVING_ADAPTERS = ("serve", "run-batch", "config")
 _WITH_TEXT = (
@@ -56,13 +56,13 @@ _WITH_TEXT = (
     "agent",
     "run-batch",
     "config",
-)  # bench has no text, and always takes the likeliest token
+)  # bench has no text, and samples greedily
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
-# those with requests that begin alike
+# commands whose requests may share prefixes
 _REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
-_CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
+_CALLING = ("serve", "agent", "run-batch", "config")  # commands whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
-_CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
+_CACHE_ALIASES = {  # the original candle-vllm's bf16 means auto, too
     "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto",
     "int8": "int8_per_token_head", "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
 }  # fmt: skip
@@ -76,7 +76,7 @@ _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
-    """What `docs/configuration.md` lists; each field is checked when the object is made (UsageError).
+    """The settings of `docs/configuration.md`; each field is checked when the object is created (UsageError).
 
     A field whose default is None leaves the choice to the engine, the model or the machine.
     """
@@ -428,14 +428,14 @@ class Settings:
             raise UsageError(f"root_path {self.root_path!r} must begin with a slash and end without one: /models/a")
 
     def __repr__(self) -> str:
-        """What differs from the defaults, without secrets."""
+        """Show the values that differ from the defaults, without secrets."""
         given = [(each, getattr(self, each.name)) for each in OPTIONS]
         told = [f"{each.name}={shown(each, value)!r:.200}" for each, value in given if value != each.default]
         return f"Settings({', '.join(told)})"
 
     @property
     def address(self) -> Address:
-        """Where to listen: `host` and `port` together."""
+        """Address to listen on, from `host` and `port`."""
         return dataclasses.replace(parse_address(self.host, self.port), tls=self.ssl_certfile is not None)
 
     @property
@@ -445,12 +445,12 @@ class Settings:
 
     @property
     def has_own_process(self) -> bool:
-        """Whether the model's engine, or each of several, runs in a process of its own, and is started again."""
+        """Whether the model's engine, or each replica, runs in its own process and is restarted automatically."""
         return self.engine_process or (self.data_parallel_size or 1) > 1
 
     @property
     def default_sampling(self) -> dict[str, float | int]:
-        """The sampling settings that were given, by their request names."""
+        """The sampling settings that are set, by their names in requests."""
         names = [option.name for option in OPTIONS if option.group == SAMPLING]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -465,7 +465,7 @@ BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
 
 def settings_of(command: str) -> tuple[Option, ...]:
-    """The settings that act on a command."""
+    """Return the settings that a command uses."""
     groups, only = COMMAND_GROUPS[command], ONLY.get(command)
     named = ("model", "weight_path", "weight_file") if command in NAMING else ()
     return tuple(

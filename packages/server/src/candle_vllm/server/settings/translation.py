@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Command lines and YAML files of other programs' flags, as this command line has them.
-
-Read before step 1 of a request's life. What stands for what is told in `foreign_flags.py`.
-"""
+"""Translation of flags of other programs on command lines and in YAML files (before step 1; see `foreign_flags.py`)."""
 
 from __future__ import annotations
 
@@ -16,24 +13,24 @@ from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
 from candle_vllm.server.settings.options import UsageError, mapping
 from candle_vllm.server.settings.sources import read_small
 
-_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, and not a sentence
+_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, unlike a sentence
 
 _OBJECTS = ("--speculative-config", "--mm-processor-kwargs")
-"""Flags whose values are objects: `--flag.name VALUE` sets one name."""
+"""Flags whose values are objects: `--flag.name VALUE` sets one member."""
 
 Known = Mapping[str, list[str]]
-"""The commands that each flag belongs to."""
+"""The commands of each flag."""
 
 
 def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[str], list[str]]:
-    """The line with foreign flags replaced by what they stand for, and what is to be said of those without effect.
+    """Return the arguments with foreign flags translated, and remarks on flags without effect.
 
     Raises:
-        UsageError: one stands for nothing here, or its value does not; it says why.
+        UsageError: a flag or its value has no translation; the message gives the reason.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
-    parts: dict[str, dict[str, Any]] = {}  # of objects, given by name
+    parts: dict[str, dict[str, Any]] = {}  # members of object values, by flag
     while left:
         text = left.pop(0)
         flag, equals, value = text.partition("=")
@@ -69,13 +66,13 @@ def _base(flag: str) -> str:
 
 
 def _note(parts: dict[str, dict[str, Any]], flag: str, value: str) -> None:
-    """`--flag.name VALUE`, which sets one name of an object."""
+    """Store `--flag.name VALUE`, which sets one member of an object."""
     base, _, name = flag.partition(".")
     parts.setdefault(base, {})[name.replace("-", "_")] = _read(value)
 
 
 def _read(text: str) -> Any:
-    """A value behind a dotted name, as vLLM reads it: JSON, else the text."""
+    """Parse the value of a dotted flag as vLLM does: as JSON, else as text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -83,13 +80,13 @@ def _read(text: str) -> Any:
 
 
 def _spelled(flag: str, known: Known) -> str:
-    """vLLM takes underscores for hyphens."""
+    """Replace underscores by hyphens, since vLLM accepts both."""
     hyphened = "--" + flag[2:].replace("_", "-")
     return hyphened if flag.startswith("--") and flag not in foreign_flags() and flag not in known else flag
 
 
 def _follows(row: Row, left: list[str]) -> str:
-    """The value behind a flag, taken from what is left; "" for a flag without a value."""
+    """Take the value of a flag from the remaining arguments; "" for a flag without a value."""
     if left and set(row.becomes) - {""}:
         optional = "" in row.becomes
         if left[0] in row.becomes if optional else not left[0].startswith("-") or left[0][1:].isdecimal():
@@ -112,13 +109,7 @@ def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[s
 
 
 def hint(flag: str, known: Known, command: str) -> str:
-    """What is said of a flag that stands in the table.
-
-    Args:
-        flag: as it was given.
-        known: the commands that each of our flags belongs to.
-        command: which was called.
-    """
+    """Return the message about a foreign flag."""
     answer = foreign_flags()[flag.split(".")[0]].answer
     called = _OURS.match(answer)
     if called is None:
@@ -132,10 +123,10 @@ def hint(flag: str, known: Known, command: str) -> str:
 
 
 def lines_of(path: Path, known: Known) -> list[str]:
-    """The flags of a YAML file, as vLLM's `--config` has it: names of flags without their hyphens, and values.
+    """Convert a YAML file to flags, as vLLM's `--config`: its keys are names of flags without their hyphens.
 
     Raises:
-        UsageError: it cannot be read, or is no mapping of names to values.
+        UsageError: it is unreadable, or not a mapping of names to values.
     """
     import yaml
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Paged attention on a GPU (step 6 of a request's life): checks, and which kernel computes which tokens.
+"""Paged attention on a GPU (step 6 of a request's life): checks, and the choice of the kernel for each sequence.
 
-The first `decodes` sequences of a step, with one token each, go to `triton_decode`, the others to `triton_prefill`.
-Which kernel a token meets is thus the caller's choice and not the batch's. Nothing here waits for the GPU. With
-`DeviceRows.decoding` both kernels are launched for all that the shapes allow, and find their sequences on the device.
+`triton_decode` processes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the
+others. So a token's kernel depends on the caller, not on the batch. Nothing here waits for the GPU. With
+`DeviceRows.decoding` both kernels are launched for the largest step, and find their sequences on the device.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _check(
 
 
 def check_decoding(rows: DeviceRows) -> None:
-    """The number of decoding sequences, where it is on the device."""
+    """Check the number of decoding sequences, if it is on the device."""
     if rows.decoding is not None:
         assert rows.decoding.shape == (1,)
         assert rows.decoding.dtype == torch.int32

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-"""Paged attention of one new token of each sequence on a GPU, split over the keys so that it fills the machine.
+"""Paged attention of one new token of each sequence on a GPU, split over the keys so that all multiprocessors work.
 
-The keys of a sequence are cut into splits, by the length of its context alone. A fixed number of programs shares the
-work items (one split of one key-value head of one sequence), which are found on the device (`triton_items`): the grid
-depends on the number of sequences only, and a captured launch serves any lengths. An item's partial result is the state
-of the online softmax in fp32; a second kernel merges those of a sequence in a fixed order. A sequence with one split
-needs no merging. So a result depends on its own sequence alone, to the bit.
+The keys of a sequence are divided into splits, by the length of its context alone. A fixed number of programs shares
+the work items (one split of one key-value head of one sequence), which are found on the device (`triton_items`): the
+grid depends on the number of sequences only, and a captured launch serves any lengths. An item's partial result is the
+state of the online softmax in fp32; a second kernel merges the partial results of a sequence in a fixed order. A
+sequence with one split needs no merging. So a result depends on its own sequence alone, bit for bit.
 Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -52,44 +52,44 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-_ROWS = 256  # sequences of a launch, where programs count the items
-_CHUNK = 256  # keys of a split, at least
+_ROWS = 256  # sequences of a launch whose programs count the items themselves
+_CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
 
-# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit(
     do_not_specialize=["first", "rows", "table_stride"],
     do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
 )
 def decode_kernel(
     q,  # [R, H, D]
-    key_cache,  # [B, S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    key_cache,  # [B, S, K, D], or with EXTRA the layout of `kv_write/scaled_rows`
     value_cache,
     out,  # [R, H, D]
     partial_values,  # [R, SPLITS, H, D] fp32
-    partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
+    partial_states,  # [R, SPLITS, H, 2] fp32: maximum, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: rows first + r below it have work; None for all rows
-    items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
-    key_scale,  # [1] fp32, read where FP8
+    decoding,  # [1] int32, or None: only rows first + r below it have work; None for all rows
+    items,  # of `list_items_kernel`; None if they are counted here, of ROWS sequences at most
+    key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
-    sinks,  # [H] fp32, read where SINKS
+    sinks,  # [H] fp32, read with SINKS
     slopes,  # [H] fp32, or None
     scale,
     cap,
     first,
     rows,
-    q_stride,  # numbers from a token to the next
+    q_stride,  # elements from a token to the next
     table_stride,
     K: tl.constexpr,
     G: tl.constexpr,  # H // K
     GP: tl.constexpr,  # rows of a tile, at least G
     D: tl.constexpr,
-    DP: tl.constexpr,  # D up to the next power of two
+    DP: tl.constexpr,  # D rounded up to a power of two
     S: tl.constexpr,
-    WINDOW: tl.constexpr,  # 0 for none
+    WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
     FP8: tl.constexpr,
     EXTRA: tl.constexpr,  # bytes of scales in a block
@@ -146,8 +146,8 @@ def decode_kernel(
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
         if FP8 or EXTRA:
-            # Values are turned on their way to the product, which the hardware does with numbers of 16 bits alone. So
-            # two neighbours are read as one, and become two products, of the even and of the odd places.
+            # The values are transposed for the product, which the hardware does only with 16-bit elements. So
+            # two neighbours are read as one element, and give two products, of the even and of the odd columns.
             pairs_at = value_cache.to(tl.pointer_type(tl.int16), bitcast=True) + head * (D // 2)
             even = tl.zeros([GP, DP // 2], tl.float32)
             odd = tl.zeros([GP, DP // 2], tl.float32)
@@ -202,7 +202,7 @@ def decode_kernel(
             partial = row.to(tl.int64) * SPLITS + split
             tl.store(partial_values + partial * (K * G * D) + place, values, mask=valid)
             state = partial_states + partial * (K * G * 2) + (head * G + lines) * 2
-            # Tops in units of exponents of 2, which is what the merging kernel needs.
+            # The merging kernel needs maxima in units of exponents of 2.
             tl.store(state, tops * factor, mask=lines < G)
             tl.store(state + 1, sums, mask=lines < G)
 
@@ -214,7 +214,7 @@ def merge_kernel(
     out,  # [R, H, D]
     context_lens,  # [R]
     decoding,  # as in `decode_kernel`
-    sinks,  # [H] fp32, read where SINKS
+    sinks,  # [H] fp32, read with SINKS
     first,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -228,7 +228,7 @@ def merge_kernel(
 ):
     """Merge a sequence's splits; one program per sequence and head. Padding sequences without context get zeros.
 
-    Sequences that do not decode write nothing: their rows of `out` hold tokens of prompts.
+    Sequences that do not decode write nothing, because their rows of `out` hold tokens of prompts.
     """
     row = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -261,7 +261,7 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class Splits:
-    """Keys of a tile, most splits of a sequence, and how they are computed."""
+    """Keys of a tile, maximum number of splits of a sequence, and launch parameters."""
 
     keys: int
     splits: int
@@ -271,10 +271,10 @@ class Splits:
 
 
 def splits(padded_dim: int, bytes_per_number: int, kv_heads: int, capability: int) -> Splits:
-    """By the model's shape and the GPU alone, never by the batch.
+    """Choose by the model's shape and the GPU alone, never by the batch.
 
-    Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB under
-    way (five stages are two tiles, for reading the block table takes some).
+    Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB of loads
+    in flight (five stages are two tiles, because reading the block table takes some).
     """
     most = min(max(next_power_of_2(256 // kv_heads), 16), 64)
     if capability < TENSOR_CORES and padded_dim <= 64:
@@ -304,7 +304,7 @@ def decode(
 ) -> None:
     """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
 
-    Writes `out`, with `decoding` only its first rows. `lists` is the step's, see `DeviceRows`.
+    Writes `out`, with `decoding` only its first rows. `lists` are the lists of the step, see `DeviceRows`.
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
@@ -365,16 +365,16 @@ def decode(
 
 
 def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> int:
-    """Bytes of a number, as `splits` counts them.
+    """Return the bytes of an element for `splits`.
 
-    A cache of 8 bits has wider tiles, but not beside queries of fp32, in which the tiles are then computed, nor small
-    heads beside scales, for which some compilers find no registers.
+    A cache of 8 bits has wider tiles, except with fp32 queries, because the tiles are then computed in fp32, and with
+    scales and small heads, for which some compilers run out of registers.
     """
     return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """Those of the GPU; under the interpreter, so few that programs have several items."""
+    """Number of multiprocessors of the GPU; under the interpreter so few that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Which split of whose context an item of work is, for the kernels of one new token a sequence.
+"""Work items of the kernels for one new token per sequence: the sequence of an item, and its split of the context.
 
-A context is cut into splits by its length alone. Every program of a launch may count the splits of all its sequences,
-or a kernel lists them once a step, for the calls of all layers: `ITEM_LIST`.
+A context is divided into splits by its length alone. Either every program of a launch counts the splits of all its
+sequences, or a kernel lists them once per step, for the calls of all layers: `ITEM_LIST`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
-ITEM_LIST = 0  # 1: work items are listed once a step, not counted by each program; waits for a GPU's judgement
+ITEM_LIST = 0  # 1: work items are listed once per step, not counted by each program; not measured on a GPU yet
 
 LISTED = 32  # sequences whose items are listed together
 
 
 @triton.jit
 def first_seen(position, WINDOW: tl.constexpr):
-    """The first position that a token sees; below 0, the window is its chunk."""
+    """Return the first position that a token attends to; a negative WINDOW means chunks of -WINDOW positions."""
     return tl.maximum(position, 0) // -WINDOW * -WINDOW if WINDOW < 0 else tl.maximum(position - WINDOW + 1, 0)
 
 
 @triton.jit
 def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
-    """How a context is cut: the first key's position, keys of a split, and the number of splits, 0 without context."""
+    """Return the first key's position, the keys of a split, and the number of splits, which is 0 without context."""
     begin = context * 0
     if WINDOW:
         begin = first_seen(context - 1, WINDOW) // BLOCK_N * BLOCK_N
@@ -38,20 +38,20 @@ def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.
     return begin, keys, tl.cdiv(context - begin, keys)
 
 
-# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["context_lens", "decoding"])
 def list_items_kernel(
     items,  # [1 + rows * SPLITS] int32
     context_lens,  # [rows]
-    decoding,  # [1] int32, or None: rows from it on have no items
+    decoding,  # [1] int32, or None: rows from this number on have no items
     rows,
-    WINDOW: tl.constexpr,  # 0 for none
+    WINDOW: tl.constexpr,  # 0 without a window
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """How many work items a step has, and behind that row * SPLITS + split of each, in order. One program."""
+    """Write the number of work items of a step, then row * SPLITS + split of each, in order. One program."""
     if decoding is not None:
         rows = tl.minimum(rows, tl.load(decoding))
     splits = tl.arange(0, SPLITS)
@@ -70,7 +70,7 @@ def list_items_kernel(
 @triton.jit
 def count_items(
     context_lens,  # [rows]
-    decoding,  # [1] int32, or None: rows first + r from it on have no items
+    decoding,  # [1] int32, or None: rows first + r from this number on have no items
     first,
     rows,
     WINDOW: tl.constexpr,
@@ -79,7 +79,7 @@ def count_items(
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Where the items of each sequence end [ROWS], and how many there are; of ROWS sequences at most."""
+    """Return the end of each sequence's items [ROWS], and their number; for at most ROWS sequences."""
     if decoding is not None:
         rows = tl.minimum(rows, tl.load(decoding) - first)
     index = tl.arange(0, ROWS)
@@ -90,14 +90,14 @@ def count_items(
 
 @triton.jit
 def counted_item(ends, work):
-    """Row and split of an item, by what `count_items` found."""
+    """Return row and split of an item, from the result of `count_items`."""
     done = ends <= work
     return tl.sum(done.to(tl.int32)), work - tl.max(tl.where(done, ends, 0))
 
 
 @triton.jit
 def listed_item(items, work, SPLITS: tl.constexpr):
-    """Row and split of an item, from the list of `list_items_kernel`."""
+    """Return row and split of an item, from the list of `list_items_kernel`."""
     number = tl.load(items + 1 + work)
     return number // SPLITS, number % SPLITS
 
@@ -108,7 +108,7 @@ def list_items(
     decoding: torch.Tensor | None,
     constants: dict[str, Any],
 ) -> torch.Tensor:
-    """The work items of a step, which the first call makes; `constants` are those of the merging kernel."""
+    """Return the work items of a step, computed at the first call; `constants` are those of the merging kernel."""
     cut = {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
     rows = len(context_lens)
     key = (rows, *cut.values())

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, drafts to be checked.
+"""Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, draft tokens.
 
-A program takes one key-value head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one
-sequence times the query heads that read this head. It walks over the tiles of keys from position 0, or from the
-window's begin, to its last token. Only tiles that some row does not see whole are masked. The number of programs is
-bounded by the number of tokens and sequences alone; those behind the last tile find nothing and end.
+A program processes one key-value head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one
+sequence times the query heads that use this key-value head. It reads the tiles of keys from position 0, or from the
+start of the window, to its last token. Only tiles that are not fully visible to every row are masked. The number of
+programs is bounded by the number of tokens and sequences alone; programs beyond the last tile have no work and end.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-_ROWS = 256  # sequences that a program looks at together when it searches its own
+_ROWS = 256  # sequences that a program compares at once to find its own
 
 
 @triton.jit
 def behind_decodes(query_start, context_lens, block_tables, table_stride, rows, decoding):
-    """The tables of a step without its first decoding[0] rows, and how many rows are left; as they are where None."""
+    """Return a step's tables without the first decoding[0] rows, and the number of rows left; unchanged for None."""
     if decoding is not None:
         decodes = tl.load(decoding)
         query_start += decodes
@@ -58,9 +58,9 @@ def behind_decodes(query_start, context_lens, block_tables, table_stride, rows, 
 
 @triton.jit
 def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr):
-    """The sequence to which a tile of queries belongs, and which of its tiles it is.
+    """Return the sequence of a tile of queries, and the index of the tile in the sequence.
 
-    Sequence r begins at tile (query_start[r] - query_start[0]) // BLOCK_Q + r, which leaves room for all its tiles.
+    Sequence r begins at tile (query_start[r] - query_start[0]) // BLOCK_Q + r, so there are enough tiles for each.
     """
     origin = tl.load(query_start).to(tl.int32)
     row = -1
@@ -75,7 +75,7 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
     return row, tile - begin
 
 
-# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit
 def attend_keys(
     queries,
@@ -84,9 +84,9 @@ def attend_keys(
     values,
     key_cache,
     value_cache,
-    table,  # of the row's blocks
+    table,  # block table of the row
     at,  # position of the tile's first key
-    end,  # of the keys
+    end,  # end of the keys
     head,
     positions,
     factor,
@@ -101,10 +101,10 @@ def attend_keys(
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ENDS: tl.constexpr,  # some keys of the tile may be behind the end
+    ENDS: tl.constexpr,  # some keys of the tile may be beyond the end
     MASKED: tl.constexpr,
 ):
-    """A tile of a sequence's keys and values into the state of M rows; see `attend_tile`."""
+    """Update the softmax state of M rows with a tile of a sequence's keys and values; see `attend_tile`."""
     stored: tl.constexpr = key_cache.dtype.element_ty
     slots = tile_slots(table, at, end, S, BLOCK_N, ENDS)
     k = load_tile(key_cache + head * D, slots, at, end, K * D, D, DP, ENDS, S, EXTRA)
@@ -142,28 +142,28 @@ def attend_keys(
 )
 def prefill_kernel(
     q,  # [T, H, D]
-    key_cache,  # [B, S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    key_cache,  # [B, S, K, D], or with EXTRA the layout of `kv_write/scaled_rows`
     value_cache,
     out,  # [T, H, D]
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
-    decoding,  # [1] int32, or None: so many leading rows are not this kernel's
-    key_scale,  # [1] fp32, read where FP8
+    decoding,  # [1] int32, or None: number of leading rows that this kernel skips
+    key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
-    sinks,  # [H] fp32, read where SINKS
+    sinks,  # [H] fp32, read with SINKS
     slopes,  # [H] fp32, or None
     scale,
     cap,
     rows,
-    q_stride,  # numbers from a token to the next
+    q_stride,  # elements from a token to the next
     table_stride,
     K: tl.constexpr,
     G: tl.constexpr,  # H // K
     D: tl.constexpr,
-    DP: tl.constexpr,  # D up to the next power of two
+    DP: tl.constexpr,  # D rounded up to a power of two
     S: tl.constexpr,
-    WINDOW: tl.constexpr,  # 0 for none
+    WINDOW: tl.constexpr,  # 0 without a window
     CAP: tl.constexpr,
     FP8: tl.constexpr,
     EXTRA: tl.constexpr,  # bytes of scales in a block
@@ -175,7 +175,7 @@ def prefill_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // G
     stored: tl.constexpr = key_cache.dtype.element_ty
     head = tl.program_id(0) % K
-    # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
+    # From the last tile to the first: the last tiles of a prompt take the longest, so they should start first.
     tile = tl.num_programs(0) // K - 1 - tl.program_id(0) // K
     query_start, context_lens, block_tables, rows = behind_decodes(
         query_start, context_lens, block_tables, table_stride, rows, decoding
@@ -184,7 +184,7 @@ def prefill_kernel(
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
     if decoding is not None:
-        count = tl.where(rows > 0, count, 0)  # without rows, it is the last decode's
+        count = tl.where(rows > 0, count, 0)  # without rows, it is the count of the last decode
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -202,7 +202,7 @@ def prefill_kernel(
         positions = context - count + tokens
         begin = 0
         unmasked = 0
-        whole = (first + 1) // BLOCK_N * BLOCK_N  # every row sees the keys before this one, apart from a window
+        whole = (first + 1) // BLOCK_N * BLOCK_N  # without a window, every row attends to the keys before this one
         if WINDOW:
             begin = first_seen(first, WINDOW) // BLOCK_N * BLOCK_N
             unmasked = tl.minimum(tl.cdiv(first_seen(last, WINDOW), BLOCK_N) * BLOCK_N, whole)
@@ -230,92 +230,23 @@ def prefill_kernel(
         if WINDOW:
             for at in range(begin, unmasked, BLOCK_N):
                 tops, sums, values = attend_keys(
-                    queries,
-                    tops,
-                    sums,
-                    values,
-                    key_cache,
-                    value_cache,
-                    table,
-                    at,
-                    last + 1,
-                    head,
-                    positions,
-                    factor,
-                    cap_in,
-                    cap,
-                    bias,
-                    K,
-                    D,
-                    DP,
-                    S,
-                    EXTRA,
-                    CAP,
-                    WINDOW,
-                    BLOCK_N,
-                    False,
-                    True,
-                )
+                    queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions,
+                    factor, cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, True
+                )  # fmt: skip
         for at in range(unmasked, whole, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries,
-                tops,
-                sums,
-                values,
-                key_cache,
-                value_cache,
-                table,
-                at,
-                last + 1,
-                head,
-                positions,
-                factor,
-                cap_in,
-                cap,
-                bias,
-                K,
-                D,
-                DP,
-                S,
-                EXTRA,
-                CAP,
-                WINDOW,
-                BLOCK_N,
-                False,
-                False,
-            )
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, False, False
+            )  # fmt: skip
         for at in range(whole, last + 1, BLOCK_N):
             tops, sums, values = attend_keys(
-                queries,
-                tops,
-                sums,
-                values,
-                key_cache,
-                value_cache,
-                table,
-                at,
-                last + 1,
-                head,
-                positions,
-                factor,
-                cap_in,
-                cap,
-                bias,
-                K,
-                D,
-                DP,
-                S,
-                EXTRA,
-                CAP,
-                WINDOW,
-                BLOCK_N,
-                True,
-                True,
-            )
+                queries, tops, sums, values, key_cache, value_cache, table, at, last + 1, head, positions, factor,
+                cap_in, cap, bias, K, D, DP, S, EXTRA, CAP, WINDOW, BLOCK_N, True, True
+            )  # fmt: skip
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
             sums = tl.where(sums > 0.0, sums + tl.exp2(sink - tops * factor), 1.0)
-        sums = tl.where(sums > 0.0, sums, 1.0)  # rows behind the last token may have seen nothing
+        sums = tl.where(sums > 0.0, sums, 1.0)  # rows beyond the last token may have seen no keys
         values = values * (out_factor / sums)[:, None]
         at_out = out + token_index[:, None] * (K * G * D) + heads[:, None] * D + dims[None, :]
         tl.store(at_out, values.to(out.dtype.element_ty), mask=valid)
@@ -323,7 +254,7 @@ def prefill_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and keys of a tile, and how they are computed."""
+    """Rows and keys of a tile, and launch parameters."""
 
     rows: int
     keys: int
@@ -332,10 +263,10 @@ class Tiles:
 
 
 def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -> Tiles:
-    """By the shape of a head and the GPU alone, never by the batch.
+    """Choose by the shape of a head and the GPU alone, never by the batch.
 
-    Not measured yet: the largest that do not spill and, but for the data-centre GPUs, need less than 99 KiB of shared
-    memory. Five stages are two or three tiles under way, for reading the block table takes some.
+    Not measured yet: the largest tiles that do not spill and, except on data-centre GPUs, fit in 99 KiB of shared
+    memory. Five stages are two or three tiles in flight, because reading the block table takes some.
     """
     if bytes_per_number == 4 or capability < TENSOR_CORES:
         warps = 4 if padded_dim > 128 and bytes_per_number != 4 else 8
@@ -368,9 +299,9 @@ def prefill(
     slopes: torch.Tensor | None,
     decoding: torch.Tensor | None,
 ) -> None:
-    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's.
+    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller has made the checks.
 
-    With `decoding` from query_start[decoding[0]] on: the other rows are not touched.
+    With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
     """
     rows = context_lens.shape[0]
     block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""What the attention kernels of the GPU share: reading a tile of the paged cache, and one step of the online softmax.
+"""Code that the GPU's attention kernels share: reading a tile of the paged cache, and one step of the online softmax.
 
-A tile is N neighbouring positions of one sequence and one key-value head, the first a multiple of N. What happens to a
-row of queries in a tile depends on that row and the tile alone: a tile of which it sees nothing leaves its state as it
-is, to the bit. So its result does not depend on the rows and sequences that are computed beside it.
+A tile is N neighbouring positions of one sequence and one key-value head; its first position is a multiple of N. The
+effect of a tile on a row of queries depends on that row and the tile alone: a tile that is invisible to the row leaves
+its state unchanged, bit for bit. So a result does not depend on the rows and sequences that are computed beside it.
 Source: Dao, 2023, arXiv:2307.08691 (FlashAttention-2).
 """
 
@@ -19,10 +19,10 @@ from candle_vllm.core.kernels.kv_write.triton import scales_place
 
 @triton.jit
 def tile_slots(table, first, end, S: tl.constexpr, N: tl.constexpr, MASKED: tl.constexpr):
-    """Slots [N] int64 of positions first .. first + N - 1; those from `end` on mean nothing where MASKED."""
+    """Return slots [N] int64 of positions first .. first + N - 1; with MASKED, slots from `end` on are meaningless."""
     keys = tl.arange(0, N)
     if S >= N:
-        # Both are powers of two, so that a tile lies in one block: one entry of the table, and rows at fixed distances.
+        # Both are powers of two, so a tile is within one block: one entry of the table, and rows at fixed distances.
         slots = tl.load(table + first // S).to(tl.int64) * S + first % S + keys
     else:
         at = first + keys
@@ -46,11 +46,11 @@ def load_tile(
     S: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
-    """Keys or values [N, DP] of a head; `cache` points at the head in slot 0. Zero behind D and, where MASKED, `end`.
+    """Load keys or values [N, DP] of a head; `cache` points at the head in slot 0. Zero beyond D and, if MASKED, `end`.
 
-    In a block of S slots EXTRA numbers of another kind stand behind them.
+    After the S slots of a block, EXTRA elements of another type follow.
 
-    What stands behind the end of a sequence may be NaN, which a probability of 0 would not hide.
+    Memory after the end of a sequence may hold NaN, which a probability of 0 would not hide.
     """
     dims = tl.arange(0, DP)
     rows = slots * WIDTH
@@ -80,7 +80,7 @@ def load_scales(
     unit,
     MASKED: tl.constexpr,
 ):
-    """The scales [N] fp32 of rows of a head times `unit`, for a cache of `kv_write/scaled_rows`."""
+    """Load the scales [N] fp32 of rows of a head times `unit`, for a cache of `kv_write/scaled_rows`."""
     at = scales_place(cache, slots, K, D, S) + head * S
     if MASKED:
         keys = first + tl.arange(0, slots.shape[0])
@@ -92,39 +92,38 @@ def load_scales(
 
 @triton.jit
 def key_unit(dtype: tl.constexpr):
-    """What the numbers that `as_queries` makes of a cache of scaled rows are to be multiplied by, beside the scales."""
+    """Return the factor, besides the scales, of elements that `as_queries` converts from a cache of scaled rows."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 
 @triton.jit
 def value_unit(dtype: tl.constexpr):
-    """By what scales of values are multiplied, so that a weight times a scale does not leave fp16's range.
+    """Return the factor of the scales of values, which keeps a weight times a scale within fp16's range.
 
-    A code over it is 2 at most; what was added up is divided by it, but for uint8, whose numbers are that already.
+    A code divided by it is at most 2. The sums are divided by it, except for uint8, whose elements already are.
     """
     return 64.0 if dtype == tl.int8 else 256.0
 
 
 @triton.jit
 def value_rest(dtype: tl.constexpr):
-    """What the sums are multiplied by then."""
+    """Return the factor of the sums that corresponds to `value_unit`."""
     return 0.015625 if dtype == tl.int8 else 1.0 if dtype == tl.uint8 else 0.00390625
 
 
 @triton.jit
 def from_e4m3_bits(codes):
-    """Codes [...] int16, 0 to 255, of e4m3 as fp16 over 256: the exponents of both begin at the same bit pattern."""
+    """Convert codes [...] int16, 0 to 255, of e4m3 to fp16 divided by 256 by shifting bits; subnormals stay exact."""
     return (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def as_queries(tile, dtype: tl.constexpr):
-    """A tile of the cache in the queries' dtype, exactly: every number of e4m3 is one of fp16 and of bf16.
+    """Convert a tile of the cache to the queries' dtype, exactly: every e4m3 number is a number of fp16 and of bf16.
 
-    Bits of e4m3, uint8, become numbers over 256.
+    The bits of e4m3, uint8, become numbers divided by 256.
 
-    From e4m3 straight to bf16 some compilers take a slow instruction for each number (F2F), and none by way of fp16 and
-    fp32.
+    For e4m3 to bf16 some compilers use a slow instruction for each element (F2F); by way of fp16 and fp32 they do not.
     """
     if tile.dtype == tl.uint8:
         tile = from_e4m3_bits(tile.to(tl.int16))
@@ -137,7 +136,7 @@ def as_queries(tile, dtype: tl.constexpr):
 
 @triton.jit
 def unpack_pairs(words, stored: tl.constexpr, dtype: tl.constexpr):
-    """Words [N, P] int16 of two numbers each: those at even places and those at odd ones, [N, P] in `dtype`."""
+    """Split words [N, P] int16 of two elements each: the even elements and the odd ones, [N, P] in `dtype`."""
     if stored == tl.int8:
         low = words.to(tl.int8)
         high = (words >> 8).to(tl.int8)
@@ -150,23 +149,23 @@ def unpack_pairs(words, stored: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def weigh_tile(
     q,  # [M, DP]
-    tops,  # [M] fp32, the largest score of each row so far
+    tops,  # [M] fp32, the maximum score of each row so far
     sums,  # [M] fp32, the sum of exp2(factor * (score - top))
     k,  # [N, DP]
-    k_scales,  # [N] fp32 by which the scores are multiplied, or None
-    positions,  # [M] int32, of the queries
+    k_scales,  # [N] fp32, factors of the scores, or None
+    positions,  # [M] int32, positions of the queries
     first,  # position of the first key
     factor,  # > 0: scores times this are exponents of 2
     cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
     cap_out,
-    bias,  # [M] fp32 that a score loses by position of distance, or None
+    bias,  # [M] fp32, subtracted from a score for each position of distance, or None
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile's keys into the state of M rows.
+    """Update the softmax state of M rows with the keys of one tile.
 
-    Returns tops, sums, the weights [M, N] of the tile's values, and by what the values before it are multiplied, [M].
+    Returns tops, sums, the weights [M, N] of the tile's values, and the factor [M] of the values before it.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scales is not None:
@@ -184,7 +183,7 @@ def weigh_tile(
         scores = tl.where(seen, scores, float("-inf"))
     new_tops = tl.maximum(tops, tl.max(scores, 1))
     base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
-    # In this form a product and a difference become one fma in tiles with and without a mask, hence the same bits.
+    # In this form, product and difference become one fma in tiles with and without a mask, so the bits are the same.
     weights = tl.exp2(scores * factor - base[:, None])
     keep = tl.exp2(tops * factor - base)
     return new_tops, sums * keep + tl.sum(weights, 1), weights, keep
@@ -192,7 +191,7 @@ def weigh_tile(
 
 @triton.jit
 def add_values(weights, v, v_scales, values, keep):
-    """Values [M, DP] fp32 with those of a tile, v [N, DP]; weights and keep are of `weigh_tile`, as are scales."""
+    """Add a tile's values v [N, DP] to values [M, DP] fp32; weights, keep and scales are those of `weigh_tile`."""
     if v_scales is not None:
         weights = weights * v_scales[None, :]
     return tl.dot(weights.to(v.dtype), v, values * keep[:, None], input_precision="ieee")
@@ -218,7 +217,7 @@ def attend_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One tile's keys and values into the state of M rows; see `weigh_tile`."""
+    """Update the softmax state of M rows with one tile's keys and values; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
         q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, CAP, WINDOW, MASKED
     )

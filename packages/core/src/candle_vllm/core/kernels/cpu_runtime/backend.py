@@ -33,7 +33,7 @@ class RecordedBackend:
         kind: type of plain matrices; None keeps the stored types.
         groups: whether the layer reorders its input for a matrix.
         floats_kept: whether the layer supports small floats with scales; otherwise they are decoded.
-        words: F16 matrices become integers of 14 bits.
+        words: convert F16 matrices to 14-bit integers.
     """
 
     memory: WeightMemory
@@ -66,7 +66,7 @@ class RecordedBackend:
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> tuple[Matrix, str | None]:
-        """See `Backend.codes`: blocks that hold the numbers exactly, else plain ones."""
+        """See `Backend.codes`: packed as blocks if these are exact, otherwise as plain elements."""
         del read
         found = blocks()
         if found is None:
@@ -88,12 +88,12 @@ class RecordedBackend:
             return self._decoded(stored, str(error))
 
     def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
-        """Matrices of plain numbers, whatever is stored [..., N, K]; what is decoded becomes bfloat16, or `kind`."""
+        """Return plain matrices [N, K] of a stored [..., N, K]; decoded elements become bfloat16, or `kind`."""
         from candle_vllm.core.kernels import plain_linear
 
         *outer, rows, columns = stored.shape
         if stored.quantised:
-            dtype = "BF16" if self.kind is None else "F32"  # a narrower kind is checked for numbers beyond its range
+            dtype = "BF16" if self.kind is None else "F32"  # values are checked against the range of a narrower kind
             raw = stored.load(dtype).view(np.uint8)
         else:
             assert stored.dtype is not None

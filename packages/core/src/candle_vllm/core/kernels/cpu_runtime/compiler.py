@@ -25,7 +25,7 @@ def compile_function(function: Callable[..., None], level: Level) -> bytes:
 
     Args:
         function: may close over integers only.
-        level: of the CPU that will run it, of whichever architecture.
+        level: level of the CPU that will run the code; its architecture may differ from this machine's.
 
     Raises:
         numba.core.errors.NumbaError: the function cannot be compiled.
@@ -40,7 +40,7 @@ def assembly(function: Callable[..., None], level: Level) -> str:
 
 @cache
 def target_machine(level: Level) -> Any:
-    """LLVM's description of a level's CPU."""
+    """Return LLVM's description of a level's CPU."""
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     here = level.machine == machine()
@@ -51,7 +51,7 @@ def target_machine(level: Level) -> Any:
 
 @global_compiler_lock
 def _compiled(function: Callable[..., None], level: Level) -> Any:
-    """A module of LLVM's with the function, for a level's CPU."""
+    """Return an LLVM module with the function, compiled for a level's CPU."""
     target: Any = registry.cpu_target
     target.typing_context.refresh()
     target.target_context.refresh()
@@ -70,7 +70,7 @@ def _compiled(function: Callable[..., None], level: Level) -> Any:
 
 
 def _moved(module: Any, level: Level) -> Any:
-    """A module that was made for this machine, for another one whose numbers and addresses have the same sizes."""
+    """Retarget a module from this machine to another architecture with the same sizes of integers and addresses."""
     described = target_machine(level)
     text = re.sub(
         r"^target datalayout = .*$", f'target datalayout = "{described.target_data}"', str(module), flags=re.M
@@ -80,7 +80,7 @@ def _moved(module: Any, level: Level) -> Any:
 
 
 def _entry(context: Any, library: Any, described: Any) -> ir.Module:
-    """A module with the C function, which calls Numba's and forgets its status."""
+    """Return a module with the C function, which calls Numba's function and ignores its status."""
     module = library.create_ir_module(ENTRY)
     kinds = [context.get_value_type(kind) for kind in described.argtypes]
     inner = ir.Function(
@@ -94,7 +94,7 @@ def _entry(context: Any, library: Any, described: Any) -> ir.Module:
 
 
 def load_object(made: bytes) -> int:
-    """The address of an object file's `ENTRY`, linked by LLVM, where `machine_code` does not do it."""
+    """Return the address of an object file's `ENTRY`, linked by LLVM, on systems without support in `machine_code`."""
     target = binding.Target.from_triple(binding.get_process_triple())
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target.create_target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(made))

@@ -3,8 +3,8 @@
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 
 Vectors are 16 lanes of 32 bits (512 bits). For a CPU with shorter registers LLVM splits the same code; only dot
-products and shuffles use special instructions, if `Isa` has them, on several smaller vectors. Every lane is computed in
-the same order on every path, so that integer results are equal bit for bit.
+products and shuffles use special instructions, on several smaller vectors, if `Isa` has them. Every lane is computed in
+the same order for all instruction sets, so integer results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 SHIFTER = 12582912.0
-"""1.5 * 2^23: a float that is added to it is rounded to a whole number, which stands in the low bits of the sum."""
+"""1.5 * 2^23: a float that is added to it is rounded to an integer, which is in the low bits of the sum."""
 
 # 2^r = 1 + r * (...) on [-0.5, 0.5], relative error below 2e-7 with fp32 arithmetic
 _EXP2 = (1.3264746e-3, 9.6715130e-3, 5.5507336e-2, 2.4022242e-1, 6.9314700e-1)
@@ -42,12 +42,12 @@ BF16 = _BFloat()
 
 
 def _bits(element: ir.Type) -> int:
-    """Of a number of this type."""
+    """Return the number of bits of an element type."""
     return element.width if isinstance(element, ir.IntType) else 32 if element == F32 else 16
 
 
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
-    """A vector type."""
+    """Return a vector type."""
     return ir.VectorType(element, lanes)
 
 
@@ -63,26 +63,26 @@ class Emitter:
     # ---- constants, memory -------------------------------------------------------------------------------------------
 
     def int64(self, value: int) -> Any:
-        """A 64-bit constant."""
+        """Return a 64-bit constant."""
         return ir.Constant(I64, value)
 
     def zeros(self, element: ir.Type, lanes: int = LANES) -> Any:
-        """A vector of zeros."""
+        """Return a vector of zeros."""
         return ir.Constant(vector(element, lanes), None)
 
     def constant(self, element: ir.Type, value: float, lanes: int = LANES) -> Any:
-        """A vector of one constant."""
+        """Return a vector whose lanes are all the same constant."""
         return ir.Constant(vector(element, lanes), [ir.Constant(element, value)] * lanes)
 
     def load(self, address: Any, kind: ir.Type, offset: int = 0) -> Any:
-        """Reads a value of `kind` at address + offset (bytes)."""
+        """Read a value of `kind` at address + offset (bytes)."""
         at = self.b.add(address, self.int64(offset)) if offset else address
         value = self.b.load(self.b.inttoptr(at, kind.as_pointer()), typ=kind)
         value.align = 1
         return value
 
     def store(self, address: Any, value: Any, offset: int = 0) -> None:
-        """Writes a value at address + offset (bytes)."""
+        """Write a value at address + offset (bytes)."""
         at = self.b.add(address, self.int64(offset)) if offset else address
         instruction = self.b.store(value, self.b.inttoptr(at, value.type.as_pointer()))
         instruction.align = 1
@@ -100,29 +100,29 @@ class Emitter:
         return self.whole(found)
 
     def store_masked(self, address: Any, value: Any, mask: Any) -> None:
-        """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the rest is not touched."""
+        """Write the lanes of a vector whose bit in `mask`, <lanes x i1>, is set; other memory stays unchanged."""
         at = self.b.inttoptr(address, value.type.as_pointer())
         element, lanes = str(value.type.element), value.type.count
         name = f"llvm.masked.store.v{lanes}{element}.p0"
         self.call(name, ir.VoidType(), [value, at, ir.Constant(I32, 1), mask])
 
     def prefetch(self, address: Any, offset: int = 0, *, near: int = 3) -> None:
-        """Asks for the cache line at address + offset, which will be read; it may lie behind the end of memory.
+        """Prefetch the cache line at address + offset for reading; the address may be beyond the end of the memory.
 
-        near: 3 brings it to all caches, 2 to all but the first.
+        near: 3 loads it into all cache levels, 2 into all but the first.
         """
         at = self.b.add(address, self.int64(offset)) if offset else address
         how = [ir.Constant(I32, number) for number in (0, near, 1)]  # a read, of data
         self.call("llvm.prefetch.p0", ir.VoidType(), [self.b.inttoptr(at, I8.as_pointer()), *how])
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:
-        """A scalar in every lane."""
+        """Return a vector with a scalar in every lane."""
         empty = ir.Constant(vector(value.type, lanes), ir.Undefined)
         first = self.b.insert_element(empty, value, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, empty, ir.Constant(vector(I32, lanes), [0] * lanes))
 
     def parts(self, value: Any, count: int, element: ir.Type | None = None) -> list[Any]:
-        """A vector as `count` equal ones, whose bits are read as those of another element where one is given."""
+        """Split a vector into `count` equal parts, whose bits are reinterpreted as `element` if it is given."""
         each, found = value.type.count // count, []
         for start in range(0, value.type.count, each):
             order = ir.Constant(vector(I32, each), [ir.Constant(I32, start + lane) for lane in range(each)])
@@ -133,21 +133,21 @@ class Emitter:
         return found
 
     def whole(self, parts: list[Any]) -> Any:
-        """Equal vectors, a power of two of them, as one."""
+        """Concatenate equal vectors; their number is a power of two."""
         while len(parts) > 1:
             order = ir.Constant(vector(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
             parts = [self.b.shuffle_vector(*pair, order) for pair in zip(parts[::2], parts[1::2])]
         return parts[0]
 
     def in_parts(self, name: str, count: int, total: Any, *given: tuple[Any, ir.Type]) -> Any:
-        """What an LLVM intrinsic makes of the `count` parts of a total and of other vectors, read as elements."""
+        """Apply an LLVM intrinsic to `count` parts of a total and of other vectors, reinterpreted as given."""
         columns = zip(self.parts(total, count), *(self.parts(value, count, element) for value, element in given))
         return self.whole([self.call(name, column[0].type, list(column)) for column in columns])
 
     # ---- arithmetic --------------------------------------------------------------------------------------------------
 
     def call(self, name: str, result: ir.Type, arguments: list[Any]) -> Any:
-        """Calls an LLVM intrinsic or a C function."""
+        """Call an LLVM intrinsic or a C function."""
         function = self.b.module.globals.get(name)
         if function is None:
             kind = ir.FunctionType(result, [argument.type for argument in arguments])
@@ -159,11 +159,11 @@ class Emitter:
         return self.call(f"llvm.fma.v{LANES}f32", vector(F32), [x, y, z])
 
     def half_to_float(self, value: Any) -> Any:
-        """16 halves as floats."""
+        """Convert 16 float16 lanes to float32."""
         return self.b.fpext(value, vector(F32))
 
     def float_to_bf16(self, value: Any) -> Any:
-        """16 floats as 16-bit integers that hold bfloat16, rounded to nearest even. Not for NaN."""
+        """Round 16 floats to bfloat16 (nearest even), stored in 16-bit integers. The inputs must not be NaN."""
         bits = self.b.bitcast(value, vector(I32))
         odd = self.b.and_(self.b.lshr(bits, self.constant(I32, 16)), self.constant(I32, 1))
         rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
@@ -172,16 +172,16 @@ class Emitter:
     def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa, *, largest: int = 255) -> Any:
         """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact.
 
-        The unsigned ones are at most `largest`.
+        `largest` is the maximum of the unsigned bytes.
         """
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpbusd.512", 1, total, (unsigned, I8), (signed, I8))
         if isa & Isa.AVX_VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpbusd.256", 2, total, (unsigned, I8), (signed, I8))
-        if largest <= 128 and isa & (Isa.AVX2 | Isa.AVX512):  # then two products are below 2^15
+        if largest <= 128 and isa & (Isa.AVX2 | Isa.AVX512):  # then the sum of two products is below 2^15
             sums = self.b.bitcast(self.pairs_u8_i8(unsigned, signed, isa), vector(I32))
             return self.dot_i16(total, sums, self.constant(I32, 0x00010001), isa)
-        # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
+        # Even and odd bytes as 16-bit integers; pmaddwd and similar instructions compute the sums of two products each.
         pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
         u, s = self.b.bitcast(unsigned, pairs), self.b.bitcast(signed, pairs)
         even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
@@ -189,13 +189,13 @@ class Emitter:
         return self.dot_i16(self.dot_i16(total, *even, isa), *odd, isa)
 
     def pairs_u8_i8(self, unsigned: Any, signed: Any, isa: Isa) -> Any:
-        """Sums of two products each of unsigned and signed bytes, <32 x i16>, which saturate; of AVX2 and AVX-512."""
+        """Sums of two products each of unsigned and signed bytes, <32 x i16>, saturating; needs AVX2 or AVX-512."""
         count, name = (1, "llvm.x86.avx512.pmaddubs.w.512") if isa.wide else (2, "llvm.x86.avx2.pmadd.ub.sw")
         pairs = zip(self.parts(unsigned, count, I8), self.parts(signed, count, I8))
         return self.whole([self.call(name, vector(I16, 2 * LANES // count), list(both)) for both in pairs])
 
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """total[lane] += the two products of the lane's signed 16-bit pairs, <16 x i32> by their bits; exact."""
+        """total[lane] += the two products of the lane's signed 16-bit pairs; x and y are <16 x i32>; exact."""
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpwssd.512", 1, total, (x, I16), (y, I16))
         if isa & Isa.AVX_VNNI:
@@ -213,7 +213,7 @@ class Emitter:
         return total
 
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""
+        """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total is floats."""
         if isa & Isa.BF16:
             return self.in_parts("llvm.x86.avx512bf16.dpbf16ps.512", 1, total, (x, BF16), (y, BF16))
         if isa & Isa.ARM_BF16:
@@ -223,12 +223,12 @@ class Emitter:
         return total
 
     def widened_pairs(self, x: Any) -> list[Any]:
-        """The lower and the upper bfloat16 of each lane of <16 x i32>, as 16 floats each."""
+        """Return the lower and the upper bfloat16 of each lane of <16 x i32>, as 16 floats each."""
         low, high = self.b.shl(x, self.constant(I32, 16)), self.b.and_(x, self.constant(I32, -65536))
         return [self.b.bitcast(part, vector(F32)) for part in (low, high)]
 
     def power_of_two(self, shifted: Any, rest: Any) -> Any:
-        """2^(n + rest) of 16 floats, `shifted` being SHIFTER + n with whole n, and rest within [-0.5, 0.5]."""
+        """2^(n + rest) of 16 floats; `shifted` is SHIFTER + n with an integer n, and rest is within [-0.5, 0.5]."""
         power = self.constant(F32, _EXP2[0])
         for factor in (*_EXP2[1:], 1.0):
             power = self.fma(power, rest, self.constant(F32, factor))
@@ -236,7 +236,7 @@ class Emitter:
         return self.b.bitcast(self.b.add(self.b.bitcast(power, vector(I32)), exponent), vector(F32))
 
     def sum_lanes(self, value: Any) -> Any:
-        """Sum of 16 floats, by halves: lane i with i + 8, then with i + 4, ..."""
+        """Sum of 16 floats by repeated halving: lane i with i + 8, then with i + 4, ..."""
         lanes = LANES
         while lanes > 1:
             lanes //= 2
@@ -250,7 +250,7 @@ class Emitter:
         return self.b.extract_element(value, ir.Constant(I32, 0))
 
     def choose(self, number: Any, cases: Mapping[int, Callable[[], None]]) -> None:
-        """Emit a switch: run the case of `number`, an int64; nothing for a number without a case."""
+        """Emit a switch: run the case of `number`, an int64; do nothing for a number without a case."""
         after = self.b.append_basic_block("chosen")
         switch = self.b.switch(number, after)
         for value, emit in cases.items():
@@ -264,7 +264,7 @@ class Emitter:
     # ---- loops -------------------------------------------------------------------------------------------------------
 
     def loop(self, count: Any, state: list[Any], body: Any) -> list[Any]:
-        """Runs body(index, state) -> state for index 0 .. count - 1 (count at least 1); returns the last state."""
+        """Run body(index, state) -> state for index 0 .. count - 1 (count at least 1); return the last state."""
         before = self.b.block
         head, after = self.b.append_basic_block("loop"), self.b.append_basic_block("after")
         self.b.branch(head)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Columns of rows, 16 at a time and the rest under a mask, so that nothing beside them is read or written."""
+"""Loops over columns of rows: 16 at a time, the last ones masked, so that no other memory is read or written."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
 
 def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
-    """Runs body(bytes, mask, state) -> state over float32 columns 0 .. count - 1; returns the last state.
+    """Run body(bytes, mask, state) -> state over float32 columns 0 .. count - 1; return the last state.
 
     Args:
-        e: where the code goes.
-        count: of columns, an int64.
-        state: vectors that go from one run to the next.
-        body: given where its 16 columns begin, and which of them are meant: None for all.
+        e: builder of the code.
+        count: number of columns, an int64.
+        state: vectors that each iteration passes to the next.
+        body: gets the byte offset of 16 columns, and the mask of the valid ones; None if all are valid.
     """
     b = e.b
     whole = b.ashr(count, e.int64(4))
@@ -35,13 +35,13 @@ def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., l
 
 
 def lanes_below(e: Emitter, count: Any) -> Any:
-    """The mask of the lanes below `count`, an int64."""
+    """Return the mask of the lanes below `count`, an int64."""
     lanes = ir.Constant(vector(I32), list(range(LANES)))
     return e.b.icmp_signed("<", lanes, e.splat(e.b.trunc(count, I32)))
 
 
 def load_columns(e: Emitter, address: Any, mask: Any) -> Any:
-    """16 floats, or those that `mask` names, and zeros."""
+    """Load 16 floats; lanes outside `mask` are not read and become 0."""
     if mask is None:
         return e.load(address, vector(F32))
     at = e.b.inttoptr(address, vector(F32).as_pointer())
@@ -50,7 +50,7 @@ def load_columns(e: Emitter, address: Any, mask: Any) -> Any:
 
 
 def store_columns(e: Emitter, address: Any, value: Any, mask: Any) -> None:
-    """Writes 16 floats, or those that `mask` names."""
+    """Write 16 floats, or only the lanes of `mask`."""
     if mask is None:
         e.store(address, value)
         return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activations made of them.
+"""Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activation functions that use them.
 
-Results are NaN where inputs are; relative errors are below 4e-7 where nothing else is said.
+A NaN input gives NaN, and relative errors are below 4e-7, unless a function states otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llvmlite import ir
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
-_LOG2E = 1.4426950216293335  # log2(e) as float32 has it
+_LOG2E = 1.4426950216293335  # log2(e), rounded to float32
 
 # tanh(x) = x + x^3 * (...) below 0.625. Source: Cephes, tanhf.c (Moshier).
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
@@ -23,12 +23,12 @@ _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 
 
 def emit_larger(e: Emitter, x: Any, y: Any) -> Any:
-    """The larger of each two lanes of floats; y where one is NaN."""
+    """Return the larger of x and y in each lane; y if one of them is NaN."""
     return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
 
 
 def emit_largest_lane(e: Emitter, value: Any) -> Any:
-    """The largest of 16 floats, in every lane."""
+    """Return the maximum of 16 floats, in every lane."""
     for step in (8, 4, 2, 1):
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
         value = emit_larger(e, value, e.b.shuffle_vector(value, value, lanes))
@@ -36,7 +36,7 @@ def emit_largest_lane(e: Emitter, value: Any) -> Any:
 
 
 def emit_exp(e: Emitter, x: Any) -> Any:
-    """exp of 16 floats, relative error below 3e-7; inputs are held to [-87, 88], and NaN to 88."""
+    """exp of 16 floats, relative error below 3e-7; inputs are clamped to [-87, 88], and NaN to 88."""
     b = e.b
     low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
     x = b.select(b.fcmp_ordered("<", x, high), x, high)
@@ -74,7 +74,7 @@ def emit_silu(e: Emitter, x: Any) -> Any:
 
 
 def emit_gelu_tanh(e: Emitter, x: Any) -> Any:
-    """GELU in its tanh form: 0.5 (1 + tanh(z)) is the sigmoid of 2z."""
+    """GELU by the tanh approximation: 0.5 (1 + tanh(z)) is the sigmoid of 2z."""
     b = e.b
     twice = 2 * math.sqrt(2 / math.pi)
     factor = e.fma(b.fmul(x, x), e.constant(F32, 0.044715 * twice), e.constant(F32, twice))
@@ -100,9 +100,9 @@ def emit_quick_gelu(e: Emitter, x: Any) -> Any:
 
 
 def emit_softplus(e: Emitter, x: Any) -> Any:
-    """log(1 + exp(x)) of 16 floats: the larger of x and 0, and log(1 + u) with u = exp(-|x|), at most 1.
+    """log(1 + exp(x)) of 16 floats: max(x, 0) + log(1 + u) with u = exp(-|x|), which is at most 1.
 
-    With s = u / (2 + u), at most 1/3, that is 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
+    With s = u / (2 + u), which is at most 1/3, log(1 + u) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
     """
     b = e.b
     power = emit_exp(e, b.fneg(_absolute(e, x)))
@@ -127,14 +127,14 @@ def emit_relu2(e: Emitter, x: Any) -> Any:
 
 
 def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
-    """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7]."""
+    """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and up within [-7, 7]."""
     gate, up = emit_limited(e, gate, up, 7.0)
     gated = emit_sigmoid_times(e, gate, e.b.fmul(gate, e.constant(F32, 1.702)))
     return e.b.fmul(e.b.fadd(up, e.constant(F32, 1.0)), gated)
 
 
 def emit_limited(e: Emitter, gate: Any, up: Any, limit: float) -> tuple[Any, Any]:
-    """Both factors of a gated product: gate at most `limit`, and up within [-limit, limit]."""
+    """Clamp both factors of a gated product: gate to at most `limit`, and up to [-limit, limit]."""
     b, high, low = e.b, e.constant(F32, limit), e.constant(F32, -limit)
     up = b.select(b.fcmp_ordered(">", up, high), high, up)
     up = b.select(b.fcmp_ordered("<", up, low), low, up)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""AMX's registers in vector code: each holds up to 16 lines of up to 64 bytes, and products add squares of 16 by 16.
+"""AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes; products are added to 16 x 16 tiles.
 
-An operation shapes the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux must
-have let the process have them (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.
+An operation configures the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux
+must have granted AMX (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from candle_vllm.core.kernels.cpu_runtime.emit import I8, Emitter, vector
 
 
 def square_call(e: Emitter, name: str, *arguments: Any) -> None:
-    """One of LLVM's intrinsics for AMX; numbers are those of registers."""
+    """Call one of LLVM's AMX intrinsics; integer arguments are register numbers."""
     given = [ir.Constant(I8, each) if isinstance(each, int) else each for each in arguments]
     e.call(f"llvm.x86.{name}", ir.VoidType(), given)
 
 
 def load_square(e: Emitter, register: int, address: Any, stride: Any) -> None:
-    """Reads a register's lines, `stride` bytes apart."""
+    """Load a register's rows, which are `stride` bytes apart in memory."""
     square_call(e, "tileloadd64", register, e.b.inttoptr(address, I8.as_pointer()), stride)
 
 
 def store_square(e: Emitter, register: int, address: Any, stride: int) -> None:
-    """Writes them."""
+    """Store a register's rows, `stride` bytes apart."""
     square_call(e, "tilestored64", register, e.b.inttoptr(address, I8.as_pointer()), e.int64(stride))
 
 
 def shape_squares(e: Emitter, memory: Any, shapes: Sequence[tuple[int, int]]) -> None:
-    """Gives the registers, from 0 on, lines and bytes of a line, by way of 64 bytes of memory."""
+    """Configure the registers from 0 on: (rows, bytes of a row) of each, by way of 64 bytes of memory."""
     table = bytearray(64)
     table[0] = 1  # the palette
     for register, (lines, width) in enumerate(shapes):
@@ -46,7 +46,7 @@ def shape_squares(e: Emitter, memory: Any, shapes: Sequence[tuple[int, int]]) ->
 
 @intrinsic
 def end_squares(_: Any) -> Any:
-    """The registers hold nothing any more, so that the system need not keep them for the thread."""
+    """Release the registers, so that the system need not save their contents for the thread."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         square_call(Emitter(b), "tilerelease")

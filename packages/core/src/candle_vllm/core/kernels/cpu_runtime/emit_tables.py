@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-"""Tables of constants that vector code reads: of sixteen bytes by one shuffle, of some hundreds by a few where the CPU
-has VBMI, else by gathering from memory."""
+"""Tables of constants in vector code. A table of 16 bytes is read by one shuffle; one of some hundreds of bytes by a
+few shuffles if the CPU has VBMI, otherwise by gathering from memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _BYTES = 4 * LANES
 
 
 def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int = LANES) -> Any:
-    """For each byte of the lanes, 0 to 15, the number of that place, 0 to 255.
+    """Replace each byte of the lanes (0 to 15) by the entry of `numbers` at that index.
 
     Args:
-        numbers: sixteen.
-        words: <16 x i32>, or <1 x i32>.
+        numbers: sixteen entries, 0 to 255.
+        words: the bytes, as <16 x i32> or <1 x i32>.
         lanes: 16 or 1.
     """
     assert len(numbers) == 16
@@ -44,12 +44,12 @@ def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int
 
 
 def look_up_bytes(e: Emitter, tables: np.ndarray, places: Any, more: Sequence[Any]) -> list[Any]:
-    """For each of 64 bytes the byte of that place in each table, by shuffles of whole registers; asks for VBMI.
+    """For each of 64 indices return the byte at that index of each table, by shuffles of whole registers; needs VBMI.
 
     Args:
-        tables: uint8 [number, entries], at most 256 times 2 to the number of `more` of them, and no fewer.
-        places: <64 x i8>, the lowest eight bits.
-        more: the bits above, from the ninth on, each <64 x i1>.
+        tables: uint8 [number, entries]; the number of entries is 256 times 2 to the power of the number of `more`.
+        places: lowest eight bits of the indices, <64 x i8>.
+        more: higher bits of the indices, from the ninth on, each <64 x i1>.
 
     Returns:
         <64 x i8> for each table.
@@ -69,7 +69,7 @@ def look_up_bytes(e: Emitter, tables: np.ndarray, places: Any, more: Sequence[An
 
 
 def table_address(e: Emitter, table: np.ndarray) -> Any:
-    """Address of a constant array of uint8, uint16 or uint32 in the code's read-only memory."""
+    """Return the address of a constant array of uint8, uint16 or uint32 in the code's read-only memory."""
     data = np.ascontiguousarray(table)
     name = f"table.{hashlib.sha256(data.tobytes()).hexdigest()[:16]}.{data.dtype}"
     found = e.b.module.globals.get(name)
@@ -83,7 +83,7 @@ def table_address(e: Emitter, table: np.ndarray) -> Any:
 
 
 def gather(e: Emitter, table: np.ndarray, places: Any, isa: Isa) -> Any:
-    """The words uint32 of a table at places, <16 x i32>, all of which are in it."""
+    """Gather the uint32 entries of a table at `places`, <16 x i32>, all within the table."""
     at = table_address(e, table)
     if not (isa.wide or isa & Isa.AVX2):
         found = e.zeros(I32)
@@ -103,12 +103,12 @@ def gather(e: Emitter, table: np.ndarray, places: Any, isa: Isa) -> Any:
 
 
 def _row(numbers: Sequence[int], count: int) -> ir.Constant:
-    """The numbers again and again, `count` bytes."""
+    """Repeat the numbers to a vector of `count` bytes."""
     return ir.Constant(vector(I8, count), [ir.Constant(I8, number) for number in list(numbers) * (count // 16)])
 
 
 def _by_selection(e: Emitter, numbers: Sequence[int], words: Any) -> Any:
-    """Four rounds, each by one bit of the bytes, in which the numbers that are left become half as many."""
+    """Look up by four selections; each uses one bit of the indices and halves the number of candidates."""
     places = e.b.bitcast(words, vector(I8, _BYTES))
     left: list[Any] = [e.constant(I8, number, _BYTES) for number in numbers]
     for bit in range(4):

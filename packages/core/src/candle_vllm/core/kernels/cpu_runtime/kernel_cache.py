@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Cache of compiled kernels on disk: their file names, and when they may be trusted.
+"""Cache of compiled kernels on disk: file names, and the checks that decide whether a file may be used.
 
-A kernel is stored in the folder of its CPU level, in a file that is named by the operation, its constants and a key: a
-hash of the sources of the machine code (`sources`). So a change of one module recompiles only those kernels that depend
+A kernel is stored in the folder of its CPU level. Its file name consists of the operation, its constants and a key: a
+hash of the sources of the machine code (`sources`). So the change of a module recompiles only the kernels that depend
 on it, and several versions of a kernel can be in the folder.
 """
 
@@ -39,19 +39,19 @@ from candle_vllm.core.progress import tell
 logger = logging.getLogger(__name__)
 
 TRAVELLING = Path(__file__).parent.parent / "compiled"
-"""Where the precompiled kernels of the package lie, a folder for each level; see `travelling`."""
+"""Folder of the package's precompiled kernels, with a folder for each level; see `travelling`."""
 
 CORE = Path(__file__).parents[2]
 """The folder of the package `candle_vllm.core`."""
 
 WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
-"""Names of the files of all kernels that are compiled together, by whichever process, where they are known."""
+"""File names of all kernels that are compiled together, by any process; empty if they are not known."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
 _IMPORTS, _ASKED = "imports", "asked"
-_CODE = ""  # the entry of a module's hash among its imports, which have names
+_CODE = ""  # key of a module's own hash in the dict of its imports; the other keys are module names
 _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
@@ -68,7 +68,7 @@ def kernel_cache() -> Path | None:
     try:
         root = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm").resolve()
         folder, new = _own_folder(root, root / "kernels" / host_level().name)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links go round
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
         logger.warning(
             "the CPU kernels are compiled at every start, which takes some ten seconds: %s; XDG_CACHE_HOME names "
             "another place for the cache folder",
@@ -92,10 +92,10 @@ def can_compile() -> bool:
 
 
 def is_first_start() -> bool:
-    """Whether several kernels must be compiled, by the note of the kernels that the last such start requested.
+    """Whether several kernels must be compiled, judged by the list of kernels that the last such start requested.
 
-    Without a note this is the first start. The needed kernels are known only after a plan was recorded, which would
-    take too long at every start. Noted kernels of another version that shares the folder, which this version does not
+    Without this list, it is the first start. The needed kernels are known only after a plan was recorded, which would
+    take too long at every start. Listed kernels of another version that shares the folder, which this version does not
     have, do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
@@ -108,19 +108,19 @@ def is_first_start() -> bool:
 def _is_missing_here(name: str) -> bool:
     try:
         return is_missing(name)
-    except (FileNotFoundError, ValueError):  # no kernel of this version
+    except (FileNotFoundError, ValueError):  # this version has no such kernel
         return False
 
 
 def note_asked(names: Iterable[str]) -> None:
-    """Note the functions that a start requests, for `is_first_start`."""
+    """Save the names of the functions that a start requests, for `is_first_start`."""
     folder = kernel_cache()
     if folder is not None:
         keep(folder / _ASKED, "\n".join(names).encode())
 
 
 def is_missing(name: str) -> bool:
-    """Whether a function has not been compiled yet from the present sources, and can be compiled and kept."""
+    """Whether no code of the current sources is stored for a function, although it can be compiled and stored."""
     kept = kept_name(name, host_level())
     if importlib.util.find_spec("numba") is None or (_travelling() / kept).exists():
         return False
@@ -134,11 +134,11 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     A damaged file or a full disk costs a warning and the time to compile again.
 
     Args:
-        name: "folder.module.function" below `kernels`, then the constants: what names the file beside the key.
-        make: the function to be compiled, see `compiler.compile_function`; called only where that has to be.
+        name: "folder.module.function" below `kernels`, then the constants; the file name is this name and the key.
+        make: returns the function to compile, see `compiler.compile_function`; called only if it must be compiled.
 
     Raises:
-        ConfigError: it has to be compiled, and Numba is not installed.
+        ConfigError: the function must be compiled, and Numba is not installed.
     """
     kept = kept_name(name, host_level())
     code = _read(_travelling() / kept)
@@ -159,12 +159,12 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
 
 
 def _travelling() -> Path:
-    """Where the precompiled kernels for this CPU would lie in the package."""
+    """Return the folder of the package for precompiled kernels of this CPU's level; it may not exist."""
     return TRAVELLING / host_level().name
 
 
 def compile_image(function: Callable[..., None], level: Level) -> bytes:
-    """The machine code of a function, as it is kept: an image where `machine_code` can load it, else an object file."""
+    """Compile a function to its stored form: an image if `machine_code` can load it, otherwise an object file."""
     from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 
     made = compile_function(function, level)
@@ -175,22 +175,22 @@ def compile_image(function: Callable[..., None], level: Level) -> bytes:
     except machine_code.LinkError:
         if level.machine == "x86_64":
             raise
-        return made  # LLVM knows kinds of relocations on ARM64 that we do not
+        return made  # LLVM uses kinds of relocations on ARM64 that `machine_code` does not support
 
 
 @cache
 def _compiled() -> count[int]:
-    """Counts what this process has compiled."""
+    """Return the counter of the kernels that this process has compiled."""
     return count(1)
 
 
 def _tell(folder: Path | None) -> None:
-    """Says how many kernels there are now, of those that are wanted together, else how many were compiled here."""
+    """Report progress: how many of the kernels in `WANTED` are stored, or how many this process has compiled."""
     here = done = next(_compiled())
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was announced
+    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was logged before
         logger.warning("compiling further CPU kernels for this machine: once, and some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be kept"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
@@ -207,20 +207,20 @@ def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[...
 
 
 def keep_kernel(folder: Path, name: str, level: Level, code: bytes) -> None:
-    """Keeps the code of a function, see `kept_name`; not if one of its sources has changed since this process began."""
+    """Store the code of a function, see `kept_name`; not if one of its sources has changed since this process began."""
     kept = kept_name(name, level)
     for noted in (_key, _source, _source_path):
         noted.cache_clear()
-    with suppress(OSError):  # a source is gone
+    with suppress(OSError):  # a source file was removed
         if kept_name(name, level) == kept:
             keep(folder / kept, code)
 
 
 def keep(path: Path, code: bytes) -> None:
-    """Writes a file that is there whole or not at all, whoever else writes it; a full disk costs a warning."""
+    """Write a file atomically, also with concurrent writers; a full disk costs a warning."""
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)  # somebody may have cleared the cache
+        path.parent.mkdir(mode=0o700, exist_ok=True)  # the user may have deleted the cache
         part.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         part.replace(path)
     except OSError as error:
@@ -230,7 +230,7 @@ def keep(path: Path, code: bytes) -> None:
 
 
 def _read(path: Path, *, used: bool = False) -> bytes | None:
-    """Read what `keep` wrote to a file, and update its time of use; None for a missing or damaged file."""
+    """Read a file that `keep` wrote, and update its time of use; None for a missing or damaged file."""
     try:
         kept = path.read_bytes()
         if used:
@@ -248,7 +248,7 @@ def _read(path: Path, *, used: bool = False) -> bytes | None:
     return None
 
 
-# ---- keys: what a kernel is made from --------------------------------------------------------------------------------
+# ---- keys: hashes of a kernel's sources ------------------------------------------------------------------------------
 
 
 def kept_name(name: str, level: Level) -> str:
@@ -265,7 +265,7 @@ def _key(module: str, level: Level) -> str:
     path = _imports_path() if _parsed() else None
     if path is not None:
         new = dict(_parsed())
-        _known_imports.cache_clear()  # another process may have noted others
+        _known_imports.cache_clear()  # another process may have added imports
         keep(path, json.dumps(_known_imports(path) | new).encode())
         _known_imports.cache_clear()
         _parsed().clear()
@@ -273,15 +273,15 @@ def _key(module: str, level: Level) -> str:
 
 
 def sources(module: str, core: Path = CORE) -> dict[str, str]:
-    """Hashes of all sources that a kernel's machine code depends on, by module; of their code alone (`code_hash`).
+    """Return the hashes (`code_hash`) of all sources that a kernel's machine code depends on, by module.
 
-    They are the kernel's own module, this module with the compiler that it calls, and every module of
+    These are the kernel's own module, this module with the compiler that it calls, and every module of
     `candle_vllm.core` that these import, directly or through others. Modules outside `kernels` count, because generated
-    code contains what they define: the layouts and code tables of `candle_vllm.core.quantization` above all. Imports in
-    functions count; imports under TYPE_CHECKING do not, because they never run. A package on the way to an imported
-    module counts by its own text and not by what it imports, because it gives the importing module no name. Modules of
-    Triton do not count: nothing that is compiled here calls them. Modules that are imported by a computed name are not
-    seen, so a kernel must not use any.
+    code contains values that they define, above all the layouts and code tables of `candle_vllm.core.quantization`.
+    Imports in functions count; imports under TYPE_CHECKING do not, because they never run. A package that contains an
+    imported module counts by its own text, not by its imports, because it gives the importing module no name. Modules
+    of Triton do not count: no code that is compiled here calls them. Modules that are imported by a computed name
+    are not found, so a kernel must not use any.
 
     Args:
         module: "folder.module" below `kernels`.
@@ -290,14 +290,14 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     Raises:
         FileNotFoundError: there is no such module.
     """
-    if not (core / "__init__.py").is_file():  # an application that carries bytecode only
+    if not (core / "__init__.py").is_file():  # an application that is shipped as bytecode only
         from importlib.metadata import version
 
         return {module: version("candle-vllm-core")}
     found, wanted = dict[str, str](), [f"{_PACKAGE}.kernels.{module}", __name__]
     if _source_path(core, wanted[0]) is None:
         raise FileNotFoundError(f"{wanted[0]} has no source file")
-    for name in wanted:  # which grows
+    for name in wanted:  # the list grows in the loop
         if name not in found and not name.rpartition(".")[2].startswith("triton"):
             found[name], imported = _source(core, name)
             wanted += imported
@@ -309,7 +309,7 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
 
 @cache
 def _source_path(core: Path, module: str) -> Path | None:
-    """The source file of a module of `candle_vllm.core`; None where the name is not the name of such a module."""
+    """Return the source file of a module of `candle_vllm.core`; None if no such module exists."""
     if not f"{module}.".startswith(f"{_PACKAGE}."):
         return None
     folder = core.joinpath(*module.removeprefix(_PACKAGE).split("."))
@@ -322,10 +322,10 @@ def _is_package(path: Path) -> bool:
 
 @cache
 def _source(core: Path, module: str) -> tuple[str, list[str]]:
-    """The hash of a module's code, and the modules of `candle_vllm.core` that the module imports.
+    """Return the hash of a module's code, and the modules of `candle_vllm.core` that the module imports.
 
-    The hash of a file that changed after this process began is of use to this process alone: some modules may have been
-    imported before the change and others after it, so what is compiled from them fits no other process.
+    The hash of a file that changed after this process began is valid in this process only: some modules may have been
+    imported before the change and others after it, so code that is compiled from them fits no other process.
     """
     path = _source_path(core, module)
     assert path is not None
@@ -344,9 +344,9 @@ def _source(core: Path, module: str) -> tuple[str, list[str]]:
 
 
 def _imports(text: bytes) -> _Imports:
-    """What a source imports, and its `code_hash`, as noted about a file with the same hash, else from its syntax tree.
+    """Return a source's imports and its `code_hash`: stored ones of a file with the same hash, or from its syntax tree.
 
-    Without the notes a start would parse some 60 files, which takes a quarter of a second (November 2026).
+    Without the stored imports a start would parse some 60 files, which takes a quarter of a second (November 2026).
     """
     mark = _mark(text)
     if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
@@ -362,13 +362,13 @@ def _note(text: bytes) -> _Imports:
 
 
 def _imports_path() -> Path | None:
-    """The file of notes in the cache folder, which is not made where nothing can be compiled."""
+    """Return the file of stored imports in the cache folder; the folder is not created if compiling is impossible."""
     folder = kernel_cache() if has_compiler() else None
     return None if folder is None else folder.parent / _IMPORTS
 
 
 def _mark(text: bytes) -> str:
-    """What the imports of a file are noted under: its hash, and the hash of this module, which reads them."""
+    """Return the key of a file's stored imports: its hash, and the hash of this module, which parses them."""
     return hashlib.sha256(text).hexdigest()[:32] + _own_hash()
 
 
@@ -378,7 +378,7 @@ def _own_hash() -> str:
 
 
 def code_hash(text: bytes) -> str:
-    """Hash of a source without comments, docstrings and empty lines, which change no machine code.
+    """Return the hash of a source without comments, docstrings and empty lines, which change no machine code.
 
     It is the same for every version of Python, so that precompiled kernels fit them all.
     """
@@ -390,7 +390,7 @@ def code_hash(text: bytes) -> str:
     nodes = [*ast.walk(ast.parse(text))]
     for node in nodes:
         if isinstance(node, ast.Constant | ast.JoinedStr):
-            inside.update(range(node.lineno, node.end_lineno or 0))  # a string's empty lines are its own
+            inside.update(range(node.lineno, node.end_lineno or 0))  # empty lines inside a string count
     for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             first, end = node.lineno - 1, node.end_lineno or node.lineno
@@ -401,12 +401,12 @@ def code_hash(text: bytes) -> str:
 
 
 def parse_imports(text: bytes) -> _Imports:
-    """What a source imports, by its syntax tree: names of modules as they stand there, and names that come from them.
+    """Return a source's imports by its syntax tree: modules as the source writes them, and names imported from them.
 
     Modules of other distributions are left out.
     """
     imports, nodes = dict[str, list[str]](), [ast.parse(text)]
-    for node in nodes:  # which grows
+    for node in nodes:  # the list grows in the loop
         if isinstance(node, ast.Import):
             for name in (alias.name for alias in node.names):
                 for end in (*(at for at, letter in enumerate(name) if letter == "."), len(name)):
@@ -424,20 +424,20 @@ def parse_imports(text: bytes) -> _Imports:
 
 @cache
 def _parsed() -> dict[str, _Imports]:
-    """By `_mark` what files import that this process has parsed, until that is noted on disk."""
+    """Return, by `_mark`, the imports of the files that this process has parsed and not yet stored on disk."""
     return {}
 
 
 @cache
 def _known_imports(path: Path) -> dict[str, _Imports]:
-    """The same as noted on disk by whichever process."""
+    """Return, by `_mark`, the imports that any process stored on disk."""
     kept = _read(path)
     known = {} if kept is None else json.loads(kept)
     return known if len(known) <= _MOST_IMPORTS else {}
 
 
 def keep_imports(modules: Iterable[str], folder: Path) -> None:
-    """Writes beside precompiled kernels what the sources of these kernels import."""
+    """Write the imports of these kernels' sources to the folder of precompiled kernels."""
     found = {}
     for module in modules:
         for name in sources(module):
@@ -452,7 +452,7 @@ def fingerprint(level: Level) -> str:
     """Return a hash of the sources of all CPU kernels and of a level, on which values of offloaded KV blocks depend."""
     digest = hashlib.sha256()
     for path in sorted((CORE / "kernels").glob("*/*.py")):
-        if not path.name.startswith("triton"):  # the GPU's, which nothing compiled here calls
+        if not path.name.startswith("triton"):  # GPU kernels, which no code compiled here calls
             digest.update(path.read_bytes())
     digest.update(f"{level.name} {level.cpu}".encode())
     return digest.hexdigest()[:16]
@@ -464,7 +464,7 @@ def fingerprint(level: Level) -> str:
 def _own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     """Create `folder` for this user alone, if it does not exist; return it, and whether it is new.
 
-    Its files are executed, so that no other user may be able to write there.
+    Its files are executed, so no other user may be able to write to it.
 
     Raises:
         OSError: it cannot be created or written, or another user can write to it or to a folder above, up to `root`.
@@ -494,7 +494,7 @@ def _check_owner(path: Path) -> None:
 def _drop_old(folder: Path) -> None:
     """Delete old versions of kernels in a level's folder: of each kernel all but the few that were used last.
 
-    Files that were used within a day stay in any case, for users who switch between versions or branches. A process
+    Files that were used within a day are never deleted, for users who switch between versions or branches. A process
     that still runs a deleted kernel has its code in memory. Links are not followed. Folders of earlier versions of this
     package, with all kernels of a version, are deleted a month after their last use.
     """
@@ -505,7 +505,7 @@ def _drop_old(folder: Path) -> None:
             used = info.st_mtime if stat.S_ISREG((info := path.lstat()).st_mode) else time.time()
             if re.fullmatch("[0-9a-f]{16}", key):
                 versions[name].append((used, path))
-            elif key == "tmp" and used < day_ago:  # of a process that was killed
+            elif key == "tmp" and used < day_ago:  # left by a process that was killed
                 path.unlink()
         for found in versions.values():
             for used, path in sorted(found, reverse=True)[_KEPT_VERSIONS:]:

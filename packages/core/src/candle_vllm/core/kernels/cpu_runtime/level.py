@@ -20,28 +20,28 @@ from typing import NamedTuple
 from candle_vllm.core.errors import ConfigError
 
 LANES = 16
-"""Numbers of 32 bits in a vector of the kernels."""
+"""Number of 32-bit lanes in a vector of the kernels."""
 
 
 class Isa(enum.IntFlag):
     """Instruction sets beyond the baseline; tests pass other sets."""
 
     GENERIC = 0
-    VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
-    BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
+    VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed in groups of four
+    BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed in pairs
     AMX = 4  # AMX-BF16 and -INT8: 16 by 16 sums of 32 products of bfloat16, or of up to 64 of 8 bits
-    AVX512 = 8  # 32 registers of 512 bits; every CPU with one of the two above has them
+    AVX512 = 8  # 32 registers of 512 bits; every CPU with VNNI or BF16 has them
     AVX2 = 16  # 16 registers of 256 bits; every CPU with AVX-512 has them
-    AVX_VNNI = 32  # VNNI's instructions with 256 bits, without AVX-512
+    AVX_VNNI = 32  # the instructions of VNNI with 256 bits, without AVX-512
     NEON = 64  # 32 registers of 128 bits
-    DOTPROD = 128  # 16 products of 8 bits, summed by fours, with one activation for all
-    I8MM = 256  # 2 x 8 times 8 x 2 numbers of 8 bits
-    ARM_BF16 = 512  # DOTPROD's way with bfloat16, summed by twos
-    VBMI = 1024  # AVX512-VBMI: 64 bytes are chosen from 128
+    DOTPROD = 128  # 16 products of 8 bits, summed in groups of four; all use the same four activations
+    I8MM = 256  # product of 2 x 8 and 8 x 2 matrices of 8-bit integers
+    ARM_BF16 = 512  # as DOTPROD, but with bfloat16, summed in pairs
+    VBMI = 1024  # AVX512-VBMI: selects 64 bytes out of 128
 
     @property
     def bf16(self) -> Isa:
-        """Which products of bfloat16 there are, if any."""
+        """The instruction sets for bfloat16 products, if any."""
         return self & (Isa.BF16 | Isa.AMX | Isa.ARM_BF16)
 
     @property
@@ -59,7 +59,7 @@ class Level(NamedTuple):
         cpu: LLVM's name of a CPU with these instructions and few others.
         isa: instruction sets that the kernels use explicitly.
         flags: Linux's names of the instruction sets.
-        features: instructions that no `cpu` has without many others, in LLVM's spelling: "+avxvnni".
+        features: LLVM's names of instructions that no `cpu` has without many others, such as "+avxvnni".
     """
 
     name: str
@@ -106,20 +106,20 @@ LEVELS = (
     Level("neon-dotprod", "aarch64", "generic", Isa.DOTPROD | Isa.NEON, _DOTPROD, "+lse,+fullfp16,+dotprod"),
     Level("neon", "aarch64", "generic", Isa.NEON, _NEON),
 )
-"""Of each architecture the most able first. Sources: the x86-64 psABI (v3); the vendors' and LLVM's tables of CPUs."""
+"""Levels, the highest first in each architecture. Sources: the x86-64 psABI (v3); CPU tables of vendors and LLVM."""
 
 
-# ---- which of them this CPU has --------------------------------------------------------------------------------------
+# ---- level of this CPU -----------------------------------------------------------------------------------------------
 
 
 def host_level() -> Level:
-    """Return the level that kernels are compiled for: the chosen one, otherwise the highest of this CPU."""
+    """Return the level that kernels are compiled for: the chosen level, otherwise the highest level of this CPU."""
     return next(iter(_chosen()), None) or best_level()
 
 
 @cache
 def best_level() -> Level:
-    """Return the highest level of this CPU; without one in `LEVELS`, its own level with LLVM's name of the CPU."""
+    """Return the highest level of this CPU; if no level fits, one with LLVM's name of the CPU."""
     return level_of(host_flags()) or _native()
 
 
@@ -141,17 +141,17 @@ def choose_level(name: str | None) -> None:
 
 @cache
 def _chosen() -> list[Level]:
-    """The level that was chosen, where one was."""
+    """Return the list of the chosen level; empty if no level was chosen."""
     return []
 
 
 def host_isa() -> Isa:
-    """The instructions of this CPU that the kernels use."""
+    """Return the instruction sets of this CPU that the kernels use."""
     return host_level().isa
 
 
 def machine() -> str:
-    """The architecture of this CPU as Linux names it."""
+    """Return the architecture of this CPU, as Linux names it."""
     found = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(found, found)
 
@@ -173,15 +173,15 @@ def bytes_ahead() -> int:
 
 
 def links_here() -> bool:
-    """Whether machine code is linked by `machine_code` itself."""
+    """Whether `machine_code` links the machine code, without LLVM."""
     return sys.platform == "linux" and machine() in ("x86_64", "aarch64")
 
 
 @cache
 def host_flags() -> frozenset[str]:
-    """The instructions of this CPU in Linux's words, as far as they can be known."""
+    """Return the instruction sets of this CPU by Linux's names, as far as the system reports them."""
     if machine() == "aarch64":
-        with suppress(OSError, AttributeError):  # of a system that is not as it says
+        with suppress(OSError, AttributeError):  # if the system does not have the interface
             if sys.platform == "linux":
                 return _flags_of_hwcap()
             if sys.platform == "darwin":
@@ -196,7 +196,7 @@ _ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18
 
 
 def _may_use_amx() -> bool:
-    """Asks Linux for AMX, for this process: it keeps the large registers of those alone who asked.
+    """Ask Linux for permission to use AMX in this process; Linux saves the AMX registers only for such processes.
 
     Source: Linux, Documentation/arch/x86/xstate.rst.
     """
@@ -246,11 +246,11 @@ _OF_LINUX = {
     "dotprod": "asimddp",
     "fullfp16": "asimdhp",
 }
-"""Flags that LLVM calls otherwise than Linux does."""
+"""Linux's name of each flag for which LLVM has another name."""
 
 
 def _flags_of_llvm() -> frozenset[str]:
-    """What LLVM found that this CPU has, where the system does not say it (Windows), in Linux's words."""
+    """Return the CPU's flags as LLVM detects them, by Linux's names, for systems that do not report them (Windows)."""
     if importlib.util.find_spec("llvmlite") is None:
         return frozenset()
     import llvmlite.binding
@@ -260,8 +260,8 @@ def _flags_of_llvm() -> frozenset[str]:
 
 
 def _native() -> Level:
-    """No instructions are asked for by name: which of them the CPU has that LLVM names here is LLVM's affair."""
-    if importlib.util.find_spec("llvmlite") is None:  # and so nothing that compiles for it
+    """Return a level that names no instructions; LLVM decides which ones it uses for the CPU that it detects."""
+    if importlib.util.find_spec("llvmlite") is None:  # then nothing can be compiled either
         return Level("native", machine(), "", Isa.GENERIC, frozenset())
     import llvmlite.binding
 
@@ -269,7 +269,7 @@ def _native() -> Level:
 
 
 def _cpu_facts(name: str) -> list[str]:
-    """The words that Linux has for a CPU under a name; nothing elsewhere."""
+    """Return the words of an entry of /proc/cpuinfo; empty on other systems."""
     try:
         linux = sys.platform == "linux" and machine() == "x86_64"
         lines = Path("/proc/cpuinfo").read_text().splitlines() if linux else []

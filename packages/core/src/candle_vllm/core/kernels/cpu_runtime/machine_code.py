@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Machine code of Linux without LLVM, x86-64 and ARM64: an object file becomes an image that runs where it is mapped.
+"""Linking and loading of machine code on Linux without LLVM (x86-64, ARM64): from an object file to an image.
 
-An image is text and constants, linked with each other; calls to the C library go through slots behind them, which are
-filled when the image is loaded. It begins at a page. Sources: the System V ABI's ELF-64 object files, its AMD64
+An image is text and constants, already linked. It can be mapped at any page. Calls to the C library go through slots at
+its end, which are filled when the image is loaded. Sources: the System V ABI's ELF-64 object files, its AMD64
 supplement, and ELF for the Arm 64-bit Architecture (AAELF64).
 """
 
@@ -20,15 +20,15 @@ from typing import NamedTuple
 from candle_vllm.core.kernels.cpu_runtime.level import machine
 
 ENTRY = "candle_entry"
-"""The symbol of an object file that is called."""
+"""Symbol of the function in an object file."""
 
 _PROGBITS, _SYMTAB, _RELA = 1, 2, 4
 _WRITABLE = 1
-_X86, _ARM = 62, 183  # machines
+_X86, _ARM = 62, 183  # machine numbers of ELF
 _STUB_BYTES, _SLOT_BYTES, _PAGE = 16, 8, 4096
 
-# Kinds of relocations. Of x86-64: the distance to a symbol, which may be a function elsewhere. Of ARM64: of a call or
-# jump that distance in instructions; of an address its page, and its place in the page in units of what is read there.
+# Kinds of relocations. x86-64: the distance to a symbol, perhaps of an external function. ARM64: for a call or jump the
+# distance in instructions; for an address its page, and its offset in the page in units of the size that is read.
 _PC32, _PLT32 = 2, 4
 _JUMP26, _CALL26, _PAGE21 = 282, 283, 275
 _PLACES = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
@@ -36,12 +36,12 @@ _CALLS = {_X86: (_PLT32,), _ARM: (_JUMP26, _CALL26)}
 
 
 class Image(NamedTuple):
-    """Code that runs wherever it is mapped.
+    """Position-independent code.
 
     Attributes:
         code: the bytes.
-        entry: where the function begins.
-        slots: by name, where the address of a function of the C library belongs, 8 bytes.
+        entry: offset of the function.
+        slots: offset of the 8-byte slot of each function of the C library, by the function's name.
     """
 
     code: bytes
@@ -60,17 +60,17 @@ class _Section(NamedTuple):
 
 
 class LinkError(ValueError):
-    """An object file has something that code which runs anywhere cannot have."""
+    """An object file contains something that position-independent code cannot have."""
 
 
 # ---- from an object file to an image ---------------------------------------------------------------------------------
 
 
 def link(made: bytes) -> Image:
-    """Links an object file of LLVM's, position-independent code of the small model.
+    """Link an object file of LLVM: position-independent code of the small model.
 
     Raises:
-        LinkError: it writes to memory of its own, or names what is no function of the C library.
+        LinkError: the code has writable memory, or refers to a symbol that is not a function of the C library.
     """
     kind_of_cpu, sections = _sections(made)
     symbols = _symbols(made, sections)
@@ -78,8 +78,8 @@ def link(made: bytes) -> Image:
     relocations = {part.info: _relocations(made, part) for part in sections if part.kind == _RELA}
     code, starts = bytearray(), dict[int, int]()
     wanted = [entry[1]]
-    for number in wanted:  # which grows: what the code names, and what that names
-        section = sections[number] if number < len(sections) else None  # higher ones: memory without contents
+    for number in wanted:  # the list grows in the loop: sections that the code refers to, directly or indirectly
+        section = sections[number] if number < len(sections) else None  # higher numbers: memory without contents
         if section is None or section.kind != _PROGBITS or section.flags & _WRITABLE:
             raise LinkError("the code has memory of its own; an error of Python's, such as of range() by 0, needs some")
         code += bytes(-len(code) % max(section.align, 1))
@@ -108,14 +108,14 @@ def link(made: bytes) -> Image:
 
 
 def _stub(machine: int, distance: int) -> bytes:
-    """A jump to the address in a slot, so far away from it."""
+    """Return a jump to the address in a slot; `distance` is the distance from the jump to the slot."""
     if machine == _X86:
         return (b"\xff\x25" + struct.pack("<i", distance - 6)).ljust(_STUB_BYTES, b"\xcc")  # jmp *distance(%rip)
     return struct.pack("<II8x", 0x58000010 | distance >> 2 << 5, 0xD61F0200)  # ldr x16, distance; br x16
 
 
 def _patch(machine: int, code: bytearray, at: int, kind: int, target: int) -> bool:
-    """Writes where a symbol is; returns whether this kind of relocation is known."""
+    """Write the address of a symbol for a relocation; return whether this kind of relocation is supported."""
     if machine == _X86:
         if kind in (_PC32, _PLT32):
             struct.pack_into("<i", code, at, target - at)
@@ -135,7 +135,7 @@ def _patch(machine: int, code: bytearray, at: int, kind: int, target: int) -> bo
 
 
 def _sections(made: bytes) -> tuple[int, list[_Section]]:
-    """The machine that a file is for, and its sections."""
+    """Return the machine that a file is for, and its sections."""
     kind, machine = struct.unpack_from("<HH", made, 16) if len(made) >= 64 else (0, 0)
     if made[:6] != b"\x7fELF\x02\x01" or kind != 1 or machine not in (_X86, _ARM):
         raise LinkError("not an object file of x86-64 or ARM64")
@@ -145,7 +145,7 @@ def _sections(made: bytes) -> tuple[int, list[_Section]]:
 
 
 def _symbols(made: bytes, sections: list[_Section]) -> list[tuple[str, int, int]]:
-    """Name, number of the section (0: elsewhere) and place in it of every symbol."""
+    """Return name, number of the section (0: external) and offset in it of every symbol."""
     (table,) = (section for section in sections if section.kind == _SYMTAB)
     names = sections[table.link].offset
     found = []
@@ -157,7 +157,7 @@ def _symbols(made: bytes, sections: list[_Section]) -> list[tuple[str, int, int]
 
 
 def _relocations(made: bytes, section: _Section) -> list[tuple[int, int, int, int]]:
-    """Place, kind, number of the symbol and addend of every relocation."""
+    """Return offset, kind, number of the symbol and addend of every relocation."""
     found = (struct.unpack_from("<QQq", made, at) for at in range(section.offset, section.offset + section.size, 24))
     return [(at, info & 0xFFFFFFFF, info >> 32, addend) for at, info, addend in found]
 
@@ -166,11 +166,11 @@ def _relocations(made: bytes, section: _Section) -> list[tuple[int, int, int, in
 
 
 def load(image: Image) -> int:
-    """Maps an image for the life of the process; returns the address of its function.
+    """Map an image for the life of the process; return the address of its function.
 
     Raises:
-        OSError: the system gives no memory that may be executed.
-        LinkError: the C library has no function of a name.
+        OSError: the system provides no executable memory.
+        LinkError: the C library lacks a function of the image.
     """
     assert sys.platform == "linux"
     code = bytearray(image.code)
@@ -187,7 +187,7 @@ def load(image: Image) -> int:
 
 
 def _map_file(code: bytes) -> int:
-    """Maps code from a file in memory: of a file's pages the system sees to it that instructions are not stale."""
+    """Map code through a file in memory: for pages of a file, the system keeps the instruction cache coherent."""
     assert sys.platform == "linux"
     file = os.memfd_create("kernel")
     try:
@@ -209,7 +209,7 @@ def _mapped(libc: ctypes.CDLL, size: ctypes.c_size_t, protection: int, flags: in
 
 @cache
 def _function_address(name: str) -> int:
-    for library in (None, "libm.so.6"):  # Python itself is linked with both, on most systems
+    for library in (None, "libm.so.6"):  # on most systems, Python itself is linked with both
         try:
             return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
         except (AttributeError, OSError):
@@ -221,13 +221,13 @@ def _function_address(name: str) -> int:
 
 
 def to_bytes(image: Image) -> bytes:
-    """What `from_bytes` reads."""
+    """Serialise an image for `from_bytes`."""
     head = json.dumps({"entry": image.entry, "slots": image.slots}).encode()
     return struct.pack("<Q", len(head)) + head + image.code
 
 
 def from_bytes(kept: bytes) -> Image:
-    """The image, of bytes that are known to be whole."""
+    """Return the image of bytes that `to_bytes` made; their integrity was checked before."""
     (size,) = struct.unpack_from("<Q", kept)
     head = json.loads(kept[8 : 8 + size])
     return Image(kept[8 + size :], head["entry"], head["slots"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record products by the format of a matrix: the form of its input, and its operations.
+"""Record matrix products, by the format of the matrix: the form of the input, and the operations.
 
 Matrices of all kinds may be fused in one product; each form of their common input is computed once.
 """
@@ -46,11 +46,11 @@ class InputRows:
     """Source of an input.
 
     Attributes:
-        x, stride: address of float32 rows, and floats from one to the next.
+        x, stride: address of float32 rows, and row stride in floats.
         columns: K, after the prologue.
         prologue: computation that is fused with the conversion.
-        weight, eps: of a norm; the weight's address.
-        picked, rows_from: which rows: addresses as in `QuantiseArguments`.
+        weight, eps: arguments of a norm; weight is an address.
+        picked, rows_from: selection of rows, as in `QuantiseArguments`.
     """
 
     x: int
@@ -65,7 +65,7 @@ class InputRows:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """An input in one form: the arguments of operations that read it, and its memory."""
+    """An input in one form: the arguments of operations that read it, and the arrays that hold it."""
 
     arguments: Mapping[str, int]
     arrays: tuple[np.ndarray, ...]
@@ -77,7 +77,7 @@ def make_forms(
     """Record the computation of an input in several different forms, with at most one barrier after it."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
-    if recorder.adapted and rows is not None and Groups() in forms:  # in one go: adapters read what is not quantised
+    if recorder.adapted and rows is not None and Groups() in forms:  # at once: adapters read the plain input
         last = barrier and len(forms) == 2
         made = dict(zip((Groups(), rows), _make_both(recorder, rows, source, copies=copies, barrier=last)))
     left = [form for form in forms if form not in made]
@@ -89,7 +89,7 @@ def make_forms(
 def _make_both(
     recorder: Recorder, form: RowForm, source: InputRows, *, copies: int, barrier: bool
 ) -> tuple[Inputs, Inputs]:
-    """Records the making of an input in groups and as rows."""
+    """Record the computation of an input both in groups and as rows."""
     columns = source.columns
     out = recorder.memory(copies * columns, np.int16 if form is RowForm.BF16 else np.float32)
     groups = _make_inputs(recorder, Groups(), source, copies=copies, barrier=barrier, rows=(form, address_of(out)))
@@ -105,7 +105,7 @@ def _make_inputs(
     barrier: bool = True,
     rows: tuple[RowForm, int] | None = None,
 ) -> Inputs:
-    """Records the making of an input, which has up to `copies` rows for each token; of groups, of `rows` too."""
+    """Record the computation of an input, with up to `copies` rows for each token; with groups also given `rows`."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
@@ -125,7 +125,7 @@ def _make_inputs(
 
 
 def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copies: int, barrier: bool) -> Inputs:
-    """What is computed on the way comes first, then the order, then the groups."""
+    """Record the computation of an input with reordered columns: first the prologue, then order and groups."""
     columns, arrays = source.columns, ()
     x, stride, picked = source.x, source.stride, source.picked
     if source.prologue is not Prologue.NONE:
@@ -149,7 +149,7 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
-    """A linear operation and its arguments, for `Recorder.add`; `how` as for `tiles.linear_arguments`."""
+    """Return a linear operation and its arguments, for `Recorder.add`; `how` as for `operation.linear_arguments`."""
     recorder.keep_matrix(matrix)
     kernels = _KERNELS[type(matrix)]
     arguments = kernels.linear_arguments(matrix, **inputs.arguments, **how)

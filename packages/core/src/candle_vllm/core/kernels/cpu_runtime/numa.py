@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """CPU ranks: groups of a team's threads, one for each NUMA node, and memory on the node of the rank that reads it.
 
-A rank has consecutive threads, and an operation's pieces are in the order of threads. So a rank multiplies the same
-rows, on the same pages of memory, in every step.
+A rank consists of consecutive threads, and an operation is divided in the order of threads. So a rank multiplies the
+same rows of weights, on the same pages of memory, in every step.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ PAGE = mmap.PAGESIZE
 
 
 class CpuRank(NamedTuple):
-    """Group of threads.
+    """Group of threads of one NUMA node, or of several.
 
     Attributes:
         cpus: CPUs on which the threads run.
         nodes: NUMA nodes of these CPUs.
-        memory: nodes of the group's memory pages.
+        memory: nodes from which the group's memory is allocated.
     """
 
     cpus: frozenset[int]
@@ -48,14 +48,14 @@ class CpuRank(NamedTuple):
 
 
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
-    """Asks Linux for pages of these nodes when memory is first touched: of one where it has some left, of several in
-    turns.
+    """Ask Linux to allocate pages on these nodes when the memory is first touched: on a single node while it has free
+    memory; on several nodes, pages are interleaved.
 
     Args:
-        address, size: whole pages.
+        address, size: address and size in bytes of whole pages.
 
     Returns:
-        0, or the number of the system's error.
+        0, or the errno of the failure.
     """
     call = _MBIND.get(platform.machine().lower())
     if call is None or sys.platform != "linux":
@@ -91,7 +91,7 @@ class CpuRanks:
 
     @property
     def threads(self) -> int:
-        """Of the team."""
+        """Number of threads of the team."""
         return self.starts[-1]
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class CpuRanks:
 
     @property
     def apart(self) -> bool:
-        """Whether the ranks' memory differs; otherwise no memory is placed."""
+        """Whether the ranks have different memory nodes; otherwise no memory is bound."""
         return len({rank.memory for rank in self.each}) > 1
 
     def of_thread(self, thread: int) -> int:
@@ -109,7 +109,7 @@ class CpuRanks:
         return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
 
     def borders(self, units: int) -> list[int]:
-        """Return where each rank's units begin, of `units` that threads divide, and at the end their number."""
+        """Return the first of `units` units of each rank, as threads divide them, and at the end their number."""
         return [units * start // self.threads for start in self.starts]
 
     def divides(self, heads: int) -> bool:
@@ -119,26 +119,26 @@ class CpuRanks:
         return exact and all(first < last for first, last in itertools.pairwise(shares))
 
     def pages(self, size: int) -> np.ndarray:
-        """Untouched bytes, from a page's beginning on, whose pages come from all ranks' nodes in turns."""
+        """Allocate untouched bytes from the start of a page, interleaved over all ranks' nodes."""
         memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         advice = getattr(mmap, "MADV_HUGEPAGE", None)
         if advice is not None:
             try:
                 memory.madvise(advice)
-            except OSError:  # a kernel without large pages
+            except OSError:  # a Linux kernel without huge pages
                 logger.debug("no large pages", exc_info=True)
         made = np.frombuffer(memory, np.uint8)
         self._bind(address_of(made), made.size, self.nodes)
         return made
 
     def place(self, memory: np.ndarray, borders: Sequence[int]) -> int:
-        """Has untouched memory come from its ranks' nodes, as `pages` gave it; returns how many pieces were placed.
+        """Bind untouched memory from `pages` to its ranks' nodes; return the number of ranges that were bound.
 
-        A page belongs to the rank in whose part its beginning is.
+        A page belongs to the rank whose part contains the start of the page.
 
         Args:
-            memory: of bytes, without gaps.
-            borders: where each rank's part of it begins, and where the last one ends.
+            memory: contiguous bytes.
+            borders: offset of each rank's part, and the end of the last one.
         """
         at = address_of(memory)
         edges = [-(-(at + border) // PAGE) * PAGE for border in borders]
@@ -164,7 +164,7 @@ class CpuRanks:
 
 @functools.cache
 def _say_refused(error: int) -> None:
-    """Once for each error."""
+    """Log a failed binding, once for each error."""
     logger.warning(
         "the system does not let memory be placed (%s): ranks read it wherever loading touched it first; a container "
         "may need the capability SYS_NICE",
@@ -172,7 +172,7 @@ def _say_refused(error: int) -> None:
     )
 
 
-# ---- which ranks -----------------------------------------------------------------------------------------------------
+# ---- division into ranks ---------------------------------------------------------------------------------------------
 
 
 def plan_ranks(
@@ -184,12 +184,12 @@ def plan_ranks(
 
     Args:
         asked: number of ranks; None for one per node, at most as many as threads.
-        threads: of the team.
-        cpus: which may be used; None asks the system.
-        root: where the file system begins.
+        threads: number of threads of the team.
+        cpus: usable CPUs; None asks the system.
+        root: root of the file system.
 
     Raises:
-        ConfigError: more than one elsewhere than on Linux, or more than threads.
+        ConfigError: `asked` is more than one on a system other than Linux, or more than `threads`.
     """
     if sys.platform != "linux":
         if asked is not None and asked > 1:
@@ -233,7 +233,7 @@ def _joined(nodes: Sequence[tuple[int, frozenset[int]]], root: Path) -> CpuRank:
 
 
 def _starts(weights: Sequence[float], threads: int) -> tuple[int, ...]:
-    """Shares threads by weight; each gets one."""
+    """Divide threads in proportion to weights; each share has at least one thread."""
     starts, total = [0], sum(weights)
     for rank in range(1, len(weights)):
         wanted = int(threads * sum(weights[:rank]) / total + 0.5)
@@ -261,7 +261,7 @@ def _socket(cpu: int, root: Path) -> int:
 
 
 def _memory_of(node: int, root: Path) -> int:
-    """The node itself, or the one nearest to it that has memory."""
+    """Return the node itself, or the nearest node that has memory."""
     having = parsed_ranges(read_or_nothing(root / _NODES / "has_memory"))
     if not having or node in having:
         return node
@@ -272,7 +272,7 @@ def _memory_of(node: int, root: Path) -> int:
 
 
 def parsed_ranges(text: str) -> frozenset[int]:
-    """The numbers of a list as Linux writes it, "0-3,8"; none of what is no such list."""
+    """Parse a list of numbers in Linux's notation, such as "0-3,8"; empty for any other text."""
     numbers: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
@@ -283,7 +283,7 @@ def parsed_ranges(text: str) -> frozenset[int]:
 
 
 def cpu_ranges(cpus: frozenset[int]) -> str:
-    """The same the other way round."""
+    """Return a set of CPUs in Linux's notation, the inverse of `parsed_ranges`."""
     runs = [
         [number for _, number in run] for _, run in itertools.groupby(enumerate(sorted(cpus)), lambda e: e[1] - e[0])
     ]

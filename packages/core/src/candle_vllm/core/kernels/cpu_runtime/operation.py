@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Operations: compiled functions that a plan calls by address, compiled only if they are not in the cache.
 
-An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address, [1] flags
-and the row's length in bytes (shifted by 8), [2] the address of the step's numbers (`StepNumber`), from [3] on its
-arguments: addresses and sizes. Every thread of the team calls it with its own number and does its share; it never
+An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address; [1] flags
+and the row's length in bytes (shifted by 8); [2] the address of the step's numbers (`StepNumber`); from [3] on its
+arguments: addresses and sizes. Every thread of the team calls it with its own number and computes its share; it never
 waits.
 
 **Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
-The recorder makes the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`: for the
-compiler a field is an element of the row.
+The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`. To the
+compiler, a field is an element of the row.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
 from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
 
-NUMBERS = 2  # where a row has the address of the step's numbers
+NUMBERS = 2  # index of the address of the step's numbers in a row
 FIRST_ARGUMENT = 3
 BARRIER = 1  # flag: every thread waits for the others after this operation
 RUNS_BYTES = 4096
-"""Of a list of memory that will be read soon, see `tiles.py`."""
+"""Size of a thread's list of memory to prefetch, see `tiles.py`."""
 IS_X86 = int(platform.machine().lower() in ("x86_64", "amd64", "i686"))
 
 
@@ -55,10 +55,10 @@ class StepNumber(enum.IntEnum):
 
     TOKENS = 0  # T
     SEQUENCES = 1  # R
-    LOGIT_ROWS = 2  # rows whose logits are wanted
-    PAIRS = 3  # of tokens and experts, in the mixture that runs; written by the plan itself
+    LOGIT_ROWS = 2  # number of rows whose logits are wanted
+    PAIRS = 3  # pairs of tokens and experts in the current mixture of experts; written by the plan itself
     ADAPTERS = 4  # groups of rows, one for each adapter
-    LOGIT_ADAPTERS = 5  # the same of rows whose logits are wanted
+    LOGIT_ADAPTERS = 5  # the same groups of the rows whose logits are wanted
     COUNT = 6
 
 
@@ -66,11 +66,11 @@ def operation(code: str, *constants: int) -> int:
     """Return the address of an operation, from the cache or compiled; it is valid for the life of the process.
 
     Args:
-        code: its Python function: "folder.module:name", below `kernels`. The module is imported only to be compiled.
+        code: the Python function: "folder.module:name", below `kernels`. The module is imported only for compilation.
         constants: arguments of the function that makes the operation; without any, the function is the operation.
 
     Raises:
-        ConfigError: it must be compiled, and Numba is not installed.
+        ConfigError: the operation must be compiled, and Numba is not installed.
     """
     asked = _ASKED.get()
     if asked is None:
@@ -92,7 +92,7 @@ def use_level(name: str | None) -> None:
     """
     before = host_level()
     choose_level(name)
-    if host_level() != before:  # what was recorded before has its addresses
+    if host_level() != before:  # recorded plans contain the addresses of the old code
         _address.cache_clear()
         kernel_cache.cache_clear()
 
@@ -104,18 +104,18 @@ _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
 def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     """Compile missing operations in two processes, at the first start with these sources; see `is_first_start`.
 
-    They take missing operations from both ends, so that at most one is compiled twice. A second process that cannot be
-    started, or fails, is optional. At later starts it compiles the rest of `later` that an earlier process did not.
+    The processes start at opposite ends of the list, so at most one operation is compiled twice. The second process is
+    optional: it may not start, or fail. At later starts it compiles those of `later` that are still missing.
 
     Args:
         ask: requests operations as usual, but gets 0 for every address.
-        later: operations that nobody waits for: the second process compiles them afterwards. See `is_coming`.
+        later: operations that no caller waits for: the second process compiles them afterwards. See `is_coming`.
     """
-    if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
+    if getattr(sys, "frozen", False):  # `sys.executable` is the frozen application, not Python
         return
     missing = _ask_missing(ask) if is_first_start() else []
     if len(missing) < 2:
-        left = [named for named in later if not is_coming(named)]  # one helper at a time, however many models load
+        left = [named for named in later if not is_coming(named)]  # one helper process, even if many models load
         left = [named for named in left if is_missing(named.replace(":", ".").replace(",", "."))]
         if left and (helper := _second_process(left)) is not None:
             _leave_alone(helper, left)
@@ -155,14 +155,14 @@ def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
     program += ["--keep", *names]
     quiet = subprocess.DEVNULL
     with suppress(OSError):
-        # It ends with this process, however that ends: by the other end of its standard input.
+        # The helper exits when its standard input closes, so it ends with this process in every case.
         return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     return None
 
 
 def _leave_alone(helper: subprocess.Popen[bytes], later: Sequence[str]) -> None:
     if sys.platform != "win32":
-        with suppress(OSError):  # it may have ended
+        with suppress(OSError):  # it may have ended already
             os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
     _COMING.update(dict.fromkeys(later, helper))
     Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
@@ -178,12 +178,12 @@ _COMING: dict[str, subprocess.Popen[bytes]] = {}
 
 
 def is_coming(code: str) -> bool:
-    """Whether the second process of `compile_first` is still at work, and this is part of it."""
+    """Whether the second process of `compile_first` is still running, and compiles this operation."""
     return code in _COMING and _COMING[code].poll() is None
 
 
 def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:
-    """The name under which an operation is kept, and what makes its Python."""
+    """Return the name of an operation in the cache, and a function that creates the operation's Python function."""
     numbers = [int(constant) for constant in constants]
 
     def make() -> Callable[..., None]:
@@ -196,13 +196,13 @@ def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callab
 
 @cache
 def c_function(code: str, arguments: int, *constants: int) -> Callable[..., None]:
-    """A compiled function of so many int64 arguments, for Python; while it runs, others may hold Python's lock."""
+    """Return a compiled function of `arguments` int64 arguments for calls from Python; it releases the GIL."""
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * arguments)(operation(code, *constants))
 
 
 @cache
 def field_kinds(declared: type[tuple[Any, ...]]) -> list[bool]:
-    """Of each field, whether it is a float."""
+    """Return for each field whether it is a float."""
     hints = get_type_hints(declared)
     assert set(hints.values()) <= {int, float}
     return [hints[name] is float for name in getattr(declared, "_fields")]  # noqa: B009 - a named tuple's
@@ -211,14 +211,14 @@ def field_kinds(declared: type[tuple[Any, ...]]) -> list[bool]:
 def plan_row(
     operation: int, numbers: int, arguments: tuple[Any, ...], *, barrier: bool = False, inner: Sequence[int] = ()
 ) -> list[int]:
-    """Make a row of a plan.
+    """Return a row of a plan.
 
     Args:
-        operation: its address.
+        operation: address of the operation.
         numbers: address of the step's numbers.
-        arguments: the operation's named tuple.
+        arguments: the operation's named tuple of arguments.
         barrier: whether all threads wait for each other after it.
-        inner: a row that the operation calls itself.
+        inner: the row of a nested operation that the operation calls itself.
     """
     kinds = field_kinds(type(arguments))
     given = [_float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
@@ -247,8 +247,8 @@ class Tiled(Protocol):
 
     Attributes:
         rows, columns: N and K.
-        data: its bytes.
-        tile_bytes: from one tile to the next.
+        data: bytes of the tiles.
+        tile_bytes: bytes from one tile to the next.
     """
 
     @property
@@ -266,17 +266,17 @@ class LinearArguments(NamedTuple):
 
     Attributes:
         rows_from: which of the step's numbers is T.
-        weights, tile_bytes: address of the tiles, and bytes from one to the next.
+        weights, tile_bytes: address of the tiles, and bytes from one tile to the next.
         outputs: N.
-        length: of a tile along K, in units of the kind.
+        length: length of a tile along K, in units of the weight format.
         out, row_bytes: address of the first written column of the result, and its row stride in bytes.
         bias: address of float32 [N], or 0.
         accumulate: add to the result instead of overwriting it.
         picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
-        x: address of the activations, in the input form of the kind.
+        x: address of the activations, in the input form of the weight format.
         x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
         scales, sums: addresses of scales and sums of quantised activations.
-        span: turns of a span, for small floats.
+        span: iterations of a span, whose columns share a scale, for small floats.
         ahead: prefetch distance of quantised weights, in bytes.
         beside: address of lists of other memory that each thread prefetches meanwhile, `RUNS_BYTES` apart; or 0. Only
             products of quantised weights use it.
@@ -318,7 +318,7 @@ def linear_arguments(
     picked: int = 0,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> LinearArguments:
-    """For a matrix; the caller keeps all of the memory alive. As in `LinearArguments`, but for
+    """Return the arguments for a matrix; the caller keeps all memory alive. See `LinearArguments`, except for
 
     Args:
         out, column: address of the result, and its first column that is written.
@@ -350,10 +350,10 @@ class EmbeddingArguments(NamedTuple):
 
     Attributes:
         rows_from: which of the step's numbers is T.
-        weights, tile_bytes: address of the tiles, and bytes from one to the next.
+        weights, tile_bytes: address of the tiles, and bytes from one tile to the next.
         rows, columns: V and E.
         token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.
-        out, row_bytes: address of the result, float32 [T, E], and bytes from one row to the next.
+        out, row_bytes: address of the result, float32 [T, E], and its row stride in bytes.
     """
 
     rows_from: int
@@ -369,7 +369,7 @@ class EmbeddingArguments(NamedTuple):
 def embedding_arguments(
     matrix: Tiled, *, token_ids: int, out: int, out_stride: int, rows_from: StepNumber = StepNumber.TOKENS
 ) -> EmbeddingArguments:
-    """For a table; `out_stride` is in floats."""
+    """Return the arguments for a table; `out_stride` is in floats."""
     assert out_stride >= matrix.columns
     weights = address_of(matrix.data)
     return EmbeddingArguments(

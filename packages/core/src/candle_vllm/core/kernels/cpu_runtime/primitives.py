@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import FIRST_ARGUMENT, NUMBE
 
 
 def pointers(kind: Any, what: str) -> Any:
-    """An intrinsic that reads addresses as pointers to a kind of number."""
+    """Return an intrinsic that converts addresses to pointers to an element type."""
 
     def at(_: Any, address: Any) -> Any:
         def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -37,7 +37,7 @@ int64_at = pointers(types.int64, "int64")
 
 @intrinsic
 def float_from_bits(_: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low half of an int64."""
+    """Return the float32 whose bits are the low half of an int64."""
     signature = types.float32(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -48,7 +48,7 @@ def float_from_bits(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def load_acquire(_: Any, address: Any) -> Any:
-    """Reads an int64 that another thread writes."""
+    """Read an int64 that another thread writes."""
     signature = types.int64(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -59,7 +59,7 @@ def load_acquire(_: Any, address: Any) -> Any:
 
 @intrinsic
 def store_release(_: Any, address: Any, value: Any) -> Any:
-    """Writes an int64 that another thread reads; what was written before is visible with it."""
+    """Write an int64 that another thread reads; earlier writes are visible to a thread that reads it."""
     signature = types.void(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -71,7 +71,7 @@ def store_release(_: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def fetch_add(_: Any, address: Any, value: Any) -> Any:
-    """Adds to an int64 and returns what stood there."""
+    """Add to an int64 and return its old value."""
     signature = types.int64(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -82,7 +82,7 @@ def fetch_add(_: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def exchange(_: Any, address: Any, value: Any) -> Any:
-    """Writes an int64 and returns what stood there."""
+    """Write an int64 and return its old value."""
     signature = types.int64(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -93,7 +93,7 @@ def exchange(_: Any, address: Any, value: Any) -> Any:
 
 @intrinsic
 def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
-    """Writes an int64 where `expected` stands; returns whether it did."""
+    """Write an int64 if its value is `expected`; return whether it was written."""
     signature = types.boolean(types.int64, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -105,7 +105,7 @@ def compare_exchange(_: Any, address: Any, expected: Any, value: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def cpu_relax(_: Any, x86: Any) -> Any:
-    """A moment of waiting that leaves the core to its other hyper-thread; x86 is 1 on x86 machines, else 0."""
+    """Pause briefly, which gives the core to its other hyper-thread; x86 is 1 on x86 machines, else 0."""
     signature = types.void(x86)
     on_x86 = bool(x86.literal_value)
 
@@ -119,10 +119,10 @@ def cpu_relax(_: Any, x86: Any) -> Any:
 
 @intrinsic
 def call_system(_: Any, function: Any, subject: Any, number: Any) -> Any:
-    """Calls a C function by its address: function(subject, number, 0), one that takes fewer too.
+    """Call a C function by its address: function(subject, number, 0); the function may have fewer parameters.
 
-    In the calling conventions of x86-64 and of ARM, System V's and Windows', these arguments are in registers, where a
-    function that takes fewer, or narrower ones, does not look at the rest.
+    In the calling conventions of x86-64 and ARM (System V and Windows), these arguments are passed in registers; a
+    function with fewer or narrower parameters ignores the rest.
     """
     signature = types.void(types.int64, types.int64, types.int64)
 
@@ -136,7 +136,7 @@ def call_system(_: Any, function: Any, subject: Any, number: Any) -> Any:
 
 @intrinsic
 def call_operation(_: Any, function: Any, arguments: Any, thread: Any, threads: Any) -> Any:
-    """Calls a compiled operation by its address: function(address of its row, thread, threads)."""
+    """Call a compiled operation by its address: function(address of its row, thread, threads)."""
     signature = types.void(types.int64, types.int64, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -152,7 +152,7 @@ def call_operation(_: Any, function: Any, arguments: Any, thread: Any, threads: 
 
 @intrinsic
 def read(_: Any, declared: Any, row: Any) -> Any:
-    """The arguments of a row, by its address, as the named tuple that declares them."""
+    """Read the arguments of the row at an address, as the named tuple that declares them."""
     kinds = [types.float32 if float_ else types.int64 for float_ in field_kinds(declared.instance_class)]
     found: Any = types.BaseTuple.from_types(kinds, declared.instance_class)
 
@@ -167,11 +167,11 @@ def read(_: Any, declared: Any, row: Any) -> Any:
 
 @njit(inline="always")
 def rank_of(table: int, thread: int, threads: int) -> tuple[int, int, int]:
-    """Address of a counter of the thread's rank, its first thread, and the first one behind it.
+    """Return the address of a counter of the thread's rank, the rank's first thread, and the first thread after it.
 
     Args:
-        table: address of the number of threads, and a line of 64 bytes behind it for each; 0 where all are one rank, as
-            they are where an operation is done by others than the table's.
+        table: address of the number of threads, followed by a line of 64 bytes for each thread; 0 for a single rank. If
+            another number of threads runs the operation, they count as a single rank, too.
     """
     if table == 0 or int64_at(table)[0] != threads:
         return 0, 0, threads

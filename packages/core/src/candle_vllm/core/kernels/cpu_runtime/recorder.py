@@ -35,17 +35,17 @@ class StepLimits:
 
     Attributes:
         tokens, sequences: T and R.
-        logit_rows: most rows with logits.
+        logit_rows: maximum number of rows with logits.
         table_width: blocks of the longest sequence.
         block_size: positions in a block.
-        threads: of the team that runs it.
+        threads: threads of the team that runs the plan.
         adapter_rank: largest rank of an adapter; 0 without adapters.
         adapter_dtype: type in which adapters are multiplied.
-        row_adapters: most adapters of one row.
+        row_adapters: maximum number of adapters of a row.
         ahead: rows may attend to later positions, see `kernels/attention`.
         turned: tokens may be rotated by more than one position (M-RoPE).
         states: layers keep states.
-        pools: number of page pools, of layers that have fewer pages than the cache has blocks.
+        pools: number of page pools, which layers use that have fewer pages than the cache has blocks.
         ranks: how threads are divided among NUMA nodes; None for undivided.
     """
 
@@ -66,7 +66,7 @@ class StepLimits:
 
     @property
     def block_shift(self) -> int:
-        """A block is 1 << it positions."""
+        """log2 of the block size in positions."""
         return self.block_size.bit_length() - 1
 
 
@@ -74,8 +74,8 @@ class StepArrays:
     """Arrays of a step's inputs, at fixed addresses, which are filled before each run.
 
     Attributes:
-        wanted_start: where the logit rows of each sequence begin among all logit rows, and where the last one's end.
-        moved_on: the arrays already describe the next step, which runs the last step's sampled tokens.
+        wanted_start: first of each sequence's logit rows among all logit rows, and the end of the last sequence's.
+        moved_on: the arrays already describe the next step, whose inputs are the tokens sampled in the last step.
         turns: [tokens] distance from a position's row to the token's row in rotary tables; None if no plan needs it.
         states: the step's use of states, see `kernels/states.py`; without rows if no layer has a state.
         page_tables, page_slots: block tables and slots of each pool of layers that have fewer pages than blocks.
@@ -101,11 +101,11 @@ class StepArrays:
 
 
 class EntryArrays:
-    """Map from a step's rows to adapters: entries in groups, one for each adapter, at fixed addresses.
+    """Map from a step's rows to adapters, at fixed addresses: entries in groups, one group for each adapter.
 
     Attributes:
         rows, scales: row and adapter scale of each entry.
-        starts: where each group's entries begin, and where the last one's end.
+        starts: first entry of each group, and the end of the last group.
         tables: address of the table of each group's adapter.
     """
 
@@ -135,20 +135,20 @@ class Recorder:
         self.isa = isa
         self.arrays = StepArrays(limits)
         self.plan: list[int] = []
-        self.ends: list[int] = []  # of its operations
+        self.ends: list[int] = []  # end of each operation's row in the plan
         self.num_rows = 0
         self.logits: np.ndarray | None = None
         self.adapted = Adapted.NOT
         entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
-        self.entries = EntryArrays(entries)  # of the step's tokens
+        self.entries = EntryArrays(entries)  # for all rows of the step
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
-        self._keep: list[object] = []  # what the plan knows by address only
+        self._keep: list[object] = []  # objects to which the plan refers only by address
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
         self._beside: np.ndarray | None = None
         self._look_ups: dict[LookUp, tuple[NDArray[np.int64], Buffer]] = {}
-        self.allocated: list[np.ndarray] = []  # memory of values, and what lies between operations
+        self.allocated: list[np.ndarray] = []  # memory of values, and of intermediate results between operations
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
     def begin(self, adapted: Adapted) -> None:
@@ -171,11 +171,11 @@ class Recorder:
         self.num_rows += 1
 
     def pick_rows(self, rows: tuple[int, int], width: int, to: tuple[int, int]) -> None:
-        """Append a copy of the rows whose logits are wanted, of `width` words.
+        """Append a copy of the rows whose logits are wanted, of `width` 32-bit words each.
 
         Args:
-            rows, width: address of all, and words from one to the next.
-            to: the same of where they go, one behind the other.
+            rows, width: address and row stride of all rows, in words; width of a row.
+            to: address and row stride of the consecutive copies.
         """
         picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
         self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
@@ -184,7 +184,7 @@ class Recorder:
         """Return the common arguments of operations with a state.
 
         states, slot_bytes: address of the states, and bytes from one slot to the next.
-        kept, kept_bytes, kept_row_bytes: address of kept rows, bytes from one slot's and from one row to the next.
+        kept, kept_bytes, kept_row_bytes: address of kept rows, bytes from one slot to the next, bytes from row to row.
         query_start, slots, sources, replays, stores, keeps: addresses of the step's `StateRows`.
         """
         assert self.limits.states
@@ -204,11 +204,11 @@ class Recorder:
         return self.keep_array(np.ascontiguousarray(numbers, np.float32))
 
     def keep_matrix(self, matrix: Matrix) -> None:
-        """The same for a matrix."""
+        """Keep a matrix alive as long as the plan."""
         self._keep.append(matrix)
 
     def keep_array(self, array: np.ndarray) -> int:
-        """The same for an array."""
+        """Return the address of an array, which is kept alive as long as the plan."""
         self._keep.append(array)
         return address_of(array)
 
@@ -221,29 +221,29 @@ class Recorder:
         return view
 
     def rows(self, width: int, copies: int = 1) -> tuple[np.ndarray, int]:
-        """Float32 rows [tokens * copies, width], as `memory` gives them, and floats from one to the next."""
+        """Allocate float32 rows [tokens * copies, width] by `memory`; return them and the row stride in floats."""
         stride = row_stride(width)
         return self.memory(copies * stride), stride
 
     def buffer(self, width: int) -> Buffer:
-        """Float32 rows [tokens, width], as `memory` gives them."""
+        """Allocate float32 rows [tokens, width] by `memory`."""
         array, stride = self.rows(width)
         return Buffer(array, width, stride)
 
     def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
-        """Return memory, the same in all plans, for table rows of a step's numbers; `look_up` fills it."""
+        """Return the buffer, shared by all plans, of the table rows of a step's `numbers`; `look_up` fills it."""
         if rows not in self._look_ups:
             self._look_ups[rows] = numbers, self.buffer(width)
         return self._look_ups[rows][1]
 
     def look_up(self) -> None:
-        """Look up the table rows of a step's numbers, before the step runs."""
+        """Fill the buffers of `looked_up` with the table rows of a step's numbers, before the step runs."""
         for rows, (numbers, buffer) in self._look_ups.items():
             count = self.arrays.numbers[StepNumber.TOKENS]
             buffer.rows[:count] = rows(numbers[:count])
 
     def row_numbers(self, copies: int) -> np.ndarray:
-        """0, 1, 2, ... for rows [tokens * copies]."""
+        """Return 0, 1, 2, ... for rows [tokens * copies]."""
         if len(self._row_numbers) < self.limits.tokens * copies:
             self._row_numbers = np.arange(self.limits.tokens * copies, dtype=np.int64)
             self._keep.append(self._row_numbers)
@@ -256,13 +256,13 @@ class Recorder:
         return address_of(self._scratch)
 
     def beside(self) -> int:
-        """Address of each thread's list of what it asks for beside a product; see `LinearArguments`."""
+        """Return the address of the threads' lists of memory to prefetch during a product; see `LinearArguments`."""
         if self._beside is None:
             self._beside = self._allocate(self.limits.threads * RUNS_BYTES, np.uint8)
         return address_of(self._beside)
 
     def _rank_table(self, ranks: CpuRanks) -> int:
-        """Address of what operations that know ranks read, see `primitives.rank_of`; lines of 8 numbers."""
+        """Return the address of the table that `primitives.rank_of` reads; it has lines of 8 numbers."""
         counters = aligned(8 * len(ranks.each), np.int64)
         table = aligned(8 * (1 + ranks.threads), np.int64)
         table[0] = ranks.threads
@@ -307,5 +307,5 @@ class Buffer:
 
     @property
     def rows(self) -> NDArray[np.float32]:
-        """[tokens, width], the memory itself."""
+        """The memory itself as [tokens, width], without a copy."""
         return self.array.reshape(-1, self.stride)[:, : self.width]

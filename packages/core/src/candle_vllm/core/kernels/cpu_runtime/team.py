@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Thread team: one pool of threads for a whole plan, which divide the pieces of its operations.
+"""Thread team: one pool of threads for a whole plan, which share the work of its operations.
 
-A step enters the pool once. Waiting threads spin for microseconds, between steps for a fraction of a millisecond, and
-then sleep. A thread that the system does not schedule is waited for only if it has begun a piece (`walk.py`). The
+A step enters the pool once. Waiting threads spin for microseconds (between steps for a fraction of a millisecond) and
+then sleep. Others wait for a thread that the system does not schedule only if it has begun a piece (`walk.py`). The
 caller's thread is number 0. The GIL is released while a plan runs.
 """
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# The team's shared numbers, each on a cache line of its own (64 bytes), as byte offsets.
+# Byte offsets of the team's shared numbers, each in a cache line of its own (64 bytes).
 JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WAIT, WORKERS = range(0, 12 * 64, 64)
-POST = WAIT + 8  # neither changes
-CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # of each thread, behind WORKERS
-RANK = INSIDE + 8  # the first thread of its rank, and how many there are; neither changes
+POST = WAIT + 8  # constant, as WAIT is
+CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # per thread, after WORKERS
+RANK = INSIDE + 8  # first thread of the thread's rank, and the number of its threads; both are constant
 WORKER_BYTES = 4 * 64
-_PLACE = SEMAPHORE + 16  # of what a semaphore itself needs, up to 32 bytes
+_PLACE = SEMAPHORE + 16  # memory for the semaphore itself, up to 32 bytes
 _KEPT_PLANS = 8
 
 
 CODE, PART_CODE = "cpu_runtime.walk:take_part", "cpu_runtime.walk:do_parts"
-"""The compiled side, and the operation that does some parts of another one."""
+"""The compiled main function of the threads, and the operation that runs some parts of another operation."""
 
 
 class PartArguments(NamedTuple):
@@ -50,8 +50,8 @@ class PartArguments(NamedTuple):
 
     Attributes:
         row: address of the operation's row.
-        first, last: the parts.
-        parts: of the whole operation.
+        first, last: range of the parts.
+        parts: number of parts of the whole operation.
     """
 
     row: int
@@ -65,9 +65,9 @@ class ThreadTeam:
 
     Args:
         threads: number of threads, the caller's included; more threads than CPUs are slower, but correct.
-        ranks: how they are divided. Helpers run on their rank's CPUs, and the caller on the first rank's from its first
-            plan on, unless it is the process' main thread, whose children would be bound, too.
-        kept_plans: least number of plans that may alternate.
+        ranks: division of the threads. Helpers run on their rank's CPUs. The caller runs on the first rank's CPUs from
+            its first plan on, unless it is the process's main thread, because its children would inherit the binding.
+        kept_plans: minimum number of plans that may alternate.
 
     Raises:
         ConfigError: the system cannot start that many threads.
@@ -77,13 +77,13 @@ class ThreadTeam:
         self._kept_plans = max(_KEPT_PLANS, kept_plans)
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
-        self._word(JOB).value = 1  # odd without a job
-        self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
+        self._word(JOB).value = 1  # odd while no job runs
+        self._plans: dict[int, tuple[np.ndarray, int]] = {}  # plans and their addresses
         self._parts: np.ndarray | None = None
         self._semaphores = system_semaphores() if threads > 1 else None
         self.threads = threads if self._make_semaphores(threads) else 1
         self.ranks = ranks if ranks is not None and ranks.threads == self.threads else None
-        self._bound: int | None = None  # the caller that runs on its rank's CPUs
+        self._bound: int | None = None  # the caller thread that is bound to its rank's CPUs
         self._tell_ranks()
         self._take_part = c_function(CODE, 5)
         self._helpers = [
@@ -113,9 +113,9 @@ class ThreadTeam:
         self._take_part(known[1], rows, self._shared, 0, self.threads)
 
     def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
-        """Run the parts `first`..`last` of the first operation of a plan, of `parts` consecutive parts.
+        """Run the parts `first`..`last` of the first operation of a plan, divided into `parts` consecutive parts.
 
-        It runs as with that many times the threads, a team of them at a time, so that its results are the same.
+        Each part is the share of one whole team among `parts` teams, so the results are the same as of one run.
         """
         if self._parts is None:
             given = PartArguments(0, 0, 0, 1)
@@ -127,7 +127,7 @@ class ThreadTeam:
         """End the helpers and wait for them; the helpers of a garbage-collected team end by themselves."""
         self._finalizer.detach()
         self._word(STOP).value = 1
-        self._take_part(0, 0, self._shared, 0, self.threads)  # a job without rows, which wakes them
+        self._take_part(0, 0, self._shared, 0, self.threads)  # an empty job, which wakes the helpers
         for helper in self._helpers:
             if helper.ident is not None:
                 helper.join()
@@ -209,7 +209,7 @@ def _help(
     cpus: frozenset[int],
 ) -> None:
     """Main function of a helper thread, which keeps its semaphore's memory alive."""
-    del memory  # the thread has it
+    del memory  # the thread's arguments keep it alive
     if cpus:
         _run_on(cpus)
     take_part(0, 0, shared, number, threads)
@@ -223,7 +223,7 @@ def _run_on(cpus: frozenset[int]) -> None:
 
 
 def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, threads: int, plans: object) -> None:
-    """Ends the helpers of a team that nobody closed; what a late one may still read of its plans stays until then."""
+    """End the helpers of a team that was not closed; its plans' memory is kept until late helpers have left them."""
     ctypes.c_int64.from_address(shared + STOP).value = 1
     take_part(0, 0, shared, 0, threads)
     inside = [shared + WORKERS + number * WORKER_BYTES + INSIDE for number in range(1, threads)]
@@ -234,13 +234,13 @@ def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, thre
 
 
 class Semaphores(NamedTuple):
-    """The system's semaphores, by which a thread sleeps until another one wakes it.
+    """The system's semaphores: a thread sleeps on one until another thread wakes it.
 
     Attributes:
         wait, post: addresses of C functions, which are called as wait(semaphore, -1, 0) and post(semaphore, 1, 0).
-        make: makes a semaphore that counts from 0; it is given 32 bytes of zeros, at a multiple of 8, that stay while
-            it is used. 0 where the system makes none.
-        drop: gives it back to the system.
+        make: creates a semaphore with count 0, given the address of 32 zero bytes (a multiple of 8), which must stay
+            valid while it is used. Returns 0 if the system cannot create it.
+        drop: releases the semaphore.
     """
 
     wait: int
@@ -250,10 +250,10 @@ class Semaphores(NamedTuple):
 
 
 def system_semaphores() -> Semaphores | None:
-    """Windows' own, Grand Central Dispatch's on macOS, which has none of POSIX in memory, and POSIX's elsewhere.
+    """Return Windows' semaphores, Grand Central Dispatch's on macOS (no unnamed POSIX ones there), otherwise POSIX's.
 
-    What `wait` and `post` are given is for all three: no end of time for Windows and Dispatch; one post, and no place
-    for the count before it, for Windows. POSIX's look at the semaphore alone.
+    The arguments of `wait` and `post` suit all three. For `wait`, -1 is Windows' and Dispatch's infinite timeout. For
+    `post`, 1 and 0 are the count and a null pointer for Windows. POSIX functions read the semaphore alone.
     """
     try:
         if sys.platform == "win32":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""What the linear operations of all weight formats share: arguments, memory on the stack, writing a tile of results."""
+"""Code that the linear operations of all weight formats share: stack memory, writing result tiles, prefetching."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = LANES
 
 @intrinsic
 def stack_bytes(_: Any, count: Any) -> Any:
-    """Address of `count` bytes of the operation's own stack, at a multiple of 64; to be called once, not in a loop."""
+    """Return the address of `count` bytes of the operation's stack, a multiple of 64; must not be called in a loop."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         memory = b.alloca(I8, size=args[0])
@@ -33,7 +33,7 @@ def stack_bytes(_: Any, count: Any) -> Any:
 
 @intrinsic
 def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, first: Any, count: Any, onto: Any) -> Any:
-    """Vectors first .. first + count of `target`, plus themselves if `onto` is not 0: the sum of weights * terms."""
+    """Vectors first .. first + count of `target` = sum of weights * terms, plus the old value if `onto` is not 0."""
     signature = types.void(*[types.int64] * 7)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -86,7 +86,7 @@ def _copy_16(_: Any, target: Any, source: Any) -> Any:
 
 @njit
 def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Writes the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus bias, plus `out`."""
+    """Write the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus bias, plus `out`."""
     for row in range(rows):
         source, target = sums + row * 4 * ROWS, out + row * row_bytes
         if lanes == ROWS:
@@ -106,9 +106,9 @@ def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias:
             old[lane] = value
 
 
-# ---- what is asked for beside a product ------------------------------------------------------------------------------
+# ---- memory to prefetch during a product -----------------------------------------------------------------------------
 
-# A list of runs of memory that will be read soon: where in which run it is, and the runs' begins and ends.
+# A list of memory ranges that will be read soon: the current position and range, then the ranges' starts and ends.
 
 _AT, _END, _NEXT, _COUNT, _LINES, _HEAD = range(6)
 _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
@@ -116,7 +116,7 @@ _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
 
 @intrinsic
 def ask_line(_: Any, address: Any) -> Any:
-    """Asks for a cache line that is not read at once."""
+    """Prefetch a cache line that is not read at once."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         Emitter(b).prefetch(args[0], near=2)
@@ -127,14 +127,14 @@ def ask_line(_: Any, address: Any) -> Any:
 
 @njit
 def no_runs(runs: int) -> None:
-    """Makes an empty list at an address."""
+    """Create an empty list at an address."""
     for place in range(_HEAD):
         int64_at(runs)[place] = 0
 
 
 @njit
 def add_run(runs: int, begin: int, end: int) -> None:
-    """Adds the memory between two addresses; what has no room is not asked for."""
+    """Append the memory between two addresses; a full list ignores it."""
     number = int64_at(runs)[_COUNT]
     if number < _MOST_RUNS and begin < end:
         int64_at(runs)[_HEAD + 2 * number] = begin
@@ -145,18 +145,18 @@ def add_run(runs: int, begin: int, end: int) -> None:
 
 @njit
 def lines_each(runs: int, turns: int) -> int:
-    """How many lines are to be asked for in each of so many turns."""
+    """Return the number of lines to prefetch in each of `turns` iterations."""
     return (int64_at(runs)[_LINES] + turns - 1) // turns if runs != 0 else 0
 
 
 @njit
 def ask_lines(runs: int, lines: int) -> None:
-    """Asks for the next lines of a list."""
+    """Prefetch the next `lines` lines of a list."""
     at, end = int64_at(runs)[_AT], int64_at(runs)[_END]
     while lines > 0:
         if at >= end:
             number = int64_at(runs)[_NEXT]
-            if number >= int64_at(runs)[_COUNT]:  # where another does the same work meanwhile, it may be more
+            if number >= int64_at(runs)[_COUNT]:  # the list may end early: another thread may share it
                 break
             at, end = int64_at(runs)[_HEAD + 2 * number], int64_at(runs)[_HEAD + 2 * number + 1]
             int64_at(runs)[_NEXT] = number + 1

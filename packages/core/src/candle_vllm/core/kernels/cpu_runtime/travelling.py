@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Precompiled kernels, shipped with the package, so that a machine of a common level needs neither Numba nor time.
+"""Precompiled kernels, shipped with the package, so that machines of a common level neither need Numba nor compile.
 
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
-writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
-whatever this machine is, and reports progress. It takes about a minute and a half for each. Kernels that are not in the
-list below are compiled at their first use. A kernel's file is named by a hash of the kernel's sources
-(`kernel_cache.sources`): after a change the files of kernels that depend on the changed module are not used any more,
-and the others match as before. All are compiled again before wheels are built.
+writes them to a folder beside the sources, for all of `level.LEVELS`. Each level is compiled in a process of its own,
+whatever this machine is, which takes about a minute and a half; progress is reported. Kernels that are not in the list
+below are compiled at their first use. A kernel's file name contains a hash of the kernel's sources
+(`kernel_cache.sources`): after a change, the files of kernels that depend on the changed module are no longer used, and
+the others still match. All kernels are compiled again before wheels are built.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
-LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
-CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2's, and those of delta nets and Mamba
+LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
+CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2, delta nets and Mamba
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -75,7 +75,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for form in RowForm:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
-        if isa & Isa.VNNI:  # elsewhere F16 stays what it is
+        if isa & Isa.VNNI:  # other levels keep F16
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)
@@ -126,7 +126,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def keep_here(named: Sequence[str]) -> None:
-    """Compile operations for this machine that are not in the cache: code and constants, separated by commas."""
+    """Compile operations for this machine that are not in the cache; `named` is code and constants with commas."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
     with collector_paused():
@@ -145,7 +145,7 @@ def _end_with_parent() -> None:
 
 
 def write(level: Level, folder: Path) -> None:
-    """Compiles all of it for a level; to be called in a process whose Numba compiles for that level."""
+    """Compile all precompiled kernels of a level, in a process whose Numba compiles for that level."""
     wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
     into, folder = folder, folder / level.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,13 +160,13 @@ def write(level: Level, folder: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """Write the code of all levels, or of the named ones."""
+    """Write the code of all levels, or of the given ones."""
     parser = argparse.ArgumentParser(prog="travelling", description="compile the CPU kernels that travel in the wheel")
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help=", ".join(level.name for level in LEVELS))
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
-    parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # for this machine: `operation.compile_first`
-    parser.add_argument("--level", help=argparse.SUPPRESS)  # and what of it
+    parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # operations of `operation.compile_first`
+    parser.add_argument("--level", help=argparse.SUPPRESS)  # their level (of --keep)
     options = parser.parse_args(given)
     if options.keep:
         choose_level(options.level)

@@ -2,11 +2,11 @@
 """Record a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
 
 Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
-with the input form of the matrices that read it (`matrices.py`); a matrix's result is added directly to the residual,
-or to another product, and so is a norm of it. Adding something to a norm first computes the norm as a separate value.
+with the input form of the matrices that read it (`matrices.py`). A matrix's result is added directly to the residual or
+to another product; so is a norm of it. Adding a value to a norm first computes the norm as a separate value.
 
-A value records the version of its buffer; using it after the buffer was overwritten is an error in the model's code,
-and fails at once.
+A value records the version of its buffer. The use of a value after its buffer was overwritten is an error in the
+model's code and fails at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
-    """Return the step's token ids, with which a recording begins, or others of the recorder's `numbers` of tokens."""
+    """Return the step's token ids, with which a recording begins, or other `numbers` of the recorder, one per token."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
@@ -82,7 +82,7 @@ def put_value(value: Recorded, target: Buffer) -> None:
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
-    """Return a buffer's contents at the begin of the step (or by rows already in the plan) as a value, whole rows."""
+    """Return all columns of a buffer as a value: its contents at the start of the step or after the rows so far."""
     return _Value(recorder, buffer, 0, buffer.width)
 
 
@@ -98,10 +98,10 @@ class _Tokens(RecordedTokens):
 
 
 class _Value(Recorded):
-    """Columns of a buffer; with `head_dim` they are heads.
+    """Columns of a buffer; heads if `head_dim` is set.
 
     Attributes:
-        rows_from: which `StepNumber` is its number of rows. With LOGIT_ROWS it has only the rows whose logits are
+        rows_from: the `StepNumber` that is its number of rows. With LOGIT_ROWS it has only the rows whose logits are
             wanted, consecutively.
     """
 
@@ -165,7 +165,7 @@ class _Value(Recorded):
         return _Value(self.recorder, target, 0, self.width, rows_from=other.rows_from)
 
     def _wanted_rows(self) -> Buffer:
-        """A copy of the rows whose logits are wanted."""
+        """Record a copy of the rows whose logits are wanted."""
         assert self.rows_from is StepNumber.TOKENS
         made = self.recorder.buffer(self.width)
         self.recorder.pick_rows((self.address, self.buffer.stride), self.width, (address_of(made.array), made.stride))
@@ -184,7 +184,7 @@ class _Value(Recorded):
             x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
         )
         self.recorder.add(scale_cap_operation(kind), row._replace(cap=cap))
-        buffer.version += self.width == buffer.width  # other columns stay as they are
+        buffer.version += self.width == buffer.width  # other columns do not change
         return _Value(self.recorder, buffer, self.column, self.width, rows_from=counted)
 
     def beside(self, *others: Recorded) -> _Value:
@@ -202,9 +202,9 @@ class _Value(Recorded):
         return _Value(self.recorder, self._wanted_rows(), 0, self.width, rows_from=StepNumber.LOGIT_ROWS)
 
     def put(self, target: Buffer, column: int, *, picked: bool = False) -> None:
-        """Copies the value, or of its rows those whose logits are wanted, to columns of `target` from `column` on."""
+        """Copy the value, or only its rows whose logits are wanted, to columns of `target` from `column` on."""
         at = address_of(target.array) + 4 * column
-        source = self.buffer  # made before its copy is
+        source = self.buffer  # a pending value is computed before its copy
         if picked:
             self.recorder.pick_rows((self.address, source.stride), self.width, (at, target.stride))
             return
@@ -235,7 +235,7 @@ class _Value(Recorded):
         return self._norm_heads(self.head_dim, weight, eps, layer=True)
 
     def _norm_heads(self, head_dim: int, weight: Floats, eps: float, *, layer: bool) -> Recorded:
-        """In place: nothing else reads these columns."""
+        """Normalise heads in place, because no other value reads these columns."""
         arguments = HeadNormArguments(
             x=self.address,
             stride=self.buffer.stride,
@@ -344,7 +344,7 @@ class _Value(Recorded):
         assert isinstance(gate, _Value)
         assert self.width % gate.width == 0
         assert gate.rows_from is StepNumber.TOKENS
-        source = self.buffer  # made before the gate is
+        source = self.buffer  # a pending value is computed before the gate
         return self._times(source, kind, gate.buffer.stride, gate.address, self.width // gate.width)
 
     def xielu(self, numbers: Floats) -> Recorded:
@@ -447,7 +447,7 @@ class _Wrapper(_Value):
 
 
 class _Prepared(_Wrapper):
-    """Input of matrices: a norm or gate, and each needed input form, computed once at its first use."""
+    """Input of matrices: a norm or gate. Each input form that is needed is computed once, at its first use."""
 
     def __init__(
         self,
@@ -471,7 +471,7 @@ class _Prepared(_Wrapper):
         return [form for form in dict.fromkeys(forms) if form not in self._forms]
 
     def _inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
-        """The input in these forms."""
+        """Return the input in these forms; record those that are missing."""
         if new := self._missing(forms):
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
@@ -508,7 +508,7 @@ class _Prepared(_Wrapper):
         self.onto(target, accumulate=False, column=column)
 
     def onto(self, target: Buffer, *, accumulate: bool = True, column: int = 0) -> None:
-        """Adds the norm to the rows of `target`, or writes it there, from `column` on."""
+        """Record that the norm is added to the rows of `target` from `column` on, or overwrites them."""
         assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
         assert self._weight is not None
         arguments = NormOntoArguments(
@@ -551,7 +551,7 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value that is not computed yet: into its own buffer, or added to a residual, with further summands."""
+    """A value that is not computed yet; later it fills its own buffer or is added to a residual, with other terms."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
@@ -618,7 +618,7 @@ class _TableRows(_Pending):
 
 
 class _LookedUp(_Pending):
-    """Rows that are in their own buffer when a step begins."""
+    """Rows that are already in their own buffer when a step begins."""
 
     def __init__(self, recorder: Recorder, given: Buffer) -> None:
         super().__init__(recorder, given.width)
@@ -631,7 +631,7 @@ class _LookedUp(_Pending):
 
 
 class _Product(_Pending):
-    """Result of fused matrices."""
+    """Result of a product with fused matrices."""
 
     def __init__(
         self,
@@ -651,7 +651,7 @@ class _Product(_Pending):
         if recorder.logits is None:
             made = aligned(recorder.limits.logit_rows * stride, np.float32)
             recorder.logits = made.reshape(-1, stride)[:, :columns]
-        made = recorder.logits  # of all plans
+        made = recorder.logits  # the logits of all plans share memory
         self._bias = self._bias if bias is None else bias
         self.emit(Buffer(made, columns, stride), accumulate=False)
         if scale != 1 or cap is not None:
@@ -671,7 +671,7 @@ class _Product(_Pending):
             joins.shrink()
         apart = joins is not None and recorder.adapted is Adapted.APART
         own = joins.own(self.width) if joins is not None and apart else target
-        later = {"bias": bias, "accumulate": accumulate}  # where adapters read the products as they are
+        later = {"bias": bias, "accumulate": accumulate}  # done later if adapters read the bare products
         for number, (matrix, inputs) in enumerate(self._factors, 1):
             product = linear_call(
                 recorder,
@@ -696,7 +696,7 @@ class _Product(_Pending):
 
 
 class _Gated(_Value):
-    """A gated product, which is not computed separately if one operation does both."""
+    """A gated product; it is not computed separately if one operation computes both products and the gate."""
 
     def __init__(self, product: _Product, factors: Sequence[tuple[Matrix, Inputs]], prologue: Prologue) -> None:
         buffer = Buffer(np.empty(0, np.float32), product.width // 2, 0)
@@ -775,7 +775,7 @@ class _Mixture(_Pending):
 
 
 def _place(value: Recorded | None) -> tuple[int, int]:
-    """Address and stride of a value's rows; zeros of none."""
+    """Return address and stride of a value's rows; zeros for None."""
     if value is None:
         return 0, 0
     assert isinstance(value, _Value)
@@ -783,14 +783,14 @@ def _place(value: Recorded | None) -> tuple[int, int]:
 
 
 class _Rotated(_Wrapper):
-    """Heads that are rotated by position when they are written or attend."""
+    """Heads whose rotation is fused with the cache write or the attention that reads them."""
 
     def __init__(self, source: _Value, cos: Floats, sin: Floats) -> None:
         super().__init__(source, source.width)
         self.tables = (cos, sin)
 
     def rms_norm(self, weight: Floats, eps: float) -> Recorded:
-        """In place: these heads turn before they are normed."""
+        """Rotate the heads in place, because the norm must follow the rotation."""
         from candle_vllm.core.kernels.whole_attention.cpu_record import WholeHeads, record_turn
 
         dim, arrays = self.head_dim, self.recorder.arrays

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Compiled code of the thread team: run a plan, divide its pieces, wait, and a helper's main loop.
+"""Compiled code of the thread team: run a plan, divide its operations, wait; and the main loop of a helper.
 
 **Pieces.** A row is divided into one piece per thread. Piece n belongs to thread n, but a thread without work may take
-a free piece of another thread: a thread that is not scheduled on a busy machine is waited for only if it has begun a
-piece. Pieces of another rank (`numa.py`), whose weights are far away, are taken only after they have been free for
-long. A piece is claimed by incrementing its owner's claim, which contains the row's number. Rows are numbered over the
-team's life, so that a late thread finds higher numbers and cannot claim a piece of an old row.
+a free piece of another thread. So on a busy machine, others wait for an unscheduled thread only if it has begun a
+piece. Pieces of another rank (`numa.py`), whose weights are in remote memory, are taken only after they have been free
+for a longer time. A thread claims a piece by incrementing its owner's claim, which contains the row's number. Rows are
+numbered over the team's life, so a late thread finds higher numbers and cannot claim a piece of an old row.
 
 **Groups.** Rows up to a barrier are a group. Threads add the number of pieces that they have done to DONE, once per
-group; the thread that completes it opens the next group by incrementing GROUPS. A claimed piece keeps its group, and so
-the job, from ending until it is done. A late thread skips groups that have ended, or leaves when the whole job has.
+group; the thread that completes it opens the next group by incrementing GROUPS. A group, and so the job, cannot end
+before all claimed pieces are done. A late thread skips groups that have ended, or leaves if the whole job has.
 
 **Waiting** is a short spin, then sleep, never a yield. A yielding thread loses its time slice; a sleeping thread keeps
 its scheduler credit and resumes at once, so that threads that wait for each other run at the same time.
@@ -58,11 +58,11 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
     PartArguments,
 )
 
-_TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
-_PATIENCE = 200  # turns of waiting before others' pieces are looked for: some 2 us
-_SPINS = 6000  # and before sleeping: some 60 us
-_FAR = 10  # times as long before pieces of other ranks are looked for
-_IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
+_TAKEN_BITS = 20  # bits of a claim that count the claimed pieces; the row's number is above them
+_PATIENCE = 200  # spins before a thread looks for pieces of other threads: some 2 us
+_SPINS = 6000  # spins before sleeping: some 60 us
+_FAR = 10  # factor of _PATIENCE before a thread looks for pieces of other ranks
+_IDLE_SPINS = 20_000  # spins before sleeping between steps: some 0.2 ms
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) ->
     while load_acquire(word) == seen:
         fetch_add(shared + SLEEPERS, 1)
         store_release(at + ASLEEP, 1)
-        # Who changed it just now has either seen the flag and posted, or is seen here.
+        # A thread that changed the word meanwhile has either seen ASLEEP and posted, or its change is seen here.
         if load_acquire(word) == seen or exchange(at + ASLEEP, 0) == 0:
             call_system(load_acquire(shared + WAIT), load_acquire(at + SEMAPHORE), -1)
         fetch_add(shared + SLEEPERS, -1)
@@ -100,7 +100,7 @@ def _wake(shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _claim(word: int, number: int, count: int) -> int:
-    """Claim the next free one of `count` pieces of row `number`; -1 if all are claimed, or the row is over."""
+    """Claim the next free one of `count` pieces of row `number`; -1 if all are claimed, or the row has ended."""
     while True:
         found = load_acquire(word)
         if found >> _TAKEN_BITS > number:
@@ -123,8 +123,8 @@ def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> in
 
 @njit
 def _do_some(at: int, number: int, rows: int, shared: int, first: int, count: int, turn: int, threads: int) -> int:
-    """Does what is left of a group of rows by `count` threads from `first` on, beginning with the `turn`th of them;
-    returns how many pieces that was."""
+    """Run the unclaimed pieces of a group of rows that belong to `count` threads from `first` on, beginning with the
+    `turn`th of them; return their number."""
     done = 0
     for index in range(rows):
         for other in range(count):
@@ -183,7 +183,7 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
             if load_acquire(shared + GROUPS) == group:
                 count = index + 1 - first
                 done = _do_others(begin, number + first, count, group, shared, thread, threads, patience)
-            patience = _PATIENCE if done == 0 else 0  # whoever was not there will not be there for the next group
+            patience = _PATIENCE if done == 0 else 0  # a thread that was late now will be late for the next group
             last = _completes(shared, done, total)
         if last:
             store_release(shared + DONE, 0)
@@ -196,18 +196,18 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
 
 
 def do_parts(row, thread, threads):
-    """The operation that does a thread's shares of some parts of another one."""
+    """Run one thread's shares of some parts of another operation."""
     given = read(PartArguments, row)
     for part in range(given.first, given.last):
         at = part * threads + thread
         call_operation(int64_at(given.row)[0], given.row, at, given.parts * threads)
 
 
-# ---- the two sides ---------------------------------------------------------------------------------------------------
+# ---- caller and helpers ----------------------------------------------------------------------------------------------
 
 
 def take_part(plan: int, rows: int, shared: int, thread: int, threads: int) -> None:
-    """A thread's part, in one function, so that the walk is compiled once: the caller's, 0, is a step."""
+    """Run a step (thread 0, the caller), or a helper's loop; one function, so that the walk is compiled once."""
     if thread == 0:
         _run(plan, rows, shared, threads)
     else:
@@ -216,7 +216,7 @@ def take_part(plan: int, rows: int, shared: int, thread: int, threads: int) -> N
 
 @njit(inline="always")
 def _run(plan: int, rows: int, shared: int, threads: int) -> None:
-    """The caller's side of a step."""
+    """Run a step as the caller."""
     if threads == 1:
         at = plan
         for _ in range(rows):
@@ -238,7 +238,7 @@ def _run(plan: int, rows: int, shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _work(shared: int, thread: int, threads: int) -> None:
-    """A helper's life: wait for a job, walk its plan, until told to stop."""
+    """Run a helper: wait for a job, walk its plan, until STOP is set."""
     inside = shared + WORKERS + thread * WORKER_BYTES + INSIDE
     seen = 0
     while True:
@@ -250,6 +250,6 @@ def _work(shared: int, thread: int, threads: int) -> None:
             store_release(inside, 1)
             plan, rows = load_acquire(shared + PLAN), load_acquire(shared + ROWS)
             number, group = load_acquire(shared + FIRST_ROW), load_acquire(shared + FIRST_GROUP)
-            if load_acquire(shared + JOB) == seen:  # so what was read is this job's
+            if load_acquire(shared + JOB) == seen:  # then the numbers read above belong to this job
                 _walk(seen, plan, rows, number, group, shared, thread, threads)
             store_release(inside, 0)

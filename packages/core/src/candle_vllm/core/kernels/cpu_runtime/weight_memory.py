@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
 
-A single row of activations reads all weights once, as fast as the memory goes. That needs the system's large pages: on
-pages of 4 KiB, weights were read up to a third slower. Numpy asks for large pages for arrays from 4 MiB on, and most
-matrices of a small model are smaller than that, so they share.
+A step with one row of activations reads all weights once, at the speed of the memory. That needs huge pages: from pages
+of 4 KiB, weights were read up to a third slower. Numpy asks for huge pages for arrays from 4 MiB on, and most
+matrices of a small model are smaller than that, so several matrices share one piece.
 
-What a model's matrices take can be given back to the system while their addresses stay theirs, and be filled again by
-loading the model once more: a recorded step, which knows addresses alone, then reads the same numbers.
+The memory of a model's matrices can be returned to the system while its addresses stay reserved. Loading the model
+again fills it again, so a recorded step, which contains only addresses, reads the same numbers as before.
 
-Where threads are divided into ranks, each rank's rows of a matrix lie on its own node, those of a model that was given
-back and is filled again as well.
+If the threads are divided into ranks, each rank's rows of a matrix are in the memory of its own NUMA node, also after
+the memory was returned and filled again.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default
 
 @contextmanager
 def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
-    """Around loading a model: the memories that `new_memory` gives meanwhile, in their order.
+    """Context for loading a model; yields a list, to which `new_memory` appends each memory that it returns.
 
-    With those of the first time it gives these, and what is taken are the places of the first time.
+    With `again`, the memories of an earlier load, `new_memory` returns those, and `take` returns the same addresses.
     """
     made: list[WeightMemory] = []
     tokens = _MADE.set(made), _AGAIN.set(iter(again) if again else None)
@@ -61,7 +61,7 @@ def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
 
 
 def new_memory(ranks: Callable[[], CpuRanks | None] = lambda: None) -> WeightMemory:
-    """Memory for the weights of one model, or of a part of it that is loaded by itself; `ranks` are asked for once."""
+    """Memory for the weights of a model, or of a part that is loaded by itself; `ranks` is called for new memory."""
     again, made = _AGAIN.get(), _MADE.get()
     memory = WeightMemory(ranks=ranks()) if again is None else next(again)
     if made is not None:
@@ -70,12 +70,12 @@ def new_memory(ranks: Callable[[], CpuRanks | None] = lambda: None) -> WeightMem
 
 
 def can_drop_pages() -> bool:
-    """Whether this system takes memory back whose addresses stay."""
+    """Whether memory can be returned to this system while its addresses stay reserved."""
     return sys.platform == "linux"
 
 
 def drop_pages(array: np.ndarray) -> int:
-    """Gives whole pages of an array's memory back to the system, bytes; they read as zeros from then on."""
+    """Return whole pages of an array's memory to the system; they read as zeros afterwards. Returns the bytes freed."""
     start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
     if length <= 0:
@@ -87,11 +87,11 @@ def drop_pages(array: np.ndarray) -> int:
 
 
 class WeightMemory:
-    """Hands out aligned memory. Matrices that share a piece keep it alive together. Safe for several threads.
+    """Allocator of aligned memory. Matrices that share a piece keep it alive together. Safe for several threads.
 
     Args:
-        piece_bytes: size of a piece; larger matrices have one of their own.
-        ranks: of the threads that read it.
+        piece_bytes: size of a piece; a larger matrix has a piece of its own.
+        ranks: ranks of the threads that read the memory; None for undivided threads.
     """
 
     def __init__(self, piece_bytes: int = PIECE_BYTES, ranks: CpuRanks | None = None) -> None:
@@ -101,19 +101,19 @@ class WeightMemory:
         self._piece = np.empty(0, np.uint8)
         self._used = 0
         self._lock = threading.Lock()
-        # Of each part of a model: the memory that it took, in its order, as long as somebody has it.
+        # For each part of a model, in the order of its `take` calls: the array (while it is in use), offset and size.
         self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
-        self._stays: set[int] = set()  # of these, addresses of those with what no part took
-        self._again: Counter[object] | None = None  # how many places each part has been given again
+        self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
+        self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
-        """`count` uninitialised bytes, uint8, at a multiple of 64.
+        """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
 
-        What a piece has left is abandoned when it is too small; it was never touched, so that it costs no memory.
+        If the rest of a piece is too small, it is abandoned; it was never touched, so it costs no memory.
 
         Args:
-            tiles: equal parts, one behind the other, that threads share.
+            tiles: number of equal, consecutive parts that are divided among threads.
         """
         part: Any = LOADED_PART.get()
         with self._lock:
@@ -124,7 +124,7 @@ class WeightMemory:
                 owner = known[number][0]() if number < len(known) and known[number][2] == count else None
                 if owner is not None:
                     return owner[known[number][1] :][:count]
-                return np.empty(count, np.uint8)  # of what nobody has kept
+                return np.empty(count, np.uint8)  # the first array is no longer in use: any address will do
             found = self._take(count)
             if self._left > 0 and tiles > 1:
                 self._place(found, tiles)
@@ -137,16 +137,16 @@ class WeightMemory:
             return found
 
     def begin_again(self) -> None:
-        """From now on parts are given the places that they had."""
+        """Let `take` return to each part the same addresses as the first time, from now on."""
         self._again = Counter()
 
     def drop(self) -> int:
-        """Gives the memory of all parts back to the system, bytes; their places stay theirs, and read as zeros."""
+        """Return the memory of all parts to the system; addresses stay valid and read as zeros. Returns bytes freed."""
         pieces = [piece for each in self._whole if (piece := each()) is not None]
         return sum(drop_pages(piece) for piece in pieces if piece.ctypes.data not in self._stays)
 
     def _place(self, taken: np.ndarray, tiles: int) -> None:
-        """Where pages cannot be a rank's any more, they come from all nodes in turns."""
+        """Bind each rank's rows to its NUMA node; beyond the limit, rows stay interleaved over nodes."""
         assert self.ranks is not None
         self._left -= self.ranks.place(taken, [taken.size // tiles * tile for tile in self.ranks.borders(tiles)])
         if self._left <= 0:
@@ -164,7 +164,7 @@ class WeightMemory:
             self._whole = [*(each for each in self._whole if each() is not None), weakref.ref(memory)]
             start = -memory.ctypes.data % ALIGNMENT
             piece = memory[start : start + memory.size - ALIGNMENT]
-            if space >= self._piece_bytes:  # a piece of its own; the current one goes on being filled
+            if space >= self._piece_bytes:  # a piece of its own; later matrices still fill the current piece
                 return piece[:count]
             self._piece, self._used = piece, 0
         start, self._used = self._used, self._used + space
@@ -172,6 +172,6 @@ class WeightMemory:
 
 
 def most_areas(root: Path = Path("/")) -> int:
-    """How many areas of memory may have a node of their own: half of what Linux allows a process."""
+    """Return how many memory mappings may be bound to nodes: half of the mappings that Linux allows a process."""
     text = read_or_nothing(root / "proc/sys/vm/max_map_count").strip()
     return int(text) // 2 if text.isdecimal() else 1 << 15

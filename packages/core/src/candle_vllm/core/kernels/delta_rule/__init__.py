@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: MIT
 """The gated delta rule and Mamba 2: linear attention with a state of fixed size that each token decays and adds to.
 
-Contract: q, k [T, Hk, Dk], v [T, Hv, Dv], a, b [T, Hv] of one float dtype; y [T, Hv, Dv] has it too, in new memory.
-Value head h belongs to key head h // (Hv / Hk). Of a value head, S [Dk, Dv] being its state, zeros before the first
-token:
+Contract: q, k [T, Hk, Dk], v [T, Hv, Dv], a, b [T, Hv] of one float dtype; y [T, Hv, Dv] of the same dtype, in new
+memory. Value head h uses key head h // (Hv / Hk). The state S [Dk, Dv] of a value head is zeros before the first token.
+Each token computes
 
     S = exp(decay[h] * softplus(a + bias[h])) * S
     S = S + k^T (strength * sigmoid(b) * (v - k S))
     y = q S
 
-in fp32 throughout, and y is rounded once. Before that, k becomes k / sqrt(sum(k^2) + 1e-6), and q likewise, where they
-are `normed`, and q is multiplied by `scale`. Recorded steps do so in place: what q and k stand in is changed.
+in fp32 throughout, and y is rounded once. If q and k are to be `normed`, k is first replaced by
+k / sqrt(sum(k^2) + 1e-6), and q likewise; then q is multiplied by `scale`. Recorded steps change q and k in place.
 
-Gates with a `skip` [Hv] are those of Mamba 2, where k is B, q is C, v is x and `skip` is D. With
+Gates with a `skip` [Hv] select Mamba 2, where k is B, q is C, v is x and `skip` is D. With
 dt = softplus(a + bias), and without a correction:
 
     S = exp(decay[h] * dt) * S + k^T (dt v)
     y = q S + skip[h] * v
 
-Then b is not used: callers pass a in its place.
+b is not used then: callers pass a in its place.
 
-Gates with a decay of each channel are those of Kimi delta attention, where a, decay and bias are [.., Hv * Dk]: each
-row of S has a decay of its own, and the rest is the delta rule.
+Gates with a decay of each channel select Kimi delta attention, where a, decay and bias are [.., Hv * Dk]: each row of S
+has its own decay; otherwise it is the delta rule.
 
-The state is kept as `kernels/states.py` says: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], 16 columns of S after the
-other, on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv], decays and
-strengths, in float32: as the rule takes them in, or, on a GPU, as they came; who wrote it reads it. A row's result
+The state's layout follows `kernels/states.py`: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], in tiles of 16 columns of S,
+on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv], decays and strengths, in float32:
+on a CPU their computed values, on a GPU the unchanged inputs; only the backend that wrote it reads it. A row's result
 depends on its own sequence alone.
 
-By the delta rule on a GPU with tensor cores, where q, k and v have 16 bits, whole chunks of 64 tokens between absolute
-multiples of 64 are computed at once, as far as a step has all rows of a chunk and stores no state within it. For that
-it must be told the `positions` [T] of rows: how many tokens of their sequence stand before each. Without them, as in
-steps in which no sequence has 64 rows, tokens are taken in one by one, as everywhere else.
+On a GPU with tensor cores, the delta rule for 16-bit q, k and v computes whole chunks of 64 tokens at once. A chunk
+begins at a position that is a multiple of 64; the step must have all of its rows and store no state within it. This
+needs the `positions` [T] of rows in their sequences. Without them, as in steps in which no sequence has 64 rows, tokens
+are processed one by one, as in all other cases.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Dao and Gu, 2024,
 arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta attention).
@@ -65,15 +65,15 @@ def delta_rule(
     normed: bool = True,
     positions: torch.Tensor | None = None,
 ) -> Value:
-    """What each token reads of the state behind it; the states and kept rows of `cache` are changed.
+    """Return each token's result; the states and kept rows of `cache` are changed.
 
     Args:
-        q, k, v, a, b: see above; the numbers of a row lie behind each other.
-        gates: of the layer.
-        cache: of the layer, float32.
-        rows: what the step does with states; a recorded one has its own.
-        scale: of q: Dk^-0.5.
-        normed: q and k are.
+        q, k, v, a, b: see above; the elements of a row are contiguous.
+        gates: gates of the layer.
+        cache: cache of the layer, float32.
+        rows: the step's use of states; recorded steps have rows of their own.
+        scale: factor of q: Dk^-0.5.
+        normed: whether q and k are normed.
         positions: see above.
     """
     if isinstance(q, Recorded):

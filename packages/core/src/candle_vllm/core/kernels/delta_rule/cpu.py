@@ -2,15 +2,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between (step 6 of ten).
 
-Columns of a state do not know of each other. A unit of `scan` is up to 32 columns of a value head, two tiles of the
-state, 16 KB, through all tokens that a step has of a sequence: they stay in the first-level cache however many these
-are. A token reads them twice: for what the state remembers of k, which Mamba 2 does not need, and for the correction
-and what q reads, one pass. A
-token whose state is to be stored writes it to its slot, where the next one reads it.
+The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state,
+16 KB) through all tokens that a step has of a sequence, so the columns stay in the L1 cache for any number of tokens.
+Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with q
+S. If the state after a token is to be stored, the token writes it to its slot, where the next token reads it.
 
-Every number is one chain of sums over Dk, in two halves, whatever else is in the step: the same bits however a text is
-cut, and whichever thread computes it. All columns of a key head's value heads read the same k of a kept row, so kept
-rows are written when all of them have.
+Every element is one chain of sums over Dk, in two halves, whatever else is in the step. So its bits depend neither on
+the way a prompt is divided into steps nor on the thread. All columns of a key head's value heads read the same k of a
+kept row, so kept rows are written after all columns have read them.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from candle_vllm.core.kernels.delta_rule.layout import EPS, DeltaArguments
 
 _SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
 _LINE = 4 * LANES
-_UNROLLED = 4  # rows of a state
+_UNROLLED = 4  # rows of a state per iteration
 _WIDTH = 2  # tiles of a unit
 
 
@@ -48,7 +47,7 @@ _WIDTH = 2  # tiles of a unit
 
 @intrinsic
 def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
-    """`count` floats times `scale`, in place; where `normed`, over the root of the sum of their squares too."""
+    """Multiply `count` floats by `scale` in place; if `normed`, also divide them by the root of the sum of squares."""
     signature = types.void(types.int64, types.int64, types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -79,7 +78,7 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
 def _gates(
     _: Any, a: Any, b: Any, decay: Any, bias: Any, most: Any, skip: Any, to: Any, decays: Any, at: Any, heads: Any
 ) -> Any:
-    """`decays` decays of a token, and `at` the strengths of heads, dt where `skip`; NaN where a or b is."""
+    """Write `decays` decays of a token, and the strengths of its heads (dt if `skip`); NaN if a or b is NaN."""
     signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 5)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -113,7 +112,7 @@ def _gates(
 
 
 def prepare(row, thread, threads):
-    """The operation that norms q and k, in place, and makes the gates. A unit is a key head of a token."""
+    """Norm q and k in place, and compute the gates. A unit is a key head of a token."""
     given = read(DeltaArguments, row)
     key_heads, heads, dim = given.key_heads, given.heads, given.key_dim
     group, each = heads // key_heads, given.decays // heads
@@ -135,7 +134,7 @@ def prepare(row, thread, threads):
 
 
 def _each_row(e: Emitter, rows: Any, state: list[Any], body: Any) -> list[Any]:
-    """Runs body(row, half, state) -> state for each row of a state, 4 at a time; `half` is the sum it belongs to."""
+    """Run body(row, half, state) -> state for each row of a state, 4 at a time; `half` selects the sum for the row."""
     b = e.b
 
     def several(index: Any, state: list[Any]) -> list[Any]:
@@ -171,12 +170,12 @@ def _take_in(
     skip: Any,
     ahead: Any,
 ) -> Any:
-    """A token, in some tiles of a state at `at`; the state behind it goes `to`, which may be the same.
+    """Process a token for some tiles of a state at `at`; write the new state `to`, which may be the same address.
 
-    tiles, reads, corrects, channels: how many, whether q reads, whether the rule is the delta rule, and whether `decay`
-        has a number for each row: constants.
-    k, q: addresses of `rows` floats. v, out: of `columns`. decay: of one, or of `rows`.
-    ahead: where tiles are that are asked for meanwhile.
+    tiles, reads, corrects, channels: constants: number of tiles, whether q reads the state, whether it is a delta rule
+        (not Mamba 2), and whether `decay` has an element for each row.
+    k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of one float, or of `rows`.
+    ahead: address of tiles to prefetch meanwhile.
     """
     width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
     floats, by_row = [types.float32] * 2, bool(channels.literal_value)
@@ -234,7 +233,7 @@ def _take_in(
 
 @intrinsic
 def _clear(_: Any, to: Any, lines: Any) -> Any:
-    """Zeros in `lines` lines of 16 floats."""
+    """Write zeros to `lines` lines of 16 floats."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -251,7 +250,7 @@ def _clear(_: Any, to: Any, lines: Any) -> Any:
 
 @njit(inline="always")
 def _first_tile(given: Any, part: int) -> tuple[int, int]:
-    """The value head of a unit, and its first tile of those of the head."""
+    """Return the value head of a unit, and its first tile within the head."""
     each = ((given.value_dim + LANES - 1) // LANES + _WIDTH - 1) // _WIDTH
     head = part // each
     return head, _WIDTH * (part - head * each)
@@ -259,22 +258,22 @@ def _first_tile(given: Any, part: int) -> tuple[int, int]:
 
 @njit(inline="always")
 def _place(given: Any, slot: int, part: int) -> int:
-    """Address of a unit's tiles in a slot; of the first slot for -1."""
+    """Return the address of a unit's tiles in a slot; slot -1 gives the address in slot 0."""
     head, first = _first_tile(given, part)
     tiles = (given.value_dim + LANES - 1) // LANES
     return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
 
 
 def make_scan(CORRECTS: int, CHANNELS: int) -> Callable[..., None]:
-    """The operation that takes tokens in, by the delta rule, with decays of channels or of heads, or by Mamba 2's.
+    """Return the operation that processes tokens by the delta rule (with decays of channels or heads) or by Mamba 2.
 
-    Threads divide units of all sequences, a unit's sequences side by side, for all units of a sequence cost the same.
-    What a thread has of a sequence it does in the order of memory.
+    All units of a sequence cost the same. Threads divide the units of all sequences, ordered by unit, then by sequence.
+    A thread processes its units of a sequence in the order of memory.
     """
 
     @njit
     def scan_columns(given: Any, r: int, part: int, scratch: int, ahead: int) -> None:
-        """Takes the tokens of sequence r into the columns of a unit; asks for the tiles at `ahead` with the last."""
+        """Process the tokens of sequence r in a unit's columns; prefetch the tiles at `ahead` with the last token."""
         starts, stores = int64_at(given.query_start), int64_at(given.stores)
         heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
         decays = given.decays
@@ -348,7 +347,7 @@ def make_scan(CORRECTS: int, CHANNELS: int) -> Callable[..., None]:
 
 @njit
 def _copy(source: int, count: int, to: int) -> int:
-    """Copies floats; returns where the next ones go."""
+    """Copy floats; return the address after the copy."""
     values, target = float32_at(source), float32_at(to)
     for i in range(count):
         target[i] = values[i]
@@ -356,7 +355,7 @@ def _copy(source: int, count: int, to: int) -> int:
 
 
 def keep(row, thread, threads):
-    """The operation that writes kept rows, when `scan` has read those of the step before."""
+    """Write kept rows, after `scan` has read those of the previous step."""
     given = read(DeltaArguments, row)
     starts, slots, keeps = int64_at(given.query_start), int64_at(given.slots), int64_at(given.keeps)
     tokens = step_number(row, _TOKENS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a layer's delta rule on the CPU: the operations of `cpu.py` in their order."""
+"""Recording a layer's delta rule on the CPU: the operations of `cpu.py`, one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Float32 rows: address of the first, floats from one to the next, of each, and of its heads, where it has some."""
+    """Float32 rows: address of the first, row stride in floats, columns, and floats of a head (None without heads)."""
 
     address: int
     stride: int
@@ -33,13 +33,13 @@ def record_delta_rule(
     scale: float,
     normed: bool,
 ) -> None:
-    """Makes q, k and gates ready, takes the step's tokens in, and keeps the inputs of drafts where there can be any.
+    """Record `prepare` for q, k and gates, `scan` for the step's tokens, and `keep` if the step can have draft tokens.
 
     Args:
-        recorder: of the plan.
+        recorder: recorder of the plan.
         given: q, k, v, a and b.
-        out: where the result goes.
-        gates, cache: of the layer.
+        out: rows of the result.
+        gates, cache: gates and cache of the layer.
         scale, normed: see the contract in the package.
     """
     q, k, v, a, b = given

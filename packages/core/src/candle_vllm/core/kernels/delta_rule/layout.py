@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sizes of the gated delta rule, what makes its gates, and its compiled operations by their addresses."""
+"""Sizes of the gated delta rule, parameters of its gates, and addresses of its compiled operations."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 from candle_vllm.core.kernels.cpu_runtime.operation import operation
 
 COLUMNS = 16
-"""Of a state's tile."""
+"""Columns in a tile of a state."""
 EPS = 1e-6
-"""Of the norms of q and k."""
+"""Epsilon of the norms of q and k."""
 
 
 class DeltaGates(NamedTuple):
-    """What makes the decay and the strength of a value head.
+    """Parameters of the decay and the strength of a value head.
 
     Attributes:
-        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files have it; or [Hv * Dk], of each channel of a key.
-        bias: of the decay's shape, fp32, dt_bias.
-        strength: of a correction at most: 1, or 2 where a state may have negative eigenvalues.
+        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files store it; or [Hv * Dk], one for each channel of a key.
+        bias: dt_bias, fp32, in the shape of `decay`.
+        strength: maximum strength of a correction: 1, or 2 if a state may have negative eigenvalues.
         skip: [Hv] fp32, D of Mamba 2, whose states are not corrected; None for the delta rule.
     """
 
@@ -30,33 +30,33 @@ class DeltaGates(NamedTuple):
 
 
 def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, int, int, int]:
-    """Of a sequence's state."""
+    """Return the shape of a sequence's state."""
     return value_heads, -(-value_dim // COLUMNS), key_dim, COLUMNS
 
 
 def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, channels: bool = False) -> int:
-    """Numbers of a kept row; where `channels` decay by themselves, with a decay of each."""
+    """Return the number of elements of a kept row; with `channels` it has a decay for each channel."""
     return key_heads * key_dim + value_heads * (value_dim + 1 + (key_dim if channels else 1))
 
 
 class DeltaArguments(NamedTuple):
-    """The arguments of the three operations; from `states` on as `Recorder.state_arguments` gives them.
+    """The arguments of the three operations; `Recorder.state_arguments` returns those from `states` on.
 
     Attributes:
-        q, q_stride: address of float32 rows of key heads, and floats from one to the next.
-        k, k_stride: the same.
-        v, v_stride: the same of value heads.
-        a, a_stride: the same of what makes decays.
-        b, b_stride: the same of what makes strengths, a number of each value head.
+        q, q_stride: address of float32 rows of key heads, and row stride in floats.
+        k, k_stride: the same for k.
+        v, v_stride: the same for v, rows of value heads.
+        a, a_stride: the same for a, the inputs of the decays.
+        b, b_stride: the same for b, the inputs of the strengths, one for each value head.
         decay, bias: addresses of float32 [decays].
-        strength: of a correction at most.
+        strength: maximum strength of a correction.
         skip: address of float32 [Hv], or 0.
-        normed: q and k are.
-        scale: of q.
+        normed: 1 if q and k are normed, else 0.
+        scale: factor of q.
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
-        decays: of a token: Hv, or Hv * Dk.
-        gates: address of float32 [most tokens, decays + Hv], between the operations: decays and strengths.
-        out, out_stride: as v.
+        decays: number of decays of a token: Hv, or Hv * Dk.
+        gates: address of float32 [maximum number of tokens, decays + Hv], scratch memory for decays and strengths.
+        out, out_stride: the same for the result, in rows as those of v.
     """
 
     q: int
@@ -97,15 +97,15 @@ class DeltaArguments(NamedTuple):
 
 
 def prepare_operation() -> int:
-    """Address of the operation that makes q, k and gates ready."""
+    """Return the address of the operation that prepares q, k and gates."""
     return operation("delta_rule.cpu:prepare")
 
 
 def scan_operation(corrects: bool, channels: bool) -> int:
-    """Address of the operation that takes tokens in, by the delta rule or by Mamba 2's."""
+    """Return the address of the operation that processes tokens by the delta rule or by Mamba 2."""
     return operation("delta_rule.cpu:make_scan", corrects, channels)
 
 
 def keep_operation() -> int:
-    """Address of the operation that writes kept rows."""
+    """Return the address of the operation that writes kept rows."""
     return operation("delta_rule.cpu:keep")

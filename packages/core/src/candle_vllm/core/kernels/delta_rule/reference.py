@@ -41,7 +41,7 @@ def delta_rule(
     decays = decay.shape[1]
 
     def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-        """The state [Hv, Dk, Dv] behind a token, of what it takes in."""
+        """Return the state [Hv, Dk, Dv] after a token, whose inputs are `taken`."""
         key, value, rest = taken.split([k[0].numel(), v[0].numel(), decays + heads])
         key = key.reshape(k.shape[1:]).repeat_interleave(group, 0)
         state = state * rest[:decays].reshape(heads, -1, 1)
@@ -70,11 +70,11 @@ def delta_rule(
 
 
 def to_tiles(state: torch.Tensor) -> torch.Tensor:
-    """A state [Hv, Dk, Dv] as it is kept."""
+    """Return a state [Hv, Dk, Dv] in the cache's layout."""
     filled = functional.pad(state, (0, -state.shape[2] % COLUMNS))
     return filled.unflatten(2, (-1, COLUMNS)).transpose(1, 2)
 
 
 def from_tiles(tiles: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """The reverse of `to_tiles`, in new memory."""
+    """Return the inverse of `to_tiles`, in new memory."""
     return tiles.transpose(1, 2).flatten(2)[..., :value_dim].clone()

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule and Mamba 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
-Kept rows, which all programs of a key head read, are written by a launch of their own, where there can be any; their
-numbers are those that came.
+All programs of a key head read the kept rows, so a launch of its own writes them, if the step can have any. They
+contain the unchanged inputs.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
 
-_ROWS = 128  # sequences that a program looks at together when it searches its own
-_PART = 1024  # numbers of a kept row that a program copies
+_ROWS = 128  # sequences that a program compares at once to find its own
+_PART = 1024  # elements of a kept row that a program copies
 
 
 @triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=TABLES)
@@ -60,7 +60,7 @@ def keep_kernel(
     ROWS: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """Writes a part of a token's kept row, where it has one."""
+    """Write a part of a token's kept row, if the token has one."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(keeps + token).to(tl.int64)
     if place >= 0:

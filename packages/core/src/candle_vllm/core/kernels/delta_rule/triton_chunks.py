@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The gated delta rule of prompts on a GPU: 64 tokens between absolute multiples of 64 at once, others one by one.
+"""The gated delta rule of prompts on a GPU: chunks of 64 tokens at multiples of 64 at once, other tokens one by one.
 
-With D[i, j] the product of the decays of a chunk's tokens j + 1 .. i for j <= i, P those of tokens up to i, E those of
-tokens behind i, B the strengths, S the state before the chunk, and what each token corrects
+D[i, j] is the product of the decays of a chunk's tokens j + 1 .. i for j <= i; P are the products of those up to token
+i, E of those after token i; B are the strengths, S is the state before the chunk. The correction of each token is
 
     U = inverse(I + tril(B K K^T D, -1)) B (V - P K S)
 
-results and the state behind the chunk are
+The results and the state after the chunk are
 
     Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
 
-`chunk_kernel` makes the inverse times B, tril(Q K^T D), and what rows are multiplied by, for a value head of every
-chunk side by side. The inverse is made row by row, which holds for keys however alike; logarithms of products of decays
-are sums of their own, and no differences. `chunks_kernel` is then as `triton_scan.scan_kernel`, but for whole chunks. A
+`chunk_kernel` computes the inverse times B, tril(Q K^T D), and factors of rows, for each value head of all chunks in
+parallel. The inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays
+are separate sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. A
 chunk within which a state is stored is scanned by token. Source: Yang et al., 2024, arXiv:2406.06484, section 3.
 
-Products with q and k have their numbers as they came, of 16 bits, and norms are applied behind them. Float32 numbers
-are sums of two of 16 bits there, and products of float32 numbers those of such sums, which is nearer to float32 than
-TF32 is. Where q and k are float32, or there are no tensor cores, tokens are taken in one by one.
+Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
+product is split into the sum of two bfloat16 numbers, which is closer to float32 than TF32 is. If q and k are float32,
+or there are no tensor cores, tokens are processed one by one.
 """
 
 from __future__ import annotations
@@ -55,26 +55,26 @@ CHUNK = 64
 """Tokens of a chunk."""
 
 _BLOCK_K = 64  # columns of q and k that are multiplied at a time
-_BLOCK_V = 16  # columns of a program: the most that do not spill
+_BLOCK_V = 16  # columns of a program: the maximum without register spills
 
 
 @triton.jit
 def _rows_of(x, first, token_stride, column, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Rows [CHUNK, ...] of a head from row `first` on."""
+    """Load rows [CHUNK, ...] of a head from row `first` on."""
     row = (first + tl.arange(0, CHUNK)).to(tl.int64)
     return tl.load(x + row[:, None] * token_stride + column[None, :], mask=(column < D)[None, :], other=0.0)
 
 
 @triton.jit
 def _squares(x):
-    """Sums of squares of rows [CHUNK]."""
+    """Return the sum of squares of each row [CHUNK]."""
     x = x.to(tl.float32)
     return tl.sum(x * x, axis=1)
 
 
 @triton.jit
 def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
-    """What rows are multiplied by [CHUNK]."""
+    """Return the factor of each row [CHUNK]."""
     if NORMED:
         return 1.0 / tl.sqrt(squares + EPS)
     return squares * 0.0 + 1.0
@@ -82,14 +82,14 @@ def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _halves(x, kind):
-    """Float32 numbers as the sum of two of 16 bits."""
+    """Split float32 numbers into sums of two 16-bit numbers."""
     upper = x.to(kind)
     return upper, (x - upper.to(tl.float32)).to(kind)
 
 
 @triton.jit
 def _times(x, y):
-    """The product of numbers of 16 bits with float32 numbers."""
+    """Multiply 16-bit numbers by float32 numbers."""
     upper, lower = _halves(y, x.dtype)
     return tl.dot(x, lower, tl.dot(x, upper))
 
@@ -103,7 +103,7 @@ def _store_halves(at, x, SIZE: tl.constexpr):
 
 @triton.jit
 def _product(at, y, SIZE: tl.constexpr):
-    """The product of float32 numbers, of which `_store_halves` has written the first ones."""
+    """Multiply float32 numbers that `_store_halves` has written by float32 numbers."""
     more, less = _halves(y, tl.bfloat16)
     upper = tl.load(at)
     result = tl.dot(upper, less, tl.dot(upper, more))
@@ -119,8 +119,8 @@ def chunk_kernel(
     decay,  # [HV] fp32
     bias,
     # Of the chunk that begins within rows CHUNK * i .. CHUNK * i + CHUNK - 1:
-    matrices,  # [T / CHUNK, HV, 2, 2, CHUNK, CHUNK] bf16: inverse and scores, both in halves
-    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: of rows of K in P K, of Q in P Q, of K in E K, and P
+    matrices,  # [T / CHUNK, HV, 2, 2, CHUNK, CHUNK] bf16: inverse and scores, each as two halves
+    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K in P K, Q in P Q, K in E K; and P
     positions,  # [T]
     tokens,
     most,
@@ -147,8 +147,8 @@ def chunk_kernel(
     each = tl.arange(0, CHUNK)
     token = place * CHUNK + each
     there = token + CHUNK <= tokens
-    # Of several the last one: behind a chunk's first row, the next border within 64 rows is another sequence's. Rows of
-    # several sequences, which are taken for a chunk here, are one to nobody.
+    # If several chunks begin here, the last one counts: the others are cut off by the start of another sequence. If
+    # this one has rows of several sequences, `chunks_kernel` does not read its results.
     begins = there & (tl.load(positions + token, mask=there, other=1) % CHUNK == 0)
     first = tl.max(tl.where(begins, token, -1))
     if first >= 0:
@@ -211,7 +211,7 @@ def _take_chunk(
     DV: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Writes the results of a whole chunk, and returns the state behind it."""
+    """Write the results of a whole chunk, and return the state after it."""
     SIZE: tl.constexpr = CHUNK * CHUNK
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
@@ -312,7 +312,7 @@ def chunks_kernel(
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
     if start < end:
-        # Rows before the first chunk that begins here, whole chunks, and the rest.
+        # Rows before the first chunk that begins in this step, whole chunks, and the rest.
         position = tl.load(positions + start).to(tl.int32)
         begin = tl.minimum(start + (CHUNK - position % CHUNK) % CHUNK, end)
         chunks = (end - begin) // CHUNK

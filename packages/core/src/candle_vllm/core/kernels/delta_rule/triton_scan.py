@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule and Mamba 2 on a GPU, token by token (step 6 of a request's life).
 
-A program has some columns of a value head's state of a sequence in registers, and takes all of the sequence's tokens
-in. Norms and gates are computed by each for itself, which is less than reading the state.
+A program holds some columns of a value head's state of a sequence in registers and processes all tokens of the
+sequence. Every program computes norms and gates itself, which costs less than reading the state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def step_size(a, bias):
     """softplus(a + bias), fp32."""
     time = a.to(tl.float32) + bias
     power = tl.exp(-tl.abs(time))
-    above = 1.0 + power  # whose rounding is undone: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
+    above = 1.0 + power  # corrects its rounding: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
     small = tl.where(above == 1.0, power, tl.log(above) * (power / tl.where(above == 1.0, 1.0, above - 1.0)))
     return tl.maximum(time, 0.0) + small
 
@@ -46,13 +46,13 @@ def strength_of(b, most):
 
 @triton.jit
 def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the elements [DK, BLOCK_V] of a value head's state stand in the head's tiles."""
+    """Offsets of the elements [DK, BLOCK_V] of a value head's state in the head's tiles."""
     return (column // COLUMNS)[None, :] * (DK * COLUMNS) + row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
 
 
 @triton.jit
 def gates_of(x, row, DK: tl.constexpr, EACH: tl.constexpr):
-    """A value head's number, or its EACH = DK numbers, one of each channel, [DKP, 1]."""
+    """Load a value head's element, or its EACH = DK elements, one for each channel, [DKP, 1]."""
     found = tl.load(x)
     if EACH > 1:
         found = tl.load(x + row[:, None], mask=(row < DK)[:, None], other=0.0)
@@ -61,7 +61,7 @@ def gates_of(x, row, DK: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.constexpr, CORRECTS: tl.constexpr):
-    """The state [DKP, BLOCK_V] behind a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
+    """Return the state [DKP, BLOCK_V] after a token with k [DKP], v [BLOCK_V] and gates a and b, fp32."""
     time = step_size(a, bias)
     if NORMED:
         k = k / tl.sqrt(tl.sum(k * k) + EPS)
@@ -102,7 +102,7 @@ def scan_rows(
     HV: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    FILLED: tl.constexpr,  # DV up to whole tiles
+    FILLED: tl.constexpr,  # DV rounded up to whole tiles
     NORMED: tl.constexpr,
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,7 +110,7 @@ def scan_rows(
     skip=0.0,  # where not CORRECTS
     EACH: tl.constexpr = 1,  # decays of a value head
 ):
-    """Takes rows in one by one: writes their results and the states that are asked for, returns the last state."""
+    """Process rows one by one: write their results and the states to store, return the last state."""
     places = tile_places(row, column, DK, COLUMNS)
     inside = (row < DK)[:, None] & (column < FILLED)[None, :]
     for token in range(first, last):
@@ -158,11 +158,11 @@ def state_before(
     CORRECTS: tl.constexpr = True,
     EACH: tl.constexpr = 1,
 ):
-    """The state [DKP, BLOCK_V] that a sequence's first row of the step meets."""
+    """Return the state [DKP, BLOCK_V] before a sequence's first row of the step."""
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
     inside = ((row < DK) & (row * 0 + source >= 0))[:, None] & (column < FILLED)[None, :]
     state = tl.load(at, mask=inside, other=0.0)
-    tl.debug_barrier()  # it may be written there, by other threads
+    tl.debug_barrier()  # other threads may write the memory that was read
     for _ in range(replays):
         key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
         value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
@@ -208,7 +208,7 @@ def scan_kernel(
     HV: tl.constexpr,
     DK: tl.constexpr,
     DV: tl.constexpr,
-    DKP: tl.constexpr,  # up to a power of two
+    DKP: tl.constexpr,  # rounded up to a power of two
     FILLED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     NORMED: tl.constexpr,
@@ -291,13 +291,13 @@ def scan_kernel(
 
 
 def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
-    """Launches the kernel; see `triton.delta_rule`."""
+    """Launch the kernel; see `triton.delta_rule`."""
     corrects, each = given["skip"] is None, given["decay"].numel() // constants["HV"]
     scan_kernel[grid](**given, **constants, CORRECTS=corrects, EACH=each, num_warps=4, **OPTIONS)
 
 
 def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
-    """Of a layer."""
+    """Return the compile-time constants of a layer."""
     return {
         "HK": key_heads,
         "HV": heads,
@@ -313,7 +313,7 @@ def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, no
 
 
 def build_arguments(dtype: str) -> dict[str, str]:
-    """Triton's types of what the kernels of a layer are given, but for constants."""
+    """Return the Triton types of the arguments of a layer's kernels, except constants."""
     arguments = dict.fromkeys(("q", "k", "v", "a", "b", "out"), f"*{dtype}")
     arguments |= dict.fromkeys(("decay", "bias", "states", "kept"), "*fp32") | dict.fromkeys(TABLES[:-1], "*i32")
     return arguments | {"most": "fp32", "scale": "fp32"} | dict.fromkeys((*STRIDES, *CACHE_STRIDES), "i32")

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
-_PART = 1024  # numbers of a program; not measured yet
+_PART = 1024  # elements of a program; not measured yet
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def embedding_kernel(
     token_ids,  # [T]
     table,  # [V, E], rows contiguous
     y,  # [T, E] contiguous
-    table_stride,  # numbers from a row to the next
+    table_stride,  # elements from a row to the next
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -30,7 +30,7 @@ def embedding_kernel(
 
 
 def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package. Ids may be int32 too."""
+    """See the contract in the package. Ids may also be int32."""
     assert token_ids.dim() == 1
     assert token_ids.is_contiguous()
     assert token_ids.dtype in (torch.int32, torch.int64)

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
-`linear_exact`: codes meet x exactly, for few rows (decoding), and for any number where a row's bits must be its own.
-With many rows this is slower than rounding weights first: each group of 32 weights costs two fused operations for each
-result, by count about as long as the tensor cores take. It serves them all the same where invariance is asked for: a
-weight that is rounded costs about three slow instructions, and at the speed of an H200's memory there is time for two,
-so the other arithmetic would slow decoding; and exact codes lose nothing. Bits stand on the instruction m16n8k16, which
-every tile here gets, on Hopper too, because none gives four warps 64 rows.
+`linear_exact` multiplies codes by x exactly, for few rows (decoding), and for any number of rows with `invariant`.
+With many rows it is slower than rounding weights first: each group of 32 weights costs two fused operations for each
+result, by count about as long as the tensor cores take. With `invariant` it still serves all numbers of rows: rounding
+a weight costs about three slow instructions, but at the speed of an H200's memory there is time for two, so rounding
+would slow decoding; and exact codes lose no precision. Invariance relies on the instruction m16n8k16, which every tile
+uses here, on Hopper too, because no tile gives four warps 64 rows.
 
-`linear`: a tile of weights is rounded first, for many rows (prefill). Where Triton does not use the GPU's tensor cores
-but torch does, pieces of the matrix are decoded, and torch multiplies.
+`linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores torch uses but Triton does
+not, pieces of the matrix are decoded, and torch multiplies.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -44,25 +44,25 @@ from candle_vllm.core.kernels.triton_build import (
     capability,
 )
 
-# By how many weights share a scale: the first that is wide enough, else the last. Chosen by counting instructions and
-# registers of the compiled code, not yet measured on a GPU. One warp needs no barriers; with more tokens x is worth
-# sharing, and with the most a block takes long enough that fetching one ahead hides the way from the cache.
+# By the number of weights that share a scale: the first tile that is wide enough, else the last. Chosen by counting
+# instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers; with more
+# tokens sharing x pays, and with the most tokens a block takes long enough that prefetching one hides the latency.
 TILES = MappingProxyType(
     {
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),
         32: (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 64, 2, 4), Tile(64, 32, 4, 4), Tile(128, 32, 8, 2)),
     }
 )
-PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest that do not spill
+PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest tiles that do not spill
     {16: (Tile(8, 32, 4, 1),), 32: (Tile(8, 32, 4, 1), Tile(16, 32, 8, 1))}
 )
-# Where codes are looked up, which takes registers: the largest that do not spill.
+# For codes that are looked up, which takes registers: the largest tiles that do not spill.
 TABLE_TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 8, 4))
 PLAIN_TABLE_TILES = MappingProxyType(
     {16: (Tile(8, 16, 4, 1), Tile(16, 32, 8, 1)), 32: (Tile(8, 32, 8, 1), Tile(16, 32, 8, 1))}
 )
 ROUNDED_TILES = (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
-PIECE = 1 << 24  # weights that are decoded at a time, where torch multiplies
+PIECE = 1 << 24  # weights that are decoded at a time for torch's product
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def embedding_kernel(
     FORM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """One step of one token in a program."""
+    """Decode one step of one token in a program."""
     G: tl.constexpr = FORM.parts
     LOW: tl.constexpr = FORM.low
     HIGH: tl.constexpr = FORM.high
@@ -108,7 +108,7 @@ def embedding_kernel(
 def linear_exact(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Made for few rows, and right for any number; see the contract in the package."""
+    """Multiply exactly: made for few rows, valid for any number; see the contract in the package."""
     tile = _tile(len(x), matrix.kind, capability(x.device))
     return launch(x, operand(matrix), bias, out, exact, tile, CODED_CUT)
 
@@ -116,7 +116,7 @@ def linear_exact(
 def linear(
     x: torch.Tensor, matrix: GgufMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """For any number of rows, weights rounded first; see the contract in the package."""
+    """Multiply any number of rows by weights that are rounded first; see the contract in the package."""
     if capability(x.device) >= TENSOR_CORES or not len(x):
         return launch(x, operand(matrix), bias, out, rounded, tile_for(len(x), ROUNDED_TILES))
     if out is None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""How the planes of `layout.py` are read: the codec of each kind of GGUF matrix; inside step 6 of a request's life.
+"""Codecs of all kinds of GGUF matrices: reading the planes of `layout.py`; inside step 6 of a request's life.
 
-Two forms of a code. **Pairs** are for few rows of activations, where instructions per weight decide: one mask takes two
-codes out of a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
-numbers 128 + code or 1024 + code without a conversion; scales meet the sums. **Floats** are for many rows, where a
-weight is used often: 2048 + code in float32, so that one multiply-add scales it and takes the 2048 off again.
+A code has two forms. **Pairs** are for few rows of activations, where instructions per weight decide: one mask extracts
+two codes from a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
+numbers 128 + code or 1024 + code without a conversion; the sums are multiplied by scales. **Floats** are for many rows,
+which use a weight often: 2048 + code in float32, so that one multiply-add scales it and subtracts the 2048 again.
 
-Codes that are looked up become numbers plus a zero, of 8 bits, before either form: each bit of a number is a function
-of the four bits of its code, which is worked out for the eight codes of a word at once.
+Codes of a lookup table are first converted to 8-bit integers, number plus zero point. Each bit of such an integer is a
+function of the four bits of its code, computed for the eight codes of a word at once.
 
 Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
 """
@@ -30,7 +30,7 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 
 @triton.jit
 def spread(word, BITS: tl.constexpr):
-    """An element of a plane as int32 whose halves hold the codes of the two halves of the pairs."""
+    """Convert an element of a plane to int32; its halves hold the codes of the two halves of the pairs."""
     word = word.to(tl.int32)
     if BITS == 1:
         word = (word & 0xF) | ((word & 0xF0) << 12)
@@ -41,7 +41,7 @@ def spread(word, BITS: tl.constexpr):
 
 @triton.jit
 def high_words(high, step, height, rows, elements, inside, HIGH: tl.constexpr):
-    """Elements of the upper plane for a step, as int32: single bits stand with those of a second step."""
+    """Load elements of the upper plane for a step, as int32; with single bits, two steps share an element."""
     if HIGH == 1:
         place = ((step // 2) * height + rows) * 16 + elements
         return tl.load(high + place, mask=inside, other=0).to(tl.int32) >> ((step % 2) * 8)
@@ -51,7 +51,7 @@ def high_words(high, step, height, rows, elements, inside, HIGH: tl.constexpr):
 
 @triton.jit
 def moved(word, at: tl.constexpr, to: tl.constexpr):
-    """The word with bit `at` at bit `to`."""
+    """Shift a word so that bit `at` becomes bit `to`."""
     if at > to:
         word = word >> (at - to)
     elif at < to:
@@ -71,9 +71,9 @@ def pair_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """magic + code as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2], from bit `at` of a group's on."""
+    """Return magic + code as dtype [ROWS, COLS], from spread words [ROWS, COLS / 2], from bit `at` of a group on."""
     BITS: tl.constexpr = 4 if LOW == 8 else LOW
-    # Constants: with masks that are arguments, layouts are converted after the codes are taken out, at twice the cost.
+    # Constants: if masks are arguments, layouts are converted after the codes are extracted, at twice the cost.
     MAGIC: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
     word = moved(low, at + LOW * g, 0) & (((1 << BITS) - 1) * 0x00010001) | MAGIC
     if HIGH > 0:
@@ -85,7 +85,7 @@ def pair_tile(
 
 @triton.jit
 def float_code(low, high, g: tl.constexpr, h: tl.constexpr, G: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """2048 + code in float32."""
+    """Return 2048 + code in float32."""
     at: tl.constexpr = g + G * h
     code = moved(low.to(tl.int32), LOW * at, 12) & (((1 << LOW) - 1) << 12)
     if HIGH > 0:
@@ -95,7 +95,7 @@ def float_code(low, high, g: tl.constexpr, h: tl.constexpr, G: tl.constexpr, LOW
 
 @triton.jit
 def half_of(word, HIGH: tl.constexpr):
-    """One of the two float16 in a word, widened."""
+    """Return one of the two float16 in a word as float32."""
     if HIGH:
         word = word >> 16
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -103,7 +103,7 @@ def half_of(word, HIGH: tl.constexpr):
 
 @triton.jit
 def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WORDS: tl.constexpr):
-    """The words of a step for some rows: up to four of `scales`, and the one of `supers`. N is int64."""
+    """Load the words of a step for some rows: up to four of `scales`, and one of `supers`. N is int64."""
     at = scales + step * (N * WORDS) + rows
     w0 = tl.load(at, mask=inside, other=0)
     w1 = w0
@@ -122,7 +122,7 @@ def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WOR
 
 @triton.jit
 def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
-    """Scale and minimum of group g, or of a half of it where the width is 16: what is added to scale * code, whole."""
+    """Return scale and offset of group g, or of a half of it if the width is 16; a weight is scale * code + offset."""
     NESTED: tl.constexpr = FORM.nested
     MINIMUM: tl.constexpr = FORM.minimum
     WIDTH: tl.constexpr = FORM.width
@@ -165,7 +165,7 @@ def _words(planes, step, row, inside, height, _pitch, FORM: tl.constexpr):
 
 @triton.jit
 def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT: tl.constexpr):
-    """Elements of both planes, as they are stored, or where they will be taken apart in pairs as `spread` has them."""
+    """Load elements of both planes: as stored, or converted by `spread` if the product uses pairs."""
     LOW: tl.constexpr = FORM.low
     HIGH: tl.constexpr = FORM.high
     lows = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
@@ -181,7 +181,7 @@ def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT
 
 @triton.jit
 def truth(bit0, bit1, bit2, bit3, TABLE: tl.constexpr):
-    """A function of four bits, at every place of a word: bit c of the table is what comes of code c."""
+    """Apply a function of four bits at every bit position of a word: bit c of the table is the result for code c."""
     upper = bit3 & _of_three(bit0, bit1, bit2, TABLE >> 8)
     return upper | ~bit3 & _of_three(bit0, bit1, bit2, TABLE & 255)
 
@@ -193,7 +193,7 @@ def _of_three(bit0, bit1, bit2, TABLE: tl.constexpr):
 
 @triton.jit
 def _of_two(bit0, bit1, TABLE: tl.constexpr):
-    FIRST: tl.constexpr = -(TABLE & 1)  # all bits, or none
+    FIRST: tl.constexpr = -(TABLE & 1)  # all bits set or all bits clear
     SECOND: tl.constexpr = -(TABLE >> 1 & 1)
     THIRD: tl.constexpr = -(TABLE >> 2 & 1)
     FOURTH: tl.constexpr = -(TABLE >> 3 & 1)
@@ -202,7 +202,7 @@ def _of_two(bit0, bit1, TABLE: tl.constexpr):
 
 @triton.jit
 def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXACT: tl.constexpr):
-    """The numbers that codes of 4 bits stand for, their lower and their upper four bits at the places of the codes."""
+    """Look up 4-bit codes: return the lower and the upper four bits of their numbers, at the positions of the codes."""
     word = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
     one = word
     two = word >> 1
@@ -220,7 +220,7 @@ def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXAC
 def _half_pairs(
     codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """magic + the lower or the upper four bits of a number, as dtype [ROWS, width]."""
+    """Return magic + the lower or the upper four bits of a number, as dtype [ROWS, width]."""
     half = codes[0] if at == 0 else codes[1]
     return pair_tile(half, half, 0, g, 4, 0, dtype, ROWS, FORM.width)
 
@@ -235,13 +235,13 @@ def _scale(words, unit: tl.constexpr, part: tl.constexpr, OFFSET: tl.constexpr, 
 def code_pairs(
     codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """magic + code as dtype [ROWS, width]."""
+    """Return magic + code as dtype [ROWS, width]."""
     return pair_tile(codes[0], codes[1], at, g, FORM.low, FORM.high, dtype, ROWS, FORM.width)
 
 
 @triton.jit
 def scaled_codes(codes, g: tl.constexpr, scale, shift, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """(2048 + code) * scale + shift as dtype [ROWS, 32]."""
+    """Return (2048 + code) * scale + shift as dtype [ROWS, 32]."""
     even = float_code(codes[0], codes[1], g, 0, FORM.parts, FORM.low, FORM.high) * scale + shift
     odd = float_code(codes[0], codes[1], g, 1, FORM.parts, FORM.low, FORM.high) * scale + shift
     return tl.reshape(tl.join(even, odd), (ROWS, 32)).to(dtype)
@@ -263,13 +263,13 @@ def _rounded(codes, words, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.conste
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GgufCodec(Codec):
-    """Of a kind of GGUF matrix.
+    """Codec of a kind of GGUF matrix.
 
     Attributes:
-        count: words of a row in a step of `scales`.
+        count: number of words of a row in a step of `scales`.
         nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
         factor: as in `Planes`.
-        tables: where codes are looked up, for each bit of number + zero: bit c is what it is for code c.
+        tables: for codes of a lookup table, a table for each bit of number + zero: its bit c is the value for code c.
     """
 
     count: int
@@ -282,7 +282,7 @@ class GgufCodec(Codec):
 
 @functools.cache
 def codec(kind: PackedKind) -> GgufCodec:
-    """How the kernels read matrices of a kind."""
+    """Return the codec of matrices of a kind."""
     planes = PLANES[kind]
     layout = planes.layout
     numbers = [] if layout.values is None else [value + layout.zero for value in layout.values]
@@ -306,14 +306,14 @@ def codec(kind: PackedKind) -> GgufCodec:
 
 
 def operand(matrix: GgufMatrix) -> Operand:
-    """The matrix as a launch passes it."""
+    """Return the operand for launches with a matrix."""
     planes = matrix.low, matrix.high, matrix.scales, matrix.supers
     steps = matrix.planes.steps(matrix.columns)
     return Operand(planes, matrix.rows, matrix.columns, None, steps, codec(matrix.kind))
 
 
 def planned(kind: PackedKind, columns: int) -> Operand:
-    """The same of a matrix that is not there, for forms that are built ahead of time."""
+    """Return the operand of a matrix that does not exist, for kernels that are compiled ahead of time."""
     planes = PLANES[kind]
     elements = {0: None, 1: "*i16", 2: "*i16", 4: "*i32", 8: "*i32"}
     types = elements[planes.low], elements[planes.high], "*i32", "*i32" if planes.layout.nested else None

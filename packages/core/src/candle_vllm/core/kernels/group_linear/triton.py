@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Linear layers with weights in groups on a GPU (step 6 of a request's life).
 
-`linear_exact` is for few rows, and for any number where a row's bits must be its own; groups wider than 32 cost less:
-their sums stay on the tensor cores for a whole unit. Codes that are floats are exact in x's dtype by themselves, and
-need no sums of x. `linear` is for many rows: weights are rounded first.
+`linear_exact` is for few rows, and for any number of rows with `invariant`. Groups wider than 32 cost less: their sums
+stay on the tensor cores for a whole unit. Codes that are floats are exact in x's dtype by themselves, and need no sums
+of x. `linear` is for many rows: weights are rounded first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launc
 from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.triton_build import WITH_TENSOR_CORES, Build
 
-# The first that is wide enough, else the last. Chosen by counting registers of the compiled code, not yet measured on a
-# GPU. No four warps with 64 rows: they would be given Hopper's own instruction, which rounds otherwise.
+# The first tile that is wide enough is used, else the last. Chosen by counting registers of the compiled code, not yet
+# measured on a GPU. No four warps have 64 rows, because Hopper would use an instruction for them that rounds otherwise.
 TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 5), Tile(32, 64, 2, 4), Tile(64, 32, 4, 4), Tile(128, 32, 8, 3))
 ROUNDED_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 
@@ -25,14 +25,14 @@ ROUNDED_TILES = (Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 def linear_exact(
     x: torch.Tensor, matrix: GroupMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Made for few rows, and right for any number; see the contract in the package."""
+    """Multiply exactly: made for few rows, valid for any number; see the contract in the package."""
     return launch(x, operand(matrix), bias, out, exact, tile_for(len(x), TILES), CODED_CUT)
 
 
 def linear(
     x: torch.Tensor, matrix: GroupMatrix, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """For many rows; see the contract in the package."""
+    """Multiply many rows by weights that are rounded first; see the contract in the package."""
     return launch(x, operand(matrix), bias, out, rounded, tile_for(len(x), ROUNDED_TILES))
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""How codes, scales, zeros and floats are taken out of the layout: the codec of each form; inside step 6 of a request's
+"""Codecs of all forms of groups: reading codes, scales, zeros and floats of the layout; inside step 6 of a request's
 life.
 
-A small float becomes a float16 by moving its bits: e5m2 is the upper half of one; e4m3 and e2m1, whose exponents are
-shorter, are its number divided by 2^8 and by 2^14, subnormal ones included. FLOATS is 0 for whole numbers, 1 for e4m3,
-2 for e5m2, 3 for e2m1.
+A small float becomes a float16 by moving its bits: e5m2 is the upper half of a float16. e4m3 and e2m1 have shorter
+exponents, so the float16 is their value divided by 2^8 and by 2^14, subnormal numbers included. FLOATS is 0 for
+integers, 1 for e4m3, 2 for e5m2, 3 for e2m1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.kernels.linear.triton_products import Codec, Operand
 
 @triton.jit
 def step_words(scales, step, group, row, inside, N, PARTS: tl.constexpr, UNIT: tl.constexpr):
-    """The words of a step for some rows: one for each unit, up to four. N is int64."""
+    """Load the words of a step for some rows: one for each unit, up to four. N is int64."""
     k = step * (PARTS * 32)
     w0 = tl.load(scales + (k // group) * N + row, mask=inside, other=0)
     w1 = w0
@@ -42,7 +42,7 @@ def step_words(scales, step, group, row, inside, N, PARTS: tl.constexpr, UNIT: t
 
 @triton.jit
 def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
-    """Scale and zero of a unit in fp32; the zero is a constant where groups have none of their own."""
+    """Return scale and zero of a unit in fp32; the zero is a constant if groups have no zeros of their own."""
     FLOATS: tl.constexpr = FORM.kind
     word = words[0] if unit == 0 else (words[1] if unit == 1 else (words[2] if unit == 2 else words[3]))
     if FLOATS:
@@ -60,7 +60,7 @@ def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def inner_words(inner, step, row, inside, N, FLOATS: tl.constexpr):
-    """The words of e2m1's inner scales of a step for some rows. N is int64."""
+    """Load the words of e2m1's inner scales of a step for some rows. N is int64."""
     first = row
     second = row
     if FLOATS == 3:
@@ -72,13 +72,13 @@ def inner_words(inner, step, row, inside, N, FLOATS: tl.constexpr):
 
 @triton.jit
 def halves_of(word):
-    """Two float16 in an int32, the lower first."""
+    """Return the two float16 of an int32, the lower first."""
     return word.to(tl.int16).to(tl.float16, bitcast=True), (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def float_halves(words, p: tl.constexpr, FLOATS: tl.constexpr):
-    """The two floats of part p in each element, exactly, as float16; divided as the head of the file says."""
+    """Return the two floats of part p in each element, exactly, as float16; divided as the module's docstring says."""
     if FLOATS == 3:
         word = moved(words, 4 * p, 9) & 0x0E000E00 | moved(words, 4 * p + 3, 15) & -0x7FFF8000
     elif FLOATS == 2:
@@ -90,7 +90,7 @@ def float_halves(words, p: tl.constexpr, FLOATS: tl.constexpr):
 
 @triton.jit
 def wide_floats(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr):
-    """The same in fp32, times the inner scale of e2m1; all but e5m2 divided by 256."""
+    """Return `float_halves` in fp32, times the inner scale of e2m1; divided by 256, except e5m2."""
     first, second = float_halves(words, p, FLOATS)
     first = first.to(tl.float32)
     second = second.to(tl.float32)
@@ -106,7 +106,7 @@ def wide_floats(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr):
 
 @triton.jit
 def float_tile(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """As dtype [ROWS, 32], from words [ROWS, 16]; exact, for there are six significant bits at most."""
+    """Return part p as dtype [ROWS, 32], from words [ROWS, 16]; exact, with at most six significant bits."""
     if FLOATS == 3 or dtype != tl.float16:
         first, second = wide_floats(words, i0, i1, p, FLOATS)
         first = first.to(dtype)
@@ -118,7 +118,7 @@ def float_tile(words, i0, i1, p: tl.constexpr, FLOATS: tl.constexpr, dtype: tl.c
 
 @triton.jit
 def scaled_tile(words, i0, i1, scale, p: tl.constexpr, FLOATS: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """The same times the scales [ROWS] of `scale_and_zero`, rounded to fp32 and then to dtype."""
+    """Return part p times the scales [ROWS] of `scale_and_zero`, rounded to fp32 and then to dtype."""
     first, second = wide_floats(words, i0, i1, p, FLOATS)
     return tl.reshape(tl.join(first * scale[:, None], second * scale[:, None]), (ROWS, 32)).to(dtype)
 
@@ -169,12 +169,12 @@ FLOATS = MappingProxyType({"int": 0, "e4m3": 1, "e5m2": 2, "e2m1": 3})
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GroupCodec(Codec):
-    """Of matrices with one form of groups.
+    """Codec of matrices with one form of groups.
 
     Attributes:
-        zeros: whether groups have zeros of their own; else `zero` is that of all.
+        zeros: whether groups have zeros of their own; otherwise `zero` is the zero of all groups.
         scale_bf16: whether scales are bfloat16, not float16.
-        kind: of floats, see `FLOATS`.
+        kind: kind of floats, see `FLOATS`.
     """
 
     zeros: bool
@@ -185,7 +185,7 @@ class GroupCodec(Codec):
 
 @functools.cache
 def codec(bits: int, unit: int, zeros: bool, scale_dtype: torch.dtype, numbers: Numbers) -> GroupCodec:
-    """How the kernels read matrices of a form; see `GroupMatrix`."""
+    """Return the codec of matrices of a form; see `GroupMatrix`."""
     return GroupCodec(
         words=_words,
         codes=_codes,
@@ -205,14 +205,14 @@ def codec(bits: int, unit: int, zeros: bool, scale_dtype: torch.dtype, numbers: 
 
 
 def operand(matrix: GroupMatrix) -> Operand:
-    """The matrix as a launch passes it."""
+    """Return the operand for launches with a matrix."""
     planes = matrix.codes, matrix.inner, matrix.scales, None
     found = codec(matrix.bits, matrix.unit, matrix.zeros, matrix.scale_dtype, matrix.numbers)
     return Operand(planes, matrix.rows, matrix.columns, matrix.group, matrix.steps, found)
 
 
 def planned(bits: int, group: int, zeros: bool, columns: int = 4096, numbers: Numbers = "int") -> Operand:
-    """The same of a matrix that is not there, for forms that are built ahead of time."""
+    """Return the operand of a matrix that does not exist, for kernels that are compiled ahead of time."""
     scales = {"int": torch.int32 if zeros else torch.int16}.get(numbers, torch.float32)
     kind = {torch.int16: torch.bfloat16, torch.int32: torch.float16}.get(scales, torch.float32)
     matrix = GroupMatrix(1, columns, bits, group, kind, torch.empty(0), torch.empty(0, dtype=scales), numbers=numbers)

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Writing the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
-A program copies one token, all its heads, key and value; of a cache whose rows have scales, some heads. Slots are
-read on the device and tokens whose slot is negative are left out, so that a captured step may be longer than what is
+A program copies one token, all its heads, key and value; in a cache with scaled rows, some of the heads. Slots are read
+on the device, and tokens with a negative slot are skipped, so that a captured step may have more rows than are
 scheduled.
 """
 
@@ -18,14 +18,14 @@ import triton.language as tl
 from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
-_MOST = 1024  # numbers that a program has in registers at a time
+_MOST = 1024  # elements that a program has in registers at a time
 
 
 @triton.jit
 def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.constexpr):
-    """Numbers as the cache of `dtype` holds them; `scale` points at one number where FP8."""
+    """Convert elements to the cache's `dtype`; with FP8 `scale` points at one number."""
     if FP8:
-        # Clamped, for a conversion may make a NaN of what is too large.
+        # Clamped, because a conversion may turn values that are too large into NaN.
         x = x.to(tl.float32) / tl.load(scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
@@ -33,36 +33,36 @@ def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.cons
 
 @triton.jit
 def row_top(x):
-    """Largest magnitude of each row, x [N, W], as the bits of float32 [N]; NaN is above infinity there."""
+    """Return the largest magnitude of each row of x [N, W] as the bits of float32 [N]; NaN is above infinity there."""
     return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
 def row_scale(top, LARGEST: tl.constexpr):
-    """The scales [N] fp32 of rows with these largest magnitudes; see `scaled_rows`."""
+    """Return the scales [N] fp32 of rows with these largest magnitudes; see `scaled_rows`."""
     return tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
 
 
 @triton.jit
 def e4m3_bits(x):
-    """Float32 of at most 448 as the bits of float8_e4m3fn, uint8, to nearest even; for GPUs that lack the type."""
+    """Convert float32 of at most 448 to the bits of float8_e4m3fn, uint8, nearest even; for GPUs without the type."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
-    # Below 2^-6 codes count steps of 2^-9, which is the last place of a float32 from 2^14 on.
+    # Below 2^-6 codes count steps of 2^-9, which is the last bit of a float32 from 2^14 on.
     steps = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     return (tl.where(size < 0x3C800000, steps, code) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
 def row_codes(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """Rows x [N, W] over their scales [N], as codes of `dtype`."""
+    """Return rows x [N, W] divided by their scales [N], as codes of `dtype`."""
     x = x.to(tl.float32)
     over = tl.where(scale == 0.0, 1.0, scale)[:, None]
     x = tl.div_rn(x, tl.broadcast_to(over, x.shape))
     x = tl.clamp(tl.where(x == x, x, 0.0), -LARGEST, LARGEST)
     if dtype == tl.int8:
-        x = x + 12582912.0 - 12582912.0  # to nearest even: 1.5 * 2^23, whose last place is 1
+        x = x + 12582912.0 - 12582912.0  # to nearest even: the last bit of 1.5 * 2^23 is 1
     elif dtype == tl.uint8:
         x = e4m3_bits(x)
     return x.to(dtype)
@@ -70,7 +70,7 @@ def row_codes(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
 
 @triton.jit
 def row_place(slot, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, EXTRA: tl.constexpr):
-    """Where a slot's numbers begin; in a block EXTRA bytes of scales stand behind the codes, or none."""
+    """Return the offset of a slot's elements; EXTRA bytes of scales follow the codes of each block."""
     place = slot * (K * D)
     if EXTRA:
         place += slot // S * EXTRA
@@ -79,7 +79,7 @@ def row_place(slot, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, EXTRA: tl
 
 @triton.jit
 def scales_place(cache, slot, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
-    """Where the scale of a slot's row of head 0 is; that of the next head is S further on."""
+    """Return the address of the scale of a slot's row of head 0; the scale of the next head is S elements later."""
     scales = cache.to(tl.pointer_type(tl.float32), bitcast=True)
     return scales + slot // S * (S * K * D // 4 + S * K) + S * K * D // 4 + slot % S
 
@@ -91,14 +91,14 @@ def write_rows_kernel(
     key_cache,  # [B, S, K, D + 4], see `scaled_rows`
     value_cache,
     slots,  # [T]
-    key_stride,  # numbers from a token to the next
+    key_stride,  # elements from a token to the next
     value_stride,
     K: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     S: tl.constexpr,
     EXTRA: tl.constexpr,
-    HEADS: tl.constexpr,  # of a program
+    HEADS: tl.constexpr,  # heads of a program
     LARGEST: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -121,14 +121,14 @@ def write_rows_kernel(
 
 @triton.jit
 def kv_write_kernel(
-    key,  # [T, W], W = K * D numbers of a token behind each other
+    key,  # [T, W], W = K * D contiguous elements of a token
     value,  # [T, W]
     key_cache,  # [B * S, W]
     value_cache,  # [B * S, W]
     slots,  # [T]
-    key_scale,  # [1] fp32, read where FP8
+    key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
-    key_stride,  # numbers from a token to the next
+    key_stride,  # elements from a token to the next
     value_stride,
     W: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -158,7 +158,7 @@ def kv_write(
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
 ) -> None:
-    """See the contract in the package. Slots may be int32 too; a token whose slot is negative is left out."""
+    """See the contract in the package. Slots may also be int32; a token with a negative slot is skipped."""
     tokens, heads, dim = key.shape
     width = heads * dim
     scaled = has_row_scales(key_cache, dim)
@@ -213,7 +213,7 @@ def kv_write(
 
 
 def check_scaled(cache: torch.Tensor, dim: int) -> None:
-    """A cache whose rows have scales of their own, for heads of D numbers."""
+    """Check a cache whose rows have scales, for heads of D elements."""
     assert cache.dtype in LARGEST
     assert cache.shape[3] == dim + SCALE
     assert cache.shape[1] * cache.shape[2] * dim % SCALE == 0
@@ -255,8 +255,8 @@ def _build(dtype: str, cache: str, width: int) -> Build:
 
 
 def build_types(cache: str, capabilities: tuple[int, ...] = CAPABILITIES) -> tuple[int, ...]:
-    """The GPUs on which a cache has numbers of this type: e4m3 is one from compute capability 8.9 on, its bits are for
-    those below."""
+    """Return the GPUs on which a cache uses this type: e4m3 from compute capability 8.9 on, its bits (uint8) on those
+    below."""
     e4m3 = {"fp8e4nv": True, "u8": False}
     return tuple(one for one in capabilities if cache not in e4m3 or (one >= 89) == e4m3[cache])
 

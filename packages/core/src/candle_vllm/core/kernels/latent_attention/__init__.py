@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Multi-head latent attention: over a paged cache of one latent row for each token.
+"""Multi-head latent attention (MLA) over a paged cache that has one latent row for each token.
 
-A row of the cache is [rope | latent], R + L numbers for all heads together: the part of the key that is rotated, and a
-latent vector of which every head's other keys and its values are linear images. They are never made: the matrices of a
-head's images are multiplied into its queries and its result instead ("absorbed").
+A row of the cache is [rope | latent], R + L elements shared by all heads: the rotated part of the key, and a latent
+vector. The rest of every head's keys, and its values, are linear projections of the latent vector, which are never
+computed: the projection matrices are multiplied into the queries and the result instead ("absorbed").
 
 Contract of `latent_attention`: q_rope [T, H, R] rotated, q_latent [T, H, L]; cache [B, S, 1, R + L] of their dtype,
-already holding the new tokens' rows; `rows` as in `kernels/attention`. The token at position p sees positions 0..p.
+already holding the new tokens' rows; `rows` as in `kernels/attention`. The token at position p attends to 0..p.
 
     score(h, j) = scale * (q_rope[h] . rope[j] + q_latent[h] . latent[j])
     y[h] = sum over j of softmax(score(h))[j] * latent[j]                             y [T, H, L], in new memory
 
 Scores and sums are fp32. A row's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a power
-of two from 16 on, and what `kernels/attention` says of `DeviceRows` holds here too.
+of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply here, too.
 
-`latent_write` puts rows into the cache, `head_linear` multiplies every head by a matrix of its own. `cpu.py` has the
+`latent_write` writes rows to the cache, `head_linear` multiplies every head by its own matrix. `cpu.py` has the
 compiled operations of recorded steps. Source: DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1 and appendix C.
 """
 
@@ -37,7 +37,7 @@ def latent_attention(
     *,
     scale: float,
 ) -> torch.Tensor:
-    """The mixed latent vectors [T, H, L] of every head; any strides but the last of the queries."""
+    """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous."""
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])
     if on_gpu(q_rope):
@@ -52,7 +52,7 @@ def latent_attention(
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes rows [rope | latent], of rope [T, R] and latent [T, L], to their slots [T]; a negative slot to nowhere."""
+    """Write rows [rope | latent], of rope [T, R] and latent [T, L], to their slots [T]; negative slots are skipped."""
     assert rope.shape[0] == latent.shape[0] == slots.shape[0]
     assert cache.shape[2:] == (1, rope.shape[1] + latent.shape[1])
     if on_gpu(rope):
@@ -66,10 +66,10 @@ def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, 
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor, *, invariant: bool = False) -> torch.Tensor:
-    """y[t, h] = weight[h] x[t, h] for x [T, H, I] and weight [H, O, I]: [T, H, O] of x's dtype and of any strides.
+    """Return y[t, h] = weight[h] x[t, h] for x [T, H, I] and weight [H, O, I]: [T, H, O] of x's dtype, any strides.
 
-    The numbers of a head lie behind each other. With `invariant` a token's bits do not depend on the other tokens, at
-    some cost on a GPU.
+    A head's elements are contiguous. With `invariant` a token's bits do not depend on the other tokens, which costs
+    some time on a GPU.
     """
     assert x.shape[1:] == (weight.shape[0], weight.shape[2])
     if on_gpu(x) and invariant:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Latent attention on the CPU: `attend` and, behind a barrier, `merge`; step 6 of a request.
+"""Latent attention on the CPU: `attend` and, after a barrier, `merge`; step 6 of a request.
 
-Work is cut as in `attention/cpu.py`, whose chunks and merging these operations share, so that a row's result has the
+Work is divided as in `attention/cpu.py`, whose chunks and merging these operations share, so a row's result has the
 same bits whatever else is in the step. A tile of queries is four groups of 16 heads (`cpu_tiles.py`), which read the
-same rows of the cache while these are near. The result goes to where `cpu_heads.py` reads its inputs: for each head
-rows of L numbers, bfloat16 or float32.
+same rows of the cache while these are cached. The result is written in the input layout of `cpu_heads.py`: for each
+head rows of L elements, bfloat16 or float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
 )
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
+_RUNS_PER_THREAD = 12  # units per thread of a single long sequence; few, because long consecutive reads are the fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
 
 
@@ -40,7 +40,7 @@ _keys_at_once = njit(inline="always")(keys_at_once)
 
 @njit(inline="always")
 def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: int, step: int, width: int) -> None:
-    """Writes the addresses of `count` tiles of 16 cache rows, from position `start` on."""
+    """Write the addresses of `count` tiles of 16 cache rows, from position `start` on."""
     to = int64_at(tiles)
     for n in range(count):
         position = start + n * LANES
@@ -50,7 +50,7 @@ def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: in
 
 @njit(inline="always")
 def _scores(q: int, tiles: int, scores: int, count: int, groups: int, width: int, isa: int) -> None:
-    """Scores of up to 4 groups with all tiles of a chunk."""
+    """Compute the scores of up to 4 groups with all tiles of a chunk."""
     at_once = _keys_at_once(groups)
     for n in range(count):
         tile = int64_at(tiles)[n]
@@ -69,7 +69,7 @@ def _scores(q: int, tiles: int, scores: int, count: int, groups: int, width: int
 
 @njit(inline="always")
 def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> None:
-    """A group's tops and sums into its 16 partial results."""
+    """Write a group's maxima and sums into its 16 partial results."""
     numbers = float32_at(state)
     for row in range(LANES):
         to = float32_at(partials + row * row_bytes)
@@ -78,7 +78,7 @@ def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> Non
 
 
 def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
-    """The operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
+    """Return the operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
     width = rope + latent
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = layout.scratch_per_thread(latent)
@@ -142,7 +142,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                         at_probabilities = probabilities + g * layout.PROBABILITY_BYTES
                         latent_softmax(scores + g * layout.SCORE_BYTES, at_probabilities, seen, state)
                         _write_states(state, to + g * LANES * row_bytes, row_bytes, latent)
-                    for block in range(0, latent, layout.BLOCK):  # these numbers of all keys stay in the nearest cache
+                    for block in range(0, latent, layout.BLOCK):  # this block of all keys stays in the L1 cache
                         for g in range(groups):
                             seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
                             for i in range(0, LANES, layout.OCTET):
@@ -177,7 +177,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
 
 
 def make_merge(latent: int, form: int) -> Callable[..., None]:
-    """Merges what `attend` left in scratch memory."""
+    """Return the operation that merges the partial results of `attend` in scratch memory."""
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = layout.scratch_per_thread(latent)
 
@@ -190,7 +190,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
         free = given.scratch_size - HEADER - threads * thread_bytes
         sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, 0)
-        turn = thread  # rows go round, so that every thread has its share of each sequence
+        turn = thread  # rows are assigned round-robin, so that every thread has a share of each sequence
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token

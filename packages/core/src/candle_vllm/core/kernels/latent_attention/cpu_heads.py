@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""A matrix for every head on the CPU, by the operation of plain matrices.
+"""Products with a matrix for every head on the CPU, by the operation of plain matrices.
 
-A unit of work is a part of one head's rows of weights, for all tokens. Queries in latent space go on into the form that
-`cpu_tiles.py` reads, by the thread that has just made them.
+A unit of work is a part of one head's rows of weights, for all tokens. The thread that computed queries in latent space
+also converts them to the layout that `cpu_tiles.py` reads.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _UNITS_PER_THREAD = 4  # at least, so that no thread waits long for another
 
 @njit(inline="always")
 def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: int, tokens: int, scale: float) -> None:
-    """Numbers first .. last - 1 of a head's latent queries, float32 rows, into its lane."""
+    """Write elements first .. last - 1 of a head's latent queries, float32 rows, to its lane."""
     for t in range(tokens):
         for i in range(first, last, LANES):
             store_pairs(x + 4 * (t * stride + i), scale, to + t * token_bytes + 2 * LANES * i)
 
 
 def make_heads(arranges: int) -> Callable[..., None]:
-    """The operation."""
+    """Return the operation."""
 
     def latent_heads(row, thread, threads):
         given = read(HeadsArguments, row)

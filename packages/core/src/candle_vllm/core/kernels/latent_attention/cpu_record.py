@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a layer's latent attention: the operations of this folder, one after the other."""
+"""Recording a layer's latent attention: the operations of this folder, one after another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Float32 rows: the address of the first, and floats from one to the next."""
+    """Float32 rows: address of the first, and row stride in floats."""
 
     address: int
     stride: int
@@ -36,16 +36,16 @@ class Place:
 def record_latent(
     recorder: Recorder, q: Place, kv: Place, parts: LatentParts, cache: np.ndarray, out: Place, *, scale: float
 ) -> None:
-    """Rotates, writes to the cache and attends.
+    """Record rotation, the write to the cache, and attention.
 
     Args:
-        recorder: of the plan.
+        recorder: recorder of the plan.
         q: rows of H heads [nope | rope].
         kv: rows [latent | rope].
-        parts: what the layer has.
-        cache: of the layer, as `cpu_write.cache_shape` says.
-        out: where the result [T, H * V] goes.
-        scale: of scores.
+        parts: weights and tables of the layer.
+        cache: cache of the layer, in the shape of `cpu_write.cache_shape`.
+        out: rows of the result [T, H * V].
+        scale: factor of the scores.
     """
     arrays, sizes = recorder.arrays, parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
@@ -90,7 +90,7 @@ def record_latent(
 
 
 class _Inputs:
-    """Memory for input rows of every head's matrix: [H, most tokens, numbers of a row]."""
+    """Memory for input rows of every head's matrix: [H, maximum number of tokens, elements of a row]."""
 
     def __init__(self, recorder: Recorder, heads: int, columns: int, form: RowForm) -> None:
         self.row_numbers = row_elements(columns)
@@ -101,7 +101,7 @@ class _Inputs:
 
 
 def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
-    """Every head's product; the results stand side by side."""
+    """Return the arguments for every head's product; the results of the heads are side by side."""
     function, rows = 0, []
     for head, matrix in enumerate(matrices):
         x = Inputs({"x": inputs.address + head * inputs.head_bytes, "x_bytes": inputs.row_bytes}, ())
@@ -146,17 +146,17 @@ def _attend(
 
 
 class AttendArguments(NamedTuple):
-    """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
+    """The arguments of `attend` and of `merge`, which follows it after a barrier.
 
     Attributes:
-        q: address of queries as `cpu_tiles.py` describes them, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from one head and from one of its rows to the next.
+        q: address of queries in the layout of `cpu_tiles.py`, scaled by softmax scale * log2(e).
+        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head.
         cache: address of the layer's cache, see `cpu_write.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
         stretch_step: slots from one stretch of the cache to the next.
-        block_shift: S is 1 << it.
-        heads, parts: H, and `groups_of` it.
+        block_shift: log2(S).
+        heads, parts: H, and `groups_of(H)`.
         scratch, scratch_size: address and size of `scratch_bytes`.
     """
 
@@ -178,12 +178,12 @@ class AttendArguments(NamedTuple):
 
 
 def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("latent_attention.cpu:make_attend", rope, latent, form, isa.bf16)
 
 
 def merge_operation(latent: int, form: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("latent_attention.cpu:make_merge", latent, form)
 
 
@@ -192,10 +192,10 @@ class HeadsArguments(NamedTuple):
 
     Attributes:
         function: address of the operation that multiplies a matrix.
-        rows, row_bytes: rows of a plan for it, one for every head, and bytes from one to the next.
+        rows, row_bytes: its rows of a plan, one for every head, and bytes from one to the next.
         heads, tiles: H, and tiles of a head's matrix.
-        latent_queries: where it arranges: address of the products, float32 [T, H, L] with L a multiple of 16.
-        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor that goes into it.
+        latent_queries: address of the products, float32 [T, H, L] with L a multiple of 16, for `arranges`.
+        queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor of the queries.
     """
 
     function: int
@@ -211,7 +211,7 @@ class HeadsArguments(NamedTuple):
 
 
 def heads_operation(*, arranges: bool) -> int:
-    """Address of the compiled operation; one that `arranges` makes queries."""
+    """Return the address of the compiled operation; with `arranges` it also converts the products to queries."""
     return operation("latent_attention.cpu_heads:make_heads", arranges)
 
 
@@ -219,18 +219,18 @@ class PrepareArguments(NamedTuple):
     """The operation's arguments.
 
     Attributes:
-        q, q_stride: address of float32 rows of heads [nope | rope], and floats from one row to the next.
-        kv, kv_stride: the same of rows [latent | rope].
+        q, q_stride: address of float32 rows of heads [nope | rope], and row stride in floats.
+        kv, kv_stride: the same for rows [latent | rope].
         heads, nope, rope, latent: H and the sizes of the parts.
-        norm, eps: of the latent vector; the address of its weight.
-        scale: factor of the queries: softmax scale * log2(e), for `attend` computes powers of two.
+        norm, eps: arguments of the latent vector's norm; `norm` is the address of its weight.
+        scale: factor of the queries: softmax scale * log2(e), because `attend` computes powers of two.
         stretch_step: slots from one stretch of the cache to the next.
-        block_shift: S is 1 << it.
+        block_shift: log2(S).
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         cache: address of the layer's cache.
         queries: address of [T, P, D / 2, 16, 2] bfloat16.
-        inputs, head_bytes, row_numbers: address of every head's rows of queries without rotation, bytes from one head
-            to the next, numbers from one row to the next.
+        inputs, head_bytes, row_numbers: address of every head's rows of unrotated query parts, bytes from head to
+            head, elements from row to row.
         cos, sin: addresses of float32 [P, R / 2].
     """
 
@@ -259,5 +259,5 @@ class PrepareArguments(NamedTuple):
 
 
 def prepare_operation(form: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("latent_attention.cpu_write:make_prepare", form)

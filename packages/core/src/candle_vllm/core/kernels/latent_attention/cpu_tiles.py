@@ -2,14 +2,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of latent attention on the CPU: scores, softmax, values.
 
-The cache keeps a token's row [rope | latent] as it is, D = R + L numbers of bfloat16, and both products read it so.
-Query rows are the heads of a token, 16 of them a **group**: one vector has the same pair of dimensions of 16 heads, so
-that a score needs no sum over lanes, and the heads of a token see the same keys, so that nothing is masked. Queries are
-[T, P, D / 2, 16, 2] for P groups a token; lanes without a head hold anything, and reach nothing but themselves.
+The cache stores a token's row [rope | latent] unchanged, D = R + L elements of bfloat16, and both products read it.
+Query rows are the heads of a token, in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
+score needs no sum over lanes; and the heads of a token see the same keys, so no mask is needed. Queries are
+[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head hold any values and affect only themselves.
 
 Scores are float32 [G, 256, 16] for the G groups of a tile, probabilities bfloat16 pairs of positions [G, 128, 16, 2].
-For the values, two neighbouring rows of the cache are interleaved in registers. A partial result is that of
-`attention.cpu_tiles`, of L dimensions. Every row's arithmetic is the same whatever rows are computed beside it.
+For the values, two neighbouring rows of the cache are interleaved in registers. A partial result has the layout of
+`attention.cpu_tiles`, with L dimensions. A row's arithmetic does not depend on the rows that are computed beside it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from candle_vllm.core.kernels.latent_attention.layout import (
 
 
 def keys_at_once(groups: int) -> int:
-    """Keys whose scores are summed at a time, so that there are about 16 sums in registers."""
+    """Return the number of keys whose scores are summed at a time, so that registers hold about 16 sums."""
     return 16 // groups if groups < 3 else 4
 
 
 @intrinsic(prefer_literal=True)
 def latent_scores(_: Any, q: Any, keys: Any, scores: Any, groups: Any, width: Any, isa: Any) -> Any:
-    """Scores of `groups` groups of queries with `keys_at_once` neighbouring rows of the cache.
+    """Compute scores of `groups` groups of queries with `keys_at_once` neighbouring rows of the cache.
 
-    `width` is D; it, `groups` and `isa` are constants.
+    `width` is D. `width`, `groups` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 3, groups, width, isa)
     g, d, features = groups.literal_value, width.literal_value, Isa(isa.literal_value)
@@ -72,7 +72,7 @@ def latent_scores(_: Any, q: Any, keys: Any, scores: Any, groups: Any, width: An
 
 @intrinsic
 def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: Any) -> Any:
-    """exp2(score - m) of the first `seen` keys of a group as pairs of bfloat16; m and their sum s go to `state`.
+    """exp2(score - m) of a group's first `seen` keys, as pairs of bfloat16; maximum m and sum s are written to `state`.
 
     An odd last key is paired with 0; s sums the rounded probabilities.
     """
@@ -91,7 +91,7 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 
         def rounded(at: Any, offset: int) -> Any:
             bits = b.bitcast(emit_exp2(e, b.fsub(e.load(at, vector(F32), offset), top)), vector(I32))
-            # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
+            # Round to the nearest bfloat16, ties up: s sums the same rounded numbers, so this adds no bias.
             return b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
 
         def exponentials(pair: Any, totals: list[Any]) -> list[Any]:
@@ -116,10 +116,10 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 def latent_values(
     _: Any, probabilities: Any, tiles: Any, seen: Any, start: Any, partials: Any, width: Any, latent: Any, isa: Any
 ) -> Any:
-    """`BLOCK` dimensions of the latent rows of the first `seen` keys, weighted for `OCTET` rows, into partial results.
+    """Add `BLOCK` dimensions of the first `seen` keys' latent rows, weighted for `OCTET` rows, to partial results.
 
-    `tiles` is the address of the addresses of 16 neighbouring cache rows each, `start` the block's first byte in a row;
-    `partials` points at the block in the first row's partial result. `width` is D, `latent` L, constants as `isa` is.
+    `tiles` is the address of addresses, each of 16 neighbouring cache rows; `start` is the block's offset in a row.
+    `partials` points at the block in the first row's partial result. `width` (D), `latent` (L) and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, width, latent, isa)
     d, size, features = width.literal_value, latent.literal_value, Isa(isa.literal_value)
@@ -136,7 +136,7 @@ def latent_values(
         def body(pair: Any, totals: list[Any]) -> list[Any]:
             tile = e.load(b.add(tiles, b.and_(pair, e.int64(-8))), I64)
             at = b.add(b.add(tile, start), b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d)))
-            # Behind the last key stands what was there before, perhaps NaN, which a probability of 0 would not hide.
+            # After the last key the memory has old data, perhaps NaN, which a probability of 0 would not hide.
             there = b.icmp_signed("<", b.add(b.shl(pair, one), one), seen)
             first = e.load(at, kind)
             second = b.select(there, e.load(at, kind, 2 * d), ir.Constant(kind, None))
@@ -161,7 +161,7 @@ def latent_values(
 
 @intrinsic
 def scaled_to_bf16(_: Any, x: Any, weight: Any, scale: Any, to: Any, count: Any) -> Any:
-    """x * scale * weight of `count` floats, a multiple of 16, as bfloat16."""
+    """Write x * scale * weight for `count` floats, a multiple of 16, as bfloat16."""
     signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -183,7 +183,7 @@ def scaled_to_bf16(_: Any, x: Any, weight: Any, scale: Any, to: Any, count: Any)
 
 @intrinsic(prefer_literal=True)
 def copy_numbers(_: Any, x: Any, to: Any, index: Any, form: Any) -> Any:
-    """16 floats from `index` on, to a row of bfloat16 (`form` 0) or float32 (1), where they have the same index."""
+    """Copy 16 floats from `index` on to the same index of a row of bfloat16 (`form` 0) or float32 (1)."""
     signature = types.void(*[types.int64] * 3, form)
     wide = bool(form.literal_value)
 
@@ -199,7 +199,7 @@ def copy_numbers(_: Any, x: Any, to: Any, index: Any, form: Any) -> Any:
 
 @intrinsic
 def store_pairs(_: Any, x: Any, scale: Any, to: Any) -> Any:
-    """16 floats times a factor as 8 pairs of bfloat16, 64 bytes apart: one lane of a group of queries."""
+    """Write 16 floats times a factor as 8 pairs of bfloat16, 64 bytes apart: one lane of a group of queries."""
     signature = types.void(types.int64, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -215,7 +215,7 @@ def store_pairs(_: Any, x: Any, scale: Any, to: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def finish_latent(_: Any, partial: Any, out: Any, latent: Any, form: Any) -> Any:
-    """The sum of values over the sum of probabilities, L numbers in the form that `copy_numbers` writes."""
+    """Write the sum of values over the sum of probabilities: L elements in the form of `copy_numbers`."""
     signature = types.void(types.int64, types.int64, latent, form)
     size, wide = latent.literal_value, bool(form.literal_value)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""What stands between projections and latent attention on the CPU, in one pass over a step.
+"""The computation between projections and latent attention on the CPU, in one pass over a step.
 
-The cache row of a token: the rotated part of its key, and its latent vector normed, in bfloat16. Of every head's query
-[nope | rope]: the rotated part into the queries of `cpu_tiles.py`, times the softmax scale, and the rest as an input
-row of `cpu_heads.py`. A unit of work is the cache row, or one head, of a token.
+The cache row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of every head's query
+[nope | rope], the rotated part times the softmax scale goes to the queries of `cpu_tiles.py`, and the rest becomes an
+input row of `cpu_heads.py`. A unit of work is the cache row, or one head, of a token.
 
-The cache of all layers is [stretches, layers, blocks, S, R + L] bfloat16: slots as `attention/cpu_cache.py` has them.
+The cache of all layers is [stretches, layers, blocks, S, R + L] bfloat16, with the slots of `attention/cpu_cache.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, sc
 
 @intrinsic
 def store_bf16(_: Any, to: Any, value: Any) -> Any:
-    """One float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
+    """Write one float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
     signature = types.void(types.int64, types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -46,7 +46,7 @@ def store_bf16(_: Any, to: Any, value: Any) -> Any:
 
 @njit(inline="always")
 def _rotate(x: int, half: int, cos: int, sin: int, factor: float, to: int, pair_bytes: int) -> None:
-    """R numbers rotated, times a factor, as bfloat16 in pairs of neighbours `pair_bytes` apart."""
+    """Write R rotated elements, times a factor, as pairs of neighbouring bfloat16, the pairs `pair_bytes` apart."""
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b, j = row[i], row[i + half], i + half
@@ -56,7 +56,7 @@ def _rotate(x: int, half: int, cos: int, sin: int, factor: float, to: int, pair_
 
 @njit(inline="always")
 def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
-    """`count` floats to a row of `padded` numbers, zero behind them."""
+    """Copy `count` floats to a row of `padded` elements; fill the rest with zeros."""
     for i in range(0, count, LANES):
         copy_numbers(x, to, i, form)
     for i in range(count, padded):
@@ -67,7 +67,7 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
 
 
 def make_prepare(form: int) -> Callable[..., None]:
-    """The operation; `form` is that of `cpu_tiles.copy_numbers`."""
+    """Return the operation; `form` is that of `cpu_tiles.copy_numbers`."""
 
     def latent_prepare(row, thread, threads):
         given = read(PrepareArguments, row)

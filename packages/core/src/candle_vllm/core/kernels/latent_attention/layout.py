@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a layer's part of latent attention consists of on the CPU."""
+"""Weights of a layer for latent attention on the CPU, sizes of the cache and of scratch memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class LatentParts:
-    """A layer's weights and tables.
+    """A layer's weights and tables for latent attention.
 
     Attributes:
-        sizes: the shapes.
-        norm, eps: of the latent vector, [L] float32.
+        sizes: sizes of the layer.
+        norm, eps: norm of the latent vector; the weight is [L] float32.
         cos, sin: tables of the rotation, [P, R / 2].
-        keys: for every head the matrix [L, nope] that brings its queries to latent space.
-        values: for every head the matrix [V, L] that makes its result of the mixed latent vector.
+        keys: for every head the matrix [L, nope] that maps its queries to latent space.
+        values: for every head the matrix [V, L] that maps the weighted latent vector to its result.
     """
 
     sizes: LatentSizes
@@ -39,19 +39,19 @@ class LatentParts:
 
 
 def supported(sizes: LatentSizes, block_size: int) -> bool:
-    """Whether these kernels can compute it: R even, L a multiple of 32, nope one of 16, S a power of two from 16."""
+    """Whether the kernels support the sizes: R even, L % 32 == 0, nope % 16 == 0, S a power of two and at least 16."""
     whole = sizes.rope % 2 == 0 and sizes.latent % BLOCK == 0 and sizes.nope % LANES == 0
     return whole and block_size >= LANES and block_size.bit_count() == 1
 
 
 def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
-    """Shape of the cache of all layers, 16-bit numbers; element [:, n] is layer n's, which the operations take."""
+    """Shape of the cache of all layers, 16-bit elements; operations read [:, n], the part of layer n."""
     blocks = max(1, STRETCH // block_size)
     return (-(-num_blocks // blocks), layers, blocks, block_size, width)
 
 
 def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
-    """Slots from one stretch to the next, from the strides of a layer's cache in bytes."""
+    """Slots from one stretch to the next, computed from the strides of a layer's cache in bytes."""
     return layer_strides[0] // (2 * width)
 
 
@@ -70,31 +70,31 @@ SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
 PROBABILITY_BYTES = SCORE_BYTES // 2
 
 
-STATE_BYTES = 2 * 4 * LANES  # a group's tops and sums
+STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 
 
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 
 
-_MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
+_MOST_PARTIALS = 32 << 20  # maximum bytes, unless one sequence needs more
 
 
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
 
 
 def groups_of(heads: int) -> int:
-    """P: groups of 16 that the heads of a token take."""
+    """Return P, the number of groups of 16 heads of a token."""
     return -(-heads // LANES)
 
 
 def scratch_per_thread(latent: int) -> int:
-    """Scratch memory of one thread: tile addresses, states and partials of a tile, scores, probabilities."""
+    """Return the scratch memory of a thread: tile addresses, states and partials of a tile, scores, probabilities."""
     rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
     return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
-    """Size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
+    """Return the size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
     chunks = chunk_of(max_context) + 1
     stream = groups_of(heads) * LANES * chunks * 4 * partial_floats(latent)
     streams = max(1, min(max_tokens, max_seqs, _SPLIT_STREAMS))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Latent attention in plain torch, one sequence after the other."""
+"""Latent attention in plain torch, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def latent_attention(
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """See the package."""
+    """See the contract in the package."""
     there = slots >= 0
     cache.flatten(0, 2)[slots[there]] = torch.cat([rope, latent], -1)[there].to(cache.dtype)
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor, *, row_by_row: bool = False) -> torch.Tensor:
-    """See the package; `row_by_row` makes each token by itself."""
+    """See the contract in the package; `row_by_row` computes each token separately."""
     if row_by_row and len(x) > 1:
         return torch.cat([head_linear(row, weight) for row in x.split(1)])
     return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Latent attention on a GPU: checks, and which kernel computes which tokens.
+"""Latent attention on a GPU: checks, and the choice of the kernel for each sequence.
 
-As in `attention/triton.py`: the first `decodes` sequences of a step go to `triton_decode`, the others to
-`triton_prefill`, and nothing waits for the GPU.
+As in `attention/triton.py`, `triton_decode` processes the first `decodes` sequences of a step, `triton_prefill` the
+others, and the CPU never waits for the GPU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Latent attention of one new token of each sequence on a GPU, split over the context.
 
-The work is cut as in `attention/triton_decode.py`, whose merging kernel this one shares: a work item is one split of
+Work is divided as in `attention/triton_decode.py`, whose merging kernel this module shares: a work item is one split of
 one sequence and some of its heads, all of which read the same rows of the cache.
 """
 
@@ -28,12 +28,12 @@ from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # sequences of a launch, where programs count the items
-_CHUNK = 256  # keys of a split, at least
+_ROWS = 256  # sequences of a launch whose programs count the items themselves
+_CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
 
-# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit(
     do_not_specialize=["first", "rows", "table_stride"],
     do_not_specialize_on_alignment=["context_lens", "block_tables", "decoding"],
@@ -44,11 +44,11 @@ def latent_decode_kernel(
     cache,  # [B, S, ROPE + L]
     out,  # [R, H, L]
     partial_values,  # [R, SPLITS, H, L] fp32
-    partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
+    partial_states,  # [R, SPLITS, H, 2] fp32: maximum, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: rows first + r below it have work; None for all rows
-    items,  # of `list_items_kernel`, or None: they are counted here, of ROWS sequences at most
+    decoding,  # [1] int32, or None: only rows first + r below it have work; None for all rows
+    items,  # of `list_items_kernel`; None if they are counted here, of ROWS sequences at most
     scale,
     first,
     rows,
@@ -58,9 +58,9 @@ def latent_decode_kernel(
     latent_head,
     table_stride,
     H: tl.constexpr,
-    HEADS: tl.constexpr,  # of an item
+    HEADS: tl.constexpr,  # heads of an item
     ROPE: tl.constexpr,
-    RP: tl.constexpr,  # up to the next power of two
+    RP: tl.constexpr,  # ROPE rounded up to a power of two
     L: tl.constexpr,
     LP: tl.constexpr,
     S: tl.constexpr,
@@ -113,14 +113,14 @@ def latent_decode_kernel(
             partial = row.to(tl.int64) * SPLITS + split
             tl.store(partial_values + partial * (H * L) + place, values, mask=inside)
             state = partial_states + partial * (H * 2) + heads * 2
-            # Tops in units of exponents of 2, which is what the merging kernel needs.
+            # The merging kernel needs maxima in units of exponents of 2.
             tl.store(state, tops * factor, mask=valid)
             tl.store(state + 1, sums, mask=valid)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Heads of a work item, keys of a tile, most splits of a sequence, and how they are computed."""
+    """Heads of a work item, keys of a tile, maximum number of splits of a sequence, and launch parameters."""
 
     heads: int
     keys: int
@@ -131,9 +131,9 @@ class Splits:
 
 
 def splits(heads: int, bytes_per_number: int) -> Splits:
-    """By the model's shape alone, never by the batch.
+    """Choose by the model's shape alone, never by the batch.
 
-    Not measured yet: the most heads whose sums of 512 numbers stay in registers, for each reads the cache again.
+    Not measured yet: the maximum of heads whose sums of 512 elements fit in registers, as each item reads the cache.
     """
     some = max(16, next_power_of_2(heads))
     if bytes_per_number == 4:
@@ -155,9 +155,9 @@ def decode(
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Token r belongs to sequence r. Writes out, with `decoding` its first rows alone. Checks are the caller's.
+    """Write `out`, with `decoding` only its first rows. Token r belongs to sequence r. The caller has made the checks.
 
-    `lists` is the step's, see `DeviceRows`.
+    `lists` are the lists of the step, see `DeviceRows`.
     """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())
@@ -209,7 +209,7 @@ def decode(
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """Those of the GPU; under the interpreter, so few that programs have several items."""
+    """Number of multiprocessors of the GPU; under the interpreter so few that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

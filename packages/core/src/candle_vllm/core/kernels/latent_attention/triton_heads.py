@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""A matrix for every head on a GPU: the same bits for a token whatever else is in the step.
+"""Products with a matrix for every head on a GPU: a token has the same bits whatever else is in the step.
 
-A program makes some numbers of one head for a tile of tokens. The tile has the same size however many tokens there are,
-and a row's sum runs over the columns in the same order.
+A program computes some elements of one head for a tile of tokens. The size of a tile does not depend on the number of
+tokens, and a row's sum runs over the columns in the same order.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def head_linear_kernel(
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """See the package."""
+    """See the contract in the package."""
     tokens, heads, _ = x.shape
     outputs = weight.shape[1]
     assert x.stride(2) == 1

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Latent attention of several new tokens of a sequence on a GPU: prompts, and their chunks.
 
-A program takes a tile of queries: the heads of some neighbouring tokens of one sequence, or, where a token has more
-heads than a tile has rows, some of its heads. It walks over the tiles of the context from position 0 to its last token.
+A program processes a tile of queries: the heads of some neighbouring tokens of one sequence, or, if a token has more
+heads than a tile has rows, some of its heads. It reads the tiles of the context from position 0 to its last token.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # sequences that a program looks at together when it searches its own
+_ROWS = 256  # sequences that a program compares at once to find its own
 
 
-# Tables of a step begin at any row: their alignment must not make another form of the kernel.
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit(
     do_not_specialize=["rows", "table_stride"],
     do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables", "decoding"],
@@ -36,7 +36,7 @@ def latent_prefill_kernel(
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
-    decoding,  # [1] int32, or None: so many leading rows are not this kernel's
+    decoding,  # [1] int32, or None: number of leading rows that this kernel skips
     scale,
     rows,
     rope_token,  # strides of the queries
@@ -45,9 +45,9 @@ def latent_prefill_kernel(
     latent_head,
     table_stride,
     H: tl.constexpr,
-    HEADS: tl.constexpr,  # of a tile
+    HEADS: tl.constexpr,  # heads of a tile
     ROPE: tl.constexpr,
-    RP: tl.constexpr,  # up to the next power of two
+    RP: tl.constexpr,  # ROPE rounded up to a power of two
     L: tl.constexpr,
     LP: tl.constexpr,
     S: tl.constexpr,
@@ -58,7 +58,7 @@ def latent_prefill_kernel(
     BLOCK_Q: tl.constexpr = BLOCK_M // HEADS
     parts: tl.constexpr = (H + HEADS - 1) // HEADS
     part = tl.program_id(0) % parts
-    # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
+    # From the last tile to the first: the last tiles of a prompt take the longest, so they should start first.
     tile = tl.num_programs(0) // parts - 1 - tl.program_id(0) // parts
     query_start, context_lens, block_tables, rows = behind_decodes(
         query_start, context_lens, block_tables, table_stride, rows, decoding
@@ -67,7 +67,7 @@ def latent_prefill_kernel(
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
     if decoding is not None:
-        count = tl.where(rows > 0, count, 0)  # without rows, it is the last decode's
+        count = tl.where(rows > 0, count, 0)  # without rows, it is the count of the last decode
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -109,7 +109,7 @@ def latent_prefill_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and keys of a tile, and how they are computed."""
+    """Rows and keys of a tile, and launch parameters."""
 
     rows: int
     keys: int
@@ -118,7 +118,7 @@ class Tiles:
 
 
 def tiles(bytes_per_number: int) -> Tiles:
-    """By the shape of a head alone, never by the batch. Not measured yet: the most rows that do not spill."""
+    """Choose by the shape of a head alone, never by the batch. Not measured yet: the maximum of rows without spills."""
     return Tiles(16, 16, 8, 2) if bytes_per_number == 4 else Tiles(64, 16, 8, 3)
 
 
@@ -135,9 +135,9 @@ def prefill(
     scale: float,
     decoding: torch.Tensor | None,
 ) -> None:
-    """Writes out's rows from query_start[0] to query_start[-1], which are `tokens` at most. Checks are the caller's.
+    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller has made the checks.
 
-    With `decoding` from query_start[decoding[0]] on: the other rows are not touched.
+    With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
     """
     rows = context_lens.shape[0]
     heads, latent = q_latent.shape[1:]

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Writing latent rows to the cache on a GPU: one program for each token.
 
-Slots are read on the device and tokens whose slot is negative write nothing, so that a captured step may be longer than
-what is scheduled.
+Slots are read on the device, and tokens with a negative slot write nothing, so that a captured step may have more rows
+than are scheduled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def latent_write_kernel(
     latent_stride,
     R: tl.constexpr,
     L: tl.constexpr,
-    RP: tl.constexpr,  # up to the next power of two
+    RP: tl.constexpr,  # rounded up to a power of two
     LP: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -39,7 +39,7 @@ def latent_write_kernel(
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    """See the package. Slots may be int32 too."""
+    """See the contract in the package. Slots may also be int32."""
     assert rope.dtype == latent.dtype == cache.dtype
     assert rope.stride(1) == latent.stride(1) == 1
     assert cache.is_contiguous()

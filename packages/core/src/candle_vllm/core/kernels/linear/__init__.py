@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with a plain weight; step 6 of a request's life.
 
-Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] of the same or None; y [T, O] = x weight^T + bias has
-x's dtype, in new memory or in `out`: x's dtype, shape [T, O], the numbers of a row behind each other, rows any distance
-apart, so that several layers write side by side into one tensor; it shares no memory with the others. Sums are at least
-fp32. On a GPU, weight and bias are rows behind each other too.
+Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] of the same or None. y [T, O] = x weight^T + bias has
+x's dtype, in new memory or in `out`: x's dtype, shape [T, O], contiguous elements in a row, rows at any distance, so
+that several layers write side by side into one tensor. `out` shares no memory with the inputs. Sums are at least fp32.
+On a GPU, the rows of the weight and the bias are contiguous too.
 
-`invariant=True` promises on a GPU that a row's bits depend on that row and the matrix alone: not on T, the other rows,
-`out` or x's strides (`triton.py` says what this stands on). It takes float32, bfloat16 and float16. On the CPU the
-reference makes each row by itself.
+`invariant=True` guarantees on a GPU that a row's bits depend on this row and the matrix alone: not on T, other rows,
+`out` or x's strides (`triton.py` names the assumptions). It supports float32, bfloat16 and float16. On the CPU the
+reference computes each row separately.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.linear import reference
 
 OWN_ROWS = 0
-"""Up to how many rows the GPU's own kernel serves where nothing is promised. 0 until it is measured against cuBLAS."""
+"""Maximum number of rows for the GPU's own kernel without `invariant`. 0 until it is measured against cuBLAS."""
 
 
 def linear(
@@ -30,7 +30,7 @@ def linear(
     out: torch.Tensor | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """x times the transpose of weight, plus bias; `out` where it is given."""
+    """Return x times the transpose of weight, plus bias; written to `out` if it is given."""
     assert x.shape[-1] == weight.shape[1]
     if out is not None:
         assert out.shape == (len(x), len(weight))

@@ -9,7 +9,7 @@ import torch
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See the contract in the package, but for `invariant`."""
+    """See the contract in the package; `invariant` is not supported."""
     if out is None:
         return torch.nn.functional.linear(x, weight, bias)
     if bias is None:
@@ -20,7 +20,7 @@ def linear(
 def linear_row_by_row(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same where no row's bits may depend on the others: each is a product of its own."""
-    rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones: all aligned alike
+    """Compute each row by a separate product, so that no row's bits depend on the other rows."""
+    rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones have the same alignment
     result = torch.cat([x.new_empty(0, len(weight)), *rows])
     return result if out is None else out.copy_(result)

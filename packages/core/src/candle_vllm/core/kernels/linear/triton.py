@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Linear layers on a GPU, with the same bits for any number of rows (step 6 of a request's life).
 
-One kernel for any number of rows of x and every way in which a matrix is stored; what is multiplied how it leaves to
-one of `triton_products.py`. The matrix's rows are the tall side of the product and tokens the wide side, so that a
-decoding batch fills the tensor cores' instruction as well as it can be, and the matrix is read once. K is cut into
-stretches by the matrix's shape alone, which are added to 0 in their order, in fp32: by one program that makes them all
-(FOLD), where there are tokens enough to fill the GPU, else by a second launch,
-which adds as such a program does: 0, and then one stretch after the other.
+One kernel serves any number of rows of x and every storage format of a matrix; a function of `triton_products.py`
+defines the product. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
+decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. K is divided into
+stretches by the matrix's shape alone. They are added to 0 in order, in fp32: by a single program that computes them all
+(FOLD) if there are enough tokens to fill the GPU, otherwise by a second launch, which adds in the same way: to 0, one
+stretch after another.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
-wherever it stands in the tile and however wide the tile is. That is relied upon, for instructions of one family and one
-depth (16 products), which each GPU always gets here: m64nXk16 of `wgmma` on Hopper, `tcgen05` on the Blackwell of
-servers, m16n8k16 of `mma.sync` on the others, and for codes everywhere; tests look for them in the compiled code, and
-compare bits on a GPU. It is why no tile of a plain matrix is smaller than these take, on Hopper 64 rows for each four
-warps, and none of codes so large. float32 is multiplied without tensor cores, in the order of K; so is float16 where
-Triton uses none.
+at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
+and one depth (16 products), which each GPU always uses here: m64nXk16 of `wgmma` on Hopper, `tcgen05` on server
+Blackwell, m16n8k16 of `mma.sync` on the others, and for codes everywhere. Tests look for them in the compiled code and
+compare bits on a GPU. Therefore no tile of a plain matrix is smaller than these instructions need (on Hopper 64 rows
+for each four warps), and no tile of codes is that large. float32 is multiplied without tensor cores, in the order of K;
+so is float16 on GPUs where Triton uses no tensor cores.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -34,7 +34,7 @@ from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, TENSOR_
 
 
 class Tile(NamedTuple):
-    """A program's share: tokens, rows of the matrix; its warps and stages; columns of a plain matrix at a time."""
+    """Size of a program: tokens and rows of the matrix; warps and stages; columns of a plain matrix at a time."""
 
     tokens: int
     rows: int
@@ -44,13 +44,13 @@ class Tile(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How K is cut into stretches, by the matrix's shape, and who makes them.
+    """Division of K into stretches, by the matrix's shape, and among programs.
 
     Attributes:
-        rows: of a tile, where programs are counted.
-        programs: wanted with few tokens.
-        least: steps of a stretch; of a plain matrix, times `BLOCK` columns.
-        enough: tiles from which a program makes all stretches; above `few` tokens.
+        rows: rows of a tile, to count programs.
+        programs: desired number of programs with few tokens.
+        least: minimum steps of a stretch; for a plain matrix in units of `BLOCK` columns.
+        enough: number of tiles from which a program computes all stretches, if there are more than `few` tokens.
     """
 
     rows: int
@@ -60,22 +60,22 @@ class Cut(NamedTuple):
     few: int = 0
 
 
-# The first that is wide enough, else the last. Chosen by counting bytes in flight and registers of the compiled code,
-# not yet measured on a GPU.
+# The first tile that is wide enough is used, else the last. Chosen by counting bytes in flight and registers of the
+# compiled code, not yet measured on a GPU.
 FEW_TILES = (Tile(16, 64, 4, 6), Tile(32, 64, 4, 5), Tile(64, 64, 4, 4))
-SERVER_TILES = (*FEW_TILES, Tile(128, 128, 8, 4))  # Hopper, and the Blackwell of servers
+SERVER_TILES = (*FEW_TILES, Tile(128, 128, 8, 4))  # Hopper, and server Blackwell
 OTHER_TILES = (*FEW_TILES, Tile(128, 128, 8, 4, 32))
-ODD_TILES = FEW_TILES  # rows that are not aligned to 16 bytes take registers on their way
+ODD_TILES = FEW_TILES  # rows that are not aligned to 16 bytes are copied through registers
 FLOAT_TILES = (Tile(16, 32, 4, 3, 32), Tile(64, 64, 8, 3, 32))  # without tensor cores
-BLOCK = 64  # columns that stretches are made of: a multiple of every tile's
+BLOCK = 64  # granularity of stretches in columns: a multiple of every tile's columns
 CUT = Cut(rows=64, programs=264, least=4, enough=96)  # two programs for each SM of the largest GPUs
 CODED_CUT = Cut(rows=32, programs=2048, least=4, enough=264, few=64)  # 16 warps for each SM of the largest GPUs
-TOGETHER = 8  # row tiles that are taken with each other, so that their x stays in the cache
+TOGETHER = 8  # row tiles that run together, so that their x stays in the cache
 
 
 @triton.jit
 def tile_of(program, row_tiles, token_tiles, TOGETHER: tl.constexpr):
-    """(tile of rows, tile of tokens). Programs that run at the same time share a few of each."""
+    """Return (tile of rows, tile of tokens). Programs that run at the same time share a few of each."""
     bunch = program // (TOGETHER * token_tiles)
     inner = program % (TOGETHER * token_tiles)
     bunch_tiles = tl.minimum(row_tiles - bunch * TOGETHER, TOGETHER)
@@ -196,13 +196,13 @@ MOST_SPLITS = 32
 
 
 def split_blocks(blocks: int, tiles: int, programs: int, least: int) -> int:
-    """Blocks of a stretch.
+    """Return the number of blocks of a stretch.
 
     Args:
-        blocks: of K.
-        tiles: of the matrix's rows.
-        programs: how many are wanted where there is one tile of activations.
-        least: blocks that make a program worth its start.
+        blocks: number of blocks of K.
+        tiles: number of tiles of the matrix's rows.
+        programs: desired number of programs with a single tile of activations.
+        least: minimum number of blocks that is worth a program.
     """
     splits = min(max(programs // tiles, 1), MOST_SPLITS)
     return min(max(-(-blocks // splits), least), blocks)
@@ -217,11 +217,11 @@ def launch(
     tile: Tile,
     cut: Cut | None = None,
 ) -> torch.Tensor:
-    """x [T, K] times the transpose of the matrix, plus bias: `out` where it is given, else new memory.
+    """Return x [T, K] times the transpose of the matrix, plus bias; in `out` if it is given, else in new memory.
 
     Args:
-        product: `plain`, `exact` or `rounded` of `triton_products.py`, the function.
-        cut: None where K is not cut.
+        product: the function `plain`, `exact` or `rounded` of `triton_products.py`.
+        cut: division of K; None for a single stretch.
     """
     tokens, rows = len(x), operand.rows
     _check(x, operand, bias, out)
@@ -264,12 +264,12 @@ def launch(
 
 
 def tile_for(tokens: int, tiles: Sequence[Tile]) -> Tile:
-    """The first that is wide enough, else the last."""
+    """Return the first tile that is wide enough, otherwise the last."""
     return next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
 
 
 def _check(x: torch.Tensor, operand: Operand, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
-    """Whether the kernel reads and writes these tensors."""
+    """Check that the kernel supports these tensors."""
     device = operand.planes[0].device
     assert x.dim() == 2
     assert x.shape[1] == operand.columns > 0
@@ -309,7 +309,7 @@ def linear(
     out: torch.Tensor | None = None,
     invariant: bool = True,
 ) -> torch.Tensor:
-    """See the contract in the package. Without the promise, many rows are summed in one stretch: a little faster."""
+    """See the contract in the package. Without `invariant`, many rows use a single stretch: a little faster."""
     assert weight.dim() == 2
     assert weight.stride(1) == 1
     assert weight.dtype == x.dtype
@@ -333,7 +333,7 @@ def _tile(tokens: int, dtype: torch.dtype, capability: int, aligned: bool) -> Ti
     return tile_for(tokens, SERVER_TILES if capability // 10 in (9, 10) else OTHER_TILES)
 
 
-# ---- forms -----------------------------------------------------------------------------------------------------------
+# ---- builds ----------------------------------------------------------------------------------------------------------
 
 
 def build(
@@ -348,13 +348,13 @@ def build(
     bias: bool = False,
     aligned: bool = True,
 ) -> Build:
-    """A form of the kernel for an operand whose planes are types; `form` is "split", "fold", "whole" or nothing."""
+    """Build of the kernel for an operand whose planes are types; `form` is "split", "fold", "whole" or empty."""
     arguments = dict.fromkeys(("T", "N", "K", "pitch", "x_stride", "out_stride", "steps", "split_steps"), "i32")
     arguments |= {"x": f"*{dtype}", "out": "*fp32" if form == "split" else f"*{dtype}", "bias": f"*{dtype}"}
     arguments |= dict(zip(("low", "high", "scales", "supers"), operand.planes, strict=True))
     missing = {name: None for name, kind in arguments.items() if kind is None}
     missing |= ({} if bias else {"bias": None}) | ({} if operand.pitch else {"pitch": None})
-    plain_too = ("steps", "split_steps") if product is plain else ()  # numbers of columns
+    plain_too = ("steps", "split_steps") if product is plain else ()  # their values are numbers of columns
     sizes = ("N", "K", "pitch", "x_stride", "out_stride", *plain_too) if aligned else ("out_stride", *plain_too[1:])
     return Build(
         linear_kernel,

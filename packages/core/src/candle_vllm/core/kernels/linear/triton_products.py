@@ -3,19 +3,19 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """The sums of a tile: some rows of a matrix times some rows of x, along K; inside step 6 of a request's life.
 
-Every kernel that multiplies with a stored matrix, of a linear layer or of experts, is an outer part, which says what
-rows and what tokens a program has, and one of three products, which it is given as a constant:
+Every kernel that multiplies by a stored matrix, of a linear layer or of experts, has two parts: an outer part, which
+selects a program's rows and tokens, and one of three product functions, passed as a constant:
 
-- `plain`: weights of x's dtype as they are.
-- `exact`: codes meet x exactly, and scales meet the sums, in fp32. With whole numbers magic + code is multiplied, so
-  the sum of x times magic is taken off again; that sum comes from the tensor cores too, by a product with ones.
+- `plain`: weights of x's dtype, unchanged.
+- `exact`: codes are multiplied by x exactly, and the sums by scales, in fp32. For integers, magic + code is multiplied,
+  and magic times the sum of x is subtracted; the tensor cores compute that sum too, by a product with ones.
 - `rounded`: a tile of weights is scaled, rounded to x's dtype in registers, and multiplied.
 
-How codes and scales are taken out of a matrix's planes says a `Codec`, which is a constant as well. So each format and
-product is compiled to code of its own.
+A `Codec`, also a constant, defines how codes and scales are extracted from a matrix's planes. So each combination of
+format and product is compiled separately.
 
-Letters: R rows and T tokens of a tile. K is cut into **steps** of `parts` times 32 weights (of a plain matrix: of one),
-and with FOLD into stretches of `split_steps`, which are added to 0 in their order.
+Letters: R rows and T tokens of a tile. K is divided into **steps** of `parts` times 32 weights (for a plain matrix of
+one weight), and with FOLD into stretches of `split_steps`, which are added to 0 in order.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ import triton.language as tl
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codec:
-    """How a matrix of codes is read. Made once for each kind of matrix: kernels are found again by its identity.
+    """Functions that read a matrix of codes. One object for each kind of matrix: compiled kernels are found by it.
 
     In the device functions, g is a part of a step, and `planes` is (low, high, scales, supers).
 
     Attributes:
-        words: (planes, step, row, inside, height, pitch, FORM): a tuple, what the scales of a step are made of.
-        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, those elements of a step's codes; as
-            `tile` wants them, or `rounded`.
-        scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` meets the sums of x.
+        words: (planes, step, row, inside, height, pitch, FORM): a tuple, the stored words of a step's scales.
+        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, these elements of a step's codes, as
+            inputs of `tile` or of `rounded`.
+        scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` multiplies sums of x.
         tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
         rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
-        low, high: bits of a code in the two that `codes` gives; high may be 0. Codes of 8 bits meet x as two of 4.
-        parts: of a step, of 32 weights each.
-        unit: parts of a step that share a scale for certain.
-        width: weights that share a scale, where that is less than 32, else 32.
+        low, high: bits of a code in the two results of `codes`; high may be 0. 8-bit codes are multiplied as two of 4.
+        parts: number of parts of a step, of 32 weights each.
+        unit: number of parts of a step that always share a scale.
+        width: number of weights that share a scale, at most 32.
         floats: whether codes are floats, which need no shift.
     """
 
@@ -63,7 +63,7 @@ class Codec:
 
     @cached_property
     def cache_key(self) -> str:
-        """What Triton knows a compiled kernel with this constant by: its functions' sources, and its numbers."""
+        """Triton's key for compiled kernels with this constant: the sources of its functions, and its numbers."""
         return "-".join(getattr(value, "cache_key", str(value)) for value in vars(self).values())
 
 
@@ -73,8 +73,8 @@ class Operand(NamedTuple):
     Attributes:
         planes: low, high, scales, supers; None for a plane that the format lacks. A plain matrix is the first plane.
         pitch: row stride of a plain matrix, in elements; weights per scale of a matrix with groups; otherwise None.
-        steps: of K.
-        form: a `Codec`, or, for a plain matrix, the number of columns that are multiplied at a time.
+        steps: number of steps of K.
+        form: a `Codec`, or for a plain matrix the number of columns that are multiplied at a time.
     """
 
     planes: tuple[Any, Any, Any, Any]
@@ -86,22 +86,22 @@ class Operand(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether K fills no whole number of steps."""
+        """Whether K is not a whole number of steps."""
         return self.columns % (self.form if isinstance(self.form, int) else self.form.parts * 32) != 0
 
 
 def plain_operand(weight: Any, rows: int, columns: int, pitch: int, at_a_time: int) -> Operand:
-    """A plain matrix, or its type; see `Operand`."""
+    """Return the operand of a plain matrix, or of its type; see `Operand`."""
     return Operand((weight, None, None, None), rows, columns, pitch, columns, at_a_time)
 
 
 @triton.jit
 def plain(
-    x_at,  # beginnings of rows of x, pointers [1, T]
-    planes,  # of the matrix: one, [.., K], rows `pitch` apart
+    x_at,  # pointers to the starts of rows of x, [1, T]
+    planes,  # of the matrix: one plane, [.., K], rows `pitch` apart
     row,  # rows of the matrix, int64 [R], where `inside`
     inside,
-    asked,  # [T], which rows of x there are
+    asked,  # [T], mask of the valid rows of x
     _height,  # rows of the matrix, int64
     K,
     pitch,
@@ -114,7 +114,7 @@ def plain(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """fp32 [R, T] over the steps from `first` to `last`."""
+    """Return fp32 [R, T], the sum over the steps from `first` to `last`."""
     column = tl.arange(0, FORM)
     weight_at = planes[0] + row[:, None] * pitch + column[None, :]
     x_at += column[:, None]
@@ -142,7 +142,7 @@ def _chain(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The sums of one stretch: one chain of tensor instructions from 0."""
+    """Return the sums of one stretch: one chain of tensor instructions from 0."""
     column = tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for k in tl.range(start, stop, COLUMNS):
@@ -176,10 +176,10 @@ def exact(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """fp32 [R, T] over the steps from `first` to `last`. Products with a scale are explicit fused operations, so that
-    no form of a kernel rounds differently."""
+    """Return fp32 [R, T], the sum over the steps from `first` to `last`. Products with a scale are explicit fused
+    operations, so that all variants of a kernel round in the same way."""
     WIDTH: tl.constexpr = FORM.width
-    E: tl.constexpr = WIDTH // 2  # elements that meet x at a time
+    E: tl.constexpr = WIDTH // 2  # elements of codes at a time
     PARTS: tl.constexpr = FORM.parts
     UNIT: tl.constexpr = FORM.unit
     EIGHT: tl.constexpr = FORM.low + FORM.high == 8
@@ -190,13 +190,13 @@ def exact(
     element = tl.arange(0, E)
     column = tl.arange(0, WIDTH)
     x_at += column[:, None]
-    # Joined as the codes are: Triton 3.6 arranges K by that, and fetches x ahead only where one arrangement serves all.
+    # Joined as the codes are: Triton 3.6 derives K's layout from it, and prefetches x only if one layout serves all.
     half = tl.full((ROWS, E), 1.0, tl.float32).to(dtype)
     ones = tl.reshape(tl.join(half, half), (ROWS, WIDTH))
     zeros = tl.zeros((ROWS, TOKENS), tl.float32)
-    stretch = zeros  # the sums of one
-    total = zeros  # of those before it
-    # Triton fetches ahead only what a dot product takes, so a step's scales are asked for during the one before.
+    stretch = zeros  # sums of the current stretch
+    total = zeros  # sums of the stretches before it
+    # Triton prefetches only the operands of dot products, so a step's scales are loaded during the step before.
     ahead = FORM.words(planes, first, row, inside, height, pitch, FORM)
     for step in tl.range(first, last):
         words = ahead
@@ -256,7 +256,7 @@ def rounded(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """fp32 [R, T] over the steps from `first` to `last`, in one stretch."""
+    """Return fp32 [R, T], the sum over the steps from `first` to `last`, in one stretch."""
     PARTS: tl.constexpr = FORM.parts
     dtype: tl.constexpr = x_at.dtype.element_ty
     element = tl.arange(0, 16)[None, :]

@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""LoRA adapters: what an adapter adds to the products of a model's matrices; step 6 of a request's life.
+"""LoRA adapters: the terms that an adapter adds to the products of a model's matrices; step 6 of a request's life.
 
-A `Delta` changes one matrix W [N, K] of a `Linear`. For a row x of the input with this adapter the result is
+A `Delta` changes one matrix W [N, K] of a `Linear`. For an input row x with this adapter the result is
 
     y = c * (x W^T + s (x A^T) B^T) + bias of W + own bias                                  c is 1 except for DoRA
 
-with x as the layer gets it, unquantised. A token's row of an embedding table is c * (W + s B A)[id].
+where x is the unquantised input of the layer. A token's row of an embedding table is c * (W + s B A)[id].
 
-**Contract.** An adapter has a scale t for each row, usually 1. Each adapter of a row adds in fp32 to the model's own
+**Contract.** An adapter has a scale t for each row, usually 1. Each adapter of a row adds in fp32 to the base model's
 result:
 
     y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
 
-or, with a matrix that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the type in which the
-adapter is multiplied, F32 or BF16, and so are x and s (x A^T) in torch and on a GPU; in the compiled CPU operations
-these two stay fp32. In I8, A and c * B are integers of -127 .. 127 with scales, one for each rank and quarter of A and
-one for each row of B (for each column of A, if a table is looked up): the largest element divided by 127, rounded up to
-BF16. x and x A^T are integers of 16 bits there, with an fp32 scale for each row and up to 512 columns of a quarter of
-x, and for each row of x A^T. Tables that are looked up, and matrices that replace W, are BF16, and are multiplied by
-x in fp32. A step's rows are in groups, one for each adapter, in the order of `PackedAdapter.serial`; a row in several
-groups adds them in this order. A row without an adapter keeps its bits, and what is added to a row depends only on the
-row, its adapters and their scales.
+or, with a matrix that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the adapter's number
+type, F32 or BF16; so are x and s (x A^T) in torch and on a GPU, but in the compiled CPU operations these two stay fp32.
+With I8, A and c * B are integers of -127 .. 127 with scales: one for each rank and quarter of A, and one for each row
+of B (for each column of A, if a table is looked up). A scale is the largest element divided by 127, rounded up to BF16.
+x and x A^T are then 16-bit integers. x has an fp32 scale for each row and up to 512 columns of a quarter of x; x A^T
+has one for each row. Tables that are looked up, and matrices that replace W, are BF16, and are multiplied by x in fp32.
+A step's rows are in groups, one for each adapter, in the order of `PackedAdapter.serial`; a row in several groups adds
+them in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend only on the row,
+its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 """
 
@@ -36,12 +36,12 @@ from numpy.typing import NDArray
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 NumberType: TypeAlias = Literal["F32", "BF16", "I8"]
-"""In what an adapter is multiplied."""
+"""Type in which an adapter is multiplied."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Delta:
-    """Change of one matrix W [N, K] by an adapter; rows and columns are those that the model multiplies.
+    """Change of one matrix W [N, K] by an adapter; rows and columns are in the order of the model's own products.
 
     Attributes:
         a: [r, K]; None, like `b`, for a change without LoRA matrices.
@@ -49,8 +49,8 @@ class Delta:
         scale: s, with the adapter's rank and alpha patterns applied.
         bias: [N], added to the result: B's bias times s, and the difference of the module's bias from the base model's.
         column_scale: c of each output [N] (DoRA: m / ||W + s B A||); biases are not multiplied by it.
-        full: [N, K], replaces W: a head or a table that was trained in full.
-        rows: of a table: ids [n], and rows [n, K] that replace W's.
+        full: [N, K], replaces W, for a head or a table that was trained in full.
+        rows: for a table: ids [n], and rows [n, K] that replace W's rows.
     """
 
     a: StoredTensor | None = None
@@ -63,7 +63,7 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """r; 0 without A and B."""
+        """The rank r; 0 without A and B."""
         return 0 if self.a is None else self.a.shape[0]
 
 
@@ -73,7 +73,7 @@ class FittedAdapter:
 
     Attributes:
         digest: SHA-256 of the configuration's and the weights' bytes: the adapter's key in the prefix cache.
-        alora: invocation tokens (activated LoRA): it acts from their last occurrence on; None for the whole sequence.
+        alora: invocation tokens (activated LoRA): active from their last occurrence on; None for the whole sequence.
         deltas: by the layer's path ("layers.0.attention.qkv", "embed", "head"), then by the prefix of the part's name
             in `Linear.parameters` ("q.", "gate.3.", ""). "head" is the output layer, also if it shares the embedding
             table; "embed" is the lookup alone.
@@ -99,9 +99,9 @@ class Place:
     Attributes:
         number: index among all sites of a model, from 0.
         columns: K.
-        parts: for each prefix of a parameter's name: its expert (or 0), and the begin and end of its rows.
+        parts: (expert or 0, first row, end row) of each part, by the prefix of its parameters' names.
         experts: number of experts; 0 for a layer without experts.
-        lookup: it is a table whose rows are looked up.
+        lookup: whether it is a table whose rows are looked up.
     """
 
     number: int
@@ -117,11 +117,11 @@ class PackedAdapter:
 
     Attributes:
         digest, alora, rank, norm: as in `FittedAdapter`.
-        modules: matrices that it changes.
-        nbytes: of memory.
-        serial: number of packing, unique in the process; adapters of a step are added in its order.
-        apart: it needs the model's own products, apart from what they are added to (DoRA, `full`, `rows`).
-        layout: what the backend multiplies.
+        modules: number of matrices that it changes.
+        nbytes: size in memory.
+        serial: packing number, unique in the process; adapters of a step are added in this order.
+        apart: it needs the model's own products separately, before the sum with other terms (DoRA, `full`, `rows`).
+        layout: the backend's representation of the matrices.
     """
 
     digest: bytes

@@ -4,7 +4,7 @@
 
 It hardly waits: a thread adds to those columns of the model's product that it computed itself. If other threads have
 not finished `shrink` shortly after, it computes their part again, and writes the same numbers. Threads divide columns,
-so that a row's adapters are added in their order. A sum is one chain over the ranks. Step 6 of a request.
+so a row's adapters are added in order. A sum is one chain over the ranks. Step 6 of a request.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ _PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the large
 
 _FACTORS, _SUMS = 320, 384
 _WHOLES = _SUMS + 1024
-"""Where the memory of `make_parts` has the scales of rows' whole numbers; sums of tiles; and of ranks."""
+"""Offsets in the memory of `make_parts`: scales of rows' integers; sums of tiles; sums of ranks."""
 
 PARTS_MEMORY = _WHOLES + 64
 
 
 def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
-    """What `_expand_rows` does, of `count` rows and `width` tiles."""
+    """Emit the code of `_expand_rows` for `count` rows and `width` tiles."""
     b, (at_weights, at_scales, at_places, offset, number, at_out, end, jump) = e.b, given
     rows, whole = count if is_wide(isa) else min(count, 4), form is layout.NumberForm.I8
     kind, moves = (I32, 2) if whole else (F32, 4)
@@ -77,7 +77,7 @@ def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, widt
 
         sums = e.loop_or_skip(number, [zeros_of(e, form)] * (rows * width), body)
         if whole:
-            some = b.icmp_signed(">", number, e.int64(0))  # a bias alone has no ranks
+            some = b.icmp_signed(">", number, e.int64(0))  # a part with only a bias has no ranks
             at = b.select(some, at_scales, at_places)
             scales = [b.select(some, scales_of(e, at, 2 * LANES * tile), e.zeros(F32)) for tile in range(width)]
             factors = [e.splat(e.load(at_places, F32, _FACTORS + 8 * (first + row))) for row in range(rows)]
@@ -98,7 +98,7 @@ def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, widt
 
 
 def _parts(e: Emitter, form: layout.NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
-    """The ranks of a step, and what `width` tiles have of each."""
+    """Yield each rank of a step with its weights in `width` tiles."""
     if form is not layout.NumberForm.I8:
         tiles = [widened(e, form, base, VECTOR * tile) for tile in range(width)]
         yield from enumerate(map(list, zip(*tiles, strict=True)))
@@ -108,7 +108,7 @@ def _parts(e: Emitter, form: layout.NumberForm, base: Any, width: int) -> Iterat
 
 
 _KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 1, 0))
-"""Rows, tiles, and whether the products are added, of what `_expand_rows` is made for."""
+"""Variants of `_expand_rows`: rows, tiles, and whether the products are added to the result."""
 
 
 @intrinsic(prefer_literal=True)
@@ -128,13 +128,12 @@ def _expand_rows(
     end: Any,
     jump: Any,
 ) -> Any:
-    """`tiles` times 16 neighbouring rows of B in a panel times `rows` rows of sums, one of `_KINDS`.
+    """Multiply `tiles` times 16 neighbouring rows of B in a panel by `rows` rows of sums, one of `_KINDS`.
 
-    scales: address of those of whole numbers. places: address of int64 [rows], where the rows' numbers begin; behind
-    64 bytes, of their float32 scales, and of int64 [rows], where their results begin, `at` bytes before these; and
-    `_FACTORS` behind it, of the scales of the rows' numbers, where they are whole, 8 bytes apart. Where `onto`, the
-    products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16]. end, jump: of
-    `ask_ahead`.
+    scales: address of the scales of B's integers. places: address of int64 [rows], which point to numbers. After 64
+    bytes follow float32 [rows], the rows' scales; then int64 [rows], addresses of the results less the offset `at`;
+    after `_FACTORS` bytes the scales of rows of integers, 8 bytes apart. With `onto`, products times scales are added
+    to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -182,7 +181,7 @@ def _copy(source: int, target: int, count: int) -> None:
 
 @njit
 def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lanes: int, spare: int) -> None:
-    """`_add_16` of the first lanes; `spare` is the address of 4 times 16 floats."""
+    """`_add_16` for the first `lanes` lanes; `spare` is the address of scratch memory for 4 times 16 floats."""
     if lanes >= 16:
         _add_16(out, sums, scale, bias, less, base)
         return
@@ -200,7 +199,7 @@ def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lan
 
 @njit
 def _spread(row: int, given: Any, first: int, last: int) -> None:
-    """The model's own products, of some columns, to where adapters' are added."""
+    """Write some columns of the model's own products to the result, to which adapters are added."""
     for t in range(step_number(row, given.rows_from)):
         source = float32_at(given.base + t * given.base_bytes)
         target = float32_at(given.out + t * given.row_bytes)
@@ -215,14 +214,14 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
 
 
 def _make_columns(FORM: int, ISA: int) -> Any:
-    """A function that adds columns of a part for 8, 4, 2 or 1 rows of a product."""
+    """Return a function that adds columns of a part for 8, 4, 2 or 1 rows of a product."""
 
     form, WIDE = layout.NumberForm(FORM), int(is_wide(Isa(ISA)))
     ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
     def add_columns(part, memory, count, first, last, onward):
-        """A part's columns first .. last, of the part; onward: address of what is read next, or 0."""
+        """Add columns first .. last of a part; onward: address of the weights that are read next, or 0."""
         scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + _SUMS
         spare, steps = sums + 512, int64_at(part)[layout.STEPS]
         weights, begins = int64_at(part)[layout.MATRIX], 4 * int64_at(part)[layout.BEGIN]
@@ -232,7 +231,7 @@ def _make_columns(FORM: int, ISA: int) -> Any:
         end = weights + (last + 63 >> 6) * (layout.PANEL_BYTES * steps + SCALES)
         jump = jump_to(onward, end)
         while column < last:
-            inside = column & 63  # of a panel
+            inside = column & 63  # column in its panel
             panel = weights + (column >> 6) * (layout.PANEL_BYTES * steps + SCALES)
             at, at_scales = panel + SCALES + ROW_BYTES * inside, panel + 2 * inside
             left, to = min(64 - inside, last - column), begins + 4 * column
@@ -255,7 +254,7 @@ def _make_columns(FORM: int, ISA: int) -> Any:
 
 @njit
 def _panel_of(about: int, column: int, scales: int) -> int:
-    """Where what an adapter adds from a column on begins, or 0; `about` may be 0. scales: bytes of a panel's."""
+    """Return the address of the weights for a column, or 0; `about` may be 0. scales: bytes of a panel's scales."""
     for number in range(int64_at(about)[2] if about != 0 else 0):
         part = about + 8 * (layout.HEAD + layout.PART * number)
         inside = column - int64_at(part)[layout.BEGIN]
@@ -267,7 +266,7 @@ def _panel_of(about: int, column: int, scales: int) -> int:
 
 
 def make_parts(FORM: int, ISA: int) -> Any:
-    """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
+    """Return a function that adds an adapter to 8, 4, 2 or 1 rows of a product."""
 
     form = layout.NumberForm(FORM)
     MIXED, SCALES, fold_part = int(form.whole is not form), form.panel_scales, make_fold(FORM)
@@ -276,12 +275,12 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
     @njit
     def add_parts(about, h, folded, count, memory, most, first, last, following):
-        """Adds columns first .. last, before those of the adapter `following`, if there is one.
+        """Add columns first .. last of an adapter; `following` describes the next adapter, or is 0.
 
-        about: the adapter's description. h: address of the rows' sums, or of what was made of them. most: floats that a
-        row's numbers take. memory: of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products,
-        and 8 inputs, 64 bytes each, of which all but the first are given; `PARTS_MEMORY` bytes with these; 2 times 8
-        times `most` floats.
+        about: the adapter's description. h: address of the rows' sums, or of their folded form. most: maximum number of
+        floats of a row. memory: blocks of 64 bytes: 8 addresses of numbers, written here; then, from the caller, 8
+        scales, 8 addresses of results, of own products and of inputs; scratch memory up to `PARTS_MEMORY` bytes; then
+        2 times 8 times `most` floats.
         """
         wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most
@@ -319,7 +318,7 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
 
 def _make_list(FORM: int) -> Any:
-    """A function that lists what columns of a place's product are added from."""
+    """Return a function that lists the memory of B that some columns of an adapter site's product need."""
     SCALES = layout.NumberForm(FORM).panel_scales
 
     @njit
@@ -341,13 +340,13 @@ def _make_list(FORM: int) -> Any:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """The operation for a type of numbers."""
+    """Return the operation for a type of numbers."""
     add_parts, INNER = make_parts(FORM, ISA), len(layout.ExpandArguments._fields)
     list_parts, RUNS = _make_list(FORM), RUNS_BYTES
 
     def expand(row, thread, threads):
         given = read(layout.ExpandArguments, row)
-        tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
+        tiles = (given.columns + 15) >> 4  # divided among threads as in the operations that multiply matrices
         first = given.first + 16 * (tiles * thread // threads)
         last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
         inner = inner_row(row, INNER)
@@ -379,7 +378,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
             about = int64_at(tables[group])[given.place]
             if about != 0:
                 most = max(most, int64_at(about)[1])
-        most = (most + 31) & -16  # what is written in vectors may go beyond a rank
+        most = (most + 31) & -16  # vectors are written beyond the last rank
         memory = stack_bytes(PARTS_MEMORY + 8 * 4 * most * 2)
         for group in range(groups):
             about = int64_at(tables[group])[given.place]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""What adapters add to experts' products on the CPU: row by row, for each pair of an entry and an expert.
+"""Adding adapters to experts' products on the CPU: row by row, for each pair of an entry and an expert.
 
-In `shrink` threads share pairs; in `expand` columns, as in `cpu_expand.py`.
+In `shrink` threads divide pairs; in `expand` they divide columns, as in `cpu_expand.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, S
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """The operation for a type of numbers."""
+    """Return the operation for a type of numbers."""
     multiply = make_run(FORM, ISA)
 
     def shrink_experts(row, thread, threads):
@@ -50,7 +50,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """The operation for a type of numbers."""
+    """Return the operation for a type of numbers."""
     add_parts = make_parts(FORM, ISA)
 
     def expand_experts(row, thread, threads):

@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled function that quantises an adapter's weights to 8 bits with scales; it releases the GIL.
 
-It gives the bytes of `reference.quantised` on every CPU.
+It produces the bytes of `reference.quantised` on every CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ inner = njit(error_model="numpy")
 
 
 def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
-    """16 numbers as the bits of floats."""
+    """Load 16 numbers as the bits of floats."""
     if form is NumberForm.F32:
         return e.load(address, vector(I32))
     return e.b.shl(e.b.zext(e.load(address, vector(I16)), vector(I32)), e.constant(I32, 16))
@@ -38,7 +38,7 @@ def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
-    """Bits of the largest size among 16 * count numbers."""
+    """Return the bits of the largest magnitude among 16 * count numbers."""
     kind = NumberForm(form.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -57,7 +57,7 @@ def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any) -> Any:
-    """16 * count numbers times `inverse`, as the nearest whole numbers of 8 bits."""
+    """Write 16 * count numbers times `inverse`, rounded to the nearest 8-bit integers."""
     kind = NumberForm(form.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -78,7 +78,7 @@ def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any
 
 
 def make_quantise(FORM: int) -> Callable[..., None]:
-    """The function for numbers of a type, bfloat16 or float32."""
+    """Return the function for numbers of a type, bfloat16 or float32."""
     ITEM, SHIFT = NumberForm(FORM).bytes, 16 if FORM == 0 else 0
 
     @inner
@@ -89,7 +89,7 @@ def make_quantise(FORM: int) -> Callable[..., None]:
 
     @inner
     def quantise_group(source, count, target):
-        """Writes codes, and returns the bits of their scale."""
+        """Write the codes of a group, and return the bits of their scale."""
         whole = count >> 4
         largest = _largest(FORM, source, whole)
         for index in range(16 * whole, count):
@@ -108,11 +108,11 @@ def make_quantise(FORM: int) -> Callable[..., None]:
         return bits
 
     def quantise(source, target, matrices, count):
-        """Quantises matrices.
+        """Quantise matrices.
 
-        source, target: addresses of numbers, and of bytes. matrices: address of int64 [count, 5]: the number where one
-        begins, its rows, columns, scales of a row, and the byte where its numbers go [rows, columns], and behind them
-        its scales, bfloat16 [rows, scales].
+        source, target: addresses of the numbers, and of the bytes to write. matrices: address of int64 [count, 5]: the
+        index of a matrix's first number, its rows, columns and scales of a row, and the offset of its codes [rows,
+        columns] in bytes; its scales follow the codes, bfloat16 [rows, scales].
         """
         for number in range(count):
             told = int64_at(matrices + 40 * number)

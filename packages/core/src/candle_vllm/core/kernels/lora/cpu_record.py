@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 
 INPUT_FORM = RowForm.F32
-"""How adapters read their input, in whatever type they are multiplied."""
+"""Form in which adapters read their input, for all types of numbers."""
 
 
 class Joining:
     """Recorder of adapters at one adapter site of a plan; its memory lives as long as the object.
 
     Args:
-        recorder: of the plan.
+        recorder: recorder of the plan.
         place: the adapter site.
-        rows_from: which rows of the step the layer computes.
+        rows_from: number of rows that the layer computes: which of the step's numbers.
 
     Attributes:
         inputs: rows that `shrink` reads, in `INPUT_FORM`; None for a table that is looked up.
@@ -64,7 +64,7 @@ class Joining:
         }
 
     def begin(self, *, barrier: bool) -> None:
-        """Record the operation before `shrink`, ahead of its barrier."""
+        """Record the operation that must come before `shrink`, with a barrier between them."""
         done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
         self._done = self._recorder.keep_array(done)
         self._recorder.add(lay.begin_operation(), lay.BeginArguments(self._done), barrier=barrier)
@@ -118,7 +118,7 @@ class Joining:
         self._recorder.add(lay.expand_operation(self._form, self._isa), arguments, barrier=barrier, inner=product)
 
     def replace(self, target: Buffer, own: Buffer, **how: Any) -> None:
-        """Record that an adapter's rows replace rows of the model's table, after `expand`."""
+        """Record the replacement of rows of the model's table by an adapter's rows, after `expand`."""
         arguments = self._arguments(target, own, (0, target.width), **how)
         self._recorder.add(lay.replace_operation(), arguments)
 
@@ -156,11 +156,11 @@ class Joining:
 def record_experts(
     recorder: Recorder, place: Place, inputs: Inputs, pairs: Pairs, results: Results, *, by_place: bool
 ) -> None:
-    """Record what adapters add to experts' results, with an input for each entry, or for each place of a pair."""
+    """Record the terms that adapters add to experts' results, with inputs for each entry or each place of a pair."""
     form, count = lay.NumberForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count
-    sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # of no use behind these two
+    sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # unused after these two operations
     common = {
         "place": place.number,
         "groups_from": StepNumber.ADAPTERS,

@@ -3,11 +3,11 @@
 """`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
 It never waits. Weights are read once for all rows of a group; a vector of weights is multiplied by up to 8 rows at a
-time. Threads divide entries in the same way as the input rows that they wrote, and convert sums to the factors of B:
-reading what another core wrote is slow. With few entries, threads divide runs of rows, quarters of the columns and
-blocks of ranks instead, and `expand` converts the sums. Sums have one order, whatever else is in the step: two chains
-over the steps of a quarter, then the quarters. Weights of 8 bits are multiplied by inputs of 16 bits; their sums are
-exact within a `SPAN`. Step 6 of a request's life.
+time. Each thread processes the entries whose input rows it wrote itself, and converts sums to the factors of B, because
+reading memory that another core wrote is slow. With few entries, threads divide runs of rows, quarters of the columns
+and blocks of ranks instead, and `expand` converts the sums. The order of summation is fixed: two chains over the steps
+of a quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are exact within a `SPAN`.
+Step 6 of a request's life.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora import layout
 
 _RUN = 32
-"""Rows of a unit of work of `shrink`: they meet a quarter of a block, which stays in the first-level cache."""
+"""Rows of a unit of work of `shrink`: they are multiplied by a quarter of a block, which stays in the L1 cache."""
 
 VECTOR = 4 * LANES
 
 _SMALLEST = 0x0D800000  # bits of 2^-100: if all values are smaller, their scale is 0
 
 AHEAD = 2048
-"""Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming. What an adapter's end
-leaves of them is asked for at the next one's beginning."""
+"""Prefetch distance in bytes of weights: runs of weights are too short for the hardware prefetcher. At the end of an
+adapter's weights, the start of the next adapter's is prefetched."""
 
 
 def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> list[Any]:
-    """A vector of weights as floats: <16 x float>, of bfloat16 pairs two; of whole numbers 32 of 16 bits.
+    """Load a vector of weights: F32 as <16 x float>, BF16 pairs as two of them, I8 as <32 x i16>.
 
-    Products of floats are fused multiply-adds, with float32 numbers that nobody has rounded, so that every CPU has the
-    same sums. The instruction for pairs of bfloat16 takes three times as long as such a one on a Xeon with AMX.
+    Products of floats are fused multiply-adds of unrounded float32 numbers: every CPU has the same sums. On a Xeon with
+    AMX, the instruction for pairs of bfloat16 takes three times as long as a fused multiply-add.
     """
     if form is layout.NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
@@ -61,20 +61,20 @@ def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> l
 
 
 def added(e: Emitter, form: layout.NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
-    """A sum with the products of what `widened` gives: floats, or <16 x i32> and pairs of 16 bits."""
+    """Add products with a vector from `widened` to a sum: floats, or <16 x i32> with pairs of 16-bit integers."""
     return e.dot_i16(total, x, weights, isa) if form is layout.NumberForm.I8 else e.fma(x, weights, total)
 
 
 def zeros_of(e: Emitter, form: layout.NumberForm) -> Any:
-    """What `added` begins with."""
+    """Return the initial value of a sum for `added`."""
     return e.zeros(I32 if form is layout.NumberForm.I8 else F32)
 
 
 @intrinsic(prefer_literal=True)
 def in_16_bits(_: Any, lanes: Any, source: Any, count: Any, most: Any, target: Any) -> Any:
-    """Writes floats as whole numbers of 16 bits, as `reference.in_16_bits`, and returns their scale.
+    """Write floats as 16-bit integers, as `reference.in_16_bits` does, and return their scale.
 
-    count: of them, a multiple of `lanes`. most: what the largest of them becomes.
+    count: number of floats, a multiple of `lanes`. most: the integer for the largest of them.
     """
     each = lanes.literal_value
 
@@ -108,13 +108,13 @@ def in_16_bits(_: Any, lanes: Any, source: Any, count: Any, most: Any, target: A
 
 
 def scales_of(e: Emitter, address: Any, offset: int = 0) -> Any:
-    """16 scales, stored in bfloat16."""
+    """Load 16 scales, stored in bfloat16."""
     bits = e.b.zext(e.load(address, vector(I16), offset), vector(I32))
     return e.b.bitcast(e.b.shl(bits, e.constant(I32, 16)), vector(F32))
 
 
 def ask_ahead(e: Emitter, base: Any, size: int, end: Any, jump: Any) -> None:
-    """Asks for what is read `AHEAD` bytes behind `size` at an address; from `end` on it is `jump` bytes further."""
+    """Prefetch `size` bytes `AHEAD` bytes after `base`; addresses from `end` on are moved by `jump` bytes."""
     at = e.b.add(base, e.int64(AHEAD))
     at = e.b.select(e.b.icmp_unsigned("<", at, end), at, e.b.add(at, jump))
     for offset in range(0, size, VECTOR):
@@ -123,8 +123,8 @@ def ask_ahead(e: Emitter, base: Any, size: int, end: Any, jump: Any) -> None:
 
 @njit
 def jump_to(onward: int, end: int) -> int:
-    """Bytes from where a run of weights ends to what is read next; `onward` is 0 where that is nothing."""
-    return onward - end if onward != 0 else -AHEAD  # to what is being read, which costs nothing
+    """Return the bytes from the end of a run of weights to the next read address `onward`; 0 means no next address."""
+    return onward - end if onward != 0 else -AHEAD  # back to memory that is being read, which costs nothing
 
 
 def is_wide(isa: Isa) -> bool:
@@ -133,7 +133,7 @@ def is_wide(isa: Isa) -> bool:
 
 @intrinsic(prefer_literal=True)
 def ask(_: Any, count: Any, address: Any) -> Any:
-    """Asks for `count` bytes that will be read; what is behind the end of memory does no harm."""
+    """Prefetch `count` bytes; addresses beyond the end of memory do no harm."""
     size = count.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -145,7 +145,7 @@ def ask(_: Any, count: Any, address: Any) -> Any:
 
 
 def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, parts: int) -> list[Any]:
-    """What 16 / height lanes of weights meet of the neighbours at an address, floats or pairs, by `widened`."""
+    """Load the inputs for the lanes of a vector of weights: 16 / height neighbours, repeated; floats or pairs."""
     count = LANES // height
     if count == 1:
         return [e.splat(e.load(address, kind, offset + 4 * part)) for part in range(parts)]
@@ -155,14 +155,14 @@ def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, par
 
 
 def _emit_shrink(e: Emitter, form: layout.NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
-    """What `_shrink_rows` does, of `height` ranks and `count` rows."""
+    """Emit the code of `_shrink_rows` for `height` ranks and `count` rows."""
     b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto, end, jump) = e.b, given
     parts, whole = 2 if form is layout.NumberForm.BF16 else 1, form is layout.NumberForm.I8
-    chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # of these, a quarter may be one step
+    chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # a quarter may be a single step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
     rows = count if is_wide(isa) else min(count, 2)
     turns = chains
-    if whole:  # whose sums are exact in any order
+    if whole:  # integer sums are exact in any order
         turns = height // 4
         chains = max(1, min(turns, (8 if is_wide(isa) else 4) // rows))
     kind = I32 if whole else F32
@@ -214,11 +214,11 @@ def _shrink_rows(
     end: Any,
     jump: Any,
 ) -> Any:
-    """`steps` vectors of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each.
+    """Multiply `steps` vectors of a block of `height` ranks (4, 8 or 16) by 1, 4 or 8 rows: 16 sums for each row.
 
-    inputs, outputs: addresses of int64 [rows], where the rows' inputs begin, `at` bytes before what is read, and where
-    their sums go. scales: address of those of whole numbers; `X_SCALES` bytes behind the inputs' are theirs, and where
-    `onto`, sums are added to what is there. end, jump: of `ask_ahead`.
+    inputs, outputs: addresses of int64 [rows]: addresses of the rows' inputs less the offset `at`, and of their sums.
+    scales: address of the scales of integer weights; those of integer inputs are `X_SCALES` bytes after `inputs`. With
+    `onto`, sums are added to the old values. end, jump: see `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -242,7 +242,7 @@ def count_blocks(ranks: int) -> int:
 
 @njit
 def height_of(ranks: int, block: int) -> int:
-    """Ranks of a block."""
+    """Return the number of ranks in a block."""
     if block < ranks >> 4:
         return 16
     if block == ranks >> 4 and ranks & 8:
@@ -252,32 +252,32 @@ def height_of(ranks: int, block: int) -> int:
 
 @njit
 def ranks_before(ranks: int, block: int) -> int:
-    """Ranks of the blocks before one."""
+    """Return the number of ranks in the blocks before `block`."""
     return 16 * block - (8 if block > ranks >> 4 else 0)
 
 
 SOURCES, RESULTS, X_SCALES, _CODES = 128, 192, 256, 320
-"""Where the memory of `make_run` has, of 8 rows: where inputs begin, and sums; scales; and numbers of 16 bits."""
+"""Offsets in the memory of `make_run`, for 8 rows: addresses of inputs, and of sums; scales; 16-bit integers."""
 
 RUN_MEMORY = _CODES + 8 * 2 * layout.SPAN
 
 
 def make_run(FORM: int, ISA: int) -> Any:
-    """A function that multiplies a quarter of some blocks by up to 8 rows."""
+    """Return a function that multiplies a quarter of some blocks by up to 8 rows."""
     form = layout.NumberForm(FORM)
     ITEM, STEP, SCALES, WHOLE = form.bytes, form.step_bytes, form.block_scales, int(form is layout.NumberForm.I8)
 
     @njit
     def run(weights, ranks, quarter, first, last, count, x_bytes, memory, onward):
-        """Blocks first .. last.
+        """Multiply blocks first .. last of a quarter.
 
-        memory: `RUN_MEMORY` bytes, with the places of inputs and sums of `count` rows. onward: address of what is read
-        behind the last quarter's last block, or 0.
+        memory: `RUN_MEMORY` bytes, with addresses of inputs and sums of `count` rows. onward: address of the weights
+        that are read after the last block of the last quarter, or 0.
         """
         columns, blocks = x_bytes >> 4, count_blocks(ranks)
         end = weights + 4 * (ranks * columns * ITEM + blocks * SCALES)
         jump = jump_to(onward, end)
-        rows = 8 if count > 4 else 4 if count > 1 else 1  # the last of them repeated
+        rows = 8 if count > 4 else 4 if count > 1 else 1  # the last of them is repeated
         inputs, outputs, scales = int64_at(memory), int64_at(memory + 64), float32_at(memory + X_SCALES)
         begin = 0
         while begin < columns:
@@ -311,7 +311,7 @@ def make_run(FORM: int, ISA: int) -> Any:
 
 @intrinsic
 def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
-    """The quarters of a block's sums, and the shares of each rank's, added up: `height` floats at `target`."""
+    """Add the quarters of a block's sums, and the column shares of each rank: `height` floats at `target`."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -335,7 +335,7 @@ def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
 
 @intrinsic
 def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
-    """16 floats times a scale."""
+    """Write 16 floats times a scale."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -346,15 +346,15 @@ def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
 
 
 def make_fold(FORM: int) -> Any:
-    """A function that makes of sums what B meets."""
+    """Return a function that converts sums to the factors of B."""
     form = layout.NumberForm(FORM)
     PER_STEP, WHOLE = form.per_step, int(form is layout.NumberForm.I8)
 
     @njit
     def fold_part(part, ranks, h, at, to):
-        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`.
+        """Write a row's factors of B for a part's ranks to `to`: its sums (scratch memory at `at`) times its scale.
 
-        Whole ones are without the scale that is returned.
+        Integers are not multiplied by the scale, which is returned.
         """
         begins, count = int64_at(part)[layout.OFFSET], int64_at(part)[layout.STEPS] * PER_STEP
         for block in range(begins >> 4, count_blocks(ranks)):
@@ -363,7 +363,7 @@ def make_fold(FORM: int) -> Any:
                 _fold(height, h + block * layout.BLOCK_BYTES, at + 4 * before)
         scale = float_from_bits(int64_at(part)[layout.SCALE])
         if WHOLE == 1:
-            most = min(layout.MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit 32
+            most = min(layout.MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit in 32
             if count & 15 == 0:
                 return scale * in_16_bits(16, at + 4 * begins, count, most, to)
             return scale * in_16_bits(4, at + 4 * begins, count, most, to)
@@ -376,9 +376,9 @@ def make_fold(FORM: int) -> Any:
 
 @njit
 def are_shared(entries: int, threads: int) -> bool:
-    """Whether threads share a step's entries, and `shrink` leaves what B meets where sums stand otherwise.
+    """Whether threads divide a step's entries, so that `shrink` writes the factors of B in place of the sums.
 
-    It stands there as a part's ranks, 4 bytes for each; `FOLDED` bytes behind all ranks' are the parts' scales.
+    They are written as a part's ranks, 4 bytes each; `FOLDED` bytes after all ranks are the parts' scales.
     """
     return entries >= 4 * threads
 
@@ -387,12 +387,12 @@ FOLDED = 64
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """The operation for a type of numbers."""
+    """Return the operation for a type of numbers."""
     multiply, fold_part, RUN = make_run(FORM, ISA), make_fold(FORM), _RUN
 
     @njit
     def fold_row(about, sums, h, memory, most):
-        """Writes what B meets of a row's sums; memory: 2 times `most` floats."""
+        """Write the factors of B for a row's sums; memory: 2 times `most` floats."""
         ranks, made = int64_at(about)[1], memory + 4 * most
         for number in range(int64_at(about)[2]):
             part = about + 8 * (layout.HEAD + layout.PART * number)
@@ -421,10 +421,10 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
         if shared:
             first_entry, last_entry = entries * thread // threads, entries * (thread + 1) // threads
         first, last = total * thread // threads, total * (thread + 1) // threads
-        most = (most + 63) & -16  # what is written in vectors may go beyond a rank
+        most = (most + 63) & -16  # vectors are written beyond the last rank
         run = 8 if shared else RUN
         memory = stack_bytes(RUN_MEMORY + 8 * most + (run_bytes if shared else 0))
-        own = memory + RUN_MEMORY + 8 * most  # sums that nobody else may see: another may do the same work meanwhile
+        own = memory + RUN_MEMORY + 8 * most  # private sums: another thread may do the same work meanwhile
         sources, results = int64_at(memory + SOURCES), int64_at(memory + RESULTS)
         before = 0
         for group in range(groups):
@@ -470,5 +470,5 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
 
 
 def begin(row, thread, threads):
-    """Before `shrink`, and before all meet: nobody has done anything of it yet."""
+    """Mark each thread's share as not done; runs before `shrink`, with a barrier between them."""
     store_release(read(layout.BeginArguments, row).done + layout.DONE_BYTES * thread, 0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""What adapters change of tables on the CPU: products that are looked up, and rows in the place of the model's."""
+"""Adapters of tables on the CPU: products that are looked up, and rows that replace the model's rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _uint16_at = pointers(types.uint16, "uint16")
 
 
 def _reader(form: int) -> Any:
-    """A function of address and index that reads a number as a float."""
+    """Return a function of address and index that reads a number as a float."""
 
     @njit
     def number_at(address, index):
@@ -45,7 +45,7 @@ def _reader(form: int) -> Any:
 
 
 def make_lookup(FORM: int) -> Callable[..., None]:
-    """Writes the numbers of each entry's row of the table as sums, where `shrink` writes them."""
+    """Return the operation that writes each entry's row of the table as sums, where `shrink` would write them."""
     ITEM = NumberForm(FORM).bytes
     number_at = _reader(FORM)
 
@@ -68,7 +68,7 @@ def make_lookup(FORM: int) -> Callable[..., None]:
                 for number in range(rank):
                     value = number_at(source, number)
                     block, lane, share = number >> 4, number & 15, 1
-                    if block == ranks >> 4:  # one of 8 ranks, or of 4, or both
+                    if block == ranks >> 4:  # the last block may have 8 or 4 ranks
                         if ranks & 8 and lane < 8:
                             share = 2
                         else:
@@ -82,7 +82,7 @@ def make_lookup(FORM: int) -> Callable[..., None]:
 
 @njit
 def _first_from(ids: Any, count: int, least: int) -> int:
-    """The place of the first of sorted numbers that is not below `least`."""
+    """Return the index of the first of sorted numbers that is at least `least`."""
     low, high = 0, count
     while low < high:
         middle = (low + high) >> 1
@@ -124,7 +124,7 @@ def _replace_products(given, part, at, first, last, scale):
 
 
 def replace(row, thread, threads):
-    """The operation that puts an adapter's rows of a table, or products with them, in the place of the model's own."""
+    """Replace the model's rows of a table, or products with them, by an adapter's."""
     given = read(ExpandArguments, row)
     first, last = given.columns * thread // threads, given.columns * (thread + 1) // threads
     starts, tables = int64_at(given.starts), int64_at(given.tables)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """LoRA adapters in a GPU's steps: slots of weights on the device, and the map from a step's rows to adapters.
 
-An adapter is copied as one piece of memory when a step first uses it, into one of the LoRA slots; there are as many as
-adapters of a step, and the least recently used one is replaced. Two launches of `triton.py` add adapters to a layer's
+An adapter is copied as one block of memory to a LoRA slot when a step first uses it. There are as many slots as a step
+can have adapters; the least recently used adapter is replaced. Two launches of `triton.py` add adapters to a layer's
 product; their tables have fixed addresses, so that captured steps can use them. What these kernels do not support
 (lookups of tables, matrices that replace others, several adapters of one row) runs in torch, in steps without capture.
 """
@@ -33,8 +33,8 @@ from candle_vllm.core.kernels.torch_numbers import NAMES
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.triton import Blocks, Slots
 
-NARROW = 16  # rows of a block of a step that decodes
-_BOUNDARY = 256  # bytes
+NARROW = 16  # rows of a block in decoding steps
+_BOUNDARY = 256  # alignment in bytes
 _TENSORS = ("a", "b", "bias", "less", "full")
 
 
@@ -59,12 +59,12 @@ class DeviceAdapter(TorchAdapter):
     """Adapter in one piece of host memory that a GPU can copy.
 
     Args:
-        found: its changes, by the number of the adapter site.
-        dtype: of the model's activations.
-        staged: allocates host memory.
+        found: changes of the adapter, by the number of the adapter site.
+        dtype: type of the model's activations.
+        staged: function that allocates host memory.
 
     Attributes:
-        piece: uint8, the memory.
+        piece: the memory, uint8.
         plain: whether the kernels of `triton.py` support all its changes.
 
     Raises:
@@ -99,7 +99,7 @@ class DeviceAdapter(TorchAdapter):
         self.nbytes = self.piece.nbytes
 
     def on(self, piece: torch.Tensor) -> TorchAdapter:
-        """The same over a copy of the piece."""
+        """Return the same adapter on a copy of the memory."""
         made = TorchAdapter.__new__(TorchAdapter)
         made.dtype, made.nbytes, made.whole = self.dtype, self.nbytes, self.whole
         made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}
@@ -123,16 +123,16 @@ class DeviceAdapter(TorchAdapter):
 
 
 def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A matrix with its rows filled up to what `triton.py` reads."""
+    """Pad the rows of a matrix to the multiples that `triton.py` reads."""
     multiple = {"a": GPU_COLUMNS, "b": GPU_RANKS}.get(name)
     return tensor if multiple is None else torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple))
 
 
-# ---- those of a step -------------------------------------------------------------------------------------------------
+# ---- adapters of a step ----------------------------------------------------------------------------------------------
 
 
 class _Held:
-    """An adapter that has a slot; on the device once the stream has come that far."""
+    """An adapter that has a slot; `there` is set when the stream has copied it to the device."""
 
     def __init__(self, slot: int, nbytes: int) -> None:
         self.slot, self.nbytes = slot, nbytes
@@ -140,17 +140,17 @@ class _Held:
 
 
 class DeviceAdapters(EagerAdapters):
-    """Adapters of a GPU's steps. Before layers run, the step's map from rows to adapters is set.
+    """Adapters of a GPU's steps. A step's map from rows to adapters is set before its layers run.
 
     Args:
-        stream: where steps run.
+        stream: stream of the steps.
         places: adapter sites of the model.
-        dtype: of its activations.
-        slots: most adapters of a step.
+        dtype: type of the model's activations.
+        slots: maximum number of adapters of a step.
         rank: largest rank of an adapter.
-        rows: of the largest captured step.
-        memory: most bytes of adapters that no step uses now.
-        in_flight: most steps that the host may be ahead.
+        rows: number of rows of the largest captured step.
+        memory: maximum number of bytes of all adapters on the device; unused ones are removed beyond it.
+        in_flight: maximum number of steps that the host may be ahead.
     """
 
     def __init__(
@@ -168,9 +168,9 @@ class DeviceAdapters(EagerAdapters):
         super().__init__()
         self._stream, self._dtype, self._rank, self._memory = stream, dtype, rank, memory
         self._blocks: Blocks | None = None
-        self._held: OrderedDict[int, _Held] = OrderedDict()  # by serial number, whose turn was longest ago first
+        self._held: OrderedDict[int, _Held] = OrderedDict()  # by serial number, the least recently used first
         self._gone: deque[int] = deque()
-        self._watched: set[int] = set()  # whose end is told
+        self._watched: set[int] = set()  # serial numbers of adapters whose end of life is reported to `_gone`
         self._slots_in_all, self._free = slots, list(range(slots))
         device = stream.device
         self._has_kernels = on_gpu(torch.empty(0, device=device))
@@ -193,15 +193,15 @@ class DeviceAdapters(EagerAdapters):
         stream.join()
 
     def packed(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> DeviceAdapter:
-        """An adapter on the host."""
+        """Pack an adapter in host memory."""
         return DeviceAdapter(found, self._dtype, self._stream.staged)
 
     def capturable(self, entries: Entries) -> bool:
-        """Whether a captured step can have these."""
+        """Whether a captured step can use these adapters."""
         return len(entries.rows) <= self._rows and self._launches(entries)
 
     def send(self, entries: Entries | None, drawn: NDArray[np.int64]) -> None:
-        """Sends over the adapters of a captured step, whose logits are those of the rows `drawn`."""
+        """Send the adapters of a captured step to the device; `drawn` are the rows whose logits are computed."""
         held = {} if entries is None else self._bring(entries)
         host, _ = self._staging.host()
         for of, some in zip(_OF, (entries, None if entries is None else entries.among(drawn))):
@@ -215,14 +215,14 @@ class DeviceAdapters(EagerAdapters):
         self._staging.send(0)
 
     def taking_sent(self, *, head: bool) -> None:
-        """What was sent is added from now on, to products of layers or of the head; work."""
+        """Add the adapters of `send` from now on to the products of layers or of the head; runs in the stream."""
         from candle_vllm.core.kernels.lora.triton import Blocks
 
         table, rows, scales = (self._staging.device[f"{_OF[head]}_{name}"] for name in ("table", "rows", "scales"))
         self._blocks, self.groups = Blocks(table, rows, scales, NARROW), ()
 
     def taking(self, entries: Entries | None) -> Work:
-        """Brings over adapters of rows that are not captured; the result is work, from which on they are added."""
+        """Send the adapters of a step that is not captured; return stream work that starts adding them."""
         if entries is None:
             return self.taking_none
         held, device = self._bring(entries), self._stream.device
@@ -250,11 +250,11 @@ class DeviceAdapters(EagerAdapters):
         return launched
 
     def taking_none(self) -> None:
-        """Nothing is added from now on; work."""
+        """Add no adapters from now on; runs in the stream."""
         self._blocks, self.groups = None, ()
 
     def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See `EagerAdapters`; where it is launched, y is changed in place."""
+        """See `EagerAdapters`; with kernels, y is changed in place."""
         if self._blocks is None or place is None:
             return super().add(place, x, y, bias)
         from candle_vllm.core.kernels.lora.triton import add_deltas
@@ -265,12 +265,12 @@ class DeviceAdapters(EagerAdapters):
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _launches(self, entries: Entries) -> bool:
-        """Whether launches can add them: nothing but products, and of no row more than one adapter's."""
+        """Whether kernels can add them: all changes are supported products, and no row has more than one adapter."""
         plain = all(adapter.layout.plain for adapter in entries.adapters)
         return self._has_kernels and plain and bool((np.diff(np.sort(entries.rows)) > 0).all())
 
     def _slots(self, number: int) -> Slots:
-        """What slots hold for a place."""
+        """Return the tables of all slots for an adapter site."""
         from candle_vllm.core.kernels.lora.triton import Slots
 
         parts, begin, slots = self._parts[number], self._begins[number], self._slots_in_all
@@ -280,7 +280,7 @@ class DeviceAdapters(EagerAdapters):
         return Slots(addresses, ranks, scales, self._columns[number], widest, self._rank)
 
     def _bring(self, entries: Entries) -> dict[int, _Held]:
-        """Gives adapters slots, and sends over what is not there yet; by serial number."""
+        """Assign slots to adapters, and send those that are not on the device; return them by serial number."""
         while self._gone:
             self._leave(serial := self._gone.popleft())
             self._watched.discard(serial)
@@ -307,7 +307,7 @@ class DeviceAdapters(EagerAdapters):
             self._free.append(held.slot)
 
     def _fetch(self, layout: DeviceAdapter, held: _Held) -> None:
-        """Copies an adapter to the device, and tells its slot; work."""
+        """Copy an adapter to the device, and update the tables of its slot; runs in the stream."""
         piece = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._stream.device)
         copy(piece, layout.piece)
         held.there = there = layout.on(piece)
@@ -329,12 +329,12 @@ _OF = ("layers", "head")
 
 
 def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArray[np.int32]:
-    """[3, blocks] of `triton.Blocks`: rows of each group in blocks of at most so many.
+    """Return the table [3, blocks] of `triton.Blocks`: rows of each group in blocks of at most `most` rows.
 
     Args:
-        starts: [G + 1] where the rows of each adapter begin, and the end.
-        slots: [G] of each adapter.
-        most: rows of a block.
+        starts: [G + 1] first row of each adapter, and the end.
+        slots: [G] slot of each adapter.
+        most: maximum number of rows of a block.
     """
     blocks = [
         (slot, begin, min(most, last - begin))

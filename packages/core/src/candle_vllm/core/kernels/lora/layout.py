@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""How an adapter lies in memory for the compiled CPU operations: `pack.py` writes what they read.
+"""Memory layout of an adapter for the compiled CPU operations: `pack.py` writes what they read.
 
-An adapter takes what it has, and is not padded to a slot's size. Every adapter has a **table** with a number for each
-place of the model: 0, or where the place is described (of experts, where the descriptions of all of them stand):
+An adapter has its own size, and is not padded to the size of a slot. Every adapter has a **table** with a number for
+each adapter site: 0, or the address of its description (for experts, of an array with the addresses of all experts'):
 
     [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
 
-**A** of all parts that read the same input is one matrix [R, K], each part's ranks filled up to a multiple of 4. K is
-filled up to a multiple of 32, and cut into 4 quarters: the sums of a row are quarters', added in order. Quarters follow
-each other, each in blocks of 16 ranks, and one of 8 or 4 where such are left. A block is a run of steps of 64 bytes, [g
-ranks][64 / g bytes of neighbouring columns], so that a step is one vector instruction, whose lanes are the sums of a
-rank and a share of its columns. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes,
-[r][64] of floats, or [r / 2][64][2] of bfloat16.
+**A** of all parts that read the same input is one matrix [R, K], each part's ranks padded to a multiple of 4. K is
+padded to a multiple of 32 and divided into 4 quarters: a row's sum is the sum of the quarters' sums, in order. Quarters
+are consecutive, each in blocks of 16 ranks, and one block of 8 or 4 for the remaining ranks. A block is a run of steps
+of 64 bytes, [g ranks][64 / g bytes of neighbouring columns], so that a step is one vector instruction; each lane has
+the sum of a rank and a share of its columns. **B** consists of panels of 64 rows, the last one padded: each is a run of
+steps of 256 bytes, [r][64] of floats, or [r / 2][64][2] of bfloat16.
 
-Of whole numbers of 8 bits a step of A is 32 bytes, as 32 of bfloat16 lie, and before a block's quarter stand 16 scales
-of its lanes, in bfloat16; a panel of B is [r / 4][2][64][2] behind the scales of its 64 rows. What is multiplied is
-BF16 there where it is no A or B, and where a table's rows are looked up.
+With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; the 16 scales of its lanes, in bfloat16, stand
+before each quarter of a block. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. Matrices other than A
+and B, and tables that are looked up, are BF16 then.
 
-A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
+A table that is looked up stores B as [V][r] in place of A, and A in place of B.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ class NumberForm(enum.IntEnum):
 
     @property
     def per_step(self) -> int:
-        """Ranks of a step of B."""
+        """Ranks in a step of B."""
         return 4 // self.bytes
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of A that are made a vector of floats, or two, or one of pairs of 16 bits, at a time."""
+        """Bytes of A that are converted at a time, to one or two vectors of floats, or one of 16-bit pairs."""
         return 32 if self is NumberForm.I8 else 64
 
     @property
     def row_bytes(self) -> int:
-        """Bytes from one row of B to the next in a step."""
+        """Bytes from one row of B to the next within a step."""
         return 2 if self is NumberForm.I8 else 4
 
     @property
     def block_scales(self) -> int:
-        """Bytes of scales before a block's quarter."""
+        """Bytes of scales before a quarter of a block."""
         return 32 if self is NumberForm.I8 else 0
 
     @property
@@ -76,42 +76,42 @@ class NumberForm(enum.IntEnum):
 
 QUARTERS = 4
 HEAD = 3
-"""Numbers of a description before its parts."""
+"""Number of elements of a description before its parts."""
 
 BEGIN, ROWS, OFFSET, STEPS, MATRIX, SCALE, BIAS, LESS, FULL, IDS, COUNT, NEW, RANK, PART = range(14)
-"""Where a part's numbers stand, and how many there are. LESS is c - 1 of the contract; COUNT rows NEW stand in the
-place of the model's rows IDS, or of all of them."""
+"""Indices of a part's elements, and their number. LESS is c - 1 of the contract. The COUNT rows at NEW replace the
+model's rows IDS, or all rows."""
 
 PANEL, PANEL_BYTES = 64, 256
-"""Rows of B that lie together, and bytes of a step of them."""
+"""Rows of B in a panel, and bytes of a step of a panel."""
 
 SPAN, MOST_16 = 512, np.float32(32767)
-"""Of whole numbers: columns of a quarter whose inputs, of 16 bits, have one scale, and the largest of these; sums of
-so many products fit 32 bits."""
+"""For integers: the number of columns of a quarter whose 16-bit inputs share a scale, and the largest input. A sum
+of SPAN products fits in 32 bits."""
 
 BLOCK_BYTES = QUARTERS * 64
-"""Sums of a row and a block of ranks."""
+"""Bytes of the sums of a row and a block of ranks."""
 
 DONE_BYTES = 64
-"""A cache line for each thread."""
+"""Size of a cache line, one for each thread."""
 
 GPU_FIELDS, GPU_RANKS, GPU_COLUMNS = 4, 16, 16
-"""On a GPU: addresses of a part (A, c * B, c - 1, bias; 0 without a bias), and the multiples to which rows are padded
-with zeros: of ranks in B, of K in A."""
+"""On a GPU: number of addresses of a part (A, c * B, c - 1, bias; 0 without a bias), and the multiples to which rows
+are padded with zeros: ranks in B, columns in A."""
 
 
 def most_blocks(rank: int) -> int:
-    """Blocks of so many ranks."""
+    """Return the maximum number of blocks of `rank` ranks."""
     return rank // 16 + (rank >> 3 & 1) + (rank >> 2 & 1)
 
 
 def filled(rank: int) -> int:
-    """Ranks with those that fill them up."""
+    """Return the number of ranks after padding."""
     return -(-rank // 4) * 4
 
 
 def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> np.ndarray:
-    """A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. Of I8, scales [R, 4, 2], bytes as `matrix`."""
+    """A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. For I8, scales [R, 4, 2] as bytes."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
@@ -127,7 +127,7 @@ def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = 
 
 
 def panels_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> tuple[int, np.ndarray]:
-    """B [N, r] as panels, and how many steps each has. Of I8, scales [N, 2], bytes as `matrix`."""
+    """Return steps of a panel, and B [N, r] as panels. For I8, scales [N, 2] as bytes."""
     each, height = form.per_step, -(-len(matrix) // PANEL) * PANEL
     steps = -(-matrix.shape[1] // each)
     panels = filled_with_zeros(matrix, height, steps * each).reshape(-1, PANEL, steps, each)
@@ -139,7 +139,7 @@ def panels_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = 
 
 
 def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """A matrix with zeros behind its rows and columns."""
+    """Pad a matrix with zeros after its rows and columns."""
     if matrix.shape == (rows, columns):
         return matrix
     made = np.zeros((rows, columns), matrix.dtype)
@@ -153,9 +153,9 @@ class ShrinkArguments(NamedTuple):
     Attributes:
         place: number of the adapter site.
         groups_from: which `StepNumber` is the number of groups.
-        starts, tables: addresses of int64 [G + 1], where each group's entries begin, and [G], their adapters' tables.
+        starts, tables: addresses of int64 [G + 1], first entry of each group, and [G], the tables of their adapters.
         x, x_bytes: address of the rows' inputs, float32, and their row stride in bytes; or of row numbers to look up.
-        rows: address of int64: the row of each entry.
+        rows: address of int64, the row of each entry.
         h, h_bytes: address of the sums, and bytes of an entry's sums.
         places, top_k, experts: for experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
             experts; k.
@@ -180,7 +180,7 @@ class ShrinkArguments(NamedTuple):
 
 
 class BeginArguments(NamedTuple):
-    """The arguments of the operation that comes before `shrink` and a barrier; see there.
+    """The arguments of the operation that runs before `shrink` and a barrier; see `cpu_shrink.begin`.
 
     Attributes:
         done: as in `ShrinkArguments`.
@@ -197,14 +197,14 @@ class ExpandArguments(NamedTuple):
             `ShrinkArguments`.
         scales: address of the entries' scales, float32.
         out, row_bytes: address of the result, float32, and its row stride in bytes.
-        first, columns: columns that are added to, and that the nested operation computes, if there is one.
+        first, columns: range of columns that are added to; a nested operation, if any, computes the same columns.
         base, base_bytes: address of the model's own products, if they are separate, and their row stride; or 0.
-        rows_from: which `StepNumber` is the number of their rows.
+        rows_from: which `StepNumber` is the number of the product's rows.
         accumulate, bias: whether the products are added to the result; address of the product's own bias or 0.
         numbers: address of the step's row numbers, for lookups.
         inputs: K.
         back: bytes to the row of `shrink`, which is in the same group of operations; 0 if `shrink` is complete.
-        beside: as in `LinearArguments`, of the nested operation.
+        beside: see `LinearArguments`; passed to the nested operation.
     """
 
     place: int
@@ -237,40 +237,40 @@ class ExpandArguments(NamedTuple):
 
 
 def shrink_operation(form: NumberForm, isa: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_shrink:make_shrink", form, isa)
 
 
 def begin_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_shrink:begin")
 
 
 def expand_operation(form: NumberForm, isa: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_expand:make_expand", form, isa)
 
 
 def lookup_operation(form: NumberForm) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_tables:make_lookup", form)
 
 
 def replace_operation() -> int:
-    """Address of the compiled operation, which takes what `expand` takes."""
+    """Return the address of the compiled operation, whose arguments are those of `expand`."""
     return operation("lora.cpu_tables:replace")
 
 
 def shrink_experts_operation(form: NumberForm, isa: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_experts:make_shrink", form, isa)
 
 
 def expand_experts_operation(form: NumberForm, isa: int) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("lora.cpu_experts:make_expand", form, isa)
 
 
 def quantise_function(form: NumberForm) -> Callable[..., None]:
-    """The compiled function `cpu_quantise.make_quantise`, of bfloat16 or float32 numbers."""
+    """Return the compiled function of `cpu_quantise.make_quantise` for bfloat16 or float32 numbers."""
     return c_function("lora.cpu_quantise:make_quantise", 4, form)

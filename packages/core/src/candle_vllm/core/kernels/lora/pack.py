@@ -23,12 +23,12 @@ from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 SERIALS = itertools.count(1)
-"""Of packed adapters, unique in the process."""
+"""Serial numbers of packed adapters, unique in the process."""
 
 Places = Mapping[str, Sequence[Place]]
-"""The places of a model by the paths of its layers."""
+"""The adapter sites of a model, by the paths of its layers."""
 Changes = Mapping[int, tuple[Place, Mapping[str, Delta]]]
-"""Places by their numbers, and what is done to the parts of each."""
+"""Adapter sites by their numbers, and the changes of their parts."""
 
 
 def pack_adapter(
@@ -46,7 +46,7 @@ def pack_adapter(
         places: adapter sites of the model.
         dtype: type in which it is multiplied.
         compiled: for the compiled CPU operations; otherwise for torch.
-        packed: makes another backend's layout instead.
+        packed: function that creates another backend's layout instead.
 
     Raises:
         AdapterError: the adapter changes a matrix that this backend cannot change.
@@ -64,7 +64,7 @@ def pack_adapter(
 
 
 def packed_adapter(fitted: FittedAdapter, layout: Any, nbytes: int) -> PackedAdapter:
-    """What is known of an adapter beside its layout."""
+    """Return an adapter with a backend's layout, and the properties that do not depend on it."""
     every = [delta for deltas in fitted.deltas.values() for delta in deltas.values()]
     return PackedAdapter(
         digest=fitted.digest,
@@ -101,7 +101,7 @@ def _check(name: str, place: Place, delta: Delta) -> None:
 
 
 def numbers_of(stored: StoredTensor | None) -> NDArray[np.float32]:
-    """A stored tensor, which must be there, as floats."""
+    """Return the elements of a stored tensor, which must not be None, as floats."""
     assert stored is not None
     return stored.load("F32")
 
@@ -111,10 +111,10 @@ class CompiledAdapter:
     """An adapter in the layout of `layout.py`.
 
     Attributes:
-        address: of its table.
-        nbytes: bytes of it all.
-        dtype: in what it is multiplied.
-        memory: what is there.
+        address: address of its table.
+        nbytes: size of all its memory in bytes.
+        dtype: type in which it is multiplied.
+        memory: arrays that hold it.
     """
 
     address: int
@@ -124,10 +124,10 @@ class CompiledAdapter:
 
 
 class Packing:
-    """Lays out an adapter; one serves for one.
+    """Packing of a single adapter into the layout of `layout.py`.
 
     Args:
-        dtype: in what it is multiplied.
+        dtype: type in which it is multiplied.
     """
 
     def __init__(self, dtype: NumberType) -> None:
@@ -137,16 +137,16 @@ class Packing:
         self._pieces = WeightMemory()
 
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
-        """Copies what the deltas of `changes_of` hold."""
+        """Copy the contents of the deltas from `changes_of`."""
         every = [delta for _, deltas in found.values() for delta in deltas.values()]
-        # One piece in the order of a step, of large pages where it is large; it is bounded from above, roughly.
+        # One block in the order of a step, in huge pages if it is large; its size is an upper bound, roughly.
         room = sum(self._bytes_of(delta) for delta in every) * 17 // 16
         self._pieces = WeightMemory(room + 512 * (len(every) + len(places)))
         address = self.table(found, places)
         return CompiledAdapter(address, sum(each.nbytes for each in self._memory), self.dtype, self._memory)
 
     def _bytes_of(self, delta: Delta) -> int:
-        """About what its matrices take."""
+        """Return about the number of bytes of a delta's matrices."""
         products = sum(math.prod(part.shape) for part in (delta.a, delta.b) if part is not None)
         scales = 0 if self.form is not lay.NumberForm.I8 or delta.b is None else 2 * delta.b.shape[0] + 512
         return (
@@ -156,7 +156,7 @@ class Packing:
         )
 
     def table(self, found: Changes, places: Places) -> int:
-        """Address of the table, which is kept last."""
+        """Write the table, after all that it refers to; return its address."""
         made = np.zeros(1 + max((place.number for each in places.values() for place in each), default=0), np.int64)
         for number, (place, deltas) in found.items():
             if place.experts:
@@ -170,7 +170,7 @@ class Packing:
         return self.told(made)
 
     def _describe(self, place: Place, deltas: Mapping[str, Delta]) -> int:
-        """Address of a description."""
+        """Write a description; return its address."""
         parts = sorted((place.parts[name][1:], delta) for name, delta in deltas.items())
         ranks = [lay.filled(delta.rank) for _, delta in parts]
         made = np.zeros(lay.HEAD + lay.PART * len(parts), np.int64)
@@ -192,7 +192,7 @@ class Packing:
         return self.told(made)
 
     def _half(self, a: StoredTensor, rank: int, columns: int) -> tuple[np.ndarray, ...]:
-        """A, filled up, and the scales of its ranks where it has some."""
+        """Return A, padded, and the scales of its ranks with I8."""
         if self.form is not lay.NumberForm.I8:
             return (lay.filled_with_zeros(self.bits_of(a), rank, columns),)
         codes, scales = self.codes_of(a, lay.QUARTERS)
@@ -200,7 +200,7 @@ class Packing:
         return lay.filled_with_zeros(codes, rank, columns), scales.reshape(rank, lay.QUARTERS, 2)
 
     def _fill(self, part: NDArray[np.int64], place: Place, delta: Delta, rows: int) -> None:
-        """A part's numbers but for where it stands."""
+        """Fill in a part's elements, except its position."""
         scale = delta.column_scale
         if delta.full is not None and not place.lookup:
             part[lay.STEPS], part[lay.MATRIX] = self._panels(self.bits_of(delta.full), self.form.whole)
@@ -230,17 +230,17 @@ class Packing:
             part[lay.NEW] = self._floats(new)
 
     def _panels(self, b: np.ndarray, form: lay.NumberForm, scales: np.ndarray | None = None) -> tuple[int, int]:
-        """B [N, r]: how many steps, and where."""
+        """Write B [N, r] as panels; return the number of steps, and the address."""
         steps, panels = lay.panels_of(b, form, scales)
         return steps, self.kept(panels)
 
     def _floats(self, numbers: NDArray[np.float32]) -> int:
         return self.kept(np.ascontiguousarray(numbers, np.float32))
 
-    # ---- what is read, and what is kept ------------------------------------------------------------------------------
+    # ---- reading and storing -----------------------------------------------------------------------------------------
 
     def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
-        """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits; of I8, bfloat16."""
+        """Return a matrix, its rows times `scale`, in the adapter's type, bfloat16 as its bits; with I8 bfloat16."""
         assert stored is not None
         dtype = self.form.whole.name
         if scale is None:
@@ -256,7 +256,7 @@ class Packing:
         *,
         turned: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A matrix, or its columns, times `scale`, as `reference.quantised`: bytes [R, C], and [R, groups, 2]."""
+        """Quantise a matrix or its transpose times `scale`, as `reference.quantised`: bytes [R, C], [R, groups, 2]."""
         numbers = numbers_of(stored)
         if scale is not None:
             numbers = numbers * scale[:, None]
@@ -269,11 +269,11 @@ class Packing:
         return codes.reshape(rows, columns), scales.reshape(rows, groups, 2)
 
     def told(self, words: NDArray[np.int64]) -> int:
-        """Address of a copy of numbers and addresses that operations go by."""
+        """Store integers and addresses that operations read; return their address."""
         return self.kept(words)
 
     def kept(self, numbers: np.ndarray) -> int:
-        """Address of a copy on a boundary of cache lines; vectors may be read beyond its end."""
+        """Store a copy at the start of a cache line, with room for vector reads past its end; return its address."""
         memory = self._pieces.take(numbers.nbytes + 64)
         memory[: numbers.nbytes].view(numbers.dtype).reshape(numbers.shape)[...] = numbers
         self._memory.append(memory)
@@ -281,7 +281,7 @@ class Packing:
 
 
 def quantise(numbers: np.ndarray, target: NDArray[np.uint8], matrices: NDArray[np.int64]) -> None:
-    """Quantises matrices that lie among float32 numbers, or the bits of bfloat16, as `cpu_quantise` says."""
+    """Quantise matrices within an array of float32 numbers, or of the bits of bfloat16, as `cpu_quantise` says."""
     assert numbers.flags.c_contiguous
     assert matrices.flags.c_contiguous
     form = lay.NumberForm.BF16 if numbers.dtype == np.uint16 else lay.NumberForm.F32

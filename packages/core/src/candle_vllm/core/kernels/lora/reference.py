@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in plain torch: the readable reference, and what layers that run op by op use."""
+"""Adapters in plain torch: the readable reference, which layers that run op by op also use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Plac
 from candle_vllm.core.kernels.lora.layout import MOST_16, QUARTERS, SPAN, filled
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 
-_SMALLEST = np.finfo(np.float32).tiny  # of a scale
+_SMALLEST = np.finfo(np.float32).tiny  # smallest scale
 
 
 def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -45,7 +45,7 @@ def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.
 
 
 def in_16_bits(x: torch.Tensor, most: float = float(MOST_16)) -> torch.Tensor:
-    """Round rows [n, g] to integers of 16 bits times one float32 scale each: the row's largest element by `most`."""
+    """Round rows [n, g] to 16-bit integers times a float32 scale for each row, its largest element / `most`."""
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     scale = torch.where(largest < 2.0**-100, 0, largest / most)
     return torch.round(x * torch.where(scale == 0, 0, 1 / scale)) * scale
@@ -60,7 +60,7 @@ def _inputs_in_16_bits(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchDelta:
-    """A `Delta` of the rows begin .. end of a place, of an expert; see there. B is multiplied by c."""
+    """A `Delta` of the rows begin .. end of an adapter site, or of an expert; see `Delta`. B is multiplied by c."""
 
     expert: int
     begin: int
@@ -75,7 +75,7 @@ class TorchDelta:
 
     @classmethod
     def of(cls, place: Place, name: str, delta: Delta, dtype: NumberType, device: Any) -> TorchDelta:
-        """Brings it to a device, its matrices in `dtype`, those of whole numbers decoded."""
+        """Copy a delta to a device, its matrices in `dtype`, integers decoded."""
 
         def tensor(numbers: Any, kind: str = "F32") -> Any:
             return None if numbers is None else torch.from_numpy(np.array(numbers)).to(device, DTYPES[kind])
@@ -109,12 +109,12 @@ class TorchAdapter:
     """An adapter for layers that run op by op.
 
     Attributes:
-        deltas: of each place, by its number.
-        nbytes: of all tensors.
+        deltas: changes of each adapter site, by its number.
+        nbytes: size of all tensors.
     """
 
     def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], dtype: NumberType, device: Any = "cpu"):
-        self.whole = dtype == "I8"  # inputs and sums are rounded to 16 bits, else to `dtype`
+        self.whole = dtype == "I8"  # inputs and sums are rounded to 16-bit integers, otherwise to `dtype`
         self.dtype = torch.float32 if self.whole else DTYPES[dtype]
         self.deltas = {
             number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
@@ -124,7 +124,7 @@ class TorchAdapter:
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """What `delta` adds to the model's own products [n, N] of inputs [n, K], in fp32, at a scale of 1."""
+        """Return what `delta` adds to the model's own products [n, N] of inputs [n, K], in fp32, at a scale of 1."""
         rounded = x.to(self.dtype).float()
         total = torch.zeros_like(own)
         if delta.full is not None:
@@ -144,13 +144,13 @@ class TorchAdapter:
         return total
 
     def _sums(self, h: torch.Tensor, delta: TorchDelta) -> torch.Tensor:
-        """Sums [n, r] times their scale, as B meets them."""
+        """Return sums [n, r] times their scale, rounded as the factors of B."""
         if self.whole:
             return in_16_bits(h, min(float(MOST_16), 2**31 // 127 // filled(h.shape[1]))) * delta.scale
         return (h * delta.scale).to(self.dtype).float()
 
     def looked_up(self, delta: TorchDelta, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """The same for a table's rows [n, K] of these numbers."""
+        """Return what `delta` adds to a table's rows [n, K] with the numbers `ids`."""
         total = torch.zeros_like(own)
         if delta.full is not None:
             return delta.full[ids].float() - own
@@ -167,7 +167,7 @@ class TorchAdapter:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
-    """The rows of a step that have an adapter, and how much of it."""
+    """Rows of a step that have an adapter, and the adapter's scale for each."""
 
     adapter: PackedAdapter
     rows: torch.Tensor  # [n] int64
@@ -185,7 +185,7 @@ class EagerAdapters:
         self.groups: Sequence[Group] = ()
 
     def choose(self, adapters: Any, device: Any, wanted: NDArray[np.int64] | None = None) -> None:
-        """Takes the rows of a step, `AdapterRows` or None, or of those of its rows that are `wanted`."""
+        """Select the adapters of a step's rows (`AdapterRows` or None), or only of its rows that are `wanted`."""
         picked = adapters if wanted is None or adapters is None else adapters.among(wanted)
         self.groups = (
             ()
@@ -201,7 +201,7 @@ class EagerAdapters:
         )
 
     def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """y [T, N] = x [T, K] W^T + bias with what adapters add to it."""
+        """Return y [T, N] = x [T, K] W^T + bias, with the terms that adapters add."""
         deltas = self._at(place)
         if not deltas:
             return y
@@ -215,7 +215,7 @@ class EagerAdapters:
         return total.to(y.dtype)
 
     def look_up(self, place: Place | None, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of a table with what adapters change of them."""
+        """Return rows of a table, changed by adapters."""
         deltas = self._at(place)
         if not deltas:
             return rows
@@ -229,7 +229,7 @@ class EagerAdapters:
     def add_expert(
         self, place: Place | None, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor
     ) -> None:
-        """Adds to an expert's products y [n, N] of these tokens' rows x, in place."""
+        """Add adapters to an expert's products y [n, N] of these tokens' rows x, in place."""
         for group, of in self._at(place):
             scale = torch.zeros(int(max(group.rows.max(), tokens.max())) + 1, 1, device=y.device)
             scale[group.rows] = group.scales

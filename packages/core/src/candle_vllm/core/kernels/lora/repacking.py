@@ -4,8 +4,8 @@
 Packing an adapter that has only A and B depends on its configuration and on the names and shapes of its tensors; it
 moves elements without changing them. So one adapter is packed with indices into its file instead of its elements, which
 records the source of each element. All other adapters of the same kind are then copied in a few hundred pieces without
-the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as those of most layers are, share their
-indices. An adapter with invalid data (elements that are not finite) is left to `fit_adapter`, which raises the error.
+the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most layers, share their indices.
+An adapter with invalid data (elements that are not finite) is left to `fit_adapter`, which raises the error.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from candle_vllm.core.loading.tensors import FileTensor
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_ADDRESS = 1 << 62  # placeholder of the memory's begin in addresses
+_ADDRESS = 1 << 62  # placeholder of the start of the memory in addresses
 _PIECE = 1 << 18  # elements of a piece
-_LARGE = 0x5780  # bits of a bfloat16; the sum of many squares of such large elements might be infinite
+_LARGE = 0x5780  # bits of a bfloat16; the sum of many squares of larger elements might overflow
 
 
 class _UnseenError(Exception):
-    """Packing computes with the elements, or needs too many indices."""
+    """Packing changes the elements, or needs too many indices."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,12 +59,12 @@ class _Watching(Packing):
 
     Args:
         dtype: type in which adapters of this kind are multiplied.
-        first: where the elements begin in the file, in bytes.
-        most: most indices that may be kept.
+        first: offset of the elements in the file, in bytes.
+        most: maximum number of indices to store.
         matrices: for I8: the matrices for `cpu_quantise`; indices then refer to the bytes that it writes.
 
     Attributes:
-        nbytes: of the memory.
+        nbytes: size of the memory.
         count: number of kept indices.
         words: arrays of integers and addresses, with their positions in memory.
         copies: for each piece: its position, the element that its indices are relative to, and the piece.
@@ -107,7 +107,7 @@ class _Watching(Packing):
         return numbers - begin + at + 1, scales[..., None] + np.array([1, 2])
 
     def _numbers(self, stored: StoredTensor | None) -> NDArray[np.int64]:
-        """Those of a matrix, counted from the file's first one."""
+        """Return the indices of a matrix's elements in the file, from 0 on."""
         assert stored is not None
         places = stored.file_places()
         if places is None or stored.dtype is None:
@@ -145,19 +145,19 @@ class _Watching(Packing):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Repacking:
-    """How adapters of one kind are packed.
+    """Recorded packing of adapters of one kind.
 
     Attributes:
         like: an adapter of the kind, without its memory.
-        dtype: in what they are multiplied.
-        stored: type of the file's numbers.
-        nbytes: of the memory.
-        table: where it begins there.
-        words: what is told in it, by the number of each int64, and which of them are addresses.
+        dtype: type in which they are multiplied.
+        stored: type of the file's elements.
+        nbytes: size of the packed memory.
+        table: offset of the table in it.
+        words: index and value of each int64 of descriptions and tables, and which of them are addresses.
         copies: as in `_Watching`.
-        size: places that are kept for it.
-        products: for A [r, K] and B [N, r] of each r, K and N: where A and B begin in the file, and their scales.
-        matrices: of I8, what is quantised, as `cpu_quantise` takes it, and then counts as the file's numbers.
+        size: number of stored indices.
+        products: offsets of A [r, K] and B [N, r] in the file, and their scales, for each r, K and N.
+        matrices: for I8, arguments of `cpu_quantise`, whose results then replace the file's elements.
     """
 
     like: PackedAdapter
@@ -172,7 +172,7 @@ class Repacking:
     matrices: NDArray[np.int64]
 
     def pack(self, data: NDArray[np.uint8], digest: bytes) -> PackedAdapter | None:
-        """An adapter whose file has these bytes behind its header; None where its numbers are to be looked at."""
+        """Pack an adapter, whose file has these bytes after its header; None if its elements need a closer check."""
         kind = self.dtype if self.dtype != "I8" else "BF16" if self.stored == "BF16" else "F32"
         numbers = _numbers(data, self.stored, kind)
         if not _is_ordinary(numbers):
@@ -197,7 +197,7 @@ class Repacking:
         )
 
     def _norm(self, data: NDArray[np.uint8]) -> float:
-        """See `norm_of` of `assembly/adapter_parts.py`; matrices of one size together."""
+        """See `norm_of` of `assembly/adapter_parts.py`; matrices of equal size are processed together."""
         total, size = 0.0, ELEMENTS[self.stored].itemsize
 
         def together(starts: Sequence[int], *shape: int) -> NDArray[np.float32]:
@@ -217,13 +217,13 @@ class Repacking:
 def repacking_of(
     fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
 ) -> Repacking | None:
-    """How adapters of this one's kind are packed; None where that does not follow from their kind alone.
+    """Record the packing of adapters of this one's kind; None if it does not depend on the kind alone.
 
     Args:
         fitted: the adapter.
-        tensors: all of its file's.
-        places, dtype: as of `pack_adapter`.
-        most: places of numbers that may be kept for it.
+        tensors: all tensors of its file.
+        places, dtype: as in `pack_adapter`.
+        most: maximum number of indices to store.
     """
     deltas = [delta for each in fitted.deltas.values() for delta in each.values()]
     products = {(d.a.name, d.b.name): d.scale for d in deltas if d.a is not None and d.b is not None}
@@ -271,7 +271,7 @@ def repacking_of(
 
 
 def _matrices(pairs: Iterable[tuple[FileTensor, FileTensor]], first: int, size: int) -> NDArray[np.int64]:
-    """A and B in the order of the file as `cpu_quantise` takes them; scales stand behind the numbers of each."""
+    """Return A and B in the order of the file as arguments of `cpu_quantise`; each one's scales follow its codes."""
     sides = {side.start: (side.shape, groups) for pair in pairs for side, groups in zip(pair, (lay.QUARTERS, 1))}
     made, at = list[tuple[int, ...]](), 0
     for start, ((rows, columns), groups) in sorted(sides.items()):
@@ -281,13 +281,13 @@ def _matrices(pairs: Iterable[tuple[FileTensor, FileTensor]], first: int, size: 
 
 
 def _code_bytes(matrices: NDArray[np.int64]) -> int:
-    """Bytes that quantising writes."""
+    """Return the number of bytes that quantisation writes."""
     _, rows, columns, groups, at = matrices[-1].tolist()
     return at + rows * (columns + 2 * groups)
 
 
 def _numbers(data: NDArray[np.uint8], stored: str, wanted: str) -> NDArray[Any]:
-    """A file's numbers in another type, or as they lie there."""
+    """Return a file's elements in another type, or unchanged."""
     kind = ELEMENTS[stored]
     if stored == wanted:
         numbers = data.view(kind)
@@ -297,8 +297,8 @@ def _numbers(data: NDArray[np.uint8], stored: str, wanted: str) -> NDArray[Any]:
 
 
 def _is_ordinary(numbers: NDArray[Any]) -> bool:
-    """They are finite, and sums of their squares will be."""
-    width = 8 * numbers.itemsize - 16  # bits of a float32 that a bfloat16 has not
+    """Whether the elements are finite, and sums of their squares cannot overflow."""
+    width = 8 * numbers.itemsize - 16  # bits of a float32 that a bfloat16 lacks
     bits = numbers.view(f"u{numbers.itemsize}")
     scratch = np.empty(min(_PIECE, bits.size), bits.dtype)
     for first in range(0, bits.size, _PIECE):

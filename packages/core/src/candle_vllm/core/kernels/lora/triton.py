@@ -3,10 +3,10 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Add adapters to a product on a GPU (step 6 of a request's life): two launches for any mix of adapters in a step.
 
-Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is split into stretches by its length
+Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is divided into stretches, by its length
 alone, whose sums are stored separately. `expand` adds these in order, and adds the contract's terms to y in place. The
-addresses of an adapter's matrices are read from a table, so that a captured step serves every adapter at its own rank:
-a program without work for a smaller rank ends at once.
+addresses of an adapter's matrices are read from a table, so a captured step works for every adapter at its own rank: a
+program that has no work because of a smaller rank ends at once.
 
 The adapter's rows are the M dimension of a product and tokens the N dimension, as in `kernels/linear/triton.py`, for
 the same reason: a row's bits do not depend on the other rows.
@@ -33,7 +33,7 @@ from candle_vllm.core.kernels.triton_build import (
 
 # Not measured yet.
 _STEP = 64  # columns of x at a time
-_STRETCH = 512  # columns of a stretch, at least
+_STRETCH = 512  # minimum number of columns of a stretch
 _MOST_STRETCHES = 8
 _OUT_ROWS = 64  # columns of y of a program
 _WARPS = 4
@@ -42,14 +42,14 @@ _STAGES = 3
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A step's rows with adapters, on the device; each row once.
+    """A step's rows with adapters, on the device; each row occurs once.
 
     Attributes:
         table: int32 [3, blocks]: the LoRA slot of a block, or -1 for an unused block; its first index in `rows`; its
             number of rows.
         rows: int32 [R] row numbers.
-        weights: float32 [R] factors of the adapter's part.
-        most: rows of a block: 16, or `wide_block`.
+        weights: float32 [R], scale of the adapter for each row.
+        most: maximum number of rows of a block: 16, or `wide_block`.
     """
 
     table: torch.Tensor
@@ -63,7 +63,7 @@ class Slots:
     """Adapters in all LoRA slots for the fused matrices of one layer, on the device.
 
     Attributes:
-        addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are filled up
+        addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are padded
             to `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
@@ -136,7 +136,7 @@ def shrink_kernel(
 def expand_kernel(
     y,  # [T, ..], rows contiguous; changed
     like,  # any pointer of the type of A and B
-    bias,  # [..] of the layer, which y has already, or None
+    bias,  # [..] bias of the layer, already included in y, or None
     addresses,
     ranks,
     scales,
@@ -219,8 +219,8 @@ def add_deltas(
     Args:
         y: [T, sum of N], rows contiguous; changed in place.
         x: [T, K] of the matrices' type, rows contiguous.
-        slots, blocks: of this layer, and of the step.
-        bias: [sum of N] of the layer, which y has already.
+        slots, blocks: slots of this layer, and blocks of the step.
+        bias: [sum of N] bias of the layer, already included in y.
     """
     assert x.stride(1) == 1
     assert y.stride(1) == 1
@@ -243,17 +243,17 @@ def add_deltas(
     )  # fmt: skip
 
 
-_PRECISE = {"PRECISION": "ieee"}  # of float32; others have one way
+_PRECISE = {"PRECISION": "ieee"}  # for float32; other types have only one precision
 _TOKENS = (16, 32, 64)
 
 
 def wide_block(device: torch.device) -> int:
-    """Rows of a block where adapters have many."""
+    """Return the rows of a block if adapters have many rows."""
     return 64 if capability(device) >= TENSOR_CORES else 32
 
 
 def _stretches(columns: int) -> tuple[int, int]:
-    """Into how many stretches K is cut, and the steps of one."""
+    """Return the number of stretches of K, and the steps of a stretch."""
     steps = cdiv(columns, _STEP)
     stretches = min(_MOST_STRETCHES, cdiv(columns, _STRETCH))
     return stretches, cdiv(steps, stretches)

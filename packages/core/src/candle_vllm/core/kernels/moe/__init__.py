@@ -4,32 +4,32 @@
 Letters: T tokens, X experts, k experts of a token, E hidden size, F an expert's inner size.
 
 `route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
-with the highest score + bias are chosen, the lowest number first among equals; without a bias the logits themselves
-decide: they have the same order as the scores, and rounding makes no two of them equal. With groups of consecutive
-experts, only experts of the `top_groups` best groups are candidates; a group's rank is its highest score, or with a
-bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores without the bias,
-divided by their sum if `renormalise`, times `scale`, and times each expert's `expert_scale` if there is one. The
-experts of a token differ and are in the order in which they were chosen. With "sparsemixer" (without bias and groups)
-the weight of a chosen logit l is its share of a softmax over l and those logits z, not chosen before, that are near:
-l - z is at most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017, arXiv:1701.06538;
-DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+with the highest score + bias are chosen; among equals, the lowest number comes first. Without a bias the logits
+themselves are compared: they have the same order as the scores, but rounding cannot make two of them equal. With groups
+of consecutive experts, only experts of the `top_groups` best groups are candidates; a group's value is its highest
+score, or with a bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores
+without the bias, divided by their sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A
+token's experts are distinct, in the order of their choice. With "sparsemixer" (without bias and groups) the weight of a
+chosen logit l is its share of a softmax over l and the near logits z that were not chosen before: those with l - z at
+most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2,
+arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
 
 `expert_linear`: a product with the matrices of all experts, [X * N, K], expert by expert: a `DeviceMatrix` of bfloat16
-or float16, of GGUF's blocks, or of small floats in groups; or all of it float32. With an activation the matrix has each
-expert's gate and then its up, [X, 2 N, K], x [T, K] has a row for each token, and the result for each pair of a token t
-and an expert e is
+or float16, of GGUF blocks, or of small floats in groups; or all operands are float32. With an activation the matrix has
+each expert's gate rows followed by its up rows, [X, 2 N, K]; x [T, K] has a row for each token, and the result for a
+pair of a token t and an expert e is
 
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
-act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has up alone,
-[X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
+act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has only up
+rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
 Without an activation x is such a result, with a row for each pair, and the result is down[e] x. A bias [X, N] (or
 [X, 2 N]) is added to the products. Only these functions know the order of the results [T * k, N]; results of pairs
 without an expert are undefined.
 
 `combine`: y[t], in new memory, is the sum over j of weights[t, j] times the jth result of token t. The experts of a
-token must differ. A number outside 0 to X - 1 stands for no expert, which adds nothing: padding rows of a batch have no
+token must be distinct. A number outside 0 to X - 1 means no expert, which adds nothing: padding rows of a batch have no
 experts.
 
 Sums are fp32; act(gate) * up, an expert's result, and y are rounded to x's dtype. Results are added in the order of j.
@@ -37,10 +37,10 @@ Up to `FEW` pairs of token and expert use other kernels than more pairs, and rou
 does, small floats as `kernels/group_linear`. In either case y[t] depends only on token t's own row, weights and
 experts; with `invariant=True` it has the same bits in both cases.
 
-float32 has no kernels: on a GPU every expert is multiplied by every token in torch, which is slow.
+float32 has no kernels: on a GPU, torch multiplies every token by every expert, which is slow.
 
-Nothing here waits for the GPU, and launches depend on shapes alone, so that CUDA graphs can capture them. Tensors on
-the CPU are computed by `reference.py`, in fp32 up to y.
+Nothing here waits for the GPU, and launches depend on shapes alone, so CUDA graphs can capture them. For tensors on the
+CPU, `reference.py` computes in fp32 up to y.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ __all__ = [
 
 
 def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
-    """The pairs of logits [T, X], X up to `MOST_EXPERTS`."""
+    """Return the pairs for logits [T, X]; X is at most `MOST_EXPERTS`."""
     if isinstance(logits, Recorded):
         return logits.route(routing)
     assert logits.dim() == 2
@@ -104,7 +104,7 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
 
 
 def weighted(x: Value, pairs: Any) -> tuple[Value, Any]:
-    """x [T, E] times the weight of each token's only expert, in new memory, and pairs whose weights are 1."""
+    """Return x [T, E] times the weight of each token's only expert, in new memory, and pairs whose weights are 1."""
     if isinstance(x, Recorded):
         return x.weighted(pairs)
     assert pairs.weights.shape[1] == 1
@@ -155,7 +155,7 @@ def expert_linear(
 def combine(
     results: Any, pairs: Any, dtype: torch.dtype | None, shared: Value | None = None, gate: Value | None = None
 ) -> Value:
-    """The weighted sums [T, N] in dtype, None in recorded steps; `shared` is added, times gate [T, 1]'s sigmoid."""
+    """Return the weighted sums [T, N] in dtype (None in recorded steps), plus `shared` times gate [T, 1]'s sigmoid."""
     if isinstance(results, RecordedRows):
         return results.combine(shared, gate)
     import torch
@@ -172,7 +172,7 @@ def combine(
 
 
 def gated_rows(shared: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    """What all tokens share, [T, N], times gate [T, 1]'s sigmoid where there is one."""
+    """Return the shared expert's result [T, N], times the sigmoid of gate [T, 1] if there is a gate."""
     import torch
 
     return shared if gate is None else torch.sigmoid(gate.float()).to(shared.dtype) * shared

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 FEW = 64
-"""Most pairs of token and expert for which the weights of every expert that is asked are read once, as in decoding."""
+"""Maximum number of pairs of token and expert for the kernels for few pairs, which decoding uses."""
 
 MOST_EXPERTS = 512
-"""Of a layer."""
+"""Maximum number of experts of a layer."""
 
 LEAST_SUM = 1e-20
-"""Keeps a sum of scores from being 0 where every one of them is; nothing against any other sum."""
+"""Added to a sum of scores, so that it is not 0 if all scores are 0; negligible for any other sum."""
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gelu", "silu_7", "silu_16"]
 
@@ -37,16 +37,16 @@ Scoring: TypeAlias = Literal["softmax", "sigmoid", "sparsemixer"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
-    """How a token's experts are chosen; see `route`.
+    """Rules by which a token's experts are chosen; see `route`.
 
     Attributes:
         top_k: k.
-        scoring, renormalise, scale: how logits become weights.
+        scoring, renormalise, scale: rules that convert logits to weights.
         bias: [X] fp32 or None, an array in recorded steps; only used to choose experts (DeepSeek-V3's
             e_score_correction_bias).
         expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's weights.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
-        jitter: of sparsemixer.
+        jitter: parameter of sparsemixer.
     """
 
     top_k: int
@@ -66,7 +66,7 @@ class Pairs:
 
     Attributes:
         weights: [T, k] fp32.
-        experts: [T, k] int32; the experts of a token differ, and a number outside 0 to X - 1 is no expert.
+        experts: [T, k] int32; a token's experts are distinct, and a number outside 0 to X - 1 means no expert.
         count: X.
         blocks: the pairs sorted by expert, which the GPU's kernels compute at their first call.
     """
@@ -86,43 +86,43 @@ class Pairs:
         assert 0 < self.count <= MOST_EXPERTS
 
     def among(self, first: int, count: int) -> Pairs:
-        """Renumber for a rank that has `count` experts from `first` on; other experts become no expert."""
+        """Renumber for a rank that has `count` experts from `first` on; other experts become "no expert"."""
         return Pairs(self.weights, self.experts - first, count)
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """The number of tokens T."""
         return self.experts.shape[0]
 
     @property
     def top_k(self) -> int:
-        """k."""
+        """The number of experts of a token, k."""
         return self.experts.shape[1]
 
     @property
     def number(self) -> int:
-        """T * k."""
+        """The number of pairs, T * k."""
         return self.experts.numel()
 
 
 ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
-"""Numbers of a matrix in the table that `experts` reads: a whole row of a linear operation."""
+"""Number of elements for a matrix in the table of `experts`: a whole row of a linear operation."""
 
 
 class RouteArguments(NamedTuple):
     """The operation's arguments. It also sets the step's number `PAIRS`.
 
     Attributes:
-        logits, stride: address of float32 [T, X], rows `stride` floats apart.
+        logits, stride: address of float32 [T, X], and row stride in floats.
         num_experts: X.
         top_k: k.
-        groups, top_groups: how many groups of experts there are, and how many of them are candidates.
-        scoring, renormalise, scale, jitter: how scores become weights; the first is a number in `Scoring`.
+        groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
+        scoring, renormalise, scale, jitter: rules that convert scores to weights; `scoring` is a number in `Scoring`.
         bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
-        finished: of int64, 0 between operations.
-        starts: of the result int64 [X + 1]: expert x has the places starts[x] .. starts[x + 1]; X more are scratch.
-        token_of, place_of: of the results int64 [T * k]: the token at a place, and the place of a pair.
+        finished: address of an int64 counter, which is 0 between operations.
+        starts: address of the result int64 [X + 1]: expert x has places starts[x] .. starts[x + 1]; X more are scratch.
+        token_of, place_of: addresses of the results int64 [T * k]: the token of each place, and the place of each pair.
     """
 
     logits: int
@@ -146,7 +146,7 @@ class RouteArguments(NamedTuple):
 
 
 def route_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("moe.cpu:route")
 
 
@@ -154,12 +154,12 @@ class ExpertsArguments(NamedTuple):
     """The operation's arguments.
 
     Attributes:
-        starts: address of what `route` made.
-        table: of int64 [X, matrices, ENTRY]: the rows of linear operations whose result has a row for each place.
+        starts: address of the array of the same name from `route`.
+        table: address of int64 [X, matrices, ENTRY]: rows of linear operations whose result has a row for each place.
         num_experts: X.
-        matrices: of each expert; their tiles are as dear as each other.
-        picked: of int64: the row of the activations for each place.
-        ranks: see `rank_of`.
+        matrices: number of matrices of each expert, whose tiles cost the same.
+        picked: address of int64: the row of the activations for each place.
+        ranks: table of CPU ranks, see `rank_of`.
     """
 
     starts: int
@@ -171,22 +171,22 @@ class ExpertsArguments(NamedTuple):
 
 
 def experts_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("moe.cpu:experts")
 
 
 class CombineArguments(NamedTuple):
-    """The operation's arguments; strides are floats from one row to the next.
+    """The operation's arguments; strides are row strides in floats.
 
     Attributes:
         out, out_stride: address of the result, float32 [T, E].
-        onto: whether it is added to what stands there.
+        onto: whether it is added to the old value.
         columns: E.
         top_k: k.
         weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
-        results, result_stride: of float32 [T * k, E], a row for each place.
-        shared, shared_stride: of what is added with weight 1, float32 [T, E], or zeros.
-        gate, gate_stride: of float32 [T, 1], whose sigmoid is the weight instead, or zeros.
+        results, result_stride: address of float32 [T * k, E], with a row for each place.
+        shared, shared_stride: address of float32 [T, E], which is added with weight 1; or zeros.
+        gate, gate_stride: address of float32 [T, 1], whose sigmoid replaces the weight 1; or zeros.
     """
 
     out: int
@@ -205,5 +205,5 @@ class CombineArguments(NamedTuple):
 
 
 def combine_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("moe.cpu:combine")

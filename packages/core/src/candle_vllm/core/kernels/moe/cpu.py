@@ -8,7 +8,7 @@ multiplies are contiguous in the result, and its matrices are read once for all 
 
 `experts` multiplies nothing itself: it divides the tiles of all chosen experts' matrices among the threads (a rank's
 rows among the rank's threads), and calls the linear operation of each matrix's kind for them, with a row of arguments
-in which it changes the fields that all kinds have in common. So matrices may be of different kinds, a row has the same
+in which it changes the fields that all kinds share. So matrices may be of different kinds, a row has the same
 bits as from the linear layer, and with one token only the chosen experts' weights are read.
 """
 
@@ -40,7 +40,7 @@ _ROWS_FROM, _WEIGHTS, _TILE_BYTES, _OUTPUTS, _OUT, _ROW_BYTES, _BIAS, _PICKED = 
 )
 
 READING = 4
-"""What reading a tile of weights costs beside multiplying it by a row, in rows; for sharing the work only."""
+"""Cost of reading a tile of weights, in units of its product with one row; only used to divide the work."""
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -48,13 +48,13 @@ READING = 4
 
 @njit(inline="always")
 def _number(value: float) -> float:
-    """NaN counts as lower than every number."""
+    """Return a number, or negative infinity for NaN, which counts as lower than every number."""
     return value if value == value else -math.inf
 
 
 @njit
 def _best(values: Any, candidates: Any, count: int) -> int:
-    """The place of the highest candidate, the lowest among equals; it is a candidate no longer."""
+    """Return the index of the highest candidate (the lowest index among equals), and remove it from the candidates."""
     best = -1
     for place in range(count):
         if candidates[place] != 0 and (best < 0 or values[place] > values[best]):
@@ -65,7 +65,7 @@ def _best(values: Any, candidates: Any, count: int) -> int:
 
 @njit
 def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias: int) -> None:
-    """A token's scores, and the numbers by which experts are chosen; computed in float64, kept in float32."""
+    """Compute a token's scores, and the numbers by which experts are chosen, in float64; store them in float32."""
     added = float32_at(bias)
     largest = -math.inf
     for x in range(count):
@@ -82,7 +82,7 @@ def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias
 
 @njit
 def _share_of_near(choice: Any, candidates: Any, best: int, count: int, jitter: float) -> float:
-    """The best logit's share of a softmax over it and the candidates that are near to it."""
+    """Return the best logit's share of a softmax over it and the near candidates."""
     top, total = float(choice[best]), 1.0
     for x in range(count):
         value = float(choice[x])
@@ -93,7 +93,7 @@ def _share_of_near(choice: Any, candidates: Any, best: int, count: int, jitter: 
 
 @njit
 def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: int, top_groups: int, two: int) -> None:
-    """Makes candidates of the members of the best groups. scratch: address of 2 * groups floats."""
+    """Make the members of the best groups candidates. scratch: address of 2 * groups floats."""
     worth, remaining = float32_at(scratch), float32_at(scratch + 4 * groups)
     for group in range(groups):
         best, second = -math.inf, -math.inf
@@ -113,7 +113,7 @@ def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: 
 
 @njit
 def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_of: int, place_of: int) -> None:
-    """Sorts the pairs of experts int64 [T, k] by expert; see `RouteArguments`."""
+    """Sort the pairs of experts int64 [T, k] by expert; see `RouteArguments`."""
     wanted, first, following = int64_at(experts), int64_at(starts), int64_at(starts + (count + 1) * 8)
     tokens_, places = int64_at(token_of), int64_at(place_of)
     for x in range(count + 1):
@@ -132,7 +132,7 @@ def _sort(experts: int, tokens: int, top_k: int, count: int, starts: int, token_
 
 
 def route(row, thread, threads):
-    """The operation that chooses experts and sorts the pairs."""
+    """Choose experts and sort the pairs."""
     given = read(RouteArguments, row)
     tokens = step_number(row, StepNumber.TOKENS.value)
     count, top_k, groups, bias, scale = given.num_experts, given.top_k, given.groups, given.bias, float(given.scale)
@@ -156,7 +156,7 @@ def route(row, thread, threads):
         for j in range(top_k):
             own = float(float32_at(given.expert_scale)[chosen[j]]) if given.expert_scale != 0 else 1.0
             found[j] = float(scores[chosen[j]]) * factor * own
-    if fetch_add(given.finished, 1) == threads - 1:  # the last to come sorts, which saves a barrier
+    if fetch_add(given.finished, 1) == threads - 1:  # the last thread sorts, which saves a barrier
         store_release(given.finished, 0)
         _sort(given.experts, tokens, top_k, count, given.starts, given.token_of, given.place_of)
         int64_at(int64_at(row)[NUMBERS])[StepNumber.PAIRS.value] = tokens * top_k
@@ -166,10 +166,10 @@ def route(row, thread, threads):
 
 
 def experts(row, thread, threads):
-    """The operation that multiplies."""
+    """Multiply a thread's share of the experts' matrices."""
     given = read(ExpertsArguments, row)
     starts, table, count, matrices = int64_at(given.starts), given.table, given.num_experts, given.matrices
-    ranked = given.ranks != 0  # each rank has its rows of every matrix
+    ranked = given.ranks != 0  # each rank multiplies its own rows of every matrix
     _, rank, end = rank_of(given.ranks, thread, threads)
     total = 0
     for x in range(count):
@@ -196,7 +196,7 @@ def experts(row, thread, threads):
             if ranked:
                 before = tiles * rank // threads
                 tiles = tiles * end // threads - before
-            # A tile is the thread's within whose share of the cost its own begins.
+            # A tile belongs to the thread in whose share of the cost the tile begins.
             first = min((max(low - at, 0) + cost - 1) // cost, tiles)
             last = min((max(high - at, 0) + cost - 1) // cost, tiles)
             at += tiles * cost
@@ -221,7 +221,7 @@ def experts(row, thread, threads):
 
 
 def combine(row, thread, threads):
-    """The operation that adds up a token's results."""
+    """Add a token's weighted results."""
     given = read(CombineArguments, row)
     tokens = step_number(row, StepNumber.TOKENS.value)
     onto, columns, top_k = given.onto, given.columns, given.top_k
@@ -230,7 +230,7 @@ def combine(row, thread, threads):
     memory = stack_bytes(16 * (top_k + 1) + 64)
     at_factors = memory + 8 * (top_k + 1)
     addresses, factors = int64_at(memory), float32_at(at_factors)
-    has_tail = first + count == vectors + 1  # the last share is what fills no vector
+    has_tail = first + count == vectors + 1  # the last share includes the columns that fill no vector
     for t in range(first_row, first_row + row_count):
         chosen, found = int64_at(given.places + t * top_k * 8), float32_at(given.weights + t * top_k * 4)
         for j in range(top_k):

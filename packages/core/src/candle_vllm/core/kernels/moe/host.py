@@ -2,10 +2,10 @@
 """Experts that the CPU computes within the steps of a GPU (CPU offloading of experts): step 6.
 
 Their matrices are in main memory, in the layout of the CPU's compiled kernels. For all tokens of a step the GPU copies
-a layer's input and the router's logits to staged memory; the CPU routes the tokens, multiplies, and writes the weighted
-sums to staged memory, from where the GPU copies them. Meanwhile the stream computes the shared expert.
+a layer's input and the router's logits to pinned memory. The CPU routes the tokens, multiplies, and writes the weighted
+sums to pinned memory, from where the GPU copies them. Meanwhile the stream computes the shared expert.
 
-The host waits within a step, so that a captured step is split into several graphs there, see `DeviceStream.between`.
+The host waits within a step, so a captured step is split there into several graphs, see `DeviceStream.between`.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
 
 Record: TypeAlias = Callable[[Recorded, Recorded], Recorded]
-"""Records what a layer's experts make of x [T, E] and the router's logits [T, X], summed: [T, E]."""
+"""Function that records a layer's experts: from x [T, E] and the router's logits [T, X] to the weighted sums [T, E]."""
 
 Meanwhile: TypeAlias = Callable[[], torch.Tensor]
 Sums: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 MOST_ROWS = 512
-"""Tokens that are computed at once: a longer step is computed in as many parts."""
+"""Maximum number of tokens that are computed at once: a longer step is divided."""
 
 
 class HostExperts:
     """Mixture-of-experts layers of a model whose experts are in main memory.
 
     Args:
-        stream: where steps run.
+        stream: stream of the steps.
         layers: recording functions of the layers; all layers have the same size.
         size, experts: E and X.
-        tokens: most tokens of a step.
-        dtype: of x.
-        threads, ranks: of the CPU's team, see `ThreadTeam`.
+        tokens: maximum number of tokens of a step.
+        dtype: type of x.
+        threads, ranks: threads and ranks of the CPU's team, see `ThreadTeam`.
 
     Attributes:
-        layers: what each is called by in a step.
+        layers: for each layer, the function that a step calls.
     """
 
     def __init__(
@@ -93,15 +93,15 @@ class HostExperts:
         self.layers = [_Layer(self, number) for number in range(len(layers))]
 
     def begin(self, tokens: int) -> None:
-        """So many rows of the steps that follow are tokens, and the rest of them fill up: work."""
+        """Set how many leading rows of the following steps are tokens; the others are padding. Runs in the stream."""
         self._tokens = tokens
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self._team.close()
 
     def step(self, number: int, x: torch.Tensor, logits: torch.Tensor, meanwhile: Meanwhile | None) -> Sums:
-        """A layer's sums [T, E] in x's dtype, and what `meanwhile` gave: work. Rows that fill up are zeros."""
+        """Return a layer's sums [T, E] in x's dtype, 0 for padding, and `meanwhile`'s result; runs in the stream."""
         rows = len(x)
         copy(self._x.tensor[:rows], x)
         copy(self._logits.tensor[:rows], logits)
@@ -118,7 +118,7 @@ class HostExperts:
         self._sent = self._stream.mark()
 
     def _compute(self, number: int, rows: int, *, marks: bool) -> None:
-        """What the CPU does of a layer; where it `marks`, what it reads was given just before."""
+        """Run the CPU's part of a layer; with `marks`, first mark the stream, because the inputs were just copied."""
         if marks:
             self._mark()
         self._sent.wait()
@@ -137,7 +137,7 @@ class HostExperts:
     def _record(
         self, recorder: Recorder, layers: Sequence[Record], size: int, experts: int
     ) -> list[tuple[np.ndarray, int]]:
-        """Each layer's plan, and its operations; they have the same memory, for they run one after the other."""
+        """Record each layer's plan and its operations; all share memory, because they run one after another."""
         self._inputs = recorder.buffer(size), recorder.buffer(experts)
         self._out = recorder.buffer(size)
         plans: list[tuple[np.ndarray, int]] = []
@@ -149,7 +149,7 @@ class HostExperts:
 
 
 class _Staged:
-    """Rows in staged memory, for the stream and for the host."""
+    """Rows in pinned memory, as a tensor for the stream and an array for the host."""
 
     def __init__(self, stream: DeviceStream, rows: int, width: int, dtype: torch.dtype) -> None:
         memory = stream.staged(rows * width * dtype.itemsize)
@@ -158,7 +158,7 @@ class _Staged:
 
 
 class _Layer:
-    """One of them; see `HostExperts.step`."""
+    """One of the layers; see `HostExperts.step`."""
 
     def __init__(self, host: HostExperts, number: int) -> None:
         self._host, self._number = host, number

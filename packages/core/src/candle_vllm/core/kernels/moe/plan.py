@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Recording a mixture of experts: the operations of `cpu.py` in their order, and the memory between them; step 6.
+"""Recording a mixture of experts: the operations of `cpu.py`, in order, and the memory between them; step 6.
 
-A plan may run any step up to its limits, so there is room for k rows for each of the largest step's tokens. With one
-token the chosen experts' matrices are the only ones that are read.
+A plan may run any step up to its limits, so its memory has k rows for each token of the largest step. With one token,
+only the chosen experts' matrices are read.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
     "relu2": Prologue.RELU2, "gelu": Prologue.GELU, "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
 })  # fmt: skip
-"""How the down matrices' input is made of what gate and up gave."""
+"""The computation of the down matrices' input from gate and up."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of a step, where a plan finds them.
+    """The arrays of a step's pairs.
 
     Attributes:
         top_k: k.
@@ -56,7 +56,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Results:
-    """What experts' matrices made: float32 [T * k, width], a row for each place, `stride` floats apart."""
+    """Results of experts' matrices: float32 [T * k, width], a row for each place, `stride` floats apart."""
 
     pairs: Pairs
     rows: np.ndarray
@@ -73,7 +73,7 @@ def record_sum(
     shared: tuple[int, int],
     gate: tuple[int, int],
 ) -> None:
-    """Records the weighted sum; addresses come with their strides, see `CombineArguments`."""
+    """Record the weighted sum; `CombineArguments` describes the pairs of address and stride."""
     pairs = results.pairs
     arguments = given.CombineArguments(
         out=target[0],
@@ -94,7 +94,7 @@ def record_sum(
 
 
 def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
-    """Records choosing and sorting, of logits float32 [T, X] by their address and stride."""
+    """Record choosing and sorting, for the address and stride of logits float32 [T, X]."""
     top_k = routing.top_k
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
@@ -131,13 +131,13 @@ def record_products(
     bias: NDArray[np.float32] | None,
     picked: np.ndarray,
 ) -> Results:
-    """Records every expert's matrices times the rows of its places; an expert's stand side by side in the result.
+    """Record the products of every expert's matrices with the rows of its places, side by side in the result.
 
     Args:
-        matrices: a matrix of every expert in each list.
+        matrices: lists with one matrix of every expert.
         inputs: the rows, in the forms that the matrices read.
         bias: [X, width] or None.
-        picked: which row each place reads.
+        picked: address of the row number that each place reads.
     """
     count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
     rows, stride = recorder.rows(width, pairs.top_k)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts in plain torch, literal enough to check by eye: step 6, and what tests compare with."""
+"""Mixture of experts in plain torch, literal enough to check by reading: step 6; the reference of the tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.recorded import LIMITS
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package: weights and experts [T, k]."""
+    """Return weights and experts [T, k]; see the contract in the package."""
     bias, count = routing.bias, routing.groups
     wide = logits.float()
     scores = torch.softmax(wide, -1) if routing.scoring == "softmax" else torch.sigmoid(wide)
@@ -36,7 +36,7 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
 
 
 def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:
-    """Each chosen logit's share of a softmax over it and those that are near to it and were not chosen before."""
+    """Return each chosen logit's share of a softmax over it and the near logits that were not chosen before."""
     shares: list[torch.Tensor] = []
     for chosen in experts.split(1, 1):
         top = logits.gather(1, chosen)
@@ -47,7 +47,7 @@ def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) 
 
 
 def _best(values: torch.Tensor, candidate: torch.Tensor, count: int) -> torch.Tensor:
-    """The places [T, count] of the highest candidates, falling, the lowest place first among equals."""
+    """Return the indices [T, count] of the highest candidates, highest first, among equals the lowest index first."""
     order = values.sort(dim=1, descending=True, stable=True).indices
     order = order.gather(
         1, candidate.gather(1, order).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices
@@ -65,10 +65,10 @@ def expert_linear(
     joins: tuple[EagerAdapters, Place] | None = None,
     waits: bool = True,
 ) -> torch.Tensor:
-    """See the contract in the package: fp32, in the order of the pairs; with what adapters add to the products.
+    """See the contract in the package: fp32, in the order of the pairs, including adapters.
 
-    Without `waits` nothing looks at which experts are asked, so that nothing waits for a GPU: every one is multiplied
-    with every token.
+    With `waits=False` the host does not read which experts are chosen, so it does not wait for a GPU: every token is
+    multiplied by every expert.
     """
     rows, wide = x.float(), matrix.decoded(torch.float32).unflatten(0, (pairs.count, -1))
     if activation is None:
@@ -82,7 +82,7 @@ def expert_linear(
         token, slot = asked.nonzero(as_tuple=True) if waits else (slice(None), None)
         if activation is not None:
             own = rows[token]
-        else:  # the experts of a token differ: it has one row at most for each
+        else:  # a token's experts are distinct: it has at most one row for each
             own = rows[token, slot] if waits else torch.where(asked[..., None], rows, 0.0).sum(1)
         y = own @ wide[expert].float().T
         if joins is not None:
@@ -112,7 +112,7 @@ def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """act(gate) * up; see the contract."""
+    """Return act(gate) * up; see the contract."""
     if activation.startswith("silu"):
         limit = LIMITS.get(activation, torch.inf)
         return torch.nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)

@@ -3,9 +3,9 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Mixture of experts on a GPU (step 6 of a request's life): gate and up with the activation, down, and the sum.
 
-With few pairs of token and expert that is three launches, with many four or five: the pairs are sorted first. Every
-pair's result is written on its own and added in the order of the token's experts, so that nothing depends on which
-program comes first.
+With few pairs of token and expert there are three launches; with many four or five, because the pairs are sorted first.
+Every pair's result is written separately, and results are added in the order of the token's experts, so nothing depends
+on the order of programs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.moe.triton_experts import block_tokens, product
 from candle_vllm.core.kernels.moe.triton_sort import sort_pairs
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
-_PART = 1024  # numbers of a program of the sum; not measured yet
+_PART = 1024  # elements of a program of the sum; not measured yet
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def expert_linear(
     activation: Activation | None,
     invariant: bool,
 ) -> torch.Tensor:
-    """See the contract in the package; of few pairs the results lie as these, of many in the experts' order first."""
+    """See the contract in the package; results of few pairs are in the pairs' order, of many in the experts' order."""
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert x.stride(1) == 1 or x.shape[1] == 1, "the numbers of a row lie behind each other"
     assert pairs.experts.is_contiguous()

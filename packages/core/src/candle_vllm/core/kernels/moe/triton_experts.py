@@ -3,17 +3,17 @@
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Products with experts' matrices on a GPU (step 6 of a request's life).
 
-The experts' rows stand behind each other in one matrix; how it is stored is the business of the product that a kernel
-is given (`kernels/linear/triton_products.py`).
+All experts' rows are in one matrix, one expert after another. The product function that a kernel is given reads the
+storage format (`kernels/linear/triton_products.py`).
 
-Few pairs (decoding): a program takes some rows of one expert's matrix and every token that asked for that expert. There
-is a program for each pair; those whose expert an earlier pair has are done at once. So weights are read once, and
-nothing has to be sorted. With one or two warps, Hopper too uses the plain tensor instructions, whose results do not
-depend on the number of tokens. Codes meet x exactly.
+Few pairs (decoding): a program computes some rows of one expert's matrix for every token that chose this expert. There
+is a program for each pair; a program whose expert an earlier pair has ends at once. So weights are read once, and
+nothing is sorted. With one or two warps, also Hopper uses the plain tensor instructions, whose results do not
+depend on the number of tokens. Codes are multiplied by x exactly.
 
-Many pairs: a program takes some rows of one expert's matrix and a block of its pairs. The weights are the left factor,
-so that small blocks of tokens fill the tensor cores as well as large ones, and give the same bits. Codes are scaled and
-rounded to x's dtype first.
+Many pairs: a program computes some rows of one expert's matrix for a block of its pairs. The weights are the left
+factor, so small blocks of tokens fill the tensor cores as well as large ones, with the same bits. Codes are first
+scaled and rounded to x's dtype.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from candle_vllm.core.kernels.triton_build import (
 
 
 class Tiles(NamedTuple):
-    """By tokens: of few pairs, and of many."""
+    """Tiles by number of tokens, for few pairs and for many pairs."""
 
     few: tuple[Tile, ...]
     many: tuple[Tile, ...]
 
 
-# Not measured yet. For few pairs no four warps with 64 rows, which would be given Hopper's own instruction.
+# Not measured yet. Few pairs never use four warps with 64 rows, for which Hopper would use its own instruction.
 _ROUNDED = (Tile(16, 128, 4, 3), Tile(32, 128, 4, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PLAIN = Tiles(
     (Tile(8, 32, 1, 4, 128), Tile(16, 32, 1, 4, 128), Tile(32, 64, 2, 4), Tile(64, 64, 2, 4)),
@@ -62,25 +62,25 @@ PLAIN = Tiles(
 )
 GGUF = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 3), Tile(64, 32, 4, 3)), _ROUNDED)
 FLOATS = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 4, 4)), _ROUNDED)
-_SERVERS = (80, 90, 100)  # on others the largest tile of plain matrices leaves no room for a second block, and spills
+_SERVERS = (80, 90, 100)  # on others the largest tile of plain matrices spills, with no space for a second block
 PLAIN_OTHERS = PLAIN._replace(many=(*PLAIN.many[:-1], Tile(128, 128, 8, 3)))
-# Without tensor cores: the largest that do not spill.
+# Without tensor cores: the largest tiles that do not spill.
 _MANY_SLOW = (Tile(16, 64, 4, 1, 32), Tile(32, 64, 8, 1, 32), Tile(64, 64, 8, 1, 32), Tile(128, 32, 8, 1, 32))
 PLAIN_SLOW = Tiles(
     (Tile(8, 32, 2, 1, 32), Tile(16, 32, 4, 1, 32), Tile(32, 32, 8, 1, 32), Tile(64, 32, 8, 1, 32)), _MANY_SLOW
 )
 GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)), _MANY_SLOW)
-# Where codes are looked up, which takes registers.
+# For codes that are looked up, which takes registers.
 TABLE = GGUF._replace(few=(*GGUF.few[:-1], Tile(64, 16, 4, 3)))
 TABLE_SLOW = GGUF_SLOW._replace(few=(*GGUF_SLOW.few[:-1], Tile(64, 16, 8, 1)))
-TOGETHER = 8  # tiles of rows that are taken with each other, so that their tokens stay in the cache
+TOGETHER = 8  # tiles of rows that run together, so that their tokens stay in the cache
 
 
 @triton.jit
 def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
-    """Of a tile of an expert's matrix: the rows in the matrix of all experts, int64, and which of them there are.
+    """Return the rows of a tile of an expert's matrix in the matrix of all experts, int64, and a mask of valid rows.
 
-    GATED: eight rows of the gate and the eight of up that meet them take turns, as the tensor cores' registers do.
+    GATED: eight rows of gate alternate with the eight matching rows of up, as in the registers of the tensor cores.
     """
     if GATED:
         inner = tl.arange(0, ROWS)
@@ -94,7 +94,7 @@ def tile_rows(tile, expert, N, GATED: tl.constexpr, ROWS: tl.constexpr):
 def finished(
     total, bias, row, inside, GATED: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """A tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS] of them; `row` and `inside` as `tile_rows`."""
+    """Return a tile's sums [ROWS, TOKENS], or act(gate) * up [ROWS / 2, TOKENS]; `row`, `inside` as in `tile_rows`."""
     if bias is not None:
         total += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
     if GATED:
@@ -120,7 +120,7 @@ def finished(
 
 @triton.jit
 def expert_tile(
-    x_at,  # beginnings of rows of x, pointers [1, TOKENS]
+    x_at,  # pointers to the starts of rows of x, [1, TOKENS]
     planes,  # see `Operand`
     bias,
     tile,
@@ -139,7 +139,7 @@ def expert_tile(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """A finished tile of an expert's matrix, for the rows of x that are `asked` for."""
+    """Compute a finished tile of an expert's matrix for the rows of x in the mask `asked`."""
     row, inside = tile_rows(tile, expert, N, GATED, ROWS)
     height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
     total = PRODUCT(
@@ -150,7 +150,7 @@ def expert_tile(
 
 @triton.jit
 def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
-    """Writes a finished tile [HEIGHT, TOKENS] to the columns of the rows `target` of out [.., N]."""
+    """Write a finished tile [HEIGHT, TOKENS] to its columns in the rows `target` of out [.., N]."""
     row = tile * HEIGHT + tl.arange(0, HEIGHT)
     there = (row < N)[:, None] & asked[None, :]
     tl.store(out + target[None, :] * N + row[:, None], total.to(out.dtype.element_ty), mask=there)
@@ -158,8 +158,8 @@ def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
 
 @triton.jit
 def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr):
-    """Of a pair of few: its expert; whether the expert is valid and no pair before asks for it; and for each token the
-    token's pair with that expert, or -1."""
+    """For one of few pairs return its expert; whether it is valid and no earlier pair has it; and for each token
+    the token's pair with that expert, or -1."""
     expert = tl.load(experts + pair)
     token = tl.arange(0, TOKENS)[:, None]
     slot = tl.arange(0, SLOTS)[None, :]
@@ -172,7 +172,7 @@ def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKEN
 
 @triton.jit
 def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
-    """Of a block of one expert: which of its places are taken, their numbers in the order, and their pairs."""
+    """For a block of one expert return the mask of used places, their indices in the order, and their pairs."""
     place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
     asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
     pair = tl.load(order + place, mask=asked, other=0)
@@ -181,12 +181,12 @@ def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def few_kernel(
-    x,  # [T, K], or where not FIRST [pairs, K]
-    low,  # planes of X * N rows, or where GATED X * 2N, see `Operand`
+    x,  # [T, K], or if not FIRST [pairs, K]
+    low,  # planes of X * N rows, or if GATED X * 2N, see `Operand`
     high,
     scales,
     supers,
-    bias,  # [X, N], or where GATED [X, 2N]
+    bias,  # [X, N], or if GATED [X, 2N]
     experts,  # [T, TOP]
     out,  # [pairs, N]
     T,
@@ -224,7 +224,7 @@ def few_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def many_kernel(
-    x,  # where FIRST [T, K], else [places, K]
+    x,  # if FIRST [T, K], else [places, K]
     low,  # as above
     high,
     scales,
@@ -232,7 +232,7 @@ def many_kernel(
     bias,
     order,  # [pairs]
     table,  # [3, blocks]
-    out,  # where FIRST [places, N], else [pairs, N]
+    out,  # if FIRST [places, N], else [pairs, N]
     blocks,
     X,
     N,
@@ -274,12 +274,12 @@ def product(
     out: torch.Tensor,
     gate: Activation | None,
 ) -> None:
-    """Fills out [T * k, N] by one launch.
+    """Compute out [T * k, N] by one launch.
 
     Args:
-        x: [T, K] where `gate` names an activation, else what this wrote before.
-        blocks: None where there are few pairs; else `out` has a row for each place in their order where `gate` names
-            an activation, and then one for each pair.
+        x: [T, K] if `gate` names an activation, otherwise the result of the previous call.
+        blocks: None for few pairs; otherwise `out` has a row for each place in their order if `gate` names an
+            activation, and a row for each pair if not.
     """
     assert bias is None or (bias.is_contiguous() and bias.device == x.device)
     stored, device = matrix.stored, x.device
@@ -319,7 +319,7 @@ def product(
 
 
 def block_tokens(pairs: Pairs) -> int:
-    """Tokens of a tile where there are many pairs: about as many as an expert has. Not measured yet."""
+    """Return the tokens of a tile for many pairs: about as many as an expert has. Not measured yet."""
     return tile_for(pairs.number // pairs.count, PLAIN.many).tokens
 
 
@@ -336,7 +336,7 @@ def _tiles(stored: Stored, kind: str, capability: int) -> Tiles:
 
 
 def _arithmetic(stored: Stored, *, few: bool) -> Any:
-    """The device function of the product."""
+    """Return the device function of the product."""
     return plain if stored == "plain" else exact if few else rounded
 
 
@@ -354,7 +354,7 @@ def _constants(operand: Operand, product: Any, tile: Tile, top_k: int, gate: Act
     }
 
 
-# ---- forms -----------------------------------------------------------------------------------------------------------
+# ---- builds ----------------------------------------------------------------------------------------------------------
 
 
 def _build(

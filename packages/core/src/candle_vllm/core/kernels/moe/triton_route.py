@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Choosing a token's experts on a GPU (step 6 of a request's life). A warp has one token's logits in registers.
+"""Choosing a token's experts on a GPU (step 6 of a request's life). A warp holds one token's logits in registers.
 
-A choice is the maximum of whole numbers that carry the value above the place, so that one reduction finds both, and
-equal values fall to the lowest place. What is no candidate stands below every number.
+A choice is the maximum of integers that have the value in the high bits and the index below, so one reduction finds
+both, and equal values give the lowest index. Logits that are no candidates are below every number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_
 
 @triton.jit
 def _ordered(values, places):
-    """Values as int64 that order as they do, with the place below; NaN as negative infinity."""
+    """Return int64 in the order of the values, with the index in the low bits; NaN counts as negative infinity."""
     values = tl.where(values == 0.0, 0.0, values)  # -0 is 0
     values = tl.where(values == values, values, float("-inf"))
     bits = values.to(tl.int32, bitcast=True)
@@ -40,7 +40,7 @@ def route_kernel(
     bias,  # [X]
     weights,  # [T, K] contiguous
     experts,  # [T, K] contiguous
-    stride,  # numbers from a token to the next
+    stride,  # elements from a token to the next
     scale,
     X: tl.constexpr,
     K: tl.constexpr,
@@ -50,9 +50,9 @@ def route_kernel(
     BIAS: tl.constexpr,
     RENORMALISE: tl.constexpr,
     LEAST: tl.constexpr,
-    G: tl.constexpr,  # GROUPS, to the next power of two
-    M: tl.constexpr,  # experts of a group, likewise
-    SLOTS: tl.constexpr,  # K, likewise
+    G: tl.constexpr,  # GROUPS, rounded up to a power of two
+    M: tl.constexpr,  # experts of a group, rounded up likewise
+    SLOTS: tl.constexpr,  # K, rounded up likewise
 ):
     SIZE: tl.constexpr = X // GROUPS
     NONE: tl.constexpr = -(1 << 62)  # below every key
@@ -102,7 +102,7 @@ def route_kernel(
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package: weights and experts [T, k]."""
+    """Return weights and experts [T, k]; see the contract in the package."""
     top_k, bias, groups = routing.top_k, routing.bias, (routing.groups, routing.top_groups)
     tokens, count = logits.shape
     assert logits.stride(1) == 1 or count == 1, "the numbers of a row lie behind each other"
@@ -140,7 +140,7 @@ def _constants(
 
 
 def _warps(constants: dict[str, Any]) -> int:
-    """One, which needs no barriers, up to sixteen numbers for each thread. Not measured yet."""
+    """Return one warp, which needs no barriers, up to sixteen elements for each thread. Not measured yet."""
     return max(1, constants["G"] * constants["M"] // 512)
 
 

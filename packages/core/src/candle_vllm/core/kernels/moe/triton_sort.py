@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Pairs of token and expert in the order of the experts, cut into blocks of one expert, on a GPU; inside step 6.
+"""Sorting pairs of token and expert by expert, in blocks of one expert, on a GPU; inside step 6.
 
 The order is stable: an expert's pairs stay in the order of the tokens. Chunks of pairs are counted, and a program per
-chunk adds up what stands before it. There are as many blocks as the sizes may need; how many are used, the table says.
+chunk adds the counts before it. The number of blocks is an upper bound by the sizes; the table marks the used blocks.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_pow
 
 # Not measured yet.
 _CHUNK = 256
-_RECOUNT = 4  # so many chunks are counted by every program, which saves a launch
-_COUNTS = 8192  # numbers that are added at a time
-_PART = 32  # pairs that a chunk's pairs are compared with at a time, and blocks that are looked up
+_RECOUNT = 4  # up to this number of chunks, every program counts all of them, which saves a launch
+_COUNTS = 8192  # counts that are added at a time
+_PART = 32  # pairs that are compared with a chunk's pairs at a time, and blocks that are looked up at a time
 _WARPS = 8
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the pairs are.
+    """The sorted pairs, and their blocks.
 
     Attributes:
         order: int32 [pairs]: the pairs t * k + j of valid experts, sorted by expert; the rest is undefined.
-        table: int32 [3, blocks]: a block's expert, or -1 where it is not used; its first place in `order`; how many
-            pairs it has.
+        table: int32 [3, blocks]: a block's expert, or -1 for an unused block; its first place in `order`; the number
+            of its pairs.
     """
 
     order: torch.Tensor
@@ -43,7 +43,7 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """Blocks that there may be."""
+        """The maximum number of blocks."""
         return self.table.shape[1]
 
 
@@ -132,7 +132,7 @@ def place_kernel(
 
 
 def sort_pairs(given: Pairs, block: int) -> Blocks:
-    """Sorts pairs, whose experts [T, k] are contiguous, into blocks of up to `block` pairs."""
+    """Sort pairs, whose experts [T, k] are contiguous, into blocks of up to `block` pairs."""
     experts, pairs, count = given.experts, given.number, given.count
     assert experts.is_contiguous()
     device = experts.device

@@ -2,8 +2,8 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
-A program has one row, or several short ones such as heads, in registers; rows too long for that are read twice. How
-many depends on the length of a row alone, and so does the order of its sum.
+A program has one row, or several short ones such as heads, in registers; longer rows are read twice. The number of
+rows, and the order of a row's sum, depend on the length of a row alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import triton.language as tl
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _MOST = 16384  # the longest row that is kept in registers
-_PART = 4096  # how much of a longer row is worked on at a time
-_SHORT = 1024  # numbers of a program that has several rows
+_PART = 4096  # elements of a longer row that are processed at a time
+_SHORT = 1024  # elements of a program that has several rows
 
 
 @triton.jit
 def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
-    """The numbers of which the norm is taken, fp32; a sum has x's precision."""
+    """Load the elements to normalise, fp32; a sum is first rounded to x's dtype."""
     values = tl.load(x + at_x, mask=inside, other=0.0)
     if ADD:
         more = tl.load(residual + at_residual, mask=inside, other=0.0)
@@ -34,10 +34,10 @@ def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "eps"])
 def rms_norm_kernel(
     x,  # [T, N, E], of any strides but the last
-    residual,  # the same, where ADD
-    weight,  # [E], or [N, E] where APART
+    residual,  # the same, with ADD
+    weight,  # [E], or [N, E] with APART
     y,  # [T, N, E] contiguous
-    total,  # [T, N, E] contiguous, where ADD: residual + x
+    total,  # [T, N, E] contiguous, with ADD: residual + x
     x_token,  # strides
     x_head,
     residual_token,
@@ -143,14 +143,14 @@ def _launch(
 
 
 def _as_heads(x: torch.Tensor) -> torch.Tensor:
-    """x as [T, N, E] with its own memory where that can be, rows contiguous."""
+    """Return x as [T, N, E] with contiguous rows, without a copy if possible."""
     x = x.unsqueeze(1) if x.dim() == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() != 3 else x
     assert x.stride(2) == 1 or x.shape[2] == 1, "the numbers of a row lie behind each other"
     return x
 
 
 def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dict[str, Any], int]:
-    """Constants and warps. Not measured yet: eight numbers for each thread, sixteen for the longest rows."""
+    """Return constants and warps. Not measured yet: eight elements for each thread, sixteen for the longest rows."""
     block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}

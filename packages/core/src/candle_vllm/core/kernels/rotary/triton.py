@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false
 """Rotary position embedding on a GPU (step 6 of a request's life): one launch for the queries and keys of a layer.
 
-A program rotates some heads of one token. All arithmetic is of single numbers, so nothing depends on the batch.
+A program rotates some heads of one token. All arithmetic is elementwise, so nothing depends on the batch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
-_PAIRS = 512  # of a program; not measured yet
+_PAIRS = 512  # pairs of a program; not measured yet
 
 
 @triton.jit
 def _turn(x, head_stride, y, first, cosines, sines, COUNT, D: tl.constexpr, HALF, HALVES, RESTS, HEADS):
-    """Rotates the heads from `first` on, of those at x [COUNT, D], to y [COUNT, D]."""
+    """Rotate the heads at x [COUNT, D] from `first` on, and write them to y [COUNT, D]."""
     head = first + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALVES)[None, :]
     inside = (head < COUNT) & (pair < HALF)
@@ -38,7 +38,7 @@ def _turn(x, head_stride, y, first, cosines, sines, COUNT, D: tl.constexpr, HALF
 @triton.jit
 def rotary_kernel(
     q,  # [T, H, D]
-    k,  # [T, K, D]; not read where K is 0
+    k,  # [T, K, D]; not read if K is 0
     q_out,  # [T, H, D] contiguous
     k_out,  # [T, K, D] contiguous
     positions,  # [T]
@@ -52,13 +52,13 @@ def rotary_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    HALVES: tl.constexpr,  # HALF and D - 2 * HALF, up to a power of two
+    HALVES: tl.constexpr,  # HALF and D - 2 * HALF, rounded up to powers of two
     RESTS: tl.constexpr,
-    HEADS: tl.constexpr,  # of a program
+    HEADS: tl.constexpr,  # heads of a program
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # of the queries
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # programs for the queries
     pair = tl.arange(0, HALVES)[None, :]
     at = tl.load(positions + token).to(tl.int64) * HALF + pair
     cosines = tl.load(cos + at, mask=pair < HALF, other=0.0)
@@ -72,7 +72,7 @@ def rotary_kernel(
 
 
 def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """See the contract in the package. Positions may be int32 too."""
+    """See the contract in the package. Positions may also be int32."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, y, None, positions, cos, sin)
     return y
@@ -81,7 +81,7 @@ def rotary(x: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: tor
 def rotary_pair(
     q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the contract in the package. Positions may be int32 too."""
+    """See the contract in the package. Positions may also be int32."""
     assert k.dtype == q.dtype
     assert k.device == q.device
     assert k.stride(2) == 1

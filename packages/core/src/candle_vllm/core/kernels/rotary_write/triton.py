@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Norms of heads, rotary and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
+"""Norms of heads, rotary embedding and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 
-A program has some heads of one token: of the queries, or of the keys and the values. Slots are read on the device and
-tokens whose slot is negative write nothing, so that a captured step may be longer than what is scheduled.
+A program has some heads of one token: of the queries, or of the keys and the values. Slots are read on the device, and
+tokens with a negative slot write nothing, so that a captured step may have more rows than are scheduled.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
-_PAIRS = 256  # of a program; not measured yet
+_PAIRS = 256  # pairs of a program; not measured yet
 
 
 @triton.jit
 def _heads(
     x,  # a token's heads
     head_stride,
-    weight,  # [D] fp32, where NORM
+    weight,  # [D] fp32, with NORM
     eps,
     head,  # [HEADS, 1]
     cosines,  # [1, HALVES]
@@ -48,7 +48,7 @@ def _heads(
     RESTS: tl.constexpr,
     NORM: tl.constexpr,
 ):
-    """Heads, normed and rotated: both halves of what is rotated [HEADS, HALVES], and the rest [HEADS, RESTS]."""
+    """Load heads, normed and rotated: both halves of the rotated part [HEADS, HALVES], and the rest [HEADS, RESTS]."""
     pair = tl.arange(0, HALVES)[None, :]
     beyond = 2 * HALF + tl.arange(0, RESTS)[None, :]
     source = x + head.to(tl.int64) * head_stride
@@ -74,15 +74,15 @@ def rotary_write_kernel(
     k,  # [T, K, D]
     v,  # [T, K, D]
     q_out,  # [T, H, D] contiguous
-    key_cache,  # [B * S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    key_cache,  # [B * S, K, D], or with EXTRA the layout of `kv_write/scaled_rows`
     value_cache,
     slots,  # [T]
     positions,  # [T]
     cos,  # [P, HALF] contiguous, fp32
     sin,
-    q_weight,  # [D] fp32, where NORM
+    q_weight,  # [D] fp32, with NORM
     k_weight,
-    key_scale,  # [1] fp32, read where FP8
+    key_scale,  # [1] fp32, read with FP8
     value_scale,
     eps,
     q_token,  # strides
@@ -95,19 +95,19 @@ def rotary_write_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
-    HALVES: tl.constexpr,  # HALF, D - 2 * HALF and D, up to a power of two
+    HALVES: tl.constexpr,  # HALF, D - 2 * HALF and D, rounded up to powers of two
     RESTS: tl.constexpr,
     DP: tl.constexpr,
-    HEADS: tl.constexpr,  # of a program
+    HEADS: tl.constexpr,  # heads of a program
     NORM: tl.constexpr,
     FP8: tl.constexpr,
     LARGEST: tl.constexpr,
-    S: tl.constexpr,  # of a block, where EXTRA
+    S: tl.constexpr,  # slots of a block, with EXTRA
     EXTRA: tl.constexpr,  # bytes of scales in a block
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # of the queries
+    parts: tl.constexpr = (H + HEADS - 1) // HEADS  # programs for the queries
     dtype: tl.constexpr = q.dtype.element_ty
     pair = tl.arange(0, HALVES)[None, :]
     beyond = 2 * HALF + tl.arange(0, RESTS)[None, :]
@@ -174,7 +174,7 @@ def rotary_write(
     norms: HeadNorms | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """See the contract in the package. Positions and slots may be int32 too."""
+    """See the contract in the package. Positions and slots may also be int32."""
     tokens, heads, dim = q.shape
     _check(q, k, v, positions, tables, caches, slots, norms, cache_scales)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
@@ -263,7 +263,7 @@ def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: 
 
 
 def _row_constants(kv_heads: int, size: int, largest: float) -> dict[str, Any]:
-    """`size` is that of a block whose rows have scales of their own, else 0."""
+    """Return constants; `size` is the block size of a cache whose rows have scales, else 0."""
     return {"LARGEST": largest, "S": size or 1, "EXTRA": SCALE * size * kv_heads}
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampling on a GPU (step 7 of ten), in four rooms: drawing a token, where it stands, edits, and llama.cpp's chain."""
+"""Sampling on a GPU (step 7 of ten), in four modules: sampling a token, its rank, edits, and llama.cpp's chain."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """llama.cpp's chain on a GPU (step 7 of ten): one launch, one program for each row, without sorting or waiting.
 
-Seven numbers describe which tokens are left, and the row is written once, at the end. A token is left if
+Seven numbers describe which tokens are left, and the row is written once, at the end. A token is left if:
 
     key >= floor                            of top_n_sigma and top_k
     |shift - x| as a key <= far             of typical_p
@@ -11,7 +11,7 @@ Seven numbers describe which tokens are left, and the row is written once, at th
     key < roof, or id = stays               of XTC
 
 Masses are integers, as in `triton_rows.py`; other sums (entropies, a standard deviation) are float64, in the order of
-one program. So a row's result has the same bits whatever the other rows are. `chain.py` has the rules.
+one program. So a row's result has the same bits whatever the other rows are. `chain.py` defines the rules.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
 _PART = tl.constexpr(512)  # logits that a program has at a time; not measured yet
 _LIKELIEST = tl.constexpr(100)
-_ROOM = tl.constexpr(128)  # for those
+_ROOM = tl.constexpr(128)  # scratch space for the likeliest logits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_COUNT, _MASS, _NEARNESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a search sums, and by which key
+_COUNT, _MASS, _NEARNESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of `_search`
 _WARPS = 4  # not measured yet
 
 
 @triton.jit
 def _look(source, start, V, floor, shift, far, cut, tie, roof, stays):
-    """Of a part of a row: ids, logits, keys, keys of the distances, and what is left."""
+    """Load a part of a row: ids, logits, keys, keys of the distances, and a mask of the tokens that are left."""
     at = start + tl.arange(0, _PART)
     x = tl.load(source + at, mask=at < V, other=float("-inf"))
     key = key_of(x)
@@ -57,9 +57,9 @@ def _look(source, start, V, floor, shift, far, cut, tie, roof, stays):
 
 @triton.jit
 def _search(source, V, limit, lo, hi, largest, floor, shift, far, cut, tie, roof, stays, KIND: tl.constexpr):
-    """As `triton_rows.search`, of what is left: the largest key at which the sum from the top reaches `limit`.
+    """As `triton_rows.search`, for the tokens that are left: find the largest key at which the sum reaches `limit`.
 
-    Returns it and the sum above it.
+    Returns the key and the sum above it.
     """
     lo, hi, above = lo.to(tl.int64), hi.to(tl.int64), limit.to(tl.int64) * 0
     way = tl.arange(0, WAYS)
@@ -86,8 +86,8 @@ def _search(source, V, limit, lo, hi, largest, floor, shift, far, cut, tie, roof
 
 @triton.jit
 def _measure(source, V, largest, rate, floor, shift, far, cut, tie, roof, stays):
-    """Of what is left: how many, the largest logit, the integer mass, and of w = exp((x - largest) * rate) the sum and
-    that of w * ln w."""
+    """Return of the tokens that are left: the number, the largest logit, the integer mass, and with
+    w = exp((x - largest) * rate) the sums of w and of w * ln w."""
     count, top, whole = tl.zeros([], tl.int32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.int64)
     mass, weighted = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
     for start in tl.range(0, V, _PART):
@@ -104,7 +104,7 @@ def _measure(source, V, largest, rate, floor, shift, far, cut, tie, roof, stays)
 
 @triton.jit
 def _id_of(source, V, wanted, number, floor, shift, far, cut, tie, roof, stays):
-    """Of the tokens that are left with the key `wanted` the id of that `number` (from 1 on)."""
+    """Return the id of the `number`th token (from 1 on) with the key `wanted`, among the tokens that are left."""
     found, seen = tl.zeros([], tl.int32) + V, tl.zeros([], tl.int64)
     for start in tl.range(0, V, _PART):
         at, _x, key, _distance, left = _look(source, start, V, floor, shift, far, cut, tie, roof, stays)
@@ -117,14 +117,14 @@ def _id_of(source, V, wanted, number, floor, shift, far, cut, tie, roof, stays):
 
 @triton.jit
 def _least_key(value):
-    """The key of the least float32 that is not below a float64."""
+    """Return the key of the smallest float32 that is at least a float64."""
     near = value.to(tl.float32)
     return key_of(near) + (near.to(tl.float64) < value).to(tl.int32)
 
 
 @triton.jit
 def _estimated_k(source, room, V, count, mu, rate, floor, shift, far, cut, tie, roof, stays, largest):
-    """Mirostat 1's k, see the reference; `room` is for the likeliest logits."""
+    """Return mirostat 1's k, see the reference; `room` is scratch memory for the likeliest logits."""
     wanted = tl.minimum(count, _LIKELIEST)
     lo, hi = tl.zeros([], tl.int32) + KEY_OF_MINUS_INFINITY, key_of(largest) + 1
     last, _above = _search(source, V, wanted, lo, hi, largest, floor, shift, far, cut, tie, roof, stays, _COUNT)
@@ -142,7 +142,7 @@ def _estimated_k(source, room, V, count, mu, rate, floor, shift, far, cut, tie, 
     mine, other = likeliest[:, None], likeliest[None, :]
     before = (other > mine) | ((other == mine) & (slot[None, :] < slot[:, None]))
     rank = tl.sum((before & (slot < wanted)[None, :]).to(tl.int32), axis=1)
-    # The sum of t_i * (x_i - x_(i+1)) is that of x_i * (t_i - t_(i-1)), with t of nothing 0.
+    # The sum of t_i * (x_i - x_(i+1)) equals that of x_i * (t_i - t_(i-1)), where t before the first is 0.
     step = tl.where(rank < wanted - 1, tl.log((rank + 2).to(tl.float64) / (rank + 1).to(tl.float64)), 0.0)
     earlier = tl.where(rank > 0, tl.log((rank + 1).to(tl.float64) / tl.maximum(rank, 1).to(tl.float64)), 0.0)
     there = slot < wanted

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""Drawing one token per row on a GPU (step 7 of ten): up to five launches, nothing sorted, nothing waited for.
+"""Sampling one token per row on a GPU (step 7 of ten): up to five launches, without sorting or waiting.
 
     survey   the largest logits of chunks and of groups within them
     plan     the row's largest logit; the greedy token; edges: logits that may bound the list of candidates from below
     weigh    for each chunk its mass, and mass and number of the logits above each edge
     gather   copies the logits above the highest edge that is low enough to a short list, in the order of ids
-    finish   cuts that list as top_k and top_p say, or the row itself where no edge gives a short list; picks the token
+    finish   applies top_k and top_p to that list, or to the row itself if no edge gives a short list; picks the token
 
-A row takes the steps that it needs, as its parameters on the device say. The caller may leave out launches that no row
-needs.
+A row takes the steps that its parameters on the device require. The caller may leave out launches that no row needs.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _scale(temperature):
 
 @triton.jit
 def _min_p_floor(min_p, largest, temperature):
-    """The least key of weight `min_p` or more; the weights are float64 here."""
+    """Return the smallest key with a weight of at least `min_p`; the weights are float64 here."""
     top, wide = key_of(largest).to(tl.int64), largest.to(tl.float64)
     lo, hi = top * 0 + KEY_OF_MINUS_INFINITY, top
     lane = tl.arange(0, _LANES)
@@ -68,9 +67,9 @@ def _min_p_floor(min_p, largest, temperature):
 
 @triton.jit
 def _plan_edges(group_maxima, groups, filled, top_k, largest, plan):
-    """Edges that rank among the groups' maxima: above that of rank r there are at least r logits, and rarely many more.
+    """Choose edges by rank among the groups' maxima: at least r logits, and rarely many more, reach that of rank r.
 
-    filled: groups that have a logit.
+    filled: number of groups that have a logit.
     """
     hi = key_of(largest).to(tl.int64) + 1
     lo = hi * 0 + KEY_OF_MINUS_INFINITY
@@ -141,7 +140,7 @@ def weigh_kernel(
     controls,
     largest_in,  # [R]
     plans,
-    masses,  # [R, 1 + _EDGES, C] int64: of all logits that min_p leaves, then of those that reach each edge
+    masses,  # [R, 1 + _EDGES, C] int64: of all logits that min_p keeps, then of those that reach each edge
     counts,  # [R, _EDGES, C] int32
     row_stride,
     V,
@@ -168,7 +167,7 @@ def weigh_kernel(
 
 @triton.jit
 def _limit(top_p, whole):
-    """The least mass before a token that top_p does not keep."""
+    """Return the smallest mass before a token that top_p removes."""
     exact = top_p * whole.to(tl.float64)
     limit = exact.to(tl.int64)
     limit += (limit.to(tl.float64) < exact).to(tl.int64)
@@ -177,7 +176,7 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """The highest edge above which are all logits that count, and not too many: it, or _EDGES; how many; all mass."""
+    """Return the highest edge that keeps all needed logits, but not too many (else _EDGES); their number; all mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)
@@ -198,7 +197,7 @@ def gather_kernel(
     masses,
     counts,
     values,  # [R, BUFFER] fp32: the candidates' logits
-    names,  # [R, BUFFER] int32: and their ids
+    names,  # [R, BUFFER] int32: ids of the candidates
     row_stride,
     V,
     C,
@@ -218,7 +217,7 @@ def gather_kernel(
 
 @triton.jit
 def _mass(source, count, cut, largest, scale):
-    """The mass of all logits that reach the key `cut`."""
+    """Return the mass of all logits that reach the key `cut`."""
     total = tl.zeros([], tl.int64)
     for start in tl.range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -229,9 +228,9 @@ def _mass(source, count, cut, largest, scale):
 
 @triton.jit
 def _pick(source, begin, end, cut, ties, largest, scale, before, target):
-    """The first place at which the kept mass, from `before` on, exceeds `target`.
+    """Return the first index at which the cumulative mass of kept logits, starting with `before`, exceeds `target`.
 
-    Kept is what lies above the key `cut`, and the first `ties` of its equals.
+    Logits above the key `cut` are kept, and the first `ties` of those that equal it.
     """
     place, seen = NONE, tl.zeros([], tl.int32)
     for start in tl.range(begin, end, BLOCK):
@@ -255,7 +254,7 @@ def _target(uniform, total):
 
 @triton.jit
 def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.constexpr):
-    """The token of a row without top_k and top_p: its chunk by the chunks' masses, then it."""
+    """Pick the token of a row without top_k and top_p: first its chunk by the chunks' masses, then the token."""
     part = tl.arange(0, CB)
     mass = tl.load(masses + part, mask=part < C, other=0)
     target = _target(uniform, tl.sum(mass, axis=0))
@@ -267,7 +266,7 @@ def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.co
 
 @triton.jit
 def _pick_of_list(source, count, lo, floor, top_k, top_p, uniform, whole, largest, scale):
-    """The place of the token among logits that are all of a row, or all that reach the key `lo`."""
+    """Pick the token's index among logits that are all of a row, or all that reach the key `lo`."""
     hi = key_of(largest) + 1
     cut = floor
     if top_k > 0:
@@ -331,13 +330,13 @@ def finish_kernel(
 def draw(
     logits: torch.Tensor, controls: torch.Tensor, *, random: bool, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token per row; see `draw_tensors` in the package.
+    """Sample one token per row; see `draw_tensors` in the package.
 
     Args:
         logits: [R, V] float32, each row contiguous.
         controls: [R, 5] float64, contiguous.
-        random: False promises that every temperature is 0.
-        search: False promises that no row has top_k or top_p.
+        random: False guarantees that every temperature is 0.
+        search: False guarantees that no row has top_k or top_p.
 
     Returns:
         [R] int64 ids, [R] float32 largest logits.
@@ -385,7 +384,7 @@ _TYPES = {
 
 
 def _build(kernel: Any, chunks: int, **constants: Any) -> Build:
-    """A form of a kernel; arguments without a type are constants."""
+    """Return a build of a kernel; arguments without a type are constants."""
     names = [name for name in kernel.arg_names if name not in constants]
     label = "-".join([str(chunks), *(name for name, value in constants.items() if value is True)])
     arguments = {name: _TYPES[name] for name in names if name in _TYPES}

@@ -2,8 +2,8 @@
 # pyright: reportCallIssue=false
 """Edits of logits on a GPU (step 7 of ten): bias, then masks and penalties in one pass over the rows that have any.
 
-A mask commutes with a bias, so that this order gives what the order of vLLM's processors gives. Which rows have what is
-read on the device, from tables that stay there: a captured step serves any batch.
+A mask commutes with a bias, so this order gives the same result as the order of vLLM's processors. The edits of each
+row are read on the device, from tables that stay there: a captured step serves any batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
 _PART = tl.constexpr(1024)  # entries or logits that a program has at a time; not measured yet
-_ROWS = tl.constexpr(256)  # of a program that counts tokens
+_ROWS = tl.constexpr(256)  # rows of a program that counts tokens
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -37,12 +37,12 @@ def bias_kernel(
 
 @triton.jit
 def _penalised(x, count, penalties):
-    """Logits after the three penalties, in float64; `count` as in `DeviceEdits`."""
+    """Return logits after the three penalties, in float64; `count` as in `DeviceEdits`."""
     repetition, frequency, presence = tl.load(penalties), tl.load(penalties + 1), tl.load(penalties + 2)
     occurrences, wide = tl.maximum(count - 1, 0).to(tl.float64), x.to(tl.float64)
     result = tl.where(wide > 0, wide / repetition, wide * repetition) - frequency * occurrences
     result -= tl.where(occurrences > 0, presence, 0.0)
-    # A finite logit stays below +inf.
+    # A finite logit must not become +inf.
     result = tl.where(result > 3.4028234663852886e38, 3.4028234663852886e38, result)
     return tl.where((count > 0) & (x < float("inf")), result.to(tl.float32), x)
 
@@ -73,7 +73,7 @@ def mask_and_penalise_kernel(
         x = tl.load(place, mask=at < V, other=0.0)
         if MASKS:
             word = tl.load(masks + mask_row * W + at // 32, mask=at < tl.where(mask_row >= 0, V, 0), other=-1)
-            # What is masked though it shows a broken model becomes NaN.
+            # A masked NaN or +inf shows that the model is broken, so it becomes NaN.
             hidden = tl.where(x < float("inf"), float("-inf"), float("nan"))
             x = tl.where(((word >> (at % 32)) & 1) != 0, x, hidden)
         if COUNTS:

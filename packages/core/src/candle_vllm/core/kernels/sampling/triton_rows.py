@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""What the sampling kernels on a GPU share: rows in chunks, logits as integers, and where a row is cut.
+"""Code that the sampling kernels on a GPU share: rows in chunks, logits as integers, and the search for a threshold.
 
-A row is always cut in the same chunks of CHUNK logits, whatever the batch, and weights are integers in units of 2^-43:
-sums of integers have the same bits in any order, so that a row's result cannot depend on its neighbours, nor on which
-program was first. 2^19 weights of at most 1 fit in 62 bits.
+A row is always divided into the same chunks of CHUNK logits, whatever the batch, and weights are integers in units of
+2^-43. Sums of integers have the same bits in any order, so a row's result cannot depend on other rows, nor on the order
+of programs. 2^19 weights of at most 1 fit in 62 bits.
 
-A logit's key is an int32 in the same order; -0 and 0 have one key.
+A logit's key is an int32 with the same order; -0 and 0 have one key.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import triton.language as tl
 from candle_vllm.core.kernels.triton_build import cdiv, next_power_of_2
 
 CHUNK = tl.constexpr(4096)  # logits of a program
-GROUPS = tl.constexpr(64)  # of each chunk: every 64th logit
+GROUPS = tl.constexpr(64)  # groups of each chunk: every 64th logit
 BLOCK = tl.constexpr(1024)  # logits that a program which searches a row has at a time
-WAYS = tl.constexpr(8)  # into how many parts it divides a range of keys
-BUFFER = tl.constexpr(8192)  # logits that are gathered of a row at most
+WAYS = tl.constexpr(8)  # number of parts into which that program divides a range of keys
+BUFFER = tl.constexpr(8192)  # maximum number of logits that are gathered of a row
 MOST_LOGITS = 1 << 19
 
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
@@ -44,22 +44,22 @@ def value_of(key):
 
 @triton.jit
 def mass_of(x, largest, scale):
-    """The weight exp2((x - largest) * scale), an int64 in units of 2^-43."""
+    """Return the weight exp2((x - largest) * scale), an int64 in units of 2^-43."""
     return (tl.exp2((x - largest) * scale) * 8796093022208.0).to(tl.int64)
 
 
 @triton.jit
 def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.constexpr):
-    """The largest key at which the sum of weights, from the largest key down, reaches `limit`.
+    """Find the largest key at which the sum of weights, from the largest key down, reaches `limit`.
 
-    Every weight is 1, or by mass, and then 0 below the key `floor`. The sum at the key `lo` reaches the limit, at `hi`
-    not. Returns the key and the sum above it.
+    Every weight is 1, or with BY_MASS its mass, and then 0 below the key `floor`. The sum reaches the limit at the key
+    `lo`, but not at `hi`. Returns the key and the sum above it.
     """
     lo, hi, above = lo.to(tl.int64), hi.to(tl.int64), limit * 0
     way = tl.arange(0, WAYS)
     first = True
     while first | (hi - lo > 1):
-        # The first round has an edge at `hi` in any case, and so finds the sum above a cut that was known before.
+        # The first round always has an edge at `hi`, so it finds the sum above a threshold that was known before.
         step = tl.maximum((hi - lo + WAYS - 1) // WAYS, 1)
         edges = tl.minimum(lo + (way + 1) * step, hi).to(tl.int32)
         sums = tl.zeros([WAYS], tl.int64)
@@ -72,7 +72,7 @@ def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.cons
             else:
                 weights = (at < count).to(tl.int64)
             sums += tl.sum(tl.where(key[:, None] >= edges[None, :], weights[:, None], 0), axis=0)
-        reached = tl.sum((sums >= limit).to(tl.int64))  # below WAYS, for the last edge is `hi`
+        reached = tl.sum((sums >= limit).to(tl.int64))  # below WAYS, because the last edge is `hi`
         above = tl.sum(tl.where(way == reached, sums, 0))
         hi = tl.minimum(lo + (reached + 1) * step, hi)
         lo = lo + reached * step
@@ -82,9 +82,9 @@ def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.cons
 
 @triton.jit
 def gather(source, chunk, count, edge, counts, C, CB: tl.constexpr, values, names):
-    """Copies the logits of a chunk that reach the key `edge`, and their ids, to where those of the row stand.
+    """Copy the logits of a chunk that reach the key `edge`, and their ids, to the row's lists.
 
-    counts: [C] how many there are in each chunk. The order of ids is kept.
+    counts: [C] their number in each chunk. The order of ids is preserved.
     """
     part = tl.arange(0, CB)
     offset = tl.sum(tl.load(counts + part, mask=(part < C) & (part < chunk), other=0))
@@ -100,13 +100,13 @@ def gather(source, chunk, count, edge, counts, C, CB: tl.constexpr, values, name
 def survey_kernel(
     logits,  # [R, V] fp32, rows contiguous
     group_maxima,  # [R, C * GROUPS] fp32
-    maxima,  # [R, C] fp32; NaN where there is one
+    maxima,  # [R, C] fp32; NaN if the chunk has one
     firsts,  # [R, C] int32: the first id of each chunk's largest logit
     row_stride,
     V,
     C,
 ):
-    """The largest logits of each chunk and of its groups. The k-th largest of a row is no less than that of these."""
+    """Find the largest logits of each chunk and of its groups. A row's k-th largest is at least that of these."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tl.arange(0, GROUPS)
     at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]
@@ -122,7 +122,7 @@ def survey_kernel(
 
 @triton.jit
 def largest_of(maxima, C, CB: tl.constexpr):
-    """The largest of the maxima of a row's chunks, or NaN."""
+    """Return the maximum of a row's chunks, or NaN."""
     part = tl.arange(0, CB)
     tops = tl.load(maxima + part, mask=part < C, other=float("-inf"))
     broken = tl.max((tops != tops).to(tl.int32), axis=0)
@@ -130,7 +130,7 @@ def largest_of(maxima, C, CB: tl.constexpr):
 
 
 class Rows(NamedTuple):
-    """Logits [R, V] and what was found out about them. Shapes: C chunks of a row, CB that up to a power of two."""
+    """Logits [R, V] and the results of the survey. Shapes: C chunks of a row, CB is C rounded up to a power of two."""
 
     logits: torch.Tensor
     group_maxima: torch.Tensor
@@ -140,17 +140,17 @@ class Rows(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """A program for each chunk of each row."""
+        """Grid with a program for each chunk of each row."""
         return len(self.logits), self.chunks
 
     @property
     def block(self) -> int:
-        """CB."""
+        """The number of chunks, rounded up to a power of two (CB)."""
         return next_power_of_2(self.chunks)
 
 
 def rows_of(logits: torch.Tensor) -> Rows:
-    """Checks logits and makes room for the survey."""
+    """Check logits and allocate memory for the survey."""
     count, vocabulary = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"

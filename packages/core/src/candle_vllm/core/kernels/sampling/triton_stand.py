@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-"""Where tokens stand among the logits of their rows, on a GPU (step 7 of ten): five launches, nothing sorted.
+"""Ranks of tokens among the logits of their rows, and top logits, on a GPU (step 7 of ten): five launches, no sort.
 
     survey   the largest logits of chunks and of groups within them
-    edge     the row's largest logit, and one that is no more than the last of the asked-for largest
-    measure  for each chunk its mass, how many stand before the token, how many reach the edge
+    edge     the row's largest logit, and a logit that is at most the last of the requested largest ones
+    measure  for each chunk its mass, how many logits rank before the token, how many reach the edge
     gather   copies the logits that reach the edge to a short list, in the order of ids
-    name     sums up, and takes the largest out of the list one after the other
+    name     sums up, and takes the largest logits from the list one after another
 
-Where the edge leaves too many, as with equal logits, the largest are taken out of the row itself.
+If too many logits reach the edge, as with equal logits, the largest are taken from the row itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure_kernel(
     largest_in,  # [R]
     edges,  # [R]
     masses,  # [R, C] int64
-    befores,  # [R, C] int32: logits that stand before the token's
+    befores,  # [R, C] int32: logits that rank before the token's
     counts,  # [R, C] int32: logits that reach the edge
     row_stride,
     V,
@@ -165,7 +165,7 @@ def name_kernel(
                 name = at
                 if listed:
                     name = tl.load(names + row * BUFFER + at, mask=at < count, other=0)
-                # One number in the order of falling logits and rising ids.
+                # One integer in the order of falling logits and rising ids.
                 standing = (key_of(x).to(tl.int64) << 32) + (NONE - name)
                 follows = (standing < previous) & (x > float("-inf"))
                 best = tl.maximum(best, tl.max(tl.where(follows, standing, _LOWEST), axis=0))

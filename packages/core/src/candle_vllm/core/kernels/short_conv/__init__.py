@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Causal depthwise convolution over the tokens of a sequence, whose last inputs are its state.
+"""Causal depthwise convolution over the tokens of a sequence; its state is the last inputs.
 
 Contract: x [T, C] of any float dtype, weight [C, taps], bias [C] or None; y [T, C] has x's dtype, in new memory. Token
 n of a sequence, from 0 on, becomes
 
     y[n, c] = act(bias[c] + sum over j of weight[c, j] * x[n - taps + 1 + j, c])          x is 0 before the first token
 
-The sum is fp32, from the oldest input to the newest; act is SiLU in fp32, or nothing; the result is rounded once. The
-state is kept as `kernels/states.py` says: the last taps - 1 inputs, the oldest first, `states` [slots, taps - 1, C] of
-x's dtype, float32 in recorded steps; channels lie behind each other, as they do in x. A kept row is x[t], C numbers in
-float32. A row's result depends on its own sequence alone.
+The sum is fp32, from the oldest input to the newest; act is SiLU in fp32, or the identity; the result is rounded once.
+The state's layout follows `kernels/states.py`: the last taps - 1 inputs, the oldest first, `states` [slots, taps - 1,
+C] of x's dtype, float32 in recorded steps; channels are contiguous, as in x. A kept row is x[t], C elements in float32.
+A row's result depends on its own sequence alone.
 
-With gates (g, h), [T, C] each of x's dtype, g * x stands for x wherever it is named above, rounded to x's dtype, and y
-is h * act(...), still rounded once. A recorded step writes g * x where x stands; g and h stand in the same buffer.
+With gates (g, h), each [T, C] of x's dtype, g * x, rounded to x's dtype, replaces x everywhere above, and y is
+h * act(...), still rounded once. A recorded step overwrites x with g * x; g and h are in the same buffer as x.
 Source: Wu et al., 2019, arXiv:1901.10430 (depthwise); Gu and Dao, 2023, arXiv:2312.00752, section 3.4 (with a state);
 Liquid AI, 2025, arXiv:2511.23404 (with gates).
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def state_shape(channels: int, taps: int) -> tuple[int, int]:
-    """Of a sequence's state; a kept row is `channels` numbers."""
+    """Return the shape of a sequence's state; a kept row has `channels` elements."""
     return taps - 1, channels
 
 
@@ -47,15 +47,15 @@ def short_conv(
     gates: tuple[Value, Value] | None = None,
     single: bool = False,
 ) -> Value:
-    """The convolved rows; the states and kept rows of `cache` are changed.
+    """Return the convolved rows; the states and kept rows of `cache` are changed.
 
     Args:
-        x, weight, bias: see above; the numbers of a row of x lie behind each other.
-        cache: of the layer.
-        rows: what the step does with states; a recorded one has its own.
-        silu: of the result.
-        gates: g and h [T, C], see above; None for none.
-        single: row r is all that sequence r has in this step; on a GPU that is one launch less.
+        x, weight, bias: see above; the elements of a row of x are contiguous.
+        cache: cache of the layer.
+        rows: the step's use of states; recorded steps have rows of their own.
+        silu: apply SiLU to the result.
+        gates: g and h [T, C], see above; None without gates.
+        single: each sequence r has exactly row r in this step; on a GPU that saves a launch.
     """
     if isinstance(x, Recorded):
         return x.short_conv(weight, bias, cache, silu=silu, gates=gates)
@@ -84,15 +84,15 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cac
 
 
 class ShortConvArguments(NamedTuple):
-    """The operation's arguments; from `states` on as `Recorder.state_arguments` gives them.
+    """The operation's arguments; `Recorder.state_arguments` returns those from `states` on.
 
     Attributes:
-        x, stride: address of float32 rows, and floats from one to the next.
-        gate_in, gate_out: of g and h, whose rows are as far from each other; 0 where there are no gates.
+        x, stride: address of float32 rows, and row stride in floats.
+        gate_in, gate_out: addresses of g and h, with the same row stride; 0 without gates.
         channels: C.
         weight: address of float32 [taps, C].
         bias: address of float32 [C].
-        out, out_stride: as x.
+        out, out_stride: address and row stride of the result, as for x.
     """
 
     x: int
@@ -118,5 +118,5 @@ class ShortConvArguments(NamedTuple):
 
 
 def short_conv_operation(taps: int, *, silu: bool, gated: bool) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("short_conv.cpu:make_short_conv", taps, silu, gated)

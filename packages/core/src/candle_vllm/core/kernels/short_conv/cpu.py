@@ -2,10 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The convolution with a state on the CPU (step 6 of a request's life).
 
-Threads divide the channels, 16 at least, and do theirs of all sequences: whatever a thread reads of a sequence's state
-and kept rows, nobody else writes. The inputs that a token sees are a list of addresses, one for each tap, which goes on
-by one with each token; those before the step's first token are copied first, for their slots may be written to. Gates
-are applied on the way: g * x is written over x when it is first read, and h multiplies what is written.
+Threads divide the channels, at least 16 each, and process theirs of all sequences: no other thread writes what a thread
+reads of a sequence's state and kept rows. A list has the address of a token's input for each tap, and moves on by one
+with each token. Inputs before the step's first token are copied first, because their slots may be overwritten. Gates
+are fused: g * x overwrites x when x is first read, and h multiplies the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.short_conv import ShortConvArguments
 
 _PIECE = 1024
-"""Channels that are worked on at a time: their earlier inputs are on the stack."""
+"""Channels that are processed at a time: their earlier inputs are on the stack."""
 
 
 @intrinsic(prefer_literal=True)
@@ -44,10 +44,10 @@ def _convolve(
     out: Any,
     count: Any,
 ) -> Any:
-    """`count` channels of a token.
+    """Compute `count` channels of a token.
 
-    inputs: address of the addresses of what the taps see; what the newest one sees is gated here. weight, step: of the
-    oldest tap, and bytes to the next one.
+    inputs: address of the addresses of the taps' inputs; the newest input is gated here. weight, step: address of
+    the oldest tap's weights, and bytes to the next tap's.
     """
     number, activates, gates = taps.literal_value, silu.literal_value, gated.literal_value
 
@@ -78,7 +78,7 @@ def _convolve(
 
 @intrinsic
 def _copy(_: Any, to: Any, source: Any, count: Any) -> Any:
-    """Copies `count` floats; zeros where `source` is 0."""
+    """Copy `count` floats; write zeros if `source` is 0."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -104,7 +104,7 @@ def _copy(_: Any, to: Any, source: Any, count: Any) -> Any:
 
 @njit(inline="always")
 def _earlier(given: Any, r: int, place: int, before: int, channel: int) -> int:
-    """Where one of the `before` inputs that a sequence's first token of the step sees stands; 0 where it is nothing."""
+    """Address of input `place` of the `before` inputs before a sequence's first token in the step; 0 if it is zeros."""
     source = int64_at(given.sources)[r]
     number = int64_at(given.replays)[r] + place - before
     if number >= 0:
@@ -116,7 +116,7 @@ def _earlier(given: Any, r: int, place: int, before: int, channel: int) -> int:
 
 
 def make_short_conv(TAPS: int, SILU: int, GATED: int) -> Callable[..., None]:
-    """The operation for a number of taps."""
+    """Return the operation for a number of taps."""
     BEFORE = TAPS - 1
 
     def short_conv(row, thread, threads):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The convolution with a state in plain torch, one sequence after the other."""
+"""The convolution with a state in plain torch, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def short_conv(
     stores, keeps = rows.stores.tolist(), rows.keeps.tolist()
     for (start, end), slot, source, replays in sequences:
         state = torch.zeros_like(cache.states[0]) if source < 0 else cache.states[source]
-        taken = torch.cat([state, cache.kept[slot, :replays].to(x.dtype), x[start:end]])  # the last ones are the step's
+        taken = torch.cat([state, cache.kept[slot, :replays].to(x.dtype), x[start:end]])  # ends with this step's rows
         count = end - start
         first = len(taken) - count - before
         total = torch.zeros(count, x.shape[1]) if bias is None else bias.float().repeat(count, 1)

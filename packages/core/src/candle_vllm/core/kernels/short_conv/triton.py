@@ -2,9 +2,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 """The convolution with a state on a GPU (step 6 of a request's life).
 
-A program has some channels of some tokens, which are computed side by side: a token sees inputs alone. States and kept
-rows are written when all have read them. Where every sequence has one token that is by the same program, else by a
-second launch, a program of which has some channels of a sequence.
+A program computes some channels of some tokens in parallel, because a token depends on inputs alone. States and kept
+rows are written after all programs have read them: by the same program if every sequence has one token, otherwise by a
+second launch, in which a program handles some channels of a sequence.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_pow
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
 
-_ROWS = 128  # sequences, or rows, that a program looks at together when it searches
+_ROWS = 128  # sequences, or rows, that a program compares at once when it searches
 _TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
 
 
 @triton.jit
 def _row(x, gate, row, there, channel, x_stride, gate_stride):
-    """Rows of the step [TOKENS, BLOCK], fp32, gated where there is a gate."""
+    """Load rows of the step [TOKENS, BLOCK], fp32, and apply the gate if it exists."""
     value = tl.load(x + row * x_stride + channel, mask=there, other=0.0)
     if gate is not None:
         factor = tl.load(gate + row * gate_stride + channel, mask=there, other=0.0)
@@ -40,8 +40,8 @@ def _input(
     gate,
     states,
     kept,  # at the first kept row of the sequence
-    begin,  # the first row of the step that the sequence has
-    number,  # of the input: those of the step are 0, 1, ...; all [TOKENS, 1]
+    begin,  # the sequence's first row in the step
+    number,  # index of the input: those of the step are 0, 1, ...; all [TOKENS, 1]
     replays,
     source,
     there,
@@ -53,7 +53,7 @@ def _input(
     C: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    """An input of a sequence [TOKENS, BLOCK], fp32: of the step, else a kept row that was right, else of the state."""
+    """Load an input of a sequence [TOKENS, BLOCK], fp32: from the step, an accepted kept row, or the state."""
     there = there & (channel < C)
     behind = replays + number
     now = _row(x, gate, begin + number, there & (number >= 0), channel, x_stride, gate_stride)
@@ -89,7 +89,7 @@ def conv_kernel(
     C: tl.constexpr,
     TAPS: tl.constexpr,
     SILU: tl.constexpr,
-    SINGLE: tl.constexpr,  # token t is all that sequence t has, and states are written
+    SINGLE: tl.constexpr,  # sequence t has exactly token t in this step, and states are written
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -169,7 +169,7 @@ def conv_kernel(
                 C,
                 BEFORE,
             )
-            tl.debug_barrier()  # the state may be written where it is read, and by other threads
+            tl.debug_barrier()  # the state may be overwritten where other threads read it
             at = states + to * slot_stride + tap * C + channel
             tl.store(at, value.to(states.dtype.element_ty), mask=inside & (to >= 0))
         value = _row(x, gate_in, begin + number, inside, channel, x_stride, gate_stride)
@@ -199,7 +199,7 @@ def store_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Writes states and kept rows of a sequence, in the order of its tokens."""
+    """Write states and kept rows of a sequence, in the order of its tokens."""
     BEFORE: tl.constexpr = TAPS - 1
     row = tl.program_id(0)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -314,7 +314,7 @@ def short_conv(
 
 
 def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
-    """Not measured yet: eight numbers for each thread."""
+    """Not measured yet: eight elements for each thread."""
     block = min(next_power_of_2(channels), 512 if single else 128)
     return {
         "C": channels,

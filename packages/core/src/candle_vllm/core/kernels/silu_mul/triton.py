@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Activation-and-multiply on a GPU (step 6 of a request's life). A program does part of one token's row."""
+"""Activation-and-multiply on a GPU (step 6 of a request's life). A program computes part of one token's row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton.language as tl
 from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
-_PART = 1024  # numbers of a program; not measured yet
+_PART = 1024  # elements of a program; not measured yet
 _KINDS = ("silu", "gelu_tanh", "sigmoid", "softplus", "silu_7", "silu_16")
 
 
 @triton.jit
 def limited(gate, up, LIMIT: tl.constexpr):
-    """Both factors: gate at most LIMIT, and up within [-LIMIT, LIMIT]. NaN stays NaN."""
+    """Clamp both factors: gate to at most LIMIT, and up to [-LIMIT, LIMIT]. NaN stays NaN."""
     up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
     return tl.where(gate > LIMIT, LIMIT, gate), up
 
@@ -27,7 +27,7 @@ def gate_mul_kernel(
     gate,  # [T, F / SPAN], rows contiguous
     up,  # [T, F], likewise
     y,  # [T, F] contiguous
-    gate_stride,  # numbers from a token to the next
+    gate_stride,  # elements from a token to the next
     up_stride,
     F: tl.constexpr,
     BLOCK: tl.constexpr,

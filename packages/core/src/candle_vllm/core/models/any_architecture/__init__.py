@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Architectures without a file of their own: transformers wires the layers, this engine does all the rest.
+"""Architectures without a file of their own: transformers wires the layers; attention and products are this engine's.
 
-The only package that imports transformers, which is optional: `pip install 'candle-vllm[transformers]'`.
+This is the only package that imports transformers, which is optional: `pip install 'candle-vllm[transformers]'`.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This engine's paged attention in transformers' attention interface, and what a model's layers ask of it."""
+"""Register this engine's paged attention in transformers' attention interface, and record the calls of a model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.loading.cache_specs import PagedSpec
 
 PAGED, PROBE = "candle_vllm", "candle_vllm_probe"
-"""Names in transformers' attention interface: of steps, and of the one pass that finds out what the layers ask."""
+"""Names in transformers' attention interface: for steps, and for the one pass that records the layers' calls."""
 
 
 class NotPagedError(Exception):
-    """The model asks for something that this engine's pages do not give; the message says what.
+    """The model needs a kind of attention that the paged cache does not support; the message says which.
 
     Args:
         message: what it asks for, and where.
-        causal: it may run on a cache of its own, for a token's result does not depend on later tokens.
+        causal: no token's result depends on later tokens, so the model may still run with a cache of transformers.
     """
 
     def __init__(self, message: str, *, causal: bool = True) -> None:
@@ -36,14 +36,14 @@ class NotPagedError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
-    """One call of the attention interface in a pass through the model. A model's calls come in the same order always.
+    """One call of the attention interface in a pass through the model. All passes make the same calls in order.
 
     Attributes:
         module: name of the module that calls.
-        heads, kv_heads: H and K.
-        key_dim, value_dim: elements of a head of keys, and of values, which are filled up with zeros to the former.
-        window: positions that a token sees, its own included; -n for a chunk of n tokens; None is all.
-        scale, softcap: of scores, see `kernels/attention`.
+        heads, kv_heads: number of query heads H and of key-value heads K.
+        key_dim, value_dim: elements of a key head and of a value head; values are padded with zeros to `key_dim`.
+        window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
+        scale, softcap: scale and softcap of the attention scores, see `kernels/attention`.
     """
 
     module: str
@@ -57,30 +57,30 @@ class AttentionCall:
 
     @property
     def spec(self) -> PagedSpec:
-        """What the call keeps of each token."""
+        """The cache that the call needs for each token."""
         return PagedSpec(self.kv_heads, self.key_dim, self.key_dim, self.reach)
 
     @property
     def reach(self) -> int | None:
-        """The most positions that a token sees; None is all."""
+        """The maximum number of positions that a token attends to; None for all."""
         return None if self.window is None else abs(self.window)
 
     def attention(self, number: int) -> PagedAttention:
-        """The attention of the call, which has the cache of this number."""
+        """Make the attention layer of the call, which uses the cache with index `number`."""
         how: dict[str, Any] = {"window": self.window, "scale": self.scale, "softcap": self.softcap}
         return PagedAttention(number, self.key_dim, None, **how)
 
 
 @dataclasses.dataclass
 class Pass:
-    """One pass through a model's layers: a step, or the one that writes down the calls.
+    """One pass through a model's layers: a step, or the pass that records the layers' calls.
 
     Attributes:
-        names: of the model's modules.
-        calls: what was written down.
-        step: what attention is computed with; None while calls are written down.
-        attentions: of each call, in a step.
-        done: calls that the pass has come by.
+        names: name of each module of the model.
+        calls: the recorded calls.
+        step: the step's input; None while calls are recorded.
+        attentions: in a step, the attention layer of each call.
+        done: number of calls that the pass has executed.
     """
 
     names: dict[Any, str]
@@ -90,22 +90,22 @@ class Pass:
     done: int = 0
 
 
-_PASS: ContextVar[Pass] = ContextVar("pass")
+PASS: ContextVar[Pass] = ContextVar("pass")
 
 
 @contextmanager
 def under_way(each: Pass) -> Iterator[Pass]:
-    """Around a pass through the model."""
-    token = _PASS.set(each)
+    """Context in which `each` is the current pass through the model."""
+    token = PASS.set(each)
     try:
         yield each
     finally:
-        _PASS.reset(token)
+        PASS.reset(token)
 
 
 def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
-    """Notes the call of q [1, H, T, D], k [1, K, T, D] and v [1, K, T, V], and gives zeros [1, T, H, V]."""
-    this = _PASS.get()
+    """Record the call of q [1, H, T, D], k [1, K, T, D] and v [1, K, T, V], and return zeros [1, T, H, V]."""
+    this = PASS.get()
     name = this.names.get(module, type(module).__name__)
     tokens, (_, heads, count, dim) = query.shape[2], query.shape
     if query.shape[0] != 1 or key.shape[2] != count or value.shape[2] != count:
@@ -121,7 +121,7 @@ def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: A
     if attention_mask is not None:
         if not hasattr(attention_mask, "window"):
             raise NotPagedError(f"{name} has a mask of its own")
-        window = attention_mask.window  # what plain attention in transformers goes by
+        window = attention_mask.window  # transformers' own attention uses the mask only
         if isinstance(window, NotPagedError):
             raise window
     scale = dim**-0.5 if more.get("scaling") is None else float(more["scaling"])
@@ -130,14 +130,14 @@ def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: A
     return query.new_zeros(1, tokens, heads, value.shape[3]), None
 
 
-_KNOWN = ("s_aux", "position_ids", "cache_position", "attention_mask")  # tensors beside q, k and v
+_KNOWN = ("s_aux", "position_ids", "cache_position", "attention_mask")  # tensor arguments besides q, k and v
 _UNKNOWN = ("position_bias", "alibi", "attention_bias", "bias", "indices", "block_indices", "sinks")
 
 
 def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **more: Any) -> tuple[Any, None]:
-    """Writes k and v [1, K, T, D] into the cache of this call, and gives attention of q [1, H, T, D]: [1, T, H, V]."""
+    """Write k and v [1, K, T, D] to the cache of this call, and return attention of q [1, H, T, D] as [1, T, H, V]."""
     del module, attention_mask
-    this = _PASS.get()
+    this = PASS.get()
     assert this.step is not None
     attention, call = this.attentions[this.done], this.calls[this.done]
     this.done += 1
@@ -150,9 +150,9 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
-    """A mask [1, 1, T, T] without memory that has the window that `mask_function` means, or why it means no window.
+    """A mask [1, 1, T, T] without memory; its `window` is that of `mask_function`, or the error if it has another form.
 
-    Nothing is raised here, for models make masks that none of their layers uses.
+    The error is not raised here, because models also make masks that no layer uses.
     """
     mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
     try:
@@ -164,7 +164,7 @@ def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | No
 
 
 def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | None:
-    """The window of a mask, which is tried at its edge; NotPagedError where it is another kind of mask."""
+    """Find a mask's window by testing positions at its edge; raises NotPagedError for another kind of mask."""
     size = local_size or 1
 
     def sees(query: int, key: int) -> bool:
@@ -182,7 +182,7 @@ def _window(mask_function: Callable[..., Any], local_size: int | None) -> int | 
 
 
 def _without_padding(value: Any) -> Any:
-    """A mask function whose counts of padding tokens, which have no memory, are zeros."""
+    """Copy a mask function, with zeros for its counts of padding tokens, which are on the meta device."""
     if isinstance(value, torch.Tensor) and value.is_meta and value.dim() == 1:
         return torch.zeros_like(value, device="cpu")
     if isinstance(value, tuple):

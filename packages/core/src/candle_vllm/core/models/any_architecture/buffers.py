@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What no checkpoint stores and a model of transformers computes: rotary frequencies, tables of positions."""
+"""Compute the buffers of a transformers model that no checkpoint stores: rotary frequencies, tables of positions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from candle_vllm.core.layers.parameters import Placement
 
 
 def first_position(model: Any) -> int:
-    """Row of the position table for a sequence's first token: RoBERTa's and its kin begin behind the padding token."""
+    """Row of the position table for a sequence's first token; models like RoBERTa begin after the padding token."""
     tables = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
     return next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
 
 
 def make_buffers(model: Any, placement: Placement, longest: int) -> None:
-    """Computes what no checkpoint stores, such as rotary frequencies, by each class's own rules."""
+    """Compute the buffers that no checkpoint stores, such as rotary frequencies, by each class's own rules."""
     models = [each for each in model.named_modules() if isinstance(each[1], transformers.PreTrainedModel)]
     for name, module in reversed(list(model.named_modules())):  # a model fills buffers of its layers last
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
@@ -37,7 +37,7 @@ def make_buffers(model: Any, placement: Placement, longest: int) -> None:
 
 
 def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
-    """The kinds of layers, and of their frequencies, that change with the longest text, which they do no more."""
+    """Stop rotary frequencies from depending on the longest text; return the layer types and rope types that did."""
     kinds = getattr(module, "rope_type", None)
     each = list(kinds.items()) if isinstance(kinds, dict) else [(None, kinds)]
     changing = [(layer, kind) for layer, kind in each if kind in ("dynamic", "longrope")]
@@ -47,7 +47,7 @@ def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
 
 
 def _settle_rotary(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
-    """Frequencies for the context that is served: by its own code they would depend on all sequences of a step."""
+    """Set frequencies for the context length that is served; transformers would take the longest text of a step."""
     prefix = "" if layer is None else f"{layer}_"
     which = {} if layer is None else {"layer_type": layer}
     found, scale = ROPE_INIT_FUNCTIONS[kind](module.config, device, seq_len=longest, **which)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The description of a model that transformers wires, from its `config.json`."""
+"""The config of a model that transformers wires, from its `config.json`."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_la
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyConfig(ModelConfig):
-    """What transformers knows of a model, and what its layers keep.
+    """Config of a model that transformers wires, and of the caches of its layers.
 
     Attributes:
-        described: its config, of transformers.
-        calls: calls of attention in their order; none of a model that runs one sequence at a time.
-        obstacle: why it runs one sequence at a time, on transformers' own cache; None where it does not.
+        described: the model's config object of transformers.
+        calls: the model's calls of attention, in order; empty for a model that runs one sequence at a time.
+        obstacle: why the model runs one sequence at a time, on transformers' own cache; None if it has the paged cache.
     """
 
     described: Any
@@ -48,16 +48,16 @@ class AnyConfig(ModelConfig):
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
-        """See `ModelConfig`; a model on transformers' own cache has pages that only count its tokens."""
+        """See `ModelConfig`; for a model on transformers' own cache the pages only count tokens."""
         return tuple(call.spec for call in self.calls) or (PagedSpec(1, 1, 1),) * self.num_layers
 
 
 def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
-    """Reads a `config.json` by transformers' own class, builds the model without memory and tries it.
+    """Read a `config.json` by transformers' own class, build the model without memory, and try it.
 
     Raises:
-        UnsupportedModelError: transformers has no such decoder, or none that runs here.
-        InvalidFileError: the config contradicts itself, or claims sizes that no model has.
+        UnsupportedModelError: transformers has no such decoder, or the decoder cannot run here.
+        InvalidFileError: the config contradicts itself, or has sizes that no model has.
     """
     _check_sizes(values, path)
     kind = Fields(values, path).get("model_type", str)
@@ -107,7 +107,7 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
 
 
 def _with_floats(value: Any) -> Any:
-    """The values with the floats that JSON has no word for, which transformers writes as {"__float__": "Infinity"}."""
+    """Convert the floats that JSON cannot express and transformers writes as {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
         special = value.get("__float__")
         return float(special) if isinstance(special, str) else {key: _with_floats(each) for key, each in value.items()}
@@ -115,12 +115,12 @@ def _with_floats(value: Any) -> Any:
 
 
 def _check_sizes(values: Mapping[str, Any], path: Path) -> None:
-    """InvalidFileError for a config that would have more built than any model has."""
+    """Raise InvalidFileError if the config asks for larger sizes than any model has."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             _check_sizes(value, path)
         most = MAX_LAYERS if key in _LAYERS else MAX_EXPERTS if key.endswith("experts") else MAX_COUNT
-        most = most << 4 if "vocab" in key else most  # of tables for several tokens together
+        most = most << 4 if "vocab" in key else most  # some vocabularies have a table for several tokens together
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) > most and not key.endswith("_id"):
             raise InvalidFileError(f"{path}: {key} is {value}; at most {most} are possible")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A decoder that transformers wires, over this engine's caches and products."""
+"""A decoder that transformers wires, with this engine's caches and matrix products."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from candle_vllm.core.models.any_architecture.config import AnyConfig
 from candle_vllm.core.models.any_architecture.modules import replace_products
 from candle_vllm.core.models.any_architecture.products import Products
 
-_RECOMPUTED = ("blt", "cpmant")  # whose caches go on to other results than those of the whole text
-_ROUTERS = ("gate", "router", "shared_expert_gate")  # which `isq` leaves plain
+_RECOMPUTED = ("blt", "cpmant")  # models whose results from a cache differ from those of the whole text
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # modules that `isq` does not quantise
 
 
 class AnyDecoder:
-    """Token ids [T] to hidden states [T, E] to logits [T, V], by a model of transformers.
+    """Decoder by a model of transformers: token ids [T] to hidden states [T, E] to logits [T, V].
 
     Args:
-        config: its description.
-        placement: where its weights live; layers run op by op.
+        config: the model's config.
+        placement: where the weights live; layers run op by op.
 
     Attributes:
-        named: its layers with weights by transformers' names.
-        experts: those of them that are the matrices of experts.
+        named: the layers with weights, by transformers' names.
+        experts: the layers among them that are matrices of experts.
         stored_shapes: shapes of transformers' own parameters, by their names.
         upside_down: names of the layers whose matrices transformers stores transposed.
-        targets: where the table finds these layers: `embed`, `head`, or a number of `parts`.
+        targets: where the table of weight names finds each layer: `embed`, `head`, or an index of `parts`.
         narrows: see `DecoderStack`.
     """
 
@@ -67,12 +67,12 @@ class AnyDecoder:
         self._head = _Head(self._base)
         self._attentions = [call.attention(number) for number, call in enumerate(config.calls)]
         self._first_position = first_position(self.model)
-        self._cache = dict[str, Any]()  # of the one sequence, where it is transformers'
-        self._seen = torch.empty(1, 0, dtype=torch.int64)  # its tokens
+        self._cache = dict[str, Any]()  # cache of the only sequence, if transformers keeps it
+        self._seen = torch.empty(1, 0, dtype=torch.int64)  # tokens of this sequence
         self._recomputes = config.model_type in _RECOMPUTED or not trial.keeps_its_own_cache(self.model)
 
     def prepare(self, positions: int) -> None:
-        """See `Decoder.prepare`; transformers computes its tables in each step."""
+        """See `Decoder.prepare`; transformers computes its rotary tables in each step."""
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """See `Decoder.forward`."""
@@ -88,16 +88,16 @@ class AnyDecoder:
         return out.last_hidden_state[0]
 
     def _alone(self, ids: torch.Tensor, first: int) -> torch.Tensor:
-        """Hidden states [T, E] of tokens [1, T] of the one sequence from position `first` on, whose cache goes on."""
+        """Hidden states [T, E] of tokens [1, T] from position `first` on, continuing the cache of the only sequence."""
         if first == 0:
             self._cache, self._seen = dict[str, Any](), ids[:, :0]
         assert first == self._seen.shape[1], "a sequence begins at its first token, and no other runs beside it"
-        # Layers with a state begin with a prompt as a whole, and go on by one token.
+        # Layers with a state read the first part of a prompt at once, and then one token at a time.
         pieces = [ids] if first == 0 else ids.split(1, 1)
         return torch.cat([self._continued(piece) for piece in pieces])
 
     def _continued(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, E] of the next tokens [1, T]; without a cache all tokens before them are run again."""
+        """Hidden states [T, E] of the next tokens [1, T]; without a cache all earlier tokens are computed again."""
         before, self._seen = self._seen.shape[1], torch.cat([self._seen, ids], 1)
         if self._recomputes:
             return self._base(input_ids=self._seen, return_dict=True).last_hidden_state[0, before:]
@@ -111,7 +111,7 @@ class AnyDecoder:
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """See `Decoder.logits`; whatever the class does behind its last norm is done by its own code."""
+        """See `Decoder.logits`; the class's own code does whatever follows its last norm."""
         self._head.hidden, prefix = hidden[None], trial.layers_of(self.model)
         self.model.set_submodule(prefix, self._head)
         try:
@@ -122,28 +122,28 @@ class AnyDecoder:
 
 
 class _Head(torch.nn.Module):
-    """Stands in the place of a model's layers while logits are made of hidden states that are there."""
+    """Replaces a model's layers while logits are computed from given hidden states."""
 
     def __init__(self, base: torch.nn.Module) -> None:
         super().__init__()
         self.hidden: torch.Tensor | None = None
-        self._base = [base]  # not a child of this
+        self._base = [base]  # in a list, so that it is not registered as a child
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             found = getattr(self.__dict__["_base"][0], name)
-            return self if isinstance(found, transformers.PreTrainedModel) else found  # some heads ask an inner model
+            return self if isinstance(found, transformers.PreTrainedModel) else found  # some heads call an inner model
 
     def forward(self, *_: Any, **__: Any) -> _Output:
-        """The hidden states as the layers' result."""
+        """Return the hidden states as the layers' result."""
         assert self.hidden is not None
         return _Output(self.hidden)
 
 
 class _Output:
-    """A result of layers that knows nothing but hidden states."""
+    """Output of the layers that has only hidden states; all other fields are None."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden

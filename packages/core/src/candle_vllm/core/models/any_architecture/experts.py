@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This engine's products in the places of a layer's experts, which transformers keeps as one tensor of all experts."""
+"""This engine's products for the experts of a layer, which transformers stores as one tensor of all experts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Experts:
     Attributes:
         linear: the matrices; its parts are stored under the names of `stored_part`.
         count: number of experts.
-        pieces: names of the parts of a matrix [N, K], whose rows stand behind each other.
+        pieces: names of the parts of a matrix [N, K], whose rows follow each other.
         upside_down: whether transformers' tensor is [X, K, N].
     """
 
@@ -36,7 +36,7 @@ class Experts:
         self.linear = Linear(columns, sizes, placement, bias=module.has_bias, experts=self.count)
 
     def multiply(self, x: torch.Tensor, experts: torch.Tensor, products: Products | None, top_k: int) -> torch.Tensor:
-        """x [P, K] to each row's product [P, N] with the expert of this row; `experts` [P], P is T times `top_k`."""
+        """Multiply each row of x [P, K] by the matrix of its expert: [P, N]; `experts` is [P], P is T times `top_k`."""
         if products is None:
             chosen = experts.view(-1, top_k).to(torch.int32)
             return self.linear(x, Pairs(torch.ones(chosen.shape, device=x.device), chosen, self.count))
@@ -50,12 +50,12 @@ class Experts:
         return made
 
     def split(self, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        """The parts of a tensor [X, N, K] of all experts, or of their biases [X, N]."""
+        """Split a tensor [X, N, K] of all experts, or their biases [X, N], into the parts of each expert."""
         for expert in range(self.count):
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """The parts of tensors [N, K] of each expert, a list for each piece or for all; None where they do not fit."""
+        """Name single experts' tensors [N, K]; `each` has a list for each piece, or one; None if they do not fit."""
         if self.upside_down or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):
@@ -72,13 +72,13 @@ class Experts:
 
 
 def stored_part(name: str, part: str) -> str:
-    """The name under which `Experts` gives a part, "gate.3.weight", of the tensor `name` of all experts."""
+    """The name under which `Experts` yields a part such as "gate.3.weight" of the tensor `name` of all experts."""
     piece, expert, kind = part.split(".")
     return f"{name}{'_bias' if kind == 'bias' else ''}.{expert}.{piece}"
 
 
 def has_experts(module: Any) -> bool:
-    """Whether a module keeps experts as transformers' interface for experts has them, and nothing else."""
+    """Whether a module has the parameters of transformers' interface for experts, and nothing else."""
     if not hasattr(module, "has_gate") or not hasattr(module, "_apply_gate"):
         return False
     names = {_first(module), "down_proj"}
@@ -91,7 +91,7 @@ def _first(module: Any) -> str:
 
 
 class _OwnExperts:
-    """What is put before the class of experts, so that their matrices are this engine's."""
+    """Base class put before a module's class of experts, so that this engine's matrices are used."""
 
     own_first: Experts
     own_down: Experts
@@ -100,7 +100,7 @@ class _OwnExperts:
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """x [T, E] to the weighted sums [T, E] of the results of each token's experts [T, k]."""
+        """x [T, E] to the weighted sums [T, E] of the results of each token's k experts."""
         if hidden_states.is_meta:
             return torch.empty_like(hidden_states)
         this: Any = self
@@ -115,7 +115,7 @@ class _OwnExperts:
 
 
 def replace_experts(module: Any, placement: Placement, products: Products | None) -> dict[str, Experts]:
-    """Put this engine's matrices in the place of a module's experts; returns them by the names of its parameters."""
+    """Replace a module's experts by this engine's matrices; return these by the names of the module's parameters."""
     first = _first(module)
     parts = {first: Experts(module, first, placement), "down_proj": Experts(module, "down_proj", placement)}
     module.__class__ = type(f"Own{type(module).__name__}", (_OwnExperts, type(module)), {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The family of one model that transformers wires: its description, its layers, and the names of its weights."""
+"""The family of one model that transformers wires: its config, its layers, and the names of its weights."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]:
-    """The family of one model, and its description; errors as `config_from_hf`."""
+    """The family and the config of one model; errors as in `config_from_hf`."""
     return _family(values, path, named_for)
 
 
 def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig]:
-    """The same of a GGUF file, of the architecture `name`.
+    """The family and the config of a GGUF file with the architecture `name`.
 
     Raises:
         UnsupportedModelError: transformers reads no GGUF files of this architecture; the message lists those it reads.
@@ -61,19 +61,19 @@ def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
                 names: Any = stored_part(name, part)
             else:
                 stored = name if part == "tensor" else f"{name}.{part}"
-                tied = decoder.model.all_tied_weights_keys.get(stored)  # of a head with a bias, which has its own copy
+                tied = decoder.model.all_tied_weights_keys.get(stored)  # a tied head with a bias has its own copy
                 names = stored if tied is None else (tied, stored)
             view = _upright if part == "weight" and name in decoder.upside_down else None
             yield WeightName(f"{decoder.targets[name]}:{part}", names, names, view)
 
 
 def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
-    """A matrix that transformers stores transposed; makers of quantised checkpoints store it upright."""
+    """A matrix that transformers stores transposed; quantised checkpoints store it as [N, K]."""
     return stored if stored.quantised else transposed(stored, config)
 
 
 def _ignored(model: Any, config: Any) -> Sequence[str]:
-    """Stored names that carry nothing: what transformers says so of, copies of a tied matrix, old buffers."""
+    """Patterns of stored names without use: those that transformers ignores, copies of a tied matrix, old buffers."""
     del config
     said = [*(model._keys_to_ignore_on_load_unexpected or ()), *map(re.escape, model.all_tied_weights_keys)]
     return [*(f".*(?:{each}).*" for each in said), r".*rotary_emb\.inv_freq", r".*\.attn\.(?:masked_)?bias"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""GGUF files by transformers' own tables: a config of the metadata, and tensors under the names of parameters.
+"""GGUF files by transformers' own tables: a config from the metadata, and tensors under the names of parameters.
 
-A table says how the values of a tensor differ from those of the parameter. Where rows alone stand in another order, the
-tensor stays quantised; a table that changes values, or the order of columns, is applied to decoded ones.
+A table says how the values of a tensor differ from those of the parameter. If only the order of rows differs, the
+tensor stays quantised; a table that changes values or the order of columns is applied to decoded values.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from candle_vllm.core.models.any_architecture.weights import apart, named_for
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
-"""Sizes that the tables leave to a config's defaults, by the keys of metadata."""
+"""Sizes that transformers' tables do not read, by their metadata keys; without them a config has its defaults."""
 
 
 _TABLES = frozenset({*GGUF_CONFIG_ARCHS, *GGUF_CONFIG_MAPPING} - {"general", "tokenizer"})
-_TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # model types of files that have the text model alone
+_TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # model types for files with the text model only
 
 
 def reads_gguf(name: str) -> bool:
@@ -51,12 +51,12 @@ def reads_gguf(name: str) -> bool:
 
 
 def _table(name: str) -> str:
-    """The name of an architecture's table."""
+    """The name of transformers' table for an architecture."""
     return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}.get(name, name.replace("-", "_"))
 
 
 def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The contents of a `config.json` for a GGUF file of the architecture `name`; errors as `family_of_gguf`."""
+    """The contents of a `config.json` for a GGUF file of the architecture `name`; errors as in `family_of_gguf`."""
     path, kind = checkpoint.path, _table(name)
     if kind not in _TABLES:
         raise UnsupportedModelError(
@@ -80,7 +80,7 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         )
     tied = "output.weight" not in checkpoint.tensors or kind in ("falcon", "bloom")
     table = checkpoint.tensors.get("token_embd.weight")
-    sizes = {} if table is None else {"vocab_size": table.shape[0]}  # it may have more rows than there are tokens
+    sizes = {} if table is None else {"vocab_size": table.shape[0]}  # the table may have more rows than tokens
     known = vars(CONFIG_MAPPING[values["model_type"]]())
     for key, named in _MORE.items():
         size = checkpoint.metadata.get(f"{name}.{key}")
@@ -92,7 +92,7 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
 def named_in_gguf(
     name: str, model: Any, shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts], checkpoint: Checkpoint
 ) -> Checkpoint:
-    """The tensors of a GGUF file under the names of parameters; arguments as for `named_for`."""
+    """The tensors of a GGUF file under the names of parameters; arguments as in `named_for`."""
     if name in GGUF_ARCHS:
         return named_for(model, shapes, experts, checkpoint, get_gguf_conversion_mapping(name, model.config))
     processor = TENSOR_PROCESSORS.get(name, TensorProcessor)(config=model.config.to_dict())
@@ -101,7 +101,7 @@ def named_in_gguf(
     for each, stored in checkpoint.tensors.items():
         target = names.get(each) or names.get(each.removesuffix(".weight"))
         if target is None or target not in shapes:
-            found[each] = stored  # which the loader names
+            found[each] = stored  # the loader reports it as unexpected
         elif target in experts:
             found |= dict(_of_experts(target, experts[target], each, stored))
         else:
@@ -113,7 +113,7 @@ def named_in_gguf(
 
 
 def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-    """The parts of one tensor of all experts, which is gate, up or down."""
+    """Split one tensor of all experts, which has their gate, up or down matrices."""
     piece = next((piece for piece in of.pieces if f".ffn_{piece}_exps." in name), None)
     if piece is None:
         yield from of.split(target, stored)
@@ -122,16 +122,16 @@ def _of_experts(target: str, of: Experts, name: str, stored: StoredTensor) -> It
 
 
 def _process(processor: Any, name: str, values: np.ndarray) -> np.ndarray:
-    """The values of a parameter by those of a tensor."""
+    """Compute the values of a parameter from those of a stored tensor."""
     given: dict[str, Any] = {"tensors": {}}
     made = processor.process(weights=values, name=name, tensor_key_mapping={}, parsed_parameters=given)
     return values if made.name is None else made.weights  # a tensor without a name is stored as it is
 
 
 def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | tuple[int, ...] | None:
-    """The order of the rows, the shape of values that are changed, or None where a tensor stays as it is.
+    """How a stored tensor differs: the order of its rows, the shape of its changed values, or None if it is unchanged.
 
-    A matrix that is just transposed stays as it is: the family's table reads it upright.
+    A matrix that is only transposed counts as unchanged: the family's table transposes it.
     """
     numbers = np.arange(shape[0] if shape else 1, dtype=np.int32)
     numbers = np.broadcast_to(numbers.reshape(-1, *[1] * (len(shape) - 1)), shape)
@@ -149,7 +149,7 @@ def _change(processor: Any, name: str, shape: tuple[int, ...]) -> np.ndarray | t
 
 
 def _changed(processor: Any, name: str, stored: StoredTensor, change: Any) -> StoredTensor:
-    """A tensor as its parameter has it."""
+    """Apply `change` to a stored tensor, so that it equals the parameter."""
     if change is None:
         return stored
     if isinstance(change, np.ndarray):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This engine's products in the places of transformers' linear layers, embedding tables and experts."""
+"""This engine's products in place of transformers' linear layers, embedding tables and experts."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.torch_numbers import load_tensor
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Loadable, Parameter
+from candle_vllm.core.models.any_architecture.attention import PASS
 from candle_vllm.core.models.any_architecture.experts import Experts, has_experts, replace_experts
 from candle_vllm.core.models.any_architecture.products import Products, decoded
 
 
 class _Weight(torch.Tensor):
-    """The matrix of a replaced module for model code that looks at it: decoded when an operation reads it."""
+    """The matrix of a replaced module, for model code that reads it: decoded when an operation uses it."""
 
     module: Any
 
     @staticmethod
     def __new__(cls, module: Any) -> _Weight:
-        """Stands for the matrix of a module."""
+        """Make a placeholder for the matrix of a module."""
         kind = {"dtype": module.own_dtype, "device": module.own_device}
         made: Any = torch.Tensor._make_wrapper_subclass(cls, module.stored_shape, **kind)
         made.module = module
@@ -42,42 +44,49 @@ class _Weight(torch.Tensor):
 
 
 class _Own:
-    """What is put before a module's class, so that its matrix [N, K] is one of this engine's.
+    """Base class put before a module's class, so that its matrix [N, K] is one of this engine's.
 
     Attributes:
-        own: what multiplies, or is looked up.
-        products: compiled kernels for it; None where torch computes.
+        own: the layer that multiplies or looks up.
+        products: compiled kernels for the layer; None if torch computes.
     """
 
     own: Any
-    transposed = False  # how the module stores the matrix
+    transposed = False  # whether the module stores its matrix as [K, N]
 
     @property
     def table(self) -> Linear:
-        """The matrix, as a layer."""
+        """The `Linear` that has the matrix."""
         return self.own.table if isinstance(self.own, Embedding) else self.own
 
     @property
     def weight(self) -> torch.Tensor:
-        """The matrix for model code that looks at it; before it is filled without memory."""
+        """The matrix for model code that reads it; on the meta device until it is loaded."""
         if "matrices" not in self.table.__dict__:
             return torch.empty(self.stored_shape, dtype=self.own_dtype, device="meta")
         return _Weight(self)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape in which the module has its matrix."""
+        """The shape that the module gives its matrix."""
         return self.shape[::-1] if self.transposed else self.shape
 
     def decoded(self) -> torch.Tensor:
-        """The numbers of the matrix, as the module has it."""
+        """Decode the matrix, in the module's own orientation."""
         numbers = decoded(self.table.matrices, self.own_dtype, self.products)
         return numbers.T if self.transposed else numbers
+
+    def adapters_of(self, rows: int) -> Any:
+        """The adapters of a product with `rows` rows; UnsupportedModelError if these are not the step's tokens."""
+        adapters, step = self.table.adapters, getattr(PASS.get(None), "step", None)
+        if adapters is not None and adapters.groups and step is not None and len(step.positions) != rows:
+            raise UnsupportedModelError(f"an adapter changes {type(self).__name__}, whose rows are not tokens")
+        return adapters
 
     def become(
         self, own: Linear | Embedding, placement: Placement, shape: tuple[int, int], products: Products | None
     ) -> None:
-        """Take a layer of this engine of shape [N, K]; the module's own parameters go."""
+        """Replace the module's parameters by a layer of this engine, with shape [N, K]."""
         self.own, self.shape, self.products = own, shape, products
         self.own_dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
         self.own_device = (
@@ -87,11 +96,11 @@ class _Own:
 
 
 class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no parameter
-    """`nn.Linear` by a `Linear`: x [..., K] to [..., N]."""
+    """`nn.Linear` over a `Linear` of this engine: x [..., K] to [..., N]."""
 
     @property
     def bias(self) -> Any:
-        """The bias [N]; None without a bias."""
+        """The bias [N], or None."""
         return self.table.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
@@ -99,41 +108,43 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
         if input.is_meta:
             return input.new_empty(*input.shape[:-1], self.shape[0])
         x, table, products = input.reshape(-1, self.shape[1]), self.table, self.products
+        adapters = self.adapters_of(len(x))
         if products is None:
             return table(x).view(*input.shape[:-1], self.shape[0])
         y = products.multiply(table.matrices, x)
         y = y if table.bias is None else y.add_(table.bias)
-        y = y if table.adapters is None else table.adapters.add(table.place, x, y, table.bias)
+        y = y if adapters is None else adapters.add(table.place, x, y, table.bias)
         return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
 
 
 class OwnConv1D(OwnLinear, Conv1D):  # type: ignore[misc]
-    """transformers' `Conv1D`, whose matrix is stored transposed, by a `Linear`."""
+    """transformers' `Conv1D`, which stores its matrix transposed, over a `Linear` of this engine."""
 
     transposed = True
 
 
 class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
-    """`nn.Embedding` by an `Embedding`: ids [...] to rows [..., K]."""
+    """`nn.Embedding` over an `Embedding` of this engine: ids [...] to rows [..., K]."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Embedding`."""
         ids, own = input.reshape(-1), self.own
         if ids.is_meta:
             return torch.empty(*input.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
+        adapters = self.adapters_of(len(ids))
         if self.products is None:
             return own(ids).view(*input.shape, self.shape[1])
         rows = self.products.take(own.table.matrices[0], ids)
-        rows = rows if own.table.adapters is None else own.table.adapters.look_up(own.place, ids, rows)
+        rows = rows if adapters is None else adapters.look_up(own.place, ids, rows)
         return rows.to(self.own_dtype).view(*input.shape, self.shape[1])
 
 
 class PlainTensor:
-    """A parameter or buffer that stays transformers' own, as a layer with one part, "".
+    """A parameter or buffer that stays in its module, as a layer with one part, "".
 
     Args:
-        module, name: where it is.
-        placement: where it goes; it keeps its type.
+        module, name: the module, and the name of the tensor in it.
+        placement: device of the tensor, which keeps its type.
     """
 
     def __init__(self, module: torch.nn.Module, name: str, placement: Placement) -> None:
@@ -147,15 +158,15 @@ class PlainTensor:
         self._tensor = tensor
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """The one part."""
+        """The only part, by its name ""."""
         return {"tensor": _PlainParameter(self._tensor.detach())}
 
 
 class _PlainParameter(TensorParameter):
-    """A tensor of torch whatever its type."""
+    """A tensor of torch of any type."""
 
     def fill(self, stored: Any) -> str | None:
-        """Decodes the tensor and copies it."""
+        """Decode the tensor and copy it."""
         if self._tensor.is_floating_point():
             return super().fill(stored)
         self._tensor.copy_(load_tensor(stored, None))
@@ -170,7 +181,7 @@ _BASES: Mapping[type[torch.nn.Module], type[Any]] = {
 
 
 def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
-    """The class whose product a module computes, perhaps with more around it; None for another module."""
+    """The replaceable base class of a module, whose forward pass may do more; None for any other module."""
     kind = type(module)
     if kind in _BASES:
         return kind
@@ -182,24 +193,24 @@ def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def replace_products(
     model: torch.nn.Module, placement: Placement, tied: Mapping[str, str], products: Products | None
 ) -> tuple[dict[str, Loadable], dict[str, Experts]]:
-    """Put this engine's layers in the places of linear layers, embedding tables and experts.
+    """Replace linear layers, embedding tables and experts by layers of this engine.
 
     Args:
-        model: of transformers, without memory.
-        placement: where the layers go.
-        tied: names of parameters by the names of those that are the same.
-        products: compiled kernels; None where torch computes.
+        model: the model of transformers, on the meta device.
+        placement: where the new layers live.
+        tied: for each tied parameter, the name of the parameter that it shares.
+        products: compiled kernels; None if torch computes.
 
     Returns:
-        every layer with parameters by its module's name, the parts of a module that stays, and matrices of experts, as
-        "module.parameter"; and those that are matrices of experts.
+        every layer with parameters by its module's name, the parameters of modules that stay, and matrices of experts
+        as "module.parameter"; and of these the matrices of experts alone.
     """
     parts: dict[str, Loadable] = {}
     experts: dict[str, Experts] = {}
     tables: dict[str, Linear] = {}
     found = [(name, module, _base_of(module)) for name, module in model.named_modules()]
     modules: list[tuple[str, Any, Any]] = [each for each in found if each[2] is not None]
-    for name, module, base in sorted(modules, key=lambda item: item[2] is not torch.nn.Embedding):  # tables come first
+    for name, module, base in sorted(modules, key=lambda item: item[2] is not torch.nn.Embedding):  # tables first
         rows, columns = shape = tuple(module.weight.shape[::-1] if base is Conv1D else module.weight.shape)
         source = tied.get(f"{name}.weight", "").removesuffix(".weight")
         if base is torch.nn.Embedding:
@@ -209,7 +220,7 @@ def replace_products(
             own = tables[source]
         else:
             parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
-        kind, mine = type(module), _BASES[base]  # a subclass calls this engine's wherever it would call its base
+        kind, mine = type(module), _BASES[base]  # a subclass calls this engine's method wherever it calls its base's
         module.__class__ = mine if kind is base else type(f"Own{kind.__name__}", (kind, mine), {})
         module.become(own, placement, shape, products)
     for name, module in model.named_modules():
@@ -224,6 +235,6 @@ def replace_products(
                     parts[path] = PlainTensor(module, part, placement)
     for path, source in tied.items():
         owner, _, part = path.rpartition(".")
-        if source in parts and not isinstance(model.get_submodule(owner), _Own):  # where neither is this engine's
+        if source in parts and not isinstance(model.get_submodule(owner), _Own):  # if neither was replaced
             setattr(model.get_submodule(owner), part, model.get_parameter(source))
     return parts, experts

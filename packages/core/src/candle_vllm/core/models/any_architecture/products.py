@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Products by the CPU's compiled kernels for layers that run op by op in torch: a recorded plan for each matrix.
+"""Products by the CPU's compiled kernels for layers that run op by op in torch: one recorded plan for each matrix.
 
-A recorded step is one plan of all operations. Layers of transformers are Python code between their products, so each
-product is a plan of its own here. All plans read their input from the same buffer and write to the same buffer.
+A recorded step is one plan of all operations. Layers of transformers run Python code between their products, so each
+product here has a plan of its own. All plans read from the same input buffer and write to the same output buffer.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, put_value, step_tokens
 from candle_vllm.core.kernels.recorded import Matrix
 
-_ROWS = 256  # of a plan's buffers; more rows are several runs
+_ROWS = 256  # rows of a plan's buffers; a product with more rows runs the plan several times
 
 
 class Products:
-    """The products of one model.
+    """The matrix products of one model.
 
     Args:
         threads: number of threads.
@@ -38,7 +38,7 @@ class Products:
         self._buffers: dict[tuple[str, int], Buffer] = {}
 
     def multiply(self, matrices: Sequence[Matrix], x: torch.Tensor) -> torch.Tensor:
-        """x [T, K] to x W^T [T, N] in fp32, where W is matrices above each other."""
+        """Multiply x [T, K] by W^T: [T, N] in fp32, where W is the matrices stacked by rows."""
         key = id(matrices[0])
         if key not in self._plans:
             given, out = self._buffer("x", x.shape[1]), self._buffer("y", sum(matrix.rows for matrix in matrices))
@@ -47,7 +47,7 @@ class Products:
         return self._run(*self._plans[key], x.float().numpy())
 
     def take(self, matrix: Matrix, ids: torch.Tensor) -> torch.Tensor:
-        """The rows [T, K] of a matrix by their numbers [T], in fp32."""
+        """Look up rows [T, K] of a matrix by their indices [T], in fp32."""
         key = -id(matrix)
         if key not in self._plans:
             given, out = self._recorder.arrays.token_ids, self._buffer("y", matrix.columns)
@@ -56,13 +56,13 @@ class Products:
         return self._run(*self._plans[key], ids.numpy())
 
     def _record(self, record: Callable[[], None]) -> tuple[np.ndarray, int]:
-        """A plan and its number of operations; matrices live as long as it."""
+        """Record a plan and return it with its number of operations; the matrices live as long as the plan."""
         self._recorder.begin(Adapted.NOT)
         record()
         return np.array(self._recorder.plan, np.int64), self._recorder.num_rows
 
     def _run(self, plan: np.ndarray, count: int, given: np.ndarray, out: np.ndarray, inputs: Any) -> torch.Tensor:
-        """Run a plan for inputs that `given` holds."""
+        """Run a plan for `inputs`, which are copied to the buffer `given` first."""
         made, sizes = np.empty((len(inputs), out.shape[1]), np.float32), self._recorder.arrays.numbers
         for first in range(0, len(inputs), _ROWS):
             part = inputs[first : first + _ROWS]
@@ -79,7 +79,7 @@ class Products:
 
 
 def decoded(matrices: Sequence[Any], dtype: torch.dtype, products: Products | None) -> torch.Tensor:
-    """The numbers [N, K] of matrices above each other, of either kind."""
+    """Decode stacked matrices [N, K], by compiled kernels or by torch."""
     if products is None:
         return torch.cat([matrix.decoded(dtype) for matrix in matrices])
     return torch.cat([products.take(matrix, torch.arange(matrix.rows)) for matrix in matrices]).to(dtype)

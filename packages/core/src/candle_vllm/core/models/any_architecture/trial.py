@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Build a model of transformers without memory and try it: what its layers ask of attention, and what obstructs it."""
+"""Build a model of transformers without memory and try it: record its attention calls, or find what prevents them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from candle_vllm.core.models.any_architecture.attention import AttentionCall, No
 from candle_vllm.core.models.any_architecture.buffers import freeze_rotary
 
 CACHES = ("past_key_values", "cache_params", "state")
-"""Names of a cache, as arguments and in results."""
+"""Names of a cache in arguments and results."""
 
-_TRIED = 3  # tokens of the pass that writes the calls down
+_TRIED = 3  # number of tokens of the pass that records the calls
 
 
 def without_memory(described: Any, attention: str | None, dtype: torch.dtype) -> Any:
-    """The model of transformers on torch's meta device."""
+    """Build the model of transformers on torch's meta device."""
     how: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
     with torch.device("meta"):
         if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -33,7 +33,7 @@ def without_memory(described: Any, attention: str | None, dtype: torch.dtype) ->
 
 
 def class_of(described: Any) -> Any:
-    """The causal class of a config's type, or the one that the config names; None for a config of another kind."""
+    """The causal-LM class for a config's type, or the class that the config names; None for another kind of config."""
     if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
     name = (described.architectures or [""])[0]
@@ -42,7 +42,7 @@ def class_of(described: Any) -> Any:
 
 
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
-    """The calls of attention in a pass of some tokens; NotPagedError where not all of the model's memory is in them."""
+    """Record the attention calls of a short pass; raises NotPagedError if the model has memory besides these calls."""
     if not model._supports_attention_backend:
         lines = inspect.getsource(inspect.getmodule(type(model))).splitlines()  # type: ignore[arg-type]
         asks = any("config.is_decoder" in line and ">>>" not in line for line in lines)
@@ -61,7 +61,7 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
     ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
     fx_config: Any = _config
-    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # experts are asked which tokens are theirs: all
+    nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # every expert gets all tokens
     try:
         with under_way(tried), torch.inference_mode(), _Zeros(), nonzero:
             base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids, use_cache=False)
@@ -72,17 +72,17 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
 
 
 class _Zeros(TorchFunctionMode):
-    """Every number that Python code asks of a tensor without memory is 0: the number of an expert."""
+    """Makes every number that Python code reads from a meta tensor 0, such as the number of an expert."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of torch."""
+        """Call a function of torch; one that reads a number from a meta tensor returns 0."""
         del types
         asks = func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__)
         return 0 if asks and args[0].is_meta else func(*args, **(kwargs or {}))
 
 
 def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
-    """NotPagedError where a layer mixes tokens by anything but attention, which modules named `callers` ask for."""
+    """Raise NotPagedError if a layer mixes tokens by anything but attention, which the modules `callers` call."""
     layers = {caller.split(f".{part}.")[0] for caller in callers for part in caller.split(".") if part.isdigit()}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and name in layers:
@@ -97,22 +97,22 @@ def _check_layers(model: Any, callers: set[str], called: set[str]) -> None:
 
 
 def keeps_its_own_cache(model: Any) -> bool:
-    """Whether the model continues a sequence from a cache of transformers."""
+    """Whether the model can continue a sequence from a cache of transformers."""
     return any(name in arguments(model.get_submodule(layers_of(model))) for name in CACHES)
 
 
 def layers_of(model: Any) -> str:
-    """The name of the module that has all of a model but the head."""
+    """The name of the module that contains all of a model but the head."""
     for name in (model.base_model_prefix, "model", "transformer", "decoder"):
         if name and isinstance(getattr(model, name, None), torch.nn.Module):
             inside = dict(getattr(model, name).named_children())
             wraps = "input_ids" not in arguments(getattr(model, name)) and "decoder" in inside
-            return f"{name}.decoder" if wraps else name  # a decoder whose encoder was left out
+            return f"{name}.decoder" if wraps else name  # the decoder of an encoder-decoder model without its encoder
     raise UnsupportedModelError(f"{type(model).__name__} has no layers apart from its head")
 
 
 def arguments(module: Any) -> Mapping[str, Any]:
-    """The arguments of a module by name, with those that it passes on to the text model inside it."""
+    """The arguments of a module by name, with those that it passes on to its inner text model."""
     found = inspect.signature(module.forward).parameters
     inside = module.get_decoder() if hasattr(module, "get_decoder") else module
     passes = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in found.values())

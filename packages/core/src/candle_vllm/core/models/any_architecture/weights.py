@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of a checkpoint as transformers reads them: renamed, merged and cut by its own tables."""
+"""Rename, merge and split the tensors of a checkpoint by transformers' own tables."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _ABSENT = torch.empty(0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conversion:
-    """What transformers makes of several stored tensors, or of one that it cuts, when they are loaded.
+    """Conversion by transformers of several stored tensors, or of one that it splits, when they are loaded.
 
     Attributes:
-        sources: the stored tensors, by the pattern of the converter that their names match.
-        converter: what converts them.
-        first: the parameter that the converter is asked for; it may give several.
-        model: of transformers, which converters look at.
-        made: the converted tensors by name, from the first time that one is read until the last one is released.
-        left: names of tensors that are not released yet.
+        sources: the stored tensors, by the pattern of the converter that matches their names.
+        converter: transformers' converter.
+        first: the parameter that the converter is called for; the converter may return several.
+        model: the model of transformers, which converters inspect.
+        made: the converted tensors by name, from the first read until the last one is released.
+        left: names of the tensors that are not released yet.
     """
 
     sources: Mapping[str, tuple[StoredTensor, ...]]
@@ -44,7 +44,7 @@ class Conversion:
     left: set[str]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The converted tensor of a name, in fp32."""
+        """The converted tensor with this name, in fp32."""
         if name not in self.made:
             converter = copy.deepcopy(self.converter)
             for pattern, stored in self.sources.items():
@@ -55,7 +55,7 @@ class Conversion:
         return self.made[name]
 
     def release(self, name: str) -> None:
-        """Forget what was converted once every tensor is loaded."""
+        """Forget the converted tensors after every one of them is loaded."""
         self.left.discard(name)
         if not self.left:
             self.made.clear()
@@ -66,10 +66,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvertedTensor(Made):
-    """A tensor that transformers makes of several stored ones, or of a part of one, when it is loaded.
+    """A tensor that transformers makes from several stored tensors, or from part of one, when it is loaded.
 
     Attributes:
-        conversion: what makes it.
+        conversion: the conversion that makes it.
     """
 
     conversion: Conversion
@@ -94,14 +94,14 @@ def named_for(
     checkpoint: Checkpoint,
     mapping: Sequence[Any] | None = None,
 ) -> Checkpoint:
-    """The tensors of a checkpoint under the names of a model's parameters, in the shapes that it has them.
+    """The tensors of a checkpoint under the names and in the shapes of a model's parameters.
 
     Args:
-        model: of transformers; only its classes and names are looked at.
-        shapes: of its parameters, with experts' matrices as transformers has them.
-        experts: the experts' matrices among them, which are given apart, under the names of `stored_part`.
-        checkpoint: as it is stored.
-        mapping: renamings and converters; None for those that transformers has for the model.
+        model: the model of transformers; only its classes and names are used.
+        shapes: shapes of its parameters, with experts' matrices in transformers' layout.
+        experts: the experts' matrices among them, which are split and named by `stored_part`.
+        checkpoint: the checkpoint as it is stored.
+        mapping: renamings and converters; None for transformers' own mapping of the model.
     """
     mapping = get_model_conversion_mapping(model) if mapping is None else mapping
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
@@ -134,7 +134,7 @@ def named_for(
 
 
 def apart(tensors: Mapping[str, StoredTensor], experts: Mapping[str, Experts]) -> Iterator[tuple[str, StoredTensor]]:
-    """The tensors, those of all experts as one for each part of an expert."""
+    """Yield the tensors, with each tensor of all experts split into the parts of each expert."""
     for name, stored in tensors.items():
         of = experts.get(name.removesuffix("_bias"))
         right = of is not None and len(stored.shape) > 1 and stored.shape[0] == of.count
@@ -144,7 +144,7 @@ def apart(tensors: Mapping[str, StoredTensor], experts: Mapping[str, Experts]) -
 def _of_experts(
     of: Experts | None, name: str, converter: Any, given: Mapping[str, Sequence[StoredTensor]]
 ) -> dict[str, StoredTensor] | None:
-    """The parts of stored matrices of single experts, as they are; None where they are not just put together."""
+    """The parts of matrices stored for each expert, unchanged; None if the converter does more than stack them."""
     operations = [(type(each).__name__, getattr(each, "dim", None)) for each in converter.operations]
     if of is None or operations not in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         return None
@@ -153,12 +153,12 @@ def _of_experts(
 
 
 def _targets(converter: Any, first: str, shapes: Mapping[str, Any]) -> list[str]:
-    """The parameters that a converter gives, of which `first` is named by its first target pattern."""
+    """The parameters that a converter makes; its first target pattern matches `first`."""
     start = converter.target_patterns[0]
     names = [first.replace(start, pattern) for pattern in converter.target_patterns]
     return [first, *(name for name in names[1:] if name != first and name in shapes)]
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key by which expert 10 comes behind expert 9."""
+    """Sort key that puts expert 10 after expert 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A user's Lark grammar for the input of a custom tool: a text between marks, or one that stands in a JSON string.
+"""A user's Lark grammar for the input of a custom tool: a text between marks, or a text in a JSON string.
 
-In the latter, strings and regular expressions become those of their JSON spelling, where a quote, a backslash and a
-line break are two characters each; rules stay as they are, under other names. What cannot be said there is refused.
+In a JSON string, strings and regular expressions are rewritten to match JSON's escapes, where a quote, a backslash and
+a line break are two characters each; rules are only renamed. Constructs that cannot be rewritten are refused.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from candle_vllm.openai.errors import UnsupportedParameterError
 
 MAX_DEFINITION = 64 << 10  # characters
 _SHORT = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
-_PLAIN = r'[^"\\\x00-\x1f]'  # characters that JSON spells as they are
-# Lark's own terminals of these names.
+_PLAIN = r'[^"\\\x00-\x1f]'  # characters that JSON does not escape
+# Terminals of Lark's `common` grammar.
 _COMMON = {
     "DIGIT": "/[0-9]/", "HEXDIGIT": "/[0-9A-Fa-f]/", "INT": "/[0-9]+/", "SIGNED_INT": "/[+-]?[0-9]+/",
     "DECIMAL": r"/[0-9]+\.[0-9]*|\.[0-9]+/",
@@ -38,17 +38,17 @@ _IMPORT = re.compile(r"%import\s+common\s*(?:\.\s*(\w+)(?:\s*->\s*(\w+))?|\(([\w
 
 
 def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
-    """What takes the spelling of a text of `definition` within a JSON string: its name, and lines of a grammar.
+    """Return a grammar of a text that follows `definition`, escaped in a JSON string: its name and lines.
 
-    A grammar without recursion becomes one terminal: where a terminal ends is decided by the longest match, and the
-    backslash that begins a line break could as well go on with the text before it.
+    A grammar without recursion becomes one terminal. With several terminals, the longest match would decide where one
+    ends, and the backslash of an escaped line break could also belong to the text before it.
 
     Args:
-        definition: in Lark, with a rule `start`.
-        prefix: of the names of its rules, in lower case.
+        definition: the grammar in Lark, with a rule `start`.
+        prefix: prefix of the names of its rules, in lower case.
 
     Raises:
-        UnsupportedParameterError: the grammar has what cannot be said of a spelled text.
+        UnsupportedParameterError: the grammar has a construct that cannot be rewritten for escaped text.
     """
     kinds = _checked_tokens(definition)
     names = _Names(prefix, single=not _is_recursive(kinds))
@@ -64,17 +64,16 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
 
 
 def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
-    """What takes a text of `definition` as it is: the name of a terminal, and lines of a grammar.
+    """Return a terminal of a text that follows `definition`: its name, and lines of a grammar.
 
-    Formats that write a text between marks look for the mark behind it, and only of a terminal can be said that it
-    holds none.
+    Formats that write a text between marks search for the mark after it; only a terminal can exclude it from the text.
 
     Args:
-        definition: in Lark, with a rule `start`.
-        prefix: of the names of its terminals, in lower case.
+        definition: the grammar in Lark, with a rule `start`.
+        prefix: prefix of the names of its terminals, in lower case.
 
     Raises:
-        UnsupportedParameterError: the grammar is recursive, or has what is of a whole grammar.
+        UnsupportedParameterError: the grammar is recursive, or has a construct that terminals do not support.
     """
     kinds = _checked_tokens(definition)
     if _is_recursive(kinds):
@@ -96,7 +95,7 @@ _Spell = Callable[[str], str]
 
 
 def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex: _Spell) -> tuple[str, list[str]]:
-    """A grammar under other names, its strings and expressions spelled anew: the name of its start, and its lines."""
+    """Rename a grammar's rules and rewrite its strings and expressions; return the name of its start, and its lines."""
     out: list[str] = []
     for number, (kind, text) in enumerate(kinds):
         before = kinds[number - 1][1] if number else ""
@@ -117,7 +116,7 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
 
 
 class _Names:
-    """Names of a user's rules beside this grammar's own rules; `single`: all of them are terminals."""
+    """New names of a user's rules, distinct from this grammar's own; `single`: all of them are terminals."""
 
     def __init__(self, prefix: str, *, single: bool) -> None:
         self.single = single
@@ -131,7 +130,7 @@ class _Names:
 
 
 def _is_recursive(kinds: list[tuple[str, str]]) -> bool:
-    """Whether a rule leads to itself."""
+    """Whether a rule refers to itself, directly or indirectly."""
     refers: dict[str, set[str]] = {}
     rule = ""
     for number, (kind, text) in enumerate(kinds):
@@ -164,7 +163,7 @@ def _tokens(definition: str) -> Iterator[tuple[str, str]]:
 
 
 def _imported(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Names that are imported, each with the kind and the text of what it stands for."""
+    """Yield imported names, each with the kind and the text of its definition."""
     match = _IMPORT.fullmatch(text.strip())
     if match is None:
         raise _refused(f"of other grammars only common is known: {text[:80]!r}")
@@ -177,7 +176,7 @@ def _imported(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _range(first: str, last: str) -> str:
-    """A range of characters, given by two strings, as a regular expression."""
+    """Convert a range of characters, given by two strings, to a regular expression."""
     ends = _decoded(first), _decoded(last)
     if any(len(end) != 1 for end in ends):
         raise _refused("a range goes from one character to another")
@@ -195,7 +194,7 @@ def _decoded(string: str) -> str:
 
 
 def _string(string: str) -> str:
-    """A string of Lark as one, or several, of its spelling."""
+    """Convert a string of Lark to one or several strings of its JSON escapes."""
     text, folds = _decoded(string), string.endswith("i")
     parts = re.findall(r'[^"\\\x00-\x1f]+|["\\\x00-\x1f]', text)
     found = [
@@ -242,7 +241,7 @@ def _regex(pattern: str, flags: str) -> str:
 
 
 def _class(characters: str, flags: str) -> str:
-    """A set of characters, each in its spelling, as a regular expression without `/`."""
+    """Convert a set of characters to a regular expression of their JSON escapes, without `/`."""
     try:
         holds = re.compile(characters, re.IGNORECASE if "i" in flags else 0)
     except re.error as error:

@@ -17,16 +17,16 @@ _SPACES = "/[ \\n]{0,4}/"
 
 
 def json_calls(body: JsonCalls, context: Context) -> Block:
-    """Objects, each a call."""
+    """Return the grammar of objects that are calls."""
     one = _object(body, context)
     again = f'({SPACE} "," {SPACE} {one})*' if context.many else ""
     listed = context.writer.rule(sequence(SPACE, one, again, SPACE, '"]"'))
     end = sequence(SPACE, context.writer.mark(body.closers[0])) if body.closers else ""
     if end and context.form.make_id is mistral_id:
-        end = f"({end})?"  # newer templates leave it out
+        end = f"({end})?"  # newer templates omit it
     if body.listed and body.fenced:
         return Block(f"{_FENCE}json", sequence(SPACE, '"["', listed, end))
-    if body.listed and any(closer.startswith("</") for closer in body.closers):  # MiniMax M1 writes lines
+    if body.listed and any(closer.startswith("</") for closer in body.closers):  # MiniMax M1 writes calls on lines
         lines = sequence(one, f"({SPACE} {one})*" if context.many else "")
         return Block("", sequence(context.writer.rule(f'"[" {listed} | {lines}'), end))
     if body.listed:
@@ -56,13 +56,13 @@ def _object(body: JsonCalls, context: Context) -> str:
     first = last = ""
     if wants_id and context.form.make_id is mistral_id:
         last = writer.rule(f'("," {SPACE} {key} {SPACE} "\\"" {_MISTRAL_ID} "\\"")?')
-    elif wants_id:  # Cohere's, before the name
+    elif wants_id:  # Cohere writes it before the name
         first = writer.rule(f'({key} {SPACE} "\\"" {_NUMBER} "\\"" "," {SPACE})?')
     return writer.rule(sequence('"{"', SPACE, first, call, last, SPACE, '"}"'))
 
 
 def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
-    """Calls of known tools where no mark tells of them, and what begins as they do, which may be text as well."""
+    """Return grammars of calls of known tools without a mark, and of their beginnings, which may also be text."""
     writer, one = context.writer, _object(body, context)
     calls = []
     for tool in context.tools:
@@ -79,7 +79,7 @@ def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
 
 
 def named_json(body: NamedJson, context: Context) -> Block:
-    """Names, each with arguments behind it."""
+    """Return the grammar of names with their arguments."""
     context.check_names()
     writer, mark = context.writer, context.writer.mark
     lead = body.before_name[0] if body.before_name else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammars of calls in notations that are like JSON and are not: `Pythonic` and `Gemma`."""
+"""Grammars of calls in notations that resemble JSON: `Pythonic` and `Gemma`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,12 @@ class Notation:
     """How values are written.
 
     Attributes:
-        string: a string that a branch asks for.
-        text: a string that is known.
-        key: an entry's key that is known, or any other than those.
-        words: of null, false and true.
+        string: expression of a string that a schema branch describes.
+        text: expression of a given string.
+        key: expression of a given key, or of any key except the given ones.
+        words: words for null, false and true.
         unkeyable: whether a key cannot be written.
-        ordered: entries stand in the order of their keys, upper and lower case alike, as Jinja's `dictsort` has them;
-            otherwise in the schema's.
+        ordered: entries are sorted by key, case-insensitively, as by Jinja's `dictsort`; else in the schema's order.
     """
 
     string: Callable[[Root, Branch], str]
@@ -53,20 +52,20 @@ class Values:
     """Expressions of one tool's values.
 
     Args:
-        writer: gets the rules.
+        writer: receives the rules.
         root: the tool's schema.
-        notation: how they are written.
+        notation: how values are written.
     """
 
     def __init__(self, writer: Writer, root: Root, notation: Notation) -> None:
         self._writer = writer
         self._root = root
         self._notation = notation
-        self._rules: dict[int, str] = {}  # by definitions, which live as long as `root`
+        self._rules: dict[int, str] = {}  # keyed by the id of a definition; definitions live as long as `root`
         self._any = ""
 
     def value(self, schema: Any) -> str:
-        """A rule of what fits a schema; schemas may refer to themselves."""
+        """Return a rule of the values that match a schema; schemas may be recursive."""
         if schema is True or schema == {}:
             return self._anything()
         target = self._root.resolved(schema)
@@ -81,7 +80,7 @@ class Values:
         return " | ".join(map(self._branch, self._root.branches(schema)))
 
     def items(self, schema: Any, key: Callable[[str], str], free_key: Callable[[list[str]], str]) -> str:
-        """The entries of an object, separated by commas; further ones stand behind those that the schema names."""
+        """Return the entries of an object, separated by commas; additional entries follow those in the schema."""
         known, others = entries(self._root, schema)
         if self._notation.ordered:
             known = sorted(known, key=lambda entry: entry[0].lower())
@@ -164,7 +163,7 @@ class Values:
 
 
 def pythonic(body: Pythonic, context: Context) -> Block:
-    """Calls, in a list or on lines of their own."""
+    """Return the grammar of calls in a list or on separate lines."""
     context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
@@ -177,7 +176,7 @@ def pythonic(body: Pythonic, context: Context) -> Block:
 
 
 def begun_calls(context: Context) -> tuple[str, str]:
-    """Calls of known tools where no mark tells of them, and what begins as they do, which may be text as well."""
+    """Return grammars of calls of known tools without a mark, and of their beginnings, which may also be text."""
     writer = context.writer
     calls = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
     begun = []
@@ -204,7 +203,7 @@ def _arguments(context: Context, tool: FunctionShape) -> str:
 
 
 def _other(writer: Writer, known: list[str]) -> str:
-    """The name of an argument that the schema does not name."""
+    """Return the name of an argument that the schema does not name."""
     names = " | ".join(map(quoted, known))
     return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '"="')
 
@@ -229,13 +228,13 @@ def _python_notation(writer: Writer) -> Notation:
 
 
 def _string(writer: Writer, root: Root, branch: Branch) -> str:
-    """A quoted string; what a pattern or a format asks for is written without escapes."""
+    """Return a quoted string; strings with a pattern or format are written without escapes."""
     if root.grammar is not None:
         return writer.spelled(root.grammar)
     if {"pattern", "format"} & branch.schema.keys():
         inner = writer.terminal(f"{string_body(writer, root, branch)} & {_BARE}")
         return writer.terminal(f'"\'" {inner} "\'" | "\\"" {inner} "\\""')
-    string_body(writer, root, branch)  # refuses lengths that cannot be
+    string_body(writer, root, branch)  # refuses impossible lengths
     least, most = branch.schema.get("minLength", 0), branch.schema.get("maxLength", "")
     count = f"{{{least},{most}}}" if least or most != "" else "*"
     forms = [f"{quoted(quote)} /({plain}|{_ESCAPE}){count}/ {quoted(quote)}" for quote, plain in _PLAIN.items()]
@@ -251,7 +250,7 @@ def _single(value: str) -> str:
 
 
 def gemma(body: Gemma, context: Context) -> Block:
-    """A name and an object."""
+    """Return the grammar of a name and an object."""
     context.check_names()
     writer = context.writer
     notation = _gemma_notation(writer, body.quote)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammars of whole messages that come in parts with headers: `Harmony`, `Headed` and `Blocks`."""
+"""Grammars of whole messages that consist of parts with headers: `Harmony`, `Headed` and `Blocks`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, common, quoted, sequence
 
-_THOUGHTS = "{0,8}"  # parts of reasoning before calls that must come
+_THOUGHTS = "{0,8}"  # number of reasoning parts before required calls
 _ROLE = '"assistant"'
 _CHANNELS = '("analysis" | "commentary" | "final")'
 
@@ -19,7 +19,7 @@ _Write = Callable[[FunctionShape], Block]
 
 
 def harmony(flow: Harmony, context: Context, write: _Write, *, required: bool, in_reasoning: bool = False) -> str:
-    """A message whose prompt ends with the role of its first part, or within its thoughts."""
+    """Return the grammar of a message whose prompt ends with the role of its first part, or within its reasoning."""
     writer, mark = context.writer, context.writer.mark
     calls = _calls(flow, context, write)
     opened = _rest_of_thoughts(flow, context) if in_reasoning else ""
@@ -39,7 +39,7 @@ def harmony(flow: Harmony, context: Context, write: _Write, *, required: bool, i
 
 
 def harmony_answer(flow: Harmony, context: Context, write: _Write, *, in_reasoning: bool = False) -> str:
-    """Thoughts, and then an answer that has a form, or calls."""
+    """Return the grammar of reasoning, followed by a constrained answer or by calls."""
     mark = context.writer.mark
     if flow.channel:
         header = f'{mark(flow.channel)} "final" (" "? {mark("<|constrain|>")} "json")? {mark(flow.message)}'
@@ -60,14 +60,14 @@ def _calls(flow: Harmony, context: Context, write: _Write) -> str:
 
 
 def _thoughts(flow: Harmony, context: Context) -> str:
-    """Parts of reasoning, with the beginnings of the parts behind them."""
+    """Return parts of reasoning, each with the beginning of the next part."""
     writer = context.writer
     head = writer.mark(flow.reasoning[0]) if flow.channel else quoted(" " + flow.reasoning[0])
     return writer.rule(sequence(head, writer.mark(flow.message), _rest_of_thoughts(flow, context))) + _THOUGHTS
 
 
 def _rest_of_thoughts(flow: Harmony, context: Context) -> str:
-    """A part's text, its end, and the beginning of the part behind it."""
+    """Return a part's text, its end, and the beginning of the next part."""
     return sequence(context.writer.until(flow.ends[0], _text(flow, context)), _next_part(flow, context))
 
 
@@ -76,12 +76,12 @@ def _next_part(flow: Harmony, context: Context) -> str:
 
 
 def _text(flow: Harmony, context: Context) -> str:
-    """A part's text, which holds no mark."""
+    """Return a part's text, which contains no mark."""
     return context.writer.without("TEXT", [common(flow.start, flow.channel or flow.start, *flow.ends)])
 
 
 def _named(flow: Harmony, context: Context) -> str:
-    """A header with the function's name, and its arguments."""
+    """Return a header with the function's name, and its arguments."""
     writer, mark = context.writer, context.writer.mark
     message = mark(flow.message)
     kind = f'({mark("<|constrain|>")})? "json"'
@@ -95,7 +95,7 @@ def _named(flow: Harmony, context: Context) -> str:
 
 
 def _written(flow: Harmony, context: Context, write: _Write) -> str:
-    """A header with the function's name, and a call as another format writes it."""
+    """Return a header with the function's name, and a call in another format."""
     writer = context.writer
     parts = []
     for tool in context.tools:
@@ -106,7 +106,7 @@ def _written(flow: Harmony, context: Context, write: _Write) -> str:
 
 
 def headed(flow: Headed, context: Context, *, required: bool) -> str:
-    """A message whose prompt ends with the mark before its first part."""
+    """Return the grammar of a message whose prompt ends with the mark before its first part."""
     calls = _headed_calls(flow, context)
     if required:
         return calls
@@ -116,7 +116,7 @@ def headed(flow: Headed, context: Context, *, required: bool) -> str:
 
 
 def headed_answer(flow: Headed, context: Context) -> str:
-    """An answer that has a form, or calls."""
+    """Return the grammar of a constrained answer, or of calls."""
     calls = [_headed_calls(flow, context)] if context.tools else []
     return " | ".join([f'{quoted(flow.answer)} "\\n" @form', *calls])
 
@@ -130,7 +130,7 @@ def _headed_calls(flow: Headed, context: Context) -> str:
 
 
 def blocks(flow: Blocks, context: Context, write: _Write, *, required: bool, in_reasoning: bool = False) -> str:
-    """A message whose prompt ends with the mark before its first block, or within its thoughts."""
+    """Return the grammar of a message whose prompt ends with the mark before its first block, or in its reasoning."""
     writer, mark = context.writer, context.writer.mark
     calls, text = _block_calls(flow, context, write), _block_text(flow, context)
     opened = sequence(writer.until(flow.ends[0], text), mark(flow.start)) if in_reasoning else ""
@@ -144,7 +144,7 @@ def blocks(flow: Blocks, context: Context, write: _Write, *, required: bool, in_
 
 
 def blocks_answer(flow: Blocks, context: Context, write: _Write, *, in_reasoning: bool = False) -> str:
-    """Thoughts, and then an answer that has a form, or calls."""
+    """Return the grammar of reasoning, followed by a constrained answer or by calls."""
     writer, mark = context.writer, context.writer.mark
     opened = writer.until(flow.ends[0], _block_text(flow, context)) if in_reasoning else ""
     answer = f"{mark(flow.texts[0])} @form ({mark(flow.ends[0])})?"
@@ -169,5 +169,5 @@ def _block_thoughts(flow: Blocks, context: Context) -> str:
 
 
 def _block_text(flow: Blocks, context: Context) -> str:
-    """A block's text, which holds no mark."""
+    """Return a block's text, which contains no mark."""
     return context.writer.without("TEXT", [common(flow.start, flow.thoughts, *flow.ends)])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""JSON schemas of arguments, taken apart for formats that do not write JSON.
+"""JSON schemas of arguments, decomposed for formats that do not write JSON.
 
-What a schema asks for and a format cannot express is refused by the name of the tool and of the keyword.
+A constraint that a format cannot express is refused; the error names the tool and the keyword.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _OWN = {
     "object": ("properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"),
 }
 _NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-_MOST_STEPS = 64  # references and alternatives inside each other
+_MOST_STEPS = 64  # nested references and alternatives
 _MOST_BRANCHES = 256
 
 
 class FunctionShape(Protocol):
-    """What is to be known of a function."""
+    """What grammars need to know of a function."""
 
     @property
     def name(self) -> str: ...
@@ -52,8 +52,8 @@ class Branch(NamedTuple):
 
     Attributes:
         type: its JSON type.
-        schema: what else is asked of it; keywords of this type only.
-        values: where not None, the values that it may be.
+        schema: further constraints; only keywords of this type.
+        values: the allowed values, if not None.
     """
 
     type: str
@@ -66,11 +66,11 @@ class Root:
 
     Args:
         tool: the tool.
-        schema: what its arguments must be; its references point into it.
-        grammar: a user's, in Lark, which every string in them must follow.
+        schema: schema of its arguments; references in it are relative to it.
+        grammar: a user's Lark grammar that every string in the arguments must follow.
 
     Raises:
-        InvalidParameterError: the schema is wrong, or constrained decoding does not support it.
+        InvalidParameterError: the schema is invalid, or constrained decoding does not support it.
     """
 
     def __init__(self, tool: FunctionShape, schema: Schema, grammar: str | None = None) -> None:
@@ -83,7 +83,7 @@ class Root:
             raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
 
     def refused(self, keyword: str, why: str) -> UnsupportedParameterError:
-        """The error of a keyword that the model's way to write calls cannot express."""
+        """Return the error for a keyword that the model's format of calls cannot express."""
         return UnsupportedParameterError(
             f"tools: the parameters of {self.tool.name!r} have {keyword!r}, which cannot be guaranteed in this model's "
             f"tool format: {why}",
@@ -91,7 +91,7 @@ class Root:
         )
 
     def resolved(self, schema: Any) -> Any:
-        """A schema that is no reference; siblings of a reference are refused."""
+        """Follow references; siblings of a reference are refused."""
         for _ in range(_MOST_STEPS):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
@@ -101,7 +101,7 @@ class Root:
         raise self.refused("$ref", "references refer to references without an end")
 
     def self_contained(self, schema: Schema) -> dict[str, Any]:
-        """A part of the schema with the definitions that it needs."""
+        """Return a part of the schema with the definitions that it refers to."""
         names: dict[str, str] = {}
         definitions: dict[str, Any] = {}
 
@@ -131,7 +131,7 @@ class Root:
         return {**whole, "$defs": definitions} if definitions else whole
 
     def branches(self, schema: Any) -> list[Branch]:
-        """What a value may be, by type; an empty schema may be of every type."""
+        """Return the possible types of a value; an empty schema allows every type."""
         found = list(self._branches(schema, 0))
         if len(found) > _MOST_BRANCHES:
             raise self.refused("anyOf", f"there are {len(found)} alternatives; at most {_MOST_BRANCHES} are supported")
@@ -196,7 +196,7 @@ class Root:
         found: Any = self.schema
         for step in pointer.removeprefix("#").split("/")[1:]:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
-            found = found[int(name)] if isinstance(found, list) else found[name]  # `checked_schema` has looked
+            found = found[int(name)] if isinstance(found, list) else found[name]  # `checked_schema` has validated it
         return found
 
 
@@ -205,7 +205,7 @@ class Entries(NamedTuple):
 
     Attributes:
         known: (key, schema, whether it is required), in the schema's order.
-        others: the schema of further entries; None if the object allows no further entry.
+        others: the schema of additional entries; None if they are not written.
     """
 
     known: Sequence[tuple[str, Any, bool]]
@@ -213,10 +213,10 @@ class Entries(NamedTuple):
 
 
 def entries(root: Root, schema: Schema) -> Entries:
-    """The entries of an object's schema.
+    """Return the entries of an object's schema.
 
-    Further entries are written where the schema asks for them, or tells of none: `additionalProperties` that is left
-    out beside `properties` allows them and does not ask for them.
+    Additional entries are written if the schema describes them, or names no properties: without
+    `additionalProperties`, a schema with `properties` allows additional entries, but they are not written.
     """
     schema = root.resolved(schema)
     for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammars of calls whose arguments are tagged texts (`Tagged`), or tags in tags (`Nested`)."""
+"""Grammars of calls whose arguments are tagged texts (`Tagged`), or nested tags (`Nested`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX = "/[1-9][0-9]{0,2}/"
 
 
 def tagged(body: Tagged, context: Context) -> Block:
-    """Names, each with tagged values behind it."""
+    """Return the grammar of names with tagged values."""
     context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_TaggedCall(body, context, tool).expression() for tool in context.tools))
@@ -31,7 +31,7 @@ def tagged(body: Tagged, context: Context) -> Block:
 
 
 class _TaggedCall:
-    """One tool."""
+    """Grammar of calls of one tool."""
 
     def __init__(self, body: Tagged, context: Context, tool: FunctionShape) -> None:
         self._body = body
@@ -41,11 +41,11 @@ class _TaggedCall:
         self._untold = tool.name in context.loose
 
     def expression(self) -> str:
-        """A call, from its name to its end."""
+        """Return a call, from its name to its end."""
         body, mark = self._body, self._writer.mark
         known, others = entries(self._root, self._root.schema)
         name_end = mark(body.name_end)
-        if not body.name_open and body.name_end.isspace():  # GLM 4.7 leaves it out
+        if not body.name_open and body.name_end.isspace():  # GLM 4.7 omits it
             name_end = f"({name_end})?"
         attribute = sequence('"\\" index=\\""', _INDEX, '"\\""') if body.name_head else ""
         values = []
@@ -63,13 +63,13 @@ class _TaggedCall:
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
-        """Entries of any other name; what the parser knows nothing of is read as what it looks like."""
+        """Return entries of any other name; their types follow from their texts, as in the parser."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
         return self._writer.rule(sequence(SPACE, self._value(key, schema, ANYTHING)))
 
     def _value(self, key: str, schema: Schema, kinds: Kinds) -> str:
-        """A key, its value, and the marks around them."""
+        """Return a key, its value, and the marks around them."""
         body, found = self._body, self._root.branches(schema)
         free = all(branch.values is None and not branch.schema for branch in found) and len(found) == len(TYPES) - 1
         texts = [branch for branch in found if branch.type == "string"]
@@ -99,9 +99,9 @@ class _TaggedCall:
         return sequence(mark(body.key_open + before), key, attribute, mark(body.key_end), opened)
 
     def _text(self, branch: Branch, unlike: set[str], words: Iterable[str] = ()) -> str:
-        """A string, or one of the terminals `words`, and the mark behind it.
+        """Return a string, or one of the terminals `words`, and the mark after it.
 
-        Where a value may be either, one terminal has to tell: a lexer could not, before the mark has come.
+        If a value may be either, both are one terminal: a lexer cannot decide between two before the mark.
         """
         body, writer = self._body, self._writer
         for value in branch.values or ():
@@ -127,7 +127,7 @@ class _TaggedCall:
         return writer.rule(f"{end} | {writer.mark(body.value_end)}") if branch.values and "" in branch.values else end
 
     def _custom(self, terminal: str) -> str:
-        """A text of a user's grammar, in the one way in which templates write it, and the mark behind it."""
+        """Return a text of a user's grammar, as templates write it, and the mark after it."""
         body, writer = self._body, self._writer
         if body.newlines:
             terminal = writer.terminal(f'"\\n" {terminal} "\\n"')
@@ -140,14 +140,14 @@ class _TaggedCall:
         return self._writer.terminal(" | ".join([terminal, *(f"{SPACE} {word} {SPACE}" for word in words)]))
 
     def _word(self, branch: Branch) -> str | None:
-        """The terminal of a number or a word.
+        """Return the terminal of a number or a word.
 
-        Templates that write line breaks or CDATA around values write whatever is no list and no object as Python does.
+        Templates with line breaks or CDATA around values write values other than lists and objects as Python does.
         """
         return scalar(self._writer, branch, python=self._body.newlines or bool(self._body.text_open))
 
     def _listed(self, values: tuple[str, ...]) -> str:
-        """Some texts, with the line breaks around them that the parser takes off."""
+        """Return texts, with the line breaks around them that the parser removes."""
         parts = []
         for value in filter(None, values):
             bare = value.startswith("\n") or value.endswith("\n")
@@ -155,7 +155,7 @@ class _TaggedCall:
         return self._writer.terminal(" | ".join(parts) or '"\\n"')
 
     def _json(self, branch: Branch) -> str:
-        """JSON and the mark behind it. In a string of it, a mark followed by another would be taken for one."""
+        """Return JSON and the mark after it. Strings in it may not contain the format's marks."""
         body = self._body
         marks = [mark for mark in (body.value_end, body.call_end) if self._writer.is_text(mark)]
         value = self._word(branch) or json_value(self._writer, self._root, branch, Guard(self._root, marks))
@@ -168,7 +168,7 @@ _FREE_KEYS = "/[A-Za-z_][A-Za-z0-9_]{0,63}/"
 
 
 def nested(body: Nested, context: Context) -> Block:
-    """Names, each with tags behind it."""
+    """Return the grammar of names with nested tags."""
     context.check_names()
     writer = context.writer
     lead = f'{body.tag}<{body.call} name="'
@@ -179,7 +179,7 @@ def nested(body: Nested, context: Context) -> Block:
 
 
 class _NestedCall:
-    """One tool."""
+    """Grammar of calls of one tool."""
 
     def __init__(self, body: Nested, context: Context, tool: FunctionShape) -> None:
         self._body = body
@@ -189,7 +189,7 @@ class _NestedCall:
         self._loose = tool.name in context.loose
 
     def expression(self) -> str:
-        """A call, from its name to its end."""
+        """Return a call, from its name to its end."""
         inside = self._entries(self._root.schema, 0)
         return sequence(quoted(self._tool.name + '">'), inside, SPACE, self._close(self._body.call))
 
@@ -213,7 +213,7 @@ class _NestedCall:
         return sequence(*parts) if parts else ""
 
     def _any(self) -> str:
-        """Tags of any names, in each other."""
+        """Return nested tags with any names."""
         writer, tag = self._writer, self._body.tag
         name = writer.reserve()
         text = writer.until(f"{tag}</", writer.without("TEXT", [f"{tag}<"]))
@@ -223,7 +223,7 @@ class _NestedCall:
         )
 
     def _entry(self, key: str, schema: Any, depth: int) -> str:
-        """A tag, its value, and the tag that closes it."""
+        """Return a tag, its value, and the tag that closes it."""
         found = self._root.branches(schema)
         kinds = {branch.type for branch in found}
         unlike = set() if kinds == {"string"} else kinds - {"string"}

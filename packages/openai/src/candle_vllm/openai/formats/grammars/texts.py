@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Terminals of strings that stand without quotes, and of the numbers and words between them; and JSON whose strings
-hold no closing tag, for formats that write JSON between tags and look for the tag alone."""
+"""Terminals of unquoted strings, numbers and words, and JSON without closing tags in strings, for formats with tags."""
 
 from __future__ import annotations
 
@@ -21,13 +20,13 @@ _SEVERAL = ("anyOf", "oneOf", "allOf")
 
 
 class Guard:
-    """Changes schemas so that no string in a value holds one of some marks.
+    """Changes schemas so that strings in a value contain none of the given marks.
 
-    Keys that a schema leaves open are plain names; an object that names properties has no others.
+    Keys that a schema does not name are plain names; an object with named properties has no other keys.
 
     Args:
-        root: what the schemas are part of, for errors.
-        marks: what no string may hold.
+        root: the schema that contains the schemas, for errors.
+        marks: texts that no string may contain.
     """
 
     def __init__(self, root: Root, marks: Sequence[str]) -> None:
@@ -36,7 +35,7 @@ class Guard:
         self._patterns = [f"^{avoiding(mark)}$" for mark in self._marks]
 
     def apply(self, schema: Schema) -> dict[str, Any]:
-        """The same schema with fewer strings; it stands for itself, and its references are to its `$defs`."""
+        """Return the schema with restricted strings; its references refer to its own `$defs`."""
         if not self._marks:
             return dict(schema)
         changed = self._node(schema)
@@ -109,7 +108,7 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multi
 
 
 def avoiding(mark: str) -> str:
-    """A regular expression of the texts without `mark`, whose first character stands in it but once."""
+    """Return a regular expression of texts without `mark`, whose first character must occur in it only once."""
     first = re.escape(mark[0])
     within = [re.escape(mark[1:end]) for end in range(1, len(mark))]
     again = "|".join(f"{begun}{first}" for begun in within)
@@ -132,7 +131,7 @@ def _strings(value: Any) -> list[str]:
 INTEGER = "/-?(0|[1-9][0-9]{0,17})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _MOST_LENGTH = 1 << 16
-_FORMATS = {  # beside those that core writes as patterns: date, time and date-time
+_FORMATS = {  # besides those that core writes as patterns: date, time and date-time
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])",
     "email": r"[A-Za-z0-9_+\-]{1,32}(\.[A-Za-z0-9_+\-]{1,31}){0,3}@[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?"
@@ -140,17 +139,17 @@ _FORMATS = {  # beside those that core writes as patterns: date, time and date-t
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
-_EMPTY = ("array", "object")  # what a text without characters is in `Nested`
+_EMPTY = ("array", "object")  # types of an empty text in `Nested`
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """The terminal of a string's characters.
+    """Return the terminal of a string's characters.
 
     Args:
-        writer: gets the terminals.
-        root: what the branch is part of.
-        branch: of type string.
-        unlike: types that the text must not be taken for.
+        writer: receives the terminals.
+        root: the schema that contains the branch.
+        branch: a branch of type string.
+        unlike: types that the text must not be mistaken for.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
@@ -165,12 +164,12 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
 
 
 def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | None:
-    """The terminal of a number, boolean or null that nothing more is asked of; None for what is more.
+    """Return the terminal of a number, boolean or null without further constraints; None for other branches.
 
     Args:
-        writer: gets the rules.
-        branch: of any type.
-        python: booleans and null may be written as Python writes them, too.
+        writer: receives the rules.
+        branch: a branch of any type.
+        python: whether booleans and null may also be written as in Python.
     """
     if branch.type in _WORDS:
         values = _WORDS[branch.type] if branch.values is None else branch.values
@@ -183,7 +182,7 @@ def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | Non
 
 
 def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None = None) -> str:
-    """A branch as JSON."""
+    """Return a branch as JSON."""
     plain = scalar(writer, branch)
     if plain is not None:
         return plain
@@ -193,7 +192,7 @@ def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None =
 
 
 def edged(writer: Writer, body: str) -> str:
-    """A text that a line break may stand before, and then another behind it, which are no part of it."""
+    """Return a text that may have a line break before it, and then another after it, which are not part of it."""
     if body == "TEXT":
         return body
     bare = writer.terminal(rf"{body} & ~/\n(?s:.*)/")
@@ -227,7 +226,7 @@ def _patterns(root: Root, schema: Schema) -> list[str]:
 
 
 def _anchored(root: Root, pattern: str) -> str:
-    """A pattern, which may match anywhere, as one of the whole text."""
+    """Convert a pattern, which may match anywhere in a text, to a pattern of the whole text."""
     marks = [(match.group(), depth) for match, depth in _structure(pattern)]
     inner = pattern.removeprefix("^")
     begins, ends = inner != pattern, bool(marks) and marks[-1] == ("$", 0) and pattern.endswith("$")
@@ -245,7 +244,7 @@ def _anchored(root: Root, pattern: str) -> str:
 
 
 def _structure(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
-    """Brackets, bars and anchors that are none of a class and not escaped, and how many brackets they are in."""
+    """Yield brackets, bars and anchors outside of character classes and escapes, with their nesting depth."""
     depth = 0
     for match in _REGEX.finditer(pattern):
         depth -= match.group() == ")"

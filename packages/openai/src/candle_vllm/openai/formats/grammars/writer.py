@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Puts a grammar together, in llguidance's dialect of Lark (its docs/syntax.md), and what those of all bodies share.
+"""Writer of grammars in llguidance's dialect of Lark (its docs/syntax.md), and what the grammars of all bodies share.
 
-A special token in a mark is that token, never its letters; free text has no special tokens. White space where a model
-writes some by habit is optional and bounded, so that no model can write it for ever.
+A special token in a mark is that token, never its letters; free text has no special tokens. Where models usually write
+white space, it is optional and limited, so that no model can write it without end.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _UNQUOTED = "/(?s:(.*[^`\"'])?)/"
 
 
 def quoted(text: str) -> str:
-    """A text as a string of Lark; core takes `%json` in one for a schema."""
+    """Write a text as a string of Lark; core interprets `%json` in a string as a schema, so it is escaped."""
     return lark_string(text).replace("%json", "\\x25json")
 
 
 def sequence(*parts: str) -> str:
-    """Expressions that follow each other; "" is no expression."""
+    """Join expressions that follow each other; "" means no expression."""
     return " ".join(filter(None, parts)) or '""'
 
 
 def common(*marks: str) -> str:
-    """How all of them begin."""
+    """Return the common beginning of all marks."""
     same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*marks, strict=False))
     return "".join(characters[0] for characters in same)
 
@@ -48,7 +48,7 @@ class Writer:
 
     Args:
         special: special token -> its id.
-        own: tokens that are text, name -> id; in a mark that is forced the name is this token, as the model learned it.
+        own: ordinary tokens, name -> id; a name in a forced mark is this token, as in the model's training.
     """
 
     def __init__(self, special: Mapping[str, int], own: Mapping[str, int] | None = None) -> None:
@@ -58,28 +58,28 @@ class Writer:
         self._known: dict[str, str] = {}
 
     def lark(self, start: str) -> str:
-        """The grammar as text."""
+        """Return the grammar as text."""
         return "\n".join([f"start: {start}", *self._lines])
 
     def rule(self, expression: str, options: str = "") -> str:
-        """A rule's name; the same expression gives the same rule."""
+        """Return the name of a rule; equal expressions share a rule."""
         key = f"{options}:{expression}"
         if key not in self._known:
             self._known[key] = self.define(self.reserve(), expression, options)
         return self._known[key]
 
     def reserve(self) -> str:
-        """A name for a rule that refers to itself; see `define`."""
+        """Reserve the name of a recursive rule; see `define`."""
         self._lines.append("")
         return f"r{len(self._lines)}"
 
     def define(self, name: str, expression: str, options: str = "") -> str:
-        """Gives a reserved name its meaning."""
+        """Define a reserved name."""
         self._lines[int(name[1:]) - 1] = f"{name}{options}: {expression}"
         return name
 
     def terminal(self, expression: str) -> str:
-        """A terminal's name; its expression has strings, regexes, and terminals only."""
+        """Return the name of a terminal; its expression has only strings, regular expressions and terminals."""
         if expression.isidentifier():
             return expression
         key = f"terminal:{expression}"
@@ -89,15 +89,15 @@ class Writer:
         return self._known[key]
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """A JSON value; the schema stands for itself, so its references are its own."""
+        """Return a rule of a JSON value; references in the schema are relative to it."""
         return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
 
     def spelled(self, definition: str) -> str:
-        """A JSON string, which Python reads alike, whose text follows a user's grammar."""
+        """Return a JSON string, also valid in Python, whose content follows a user's grammar."""
         return sequence(quoted('"'), self._custom(definition, json_rules), quoted('"'))
 
     def custom(self, definition: str) -> str:
-        """The terminal of the texts that follow a user's grammar."""
+        """Return the terminal of texts that follow a user's grammar."""
         return self._custom(definition, text_terminals)
 
     def _custom(self, definition: str, rules: Callable[[str, str], tuple[str, list[str]]]) -> str:
@@ -108,7 +108,7 @@ class Writer:
         return self._known[key]
 
     def mark(self, text: str) -> str:
-        """A text in which names of special tokens, and of tokens of the model's own, are these tokens."""
+        """Write a text in which names of special tokens, and of the model's `own` tokens, are these tokens."""
         return " ".join(self._marks.pieces(text))
 
     def is_special(self, text: str) -> bool:
@@ -116,44 +116,44 @@ class Writer:
         return bool(text) and is_token(self._literals.pieces(text)[0])
 
     def is_text(self, text: str) -> bool:
-        """Whether a mark has no special token, so that a text may hold it."""
+        """Whether a mark has no special token, so that a text may contain it."""
         return not any(map(is_token, self._literals.pieces(text)))
 
     def without(self, body: str, marks: Iterable[str]) -> str:
-        """The texts of terminal `body` that hold none of these marks, as a terminal."""
+        """Return a terminal of the texts of terminal `body` that contain none of these marks."""
         held = [mark for mark in dict.fromkeys(marks) if self.is_text(mark)]
         if not held:
             return body
-        head = common(*held)  # one complement costs a lexer much less than several, or a long one
+        head = common(*held)  # one complement costs a lexer much less than several, or than a long one
         ends = " | ".join(quoted(mark[len(head) :]) for mark in held)
         return self.terminal(f"{body} & ~(TEXT {sequence(quoted(head) if head else '', f'({ends})')} TEXT)")
 
     def until(self, end: str, body: str = "TEXT", others: Sequence[str] = ()) -> str:
-        """A text of terminal `body`, and the mark that ends it where it comes first; it holds none of `others`."""
+        """Return a text of terminal `body` up to the first `end`, and this mark; the text contains none of `others`."""
         first, *rest = self._literals.pieces(end)
         if is_token(first):
             return sequence(self.terminal(self.without(body, others)), first, *rest)
         if not rest:
-            # Free text ends at the first mark; what must have a length or a form could have one inside.
+            # Free text ends at the first mark; a text with a length or pattern could contain a mark.
             plain = body == "TEXT" and not others
             return self.rule(f"{body if plain else self.without(body, [end, *others])} {first}", "[lazy]")
         return sequence(self.terminal(f"{self.without(body, others)} {first}"), *rest)
 
     def thought(self, end: str) -> str:
-        """Thoughts, and the mark that ends them. A mark in quotes does not end them, so no mark follows a quote."""
+        """Return reasoning and the mark that ends it. A mark in quotes does not end it, so no mark follows a quote."""
         if not self.is_text(end):
             return self.until(end)
         body = self.terminal(f"{_UNQUOTED} & ~(TEXT /[`\"']/ {quoted(end)} TEXT)")
         return self.rule(f"{body} {quoted(end)}", "[lazy]")
 
     def trigger(self, mark: str, then: str, body: str = "TEXT", lead: str = "") -> str:
-        """Text up to a mark, and what must follow it; a mark in quotes is text.
+        """Return text up to a mark, and what must follow it; a mark in quotes is text.
 
         Args:
-            mark: what to wait for.
-            then: an expression.
+            mark: the mark that triggers.
+            then: the expression after the mark.
             body: the terminal of the text before the mark.
-            lead: the text that must follow the mark and white space, or the mark does not count.
+            lead: text that must follow the mark and white space; otherwise the mark does not trigger.
         """
         if not self.is_text(mark):
             return self.rule(sequence(self.until(mark, body), SPACE if lead else "", self.mark(lead), then))
@@ -167,11 +167,11 @@ class Writer:
 
 
 class Block(NamedTuple):
-    """The expression of one call or more behind an opening mark.
+    """Expression of one or more calls after an opening mark.
 
     Attributes:
         lead: the mark that it begins with; "" without a mark.
-        rest: an expression of what follows.
+        rest: expression of what follows.
     """
 
     lead: str
@@ -180,13 +180,13 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """One request.
+    """What the grammars of one request share.
 
     Attributes:
-        writer: gets the rules.
+        writer: receives the rules.
         form: the row of the table.
-        tools: what may be called.
-        loose: names of the tools of which any arguments will do.
+        tools: tools that may be called.
+        loose: names of the tools that accept any arguments.
         many: whether a message may have more than one call.
     """
 
@@ -197,11 +197,11 @@ class Context:
     many: bool
 
     def root(self, tool: FunctionShape) -> Root:
-        """The schema that the arguments of a tool must follow."""
+        """Return the schema that the arguments of a tool must follow."""
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters, self._grammar(tool))
 
     def json(self, tool: FunctionShape) -> str:
-        """The arguments of a tool as JSON."""
+        """Return the arguments of a tool as JSON."""
         if (grammar := self._grammar(tool)) is not None:
             key = quoted(json.dumps(next(iter(tool.parameters["properties"]))) + ":")
             return self.writer.rule(sequence('"{"', SPACE, key, SPACE, self.writer.spelled(grammar), SPACE, '"}"'))
@@ -212,11 +212,11 @@ class Context:
         return self.writer.json(schema)
 
     def _grammar(self, tool: FunctionShape) -> str | None:
-        """The user's grammar of its text, where that is to be followed."""
+        """Return the user's grammar of the tool's input, if it is enforced."""
         return None if tool.name in self.loose else tool.grammar
 
     def check_names(self) -> None:
-        """Refuses names that no parser of this format would take for one."""
+        """Refuse names that parsers of this format would not recognise."""
         for tool in self.tools:
             if NAME.fullmatch(tool.name) is None:
                 raise UnsupportedParameterError(
