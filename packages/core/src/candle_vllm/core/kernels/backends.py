@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert stored matrices to the layouts of GPU kernels, or decode them if no kernel multiplies their format.
 
-Each method returns the matrix, and for the log why a quantised one takes more memory there than in the file.
+Each method returns the matrix and, for the log, the reason if a quantised matrix takes more memory than in the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 @dataclasses.dataclass(frozen=True)
 class PlainBackend:
-    """Decode every stored format to plain elements, for the kernels of a GPU or for torch.
+    """The `Backend` of `quantization.tensors` that decodes every format to plain elements, for a GPU or for torch.
 
     Attributes:
         device: device of the matrices.
@@ -72,7 +72,7 @@ class DeviceBackend(PlainBackend):
     """The kernels of a GPU; on the CPU their references in torch, for tests.
 
     Attributes:
-        groups: whether the layer has kernels for integer codes in groups; otherwise they are GGUF blocks, or decoded.
+        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks, or plain.
         floats_kept: whether the layer has kernels for small floats with scales; otherwise they are decoded.
     """
 
@@ -121,7 +121,7 @@ class DeviceBackend(PlainBackend):
             group_linear.check_span(span, stored.shape[1])  # before scales are repeated for every row
             found = read()
             if self.dtype == torch.float16 and found.largest > torch.finfo(torch.float16).max:
-                # many rows meet them in that type
+                # for many rows the kernel rounds weights to f16 before it multiplies
                 return self.decoded(stored, "weights may be beyond the range of f16")
             return CodeMatrix(group_linear.pack_floats(found, self.device)), None
         except UnsupportedModelError as error:

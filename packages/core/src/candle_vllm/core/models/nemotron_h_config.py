@@ -55,7 +55,7 @@ class NemotronHConfig(LlamaConfig):
         kinds: kind of each layer.
         mamba: shapes of Mamba 2.
         mamba_layers: the layers with Mamba 2.
-        latent_size: elements of the experts' inputs and outputs, between two projections; 0 for the hidden size.
+        latent_size: size of the experts' inputs and outputs if projections narrow and widen them; 0: the hidden size.
     """
 
     kinds: tuple[Kind, ...]
@@ -157,7 +157,7 @@ def _config(
     shared["model_type"] = "nemotron_h_moe" if mixture else "nemotron_h"
     shared["unrotated_layers"] = frozenset(range(len(kinds)))
     if mixture is not None and "mlp" not in kinds:
-        shared["intermediate_size"] = mixture.inner_size  # as in GGUF files
+        shared["intermediate_size"] = mixture.inner_size  # no layer has this width; GGUF files store the experts'
     shared |= {"mixture": mixture, "sparse_layers": layers["moe"], "num_experts": mixture.experts if mixture else 0}
     return NemotronHConfig(**shared, kinds=kinds, mamba=mamba, mamba_layers=layers["mamba"])
 

@@ -149,7 +149,7 @@ class RemoteEngine(EngineFront):
 
 
 class _Texts:
-    """The model's tokenizer, template and image processing, from the child's description."""
+    """The model's tokenizer, template and image processing, as the engine's process reported them in `Ready`."""
 
     def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Filters and functions that chat templates may use (step 3 of a request).
 
-Jinja's own filters, whose arguments are measured first, and the three helpers that transformers adds.
+Jinja's own filters, which first check the size of their arguments, and the three helpers that transformers adds.
 """
 
 from __future__ import annotations

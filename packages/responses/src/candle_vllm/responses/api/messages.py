@@ -51,7 +51,7 @@ class Translated(NamedTuple):
 
     Attributes:
         messages: messages of its task.
-        approved: paths of the approvals of calls at the end, by the calls' ids; these calls are run first.
+        approved: ids of approved calls that end the conversation, with the fields of their approvals; they run first.
         listed: labels of the MCP servers whose tool lists the conversation contains already.
     """
 

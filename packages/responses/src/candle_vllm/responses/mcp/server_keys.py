@@ -53,7 +53,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "instructions": ("instructions",),
     "sandbox": ("sandbox", "sandboxEnabled"),
 }  # fmt: skip
-NAMES = ("name", "id", "label")  # of the server itself; the code that reads the list uses them
+NAMES = ("name", "id", "label")  # keys of the server's name; `config.py` reads them if the servers are a list
 FIELD_OF = {key: field for field, keys in KEYS.items() for key in keys}
 EXPANDED = frozenset(
     key for field in ("command", "args", "env", "env_file", "cwd", "url", "headers", "auth") for key in KEYS[field]
@@ -112,7 +112,7 @@ def nearest(name: str, known: Any) -> str:
 
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
-    if isinstance(value, str) and value in _RUNTIMES:  # written by candle-vllm; it has no effect here
+    if isinstance(value, str) and value in _RUNTIMES:  # candle-vllm in Rust writes these; they have no effect here
         logger.warning("MCP server %.100r: %s %r is what runs it, and no transport: stdio", checks.server, key, value)
         return "stdio"
     if not isinstance(value, str) or value not in TRANSPORTS:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Wire types as JSON schemas: requests from pydantic models, answers from msgspec structs.
 
-Outside the ten steps: made once, for the document. The schemas describe what the types check field by field; rules
-between several fields are stated only in the error messages of the routes.
+Not a step of a request's life: made once, for the OpenAPI document. The schemas describe what the types check field by
+field; rules between several fields are stated only in the error messages of the routes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Naming:
 
 
 def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
-    """Add the fields that are not served to a schema, with the values that are accepted for them."""
+    """Add to a schema the fields that are not supported or have no effect, with the values accepted for them."""
     properties = schema.setdefault("properties", {})
     for each in properties.values():
         each.pop("title", None)

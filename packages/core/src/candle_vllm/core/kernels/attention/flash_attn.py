@@ -149,7 +149,7 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
     most_context = room if rows.most_context is None else min(rows.most_context, room)
     decodes = others = None
     if n:
-        # Not `query_start`, which differs if padding follows the sequences of a captured step.
+        # Not `query_start`, in which the padding sequences of a captured step have no tokens.
         starts = torch.arange(n + 1, dtype=torch.int32, device=contexts.device)
         decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record matrix products, by the format of the matrix: the form of the input, and the operations.
+"""Record matrix products; the format of the matrix determines the form of the input and the operations.
 
 Matrices of all kinds may be fused in one product; each form of their common input is computed once.
 """
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _KERNELS: Mapping[type, Any] = MappingProxyType(
     {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled, words.WordMatrix: words}
 )
-"""The operations of each kind of matrix, under the same names."""
+"""The module of each kind of matrix; the functions for its operations have the same names in all modules."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def make_forms(
     """Record the computation of an input in several different forms, with at most one barrier after it."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
-    if recorder.adapted and rows is not None and Groups() in forms:  # at once: adapters read the plain input
+    if recorder.adapted and rows is not None and Groups() in forms:  # one operation for both: adapters read rows
         last = barrier and len(forms) == 2
         made = dict(zip((Groups(), rows), _make_both(recorder, rows, source, copies=copies, barrier=last)))
     left = [form for form in forms if form not in made]
@@ -105,7 +105,7 @@ def _make_inputs(
     barrier: bool = True,
     rows: tuple[RowForm, int] | None = None,
 ) -> Inputs:
-    """Record the computation of an input, with up to `copies` rows for each token; with groups also given `rows`."""
+    """Record the computation of an input, up to `copies` rows per token; `rows`: another form and where to write it."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
@@ -162,7 +162,7 @@ def gate_products(
     prologue: Prologue,
     rows_from: StepNumber,
 ) -> Inputs | None:
-    """Record two products of one input, gated, in groups; None if no fused operation exists."""
+    """Record two products of one input and their gated combination, as groups; None without a fused operation."""
     if len(factors) != 2:
         return None
     (gate, inputs), (other, same) = factors
@@ -195,5 +195,5 @@ def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, o
     """Record a lookup of a table's rows; see `embedding_arguments`."""
     assert matrix.input_form in (Groups(), *RowForm), "a table's rows are read in the order in which they lie"
     recorder.keep_matrix(matrix)
-    operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # small floats are decoded at load
+    operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # no ScaledMatrix: decoded at load
     recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
-"""Vector code that decodes groups of the types with a grid of weights, for `cpu.py`; step 6 of a request.
+"""Emits vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request.
 
 An index selects two bytes, one for its first and one for its other weights; a few bits of these select a magnitude for
 each weight. If the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in registers;
