@@ -214,7 +214,7 @@ def test_states_have_the_same_bits(processor: Emulated, kernel: str) -> None:
     """And results, and kept rows: in two steps, the second of which begins with what the first one kept."""
     if kernel == "delta_rule":
         made, sizes = test_delta_rule.compiled(test_delta_rule.ODD, 9, 1), test_delta_rule.ODD
-        inputs, functions = sizes.text(7), [delta_cpu.prepare, delta_cpu.make_scan(1), delta_cpu.keep]
+        inputs, functions = sizes.text(7), [delta_cpu.prepare, delta_cpu.make_scan(1, 0), delta_cpu.keep]
     else:
         gated = kernel != "short_conv"
         made, inputs = test_short_conv.compiled(37, 4, 9, 1, gated=gated), test_short_conv.text(1, 7, 37, gated=gated)

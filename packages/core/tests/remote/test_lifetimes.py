@@ -170,7 +170,7 @@ def test_a_child_that_has_failed_lives_until_it_is_told_to_end(
             heard = map(Reader(FromChild if loaded else Greeting).read, iter((steps if loaded else control).recv, None))
             last = next(message for message in heard if not isinstance(message, Loading))
         finally:
-            told.tell()
+            told.note()
             thread.join()
             told.bell.close()
     assert isinstance(last, Ended if loaded else Failed)

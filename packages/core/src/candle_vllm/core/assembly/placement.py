@@ -127,7 +127,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
         return _in_torch(config, in_torch, "enforce_eager is set")
-    if model.implementation != "native" and device.type == "cpu":
+    if device.type == "cpu" and model.implementation != "native":
         compiled = _recorded(config, in_torch, matrix_obstacle(checkpoint))
         return dataclasses.replace(_in_torch(config, compiled, "its layers are transformers'"), stepwise=True)
     if device.type == "cuda":
