@@ -235,7 +235,7 @@ def test_adapters_do_what_peft_merges(name: str, config: dict[str, Any], tmp_pat
 def test_adapters_change_no_product_whose_rows_are_not_tokens(tmp_path: Path) -> None:
     """As a product for each head, where rows are heads of tokens: an adapter's rows would be those of other tokens."""
     made: Any = load(write_tiny(tmp_path, "llama"), model_impl="transformers")
-    product = next(each for each in made.decoder.model.modules() if isinstance(each, OwnLinear))
+    product: Any = next(each for each in made.decoder.model.modules() if isinstance(each, OwnLinear))
     step: Any = SimpleNamespace(positions=torch.arange(3))
     product.table.adapters = SimpleNamespace(groups=["an adapter"], add=lambda place, x, y, bias: y)
     with under_way(Pass({}, [], step)):
