@@ -402,7 +402,7 @@ def scripted(
 
 def _settled(model: DraftingHead, *, hopeless: bool) -> None:
     model.hopeless = hopeless
-    DraftingHead.commit(model)
+    DraftingHead.release(model)
 
 
 @settings(max_examples=40, deadline=None)

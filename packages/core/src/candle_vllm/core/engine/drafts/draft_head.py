@@ -89,7 +89,7 @@ class DraftingHead(DraftModel):
     # ---- called by the drafter ---------------------------------------------------------------------------------------
 
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
-        """Record which rows of a committed target step must be read; call `commit` before the target's next step.
+        """Record which rows of a committed target step must be read; call `release` before the target's next step.
 
         Args:
             batch: the step.
@@ -113,14 +113,14 @@ class DraftingHead(DraftModel):
             elif first < last:
                 self._unread[live] = first, last, offset + first - run.start
 
-    def commit(self) -> None:
-        """Read the rest of the target's step, then do what `DraftModel.commit` does."""
+    def release(self) -> None:
+        """Read the rest of the target's step, then do what `DraftModel.release` does."""
         if self._unread and not self.hopeless:
             self._catch_up([], 0)
         for live in self._unread:
             self._owns[live].done = -1
         self._unread = {}
-        super().commit()
+        super().release()
 
     def forget(self, live: LiveSequence) -> None:
         """See `DraftModel`."""

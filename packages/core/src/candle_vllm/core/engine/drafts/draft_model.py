@@ -187,7 +187,7 @@ class DraftModel:
             room: maximum number of draft tokens of one sequence in a step.
         """
         asked = self._worth_asking(offers, lives, target, room)
-        made = self._continuation(asked, target, lives) if asked else {}
+        made = self._generate(asked, target, lives) if asked else {}
         better: list[tuple[LiveSequence, list[int], list[float]]] = []
         for live, offer in offers:
             own = made.get(live)
@@ -200,7 +200,7 @@ class DraftModel:
     def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
         """See `DraftingHead`; a draft model without `reads_states` ignores it."""
 
-    def commit(self) -> None:
+    def release(self) -> None:
         """Free reserved blocks that the drafts chosen for the next step do not need."""
         for live in self._reserved:
             self._scheduler.give_back(live.sequence)
@@ -294,10 +294,10 @@ class DraftModel:
         if own is None:
             own = self._owns[live] = Own()
         sequence, tokens, right = live.sequence, live.sequence.tokens, 0
-        for match, bucket in zip(own.candidates, own.buckets):
+        for candidate, bucket in zip(own.candidates, own.buckets):
             if own.base + right >= len(tokens):
                 break
-            hit = tokens[own.base + right] == match
+            hit = tokens[own.base + right] == candidate
             self._judge(own, _kind(live), bucket, hit)
             if not hit:
                 break
@@ -345,7 +345,7 @@ class DraftModel:
 
     # ---- the model's steps -------------------------------------------------------------------------------------------
 
-    def _continuation(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
+    def _generate(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
         """Generate draft tokens while they save time for some sequence; return them by sequence."""
         runs, ready = self._catch_up(asked, lives)
         made = {each.live: each for each in ready}

@@ -355,7 +355,7 @@ class Drafter:
         if plain and self._unplain < times.UNPLAIN:
             found = self._propose(lives, times)
         if self.model is not None:
-            self.model.commit()
+            self.model.release()
         if plain and self._before[0]:  # a step with a prompt is not charged: indexing the prompt happens once
             times.pay(times.SHARE - min((time.perf_counter() - began) / plain, times.LONGEST))
         for live in lives:

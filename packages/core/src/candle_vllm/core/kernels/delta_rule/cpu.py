@@ -84,7 +84,7 @@ def _gates(
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         at_a, at_b, at_decay, at_bias, most, skip, to, decays, to_strengths, heads = args
-        one, corrects = e.constant(F32, 1.0), b.icmp_signed("==", skip, e.int64(0))
+        one = e.constant(F32, 1.0)
 
         def times(place: Any, mask: Any) -> tuple[Any, Any]:
             time = b.fadd(*(load_columns(e, b.add(at, place), mask) for at in (at_a, at_bias)))
@@ -99,13 +99,21 @@ def _gates(
             decay = load_columns(e, b.add(at_decay, place), mask)
             return store(b.add(to, place), time, emit_exp(e, b.fmul(decay, positive)), mask)
 
-        def strong(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+        def corrected(place: Any, mask: Any, _: list[Any]) -> list[Any]:
             other = load_columns(e, b.add(at_b, place), mask)
             value = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
-            return store(b.add(to_strengths, place), other, b.select(corrects, value, times(place, mask)[1]), mask)
+            return store(b.add(to_strengths, place), other, value, mask)
+
+        def skipped(place: Any, mask: Any, _: list[Any]) -> list[Any]:
+            other = load_columns(e, b.add(at_b, place), mask)
+            return store(b.add(to_strengths, place), other, times(place, mask)[1], mask)
 
         emit_columns(e, decays, [], decayed)
-        emit_columns(e, heads, [], strong)
+        with b.if_else(b.icmp_signed("==", skip, e.int64(0))) as (corrects, skips):
+            with corrects:
+                emit_columns(e, heads, [], corrected)
+            with skips:
+                emit_columns(e, heads, [], skipped)
         return context.get_dummy_value()
 
     return signature, code

@@ -9,7 +9,7 @@ from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Routing, is_gated
-from candle_vllm.core.kernels.recorded import LIMITS
+from candle_vllm.core.kernels.silu_mul.reference import gated_product
 
 
 def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +113,7 @@ def combine(results: torch.Tensor, pairs: Pairs) -> torch.Tensor:
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """Return act(gate) * up; see the contract."""
-    if activation.startswith("silu"):
-        limit = LIMITS.get(activation, torch.inf)
-        return torch.nn.functional.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
-    if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if activation != "swiglu_oai":
+        return gated_product(gate, up, activation)
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
     return (up + 1) * gate * torch.sigmoid(1.702 * gate)

@@ -19,10 +19,17 @@ _ACTS = {
 }
 
 
+def gated_product(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
+    """Multiply act(gate) by up, both clamped if the kind has a limit."""
+    act = _ACTS[kind](gate)
+    if (limit := LIMITS.get(kind)) is not None:
+        act, up = act.clamp(max=limit), up.clamp(-limit, limit)
+    return act * up
+
+
 def gate_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
-    (gate, up), limit = x.float().chunk(2, dim=-1), LIMITS.get(kind, torch.inf)
-    return (_ACTS[kind](gate).clamp(max=limit) * up.clamp(-limit, limit)).to(x.dtype)
+    return gated_product(*x.float().chunk(2, dim=-1), kind).to(x.dtype)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:

@@ -33,7 +33,7 @@ def make_buffers(model: Any, placement: Placement, longest: int) -> None:
             with torch.no_grad():
                 owner._init_weights(module)
         for layer, kind in freeze_rotary(module):
-            _settle_rotary(module, layer, kind, longest, placement.device)
+            _set_frequencies(module, layer, kind, longest, placement.device)
 
 
 def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
@@ -46,7 +46,7 @@ def freeze_rotary(module: Any) -> list[tuple[str | None, str]]:
     return changing
 
 
-def _settle_rotary(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
+def _set_frequencies(module: Any, layer: str | None, kind: str, longest: int, device: Any) -> None:
     """Set frequencies for the context length that is served; transformers would take the longest text of a step."""
     prefix = "" if layer is None else f"{layer}_"
     which = {} if layer is None else {"layer_type": layer}
