@@ -271,7 +271,7 @@ def test_unknown_architectures_name_the_way(tmp_path: Path) -> None:
         ({"model_type": "nobody", "auto_map": {"AutoModelForCausalLM": "x.Y"}}, "code beside the weights is never run"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers is"),
         ({"model_type": "t5"}, "is no decoder"),
-        ({"model_type": "bert", "is_decoder": False}, "sees the tokens behind its own"),
+        ({"model_type": "bert", "is_decoder": False}, "attends to tokens after its own"),
         ({"model_type": "rembert", "is_decoder": False}, "is_decoder false"),
     ],
 )

@@ -312,7 +312,7 @@ def test_towers_of_f16_lose_little(folder: Path, tmp_path: Path) -> None:
 
 def test_wrong_files_beside_a_model_are_named(folder: Path, tmp_path: Path) -> None:
     right = write_towers(folder, tmp_path / "gguf")
-    with pytest.raises(UnsupportedModelError, match="this is no file of what a model sees by"):
+    with pytest.raises(UnsupportedModelError, match="this is not a vision encoder file"):
         InferenceEngine(right["model"], mmproj=Path(right["model"]))
     with pytest.raises(ConfigError, match="mmproj belongs to a GGUF model"):
         InferenceEngine(folder, mmproj=right["mmproj"])

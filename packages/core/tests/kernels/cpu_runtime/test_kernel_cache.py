@@ -439,7 +439,7 @@ def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
 
 def test_without_numba_what_does_not_travel_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"add\.5 does not travel .* pip install"):
+    with pytest.raises(ConfigError, match=r"add\.5 is not shipped .* pip install"):
         sum_of(5)
 
 

@@ -120,8 +120,8 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.enforce_eager)
     if config.deterministic and device.type == "cuda" and is_amd():
         raise ConfigError(
-            "deterministic cannot be had on an AMD GPU, whose tensor instructions sum in orders that nobody has looked "
-            "into: leave --deterministic out",
+            "deterministic cannot be had on an AMD GPU, whose tensor instructions sum in an order that was not "
+            "tested: leave --deterministic out",
             "deterministic",
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")

@@ -285,12 +285,12 @@ def draft_token_ids(config: Eagle3Config, checkpoint: Checkpoint, tokens: int) -
     size, path = config.draft_vocab_size, checkpoint.path
     if stored is None:
         if size > tokens:
-            raise InvalidFileError(f"{path}: the head guesses {size} tokens and the model has {tokens}")
+            raise InvalidFileError(f"{path}: the head drafts {size} tokens and the model has {tokens}")
         return None
     if stored.type_name not in ("I64", "I32") or stored.shape != (size,):
         raise InvalidFileError(
             f"{path}: d2t is {stored.type_name} {list(stored.shape)}; it must be {size} whole numbers, one for each "
-            "token that the head guesses"
+            "token that the head drafts"
         )
     ids = stored.load(stored.type_name).astype(np.int64)
     if checkpoint.format == "safetensors":

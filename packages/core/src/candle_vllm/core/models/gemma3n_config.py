@@ -52,7 +52,7 @@ class Gemma3nConfig(Gemma4Config):
         if not 1 < self.streams <= MOST_STREAMS or not 0 <= self.active < self.streams:
             raise InvalidFileError(f"the model's config says stream {self.active} of {self.streams} is the active one")
         if self.hidden_size % 16:
-            raise UnsupportedModelError(f"streams of {self.hidden_size} numbers are not implemented: 16 divides others")
+            raise UnsupportedModelError(f"hidden_size {self.hidden_size} is not implemented: it must divide by 16")
         if self.input_size < 1:
             raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
         assert len(self.deviations) == self.num_layers

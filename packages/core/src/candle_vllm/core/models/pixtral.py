@@ -144,7 +144,7 @@ def _config(processor: Fields, *, patch: int, cell: int, **values: Any) -> Pixtr
     side = -(-rule.longest // rule.cell) * cell
     if side * side > MOST_PATCHES:
         raise InvalidFileError(
-            f"{processor.path}: pictures of {rule.longest} pixels in patches of {patch}: more than {MOST_PATCHES}"
+            f"{processor.path}: images of {rule.longest} pixels have more than {MOST_PATCHES} patches of {patch}"
         )
     return PixtralConfig(activation="gelu", gated=True, patch=patch, side=side, cell=cell, rule=rule, **values)
 

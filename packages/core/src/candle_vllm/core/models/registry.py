@@ -158,7 +158,7 @@ def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFami
     """
     fields = Fields(metadata, path)
     if metadata.get("general.architecture") != "clip":
-        raise UnsupportedModelError(f"{path}: this is no file of what a model sees by (mmproj)")
+        raise UnsupportedModelError(f"{path}: this is not a vision encoder file (mmproj)")
     kind = fields.get("clip.projector_type", str, fields.get("clip.vision.projector_type", str, ""))
     found = next((family for family in _towers() if kind in family.gguf), None)
     if found is None:

@@ -94,7 +94,7 @@ def _check(
 ) -> None:
     dim = q.shape[2]
     block_size = key_cache.shape[1]
-    assert q.stride()[1:] == (dim, 1), "the heads of a token lie behind each other"
+    assert q.stride()[1:] == (dim, 1), "the heads of a token must be contiguous"
     assert dim <= MOST_DIM
     assert block_size >= 16, "a block has a power of two of slots, at least 16"
     assert block_size & (block_size - 1) == 0

@@ -199,7 +199,7 @@ def _tell(folder: Path | None) -> None:
 def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
     if importlib.util.find_spec("numba") is None:
         raise ConfigError(
-            f"the CPU kernel {name} does not travel with this package, and Numba, which compiles it, is not installed: "
+            f"the CPU kernel {name} is not shipped with this package, and Numba, which compiles it, is not installed: "
             "pip install 'candle-vllm-core[compile]'",
             "device",
         )

@@ -52,7 +52,7 @@ def linear(
     if out is not None:
         assert out.shape == (len(x), matrix.rows)
         assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or matrix.rows == 1, "the numbers of a row lie behind each other"
+        assert out.stride(1) == 1 or matrix.rows == 1, "the elements of a row must be contiguous"
     if on_gpu(x):
         from candle_vllm.core.kernels.gguf_linear import triton
 

@@ -164,7 +164,7 @@ def kv_write(
     scaled = has_row_scales(key_cache, dim)
     fp8 = key_cache.dtype == torch.float8_e4m3fn and not scaled
     for rows in (key, value):
-        assert rows.stride()[1:] == (dim, 1), "the heads of a token lie behind each other"
+        assert rows.stride()[1:] == (dim, 1), "the heads of a token must be contiguous"
     for cache in (key_cache, value_cache):
         assert cache.is_contiguous()
         assert cache.dtype == key_cache.dtype

@@ -35,7 +35,7 @@ def linear(
     if out is not None:
         assert out.shape == (len(x), len(weight))
         assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or out.shape[1] == 1, "the numbers of a row lie behind each other"
+        assert out.stride(1) == 1 or out.shape[1] == 1, "the elements of a row must be contiguous"
     if on_gpu(x) and (invariant or len(x) <= OWN_ROWS):
         from candle_vllm.core.kernels.linear import triton
 

@@ -273,7 +273,7 @@ def _check(x: torch.Tensor, operand: Operand, bias: torch.Tensor | None, out: to
     device = operand.planes[0].device
     assert x.dim() == 2
     assert x.shape[1] == operand.columns > 0
-    assert x.stride(1) == 1 or operand.columns == 1, "the numbers of a row lie behind each other"
+    assert x.stride(1) == 1 or operand.columns == 1, "the elements of a row must be contiguous"
     assert x.device == device
     assert x.dtype in (torch.bfloat16, torch.float16) or x.dtype == operand.planes[0].dtype == torch.float32
     if bias is not None:
@@ -283,7 +283,7 @@ def _check(x: torch.Tensor, operand: Operand, bias: torch.Tensor | None, out: to
     if out is not None:
         assert out.shape == (len(x), operand.rows)
         assert out.dtype == x.dtype
-        assert out.stride(1) == 1 or operand.rows == 1, "the numbers of a row lie behind each other"
+        assert out.stride(1) == 1 or operand.rows == 1, "the elements of a row must be contiguous"
         assert out.device == device
 
 

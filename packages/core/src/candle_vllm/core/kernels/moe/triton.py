@@ -58,7 +58,7 @@ def expert_linear(
 ) -> torch.Tensor:
     """See the contract in the package; results of few pairs are in the pairs' order, of many in the experts' order."""
     assert x.dtype in (torch.bfloat16, torch.float16)
-    assert x.stride(1) == 1 or x.shape[1] == 1, "the numbers of a row lie behind each other"
+    assert x.stride(1) == 1 or x.shape[1] == 1, "the elements of a row must be contiguous"
     assert pairs.experts.is_contiguous()
     assert pairs.experts.device == x.device
     rows = matrix.rows // pairs.count // (2 if is_gated(activation) else 1)

@@ -105,7 +105,7 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
     """Return weights and experts [T, k]; see the contract in the package."""
     top_k, bias, groups = routing.top_k, routing.bias, (routing.groups, routing.top_groups)
     tokens, count = logits.shape
-    assert logits.stride(1) == 1 or count == 1, "the numbers of a row lie behind each other"
+    assert logits.stride(1) == 1 or count == 1, "the elements of a row must be contiguous"
     assert logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if bias is not None:
         assert bias.is_contiguous()

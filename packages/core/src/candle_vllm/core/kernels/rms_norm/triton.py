@@ -145,7 +145,7 @@ def _launch(
 def _as_heads(x: torch.Tensor) -> torch.Tensor:
     """Return x as [T, N, E] with contiguous rows, without a copy if possible."""
     x = x.unsqueeze(1) if x.dim() == 2 else x.reshape(x.shape[0], -1, x.shape[-1]) if x.dim() != 3 else x
-    assert x.stride(2) == 1 or x.shape[2] == 1, "the numbers of a row lie behind each other"
+    assert x.stride(2) == 1 or x.shape[2] == 1, "the elements of a row must be contiguous"
     return x
 
 

@@ -113,7 +113,7 @@ def _write_down(module: Any, query: Any, key: Any, value: Any, attention_mask: A
     if key.shape[3] != dim or heads % key.shape[1] or value.shape[3] > dim:
         raise NotPagedError(f"{name} has queries {list(query.shape)} and keys {list(key.shape)}")
     if more.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise NotPagedError(f"{name} sees the tokens behind its own", causal=False)
+        raise NotPagedError(f"{name} attends to tokens after its own", causal=False)
     others = {key for key, given in more.items() if isinstance(given, torch.Tensor) and key not in _KNOWN}
     if others := sorted(others | {key for key in _UNKNOWN if more.get(key) is not None}):
         raise NotPagedError(f"{name} adds {', '.join(others)} to its scores")
