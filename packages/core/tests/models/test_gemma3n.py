@@ -100,7 +100,7 @@ def test_a_published_config_is_read() -> None:
         ({"activation_sparsity_pattern": [1.0] * 35}, InvalidFileError, "a share below 1"),
         ({"altup_active_idx": 4}, InvalidFileError, "stream 4 of 4 is the active one"),
         ({"altup_num_inputs": 9}, InvalidFileError, "stream 0 of 9"),
-        ({"hidden_size": 2056}, UnsupportedModelError, "streams of 2056 numbers"),
+        ({"hidden_size": 2056}, UnsupportedModelError, "hidden_size 2056 is not implemented: it must divide by 16"),
         ({"num_kv_shared_layers": 32}, InvalidFileError, "leaves a kind of layer none"),
     ],
 )

@@ -29,7 +29,8 @@ def gated_product(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tens
 
 def gate_mul(x: torch.Tensor, kind: str) -> torch.Tensor:
     """See the contract in the package."""
-    return gated_product(*x.float().chunk(2, dim=-1), kind).to(x.dtype)
+    gate, up = x.float().chunk(2, dim=-1)
+    return gated_product(gate, up, kind).to(x.dtype)
 
 
 def gated(x: torch.Tensor, gate: torch.Tensor, kind: str) -> torch.Tensor:
