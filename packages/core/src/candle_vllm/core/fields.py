@@ -96,6 +96,11 @@ class Fields:
         """Return a nested mapping; it is empty if the key is absent."""
         return Fields(self.get(key, dict, {}), self.path)
 
+    def with_defaults(self, **values: Any) -> Fields:
+        """Return these fields with values for the keys that are absent or null."""
+        given = {key: value for key, value in self.values.items() if value is not None}
+        return Fields(values | given, self.path, self.prefix)
+
     def token_ids(self, key: str, *, lowest: int = 0) -> tuple[int, ...]:
         """Return one token id, from `lowest` to 2^24, or a list of token ids, as a tuple."""
         value = self.values.get(self.prefix + key)

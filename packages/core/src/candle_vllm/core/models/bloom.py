@@ -17,7 +17,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -38,8 +38,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
         raise UnsupportedModelError(
             f"{fields.path}: apply_residual_connection_post_layernorm is true, which is not implemented"
         )
-    fields = with_defaults(
-        fields,
+    fields = fields.with_defaults(
         intermediate_size=4 * fields.count("hidden_size"),
         max_position_embeddings=fields.get("seq_length", int, _CONTEXT),
         layer_norm_epsilon=1e-5,

@@ -13,7 +13,6 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import with_defaults
 from candle_vllm.core.models.mamba2 import MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 from candle_vllm.core.models.nemotron_h import WEIGHTS, NemotronH
 from candle_vllm.core.models.nemotron_h_config import NemotronHConfig
@@ -33,12 +32,12 @@ _CONTEXT = 1 << 20  # default of llama.cpp's files: a state does not limit the c
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
     """Read `config.json` of mamba2."""
-    fields = with_defaults(fields, **_DEFAULTS)
+    fields = fields.with_defaults(**_DEFAULTS)
     fields.choice("hidden_act", "silu", "silu")
     size = fields.count("hidden_size")
     mamba = sizes_from_hf(fields, _KEYS, inner=fields.count("expand", 2) * size)
     unused = {"num_attention_heads": mamba.heads, "intermediate_size": size, "max_position_embeddings": _CONTEXT}
-    return _config(shared_from_hf(with_defaults(fields, **unused), model_type, eps="layer_norm_epsilon"), mamba)
+    return _config(shared_from_hf(fields.with_defaults(**unused), model_type, eps="layer_norm_epsilon"), mamba)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> NemotronHConfig:

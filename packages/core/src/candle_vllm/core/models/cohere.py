@@ -29,7 +29,6 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import gguf_has_bias, local_keys
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.olmo2 import full_layers, windows_from_hf
 from candle_vllm.core.models.stack import DecoderStack
 
@@ -37,7 +36,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CohereConfig(LlamaConfig):
+class CohereConfig(llama.LlamaConfig):
     """Config of these models: the fields in addition to those of Llama.
 
     Attributes:
@@ -52,19 +51,12 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
     if local:
-        fields = Fields({"sliding_window": 4096, **fields.values}, fields.path)
-        shared["sliding_windows"] = windows_from_hf(fields, shared["num_layers"])
-    bias = fields.get("attention_bias", bool, False)
+        usual = Fields({"sliding_window": 4096, **fields.values}, fields.path)
+        shared["sliding_windows"] = windows_from_hf(usual, shared["num_layers"])
+    shared["qkv_bias"] = shared["output_bias"] = fields.get("attention_bias", bool, False)
     shared["tie_embeddings"] = fields.get("tie_word_embeddings", bool, True)
-    return CohereConfig(
-        **shared,
-        logit_scale=fields.get("logit_scale", float, 0.0625),
-        qkv_bias=bias,
-        output_bias=bias,
-        head_norms=not local and fields.get("use_qk_norm", bool, False),
-        unrotated_layers=full_layers(shared["sliding_windows"]),
-        interleaved_rotary=True,
-    )
+    scale, head_norms = fields.get("logit_scale", float, 0.0625), fields.get("use_qk_norm", bool, False)
+    return _config(shared, scale, head_norms and not local)
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
@@ -74,15 +66,15 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
     if local:
         window = fields.count("attention.sliding_window")
         shared["sliding_windows"] = gguf_windows(fields, shared["num_layers"], window, period=4)
-    return CohereConfig(
-        **shared,
-        logit_scale=fields.get("logit_scale", float, *([] if local else [1.0])),
-        qkv_bias=gguf_has_bias(checkpoint),
-        output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
-        head_norms="blk.0.attn_q_norm.weight" in checkpoint.tensors,
-        unrotated_layers=full_layers(shared["sliding_windows"]),
-        interleaved_rotary=True,
-    )
+    shared["qkv_bias"] = gguf_has_bias(checkpoint)
+    shared["output_bias"] = "blk.0.attn_output.bias" in checkpoint.tensors
+    scale = fields.get("logit_scale", float, *([] if local else [1.0]))
+    return _config(shared, scale, "blk.0.attn_q_norm.weight" in checkpoint.tensors)
+
+
+def _config(shared: dict[str, Any], scale: float, head_norms: bool) -> CohereConfig:
+    shared["unrotated_layers"] = full_layers(shared["sliding_windows"])
+    return CohereConfig(**shared, logit_scale=scale, head_norms=head_norms, interleaved_rotary=True)
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------
@@ -93,7 +85,7 @@ class Block:
 
     def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
-        self.attention = Attention(config, layer, rotary, placement)
+        self.attention = llama.Attention(config, layer, rotary, placement)
         if config.head_norms:
             counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
             norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
@@ -122,7 +114,6 @@ class Cohere(DecoderStack):
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 _TO = "layers.{i}."
-_HEAD_NORMS = (_TO + "attention.q_norm:weight", _TO + "attention.k_norm:weight")
 
 
 def _half_split(config: CohereConfig) -> np.ndarray:
@@ -133,13 +124,9 @@ def _half_split(config: CohereConfig) -> np.ndarray:
 
 def _own(line: WeightName) -> WeightName:
     """A row of Llama's table with this block's target and view."""
-    if line.target in _HEAD_NORMS:
-        order = ColumnOrder(_half_split)
-        return dataclasses.replace(line, hf_view=order, gguf_view=order)
+    if line.target.startswith((_TO + "attention.q_norm", _TO + "attention.k_norm")):
+        return dataclasses.replace(line, hf_view=ColumnOrder(_half_split), gguf_view=ColumnOrder(_half_split))
     return dataclasses.replace(line, target=line.target.replace(".attention_norm:", ".norm:"))
-
-
-WEIGHTS = [_own(line) for line in llama.WEIGHTS if line.target != _TO + "mlp_norm:weight"]
 
 
 def gguf_keys(config: Any) -> dict[str, Any]:
@@ -158,6 +145,6 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Cohere,
-    weights=WEIGHTS,
+    weights=[_own(line) for line in llama.WEIGHTS if line.target != _TO + "mlp_norm:weight"],
     ignored=llama.ignored,
 )

@@ -19,15 +19,14 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     """Read `config.json` of falcon; missing keys have transformers' defaults."""
-    fields = with_defaults(
-        fields,
+    fields = fields.with_defaults(
         max_position_embeddings=2048,
         layer_norm_epsilon=1e-5,
         tie_word_embeddings=True,

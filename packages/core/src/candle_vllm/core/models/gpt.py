@@ -10,9 +10,6 @@ Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabular
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -33,8 +30,8 @@ from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_TANH: Mapping[str, Activation] = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu": "gelu", "relu": "relu", **_TANH})
+_TANH: dict[str, Activation] = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
+_ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "relu": "relu", **_TANH}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +67,7 @@ def activation_of(fields: Fields, key: str, default: str) -> Activation:
     return _ACTIVATIONS[fields.choice(key, default, *_ACTIVATIONS)]
 
 
-def with_defaults(fields: Fields, **values: Any) -> Fields:
-    """`config.json` with values for the keys that are absent or null there."""
-    return Fields(values | {key: value for key, value in fields.values.items() if value is not None}, fields.path)
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
+# ---- attention and block ---------------------------------------------------------------------------------------------
 
 
 class Attention:
@@ -83,8 +75,7 @@ class Attention:
 
     def __init__(self, config: GptConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
-        self.head_dim = dim
+        self.head_dim, self.sizes = dim, (heads * dim, kv_heads * dim, kv_heads * dim)
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
@@ -103,9 +94,6 @@ class Attention:
         parts = self.qkv(x).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D] and twice [T, K, D]
         return self.output(self.attend(q, k, v, step).flatten(1))
-
-
-# ---- block -----------------------------------------------------------------------------------------------------------
 
 
 class Block:

@@ -19,7 +19,7 @@ from candle_vllm.core.loading.views import View, chain, qkv_rows, transposed
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     names = _NEO if neo else _GPT2
     inner = "intermediate_size" if neo else "n_inner"
     wide = 4 * fields.count("hidden_size" if neo else "n_embd")
-    fields = with_defaults(fields, **{"tie_word_embeddings": True, inner: wide})
+    fields = fields.with_defaults(**{"tie_word_embeddings": True, inner: wide})
     shared = shared_from_hf(fields, model_type, eps="layer_norm_epsilon", names=names)
     if model_type == "gpt_bigcode" and fields.get("multi_query", bool, True):
         shared["num_kv_heads"] = 1

@@ -14,7 +14,7 @@ from candle_vllm.core.loading.views import qkv_rows
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     names = {"num_key_value_heads": "num_attention_heads"}
     bias = fields.get("attention_bias", bool, True)
     return GptConfig(
-        **shared_from_hf(with_defaults(fields, **rotary), model_type, eps="layer_norm_eps", names=names),
+        **shared_from_hf(fields.with_defaults(**rotary), model_type, eps="layer_norm_eps", names=names),
         activation=activation_of(fields, "hidden_act", "gelu"),
         parallel=fields.get("use_parallel_residual", bool, True),
         qkv_bias=bias,

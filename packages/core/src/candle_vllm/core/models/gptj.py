@@ -14,7 +14,7 @@ from candle_vllm.core.loading.views import half_split
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ _NAMES = {
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     """Read `config.json` of gptj."""
-    fields = with_defaults(fields, n_inner=4 * fields.count("n_embd"))
+    fields = fields.with_defaults(n_inner=4 * fields.count("n_embd"))
     shared = shared_from_hf(fields, model_type, eps="layer_norm_epsilon", names=_NAMES)
     rope = dataclasses.replace(shared.pop("rope"), dim=fields.count("rotary_dim"))
     return GptConfig(

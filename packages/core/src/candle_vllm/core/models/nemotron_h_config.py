@@ -15,7 +15,6 @@ from candle_vllm.core.loading.cache_specs import CacheSpec, StateSpec
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.experts import expert_count, routed_keys, sparse_in_gguf
-from candle_vllm.core.models.gpt import with_defaults
 from candle_vllm.core.models.llama import LlamaConfig
 from candle_vllm.core.models.mamba2 import MambaSizes, mamba_keys, sizes_from_gguf, sizes_from_hf
 
@@ -72,7 +71,7 @@ class NemotronHConfig(LlamaConfig):
 
 def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
     """Read `config.json` of nemotron_h, whose layers are a list of names or a pattern of letters."""
-    fields = with_defaults(fields, **_DEFAULTS)
+    fields = fields.with_defaults(**_DEFAULTS)
     key = next((key for key in ("layers_block_type", "layer_types") if key in fields), "hybrid_override_pattern")
     named = [*fields.get(key, str)] if key == "hybrid_override_pattern" else fields.get(key, list)
     if not named or any(kind not in _KINDS for kind in named):
@@ -81,7 +80,7 @@ def config_from_hf(fields: Fields, model_type: str) -> NemotronHConfig:
         )
     fields.choice("mlp_hidden_act", "relu2", "relu2")
     fields.choice("mamba_hidden_act", "silu", "silu")
-    shared = shared_from_hf(with_defaults(fields, num_hidden_layers=len(named)), model_type, eps="layer_norm_epsilon")
+    shared = shared_from_hf(fields.with_defaults(num_hidden_layers=len(named)), model_type, eps="layer_norm_epsilon")
     layers, inner = shared["num_layers"], fields.count("expand", 2) * shared["hidden_size"]
     if len(named) != layers:
         raise InvalidFileError(f"{fields.path}: {key} has {len(named)} layers, num_hidden_layers is {layers}")

@@ -21,7 +21,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Block, Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Block, Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
         if fields.get(key, bool, usual) != usual:
             raise UnsupportedModelError(f"{fields.path}: {key} is {str(not usual).lower()}, which is not implemented")
     names = {"intermediate_size": "ffn_dim", "num_key_value_heads": "num_attention_heads"}
-    fields = with_defaults(fields, tie_word_embeddings=True, layer_norm_eps=1e-5)
+    fields = fields.with_defaults(tie_word_embeddings=True, layer_norm_eps=1e-5)
     shared = shared_from_hf(fields, model_type, eps="layer_norm_eps", names=names)
     bias = fields.get("enable_bias", bool, True)
     return OptConfig(

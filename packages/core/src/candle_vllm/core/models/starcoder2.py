@@ -13,14 +13,14 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias, pair, projections
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     """Read `config.json` of starcoder2; a window applies to all layers."""
-    shared = shared_from_hf(with_defaults(fields, tie_word_embeddings=True), model_type, eps="norm_epsilon")
+    shared = shared_from_hf(fields.with_defaults(tie_word_embeddings=True), model_type, eps="norm_epsilon")
     shared["sliding_windows"] = (fields.count("sliding_window", None),) * shared["num_layers"]
     bias = fields.get("use_bias", bool, True)
     activation = activation_of(fields, "hidden_act", "gelu_pytorch_tanh")
