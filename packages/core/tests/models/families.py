@@ -679,7 +679,7 @@ ROWS: Mapping[str, Row] = {
     "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS, common=False),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
-    "Granite": Row("granite", GRANITE, "granite"),
+    "Granite": Row("granite", GRANITE, "granite", common=False),
     "Granite biases": Row("granite", GRANITE | GRANITE_BIASES, "granite", common=False),
     "Granite-MoE": Row("granitemoe", GRANITE_MOE, "granitemoe", undecided=0.1, common=False),
     "Granite-MoE shared": Row(
@@ -756,7 +756,7 @@ ROWS: Mapping[str, Row] = {
     "GPT-NeoX sequential": Row("gpt_neox", NEOX_SEQUENTIAL, "gptneox", common=False),
     "GPT-J": Row("gptj", CLASSIC | {"rotary_dim": 12}, common=False),
     "OPT": Row("opt", OPT, common=False),
-    "OPT-350m": Row("opt", OPT_350M),
+    "OPT-350m": Row("opt", OPT_350M, common=False),
     "Falcon": Row("falcon", FALCON, "falcon", common=False),
     "Falcon-40B": Row("falcon", FALCON_40B, "falcon", common=False),
     "Falcon-11B": Row("falcon", FALCON_11B, "falcon", common=False),
