@@ -102,7 +102,7 @@ _NO_METHODS = {
     "eagle": "heads of EAGLE-1 and EAGLE-2 are not read; those of EAGLE-3 are (eagle3)",
 }
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
-    {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
+    dict.fromkeys(("deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), "mtp")
 )
 """Names in vLLM that are aliases of a method."""
 MAX_DRAFT = 31
@@ -118,7 +118,8 @@ class SpeculativeConfig:
     Attributes:
         method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
             speculation; "draft_model": a small model, unless "suffix" has a draft that is as likely; "eagle3": a head
-            that was trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint.
+            that was trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint, or
+            with `model` the drafter of a Gemma 4.
         num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of tokens that are compared.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
@@ -214,7 +215,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
 def _methods_of(name: str) -> tuple[str, ...]:
     """Return the methods that a setting belongs to, first the one that errors name; empty if it is for all methods."""
     if name in _FILES:
-        return WITH_WEIGHTS[:2]
+        return WITH_WEIGHTS
     if name.startswith("draft_"):
         return WITH_WEIGHTS
     return ("suffix", *WITH_WEIGHTS) if name.startswith("suffix_") else ()

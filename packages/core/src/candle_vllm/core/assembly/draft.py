@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load a draft model, a draft head (EAGLE-3), or the model's own layer for multi-token prediction.
+"""Load a draft model, a draft head (EAGLE-3, Gemma 4), or the model's own layer for multi-token prediction.
 
 It is loaded after the target model, and refused if it was trained for another model or has another vocabulary.
 """
@@ -128,13 +128,13 @@ def load_draft(
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
     """Open the draft model's files; tensors of a draft head keep their names."""
     files = model_files(config)
-    if method == "draft_model" and _is_head(files):
+    if method == "draft_model" and (right := _head_method(files)) is not None:
         raise ConfigError(
-            f"speculative_config: {files.name} is an EAGLE head, which drafts from the model's hidden states, and no "
-            'model of its own: set "method": "eagle3"',
+            f"speculative_config: {files.name} is a head, which drafts from the model's hidden states, and no "
+            f'model of its own: set "method": "{right}"',
             "speculative_config",
         )
-    if method != "eagle3" or files.format == "gguf":
+    if method == "draft_model" or config.speculative_config is not None or files.format == "gguf":
         return open_model(files, device)
     if files.format != "safetensors" or files.config is None:
         raise InvalidFileError(f"{files.folder}: a head is a folder with config.json and safetensors, or a GGUF file")
@@ -150,19 +150,19 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
             raise
 
 
-def _is_head(files: ModelFiles) -> bool:
-    """Return whether the files contain an EAGLE head, by their architecture."""
+def _head_method(files: ModelFiles) -> str | None:
+    """Return the method of a draft head by its architecture; None if the files contain no head."""
+    names: list[Any] = []
     if files.format == "gguf":
         from candle_vllm.core.loading.gguf import open_gguf
-        from candle_vllm.core.models.eagle3 import GGUF_ARCHITECTURE
 
         with naming(files.weights[0]), open_gguf(files.weights[0]) as checkpoint:
-            return checkpoint.metadata.get("general.architecture") == GGUF_ARCHITECTURE
-    if files.config is None:
-        return False
-    with naming(files.config):
-        names = Fields(read_json(files.config), files.config).get("architectures", list, [])
-    return any("eagle" in str(name).lower() for name in names)
+            names = [checkpoint.metadata.get("general.architecture")]
+    elif files.config is not None:
+        with naming(files.config):
+            names = Fields(read_json(files.config), files.config).get("architectures", list, [])
+    methods = {"eagle": "eagle3", "assistant": "mtp"}
+    return next((methods[part] for part in methods for name in names if part in str(name).lower()), None)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -196,7 +196,9 @@ def describe_head(
     """Load a draft head without its weights, which are only checked; errors as `load_draft`."""
     described = config_file(opened.files)
     with naming(described, opened.checkpoint.path):
-        found = _describe_eagle3(target, opened) if method == "eagle3" else _describe_next_tokens(target, opened)
+        apart = config.speculative_config is None  # the settings of the head's own files have none
+        describe = _describe_assistant if apart else _describe_next_tokens
+        found = (_describe_eagle3 if method == "eagle3" else describe)(target, opened)
         placement = choose_placement(config, device, found.stored, found.config)
     if placement.recorded != target.placement.recorded:
         raise ConfigError(
@@ -224,6 +226,11 @@ def load_head(
         )
     found = describe_head(config, method, target, opened, device)
     stored = found.stored
+    if target.shard is not None and not found.config.cache_specs:
+        raise ConfigError(
+            f"speculative_config: {found.name} reads the whole cache of {target.name}, and each rank has a part of it",
+            "speculative_config",
+        )
     tables = None if target.shard is None else _whole_tables(whole, target, found, device)
     with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
         head = found.build(found.placement, tables or target.decoder)
@@ -339,6 +346,32 @@ def _tokenizer_of(opened: Opened) -> Tokenizer | None:
     if opened.files.format == "safetensors" and (opened.files.folder / "tokenizer.json").is_file():
         return Tokenizer.from_folder(opened.files.folder)
     return None
+
+
+def _describe_assistant(target: Described | LoadedModel, opened: Opened) -> DescribedHead:
+    from candle_vllm.core.models import gemma4_assistant as family
+
+    files, stored, model = opened.files, opened.checkpoint, target.config
+    if files.format == "gguf":
+        config = family.config_from_gguf(Fields(opened.metadata, stored.path), stored, model)
+    else:
+        config = family.config_from_hf(Fields(read_json(config_file(files)), config_file(files)), model)
+
+    def build(placement: Placement, decoder: Any) -> family.Assistant:
+        return family.Assistant(config, placement, stored, decoder)
+
+    check_weights(lambda: build(SHAPES, None), family.WEIGHTS, stored, config, ignored=family.IGNORED)
+    return DescribedHead(
+        name=files.name,
+        placement=SHAPES,
+        config=config,
+        vocab_size=config.vocab_size,
+        meant=None,
+        stored=stored,
+        weights=family.WEIGHTS,
+        ignored=family.IGNORED,
+        build=build,
+    )
 
 
 def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> DescribedHead:

@@ -281,7 +281,8 @@ def _draft_model(
         return DraftModel(runner, drafts, scheduler, words, longest, rows, cost)
     assert isinstance(target, (StepwiseRunner, RankedRunner))
     head: Any = runner
-    return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, draft.vocab_size)
+    shares, size = not draft.config.cache_specs, draft.vocab_size
+    return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, size, shares)
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
@@ -534,7 +535,8 @@ def _runner_on_cpu(
     `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    windows = plan.windows if beside is None else ()  # a draft model has a page for each block, even before its windows
+    # A draft model has a page for each block, even before its windows, unless it reads the caches of the model.
+    windows = plan.windows if beside is None or not loaded.config.cache_specs else ()
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
     turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
@@ -545,7 +547,7 @@ def _runner_on_cpu(
         room = plan.states, windows
         if isinstance(loaded, LoadedHead):
             assert isinstance(beside, EagerRunner)
-            return EagerHead(loaded.head, *memory, beside.adapters)
+            return EagerHead(loaded.head, *memory, beside.adapters, beside)
         joined = None
         if adapters:
             from candle_vllm.core.kernels.lora.reference import EagerAdapters
@@ -572,7 +574,8 @@ def _runner_on_cpu(
     team = beside.team if isinstance(beside, RecordedRunner) else None
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
-            return RecordedHead(loaded.head, blocks, limits, team=team)
+            assert beside is None or isinstance(beside, RecordedRunner)
+            return RecordedHead(loaded.head, blocks, limits, team=team, windows=windows, beside=beside)
         vectors = 0 if loaded.tower is None else loaded.tower.tower.config.vectors
         sees: dict[str, Any] = {"images": vectors, "turning": turning, "whole": isinstance(loaded.draft, LoadedHead)}
         keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states, "windows": windows}

@@ -9,6 +9,9 @@ run the positions. Its cache has the same block numbers as the target's; the row
 Some tokens have no hidden states: a prefix from the prefix cache, unless another sequence has written its rows to the
 layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at the
 next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
+
+A head without a cache of its own (`Gemma 4`) reads the target's cache instead. It reads only the last row of a step,
+and all of its draft tokens have the position of the sequence's last token.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class DraftingHead(DraftModel):
         meant: the target's token id for each token id of the head; None if the ids are the same.
         config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are the rows of the embeddings.
         vocab_size: size of the head's output vocabulary.
+        shares: whether the head reads the target's cache instead of its own.
     """
 
     reads_states = True
@@ -77,10 +81,11 @@ class DraftingHead(DraftModel):
         most_rows: int,
         cost: float,
         vocab_size: int,
+        shares: bool = False,
     ) -> None:
         super().__init__(head, config, scheduler, words, longest, most_rows, cost)
         self._head, self._target, self._tokens_meant = head, target, meant
-        self._vocab_size = vocab_size
+        self._vocab_size, self._shares = vocab_size, shares
         self._tails: dict[LiveSequence, _Tail] = {}
         self._unread: dict[LiveSequence, tuple[int, int, int]] = {}  # positions (first, end), row in step
         self._states: NDArray[np.float32] | None = None  # the target's hidden states, for the next step
@@ -137,9 +142,9 @@ class DraftingHead(DraftModel):
     def _start(self, own: Own, live: LiveSequence, position: int) -> None:
         """Choose the block where the sequence's rows begin; `position` is the first with a hidden state."""
         size, sequence = self._size, live.sequence
-        first = own.full = -(-position // size)
-        own.done = first * size
-        if own.done == position and self._scheduler.blocks.enable_prefix_caching:
+        first = own.full = 0 if self._shares else -(-position // size)
+        own.done = position if self._shares else first * size
+        if own.done == position and not self._shares and self._scheduler.blocks.enable_prefix_caching:
             hashes = sequence.hashes(size)
             while first and self._full.get(sequence.block_table[first - 1]) == hashes[first - 1]:
                 first -= 1
@@ -165,12 +170,17 @@ class DraftingHead(DraftModel):
         unread, self._unread = self._unread, {}
         for live, (first, last, row) in unread.items():
             own, sequence, each = self._owns[live], live.sequence, asking.get(live)
+            if self._shares:
+                first, row, own.done = last - 1, row + last - 1 - first, last
+                if each is None:
+                    continue
             for place in range(first // self._size, len(sequence.block_table)):
                 self._full.pop(sequence.block_table[place], None)
             runs.append(self._tails[live].run(sequence, first, sequence.tokens[first + 1 : last + 1], each is not None))
             rows.append(np.arange(row, row + last - first))
             own.done = last
-            self._note_full(live, own)
+            if not self._shares:
+                self._note_full(live, own)
             if each is not None:
                 own.base = len(sequence.tokens)
                 ready.append(each)
@@ -186,12 +196,13 @@ class DraftingHead(DraftModel):
 
     def _next(self, each: Asked) -> Run:
         sequence = each.live.sequence
-        position = len(sequence.tokens) + len(each.candidates) - 2
+        position = len(sequence.tokens) - 2 + (0 if self._shares else len(each.candidates))
         return self._tails[each.live].run(sequence, position, each.candidates[-1:], wanted=True)
 
     def _logits(self, batch: Batch, ready: list[Asked]) -> Value:
         if self._words < self._target_words:
             np.minimum(batch.tokens[0], self._words - 1, out=batch.tokens[0])
+        batch.tokens[1] += self._shares  # it attends to the rows before the last token, and rotates by its position
         states, self._states = self._states, None
         given = np.stack([self._back[each.live] for each in ready]) if states is None else states
         logits = self._head.run_on(batch, given, fused=states is None)

@@ -336,6 +336,7 @@ class EagerHead(EagerRunner):
     """Runs a draft head; see `HeadRunner`. Arguments are those of `EagerRunner`, without taps.
 
     `adapters` applies the adapters of the model, whose embedding and head it may share; its own steps have no adapters.
+    `beside` is the model's runner, whose caches a head without caches of its own reads.
     """
 
     def __init__(
@@ -346,9 +347,12 @@ class EagerHead(EagerRunner):
         device: torch.device | Device,
         dtype: torch.dtype,
         adapters: EagerAdapters | None = None,
+        beside: EagerRunner | None = None,
     ) -> None:
         super().__init__(head, num_blocks, block_size, device, dtype, adapters)  # type: ignore[arg-type]
         self._head, self._dtype = head, dtype
+        if beside is not None and not self.caches:
+            self.caches, self.page_of = beside.caches, beside.page_of
         self._back = self._hidden
 
     @torch.inference_mode()

@@ -82,8 +82,11 @@ class RecordedRunner(StepwiseRunner):
 
     Attributes:
         team: the threads.
+        caches: the cache of each layer.
         page_of: [G, num_blocks] page tables of G pools, see `WindowedBlocks`.
     """
+
+    caches: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -117,9 +120,10 @@ class RecordedRunner(StepwiseRunner):
         self._taps = tuple(taps or ())
         self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
-        step = StepInput(nothing, nothing, nothing, caches, taps=kept, given=self._looked_up)
+        step = StepInput(nothing, nothing, nothing, caches or self.caches, taps=kept, given=self._looked_up)
         shared = [isinstance(spec, cache_specs.SharedKVSpec) for spec in specs]
         own = [cache for cache, other in zip(caches, shared, strict=True) if not other]
+        self.caches = caches or self.caches
         self._own = [cache for cache in own if isinstance(cache, PagedCache)]
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
         self._decoder, self._step = decoder, step
@@ -362,7 +366,10 @@ class RecordedRunner(StepwiseRunner):
 
 
 class RecordedHead(RecordedRunner):
-    """Replays a draft head on the CPU; see `HeadRunner`. Arguments are those of `RecordedRunner`, without taps."""
+    """Replays a draft head on the CPU; see `HeadRunner`. Arguments are those of `RecordedRunner`, without taps.
+
+    `beside` is the model's runner, whose caches a head without caches of its own reads.
+    """
 
     def __init__(
         self,
@@ -371,10 +378,16 @@ class RecordedHead(RecordedRunner):
         limits: StepLimits,
         isa: Isa | None = None,
         team: ThreadTeam | None = None,
+        windows: Sequence[cache_specs.WindowRoom] = (),
+        beside: RecordedRunner | None = None,
     ) -> None:
+        if beside is not None and not head.config.cache_specs:
+            self.caches = beside.caches
         self._given: tuple[NDArray[np.float32], ...] = ()  # input buffers: the model's states, fused states
         self._fusing = (0, 0)  # operations of the plan that fuse, and their elements in the plan
-        super().__init__(head, num_blocks, limits, isa, team, whole=True)  # type: ignore[arg-type]
+        super().__init__(head, num_blocks, limits, isa, team, whole=True, windows=windows)  # type: ignore[arg-type]
+        if beside is not None and windows:
+            self.page_of = beside.page_of
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """See `RecordedRunner`; the plan begins with the fusion of the model's hidden states."""
@@ -390,6 +403,8 @@ class RecordedHead(RecordedRunner):
         """See `HeadRunner`."""
         operations, numbers = self._fusing if fused else (0, 0)
         self._given[fused][: len(states)] = states
+        if len(self.page_of):
+            self._find_pages(batch)
         self._lay_out(batch)
         return self._with_rows(batch.sampled_rows, self._plan.rows[numbers:], self._plan.count - operations)
 
