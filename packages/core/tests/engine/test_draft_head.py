@@ -634,7 +634,6 @@ def test_heads_of_other_models_and_broken_ones_are_refused_by_name(
     ("given", "said"),
     [
         ({"method": "eagle3"}, "the method eagle3 needs a model: a head that was trained for the model"),
-        ({"method": "mtp", "model": "m"}, "model belongs to the method draft_model, not to mtp"),
         ({"method": "medusa"}, "the method 'medusa' is not there: none, ngram, suffix, draft_model, eagle3, mtp are"),
         ({"method": ["mtp"]}, "the method .'mtp'. is not there"),
     ],
@@ -644,7 +643,7 @@ def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said
         EngineConfig(model="m", speculative_config=given)
 
 
-@pytest.mark.parametrize("name", ["deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp", "mtp"])
+@pytest.mark.parametrize("name", ["deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp", "mtp"])
 def test_other_names_of_the_method_are_taken(name: str) -> None:
     assert draft_settings({"method": name, "num_speculative_tokens": 1}) == SpeculativeConfig(
         method="mtp", num_speculative_tokens=1
@@ -664,7 +663,7 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     (other / "tokenizer.json").write_text(words)
     with pytest.raises(ConfigError, match="other cannot draft for toy, for they have different vocabularies"):
         loaded(folder, {"method": "eagle3", "model": str(other)})
-    with pytest.raises(ConfigError, match=r'is an EAGLE head.*set "method": "eagle3"'):
+    with pytest.raises(ConfigError, match=r'is a head.*set "method": "eagle3"'):
         loaded(folder, {"model": str(head)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,6 @@ OWN: dict[str, Any] = {
     "hidden_size_per_layer_input": 0,
     "use_double_wide_mlp": False,
     "enable_moe_block": False,
-    "final_logit_softcapping": None,
     "hidden_size": 48,
     "num_hidden_layers": 3,
     "num_kv_shared_layers": 3,
@@ -118,5 +118,68 @@ def test_drafts_are_those_of_transformers(target: Path, tmp_path: Path, eager: b
     chosen = [seen[0], *random.Random(1).sample(seen, 5), max(seen, key=lambda each: len(each[1]))]
     assert len(chosen[-1][1]) == 3
     errors = [apart(row, drafted(target_model(target), assistant, *text)) for *text, row in chosen]
-    print(max(errors))
     assert max(errors) < (1e-5 if eager else 2e-2)
+
+
+def test_answers_do_not_change(target: Path, tmp_path: Path) -> None:
+    """Also where pages outside the window are freed, prefixes are shared and sequences are preempted."""
+    write_assistant(tmp_path / "assistant", target)
+    drafts, given = {"method": "mtp", "model": str(tmp_path / "assistant")}, {"max_num_batched_tokens": 80}
+    with loaded(target, None, **given) as plain, loaded(target, drafts, **given) as engine:
+        assert answers(engine, 1) == answers(plain, 1)
+        stats = engine.stats()
+        assert stats.draft_tokens > 3 * stats.accepted_draft_tokens
+        assert stats.num_free_blocks == stats.num_blocks
+        runner = head_of(engine)._head
+        assert runner.caches is engine._engine.runner.caches  # type: ignore[attr-defined,union-attr]
+        assert len(runner.page_of)  # type: ignore[attr-defined]
+
+
+def test_a_gguf_file_and_clusters_of_tokens(target: Path, tmp_path: Path) -> None:
+    """A GGUF file is the same drafter. Where transformers limits logits to clusters, these logits are the same."""
+    clusters = {"use_ordered_embeddings": True, "num_centroids": 16, "centroid_intermediate_top_k": 4}
+    folder = tmp_path / "assistant"
+    assistant = write_assistant(folder, target, **clusters)
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text())["text_config"]))
+    shutil.copy(folder / "model.safetensors", text)
+    rows = []
+    for path in (folder, export_gguf(text, tmp_path / "assistant.gguf", "gemma4-assistant")):
+        with loaded(target, {"method": "gemma4_mtp", "model": str(path)}, enforce_eager=True) as engine:
+            seen = watched(engine)
+            engine.generate([list(TEXT)], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True), use_tqdm=False)
+        rows.append(seen)
+    for (*text_of, row), (*other_text, other) in zip(*rows, strict=True):
+        assert text_of == other_text
+        assert apart(other, torch.from_numpy(row)) < 1e-5
+    *first, row = rows[0][0]
+    limited = drafted(target_model(target), assistant, *first)
+    chosen = limited > limited.min()
+    assert 0 < int(chosen.sum()) <= 4 * 272 // 16
+    assert apart(row[chosen.numpy()], limited[chosen]) < 1e-5
+
+
+def test_a_drafter_of_another_model_is_refused(target: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "assistant"
+    write_assistant(folder, target)
+    drafts, config = {"method": "mtp", "model": str(folder)}, json.loads((folder / "config.json").read_text())
+    other = write_tiny(tmp_path / "other", "qwen3", head_dim=32)
+    for model, given, message in (
+        (other, drafts, "it drafts for a Gemma 4 of 272 tokens"),
+        (target, {"method": "mtp", "model": str(other)}, "does not draft from a model's caches"),
+        (target, {"model": str(folder)}, r'is a head.*set "method": "mtp"'),
+    ):
+        with pytest.raises((ConfigError, ModelLoadError), match=message) as caught:
+            loaded(model, given)
+        assert "speculative_config" in str(caught.value)
+    text, words = config["text_config"], {"vocab_size_per_layer_input": 272}
+    for changes, message in (
+        ({"backbone_hidden_size": 100}, "hidden states of 100 numbers"),
+        ({"text_config": text | {"head_dim": 16}}, "layer 0 of the drafter fits no cache"),
+        ({"text_config": text | {"sliding_window": 8}}, "layer 0 of the drafter fits no cache"),
+        ({"text_config": text | {"hidden_size_per_layer_input": 8} | words}, "experts or per-layer embeddings of a drafter"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ModelLoadError, match=message):
+            loaded(target, drafts)

@@ -44,7 +44,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), near)
+    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.removesuffix("-assistant")), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
@@ -216,6 +216,15 @@ def _gemma4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> 
         parts = name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj"))
         made[scale or (f"{name}.weight" if parts else name)] = data
     return made
+
+
+def _gemma4_assistant(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The text model of a drafter, without clusters of tokens, and its two projections."""
+    made = {name: data for name, data in tensors.items() if not name.startswith("masked_embedding")}
+    writer.add_uint32(f"{writer.arch}.embedding_length_out", len(made["post_projection.weight"]))
+    writer.add_uint32(f"{writer.arch}.nextn_predict_layers", config["num_hidden_layers"])
+    projections = {name: made.pop(name) for name in ("pre_projection.weight", "post_projection.weight")}
+    return _gemma4(writer, config, made) | {f"nextn.{name}": data for name, data in projections.items()}
 
 
 def _llama4(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -1086,6 +1095,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "gemma3n": _gemma3n,
     "llama4": _llama4,
     "gemma4": _gemma4,
+    "gemma4-assistant": _gemma4_assistant,
     "glm4": _glm4,
     "chatglm": _chatglm,
     "deepseek2": deepseek2,
