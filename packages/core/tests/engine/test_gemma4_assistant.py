@@ -11,13 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import Gemma4TextConfig
 
-from candle_vllm.core import ConfigError, InferenceEngine, ModelLoadError, SamplingParams
+from candle_vllm.core import ConfigError, ModelLoadError, SamplingParams
 from packages.core.tests.engine.drafted import answers
 from packages.core.tests.engine.test_draft_head import apart, head_of, loaded, watched
 from packages.core.tests.models.families import ROWS
@@ -148,7 +146,8 @@ def test_a_gguf_file_and_clusters_of_tokens(target: Path, tmp_path: Path) -> Non
     for path in (folder, export_gguf(text, tmp_path / "assistant.gguf", "gemma4-assistant")):
         with loaded(target, {"method": "gemma4_mtp", "model": str(path)}, enforce_eager=True) as engine:
             seen = watched(engine)
-            engine.generate([list(TEXT)], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True), use_tqdm=False)
+            asked = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+            engine.generate([list(TEXT)], asked, use_tqdm=False)
         rows.append(seen)
     for (*text_of, row), (*other_text, other) in zip(*rows, strict=True):
         assert text_of == other_text
@@ -178,7 +177,7 @@ def test_a_drafter_of_another_model_is_refused(target: Path, tmp_path: Path) -> 
         ({"backbone_hidden_size": 100}, "hidden states of 100 numbers"),
         ({"text_config": text | {"head_dim": 16}}, "layer 0 of the drafter fits no cache"),
         ({"text_config": text | {"sliding_window": 8}}, "layer 0 of the drafter fits no cache"),
-        ({"text_config": text | {"hidden_size_per_layer_input": 8} | words}, "experts or per-layer embeddings of a drafter"),
+        ({"text_config": text | {"hidden_size_per_layer_input": 8} | words}, "per-layer embeddings of a drafter"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelLoadError, match=message):

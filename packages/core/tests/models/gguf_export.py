@@ -44,7 +44,8 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.removesuffix("-assistant")), near)
+    known = architecture.removesuffix("-assistant")
+    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == known), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name

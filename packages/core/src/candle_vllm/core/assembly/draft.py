@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -196,7 +197,7 @@ def describe_head(
     """Load a draft head without its weights, which are only checked; errors as `load_draft`."""
     described = config_file(opened.files)
     with naming(described, opened.checkpoint.path):
-        apart = config.speculative_config is None  # the settings of the head's own files have none
+        apart = config.speculative_config is None  # settings for the files of a head
         describe = _describe_assistant if apart else _describe_next_tokens
         found = (_describe_eagle3 if method == "eagle3" else describe)(target, opened)
         placement = choose_placement(config, device, found.stored, found.config)
@@ -352,26 +353,13 @@ def _describe_assistant(target: Described | LoadedModel, opened: Opened) -> Desc
     from candle_vllm.core.models import gemma4_assistant as family
 
     files, stored, model = opened.files, opened.checkpoint, target.config
-    if files.format == "gguf":
-        config = family.config_from_gguf(Fields(opened.metadata, stored.path), stored, model)
-    else:
-        config = family.config_from_hf(Fields(read_json(config_file(files)), config_file(files)), model)
-
-    def build(placement: Placement, decoder: Any) -> family.Assistant:
-        return family.Assistant(config, placement, stored, decoder)
-
+    read = family.config_from_gguf if files.format == "gguf" else family.config_from_hf
+    config = read(Fields(opened.metadata or read_json(config_file(files)), config_file(files)), stored, model)
+    build = partial(family.Assistant, config, stored)
     check_weights(lambda: build(SHAPES, None), family.WEIGHTS, stored, config, ignored=family.IGNORED)
-    return DescribedHead(
-        name=files.name,
-        placement=SHAPES,
-        config=config,
-        vocab_size=config.vocab_size,
-        meant=None,
-        stored=stored,
-        weights=family.WEIGHTS,
-        ignored=family.IGNORED,
-        build=build,
-    )
+    said: dict[str, Any] = {"name": files.name, "config": config, "vocab_size": config.vocab_size, "meant": None}
+    said |= {"weights": family.WEIGHTS, "ignored": family.IGNORED, "build": build}
+    return DescribedHead(**said, placement=SHAPES, stored=stored)
 
 
 def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> DescribedHead:

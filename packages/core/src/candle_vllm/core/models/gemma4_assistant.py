@@ -50,8 +50,9 @@ class AssistantConfig(Gemma4Config):
         return ()
 
 
-def config_from_hf(fields: Fields, target: ModelConfig) -> AssistantConfig:
+def config_from_hf(fields: Fields, checkpoint: Checkpoint, target: ModelConfig) -> AssistantConfig:
     """Read a drafter's `config.json`; `target` is the model for which it drafts."""
+    del checkpoint
     names = fields.get("architectures", list, [])
     if not any(name in ARCHITECTURES for name in names):
         raise UnsupportedModelError(
@@ -101,14 +102,14 @@ class Assistant:
     """The drafter: hidden states [T, F] and token ids [T] -> logits [T, V].
 
     Args:
-        config, placement, checkpoint: as for any model.
+        config, checkpoint, placement: as for any model.
         target: the model, whose embedding is used.
     """
 
     taps: tuple[int, ...] | None = None
 
     def __init__(
-        self, config: AssistantConfig, placement: Placement, checkpoint: Checkpoint, target: DecoderStack
+        self, config: AssistantConfig, checkpoint: Checkpoint, placement: Placement, target: DecoderStack
     ) -> None:
         self.config, self.input_size, self._target = config, config.target_size, target
         self.decoder = gemma4.Gemma4(config, placement, checkpoint)
