@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.stages import stage_of
@@ -21,7 +24,7 @@ from candle_vllm.core.models.gemma4_config import Gemma4Config
 from candle_vllm.core.models.gemma_parts import MappedTable
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS, cases
-from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.gguf_export import CONVERTERS, export_gguf
 from packages.core.tests.models.tiny import (
     cuts,
     eager_logits,
@@ -179,6 +182,36 @@ def test_rows_left_out_of_a_prompt_change_no_bit(name: str, tmp_path: Path, monk
             answers = [each.outputs[0] for each in engine.generate(prompts, params)]
         found.append([(each.token_ids, each.logprobs) for each in answers])
     assert found[0] == found[1]
+
+
+def test_tokens_that_a_generation_config_suppresses_are_never_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers; a GGUF file says so in its metadata, as llama.cpp's converter writes it."""
+    row, prompt = ROWS["Gemma-4"], some_tokens(20)
+    source = write_tiny(tmp_path / "model", row.model_type, **row.config)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+    def answer(path: Path) -> list[int]:
+        with InferenceEngine(EngineConfig(model=str(path), block_size=16)) as engine:
+            return list(engine.generate([prompt], params)[0].outputs[0].token_ids)
+
+    banned = sorted({*answer(source)[:3]})
+    said = {"suppress_tokens": [*banned, 100_000], "eos_token_id": None, "pad_token_id": 0}
+    (source / "generation_config.json").write_text(json.dumps(said))
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.suppress_tokens = banned
+    wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+    assert answer(source) == wanted
+    assert not {*wanted} & {*banned}
+    convert = CONVERTERS["gemma4"]
+
+    def adds(writer: Any, *given: Any) -> Any:
+        writer.add_array("tokenizer.ggml.suppress_tokens", banned)
+        return convert(writer, *given)
+
+    monkeypatch.setitem(CONVERTERS, "gemma4", adds)  # type: ignore[arg-type]
+    assert answer(export_gguf(source, tmp_path / "model.gguf", "gemma4")) == wanted
 
 
 @pytest.mark.parametrize("kind", [None, "Q8_0"])

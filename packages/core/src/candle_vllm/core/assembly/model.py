@@ -41,7 +41,7 @@ from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.vocabulary import end_tokens
+from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
@@ -305,6 +305,8 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     generation = _generation_config(files)
     default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
+    banned = generation.token_ids("suppress_tokens") or Fields(metadata, described).token_ids(SUPPRESSED)
+    tokenizer.suppressed_token_ids = tuple(token for token in banned if token < model_config.vocab_size)
     template = _template(config, tokenizer, described)
     pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)

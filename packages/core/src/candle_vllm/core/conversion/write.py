@@ -39,7 +39,7 @@ from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.trunks import is_headed
 from candle_vllm.core.loading.views import computed, constant
-from candle_vllm.core.loading.vocabulary import end_tokens
+from candle_vllm.core.loading.vocabulary import SUPPRESSED, end_tokens
 from candle_vllm.core.loading.weights import check_weights, expand, places
 from candle_vllm.core.models.family import EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf, family_from_gguf, family_from_hf
@@ -291,6 +291,8 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
     ending = Fields(read_json(generation) if generation else {}, generation or files.folder)
     ends = end_tokens(model, ending, tokenizer, files.config or files.folder)
     metadata = tokenizer_metadata(tokenizer, model.vocab_size, ends)
+    if banned := ending.token_ids("suppress_tokens"):
+        metadata[SUPPRESSED] = list(banned)
     if config.chat_template is None:
         return metadata
     kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # nor named ones

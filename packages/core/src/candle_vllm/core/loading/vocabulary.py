@@ -22,6 +22,7 @@ from candle_vllm.core.text.gguf_backend import refusing_panics
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+SUPPRESSED = "tokenizer.ggml.suppress_tokens"  # key of GGUF metadata for `suppress_tokens` of generation_config.json
 
 
 def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:

@@ -162,12 +162,12 @@ class Eagle3:
     """The head: hidden states of the model or of the head, and token ids [T] -> logits [T, draft vocabulary].
 
     Args:
-        config, placement, checkpoint: as for any model.
+        config, checkpoint, placement: as for any model.
         target: the model, whose embedding and output layer are used if the checkpoint has none of its own.
     """
 
     def __init__(
-        self, config: Eagle3Config, placement: Placement, checkpoint: Checkpoint, target: DecoderStack
+        self, config: Eagle3Config, checkpoint: Checkpoint, placement: Placement, target: DecoderStack
     ) -> None:
         self.config = config
         self.taps: tuple[int, ...] | None = config.taps

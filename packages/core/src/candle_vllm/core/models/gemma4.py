@@ -116,6 +116,7 @@ class Gemma4(gemma.Gemma):
         """Hidden states [T, E] after the last norm, for the input x [T, E] of the first layer."""
         residual = None
         for layer in self.layers:
+            assert layer is not None, "a drafter has all layers"
             x, residual = layer(x, residual, step)
         return self._normed(x, residual)
 

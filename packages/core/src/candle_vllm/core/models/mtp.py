@@ -149,12 +149,12 @@ class NextTokens:
     Args:
         config: the config from `head_config`.
         layout: where the layer is stored.
-        placement, checkpoint: as for any model; the checkpoint is the result of `layer_tensors`.
+        checkpoint, placement: as for any model; the checkpoint is the result of `layer_tensors`.
         target: the model, whose parts are used for those that the layer does not have.
     """
 
     def __init__(
-        self, config: ModelConfig, layout: Layout, placement: Placement, checkpoint: Checkpoint, target: DecoderStack
+        self, config: ModelConfig, layout: Layout, checkpoint: Checkpoint, placement: Placement, target: DecoderStack
     ) -> None:
         hidden, eps = config.hidden_size, config.norm_eps
         self.config, self.input_size = config, hidden

@@ -41,12 +41,15 @@ class Tokenizer:
         strips_leading_space: a text begins without the space of its first token (SentencePiece).
         longest_token: number of characters in the longest token text.
         infill: the marks for fill-in-the-middle, or None.
+        suppressed_token_ids: tokens that are never sampled, by the model's generation config.
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: see above.
         named_ids: a GGUF file's token ids by its own names for them, such as `fim_pre`; used to find infill marks.
         tokens: every token's text and id, if the caller has them: reading them from `backend` is slow.
     """
+
+    suppressed_token_ids: tuple[int, ...] = ()
 
     def __init__(
         self,

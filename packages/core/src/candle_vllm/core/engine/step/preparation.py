@@ -168,7 +168,7 @@ class DecoderPreparation(Preparation):
     ) -> None:
         self.adapters = adapters
         self._images = images
-        self._tokenizer = tokenizer
+        self._tokenizer, self._suppressed = tokenizer, [[index] for index in tokenizer.suppressed_token_ids]
         self._eos_token_ids = tuple(eos_token_ids)
         self._ends = frozenset(eos_token_ids)  # one for all sequences
         self._vocab_size = vocab_size
@@ -193,7 +193,7 @@ class DecoderPreparation(Preparation):
             request.prompt_token_ids,
             vocab_size=self._vocab_size,
             eos_token_ids=self._eos_token_ids,
-            bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
+            bad_word_token_ids=[*self._bad_words(request.params.bad_words or ()), *self._suppressed],
             grammar=self._grammar(request.params),
             thoughts=self._thoughts(request.params, request.prompt_token_ids),
             breakers=breakers_of(self._breakers, request.params),
