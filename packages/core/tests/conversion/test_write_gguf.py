@@ -127,11 +127,13 @@ def test_plain_types(stored: str, asked: Any, written: str, tmp_path: Path, word
 
 def test_words_and_template_come_back(tmp_path: Path, words: Path) -> None:
     folder = write_toy_model(tmp_path / "model", toy_config())
+    (folder / "generation_config.json").write_text('{"suppress_tokens": [5, 7]}')
     written = load(write(folder, tmp_path / "m.gguf", words).path)
     tokenizer, before = written.tokenizer, load(folder, tokenizer=words).tokenizer
     for text in ("the then 1212 in  the\n\n x <tool> it's", "Ünï 你好 \x00<|im_end|>the"):
         assert tokenizer.encode(text) == before.encode(text)
     assert tokenizer.eos_token_ids == before.eos_token_ids == (258,)
+    assert tokenizer.suppressed_token_ids == before.suppressed_token_ids == (5, 7)
     assert tokenizer.chat_template == "{{ messages }}"
     other = load(write(folder, tmp_path / "t.gguf", words, chat_template="{{ 1 }}").path)
     assert other.tokenizer.chat_template == "{{ 1 }}"
