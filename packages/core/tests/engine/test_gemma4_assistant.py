@@ -21,6 +21,7 @@ from packages.core.tests.engine.test_draft_head import apart, head_of, loaded, w
 from packages.core.tests.models.families import ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import randomise, write_tiny
+from tests.common_run import few
 
 TEXT = b"a text that is much longer than the window of the model, and also than the room of a step"
 OWN: dict[str, Any] = {
@@ -119,10 +120,12 @@ def test_drafts_are_those_of_transformers(target: Path, tmp_path: Path, eager: b
     assert max(errors) < (1e-5 if eager else 2e-2)
 
 
-def test_answers_do_not_change(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", few(["auto", "q8_0"], "auto"))
+def test_answers_do_not_change(target: Path, tmp_path: Path, kind: str) -> None:
     """Also where pages outside the window are freed, prefixes are shared and sequences are preempted."""
     write_assistant(tmp_path / "assistant", target)
-    drafts, given = {"method": "mtp", "model": str(tmp_path / "assistant")}, {"max_num_batched_tokens": 80}
+    drafts = {"method": "mtp", "model": str(tmp_path / "assistant")}
+    given: dict[str, Any] = {"max_num_batched_tokens": 80, "kv_cache_dtype": kind}
     with loaded(target, None, **given) as plain, loaded(target, drafts, **given) as engine:
         assert answers(engine, 1) == answers(plain, 1)
         stats = engine.stats()

@@ -562,7 +562,7 @@ def _runner_on_cpu(
 
     leave_cores_to_others()
     limits = StepLimits(
-        tokens=budget,
+        tokens=budget if loaded.config.cache_specs else sequences,  # a head without a cache reads one row of each
         sequences=sequences,
         logit_rows=rows,
         table_width=-(-plan.max_model_len // config.block_size),
