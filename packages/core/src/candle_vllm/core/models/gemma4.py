@@ -112,14 +112,6 @@ class Gemma4(gemma.Gemma):
         """See `DecoderStack.begun`."""
         return step if self.inputs is None else dataclasses.replace(step, layer_inputs=self.inputs(token_ids, x))
 
-    def through(self, x: Value, step: StepInput) -> Value:
-        """Hidden states [T, E] after the last norm, for the input x [T, E] of the first layer."""
-        residual = None
-        for layer in self.layers:
-            assert layer is not None, "a drafter has all layers"
-            x, residual = layer(x, residual, step)
-        return self._normed(x, residual)
-
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,11 @@ class Assistant:
 
     def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
         """See `DraftHead.forward`."""
-        x = self.decoder.through(self.before(side_by_side(self._target.embed(token_ids), hidden)), step)
+        x, residual = self.before(side_by_side(self._target.embed(token_ids), hidden)), None
+        for layer in self.decoder.layers:
+            assert layer is not None, "a drafter has all layers"
+            x, residual = layer(x, residual, step)
+        x = self.decoder.norm.add(x, residual)[0]
         return x, side_by_side(self.after(x))  # a copy, which is complete when the plan ends
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
