@@ -45,7 +45,7 @@ class Experts:
         for expert in experts.unique().tolist():
             if 0 <= expert < self.count:
                 rows = (experts == expert).nonzero()[:, 0]
-                y = products.multiply([each[expert] for each in matrices], x[rows])
+                y = products.multiply([each[expert] for each in matrices], x[rows], None, torch.float32)
                 made[rows] = y if bias is None else y + bias[expert]
         return made
 

@@ -111,10 +111,9 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
         adapters = self.adapters_of(len(x))
         if products is None:
             return table(x).view(*input.shape[:-1], self.shape[0])
-        y = products.multiply(table.matrices, x)
-        y = y if table.bias is None else y.add_(table.bias)
-        y = y if adapters is None else adapters.add(table.place, x, y, table.bias)
-        return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
+        y = products.multiply(table.matrices, x, table.bias, self.own_dtype if adapters is None else torch.float32)
+        y = y if adapters is None else adapters.add(table.place, x, y, table.bias).to(self.own_dtype)
+        return y.view(*input.shape[:-1], self.shape[0])
 
 
 class OwnConv1D(OwnLinear, Conv1D):  # type: ignore[misc]
@@ -134,9 +133,9 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
         adapters = self.adapters_of(len(ids))
         if self.products is None:
             return own(ids).view(*input.shape, self.shape[1])
-        rows = self.products.take(own.table.matrices[0], ids)
-        rows = rows if adapters is None else adapters.look_up(own.place, ids, rows)
-        return rows.to(self.own_dtype).view(*input.shape, self.shape[1])
+        rows = self.products.take(own.table.matrices[0], ids, self.own_dtype if adapters is None else torch.float32)
+        rows = rows if adapters is None else adapters.look_up(own.place, ids, rows).to(self.own_dtype)
+        return rows.view(*input.shape, self.shape[1])
 
 
 class PlainTensor:
