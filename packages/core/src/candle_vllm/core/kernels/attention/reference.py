@@ -58,7 +58,9 @@ def first_seen(position: Any, window: int) -> Any:
 
 def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tensor:
     """Return blocks of a cache, [..., S, K, D], in the cache's type; in fp32 if rows have scales. `dim` is D."""
-    return read_blocks(cache, tables) if has_row_scales(cache, dim) else cache[tables]
+    if has_row_scales(cache, dim):
+        return read_blocks(cache, tables)
+    return cache.index_select(0, tables.flatten()).unflatten(0, tables.shape)  # faster than `cache[tables]`
 
 
 def _attend(

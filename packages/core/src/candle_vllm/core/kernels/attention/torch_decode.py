@@ -32,6 +32,9 @@ def paged_attention(
     """See the contract in `kernels/attention`."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
     single = [row for row, count in enumerate(counts) if count == 1 and rows.context_lens[row]]
+    plain = all(options.get(each) is None for each in ("softcap", "cache_scales", "sinks", "slopes"))
+    if counts == [1] and single and plain and rows.ahead is None:
+        return _attend_one(q, (key_cache, value_cache), rows, options["scale"], options.get("window"))
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
     size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
@@ -50,6 +53,18 @@ def paged_attention(
             tokens, alone = slice(starts[row], starts[row + 1]), _row(rows, row)
             out[tokens] = reference.paged_attention(q[tokens], key_cache, value_cache, alone, **options)
     return out
+
+
+def _attend_one(q: torch.Tensor, caches: Any, rows: AttentionRows, scale: float, window: int | None) -> torch.Tensor:
+    """Compute attention [1, H, D] of the only token; only the blocks that it attends to are gathered."""
+    context, (size, kv_heads), dim = rows.context_lens[0], caches[0].shape[1:3], q.shape[2]
+    block = 0 if window is None else max(0, reference.first_seen(context - 1, window)) // size
+    first = 0 if window is None else max(0, reference.first_seen(context - 1, window)) - block * size
+    table, seen = rows.block_tables[0, block : -(-context // size)], slice(first, context - block * size)
+    k, v = (reference.blocks_of(each, table, dim).flatten(0, 1)[seen].transpose(0, 1).float() for each in caches)
+    grouped = q.float().view(1, kv_heads, -1, dim)  # heads that share keys are rows of one attention
+    y = torch.nn.functional.scaled_dot_product_attention(grouped, k[None], v[None], scale=scale)
+    return y.view(1, -1, dim).to(q.dtype)
 
 
 def _row(rows: AttentionRows, row: int) -> AttentionRows:

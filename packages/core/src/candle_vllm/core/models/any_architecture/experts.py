@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ class Experts:
         for expert in experts.unique().tolist():
             if 0 <= expert < self.count:
                 rows = (experts == expert).nonzero()[:, 0]
-                y = products.multiply([each[expert] for each in matrices], x[rows], None, torch.float32)
-                made[rows] = y if bias is None else y + bias[expert]
+                of = SimpleNamespace(matrices=[m[expert] for m in matrices], bias=None if bias is None else bias[expert])
+                made[rows] = products.multiply([of], x[rows], torch.float32)
         return made
 
     def split(self, name: str, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:

@@ -7,6 +7,8 @@ tensor stays quantised; a table that changes values or the order of columns is a
 
 from __future__ import annotations
 
+import functools
+import importlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -96,6 +98,9 @@ def named_in_gguf(
     if name in GGUF_ARCHS:
         return named_for(model, shapes, experts, checkpoint, get_gguf_conversion_mapping(name, model.config))
     processor = TENSOR_PROCESSORS.get(name, TensorProcessor)(config=model.config.to_dict())
+    package: Any = importlib.import_module("gguf")
+    if not hasattr(package.get_tensor_name_map, "cache_info"):  # transformers makes the same map for each module
+        package.get_tensor_name_map = functools.cache(package.get_tensor_name_map)
     names = get_gguf_hf_weights_map(without_memory(model.config, None, torch.float32), processor)
     found, orders = dict[str, StoredTensor](), dict[Any, Any]()
     for each, stored in checkpoint.tensors.items():

@@ -84,10 +84,10 @@ class _Own:
         return adapters
 
     def become(
-        self, own: Linear | Embedding, placement: Placement, shape: tuple[int, int], products: Products | None
+        self, own: Linear | Embedding, placement: Placement, shape: tuple[int, int], products: Any, parent: str
     ) -> None:
-        """Replace the module's parameters by a layer of this engine, with shape [N, K]."""
-        self.own, self.shape, self.products = own, shape, products
+        """Replace the module's parameters by a layer of this engine, with shape [N, K]; `parent` contains it."""
+        self.own, self.shape, self.products, self.parent = own, shape, products, parent
         self.own_dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
         self.own_device = (
             torch.device("meta") if placement.shapes_only else torch.empty(0, device=placement.device).device
@@ -107,13 +107,24 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
         """See `nn.Linear`."""
         if input.is_meta:
             return input.new_empty(*input.shape[:-1], self.shape[0])
-        x, table, products = input.reshape(-1, self.shape[1]), self.table, self.products
+        products, table = self.products, self.table
+        if products is not None and products.ready[0] is input and self in products.ready[1]:
+            return products.ready[1].pop(self)
+        x = input.reshape(-1, self.shape[1])
         adapters = self.adapters_of(len(x))
         if products is None:
             return table(x).view(*input.shape[:-1], self.shape[0])
-        y = products.multiply(table.matrices, x, table.bias, self.own_dtype if adapters is None else torch.float32)
-        y = y if adapters is None else adapters.add(table.place, x, y, table.bias).to(self.own_dtype)
-        return y.view(*input.shape[:-1], self.shape[0])
+        if adapters is not None:
+            y = adapters.add(table.place, x, products.multiply([table], x, torch.float32), table.bias)
+            return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
+        group = products.group(self, input)
+        y, sizes = products.multiply([each.table for each in group], x, self.own_dtype), [each.shape[0] for each in group]
+        y = y.view(*input.shape[:-1], sum(sizes))
+        if len(group) == 1:
+            return y
+        first, *others = (each.contiguous() for each in y.split(sizes, -1))
+        products.ready = input, dict(zip(group[1:], others, strict=True))
+        return first
 
 
 class OwnConv1D(OwnLinear, Conv1D):  # type: ignore[misc]
@@ -221,7 +232,7 @@ def replace_products(
             parts[name] = own = Linear(columns, rows, placement, bias=module.bias is not None)
         kind, mine = type(module), _BASES[base]  # a subclass calls this engine's method wherever it calls its base's
         module.__class__ = mine if kind is base else type(f"Own{kind.__name__}", (kind, mine), {})
-        module.become(own, placement, shape, products)
+        module.become(own, placement, shape, products, name.rpartition(".")[0])
     for name, module in model.named_modules():
         if has_experts(module):
             experts |= {f"{name}.{part}": each for part, each in replace_experts(module, placement, products).items()}

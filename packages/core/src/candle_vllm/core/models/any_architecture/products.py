@@ -24,12 +24,12 @@ _ROWS = 256  # rows of a plan's buffers; a product with more rows runs the plan 
 
 
 class _Plan(NamedTuple):
-    """A recorded product, and the buffers of its input and its result as tensors."""
+    """A recorded product, and the buffers of its input and its result."""
 
     rows: np.ndarray
     count: int
-    given: torch.Tensor
-    made: torch.Tensor
+    given: np.ndarray
+    made: np.ndarray
 
 
 class Products:
@@ -43,47 +43,69 @@ class Products:
         limits = StepLimits(_ROWS, sequences=1, logit_rows=1, table_width=1, block_size=16, threads=threads)
         self._recorder = Recorder(limits, host_isa())
         self._team = ThreadTeam(threads, kept_plans=1 << 20)
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[tuple[int, int], _Plan] = {}
         self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._groups: dict[Any, list[Any]] = {}
+        self._first: tuple[torch.Tensor, torch.Tensor, Any] | None = None
+        self.ready: tuple[torch.Tensor | None, dict[Any, torch.Tensor]] = None, {}
 
-    def multiply(
-        self, matrices: Sequence[Matrix], x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Multiply x [T, K] by W^T, and add a bias [N]: [T, N], where W is the matrices stacked by rows."""
-        plan = self._plans.get(id(matrices[0]))
+    def group(self, layer: Any, x: torch.Tensor) -> list[Any]:
+        """The layers of a module that multiply the same tensor, by the first of them; found when each first runs.
+
+        They are then one product: `ready` has the results for x of the layers that have not run yet.
+        """
+        group = self._groups.get(layer)
+        if group is None:
+            first, group = self._first, [layer]
+            if first is not None and first[0] is x and first[2].parent == layer.parent and torch.equal(first[1], x):
+                self._groups[first[2]].append(layer)
+            else:
+                self._first = x, x.clone(), layer  # a copy, for a model may change x between two products
+            self._groups[layer] = group
+        return group
+
+    def multiply(self, layers: Sequence[Any], x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Multiply x [T, K] by the matrices of layers and add their biases, if any: [T, N], side by side."""
+        key = id(layers[0].matrices[0]), len(layers)
+        plan = self._plans.get(key)
         if plan is None:
-            given, added = self._buffer("x", x.shape[1]), None if bias is None else bias.float().numpy()
+            matrices, given = [matrix for each in layers for matrix in each.matrices], self._buffer("x", x.shape[1])
+            zeros = (torch.zeros(sum(matrix.rows for matrix in each.matrices)) for each in layers)
+            bias = torch.cat([zero if each.bias is None else zero + each.bias for each, zero in zip(layers, zeros)])
+            added = bias.numpy() if any(each.bias is not None for each in layers) else None
             product = lambda: buffer_value(self._recorder, given).linear(matrices, added)  # noqa: E731
-            plan = self._record(id(matrices[0]), product, sum(each.rows for each in matrices), given.rows)
+            plan = self._record(key, product, len(bias), given.rows)
         return self._run(plan, x, dtype)
 
     def take(self, matrix: Matrix, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Look up rows [T, K] of a matrix by their indices [T]."""
-        plan = self._plans.get(-id(matrix))
+        plan = self._plans.get((id(matrix), 0))
         if plan is None:
             rows = lambda: step_tokens(self._recorder).embedding(matrix)  # noqa: E731
-            plan = self._record(-id(matrix), rows, matrix.columns, self._recorder.arrays.token_ids)
+            plan = self._record((id(matrix), 0), rows, matrix.columns, self._recorder.arrays.token_ids)
         return self._run(plan, ids, dtype)
 
-    def _record(self, key: int, made: Callable[[], Recorded], width: int, given: np.ndarray) -> _Plan:
+    def _record(self, key: tuple[int, int], made: Callable[[], Recorded], width: int, given: np.ndarray) -> _Plan:
         """Record a plan whose result has `width` columns; the matrices live as long as the plan."""
         self._recorder.begin(Adapted.NOT)
         out = self._buffer("y", width)
         put_value(made(), out)
-        tensors = torch.from_numpy(given), torch.from_numpy(out.rows)
-        self._plans[key] = plan = _Plan(np.array(self._recorder.plan, np.int64), self._recorder.num_rows, *tensors)
+        rows = np.array(self._recorder.plan, np.int64)
+        self._plans[key] = plan = _Plan(rows, self._recorder.num_rows, given, out.rows)
         return plan
 
     def _run(self, plan: _Plan, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Run a plan for `inputs`, which are copied to the plan's buffer first; the result is a copy, too."""
         rows, count, given, out = plan
-        made, sizes = list[torch.Tensor](), self._recorder.arrays.numbers
-        for part in (inputs,) if len(inputs) <= _ROWS else inputs.split(_ROWS):
+        values, sizes = (inputs.float() if inputs.is_floating_point() else inputs).numpy(), self._recorder.arrays.numbers
+        made = np.empty((len(values), out.shape[1]), np.float32)
+        for first in range(0, len(values), _ROWS):
+            part = values[first : first + _ROWS]
             sizes[StepNumber.TOKENS] = size = len(part)
-            given[:size].copy_(part)
+            given[:size] = part
             self._team.run(rows, count)
-            made.append(out[:size].to(dtype, copy=True))
-        return made[0] if len(made) == 1 else torch.cat(made)
+            made[first : first + size] = out[:size]
+        return torch.from_numpy(made).to(dtype)
 
     def _buffer(self, name: str, width: int) -> Buffer:
         if (name, width) not in self._buffers:
