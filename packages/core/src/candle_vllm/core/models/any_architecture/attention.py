@@ -67,8 +67,7 @@ class AttentionCall:
 
     def attention(self, number: int) -> PagedAttention:
         """Make the attention layer of the call, which uses the cache with index `number`."""
-        how: dict[str, Any] = {"window": self.window, "scale": self.scale, "softcap": self.softcap}
-        return PagedAttention(number, self.key_dim, None, **how)
+        return PagedAttention(number, self.key_dim, None, window=self.window, scale=self.scale, softcap=self.softcap)
 
 
 @dataclasses.dataclass

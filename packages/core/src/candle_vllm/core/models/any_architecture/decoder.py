@@ -139,14 +139,11 @@ class _Head(torch.nn.Module):
     def forward(self, *_: Any, **__: Any) -> _Output:
         """Return the hidden states as the layers' result."""
         assert self.hidden is not None
-        return _Output(self.hidden)
+        return _Output(last_hidden_state=self.hidden)
 
 
-class _Output:
+class _Output(SimpleNamespace):
     """Output of the layers that has only hidden states; all other fields are None."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
 
     def __getattr__(self, name: str) -> None:
         return None

@@ -16,20 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import CONFIG_MAPPING
-from transformers.integrations.gguf import (
-    GGUF_ARCHS,
-    GGUF_CONFIG_ARCHS,
-    get_gguf_config,
-    get_gguf_conversion_mapping,
-    read_gguf_metadata,
-)
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_CONFIG_DEFAULTS_MAPPING,
-    GGUF_CONFIG_MAPPING,
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
+from transformers import modeling_gguf_pytorch_utils as older
+from transformers.integrations import gguf as newer
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -42,8 +30,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 _MORE = {"attention.key_length": "head_dim", "expert_feed_forward_length": "moe_intermediate_size"}
 """Sizes that transformers' tables do not read, by their metadata keys; without them a config has its defaults."""
 
-
-_TABLES = frozenset({*GGUF_CONFIG_ARCHS, *GGUF_CONFIG_MAPPING} - {"general", "tokenizer"})
+_TABLES = frozenset({*newer.GGUF_CONFIG_ARCHS, *older.GGUF_CONFIG_MAPPING} - {"general", "tokenizer"})
 _TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text"}  # model types for files with the text model only
 
 
@@ -64,14 +51,15 @@ def config_values(name: str, checkpoint: Checkpoint) -> dict[str, Any]:
         raise UnsupportedModelError(
             f"{path}: transformers reads no GGUF of architecture {name!r:.80}; it reads {', '.join(sorted(_TABLES))}"
         )
-    values: dict[str, Any] = {"model_type": _TEXT.get(kind, kind), **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
-    if name in GGUF_CONFIG_ARCHS:
+    values: dict[str, Any] = {"model_type": _TEXT.get(kind, kind), **older.GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
+    if name in newer.GGUF_CONFIG_ARCHS:
         try:
-            values = get_gguf_config(read_gguf_metadata(str(path))[0], tuple(checkpoint.tensors))
+            values = newer.get_gguf_config(newer.read_gguf_metadata(str(path))[0], tuple(checkpoint.tensors))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidFileError(f"{path}: transformers cannot read its metadata: {error!s:.200}") from error
     else:
-        said = {named: checkpoint.metadata.get(f"{name}.{key}") for key, named in GGUF_CONFIG_MAPPING[kind].items()}
+        table = older.GGUF_CONFIG_MAPPING[kind]
+        said = {named: checkpoint.metadata.get(f"{name}.{key}") for key, named in table.items()}
         values |= {named: value for named, value in said.items() if isinstance(named, str) and value is not None}
     if isinstance(values.get("scoring_func"), int):
         values["scoring_func"] = ("none", "softmax", "sigmoid")[values["scoring_func"] % 3]
@@ -95,13 +83,13 @@ def named_in_gguf(
     name: str, model: Any, shapes: Mapping[str, tuple[int, ...]], experts: Mapping[str, Experts], checkpoint: Checkpoint
 ) -> Checkpoint:
     """The tensors of a GGUF file under the names of parameters; arguments as in `named_for`."""
-    if name in GGUF_ARCHS:
-        return named_for(model, shapes, experts, checkpoint, get_gguf_conversion_mapping(name, model.config))
-    processor = TENSOR_PROCESSORS.get(name, TensorProcessor)(config=model.config.to_dict())
+    if name in newer.GGUF_ARCHS:
+        return named_for(model, shapes, experts, checkpoint, newer.get_gguf_conversion_mapping(name, model.config))
+    processor = older.TENSOR_PROCESSORS.get(name, older.TensorProcessor)(config=model.config.to_dict())
     package: Any = importlib.import_module("gguf")
     if not hasattr(package.get_tensor_name_map, "cache_info"):  # transformers makes the same map for each module
         package.get_tensor_name_map = functools.cache(package.get_tensor_name_map)
-    names = get_gguf_hf_weights_map(without_memory(model.config, None, torch.float32), processor)
+    names = older.get_gguf_hf_weights_map(without_memory(model.config, None, torch.float32), processor)
     found, orders = dict[str, StoredTensor](), dict[Any, Any]()
     for each, stored in checkpoint.tensors.items():
         target = names.get(each) or names.get(each.removesuffix(".weight"))

@@ -89,9 +89,7 @@ class _Own:
         """Replace the module's parameters by a layer of this engine, with shape [N, K]; `parent` contains it."""
         self.own, self.shape, self.products, self.parent = own, shape, products, parent
         self.own_dtype = torch.float32 if placement.shapes_only else placement.torch_dtype
-        self.own_device = (
-            torch.device("meta") if placement.shapes_only else torch.empty(0, device=placement.device).device
-        )
+        self.own_device = torch.empty(0, device="meta" if placement.shapes_only else placement.device).device
         self._parameters: dict[str, Any] = {}
 
 
@@ -105,8 +103,6 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Linear`."""
-        if input.is_meta:
-            return input.new_empty(*input.shape[:-1], self.shape[0])
         products, table = self.products, self.table
         if products is not None and products.ready[0] is input and self in products.ready[1]:
             return products.ready[1].pop(self)
@@ -118,12 +114,11 @@ class OwnLinear(_Own, torch.nn.Linear):  # type: ignore[misc]  # `weight` is no 
             y = adapters.add(table.place, x, products.multiply([table], x, torch.float32), table.bias)
             return y.to(self.own_dtype).view(*input.shape[:-1], self.shape[0])
         group = products.group(self, input)
-        y, sizes = products.multiply([each.table for each in group], x, self.own_dtype), [each.shape[0] for each in group]
-        y = y.view(*input.shape[:-1], sum(sizes))
-        if len(group) == 1:
-            return y
-        first, *others = (each.contiguous() for each in y.split(sizes, -1))
-        products.ready = input, dict(zip(group[1:], others, strict=True))
+        y = products.multiply([each.table for each in group], x, self.own_dtype)
+        parts = y.split([each.shape[0] for each in group], 1)
+        first, *others = (each.contiguous().view(*input.shape[:-1], each.shape[1]) for each in parts)
+        if others:
+            products.ready = input, dict(zip(group[1:], others, strict=True))
         return first
 
 
@@ -139,8 +134,6 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """See `nn.Embedding`."""
         ids, own = input.reshape(-1), self.own
-        if ids.is_meta:
-            return torch.empty(*input.shape, self.shape[1], dtype=self.own_dtype, device=ids.device)
         adapters = self.adapters_of(len(ids))
         if self.products is None:
             return own(ids).view(*input.shape, self.shape[1])
@@ -150,12 +143,7 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
 
 
 class PlainTensor:
-    """A parameter or buffer that stays in its module, as a layer with one part, "".
-
-    Args:
-        module, name: the module, and the name of the tensor in it.
-        placement: device of the tensor, which keeps its type.
-    """
+    """A parameter or buffer `name` that stays in its module and keeps its type, as a layer with one part, ""."""
 
     def __init__(self, module: torch.nn.Module, name: str, placement: Placement) -> None:
         tensor = getattr(module, name)
@@ -183,11 +171,7 @@ class _PlainParameter(TensorParameter):
         return None
 
 
-_BASES: Mapping[type[torch.nn.Module], type[Any]] = {
-    torch.nn.Linear: OwnLinear,
-    torch.nn.Embedding: OwnEmbedding,
-    Conv1D: OwnConv1D,
-}
+_BASES: Mapping[Any, Any] = {torch.nn.Linear: OwnLinear, torch.nn.Embedding: OwnEmbedding, Conv1D: OwnConv1D}
 
 
 def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
@@ -203,17 +187,11 @@ def _base_of(module: torch.nn.Module) -> type[torch.nn.Module] | None:
 def replace_products(
     model: torch.nn.Module, placement: Placement, tied: Mapping[str, str], products: Products | None
 ) -> tuple[dict[str, Loadable], dict[str, Experts]]:
-    """Replace linear layers, embedding tables and experts by layers of this engine.
+    """Replace linear layers, embedding tables and experts of a model on the meta device by layers of this engine.
 
-    Args:
-        model: the model of transformers, on the meta device.
-        placement: where the new layers live.
-        tied: for each tied parameter, the name of the parameter that it shares.
-        products: compiled kernels; None if torch computes.
-
-    Returns:
-        every layer with parameters by its module's name, the parameters of modules that stay, and matrices of experts
-        as "module.parameter"; and of these the matrices of experts alone.
+    `tied` has for each tied parameter the name of the parameter that it shares; `products` is None if torch computes.
+    Returns every layer with parameters by its module's name, the parameters of modules that stay, and matrices of
+    experts as "module.parameter"; and of these the matrices of experts alone.
     """
     parts: dict[str, Loadable] = {}
     experts: dict[str, Experts] = {}

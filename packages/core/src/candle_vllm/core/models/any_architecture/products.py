@@ -1,50 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""Products by the CPU's compiled kernels for layers that run op by op in torch: one recorded plan for each matrix.
+"""Products by the CPU's compiled kernels for layers that run op by op in torch: one recorded plan for each product.
 
-A recorded step is one plan of all operations. Layers of transformers run Python code between their products, so each
-product here has a plan of its own. All plans read from the same input buffer and write to the same output buffer.
+Layers of transformers run Python code between their products. All plans of a width share a buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from candle_vllm.core.kernels.cpu_runtime.level import host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
-from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, put_value, step_tokens
 from candle_vllm.core.kernels.recorded import Matrix, Recorded
 
+_Plan: TypeAlias = tuple[np.ndarray, int, np.ndarray, np.ndarray]  # its rows, their number, buffers of input and result
 _ROWS = 256  # rows of a plan's buffers; a product with more rows runs the plan several times
 
 
-class _Plan(NamedTuple):
-    """A recorded product, and the buffers of its input and its result."""
-
-    rows: np.ndarray
-    count: int
-    given: np.ndarray
-    made: np.ndarray
-
-
 class Products:
-    """The matrix products of one model.
-
-    Args:
-        threads: number of threads.
-    """
+    """The matrix products of one model, by a number of threads."""
 
     def __init__(self, threads: int) -> None:
         limits = StepLimits(_ROWS, sequences=1, logit_rows=1, table_width=1, block_size=16, threads=threads)
         self._recorder = Recorder(limits, host_isa())
         self._team = ThreadTeam(threads, kept_plans=1 << 20)
         self._plans: dict[tuple[int, int], _Plan] = {}
-        self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._buffer = cache(lambda _, width: self._recorder.buffer(width))  # inputs "x", results "y"
         self._groups: dict[Any, list[Any]] = {}
         self._first: tuple[torch.Tensor, torch.Tensor, Any] | None = None
         self.ready: tuple[torch.Tensor | None, dict[Any, torch.Tensor]] = None, {}
@@ -75,7 +63,7 @@ class Products:
             added = bias.numpy() if any(each.bias is not None for each in layers) else None
             product = lambda: buffer_value(self._recorder, given).linear(matrices, added)  # noqa: E731
             plan = self._record(key, product, len(bias), given.rows)
-        return self._run(plan, x, dtype)
+        return self._run(plan, x.float(), dtype)
 
     def take(self, matrix: Matrix, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Look up rows [T, K] of a matrix by their indices [T]."""
@@ -90,14 +78,13 @@ class Products:
         self._recorder.begin(Adapted.NOT)
         out = self._buffer("y", width)
         put_value(made(), out)
-        rows = np.array(self._recorder.plan, np.int64)
-        self._plans[key] = plan = _Plan(rows, self._recorder.num_rows, given, out.rows)
-        return plan
+        self._plans[key] = np.array(self._recorder.plan, np.int64), self._recorder.num_rows, given, out.rows
+        return self._plans[key]
 
     def _run(self, plan: _Plan, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Run a plan for `inputs`, which are copied to the plan's buffer first; the result is a copy, too."""
         rows, count, given, out = plan
-        values, sizes = (inputs.float() if inputs.is_floating_point() else inputs).numpy(), self._recorder.arrays.numbers
+        values, sizes = inputs.numpy(), self._recorder.arrays.numbers
         made = np.empty((len(values), out.shape[1]), np.float32)
         for first in range(0, len(values), _ROWS):
             part = values[first : first + _ROWS]
@@ -106,11 +93,6 @@ class Products:
             self._team.run(rows, count)
             made[first : first + size] = out[:size]
         return torch.from_numpy(made).to(dtype)
-
-    def _buffer(self, name: str, width: int) -> Buffer:
-        if (name, width) not in self._buffers:
-            self._buffers[name, width] = self._recorder.buffer(width)
-        return self._buffers[name, width]
 
 
 def decoded(matrices: Sequence[Any], dtype: torch.dtype, products: Products | None) -> torch.Tensor:

@@ -20,16 +20,11 @@ from candle_vllm.core.models.any_architecture.buffers import freeze_rotary
 CACHES = ("past_key_values", "cache_params", "state")
 """Names of a cache in arguments and results."""
 
-_TRIED = 3  # number of tokens of the pass that records the calls
-
 
 def without_memory(described: Any, attention: str | None, dtype: torch.dtype) -> Any:
     """Build the model of transformers on torch's meta device."""
-    how: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype}
     with torch.device("meta"):
-        if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return transformers.AutoModelForCausalLM.from_config(described, **how).eval()
-        return class_of(described)._from_config(described, **how).eval()
+        return class_of(described)._from_config(described, attn_implementation=attention, dtype=dtype).eval()
 
 
 def class_of(described: Any) -> Any:
@@ -59,7 +54,7 @@ def calls_of(model: Any) -> tuple[AttentionCall, ...]:
     tried, called = Pass({module: name for name, module in model.named_modules()}, []), set[str]()
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-    ids = torch.zeros(1, _TRIED, dtype=torch.int64, device="meta")
+    ids = torch.zeros(1, 3, dtype=torch.int64, device="meta")
     fx_config: Any = _config
     nonzero = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # every expert gets all tokens
     try:

@@ -66,11 +66,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvertedTensor(Made):
-    """A tensor that transformers makes from several stored tensors, or from part of one, when it is loaded.
-
-    Attributes:
-        conversion: the conversion that makes it.
-    """
+    """A tensor that a conversion makes from several stored tensors, or from part of one, when it is loaded."""
 
     conversion: Conversion
 
