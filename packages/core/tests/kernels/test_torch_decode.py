@@ -62,6 +62,17 @@ def test_the_same_as_one_after_the_other(
     assert gap < (1e-5 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize("window", [None, 1, 12, -12])
+def test_a_token_alone_is_as_in_a_batch(window: int | None) -> None:
+    q, keys, values, rows = step(torch.float32)
+    together = reference.paged_attention(q, keys, values, rows, scale=0.3, window=window)
+    for row, (start, end) in enumerate(itertools.pairwise(rows.query_start)):
+        if end - start == 1 and CONTEXTS[row]:
+            one = AttentionRows((0, 1), (CONTEXTS[row],), rows.block_tables[row : row + 1])
+            got = paged_attention(q[start:end], keys, values, one, scale=0.3, window=window)
+            torch.testing.assert_close(got, together[start:end], rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_of_8_bits() -> None:
     q, keys, values, rows = step(torch.float32)
     keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)

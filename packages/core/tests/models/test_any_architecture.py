@@ -244,6 +244,17 @@ def test_adapters_change_no_product_whose_rows_are_not_tokens(tmp_path: Path) ->
             product(torch.zeros(1, 3, 2, product.shape[1]))
 
 
+def test_layers_of_one_input_are_one_product(tmp_path: Path) -> None:
+    """From the second step on: q, k and v, gate and up; no others."""
+    made: Any = load(write_tiny(tmp_path, "llama"), model_impl="transformers")
+    first, second = _logits(made, [35, 35]), _logits(made, [35, 35])
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+    layers = {each: name for name, each in made.decoder.model.named_modules() if isinstance(each, OwnLinear)}
+    groups = [[layers[each].split(".")[-1] for each in group] for group in next(iter(layers)).products._groups.values()]
+    several = [group for group in groups if len(group) > 1]
+    assert several == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * made.config.num_layers
+
+
 def test_native_layers_come_first(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "llama")
     assert load(folder, enforce_eager=True).config.implementation == "native"
