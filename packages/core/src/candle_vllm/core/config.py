@@ -262,6 +262,10 @@ class EngineConfig(ExplainedSettings):
     imatrix: Annotated[Path | None, FilePath(), "importance matrix of llama.cpp, GGUF or .dat, that isq uses to "
                        "quantise",
                        "For the k types, iq4_nl and iq4_xs only, because the other types have no search."] = None
+    packed_cache: Annotated[str, Text(), "folder that keeps packed weights for the next start on the CPU; on: in the "
+                            "cache folder; off: none",
+                            "At most 20 GB and half of the free disk; the files that were used least recently are "
+                            "deleted (docs/performance.md)."] = "on"
     load_format: Annotated[LoadFormat, _FORMATS, "auto reads the weights; dummy fills them with random numbers, to "
                            "measure a model without its weight files",
                            '"dummy" needs config.json and the tokenizer only.'] = "auto"
@@ -667,6 +671,7 @@ class EngineSettings(TypedDict, total=False):
     allowed_local_media_path: Path | None
     isq: str | None
     imatrix: Path | None
+    packed_cache: str
     load_format: LoadFormat
     model_impl: ModelImpl
     device: str

@@ -19,6 +19,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import mapped_bytes
 from candle_vllm.core.loading.cache_specs import (
     NO_STATES,
     CacheSpec,
@@ -416,7 +417,7 @@ def _machine_memory(root: Path) -> Limit:
     left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # if meminfo has no line for it
     for line in read_or_nothing(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            left = int(line.split()[1]) * 1024
+            left = max(0, int(line.split()[1]) * 1024 - mapped_bytes())
     return Limit(left, "this machine")
 
 
@@ -463,8 +464,8 @@ def _group_limits(root: Path) -> Iterator[Limit]:
             allowed, taken = (read_or_nothing(group / name).strip() for name in (limit, used))
             if allowed.isdecimal() and taken.isdecimal():  # otherwise "max", or no such group
                 lines = (line.split() for line in read_or_nothing(group / "memory.stat").splitlines())
-                idle = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached)
-                left = int(allowed) - max(0, int(taken) - idle)
+                idle = sum(int(line[1]) for line in lines if len(line) == 2 and line[0] == cached) - mapped_bytes()
+                left = int(allowed) - max(0, int(taken) - max(0, idle))
                 yield Limit(max(0, left), "the control group (container)", int(allowed))
 
 

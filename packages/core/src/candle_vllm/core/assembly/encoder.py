@@ -20,6 +20,7 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
+from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import computing_dtype, encoder_placement, room_for_weights
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
@@ -138,7 +139,7 @@ def _load_encoder(
 ) -> LoadedEncoder:
     started = time.perf_counter()
     files, checkpoint = opened.files, opened.checkpoint
-    described = config_file(files)
+    paths, described = files_read(config, files), config_file(files)
     limit = _longest(config, files, model)
     tokenizer = open_tokenizer(config, files, opened.metadata, model.vocab_size)
     pooling, head = None, None
@@ -157,7 +158,8 @@ def _load_encoder(
         check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)
         with room_for_weights(files.name, placement, checkpoint):
             encoder = family.build(model, placement)
-            fill(encoder, table, ignored, model, checkpoint, progress)
+            with packed_weights(config, paths if placement.recorded else (), checkpoint, family.build):
+                fill(encoder, table, ignored, model, checkpoint, progress)
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, weight_bytes / 1e6, time.perf_counter() - started)
     return LoadedEncoder(
         name=files.name,
@@ -172,7 +174,7 @@ def _load_encoder(
         quantization=stored_types(checkpoint),
         num_parameters=sum(tensor.numel for tensor in tensors),
         weight_bytes=weight_bytes,
-        files=files_read(config, files),
+        files=paths,
     )
 
 

@@ -25,6 +25,7 @@ from candle_vllm.core.assembly.opening import (
     open_tokenizer,
     stored_types,
 )
+from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
@@ -226,7 +227,12 @@ def load_model(
             cut = None if shard is None else shard.cut
             if shard is not None and shard.stage is not None:
                 shard.stage.keep(decoder, placement)
-            fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
+            part = list[object]()
+            if ranks is not None and shard is not None:
+                part = [ranks.rank, ranks.size, shard.layers.start, shard.layers.stop, config.enable_expert_parallel]
+            on_cpu = placement.recorded or (split is not None and split.host is not None)
+            with packed_weights(config, files_read(config, files) if on_cpu else (), stored, family.build, *part):
+                fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
             if shard is not None:
                 shard.join(decoder)
             if config.kv_cache_dtype == "fp8":

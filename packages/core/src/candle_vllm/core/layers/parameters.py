@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime.packed_file import pack
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
@@ -170,9 +171,9 @@ class MatrixParameter:
         self.shape, self.sections = shape, sections
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Pack the tensor."""
+        """Pack the tensor, or find it packed in a file."""
         with naming_tensor(stored):
-            self._pieces[self._name], why = stored.pack_for(self._backend())
+            self._pieces[self._name], why = pack(stored, self._backend())
         return why
 
 

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from candle_vllm.core.errors import WeightsError
@@ -215,16 +216,18 @@ def load_weights(
 
     def run(job: _Job, number: int) -> str | None:
         stored, place, _ = job
-        LOADED_PART.set(number)  # in a thread that only loads
+        LOADED_PART.set(number)  # in a context of its own
         why = place.fill(stored)
         stored.release()
         return why
 
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
-    # One thread dequantises while the other copies; the number of threads is read from the system once.
-    with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(loading_threads(),)) as pool:
-        for (stored, _, path), why in zip(jobs, pool.map(run, jobs, range(len(jobs)))):
+    context = copy_context()
+    context.run(LOADING_THREADS.set, loading_threads())  # the number is read from the system once
+    with ThreadPoolExecutor(2) as pool:  # one thread dequantises while the other copies
+        whys = pool.map(lambda job, number: context.copy().run(run, job, number), jobs, range(len(jobs)))
+        for (stored, _, path), why in zip(jobs, whys):
             progress(stored.nbytes)
             if why is not None:
                 decoded.setdefault(why, []).append(stored)

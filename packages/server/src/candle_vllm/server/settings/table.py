@@ -135,6 +135,7 @@ class Settings:
     isq: Annotated[str | None, engine(MODEL,
         "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
+    packed_cache: Annotated[str | None, engine(MODEL, "DIR", commands=_LOADING)] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
     model_impl: Annotated[str | None, engine(MODEL, "LAYERS", commands=_LOADING)] = None
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False

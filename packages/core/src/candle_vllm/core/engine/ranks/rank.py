@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_loader
@@ -33,7 +34,7 @@ from candle_vllm.core.engine.ranks.message_ring import RingLine
 from candle_vllm.core.engine.ranks.nodes import REFUSED, Invitation, join
 from candle_vllm.core.engine.ranks.ranks import meet
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
-from candle_vllm.core.engine.runners.sleeping import Sleeper, files_mark
+from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.memory import available_memory

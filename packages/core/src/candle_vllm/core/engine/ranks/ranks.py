@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import Adapter
 from candle_vllm.core.engine.ranks import rank_line
 from candle_vllm.core.engine.ranks.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.ranks.nodes import RANK, RankListener, rank_device
 from candle_vllm.core.engine.runners.model_runner import Launched, ModelRunner, StepwiseRunner
-from candle_vllm.core.engine.runners.sleeping import files_mark
 from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows, Ints, RotaryPositions, StepMemory
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory

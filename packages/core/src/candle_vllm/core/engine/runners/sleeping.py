@@ -9,16 +9,14 @@ captured or recorded steps, adapters, and the objects that prepare requests.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
@@ -37,21 +35,6 @@ KV_CACHE: Final = "kv_cache"
 TAGS: Final = frozenset({WEIGHTS, KV_CACHE})
 LEVELS: Final = (1, 2)
 MODES: Final = ("abort", "wait")
-
-_SAMPLES, _SAMPLE = 16, 1 << 16  # samples of a weight file that are hashed, and bytes of each
-
-
-def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
-    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
-            for number in range(_SAMPLES):
-                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def read_tags(tags: Sequence[str] | None) -> frozenset[str]:

@@ -59,6 +59,11 @@ _BEGUN = time.time()
 _Imports: TypeAlias = dict[str, list[str]]
 
 
+def cache_root() -> Path:
+    """Return the cache folder of this package; it may not exist."""
+    return (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm").resolve()
+
+
 @cache
 def kernel_cache() -> Path | None:
     """Return the folder of kernels compiled for this CPU's level; None, with a warning, if it cannot be created.
@@ -66,8 +71,8 @@ def kernel_cache() -> Path | None:
     Several processes may use it at once: a file appears complete or not at all.
     """
     try:
-        root = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm").resolve()
-        folder, new = _own_folder(root, root / "kernels" / host_level().name)
+        root = cache_root()
+        folder, new = own_folder(root, root / "kernels" / host_level().name)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
         logger.warning(
             "the CPU kernels are compiled at every start, which takes some ten seconds: %s; XDG_CACHE_HOME names "
@@ -461,7 +466,7 @@ def fingerprint(level: Level) -> str:
 # ---- the folder on disk ----------------------------------------------------------------------------------------------
 
 
-def _own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
+def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     """Create `folder` for this user alone, if it does not exist; return it, and whether it is new.
 
     Its files are executed, so no other user may be able to write to it.

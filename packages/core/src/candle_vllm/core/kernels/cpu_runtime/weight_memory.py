@@ -92,6 +92,10 @@ class WeightMemory:
     Args:
         piece_bytes: size of a piece; a larger matrix has a piece of its own.
         ranks: ranks of the threads that read the memory; None for undivided threads.
+
+    Attributes:
+        mapped: results of `packed_file.pack` whose matrices are in a mapped file instead of this memory.
+        reader: the thread that writes the matrices to a file, if there is one.
     """
 
     def __init__(self, piece_bytes: int = PIECE_BYTES, ranks: CpuRanks | None = None) -> None:
@@ -106,6 +110,8 @@ class WeightMemory:
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
+        self.mapped: dict[str, tuple[Any, str | None]] = {}
+        self.reader: threading.Thread | None = None
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
@@ -136,14 +142,22 @@ class WeightMemory:
                 self._taken.setdefault(part, []).append((weakref.ref(owner), place, count))
             return found
 
+    @property
+    def can_map(self) -> bool:
+        """Whether matrices may be in a mapped file: their addresses and NUMA nodes are not given."""
+        return self._again is None and (self.ranks is None or not self.ranks.apart)
+
     def begin_again(self) -> None:
         """Let `take` return to each part the same addresses as the first time, from now on."""
         self._again = Counter()
 
     def drop(self) -> int:
         """Return the memory of all parts to the system; addresses stay valid and read as zeros. Returns bytes freed."""
+        if self.reader is not None:
+            self.reader.join()
         pieces = [piece for each in self._whole if (piece := each()) is not None]
-        return sum(drop_pages(piece) for piece in pieces if piece.ctypes.data not in self._stays)
+        pieces = [piece for piece in pieces if piece.ctypes.data not in self._stays]
+        return sum(drop_pages(each) for each in (*pieces, *(matrix.data for matrix, _ in self.mapped.values())))
 
     def _place(self, taken: np.ndarray, tiles: int) -> None:
         """Bind each rank's rows to its NUMA node; beyond the limit, rows stay interleaved over nodes."""
@@ -169,6 +183,19 @@ class WeightMemory:
             self._piece, self._used = piece, 0
         start, self._used = self._used, self._used + space
         return self._piece[start : start + count]
+
+
+_MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices that are used in a mapped file
+
+
+def count_mapped(matrix: Any) -> None:
+    """Count a matrix in a mapped file in `mapped_bytes`, while it is in use."""
+    _MAPPED.add(matrix)
+
+
+def mapped_bytes() -> int:
+    """Return the bytes of matrices in mapped files: the system counts them as available memory."""
+    return sum(matrix.nbytes for matrix in tuple(_MAPPED))
 
 
 def most_areas(root: Path = Path("/")) -> int:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: MIT
+"""Choose the file in which a model's packed weights are kept between starts (`kernels/cpu_runtime/packed_file.py`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, own_folder
+from candle_vllm.core.kernels.cpu_runtime.level import host_level
+from candle_vllm.core.kernels.cpu_runtime.packed_file import PACKED, SUFFIX, PackedFile
+from candle_vllm.core.loading.tensors import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+LEAST_BYTES = 64 << 20
+"""Bytes of weights from which on they are kept: less is packed in a fifth of a second."""
+
+_SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
+
+
+def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
+    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
+            for number in range(_SAMPLES):
+                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+@contextmanager
+def packed_weights(
+    config: EngineConfig, paths: Sequence[Path], stored: Checkpoint, build: Callable[..., Any], *part: object
+) -> Iterator[None]:
+    """Context for loading a model's weights, in which packed matrices come from a file, or are written to one.
+
+    Args:
+        config: the engine's settings.
+        paths: the files that determine the weights; empty if no matrix is packed for the CPU.
+        stored: the tensors that are loaded.
+        build: the family's function that builds the model; families of other packages are not kept.
+        part: what determines the loaded part of a divided model.
+    """
+    size = sum(tensor.nbytes for tensor in stored.tensors.values())
+    ours = (build.__module__ or "").startswith("candle_vllm.core.")
+    folder = _folder(config.packed_cache) if paths and size >= LEAST_BYTES and ours else None
+    if folder is None:
+        yield
+        return
+    level = host_level()
+    model = [files_mark(paths), config.isq, config.dtype, config.model_impl, level.name, str(level.cpu), *part]
+    name = hashlib.sha256(json.dumps(model).encode()).hexdigest()[:32]
+    file = PackedFile(folder / (name + SUFFIX), f"{name} {layout_version()}")
+    token = PACKED.set(file)
+    try:
+        yield
+    finally:
+        PACKED.reset(token)
+    file.finish()
+
+
+def _folder(setting: str) -> Path | None:
+    """Return the folder of the setting `packed_cache`; None without one, with a warning if it cannot be used."""
+    if setting == "off":
+        return None
+    try:
+        root = cache_root() if setting == "on" else Path(setting).expanduser().resolve()
+        return own_folder(root, root / "weights")[0]
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
+        logger.warning("weights are packed at every start: %s; packed_cache names another folder, or is off", error)
+        return None
+
+
+@cache
+def layout_version() -> str:
+    """Hash the version of the package, and the sizes and times of its sources, any of which may change a layout."""
+    digest = hashlib.sha256(version("candle-vllm-core").encode())
+    for folder, folders, names in os.walk(CORE):
+        folders.sort()
+        for name in sorted(name for name in names if name.endswith(".py")):
+            info = os.stat(os.path.join(folder, name))  # no `Path`: some hundred files at each start
+            digest.update(f"{folder.removeprefix(str(CORE))} {name} {info.st_size} {info.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

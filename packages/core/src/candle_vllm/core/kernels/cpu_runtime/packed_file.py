@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: MIT
+"""Packed matrices of a model in a file, so that a later start maps them instead of packing the model's tensors again.
+
+A file is a head, a table in JSON and the matrices, each from a multiple of 64 bytes on. The table has a checksum, and
+so has each matrix. A file that is damaged, or that was made from other files or by other code, is written again.
+
+Recorded steps need weights in huge pages (`weight_memory.py`). If the system maps the file in huge pages, as newer
+Linux kernels do, matrices are used where they are mapped. Otherwise, and for memory that is bound to NUMA nodes or has
+its addresses from an earlier load, they are copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import stat
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, count_mapped
+from candle_vllm.core.quantization.tensors import Backend, StoredTensor
+from candle_vllm.core.threads import LOADED_PART, read_or_nothing
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".weights"
+MOST_BYTES = 20 * 10**9
+"""Maximum bytes of all files in a folder, if this is at most half of the disk's free space."""
+
+_MAGIC: Final = b"candle-vllm weights 1\n"
+_HEAD = struct.Struct("<22s2xQ32s")  # magic, bytes of the table, SHA-256 of the table
+_HUGE = 2 << 20  # matrices begin at a multiple of it
+_WRITTEN = 32 << 20  # bytes of a write: Linux holds them in huge pages
+_SUMMED = 1 << 17  # 64-bit words that are summed together
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
+_DAY = 24 * 3600
+
+
+class PackedFile:
+    """The packed matrices of one load: those of the file, and those that it lacks. Safe for several threads.
+
+    Args:
+        path: the file, which may not exist.
+        about: what determines the matrices: the model's files, settings, code and CPU.
+    """
+
+    def __init__(self, path: Path, about: str) -> None:
+        self._path, self._about = path, about
+        self._table: Mapping[str, Any] = {}
+        self._data, self._huge = np.empty(0, np.uint8), False
+        self._parts: Counter[object] = Counter()
+        self._all: dict[str, tuple[Any, Any, str | None]] = {}  # what a matrix is made of, the matrix, and why decoded
+        self._memories: set[WeightMemory] = set()
+        self._lacking = False
+        self._open()
+
+    def pack(self, stored: StoredTensor, backend: RecordedBackend) -> tuple[Any, str | None]:
+        """Return the matrix of the file, or pack it."""
+        part, memory = LOADED_PART.get(), backend.memory
+        key = f"{part} {self._parts[part]}"
+        self._parts[part] += 1  # one thread loads a part
+        self._memories.add(memory)
+        if key in memory.mapped:
+            return memory.mapped[key]
+        settings = [None if backend.kind is None else backend.kind.name, backend.groups, backend.floats_kept]
+        made_of = [stored.name, stored.type_name, list(stored.shape), *settings, backend.words]
+        found = self._find(key, made_of, memory)
+        if found is None:
+            found = stored.pack_for(backend)
+            self._lacking = self._lacking or _can_keep(found[0])
+        if _can_keep(found[0]):
+            self._all[key] = (made_of, *found)
+        return found
+
+    def finish(self) -> None:
+        """Log what was read; write the file in a thread of low priority if it lacks matrices."""
+        size = sum(matrix.nbytes for _, matrix, _ in self._all.values())
+        if self._lacking:
+            thread = threading.Thread(target=self._write, args=(size,), name="packed-weights")
+            for memory in self._memories:
+                memory.reader = thread
+            thread.start()
+        else:
+            how = "mapped" if self._huge else "read"
+            logger.info("packed weights: %.1f MB %s from %s", size / 1e6, how, self._path.parent)
+
+    def _open(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                magic, length, digest = _HEAD.unpack(file.read(_HEAD.size))
+                size = os.fstat(file.fileno()).st_size
+                if magic != _MAGIC or length > size or hashlib.sha256(text := file.read(length)).digest() != digest:
+                    raise ValueError("it is damaged or of another program")
+                table = json.loads(text)
+                start = _start(length)
+                if table["about"] != self._about:
+                    return  # of another version
+                if size != start + table["bytes"]:
+                    raise ValueError(f"it has {size} bytes instead of {start + table['bytes']}")
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            os.utime(self._path)  # the time of its last use
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            logger.warning("the packed weights in %s are made again: %s", self._path, error)
+            return
+        if sys.platform == "linux":
+            with suppress(OSError):  # an older kernel
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+                mapped.madvise(_POPULATE_READ)
+        whole = np.frombuffer(mapped, np.uint8)
+        self._table, self._data, self._huge = table["matrices"], whole[start:], in_huge_pages(whole)
+
+    def _find(self, key: str, made_of: Any, memory: WeightMemory) -> tuple[Any, str | None] | None:
+        entry = self._table.get(key)
+        if entry is None or entry["of"] != made_of:
+            return None
+        raw = self._data[entry["at"] : entry["at"] + entry["bytes"]]
+        if raw.size != entry["bytes"] or checksum(raw) != entry["sum"]:
+            logger.warning("the packed weights in %s are damaged and are made again", self._path)
+            self._table = {}
+            return None
+        tiles, fields = entry["tiles"], dict(entry["fields"])
+        made, kind = _classes()[entry["class"]]
+        if "kind" in fields:
+            fields["kind"] = kind(fields["kind"])
+        mapped = self._huge and memory.can_map
+        data = raw if mapped else memory.take(raw.size, tiles)
+        if not mapped:
+            np.copyto(data, raw)
+        found = made(**fields, data=data.reshape(tiles, -1)), entry["why"]
+        if mapped:
+            memory.mapped[key] = found
+            count_mapped(found[0])
+        return found
+
+    def _write(self, size: int) -> None:
+        """Write the file atomically; on any error there is no file, which costs a warning."""
+        if sys.platform == "linux":
+            with suppress(OSError):  # this thread only
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        part = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            if not make_room(self._path, size):
+                return
+            table, at = dict[str, Any](), 0
+            for key, (made_of, matrix, why) in self._all.items():
+                entry = {"of": made_of, "why": why, "class": type(matrix).__name__, "fields": _fields(matrix)}
+                place = {"at": at, "bytes": matrix.nbytes, "tiles": len(matrix.data), "sum": checksum(matrix.data)}
+                table[key], at = entry | place, at + matrix.nbytes
+            text = json.dumps({"about": self._about, "bytes": at, "matrices": table}).encode()
+            head = _HEAD.pack(_MAGIC, len(text), hashlib.sha256(text).digest()) + text
+            head = np.frombuffer(head.ljust(_start(len(text)), b"\0"), np.uint8)
+            with part.open("xb") as file:
+                for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, matrix, _ in self._all.values())]):
+                    file.write(chunk)
+            part.replace(self._path)
+            folder = self._path.parent
+            logger.info("packed weights: %.1f MB kept in %s (--packed-cache off keeps none)", size / 1e6, folder)
+        except OSError as error:
+            logger.warning("packed weights cannot be kept in %s: %s", self._path.parent, error)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        finally:
+            self._all.clear()
+
+
+PACKED: ContextVar[PackedFile | None] = ContextVar("PACKED", default=None)
+"""The packed matrices of the model that is being loaded, if they are kept in a file."""
+
+
+def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tuple[Any, str | None]:
+    """Pack a tensor for a backend, or find it packed in the file of `PACKED`."""
+    file = PACKED.get()
+    if file is None or not isinstance(backend, RecordedBackend):
+        return stored.pack_for(backend)
+    return file.pack(stored, backend)
+
+
+def make_room(path: Path, size: int) -> bool:
+    """Delete the files that were used least recently, until a new file fits; False, with a log line, if it cannot."""
+    files, now = list[tuple[float, int, Path]](), time.time()
+    for each in path.parent.iterdir():
+        with suppress(FileNotFoundError):  # another process may be doing the same
+            info = each.lstat()
+            if each.suffix == ".tmp" and info.st_mtime < now - _DAY:  # left by a process that was killed
+                each.unlink()
+            elif each.suffix == SUFFIX and each != path and stat.S_ISREG(info.st_mode):
+                files.append((info.st_mtime, info.st_size, each))
+    total = sum(count for _, count, _ in files)
+    most = min(MOST_BYTES, (shutil.disk_usage(path.parent).free + total) // 2)
+    if size > most:
+        logger.info(
+            "packed weights: %.1f MB are not kept in %s, more than %.1f MB", size / 1e6, path.parent, most / 1e6
+        )
+        return False
+    for _, count, each in sorted(files):
+        if total + size > most:
+            each.unlink(missing_ok=True)
+            total -= count
+    return True
+
+
+def checksum(data: np.ndarray) -> str:
+    """Return the hash of the sums of a matrix's 64-bit words, MiB by MiB, which is as fast as reading the memory."""
+    words = data.reshape(-1).view(np.uint64)
+    whole = words.size // _SUMMED * _SUMMED
+    sums = words[:whole].reshape(-1, _SUMMED).sum(axis=1).tobytes() + words[whole:].sum().tobytes()
+    return hashlib.sha256(sums).hexdigest()
+
+
+def in_huge_pages(mapped: np.ndarray, smaps: Path = Path("/proc/self/smaps")) -> bool:
+    """Return whether nine tenths of a mapped file are mapped in huge pages."""
+    at, inside = address_of(mapped), False
+    for line in read_or_nothing(smaps).splitlines():
+        name, _, rest = line.partition(" ")
+        if not name.endswith(":"):  # the addresses of the next mapping
+            first, _, last = name.partition("-")
+            inside = int(first, 16) <= at < int(last, 16)
+        elif inside and name == "FilePmdMapped:":
+            return int(rest.split()[0]) * 1024 >= mapped.nbytes * 0.9
+    return False
+
+
+@cache
+def _classes() -> Mapping[str, tuple[Any, Any]]:
+    """Return the classes of matrices, and the classes of their kinds, by name."""
+    from candle_vllm.core.kernels.packed_linear.layout import PackedKind, PackedMatrix
+    from candle_vllm.core.kernels.plain_linear.layout import PlainKind, PlainMatrix
+    from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind, ScaledMatrix
+    from candle_vllm.core.kernels.word_linear.layout import WordKind, WordMatrix
+
+    pairs = (PackedMatrix, PackedKind), (PlainMatrix, PlainKind), (ScaledMatrix, ScaledKind), (WordMatrix, WordKind)
+    return {made.__name__: (made, kind) for made, kind in pairs}
+
+
+def _can_keep(matrix: Any) -> bool:
+    return type(matrix).__name__ in _classes() and getattr(matrix, "order", None) is None and matrix.nbytes % 64 == 0
+
+
+def _fields(matrix: Any) -> dict[str, int]:
+    names = (each.name for each in dataclasses.fields(matrix) if each.name not in ("data", "order"))
+    return {name: int(getattr(matrix, name)) for name in names}
+
+
+def _start(length: int) -> int:
+    """Return the offset of the first matrix behind a table of `length` bytes."""
+    return -(-(_HEAD.size + length) // _HUGE) * _HUGE
+
+
+def _chunks(parts: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+    """Join bytes to chunks of `_WRITTEN`; each is valid until the next one is requested."""
+    chunk, used = np.empty(_WRITTEN, np.uint8), 0
+    for part in parts:
+        while part.size:
+            count = min(part.size, _WRITTEN - used)
+            chunk[used : used + count] = part[:count]
+            part, used = part[count:], used + count
+            if used == _WRITTEN:
+                yield chunk
+                used = 0
+    yield chunk[:used]
