@@ -44,7 +44,7 @@ WRONG: dict[str, list[Any]] = {
     "enforce_eager": ["no", 1, None],
     "isq": [5, "", "q4", "q4_k_m", "gguf", True],
     "imatrix": [5, True],
-    "packed_cache": [5, None, "", True],
+    "packed_cache": [5, None, True],
     "load_format": [5, None, "fast"],
     "mmproj": [5, ""],
     "max_images": [-1, 1025, "4", True, None],

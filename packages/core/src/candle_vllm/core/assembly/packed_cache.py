@@ -74,7 +74,7 @@ def packed_weights(
 
 def _folder(setting: str) -> Path | None:
     """Return the folder of the setting `packed_cache`; None without one, with a warning if it cannot be used."""
-    if setting == "off":
+    if setting in ("off", ""):
         return None
     try:
         root = cache_root() if setting == "on" else Path(setting).expanduser().resolve()

@@ -75,14 +75,12 @@ class PackedFile:
     def pack(self, stored: StoredTensor, backend: RecordedBackend) -> tuple[Any, str | None]:
         """Return the matrix of the file, or pack it."""
         part, memory = LOADED_PART.get(), backend.memory
-        key = f"{part} {self._parts[part]}"
+        key = f"{part!s:>8} {self._parts[part]:>8}"  # sorts in the order of loading
         self._parts[part] += 1  # one thread loads a part
         self._memories.add(memory)
-        if key in memory.mapped:
-            return memory.mapped[key]
         settings = [None if backend.kind is None else backend.kind.name, backend.groups, backend.floats_kept]
         made_of = [stored.name, stored.type_name, list(stored.shape), *settings, backend.words]
-        found = self._find(key, made_of, memory)
+        found = memory.mapped.get(key) or self._find(key, made_of, memory)
         if found is None:
             found = stored.pack_for(backend)
             self._lacking = self._lacking or _can_keep(found[0])
@@ -161,8 +159,8 @@ class PackedFile:
         try:
             if not make_room(self._path, size):
                 return
-            table, at = dict[str, Any](), 0
-            for key, (made_of, matrix, why) in self._all.items():
+            table, at, every = dict[str, Any](), 0, sorted(self._all.items(), key=lambda each: each[0])
+            for key, (made_of, matrix, why) in every:
                 entry = {"of": made_of, "why": why, "class": type(matrix).__name__, "fields": _fields(matrix)}
                 place = {"at": at, "bytes": matrix.nbytes, "tiles": len(matrix.data), "sum": checksum(matrix.data)}
                 table[key], at = entry | place, at + matrix.nbytes
@@ -170,7 +168,7 @@ class PackedFile:
             head = _HEAD.pack(_MAGIC, len(text), hashlib.sha256(text).digest()) + text
             head = np.frombuffer(head.ljust(_start(len(text)), b"\0"), np.uint8)
             with part.open("xb") as file:
-                for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, matrix, _ in self._all.values())]):
+                for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
                     file.write(chunk)
             part.replace(self._path)
             folder = self._path.parent
