@@ -80,12 +80,12 @@ class PackedFile:
         self._memories.add(memory)
         settings = [None if backend.kind is None else backend.kind.name, backend.groups, backend.floats_kept]
         made_of = [stored.name, stored.type_name, list(stored.shape), *settings, backend.words]
-        found = memory.mapped.get(key) or self._find(key, made_of, memory)
+        found: tuple[Any, str | None] | None = memory.mapped.get(key) or self._find(key, made_of, memory)
         if found is None:
             found = stored.pack_for(backend)
             self._lacking = self._lacking or _can_keep(found[0])
         if _can_keep(found[0]):
-            self._all[key] = (made_of, *found)
+            self._all[key] = made_of, found[0], found[1]
         return found
 
     def finish(self) -> None:
@@ -169,7 +169,7 @@ class PackedFile:
             head = np.frombuffer(head.ljust(_start(len(text)), b"\0"), np.uint8)
             with part.open("xb") as file:
                 for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
-                    file.write(chunk)
+                    file.write(chunk.data)
             part.replace(self._path)
             folder = self._path.parent
             logger.info("packed weights: %.1f MB kept in %s (--packed-cache off keeps none)", size / 1e6, folder)
