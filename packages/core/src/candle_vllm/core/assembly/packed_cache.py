@@ -22,9 +22,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-LEAST_BYTES = 64 << 20
-"""Bytes of weights from which on they are kept: less is packed in a fifth of a second."""
-
+LEAST_BYTES = 64 << 20  # of weights that are kept: less is packed in a fifth of a second
 _SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
 
 
@@ -47,12 +45,8 @@ def packed_weights(
 ) -> Iterator[None]:
     """Context for loading a model's weights, in which packed matrices come from a file, or are written to one.
 
-    Args:
-        config: the engine's settings.
-        paths: the files that determine the weights; empty if no matrix is packed for the CPU.
-        stored: the tensors that are loaded.
-        build: the family's function that builds the model; families of other packages are not kept.
-        part: what determines the loaded part of a divided model.
+    `paths` are the files that determine the weights, none if no matrix is packed for the CPU. `build` is the family's
+    function: families of other packages are not kept. `part` determines the loaded part of a divided model.
     """
     size = sum(tensor.nbytes for tensor in stored.tensors.values())
     ours = (build.__module__ or "").startswith("candle_vllm.core.")

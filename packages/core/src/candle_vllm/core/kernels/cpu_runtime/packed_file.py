@@ -17,6 +17,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import stat
 import struct
@@ -35,16 +36,14 @@ import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, count_mapped
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import MAPPED, WeightMemory
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
 from candle_vllm.core.threads import LOADED_PART, read_or_nothing
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".weights"
-MOST_BYTES = 20 * 10**9
-"""Maximum bytes of all files in a folder, if this is at most half of the disk's free space."""
-
+MOST_BYTES = 20 * 10**9  # of all files in a folder, and at most half of the disk's free space
 _MAGIC: Final = b"candle-vllm weights 1\n"
 _HEAD = struct.Struct("<22s2xQ32s")  # magic, bytes of the table, SHA-256 of the table
 _HUGE = 2 << 20  # matrices begin at a multiple of it
@@ -55,12 +54,7 @@ _DAY = 24 * 3600
 
 
 class PackedFile:
-    """The packed matrices of one load: those of the file, and those that it lacks. Safe for several threads.
-
-    Args:
-        path: the file, which may not exist.
-        about: what determines the matrices: the model's files, settings, code and CPU.
-    """
+    """The packed matrices of one load: those of a file, if `about` is its key, and those that it lacks."""
 
     def __init__(self, path: Path, about: str) -> None:
         self._path, self._about = path, about
@@ -140,15 +134,14 @@ class PackedFile:
         made, kind = _classes()[entry["class"]]
         if "kind" in fields:
             fields["kind"] = kind(fields["kind"])
-        mapped = self._huge and memory.can_map
-        data = raw if mapped else memory.take(raw.size, tiles)
-        if not mapped:
-            np.copyto(data, raw)
-        found = made(**fields, data=data.reshape(tiles, -1)), entry["why"]
-        if mapped:
+        if self._huge and memory.can_map:
+            found = made(**fields, data=raw.reshape(tiles, -1)), entry["why"]
+            MAPPED.add(found[0])
             memory.mapped[key] = found
-            count_mapped(found[0])
-        return found
+            return found
+        data = memory.take(raw.size, tiles)
+        np.copyto(data, raw)
+        return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
     def _write(self, size: int) -> None:
         """Write the file atomically; on any error there is no file, which costs a warning."""
@@ -161,7 +154,9 @@ class PackedFile:
                 return
             table, at, every = dict[str, Any](), 0, sorted(self._all.items(), key=lambda each: each[0])
             for key, (made_of, matrix, why) in every:
-                entry = {"of": made_of, "why": why, "class": type(matrix).__name__, "fields": _fields(matrix)}
+                names = {each.name for each in dataclasses.fields(matrix)} - {"data", "order"}
+                entry = {"of": made_of, "why": why, "class": type(matrix).__name__}
+                entry["fields"] = {name: int(getattr(matrix, name)) for name in sorted(names)}
                 place = {"at": at, "bytes": matrix.nbytes, "tiles": len(matrix.data), "sum": checksum(matrix.data)}
                 table[key], at = entry | place, at + matrix.nbytes
             text = json.dumps({"about": self._about, "bytes": at, "matrices": table}).encode()
@@ -171,8 +166,8 @@ class PackedFile:
                 for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
                     file.write(chunk.data)
             part.replace(self._path)
-            folder = self._path.parent
-            logger.info("packed weights: %.1f MB kept in %s (--packed-cache off keeps none)", size / 1e6, folder)
+            said = "packed weights: %.1f MB kept in %s (--packed-cache off keeps none)"
+            logger.info(said, size / 1e6, self._path.parent)
         except OSError as error:
             logger.warning("packed weights cannot be kept in %s: %s", self._path.parent, error)
             with suppress(OSError):
@@ -227,15 +222,9 @@ def checksum(data: np.ndarray) -> str:
 
 def in_huge_pages(mapped: np.ndarray, smaps: Path = Path("/proc/self/smaps")) -> bool:
     """Return whether nine tenths of a mapped file are mapped in huge pages."""
-    at, inside = address_of(mapped), False
-    for line in read_or_nothing(smaps).splitlines():
-        name, _, rest = line.partition(" ")
-        if not name.endswith(":"):  # the addresses of the next mapping
-            first, _, last = name.partition("-")
-            inside = int(first, 16) <= at < int(last, 16)
-        elif inside and name == "FilePmdMapped:":
-            return int(rest.split()[0]) * 1024 >= mapped.nbytes * 0.9
-    return False
+    mapping = rf"^0*{address_of(mapped):x}-.*?^FilePmdMapped: +(\d+) kB"
+    found = re.search(mapping, read_or_nothing(smaps), re.MULTILINE | re.DOTALL)
+    return found is not None and int(found[1]) * 1024 >= mapped.nbytes * 0.9
 
 
 @cache
@@ -252,11 +241,6 @@ def _classes() -> Mapping[str, tuple[Any, Any]]:
 
 def _can_keep(matrix: Any) -> bool:
     return type(matrix).__name__ in _classes() and getattr(matrix, "order", None) is None and matrix.nbytes % 64 == 0
-
-
-def _fields(matrix: Any) -> dict[str, int]:
-    names = (each.name for each in dataclasses.fields(matrix) if each.name not in ("data", "order"))
-    return {name: int(getattr(matrix, name)) for name in names}
 
 
 def _start(length: int) -> int:

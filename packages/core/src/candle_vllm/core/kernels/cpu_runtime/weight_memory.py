@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64
 
+MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices in mapped files that are in use
 _MADE: ContextVar[list[WeightMemory] | None] = ContextVar("_MADE", default=None)
 _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default=None)
 
@@ -92,10 +93,6 @@ class WeightMemory:
     Args:
         piece_bytes: size of a piece; a larger matrix has a piece of its own.
         ranks: ranks of the threads that read the memory; None for undivided threads.
-
-    Attributes:
-        mapped: results of `packed_file.pack` whose matrices are in a mapped file instead of this memory.
-        reader: the thread that writes the matrices to a file, if there is one.
     """
 
     def __init__(self, piece_bytes: int = PIECE_BYTES, ranks: CpuRanks | None = None) -> None:
@@ -110,8 +107,8 @@ class WeightMemory:
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
-        self.mapped: dict[str, tuple[Any, str | None]] = {}
-        self.reader: threading.Thread | None = None
+        self.mapped: dict[str, tuple[Any, str | None]] = {}  # by `packed_file`: matrices that are in a mapped file
+        self.reader: threading.Thread | None = None  # writes the matrices to a file
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
@@ -185,17 +182,9 @@ class WeightMemory:
         return self._piece[start : start + count]
 
 
-_MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices that are used in a mapped file
-
-
-def count_mapped(matrix: Any) -> None:
-    """Count a matrix in a mapped file in `mapped_bytes`, while it is in use."""
-    _MAPPED.add(matrix)
-
-
 def mapped_bytes() -> int:
     """Return the bytes of matrices in mapped files: the system counts them as available memory."""
-    return sum(matrix.nbytes for matrix in tuple(_MAPPED))
+    return sum(matrix.nbytes for matrix in tuple(MAPPED))
 
 
 def most_areas(root: Path = Path("/")) -> int:
