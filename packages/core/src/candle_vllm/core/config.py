@@ -541,10 +541,7 @@ class EngineConfig(ExplainedSettings):
         if self.ranks == 1:
             return
         drafts = draft_settings(self.speculative_config)
-        refused = {
-            "cpu_experts": bool(self.cpu_experts),
-            "cpu_offload_gb": bool(self.cpu_offload_gb),
-        }
+        refused = {"cpu_experts": bool(self.cpu_experts), "cpu_offload_gb": bool(self.cpu_offload_gb)}
         for name, given in refused.items():
             if given:
                 raise ConfigError(

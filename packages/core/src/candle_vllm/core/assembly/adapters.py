@@ -18,15 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
-from candle_vllm.core.assembly.adapter_parts import (
-    Parts,
-    experts_of,
-    modules_of,
-    norm_of,
-    picked,
-    refuse,
-    turned,
-)
+from candle_vllm.core.assembly.adapter_parts import Parts, experts_of, modules_of, norm_of, picked, refuse, turned
 from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot

@@ -131,11 +131,7 @@ class ModelConfig:
 
 
 def shared_from_hf(
-    fields: Fields,
-    model_type: str,
-    *,
-    eps: str = "rms_norm_eps",
-    names: Mapping[str, str] = MappingProxyType({}),
+    fields: Fields, model_type: str, *, eps: str = "rms_norm_eps", names: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Read the keys that most families' `config.json` share, as arguments of a `ModelConfig`.
 

@@ -163,12 +163,7 @@ class BlockParts:
     """
 
     def __init__(
-        self,
-        store: BlockStore,
-        memory: BlockMemory,
-        told: Callable[[int, bool, bool], object],
-        *,
-        state: bool = False,
+        self, store: BlockStore, memory: BlockMemory, told: Callable[[int, bool, bool], object], *, state: bool = False
     ) -> None:
         self._store, self._memory, self._told, self._state = store, memory, told, state
         self._size = memory.state_bytes if state else memory.block_bytes

@@ -138,10 +138,7 @@ class RankListener:
                 said = ""
             except TimeoutError:
                 continue
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # out of files or threads, maybe repeatedly
+            except (OSError, RuntimeError) as error:  # out of files or threads, maybe repeatedly
                 if str(error) != said:
                     said = str(error)
                     logger.warning("who wants to join as a rank cannot be let in: %s", said)

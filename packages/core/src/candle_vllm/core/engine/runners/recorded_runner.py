@@ -35,13 +35,7 @@ from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
-from candle_vllm.core.kernels.cpu_runtime.recorder import (
-    Adapted,
-    EntryArrays,
-    Recorder,
-    StepLimits,
-    aligned,
-)
+from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, EntryArrays, Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages

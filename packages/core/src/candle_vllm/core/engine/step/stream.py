@@ -22,12 +22,7 @@ from candle_vllm.core.engine.outputs import FinishReason, GenerationOutput, Outp
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.step.thread import Delivery, RequestRunner, Sink
 from candle_vllm.core.engine.step.watching import RequestWatch
-from candle_vllm.core.errors import (
-    CandleVllmError,
-    EngineOverloadedError,
-    RequestAbortedError,
-    RequestError,
-)
+from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, RequestAbortedError, RequestError
 
 MAX_UNREAD = 1 << 16
 """Maximum number of items that wait for a consumer that iterates; if there are more, the request is aborted."""

@@ -23,11 +23,7 @@ MOST = 1 << 22
 
 
 def paged_attention(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    rows: AttentionRows,
-    **options: Any,
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, rows: AttentionRows, **options: Any
 ) -> torch.Tensor:
     """See the contract in `kernels/attention`."""
     starts, counts = rows.query_start, [end - start for start, end in itertools.pairwise(rows.query_start)]
