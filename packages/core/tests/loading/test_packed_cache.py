@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,28 @@ def test_two_processes_at_once(model: Path, folder: Path, packings: list[str], h
     found = load(model, folder)
     assert not packings
     assert same(found, load(model, "off"))
+
+
+def test_a_process_that_ends_gives_a_file_up(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    at_end, monkey = list[Any](), monkeypatch
+    monkey.setattr(packed_file, "_PATIENCE", 0)
+    monkey.setattr(packed_file.atexit, "register", lambda end, thread: at_end.append((end, thread)))
+
+    def is_long(*_: object) -> bool:
+        while not at_end[0][0].__self__._ends:
+            time.sleep(0.001)
+        return True
+
+    monkey.setattr(packed_file, "make_room", is_long)
+    config = EngineConfig(model=str(model), **SETTINGS, packed_cache=str(folder))
+    load_any_model(config, CPU, lambda *_: None)
+    ((end, thread),) = at_end
+    end(thread)
+    assert not thread.is_alive()
+    assert not list(folder.glob("*/*"))
+    assert "the process ended before the file was written" in caplog.text
 
 
 def test_engines_sleep_over_kept_weights(model: Path, folder: Path) -> None:

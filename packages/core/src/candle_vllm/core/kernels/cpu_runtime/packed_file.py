@@ -11,6 +11,7 @@ its addresses from an earlier load, they are copied.
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -51,6 +52,7 @@ _WRITTEN = 32 << 20  # bytes of a write: Linux holds them in huge pages
 _SUMMED = 1 << 17  # 64-bit words that are summed together
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
 _DAY = 24 * 3600
+_PATIENCE = 10  # seconds that the end of a process waits for a file
 
 
 class PackedFile:
@@ -63,7 +65,7 @@ class PackedFile:
         self._parts: Counter[object] = Counter()
         self._all: dict[str, tuple[Any, Any, str | None]] = {}  # what a matrix is made of, the matrix, and why decoded
         self._memories: set[WeightMemory] = set()
-        self._lacking = False
+        self._lacking, self._ends = False, False
         self._open()
 
     def pack(self, stored: StoredTensor, backend: RecordedBackend) -> tuple[Any, str | None]:
@@ -86,9 +88,10 @@ class PackedFile:
         """Log what was read; write the file in a thread of low priority if it lacks matrices."""
         size = sum(matrix.nbytes for _, matrix, _ in self._all.values())
         if self._lacking:
-            thread = threading.Thread(target=self._write, args=(size,), name="packed-weights")
+            thread = threading.Thread(target=self._write, args=(size,), name="packed-weights", daemon=True)
             for memory in self._memories:
                 memory.reader = thread
+            atexit.register(self._end, thread)
             thread.start()
         else:
             how = "mapped" if self._huge else "read"
@@ -143,11 +146,17 @@ class PackedFile:
         np.copyto(data, raw)
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
+    def _end(self, thread: threading.Thread) -> None:
+        """Wait some seconds for the file when the process ends, then give it up."""
+        thread.join(_PATIENCE)
+        self._ends = True
+        thread.join()
+
     def _write(self, size: int) -> None:
         """Write the file atomically; on any error there is no file, which costs a warning."""
         if sys.platform == "linux":
             with suppress(OSError):  # this thread only
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         part = self._path.with_name(f"{self._path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             if not make_room(self._path, size):
@@ -164,6 +173,8 @@ class PackedFile:
             head = np.frombuffer(head.ljust(_start(len(text)), b"\0"), np.uint8)
             with part.open("xb") as file:
                 for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
+                    if self._ends:
+                        raise InterruptedError("the process ended before the file was written")
                     file.write(chunk.data)
             part.replace(self._path)
             said = "packed weights: %.1f MB kept in %s (--packed-cache off keeps none)"
@@ -174,6 +185,7 @@ class PackedFile:
                 part.unlink(missing_ok=True)
         finally:
             self._all.clear()
+            atexit.unregister(self._end)
 
 
 PACKED: ContextVar[PackedFile | None] = ContextVar("PACKED", default=None)
