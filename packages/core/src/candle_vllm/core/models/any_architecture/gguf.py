@@ -8,7 +8,6 @@ tensor stays quantised; a table that changes values or the order of columns is a
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -86,7 +85,8 @@ def named_in_gguf(
     if name in newer.GGUF_ARCHS:
         return named_for(model, shapes, experts, checkpoint, newer.get_gguf_conversion_mapping(name, model.config))
     processor = older.TENSOR_PROCESSORS.get(name, older.TensorProcessor)(config=model.config.to_dict())
-    package: Any = importlib.import_module("gguf")
+    import gguf as package
+
     if not hasattr(package.get_tensor_name_map, "cache_info"):  # transformers makes the same map for each module
         package.get_tensor_name_map = functools.cache(package.get_tensor_name_map)
     names = older.get_gguf_hf_weights_map(without_memory(model.config, None, torch.float32), processor)
