@@ -234,8 +234,8 @@ def checksum(data: np.ndarray) -> str:
 
 def in_huge_pages(mapped: np.ndarray, smaps: Path = Path("/proc/self/smaps")) -> bool:
     """Return whether nine tenths of a mapped file are mapped in huge pages."""
-    mapping = rf"^0*{address_of(mapped):x}-.*?^FilePmdMapped: +(\d+) kB"
-    found = re.search(mapping, read_or_nothing(smaps), re.MULTILINE | re.DOTALL)
+    described = f"\n{read_or_nothing(smaps)}".partition(f"\n{address_of(mapped):08x}-")[2]
+    found = re.search(r"^FilePmdMapped: +(\d+) kB", described, re.MULTILINE)
     return found is not None and int(found[1]) * 1024 >= mapped.nbytes * 0.9
 
 
