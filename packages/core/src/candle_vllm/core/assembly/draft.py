@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,7 +290,7 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
     if not eagle3.has_embedding(stored):
         config = dataclasses.replace(config, vocab_size=model.vocab_size)
 
-    build: Callable[[Placement, Any], eagle3.Eagle3] = partial(eagle3.Eagle3, config, stored)
+    build = cast("Callable[[Placement, Any], eagle3.Eagle3]", partial(eagle3.Eagle3, config, stored))
     shapes = build(SHAPES, None)
     _check_fit(target, files.name, config, shapes)
     check_weights(lambda: shapes, eagle3.WEIGHTS, stored, config, ignored=eagle3.IGNORED)
@@ -353,7 +353,7 @@ def _describe_assistant(target: Described | LoadedModel, opened: Opened) -> Desc
     files, stored, model = opened.files, opened.checkpoint, target.config
     read = family.config_from_gguf if files.format == "gguf" else family.config_from_hf
     config = read(Fields(opened.metadata or read_json(config_file(files)), config_file(files)), stored, model)
-    build: Callable[[Placement, Any], DraftHead] = partial(family.Assistant, config, stored)
+    build = cast("Callable[[Placement, Any], DraftHead]", partial(family.Assistant, config, stored))
     check_weights(lambda: build(SHAPES, None), family.WEIGHTS, stored, config, ignored=family.IGNORED)
     said: dict[str, Any] = {"name": files.name, "config": config, "vocab_size": config.vocab_size, "meant": None}
     said |= {"weights": family.WEIGHTS, "ignored": family.IGNORED, "build": build}
@@ -369,7 +369,7 @@ def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> De
     stored = mtp.layer_tensors(layout, checkpoint, family.weights)
     config, names = mtp.head_config(model, layout, stored), mtp.weight_names(layout, family.weights)
 
-    build: Callable[[Placement, Any], DraftHead] = partial(mtp.NextTokens, config, layout, stored)
+    build = cast("Callable[[Placement, Any], DraftHead]", partial(mtp.NextTokens, config, layout, stored))
     ignored = family.ignored(config)
     whole = family.build(model, SHAPES, checkpoint)
     check_weights(lambda: build(SHAPES, whole), names, stored, config, ignored=ignored)

@@ -130,6 +130,7 @@ class Assistant:
         for layer in self.decoder.layers:
             assert layer is not None, "a drafter has all layers"
             x, residual = layer(x, residual, step)
+        assert self.decoder.norm is not None
         x = self.decoder.norm.add(x, residual)[0]
         return x, side_by_side(self.after(x))  # a copy, which is complete when the plan ends
 
