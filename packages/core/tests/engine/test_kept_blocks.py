@@ -18,7 +18,6 @@ import pytest
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
-from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.cache import block_tiers as kept_blocks
@@ -26,6 +25,7 @@ from candle_vllm.core.engine.cache.block_stores import BlockFolder
 from candle_vllm.core.engine.requests import GenerationRequest
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.fields import read_json
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight

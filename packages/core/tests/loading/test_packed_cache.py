@@ -83,8 +83,8 @@ def load(model: Path, folder: Path | str, **settings: Any) -> dict[str, Any]:
     config = EngineConfig(model=str(model), **SETTINGS, packed_cache=str(folder), **settings)
     loaded: Any = load_any_model(config, CPU, lambda *_: None)
     for memory in loaded.memories:
-        if memory.reader is not None:
-            memory.reader.join()
+        if memory.writer is not None:
+            memory.writer.join()
     layers = enumerate(linears_in(loaded.decoder.layers))
     return {f"{number} {name}": piece for number, layer in layers for name, piece in layer.pieces.items()}
 

@@ -135,7 +135,7 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
             f'model of its own: set "method": "{right}"',
             "speculative_config",
         )
-    if method == "draft_model" or config.speculative_config is not None or files.format == "gguf":
+    if method == "draft_model" or not _is_for_head(config) or files.format == "gguf":
         return open_model(files, device)
     if files.format != "safetensors" or files.config is None:
         raise InvalidFileError(f"{files.folder}: a head is a folder with config.json and safetensors, or a GGUF file")
@@ -149,6 +149,11 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
         except BaseException:
             stored.close()
             raise
+
+
+def _is_for_head(config: EngineConfig) -> bool:
+    """Return whether the settings are those of a head with files of its own, not those of the target model."""
+    return config.speculative_config is None
 
 
 def _head_method(files: ModelFiles) -> str | None:
@@ -197,9 +202,8 @@ def describe_head(
     """Load a draft head without its weights, which are only checked; errors as `load_draft`."""
     described = config_file(opened.files)
     with naming(described, opened.checkpoint.path):
-        apart = config.speculative_config is None  # settings for the files of a head
-        describe = _describe_assistant if apart else _describe_next_tokens
-        found = (_describe_eagle3 if method == "eagle3" else describe)(target, opened)
+        mtp = _describe_assistant if _is_for_head(config) else _describe_next_tokens
+        found = (_describe_eagle3 if method == "eagle3" else mtp)(target, opened)
         placement = choose_placement(config, device, found.stored, found.config)
     if placement.recorded != target.placement.recorded:
         raise ConfigError(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -18,25 +18,12 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, cache_root, own_folder
 from candle_vllm.core.kernels.cpu_runtime.level import host_level
 from candle_vllm.core.kernels.cpu_runtime.packed_file import PACKED, SUFFIX, PackedFile
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.loading.tensors import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 64 << 20  # of weights that are kept: less is packed in a fifth of a second
-_SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
-
-
-def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
-    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
-            for number in range(_SAMPLES):
-                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -535,7 +535,7 @@ def _runner_on_cpu(
     `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
     """
     placement, blocks = loaded.placement, plan.num_blocks
-    # A draft model has a page for each block, even before its windows, unless it reads the caches of the model.
+    # A draft model has a page for each block, also outside its windows, unless it reads the target's caches.
     windows = plan.windows if beside is None or not loaded.config.cache_specs else ()
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
@@ -562,7 +562,7 @@ def _runner_on_cpu(
 
     leave_cores_to_others()
     limits = StepLimits(
-        tokens=budget if loaded.config.cache_specs else sequences,  # a head without a cache reads one row of each
+        tokens=budget if loaded.config.cache_specs else sequences,  # without a cache: one token of each sequence
         sequences=sequences,
         logit_rows=rows,
         table_width=-(-plan.max_model_len // config.block_size),

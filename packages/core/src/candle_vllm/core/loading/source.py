@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import hashlib
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -35,6 +37,7 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt",
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 HUB_TIMEOUT_S = 10.0
+_SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
 TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 """Valid text after the colon of `organisation/name:Q4_K_M`."""
 USUAL = "Q4_K_M"
@@ -491,3 +494,16 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
             f"not reached: {way} or pass a folder or .gguf file"
         ) from error
     return Path(folder)
+
+
+def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
+    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            info = os.fstat(file.fileno())
+            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
+            for number in range(_SAMPLES):
+                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import device_name
 from candle_vllm.core.engine.cache.block_manager import BlockManager
@@ -29,6 +28,7 @@ from candle_vllm.core.engine.cache.states import StatePool
 from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.cache_specs import states
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)

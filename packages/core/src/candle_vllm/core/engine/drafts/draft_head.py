@@ -10,8 +10,8 @@ Some tokens have no hidden states: a prefix from the prefix cache, unless anothe
 layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at the
 next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
 
-A head without a cache of its own (`Gemma 4`) reads the target's cache instead. It reads only the last row of a step,
-and all of its draft tokens have the position of the sequence's last token.
+A head without a cache of its own (Gemma 4's drafter) reads the target's cache instead. It reads only the last row
+of a step, and all of its draft tokens have the position of the sequence's last token.
 """
 
 from __future__ import annotations

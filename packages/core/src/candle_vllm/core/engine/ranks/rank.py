@@ -22,7 +22,6 @@ from typing import Any, BinaryIO, TypeAlias
 
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_loader
@@ -37,6 +36,7 @@ from candle_vllm.core.engine.runners.model_runner import ModelRunner
 from candle_vllm.core.engine.runners.sleeping import Sleeper
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.memory import available_memory
 from candle_vllm.core.shown import start_child_logging
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom

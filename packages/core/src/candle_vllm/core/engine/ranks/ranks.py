@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters.adapter_store import Adapter
 from candle_vllm.core.engine.ranks import rank_line
@@ -36,6 +35,7 @@ from candle_vllm.core.engine.step.batch import AdapterRows, Batch, EmbeddedRows,
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.sampling.sampler import SampledTokens
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.shown import log_style

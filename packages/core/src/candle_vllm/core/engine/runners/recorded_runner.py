@@ -114,10 +114,10 @@ class RecordedRunner(StepwiseRunner):
         self._taps = tuple(taps or ())
         self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
-        step = StepInput(nothing, nothing, nothing, caches or self.caches, taps=kept, given=self._looked_up)
+        self.caches = caches or self.caches
+        step = StepInput(nothing, nothing, nothing, self.caches, taps=kept, given=self._looked_up)
         shared = [isinstance(spec, cache_specs.SharedKVSpec) for spec in specs]
         own = [cache for cache, other in zip(caches, shared, strict=True) if not other]
-        self.caches = caches or self.caches
         self._own = [cache for cache in own if isinstance(cache, PagedCache)]
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
         self._decoder, self._step = decoder, step

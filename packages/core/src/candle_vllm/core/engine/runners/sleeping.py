@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.assembly.packed_cache import files_mark
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.runners.model_runner import HeadRunner, ModelRunner
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
+from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.threads import LOADING_THREADS
 
 if TYPE_CHECKING:

@@ -54,9 +54,9 @@ def paged_attention(
 def _attend_one(q: torch.Tensor, caches: Any, rows: AttentionRows, scale: float, window: int | None) -> torch.Tensor:
     """Compute attention [1, H, D] of the only token; only the blocks that it attends to are gathered."""
     context, (size, kv_heads), dim = rows.context_lens[0], caches[0].shape[1:3], q.shape[2]
-    block = 0 if window is None else max(0, reference.first_seen(context - 1, window)) // size
-    first = 0 if window is None else max(0, reference.first_seen(context - 1, window)) - block * size
-    table, seen = rows.block_tables[0, block : -(-context // size)], slice(first, context - block * size)
+    first = 0 if window is None else max(0, reference.first_seen(context - 1, window))
+    table = rows.block_tables[0, first // size : -(-context // size)]
+    seen = slice(first % size, first % size + context - first)
     k, v = (reference.blocks_of(each, table, dim).flatten(0, 1)[seen].transpose(0, 1).float() for each in caches)
     scores = torch.matmul(q.float().view(kv_heads, -1, dim), k.transpose(1, 2)).mul_(scale)  # [K, G, C]
     return torch.matmul(scores.softmax(-1), v).view(1, -1, dim).to(q.dtype)

@@ -90,7 +90,7 @@ class PackedFile:
         if self._lacking:
             thread = threading.Thread(target=self._write, args=(size,), name="packed-weights", daemon=True)
             for memory in self._memories:
-                memory.reader = thread
+                memory.writer = thread
             atexit.register(self._end, thread)
             thread.start()
         else:

@@ -108,7 +108,7 @@ class WeightMemory:
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # by `packed_file`: matrices that are in a mapped file
-        self.reader: threading.Thread | None = None  # writes the matrices to a file
+        self.writer: threading.Thread | None = None  # of `packed_file`: writes the matrices to a file
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.
@@ -150,8 +150,8 @@ class WeightMemory:
 
     def drop(self) -> int:
         """Return the memory of all parts to the system; addresses stay valid and read as zeros. Returns bytes freed."""
-        if self.reader is not None:
-            self.reader.join()
+        if self.writer is not None:
+            self.writer.join()
         pieces = [piece for each in self._whole if (piece := each()) is not None]
         pieces = [piece for piece in pieces if piece.ctypes.data not in self._stays]
         return sum(drop_pages(each) for each in (*pieces, *(matrix.data for matrix, _ in self.mapped.values())))
