@@ -430,6 +430,18 @@ def test_ff_tokens(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> N
     assert backend.compile(StructuredOutputsParams(regex="[ab]c")).ff_tokens() == []
 
 
+def test_the_mask_behind_a_forced_special_token(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> None:
+    """Asking what is forced does not change the mask, also if that is a special token."""
+    grammar = backend.compile(StructuredOutputsParams(grammar='start: "a"? <|call|> "b"'))
+    call = vocabulary.encode("<|call|>")
+    assert len(call) == 1
+    for token in (97, *call):
+        grammar.ff_tokens()
+        assert token in allowed(grammar)
+        assert grammar.accept(token)
+    assert allowed(grammar) == {98}
+
+
 def test_no_text_is_not_cut_into_tokens(backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where anything may come, which is asked at each step, a tokenizer is not."""
     cut: list[str] = []
