@@ -20,6 +20,13 @@ from typing import Any
 
 _MOST_IN_MEMORY = 4_500_000_000  # parameters
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-1.1b": (
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "vocab_size": 32000,
+        },
+    ),
     "qwen3.5-0.8b": (
         "Qwen3_5ForCausalLM",
         {
@@ -96,7 +103,9 @@ def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
     config = family.config_class(**fields)
     tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
     end = next(
-        name for name in ("<|im_end|>", "<|eot_id|>", "<turn|>") if tokenizer.backend.token_to_id(name) is not None
+        name
+        for name in ("<|im_end|>", "<|eot_id|>", "<turn|>", "</s>")
+        if tokenizer.backend.token_to_id(name) is not None
     )
     config.eos_token_id = tokenizer.backend.token_to_id(end)
     with torch.device("meta"):

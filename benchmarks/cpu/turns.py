@@ -2,22 +2,30 @@
 """Time to the first token of a chat's second turn, beside that of its first: one JSON line per round, and the medians.
 
     python benchmarks/cpu/turns.py [MODEL | --shape qwen3.5-0.8b|lfm2-1.2b [--layers N]] [--tokens 4000]
-        [--answer 64] [--more 40] [--rounds 5] [--threads N]
+        [--answer 64] [--more 40] [--rounds 5] [--threads N] [--llama-server PATH]
 
 The first turn is a prompt of so many tokens, answered with `--answer` tokens; the second one is that prompt, the answer
 and `--more` tokens. In a model whose layers keep states it goes on from the checkpoint at the answer's last whole
 block. Each round has a prompt of its own. `computed` are the tokens of the second turn that were not found in the
 cache. Without MODEL a model of that shape with random weights is measured, in 4 bits.
+
+With `--llama-server` the same turns are asked of llama.cpp's server too, which serves the same GGUF file in one slot
+with its prompt cache; each round asks one engine after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
+import socket
 import statistics
+import subprocess
 import tempfile
 import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +92,43 @@ def first_token(engine: InferenceEngine, prompt: list[int], count: int) -> tuple
     return seconds, tokens
 
 
+Asked = Callable[[list[int], int], tuple[float, list[int]]]
+
+
+@contextlib.contextmanager
+def llama_server(program: str, model: str, length: int, threads: int | None) -> Iterator[Asked]:
+    """A function like `first_token` that asks llama.cpp's server."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["-m", model, "-c", str(length), "-np", "1", "--port", str(port), "--no-warmup"]
+    options += ["-t", str(threads)] if threads else []
+    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(url + "/health"):  # noqa: S310
+                break
+            time.sleep(0.1)
+        yield lambda prompt, count: _asked(url + "/completion", prompt, count)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _asked(url: str, prompt: list[int], count: int) -> tuple[float, list[int]]:
+    body: dict[str, Any] = {"prompt": prompt, "n_predict": count, "temperature": 0, "stream": True}
+    body |= {"cache_prompt": True, "ignore_eos": True, "return_tokens": True}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+    began, seconds, tokens = time.perf_counter(), 0.0, list[int]()
+    with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310
+        for line in answer:
+            if line.startswith(b"data: {"):
+                tokens += json.loads(line[6:]).get("tokens", [])
+                seconds = seconds or time.perf_counter() - began
+    return seconds, tokens
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
@@ -94,6 +139,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--llama-server")
     given = parser.parse_args()
     longest = given.tokens + 2 * given.answer + given.more + 64
     settings: dict[str, Any] = {"threads": given.threads, "max_model_len": longest, "max_num_seqs": 2}
@@ -101,21 +147,30 @@ def main() -> None:
         if given.model is None:
             settings |= {"load_format": "dummy", "isq": "q4_0"}
         model = given.model or str(write_shape(Path(folder), given.shape, given.layers))
-        with InferenceEngine(model, **settings) as engine:
-            measure(engine, given)
+        with contextlib.ExitStack() as stack:
+            engine = stack.enter_context(InferenceEngine(model, **settings))
+            peer = None
+            if given.llama_server:
+                peer = stack.enter_context(llama_server(given.llama_server, model, longest, given.threads))
+            measure(engine, peer, given)
 
 
-def measure(engine: InferenceEngine, given: argparse.Namespace) -> None:
+def measure(engine: InferenceEngine, peer: Asked | None, given: argparse.Namespace) -> None:
     """Prints a line for each round, and the medians."""
     chance, rows = random.Random(0), list[dict[str, float]]()  # noqa: S311
     first_token(engine, [chance.randrange(97, 123) for _ in range(100)], 4)  # not counted
     for _ in range(given.rounds):
         prompt = [chance.randrange(32, 123) for _ in range(given.tokens)]
+        more = [chance.randrange(32, 123) for _ in range(given.more)]
         first, answer = first_token(engine, prompt, given.answer)
-        turn, before = [*prompt, *answer, *(chance.randrange(32, 123) for _ in range(given.more))], engine.stats()
+        turn, before = [*prompt, *answer, *more], engine.stats()
         second, _ = first_token(engine, turn, given.answer)
         found = engine.stats().cached_prompt_tokens - before.cached_prompt_tokens
         row = {"first_s": first, "second_s": second, "ratio": second / first, "computed": len(turn) - found}
+        if peer is not None:
+            row["peer_first_s"], answer = peer(prompt, given.answer)
+            row["peer_second_s"], _ = peer([*prompt, *answer, *more], given.answer)
+            row["beside_peer"] = second / row["peer_second_s"]
         rows.append(row)
         print(json.dumps({name: round(value, 4) for name, value in row.items()}), flush=True)
     print(json.dumps({name: round(statistics.median(row[name] for row in rows), 4) for name in rows[0]}), flush=True)
