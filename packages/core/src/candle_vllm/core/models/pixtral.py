@@ -249,7 +249,7 @@ class Pixtral:
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
+def adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
     """Rows of queries or keys with rotary pairs in two halves; llama.cpp's converter leaves the pairs as neighbours."""
     if stored.shape[:1] != (config.hidden_size,):
         return stored  # the loader reports the wrong shape
@@ -277,8 +277,8 @@ WEIGHTS: Sequence[WeightName] = (
     _line("patches:", _AT + "patch_conv", "v.patch_embd", hf_view=patch_kernel, gguf_view=patch_kernel),
     _line("first_norm:", _AT + "ln_pre", "v.pre_ln"),
     _line("layers.{i}.attention_norm:", _LAYER + "attention_norm", _BLOCK + "ln1"),
-    _line("layers.{i}.qkv:q.", _LAYER + "attention.q_proj", _BLOCK + "attn_q", gguf_view=_adjacent),
-    _line("layers.{i}.qkv:k.", _LAYER + "attention.k_proj", _BLOCK + "attn_k", gguf_view=_adjacent),
+    _line("layers.{i}.qkv:q.", _LAYER + "attention.q_proj", _BLOCK + "attn_q", gguf_view=adjacent),
+    _line("layers.{i}.qkv:k.", _LAYER + "attention.k_proj", _BLOCK + "attn_k", gguf_view=adjacent),
     _line("layers.{i}.qkv:v.", _LAYER + "attention.v_proj", _BLOCK + "attn_v"),
     _line("layers.{i}.output:", _LAYER + "attention.o_proj", _BLOCK + "attn_out"),
     _line("layers.{i}.mlp_norm:", _LAYER + "ffn_norm", _BLOCK + "ln2"),

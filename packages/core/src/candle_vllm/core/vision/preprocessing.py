@@ -61,16 +61,26 @@ class Normalisation:
 
     Attributes:
         table: [256, 3] float32, the normalised value of each pixel value.
+        narrow: the result of each operation is rounded to bfloat16.
     """
 
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    narrow: bool = False
 
     @property
     def table(self) -> NDArray[np.float32]:
-        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)[:, None]
-        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        rounded = _bfloat16 if self.narrow else np.asarray
+        scaled = rounded((np.arange(256, dtype=np.float64) * self.scale).astype(np.float32))[:, None]
+        mean, std = (rounded(np.array(each, np.float32)) for each in (self.mean, self.std))
+        return rounded(rounded(scaled - mean) / std)
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round finite values to the nearest bfloat16, halves to even."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
 
 
 class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -294,7 +304,57 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return near[0], near[1]
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule
+class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
+
+    The canvas is the smallest on which the image shrinks least, or grows least. An image with sides below a tile grows
+    to a tile. An image whose canvas is one tile has only that tile.
+
+    Attributes:
+        tile: pixels of a tile's side.
+        most: maximum number of tiles of a canvas.
+        grows: choose the canvas on which the image grows most, and enlarge the image to it.
+        resample: Pillow's code of the resampling filter.
+        normalisation: normalisation of the pixels.
+    """
+
+    tile: int
+    most: int
+    grows: bool
+    resample: int
+    normalisation: Normalisation
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`; scales are compared in fp32, as in transformers."""
+        sides = [(rows, columns) for rows in range(1, self.most + 1) for columns in range(1, self.most // rows + 1)]
+        scales = (np.array(sides, np.float32) * self.tile / np.array((height, width), np.float32)).min(1)
+        found = scales[scales >= 1]
+        scale = found.min() if len(found) and not self.grows else scales.max()
+        rows, columns = min((each for each, one in zip(sides, scales) if one == scale), key=math.prod)
+        return Cut(*((0, 0) if rows == columns == 1 else (rows, columns)), self.tile, self.tile)
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        import PIL.Image
+
+        cut, tile = self.cut(picture.height, picture.width), self.tile
+        whole, resample = PIL.Image.fromarray(picture.pixels), PIL.Image.Resampling(self.resample)
+        rows, columns = max(cut.rows, 1), max(cut.columns, 1)
+        high, wide = tile * rows, tile * columns
+        if not self.grows:
+            high, wide = min(max(picture.height, tile), high), min(max(picture.width, tile), wide)
+        by_row, by_column = high / picture.height, wide / picture.width
+        if by_column < by_row:
+            high = min(math.floor(picture.height * by_column), high)
+        else:
+            wide = min(math.floor(picture.width * by_row), wide)
+        canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
+        canvas[: max(high, 1), : max(wide, 1)] = np.asarray(whole.resize((max(wide, 1), max(high, 1)), resample))
+        made = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+        return made if not cut.rows else np.concatenate([made, np.asarray(whole.resize((tile, tile), resample))[None]])
+
+
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule | CanvasRule
 """Preprocessing rule of a model family; tagged, so that another process decodes the same class. Each rule has
 
 - `normalisation`: normalisation of the pixels,
