@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Pixtral, Mistral 3 and Gemma 3 with pictures, of random weights: their towers and logits against transformers, their
-answers however a prompt comes to them, and files that cannot be used."""
+"""Pixtral, Mistral 3, Gemma 3 and 4, and Llama 4 with pictures, of random weights: their towers and logits against
+transformers, their answers however a prompt comes to them, and files that cannot be used."""
 
 from __future__ import annotations
 
@@ -35,13 +35,16 @@ from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParame
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.loading.towers import of_tower
-from candle_vllm.core.models import gemma4_tower_config
+from candle_vllm.core.models import gemma4_tower_config, llama4_tower
 from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
+from candle_vllm.core.vision.pictures import picture_of
+from candle_vllm.core.vision.preprocessing import CanvasRule, Normalisation
 from packages.core.tests.engine.drafted import same_times
 from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.lazy_stream import LazyStream
+from packages.core.tests.models import families
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.sight import (
     answers,
@@ -90,6 +93,14 @@ GEMMA4_VISION = VISION | {
     "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
 }  # fmt: skip
 GEMMA4_TOKENS = {"image_token_id": 261, "boi_token_id": 259, "eoi_token_id": 260, "audio_config": None}
+LLAMA4 = families.LLAMA4 | {"model_type": "llama4_text", "vocab_size": 272}
+LLAMA4_VISION = VISION | {
+    "model_type": "llama4_vision_model", "intermediate_size": 128, "image_size": 16, "projector_input_dim": 40,
+    "projector_output_dim": 40, "vision_output_dim": 40,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}  # fmt: skip
+LLAMA4_MARKS = ("<|image_start|>", "<|image_end|>", "<|patch|>", "<|image|>")
+LLAMA4_MARKS += ("<|tile_x_separator|>", "<|tile_y_separator|>")
 MISTRAL = {"model_type": "mistral", "head_dim": 16, "rms_norm_eps": 1e-4}  # not that of the tower's norms
 
 
@@ -151,6 +162,11 @@ ROWS = {
         ("<|image>", "<image|>", "<|image|>"), "<|image|>",
         261, ("gemma4", {"projector.scale_factor": 2}),
     ),
+    "Llama 4": Row(
+        "llama4", LLAMA4, LLAMA4_VISION, {"boi_token_index": 259, "eoi_token_index": 260, "image_token_index": 261},
+        {"size": {"height": 16, "width": 16}, "max_patches": 4, "resample": 2, **HALF}, LLAMA4_MARKS, "<|image|>",
+        261, ("llama4", {"image_size": 16, "projector.scale_factor": 2, "projection_dim": 64, **HALF}),
+    ),
 }  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
@@ -199,13 +215,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def small_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GGUF files do not say the size of Llama 4's adapter."""
+    monkeypatch.setattr(llama4_tower, "_ADAPTER", 40)
+
+
 def theirs(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def canvas_tiles(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    plain = Normalisation(1.0, (0.0,) * 3, (1.0,) * 3)
+    return CanvasRule(tile=16, most=4, grows=False, resample=2, normalisation=plain).tiles(picture_of(picture))
 
 
 def their_inputs(name: str, folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
     """What transformers' processor makes of pictures."""
     said, images = read_json(folder / "preprocessor_config.json"), [Image.fromarray(each) for each in pictures]
+    if name == "Llama 4":  # whose own processor needs torchvision; `test_preprocessing.py` compares its tiles
+        made = [torch.from_numpy(canvas_tiles(each)).permute(0, 3, 1, 2) for each in pictures]
+        return {"pixel_values": (torch.cat(made).bfloat16() * (1 / 255)).sub(0.5).div(0.5).float()}
     if name == "Gemma 3":
         made = Gemma3ImageProcessorPil(**said)(images=images, return_tensors="pt")
         return {"pixel_values": made["pixel_values"]}
@@ -224,6 +254,9 @@ def their_inputs(name: str, folder: Path, pictures: list[NDArray[np.uint8]]) -> 
 def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Of one of two: alone, a picture of a single embedding is too much for transformers."""
     with torch.inference_mode():
+        if name == "Llama 4":
+            found = model.get_image_features(**their_inputs(name, folder, [picture])).last_hidden_state
+            return model.multi_modal_projector(found).reshape(-1, 64).numpy()
         inputs = their_inputs(name, folder, [picture] * 2)
         found = model.model.get_image_features(**inputs).pooler_output
     if "12B" in name and not isinstance(found, tuple):
@@ -250,7 +283,8 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
             assert found.shape == expected.shape == (len(place), 64)
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
         if isinstance(runner, RecordedTower):  # what is put aside is enough
-            assert runner.nbytes < tower.config.step_bytes(2) < 16 * runner.nbytes
+            most = 32 if name == "Llama 4" else 16  # its tiles are the smallest
+            assert runner.nbytes < tower.config.step_bytes(2) < most * runner.nbytes
     finally:
         team.close()
 
@@ -491,7 +525,7 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
     assert family is not None
     gemma4 = "Gemma 4" in name
     writer.add_string("clip.vision.projector_type" if gemma4 else "clip.projector_type", family.gguf[0])
-    writer.add_bool("clip.use_gelu" if name == "Gemma 3" else "clip.use_silu", True)
+    writer.add_bool("clip.use_gelu" if name in ("Gemma 3", "Llama 4") else "clip.use_silu", True)
     vision = config["vision_config"]
     numbers = {
         "patch_size": 4, "embedding_length": vision.get("hidden_size", 64),
@@ -512,13 +546,13 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
         data = tensor.float().numpy()
         if gemma4:
             data = as_in_mmproj(key, data)
-        if "Gemma" not in name and key.endswith(("q_proj.weight", "k_proj.weight")):
+        if not row.gguf[0].startswith(("gemma", "llama4")) and key.endswith(("q_proj.weight", "k_proj.weight")):
             heads = data.reshape(vision["num_attention_heads"], 2, -1, data.shape[1])
             data = heads.swapaxes(1, 2).reshape(data.shape)
         if "soft_emb_norm" in key:
             data = data + 1
         writer.add_tensor(found.replace("{i}", "" if number is None else number[1]), np.ascontiguousarray(data))
-    if "Gemma" not in name:
+    if row.gguf[0] == "llama":
         writer.add_tensor("v.token_embd.img_break", np.zeros(64, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -557,6 +591,7 @@ SAID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"most_parts": 4, "least_part": 8, "ratio": 1.2},
         "do_pan_and_scan, pan_and_scan_min_crop_size",
     ),
+    "Llama 4": ({"max_patches": 2, "resize_to_max_canvas": True}, {"most": 2, "grows": True}, "max_patches, resize_to"),
 }
 """By family: what an operator says of pictures, what comes of it, and the names that there are."""
 

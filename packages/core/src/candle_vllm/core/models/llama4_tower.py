@@ -25,6 +25,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import activation
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import Turned
+from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
@@ -40,6 +41,7 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule,
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _EPS = 1e-5  # epsilon of the encoder's norms; transformers does not read it from config.json
+_ADAPTER = 4096  # elements of the adapter's vectors in published models; GGUF files do not store them
 
 
 class Rows(TileRows):
@@ -75,10 +77,6 @@ class Llama4TowerConfig(TowerConfig):
         """D."""
         return self.hidden_size // self.num_heads
 
-    def step_bytes(self, threads: int) -> int:
-        """See `TowerConfig`; with the adapter's vectors."""
-        return super().step_bytes(threads) + 4 * 256 * 4 * 4 * self.adapter_size
-
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
         """See `TowerConfig`; the class token has the row and the column -1."""
         rows = super().read(tile)
@@ -94,11 +92,11 @@ def config_from_hf(
     vision.choice("hidden_act", "gelu", "gelu")
     rotation = vision.section("rope_parameters")
     rotation.choice("rope_type", "default", "default")
-    ratio, adapter = vision.get("pixel_shuffle_ratio", float, 0.5), vision.count("projector_input_dim", 4096)
+    ratio, adapter = vision.get("pixel_shuffle_ratio", float, 0.5), vision.count("projector_input_dim", _ADAPTER)
     cell = round(1 / ratio) if 1 / 64 <= ratio <= 0.5 else 0
     if not cell or cell * ratio != 1:
         raise InvalidFileError(f"{fields.path}: pixel_shuffle_ratio is {ratio}; it must be one of 1/2, 1/3, ..., 1/64")
-    for key, usual in (("projector_output_dim", 4096), ("vision_output_dim", 7680)):
+    for key, usual in (("projector_output_dim", _ADAPTER), ("vision_output_dim", 7680)):
         if vision.count(key, usual) != adapter:
             raise InvalidFileError(
                 f"{fields.path}: {key} is {vision.count(key, usual)}; projector_input_dim, {adapter}"
@@ -129,7 +127,7 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     processor = over(siglip.processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
     values = siglip.gguf_values(fields, tile) | {"norm_eps": fields.get("attention.layer_norm_epsilon", float, _EPS)}
     del values["activation"]
-    return _config(processor, **values, text_size=text_size, adapter_size=fields.count("projection_dim", 4096))
+    return _config(processor, **values, text_size=text_size, adapter_size=_ADAPTER)
 
 
 def _config(processor: Fields, *, patch: int, side: int, cell: int, **values: Any) -> Llama4TowerConfig:
@@ -240,7 +238,7 @@ class Llama4Tower:
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""
-        return self.first_norm(step.start + self.patches(patches))
+        return side_by_side(self.first_norm(step.start + self.patches(patches)))
 
     def cells(self, hidden: Any) -> Any:
         """See `Tower`; without the class token, if its row is there."""
