@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from candle_vllm.core import InferenceEngine, SamplingParams
@@ -541,6 +542,7 @@ def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
     for key, tensor in tensors.items():
         number = re.search(r"layers\.(\d+)\.", key)
         found = names.get(key if number is None else key.replace(number[0], "layers.{i}."))
+        found = found[0] if isinstance(found, tuple) else found
         if not isinstance(found, str):
             continue
         data = tensor.float().numpy()
@@ -575,8 +577,8 @@ def test_a_gguf_file_beside_the_model_is_the_same_tower(
     folder = write_sight(tmp_path / "folder", name, text_config=text, vision_config=vision)
     with InferenceEngine(folder) as engine:
         wanted = answers(engine, several(name))
-    sizes = {"mm_processor_kwargs": {"max_soft_tokens": 70}} if "Gemma 4" in name else {}  # files do not say
-    with InferenceEngine(**write_gguf(name, folder, tmp_path / "gguf"), **sizes) as engine:
+    unsaid = {"Gemma 4": {"max_soft_tokens": 70}, "Llama 4": {"max_patches": 4}}.get(name[:7])  # files do not say it
+    with InferenceEngine(**write_gguf(name, folder, tmp_path / "gguf"), mm_processor_kwargs=unsaid) as engine:
         assert answers(engine, several(name)) == wanted
 
 
@@ -673,6 +675,32 @@ def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_pa
         InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4)
     with InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4, max_images=0) as engine:
         assert engine.model_info.modalities == ("text",)
+
+
+def test_towers_of_llama_4_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    def wrong(message: str, kind: type[Exception] = InvalidFileError, **files: Any) -> None:
+        refused(folders("Llama 4"), tmp_path, kind, message, **files)
+
+    wrong("hidden_act is 'silu'", UnsupportedModelError, vision_config={"hidden_act": "silu"})
+    wrong("rope_type is 'yarn'", UnsupportedModelError, vision_config={"rope_parameters": {"rope_type": "yarn"}})
+    wrong("pixel_shuffle_ratio is 0.4", vision_config={"pixel_shuffle_ratio": 0.4})
+    wrong("intermediate_size is 96; cells have 128 elements", vision_config={"intermediate_size": 96})
+    wrong("projector_output_dim is 48; projector_input_dim is 40", vision_config={"projector_output_dim": 48})
+    wrong("heads of 2 numbers", vision_config={"num_attention_heads": 16})
+    wrong("tiles of 32 pixels; the model has 4 x 4 patches", processor={"size": {"height": 32, "width": 32}})
+    wrong("tiles are squares", processor={"size": {"height": 16, "width": 32}})
+    wrong("max_patches is 65", processor={"max_patches": 65})
+
+
+def test_tiles_of_an_image_are_in_the_prompt_as_transformers_writes_them(folders: Callable[[str], Path]) -> None:
+    folder = folders("Llama 4")
+    vision, tokenizer = load(folder, max_images=4).vision, Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert vision is not None
+    for picture in PICTURES:
+        cut = vision.parts.rule.cut(*picture.shape[:2])
+        grid: Any = (max(cut.rows, 1), max(cut.columns, 1))
+        written = Llama4Processor._prompt_split_image(None, grid, 4)
+        assert vision.look([262], [picture])[0] == tokenizer.encode(written).ids
 
 
 def test_towers_of_gemma_4_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
@@ -804,9 +832,33 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, list[int]]]
         },
         840, 48, [266, 264],
     ),
+    "Llama 4 Scout": (
+        {
+            "architectures": ["Llama4ForConditionalGeneration"],
+            "model_type": "llama4",
+            "boi_token_index": 200080,
+            "eoi_token_index": 200081,
+            "image_token_index": 200092,
+            "text_config": {"model_type": "llama4_text", "hidden_size": 5120},
+            "vision_config": {
+                "attention_dropout": 0.0, "hidden_act": "gelu", "hidden_size": 1408, "image_size": 336,
+                "intermediate_size": 5632, "model_type": "llama4_vision_model", "multi_modal_projector_bias": False,
+                "norm_eps": 1e-05, "num_attention_heads": 16, "num_channels": 3, "num_hidden_layers": 34,
+                "patch_size": 14, "pixel_shuffle_ratio": 0.5, "projector_dropout": 0.0, "projector_input_dim": 4096,
+                "projector_output_dim": 4096, "rope_theta": 10000, "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "default", "vision_output_dim": 4096,
+            },
+        },
+        {
+            "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, **HALF,
+            "max_patches": 16, "resample": 2, "rescale_factor": 1 / 255, "resize_to_max_canvas": False,
+            "size": {"height": 336, "width": 336},
+        },
+        24, 28, [144, 144],
+    ),
 }  # fmt: skip
 """What published files say of towers and pictures: patches of the longest side, pixels of an embedding's side, and
-embeddings of 640 x 480 and 1920 x 1080."""
+embeddings of a tile of 640 x 480 and 1920 x 1080."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -818,7 +870,7 @@ def test_published_configs_are_read(name: str) -> None:
     assert (found.side, found.cell_pixels) == (side, cell)
     cuts = [found.rule.cut(height, width).cells(cell) for width, height in ((640, 480), (1920, 1080))]
     assert [rows * columns for rows, columns in cuts] == counts
-    assert found.num_layers in (16, 24, 27)
+    assert found.num_layers in (16, 24, 27, 34)
 
 
 def test_a_model_that_drafts_reads_marks_alone(

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -18,6 +24,7 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, Uns
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.core.vision.preprocessing import (
+    CanvasRule,
     Normalisation,
     area_rule,
     fit_rule,
@@ -49,6 +56,66 @@ def test_tiles_are_those_of_transformers(config: dict[str, Any]) -> None:
         assert tiles.shape[0] == rule.cut(height, width).tiles
         ours = rule.normalisation.table[tiles, np.arange(3)].transpose(0, 3, 1, 2)
         assert np.array_equal(ours, expected)
+
+
+@pytest.fixture(scope="module")
+def llama4() -> Any:
+    """transformers' image processing of Llama 4, which imports torchvision and needs only its padding here."""
+    names = [
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.v2",
+        "torchvision.transforms.v2.functional",
+    ]
+    made: dict[str, Any] = {name: ModuleType(name) for name in names}
+    made[names[2]].functional = made[names[3]]
+    made[names[3]].pad = lambda image, padding, fill: torch.nn.functional.pad(image, (0, padding[2], 0, padding[3]))
+    with mock.patch.dict(sys.modules, made):
+        return importlib.import_module("transformers.models.llama4.image_processing_llama4")
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize(("tile", "most"), [(32, 5), (16, 16), (336, 16)])
+def test_canvases_are_those_of_transformers(tile: int, most: int, grows: bool, llama4: Any) -> None:
+    """torchvision's resampling, which torch computes, differs from Pillow's by 1 or 2 of 255 in some values."""
+    normalisation = Normalisation(1 / 255, (0.5,) * 3, (0.5,) * 3, narrow=True)
+    rule = CanvasRule(tile=tile, most=most, grows=grows, resample=2, normalisation=normalisation)
+    canvases = torch.tensor(llama4.find_supported_resolutions(most, SizeDict(height=tile, width=tile)))
+    random = np.random.default_rng(0)
+    sizes = [
+        *SIZES,
+        *random.integers(1, 8 * tile, (200, 2)).tolist(),
+        *((tile * n, tile * n // 2) for n in (1, 2, 3, 4)),
+    ]
+    for height, width in sizes:
+        canvas = llama4.get_best_fit((height, width), canvases, grows).tolist()
+        cut = rule.cut(height, width)
+        assert [max(cut.rows, 1) * tile, max(cut.columns, 1) * tile] == canvas, (height, width)
+        if max(height, width) > 100:
+            continue
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+        wanted = canvas if grows else [min(max(side, tile), most) for side, most in zip((height, width), canvas)]
+        fitted = [max(side, 1) for side in llama4.get_max_res_without_distortion((height, width), wanted)]
+        whole = llama4.pad_to_best_fit(resized(image, fitted), canvas)
+        expected = llama4.split_to_tiles(whole, canvas[0] // tile, canvas[1] // tile)[0]
+        if len(expected) > 1:
+            expected = torch.cat([expected, resized(image, [tile, tile])])
+        tiles = rule.tiles(picture_of(pixels))
+        assert len(tiles) == cut.tiles if len(tiles) > 1 else cut.tiles == 1
+        ours = torch.from_numpy(tiles).permute(0, 3, 1, 2)
+        assert ours.shape == expected.shape
+        apart = (ours.int() - expected.int()).abs()
+        assert apart.max() <= 2
+        assert (apart == 0).float().mean() > 0.7
+    values = (torch.arange(256).bfloat16() * (1 / 255)).sub(torch.tensor(0.5).bfloat16()).div(0.5)
+    assert np.array_equal(normalisation.table, values.float()[:, None].expand(-1, 3).numpy())
+
+
+def resized(image: torch.Tensor, size: list[int]) -> torch.Tensor:
+    if list(image.shape[-2:]) == size:
+        return image
+    return torch.nn.functional.interpolate(image, size, mode="bilinear", antialias=True)
 
 
 @pytest.mark.parametrize("config", [

@@ -33,8 +33,8 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_ho
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models import siglip
-from candle_vllm.core.models.family import Placed, TileRows, TowerConfig, TowerFamily, TowerStep
-from candle_vllm.core.models.pixtral import adjacent
+from candle_vllm.core.models.family import Placed, TileRows, TowerFamily, TowerStep
+from candle_vllm.core.models.pixtral import AxialConfig, adjacent
 from candle_vllm.core.models.siglip import MOST_PATCHES, patch_kernel, prepared
 from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, CanvasRule, Cut, over, stretch_rule
 
@@ -54,28 +54,10 @@ class Rows(TileRows):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Llama4TowerConfig(TowerConfig):
-    """Config of Llama 4's vision encoder.
+class Llama4TowerConfig(AxialConfig):
+    """Config of Llama 4's vision encoder; `adapter_size` is the size of a cell's vector in and after the adapter."""
 
-    Attributes:
-        theta: base of the rotary embedding.
-        adapter_size: elements of a cell's vector within and after the adapter's MLP.
-    """
-
-    theta: float = 1e4
     adapter_size: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head_dim % 4:
-            raise InvalidFileError(f"vision_config: heads of {self.head_dim} elements, which must be a multiple of 4")
-        if not self.theta > 0:
-            raise InvalidFileError(f"vision_config: rope_theta is {self.theta}; it must be above 0")
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.hidden_size // self.num_heads
 
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
         """See `TowerConfig`; the class token has the row and the column -1."""
@@ -97,10 +79,8 @@ def config_from_hf(
     if not cell or cell * ratio != 1:
         raise InvalidFileError(f"{fields.path}: pixel_shuffle_ratio is {ratio}; it must be one of 1/2, 1/3, ..., 1/64")
     for key, usual in (("projector_output_dim", _ADAPTER), ("vision_output_dim", 7680)):
-        if vision.count(key, usual) != adapter:
-            raise InvalidFileError(
-                f"{fields.path}: {key} is {vision.count(key, usual)}; projector_input_dim, {adapter}"
-            )
+        if (found := vision.count(key, usual)) != adapter:
+            raise InvalidFileError(f"{fields.path}: {key} is {found}; projector_input_dim is {adapter}")
     size, patch = vision.count("hidden_size", 768), vision.count("patch_size", 14)
     inner = vision.count("intermediate_size", 5632)
     if inner != size * cell**2:
@@ -181,9 +161,8 @@ class Tables:
         """
         side, half = self._config.side, self._config.head_dim // 2
         exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-        frequencies = (1 / np.power(self._config.theta, exponents.astype(np.float64)).astype(np.float32)).astype(
-            np.float32
-        )
+        powers = np.power(self._config.theta, exponents.astype(np.float64)).astype(np.float32)
+        frequencies = np.float32(1) / powers
         angles = np.arange(1, side + 1, dtype=np.float32)[:, None] * frequencies
         whole = np.concatenate([np.tile(angles, (side, 1)), np.repeat(angles, side, 0)], 1)
         whole = np.concatenate([whole, np.zeros((1, half), np.float32)]).astype(np.float64)
@@ -266,8 +245,11 @@ def _names() -> Iterator[WeightName]:
         for old, new in renamed.items():
             name = name.replace(old, new)
         view = adjacent if ":q." in line.target or ":k." in line.target else None
+        gguf = str(line.gguf)
         if not line.target.startswith(("patches:", "positions:")):
-            yield dataclasses.replace(line, hf=name, hf_view=view, gguf_view=view)
+            newer = gguf.replace(".ln2.", ".attn_post_norm.")  # by llama.cpp's converter of 2026
+            both = gguf if gguf == newer else (gguf, newer)
+            yield dataclasses.replace(line, hf=name, gguf=both, hf_view=view, gguf_view=view)
 
 
 _AT, _MLP = "vision_model.", "vision_model.vision_adapter.mlp."

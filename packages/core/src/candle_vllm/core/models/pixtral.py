@@ -52,20 +52,10 @@ _DEFAULTS = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PixtralConfig(TowerConfig):
-    """Config of Pixtral's vision encoder and its projectors.
-
-    Attributes:
-        theta: base of the rotary embedding.
-        merged_eps: epsilon of the norm before cells are merged (Mistral 3); None if patches are projected directly.
-        projector_bias: both matrices of the projector have biases.
-        projector_activation: activation between these matrices.
-    """
+class AxialConfig(TowerConfig):
+    """Config of a vision encoder whose heads rotate by row and column; `theta` is the base of the rotary embedding."""
 
     theta: float = 1e4
-    merged_eps: float | None = None
-    projector_bias: bool = False
-    projector_activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,6 +68,21 @@ class PixtralConfig(TowerConfig):
     def head_dim(self) -> int:
         """D."""
         return self.hidden_size // self.num_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixtralConfig(AxialConfig):
+    """Config of Pixtral's vision encoder and its projectors.
+
+    Attributes:
+        merged_eps: epsilon of the norm before cells are merged (Mistral 3); None if patches are projected directly.
+        projector_bias: both matrices of the projector have biases.
+        projector_activation: activation between these matrices.
+    """
+
+    merged_eps: float | None = None
+    projector_bias: bool = False
+    projector_activation: Activation = "gelu"
 
 
 def config_from_hf(

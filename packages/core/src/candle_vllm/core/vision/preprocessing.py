@@ -340,16 +340,15 @@ class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         cut, tile = self.cut(picture.height, picture.width), self.tile
         whole, resample = PIL.Image.fromarray(picture.pixels), PIL.Image.Resampling(self.resample)
         rows, columns = max(cut.rows, 1), max(cut.columns, 1)
-        high, wide = tile * rows, tile * columns
+        canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
+        high, wide, _ = canvas.shape
         if not self.grows:
             high, wide = min(max(picture.height, tile), high), min(max(picture.width, tile), wide)
-        by_row, by_column = high / picture.height, wide / picture.width
-        if by_column < by_row:
-            high = min(math.floor(picture.height * by_column), high)
+        if wide / picture.width < high / picture.height:
+            high = max(min(math.floor(picture.height * (wide / picture.width)), high), 1)
         else:
-            wide = min(math.floor(picture.width * by_row), wide)
-        canvas = np.zeros((tile * rows, tile * columns, 3), np.uint8)
-        canvas[: max(high, 1), : max(wide, 1)] = np.asarray(whole.resize((max(wide, 1), max(high, 1)), resample))
+            wide = max(min(math.floor(picture.width * (high / picture.height)), wide), 1)
+        canvas[:high, :wide] = np.asarray(whole.resize((wide, high), resample))
         made = canvas.reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
         return made if not cut.rows else np.concatenate([made, np.asarray(whole.resize((tile, tile), resample))[None]])
 
