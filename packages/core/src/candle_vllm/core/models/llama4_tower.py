@@ -105,7 +105,8 @@ def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = N
     """Read the metadata of llama.cpp's `mmproj` files of Llama 4, which do not store the adapter's size."""
     tile = fields.count("image_size", most=MAX_TILE)
     processor = over(siglip.processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
-    values = siglip.gguf_values(fields, tile) | {"norm_eps": fields.get("attention.layer_norm_epsilon", float, _EPS)}
+    values: dict[str, Any] = siglip.gguf_values(fields, tile)
+    values |= {"norm_eps": fields.get("attention.layer_norm_epsilon", float, _EPS)}
     del values["activation"]
     return _config(processor, **values, text_size=text_size, adapter_size=_ADAPTER)
 
