@@ -26,8 +26,8 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import cpu, layout
 from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
-# The generic path runs everywhere; BF16 only where the CPU has it.
-ISAS = [Isa.GENERIC, Isa.BF16] if host_isa() & Isa.BF16 else [Isa.GENERIC]
+# The generic path runs everywhere; BF16, and the blocks of 24 rows of AVX2, only where the CPU has them.
+ISAS = [Isa.GENERIC, *[isa for isa in (Isa.AVX2, Isa.BF16) if host_isa() & isa]]
 ODD = 301
 each_kind = pytest.mark.parametrize("kind", list(PlainKind), ids=lambda kind: kind.name)
 
@@ -185,10 +185,10 @@ def test_a_row_has_the_same_bits_everywhere(kind, team):
 
 
 def test_only_bf16_depends_on_the_instructions(lone_thread):
-    x = activations(9, ODD)
+    x = activations(63, ODD)
     for kind in (PlainKind.F16, PlainKind.F32):
-        results = [multiply(lone_thread, packed(kind, 63, ODD), x, isa=isa) for isa in ISAS]
-        assert same_bits(results[0], results[-1])
+        first, *others = [multiply(lone_thread, packed(kind, 63, ODD), x, isa=isa) for isa in ISAS]
+        assert all(same_bits(first, other) for other in others)
     results = [multiply(lone_thread, packed(PlainKind.BF16, 63, ODD), x, isa=isa) for isa in ISAS]
     assert error(results[0], results[-1]) < 1e-6
 
@@ -206,9 +206,10 @@ def test_a_tile_has_the_same_bits_in_any_matrix(kind, lone_thread):
 def test_groups_of_rows_have_the_bits_of_each_row(kind, columns, lone_thread):
     """Groups end with blocks of every height; K is taken in parts where it is long."""
     matrix, x = packed(kind, 37, columns), activations(141, columns)
-    alone = np.concatenate([multiply(lone_thread, matrix, x[row : row + 1]) for row in range(len(x))])
-    for rows in (8, 9, 12, 13, 64, 65, 70, 141):
-        assert same_bits(multiply(lone_thread, matrix, x[:rows]), alone[:rows])
+    for isa in ISAS[1:] or ISAS:
+        alone = np.concatenate([multiply(lone_thread, matrix, x[row : row + 1], isa=isa) for row in range(len(x))])
+        for rows in (8, 9, 12, 13, 64, 65, 70, 141):
+            assert same_bits(multiply(lone_thread, matrix, x[:rows], isa=isa), alone[:rows])
 
 
 def test_activations_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):

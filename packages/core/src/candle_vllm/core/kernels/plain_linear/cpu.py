@@ -12,6 +12,9 @@ With AVX-512, 8 rows meet two tiles at once: 16 sums in registers for 2 loads of
 that the multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two
 streams of weights were read a fifth slower than one (measured on Zen 4).
 
+With AVX2 alone, three panels of a group meet one tile in four blocks of 6 rows (not BF16, whose pairs need registers):
+12 vectors of sums, where the 8 of a block of 4 rows leave multiplications waiting for each other.
+
 Every sum is one chain over the steps of K, the same in every variant.
 """
 
@@ -36,11 +39,9 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 _CACHED_BYTES = 384 << 10
 """Panels that one thread goes through again for every two tiles: they stay in its second-level cache."""
 
-_PANELS = 8  # most of a group
-
 _PART = 48
-"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB. Half as many without
-AVX-512, where a tile is read twice for each panel and must not leave the first-level cache between."""
+"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB. Half as many for blocks of
+8 rows without AVX-512, where a tile is read twice for each panel and must not leave the first-level cache between."""
 
 
 @intrinsic(prefer_literal=True)
@@ -56,26 +57,34 @@ def _multiply(
     panel: Any,
     out: Any,
     runs: Any,
+    panel_bytes: Any,
 ) -> Any:
-    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`, or `more` of such sums."""
+    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`, or `more` of such sums.
+
+    A block of 24 rows is three panels of 8, `panel_bytes` apart, whose sums are 1024 bytes apart.
+    """
     number, height, width = PlainKind(kind.literal_value), block.literal_value, tiles.literal_value
     features = Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, size, at_panel, at_out, count = args[5:]
+        at_weights, size, at_panel, at_out, count, at_next = args[5:]
         bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
 
+        def place(tile: int, row: int) -> int:
+            return row // 8 * 1024 + (tile * min(height, 8) + row % 8) * 4 * ROWS
+
         def begin(tile: int, row: int) -> Any:
-            return e.load(at_out, vector(F32), (tile * height + row) * 4 * ROWS)
+            return e.load(at_out, vector(F32), place(tile, row))
 
         def write(tile: int, row: int, total: Any) -> None:
-            e.store(at_out, total, (tile * height + row) * 4 * ROWS)
+            e.store(at_out, total, place(tile, row))
 
-        emit_sums(e, number, features, bases, height, at_panel, count, write, begin if more.literal_value else None)
+        before = begin if more.literal_value else None
+        emit_sums(e, number, features, bases, height, at_panel, count, write, before, at_next)
         return context.get_dummy_value()
 
-    return types.void(kind, block, tiles, isa, more, *[types.int64] * 5), code
+    return types.void(kind, block, tiles, isa, more, *[types.int64] * 6), code
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -84,7 +93,9 @@ def _multiply(
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
     PANEL_BYTES = _CACHED_BYTES  # of the panels of a group, which has one at least
-    PART = _PART if Isa(ISA).wide else _PART // 2
+    isa = Isa(ISA)
+    TALL = bool(isa & Isa.AVX2) and not isa.wide and KIND != PlainKind.BF16
+    PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # panels: most of a group
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -97,7 +108,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
             return
         panel_bytes, most = 8 * x_bytes, 1
         if rows > 8:
-            most = min(max(PANEL_BYTES // panel_bytes, 1), _PANELS)
+            most = min(max(PANEL_BYTES // panel_bytes, 1), PANELS)
         panels = stack_bytes(most * (panel_bytes + 1024) + 64)
         sums = panels + most * panel_bytes
         addresses = sums + most * 1024
@@ -112,18 +123,23 @@ def make_linear(KIND: int, ISA: int) -> Any:
             tile = first
             while tile < last:
                 at = weights + tile * tile_bytes
-                width = 2 if last - tile >= 2 else 1
+                width = 2 if last - tile >= 2 and not TALL else 1
                 values = float32_at(sums)
                 for index in range(256 * blocks):
                     values[index] = 0.0
                 for begin in range(0, runs, PART):
                     some, part = min(PART, runs - begin), at + begin * run_bytes
-                    for block in range(blocks):
+                    block = 0
+                    while block < blocks:
                         panel, to = panels + block * panel_bytes + begin * 32 * RUN, sums + 1024 * block
-                        if width == 2:
-                            _multiply(KIND, 8, 2, ISA, 1, part, tile_bytes, panel, to, some)
+                        if TALL and blocks - block >= 3:
+                            _multiply(KIND, 24, 1, ISA, 1, part, tile_bytes, panel, to, some, panel_bytes)
+                            block += 2
+                        elif width == 2:
+                            _multiply(KIND, 8, 2, ISA, 1, part, tile_bytes, panel, to, some, 0)
                         else:
-                            _multiply(KIND, 8, 1, ISA, 1, part, tile_bytes, panel, to, some)
+                            _multiply(KIND, 8, 1, ISA, 1, part, tile_bytes, panel, to, some, 0)
+                        block += 1
                 for block in range(blocks):
                     target = given.out + (row + 8 * block) * row_bytes
                     some = min(8, count - 8 * block)
@@ -149,13 +165,13 @@ def make_linear(KIND: int, ISA: int) -> Any:
             at = weights + tile * tile_bytes
             width = 2 if block == 8 and last - tile >= 2 else 1
             if width == 2:
-                _multiply(KIND, 8, 2, ISA, 0, at, tile_bytes, panels, sums, runs)
+                _multiply(KIND, 8, 2, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
             elif block == 8:
-                _multiply(KIND, 8, 1, ISA, 0, at, tile_bytes, panels, sums, runs)
+                _multiply(KIND, 8, 1, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
             elif block == 4:
-                _multiply(KIND, 4, 1, ISA, 0, at, tile_bytes, panels, sums, runs)
+                _multiply(KIND, 4, 1, ISA, 0, at, tile_bytes, panels, sums, runs, 0)
             else:
-                _multiply(KIND, 1, 1, ISA, 0, at, tile_bytes, at_address[0], sums, runs)
+                _multiply(KIND, 1, 1, ISA, 0, at, tile_bytes, at_address[0], sums, runs, 0)
             write_tiles(sums, block, count, tile, width, columns, target, row_bytes, bias, accumulate)
             tile += width
 

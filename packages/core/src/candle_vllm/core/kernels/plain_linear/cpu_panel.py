@@ -109,26 +109,29 @@ def emit_sums(
     runs: Any,
     write: Callable[[int, int, Any], None],
     begin: Callable[[int, int], Any] | None = None,
+    panel_bytes: Any = None,
 ) -> None:
     """Tiles times a panel of `height` rows: each sum is one chain over the steps, the same in every variant.
 
     Args:
         e, kind, isa: of the code.
         tiles: where the tiles' weights begin.
-        height: rows of the panel.
+        height: rows of the panel; more than 8 are several panels of 8.
         panel: where it begins.
         runs: of `RUN` steps, at least 1.
         write: write(tile, row, sums) is called for each, 16 sums of a row.
         begin: begin(tile, row) gives the sums of the steps before; None is nothing.
+        panel_bytes: from one panel to the next.
     """
     wide = isa.wide
+    panels = [panel, *(e.b.add(panel, e.b.mul(panel_bytes, e.int64(n))) for n in range(1, height // 8))]
     together = (range(len(tiles)),) if wide else [(tile,) for tile in range(len(tiles))]
-    rows = height if wide else min(height, 4)
+    rows = height if wide else 6 if height > 8 else min(height, 4)
     for picked in together:
         for first in range(0, height, rows):
             places = [(tile, first + row) for tile in picked for row in range(rows)]
             sums = [begin(*place) if begin else e.zeros(F32) for place in places]
-            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (height, first), sums, panel, runs)
+            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (min(height, 8), first), sums, panels, runs)
             for place, total in zip(places, sums):
                 write(*place, total)
 
@@ -140,7 +143,7 @@ def _block_sums(
     tiles: list[Any],
     block: tuple[int, int],
     sums: list[Any],
-    panel: Any,
+    panels: list[Any],
     runs: Any,
 ) -> list[Any]:
     """`emit_sums` of some rows, (of how many, the first): sums that stay in registers, [tile, row]."""
@@ -150,7 +153,8 @@ def _block_sums(
     def body(index: Any, totals: list[Any]) -> list[Any]:
         offset = b.mul(index, e.int64(RUN * kind.step_bytes))
         places = [b.add(tile, offset) for tile in tiles]
-        x = b.add(panel, b.mul(index, e.int64(RUN * height * 4)))
+        inside = b.mul(index, e.int64(RUN * height * 4))
+        x = {n: b.add(panels[n], inside) for n in {(first + row) // 8 for row in range(rows)}}
         totals = list(totals)
         for step in range(RUN):
             if rows == 8:
@@ -158,7 +162,7 @@ def _block_sums(
                     e.prefetch(place, step * kind.step_bytes + _AHEAD)
             loaded = [_weights(e, kind, place, step * kind.step_bytes) for place in places]
             for row in range(rows):
-                splat = e.splat(e.load(x, element, 4 * (step * height + first + row)))
+                splat = e.splat(e.load(x[(first + row) // 8], element, 4 * (step * height + (first + row) % 8)))
                 for tile, vectors in enumerate(loaded):
                     at = tile * rows + row
                     totals[at] = _add_step(e, kind, isa, totals[at], vectors, splat)
