@@ -109,6 +109,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
         panel_bytes, most = 8 * x_bytes, 1
         if rows > 8:
             most = min(max(PANEL_BYTES // panel_bytes, 1), PANELS)
+            if TALL and most > 3:
+                most -= most % 3
         panels = stack_bytes(most * (panel_bytes + 1024) + 64)
         sums = panels + most * panel_bytes
         addresses = sums + most * 1024
