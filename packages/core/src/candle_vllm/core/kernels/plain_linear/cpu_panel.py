@@ -131,7 +131,8 @@ def emit_sums(
         for first in range(0, height, rows):
             places = [(tile, first + row) for tile in picked for row in range(rows)]
             sums = [begin(*place) if begin else e.zeros(F32) for place in places]
-            sums = _block_sums(e, kind, isa, [tiles[tile] for tile in picked], (min(height, 8), first), sums, panels, runs)
+            block, bases = (min(height, 8), first), [tiles[tile] for tile in picked]
+            sums = _block_sums(e, kind, isa, bases, block, sums, panels, runs)
             for place, total in zip(places, sums):
                 write(*place, total)
 
