@@ -119,7 +119,6 @@ class InferenceEngine(EngineFront):
             self._ranks.add_death_callback(callback)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """See `EngineFront`."""
         self._check_generates()
         self._working()
         self._require()[0].check_structured_outputs(params)
@@ -168,7 +167,6 @@ class InferenceEngine(EngineFront):
             self._ended += self._require()[0].abort(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineFront`."""
         self._working()
         if self._thread is not None:
             self._thread.reset_prefix_cache()
@@ -177,7 +175,6 @@ class InferenceEngine(EngineFront):
 
     @property
     def is_sleeping(self) -> bool:
-        """See `EngineFront`."""
         self._working()
         if self._thread is not None:
             return self._thread.is_sleeping
@@ -199,7 +196,6 @@ class InferenceEngine(EngineFront):
             self._own_loop().wake_up(sorted(tags))
 
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `EngineFront`."""
         self._working()
         return self._require()[0].call_adapters(call)
 

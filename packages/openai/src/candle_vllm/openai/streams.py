@@ -43,18 +43,15 @@ class AnswerStream(PushStream[Event]):
         self._reader = reader
 
     def push(self, receiver: Receiver[Event]) -> None:
-        """See `PushStream`."""
         unended = set(range(len(self._sources)))
         for number, source in enumerate(self._sources):
             source.push(_Reading(number, self._reader, receiver, unended))
 
     def hold(self, held: bool) -> None:
-        """See `PushStream`."""
         for source in self._sources:
             source.hold(held)
 
     def close(self) -> None:
-        """See `PushStream`."""
         for source in self._sources:
             source.close()
 
@@ -82,17 +79,14 @@ class ChunkStream(PushStream[ChunkT]):
         self._worded = worded
 
     def push(self, receiver: Receiver[ChunkT]) -> None:
-        """See `PushStream`."""
         if self._first:
             receiver.put(self._first)
         self._events.push(_Writing(self._writer, self._worded, receiver))
 
     def hold(self, held: bool) -> None:
-        """See `PushStream`."""
         self._events.hold(held)
 
     def close(self) -> None:
-        """See `PushStream`."""
         self._events.close()
 
 

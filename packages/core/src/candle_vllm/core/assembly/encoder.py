@@ -54,7 +54,6 @@ class LoadedEncoder(Loaded):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """See `Loaded`."""
         return self.config.labels
 
 

@@ -159,7 +159,6 @@ class LoadedModel(Loaded):
 
     @property
     def vision(self) -> VisionInput | None:
-        """See `Loaded`."""
         return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:

@@ -106,7 +106,7 @@ class Sent:
 
 
 class CudaStream:
-    """A CUDA stream of its own, and graphs whose passing tensors share one pool of memory."""
+    """`DeviceStream` of CUDA: a stream of its own, and graphs whose passing tensors share one pool of memory."""
 
     def __init__(self, device: torch.device | Device) -> None:
         self.device = torch.device(device)
@@ -117,17 +117,14 @@ class CudaStream:
         self.join()
 
     def run(self, work: Work) -> None:
-        """See `DeviceStream`."""
         # The engine's thread is not the one that made the stream: device and stream are each thread's own.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.inference_mode():
             work()
 
     def join(self) -> None:
-        """See `DeviceStream`."""
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def capture(self, work: Work) -> Work:
-        """See `DeviceStream`."""
         self._pieces = pieces = list[Work]()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), collector_paused():
             try:
@@ -165,7 +162,6 @@ class CudaStream:
         self._pieces.append(graph.replay)
 
     def between(self, host: Work) -> None:
-        """See `DeviceStream`."""
         if self._pieces is None:
             host()
             return
@@ -174,23 +170,19 @@ class CudaStream:
         self._begin_piece()
 
     def mark(self) -> _CudaMark:
-        """See `DeviceStream`."""
         with torch.cuda.device(self.device):
             event = torch.cuda.Event()
             event.record(self._stream)
         return _CudaMark(event)
 
     def beside(self) -> CudaStream:
-        """See `DeviceStream`."""
         return CudaStream(self.device)
 
     def after(self, mark: Mark) -> None:
-        """See `DeviceStream`."""
         assert isinstance(mark, _CudaMark)
         self._stream.wait_event(mark.event)
 
     def staged(self, size: int) -> torch.Tensor:
-        """See `DeviceStream`."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 

@@ -106,12 +106,10 @@ class RemoteEngine(EngineFront):
         self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """See `EngineFront`."""
         self._running_thread().reset_prefix_cache()
 
     @property
     def is_sleeping(self) -> bool:
-        """See `EngineFront`."""
         self._working()
         return self._thread.is_sleeping
 
@@ -124,7 +122,6 @@ class RemoteEngine(EngineFront):
         self._thread.wake_up(tags)
 
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `EngineFront`."""
         self._working()
         return self._thread.call_adapters(call)
 

@@ -75,7 +75,6 @@ class ReplicatedEngine(EngineFront):
 
     @property
     def is_sleeping(self) -> bool:
-        """See `EngineFront`."""
         return self._running_thread().is_sleeping
 
     def _sleep(self, level: int, mode: str) -> None:
@@ -85,7 +84,6 @@ class ReplicatedEngine(EngineFront):
         self._running_thread().wake_up(tags)
 
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `EngineFront`."""
         return self._running_thread().call_adapters(call)
 
     def close(self) -> None:

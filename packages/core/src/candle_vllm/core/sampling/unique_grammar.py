@@ -95,14 +95,12 @@ class ComparedGrammar:
         self._begin()
 
     def fill_mask(self, bits: NDArray[np.int32]) -> None:
-        """See `Grammar`."""
         self._inner.fill_mask(bits)
         np.bitwise_and(bits, self._kept(), out=bits)
         if not bits.any():
             raise refused("the grammar cannot go on here: every element that may stand in an array was said already")
 
     def accept(self, token_id: int) -> bool:
-        """See `Grammar`."""
         ended = self._inner.exhausted
         if not (ended or self._allows(token_id)) or not self._inner.accept(token_id):
             return False
@@ -110,7 +108,6 @@ class ComparedGrammar:
         return True
 
     def fresh(self) -> ComparedGrammar:
-        """See `Grammar`."""
         return ComparedGrammar(self._inner.fresh(), self._compared, self._trie)
 
     def copy(self) -> None:
@@ -122,7 +119,6 @@ class ComparedGrammar:
         self._follow(self._said[: len(self._said) - count])
 
     def legal(self, token_ids: Sequence[int]) -> int:
-        """See `Grammar`."""
         said, legal = list(self._said), 0
         for token in token_ids[: self._inner.legal(token_ids)]:
             if not self._allows(token):
@@ -135,18 +131,15 @@ class ComparedGrammar:
         return legal
 
     def ff_tokens(self) -> list[int]:
-        """See `Grammar`."""
         tokens = self._inner.ff_tokens()
         return tokens[: self.legal(tokens)]
 
     @property
     def may_end(self) -> bool:
-        """See `Grammar`."""
         return self._inner.may_end
 
     @property
     def exhausted(self) -> bool:
-        """See `Grammar`."""
         return self._inner.exhausted
 
     def _begin(self) -> None:

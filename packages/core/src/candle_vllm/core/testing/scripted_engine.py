@@ -395,7 +395,6 @@ class ScriptedSink(RequestSink):
             self._task = asyncio.create_task(self._run())
 
     def close(self, *, dropped: bool = False) -> None:
-        """See `RequestSink`."""
         super().close(dropped=dropped)
         if self._task is not None and not self._task.get_loop().is_closed():
             self._task.cancel()

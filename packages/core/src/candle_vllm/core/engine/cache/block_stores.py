@@ -104,7 +104,7 @@ def opened(digest: bytes, data: memoryview, size: int) -> memoryview | None:
 
 
 class BlockFolder:
-    """Blocks as files; above the limit, the least recently used are deleted first. Thread-safe.
+    """A `BlockStore` of files; above the limit, the least recently used are deleted first. Thread-safe.
 
     Args:
         folder: the folder of the files; created with access for this user only.
@@ -147,7 +147,6 @@ class BlockFolder:
     may_have = has
 
     def read(self, digest: bytes) -> memoryview | None:
-        """See `BlockStore`."""
         name = self._name(digest)
         path = self._root / name
         try:
@@ -257,7 +256,7 @@ def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> Ord
 
 
 class HostBlocks:
-    """Blocks in main memory, as a tier below a GPU's cache; the least recently used blocks are dropped first.
+    """A `BlockStore` in main memory, as a tier below a GPU's cache; the least recently used blocks are dropped first.
 
     Args:
         most_bytes: limit of the bytes of all blocks.
@@ -279,17 +278,14 @@ class HostBlocks:
 
     @property
     def num_bytes(self) -> int:
-        """See `BlockStore`."""
         return len(self._blocks) * self._block_bytes
 
     def has(self, digest: bytes) -> bool:
-        """See `BlockStore`."""
         return digest in self._blocks
 
     may_have = has
 
     def read(self, digest: bytes) -> Bytes | None:
-        """See `BlockStore`."""
         with self._lock:
             if digest in self._blocks:
                 self._blocks.move_to_end(digest)
@@ -303,12 +299,10 @@ class HostBlocks:
                 self._blocks.popitem(last=False)
 
     def forget(self, digest: bytes) -> None:
-        """See `BlockStore`."""
         with self._lock:
             self._blocks.pop(digest, None)
 
     def clear(self) -> None:
-        """See `BlockStore`."""
         with self._lock:
             self._blocks.clear()
 
@@ -318,7 +312,7 @@ class HostBlocks:
 
 
 class Tiers:
-    """Several stores, fastest first. Every block is written to all; a block found in a slow one is copied to faster."""
+    """A `BlockStore` of several, fastest first: all get every block, and faster ones those found in a slow one, too."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
@@ -334,7 +328,6 @@ class Tiers:
         return all(store.has(digest) for store in self._stores)
 
     def may_have(self, digest: bytes) -> bool:
-        """See `BlockStore`."""
         return any(store.may_have(digest) for store in self._stores)
 
     def read(self, digest: bytes) -> Bytes | None:
@@ -374,12 +367,10 @@ class Tiers:
             raise failure
 
     def forget(self, digest: bytes) -> None:
-        """See `BlockStore`."""
         for store in self._stores:
             store.forget(digest)
 
     def clear(self) -> None:
-        """See `BlockStore`."""
         for store in self._stores:
             store.clear()
 

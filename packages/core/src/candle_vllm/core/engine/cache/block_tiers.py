@@ -604,7 +604,6 @@ class OffloadedPrefixes:
         self.offer, self.may_have = blocks.offer, blocks.may_have
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
-        """See `OffloadedBlocks`."""
         if self._look is not None and sequence not in self._looks:
             self._looks[sequence] = threading.Thread(target=self._look, args=(hashes,), daemon=True)
             self._looks[sequence].start()
@@ -622,38 +621,31 @@ class OffloadedPrefixes:
         return bool(self._pool.lookup([digest])) or self._states.may_have(digest)
 
     def left(self, sequence: object) -> None:
-        """See `OffloadedBlocks`."""
         self._looks.pop(sequence, None)
         for each in self._both:
             each.left(sequence)
 
     @property
     def reads(self) -> bool:
-        """See `OffloadedBlocks`."""
         return any(each.reads for each in self._both) or any(each.is_alive() for each in self._looks.values())
 
     def take(self) -> None:
-        """See `OffloadedBlocks`."""
         for each in self._both:
             each.take()
 
     def wait(self, seconds: float) -> None:
-        """See `OffloadedBlocks`."""
         look = next((each for each in self._looks.values() if each.is_alive()), None)
         (look.join if look is not None else (self._states if self._states.reads else self._blocks).wait)(seconds)
 
     def rest(self) -> None:
-        """See `OffloadedBlocks`."""
         for each in self._both:
             each.rest()
 
     def reset(self) -> None:
-        """See `OffloadedBlocks`."""
         for each in self._both:
             each.reset()
 
     def close(self) -> None:
-        """See `OffloadedBlocks`."""
         for each in self._both:
             each.close()
 

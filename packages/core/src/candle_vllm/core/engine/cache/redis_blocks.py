@@ -135,7 +135,6 @@ class RedisBlocks:
         self._remember(digest)
 
     def forget(self, digest: bytes) -> None:
-        """See `BlockStore`."""
         with suppress(Exception):
             self._client.zrem(self._index, digest)
             self._delete([digest])
@@ -146,7 +145,6 @@ class RedisBlocks:
         threading.Thread(target=self._try_to_clear, name="candle-vllm-blocks-clear", daemon=True).start()
 
     def close(self) -> None:
-        """See `BlockStore`."""
         with suppress(Exception):
             self._client.close()
 

@@ -128,7 +128,6 @@ class DraftingHead(DraftModel):
         super().release()
 
     def forget(self, live: LiveSequence) -> None:
-        """See `DraftModel`."""
         self._tails.pop(live, None)
         self._unread.pop(live, None)
         super().forget(live)

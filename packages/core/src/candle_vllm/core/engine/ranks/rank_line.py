@@ -445,7 +445,7 @@ def _reply(side: Line, found: Found) -> None:
 
 
 class Side:
-    """A rank's end of its side line: heartbeats, the rendezvous store, and the end of the process with the first rank.
+    """A rank's end of its side line: heartbeats, its `RendezvousStore`, and the end of the process with the first rank.
 
     Args:
         line: the side line.
@@ -523,21 +523,17 @@ class Side:
             self._reads, self._early = reads, []
 
     def set(self, key: str, value: bytes) -> None:
-        """See `RendezvousStore`."""
         self._line.send(Write(key, value))
 
     def get(self, key: str) -> bytes:
-        """See `RendezvousStore`."""
         found = self._ask(lambda number: Read(number, key))
         assert found is not None
         return found
 
     def has(self, key: str) -> bool:
-        """See `RendezvousStore`."""
         return self._ask(lambda number: Read(number, key, wait=False)) is not None
 
     def add(self, key: str, amount: int) -> int:
-        """See `RendezvousStore`."""
         return int(self._ask(lambda number: Add(number, key, amount)) or 0)
 
 

@@ -474,7 +474,6 @@ class RankedParts:
         self._closed: set[int] = set()
 
     def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
-        """See `OtherParts`."""
 
         def said(rank: int, message: rank_line.BlockRead | rank_line.BlocksClosed) -> None:
             if isinstance(message, rank_line.BlockRead):
@@ -485,7 +484,6 @@ class RankedParts:
         self._ranks.on_blocks = said
 
     def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
-        """See `OtherParts`."""
         numbers, digests = zip(*blocks, strict=True)
         self._broadcast(rank_line.KeepBlocks(rank_line.as_bytes(np.array(numbers)), digests))
 
@@ -500,19 +498,15 @@ class RankedParts:
         self._broadcast(rank_line.BringBlocks(number, rank_line.as_bytes(np.array(blocks))))
 
     def end(self, number: int, brought: int) -> None:
-        """See `OtherParts`."""
         self._ranks.broadcast_beside(rank_line.EndReading(number, brought))
 
     def clear(self) -> None:
-        """See `OtherParts`."""
         self._broadcast(rank_line.ForgetBlocks())
 
     def close(self) -> None:
-        """See `OtherParts`."""
         self._broadcast(rank_line.CloseBlocks())
 
     def closed(self) -> bool:
-        """See `OtherParts`."""
         return self._ranks.is_dead or len(self._closed) == self.count
 
     def _broadcast(self, message: rank_line.ToRank) -> None:
@@ -527,7 +521,6 @@ class _InFlight(NamedTuple):
     states: Sequence[SamplingState]
 
     def tokens(self) -> Sequence[SampledTokens]:
-        """See `Launched`."""
         return self.collect(self.states)
 
 
@@ -559,11 +552,9 @@ class RankedRunner:
 
     @property
     def step_memory(self) -> StepMemory | None:
-        """See `ModelRunner`."""
         return self._runner.step_memory
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`."""
         message = self._message(batch)
         self.broadcast_pages()
         self._together(message, lambda: self._runner.forward(batch, states))
@@ -585,7 +576,6 @@ class RankedRunner:
         return self._runner.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
-        """See `ModelRunner`."""
         return self._together(rank_line.Score(rank_line.as_bytes(rows)), lambda: self._runner.score(rows))
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
@@ -602,11 +592,9 @@ class RankedRunner:
         self._runner.drop_cache()
 
     def restore_cache(self) -> None:
-        """See `ModelRunner`."""
         self._runner.restore_cache()
 
     def wake_up(self) -> None:
-        """See `ModelRunner`."""
         self._runner.wake_up()
 
     def load_adapter(self, path: Path) -> int:
@@ -670,7 +658,6 @@ class RankedRunner:
         self._ranks.broadcast(rank_line.Sleep(asked) if isinstance(asked, int) else rank_line.WakeUp(asked))
 
     def close(self) -> None:
-        """See `ModelRunner`."""
         self._ranks.close()
         self._runner.close()
 

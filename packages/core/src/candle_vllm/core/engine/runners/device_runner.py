@@ -77,7 +77,7 @@ def mixed_sizes(tokens: int) -> list[int]:
 
 
 class DeviceRunner:
-    """Runs a decoder on a GPU; see `ModelRunner`. `allocate` must be called before the first step.
+    """Runs a decoder on a GPU; see `ModelRunner` and `BlockMemory`. `allocate` must be called before the first step.
 
     Args:
         decoder: the model, on the stream's device.
@@ -229,7 +229,6 @@ class DeviceRunner:
             self._stream.run(functools.partial(self._host.begin, tokens))
 
     def draw(self, states: Sequence[SamplingState]) -> SampledRows | Passed | SampledStep:
-        """See `ModelRunner`."""
         if self._drafts is not None:
             return self._sample_runs(states, self._drafts)
         if not states:
@@ -306,12 +305,10 @@ class DeviceRunner:
 
     @property
     def block_bytes(self) -> int:
-        """See `BlockMemory`."""
         return block_bytes(self.caches)
 
     @property
     def state_bytes(self) -> int:
-        """See `BlockMemory`."""
         return sum(map(len, state_parts(self.caches, 0)))
 
     def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
@@ -338,7 +335,6 @@ class DeviceRunner:
         return taken
 
     def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
-        """See `BlockMemory`."""
         parts = self._parts(place, state=state)
         sent = Sent(self._stream, np.frombuffer(data, np.uint8))
 
@@ -360,13 +356,11 @@ class DeviceRunner:
             self._borders.drop()
 
     def restore_cache(self) -> None:
-        """See `ModelRunner`."""
         if self._borders is not None:
             self._borders.make()
         self._allocate(self._num_blocks, self._room, self._windows)
 
     def wake_up(self) -> None:
-        """See `ModelRunner`."""
         self._stream.join()
         self._capture()
 

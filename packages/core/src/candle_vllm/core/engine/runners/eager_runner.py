@@ -32,7 +32,7 @@ from candle_vllm.core.sampling.state import SamplingState
 
 
 class EagerRunner(StepwiseRunner):
-    """Runs the layers one operation after the other, in torch.
+    """Runs the layers one operation after the other, in torch; see `ModelRunner` and `BlockMemory`.
 
     Args:
         decoder: the model with its weights.
@@ -76,7 +76,6 @@ class EagerRunner(StepwiseRunner):
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """See `StepwiseRunner`."""
         token_ids, step = self._step(batch)
         self._hidden = self.decoder.forward(token_ids, step)
         return self.score(batch.sampled_rows)
@@ -113,23 +112,19 @@ class EagerRunner(StepwiseRunner):
 
     @torch.inference_mode()
     def score(self, rows: Ints) -> Any:
-        """See `ModelRunner`."""
         if self.adapters is not None:
             self.adapters.choose(self._adapter_rows, self.device, rows)
         return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`."""
         return _sum_of(self._hidden, rows)
 
     @property
     def block_bytes(self) -> int:
-        """See `BlockMemory`."""
         return block_bytes(self.caches)
 
     @property
     def state_bytes(self) -> int:
-        """See `BlockMemory`."""
         return sum(map(len, state_parts(self.caches, 0)))
 
     def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
@@ -143,26 +138,22 @@ class EagerRunner(StepwiseRunner):
         return lambda: data
 
     def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
-        """See `BlockMemory`."""
         start, there = 0, torch.from_numpy(np.frombuffer(data, np.uint8).copy())
         for part in self._parts(place, state=state):
             part.copy_(there[start : start + len(part)])
             start += len(part)
 
     def drop_cache(self) -> None:
-        """See `StepwiseRunner`."""
         self._hidden = self._hidden[:0].clone()
         for part in (*tensors_of(self.caches), *states_of(self.caches)):
             part.untyped_storage().resize_(0)
 
     def restore_cache(self) -> None:
-        """See `StepwiseRunner`."""
         for part in (*tensors_of(self.caches), *states_of(self.caches)):
             part.untyped_storage().resize_(part.numel() * part.itemsize)
 
     @torch.inference_mode()
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """See `StepwiseRunner`."""
         kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
         wanted = torch.from_numpy(rows).to(self.device)
         return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
@@ -307,7 +298,6 @@ class EagerTower:
             yield
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """See `TowerRunner`."""
         tower, config = self._tower, self._tower.config
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
@@ -357,7 +347,6 @@ class EagerHead(EagerRunner):
 
     @torch.inference_mode()
     def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> torch.Tensor:
-        """See `HeadRunner`."""
         token_ids, step = self._step(batch)
         given = torch.from_numpy(states).to(self.device, self._dtype)
         self._hidden, self._back = self._head.forward(token_ids, given if fused else self._head.fuse(given), step)
@@ -365,7 +354,6 @@ class EagerHead(EagerRunner):
 
     @torch.inference_mode()
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
-        """See `HeadRunner`."""
         return self._back[torch.from_numpy(rows).to(self.device)].float().cpu().numpy()
 
 
@@ -385,7 +373,6 @@ class EagerEncoderRunner(EncoderRunner):
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        """See `EncoderRunner`."""
         if self.adapters is not None:
             self.adapters.choose(adapters, self.device)
         ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
@@ -398,7 +385,6 @@ class EagerEncoderRunner(EncoderRunner):
         return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
 
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `EncoderRunner`."""
         return _sum_of(self._hidden, rows)
 
 

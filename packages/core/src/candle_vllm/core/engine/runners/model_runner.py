@@ -125,11 +125,9 @@ class StepwiseRunner(ABC):
 
     @property
     def step_memory(self) -> StepMemory | None:
-        """See `ModelRunner`."""
         return None
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`."""
         self._drafts = None
         if batch.drafted:
             self._drafts = [run.drafts for run in batch.drawing]
@@ -137,7 +135,6 @@ class StepwiseRunner(ABC):
         self._sampled_from = self.run(batch)
 
     def draw(self, states: Sequence[SamplingState]) -> SampledStep:
-        """See `ModelRunner`."""
         if self._drafts is not None:
             return SampledStep(self._sampler.sample_runs(self._sampled_from, states, self._drafts))
         return SampledStep(self._sampler.sample(self._sampled_from, states))
@@ -182,12 +179,10 @@ class StepwiseRunner(ABC):
 
 
 class HeadRunner(Protocol):
-    """Runs a draft head: like a `StepwiseRunner`, but with hidden states as input and output."""
+    """Runs a draft head: like a `StepwiseRunner` (see `ModelRunner`), but with hidden states as input and output."""
 
     @property
-    def step_memory(self) -> StepMemory | None:
-        """See `ModelRunner`."""
-        ...
+    def step_memory(self) -> StepMemory | None: ...
 
     def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> Value:
         """Run a step on token ids and hidden states [T, ...].
@@ -206,25 +201,15 @@ class HeadRunner(Protocol):
         """Return the head's hidden states [len(rows), E] of rows of the last step: the input for the next positions."""
         ...
 
-    def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
-        """See `StepwiseRunner`."""
-        ...
+    def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]: ...
 
-    def drop_cache(self) -> None:
-        """See `ModelRunner`."""
-        ...
+    def drop_cache(self) -> None: ...
 
-    def restore_cache(self) -> None:
-        """See `ModelRunner`."""
-        ...
+    def restore_cache(self) -> None: ...
 
-    def wake_up(self) -> None:
-        """See `ModelRunner`."""
-        ...
+    def wake_up(self) -> None: ...
 
-    def close(self) -> None:
-        """See `ModelRunner`."""
-        ...
+    def close(self) -> None: ...
 
 
 class EncoderRunner(StepwiseRunner):

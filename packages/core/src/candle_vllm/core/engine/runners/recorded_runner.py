@@ -57,7 +57,7 @@ def _less(left: int) -> str:
 
 
 class RecordedRunner(StepwiseRunner):
-    """Replays a decoder on the CPU; see `ModelRunner`.
+    """Replays a decoder on the CPU; see `ModelRunner` and `BlockMemory`.
 
     Args:
         decoder: the model, its matrices in the layouts of the compiled kernels.
@@ -176,7 +176,6 @@ class RecordedRunner(StepwiseRunner):
 
     @property
     def step_memory(self) -> StepMemory:
-        """See `ModelRunner`."""
         return self._arrays
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
@@ -190,7 +189,6 @@ class RecordedRunner(StepwiseRunner):
         super().forward(batch, states)
 
     def draw(self, states: Sequence[SamplingState]) -> SampledStep:
-        """See `ModelRunner`."""
         if not self._plan_samples:
             return super().draw(states)
         ids, drafts = self._ids.tolist(), self._drafts
@@ -201,7 +199,6 @@ class RecordedRunner(StepwiseRunner):
         return SampledStep(tokens if drafts is None else right_runs(tokens, drafts))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
-        """See `StepwiseRunner`."""
         if len(self.page_of):
             self._find_pages(batch)
         if batch.goes_on and batch.sampled_rows is self._rows:
@@ -254,25 +251,20 @@ class RecordedRunner(StepwiseRunner):
             self._turned = turned is not None
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
-        """See `ModelRunner`."""
         return self._with_rows(rows, self._plan.head, self._plan.head_count)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `ModelRunner`."""
         return self._plan.hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
-        """See `StepwiseRunner`."""
         return np.concatenate([value.rows(rows) for value in self._plan.kept or (self._plan.hidden,)], 1)
 
     @property
     def block_bytes(self) -> int:
-        """See `BlockMemory`."""
         return sum(part.nbytes for part in self._parts(0, state=False))
 
     @property
     def state_bytes(self) -> int:
-        """See `BlockMemory`."""
         return sum(part.nbytes for part in self._parts(0, state=True))
 
     def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
@@ -286,7 +278,6 @@ class RecordedRunner(StepwiseRunner):
         return lambda: data
 
     def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
-        """See `BlockMemory`."""
         flat, start = np.frombuffer(data, np.uint8), 0
         for part in self._parts(place, state=state):
             part[...] = flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)
@@ -307,7 +298,6 @@ class RecordedRunner(StepwiseRunner):
         return parts
 
     def drop_cache(self) -> None:
-        """See `ModelRunner`."""
         caches: list[PagedCache | StateCache] = [*self._own, *self._states]
         parts = [part for cache in caches for part in cache if part is not None]
         for memory in {id(part.base): part.base for part in parts}.values():
@@ -394,7 +384,6 @@ class RecordedHead(RecordedRunner):
         return hidden
 
     def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> NDArray[np.float32]:
-        """See `HeadRunner`."""
         operations, numbers = self._fusing if fused else (0, 0)
         self._given[fused][: len(states)] = states
         if len(self.page_of):
@@ -403,7 +392,6 @@ class RecordedHead(RecordedRunner):
         return self._with_rows(batch.sampled_rows, self._plan.rows[numbers:], self._plan.count - operations)
 
     def given_back(self, rows: Ints) -> NDArray[np.float32]:
-        """See `HeadRunner`."""
         return self._back.rows(rows)
 
 
@@ -567,7 +555,6 @@ class RecordedEncoderRunner(EncoderRunner):
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        """See `EncoderRunner`."""
         arrays, count, texts = self._recorder.arrays, len(token_ids), len(query_start) - 1
         arrays.token_ids[:count] = token_ids
         arrays.positions[:count] = positions
@@ -583,7 +570,6 @@ class RecordedEncoderRunner(EncoderRunner):
         return None if self._logits is None else self._logits[:texts]
 
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
-        """See `EncoderRunner`."""
         return self._hidden.rows(rows).sum(-2, dtype=np.float64)
 
     def close(self) -> None:

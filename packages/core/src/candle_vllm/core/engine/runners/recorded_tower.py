@@ -109,7 +109,6 @@ class RecordedTower:
         return made
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """See `TowerRunner`."""
         config, clock = self._config, _Clock()
         cells = math.prod(tiles.shape[1:3]) // config.cell_pixels**2
         made = np.empty((len(tiles), cells, config.vectors * config.text_size), np.float32)

@@ -253,7 +253,6 @@ class LiveSequence(Live):
 
     @property
     def reads_rows(self) -> bool:
-        """See `Live`."""
         return self.request.params.prompt_logprobs is not None and not self.sequence.index
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:

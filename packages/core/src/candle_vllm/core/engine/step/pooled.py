@@ -42,11 +42,9 @@ class PooledText(Live):
 
     @property
     def reads_rows(self) -> bool:
-        """See `Live`."""
         return True
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """See `Live`."""
         wanted = self.pooler.wanted(run.start, run.start + run.count)
         for first in range(0, len(wanted), MAX_HIDDEN_ROWS):
             rows = np.array(wanted[first : first + MAX_HIDDEN_ROWS], np.int64) + (offset - run.start)

@@ -112,7 +112,6 @@ class EncoderPreparation(Preparation):
         self._pooling = pooling
 
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
-        """See `Preparation`."""
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
         single = self._config.head_pooling == "all"
         check_encoder_task(self._name, wanted, pooling_tasks(self._config.labels, single))
@@ -179,7 +178,6 @@ class DecoderPreparation(Preparation):
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
 
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
-        """See `Preparation`."""
         if isinstance(request, PoolingRequest):
             return [self._prepare_pooled(request)]
         max_length = check_request(request, self._vocab_size, self.max_model_len)
@@ -226,7 +224,6 @@ class DecoderPreparation(Preparation):
         return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """See `Preparation`."""
         self._grammars.compile(params)
 
     def close(self) -> None:

@@ -225,15 +225,12 @@ class TokenStream(PushStream[TokenOutput]):
         self._sink = sink
 
     def push(self, receiver: Receiver[TokenOutput]) -> None:
-        """See `PushStream`."""
         self._sink.start(receiver)
 
     def hold(self, held: bool) -> None:
-        """See `PushStream`."""
         self._sink.hold(held)
 
     def close(self) -> None:
-        """See `PushStream`."""
         self._sink.close()
 
     def __del__(self) -> None:

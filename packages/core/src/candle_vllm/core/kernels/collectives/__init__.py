@@ -351,7 +351,6 @@ class ProcessGroup:
                 self._back = nccl(distributed.PrefixStore(f"{name}/back", found), rank, size, named)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Collective`."""
         x = x.contiguous()
         if self._shared is None or not x.is_floating_point() or x.itemsize > 4:
             if self._group is self._host and self.size > 2 and x.is_floating_point():
@@ -390,7 +389,6 @@ class ProcessGroup:
                 return
 
     def gather(self, x: torch.Tensor, width: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Collective`."""
         rows, own = x.shape
         if own < width:
             wider = x.new_zeros(rows, width)
@@ -410,7 +408,6 @@ class ProcessGroup:
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)
 
     def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        """See `Collective`."""
         import torch
 
         found = x.new_empty(sum(received), x.shape[1])
@@ -419,7 +416,6 @@ class ProcessGroup:
         return found
 
     def least(self, number: int) -> int:
-        """See `Collective`."""
         import torch
         from torch import distributed
 
@@ -430,7 +426,6 @@ class ProcessGroup:
         return int(found) if self.stages is None else self.stages.least(int(found))
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        """See `Stages`."""
         work = (self._group if to > self.rank else self._back).send([x], to, 0)
         if x.is_cuda:
             work.wait()  # the stream does, and what was captured with it
@@ -440,7 +435,6 @@ class ProcessGroup:
             self._sent.popleft()
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
-        """See `Stages`."""
         work = (self._group if source < self.rank else self._back).recv([x], source, 0)
         if x.is_cuda:
             work.wait()
@@ -460,7 +454,6 @@ class ProcessGroup:
             self.stages.abort()
 
     def close(self) -> None:
-        """See `Collective`."""
         if self._gone.is_set():
             _ABANDONED.append((self._host, self._store))  # something waits in it yet, and its end would wait for that
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():

@@ -79,7 +79,6 @@ class _Watching(Packing):
         self.copies: list[tuple[int, int, _Piece]] = []
 
     def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
-        """See `Packing`."""
         if scale is not None or self.form is lay.NumberForm.I8:
             raise _UnseenError
         return self._numbers(stored) + 1
@@ -92,7 +91,6 @@ class _Watching(Packing):
         *,
         turned: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Packing`."""
         numbers = self._numbers(stored)
         starts = self._matrices[:, 0]
         of = self._matrices[np.searchsorted(starts, numbers[:, 0], "right") - 1]
@@ -115,13 +113,11 @@ class _Watching(Packing):
         return (places - self._first) // ELEMENTS[stored.dtype].itemsize
 
     def told(self, words: NDArray[np.int64]) -> int:
-        """See `Packing`."""
         at = self._room(words.nbytes)
         self.words.append((at, words))
         return _ADDRESS + at
 
     def kept(self, numbers: np.ndarray) -> int:
-        """See `Packing`."""
         flat = numbers.reshape(-1)
         blank = np.flatnonzero(flat == 0)
         base = int(flat[flat > 0].min())
