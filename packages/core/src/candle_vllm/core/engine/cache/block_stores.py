@@ -312,7 +312,7 @@ class HostBlocks:
 
 
 class Tiers:
-    """A `BlockStore` of several, fastest first: all get every block, and faster ones those found in a slow one, too."""
+    """A `BlockStore` over several, fastest first: a block is written to all, and copied from slow ones to fast ones."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
