@@ -40,30 +40,12 @@ from candle_vllm.openai.events import Head
 from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
+from candle_vllm.openai.protocol import embeddings, tokenizing
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
-from candle_vllm.openai.protocol.embeddings import (
-    ClassifiedList,
-    ClassifyRequest,
-    EmbeddingChatRequest,
-    EmbeddingList,
-    EmbeddingRequest,
-    Moderation,
-    ModerationRequest,
-    PooledList,
-    PoolingRequest,
-)
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
-from candle_vllm.openai.protocol.tokenizing import (
-    Detokenized,
-    DetokenizeRequest,
-    RenderedPrompt,
-    Tokenized,
-    TokenizedContent,
-    TokenizeRequest,
-)
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads
@@ -235,12 +217,12 @@ class OpenAIAdapter:
         """Count the prompt tokens that `answer` would submit; nothing is generated."""
         return len((await self._ready(read)).prepared.prompt)
 
-    async def apply_template(self, request: ChatCompletionRequest) -> RenderedPrompt:
+    async def apply_template(self, request: ChatCompletionRequest) -> tokenizing.RenderedPrompt:
         """Render the prompt of a chat request, with `MEDIA_MARK` for each image; nothing is generated."""
         self._names.served(request.model)
         prepared = (await self._ready(partial(read_chat, _checked_chat(request)))).prepared
         text, mark = prepared.text, self._engine.model_info.image_text
-        return RenderedPrompt(prompt=text.replace(mark, MEDIA_MARK) if prepared.images else text)
+        return tokenizing.RenderedPrompt(prompt=text.replace(mark, MEDIA_MARK) if prepared.images else text)
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
@@ -253,20 +235,20 @@ class OpenAIAdapter:
         """Submit the request and stream its chunks; close the stream to abort the request."""
         return await self._start_completion(request, whole=False)
 
-    async def embed(self, request: EmbeddingRequest | Fields) -> EmbeddingList:
+    async def embed(self, request: embeddings.EmbeddingRequest | Fields) -> embeddings.EmbeddingList:
         """Return the embeddings of texts. Cancelling aborts the texts that have not run."""
-        parsed = request if isinstance(request, EmbeddingRequest) else parse_embedding_request(request)
-        if not isinstance(parsed, EmbeddingChatRequest):
+        parsed = request if isinstance(request, embeddings.EmbeddingRequest) else parse_embedding_request(request)
+        if not isinstance(parsed, embeddings.EmbeddingChatRequest):
             return await self._embedding.embed(parsed)
         ready = await self._ready(lambda: read_chat(parse_chat_request(parsed.chat_fields())), bounded=True)
         prompt, images = ready.prepared.prompt, ready.prepared.images
         return await self._embedding.embed(parsed, {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}})
 
-    async def pool(self, request: PoolingRequest) -> PooledList:
+    async def pool(self, request: embeddings.PoolingRequest) -> embeddings.PooledList:
         """Return the pooled outputs of texts, in vLLM's form."""
         return await self._embedding.pool(request)
 
-    async def moderate(self, request: ModerationRequest) -> Moderation:
+    async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
         """Return whether the request's texts are harmful, by the labels of a classifier."""
         return await self._embedding.moderate(request)
 
@@ -274,7 +256,7 @@ class OpenAIAdapter:
         """Return the embeddings of the request's texts, in Cohere's form."""
         return await self._embedding.embed_cohere(request, version)
 
-    async def classify(self, request: ClassifyRequest) -> ClassifiedList:
+    async def classify(self, request: embeddings.ClassifyRequest) -> embeddings.ClassifiedList:
         """Return the class of each text."""
         return await self._embedding.classify(request)
 
@@ -288,13 +270,15 @@ class OpenAIAdapter:
         parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
         return await self._embedding.rerank(parsed)
 
-    async def tokenize(self, request: TokenizeRequest | Fields) -> Tokenized | TokenizedContent:
+    async def tokenize(
+        self, request: tokenizing.TokenizeRequest | Fields
+    ) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
         """Return the tokens of a text or of a conversation; nothing is generated."""
         return await self._tokenizing.tokenize(
             parse_tokenize_request(request) if isinstance(request, Mapping) else request
         )
 
-    async def detokenize(self, request: DetokenizeRequest | Fields) -> Detokenized:
+    async def detokenize(self, request: tokenizing.DetokenizeRequest | Fields) -> tokenizing.Detokenized:
         """Return the text of tokens."""
         return await self._tokenizing.detokenize(
             parse_detokenize_request(request) if isinstance(request, Mapping) else request

@@ -36,23 +36,8 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.openai.errors import GenerationFailedError, no_priority
 from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.protocol import embeddings
 from candle_vllm.openai.protocol.cohere import INPUT_TYPES, CohereEmbeddings, CohereEmbedRequest, cohere_answer
-from candle_vllm.openai.protocol.embeddings import (
-    Classified,
-    ClassifiedList,
-    ClassifyRequest,
-    Embedding,
-    EmbeddingChatRequest,
-    EmbeddingList,
-    EmbeddingRequest,
-    Moderation,
-    ModerationRequest,
-    Numbers,
-    Pooled,
-    PooledList,
-    PoolingRequest,
-    moderated,
-)
 from candle_vllm.openai.protocol.pooling import MAX_NUMBERS, MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads, check_length
@@ -77,15 +62,18 @@ class EmbeddingEngineLike(Protocol):
     def ascore(self) -> Callable[..., Awaitable[list[ScoreOutput]]]: ...
 
 
-def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest:
+def parse_embedding_request(body: bytes | Mapping[str, Any]) -> embeddings.EmbeddingRequest:
     """Parse and validate an embedding request from a body or an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
-    return parse_body(EmbeddingChatRequest if chat else EmbeddingRequest, value if isinstance(value, Mapping) else body)
+    return parse_body(
+        embeddings.EmbeddingChatRequest if chat else embeddings.EmbeddingRequest,
+        value if isinstance(value, Mapping) else body,
+    )
 
 
-parse_pooling_request = partial(parse_body, PoolingRequest)
-parse_classify_request = partial(parse_body, ClassifyRequest)
+parse_pooling_request = partial(parse_body, embeddings.PoolingRequest)
+parse_classify_request = partial(parse_body, embeddings.ClassifyRequest)
 parse_score_request = partial(parse_body, ScoreRequest)
 parse_rerank_request = partial(parse_body, RerankRequest)
 """Parsers of other requests; arguments and errors as for `parse_embedding_request`."""
@@ -117,7 +105,9 @@ class EmbeddingAdapter:
         self._names = ServedNames(names, strict=strict_model_names, adapters=adapters)
         self._allow_priority = allow_priority
 
-    async def embed(self, request: EmbeddingRequest, prompt: Mapping[str, Any] | None = None) -> EmbeddingList:
+    async def embed(
+        self, request: embeddings.EmbeddingRequest, prompt: Mapping[str, Any] | None = None
+    ) -> embeddings.EmbeddingList:
         """Return the embeddings of the request's texts, or of `prompt`, which its messages were rendered to."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
@@ -125,8 +115,8 @@ class EmbeddingAdapter:
         vectors = await self._work.prepare(
             lambda: [_numbers(request, each.embedding, each.vectors) for each in outputs]
         )
-        data = (Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors))
-        return _listed(EmbeddingList, request_id, name, data, outputs)
+        data = (embeddings.Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors))
+        return _listed(embeddings.EmbeddingList, request_id, name, data, outputs)
 
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
         """Return embeddings in Cohere's form, for this version of its API."""
@@ -142,7 +132,7 @@ class EmbeddingAdapter:
             raise
         return await self._work.prepare(cohere_answer, request, request_id, outputs, version)
 
-    async def pool(self, request: PoolingRequest) -> PooledList:
+    async def pool(self, request: embeddings.PoolingRequest) -> embeddings.PooledList:
         """Return the pooled outputs of the request's texts or of their tokens, in vLLM's form."""
         info = self._engine.model_info
         single, does = info.pooling == "all", [task for task in ("embed", "classify") if task in info.tasks]
@@ -168,12 +158,12 @@ class EmbeddingAdapter:
             outputs = await self._classified(request, request_id, request.activated())
             found = [(each.probs, each.vectors) for each in outputs]
         data = await self._work.prepare(lambda: [_numbers(request, *each) for each in found])
-        pooled = (Pooled(index=index, data=each) for index, each in enumerate(data))
-        return _listed(PooledList, request_id, name, pooled, outputs)
+        pooled = (embeddings.Pooled(index=index, data=each) for index, each in enumerate(data))
+        return _listed(embeddings.PooledList, request_id, name, pooled, outputs)
 
     async def _embedded(
         self,
-        request: EmbeddingRequest,
+        request: embeddings.EmbeddingRequest,
         request_id: str,
         params: PoolingParams,
         field: str = "input",
@@ -189,7 +179,7 @@ class EmbeddingAdapter:
             return await self._engine.aembed(prompts, params, **more)
 
     async def _classified(
-        self, request: ClassifyRequest | PoolingRequest, request_id: str, params: PoolingParams
+        self, request: embeddings.ClassifyRequest | embeddings.PoolingRequest, request_id: str, params: PoolingParams
     ) -> list[ClassificationOutput]:
         self._check(request, "classify")
         more = self._more(request, request_id)
@@ -197,7 +187,7 @@ class EmbeddingAdapter:
         with _failures(lambda number, _: f"input.{number}", "input"):
             return await self._engine.aclassify(texts, params, **more)
 
-    async def classify(self, request: ClassifyRequest) -> ClassifiedList:
+    async def classify(self, request: embeddings.ClassifyRequest) -> embeddings.ClassifiedList:
         """Return the class of each of the request's texts."""
         if self._engine.model_info.pooling == "all":
             raise InvalidParameterError(
@@ -208,18 +198,18 @@ class EmbeddingAdapter:
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
         data = (
-            Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
+            embeddings.Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
             for n, probs in enumerate(found)
         )
-        return _listed(ClassifiedList, request_id, name, data, outputs)
+        return _listed(embeddings.ClassifiedList, request_id, name, data, outputs)
 
-    async def moderate(self, request: ModerationRequest) -> Moderation:
+    async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
         """Return whether the request's texts are harmful, by the labels of a classifier."""
         name, request_id = self._names.served(request.model), _request_id("modr-", request)
-        inner = ClassifyRequest(model=request.model, lora_path=request.lora_path, input=request.input)
+        inner = embeddings.ClassifyRequest(model=request.model, lora_path=request.lora_path, input=request.input)
         self._check(request, "classify")
         labels = self._engine.model_info.labels
-        harm = moderated(labels, [0.0] * len(labels)).category_scores
+        harm = embeddings.moderated(labels, [0.0] * len(labels)).category_scores
         if self._engine.model_info.pooling == "all" or not harm or all(_NAMELESS.fullmatch(label) for label in harm):
             raise InvalidParameterError(
                 f"{self._engine.model_info.name} has no labels of texts that name a harm ({', '.join(labels)!s:.80}): "
@@ -227,8 +217,8 @@ class EmbeddingAdapter:
                 "model",
             )
         outputs = await self._classified(inner, request_id, PoolingParams())
-        results = tuple(moderated(labels, each.probs.tolist()) for each in outputs)
-        return Moderation(id=request_id, model=name, results=results)
+        results = tuple(embeddings.moderated(labels, each.probs.tolist()) for each in outputs)
+        return embeddings.Moderation(id=request_id, model=name, results=results)
 
     async def score(self, request: ScoreRequest) -> ScoreList:
         """Return the scores of the request's pairs."""
@@ -281,7 +271,9 @@ class EmbeddingAdapter:
             others = ", ".join(_ROUTES[other] for other in info.tasks)
             raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}; it answers {others}", "model")
 
-    def _tokens(self, request: EmbeddingRequest | ClassifyRequest, field: str = "input") -> list[list[int]]:
+    def _tokens(
+        self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest, field: str = "input"
+    ) -> list[list[int]]:
         """Tokenize the texts, each after the prompt of the input_type; check their size before any of them is run."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
@@ -297,7 +289,7 @@ class EmbeddingAdapter:
             texts.append(ids)
         return texts
 
-    def _prompt(self, request: EmbeddingRequest | ClassifyRequest) -> str:
+    def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
         """Return the model's prompt for the request's input_type; empty if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
         if wanted is None or not prompts:
@@ -345,7 +337,7 @@ class EmbeddingAdapter:
 
 
 _OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_type", "return_multivector", "input_type")
-_List = TypeVar("_List", EmbeddingList, PooledList, ClassifiedList, ScoreList)
+_List = TypeVar("_List", embeddings.EmbeddingList, embeddings.PooledList, embeddings.ClassifiedList, ScoreList)
 _NAMELESS = re.compile(r"LABEL_\d+")  # transformers' default names of classes
 _VERBS: Mapping[str, str] = {
     "embed": "give vectors",
@@ -375,7 +367,7 @@ def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], 
     return kind(data=tuple(data), **made)
 
 
-def _numbers(request: EmbeddingRequest, flat: array[float], vectors: int | None) -> Numbers:
+def _numbers(request: embeddings.EmbeddingRequest, flat: array[float], vectors: int | None) -> embeddings.Numbers:
     """Encode a vector as the request asks, or each of several vectors that are concatenated in `flat`."""
     encode = _base64 if request.encoding_format == "base64" else array.tolist
     if vectors is None:

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
+from candle_vllm.core.kernels import moe
 from candle_vllm.core.kernels.collectives import Collective
-from candle_vllm.core.kernels.moe import (
-    MOST_EXPERTS,
-    Activation,
-    Routing,
-    Scoring,
-    combine,
-    gated_rows,
-    is_gated,
-    route,
-    weighted,
-)
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import GateKind, Recorded, Value
 from candle_vllm.core.layers.linear import Linear
@@ -55,7 +45,7 @@ class Mixture:
     experts: int
     top_k: int
     inner_size: int
-    scoring: Scoring = "softmax"
+    scoring: moe.Scoring = "softmax"
     renormalise: bool = True
     groups: int = 1
     top_groups: int = 1
@@ -64,7 +54,7 @@ class Mixture:
     correction: bool = False
     expert_scale: bool = False
     scales_input: bool = False
-    activation: Activation = "silu"
+    activation: moe.Activation = "silu"
     shared_activation: GateKind = "silu"
     router_bias: bool = False
     expert_bias: bool = False
@@ -79,8 +69,8 @@ class Mixture:
         return self.experts - self.first if self.held is None else self.held
 
     def __post_init__(self) -> None:
-        if not 0 < self.experts <= MOST_EXPERTS:
-            raise InvalidFileError(f"the model has {self.experts} experts; it must have 1 to {MOST_EXPERTS}")
+        if not 0 < self.experts <= moe.MOST_EXPERTS:
+            raise InvalidFileError(f"the model has {self.experts} experts; it must have 1 to {moe.MOST_EXPERTS}")
         if self.groups < 1 or self.experts % self.groups or not 0 < self.top_groups <= self.groups:
             raise InvalidFileError(
                 f"the best {self.top_groups} of {self.groups} groups of {self.experts} experts cannot be chosen"
@@ -130,8 +120,8 @@ class ExpertMLPs:
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
         inner, here = mixture.inner_size, {"experts": mixture.here, "first": mixture.first}
         options: dict[str, Any] = {"bias": mixture.expert_bias, **here}
-        self._activation: Activation = mixture.activation
-        parts = ("gate", "up") if is_gated(mixture.activation) else ("up",)
+        self._activation: moe.Activation = mixture.activation
+        parts = ("gate", "up") if moe.is_gated(mixture.activation) else ("up",)
         self.gate_up = Linear(hidden_size, dict.fromkeys(parts, inner), placement, **options)
         self.down = Linear(inner, {"down": hidden_size}, placement, **options)
 
@@ -165,7 +155,7 @@ class SparseMLP:
         self.router = Router(hidden_size, mixture, placement)
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared: GatedMLP | MLP | None = None
-        if mixture.shared_size and is_gated(mixture.activation):
+        if mixture.shared_size and moe.is_gated(mixture.activation):
             self.shared = GatedMLP(hidden_size, mixture.shared_size, placement, activation=mixture.shared_activation)
         elif mixture.shared_size:
             self.shared = MLP(hidden_size, mixture.shared_size, placement, bias=False, activation="relu2")
@@ -189,15 +179,15 @@ class SparseMLP:
 
     def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
         """Record the experts' results for x [T, E] with the router's logits."""
-        pairs = route(logits, self._routing())
-        return combine(self.experts(x, pairs), pairs, None)
+        pairs = moe.route(logits, self._routing())
+        return moe.combine(self.experts(x, pairs), pairs, None)
 
     def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
         """As `__call__`, but the shared expert runs while the CPU computes the experts."""
         if self.shared is None:
             return elsewhere(x, logits, None)[0]
         mlp, gate = self.shared, self.shared_gate
-        y, shared = elsewhere(x, logits, lambda: gated_rows(mlp(x), None if gate is None else gate(x)))
+        y, shared = elsewhere(x, logits, lambda: moe.gated_rows(mlp(x), None if gate is None else gate(x)))
         return y + shared
 
     def __call__(self, x: Value, routed: Value | None = None) -> Value:
@@ -210,25 +200,25 @@ class SparseMLP:
         x, pairs = self._routed(x, logits)
         if self.shares is not None:
             y = self.shares.experts(x, pairs, self._combined)
-            return y if shared is None else y + gated_rows(shared, gate)
+            return y if shared is None else y + moe.gated_rows(shared, gate)
         y = self._combined(x, pairs, shared, gate)
         return y if self.collective is None else self.collective.sum(y)
 
     def _routed(self, x: Value, logits: Value) -> tuple[Value, Any]:
         """Return the experts' input [T, E], and the pairs of tokens and experts."""
-        pairs = route(logits, self._routing())
-        return weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
+        pairs = moe.route(logits, self._routing())
+        return moe.weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
 
     def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
         """Combine the results of this rank's experts, for pairs with all experts, and of the shared expert."""
         if self._mixture.here < self._mixture.experts:
             pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype
-        return combine(self.experts(x, pairs), pairs, dtype, shared, gate)
+        return moe.combine(self.experts(x, pairs), pairs, dtype, shared, gate)
 
-    def _routing(self) -> Routing:
+    def _routing(self) -> moe.Routing:
         same = {name: getattr(self._mixture, name) for name in _SAME}
-        return Routing(bias=self.router.correction, expert_scale=self.router.expert_scale, **same)
+        return moe.Routing(bias=self.router.correction, expert_scale=self.router.expert_scale, **same)
 
 
 def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:

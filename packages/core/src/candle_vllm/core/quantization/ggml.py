@@ -18,14 +18,7 @@ from functools import partial
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.quantization.ggml_blocks import (
-    CONTENTS,
-    BlockContents,
-    BlockParts,
-    put_together,
-    scale_numbers,
-    take_apart,
-)
+from candle_vllm.core.quantization import ggml_blocks
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
@@ -111,8 +104,8 @@ def _q8_0(groups: np.ndarray) -> np.ndarray:
     exact = scale.astype(np.float32)
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     codes = np.rint(groups * inverse[:, None]).astype(np.int8)
-    parts = BlockParts(codes.view(np.uint8), scale[:, None].view(np.uint8))
-    return put_together(parts, CONTENTS[GGMLQuantizationType.Q8_0])
+    parts = ggml_blocks.BlockParts(codes.view(np.uint8), scale[:, None].view(np.uint8))
+    return ggml_blocks.put_together(parts, ggml_blocks.CONTENTS[GGMLQuantizationType.Q8_0])
 
 
 Finish = Callable[[np.ndarray, np.ndarray], None]
@@ -162,7 +155,7 @@ def check_decodable(ggml_type: GGMLQuantizationType) -> None:
 
 
 def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
-    contents = CONTENTS.get(ggml_type)
+    contents = ggml_blocks.CONTENTS.get(ggml_type)
     if contents is not None:
         return partial(_decode, contents)
 
@@ -186,19 +179,19 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
     return decode
 
 
-def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
+def _decode(contents: ggml_blocks.BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
     """Decode types whose block contents are described in `ggml_blocks.py`; see `Decoder`."""
-    parts = take_apart(blocks, contents, np)
-    scale = scale_numbers(parts.scale, contents.float)
+    parts = ggml_blocks.take_apart(blocks, contents, np)
+    scale = ggml_blocks.scale_numbers(parts.scale, contents.float)
     codes = parts.codes.view(np.int8)
     out[:] = codes if contents.values is None else np.array(contents.values, np.float32)[parts.codes]
     if parts.scales is None:
         groups = out.reshape(len(out), scale.shape[1], -1)
         groups *= scale[:, :, None]
         if parts.minimum is not None:
-            out += scale_numbers(parts.minimum, contents.float)
+            out += ggml_blocks.scale_numbers(parts.minimum, contents.float)
         return
     groups = out.reshape(len(out), -1, contents.width)
     groups *= (scale * parts.scales.view(np.int8))[:, :, None]
     if parts.minimum is not None and parts.minima is not None:
-        groups -= (scale_numbers(parts.minimum, contents.float) * parts.minima)[:, :, None]
+        groups -= (ggml_blocks.scale_numbers(parts.minimum, contents.float) * parts.minima)[:, :, None]

@@ -20,24 +20,8 @@ from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Prompt
+from candle_vllm.core.vllm import llm, outputs
 from candle_vllm.core.vllm.arguments import EngineArgs
-from candle_vllm.core.vllm.llm import (
-    LlmTokenizer,
-    Opened,
-    adds_special,
-    asks_classes,
-    refuse_given,
-    shaped,
-    task_params,
-)
-from candle_vllm.core.vllm.outputs import (
-    CompletionOutput,
-    PoolingOutput,
-    PoolingRequestOutput,
-    RequestOutput,
-    by_token,
-    prompt_logprobs,
-)
 
 
 class AsyncLLM:
@@ -54,7 +38,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
-        self._opened = Opened.of(model, arguments)
+        self._opened = llm.Opened.of(model, arguments)
         self.engine = self._opened.engine
         self._adapter_names: dict[int, str] = {}  # names of added adapters by vLLM's numbers
 
@@ -75,7 +59,7 @@ class AsyncLLM:
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         data_parallel_rank: int | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncIterator[outputs.RequestOutput]:
         """Continue a prompt; yield an output for each delta, in the format of `sampling_params.output_kind`.
 
         With several sequences (`n`), an output has only the sequence with new text, with its index; with `FINAL_ONLY`
@@ -91,7 +75,7 @@ class AsyncLLM:
             RequestError, EngineOverloadedError, EngineDeadError: the request was refused.
             CandleVllmError: the engine failed on the request.
         """
-        refuse_given(
+        llm.refuse_given(
             "generate",
             trace_headers=trace_headers or None,
             data_parallel_rank=data_parallel_rank or None,
@@ -103,7 +87,7 @@ class AsyncLLM:
             params,
             request_id=request_id,
             priority=priority,
-            add_special_tokens=adds_special(tokenization_kwargs),
+            add_special_tokens=llm.adds_special(tokenization_kwargs),
             lora_request=lora_request,
         )
         told = _Telling(stream, kind, lora_request if isinstance(lora_request, LoRARequest) else None)
@@ -129,26 +113,26 @@ class AsyncLLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         *,
         pooling_task: str = "embed",
-    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+    ) -> AsyncIterator[outputs.PoolingRequestOutput[outputs.PoolingOutput]]:
         """Yield the pooled output of a text, once. Arguments and errors are as in `generate` and `LLM.encode`."""
-        refuse_given("encode", trace_headers=trace_headers or None)
+        llm.refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
         call: PoolingOptions = {
             "request_id": request_id,
             "priority": priority,
-            "add_special_tokens": adds_special(tokenization_kwargs),
+            "add_special_tokens": llm.adds_special(tokenization_kwargs),
             "lora_request": lora_request,
         }
-        if asks_classes(pooling_task, self.engine.model_info):
-            refuse_given("encode", pooling_params=pooling_params)
+        if llm.asks_classes(pooling_task, self.engine.model_info):
+            llm.refuse_given("encode", pooling_params=pooling_params)
             (classes,) = await self.engine.aclassify([prompt], **call)
-            probs = shaped(classes.probs, classes.vectors)
-            yield PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
+            probs = llm.shaped(classes.probs, classes.vectors)
+            yield outputs.PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
             return
-        params = task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task)
+        params = llm.task_params(self._opened.pooling if pooling_params is None else pooling_params, pooling_task)
         (made,) = await self.engine.aembed([prompt], params, **call)
-        data = shaped(made.embedding, made.vectors)
-        yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
+        data = llm.shaped(made.embedding, made.vectors)
+        yield outputs.PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Abort requests; their iterators yield a last output with the finish reason "abort"."""
@@ -216,9 +200,9 @@ class AsyncLLM:
         """Return the default sampling parameters, as `LLM`."""
         return self._opened.defaults.sampling_params()
 
-    def get_tokenizer(self) -> LlmTokenizer:
+    def get_tokenizer(self) -> llm.LlmTokenizer:
         """Return the model's tokenizer and template."""
-        return LlmTokenizer(self.engine)
+        return llm.LlmTokenizer(self.engine)
 
     def shutdown(self) -> None:
         """Abort running requests and release the model."""
@@ -240,36 +224,40 @@ class _Telling:
         self._kind = kind
         count = self._request.params.n
         self._asked = self._request.params.logprobs is not None
-        self._so_far = [CompletionOutput(index, "", [], logprobs=self._new_logprobs()) for index in range(count)]
+        self._so_far = [
+            outputs.CompletionOutput(index, "", [], logprobs=self._new_logprobs()) for index in range(count)
+        ]
         self._sums = [0.0] * count
         self._unfinished = count
-        self._of_prompt = prompt_logprobs(None)
+        self._of_prompt = outputs.prompt_logprobs(None)
 
     def _new_logprobs(self) -> list[Any] | None:
         return [] if self._asked else None
 
-    def take(self, piece: TokenOutput) -> RequestOutput | None:
+    def take(self, piece: TokenOutput) -> outputs.RequestOutput | None:
         """Return the output for a `TokenOutput`, or None."""
         whole = self._so_far[piece.index]
         if self._kind is RequestOutputKind.DELTA:
-            whole = self._so_far[piece.index] = CompletionOutput(piece.index, "", [], logprobs=self._new_logprobs())
+            whole = self._so_far[piece.index] = outputs.CompletionOutput(
+                piece.index, "", [], logprobs=self._new_logprobs()
+            )
         whole.text += piece.text
         whole.token_ids += piece.token_ids
         if whole.logprobs is not None:
-            whole.logprobs += [by_token(entry) for entry in piece.logprobs or ()]
+            whole.logprobs += [outputs.by_token(entry) for entry in piece.logprobs or ()]
             self._sums[piece.index] += sum(entry.chosen.logprob for entry in piece.logprobs or ())
             whole.cumulative_logprob = self._sums[piece.index]
         if piece.finish_reason is not None:
             self._unfinished -= 1
             whole.finish_reason, whole.stop_reason = str(piece.finish_reason), piece.stop_reason
         if piece.prompt_logprobs is not None or self._kind is RequestOutputKind.DELTA:
-            self._of_prompt = prompt_logprobs(piece.prompt_logprobs)
+            self._of_prompt = outputs.prompt_logprobs(piece.prompt_logprobs)
         if self._kind is RequestOutputKind.FINAL_ONLY:
             return None if self._unfinished else self._output(piece, self._so_far)
         return self._output(piece, [whole])
 
-    def _output(self, piece: TokenOutput, sequences: Iterable[CompletionOutput]) -> RequestOutput:
-        return RequestOutput(
+    def _output(self, piece: TokenOutput, sequences: Iterable[outputs.CompletionOutput]) -> outputs.RequestOutput:
+        return outputs.RequestOutput(
             request_id=self._request.request_id,
             prompt=self._request.prompt,
             prompt_token_ids=list(self._request.prompt_token_ids),
@@ -282,10 +270,10 @@ class _Telling:
         )
 
 
-def _copied(given: CompletionOutput) -> CompletionOutput:
+def _copied(given: outputs.CompletionOutput) -> outputs.CompletionOutput:
     """Copy an output, so that later deltas do not change it."""
     logprobs = None if given.logprobs is None else list(given.logprobs)
-    return CompletionOutput(
+    return outputs.CompletionOutput(
         given.index, given.text, list(given.token_ids), given.cumulative_logprob, logprobs, given.finish_reason,
         given.stop_reason,
     )  # fmt: skip

@@ -15,14 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from candle_vllm.core.text.template_needs import (
-    ARGUMENTS,
-    NAME,
-    SCHEMA,
-    THOUGHTS,
-    TemplateProbe,
-    Written,
-)
+from candle_vllm.core.text import template_needs
 from candle_vllm.openai.formats.events import CallArguments, CallStart, TextPiece
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, NAME_KEYS, JsonCalls
@@ -37,7 +30,7 @@ _COMMON = frozenset({"```json", "functools"})  # too common in texts to indicate
 _SHORT = 3
 
 
-def writer_of_calls(probe: TemplateProbe, *, as_text: bool) -> ToolFormat | None:
+def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> ToolFormat | None:
     """Return the first row that parses the call in the template's output; earlier marks are tried first."""
     written = probe.calls(as_text=as_text)
     if written is None:
@@ -51,19 +44,19 @@ def writer_of_calls(probe: TemplateProbe, *, as_text: bool) -> ToolFormat | None
         row for row in bare if not isinstance(row.bare, JsonCalls) or f'"{row.bare.arguments_key}"' in written.text
     ]
     for row in (*first, *marked, *flows, *unmarked):
-        if _calls(row, written) == [(NAME, ARGUMENTS)]:
+        if _calls(row, written) == [(template_needs.NAME, template_needs.ARGUMENTS)]:
             return next(own for own in TOOL_FORMATS if own.name == row.name)
     return None
 
 
-def writer_of_thoughts(probe: TemplateProbe) -> ReasoningFormat | None:
+def writer_of_thoughts(probe: template_needs.TemplateProbe) -> ReasoningFormat | None:
     """Return the first row that parses the reasoning in the template's output, with calls or with content."""
-    calling = (probe.calls(as_text=as_text, thoughts=THOUGHTS) for as_text in (False, True))
+    calling = (probe.calls(as_text=as_text, thoughts=template_needs.THOUGHTS) for as_text in (False, True))
     for written in filter(None, itertools.chain(calling, (probe.thinking(),))):
-        if THOUGHTS not in written.text:
+        if template_needs.THOUGHTS not in written.text:
             continue
         for row in _own_first(REASONING_FORMATS):
-            if _thoughts(row, written) == THOUGHTS:
+            if _thoughts(row, written) == template_needs.THOUGHTS:
                 return next(own for own in REASONING_FORMATS if own.name == row.name)
     return None
 
@@ -122,9 +115,9 @@ def _literals(body: Body) -> Iterator[str]:
     return (one for one in found if len(one) >= _SHORT)
 
 
-def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
+def _calls(row: ToolFormat, written: template_needs.Written) -> list[tuple[str, Any]]:
     """Parse the calls in a template's output with a row."""
-    parser = OutputParser(Layout(None, row), tools={NAME: SCHEMA}, make_id=str)
+    parser = OutputParser(Layout(None, row), tools={template_needs.NAME: template_needs.SCHEMA}, make_id=str)
     texts: list[list[str]] = []
     for event in (*parser.feed(written.text), *parser.finish(True)):
         if isinstance(event, CallStart):
@@ -137,7 +130,7 @@ def _calls(row: ToolFormat, written: Written) -> list[tuple[str, Any]]:
         return []
 
 
-def _thoughts(row: ReasoningFormat, written: Written) -> str:
+def _thoughts(row: ReasoningFormat, written: template_needs.Written) -> str:
     """Parse the reasoning in a template's output with a row."""
     opening = open_mark(written.head, row)
     parser = OutputParser(Layout(row.led_by(opening), None), in_reasoning=bool(opening))

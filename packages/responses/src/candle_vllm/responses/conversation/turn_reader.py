@@ -16,15 +16,8 @@ from candle_vllm.openai import events as answer
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, Message, TextPart
+from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.chat_form import chat_message
-from candle_vllm.responses.conversation.events import (
-    CallArgumentsDelta,
-    CallStarted,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-    TurnFinished,
-)
 from candle_vllm.responses.conversation.options import ConversationUsage
 
 MAX_CHARS = 16 << 20  # of one turn: text, reasoning and arguments together
@@ -56,7 +49,7 @@ class TurnReader:
         self._cut = False
         self._usage = ConversationUsage()
 
-    def read(self, event: answer.Event) -> list[Event]:
+    def read(self, event: answer.Event) -> list[events.Event]:
         """Return the new events; raises `CandleVllmError` for an answer that exceeds the limits."""
         if isinstance(event, answer.Usage):
             self._usage = _usage(event)
@@ -64,29 +57,29 @@ class TurnReader:
             return self._read(event)
         return []
 
-    def finish(self) -> TurnFinished:
+    def finish(self) -> events.TurnFinished:
         """Return the whole turn."""
         reason = answer.Reason.TOOL_CALLS if self._calls else answer.Reason.STOP
-        return TurnFinished(
+        return events.TurnFinished(
             number=self._number,
             message=chat_message(self.message()),
             finish_reason=answer.Reason.LENGTH if self._cut else reason,
             usage=self._usage,
         )
 
-    def _read(self, event: answer.Event) -> list[Event]:
+    def _read(self, event: answer.Event) -> list[events.Event]:
         match event:
             case answer.Text():
                 self._grow(event.text, self._text)
                 entries = _entries(event.logprobs)
-                return [TextDelta(text=event.text, logprobs=entries)] if event.text or entries else []
+                return [events.TextDelta(text=event.text, logprobs=entries)] if event.text or entries else []
             case answer.Thought():
                 self._grow(event.text, self._thoughts)
-                return [ReasoningDelta(text=event.text), *_alone(event.logprobs)]
+                return [events.ReasoningDelta(text=event.text), *_alone(event.logprobs)]
             case answer.CallText():
                 call = self._calls[event.call]
                 self._grow(event.text, call.arguments)
-                delta = CallArgumentsDelta(index=event.call, call_id=call.id, delta=event.text)
+                delta = events.CallArgumentsDelta(index=event.call, call_id=call.id, delta=event.text)
                 return [*_alone(event.logprobs), delta]
             case answer.CallBegun():
                 return [*_alone(event.logprobs), self._begin(event)]
@@ -94,14 +87,14 @@ class TurnReader:
                 self._cut = event.reason.cut
         return []
 
-    def _begin(self, event: answer.CallBegun) -> CallStarted:
+    def _begin(self, event: answer.CallBegun) -> events.CallStarted:
         if len(self._calls) >= MAX_TOOL_CALLS:
             raise CandleVllmError(f"The model asked for more than {MAX_TOOL_CALLS} calls in one turn.")
         usable = 0 < len(event.id) <= MAX_NAME and event.id not in self._used
         call = _Growing(event.id if usable else f"call_{uuid.uuid4().hex}", event.name[:MAX_NAME] or _UNNAMED)
         self._used.add(call.id)
         self._calls[event.call] = call
-        return CallStarted(index=event.call, call_id=call.id, name=call.name)
+        return events.CallStarted(index=event.call, call_id=call.id, name=call.name)
 
     def _grow(self, text: str, parts: list[str]) -> None:
         self._size += len(text)
@@ -124,9 +117,9 @@ def _entries(logprobs: Sequence[PositionLogprobs] | None) -> tuple[Any, ...]:
     return () if logprobs is None else chat_logprobs(logprobs).content
 
 
-def _alone(logprobs: Sequence[PositionLogprobs] | None) -> list[Event]:
+def _alone(logprobs: Sequence[PositionLogprobs] | None) -> list[events.Event]:
     """Entries of tokens that are not part of the answer's text."""
-    return [TextDelta(text="", logprobs=_entries(logprobs))] if logprobs else []
+    return [events.TextDelta(text="", logprobs=_entries(logprobs))] if logprobs else []
 
 
 def _usage(usage: answer.Usage) -> ConversationUsage:

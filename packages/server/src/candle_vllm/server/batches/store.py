@@ -19,15 +19,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from candle_vllm.responses.store import entries
 from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Held, Place
-from candle_vllm.responses.store.entries import (
-    Entry,
-    EntryItem,
-    NotStoredError,
-    StoreLimitError,
-    StoreUnavailableError,
-    is_id,
-)
 from candle_vllm.responses.store.options import SETTING, backend_at
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
@@ -129,14 +122,14 @@ class BatchStore:
         backend, file_id = await self.backend(), new_file_id()
         now = backend.now
         await backend.put(
-            Entry(
+            entries.Entry(
                 kind=UPLOAD, owner=owner, id=file_id, created=now, status=ACTIVE, lease=now + UPLOAD_MS, holder=file_id
             )
         )
         size = 0
         try:
             async for piece in pieces:
-                await backend.append(UPLOAD, owner, file_id, [EntryItem(id=str(size), body=piece)])
+                await backend.append(UPLOAD, owner, file_id, [entries.EntryItem(id=str(size), body=piece)])
                 size += len(piece)
             life = min(seconds or self.options.retention_seconds, self.options.retention_seconds)
             return await self._show(owner, file_id, now, purpose, name, size, life)
@@ -146,9 +139,9 @@ class BatchStore:
 
     async def file(self, owner: str, file_id: str, param: str = "file_id") -> FileObject:
         """Return a file; here and below, NotStoredError is raised if this owner has no such file."""
-        found = await (await self.backend()).get(FILE, owner, file_id) if is_id(file_id) else None
+        found = await (await self.backend()).get(FILE, owner, file_id) if entries.is_id(file_id) else None
         if found is None:
-            raise NotStoredError("File", file_id, param)
+            raise entries.NotStoredError("File", file_id, param)
         return _file(found)
 
     async def files(self, owner: str, limit: int, after: str | None, purpose: str | None) -> list[FileObject]:
@@ -159,13 +152,13 @@ class BatchStore:
         while True:
             page = await backend.page(FILE, owner, most, after)
             if page is None:
-                raise NotStoredError("File", after or "", "after")
+                raise entries.NotStoredError("File", after or "", "after")
             made += [_file(entry) for entry in page if purpose is None or entry.about["purpose"] == purpose]
             if len(page) < most or len(made) >= limit:
                 return made[:limit]
             after = page[-1].id
 
-    async def contents(self, owner: str, file_id: str, kind: str = FILE) -> AsyncGenerator[EntryItem]:
+    async def contents(self, owner: str, file_id: str, kind: str = FILE) -> AsyncGenerator[entries.EntryItem]:
         """Yield the parts of a file, in their order."""
         backend, after = await self.backend(), None
         count = 1  # a slow reader must hold no more than one large part
@@ -183,19 +176,19 @@ class BatchStore:
         """
         file = await self.file(owner, file_id, param)
         if file.bytes > most:
-            raise StoreLimitError(f"{param}: the file has {file.bytes} bytes, and may have {most}", param)
+            raise entries.StoreLimitError(f"{param}: the file has {file.bytes} bytes, and may have {most}", param)
         return b"".join([part.body async for part in self.contents(owner, file_id)])
 
     async def delete_file(self, owner: str, file_id: str) -> None:
         """Deletes a file."""
-        if not is_id(file_id) or not await (await self.backend()).delete(FILE, owner, file_id):
-            raise NotStoredError("File", file_id, "file_id")
+        if not entries.is_id(file_id) or not await (await self.backend()).delete(FILE, owner, file_id):
+            raise entries.NotStoredError("File", file_id, "file_id")
 
     async def _show(
         self, owner: str, file_id: str, created: int, purpose: str, name: str, size: int, seconds: int
     ) -> FileObject:
         """Turn the entry with that id into a visible file; its parts stay."""
-        entry = Entry(
+        entry = entries.Entry(
             kind=FILE, owner=owner, id=file_id, created=created, status="processed",
             expires=created + 1000 * seconds, about={"purpose": purpose, "filename": name, "bytes": size},
         )  # fmt: skip
@@ -208,13 +201,13 @@ class BatchStore:
         """Begin or continue a file of results; return the numbers of the lines whose results it has."""
         backend = await self.backend()
         if await backend.get(RESULTS, owner, file_id) is None:
-            await backend.put(Entry(kind=RESULTS, owner=owner, id=file_id, created=backend.now, status=ACTIVE))
+            await backend.put(entries.Entry(kind=RESULTS, owner=owner, id=file_id, created=backend.now, status=ACTIVE))
             return set()
         return {int(part.id) async for part in self.contents(owner, file_id, RESULTS)}
 
     async def add_results(self, owner: str, file_id: str, results: Sequence[tuple[int, bytes]]) -> None:
         """Add the results of lines, by their numbers; results that are stored already stay."""
-        parts = [EntryItem(id=str(number), body=line) for number, line in results]
+        parts = [entries.EntryItem(id=str(number), body=line) for number, line in results]
         await (await self.backend()).append(RESULTS, owner, file_id, parts, skip_known=True)
 
     async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
@@ -237,7 +230,7 @@ class BatchStore:
         backend = await self.backend()
         body = msgspec.json.encode(record)
         await backend.put(
-            Entry(
+            entries.Entry(
                 kind=BATCHES, owner=owner, id=record.batch.id, created=backend.now, status=ACTIVE, lease=backend.now,
                 body=body,
             )
@@ -246,9 +239,9 @@ class BatchStore:
     async def batch(self, owner: str, batch_id: str, param: str = "batch_id") -> BatchRecord:
         """Return a batch, including a cancellation that its server has not noticed yet."""
         backend = await self.backend()
-        found = await backend.get(BATCHES, owner, batch_id) if is_id(batch_id) else None
+        found = await backend.get(BATCHES, owner, batch_id) if entries.is_id(batch_id) else None
         if found is None:
-            raise NotStoredError("Batch", batch_id, param)
+            raise entries.NotStoredError("Batch", batch_id, param)
         record = msgspec.json.decode(found.body, type=BatchRecord)
         if record.batch.status in ("validating", "in_progress"):
             cancelled = await backend.part(BATCHES, owner, batch_id, _CANCEL)
@@ -261,13 +254,13 @@ class BatchStore:
         """Return at most `limit` batches, newest first, following the id `after`."""
         page = await (await self.backend()).page(BATCHES, owner, limit, after)
         if page is None:
-            raise NotStoredError("Batch", after or "", "after")
+            raise entries.NotStoredError("Batch", after or "", "after")
         return [(await self.batch(owner, entry.id)).batch for entry in page]
 
     async def cancel(self, owner: str, batch_id: str) -> None:
         """Mark a batch as cancelled."""
         backend = await self.backend()
-        wish = EntryItem(id=_CANCEL, body=b"%d" % (backend.now // 1000))
+        wish = entries.EntryItem(id=_CANCEL, body=b"%d" % (backend.now // 1000))
         await backend.append(BATCHES, owner, batch_id, [wish], skip_known=True)
 
     async def write(self, owner: str, record: BatchRecord, lease: int | None) -> bool:
@@ -284,7 +277,7 @@ class BatchStore:
         await backend.move([Held(held.owner, file_id, held.id)], until)
         return not await backend.move([held], until)
 
-    async def lapsed(self, busy_owners: Collection[str]) -> list[Entry]:
+    async def lapsed(self, busy_owners: Collection[str]) -> list[entries.Entry]:
         """Return batches that no server works on, except for these owners; delete uploads whose server has died."""
         backend, found = await self.backend(), []
         for entry in await backend.lapsed(busy_owners):
@@ -296,7 +289,7 @@ class BatchStore:
 
     async def _open(self) -> Backend:
         if self._closed:
-            raise StoreUnavailableError("The store of files is closed: the server is stopping.", SETTING)
+            raise entries.StoreUnavailableError("The store of files is closed: the server is stopping.", SETTING)
         options = self.options
         bounds = Bounds(
             options.max_entries, size=options.max_bytes, entry_size=1 << 20, parts=MAX_LINES + 1,
@@ -318,9 +311,9 @@ def new_file_id() -> str:
     return f"file-{secrets.token_hex(16)}"
 
 
-def too_large(most: int) -> StoreLimitError:
+def too_large(most: int) -> entries.StoreLimitError:
     """The error for a file that is too large."""
-    return StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
+    return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
 
 
 def on_disk(options: FileOptions) -> bool:
@@ -328,7 +321,7 @@ def on_disk(options: FileOptions) -> bool:
     return options.url != MEMORY
 
 
-def _file(entry: Entry) -> FileObject:
+def _file(entry: entries.Entry) -> FileObject:
     about = entry.about
     return FileObject(
         id=entry.id, bytes=about["bytes"], created_at=entry.created // 1000, expires_at=(entry.expires or 0) // 1000,

@@ -9,17 +9,7 @@ from typing import get_args
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.anthropic import (
-    CountTokensRequest,
-    ErrorBody,
-    Message,
-    MessageEvent,
-    MessagesRequest,
-    TokenCount,
-    parse_count_tokens_request,
-    parse_messages_request,
-)
+from candle_vllm.openai import anthropic, to_json_bytes
 from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
@@ -28,16 +18,16 @@ from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import COUNTED, QUESTION, QUEUED, Operation, routing
 
 router = APIRouter()
-route = routing(router, functools.partial(Operation, error=ErrorBody, naming=Naming("Anthropic", "Out")))
+route = routing(router, functools.partial(Operation, error=anthropic.ErrorBody, naming=Naming("Anthropic", "Out")))
 
 
 @route(
     "POST /v1/messages",
     tag="generation",
-    body=MessagesRequest,
+    body=anthropic.MessagesRequest,
     example={"model": "default", "messages": QUESTION, "max_tokens": 64},
-    answer=Message,
-    events=(*get_args(MessageEvent), ErrorBody),
+    answer=anthropic.Message,
+    events=(*get_args(anthropic.MessageEvent), anthropic.ErrorBody),
     errors=(*QUEUED, 529),
 )
 async def create_message(request: Request) -> Response:
@@ -48,20 +38,23 @@ async def create_message(request: Request) -> Response:
 @route(
     "POST /v1/messages/count_tokens",
     tag="tokens",
-    body=CountTokensRequest,
+    body=anthropic.CountTokensRequest,
     example={"model": "default", "messages": QUESTION},
-    answer=TokenCount,
+    answer=anthropic.TokenCount,
     errors=(*COUNTED, 529),
 )
 async def count_message_tokens(request: Request) -> Response:
     """How many tokens a message's prompt has."""
     return await answer_with(
-        request, parse_count_tokens_request, lambda model, wire: model.messages.count_tokens(wire), queued=False
+        request,
+        anthropic.parse_count_tokens_request,
+        lambda model, wire: model.messages.count_tokens(wire),
+        queued=False,
     )
 
 
 MESSAGES = GenerationApi(
-    parse=parse_messages_request,
+    parse=anthropic.parse_messages_request,
     whole=lambda model, wire: model.messages.create(wire),
     streamed=lambda model, wire: model.messages.create_stream(wire),
     event=lambda event: named_event(event.event_name, to_json_bytes(event)),

@@ -11,22 +11,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai import ollama, to_json_bytes
 from candle_vllm.openai.errors import ModelNotServedError
-from candle_vllm.openai.ollama import (
-    ChatLine,
-    ChatRequest,
-    EmbeddingsRequest,
-    EmbedRequest,
-    Failure,
-    GenerateLine,
-    GenerateRequest,
-    Times,
-    Vector,
-    Vectors,
-    loaded_line,
-    ollama_parser,
-)
 from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.openai.remarks import remark
 from candle_vllm.server import answering
@@ -38,7 +24,7 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.openapi.operation import OLLAMA, QUEUED, Operation, routing
 
 router = APIRouter()
-route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA, errors=QUEUED))
+route = routing(router, functools.partial(Operation, tag="ollama", error=ollama.Failure, naming=OLLAMA, errors=QUEUED))
 
 _LATEST = ":latest"
 
@@ -81,67 +67,72 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
 
 @route(
     "POST /api/chat",
-    body=ChatRequest,
+    body=ollama.ChatRequest,
     example={
         "model": "default",
         "stream": False,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     },
-    answer=ChatLine,
-    lines=(ChatLine, Failure),
+    answer=ollama.ChatLine,
+    lines=(ollama.ChatLine, ollama.Failure),
 )
 async def ollama_chat(request: Request) -> Response:
     """Continue a conversation, in Ollama's words."""
-    return await _generated(request, ChatRequest, CHAT)
+    return await _generated(request, ollama.ChatRequest, CHAT)
 
 
 @route(
     "POST /api/generate",
-    body=GenerateRequest,
+    body=ollama.GenerateRequest,
     example={"model": "default", "stream": False, "prompt": "Why is the sky blue?"},
-    answer=GenerateLine,
-    lines=(GenerateLine, Failure),
+    answer=ollama.GenerateLine,
+    lines=(ollama.GenerateLine, ollama.Failure),
 )
 async def ollama_generate(request: Request) -> Response:
     """Answer a prompt, in Ollama's words."""
-    return await _generated(request, GenerateRequest, GENERATE)
+    return await _generated(request, ollama.GenerateRequest, GENERATE)
 
 
-@route("POST /api/embed", body=EmbedRequest, example={"model": "default", "input": "The sky is blue."}, answer=Vectors)
+@route(
+    "POST /api/embed",
+    body=ollama.EmbedRequest,
+    example={"model": "default", "input": "The sky is blue."},
+    answer=ollama.Vectors,
+)
 async def ollama_embed(request: Request) -> Response:
     """The vectors of texts, in Ollama's words."""
     deadline = answering.deadline_of(request)
-    wire = await ollama_body(request, ollama_parser(EmbedRequest))
+    wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbedRequest))
     _keep(request, wire)
     if not wire.loads:
         return await answering.answer_parsed_with(
             request, wire, lambda model, asked: model.ollama.embed(asked), deadline
         )
     times = await _loaded(request, wire, deadline)
-    return answering.json_answer(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+    return answering.json_answer(ollama.Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
 
 
 @route(
     "POST /api/embeddings",
-    body=EmbeddingsRequest,
+    body=ollama.EmbeddingsRequest,
     example={"model": "default", "prompt": "The sky is blue."},
-    answer=Vector,
+    answer=ollama.Vector,
 )
 async def ollama_embeddings(request: Request) -> Response:
     """The vector of one text, in Ollama's older words."""
     deadline = answering.deadline_of(request)
-    wire = await ollama_body(request, ollama_parser(EmbeddingsRequest))
+    wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbeddingsRequest))
     _keep(request, wire)
     if not wire.loads:
         return await answering.answer_parsed_with(
             request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline
         )
     await _loaded(request, wire, deadline)
-    return answering.json_answer(Vector([]))
+    return answering.json_answer(ollama.Vector([]))
 
 
 CHAT = answering.GenerationApi(
-    parse=ollama_parser(ChatRequest),
+    parse=ollama.ollama_parser(ollama.ChatRequest),
     whole=lambda model, wire: model.ollama.chat(wire),
     streamed=lambda model, wire: model.ollama.chat_stream(wire),
     event=lambda line: to_json_bytes(line) + b"\n",
@@ -151,7 +142,7 @@ CHAT = answering.GenerationApi(
     stream=LineStream,
 )
 GENERATE = answering.GenerationApi(
-    parse=ollama_parser(GenerateRequest),
+    parse=ollama.ollama_parser(ollama.GenerateRequest),
     whole=lambda model, wire: model.ollama.generate(wire),
     streamed=lambda model, wire: model.ollama.generate_stream(wire),
     event=CHAT.event,
@@ -165,26 +156,28 @@ GENERATE = answering.GenerationApi(
 async def _generated(request: Request, kind: type[WireModel], api: answering.GenerationApi) -> Response:
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, api.parse)
-    chats = kind is ChatRequest
+    chats = kind is ollama.ChatRequest
     if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
         await _manager(request).unload(wire.model)
         now = time.perf_counter_ns()
-        return answering.json_answer(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
+        return answering.json_answer(
+            ollama.loaded_line(wire.model, ollama.Times(wire.received, now), "unload", chat=chats)
+        )
     _keep(request, wire)
     if wire.loads:
         times = await _loaded(request, wire, deadline)
-        return answering.json_answer(loaded_line(wire.model, times, "load", chat=chats))
+        return answering.json_answer(ollama.loaded_line(wire.model, times, "load", chat=chats))
     return await answering.answer_parsed(request, api, wire, deadline)
 
 
-async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
+async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
     """Wait until the model is loaded."""
     async with answering.in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
         )
     lease.release()
-    return Times(wire.received, time.perf_counter_ns())
+    return ollama.Times(wire.received, time.perf_counter_ns())
 
 
 def _keep(request: Request, wire: Any) -> None:

@@ -19,30 +19,15 @@ from starlette.responses import JSONResponse, Response
 from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope
+from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope, llama_server
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
 from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
-from candle_vllm.openai.llama_server import (
-    InfillRequest,
-    LlamaCompletionRequest,
-    LlamaRequest,
-    LlamaText,
-    llama_answer,
-    llama_stream,
-)
 from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
 from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.server.answering import (
-    GenerationApi,
-    answer,
-    answer_parsed_with,
-    answer_with,
-    deadline_of,
-    json_answer,
-)
+from candle_vllm.server import answering
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
@@ -160,7 +145,7 @@ async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) ->
         return describe(model)
 
     asked = _Asked(request.query_params.get("model") or None)
-    return await answer_parsed_with(request, asked, described, deadline_of(request), queued=False)
+    return await answering.answer_parsed_with(request, asked, described, answering.deadline_of(request), queued=False)
 
 
 @route("GET /ping", tag="server", answer=Standing, statuses=(200, 503), public=True)
@@ -176,7 +161,7 @@ async def load(request: Request) -> Response:
     loaded = [slot.model.admission for slot in manager.slots.values() if slot.model is not None]
     waiting = sum(len(slot.waiters) for slot in manager.slots.values())
     busy = Load(waiting + sum(admission.running + admission.waiting for admission in loaded))
-    return json_answer(busy)
+    return answering.json_answer(busy)
 
 
 @route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
@@ -185,7 +170,7 @@ async def server_info(request: Request) -> Response:
     settings = request.app.state.settings
     config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
     told = ServerInfo(version("candle-vllm-server"), config)
-    return json_answer(told)
+    return answering.json_answer(told)
 
 
 @route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)
@@ -316,7 +301,7 @@ async def wake_up(request: Request) -> Response:
 async def is_sleeping(request: Request) -> Response:
     """Whether a loaded model sleeps."""
     asleep = any(engine.is_sleeping for engine in _engines(request))
-    return json_answer(Sleeping(asleep))
+    return answering.json_answer(Sleeping(asleep))
 
 
 def _engines(request: Request) -> list[ServedEngine]:
@@ -349,7 +334,7 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
 )
 async def apply_template(request: Request) -> Response:
     """The text that a chat request with the same fields would begin with."""
-    return await answer_with(
+    return await answering.answer_with(
         request, parse_chat_request, lambda model, wire: model.adapter.apply_template(wire), queued=False
     )
 
@@ -364,7 +349,7 @@ async def apply_template(request: Request) -> Response:
 )
 async def pool(request: Request) -> Response:
     """The vectors of texts, in vLLM's words."""
-    return await answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
+    return await answering.answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
 
 
 @route(
@@ -377,15 +362,19 @@ async def pool(request: Request) -> Response:
 )
 async def classify(request: Request) -> Response:
     """What texts are, as a classifier tells them apart, in vLLM's words."""
-    return await answer_with(request, parse_classify_request, lambda model, wire: model.adapter.classify(wire))
+    return await answering.answer_with(
+        request, parse_classify_request, lambda model, wire: model.adapter.classify(wire)
+    )
 
 
-def _api(kind: type[LlamaRequest]) -> GenerationApi:
+def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
     """The API of llama.cpp's completions, whole or streamed."""
-    return GenerationApi(
+    return answering.GenerationApi(
         parse=lambda body: parse_body(kind, body),
-        whole=lambda model, wire: llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
-        streamed=lambda model, wire: llama_stream(model.adapter, wire, model.entry.settings.default_sampling),
+        whole=lambda model, wire: llama_server.llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
+        streamed=lambda model, wire: llama_server.llama_stream(
+            model.adapter, wire, model.entry.settings.default_sampling
+        ),
         event=data_event,
         error_event=error_event,
         done=b"",
@@ -393,7 +382,7 @@ def _api(kind: type[LlamaRequest]) -> GenerationApi:
     )
 
 
-FIM = GenerationApi(
+FIM = answering.GenerationApi(
     parse=lambda body: parse_body(FimRequest, body),
     whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
     streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
@@ -414,20 +403,20 @@ FIM = GenerationApi(
 )
 async def create_fim_completion(request: Request) -> Response:
     """Fill a gap in a text, in Mistral's words."""
-    return await answer(request, FIM)
+    return await answering.answer(request, FIM)
 
 
-COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
+COMPLETION, INFILL = _api(llama_server.LlamaCompletionRequest), _api(llama_server.InfillRequest)
 
 
 @route(
     "POST /completion",
     tag="generation",
-    body=LlamaCompletionRequest,
+    body=llama_server.LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
-    answer=LlamaText,
+    answer=llama_server.LlamaText,
     one_or_more=True,
-    events=(LlamaText, ErrorEnvelope),
+    events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
 )
 @route(
@@ -435,27 +424,27 @@ COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
     id="llama_completions",
     summary="The same as `/completion`",
     tag="generation",
-    body=LlamaCompletionRequest,
+    body=llama_server.LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
-    answer=LlamaText,
+    answer=llama_server.LlamaText,
     one_or_more=True,
-    events=(LlamaText, ErrorEnvelope),
+    events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
 )
 async def llama_completion(request: Request) -> Response:
     """Continue a text, perhaps one with images, in llama.cpp's words."""
-    return await answer(request, COMPLETION)
+    return await answering.answer(request, COMPLETION)
 
 
 @route(
     "POST /infill",
     tag="generation",
-    body=InfillRequest,
+    body=llama_server.InfillRequest,
     example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
-    answer=LlamaText,
-    events=(LlamaText, ErrorEnvelope),
+    answer=llama_server.LlamaText,
+    events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
 )
 async def llama_infill(request: Request) -> Response:
     """Fill a gap in a text, in llama.cpp's words."""
-    return await answer(request, INFILL)
+    return await answering.answer(request, INFILL)
