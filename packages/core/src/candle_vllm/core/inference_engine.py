@@ -106,7 +106,6 @@ class InferenceEngine(EngineFront):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine is neither closed nor permanently failed."""
         alive = self._engine is not None and (self._thread is None or self._thread.is_alive)
         return alive and not self._is_elsewhere
 
@@ -159,7 +158,6 @@ class InferenceEngine(EngineFront):
         return bool(self._ended) or self._require()[0].has_work
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step and free its blocks; unknown ids are ignored."""
         self._working()
         if self._thread is not None:
             self._thread.abort(request_id)

@@ -102,7 +102,6 @@ class RemoteEngine(EngineFront):
         self._thread.check(params)
 
     def abort(self, request_id: str) -> None:
-        """End a request and free its blocks before the next step; unknown ids are ignored."""
         self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:

@@ -66,7 +66,6 @@ class ReplicatedEngine(EngineFront):
         self._running_thread().check_structured_outputs(params)
 
     def abort(self, request_id: str) -> None:
-        """End a request and free its blocks before the next step; unknown ids are ignored."""
         self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:

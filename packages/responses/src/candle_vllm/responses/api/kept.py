@@ -18,24 +18,8 @@ from candle_vllm.core.errors import RequestError
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.api.turns import ConversationTurns, blaming
+from candle_vllm.responses.store import entries as stored
 from candle_vllm.responses.store.backend import MEMORY, Backend, Held
-from candle_vllm.responses.store.entries import (
-    ACTIVE,
-    CONVERSATION,
-    RESPONSE,
-    STOPPED,
-    Entry,
-    EntryItem,
-    Item,
-    NotStoredError,
-    StoreLimitError,
-    StoreUnavailableError,
-    checked_id,
-    is_id,
-    items_of,
-    parts_of,
-    settled,
-)
 from candle_vllm.responses.store.options import StoreOptions, backend_at
 from candle_vllm.responses.store.upkeep import Upkeep
 
@@ -95,7 +79,7 @@ class KeptResponses:
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 
-    async def put(self, entry: Entry) -> None:
+    async def put(self, entry: stored.Entry) -> None:
         """Store a response; the oldest records of the owner with the most data are dropped if the store is full.
 
         Raises:
@@ -107,7 +91,7 @@ class KeptResponses:
         names = await apart(_names, entry.body, entry.given, size=entry.size)
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
-    async def keep(self, entry: Entry) -> None:
+    async def keep(self, entry: stored.Entry) -> None:
         """Store a response that was answered, and add its items to the conversation that it names.
 
         A background response that was cancelled or deleted in the meantime is not changed.
@@ -118,15 +102,15 @@ class KeptResponses:
             return
         await self.add_to_conversation(entry)
 
-    async def get(self, owner: str, response_id: str) -> Entry:
+    async def get(self, owner: str, response_id: str) -> stored.Entry:
         """Return a response; NotStoredError if this owner has no such response, also in the methods below."""
         store, found = await self.store(), None
-        if is_id(response_id):
-            found = await store.get(RESPONSE, owner, response_id)
+        if stored.is_id(response_id):
+            found = await store.get(stored.RESPONSE, owner, response_id)
             if found is not None and await self._fail_lapsed(found):
-                found = await store.get(RESPONSE, owner, response_id)
+                found = await store.get(stored.RESPONSE, owner, response_id)
         if found is None:
-            raise NotStoredError("Response", response_id, "response_id")
+            raise stored.NotStoredError("Response", response_id, "response_id")
         return found
 
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
@@ -137,8 +121,8 @@ class KeptResponses:
     async def delete(self, owner: str, response_id: str) -> None:
         """Delete a response. The task that works on it is not notified."""
         store = await self.store()
-        if not is_id(response_id) or not await store.delete(RESPONSE, owner, response_id):
-            raise NotStoredError("Response", response_id, "response_id")
+        if not stored.is_id(response_id) or not await store.delete(stored.RESPONSE, owner, response_id):
+            raise stored.NotStoredError("Response", response_id, "response_id")
 
     async def change(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
         """Write the progress or the end of a response; False if it was ended or deleted by somebody else.
@@ -149,16 +133,16 @@ class KeptResponses:
             status: status of the response object.
             response: response object as JSON.
         """
-        store, what = await self.store(), (RESPONSE, owner, response_id, response)
-        if status in ACTIVE:
+        store, what = await self.store(), (stored.RESPONSE, owner, response_id, response)
+        if status in stored.ACTIVE:
             return await store.change(*what, status=status, lease=store.now + LEASE_MS)
         return await store.change(*what, status=status, names=await apart(_names, response, size=len(response)))
 
-    async def cancel(self, owner: str, response_id: str) -> Entry:
+    async def cancel(self, owner: str, response_id: str) -> stored.Entry:
         """End a response that is queued or in progress as cancelled, and return its record."""
         found = await self.get(owner, response_id)
         if found.active:
-            await self.change(owner, response_id, "cancelled", settled(found.body, "cancelled"))
+            await self.change(owner, response_id, "cancelled", stored.settled(found.body, "cancelled"))
             found = await self.get(owner, response_id)
         return found
 
@@ -167,44 +151,48 @@ class KeptResponses:
         store, held = await self.store(), [Held(owner, name, name) for owner, name in names]
         return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
 
-    async def history(self, owner: str, response_id: str) -> list[Item]:
+    async def history(self, owner: str, response_id: str) -> list[stored.Item]:
         """Return the input and output items of a response and of all responses before it.
 
         Raises:
             NotStoredError: the response, or one before it, is not stored; `param` is previous_response_id.
             StoreLimitError: the response is still running, or the history is too large.
         """
-        store, what = await self.store(), checked_id("Previous response", response_id, _PREVIOUS)
+        store, what = await self.store(), stored.checked_id("Previous response", response_id, _PREVIOUS)
         most, most_size = self.options.max_chain, self.options.max_chain_bytes
-        chain = await store.chain(RESPONSE, owner, what, most, most_size)
+        chain = await store.chain(stored.RESPONSE, owner, what, most, most_size)
         while chain and await self._fail_lapsed(chain[-1]):
-            chain = await store.chain(RESPONSE, owner, what, most, most_size)
+            chain = await store.chain(stored.RESPONSE, owner, what, most, most_size)
         missing = chain[-1].follows if chain else response_id
         if chain and chain[-1].active:
             name, status = chain[-1].id, chain[-1].status
-            raise StoreLimitError(f"The response {name!r} is still {status}: wait until it has ended.", _PREVIOUS)
+            raise stored.StoreLimitError(
+                f"The response {name!r} is still {status}: wait until it has ended.", _PREVIOUS
+            )
         if len(chain) > most or sum(each.size for each in chain) > most_size:
-            raise StoreLimitError(
+            raise stored.StoreLimitError(
                 f"The responses before this one are too long: at most {most} of them and {most_size} bytes may follow "
                 "each other. Begin anew with a summary.",
                 _PREVIOUS,
             )
         if missing:
             broken = f"Response {response_id!r:.80} cannot be continued: the earlier response"
-            raise NotStoredError("Previous response" if missing == response_id else broken, missing, _PREVIOUS)
+            raise stored.NotStoredError("Previous response" if missing == response_id else broken, missing, _PREVIOUS)
         this_request().add(sum(each.size for each in chain))
-        return await apart(lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)])
+        return await apart(
+            lambda: [item for entry in reversed(chain) for item in stored.items_of(entry.body, entry.given)]
+        )
 
-    async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, Item]:
+    async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, stored.Item]:
         """Return items of this owner's responses and conversations by their ids, without those that do not exist."""
-        known = [name for name in dict.fromkeys(names) if is_id(name)]
+        known = [name for name in dict.fromkeys(names) if stored.is_id(name)]
         parts, entries = await (await self.store()).find(owner, known)
         this_request().add(sum(each.size for each in (*parts, *entries)))
         return await apart(_found, set(known), parts, entries)
 
     # ---- conversations that responses are made in --------------------------------------------------------------------
 
-    async def conversation_items(self, owner: str, conversation_id: str) -> list[Item]:
+    async def conversation_items(self, owner: str, conversation_id: str) -> list[stored.Item]:
         """Return the items of a conversation, the oldest first.
 
         Raises:
@@ -213,17 +201,17 @@ class KeptResponses:
         """
         store = await self.store()
         with blaming("conversation"):
-            name = checked_id("Conversation", conversation_id)
-            parts = await store.parts(CONVERSATION, owner, name) or []
+            name = stored.checked_id("Conversation", conversation_id)
+            parts = await store.parts(stored.CONVERSATION, owner, name) or []
         if len(parts) >= self.options.max_items:
             message = f"The conversation {conversation_id!r:.80} is full: delete items of it, or begin another."
-            raise StoreLimitError(message, "conversation")
+            raise stored.StoreLimitError(message, "conversation")
         this_request().add(sum(part.size for part in parts))
         return await apart(lambda: [msgspec.json.decode(part.body) for part in parts])
 
     async def append(
-        self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False
-    ) -> list[EntryItem]:
+        self, owner: str, name: str, items: Iterable[stored.Item], *, skip_known: bool = False
+    ) -> list[stored.EntryItem]:
         """Add items at the end of a conversation, all or none; items without an id get one.
 
         Args:
@@ -236,19 +224,19 @@ class KeptResponses:
             StoreLimitError: an item is, or all together are, too large.
             InvalidParameterError: an id exists already.
         """
-        more = parts_of(items, self.options.max_item_bytes)
+        more = stored.parts_of(items, self.options.max_item_bytes)
         if more:
-            store, name = await self.store(), checked_id("Conversation", name)
-            note_dropped(await store.append(CONVERSATION, owner, name, more, skip_known=skip_known))
+            store, name = await self.store(), stored.checked_id("Conversation", name)
+            note_dropped(await store.append(stored.CONVERSATION, owner, name, more, skip_known=skip_known))
         return more
 
-    async def add_to_conversation(self, entry: Entry) -> None:
+    async def add_to_conversation(self, entry: stored.Entry) -> None:
         """Add the items of a response to its conversation, if it has one; log an error that prevents it."""
         conversation = entry.about["conversation"]
         if conversation is None:
             return
         try:
-            await self.append(entry.owner, conversation, items_of(entry.body, entry.given), skip_known=True)
+            await self.append(entry.owner, conversation, stored.items_of(entry.body, entry.given), skip_known=True)
         except RequestError as error:  # the conversation was deleted, or is full
             logger.warning("a response could not be added to its conversation: %s", error)
 
@@ -261,19 +249,19 @@ class KeptResponses:
             await self._fail_lapsed(entry)
         return await store.expire()
 
-    async def _fail_lapsed(self, entry: Entry) -> bool:
+    async def _fail_lapsed(self, entry: stored.Entry) -> bool:
         """End a response whose server has died; return whether it had."""
         store = await self.store()
         if not entry.active or entry.lease is None or entry.lease > store.now:
             return False
-        body = settled(entry.body, "failed", ("server_error", STOPPED))
-        where = RESPONSE, entry.owner, entry.id
+        body = stored.settled(entry.body, "failed", ("server_error", stored.STOPPED))
+        where = stored.RESPONSE, entry.owner, entry.id
         await store.change(*where, body, status="failed", lease_was=entry.lease)  # unless it was renewed meanwhile
         return True
 
     async def _open(self) -> Backend:
         if self._closed:
-            raise StoreUnavailableError("The store of responses is closed: the server is stopping.")
+            raise stored.StoreUnavailableError("The store of responses is closed: the server is stopping.")
         place, bounds = self.options.place, self.options.bounds
         store = await asyncio.to_thread(backend_at, place, bounds, self._clock)  # it imports SQLAlchemy
         try:
@@ -293,11 +281,13 @@ def note_dropped(dropped: int) -> None:
 
 def _names(response: bytes, given: bytes = b"[]") -> set[str]:
     """The ids of a response's items."""
-    return {item["id"] for item in items_of(response, given) if isinstance(item.get("id"), str)}
+    return {item["id"] for item in stored.items_of(response, given) if isinstance(item.get("id"), str)}
 
 
-def _found(wanted: set[str], parts: Sequence[EntryItem], entries: Sequence[Entry]) -> dict[str, Item]:
-    found: dict[str, Item] = {part.id: msgspec.json.decode(part.body) for part in parts}
+def _found(
+    wanted: set[str], parts: Sequence[stored.EntryItem], entries: Sequence[stored.Entry]
+) -> dict[str, stored.Item]:
+    found: dict[str, stored.Item] = {part.id: msgspec.json.decode(part.body) for part in parts}
     for entry in entries:
-        found |= {item["id"]: item for item in items_of(entry.body, entry.given) if item.get("id") in wanted}
+        found |= {item["id"]: item for item in stored.items_of(entry.body, entry.given) if item.get("id") in wanted}
     return found

@@ -19,21 +19,7 @@ from candle_vllm.openai.protocol.custom_tools import custom_arguments
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, Message, Part, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed
-from candle_vllm.responses.protocol.items import (
-    CallOutputItem,
-    CompactionItem,
-    CustomCallItem,
-    FunctionCallItem,
-    ImagePart,
-    ItemReference,
-    McpApprovalRequestItem,
-    McpCallItem,
-    McpListToolsItem,
-    MessageItem,
-    ReasoningItem,
-    parts_of,
-    text_of,
-)
+from candle_vllm.responses.protocol import items as wire_items
 from candle_vllm.responses.tools.names import tool_name
 
 _ENCODED = "candle-vllm-1."  # prefix of reasoning that this server encoded
@@ -102,29 +88,29 @@ class _Body:
     def add(self, placed: Placed) -> None:
         """Add the next item."""
         item, path = placed
-        if isinstance(item, MessageItem):
+        if isinstance(item, wire_items.MessageItem):
             self._message(item, path)
-        elif isinstance(item, ReasoningItem):
+        elif isinstance(item, wire_items.ReasoningItem):
             if thoughts := _thoughts(item):
                 self._open(path, after_results=True).thoughts.append(thoughts)
-        elif isinstance(item, CompactionItem):
+        elif isinstance(item, wire_items.CompactionItem):
             self._close()
             self._say(TextPart(_SUMMARY.format(_summary(item, path))))
-        elif isinstance(item, FunctionCallItem):
+        elif isinstance(item, wire_items.FunctionCallItem):
             self._call(path, item.call_id, _flat(item), item.arguments)
-        elif isinstance(item, CustomCallItem):
+        elif isinstance(item, wire_items.CustomCallItem):
             self._call(path, item.call_id, _flat(item), custom_arguments(item.input))
-        elif isinstance(item, (McpCallItem, McpApprovalRequestItem)):
+        elif isinstance(item, (wire_items.McpCallItem, wire_items.McpApprovalRequestItem)):
             if item.id not in self._results.run_by_approval:
                 self._call(path, item.id, self._names.mcp_name(item.server_label, item.name), item.arguments)
-                if self._answer is not None and isinstance(item, McpCallItem):
+                if self._answer is not None and isinstance(item, wire_items.McpCallItem):
                     self._answer.has_results = True
-        elif isinstance(item, McpListToolsItem):
+        elif isinstance(item, wire_items.McpListToolsItem):
             self.listed.add(item.server_label)
-        elif isinstance(item, CallOutputItem):
+        elif isinstance(item, wire_items.CallOutputItem):
             self._close()
         else:
-            assert not isinstance(item, ItemReference)
+            assert not isinstance(item, wire_items.ItemReference)
 
     def finish(self) -> tuple[Message, ...]:
         """Return the messages."""
@@ -132,10 +118,10 @@ class _Body:
         head = "\n".join(self.head)
         return tuple([_said("system", head), *self._messages] if head else self._messages)
 
-    def _message(self, item: MessageItem, path: str) -> None:
-        text, path = text_of(item.content), f"{path}.content"
+    def _message(self, item: wire_items.MessageItem, path: str) -> None:
+        text, path = wire_items.text_of(item.content), f"{path}.content"
         if item.role != "user" and not isinstance(item.content, str):
-            image = next((n for n, part in enumerate(item.content) if isinstance(part, ImagePart)), None)
+            image = next((n for n, part in enumerate(item.content) if isinstance(part, wire_items.ImagePart)), None)
             if image is not None:
                 field = f"{path}.{image}.type"
                 raise InvalidParameterError(f"{field}: images stand in messages of users and in results", field)
@@ -144,7 +130,7 @@ class _Body:
             return
         self._close()
         if item.role == "user":
-            self._say(*parts_of(item.content, path))
+            self._say(*wire_items.parts_of(item.content, path))
         elif not self._messages:
             self.head += [text] if text else []
         else:
@@ -204,11 +190,11 @@ def _said(role: Literal["system", "user"], text: str) -> Message:
     return Message(role=role, parts=(TextPart(text),))
 
 
-def _flat(item: FunctionCallItem | CustomCallItem) -> str:
+def _flat(item: wire_items.FunctionCallItem | wire_items.CustomCallItem) -> str:
     return item.name if item.namespace is None else tool_name(item.namespace, item.name)
 
 
-def _thoughts(item: ReasoningItem) -> str:
+def _thoughts(item: wire_items.ReasoningItem) -> str:
     for parts in (item.content, item.summary):
         if parts:
             return "\n".join(part.text for part in parts)
@@ -217,7 +203,7 @@ def _thoughts(item: ReasoningItem) -> str:
     return ""
 
 
-def _summary(item: CompactionItem, path: str) -> str:
+def _summary(item: wire_items.CompactionItem, path: str) -> str:
     if not item.encrypted_content.startswith(_ENCODED):
         field = f"{path}.encrypted_content"
         message = f"{field} is no compaction that a server of this kind made; leave the item out"

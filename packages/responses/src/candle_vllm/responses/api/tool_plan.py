@@ -17,22 +17,8 @@ from candle_vllm.openai.protocol.tools import function_of
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Choice, ToolUse
 from candle_vllm.responses.api.mcp_source import OpenServer
+from candle_vllm.responses.protocol import tools as wire_tools
 from candle_vllm.responses.protocol.request import PromptFields
-from candle_vllm.responses.protocol.tools import (
-    AllowedToolsChoice,
-    ApprovalFilter,
-    CustomTool,
-    FunctionTool,
-    GrammarFormat,
-    HostedTool,
-    McpTool,
-    McpToolChoice,
-    NamedToolChoice,
-    NamespaceTool,
-    ToolChoice,
-    ToolFilter,
-    ToolReference,
-)
 from candle_vllm.responses.tools.approval import Rule
 from candle_vllm.responses.tools.names import tool_name
 from candle_vllm.responses.tools.registry import ToolRegistry
@@ -120,12 +106,12 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
     plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
     for place, tool in enumerate(request.tools or ()):
         path = f"tools.{place}"
-        if isinstance(tool, HostedTool):
+        if isinstance(tool, wire_tools.HostedTool):
             logger.info("the tool of type %.80r is left out of a request: it does not run here", tool.type)
             remark([f"{path}: a tool of type {tool.type!r:.80} does not run here and is left out"])
-        elif isinstance(tool, McpTool):
+        elif isinstance(tool, wire_tools.McpTool):
             _add_server(plan, tool, servers[place], path)
-        elif isinstance(tool, NamespaceTool):
+        elif isinstance(tool, wire_tools.NamespaceTool):
             for number, inner in enumerate(tool.tools):
                 _add_client_tool(plan, inner, f"{path}.tools.{number}", tool)
         else:
@@ -136,7 +122,10 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
 
 
 def _add_client_tool(
-    plan: ToolPlan, tool: FunctionTool | CustomTool, path: str, namespace: NamespaceTool | None
+    plan: ToolPlan,
+    tool: wire_tools.FunctionTool | wire_tools.CustomTool,
+    path: str,
+    namespace: wire_tools.NamespaceTool | None,
 ) -> None:
     name = tool.name if namespace is None else tool_name(namespace.name, tool.name)
     if name in plan.by_name:
@@ -144,36 +133,36 @@ def _add_client_tool(
         raise InvalidParameterError(
             f"{field} must be unique, and {plan.by_name[name].path} is called {tool.name!r} too", field
         )
-    kind: Kind = "custom" if isinstance(tool, CustomTool) else "function"
-    form = tool.format if isinstance(tool, CustomTool) else None
-    grammar = form.definition if isinstance(form, GrammarFormat) and form.syntax == "lark" else None
+    kind: Kind = "custom" if isinstance(tool, wire_tools.CustomTool) else "function"
+    form = tool.format if isinstance(tool, wire_tools.CustomTool) else None
+    grammar = form.definition if isinstance(form, wire_tools.GrammarFormat) and form.syntax == "lark" else None
     inside = None if namespace is None else namespace.name
     plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=inside, grammar=grammar)
-    function = _function(tool) if isinstance(tool, FunctionTool) else _custom_function(name, tool)
+    function = _function(tool) if isinstance(tool, wire_tools.FunctionTool) else _custom_function(name, tool)
     description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
     if text := "\n\n".join(filter(None, description)):
         function["description"] = text
     plan.shown.append({"type": "function", "function": {"name": name, **function}})
 
 
-def _of_namespace(namespace: NamespaceTool) -> str:
+def _of_namespace(namespace: wire_tools.NamespaceTool) -> str:
     return f"One of the tools of {namespace.name}: {namespace.description}" if namespace.description else ""
 
 
-def _function(tool: FunctionTool) -> dict[str, Any]:
+def _function(tool: wire_tools.FunctionTool) -> dict[str, Any]:
     given = {"description": tool.description, "parameters": tool.parameters, "strict": tool.strict}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _custom_function(name: str, tool: CustomTool) -> dict[str, Any]:
-    form = tool.format if isinstance(tool.format, GrammarFormat) else None
+def _custom_function(name: str, tool: wire_tools.CustomTool) -> dict[str, Any]:
+    form = tool.format if isinstance(tool.format, wire_tools.GrammarFormat) else None
     return stand_in(name, tool.description, form and form.syntax, form.definition if form else "")
 
 
 # ---- MCP servers -----------------------------------------------------------------------------------------------------
 
 
-def _add_server(plan: ToolPlan, tool: McpTool, server: OpenServer, path: str) -> None:
+def _add_server(plan: ToolPlan, tool: wire_tools.McpTool, server: OpenServer, path: str) -> None:
     plan.offered[server.label] = offered = []
     for one in server.tools:
         definition = one.definition
@@ -197,7 +186,7 @@ def _add_server(plan: ToolPlan, tool: McpTool, server: OpenServer, path: str) ->
         plan.approval[definition.name] = _rule(tool, definition)
 
 
-def _allowed(tool: McpTool, definition: ToolDefinition) -> bool:
+def _allowed(tool: wire_tools.McpTool, definition: ToolDefinition) -> bool:
     allowed = tool.allowed_tools
     if allowed is None:
         return True
@@ -206,16 +195,16 @@ def _allowed(tool: McpTool, definition: ToolDefinition) -> bool:
     return _matches(allowed, definition)
 
 
-def _matches(chosen: ToolFilter, definition: ToolDefinition) -> bool:
+def _matches(chosen: wire_tools.ToolFilter, definition: ToolDefinition) -> bool:
     if chosen.tool_names is not None and (definition.original_name or definition.name) not in chosen.tool_names:
         return False
     return chosen.read_only is None or chosen.read_only == definition.read_only
 
 
-def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
+def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
     """Approval rule of a tool; a tool that neither list names needs an approval."""
     wish = tool.require_approval
-    if isinstance(wish, ApprovalFilter):
+    if isinstance(wish, wire_tools.ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):
             return "always"
         return "never" if wish.never is not None and _matches(wish.never, definition) else "always"
@@ -225,11 +214,11 @@ def _rule(tool: McpTool, definition: ToolDefinition) -> Rule:
 # ---- tool choice -----------------------------------------------------------------------------------------------------
 
 
-def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choice:
+def _choice(tools: Mapping[str, PlannedTool], choice: wire_tools.ToolChoice | None) -> Choice:
     """Return the choice with the model's names of tools; raises `InvalidParameterError` if it names no tool."""
     if choice is None or isinstance(choice, str):
         return Choice(choice or "auto")
-    if isinstance(choice, AllowedToolsChoice):
+    if isinstance(choice, wire_tools.AllowedToolsChoice):
         if choice.mode == "none":
             return Choice("none")
         names = [name for i, one in enumerate(choice.tools) for name in _named(tools, one, f"tool_choice.tools.{i}")]
@@ -238,9 +227,9 @@ def _choice(tools: Mapping[str, PlannedTool], choice: ToolChoice | None) -> Choi
     return Choice("required", named=names[0]) if len(names) == 1 else Choice("required", frozenset(names))
 
 
-def _named(tools: Mapping[str, PlannedTool], reference: ToolReference, path: str) -> list[str]:
+def _named(tools: Mapping[str, PlannedTool], reference: wire_tools.ToolReference, path: str) -> list[str]:
     """Names that the model uses for the tools that a choice refers to."""
-    if isinstance(reference, McpToolChoice):
+    if isinstance(reference, wire_tools.McpToolChoice):
         field, wanted = f"{path}.server_label", reference.server_label
         found = [name for name, tool in tools.items() if tool.server == wanted]
         if found and reference.name is not None:
@@ -248,7 +237,7 @@ def _named(tools: Mapping[str, PlannedTool], reference: ToolReference, path: str
             found = [name for name in found if tools[name].name == wanted]
         known = [tool.server or "" for tool in tools.values()] if field.endswith("label") else []
     else:
-        assert isinstance(reference, NamedToolChoice)
+        assert isinstance(reference, wire_tools.NamedToolChoice)
         field, wanted = f"{path}.name", reference.name
         found = [name for name, tool in tools.items() if _is_named(name, tool, reference)]
         known = [tool.name for tool in tools.values()]
@@ -256,14 +245,14 @@ def _named(tools: Mapping[str, PlannedTool], reference: ToolReference, path: str
         near = difflib.get_close_matches(wanted, known, n=1)
         advice = f"; did you mean {near[0]!r:.80}?" if near else ""
         raise InvalidParameterError(f"{field} must name one of the request's tools, not {wanted!r:.80}{advice}", field)
-    if len(found) > 1 and not isinstance(reference, McpToolChoice):
+    if len(found) > 1 and not isinstance(reference, wire_tools.McpToolChoice):
         raise UnsupportedParameterError(
             f"{field} names tools of several namespaces: {', '.join(found)[:200]}; use one of these names", field
         )
     return found
 
 
-def _is_named(name: str, tool: PlannedTool, reference: NamedToolChoice) -> bool:
+def _is_named(name: str, tool: PlannedTool, reference: wire_tools.NamedToolChoice) -> bool:
     if tool.kind != reference.type:
         return False
     if reference.namespace is not None:

@@ -11,29 +11,12 @@ from functools import cache
 from typing import Any
 
 import msgspec
-from sqlalchemy import (
-    BigInteger,
-    Column,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Table,
-    UniqueConstraint,
-    column,
-    func,
-    insert,
-    select,
-    table,
-)
+import sqlalchemy as sa
 
 from candle_vllm.responses.store.entries import CONVERSATION, MAX_ID, OVERHEAD, RESPONSE
 
 VERSION = 2
-_Key = BigInteger().with_variant(Integer(), "sqlite")  # the only type for which SQLite assigns row numbers
+_Key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # the only type for which SQLite assigns row numbers
 _AT_ONCE = 100  # rows that one statement copies
 
 
@@ -42,52 +25,54 @@ class Tables:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.all = MetaData()
-        self.head = Table(
+        self.all = sa.MetaData()
+        self.head = sa.Table(
             f"{name}_schema",
             self.all,
-            Column("version", Integer, primary_key=True),
-            Column("salt", LargeBinary, nullable=False),  # of the hashes of keys
+            sa.Column("version", sa.Integer, primary_key=True),
+            sa.Column("salt", sa.LargeBinary, nullable=False),  # of the hashes of keys
         )
-        self.entries = Table(
+        self.entries = sa.Table(
             f"{name}_entries",
             self.all,
-            Column("number", _Key, primary_key=True, autoincrement=True),  # the order of lists
-            Column("owner", String(64), nullable=False),
-            Column("id", String(MAX_ID), nullable=False),
-            Column("kind", String(20), nullable=False),
-            Column("status", String(20), nullable=False),
-            Column("created", BigInteger, nullable=False),  # this and the other times: ms since 1970
-            Column("used", BigInteger, nullable=False),  # the longest unused are dropped first
-            Column("expires", BigInteger),  # NULL: never
-            Column("lease", BigInteger),  # end of the holder's lease; NULL: no lease
-            Column("holder", String(MAX_ID)),
-            Column("follows", String(MAX_ID)),
-            Column("size", BigInteger, nullable=False),  # bytes, parts included
-            Column("about", LargeBinary, nullable=False),  # JSON
-            Column("body", LargeBinary, nullable=False),
-            Column("given", LargeBinary, nullable=False),
-            UniqueConstraint("owner", "id"),
-            Index(f"{name}_entries_size", "owner", "size"),
-            Index(f"{name}_entries_expires", "expires"),
-            Index(f"{name}_entries_lease", "lease"),
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # the order of lists
+            sa.Column("owner", sa.String(64), nullable=False),
+            sa.Column("id", sa.String(MAX_ID), nullable=False),
+            sa.Column("kind", sa.String(20), nullable=False),
+            sa.Column("status", sa.String(20), nullable=False),
+            sa.Column("created", sa.BigInteger, nullable=False),  # this and the other times: ms since 1970
+            sa.Column("used", sa.BigInteger, nullable=False),  # the longest unused are dropped first
+            sa.Column("expires", sa.BigInteger),  # NULL: never
+            sa.Column("lease", sa.BigInteger),  # end of the holder's lease; NULL: no lease
+            sa.Column("holder", sa.String(MAX_ID)),
+            sa.Column("follows", sa.String(MAX_ID)),
+            sa.Column("size", sa.BigInteger, nullable=False),  # bytes, parts included
+            sa.Column("about", sa.LargeBinary, nullable=False),  # JSON
+            sa.Column("body", sa.LargeBinary, nullable=False),
+            sa.Column("given", sa.LargeBinary, nullable=False),
+            sa.UniqueConstraint("owner", "id"),
+            sa.Index(f"{name}_entries_size", "owner", "size"),
+            sa.Index(f"{name}_entries_expires", "expires"),
+            sa.Index(f"{name}_entries_lease", "lease"),
         )
-        self.parts = Table(
+        self.parts = sa.Table(
             f"{name}_parts",
             self.all,
-            Column("number", _Key, primary_key=True, autoincrement=True),  # the order of parts
-            Column("entry", _Key, ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False),
-            Column("id", String(MAX_ID), nullable=False),
-            Column("size", BigInteger, nullable=False),
-            Column("body", LargeBinary, nullable=False),
-            UniqueConstraint("entry", "id"),
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # the order of parts
+            sa.Column("entry", _Key, sa.ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False),
+            sa.Column("id", sa.String(MAX_ID), nullable=False),
+            sa.Column("size", sa.BigInteger, nullable=False),
+            sa.Column("body", sa.LargeBinary, nullable=False),
+            sa.UniqueConstraint("entry", "id"),
         )
-        self.names = Table(  # names of the entries' contents
+        self.names = sa.Table(  # names of the entries' contents
             f"{name}_names",
             self.all,
-            Column("number", _Key, primary_key=True, autoincrement=True),
-            Column("entry", _Key, ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False, index=True),
-            Column("name", String(MAX_ID), nullable=False, index=True),
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),
+            sa.Column(
+                "entry", _Key, sa.ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False, index=True
+            ),
+            sa.Column("name", sa.String(MAX_ID), nullable=False, index=True),
         )
 
     @property
@@ -104,32 +89,34 @@ def tables_of(name: str) -> Tables:
 
 # ---- version 1 -------------------------------------------------------------------------------------------------------
 
-_RESPONSES = table(
+_RESPONSES = sa.table(
     "responses_records",
-    *(column(name) for name in (
+    *(sa.column(name) for name in (
         "number", "owner", "id", "conversation", "created", "used", "expires", "lease", "size", "status", "background",
         "previous_id", "conversation_id", "body", "input_items",
     )),
 )  # fmt: skip
-_ITEMS = table("responses_items", *(column(name) for name in ("number", "record", "id", "size", "body")))
-_PLACES = table("responses_places", *(column(name) for name in ("number", "record", "item")))
-_ANSWERS = table(
+_ITEMS = sa.table("responses_items", *(sa.column(name) for name in ("number", "record", "id", "size", "body")))
+_PLACES = sa.table("responses_places", *(sa.column(name) for name in ("number", "record", "item")))
+_ANSWERS = sa.table(
     "mailbox_records",
-    *(column(name) for name in (
+    *(sa.column(name) for name in (
         "id", "owner", "request_id", "delivery_id", "model", "created", "expires", "status", "listed", "response",
         "push_at", "push_attempts", "push_url", "push_bearer",
     )),
 )  # fmt: skip
 
 
-def from_version_1(connection: Connection, new: Tables) -> None:
+def from_version_1(connection: sa.Connection, new: Tables) -> None:
     """Move the data of the tables of version 1 to these, whose names have the same prefix."""
     if connection.dialect.name == "postgresql":
-        connection.execute(select(func.set_config("statement_timeout", "0", True)))
+        connection.execute(sa.select(sa.func.set_config("statement_timeout", "0", True)))
     if new.name == "responses":
         _copy(connection, new, _RESPONSES.c.number, _response)
-        connection.execute(insert(new.parts).from_select(["number", "entry", "id", "size", "body"], select(_ITEMS)))
-        connection.execute(insert(new.names).from_select(["number", "entry", "name"], select(_PLACES)))
+        connection.execute(
+            sa.insert(new.parts).from_select(["number", "entry", "id", "size", "body"], sa.select(_ITEMS))
+        )
+        connection.execute(sa.insert(new.names).from_select(["number", "entry", "name"], sa.select(_PLACES)))
         old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns end in 20 s
     else:
         _copy(connection, new, _ANSWERS.c.id, _answer)
@@ -138,18 +125,18 @@ def from_version_1(connection: Connection, new: Tables) -> None:
         connection.exec_driver_sql(f"DROP TABLE {name}")
     if connection.dialect.name == "postgresql":
         for each in (new.entries, new.parts, new.names):  # rows have their old numbers: new ones must be larger
-            last = select(func.max(each.c.number)).scalar_subquery()
-            connection.execute(select(func.setval(func.pg_get_serial_sequence(each.name, "number"), last)))
+            last = sa.select(sa.func.max(each.c.number)).scalar_subquery()
+            connection.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence(each.name, "number"), last)))
 
 
-def _copy(connection: Connection, new: Tables, number: Any, made_of: Any) -> None:
+def _copy(connection: sa.Connection, new: Tables, number: Any, made_of: Any) -> None:
     last = -1
     while True:
-        query = select(number.table).where(number > last).order_by(number).limit(_AT_ONCE)
+        query = sa.select(number.table).where(number > last).order_by(number).limit(_AT_ONCE)
         rows = [made_of(row) for row in connection.execute(query)]
         if not rows:
             return
-        connection.execute(insert(new.entries), rows)
+        connection.execute(sa.insert(new.entries), rows)
         last = rows[-1]["number"]
 
 

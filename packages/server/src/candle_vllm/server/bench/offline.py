@@ -45,7 +45,6 @@ class EngineWords:
         return made if len(made) == count else self.draw(count, chance)
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize a text without a BOS token."""
         return self._engine.tokenize(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:

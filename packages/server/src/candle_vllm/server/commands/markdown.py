@@ -101,7 +101,6 @@ class MarkdownDisplay(Display):
         self._any = False
 
     def show(self, piece: Said) -> None:
-        """Print one delta."""
         if piece.thought:
             self._finish()
             super().show(piece)

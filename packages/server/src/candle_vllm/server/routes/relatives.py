@@ -7,6 +7,7 @@ Outside the ten steps, except for routes with a body such as `/completion` and `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -407,10 +408,8 @@ async def create_fim_completion(request: Request) -> Response:
 
 
 COMPLETION, INFILL = _api(llama_server.LlamaCompletionRequest), _api(llama_server.InfillRequest)
-
-
-@route(
-    "POST /completion",
+_completion = functools.partial(
+    route,
     tag="generation",
     body=llama_server.LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
@@ -419,18 +418,10 @@ COMPLETION, INFILL = _api(llama_server.LlamaCompletionRequest), _api(llama_serve
     events=(llama_server.LlamaText, ErrorEnvelope),
     errors=QUEUED,
 )
-@route(
-    "POST /completions",
-    id="llama_completions",
-    summary="The same as `/completion`",
-    tag="generation",
-    body=llama_server.LlamaCompletionRequest,
-    example={"prompt": "Once upon a time", "n_predict": 32},
-    answer=llama_server.LlamaText,
-    one_or_more=True,
-    events=(llama_server.LlamaText, ErrorEnvelope),
-    errors=QUEUED,
-)
+
+
+@_completion("POST /completion")
+@_completion("POST /completions", id="llama_completions", summary="The same as `/completion`")
 async def llama_completion(request: Request) -> Response:
     """Continue a text, perhaps one with images, in llama.cpp's words."""
     return await answering.answer(request, COMPLETION)

@@ -26,9 +26,9 @@ arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.dispatch import on_gpu
 
 if TYPE_CHECKING:
@@ -40,25 +40,17 @@ def paged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rows: AttentionRows | DeviceRows,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
+    **scores: Unpack[ScoreOptions],
 ) -> torch.Tensor:
     """Compute softmax(q k^T * scale) v for every sequence of the step; see the contract above."""
     assert q.shape[1] % key_cache.shape[2] == 0
-    assert all(each is None or each.shape == q.shape[1:2] for each in (sinks, slopes))
-    options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales}
-    options |= {"sinks": sinks, "slopes": slopes}
+    assert all(each is None or each.shape == q.shape[1:2] for each in map(scores.get, ("sinks", "slopes")))
     if on_gpu(q):
         from candle_vllm.core.kernels.attention import triton
 
         rows = rows.on_device() if isinstance(rows, AttentionRows) else rows
-        return triton.paged_attention(q, key_cache, value_cache, rows, **options)
+        return triton.paged_attention(q, key_cache, value_cache, rows, **scores)
     from candle_vllm.core.kernels.attention import torch_decode
 
     rows = rows.on_host() if isinstance(rows, DeviceRows) else rows
-    return torch_decode.paged_attention(q, key_cache, value_cache, rows, **options)
+    return torch_decode.paged_attention(q, key_cache, value_cache, rows, **scores)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Protocol
+from typing import Protocol, Unpack
 
 import torch
 
-from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 
 
 class Attend(Protocol):
@@ -21,13 +21,7 @@ class Attend(Protocol):
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         rows: DeviceRows,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-        sinks: torch.Tensor | None = None,
-        slopes: torch.Tensor | None = None,
+        **scores: Unpack[ScoreOptions],
     ) -> torch.Tensor: ...
 
 

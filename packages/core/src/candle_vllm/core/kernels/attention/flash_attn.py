@@ -15,13 +15,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch.nn import functional
 
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend, installed, page_refusal
-from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 
 _FOUR, _TWO = "flash_attn.cute", "flash_attn_2_cuda"  # modules by which the two packages are recognised
 
@@ -116,20 +116,12 @@ class PagedFlash:
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         rows: DeviceRows,
-        *,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-        sinks: torch.Tensor | None = None,
-        slopes: torch.Tensor | None = None,
+        **scores: Unpack[ScoreOptions],
     ) -> torch.Tensor:
-        assert cache_scales is None
-        assert sinks is None
-        assert slopes is None
+        assert all(scores.get(each) is None for each in ("cache_scales", "sinks", "slopes"))
         assert rows.decoding is None
         assert key_cache.dtype == value_cache.dtype == q.dtype
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap}
+        options = {"scale": scores["scale"], "window": scores.get("window"), "softcap": scores.get("softcap")}
         decodes, others = split(rows, len(q), key_cache.shape[1])
         out = None if others is None else self.call(q, key_cache, value_cache, others, **options)
         if decodes is None:

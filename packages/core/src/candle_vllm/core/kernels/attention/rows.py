@@ -5,10 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Required, TypedDict
 
 if TYPE_CHECKING:
     import torch
+
+
+class ScoreOptions(TypedDict, total=False):
+    """How queries and keys are scored; see the contract in the package."""
+
+    scale: Required[float]
+    window: int | None
+    softcap: float | None
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
 
 
 class PagedCache(NamedTuple):

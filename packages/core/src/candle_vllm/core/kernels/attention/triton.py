@@ -8,9 +8,11 @@ others. So a token's kernel depends on the caller, not on the batch. Nothing her
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
-from candle_vllm.core.kernels.attention.rows import DeviceRows
+from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
 from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
@@ -24,25 +26,20 @@ def paged_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     rows: DeviceRows,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    sinks: torch.Tensor | None = None,
-    slopes: torch.Tensor | None = None,
+    **scores: Unpack[ScoreOptions],
 ) -> torch.Tensor:
     """See the contract in the package."""
     tokens, heads, dim = q.shape
-    _check(q, key_cache, value_cache, rows, cache_scales)
-    for of_heads in (sinks, slopes):
+    _check(q, key_cache, value_cache, rows, scores.get("cache_scales"))
+    for of_heads in (scores.get("sinks"), scores.get("slopes")):
         if of_heads is not None:
             assert of_heads.shape == (heads,)
             assert of_heads.dtype == torch.float32
             assert of_heads.is_contiguous()
             assert of_heads.device == q.device
-    assert scale > 0
-    assert window != 0
+    softcap = scores.get("softcap")
+    assert scores["scale"] > 0
+    assert scores.get("window") != 0
     assert softcap is None or softcap > 0
     out = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     n = rows.decodes
@@ -54,12 +51,7 @@ def paged_attention(
             out[:n],
             rows.context_lens[:n],
             rows.block_tables[:n],
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            scales=cache_scales,
-            sinks=sinks,
-            slopes=slopes,
+            **scores,
             decoding=rows.decoding,
             lists=rows.lists,
         )
@@ -74,12 +66,7 @@ def paged_attention(
             rows.context_lens[first:],
             rows.block_tables[first:],
             tokens - first,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            scales=cache_scales,
-            sinks=sinks,
-            slopes=slopes,
+            **scores,
             decoding=rows.decoding,
         )
     return out

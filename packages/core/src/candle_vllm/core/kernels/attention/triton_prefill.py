@@ -292,11 +292,11 @@ def prefill(
     tokens: int,
     *,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None,
-    sinks: torch.Tensor | None,
-    slopes: torch.Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
 ) -> None:
     """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller has made the checks.
@@ -310,7 +310,7 @@ def prefill(
     shape = tiles(next_power_of_2(dim), q.element_size(), group, capability(q.device))
     assert group <= shape.rows
     count = tokens // (shape.rows // group) + rows
-    flags = (softcap is not None, scales is not None, sinks is not None)
+    flags = (softcap is not None, cache_scales is not None, sinks is not None)
     prefill_kernel[(count * kv_heads,)](
         q,
         key_cache,
@@ -320,8 +320,8 @@ def prefill(
         context_lens,
         block_tables,
         decoding,
-        scales[0] if scales else None,
-        scales[1] if scales else None,
+        cache_scales[0] if cache_scales else None,
+        cache_scales[1] if cache_scales else None,
         sinks,
         slopes,
         scale,
