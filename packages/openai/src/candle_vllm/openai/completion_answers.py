@@ -19,12 +19,7 @@ from candle_vllm.openai.logprobs import (
 )
 from candle_vllm.openai.protocol import usage as wire
 from candle_vllm.openai.protocol.chat import PromptLogprobs
-from candle_vllm.openai.protocol.completions import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-)
+from candle_vllm.openai.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 
 
 class EchoedPrompt(NamedTuple):

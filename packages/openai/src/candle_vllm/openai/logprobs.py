@@ -7,13 +7,7 @@ import codecs
 from collections.abc import Sequence
 
 from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
-from candle_vllm.openai.protocol.chat import (
-    ChatLogprobs,
-    ChatTokenLogprob,
-    PromptLogprob,
-    PromptLogprobs,
-    TopLogprob,
-)
+from candle_vllm.openai.protocol.chat import ChatLogprobs, ChatTokenLogprob, PromptLogprob, PromptLogprobs, TopLogprob
 from candle_vllm.openai.protocol.completions import CompletionLogprobs
 
 LOWEST = -9999.0  # replaces minus infinity, which JSON does not have; OpenAI's value

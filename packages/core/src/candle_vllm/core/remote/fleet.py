@@ -30,12 +30,7 @@ from candle_vllm.core.engine.runners.sleeping import TAGS
 from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
 from candle_vllm.core.engine.step.sequence import PlacedImage
 from candle_vllm.core.engine.step.thread import Sink
-from candle_vllm.core.errors import (
-    CandleVllmError,
-    EngineDeadError,
-    EngineOverloadedError,
-    InvalidParameterError,
-)
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.core.remote.engine import RemoteEngine
 from candle_vllm.core.remote.payloads import Payload, RequestWriter
 from candle_vllm.core.remote.process import EngineProcess

@@ -17,13 +17,7 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_facts import NAMES
-from candle_vllm.core.sampling.json_references import (
-    LISTED_PARTS,
-    NAMED_PARTS,
-    SINGLE_PARTS,
-    References,
-    children,
-)
+from candle_vllm.core.sampling.json_references import LISTED_PARTS, NAMED_PARTS, SINGLE_PARTS, References, children
 from candle_vllm.core.sampling.structured import refused
 
 MAX_MEETING = 8  # maximum number of patterns on one text: 12 take 0.4 s, 15 take half a minute

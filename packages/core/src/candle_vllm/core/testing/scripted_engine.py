@@ -25,12 +25,7 @@ from candle_vllm.core.engine.step.admission import check_encoder_task
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS
 from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatch, RequestWatcher, watched_submit
-from candle_vllm.core.errors import (
-    ChatTemplateError,
-    EngineSleepingError,
-    InvalidParameterError,
-    PromptTooLongError,
-)
+from candle_vllm.core.errors import ChatTemplateError, EngineSleepingError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams

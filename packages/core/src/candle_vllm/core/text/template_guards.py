@@ -14,12 +14,7 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError
 
-from candle_vllm.core.text.template_budget import (
-    CONTAINERS,
-    MAX_INTEGER_BITS,
-    BudgetExceededError,
-    budget,
-)
+from candle_vllm.core.text.template_budget import CONTAINERS, MAX_INTEGER_BITS, BudgetExceededError, budget
 
 MAX_WIDTH = 10_000  # maximum width to which text may be padded
 MAX_NEEDLE = 1024  # characters of a set to strip, or of a text searched from the right

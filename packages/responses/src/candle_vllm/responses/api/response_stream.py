@@ -10,12 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-from candle_vllm.core.errors import (
-    EngineDeadError,
-    EngineOverloadedError,
-    PromptTooLongError,
-    RequestError,
-)
+from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, PromptTooLongError, RequestError
 from candle_vllm.openai import to_error
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.conversation.channel import end_task

@@ -13,13 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.backend import Backend, Held
-from candle_vllm.responses.store.entries import (
-    CONVERSATION,
-    ConversationBusyError,
-    NotStoredError,
-    checked_id,
-    new_id,
-)
+from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
 from candle_vllm.responses.store.upkeep import Upkeep
 
 TURN_MS = 20_000  # lease; if a server dies, others wait this long

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.mcp.server_values import (
-    MAX_CONNECT_TIMEOUT,
-    MAX_ITEMS,
-    MAX_TIMEOUT,
-    Checks,
-    OAuthClient,
-)
+from candle_vllm.responses.mcp.server_values import MAX_CONNECT_TIMEOUT, MAX_ITEMS, MAX_TIMEOUT, Checks, OAuthClient
 
 logger = logging.getLogger(__name__)
 

@@ -28,15 +28,7 @@ from candle_vllm.core import CandleVllmError
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.bench.client import EventClient, Target, WholeClient
 from candle_vllm.server.bench.datasets import LocalWords, Sample, ServerWords, Shape, Words, make_samples
-from candle_vllm.server.bench.figures import (
-    Seen,
-    detail,
-    read_goals,
-    read_metrics,
-    read_percentiles,
-    summary,
-    table,
-)
+from candle_vllm.server.bench.figures import Seen, detail, read_goals, read_metrics, read_percentiles, summary, table
 from candle_vllm.server.settings.options import UsageError
 
 ENDPOINTS = {

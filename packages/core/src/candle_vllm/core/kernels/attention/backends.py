@@ -21,13 +21,7 @@ import torch
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import reference
-from candle_vllm.core.kernels.attention.backend import (
-    PAGE_OF_2,
-    AttentionNeeds,
-    Backend,
-    flash_refusal,
-    triton_refusal,
-)
+from candle_vllm.core.kernels.attention.backend import PAGE_OF_2, AttentionNeeds, Backend, flash_refusal, triton_refusal
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 
 SETTING = "attention_backend"

@@ -20,11 +20,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 )
 from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import (
-    StepNumber,
-    address_of,
-    operation,
-)
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, operation
 from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
 if TYPE_CHECKING:

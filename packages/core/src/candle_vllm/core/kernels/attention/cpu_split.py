@@ -10,9 +10,7 @@ from __future__ import annotations
 from numba import njit
 
 from candle_vllm.core.kernels.attention import cpu_cache
-from candle_vllm.core.kernels.attention.cpu_cache import (
-    ROW_TILE,
-)
+from candle_vllm.core.kernels.attention.cpu_cache import ROW_TILE
 
 _UNITS_PER_THREAD = 8  # a unit that is larger than 1/8 of a thread's share of the step is split by chunks
 

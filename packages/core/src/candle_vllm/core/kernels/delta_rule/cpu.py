@@ -23,12 +23,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.emit_columns import (
-    emit_columns,
-    lanes_below,
-    load_columns,
-    store_columns,
-)
+from candle_vllm.core.kernels.cpu_runtime.emit_columns import emit_columns, lanes_below, load_columns, store_columns
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_exp, emit_softplus
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber

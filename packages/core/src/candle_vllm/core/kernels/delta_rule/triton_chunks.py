@@ -42,14 +42,7 @@ from candle_vllm.core.kernels.delta_rule.triton_scan import (
     strength_of,
     tile_places,
 )
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    WITH_TENSOR_CORES,
-    Build,
-    capability,
-    cdiv,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability, cdiv
 
 CHUNK = 64
 """Tokens of a chunk."""

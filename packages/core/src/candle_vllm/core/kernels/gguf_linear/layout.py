@@ -42,14 +42,7 @@ from types import MappingProxyType
 import torch
 
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout, values
-from candle_vllm.core.kernels.packed_linear.layout import (
-    GROUP,
-    LAYOUTS,
-    AnyLayout,
-    PackedKind,
-    TileLayout,
-    packed_kind,
-)
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, AnyLayout, PackedKind, TileLayout, packed_kind
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 WORDS = 16

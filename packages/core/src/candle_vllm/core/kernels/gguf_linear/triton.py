@@ -25,24 +25,12 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS, PLANES, GgufMatrix
-from candle_vllm.core.kernels.gguf_linear.triton_codes import (
-    codec,
-    float_code,
-    operand,
-    planned,
-    scale_of,
-)
+from candle_vllm.core.kernels.gguf_linear.triton_codes import codec, float_code, operand, planned, scale_of
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launch, tile_for
 from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
-from candle_vllm.core.kernels.triton_build import (
-    OPTIONS,
-    TENSOR_CORES,
-    WITH_TENSOR_CORES,
-    Build,
-    capability,
-)
+from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability
 
 # By the number of weights that share a scale: the first tile that is wide enough, else the last. Chosen by counting
 # instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers; with more

@@ -12,11 +12,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
-from candle_vllm.core.kernels.cpu_runtime.operation import (
-    address_of,
-    operation,
-    plan_row,
-)
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
 from candle_vllm.core.kernels.latent_attention.layout import groups_of, scratch_bytes, stretch_step
 
 if TYPE_CHECKING:

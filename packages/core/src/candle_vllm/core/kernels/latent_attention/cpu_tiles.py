@@ -24,11 +24,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import partial_floats
 from candle_vllm.core.kernels.attention.cpu_tiles import NOTHING, emit_exp2
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
-from candle_vllm.core.kernels.latent_attention.layout import (
-    BLOCK,
-    OCTET,
-    SCORE_BYTES,
-)
+from candle_vllm.core.kernels.latent_attention.layout import BLOCK, OCTET, SCORE_BYTES
 
 
 def keys_at_once(groups: int) -> int:

@@ -6,11 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from candle_vllm.core.kernels.cpu_runtime.operation import (
-    LinearArguments,
-    operation,
-    slot,
-)
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, operation, slot
 
 if TYPE_CHECKING:
     import torch

@@ -15,13 +15,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP
-from candle_vllm.core.kernels.activation_quant.cpu import (
-    layer_scale,
-    rms_scale,
-    rms_scale_within,
-    row_mean,
-    share,
-)
+from candle_vllm.core.kernels.activation_quant.cpu import layer_scale, rms_scale, rms_scale_within, row_mean, share
 from candle_vllm.core.kernels.activation_rows.cpu import padded_row
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
