@@ -332,9 +332,9 @@ class EngineFront(ABC):
             EngineDeadError: the engine has stopped.
         """
 
-    @abstractmethod
     def abort(self, request_id: str) -> None:
         """End a request before the next step and free its blocks; unknown ids are ignored."""
+        self._running_thread().abort(request_id)
 
     @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:

@@ -101,9 +101,6 @@ class RemoteEngine(EngineFront):
         self._working()
         self._thread.check(params)
 
-    def abort(self, request_id: str) -> None:
-        self._running_thread().abort(request_id)
-
     def reset_prefix_cache(self) -> None:
         self._running_thread().reset_prefix_cache()
 

@@ -28,17 +28,8 @@ import zmq
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import EngineDeadError, ModelLoadError
 from candle_vllm.core.progress import tell
+from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import CONTROL, END, STEPS, TOKEN_BYTES, set_limits, write_start
-from candle_vllm.core.remote.wire import (
-    PATIENCE,
-    Failed,
-    Greeting,
-    Loading,
-    MalformedMessageError,
-    Reader,
-    Ready,
-    make_error,
-)
 from candle_vllm.core.threads import ending
 
 logger = logging.getLogger(__name__)
@@ -105,7 +96,7 @@ class EngineProcess:
             self.close(kill=True)
             raise
 
-    def greeting(self) -> Ready:
+    def greeting(self) -> wire.Ready:
         """Wait until the child has loaded its model, and report progress.
 
         A child that fails sends its error and waits to be ended, so after the child's end no more messages arrive.
@@ -113,7 +104,7 @@ class EngineProcess:
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
         """
-        poller, reader = zmq.Poller(), Reader(Greeting)
+        poller, reader = zmq.Poller(), wire.Reader(wire.Greeting)
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.alive, zmq.POLLIN | zmq.POLLERR)
         while True:
@@ -121,11 +112,11 @@ class EngineProcess:
             for data in self.received(1):
                 try:
                     message = reader.read(data)
-                except MalformedMessageError as error:
+                except wire.MalformedMessageError as error:
                     raise ModelLoadError(f"the engine process sent what is no message: {error}") from None
-                if isinstance(message, Failed):
-                    raise make_error(message.error)
-                if isinstance(message, Loading):
+                if isinstance(message, wire.Failed):
+                    raise wire.make_error(message.error)
+                if isinstance(message, wire.Loading):
                     tell(message.what, message.done, message.total, message.unit)
                     continue
                 return message
@@ -163,7 +154,9 @@ class EngineProcess:
         try:
             self.socket.send_multipart((CONTROL + self._token, data))
         except zmq.Again:
-            raise EngineDeadError(f"the engine process took no message for {PATIENCE:.0f} s and is ended") from None
+            raise EngineDeadError(
+                f"the engine process took no message for {wire.PATIENCE:.0f} s and is ended"
+            ) from None
         except zmq.ZMQError:
             raise EngineDeadError(f"the engine process has ended ({self._fate()})") from None
 
@@ -176,7 +169,7 @@ class EngineProcess:
         """Kill the child and wait for its end. Thread-safe."""
         self._popen.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(PATIENCE)
+            self._popen.wait(wire.PATIENCE)
 
     def close(self, *, kill: bool = False) -> None:
         """Ask the child to end, kill it after a timeout, and free all resources. Closing twice is fine."""
@@ -198,9 +191,9 @@ class EngineProcess:
         with contextlib.suppress(OSError):
             self._write(END)
         try:
-            self._popen.wait(PATIENCE)
+            self._popen.wait(wire.PATIENCE)
         except subprocess.TimeoutExpired:
-            logger.warning("the engine process did not end within %.0f s and is killed", PATIENCE)
+            logger.warning("the engine process did not end within %.0f s and is killed", wire.PATIENCE)
 
     @property
     def _input(self) -> IO[bytes]:

@@ -61,12 +61,8 @@ class ReplicatedEngine(EngineFront):
         self._require()[0].add_death_callback(callback)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """See `RemoteEngine.check_structured_outputs`."""
         self._check_generates()
         self._running_thread().check_structured_outputs(params)
-
-    def abort(self, request_id: str) -> None:
-        self._running_thread().abort(request_id)
 
     def reset_prefix_cache(self) -> None:
         """See `EngineFront`; clears the caches of all replicas."""

@@ -8,13 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, model_validator
 
-from candle_vllm.openai.anthropic.blocks import (
-    AssistantContent,
-    SystemContent,
-    ToolResultBlock,
-    ToolUseBlock,
-    UserContent,
-)
+from candle_vllm.openai.anthropic import blocks
 from candle_vllm.openai.protocol.fields import WireModel, invalid
 
 _ROLES = ("user", "assistant", "system")
@@ -24,14 +18,14 @@ class UserMessage(WireModel):
     """Content of the user, and results of tools."""
 
     role: Literal["user"]
-    content: UserContent
+    content: blocks.UserContent
 
 
 class AssistantMessage(WireModel):
     """An earlier answer; as the last message, the beginning of the next answer. An answer may be empty."""
 
     role: Literal["assistant"]
-    content: AssistantContent
+    content: blocks.AssistantContent
 
 
 class _TurnConfig(WireModel):
@@ -47,7 +41,7 @@ class SystemMessage(WireModel):
     """
 
     role: Literal["system"]
-    content: SystemContent | None = None
+    content: blocks.SystemContent | None = None
     clear_at: Literal["next_user_message", "never"] | None = None
     output_config: _TurnConfig | None = None
 
@@ -89,7 +83,7 @@ def check_history(messages: Sequence[Message]) -> None:
             if answered_in is not None:
                 _all_answered(pending, answered_in)
             answered_in = None
-            for place, block in _blocks(message, ToolUseBlock):
+            for place, block in _blocks(message, blocks.ToolUseBlock):
                 if block.id in pending:
                     raise invalid(f"messages.{index}.content.{place}.id", f"{block.id!r:.80} is already another call's")
                 pending[block.id] = None
@@ -101,7 +95,7 @@ def check_history(messages: Sequence[Message]) -> None:
 
 
 def _take_results(message: UserMessage, index: int, pending: dict[str, None]) -> None:
-    for number, (place, block) in enumerate(_blocks(message, ToolResultBlock)):
+    for number, (place, block) in enumerate(_blocks(message, blocks.ToolResultBlock)):
         here = f"messages.{index}.content.{place}"
         if number != place:
             raise invalid(f"{here}.type", "tool_result must stand before the text of its message")

@@ -43,6 +43,15 @@ class ImageUrl(WireModel):
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
+def one_image(part: Any) -> Any:
+    """Check that a part has either an `image_url` or a `file_id`, and return it."""
+    if part.image_url is None and part.file_id is None:
+        raise invalid("image_url", "is required where there is no file_id")
+    if part.image_url is not None and part.file_id is not None:
+        raise invalid("file_id", "and image_url are two images: give one of them")
+    return part
+
+
 class ImagePart(WireModel):
     """An image; in the newer `input_image`, and from some clients, `image_url` is the address itself, not an object.
 
@@ -62,13 +71,7 @@ class ImagePart(WireModel):
     prompt_cache_breakpoint: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _is_somewhere(self) -> ImagePart:
-        if self.image_url is None and self.file_id is None:
-            raise invalid("image_url", "is required where there is no file_id")
-        if self.image_url is not None and self.file_id is not None:
-            raise invalid("file_id", "and image_url are two images: give one of them")
-        return self
+    _is_one_image = model_validator(mode="after")(one_image)
 
     def image(self, path: str) -> Image:
         """Convert to the `ImagePart` of a `Task`."""

@@ -16,15 +16,9 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.vision.pictures import from_base64
 from candle_vllm.openai.task import ImagePart, Part, TextPart
+from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.channel import EventChannel
 from candle_vllm.responses.conversation.chat_model import Eyes
-from candle_vllm.responses.conversation.events import (
-    ApprovalRequested,
-    Event,
-    ToolFinished,
-    ToolProgressed,
-    ToolStarted,
-)
 from candle_vllm.responses.conversation.options import ConversationOptions, StopReason
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools import tool
@@ -137,7 +131,7 @@ class TurnCalls:
         decisions: Decisions,
         client_names: Collection[str],
         transcript: Transcript,
-        channel: EventChannel[Event],
+        channel: EventChannel[events.Event],
         pictures: ShownPictures,
     ) -> None:
         self._tools = tools
@@ -236,22 +230,22 @@ class TurnCalls:
         if call.id in self._decisions.approved or (auto is not None and auto(definition)):
             return Approval.ALLOW
         if callable(policy):
-            await self._channel.send(ApprovalRequested(call=call, definition=definition))
+            await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
             return await decide(policy, call, definition)
         approval = await decide(policy, call, definition)
         if approval is Approval.PENDING:
-            await self._channel.send(ApprovalRequested(call=call, definition=definition))
+            await self._channel.send(events.ApprovalRequested(call=call, definition=definition))
         return approval
 
     async def _run(self, checked: Checked, slots: asyncio.Semaphore) -> None:
         call = checked.call
 
         def report(progress: tool.ToolProgress) -> None:
-            self._channel.offer(ToolProgressed(call_id=call.id, progress=progress))
+            self._channel.offer(events.ToolProgressed(call_id=call.id, progress=progress))
 
         async with slots:
             self._transcript.begin(call)
-            await self._channel.send(ToolStarted(call=call, definition=checked.definition))
+            await self._channel.send(events.ToolStarted(call=call, definition=checked.definition))
             options = self._options
             await self._finish(
                 await run(checked, timeout=options.tool_timeout, max_chars=options.max_result_chars, report=report)
@@ -265,4 +259,4 @@ class TurnCalls:
             kept = replace(result, output=tool.ToolOutput.of_text(result.text, is_error=result.output.is_error))
         self._results[result.call.id] = kept
         self._transcript.add_result(result, parts)
-        await self._channel.send(ToolFinished(result=result, shown=parts))
+        await self._channel.send(events.ToolFinished(result=result, shown=parts))

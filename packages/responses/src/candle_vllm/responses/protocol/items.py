@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.messages import one_image
 from candle_vllm.openai.task import ImagePart as Image
 from candle_vllm.openai.task import Part
 from candle_vllm.openai.task import TextPart as TaskText
@@ -54,13 +55,7 @@ class ImagePart(WireModel):
     detail: Literal["auto", "low", "high", "original"] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _is_somewhere(self) -> ImagePart:
-        if self.image_url is None and self.file_id is None:
-            raise invalid("image_url", "is required where there is no file_id")
-        if self.image_url is not None and self.file_id is not None:
-            raise invalid("file_id", "and image_url are two images: give one of them")
-        return self
+    _is_one_image = model_validator(mode="after")(one_image)
 
     def image(self, path: str) -> Image:
         """Return the image of a task."""

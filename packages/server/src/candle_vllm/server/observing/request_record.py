@@ -14,15 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.step.watching import Pooled, RequestInfo
-from candle_vllm.core.errors import (
-    EngineDeadError,
-    EngineOverloadedError,
-    EngineSleepingError,
-    RequestAbortedError,
-    RequestError,
-)
 from candle_vllm.server.http.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 
@@ -175,7 +169,7 @@ class RequestRecord:
 
     def reject(self, error: Exception) -> None:
         """End a request that the engine did not accept but answered with an exception."""
-        reason = _refusal(error, EngineDeadError)
+        reason = _refusal(error, errors.EngineDeadError)
         if reason is None:
             self.fail(error)
         else:
@@ -188,7 +182,7 @@ class RequestRecord:
             return
         if reason is not None:
             self._forget(reason)
-        elif isinstance(error, RequestAbortedError):
+        elif isinstance(error, errors.RequestAbortedError):
             self.close()
         else:
             self.failure = str(error)
@@ -265,10 +259,10 @@ class RequestRecord:
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:
     """Why a request was refused, a value of `Rejection`; None if it was not refused."""
-    if isinstance(error, EngineOverloadedError):
+    if isinstance(error, errors.EngineOverloadedError):
         return "queue_full"
-    if isinstance(error, EngineSleepingError):
+    if isinstance(error, errors.EngineSleepingError):
         return "model_not_ready"
-    if isinstance(error, RequestError):
+    if isinstance(error, errors.RequestError):
         return "invalid_request"
     return "engine_dead" if isinstance(error, more) else None

@@ -48,15 +48,8 @@ _BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sets the batch size, and a conversation has no batch
 _WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
 _SERVING_ADAPTERS = ("serve", "run-batch", "config")
-_WITH_TEXT = (
-    "serve",
-    "generate",
-    "chat",
-    "run",
-    "agent",
-    "run-batch",
-    "config",
-)  # bench has no text, and samples greedily
+# bench has no text, and samples greedily
+_WITH_TEXT = ("serve", "generate", "chat", "run", "agent", "run-batch", "config")
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 # commands whose requests may share prefixes
 _REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")

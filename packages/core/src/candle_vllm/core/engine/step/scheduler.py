@@ -272,13 +272,7 @@ class Scheduler:
         if not holds:
             return
         sequence.num_uncomputed_tokens = 1
-        needed = self.blocks.blocks_for(end)
-        if self.windows is not None:
-            self.windows.cut(sequence, needed)
-        if needed < len(sequence.block_table):
-            self.blocks.release(sequence.block_table[needed:])
-            del sequence.block_table[needed:]
-            sequence.num_admissions += 1  # the next block at that place may be another
+        self._shorten(sequence, end)
 
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
         """Publish the full blocks `first` to `last` of a sequence in the prefix cache, and offer them to the tiers."""
@@ -361,14 +355,20 @@ class Scheduler:
 
     def give_back(self, sequence: Sequence) -> None:
         """Free reserved blocks beyond the tokens and drafts that the next step may run."""
-        needed = self.blocks.blocks_for(len(sequence.tokens) + len(sequence.drafts))
+        if self._shorten(sequence, len(sequence.tokens) + len(sequence.drafts)):
+            self._going = None  # its runs have the earlier admission number
+
+    def _shorten(self, sequence: Sequence, tokens: int) -> bool:
+        """Free the blocks beyond `tokens`; return whether there were any."""
+        needed = self.blocks.blocks_for(tokens)
         if self.windows is not None:
             self.windows.cut(sequence, needed)
-        if needed < len(sequence.block_table):
-            self.blocks.release(sequence.block_table[needed:])
-            del sequence.block_table[needed:]
-            sequence.num_admissions += 1  # the next block at that place may be another
-            self._going = None  # its runs have the earlier admission number
+        if needed >= len(sequence.block_table):
+            return False
+        self.blocks.release(sequence.block_table[needed:])
+        del sequence.block_table[needed:]
+        sequence.num_admissions += 1  # the next block at that place may be another
+        return True
 
     def _grow(self, sequence: Sequence) -> bool:
         """Append a block to the sequence; return False if no block is free."""
