@@ -19,7 +19,7 @@ import pytest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.grammar import tool_grammar
-from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
+from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, SpecialText, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
 from packages.openai.tests.formats.messages import Parsed, parse
@@ -234,6 +234,28 @@ def test_a_forced_mark_is_the_models_own_token() -> None:
         choices = allowed(vocab.compiler(lark)(), vocab.vocab_size)
         assert own["<tool_call>"] in choices
         assert (ord("<") in choices) is spelt
+
+
+def test_the_tag_of_an_argument_may_be_a_special_token() -> None:
+    """Vocabularies have `<filename>` as a special token, and MiniMax M3 writes an argument's name as such a tag."""
+    form, tools = ROWS["minimax_m3"], [Tool("open", _object({"filename": {"type": "string"}}))]
+    vocab = Vocabulary((), ["]<]minimax[>[", "<filename>", "</filename>", "</invoke>", "<tool_call>"])
+    grammar = tool_grammar(
+        form, tools, mode="required", parallel=False, reasoning=None, in_reasoning=False, special=vocab.special
+    )
+    assert grammar is not None
+    begin, rng = vocab.compiler(grammar), random.Random(0)
+    for _ in range(3):
+        ids = walk(begin(), vocab, rng)
+        assert {vocab.special["<filename>"], vocab.special["</invoke>"]} < set(ids)
+        text = vocab.text(ids)
+        marks = [(len(vocab.text(ids[:place])), token) for place, token in enumerate(ids) if vocab.is_special(token)]
+        bound = bind(Layout(None, form), vocab.special)
+        parser = OutputParser(bound.layout, tools={tool.name: tool.parameters for tool in tools})
+        parsed = parse(parser, [SpecialText(bound).add(text, marks)])
+        assert len(parsed.calls) == 1
+        assert not parsed.content
+        check(parsed, tools, text)
 
 
 CUSTOM = [  # any text at all, with marks of the formats in it; and one of a few words, with what is spelled otherwise

@@ -9,6 +9,7 @@ spells it. The characters are halves of surrogate pairs, which decoded UTF-8 nev
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -101,6 +102,7 @@ class ToolFormat:
         strays: marks without meaning if they occur alone; they are left out.
         answer: strays before and after the text of an answer.
         flow: for messages that are not text with marks.
+        argument_tags: arguments are tags of their own names, such as `<path>`, which may be special tokens.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
@@ -122,6 +124,7 @@ class ToolFormat:
     strays: tuple[str, ...] = ()
     answer: tuple[tuple[str, str], ...] = ()
     flow: Flow | None = None
+    argument_tags: bool = False
     make_id: Callable[[int], str] = call_id
     aliases: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
@@ -144,6 +147,7 @@ class Layout:
 
 _FIRST = 0xD800
 _MOST = 0x800
+_TAG = re.compile(r"</?[A-Za-z_][A-Za-z0-9_.-]*>")
 _T = TypeVar("_T")
 
 
@@ -153,7 +157,7 @@ class BoundLayout:
 
     Attributes:
         layout: the layout with characters instead of special tokens.
-        characters: token id -> character, for the special tokens that are part of a mark.
+        characters: token id -> character, for the special tokens that are part of a mark, or text that stays.
         names: token id -> text, for every special token.
     """
 
@@ -172,9 +176,11 @@ def bind(layout: Layout, special_tokens: Mapping[str, int]) -> BoundLayout:
     literals = "\n".join(_literals(layout))
     used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals][:_MOST]
     table = {name: chr(_FIRST + place) for place, name in enumerate(used)}
+    named = layout.tools is not None and layout.tools.argument_tags
+    tags = {name: name for name in special_tokens if named and name not in table and _TAG.fullmatch(name)}
     return BoundLayout(
         layout=_translated(layout, table),
-        characters={special_tokens[name]: character for name, character in table.items()},
+        characters={special_tokens[name]: character for name, character in (table | tags).items()},
         names={index: name for name, index in special_tokens.items()},
     )
 

@@ -293,6 +293,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         "minimax_m3",
         opens=("]<]minimax[>[<tool_call>",),
         bodies=(Nested("]<]minimax[>[", closers=("]<]minimax[>[</tool_call>",)),),
+        argument_tags=True,
         model_types=("minimax_m3",),
     ),
     ToolFormat(
