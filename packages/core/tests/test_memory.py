@@ -38,6 +38,12 @@ V1 = "9:name=systemd:/\n4:memory:/a/b\n1:cpu:/c\n0::/\n"
 GIB = 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that engines of other tests of this process have mapped are no memory of these machines."""
+    monkeypatch.setattr(memory, "mapped_bytes", lambda: 0)
+
+
 def tree(root: Path, groups: str, files: dict[str, str]) -> Path:
     """A file system with a machine of 8 GiB and the control groups of a process."""
     whole = {"proc/self/cgroup": groups, "proc/meminfo": MEMINFO, "proc/self/statm": "1000 1 1 1 0 500 0\n"}
