@@ -40,7 +40,7 @@ GIB = 1 << 30
 
 @pytest.fixture(autouse=True)
 def nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that engines of other tests of this process have mapped are no memory of these machines."""
+    """Weights that engines of other tests in this process have mapped do not count for the fake machines."""
     monkeypatch.setattr(memory, "mapped_bytes", lambda: 0)
 
 

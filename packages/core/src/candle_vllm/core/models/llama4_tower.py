@@ -233,7 +233,7 @@ class Llama4Tower:
 
 
 def _names() -> Iterator[WeightName]:
-    """The table: that of SigLIP under other names."""
+    """SigLIP's table of weight names, with the names of Llama 4's checkpoints."""
     renamed = {
         "vision_model.encoder.": "vision_model.model.",
         "layer_norm1": "input_layernorm",

@@ -228,7 +228,7 @@ class LlguidanceGrammar:
         """See `Grammar`. The last token is excluded if the following text might change the tokenization."""
         if self.exhausted:
             return []
-        # Of a copy: a matcher that was asked while a special token is forced refuses to compute the next mask.
+        # A copy is asked: after this call, a matcher at a forced special token refuses to compute its next mask.
         data = self._text.matcher.deep_copy().compute_ff_bytes()[:_MOST_FORCED]
         if not data:  # the usual case; tokenizing an empty text would take ten times as long as the rest
             return []

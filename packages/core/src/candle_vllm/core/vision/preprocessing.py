@@ -307,8 +307,9 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
 
-    The canvas is the smallest on which the image shrinks least, or grows least. An image with sides below a tile grows
-    to a tile. An image whose canvas is one tile has only that tile.
+    The image is scaled to fit its canvas: of all canvases, the one that enlarges the image least, or that reduces it
+    least if all are too small; of several, the one with the fewest tiles. A side below a tile may grow to a
+    tile. An image whose canvas is one tile has only that tile.
 
     Attributes:
         tile: pixels of a tile's side.

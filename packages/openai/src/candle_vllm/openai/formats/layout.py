@@ -102,7 +102,7 @@ class ToolFormat:
         strays: marks without meaning if they occur alone; they are left out.
         answer: strays before and after the text of an answer.
         flow: for messages that are not text with marks.
-        argument_tags: arguments are tags of their own names, such as `<path>`, which may be special tokens.
+        argument_tags: an argument is a tag with its name, such as `<path>`; special tokens that look so are text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
@@ -157,7 +157,8 @@ class BoundLayout:
 
     Attributes:
         layout: the layout with characters instead of special tokens.
-        characters: token id -> character, for the special tokens that are part of a mark, or text that stays.
+        characters: token id -> character, for the special tokens that are part of a mark, or the text of a token that
+            is read as text.
         names: token id -> text, for every special token.
     """
 
