@@ -255,6 +255,21 @@ def test_layers_of_one_input_are_one_product(tmp_path: Path) -> None:
     assert several == [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]] * made.config.num_layers
 
 
+def test_compiled_products_have_the_threads_and_torch_has_one(tmp_path: Path) -> None:
+    """A second thread of torch would wait for its next operation on a core of the products' threads."""
+    folder, before = write_tiny(tmp_path, "llama"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        made: Any = load(folder, model_impl="transformers", threads=2)
+        assert torch.get_num_threads() == 1
+        layer = next(each for each in made.decoder.model.modules() if isinstance(each, OwnLinear))
+        assert layer.products._team.threads == 2
+        load(folder, model_impl="transformers", threads=2, enforce_eager=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_native_layers_come_first(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, "llama")
     assert load(folder, enforce_eager=True).config.implementation == "native"

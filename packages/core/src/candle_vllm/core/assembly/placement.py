@@ -129,7 +129,11 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         return _in_torch(config, in_torch, "enforce_eager is set")
     if device.type == "cpu" and model.implementation != "native":
         compiled = _recorded(config, in_torch, matrix_obstacle(checkpoint))
-        return dataclasses.replace(_in_torch(config, compiled, "its layers are transformers'"), stepwise=True)
+        compiled = _in_torch(config, compiled, "its layers are transformers'")
+        if not compiled.recorded:
+            return compiled
+        use_threads(1)  # a pool of torch would wait for its next operation on the cores of the products' threads
+        return dataclasses.replace(compiled, product_threads=config.threads or default_threads())
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(

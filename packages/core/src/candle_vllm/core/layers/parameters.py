@@ -42,7 +42,8 @@ class Placement:
             kernels; otherwise they are decoded to `dtype`.
         invariant: a token's result has the same bits whatever else is in the step, which costs some speed.
         shapes_only: `empty` returns shapes without memory, and nothing is loaded.
-        stepwise: layers run op by op in torch although compiled kernels multiply, as in models that transformers wires.
+        product_threads: threads of compiled kernels that multiply for layers that run op by op in torch, as in models
+            that transformers wires; 0 if the layers are recorded or torch multiplies.
     """
 
     device: Device
@@ -53,12 +54,12 @@ class Placement:
     keeps_quantised: bool = False
     invariant: bool = False
     shapes_only: bool = False
-    stepwise: bool = False
+    product_threads: int = 0
 
     @property
     def recorded(self) -> bool:
         """Whether steps are recorded, with matrices in the layouts of the CPU kernels."""
-        return self.weight_memory is not None and not self.stepwise
+        return self.weight_memory is not None and not self.product_threads
 
     @property
     def torch_dtype(self) -> Any:

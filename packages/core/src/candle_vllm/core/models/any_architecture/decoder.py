@@ -50,8 +50,7 @@ class AnyDecoder:
         at = {name: tables[module] for name, module in self.model.named_modules() if module in tables}
         self.stored_shapes = {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
         self.upside_down = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
-        compiled = placement.weight_memory is not None and not placement.shapes_only
-        products = Products(torch.get_num_threads()) if compiled else None
+        products = Products(placement.product_threads) if placement.product_threads else None
         tied = self.model.all_tied_weights_keys
         self.named, self.experts = replace_products(self.model, placement, tied, products)
         self.parts, self.targets = list[Any](), dict[str, str]()
