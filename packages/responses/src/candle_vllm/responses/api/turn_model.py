@@ -75,9 +75,11 @@ class TurnModel:
                 dropped = min(dropped + step, len(units))
 
     async def _counted(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        counted = 0
         async for event in events:
-            if self._left is not None and isinstance(event, Usage) and event.final:
-                self._left -= event.completion_tokens
+            if self._left is not None and isinstance(event, Usage):  # cumulative; some servers send no final counts
+                self._left -= event.completion_tokens - counted
+                counted = event.completion_tokens
             yield event
 
 
