@@ -80,7 +80,7 @@ def test_a_cross_encoder_ranks_and_gives_no_vectors(tmp_path: Path) -> None:
         ranking = httpx.post(f"{url}/rerank", json={"query": TEXTS[0], "documents": TEXTS}, trust_env=False).json()
         assert [entry["relevance_score"] for entry in ranking["results"]] == pytest.approx(sorted(wanted, reverse=True))
         assert all(0 < entry["relevance_score"] < 1 for entry in ranking["results"])
-        with pytest.raises(openai.BadRequestError, match="does not give vectors; it answers /v1/score and /v1/rerank"):
+        with pytest.raises(openai.BadRequestError, match="does not embed texts: use /v1/score and /v1/rerank"):
             client.embeddings.create(model="default", input="a")
         with pytest.raises(openai.BadRequestError, match="is a cross-encoder and generates no text"):
             client.chat.completions.create(model="default", messages=[{"role": "user", "content": "a"}])

@@ -241,7 +241,7 @@ async def test_errors_of_the_engine_name_the_input() -> None:
 async def test_too_many_tokens_in_all() -> None:
     engine = ScriptedEngine(max_model_len=1 << 20)
     text = "a" * (MAX_POOLED_TOKENS // 4)
-    with pytest.raises(InvalidParameterError, match=r"more than 1048576 tokens in all \(text 3 passes that\)"):
+    with pytest.raises(InvalidParameterError, match=r"more than 1048576 tokens in all \(with text 3\)"):
         await embed(engine, input=[text] * 5)
     assert not engine.pooling_calls
 
@@ -421,9 +421,9 @@ async def test_priority_where_it_is_not_allowed(name: str) -> None:
 
 
 async def test_the_wrong_task_names_the_right_route() -> None:
-    with pytest.raises(InvalidParameterError, match="does not give vectors; it answers /v1/score and /v1/rerank"):
+    with pytest.raises(InvalidParameterError, match="does not embed texts: use /v1/score and /v1/rerank"):
         await embed(ScriptedEngine(tasks=("score",)), input="a")
-    with pytest.raises(InvalidParameterError, match="does not score pairs of texts; it answers /v1/chat/completions"):
+    with pytest.raises(InvalidParameterError, match="does not score pairs of texts: use /v1/chat/completions"):
         await score(ScriptedEngine(tasks=("generate",)), text_1="a", text_2="b")
 
 
@@ -437,7 +437,7 @@ async def test_the_tokens_of_all_pairs_are_capped(monkeypatch: pytest.MonkeyPatc
     cross = ScriptedEngine(tasks=("score",))
     await rerank(cross, query="ab", documents=["cd", "ef", "gh"])  # 3 tokens each
     for fields in ({"query": "ab", "documents": ["cd"] * 4}, {"query": "ab", "documents": ["cd", "ef", "gh", "ij"]}):
-        with pytest.raises(InvalidParameterError, match=r"documents has more than 20 tokens .*text 3 passes") as caught:
+        with pytest.raises(InvalidParameterError, match=r"documents has more than 20 tokens .*with text 3") as caught:
             await rerank(cross, **fields)
         assert caught.value.param == "documents"
     with pytest.raises(InvalidParameterError, match="text_2 has more than 20 tokens") as caught:
@@ -544,7 +544,7 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     jina = await EmbeddingAdapter(plain).embed(parse_embedding_request({"input": "ab", "return_multivector": True}))
     assert jina.data[0].embedding == WANTED
     for of, task in ((engine, "embed"), (plain, "classify"), (plain, "token_classify")):
-        with pytest.raises(InvalidParameterError, match=f"does not {task}") as caught:
+        with pytest.raises(InvalidParameterError, match=f", not {task}") as caught:
             await pool(of, task=task)
         assert caught.value.param == "task"
 
@@ -560,6 +560,10 @@ async def test_vectors_of_tokens_have_a_limit(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InvalidParameterError, match="send less at once") as caught:
         await score(engine, text_1="ab", text_2="cd")
     assert caught.value.param == "text_2"
+    classes = TokenVectors("classify")
+    classes.more["labels"] = ("person",) * 2 * SIZE
+    with pytest.raises(InvalidParameterError, match="send less at once"):
+        await pool(classes, input=["ab"])
 
 
 async def test_classes_of_tokens_are_asked_of_pooling() -> None:
@@ -568,11 +572,13 @@ async def test_classes_of_tokens_are_asked_of_pooling() -> None:
     assert await pool(engine) == await pool(engine, task="token_classify", activation=False) == wanted
     assert engine.pooling_calls[-1].params == PoolingParams(use_activation=False)
     for of, field in ((engine, "dimensions"), (TokenVectors("embed"), "use_activation")):
-        with pytest.raises(InvalidParameterError, match="changes nothing") as caught:
+        with pytest.raises(InvalidParameterError, match="has no effect on the task") as caught:
             await pool(of, **{field: 2 if field == "dimensions" else True})
         assert caught.value.param == field
     with pytest.raises(InvalidParameterError, match="POST /pooling"):
         await EmbeddingAdapter(engine).classify(parse_classify_request({"input": "ab"}))
+    with pytest.raises(InvalidParameterError, match="does not classify texts: use /v1/embeddings"):
+        await EmbeddingAdapter(TokenVectors("embed")).classify(parse_classify_request({"input": "ab"}))
 
 
 async def test_input_types_put_the_models_words_before_texts() -> None:
@@ -643,11 +649,12 @@ async def test_moderation_by_the_labels_of_a_classifier() -> None:
     engine, labels = TokenVectors("classify", pooling="cls"), ("BENIGN", "unsafe", "non-toxic")
     for harmless in (("LABEL_0", "LABEL_1"), ("safe", "OK")):
         engine.more["labels"] = harmless
-        with pytest.raises(InvalidParameterError, match="no moderation model"):
+        with pytest.raises(InvalidParameterError, match="not a moderation model"):
             await moderate(engine, input="ab")
     engine.more["labels"] = labels
     shares = [each.probs.tolist() for each in await engine.aclassify([[1, 1, 4], [0, 0, 1], [2]])]
-    made = await moderate(engine, input=["ab", "c"])
+    made = await moderate(engine, input=["ab", "c"], priority=3)
+    assert engine.pooling_calls[-1].priority == 3
     assert len(made["results"]) == 2
     assert set(made["results"][0]["categories"]) == set(made["results"][0]["category_scores"]) == {"unsafe"}
     for share, flagged in zip(shares, (True, False, False), strict=True):

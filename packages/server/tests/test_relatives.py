@@ -132,14 +132,14 @@ def test_classes_of_texts(start: Callable[..., Any]) -> None:
         assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] == 8
         refused = client.post("/v1/embeddings", json={"input": "a"})
         assert refused.status_code == 400
-        assert "it answers /classify" in refused.json()["error"]["message"]
+        assert "use /classify" in refused.json()["error"]["message"]
         metrics = client.get("/metrics").text
     assert running.engine.pooling_calls
     assert re.search(r"vllm:prompt_tokens_total\{[^}]*\} 8\b", metrics)
     with start(PacedEngine()).http() as client:
         refused = client.post("/classify", json={"input": "a"})
         assert refused.status_code == 400
-        assert "does not tell classes of texts apart" in refused.json()["error"]["message"]
+        assert "does not classify texts" in refused.json()["error"]["message"]
 
 
 def test_a_reset_of_the_prefix_cache_is_for_operators(start: Callable[..., Any]) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""EmbeddingAdapter: embeddings, scores and rankings from one engine, without HTTP (steps 2, 3 and 10).
+"""EmbeddingAdapter: embeddings, classes, scores and rankings from one engine, without HTTP (steps 2, 3 and 10).
 
-A score is the logit of a cross-encoder's head, after a sigmoid unless the model's config says otherwise, or the
-cosine similarity of the embeddings of the two texts if the model is an embedding model.
+The score of a pair is the logit of a cross-encoder, after a sigmoid unless the model's config names another
+activation; of an embedding model, it is the cosine similarity of the two embeddings.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ parse_rerank_request = partial(parse_body, RerankRequest)
 
 
 class EmbeddingAdapter:
-    """Answers requests for embeddings, scores and rankings with one engine.
+    """Answers requests for embeddings, classes, scores and rankings with one engine.
 
     Every method raises `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the
-    engine accepts none, and `GenerationFailedError` if it fails on this one. Cancelling a call aborts its texts.
+    engine accepts no request, and `GenerationFailedError` if the engine fails on this request. Cancelling a call aborts
+    its sequences.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class EmbeddingAdapter:
         adapters: AdapterNames | None = None,
         work: WorkerThreads | None = None,
     ) -> None:
-        """Arguments are the same as for `OpenAIAdapter`; `work` is the adapter's threads."""
+        """See `OpenAIAdapter` for the arguments; `work` are its threads."""
         self._engine = engine
         self._work = work or WorkerThreads()
         self._watcher = watcher
@@ -108,7 +109,7 @@ class EmbeddingAdapter:
     async def embed(
         self, request: embeddings.EmbeddingRequest, prompt: Mapping[str, Any] | None = None
     ) -> embeddings.EmbeddingList:
-        """Return the embeddings of the request's texts, or of `prompt`, which its messages were rendered to."""
+        """Return the embeddings of the request's texts, or of `prompt`, the prompt rendered from its messages."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
         outputs = await self._embedded(request, request_id, request.pooling_params(), prompt=prompt)
@@ -119,10 +120,10 @@ class EmbeddingAdapter:
         return _listed(embeddings.EmbeddingList, request_id, name, data, outputs)
 
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
-        """Return embeddings in Cohere's form, for this version of its API."""
+        """Return embeddings in Cohere's form, for version "1" or "2" of its API."""
         self._check(request, "embed")
         if self._engine.model_info.pooling == "all":
-            raise InvalidParameterError("the model gives a vector of each token: ask /v1/embeddings", "model")
+            raise InvalidParameterError("the model returns a vector for each token: use /v1/embeddings", "model")
         inner, request_id = request.inner(), _request_id("", request)
         self._names.served(request.model)
         try:
@@ -143,10 +144,10 @@ class EmbeddingAdapter:
         if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
             known = [f"token_{each}" if single else each for each in does]
             known += ["token_embed"] if "embed" in known else []
-            raise InvalidParameterError(f"{info.name} does not {task}; it does {' and '.join(known)}", "task")
+            raise InvalidParameterError(f"{info.name} supports {' and '.join(known)}, not {task}", "task")
         other = _OF_VECTORS if wanted == "classify" else ("use_activation", "activation")
         if given := next((field for field in other if getattr(request, field) is not None), None):
-            raise InvalidParameterError(f"{given} changes nothing of what the task {task} gives", given)
+            raise InvalidParameterError(f"{given} has no effect on the task {task}: leave it out", given)
         if task == "token_embed":
             params = msgspec.structs.replace(params, pooling="all")
         name, request_id = self._names.served(request.model), _request_id("pool-", request)
@@ -184,14 +185,16 @@ class EmbeddingAdapter:
         self._check(request, "classify")
         more = self._more(request, request_id)
         texts = await self._work.prepare(self._tokens, request)
+        self._check_size(sum(map(len, texts)), len(texts), None, "input")
         with _failures(lambda number, _: f"input.{number}", "input"):
             return await self._engine.aclassify(texts, params, **more)
 
     async def classify(self, request: embeddings.ClassifyRequest) -> embeddings.ClassifiedList:
         """Return the class of each of the request's texts."""
+        self._check(request, "classify")
         if self._engine.model_info.pooling == "all":
             raise InvalidParameterError(
-                "the model tells tokens apart, not texts: ask POST /pooling with the task token_classify", "model"
+                "the model classifies tokens, not texts: use POST /pooling with the task token_classify", "model"
             )
         name, request_id = self._names.served(request.model), _request_id("classify-", request)
         outputs = await self._classified(request, request_id, request.activated())
@@ -205,18 +208,18 @@ class EmbeddingAdapter:
 
     async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
         """Return whether the request's texts are harmful, by the labels of a classifier."""
+        fields = {name: getattr(request, name) for name in ("model", "lora_path", "priority", "input")}
         name, request_id = self._names.served(request.model), _request_id("modr-", request)
-        inner = embeddings.ClassifyRequest(model=request.model, lora_path=request.lora_path, input=request.input)
         self._check(request, "classify")
         labels = self._engine.model_info.labels
         harm = embeddings.moderated(labels, [0.0] * len(labels)).category_scores
         if self._engine.model_info.pooling == "all" or not harm or all(_NAMELESS.fullmatch(label) for label in harm):
             raise InvalidParameterError(
-                f"{self._engine.model_info.name} has no labels of texts that name a harm ({', '.join(labels)!s:.80}): "
-                "it is no moderation model",
+                f"{self._engine.model_info.name} is not a moderation model: none of its labels names a harm "
+                f"({', '.join(labels)!s:.80})",
                 "model",
             )
-        outputs = await self._classified(inner, request_id, PoolingParams())
+        outputs = await self._classified(embeddings.ClassifyRequest(**fields), request_id, PoolingParams())
         results = tuple(embeddings.moderated(labels, each.probs.tolist()) for each in outputs)
         return embeddings.Moderation(id=request_id, model=name, results=results)
 
@@ -232,7 +235,7 @@ class EmbeddingAdapter:
         return _listed(ScoreList, request_id, name, data, outputs)
 
     async def rerank(self, request: RerankRequest) -> Ranking:
-        """Rank the request's documents, best first; equal scores are in the order of the request."""
+        """Rank the request's documents, best first; documents with equal scores keep their order."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("rerank-", request)
         more = self._more(request, request_id)
@@ -269,19 +272,19 @@ class EmbeddingAdapter:
             raise no_priority()
         if task not in info.tasks:
             others = ", ".join(_ROUTES[other] for other in info.tasks)
-            raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}; it answers {others}", "model")
+            raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}: use {others}", "model")
 
     def _tokens(
         self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest, field: str = "input"
     ) -> list[list[int]]:
-        """Tokenize the texts, each after the prompt of the input_type; check their size before any of them is run."""
+        """Tokenize the texts, each after the prompt of the input_type; check their total size."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
-                    raise InvalidParameterError("input_type puts words before texts, and this one is token ids", field)
-                ids = text if not isinstance(text, str) else self._known(front + text, special, bounded=cut is None)
+                    raise InvalidParameterError("input_type needs texts, and this one is token ids", field)
+                ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
                 ids = list(cut.of(ids, self._engine.model_info.max_model_len))
             total += len(ids)
@@ -302,32 +305,28 @@ class EmbeddingAdapter:
         return found
 
     def _check_size(self, tokens: int, texts: int, kind: str | None, field: str) -> None:
-        """Refuse a request whose response would be too large, before any of it is run."""
+        """Refuse a request whose response would be too large, before it runs."""
         info, kind = self._engine.model_info, kind or self._engine.model_info.pooling
-        count = {"all": tokens * info.embedding_size, "sparse": texts * info.vocab_size}.get(kind, 0)
+        width = len(info.labels) or info.embedding_size
+        count = {"all": tokens * width, "sparse": texts * info.vocab_size}.get(kind, 0)
         if count > MAX_NUMBERS:
-            raise InvalidParameterError(
-                f"{field} would have {count} numbers in its vectors; {MAX_NUMBERS} can be: send less at once", field
-            )
+            raise InvalidParameterError(f"{field} gives {count} numbers, above {MAX_NUMBERS}: send less at once", field)
 
-    def _known(self, text: str, add_special_tokens: bool = True, *, bounded: bool = True) -> list[int]:
+    def _tokenized(self, text: str, add_special_tokens: bool = True, *, bounded: bool = True) -> list[int]:
         if bounded:
             check_length(self._engine, text)
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
-        """Refuse pairs that have too many tokens in total, before any of them is run.
-
-        An embedding model reads each text once, a cross-encoder reads it in every pair.
-        """
-        reads_once = "embed" in self._engine.model_info.tasks
+        """Refuse pairs that have too many tokens in total, before they run."""
+        reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
         total, lengths = 0, dict[str, int]()
         for number, pair in enumerate(pairs):
             for side, text in enumerate(pair):
                 known = lengths.get(text)
                 if known is None:
                     with _blamed(number, len(pairs), f"inputs.{number}.{side}"):
-                        known = lengths[text] = len(self._known(text))
+                        known = lengths[text] = len(self._tokenized(text))
                     total += known
                 elif not reads_once:
                     total += known
@@ -340,9 +339,9 @@ _OF_VECTORS = ("dimensions", "normalize", "normalized", "pooling", "embedding_ty
 _List = TypeVar("_List", embeddings.EmbeddingList, embeddings.PooledList, embeddings.ClassifiedList, ScoreList)
 _NAMELESS = re.compile(r"LABEL_\d+")  # transformers' default names of classes
 _VERBS: Mapping[str, str] = {
-    "embed": "give vectors",
+    "embed": "embed texts",
     "score": "score pairs of texts",
-    "classify": "tell classes of texts apart",
+    "classify": "classify texts",
 }
 _ROUTES: Mapping[str, str] = {
     "generate": "/v1/chat/completions and /v1/completions",
@@ -368,7 +367,7 @@ def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], 
 
 
 def _numbers(request: embeddings.EmbeddingRequest, flat: array[float], vectors: int | None) -> embeddings.Numbers:
-    """Encode a vector as the request asks, or each of several vectors that are concatenated in `flat`."""
+    """Encode the vector `flat`, or each of the `vectors` that are concatenated in it, as the request asks."""
     encode = _base64 if request.encoding_format == "base64" else array.tolist
     if vectors is None:
         return encode(flat)
@@ -384,15 +383,14 @@ def _base64(vector: array[float]) -> str:
 def _check_total(tokens: int, field: str, number: int) -> None:
     if tokens > MAX_POOLED_TOKENS:
         raise InvalidParameterError(
-            f"{field} has more than {MAX_POOLED_TOKENS} tokens in all (text {number} passes that): send fewer texts at "
-            "once",
+            f"{field} has more than {MAX_POOLED_TOKENS} tokens in all (with text {number}): send fewer texts at once",
             field,
         )
 
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Prefix errors with the number of the text, and blame `param`, or this text of `field`."""
+    """Prefix errors with the number of the text, and name `param` in them, or this text of `field`."""
     try:
         yield
     except RequestError as error:
@@ -403,11 +401,11 @@ def _blamed(number: int, count: int, param: str | None = None, *, field: str = "
 
 @contextmanager
 def _failures(field: Callable[[int, int], str], only: str) -> Iterator[None]:
-    """Convert the engine's names in errors, `inputs.3` or `inputs.3.0` for a text of a pair; other errors are internal.
+    """Replace the engine's parameter in errors by the request's field; failures become `GenerationFailedError`.
 
     Args:
-        field: the request's name for an input, given its number and, for a pair, the side 0 or 1.
-        only: the request's name if there is one input.
+        field: returns the field for `inputs.number` or, for a text of a pair, `inputs.number.side`.
+        only: the field if there is one input.
     """
     try:
         yield
