@@ -154,7 +154,7 @@ def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str, messag
         ({"prompt": {"a": 1}}, "prompt", "must be a string or a list, not an object"),
         ({"prompt": ["a"] * (MAX_PROMPTS + 1)}, "prompt", f"at most {MAX_PROMPTS}"),
         ({"prompt": ["a"] * 100, "n": 3}, "n", "at most 256"),
-        ({"logprobs": True}, "logprobs", "is a number here"),
+        ({"logprobs": True}, "logprobs", "must be a number from 0 to 20"),
         ({"logprobs": 21}, "logprobs", "must be at most 20"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "belongs to chat requests"),

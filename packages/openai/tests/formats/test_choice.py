@@ -110,16 +110,16 @@ def test_what_decides_first() -> None:
     assert name(choose_layout(tool_parser="kimi_k2", **everything).tools) == "kimi_k2"
     choice = choose_layout(tool_parser="auto", **everything)
     assert (name(choice.tools), name(choice.reasoning)) == ("hermes", "think")
-    assert choice.tools_reason == choice.reasoning_reason == "the tokenizer's response_template says so"
+    assert choice.tools_reason == choice.reasoning_reason == "the tokenizer's response_template defines it"
     choice = choose_layout(template=HERMES, model_type="mistral")
-    assert (name(choice.tools), choice.tools_reason) == ("hermes", "the chat template writes calls so")
-    assert (name(choice.reasoning), choice.reasoning_reason) == ("-", "nothing tells of thoughts")
+    assert (name(choice.tools), choice.tools_reason) == ("hermes", "the chat template writes it")
+    assert (name(choice.reasoning), choice.reasoning_reason) == ("-", "no sign of reasoning")
     choice = choose_layout(template="{{ messages }}", model_type="gpt-oss")
     assert (name(choice.tools), name(choice.reasoning)) == ("openai", "openai")
     choice = choose_layout(template="{{ messages[0].content }}{{ tools }}", model_type="unheard")
-    assert (name(choice.tools), choice.tools_reason) == ("json", "the chat template shows tools and no format of calls")
+    assert (name(choice.tools), choice.tools_reason) == ("json", "the chat template uses tools, in no known format")
     choice = choose_layout(template="{{ messages[0].content }}", model_type="unheard")
-    assert (name(choice.tools), choice.tools_reason) == ("-", "nothing tells of tools")
+    assert (name(choice.tools), choice.tools_reason) == ("-", "no sign of tools")
     assert choose_layout().layout == choose_layout(template={}).layout
 
 
@@ -180,7 +180,7 @@ def test_response_templates() -> None:
 def test_a_response_template_that_is_of_no_use(response: Any) -> None:
     choice = choose_layout(response_template=response, template=HERMES)
     assert name(choice.tools) == "hermes"
-    assert "; the tokenizer's response_template was of no use: " in choice.tools_reason
+    assert "; the tokenizer's response_template was not used: " in choice.tools_reason
 
 
 @pytest.mark.parametrize(

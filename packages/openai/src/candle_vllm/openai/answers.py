@@ -87,42 +87,42 @@ class ChoiceReader:
             if plan.special_tokens:
                 self._special = SpecialText(plan.bound, keep=plan.show_special_tokens)
 
-    def read(self, piece: TokenOutput) -> list[Event]:
+    def read(self, output: TokenOutput) -> list[Event]:
         """Return the new events; the first one has the ids and log-probabilities, also if there is no text yet."""
-        ids = piece.token_ids if self._tell_ids else None
+        ids = output.token_ids if self._tell_ids else None
         parser = self._parser
         if parser is None:
-            events: list[Event] = [Text(self._choice, piece.text, ids, piece.logprobs)] if piece.text else []
+            events: list[Event] = [Text(self._choice, output.text, ids, output.logprobs)] if output.text else []
         else:
             before = parser.in_reasoning
-            parsed = self._parsed(parser, piece)
+            parsed = self._parsed(parser, output)
             thought = before or parser.in_reasoning
-            self.reasoning_tokens += len(piece.token_ids) if thought else 0
+            self.reasoning_tokens += len(output.token_ids) if thought else 0
             if thought and not self._plan.show_reasoning:
                 return self._events(parsed, None if ids is None else (), None)
-            events = self._events(parsed, ids, piece.logprobs)
-        if not events and piece.token_ids and (piece.logprobs is not None or ids is not None):
-            return [Text(self._choice, "", ids, piece.logprobs)]
+            events = self._events(parsed, ids, output.logprobs)
+        if not events and output.token_ids and (output.logprobs is not None or ids is not None):
+            return [Text(self._choice, "", ids, output.logprobs)]
         return events
 
-    def ended(self, piece: TokenOutput) -> Ended:
-        """Return why the choice ended with this output.
+    def end(self, output: TokenOutput) -> Ended:
+        """Return the end of the choice, which this output finishes.
 
         A truncated text is `length`, also with calls; if a stop string ended its last call early, it is `stop`.
         """
-        stopped = piece.finish_reason is FinishReason.STOP
+        stopped = output.finish_reason is FinishReason.STOP
         called = self._parser is not None and self._parser.num_calls > 0
-        if called and stopped and (piece.stop_reason is None or self._last_call_is_whole):
-            return Ended(self._choice, Reason.TOOL_CALLS, piece.stop_reason)
-        return Ended(self._choice, Reason.STOP if stopped else Reason.LENGTH, piece.stop_reason)
+        if called and stopped and (output.stop_reason is None or self._last_call_is_whole):
+            return Ended(self._choice, Reason.TOOL_CALLS, output.stop_reason)
+        return Ended(self._choice, Reason.STOP if stopped else Reason.LENGTH, output.stop_reason)
 
-    def _parsed(self, parser: OutputParser, piece: TokenOutput) -> list[found.Event]:
-        text = piece.text if self._special is None else self._special.add(piece.text, piece.special_tokens)
+    def _parsed(self, parser: OutputParser, output: TokenOutput) -> list[found.Event]:
+        text = output.text if self._special is None else self._special.add(output.text, output.special_tokens)
         parsed = parser.feed(text)
-        if piece.finish_reason is not None:
+        if output.finish_reason is not None:
             if self._special is not None:
                 parsed += parser.feed(self._special.finish())
-            parsed += parser.finish(piece.finish_reason is FinishReason.STOP and piece.stop_reason is None)
+            parsed += parser.finish(output.finish_reason is FinishReason.STOP and output.stop_reason is None)
         return parsed
 
     def _events(
@@ -163,13 +163,13 @@ class TokenCounts:
         self._completion_ms: int | None = None
         self._guesses = Counter[str]()
 
-    def add(self, prompt: int, piece: TokenOutput, new_tokens: int) -> None:
+    def add(self, prompt: int, output: TokenOutput, new_tokens: int) -> None:
         """Add the counts of one output."""
-        self._prompts[prompt] = piece.num_prompt_tokens
-        if piece.index == 0:  # the other sequences share its prompt and find it in the cache
-            self._cached.setdefault(prompt, piece.num_cached_tokens)
+        self._prompts[prompt] = output.num_prompt_tokens
+        if output.index == 0:  # the other sequences share its prompt and find it in the cache
+            self._cached.setdefault(prompt, output.num_cached_tokens)
         self.completion += new_tokens
-        if (times := piece.metrics) is not None:
+        if (times := output.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
             for name in DRAFT_COUNTS:
@@ -224,39 +224,39 @@ class AnswerReader:
         self._known_prompts: set[int] = set()
         self._held: dict[int, list[TokenOutput]] = {}
 
-    def add(self, prompt: int, piece: TokenOutput) -> list[Event]:
+    def add(self, prompt: int, output: TokenOutput) -> list[Event]:
         """Convert one output of prompt number `prompt` to events.
 
         Raises:
             RequestError: the request left no token that can be sampled.
             GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
-        if piece.finish_reason is not None:
-            _check_piece(piece, self._paths)
+        if output.finish_reason is not None:
+            _check_output(output, self._paths)
         if self._awaits_prompt:
-            if piece.prompt_logprobs is not None:
+            if output.prompt_logprobs is not None:
                 self._known_prompts.add(prompt)
             elif prompt not in self._known_prompts:
-                self._held.setdefault(prompt, []).append(piece)
+                self._held.setdefault(prompt, []).append(output)
                 return []
-        choice = prompt * self._sequences + piece.index
+        choice = prompt * self._sequences + output.index
         reader = self._readers[choice]
-        news = [] if self._scored_only else reader.read(piece)
-        new_tokens = 0 if self._scored_only else len(piece.token_ids)
-        if piece.finish_reason is None and choice in self._begun and not self._tell_counts:
+        news = [] if self._scored_only else reader.read(output)
+        new_tokens = 0 if self._scored_only else len(output.token_ids)
+        if output.finish_reason is None and choice in self._begun and not self._tell_counts:
             self._counts.completion += new_tokens  # the only count that this output changes
             return news
-        self._counts.add(prompt, piece, new_tokens)
+        self._counts.add(prompt, output, new_tokens)
         events: list[Event] = [self._usage(final=False)] if self._tell_counts or not self._begun else []
         if choice not in self._begun:
             self._begun.add(choice)
-            events.append(Begun(choice, self.head, prompt, piece.prompt_logprobs))
+            events.append(Begun(choice, self.head, prompt, output.prompt_logprobs))
             if self._echo:
                 events.append(Text(choice, self._echo))
         events += news
-        if piece.finish_reason is not None:
+        if output.finish_reason is not None:
             self._unfinished -= 1
-            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.ended(piece))
+            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.end(output))
         for held in self._held.pop(prompt, ()) if self._held else ():
             events += self.add(prompt, held)
         return events
@@ -272,13 +272,13 @@ class AnswerReader:
         return self._counts.usage(final=final, reasoning=reasoning)
 
 
-def _check_piece(piece: TokenOutput, paths: Paths) -> None:
+def _check_output(output: TokenOutput, paths: Paths) -> None:
     """Raise if the engine aborted the sequence: `RequestError` if the request itself is the cause."""
-    if piece.finish_reason is FinishReason.ERROR:
-        if piece.error_kind == "request":
+    if output.finish_reason is FinishReason.ERROR:
+        if output.error_kind == "request":
             with paths.blamed():
-                field = "model" if piece.error_param == "lora_request" else piece.error_param  # it names an adapter
-                raise RequestError(piece.error or "the request cannot be continued", field)
-        raise GenerationFailedError(piece.error or "the engine gave no reason")
-    if piece.finish_reason is FinishReason.ABORT:
+                field = "model" if output.error_param == "lora_request" else output.error_param  # it names an adapter
+                raise RequestError(output.error or "the request cannot be continued", field)
+        raise GenerationFailedError(output.error or "the engine gave no reason")
+    if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")

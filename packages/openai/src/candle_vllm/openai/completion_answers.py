@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers of `/v1/completions`, like `chat_answers`: events -> chunks, chunks -> the whole answer (step 10)."""
+"""Answers of `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from candle_vllm.openai.protocol.completions import Completion, CompletionChoice
 
 
 class EchoedPrompt(NamedTuple):
-    """One prompt of a request, and what its answer may repeat of it.
+    """One prompt of a request, with the parts that its answer may repeat.
 
     Attributes:
         text: text of the prompt; empty unless it is echoed.
         first: text of its first token; empty unless it is echoed with log-probabilities.
-        token_ids: tokens of the prompt.
     """
 
     text: str
@@ -41,8 +40,7 @@ class CompletionWriter(AnswerWriter[Completion]):
 
     Args:
         request: the request, which selects the fields of chunks.
-        prompts: prompts of the request.
-        whole: whether the last chunk always has the counts, for a whole answer.
+        whole: whether the last chunk always has the token counts, for an answer that is not streamed.
     """
 
     def __init__(self, request: CompletionRequest, prompts: Sequence[EchoedPrompt], *, whole: bool = False) -> None:
@@ -70,11 +68,11 @@ class CompletionWriter(AnswerWriter[Completion]):
                     token_ids=self._no_ids,
                 )
             )
-        assert isinstance(event, Usage), "a text has no thoughts and no calls"
+        assert isinstance(event, Usage), "a completion has no reasoning and no tool calls"
         return self._counts(event)
 
     def _first(self, event: Begun) -> Completion | None:
-        """Return the chunk before a choice's own text; None unless the request asks for parts of the prompt."""
+        """Return the chunk before a choice's generated text; None if the request asks for no part of the prompt."""
         request, source = self._request, self._prompts[event.prompt]
         self._head = event.head
         by_id = bool(request.return_tokens_as_token_ids)
@@ -99,7 +97,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         return self._chunk(choice)
 
     def _echo(self, event: Begun, top: int) -> tuple[CompletionLogprobs, bytes]:
-        """Return the prompt's log-probabilities, which arrive with its first choice."""
+        """Return the prompt's log-probabilities, and the bytes of an incomplete last character."""
         if event.prompt not in self._echoes:
             source, given = self._prompts[event.prompt], event.prompt_logprobs
             assert given is not None
@@ -110,7 +108,7 @@ class CompletionWriter(AnswerWriter[Completion]):
 
 
 def join_completion(chunks: Sequence[Completion]) -> Completion:
-    """Join `chunks`, the last of which has the usage, to the whole answer."""
+    """Join chunks to the whole answer; the last chunk has the usage."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
     return Completion(

@@ -13,15 +13,15 @@ from candle_vllm.openai.formats.json_text import mended
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.task import Call, ImagePart, Message, TextPart
 
-_MOST_MENDED = 1 << 16  # characters of a conversation's arguments to repair, which takes microseconds for each
+_MOST_MENDED = 1 << 16  # characters of call arguments repaired in one conversation; each takes microseconds
 _Mend = Callable[[str], str | None]
 
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
-    """Return one dictionary per message: its texts joined, or as parts if there are images; call arguments as objects.
+    """Return one dictionary per message; call arguments become objects.
 
-    A tool message gets the name of the function that it answers, which templates may need and clients leave out.
-    `fit` adapts the messages to what the template `needs`; without needs, arguments that are not an object stay text.
+    The content is one string, or a list of parts if there are images. A tool message gets the name of its function:
+    templates may need it, and clients omit it. `fit` adapts the messages to what the template `needs`.
     """
     left = 0 if needs is None or needs.arguments_as_text else _MOST_MENDED
 

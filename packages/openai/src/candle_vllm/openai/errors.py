@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The error table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved.
-
-It is used in every step of a request's life; `server` sends what `to_error` returns.
-"""
+"""The error table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved."""
 
 from __future__ import annotations
 
@@ -55,10 +52,9 @@ class UnknownParameterError(InvalidParameterError):
 
 
 def no_priority() -> UnsupportedParameterError:
-    """Return the error for a `priority` below 0, which precedes other requests, if that is not allowed."""
+    """Return the error for a `priority` below 0 on a server that does not let requests overtake others."""
     return UnsupportedParameterError(
-        "priority below 0 is not supported: this server lets no request go before others, unless it is started with "
-        "--enable-request-priority",
+        "priority below 0 is not supported unless the server is started with --enable-request-priority",
         "priority",
     )
 
@@ -68,7 +64,7 @@ class ModelNotServedError(RequestError):
 
 
 class GenerationFailedError(CandleVllmError):
-    """The engine failed on this request; `str()` is its message, which is for the log, not for the client."""
+    """The engine failed on this request; its message is for the log, not for the client."""
 
 
 class ErrorResponse(NamedTuple):
@@ -102,7 +98,7 @@ _TABLE = (
     _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
     _Row(EngineSleepingError, 503, "server_error", "model_sleeping", {"retry-after": "5"}),
     _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
-    # The caller of an aborted request has disconnected; another reader lost the request to a shutdown, and may retry.
+    # Sent if a shutdown aborts the request; after a disconnect nobody reads it.
     _Row(RequestAbortedError, 503, "server_error", "request_aborted", {"retry-after": "5"}),
     _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),
     _Row(Exception, 500, "server_error", "internal_error", {}, "The server failed on this request."),
@@ -112,8 +108,8 @@ _TABLE = (
 def to_error(exception: Exception) -> ErrorResponse:
     """Convert the exception that ended a request to a response.
 
-    Messages of `RequestError` and of overload are sent to the client. All other messages may contain paths, addresses
-    or data of other users, so a fixed text is sent instead. Log the exception before it is converted.
+    A row with a `public_message` replaces the exception's own, which may contain paths, addresses or data of other
+    users. Log the exception before it is converted.
     """
     row = next(row for row in _TABLE if isinstance(exception, row.exception))
     body = ErrorBody(

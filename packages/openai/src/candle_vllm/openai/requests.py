@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OpenAI's requests: bytes -> a validated request -> a task and sampling parameters (step 2).
 
-Precedence of sampling values: the request's, then the model's defaults, then the server's.
+Precedence of sampling values: the request's, then the model's defaults, then those of `SamplingParams`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 
 def read_chat(request: ChatCompletionRequest) -> Task:
     """Convert a validated chat request to a task."""
-    _say_idle(request)
-    messages = tuple(_message(message, f"messages.{place}") for place, message in enumerate(request.messages))
+    _warn_of_idle_options(request)
+    messages = tuple(_message(message, f"messages.{index}") for index, message in enumerate(request.messages))
     use = request.tool_use()
     fields = {
         "prompt": "messages",
@@ -74,7 +74,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
     )
 
 
-def _say_idle(request: ChatCompletionRequest | CompletionRequest) -> None:
+def _warn_of_idle_options(request: ChatCompletionRequest | CompletionRequest) -> None:
     options = request.stream_options
     if options is not None and options.continuous_usage_stats and not options.include_usage:
         remark(["stream_options.continuous_usage_stats has no effect without include_usage: true"])
@@ -82,7 +82,7 @@ def _say_idle(request: ChatCompletionRequest | CompletionRequest) -> None:
 
 def read_completion(request: CompletionRequest) -> Task:
     """Convert a validated completion request to a task."""
-    _say_idle(request)
+    _warn_of_idle_options(request)
     return Task(
         prompts=tuple(request.prompts),
         suffix=request.suffix or "",
@@ -113,14 +113,11 @@ def to_sampling_params(
 
 
 def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
-    """Return the sampling parameters of a task.
-
-    `defaults` are the model's own values by field name. Raises `InvalidParameterError`.
-    """
+    """Return the sampling parameters of a task; `defaults` are the model's. Raises `InvalidParameterError`."""
     if task.sampling.get("mirostat"):
         defaults = without_cuts(defaults)
     given: dict[str, Any] = {"max_tokens": COMPLETION_MAX_TOKENS if task.prompts else None, **defaults, **task.sampling}
-    if task.echo_prompts:  # an echo with log-probabilities includes those of the prompt
+    if task.echo_prompts:  # an echo with log-probabilities includes the prompt's log-probabilities
         asked = [given[name] for name in ("prompt_logprobs", "logprobs") if given[name] is not None]
         given["prompt_logprobs"] = max(asked, default=None)
         given["continues_prompt"] = True
@@ -130,7 +127,7 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
 
 
 def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
-    """Return the sampling values of a request under their names in `SamplingParams`."""
+    """Return the sampling values of a request, by field of `SamplingParams`."""
     given = sampling_values(request)
     if request.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
@@ -149,7 +146,7 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
 
 
 def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: str) -> str:
-    """Return the path of the constraint on an answer; a grammar for calls has the path `otherwise`."""
+    """Return the path of the constraint on an answer; `otherwise` if only its calls have a grammar."""
     return otherwise if request.structured() is None else request.structured_field
 
 
@@ -161,8 +158,8 @@ def _message(message: WireMessage, path: str) -> Message:
         else [TextPart(content)]
         if isinstance(content, str)
         else [
-            part.image(f"{path}.content.{place}") if isinstance(part, WireImage) else TextPart(part.text)
-            for place, part in enumerate(content)
+            part.image(f"{path}.content.{index}") if isinstance(part, WireImage) else TextPart(part.text)
+            for index, part in enumerate(content)
         ]
     )
     calls: tuple[Call, ...] = ()
@@ -171,8 +168,8 @@ def _message(message: WireMessage, path: str) -> Message:
         thoughts = message.thoughts
         calls = tuple(one.called() for one in message.tool_calls or ())
         if message.refusal:
-            said = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-            parts = [TextPart(text) for text in (said, message.refusal) if text]
+            text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+            parts = [TextPart(each) for each in (text, message.refusal) if each]
     return Message(
         role="system" if isinstance(message, SystemMessage) else message.role,
         parts=tuple(parts),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What adapters of one engine share: names of its model, and threads besides the event loop.
+"""Parts that the API adapters of one engine share: names of its model, and threads.
 
-Threads run work that would block the event loop: some for prompts, others for grammars, which may take seconds.
+The threads do the work that would block the event loop: on prompts, on images, and on grammars, which may take seconds.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from candle_vllm.openai.remarks import remark
 
 ANY_MODEL = "default"  # the name that always means the served model
 _LISTED = 20  # names listed in a message
-_SURE = 8  # bytes for each token of the context: shorter prompts are tokenized as a whole, most longer ones do not fit
-_PIECE = 16_384  # characters of a longer prompt that are tokenized at a time
-_SEAM = 256  # maximum number of tokens that a boundary adds by splitting a long token or a word
+_SURE_BYTES = 8  # bytes per token of the context: a longer prompt is tokenized in chunks
+_CHUNK = 16_384  # characters of a longer prompt that are tokenized at a time
+_SEAM = 256  # tokens that a boundary between chunks may add, because it splits a token or a word
 
 
 Uses = Sequence[tuple[LoRARequest, float]]
-"""Adapters of a request, each with its scale."""
+"""LoRA adapters of a request, each with its scale."""
 
 
 class AdapterNames(Protocol):
-    """The adapters of one model."""
+    """The LoRA adapters of one model."""
 
     def is_known(self, name: str) -> bool:
         """Whether an adapter has this name."""
@@ -40,16 +40,16 @@ class AdapterNames(Protocol):
         """Return the adapters for a request with this model name, or with scales of adapters by id.
 
         Raises:
-            InvalidParameterError: the request has both, or no adapter has such an id.
-            ModelNotServedError: neither an adapter nor the model has this name any more.
+            InvalidParameterError: the request has both, or an id is unknown.
+            ModelNotServedError: the name is of neither the model nor an adapter.
         """
         ...
 
 
 def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
-    """Return the first served name, which answers a request with the name `name` that is not served.
+    """Return the first served name, for a request with a name that is not served.
 
-    The client gets a warning, also for an empty name, which candle-vllm's own client uses for the loaded model.
+    The client gets a warning, also for an empty name, which clients of the Rust candle-vllm send.
 
     Raises:
         ModelNotServedError: `strict` is true.
@@ -62,12 +62,11 @@ def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
 
 
 class ServedNames:
-    """Names of the model; the first one answers requests without a name or, unless `strict`, with another name.
+    """Names of the model; the first is used for requests without a name or, unless `strict`, with an unknown name.
 
     Attributes:
-        all: the names.
         strict: whether a request that names another model is refused.
-        adapters: adapters whose names are served as well.
+        adapters: LoRA adapters, whose names are served as well.
     """
 
     def __init__(self, names: Sequence[str], *, strict: bool = False, adapters: AdapterNames | None = None) -> None:
@@ -88,12 +87,12 @@ class ServedNames:
     def options(
         self, name: str | None, scales: Mapping[int, float] | None = None, adapter: str | None = None
     ) -> dict[str, Any]:
-        """Return arguments of the engine besides the prompt; empty if no adapter applies.
+        """Return the engine's argument for LoRA adapters; empty if no adapter applies.
 
         Args:
-            name: the model name in the request.
+            name: the model name in the request, with `adapter` joined to it.
             scales: scales of adapters by id.
-            adapter: an adapter that the request names besides the model; `name` already contains it.
+            adapter: the request's own field for the adapter.
 
         Raises:
             InvalidParameterError, ModelNotServedError: as in `AdapterNames.uses`, or the model has no adapters.
@@ -108,7 +107,7 @@ class ServedNames:
 
 
 class Tokenizes(Protocol):
-    """Engine methods that counting tokens needs."""
+    """Engine methods that `check_length` needs."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -117,19 +116,19 @@ class Tokenizes(Protocol):
 
 
 def check_length(engine: Tokenizes, text: str) -> None:
-    """Refuse a prompt that is too long before all of it is tokenized.
+    """Refuse a prompt that is too long, without tokenizing all of it.
 
     Raises:
         PromptTooLongError: the beginning of the prompt has more tokens than the context.
     """
     most, found = engine.model_info.max_model_len, 0
     try:
-        if len(text.encode()) <= _SURE * most:
+        if len(text.encode()) <= _SURE_BYTES * most:
             return
     except UnicodeEncodeError:
         return  # the tokenizer reports the position
-    for start in range(0, len(text), _PIECE):
-        found += len(engine.tokenize(text[start : start + _PIECE], add_special_tokens=False)) - _SEAM
+    for start in range(0, len(text), _CHUNK):
+        found += len(engine.tokenize(text[start : start + _CHUNK], add_special_tokens=False)) - _SEAM
         if found > most:
             raise PromptTooLongError(
                 f"the prompt has more than {most} tokens and the model's maximum context length is {most} tokens: "
@@ -142,11 +141,11 @@ def check_length(engine: Tokenizes, text: str) -> None:
 T = TypeVar("T")
 
 MAX_COMPILING = 1024  # waiting requests with a grammar or with images
-MAX_TOKENIZING = 4096  # waiting requests with a prompt, one for each connection
+MAX_TOKENIZING = 4096  # waiting requests with a prompt
 
 
 class WorkerThreads:
-    """Threads for the work of one adapter; they end with it."""
+    """Threads for the work of one API adapter; they end with it."""
 
     def __init__(self) -> None:
         self._prompts = FairThreads("prompts", 4, MAX_TOKENIZING)
@@ -160,7 +159,7 @@ class WorkerThreads:
         return made
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run work on images; one is decoded at a time, and texts do not wait for it. Raises what `compile` raises."""
+        """Run work on images, one request at a time. Raises what `compile` raises."""
         return await self._images.run(partial(function, *arguments))
 
     async def compile(self, function: Callable[..., T], *arguments: object) -> T:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's messages -> those of a task (step 2).
-
-Consecutive messages of one role are merged. Texts of one message are joined by line breaks, as parts are.
-"""
+"""Anthropic's messages -> a task's messages (step 2). Consecutive messages of one role are merged."""
 
 from __future__ import annotations
 
@@ -18,41 +15,41 @@ from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _BILLING = "x-anthropic-billing-header"  # beginning of a line that Claude Code changes with every request
-_SAYS_SO = ("error", "<error", "<tool_use_error")  # beginnings of results that are already marked as errors
+_ERROR_WORDS = ("error", "<error", "<tool_use_error")  # beginnings of tool results that already name an error
 
 
 class Turn(NamedTuple):
-    """A message of a task, and the path of the request message from which it begins."""
+    """A message of a task, and the path of the first request message in it."""
 
     message: TaskMessage
     source: str
 
 
 def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message]) -> tuple[list[Turn], bool]:
-    """Return the conversation, and whether its last message begins the answer.
+    """Return the conversation, and whether its last message is the beginning of the answer (prefill).
 
     Raises:
         InvalidParameterError: the conversation is empty, or has more messages than a task may have.
     """
     body = _Turns()
-    last_user = max((place for place, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
+    last_user = max((index for index, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
     head = [] if system is None else _system_texts(system)
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
-            body.assistant(message, place)
+            body.assistant(message, index)
         elif isinstance(message, UserMessage):
-            body.user(message.content, place)
-        elif message.content and not (message.clear_at == "next_user_message" and place < last_user):
+            body.user(message.content, index)
+        elif message.content and not (message.clear_at == "next_user_message" and index < last_user):
             texts = _system_texts(message.content)
             if body.begun:
-                body.system("\n".join(texts), place)
+                body.system("\n".join(texts), index)
             else:
                 head += texts
     turns = body.finish()
     prefilled = isinstance(messages[-1], AssistantMessage) and _fill(turns)
     text = "\n".join(filter(None, head))
     if text:
-        turns.insert(0, Turn(_said("system", [TextPart(text)]), "system"))
+        turns.insert(0, Turn(_input("system", [TextPart(text)]), "system"))
     if not turns:
         raise InvalidParameterError("messages must not be empty", "messages")
     if len(turns) > MAX_MESSAGES:
@@ -62,12 +59,12 @@ def read_turns(system: blocks.SystemContent | None, messages: Sequence[Message])
     return turns, prefilled
 
 
-def _said(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage:
+def _input(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage:
     return TaskMessage(role=role, parts=tuple(parts))
 
 
 def _fill(turns: list[Turn]) -> bool:
-    """Return whether the last message begins the answer; remove it if it is empty."""
+    """Return whether the last message is not empty; remove an empty one."""
     message = turns[-1].message
     if message.parts or message.thoughts:
         return True
@@ -76,66 +73,66 @@ def _fill(turns: list[Turn]) -> bool:
 
 
 class _Turns:
-    """Collects answers, and the messages between answers; tool results come first."""
+    """Collects answers and the messages between them; tool results precede the other messages."""
 
     def __init__(self) -> None:
         self.begun = False
         self._turns: list[Turn] = []
         self._results: list[Turn] = []
-        self._said: list[tuple[Literal["system", "user"], list[Part], str]] = []  # role, parts, source
+        self._inputs: list[tuple[Literal["system", "user"], list[Part], str]] = []  # role, parts, source
         self._answer: _Answer | None = None
 
-    def user(self, content: blocks.UserContent, place: int) -> None:
+    def user(self, content: blocks.UserContent, index: int) -> None:
         self._end_answer()
-        source = f"messages.{place}"
+        source = f"messages.{index}"
         if isinstance(content, str):
-            self._say("user", TextPart(content), source)
+            self._add("user", TextPart(content), source)
             return
         for number, block in enumerate(content):
             path = f"{source}.content.{number}"
             if isinstance(block, blocks.ImageBlock):
-                self._say("user", block.image(path), source)
+                self._add("user", block.image(path), source)
             elif isinstance(block, blocks.ToolResultBlock):
                 parts = (TextPart(_result_text(block)), *_result_images(block, path))
                 result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
                 self._results.append(Turn(result, source))
             else:
-                self._say("user", TextPart(block.text), source)
+                self._add("user", TextPart(block.text), source)
 
-    def system(self, text: str, place: int) -> None:
+    def system(self, text: str, index: int) -> None:
         if not text:
             return
         self._end_answer()
-        self._say("system", TextPart(text), f"messages.{place}")
+        self._add("system", TextPart(text), f"messages.{index}")
 
-    def assistant(self, message: AssistantMessage, place: int) -> None:
+    def assistant(self, message: AssistantMessage, index: int) -> None:
         self.begun = True
         if self._answer is None:
-            self._end_said()
-            self._answer = _Answer(f"messages.{place}")
+            self._end_inputs()
+            self._answer = _Answer(f"messages.{index}")
         self._answer.add(message)
 
     def finish(self) -> list[Turn]:
         self._end_answer()
-        self._end_said()
+        self._end_inputs()
         return self._turns
 
-    def _say(self, role: Literal["system", "user"], part: Part, source: str) -> None:
+    def _add(self, role: Literal["system", "user"], part: Part, source: str) -> None:
         self.begun = True
-        if self._said and self._said[-1][0] == role:
-            self._said[-1][1].append(part)
+        if self._inputs and self._inputs[-1][0] == role:
+            self._inputs[-1][1].append(part)
         else:
-            self._said.append((role, [part], source))
+            self._inputs.append((role, [part], source))
 
     def _end_answer(self) -> None:
         if self._answer is not None:
             self._turns.append(self._answer.turn())
             self._answer = None
 
-    def _end_said(self) -> None:
+    def _end_inputs(self) -> None:
         self._turns += self._results
-        self._turns += [Turn(_said(role, parts), source) for role, parts, source in self._said]
-        self._results, self._said = [], []
+        self._turns += [Turn(_input(role, parts), source) for role, parts, source in self._inputs]
+        self._results, self._inputs = [], []
 
 
 class _Answer:
@@ -178,14 +175,14 @@ def _system_texts(content: blocks.SystemContent) -> list[str]:
 
 
 def _without_billing(text: str) -> str:
-    """Remove a line that changes with every request: nothing after it would be found in the prefix cache."""
+    """Remove a line that changes with every request: no text after it could hit the prefix cache."""
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
 def _result_images(block: blocks.ToolResultBlock, path: str) -> list[ImagePart]:
     content = [] if block.content is None or isinstance(block.content, str) else block.content
     return [
-        one.image(f"{path}.content.{place}") for place, one in enumerate(content) if isinstance(one, blocks.ImageBlock)
+        one.image(f"{path}.content.{index}") for index, one in enumerate(content) if isinstance(one, blocks.ImageBlock)
     ]
 
 
@@ -195,6 +192,6 @@ def _result_text(block: blocks.ToolResultBlock) -> str:
     if not isinstance(content, str):
         content = "\n".join(part.text for part in content if not isinstance(part, blocks.ImageBlock))
     text = content
-    if not block.is_error or text.lstrip().lower().startswith(_SAYS_SO):
+    if not block.is_error or text.lstrip().lower().startswith(_ERROR_WORDS):
         return text
     return f"Error: {text}" if text else "Error"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choice of a model's formats: by option, by its tokenizer, by its chat template, or by its model type."""
+"""Choice of a model's tool-call and reasoning formats: by option, tokenizer, chat template or model type."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from candle_vllm.openai.formats.template_rows import (
 _OFF = ("none", "passthrough", "off")
 _AUTO = "auto"
 _GENERIC = "json"
-_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # tokens that templates write without an option
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")  # variables of templates
 _Row = TypeVar("_Row", ToolFormat, ReasoningFormat)
 _ByTemplate = Callable[[], tuple[_Row | None, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The formats of a model, and the reasons for them.
+    """The formats of a model, and why they were chosen.
 
     Attributes:
         tools, reasoning: the formats; None if calls or reasoning are not parsed.
-        tools_reason, reasoning_reason: the reasons as text.
         needs: what the chat template requires of messages; None without a usable template.
     """
 
@@ -66,10 +65,10 @@ def choose_layout(
     """Choose the formats of a model.
 
     The first of these decides: the option; the tokenizer's response template; the output of the chat template, or the
-    marks in its source; the model type. For an unknown model whose template has tools, the format is JSON.
+    marks in its source; the model type. If none does and the chat template uses tools, calls are JSON.
 
     Args:
-        tool_parser, reasoning_parser: names of formats, ours or those of vLLM, SGLang or candle-vllm; "none" turns
+        tool_parser, reasoning_parser: names of formats here, in vLLM, SGLang or the Rust candle-vllm; "none" turns
             parsing off, and None and "auto" choose automatically.
         template: the chat template, or several by name.
         response_template: response template of the tokenizer (`tokenizer_config.json`).
@@ -77,7 +76,7 @@ def choose_layout(
         chat_template: `template` if it is already compiled; otherwise it is compiled here.
 
     Raises:
-        ConfigError: no format has that name; the message lists similar names, or all names.
+        ConfigError: no format has the name in the option.
     """
     text = _text(template)
     probe = _probe(template, chat_template)
@@ -88,8 +87,8 @@ def choose_layout(
         if probe is not None and needs is not None and needs.writes_calls:
             row = writer_of_calls(probe, as_text=needs.arguments_as_text)
             if row is not None:
-                return row, "the chat template writes calls so"
-        return marked_tools(text), "the chat template has its marks"
+                return row, "the chat template writes it"
+        return marked_tools(text), "the chat template contains the format's marks"
 
     tools, tools_reason = _first(
         tool_parser,
@@ -104,12 +103,12 @@ def choose_layout(
     if tools is None and not tools_reason:
         reads = needs.writes_tools if needs is not None else re.search(r"\btools\b", text) is not None
         tools = tool_names()[_GENERIC] if reads else None
-        tools_reason = "the chat template shows tools and no format of calls" if reads else "nothing tells of tools"
+        tools_reason = "the chat template uses tools, in no known format" if reads else "no sign of tools"
 
     def reasoning_by_template() -> tuple[ReasoningFormat | None, str]:
-        row, reason = writer_of_thoughts(probe) if probe is not None else None, "the chat template writes thoughts so"
+        row, reason = writer_of_thoughts(probe) if probe is not None else None, "the chat template writes it"
         if row is None:
-            row, reason = marked_reasoning(text), "the chat template has its marks"
+            row, reason = marked_reasoning(text), "the chat template contains the format's marks"
         return row and _with_answer_marks(row, text, kind), reason
 
     reasoning, reasoning_reason = _first(
@@ -122,7 +121,7 @@ def choose_layout(
         reasoning_by_template,
         kind,
     )
-    return Choice(tools, reasoning, tools_reason, reasoning_reason or "nothing tells of thoughts", needs)
+    return Choice(tools, reasoning, tools_reason, reasoning_reason or "no sign of reasoning", needs)
 
 
 def _first(
@@ -135,27 +134,27 @@ def _first(
     by_template: _ByTemplate[_Row],
     kind: str,
 ) -> tuple[_Row | None, str]:
-    """Return the first row that is found, and the reason; an empty reason if no row is found."""
+    """Return the format that is found first, and the reason; an empty reason without a format."""
     if option is not None and _plain(option) != _AUTO:
         return _named(option, setting, names), f"{setting} is {option!r}"
     note = ""
     if response_template is not None:
         found = translate(response_template)
         if not isinstance(found, str):
-            return found, "the tokenizer's response_template says so"
-        note = f"; the tokenizer's response_template was of no use: {found}"
+            return found, "the tokenizer's response_template defines it"
+        note = f"; the tokenizer's response_template was not used: {found}"
     row, reason = by_template()
     if row is None and kind:
         row = next((one for one in rows if kind in map(_plain, one.model_types)), None)
-        reason = "models of this type write so"
+        reason = "models of this type write it"
     return row, reason + note if row is not None else ""
 
 
 def _with_answer_marks(row: ReasoningFormat, text: str, kind: str) -> ReasoningFormat:
-    """Return the row with the same marks and with marks of answers, if the template or model type indicates it."""
+    """Return the format with the same marks and with answer marks, if the template or model type indicates it."""
     for other in REASONING_FORMATS:
-        told = kind in map(_plain, other.model_types) or any(hint in text for hint in other.hints)
-        if told and other.answer and (other.open, other.close) == (row.open, row.close):
+        indicated = kind in map(_plain, other.model_types) or any(hint in text for hint in other.hints)
+        if indicated and other.answer and (other.open, other.close) == (row.open, row.close):
             return other
     return row
 
@@ -170,13 +169,13 @@ def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
         known = ", ".join(near or sorted({row.name for row in names.values()}))
         what = "the nearest are" if near else "the formats are"
         raise ConfigError(
-            f"{setting} is {option!r:.100}, which is no format; {what} {known} (and {_AUTO}, {_OFF[0]})", setting
+            f"{setting} is {option!r:.100}, which is not a format; {what} {known} (and {_AUTO}, {_OFF[0]})", setting
         )
     return found
 
 
 def _plain(name: str) -> str:
-    """Normalise a name: remove what people spell differently."""
+    """Return a name in lower case, without `-`, `_`, `.` and spaces."""
     return re.sub(r"[-_. ]", "", name.strip().lower())
 
 

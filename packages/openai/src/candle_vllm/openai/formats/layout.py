@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Layout of a model's messages: formats of reasoning and calls, and their form for one vocabulary.
+"""Layout of a model's messages: its reasoning and call formats, and their form for one vocabulary.
 
-The table of layouts is `table`. For a vocabulary, each special token in a text is replaced by one character that no
-text contains: a mark that is a special token is then found where the model generated this token, and not in text that
-spells it. The characters are halves of surrogate pairs, which decoded UTF-8 never contains.
+For a vocabulary, each special token in a text is replaced by one surrogate character, which decoded UTF-8 never
+contains: a mark that is a special token is then found where the model generated the token, not where text spells it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ THOUGHTS, CALL = "thoughts", "call"
 
 
 class Body(Protocol):
-    """A format of calls."""
+    """A format of tool calls."""
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse calls after the opening mark; return False, without any event, if there is no call."""
@@ -30,7 +29,7 @@ class Body(Protocol):
 
 
 class Flow(Protocol):
-    """A format of whole messages that are not text with marks."""
+    """A format of whole messages, for messages that are not text with marks."""
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
         """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
@@ -48,10 +47,10 @@ class ReasoningFormat:
     Attributes:
         name: name of the format.
         open, close: the marks.
-        others: further pairs with the same meaning.
-        strays: marks without meaning if they occur alone; they are left out.
+        others: further pairs of marks with the same meaning.
+        strays: marks without meaning if they occur alone; the answer omits them.
         answer: strays before and after the text of an answer.
-        flow: for messages that are not text with marks.
+        flow: the format, if messages are not text with marks.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no reasoning itself.
         model_types: types of models that write it, as in `config.json` and GGUF files.
@@ -74,7 +73,7 @@ class ReasoningFormat:
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
 
     def led_by(self, opening: str) -> ReasoningFormat:
-        """Return the format with the pair of `opening` as its first; a prompt may open the reasoning with it."""
+        """Return the format with the pair of `opening` first; a prompt may open the reasoning with this mark."""
         if opening == self.open or opening not in self.pairs:
             return self
         closing = self.pairs[opening]
@@ -84,25 +83,25 @@ class ReasoningFormat:
 
 @dataclasses.dataclass(frozen=True)
 class ToolFormat:
-    """Format of the calls in a message.
+    """Format of the tool calls in a message.
 
     Attributes:
         name: name of the format.
         opens: marks that begin calls.
-        bodies: formats that may follow such a mark; the first that matches is used.
+        bodies: call formats that may follow such a mark; the first that matches is used.
         names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
-        named: format after these marks, if it is not one of `bodies`: text may mention such a tag.
+        named: the format after `names`, instead of `bodies`; it is stricter, because text may mention such a tag.
         ends_thoughts: models write calls in unclosed reasoning; a call of an offered tool ends the reasoning.
-        line_start: marks in `opens` that are text begin calls only at the beginning of a line.
+        line_start: marks in `opens` that are not special tokens begin calls only at the beginning of a line.
         on_lines: in reasoning, a call begins only at the beginning of a line.
-        bare: format of calls without a mark; only at the beginning of a message.
-        unmarked: the same, but not written by grammars: models omit the mark by mistake.
-        bare_starts: first characters of such calls.
+        bare: format of calls without an opening mark; only at the beginning of a message.
+        unmarked: like `bare`, but grammars never write it: models omit the mark by mistake.
+        bare_starts: first characters of calls without an opening mark.
         fenced: format of calls that some models write in a JSON code block instead.
-        strays: marks without meaning if they occur alone; they are left out.
+        strays: marks without meaning if they occur alone; the answer omits them.
         answer: strays before and after the text of an answer.
-        flow: for messages that are not text with marks.
-        argument_tags: an argument is a tag with its name, such as `<path>`; special tokens that look so are text.
+        flow: the format, if messages are not text with marks.
+        argument_tags: an argument is a tag with its name, such as `<path>`; special tokens of this form are text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
@@ -137,7 +136,7 @@ class Layout:
 
     Attributes:
         reasoning, tools: the formats.
-        elsewhere: formats of calls of other models: a mark, "" for a format without one, and the format after it.
+        elsewhere: call formats of other models, each as opening mark ("" without a mark) and format.
     """
 
     reasoning: ReasoningFormat | None = None
@@ -157,8 +156,8 @@ class BoundLayout:
 
     Attributes:
         layout: the layout with characters instead of special tokens.
-        characters: token id -> character, for the special tokens that are part of a mark, or the text of a token that
-            is read as text.
+        characters: token id -> character, for special tokens in marks; or -> text, for special tokens that are read
+            as text.
         names: token id -> text, for every special token.
     """
 
@@ -168,15 +167,15 @@ class BoundLayout:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Character -> text, for clients that want to see special tokens."""
+        """Character -> text of the special token, for clients that want to see special tokens."""
         return {character: self.names[index] for index, character in self.characters.items()}
 
 
 def bind(layout: Layout, special_tokens: Mapping[str, int]) -> BoundLayout:
-    """Return the layout for a vocabulary with these special tokens, by name."""
+    """Return the layout for a vocabulary with these special tokens (name -> id)."""
     literals = "\n".join(_literals(layout))
     used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals][:_MOST]
-    table = {name: chr(_FIRST + place) for place, name in enumerate(used)}
+    table = {name: chr(_FIRST + index) for index, name in enumerate(used)}
     named = layout.tools is not None and layout.tools.argument_tags
     tags = {name: name for name in special_tokens if named and name not in table and _TAG.fullmatch(name)}
     return BoundLayout(
@@ -187,11 +186,11 @@ def bind(layout: Layout, special_tokens: Mapping[str, int]) -> BoundLayout:
 
 
 class SpecialText:
-    """Text of one sequence with special tokens as characters; special tokens outside of marks are left out.
+    """Text of one sequence with special tokens as characters; special tokens outside of marks are removed.
 
     Args:
         bound: the layout.
-        keep: whether texts of special tokens outside of marks are preserved.
+        keep: whether special tokens outside of marks stay as text.
     """
 
     def __init__(self, bound: BoundLayout, *, keep: bool = False) -> None:
@@ -224,7 +223,7 @@ class SpecialText:
         return "".join(parts)
 
     def finish(self) -> str:
-        """Return the text that was held back: a special token with truncated text is plain text."""
+        """Return the text that was held back: an incomplete special token is plain text."""
         return self._take(len(self._text))
 
     def _take(self, count: int) -> str:
@@ -245,7 +244,7 @@ def _literals(value: Any) -> Iterable[str]:
 
 
 def _translated(value: _T, table: Mapping[str, str]) -> _T:
-    """Replace names of special tokens in all texts of a value."""
+    """Replace special tokens by their characters in all strings of a value."""
     new: Any = value
     if isinstance(value, str):
         for name, character in table.items():

@@ -21,24 +21,24 @@ _SHORT = frozenset({"integer", "number", "boolean", "null"})
 
 @dataclasses.dataclass(frozen=True)
 class Tagged:
-    """A name and tagged values, whose types the tool's schema determines.
+    """A function name and tagged arguments, whose types the tool's schema determines.
 
     Attributes:
         name_open, name_end: marks around the name; if `name_open` is "", the name follows the opening mark.
-        name_head: pattern of attributes beside the name; its group is `name`.
+        name_head: pattern of attributes of the name's tag; its group is `name`.
         key_open, key_end: marks around the key.
         value_open: mark between key and value.
         type_open, type_end: marks around the value's JSON type, which may precede `value_open`.
-        value_end: mark after the value; valid only if another key, the end of the call, or nothing follows.
+        value_end: mark after the value; valid only before another key, the end of the call, or the end of the text.
         call_end: mark after the last value.
         closers: marks that may follow the calls.
-        head: pattern of attributes beside the key; its groups are `key`, and `text`, "true" if the value is a string
+        head: pattern of attributes of the key's tag; its groups are `key`, and `text`, "true" if the value is a string
             and "false" if it is JSON, or `type`, a JSON type.
-        newlines: line breaks before and after a value are not part of it; without the first, the second is.
-        text_open, text_end: marks around a text that could be mistaken for tags (XML's CDATA).
+        newlines: a line break before and one after a value are not part of it; the second is if the first is missing.
+        text_open, text_end: marks around a text that may contain tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
-        known_only: a call must name an offered tool, and arguments or the end of the call must follow; for names
-            without a mark before them: `std::function<function=f>` is text.
+        known_only: a call must name an offered tool, and arguments or the end of the call must follow. For formats
+            without an opening mark: `std::function<function=f>` is text.
     """
 
     name_open: str
@@ -123,7 +123,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Return whether the call was closed, or the model had finished."""
+        """Parse the arguments; return whether the call was closed, or the model ended its message by itself."""
         shape, reader, emit = self._shape, self._reader, self._calls.arguments
         yield from reader.skip_space()
         if (yield from reader.peek()) == "{":
@@ -155,18 +155,18 @@ class _Arguments:
         """Parse one key and its value; False if the text was truncated inside."""
         shape, reader = self._shape, self._reader
         head, mark = yield from reader.name(markers(shape.key_end))
-        told = ""
+        declared = ""
         if mark and shape.value_open:
             yield from reader.skip_space()
             if shape.type_open and (yield from reader.take(shape.type_open)):
-                told, _ = yield from reader.name(markers(shape.type_end))
+                declared, _ = yield from reader.name(markers(shape.type_end))
                 yield from reader.skip_space()
             if not (yield from reader.take(shape.value_open)):
                 return (yield from self._unopened(head))
         if not mark:
             return reader.whole
         key, kinds = self._key(head)
-        kinds = kinds_of(told) if told in JSON_TYPES else kinds
+        kinds = kinds_of(declared) if declared in JSON_TYPES else kinds
         if not kinds.is_string and self._may_wrap(key):
             return (yield from self._wrapped(key, kinds))
         sink = self._begin(key)
@@ -178,7 +178,7 @@ class _Arguments:
         return (yield from self._text(sink) if kinds.is_string else self._other(sink, kinds))
 
     def _may_wrap(self, key: str) -> bool:
-        """Whether an argument with this key, unknown to the tool, may contain all arguments of the tool."""
+        """Whether an argument that the tool does not have may be an object of all its arguments, by its key."""
         properties = self._schema.get("properties")
         return key in ARGUMENT_KEYS and isinstance(properties, Mapping) and bool(properties) and key not in properties
 
@@ -198,7 +198,7 @@ class _Arguments:
         return False
 
     def _unopened(self, head: str) -> Need[bool]:
-        """Parse a value without `value_open`; omit a key without a value. False if the text was truncated inside."""
+        """Parse a value without `value_open`; a key without a value is omitted. False if the text was truncated."""
         shape, reader, parts = self._shape, self._reader, list[str]()
         ends = markers(shape.value_end, *shape.keys, shape.call_end, *shape.closers)
         mark = yield from reader.until(ends, parts.append, inside=True)
@@ -223,14 +223,14 @@ class _Arguments:
             key = head.strip(SPACE)
             return key, argument_kinds(self._schema, key)
         groups = match.groupdict()
-        key, told, kind = groups["key"], groups.get("text"), groups.get("type")
-        if told == "true" or kind:
+        key, is_text, kind = groups["key"], groups.get("text"), groups.get("type")
+        if is_text == "true" or kind:
             return key, kinds_of(kind or "string")
         kinds = argument_kinds(self._schema, key)
-        return key, kinds._replace(marked=told == "false")
+        return key, kinds._replace(marked=is_text == "false")
 
     def _text(self, sink: Sink) -> Need[bool]:
-        """Parse a string and pass it on while it is received."""
+        """Parse a string and pass it to the sink as it arrives."""
         sink('"')
         inner = _Inner(lambda text: sink(escaped(text)), self._shape)
         closed = yield from self._value(inner, short=False)
@@ -258,14 +258,14 @@ class _Arguments:
         plain = _SPECIAL.sub("", text)
         value = to_json(plain, kinds)
         is_text = value == _quoted(plain)
-        if closed or (inner.ended and not is_text):  # a number before the beginning of a mark is complete
+        if closed or (inner.ended and not is_text):  # a number before an incomplete mark is complete
             sink(_quoted(text) if is_text else value)
         return closed
 
     def _value(self, inner: _Inner, *, short: bool) -> Need[bool]:
         """Parse text up to the end of the value; False if the text was truncated inside.
 
-        An end mark is valid only where it makes sense: a text may contain the same tags, a `short` value contains none.
+        A text may contain tags, so an end mark counts only before the expected next mark; a `short` value has no tags.
         """
         marked = yield from self._until_end(inner, short)
         if marked is None:
@@ -320,7 +320,7 @@ class _Arguments:
             text(mark + "".join(spaces))
 
     def _new_key(self) -> Need[bool]:
-        """Whether the key of a further argument follows; it is not consumed unless it is truncated."""
+        """Whether the key of another argument follows; a complete key is not consumed."""
         reader = self._reader
         head, mark = yield from reader.name(markers(self._shape.key_end))
         if not mark and reader.cut:
@@ -334,7 +334,7 @@ class _Inner:
     """A value without the line breaks around it.
 
     Attributes:
-        ended: the text was truncated where the value has probably ended.
+        ended: the text was truncated after what is probably the whole value.
     """
 
     def __init__(self, sink: Sink, shape: Tagged) -> None:
@@ -345,7 +345,7 @@ class _Inner:
         self.ended = False
 
     def add(self, text: str) -> None:
-        """Add more of the value."""
+        """Add a delta of the value."""
         if self._first:
             self._first = False
             self._paired = text.startswith("\n")
@@ -356,7 +356,7 @@ class _Inner:
             self._sink(text)
 
     def end(self, marked: bool) -> None:
-        """End the value, `marked` if its mark follows; otherwise the line break belongs to what follows."""
+        """End the value. Without its mark (`marked`), the line break after it belongs to the next mark."""
         if self._held and marked and not self._paired:
             self._sink(self._held)
 

@@ -28,7 +28,7 @@ Prompt = Annotated[
 
 
 class CompletionRequest(GenerationFields):
-    """Prompts to continue: a text, several, token ids, or several lists of them.
+    """Prompts to continue: a text, token ids, or a list of either.
 
     With a `suffix`, the model writes the text between prompt and suffix; it must be trained for fill-in-the-middle.
     Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and generates nothing.
@@ -45,7 +45,7 @@ class CompletionRequest(GenerationFields):
     @classmethod
     def _number_not_switch(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise fields.invalid("", "is a number here: how many likely tokens to report, 0 to 20")
+            raise fields.invalid("", "must be a number from 0 to 20: how many likely tokens to report")
         return value
 
     @model_validator(mode="after")
@@ -53,14 +53,14 @@ class CompletionRequest(GenerationFields):
         if self.max_tokens == 0 and not self.echo:
             raise fields.invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
         if self.suffix and self.echo:
-            raise fields.invalid("echo", "repeats a prompt before its continuation, and with suffix there is none")
+            raise fields.invalid("echo", "cannot be combined with suffix: leave one of them out")
         if len(self.prompts) * self.sequences > fields.MAX_CHOICES:
             raise fields.invalid("n", f"times the number of prompts must be at most {fields.MAX_CHOICES}")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts as a list with one entry for each prompt."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):

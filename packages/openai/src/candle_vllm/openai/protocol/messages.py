@@ -30,7 +30,7 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Name the type of a part that is not text in the error."""
+        """Raise an error that names the part's type, if the server cannot read it."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
@@ -48,15 +48,12 @@ def one_image(part: Any) -> Any:
     if part.image_url is None and part.file_id is None:
         raise invalid("image_url", "is required where there is no file_id")
     if part.image_url is not None and part.file_id is not None:
-        raise invalid("file_id", "and image_url are two images: give one of them")
+        raise invalid("file_id", "and image_url are two images: send one of them")
     return part
 
 
 class ImagePart(WireModel):
-    """An image; in the newer `input_image`, and from some clients, `image_url` is the address itself, not an object.
-
-    `file_id` refers to a file of `/v1/files`.
-    """
+    """An image: `image_url` is an object, or the address itself; `file_id` refers to a file of `/v1/files`."""
 
     type: Literal["image_url", "input_image"]
     image_url: (
@@ -90,7 +87,7 @@ class RefusalPart(WireModel):
 
     @property
     def text(self) -> str:
-        """The text, under the name that other parts use."""
+        """The refusal."""
         return self.refusal
 
 
@@ -219,7 +216,7 @@ class AssistantMessage(WireModel):
 
 
 class ToolMessage(WireModel):
-    """Result of a called function; may be empty: an empty text or no parts."""
+    """Result of a called function; may be an empty text or have no parts."""
 
     role: Literal["tool"]
     content: ResultContent
@@ -261,15 +258,14 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=fields.MAX_ME
 def check_history(messages: Sequence[Message]) -> None:
     """Check that each tool call has exactly one result right after it, and that each result has a call.
 
-    Ids may be repeated in later turns. Raises the error that pydantic reports if two calls of an answer have the same
-    id, a result is missing, or a result has no call.
+    Later turns may repeat ids. Raises the error that pydantic reports.
     """
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):
         here = f"messages.{index}"
         if isinstance(message, ToolMessage):
             if message.tool_call_id not in pending:
-                raise invalid(f"{here}.tool_call_id", f"{message.tool_call_id!r:.80} answers no call that is open here")
+                raise invalid(f"{here}.tool_call_id", f"{message.tool_call_id!r:.80} is not an open tool call's id")
             del pending[message.tool_call_id]
             continue
         _all_answered(pending, f"{here}.role")

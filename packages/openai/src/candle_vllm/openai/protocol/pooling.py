@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fields that requests for embeddings and scores share, and their token counts."""
+"""Fields that requests for embeddings, classes and scores share, and their token counts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelFields, Refusa
 MAX_INPUTS = 2048  # texts of one embedding request; OpenAI's limit
 MAX_PAIRS = 2048  # pairs of texts of one score request
 MAX_POOLED_TOKENS = 1 << 20  # tokens of all texts or pairs of a request
-MAX_NUMBERS = 1 << 24  # elements of all vectors, if a text has several vectors or one as long as the vocabulary
+MAX_NUMBERS = 1 << 24  # elements of all vectors of a request, for multi-vector and sparse embeddings
 
-_NEVER_CUT = "texts are never cut; one that is too long is refused with its number"
+_NEVER_CUT = "texts are never truncated; shorten them"
 _TEXT_ONLY = "the server takes text only"
+_ACTIVATION = "the model's config sets the activation of its scores"
 
 POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "truncate_prompt_tokens": Refusal(_NEVER_CUT),
     "truncation_side": Refusal(_NEVER_CUT),
     "truncate": Refusal(_NEVER_CUT, (False, "NONE")),
     "late_chunking": Refusal("each text gets one vector of its own", (False,)),
-    "softmax": Refusal("the model's config says what its score goes through", (True,)),
-    "activation": Refusal("the model's config says what its score goes through", (True,)),
-    "use_activation": Refusal("the model's config says what its score goes through", (True,)),
+    "softmax": Refusal(_ACTIVATION, (True,)),
+    "activation": Refusal(_ACTIVATION, (True,)),
+    "use_activation": Refusal(_ACTIVATION, (True,)),
     "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
-    "messages": Refusal("a conversation has no vector; send its text as input"),
-    "chat_template": Refusal("texts are read as they are"),
-    "additional_data": Refusal("there is no plug-in that reads it"),
-    "instruction": Refusal("put the instruction into the text, as the model's page says"),
+    "messages": Refusal("send the conversation's text as input"),
+    "chat_template": Refusal("texts are not rendered by a template"),
+    "additional_data": Refusal("no plug-in reads it"),
+    "instruction": Refusal("put the instruction into the text, as the model card shows"),
 }
 
 
@@ -55,7 +56,7 @@ def text_form(value: Any) -> str:
 
 
 class PoolingUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens that the model read; both counts are equal, because nothing is generated."""
+    """Tokens of the prompts; both counts are equal, because no text is generated."""
 
     prompt_tokens: int
     total_tokens: int

@@ -32,10 +32,10 @@ class TextFormat(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Name formats of other servers and list the supported formats in the error."""
+        """Raise an error that explains another server's format, or lists the supported formats."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_FORMATS:
-            raise unsupported("type", f"it has no {kind!r}; use structured_outputs instead of response_format")
+            raise unsupported("type", f"send {kind!r} constraints as structured_outputs")
         if kind != "text":
             raise invalid("type", f"must be one of {', '.join(_FORMATS)}")
 
@@ -52,10 +52,7 @@ class JsonObjectFormat(WireModel):
 
 
 class JsonSchema(WireModel):
-    """A schema that the answer always follows, whether `strict` or not.
-
-    Name and description are labels; the model sees neither them nor the schema.
-    """
+    """A schema that the answer always follows, `strict` or not; the model does not see it, its name or description."""
 
     name: FunctionName
     description: str | None = None
@@ -64,7 +61,7 @@ class JsonSchema(WireModel):
 
 
 def _named(value: Any) -> Any:
-    """Add the name that llama.cpp's clients omit."""
+    """Add the name, which llama.cpp's clients omit."""
     return {"name": "schema", **value} if isinstance(value, dict) and "schema" in value else value
 
 
@@ -102,10 +99,10 @@ class StructuralTagFormat(WireModel):
     def _one_form(self) -> Self:
         older = self.structures is not None or self.triggers is not None
         if older == (self.format is not None):
-            raise invalid("format", "must be given, or structures and triggers instead of it")
+            raise invalid("format", "must be given, or structures and triggers in place of it")
         if older and (self.structures is None or self.triggers is None):
             missing = "structures" if self.structures is None else "triggers"
-            raise invalid(missing, "is required where the other of structures and triggers is given")
+            raise invalid(missing, "is required: structures and triggers must both be given")
         check_depth(self.format)
         return self
 
@@ -144,7 +141,7 @@ ResponseFormat = Annotated[
 
 
 class StructuredOutputs(WireModel):
-    """vLLM's constraint on an answer: exactly one of the first six fields.
+    """vLLM's constraint on an answer: exactly one of `KINDS`.
 
     Attributes:
         json_value: a JSON schema, as an object or as JSON text; as a library, also a class that has a schema.
@@ -172,11 +169,11 @@ class StructuredOutputs(WireModel):
             try:
                 value = decode_json(value, "the text")
             except InvalidBodyError as error:
-                raise invalid("", f"must be an object, or one as JSON text, but {error}") from None
+                raise invalid("", f"must be an object or the JSON text of one, but {error}") from None
         value = plain_schema(value) if info.field_name == "json_value" else value
         schema_without_object = isinstance(value, bool) and info.field_name == "json_value"
         if value is not None and not isinstance(value, dict) and not schema_without_object:
-            raise invalid("", "must be an object, or one as JSON text")
+            raise invalid("", "must be an object or the JSON text of one")
         check_depth(value)
         return value
 
@@ -191,7 +188,7 @@ class StructuredOutputs(WireModel):
         return self
 
     def asks_for(self, kind: str) -> bool:
-        """Return whether the answer must be of this kind; `json_object: false` asks for nothing."""
+        """Return whether the answer must be of this kind; `json_object: false` is no constraint."""
         value = self._value(kind)
         return value is not None and (kind != "json_object" or value)
 
@@ -209,7 +206,7 @@ class StructuredOutputs(WireModel):
 
 
 class LlamaForms(WireModel):
-    """llama.cpp's fields that constrain an answer, besides `response_format`; empty values ask for nothing.
+    """llama.cpp's fields that constrain an answer, besides `response_format`; empty values are no constraint.
 
     Attributes:
         grammar: GBNF, or Lark.

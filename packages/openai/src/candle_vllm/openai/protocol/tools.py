@@ -45,7 +45,7 @@ def check_depth(schema: Any) -> Any:
 
 
 def check_arguments(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a function's arguments unchanged; refuse an invalid one. Paths are relative to it."""
+    """Return the schema of a function's arguments unchanged; refuse an invalid one. Error paths are relative to it."""
     check_depth(schema)
     kind = schema.get("type", "object")
     if kind not in ("object", "dict"):
@@ -83,7 +83,7 @@ class FunctionDefinition(fields.WireModel):
 
     Attributes:
         parameters: a JSON schema of type object; without it, or if it is empty, the function has no arguments.
-        strict: the arguments always follow the schema, with any tool choice.
+        strict: whether the arguments always follow the schema, with any tool choice.
     """
 
     name: fields.FunctionName
@@ -108,7 +108,7 @@ class Tool(fields.WireModel):
     @model_validator(mode="wrap")
     @classmethod
     def _keep_as_given(cls, data: Any, handler: ModelWrapValidatorHandler[Tool]) -> Tool:
-        """Keep the order of the names: templates print tools as JSON, and the prefix cache depends on the prompt."""
+        """Keep the order of the keys: templates print tools as JSON, and prompts must match the prefix cache."""
         tool = handler(data)
         if isinstance(data, dict):
             tool._given = data
@@ -116,7 +116,7 @@ class Tool(fields.WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Explain the error of another type of tool, or of a tool in the form of other routes."""
+        """Raise an error for another type of tool, or for a tool in the flat form of `/v1/responses`."""
         kind = data.get("type", "function")
         if isinstance(kind, str) and kind != "function":
             raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function'")
@@ -129,7 +129,7 @@ class Tool(fields.WireModel):
         return self.function.name
 
     def shown(self) -> dict[str, Any]:
-        """Return the tool for a chat template: names in the caller's order, without nulls and cache marks."""
+        """Return the tool for a chat template: keys in the caller's order, without nulls and cache marks."""
         given = self._given.get("function")
         function = given if isinstance(given, dict) else self.function.model_dump()
         known = FunctionDefinition.model_fields
@@ -178,7 +178,7 @@ AnyReference = Annotated[
 
 
 class AllowedTools(fields.WireModel):
-    """Some of the tools: `auto` may call them, `required` must."""
+    """A subset of the tools: with `auto` the model may call them, with `required` it must."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[AnyReference], Field(min_length=1, max_length=fields.MAX_TOOLS, fail_fast=True)]
@@ -208,17 +208,17 @@ ToolChoice = Annotated[
 
 
 def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path: str = "function.parameters") -> None:
-    """Refuse tools with equal names, and tools that are too large for a prompt; paths are relative to `tools`.
+    """Refuse tools with equal names, and tools that are too large for a prompt; error paths are relative to `tools`.
 
     Args:
-        tools: for each tool, the path of its name (`0.function.name`), its name, and what the template shows of it.
+        tools: for each tool, the path of its name (`0.function.name`), its name, and its form in the template.
         schema_path: path of the schema inside a tool.
     """
-    places: dict[str, str] = {}
+    numbers: dict[str, str] = {}
     size = 0
     for path, name, shown in tools:
         number = path.partition(".")[0]
-        first = places.setdefault(name, number)
+        first = numbers.setdefault(name, number)
         if first != number:
             raise fields.invalid(path, f"must be unique, and tools.{first} is called {name!r} too")
         try:
@@ -233,7 +233,7 @@ def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path
 
 def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
     """Apply `check_tools` to the tools of a chat request."""
-    check_tools((f"{place}.{tool.type}.name", tool.name, tool.shown()) for place, tool in enumerate(tools or ()))
+    check_tools((f"{index}.{tool.type}.name", tool.name, tool.shown()) for index, tool in enumerate(tools or ()))
 
 
 def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
@@ -259,28 +259,28 @@ def read_choice(choice: ToolChoice | None, known: Collection[str], custom: Colle
     if isinstance(choice, (ToolReference, CustomToolReference)):
         return Choice("required", named=_known(choice, known, custom, "tool_choice"))
     if isinstance(choice, AllowedToolsChoice):
-        place = "tool_choice.allowed_tools.tools"
-        names = {_known(one, known, custom, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
+        path = "tool_choice.allowed_tools.tools"
+        names = {_known(one, known, custom, f"{path}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
         return Choice(choice.allowed_tools.mode, names)
     return Choice(choice or "auto")
 
 
 def _known(
-    reference: ToolReference | CustomToolReference, known: Collection[str], custom: Collection[str], place: str
+    reference: ToolReference | CustomToolReference, known: Collection[str], custom: Collection[str], path: str
 ) -> str:
     if isinstance(reference, ToolReference):
         kind, name, names = "function", reference.function.name, known
     else:
         kind, name, names = "custom", reference.custom.name, custom
     if name not in names:
-        raise fields.invalid(f"{place}.{kind}.name", unknown_tool(name, names))
+        raise fields.invalid(f"{path}.{kind}.name", unknown_tool(name, names))
     return name
 
 
 def unknown_tool(name: str, known: Collection[str]) -> str:
     """Return the message for a choice of a tool that is not in `known`."""
     if not known:
-        return f"must name one of the tools of that type, and there is none; {name!r} is none"
+        return f"must name one of the tools of that type, but the request has no such tool; it names {name!r}"
     near = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(known))!r}"
     return f"must name one of the {len(known)} tools, not {name!r}; {advice}"

@@ -8,19 +8,19 @@ from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """Source of the prompt's tokens: `cached_tokens` were found in the prefix cache."""
+    """`cached_tokens` of the prompt were in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """Kinds of output tokens; counts before the final ones only have `reasoning_tokens`.
+    """Kinds of output tokens; counts in the middle of a stream have only `reasoning_tokens`.
 
     Attributes:
-        reasoning_tokens: tokens of the reasoning and of its marks.
-        accepted_prediction_tokens, rejected_prediction_tokens: tokens of the predicted text in the answer, and the
-            other predicted tokens, tried or not; present if the request has a prediction. Sums over all choices.
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those that became part of the answer;
+        reasoning_tokens: tokens of the reasoning, with its marks.
+        accepted_prediction_tokens, rejected_prediction_tokens: predicted tokens in the answer, and all other predicted
+            tokens; present if the request has a prediction. Sums over all choices.
+        draft_tokens, accepted_draft_tokens: draft tokens that were verified, and draft tokens that were accepted;
             present if `return_draft_counts` requested them.
     """
 
@@ -53,7 +53,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     """llama.cpp's token counts and milliseconds of the prompt and of the answer; cached tokens took no time.
 
     Attributes:
-        draft_n, draft_n_accepted: draft tokens that were tried, and those accepted; absent without draft tokens.
+        draft_n, draft_n_accepted: draft tokens that were verified and accepted; absent without draft tokens.
     """
 
     cache_n: int
