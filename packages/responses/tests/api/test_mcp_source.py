@@ -66,6 +66,8 @@ async def test_servers_of_the_operator() -> None:
         ("https://example.com:8443/mcp", ("https://example.com/*",)),
         ("https://example.com/open/../mcp", ("https://example.com/open/*",)),
         ("https://example.com/open/%2e%2e/mcp", ("https://example.com/open/*",)),
+        ("https://example.com/open/..;x/mcp", ("https://example.com/open/*",)),
+        ("https://example.com/open/..%5cmcp", ("https://example.com/open/*",)),
         ("https://example.com/mcp2", ("https://example.com/mcp",)),
         ("https://example.com.:443/mcp", ("https://example.com/*",)),
         ("https://@example.com/mcp", ("*",)),

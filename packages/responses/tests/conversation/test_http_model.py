@@ -268,10 +268,10 @@ async def test_other_words_for_an_end_are_no_cut(reason: str) -> None:
     ("stream", "words"),
     [
         (sse(delta(content="x"), done=False), "ended its answer in the middle"),
-        (sse(delta(content="x"), "data: {"), "no JSON object"),
-        (sse("data: [1]"), "no JSON object"),
+        (sse(delta(content="x"), "data: {"), "not a JSON object"),
+        (sse("data: [1]"), "not a JSON object"),
         (sse(delta(content="x"), {"error": {"message": f"boom {KEY}", "code": 500}}), "answered 500: boom ***"),
-        (sse("data: " + "[" * 100_000), "no JSON object"),
+        (sse("data: " + "[" * 100_000), "not a JSON object"),
         (sse(delta("", content="x"), done=False), "ended its answer in the middle"),
     ],
 )
@@ -434,7 +434,7 @@ class TestConnections:
             await bench.model.aclose()
 
     async def test_a_server_that_says_nothing_after_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(http_model, "_READ_ON", 0.02)
+        monkeypatch.setattr(http_model, "_DRAIN_SECONDS", 0.02)
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")

@@ -258,8 +258,8 @@ async def test_replies_that_cannot_be_read(serve: Serve, config: Config, seen: S
 @pytest.mark.parametrize(
     ("mode", "why"),
     [
-        ("401", "answered 401: it wants credentials"),
-        ("403", "answered 403: it wants credentials"),
+        ("401", "answered 401: it needs credentials"),
+        ("403", "answered 403: it needs credentials"),
         ("404", "answered 404: there is no MCP server at this path"),
         ("405", "answered 405: there is no MCP server at this path"),
         ("500", "answered with HTTP status 500"),

@@ -477,7 +477,7 @@ async def test_refusals_and_nonsense(scripted: Scripted) -> None:
 @pytest.mark.parametrize(
     ("mode", "count", "note"),
     [
-        ("circle", 3, "goes in a circle"),
+        ("circle", 3, "repeats a cursor"),
         ("pages", 100, "more than 100 pages"),
         ("many", 1000, "more than 1000 tools"),
         ("big-list", 3, "more than 4194304 bytes of definitions; the tools after the first 3 are left out"),

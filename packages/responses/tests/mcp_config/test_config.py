@@ -296,7 +296,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"a": {"url": "http://h/a b"}}, "url must be an address"),
     ({"a": {"url": "http://h/\r\nX: y"}}, "one line"),
     ({"a": {"url": "http://h", "headers": {"A b": "c"}}}, "'A b', which no HTTP header can have"),
-    ({"a": {"url": "http://h", "headers": {"A": "c\r\nD: e"}}}, "headers.A must stand on one line"),
+    ({"a": {"url": "http://h", "headers": {"A": "c\r\nD: e"}}}, "headers.A must be one line"),
     ({"a": {"url": "http://h", "headers": {"A": "é"}}}, "headers.A must be ASCII"),
     ({"a": {"url": "http://h", "headers": {"A": "b", "a": "c"}}}, "has a twice"),
     ({"a": {"url": "http://h", "auth": "x", "headers": {"authorization": "y"}}}, "give one"),

@@ -481,7 +481,7 @@ async def test_a_full_disk_is_said_in_one_line(opener, tmp_path: Path, caplog: p
         for number in range(200):
             await store.put(record(f"resp_{number}"))
 
-    with pytest.raises(StoreUnavailableError, match="cannot be written: no space is left where it lies") as error:
+    with pytest.raises(StoreUnavailableError, match="cannot be written: its disk is full") as error:
         await fill()
     assert error.value.__cause__ is None, "it would be logged with its traceback"
     assert caplog.text.count("database or disk is full") == 1

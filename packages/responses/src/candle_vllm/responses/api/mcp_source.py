@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError
+from candle_vllm.core.targets import is_host
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.tools.names import matches
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Tool
 
 if TYPE_CHECKING:
     from candle_vllm.responses.mcp.server_config import McpServerConfig
-
-
-import ipaddress
-from urllib.parse import unquote, urlsplit
-
-from candle_vllm.core.targets import is_host
-from candle_vllm.responses.tools.names import matches
 
 ANY = "*"
 SETTING = "mcp_allow_urls"
@@ -41,13 +39,13 @@ class _Parts(NamedTuple):
 
 
 class ServerUrls:
-    """The operator's patterns: `https://host[:port]/path`, with "*" for any characters within one of the three parts,
-    or "*" alone for every public URL.
+    """The operator's URL patterns: `https://host[:port]/path`, where "*" stands for any characters of the host, the
+    port or the path; "*" alone allows every public URL.
 
     The default port is the scheme's. If the host has a "*", the addresses of a matching host must be public.
 
     Raises:
-        ConfigError: a pattern that no URL can match.
+        ConfigError: a pattern is invalid.
     """
 
     def __init__(self, patterns: Sequence[str] = ()) -> None:
@@ -55,21 +53,20 @@ class ServerUrls:
         self._patterns = [_pattern(pattern) for pattern in patterns if pattern != ANY]
 
     def check(self, url: str, field: str) -> bool:
-        """Return whether a pattern names the host without "*"; otherwise its addresses must be public.
+        """Return whether a pattern names the host without "*"; if not, its addresses must be public.
 
         Args:
             url: URL of a request.
             field: path of the URL in the request.
 
         Raises:
-            InvalidParameterError: the URL is not one that this server may connect to.
+            InvalidParameterError: the URL is invalid, or its scheme is http and its host is not loopback.
             UnsupportedParameterError: no pattern matches.
         """
         parts = _parts(url)
         if parts is None:
             raise InvalidParameterError(
-                f"{field} must be an https URL in ASCII: a host, maybe a port, and a path without dots for parts; no "
-                "user name, no blanks and no fragment",
+                f"{field} must be an https URL in ASCII without a user name, spaces, a fragment, or .. in its path",
                 field,
             )
         if parts.scheme == "http" and not _is_loopback(parts.host):
@@ -79,8 +76,8 @@ class ServerUrls:
         if named or ((fitting or self._any) and not _is_loopback(parts.host)):
             return named
         raise UnsupportedParameterError(
-            f"{field} is not supported: this server dials no URL that a request names, unless the operator allows it "
-            "with --mcp-allow-urls; name one of its own servers by server_label alone",
+            f"{field} is not supported: the operator has not allowed the URL with --mcp-allow-urls; name one of this "
+            "server's MCP servers by server_label alone",
             field,
         )
 
@@ -97,7 +94,7 @@ def _pattern(text: str) -> _Parts:
 
 
 def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
-    """Return the normalized parts of a URL; None for an invalid URL, or one that programs parse differently."""
+    """Return the normalized parts of a URL; None for an invalid URL, or one that parsers read differently."""
     if not url.isascii() or not url.isprintable() or any(char in url for char in ' \\"<>^`{|}#'):
         return None
     try:
@@ -109,7 +106,7 @@ def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
         return None
     if parts.scheme not in _PORTS or "@" in parts.netloc or not is_host(host.replace(ANY, "x") if pattern else host):
         return None
-    if {".", ".."} & set(unquote(parts.path).split("/")):
+    if {".", ".."} & {each.partition(";")[0] for each in re.split(r"[/\\]", unquote(parts.path))}:
         return None
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return _Parts(parts.scheme, _canonical(host), port, path)
@@ -131,7 +128,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-# Headers that the connection sets; a request that set them could redirect it or make its meaning ambiguous.
+# Headers that the connection sets itself; with others, a client could redirect the request or make it ambiguous.
 _OWN_HEADERS = frozenset({
     "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
     "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",
@@ -156,7 +153,7 @@ class McpSource(Protocol):
         ...
 
     def open(self, tool: McpTool) -> AbstractAsyncContextManager[OpenServer]:
-        """Open the server while a response is made; one that cannot be reached has an error instead of tools."""
+        """Open the server for the time of a response; an unreachable server has an error instead of tools."""
         ...
 
 
@@ -170,7 +167,7 @@ class NoServers:
 
     @asynccontextmanager
     async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
-        """Is never called, because `check` refuses every tool."""
+        """Never called, because `check` refuses every tool."""
         yield OpenServer(tool.server_label, error="there are no MCP servers")
 
 
@@ -180,7 +177,7 @@ class McpServers:
     Args:
         registry: registry of the operator's servers, as an `McpFleet` fills it.
         errors: reason why an operator's server has no tools now, by its label; None if it is not configured.
-        allowed_urls: URL patterns that requests may name, see `ServerUrls`. Plain http is only for loopback.
+        allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. http needs a loopback host.
         connect_timeout: timeout of a connection to a URL in seconds.
     """
 
@@ -254,7 +251,7 @@ class McpServers:
 def _check_headers(headers: Mapping[str, str], path: str) -> None:
     for name in headers:
         if name.lower() in _OWN_HEADERS or name.lower().startswith(_OWN_PREFIXES):
-            raise InvalidParameterError(f"{path} must not have {name!r:.60}: the connection says that itself", path)
+            raise InvalidParameterError(f"{path} must not have {name!r:.60}: the connection sets it", path)
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Converts the JSON of a chat stream to events, and tolerates the differences of OpenAI-compatible servers.
+"""Convert the JSON chunks of a chat stream to events, and tolerate the differences of OpenAI-compatible servers.
 
 It accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk or in
 every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage without
@@ -93,13 +93,13 @@ class _Choice:
         self._number = number
         self._next_index = 0
         self._calls: list[_Call] = []
-        self._at: dict[int, int] = {}  # index in the chunks -> our index
+        self._indices: dict[int, int] = {}  # index of a call in the chunks -> index in `_calls`
         self._held = 0
 
     def end(self) -> list[Event]:
-        """Return the last events: the calls that never got a name, and the finish reason.
+        """Return the last events: calls whose name never came, and the finish reason.
 
-        Servers have many finish reasons for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none).
+        Servers have many finish reasons for a natural end (`STOP`, `eos_token`, `end_turn`, or no reason).
         If there are calls, the last of which may be incomplete, an unknown reason counts as "length".
         """
         unknown = Reason.LENGTH if self._calls and self.reason else Reason.STOP
@@ -133,7 +133,7 @@ class _Choice:
             arguments = _whole(arguments)
         elif arguments is not None:
             arguments = json.dumps(arguments)  # some servers send the object itself
-        number = self._place(call, name)
+        number = self._index_of(call, name)
         known = self._calls[number]
         events = self._name(number, name) if name and not known.begun else []
         if arguments and known.begun:
@@ -152,20 +152,20 @@ class _Choice:
         events: list[Event] = [CallBegun(self._number, number, call.given_id, name)]
         return [*events, CallText(self._number, number, "".join(call.held))] if call.held else events
 
-    def _place(self, call: dict[str, Any], name: str) -> int:
-        """Return the call of a delta; a name with another id under a known index begins a new call."""
+    def _index_of(self, call: dict[str, Any], name: str) -> int:
+        """Return the index in `_calls` for a delta; a name with another id under a known index begins a new call."""
         index, given = call.get("index"), _text(call, "id") or ""
         if not isinstance(index, int):  # a name begins a call, any other delta continues the last one
             index = self._next_index if name else max(self._next_index - 1, 0)
         self._next_index = max(self._next_index, index + 1)
-        known = self._at.get(index)
+        known = self._indices.get(index)
         if known is not None and not (name and given and given != self._calls[known].given_id):
             return known
         if len(self._calls) >= MAX_TOOL_CALLS:
             raise CandleVllmError(f"The model asked for more than {MAX_TOOL_CALLS} calls in one turn.")
-        self._at[index] = len(self._calls)
+        self._indices[index] = len(self._calls)
         self._calls.append(_Call(given))
-        return self._at[index]
+        return self._indices[index]
 
 
 def _text(data: Mapping[str, Any], name: str) -> str | None:
@@ -195,13 +195,13 @@ def _content(value: Any) -> str:
 
 
 def _logprobs(value: Any) -> Sequence[PositionLogprobs] | None:
-    """Convert OpenAI's logprobs to the engine's, without ids and ranks; None if the server's have another format."""
+    """Convert OpenAI's logprobs to the engine's, without ids and ranks; None for another format."""
     try:
         given = msgspec.convert(_with_bytes(value), ChatLogprobs) if isinstance(value, dict) else None
         if given is None:
             return None
         return [PositionLogprobs(_token(one), tuple(map(_token, one.top_logprobs))) for one in given.content]
-    except ValueError:  # msgspec's error is one, too
+    except ValueError:  # the base of msgspec's error
         return None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HttpModel: a model behind a server with OpenAI's chat API, and the errors of such a server."""
+"""HttpModel: a model behind a server with OpenAI's chat API, and the server's errors."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from candle_vllm.responses.conversation.http_chunks import ChunkReader
 
 _MAX_MESSAGE = 500  # characters of a server's message
 _BUSY = frozenset({429, 503, 529})
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a retry, if the server does not set them
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry, unless the server sends `Retry-After`
 _LONGEST_WAIT = 120.0  # seconds; if a server asks for more, the request fails
 
 logger = logging.getLogger(__name__)
 
 
 class ModelServerError(CandleVllmError):
-    """The server cannot be reached, failed, refused the key, or its answer is not of OpenAI's API.
+    """The server cannot be reached, fails, refuses the key, has no such model, or sends an invalid answer.
 
     Attributes:
         status: HTTP status of the answer; None without an answer.
@@ -77,25 +77,25 @@ class ModelServerRequestError(RequestError):
 def error_of(status: int, body: bytes, server: str, api_key: str | None) -> CandleVllmError:
     """Return the exception for an answer with an error status; the key is never in its message."""
     envelope = _envelope(body)
-    words = envelope.get("message") or body.decode("utf-8", "replace").strip() or "no reason given"
-    said = f"{server} answered {status}: {shown(words, api_key)}"
+    message = envelope.get("message") or body.decode("utf-8", "replace").strip() or "no reason given"
+    text = f"{server} answered {status}: {shown(message, api_key)}"
     if status in (401, 403):
-        return ModelServerError(f"{said} (check the API key: --api-key)", status)
+        return ModelServerError(f"{text} (check the API key: --api-key)", status)
     if status in _BUSY:
-        return ModelServerBusyError(said, status)
+        return ModelServerBusyError(text, status)
     if status == 404:
-        return ModelServerError(f"{said} (check the model's name, and that the base URL ends as in .../v1)", status)
+        return ModelServerError(f"{text} (check the model's name, and that the base URL ends as in .../v1)", status)
     if 400 <= status < 500:
         param, code = envelope.get("param"), envelope.get("code")
         return ModelServerRequestError(
-            said, status, param if isinstance(param, str) else None, code if isinstance(code, str) else None
+            text, status, param if isinstance(param, str) else None, code if isinstance(code, str) else None
         )
-    return ModelServerError(said, status)
+    return ModelServerError(text, status)
 
 
-def shown(words: Any, api_key: str | None) -> str:
-    """Return a server's text, limited, on one line and without the key."""
-    text = words if isinstance(words, str) else json.dumps(words)
+def shown(message: Any, api_key: str | None) -> str:
+    """Return a server's message on one line, truncated, without the key."""
+    text = message if isinstance(message, str) else json.dumps(message)
     if api_key:
         text = text.replace(api_key, "***")
     text = " ".join(text[: 2 * _MAX_MESSAGE].split())
@@ -103,7 +103,7 @@ def shown(words: Any, api_key: str | None) -> str:
 
 
 def _envelope(body: bytes) -> dict[str, Any]:
-    """Return the `error` object of OpenAI's envelope, or what a server sends instead."""
+    """Return the `error` object of OpenAI's envelope, or of similar envelopes."""
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -115,21 +115,21 @@ def _envelope(body: bytes) -> dict[str, Any]:
 
 
 MAX_EVENT = 4 << 20  # bytes of one event of a stream
-MAX_BODY = 1 << 20  # bytes of an answer that is no stream
+MAX_BODY = 1 << 20  # bytes of an answer that is not a stream
 _MAX_KEY = 4096
-_READ_ON = 0.5  # seconds
+_DRAIN_SECONDS = 0.5
 
 
 class HttpModel:
-    """Model that asks a server; see `ChatModel`.
+    """Chat model behind a server; see `ChatModel`.
 
     Args:
         base_url: the URL before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
-        api_key: key that is sent as `Authorization: Bearer`; never shown.
-        model: model name in the requests; None asks the server, and uses the first of its models.
+        api_key: key that is sent as `Authorization: Bearer`; never in messages.
+        model: model name in the requests; None uses the first model that the server lists.
         connect_timeout: timeout of a connection in seconds.
-        read_timeout: seconds without a byte of the answer, before its first byte and between any two.
-        transport: transport of the requests; None uses the network.
+        read_timeout: seconds to wait for the first byte of the answer, and for each following byte.
+        transport: transport for the requests; None uses the network.
 
     Raises:
         ConfigError: the URL is not an http or https URL, or the key cannot be sent.
@@ -168,11 +168,11 @@ class HttpModel:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
-        """Open the events of the answer; leaving the context closes the connection, which makes servers stop.
+        """Yield the events of the answer; leaving the context closes the connection, so that the server stops.
 
         Raises:
             RequestError: the server refuses the request; `ModelServerRequestError` has the status.
-            EngineOverloadedError: the server was busy in every try; retries wait as `Retry-After` asks.
+            EngineOverloadedError: the server was busy at every try; retries follow `Retry-After`.
             ModelServerError: any other failure, before the first event or between events.
         """
         self._check_open()
@@ -198,7 +198,7 @@ class HttpModel:
         for wait in (*_WAITS, None):
             try:
                 response = await self._client.send(
-                    self._client.build_request(method, self._at(path), **given), stream=True
+                    self._client.build_request(method, self._endpoint(path), **given), stream=True
                 )
             except (httpx2.ReadError, httpx2.RemoteProtocolError) as error:
                 failure: CandleVllmError = self._failed(error)
@@ -214,11 +214,11 @@ class HttpModel:
                 raise failure
             logger.warning("%s: trying again in %d s", failure, math.ceil(wait))
             await asyncio.sleep(wait)
-        raise AssertionError("the last wait is None")
+        raise AssertionError("the last attempt returns or raises")
 
     def _check_open(self) -> None:
         if self._client.is_closed:
-            raise ModelServerError(f"the connection to {self._server} was closed by this program: make another one")
+            raise ModelServerError(f"the connection to {self._server} was closed by this program: open a new one")
 
     async def _events(self, response: httpx2.Response) -> AsyncGenerator[Event]:
         reader, done = ChunkReader(), False
@@ -226,7 +226,7 @@ class HttpModel:
             sent = aiter(httpx2.EventSource(response, max_event_size=MAX_EVENT))
             async for one in sent:
                 if one.data.strip() == "[DONE]":
-                    await _read_on(sent)
+                    await _drain(sent)
                     done = True
                     break
                 if one.data:
@@ -251,7 +251,7 @@ class HttpModel:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise ModelServerError(f"{self._server} sent an event that is no JSON object: {shown(data, self._key)}")
+            raise ModelServerError(f"{self._server} sent an event that is not a JSON object: {shown(data, self._key)}")
         if value.get("error"):
             error = value["error"] if isinstance(value["error"], dict) else {}
             status = error.get("code")
@@ -274,15 +274,15 @@ class HttpModel:
         return first
 
     async def _body(self, response: httpx2.Response) -> bytes:
-        """Read the beginning of an answer that is no stream."""
+        """Return the first `MAX_BODY` bytes of an answer that is not a stream."""
         read = bytearray()
-        async for piece in response.aiter_bytes():
-            read += piece
+        async for chunk in response.aiter_bytes():
+            read += chunk
             if len(read) > MAX_BODY:
                 break
         return bytes(read[:MAX_BODY])
 
-    def _at(self, path: str) -> str:
+    def _endpoint(self, path: str) -> str:
         return f"{str(self._url).rstrip('/')}/{path}"
 
     def _failed(self, error: httpx2.HTTPError) -> ModelServerError:
@@ -293,22 +293,22 @@ class HttpModel:
         return ModelServerError(f"{self._server} broke off: {shown(str(error) or type(error).__name__, self._key)}")
 
 
-def _wait_of(said: str | None, otherwise: float) -> float:
-    """Return the seconds of a `Retry-After`, a number or a date; `otherwise` if it is missing or invalid."""
+def _wait_of(header: str | None, default: float) -> float:
+    """Return the seconds in `Retry-After`, a number or a date; `default` if it is missing or invalid."""
     try:
-        seconds = float(said or "")
+        seconds = float(header or "")
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(said or "").timestamp() - time.time()
+            seconds = parsedate_to_datetime(header or "").timestamp() - time.time()
         except (ValueError, TypeError):
-            return otherwise
-    return max(seconds, 0.0) if math.isfinite(seconds) else otherwise
+            return default
+    return max(seconds, 0.0) if math.isfinite(seconds) else default
 
 
-async def _read_on(events: AsyncIterator[object]) -> None:
-    """Read the rest of the stream after an answer, for a short time, so that its connection can be reused."""
+async def _drain(events: AsyncIterator[object]) -> None:
+    """Read the rest of a stream for a short time, so that its connection can be reused."""
     with contextlib.suppress(TimeoutError, httpx2.HTTPError):
-        async with asyncio.timeout(_READ_ON):
+        async with asyncio.timeout(_DRAIN_SECONDS):
             async for _ in events:
                 pass
 
@@ -324,7 +324,7 @@ def _checked_url(text: str) -> httpx2.URL:
     try:
         url = httpx2.URL(text)
     except (httpx2.InvalidURL, TypeError):
-        raise ConfigError("the base URL cannot be read; it looks like http://127.0.0.1:2000/v1", "base_url") from None
+        raise ConfigError("the base URL is invalid: write http://127.0.0.1:2000/v1", "base_url") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(
             f"the base URL must begin with http:// or https:// and name a host, not {text!r:.60}; to use a model "

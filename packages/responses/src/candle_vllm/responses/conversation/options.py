@@ -17,14 +17,14 @@ from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 StopReason = Literal[
-    "stop",  # the model ended by itself
+    "stop",  # the model ended its answer
     "length",  # max_tokens or the context length ended an answer
     "max_turns",
     "max_tool_calls",
     "timeout",
-    "loop",  # the same calls with the same results were repeated
-    "client_tools",  # calls of tools that the caller runs and returns results for
-    "approval",  # calls that wait for an approval
+    "loop",  # the model repeated the same calls, with the same results
+    "client_tools",  # the caller must run tools and return their results
+    "approval",  # calls wait for approval
 ]
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
@@ -67,7 +67,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
     Attributes:
         max_turns: maximum number of the model's turns, 1 to 1000.
         allowed_tools: names of the tools that the model may call, or patterns with "*"; None allows all. A session
-            refuses a name that matches none of its tools.
+            refuses a name without a matching tool.
         max_tool_calls: maximum number of calls that run, 0 to 10000; None sets no limit.
         timeout: seconds for the whole conversation; None sets no limit.
         approval: policy that decides which calls need an approval.
@@ -111,7 +111,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Sum of the tokens of all turns; prompts count in every turn. `cached_tokens` of them were not computed.
+    """Tokens of all turns; prompts count in every turn. `cached_tokens` were in the prefix cache.
 
     Attributes:
         draft_tokens, accepted_draft_tokens: draft tokens that were verified, and those that were accepted.
@@ -137,13 +137,10 @@ class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
     """Result of a call of `run_conversation`.
 
     Attributes:
-        final_message: text of the model's last turn, "" if it has only calls.
-        tool_calls: results in the order of the calls; after 64 MB of output, only with the text that the model saw.
-        turns_taken: number of the model's turns.
-        completed: whether the model ended by itself (`stop_reason` "stop").
-        stop_reason: why the conversation ended.
-        pending: calls without a result: the caller's own, or those that wait for an approval or exceed a limit.
-        usage: tokens of all turns.
+        final_message: text of the model's last turn.
+        tool_calls: results in the order of the calls; beyond 64 MB of output, only with the text that the model saw.
+        completed: whether `stop_reason` is "stop".
+        pending: calls without a result: calls that the caller runs, that wait for an approval, or that exceed a limit.
     """
 
     final_message: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One connection to a server, from its opening to its end, owned by one task.
+"""One connection to an MCP server, owned by one task.
 
 The SDK's client belongs to the task that enters it: if a transport fails, that task is cancelled, whatever it is doing.
-So only one owner task enters and leaves the client, and each request runs in a task of its own that is awaited together
+So only the owner task enters and leaves the client. Each request runs in a task of its own that is awaited together
 with the connection's end; a server can never cancel a caller.
 """
 
@@ -20,15 +20,15 @@ from candle_vllm.responses.mcp.peer import Peer, leaf
 from candle_vllm.responses.mcp.processes import to_the_end
 from candle_vllm.responses.mcp.transports import CLOSED, Kind, Opening
 
-_END_SECONDS = 1.0  # for the owner to find out why the connection ended
-_CANCEL_SECONDS = 1.0  # that a cancelled caller waits until the server is notified; the notification goes on after that
-_REQUEST_SECONDS = 6.0  # for requests to end after the connection; the SDK takes up to 5 to notify the server
-_CLOSE_SECONDS = 10.0  # for the whole end of a connection, before its owner is cancelled
+_END_SECONDS = 1.0  # wait for the owner task to set `why`
+_CANCEL_SECONDS = 1.0  # wait of a cancelled caller for the notification of the server, which then goes on
+_REQUEST_SECONDS = 6.0  # wait for requests after the connection ended; the SDK takes up to 5 s to notify the server
+_CLOSE_SECONDS = 10.0  # wait for the end of a connection, before its owner task is cancelled
 _T = TypeVar("_T")
 
 
 class ConnectionLostError(Exception):
-    """The connection ended before the answer came; the text is the reason."""
+    """The connection ended before the answer arrived; the message is the reason."""
 
 
 class McpConnection:
@@ -36,9 +36,9 @@ class McpConnection:
 
     Args:
         peer: the server.
-        kind: transport; not used for a server object of this process.
+        kind: transport; not used for a server in this process.
         mode: version negotiation: "auto" tries the newer protocol first, "legacy" uses only the older one.
-        wake: called when the connection ends, when the tools change, and when the session is in doubt.
+        wake: called when the connection ends, when the tools change, and when `in_doubt` is set.
     """
 
     def __init__(self, peer: Peer, kind: Kind, *, mode: str, wake: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class McpConnection:
         self._owner: asyncio.Task[None] | None = None
         self._requests: set[asyncio.Task[Any]] = set()
         self.tools_changed = False
-        """Whether the server said that its tools have changed; reset by the code that lists them again."""
+        """Whether the server sent a notification that its tools have changed; whoever lists the tools resets it."""
         self.in_doubt = False
         """Whether the server refused a request in a way that may concern the whole session."""
 
@@ -67,7 +67,7 @@ class McpConnection:
 
     @property
     def is_down(self) -> bool:
-        """Whether the connection has ended or is about to."""
+        """Whether the connection has ended or is ending."""
         return self._down.is_set()
 
     @property
@@ -77,11 +77,11 @@ class McpConnection:
 
     @property
     def status(self) -> int | None:
-        """The last HTTP status, or None."""
+        """The last HTTP status; None without HTTP."""
         return self._opening.status
 
     async def open(self, seconds: float) -> bool:
-        """Connect and negotiate a protocol version. False, with `why` set, if that fails or times out."""
+        """Connect and negotiate a protocol version. If that fails or times out, set `why` and return False."""
         self._owner = asyncio.ensure_future(self._own())
         waits = [asyncio.ensure_future(event.wait()) for event in (self._opened, self._down)]
         try:
@@ -128,7 +128,7 @@ class McpConnection:
             await _abandon(task)
 
     async def close(self, *, patience: float = _CLOSE_SECONDS) -> None:
-        """End the connection: its requests, the session, and the server's program. Idempotent."""
+        """End the connection: its requests, the session, and the server's process. Idempotent."""
         self._closing = True
         self.end("the connection was closed")
         if self._owner is not None:
@@ -144,7 +144,7 @@ class McpConnection:
             await _abandon(request, _REQUEST_SECONDS)
 
     async def _own(self) -> None:
-        """Run the owner task, which alone enters and leaves the client. It never fails; it sets `why` instead."""
+        """Run the owner task. It raises no errors; it sets `why` instead."""
         try:
             async with self._make_client() as client:
                 self._client = client
@@ -210,7 +210,7 @@ class McpConnection:
     def _forget(self, request: asyncio.Task[Any]) -> None:
         self._requests.discard(request)
         if not request.cancelled():
-            request.exception()  # retrieved, so that asyncio does not report the error of an abandoned request
+            request.exception()  # asyncio logs an exception that nobody retrieves
 
 
 async def _abandon(task: asyncio.Task[Any], seconds: float = _CANCEL_SECONDS) -> None:

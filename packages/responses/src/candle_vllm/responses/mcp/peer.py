@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Peer: the server at the other end of a link, its log, and its errors as one sentence without secrets."""
+"""Peer: one MCP server, its log, and its errors as one sentence without secrets."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 MAX_LINES = 200  # lines of a log; the oldest are dropped
 MAX_LINE_CHARS = 1000  # a longer line is truncated
 MAX_SENTENCE_CHARS = 500
-_TELLING = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, ValidationError, ValueError)
+_INFORMATIVE = (httpx2.HTTPError, StreamableHTTPError, OSError, MCPError, ValidationError, ValueError)
 
 
 class McpServerError(CandleVllmError):
-    """A server could not be reached, or communication failed; a model's call of a tool gets a `ToolError` instead.
+    """A server could not be reached, or the connection failed; a call of a tool raises `ToolError` instead.
 
     Attributes:
         server: name of the server in the configuration.
@@ -50,7 +50,7 @@ class Peer:
     Args:
         config: configuration of the server.
         server: a server object of this process, used instead of the configuration's command or URL.
-        auth: credentials of its HTTP requests. One object serves all connections.
+        auth: credentials for HTTP requests, shared by all connections.
         public_only: whether HTTP connects to public addresses only.
     """
 
@@ -65,7 +65,7 @@ class Peer:
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
 
     def log(self, line: str) -> str:
-        """Log a line, and return it without secrets, and without control characters except tabs: people read it."""
+        """Add a line to the server's log; return it without secrets and without control characters except tabs."""
         line = self.redact(line[: 4 * MAX_LINE_CHARS])
         clean = _cut("".join(char for char in line.rstrip() if char.isprintable() or char == "\t"), MAX_LINE_CHARS)
         if clean:
@@ -74,24 +74,23 @@ class Peer:
 
     def note(self, line: str) -> None:
         """Add a line about the connection to the server's log, and to the program's log."""
-        self.log(line)
-        logger.info("MCP server %.100r: %s", self.config.name, self.redact(line))
+        logger.info("MCP server %.100r: %s", self.config.name, self.log(line))
 
     def log_lines(self) -> list[str]:
         """Return the last lines, the oldest first."""
         return list(self._lines)
 
     def sentence(self, error: BaseException) -> str:
-        """Return why a connection could not be made or was lost, as a sentence."""
+        """Return a sentence: why a connection could not be opened or was lost."""
         return _cut(" ".join(self.redact(self._sentence(leaf(error))).split()), MAX_SENTENCE_CHARS)
 
     def status_sentence(self, status: int) -> str:
         """Return a sentence that explains an HTTP status to the person who configured the server."""
         where = self._where
         if status in (401, 403):
-            return f"{where} answered {status}: it wants credentials; set `headers` or `auth` for it"
+            return f"{where} answered {status}: it needs credentials: set `headers` or `auth`"
         if status in (404, 405):
-            return f"{where} answered {status}: there is no MCP server at this path; look at the end of `url`"
+            return f"{where} answered {status}: there is no MCP server at this path: check the end of `url`"
         return f"{where} answered with HTTP status {status}"
 
     @property
@@ -124,7 +123,7 @@ class Peer:
     def _start_sentence(self, error: OSError) -> str:
         config = self.config
         if config.cwd is not None and error.filename is not None and str(error.filename) == str(config.cwd):
-            return f"its folder {str(config.cwd)!r} is not there or may not be entered: correct `cwd`"
+            return f"its folder {str(config.cwd)!r} does not exist or may not be entered: correct `cwd`"
         if isinstance(error, FileNotFoundError):
             return f"the command {config.command!r} was not found: install it, or give its full path in `command`"
         return f"the command {config.command!r} cannot be run: {error.strerror or error}"
@@ -133,7 +132,7 @@ class Peer:
 def leaf(error: BaseException) -> BaseException:
     """Return the most informative error of a group."""
     leaves = list(_leaves(error))
-    for kind in _TELLING:
+    for kind in _INFORMATIVE:
         for one in leaves:
             if isinstance(one, kind):
                 return one

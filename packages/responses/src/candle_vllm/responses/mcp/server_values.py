@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Checks the values of a server's settings, and masks those that may be secret.
-
-Messages name the server and the setting, and never show a value that may be secret.
-"""
+"""Check the values of a server's settings, and mask values that may be secret; error messages never show them."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ MASK = "***"
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
-_SHORTEST_SECRET = 6  # characters; a shorter one occurs in too many words
+_SHORTEST_SECRET = 6  # characters; ordinary words contain shorter ones
 _SECRET_WORD = re.compile(
     r"token|secret|passw|pwd|api.?key|access.?key|auth|bearer|credential|header|cookie", re.IGNORECASE
 )
@@ -36,10 +33,7 @@ _VALUE = re.compile(r"([=:]\s*)\S.*", re.DOTALL)
 
 
 class Checks:
-    """The checks for one server.
-
-    Each returns the setting in its own type, or raises `ConfigError`.
-    """
+    """Checks of one server's settings; each returns the value, or raises `ConfigError`."""
 
     def __init__(self, server: object) -> None:
         if not isinstance(server, str) or not server.strip() or len(server) > MAX_LABEL or _CONTROL.search(server):
@@ -50,7 +44,7 @@ class Checks:
         self.server = server
 
     def fail(self, setting: str, problem: str) -> NoReturn:
-        """Raise the error that names server and setting."""
+        """Raise `ConfigError` with the server's name and the setting."""
         raise ConfigError(f"MCP server {self.server!r:.100}: {setting} {problem}", setting)
 
     def text(self, setting: str, value: Any, *, most: int = MAX_TEXT, empty: bool = False) -> str:
@@ -69,7 +63,7 @@ class Checks:
         """Check a string without control characters, as HTTP requires."""
         checked = self.text(setting, value, most=most)
         if _CONTROL.search(checked):
-            self.fail(setting, "must stand on one line, without control characters")
+            self.fail(setting, "must be one line without control characters")
         return checked
 
     def texts(self, setting: str, value: Any, *, most: int = MAX_ITEMS, empty: bool = False) -> tuple[str, ...]:
@@ -96,7 +90,7 @@ class Checks:
             if not _HEADER_NAME.fullmatch(name):
                 self.fail(setting, f"has the name {name!r:.60}, which no HTTP header can have")
             if name.lower() in seen:
-                self.fail(setting, f"has {name:.60} twice; case does not count")
+                self.fail(setting, f"has {name:.60} twice; names differ only in case")
             seen.add(name.lower())
             self.one_line(f"{setting}.{name:.100}", text)
             if not text.isascii():
@@ -128,7 +122,7 @@ class Checks:
         return value
 
     def seconds(self, setting: str, value: Any, most: float, *, unit: str = "seconds", factor: float = 1.0) -> float:
-        """Check a time, and return its seconds; `factor` is the length of its unit in seconds."""
+        """Check a time, and return it in seconds; `factor` is its unit in seconds."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             self.fail(setting, f"must be a number of {unit}, not {_kind(value)}")
         if not 0 < value <= most / factor:
@@ -145,7 +139,7 @@ class Checks:
 
 
 def _kind(value: Any) -> str:
-    """Return the kind of a wrong value, without the value."""
+    """Return the JSON type of a value, for messages that must not show it."""
     names = {
         bool: "true or false",
         int: "a number",
@@ -193,8 +187,8 @@ class OAuthClient:
         client_id: id of the program.
         client_secret: secret, which is sent only to the authorization server.
         scopes: requested scopes.
-        issuer: address of the authorization server that may get the secret; None lets the MCP server choose it, which
-            is only right if the MCP server may know the secret.
+        issuer: address of the authorization server that may get the secret; None lets the MCP server choose it: only
+            for an MCP server that may know the secret.
     """
 
     client_id: str
@@ -216,9 +210,9 @@ def masked_url(url: str) -> str:
 
 
 def masked_arguments(arguments: Iterable[str]) -> list[str]:
-    """Return a command's arguments, with masks for those that look like secrets by words in or before them.
+    """Return a command's arguments; mask an argument if it, or the option before it, has a word such as "token".
 
-    It may miss a secret: `env` is a safer place for one.
+    Other secrets stay visible: `env` is safer.
     """
     shown: list[str] = []
     follows = False
@@ -235,7 +229,7 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that masks secrets of six or more characters in a text, also their decoded form and words."""
+    """Return a function that masks secrets in a text, their percent-decoded form, and their words."""
     values: set[str] = set()
     for value in secrets:
         values |= {value, unquote(value), *value.split()}

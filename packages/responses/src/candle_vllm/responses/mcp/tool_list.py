@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Lists a server's tools within limits and again when they change, and pings when the session may no longer exist."""
+"""List a server's tools, again when they change, and ping the server when the session may no longer exist."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 MAX_PAGES = 100
 MAX_TOOLS = 1000
-MAX_BYTES = 4 * 1024 * 1024  # of all definitions together, as JSON
-_DEBOUNCE = 0.2  # seconds to wait after a notification that the tools changed, before they are listed
+MAX_BYTES = 4 * 1024 * 1024  # of all definitions as JSON
+_DEBOUNCE = 0.2  # seconds between a notification that the tools changed and their listing
 _MIN_BETWEEN_LISTS = 1.0
 _PING_SECONDS = 5.0
-_FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a subscription is opened again
+_FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds before a lost subscription is opened again
 _ACK_SECONDS = 10.0
 
 
@@ -39,7 +39,7 @@ class ToolList(NamedTuple):
 
     Attributes:
         tools: tools by name, in the server's order.
-        notes: what was left out and why, as sentences.
+        notes: sentences about tools that were left out.
     """
 
     tools: dict[str, Tool]
@@ -83,14 +83,14 @@ async def _all_tools(connection: McpConnection, seconds: float, notes: list[str]
         if cursor is None:
             return
         if cursor in seen:
-            notes.append("its list of tools goes in a circle; what came until then counts")
+            notes.append("its list of tools repeats a cursor; later pages are left out")
             return
         seen.add(cursor)
     notes.append(f"its list of tools has more than {MAX_PAGES} pages; the rest is left out")
 
 
 class ToolWatch:
-    """Lists and watches the tools of one server; what it listed stays when the server is connected again.
+    """Lists and watches the tools of one server; a new connection keeps the last list until it has its own.
 
     Args:
         peer: the server.
@@ -98,7 +98,7 @@ class ToolWatch:
         wake: set when the state of a connection changes.
 
     Attributes:
-        listed: the tools as last listed successfully; None before that.
+        listed: the last list; None before the first.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None], wake: asyncio.Event) -> None:
@@ -108,7 +108,7 @@ class ToolWatch:
         self.listed: ToolList | None = None
 
     async def list(self, connection: McpConnection) -> str | None:
-        """List the tools, and report a change; return a sentence if that fails, else None."""
+        """List the tools, and call `changed` if they changed; return a sentence if that fails, else None."""
         connection.tools_changed = False
         try:
             found = await list_tools(connection, self._peer.config)
@@ -127,11 +127,11 @@ class ToolWatch:
             try:
                 self._changed(found)
             except Exception:
-                logger.exception("MCP server %.100r: whoever follows its tools failed", self._peer.config.name)
+                logger.exception("MCP server %.100r: the callback for changed tools failed", self._peer.config.name)
         return None
 
     async def follow(self, connection: McpConnection) -> None:
-        """Watch a connection until it ends: list changed tools again, and ping if the session may no longer exist."""
+        """Watch a connection until it ends: list changed tools, and ping if the session may no longer exist."""
         listener: asyncio.Task[None] | None = None
         capability = connection.client.server_capabilities.tools
         if capability and capability.list_changed and connection.client.protocol_version in MODERN_PROTOCOL_VERSIONS:
@@ -141,7 +141,7 @@ class ToolWatch:
                 await self._wake.wait()
                 self._wake.clear()
                 if connection.in_doubt and not connection.is_down:
-                    await self._ask(connection)
+                    await self._ping(connection)
                 if connection.tools_changed and not connection.is_down:
                     await self._sleep(connection, _DEBOUNCE)
                     if why := await self.list(connection):
@@ -153,7 +153,7 @@ class ToolWatch:
                 await asyncio.gather(listener, return_exceptions=True)
 
     async def _sleep(self, connection: McpConnection, seconds: float) -> None:
-        """Sleep until the connection ends or the time is over; `wake` is set afterwards, so no change is missed."""
+        """Sleep, at most until the connection ends; `wake` is set afterwards, so no change is missed."""
         deadline = asyncio.get_running_loop().time() + seconds
         with anyio.move_on_at(deadline):
             while not connection.is_down:
@@ -161,12 +161,12 @@ class ToolWatch:
                 self._wake.clear()
         self._wake.set()
 
-    async def _ask(self, connection: McpConnection) -> None:
+    async def _ping(self, connection: McpConnection) -> None:
         connection.in_doubt = False
         try:
             await connection.run(connection.client.session.send_ping(), _PING_SECONDS)
         except (MCPError, ValidationError, RuntimeError, TimeoutError, ConnectionLostError):
-            connection.end("the server refuses the session")
+            connection.end("the server no longer accepts the session")
 
 
 async def listen_for_changes(connection: McpConnection, note: Callable[[str], None]) -> None:
@@ -182,7 +182,7 @@ async def listen_for_changes(connection: McpConnection, note: Callable[[str], No
         except (SubscriptionLost, TimeoutError) as error:
             note(f"the subscription to changes of tools was lost: {type(error).__name__}")
         except (MCPError, RuntimeError) as error:
-            note(f"it gives no notice of changed tools: {str(error)[:200]}")
+            note(f"it refuses the subscription to changes of tools: {str(error)[:200]}")
             return
         if asyncio.get_running_loop().time() - began > _LAST_DELAY:
             delay = _FIRST_DELAY

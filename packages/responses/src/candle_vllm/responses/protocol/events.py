@@ -23,7 +23,7 @@ class StreamEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class LifecycleEvent(StreamEvent, frozen=True, kw_only=True):
-    """An event with the response so far."""
+    """An event with the current state of the response."""
 
     response: Response
 
@@ -154,7 +154,7 @@ class McpCallInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="response.m
 
 
 class McpArgumentsDelta(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.delta"):
-    """A delta of its arguments."""
+    """A delta of the call's arguments."""
 
     delta: str
 
@@ -186,8 +186,8 @@ class ErrorOccurred(StreamEvent, frozen=True, kw_only=True, tag="error"):
     """An error; `response.failed` follows.
 
     Attributes:
-        error: the error as in the specification.
-        code, message, param: the same as in OpenAI's events.
+        error: the error, as in the Open Responses specification.
+        code, message, param: the same error, as in OpenAI's events.
     """
 
     error: ErrorDetail

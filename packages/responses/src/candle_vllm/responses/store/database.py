@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A database behind one thread: SQLite or PostgreSQL, versioned tables, calls limited in number and time.
-
-One thread with one connection does all the work of a store, so each process has one writer. A call is a transaction.
-"""
+"""A database, SQLite or PostgreSQL, with one connection in one thread. Each call is one transaction."""
 
 from __future__ import annotations
 
@@ -33,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 _FULL = "database or disk is full"  # SQLite's message
 
-WAIT_SECONDS = 20.0  # that a call waits for its result
-BUSY_SECONDS = 5  # that a statement waits for another writer, or a connection for the server
+WAIT_SECONDS = 20.0  # a call waits for its result, including the time in the queue
+BUSY_SECONDS = 5  # a statement waits for another writer, or a connection for the server
 _STATEMENT_MS = 10_000
-_ATTEMPTS = 10  # to open an SQLite file that other processes open, too
+_ATTEMPTS = 10  # to open an SQLite file that other processes open at the same time
 _PAUSE_SECONDS = 0.1
 
 P = ParamSpec("P")
@@ -47,9 +44,8 @@ class Database:
     """One connection in a thread of its own.
 
     Args:
-        place: location of the store.
-        tables: tables of the store.
-        max_waiting: maximum number of calls that wait for the thread, half of them of one API key. Keys alternate.
+        max_waiting: maximum number of calls that wait for the thread; one API key has at most half of them. The keys
+            take turns.
     """
 
     def __init__(self, place: Place, tables: Tables, max_waiting: int) -> None:
@@ -60,7 +56,7 @@ class Database:
         self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
-        """Connect and create missing tables; ConfigError if that fails."""
+        """Connect and create missing tables; raises `ConfigError`."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
@@ -74,17 +70,17 @@ class Database:
         self._engine = engine
 
     async def close(self) -> None:
-        """Wait for the running call; waiting calls are dropped."""
+        """Wait for the running call, drop the waiting calls, and disconnect."""
         await self._thread.close()
         if self._engine is not None:
             self._engine.dispose()
 
     def owner(self, key: str) -> str:
-        """Return the owner of an API key: a keyed hash in hex, from which the key cannot be recovered."""
+        """Return the owner of an API key: its keyed hash in hex."""
         return hmac.new(self._salt, key.encode(), hashlib.sha256).hexdigest()
 
     async def run(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `work` in the thread, inside a transaction that ends with it, and return its result.
+        """Call `work` in the thread, in a transaction, and return its result.
 
         Raises:
             StoreUnavailableError: the database is closed, fails, or takes too long.
@@ -98,7 +94,7 @@ class Database:
             if (cause := str(getattr(error, "orig", None) or "")) == _FULL:
                 logger.error("the %s cannot be written: %s", self._place.title, cause)
                 raise StoreUnavailableError(
-                    f"The {self._place.title} cannot be written: no space is left where it lies.", self._place.setting
+                    f"The {self._place.title} cannot be written: its disk is full.", self._place.setting
                 ) from None
             raise self._busy() from error
 
@@ -113,10 +109,10 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
 
 
 def connect_to(place: Place) -> Engine:
-    """Return an engine for `memory`, `sqlite:///path` or `postgresql://...`; nothing is opened yet.
+    """Return an engine for `memory`, `sqlite:///path` or `postgresql://...`, without connecting.
 
     Raises:
-        ConfigError: invalid URL, or PostgreSQL without its driver. The message omits the URL: it may hold a password.
+        ConfigError: the URL is invalid, or a driver is missing. The message omits the URL: it may have a password.
     """
     if place.url == MEMORY:
         return _watched(
@@ -137,15 +133,15 @@ def connect_to(place: Place) -> Engine:
 
 
 def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
-    """Create missing tables, and migrate old ones; return the salt of the hashes of keys.
+    """Create missing tables, and migrate old ones; return the salt for hashes of API keys.
 
     Raises:
-        ConfigError: the tables were made by a later version.
+        ConfigError: the tables have a version that this server cannot read.
     """
     for _ in range(_ATTEMPTS - 1 if engine.dialect.name == "sqlite" else 0):
         try:
             return _prepare(engine, place, tables)
-        except OperationalError:  # SQLite does not wait for locks while a file becomes a WAL file
+        except OperationalError:  # SQLite does not wait for locks while it changes a file to WAL mode
             time.sleep(_PAUSE_SECONDS)
     return _prepare(engine, place, tables)
 
@@ -167,7 +163,7 @@ def _prepare(engine: Engine, place: Place, tables: Tables) -> bytes:
         elif row.version != VERSION:
             flag = "--" + place.setting.replace("_", "-")
             raise ConfigError(
-                f"the {place.title} was made by another version of the server (its tables have version "
+                f"the {place.title} was written by another version of the server (its tables have version "
                 f"{row.version}, this one reads {VERSION}): give another {flag}, or use that version",
                 place.setting,
             )
@@ -182,10 +178,10 @@ def _sqlite(url: URL, place: Place) -> Engine:
             place.setting,
         )
     path = Path(url.database).expanduser()
-    if not path.parent.parent.is_dir():  # creating these folders, too, would hide a typing error
+    if not path.parent.parent.is_dir():  # creating more than one folder would hide a typing error
         raise ConfigError(
             f"cannot write the {place.title} {path}: there is no folder {path.parent.parent}; make it, or name another "
-            "place",
+            "file",
             place.setting,
         )
     try:
@@ -198,21 +194,20 @@ def _sqlite(url: URL, place: Place) -> Engine:
 
 
 def _watched(engine: Engine) -> Engine:
-    event.listen(engine, "connect", _settle_sqlite)
+    event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
-def _settle_sqlite(connection: Any, _: Any) -> None:
-    # Readers do not wait for the writer; a crash of the machine may lose the last answers, but not the file; and
-    # deleted data is overwritten. SQLite accepts these settings only in this form.
+def _configure_sqlite(connection: Any, _: Any) -> None:
+    # A crash of the machine may lose the last transactions, but does not damage the file; deleted data is overwritten.
     connection.isolation_level = None  # the driver begins no transactions of its own
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock at once, so that a transaction that reads and then writes is not refused in between."""
+    """Take the write lock at once: SQLite would refuse it to a transaction that has read before another wrote."""
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
