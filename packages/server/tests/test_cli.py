@@ -573,7 +573,7 @@ def test_config_says_which_format_and_how_much_memory(tmp_path: Path, capsys: py
     model = str(write_toy_model(tmp_path / "toy"))
     shown = _config(capsys, "--m", model, "--device", "cpu", "--tool-parser", "hermes", "--mem", "1")
     assert shown["tool_parser"] == {"value": "hermes", "from": "the command line (--tool-parser)"}
-    assert shown["kv_fraction"]["value"] == "does not count"
+    assert shown["kv_fraction"]["value"] == "not used"
 
 
 def test_config_says_how_keys_and_values_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -605,7 +605,7 @@ def test_config_says_what_does_not_fit_a_gpu(
 def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[str]) -> None:
     shown = _config(capsys, "--m", "nobody/nothing", "--device", "cpu")
     assert shown["max_model_len"] == {
-        "value": "the model says it",
+        "value": "unknown",
         "from": "derived: the model is not on this machine yet",
     }
     assert shown["max_num_seqs"]["value"] == 64

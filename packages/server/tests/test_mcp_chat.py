@@ -226,7 +226,7 @@ def test_tools_that_no_request_may_have_are_left_out(web: Any, caplog: pytest.Lo
     service.registry.replace("web", odd)  # type: ignore[arg-type]
     assert service.offer().names == ("web__good",)
     assert service.offer() is service.offer()
-    assert sum("models are not shown the tool" in one for one in caplog.messages) == 2
+    assert sum("models do not get the tool" in one for one in caplog.messages) == 2
     service.registry.replace("web", ())
     assert service.offer().names == ()
 

@@ -138,7 +138,7 @@ def test_descriptions_are_plain_and_everywhere() -> None:
         assert operation["summary"], path
         for response in operation["responses"].values():
             assert response["description"]
-    assert "several" in SCHEMAS["CompletionRequest"]["description"]
+    assert "a list of either" in SCHEMAS["CompletionRequest"]["description"]
     assert "at position" not in SCHEMAS["Embedding"]["description"]
     assert SCHEMAS["EmbeddingRequest"]["properties"]["dimensions"]["description"].startswith("length of the vectors")
     assert "Attributes:" not in json.dumps(DOCUMENT)

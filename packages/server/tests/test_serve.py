@@ -279,7 +279,7 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
         assert log.endswith("aborted 1 closed True\n")
         assert "Traceback" not in log
         assert "running task" not in log
-        assert "the time is over: 1 request is cut off\n" in log
+        assert "the time limit is reached: 1 request is cancelled\n" in log
 
 
 def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
             second, _, _ = err.read().splitlines()
-            assert second.endswith("stopping now: what still ran is cut off")
+            assert second.endswith("stopping now: running requests are cancelled")
     assert not path.exists()
 
 

@@ -327,9 +327,9 @@ def test_a_models_file_that_is_not_needed_ends_nothing(load: Load) -> None:
         made = load(line, command="generate", prompt="hi", models="models: broken\n")
         assert made.models_file is None
         assert "models must be a list" in made.remarks[0]
-        assert "nothing of that file is used" in made.remarks[0]
+        assert "the file is ignored" in made.remarks[0]
     for command in ("list", "ps"):  # which have no model at all
-        assert "nothing of that file is used" in load("", command=command, models="models: broken\n").remarks[0]
+        assert "the file is ignored" in load("", command=command, models="models: broken\n").remarks[0]
     for line in ("", "--m small", "--m default", "--m x/y --models-config models.yaml"):
         with pytest.raises(UsageError, match="models must be a list"):
             load(line, command="generate", prompt="hi", models="models: broken\n")

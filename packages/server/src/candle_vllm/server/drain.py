@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Stop without truncating answers: uvicorn's server with a drain that has a time limit.
+"""uvicorn's server with a drain that has a time limit.
 
-A request that is still running at shutdown gets `--shutdown-timeout` seconds; then it is cancelled, and its answer
-says that the server was stopped.
+A request that is running at shutdown gets `--shutdown-timeout` seconds; then it is cancelled, and its answer reports
+the shutdown.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ logger = logging.getLogger(__name__)
 _SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
     _SIGNALS.append(signal.SIGBREAK)  # the signal that one process can send to another on Windows
-_LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
-_LOOK_SECONDS = 0.05
+_LAST_WORDS_SECONDS = 1.0  # for the error responses of cancelled requests
+_POLL_SECONDS = 0.05
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_logged(record: logging.LogRecord) -> bool:
     """Whether to log a record of uvicorn: not if this server logs the same event itself.
 
-    The command logs why it cannot start, the drain what it cancels, `FailureMiddleware` why an answer is incomplete.
+    The command logs a failed start, the drain logs cancellations, and `FailureMiddleware` logs incomplete answers.
     """
     if str(record.msg).startswith(("Cancel %s running task(s)", "ASGI callable returned without completing")):
         return False
-    told = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
-    return not told or "\n" in record.getMessage()  # a traceback
+    failed_start = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
+    return not failed_start or "\n" in record.getMessage()  # a traceback
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, with its own shutdown and its own handling of a failed start.
 
-    A second signal of any kind ends the drain at once. The drain also waits for work whose client has left. `run`
-    returns normally after a drain, and if the application cannot start; `app.state.failure` has the reason.
+    A second signal ends the drain at once. The drain also waits for work whose client has disconnected. `run` returns
+    normally after a drain, and after a failed start, whose reason is `app.state.failure`.
     """
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None
-    """Coroutine function that runs beside the server from its start on."""
+    """Coroutine function that runs from the start of the server."""
     beside: Callable[[], Coroutine[Any, Any, None]] | None = None
-    """Another such function; it is cancelled when the server ends."""
+    """Coroutine function that runs while the server runs, and is cancelled when it ends."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._signal = 0
-        logging.getLogger("uvicorn.error").addFilter(_is_news)
+        logging.getLogger("uvicorn.error").addFilter(_is_logged)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
@@ -95,7 +95,7 @@ class DrainingServer(uvicorn.Server):
         if count := len(self.server_state.tasks):
             what = f"{count} request{'s' if count > 1 else ''}"
         elif busy is not None and busy():
-            what = "answers that are kept for clients which left"
+            what = "answers for clients that disconnected"
         else:
             return False
         seconds = self.config.timeout_graceful_shutdown
@@ -116,7 +116,7 @@ class DrainingServer(uvicorn.Server):
         forced.cancel()
         ended.cancel()
         if self.force_exit and self.server_state.tasks - {outlived}:
-            logger.warning("stopping now: what still ran is cut off")
+            logger.warning("stopping now: running requests are cancelled")
         running = list(self.server_state.tasks)
         for task in running:
             task.cancel()
@@ -133,35 +133,35 @@ class DrainingServer(uvicorn.Server):
             logger.info("stopped")
 
     async def _end_connections(self) -> None:
-        """Wait a while for clients that still read or close, then abort: no connection may outlive the event loop."""
+        """Wait a while for clients that still read, then abort: no connection may outlive the event loop."""
         connections = self.server_state.connections
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
                 while connections and not self.force_exit:
-                    await asyncio.sleep(_LOOK_SECONDS)
+                    await asyncio.sleep(_POLL_SECONDS)
         for connection in list(connections):
             connection.transport.abort()
-        await asyncio.sleep(_LOOK_SECONDS if connections else 0)  # their `connection_lost` runs meanwhile
+        await asyncio.sleep(_POLL_SECONDS if connections else 0)  # for their `connection_lost`
 
     async def _forced(self) -> None:
         while not self.force_exit:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _end_of_time(self, outlived: asyncio.Task[None]) -> None:
-        """Log how many requests the end of the drain cancels, just before uvicorn does it."""
+        """Log how many requests the end of the drain cancels, just before uvicorn cancels them."""
         await asyncio.sleep(self.config.timeout_graceful_shutdown or 0)
         if count := len(self.server_state.tasks - {outlived}):
-            logger.warning("the time is over: %d request%s cut off", count, "s are" if count > 1 else " is")
+            logger.warning("the time limit is reached: %d request%s cancelled", count, "s are" if count > 1 else " is")
 
     async def _outlived(self) -> None:
-        """Wait until no request runs and no work goes on for a client that has left."""
+        """Wait until no request runs, and no work runs for a client that has disconnected."""
         busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
         while busy is not None and (busy() or len(self.server_state.tasks) > 1):
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
 
 class CutOffMiddleware:
-    """Answers a request that the end of the drain cancels, and catches the cancellation.
+    """Answers a request that the end of the drain cancels.
 
     A stream that has begun reports the shutdown itself (`EventStream`); a request without a response yet gets a 503.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm config`: prints every setting with its value and its source; reads no weights.
+"""`candle-vllm config`: print every setting with its value and its source, without reading weights.
 
-Settings that are not set are shown with the value that applies: from the model's files, if they are on this machine,
-or from the machine. Settings that `serve` refuses are refused here, too.
+Settings that are not set get the value that applies: from the model's files, if they are on this machine, or from the
+machine. Settings that `serve` refuses are refused here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class Effective:
     """The effective value of one setting.
 
     Attributes:
-        option: the setting.
         value: value in JSON types; secrets are hidden.
         source: its source, "default" if it is not set.
     """
@@ -67,7 +66,7 @@ def config(configuration: Configuration, *, as_json: bool = False) -> int:
     """Print the settings of the server's first model, and the names of the other models.
 
     Raises:
-        CandleVllmError: an error of serving that is detectable without the weights and the network.
+        CandleVllmError: an error of `serve` that needs neither the weights nor the network to be found.
     """
     check(configuration)
     if (reading := warn_of_missing(configuration.catalogue)) is not None:
@@ -93,11 +92,11 @@ def _mailbox(options: MailboxOptions) -> dict[str, Any]:
             return {each.name: shown(getattr(value, each.name)) if each.repr else HIDDEN for each in fields}
         return plain(value)
 
-    told = shown(options)
-    told["webhook"]["headers"] = dict.fromkeys(options.webhook.headers, HIDDEN)
-    if url := told["webhook"]["url"]:
-        told["webhook"]["url"] = f"{'/'.join(url.split('/')[:3])}/{HIDDEN}"  # the path of a webhook is often its secret
-    return told
+    values = shown(options)
+    values["webhook"]["headers"] = dict.fromkeys(options.webhook.headers, HIDDEN)
+    if url := values["webhook"]["url"]:
+        values["webhook"]["url"] = f"{'/'.join(url.split('/')[:3])}/{HIDDEN}"  # paths are often secret
+    return values
 
 
 def effective(configuration: Configuration, derived: Mapping[str, Derived] | None = None) -> list[Effective]:
@@ -116,7 +115,7 @@ def effective(configuration: Configuration, derived: Mapping[str, Derived] | Non
 
 
 def check(configuration: Configuration) -> None:
-    """Raise the errors that serving would raise later."""
+    """Raise the errors that `serve` would raise."""
     for entry in configuration.catalogue.entries:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
@@ -130,7 +129,7 @@ def check(configuration: Configuration) -> None:
 
 
 class Derived(NamedTuple):
-    """Effective value of a setting that is not set, and its reason."""
+    """Effective value of a setting that is not set, and the source of the value."""
 
     value: Any
     source: str
@@ -138,30 +137,30 @@ class Derived(NamedTuple):
 
 _ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
-_UNSET = {  # meaning of an unset setting that the engine does not derive
+_UNSET = {  # meaning of an unset setting
     "isq": "off",
     "yarn_scaling_factor": "off",
-    "gpu_memory_utilization": "kv_fraction counts",
-    "state_cache_gb": "a quarter of the cache's memory, where layers keep a state",
+    "gpu_memory_utilization": "unused: kv_fraction applies",
+    "state_cache_gb": "a quarter of the cache's memory, if layers have a state",
     "speculative_config": "suffix on the CPU",
-    "seed": "another one for each request",
+    "seed": "random for each request",
     "max_loaded_models": "as many as fit",
     "idle_unload_secs": "never",
     "mailbox": "off",
     "ollama_port": "off",
     "otlp_endpoint": "off",
-    "mcp_tool_timeout": "as mcp.json says",
+    "mcp_tool_timeout": "the timeout in mcp.json, or 60",
     "max_queued_per_key": "half of max_queued_requests",
     "requests_per_minute": "no limit",
     "tokens_per_minute": "no limit",
-    "management_key": "the API keys do",
-    "api_key": "none: everybody who reaches the address may use it",
-    "hf_token": "that of `hf auth login`, where there is one",
+    "management_key": "the API keys are accepted",
+    "api_key": "none: clients need no key",
+    "hf_token": "the token of `hf auth login`, if there is one",
 }
 
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
-    """Return values for settings that are not set; of a model that is not on this machine, as far as they are known."""
+    """Return values for settings that are not set, as far as they are known if the model is not on this machine."""
     settings, names = configuration.settings, configuration.catalogue.default.names
     config = resolve_ranks(engine_config(settings, fetch=False))
     found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
@@ -178,9 +177,9 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
     share = DEFAULTS[device.type].share
     found |= {
         "model": Derived(config.model, "default: the demo model"),
-        "served_model_name": Derived(list(names), "derived: what the model is called"),
+        "served_model_name": Derived(list(names), "derived: the model's name"),
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
-        "cpu_level": Derived(best_level().name, "derived: all of this CPU's instructions that the kernels know"),
+        "cpu_level": Derived(best_level().name, "derived: the best level of this CPU"),
         "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
         "cpu_ranks": Derived(ranks, f"derived: {why}"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
@@ -188,7 +187,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "kv_fraction": Derived(share, f"default on {device.type}"),
         **dict.fromkeys(
             _ELSEWHERE,
-            Derived("does not count", "default on cpu: everything is there")
+            Derived("not used", "default on cpu: all weights are in main memory")
             if device.type == "cpu"
             else Derived("as much as does not fit", "default on cuda"),
         ),
@@ -197,7 +196,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
     }
     if config.kv_cache_memory is not None:
-        found["kv_fraction"] = Derived("does not count", "the KV cache's size was given")
+        found["kv_fraction"] = Derived("not used", "the KV cache's size is set")
     if config.download_dir is None:
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -210,7 +209,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         comes = HUB_ID.fullmatch(config.model) or "://" in config.model
         if settings.offline or not comes or Path(config.model).exists():
             raise
-        later = Derived("the model says it", "derived: the model is not on this machine yet")
+        later = Derived("unknown", "derived: the model is not on this machine yet")
         return found | dict.fromkeys(_OF_MODEL, later)
     return found | _of_model(settings, config, files, device)
 
@@ -223,7 +222,7 @@ _OF_MODEL = (
 
 
 def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePlan:
-    """Return the cache sizes of a model on the CPU, beside its draft model and its vision encoder."""
+    """Return the cache sizes of a model on the CPU, with its draft model and its vision encoder in memory."""
     placement, threads = model.placement, config.threads or default_threads()
     tower = tower_memory(config, opened, model.config.hidden_size, placement, threads)
     return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
@@ -233,7 +232,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     """Return values from a model's files; the weights are not read."""
     own = Derived("the model's own", f"derived from {files.name}")
     if is_encoder(files):
-        none = Derived("none", f"derived: {files.name} reads texts whole and generates none")
+        none = Derived("none", f"derived: {files.name} is an encoder and generates no text")
         return dict.fromkeys(_OF_MODEL, none) | {"tokenizer": own}
     opened = open_model(files, device)
     with opened.checkpoint:
@@ -261,7 +260,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         found[name] = Derived(value, source if name in model.default_sampling else DEFAULT)
     if device.type == "cuda":
         split, layers = model.split, model.config.num_layers
-        why = "derived: the GPU holds the model, or nothing else was asked for" if split is None else split.message
+        why = "derived: the GPU holds the model, or no offloading was requested" if split is None else split.message
         found["cpu_experts"] = Derived(0 if split is None else split.experts, why)
         found["gpu_layers"] = Derived(layers if split is None else split.layers, why)
         found["cpu_offload_gb"] = Derived(0 if split is None else round(split.bus_bytes / (1 << 30), 1), why)
@@ -276,11 +275,9 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
     for pool in cache.windows:
         kept += f", {(pool.pages - 1) * config.block_size:,} tokens in layers with a window of {pool.window:,}"
-    words = f"derived: {room:,} tokens{kept}, reserved and taken as they fill"
+    words = f"derived: {room:,} tokens{kept}, reserved, and allocated as they fill"
     plain = "bf16" if model.placement.recorded else model.dtype
-    both = Derived(
-        plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived: kv_cache_dtype says it"
-    )
+    both = Derived(plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived from kv_cache_dtype")
     found |= {
         "kv_cache_dtype": Derived(plain, source),
         "key_cache_dtype": both,
@@ -289,7 +286,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         "mem": Derived(size >> 20, words),
     }
     if cache.max_model_len < model.config.max_position:
-        found["max_model_len"] = Derived(cache.max_model_len, "derived: no more fits into the KV cache")
+        found["max_model_len"] = Derived(cache.max_model_len, "derived: more tokens do not fit into the KV cache")
     return found
 
 
@@ -314,6 +311,6 @@ def _table(
         value = "-" if each.value in (None, []) else json.dumps(each.value, ensure_ascii=False)
         lines.append(f"  {each.option.name:{width}}  {value:24}  {each.source}")
     if mailbox is not None:
-        lines += ["", "the mailbox, with what models.yaml says of it:"]
+        lines += ["", "mailbox, by flags and models.yaml:"]
         lines += [f"  {name:{width}}  {json.dumps(value, ensure_ascii=False)}" for name, value in mailbox.items()]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Push answers in the background: claim the pushes that are due from the store, try each, and retry it if it failed.
+"""Push answers to webhooks in the background: claim due pushes from the store, send them, and retry failed ones.
 
-The queue is the store itself, so it is bounded like the store and survives a restart. One key has at most half of the
+The queue is the store itself: it is bounded like the store and survives a restart. One key has at most half of the
 running pushes, so that a slow receiver delays only its own key.
 """
 
@@ -21,7 +21,7 @@ from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
 from candle_vllm.server.mailbox.webhook import Attempt, Message, Outcome, Sender
 
 LEASE_MARGIN_SECONDS = 30.0
-POLL_SECONDS = 15.0  # between two checks of the store, where other servers may leave pushes
+POLL_SECONDS = 15.0  # between two checks of the store, to which other servers may add pushes
 FAILURE_SECONDS = 15.0  # after an unexpected failure, before the next check
 CLOSE_SECONDS = 5.0  # for pushes that are running at the end
 _MAX_WAIT_MS = 3_600_000
@@ -30,12 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 class Deliverer:
-    """Pushes what is due until it is closed.
+    """Sends due pushes until it is closed.
 
     Args:
-        store: the store of the pushes.
-        sender: sends them.
-        options: the operator's options.
         pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
@@ -52,7 +49,7 @@ class Deliverer:
         self._pump: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin; pushes that an earlier server left are found at once."""
+        """Begin, with the due pushes of earlier servers."""
         self._pump = asyncio.create_task(self._work())
 
     def wake(self) -> None:
@@ -81,7 +78,7 @@ class Deliverer:
             except StoreUnavailableError as error:
                 logger.warning("the mailbox's store does not answer: %s", error.__cause__ or error)
             except Exception:
-                logger.exception("pushes could not be looked for")
+                logger.exception("due pushes could not be claimed")
                 await asyncio.sleep(FAILURE_SECONDS)
                 continue
             with contextlib.suppress(TimeoutError):
@@ -116,7 +113,7 @@ class Deliverer:
             logger.error("a push failed unexpectedly", exc_info=task.exception())
 
     async def _push(self, push: StoredAnswer) -> None:
-        """Make one attempt and handle its outcome; if it is cancelled or the store fails, the push is due again."""
+        """Make one attempt and store its outcome; if it is cancelled or the store fails, the push becomes due again."""
         try:
             attempt = await self._try(push)
         except asyncio.CancelledError:
@@ -124,7 +121,7 @@ class Deliverer:
                 await self._store.postpone(push, push.attempts, 0)
             raise
         with contextlib.suppress(StoreUnavailableError):
-            await self._follow(push, attempt)
+            await self._store_outcome(push, attempt)
 
     async def _try(self, push: StoredAnswer) -> Attempt:
         try:
@@ -133,7 +130,7 @@ class Deliverer:
             return Attempt(Outcome.FORBIDDEN, f"the webhook's URL {error}")
         return await self._sender.send(Message(push.record, push.delivery_id, target, push.bearer))
 
-    async def _follow(self, push: StoredAnswer, attempt: Attempt) -> None:
+    async def _store_outcome(self, push: StoredAnswer, attempt: Attempt) -> None:
         failed = push.attempts + 1
         if attempt.outcome is Outcome.FAILED and failed <= self._options.webhook.retry_count:
             await self._store.postpone(push, failed, wait_ms(self._options.webhook.retry_delay_ms, failed))
@@ -144,7 +141,7 @@ class Deliverer:
         await self._store.settle(push)
 
     def _target(self, url: str | None) -> Target:
-        """The target of a push: a client's URL, checked again, or the operator's webhook; raises ForbiddenTarget."""
+        """Return the target: a client's URL, checked again, or the operator's webhook; raises `ForbiddenTarget`."""
         if url is not None:
             return allowed_target(url, self._options.webhook_allowed_hosts, self._options.webhook_allow_private)
         if self._options.webhook.url is None:
@@ -153,6 +150,6 @@ class Deliverer:
 
 
 def wait_ms(delay_ms: int, retry: int) -> int:
-    """How long to wait before retry 1, 2, ...: doubled each time, plus or minus a quarter, so that retries spread."""
+    """Return the wait before retry 1, 2, ...: doubled each time, plus or minus a quarter, so that retries spread."""
     spread = random.uniform(0.75, 1.25)  # noqa: S311
     return int(min(delay_ms * 2 ** (retry - 1), _MAX_WAIT_MS) * spread)

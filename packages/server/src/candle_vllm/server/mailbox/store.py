@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""MailboxStore: answers by the hash of their API key and their id, with their pending pushes.
+"""MailboxStore: answers and their pending pushes, by the hash of the API key and the answer's id.
 
-An answer that its client may fetch is an entry of the kind `answer`; an answer that is stored only to be pushed is a
-`push`. The lease of a streaming answer is its request's deadline; other leases are the time of the next push.
+An answer that its client may fetch is an entry of the kind `answer`, an answer that is only pushed is a `push`. The
+lease of a streaming answer is its request's deadline; any other lease is the time of the next push.
 """
 
 from __future__ import annotations
@@ -31,14 +31,11 @@ class StoredAnswer:
 
     Attributes:
         owner: hash of the API key.
-        request_id: id of the answer.
-        model: name of the model.
-        status: state of the answer.
         response: JSON; None while it streams.
-        expires: when it is deleted, or for a streaming answer when it is given up (ms since 1970).
-        listed: whether its client may fetch it; otherwise it is stored only to be pushed.
+        expires: time of its deletion, or a streaming answer's deadline (ms since 1970).
+        listed: whether its client may fetch it; otherwise it is only pushed.
         push: whether it is to be pushed as soon as possible.
-        url: URL that it is pushed to; None: the operator's webhook.
+        url: URL for the push; None is the operator's webhook.
         bearer: token for `url`, or None.
         attempts: number of failed attempts to push it.
         delivery_id: id of the push, the same for every attempt.
@@ -68,17 +65,17 @@ class StoredAnswer:
 
     @property
     def held(self) -> Held:
-        """The entry in the store, with the id of the push as its holder."""
+        """The key of the entry in the store, with the push's id as its holder."""
         return Held(self.owner, self.request_id, self.delivery_id)
 
     def about(self, attempts: int = 0, *, pushed: bool = False) -> dict[str, object]:
-        """The metadata of its entry; once it has been pushed, without the URL and the token."""
+        """Return the metadata of its entry; after the push, without URL and token."""
         where = {} if pushed else {"url": self.url, "bearer": self.bearer}
         return {"model": self.model, "attempts": attempts, **where}
 
 
 class MailboxStore:
-    """The stored answers; a call that is not answered in time raises StoreUnavailableError."""
+    """The stored answers. Calls raise `StoreUnavailableError` if the store does not answer in time."""
 
     def __init__(self, options: MailboxOptions, clock: Callable[[], float] = time.time) -> None:
         place = Place(options.url, "mailbox", "mailbox", SETTING)
@@ -92,7 +89,7 @@ class MailboxStore:
         return self.backend.now
 
     async def put(self, answer: StoredAnswer) -> int:
-        """Store an answer, replacing one with the same owner and id; return how many others were deleted for it."""
+        """Store an answer, replacing one with the same owner and id; return how many others it displaced."""
         lease = answer.expires if answer.status is Status.STREAMING else self.now if answer.push else None
         return await self.backend.put(
             Entry(
@@ -108,7 +105,7 @@ class MailboxStore:
         return None if found is None else _answer(found)
 
     async def page(self, owner: str, limit: int, after: str | None) -> list[Record] | None:
-        """Return at most `limit` listed records, newest first, following the id `after`; None if `after` is unknown."""
+        """Return at most `limit` listed records after the id `after`, newest first; None if `after` is unknown."""
         found = await self.backend.page(ANSWER, owner, limit, after)
         return None if found is None else [_answer(entry).record for entry in found]
 
@@ -117,11 +114,11 @@ class MailboxStore:
         return await self.backend.delete(ANSWER, owner, request_id)
 
     async def drop(self, owner: str, request_id: str) -> None:
-        """Delete an answer that was begun and will not be completed."""
+        """Delete a streaming answer that will not be completed."""
         await self.backend.delete(ANSWER, owner, request_id, status=Status.STREAMING)
 
     async def purge(self) -> int:
-        """Delete expired answers, and turn answers that stream too long into errors; return how many were deleted."""
+        """Delete expired answers, and turn streaming answers past their deadline into errors; return the deletions."""
         for lost in await self.backend.lapsed():
             name, expires = (lost.kind, lost.owner, lost.id), self.now + self._retention
             status = Status.INTERNAL_ERROR
@@ -129,16 +126,16 @@ class MailboxStore:
         return await self.backend.expire()
 
     async def claim(self, lease_ms: int, busy_owners: Collection[str]) -> StoredAnswer | None:
-        """Claim the push that has been due longest, except for `busy_owners`; it is due again after the lease."""
+        """Claim the push that has been due longest, not of `busy_owners`; it is due again after the lease."""
         found = await self.backend.claim_due(self.now + lease_ms, busy_owners)
         return None if found is None else _answer(found)
 
     async def next_push(self, busy_owners: Collection[str]) -> int | None:
-        """The time of the next push that `claim` will find, or None."""
+        """Return the time at which `claim` will find a push, or None."""
         return await self.backend.next_due(busy_owners)
 
     async def settle(self, push: StoredAnswer) -> None:
-        """Note that a push was delivered or given up; an answer that was stored only for it is deleted."""
+        """Record that a push was delivered or given up; an answer that is not listed is deleted."""
         if push.listed:
             await self.backend.move([push.held], None, msgspec.json.encode(push.about(pushed=True)))
         else:

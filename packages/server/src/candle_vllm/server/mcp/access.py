@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which MCP servers requests to `/v1/responses` may name (step 2 of a request's life)."""
+"""The MCP servers that requests to `/v1/responses` may name (step 2 of a request's life)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def response_servers(service: McpService | None, settings: Settings) -> McpSource | None:
-    """The operator's servers and the URLs that the operator allows; None if there are neither servers nor URLs."""
+    """Return the operator's servers and allowed URLs; None without either."""
     urls = settings.mcp_allow_urls
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None
@@ -31,13 +31,13 @@ def response_servers(service: McpService | None, settings: Settings) -> McpSourc
 class ConfiguredServers:
     """Gives clients access to the operator's servers.
 
-    With API keys, a client may use all tools, because it says itself which calls need its approval. Without keys, it
-    may use the tools that mcp.json approves, and only if the operator lets tools run at all.
+    With API keys, a client may use all tools, because its request sets which calls need approval. Without keys, it may
+    use only the tools that mcp.json approves, and only with `--mcp-execute`.
 
     Args:
         servers: the operator's servers, and allowed URLs.
-        keys: whether clients need a key.
-        approved: returns whether a tool may run without approval; None if no tool runs without a key.
+        keys: whether clients need an API key.
+        approved: returns whether mcp.json approves a tool; None without `--mcp-execute`.
     """
 
     def __init__(self, servers: McpServers, *, keys: bool, approved: Callable[[ToolDefinition], bool] | None) -> None:

@@ -172,8 +172,8 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
         return True
     name = model.entry.names[0]
     if wire.tool_choice in (None, "auto"):
-        if name not in service.told:
-            service.told.add(name)
+        if name not in service.warned:
+            service.warned.add(name)
             logger.info("the model %s is given no tools of MCP servers: its template shows none", name)
         return False
     if model.adapter.planner.choice.tools is None:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """McpService: start, watch and stop the MCP servers of one application, and count the calls of their tools.
 
-Beside the ten steps. The servers connect while the model is loaded and requests are answered; a server that cannot be
-reached is tried again and delays nobody.
+The servers connect in the background; a server that cannot be reached is tried again.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from candle_vllm.server.mcp.options import McpOptions
 
 Called = Callable[[str, str], object]  # called with the server's name and the status of the call
 
-SETTLE_SECONDS = 10.0  # maximum wait of a chat request for servers that connect for the first time
-_NAMED = 40  # tools in a line of the log
-_GRACE = 1.0  # seconds added to the server's own time limit, so that its error message comes first
+SETTLE_SECONDS = 10.0  # maximum wait of a chat request for the first connections
+_NAMED = 40  # tools in one log line
+_GRACE = 1.0  # seconds added to the tool's own timeout, so that its error message comes first
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class CountedTool:
         self.timeout = None if own is None else own + _GRACE
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Runs the tool once."""
+        """See `Tool.run`."""
         status, started = "failed", time.monotonic()
         try:
             output = await self._tool.run(arguments, report)
@@ -82,8 +81,7 @@ class Offer(NamedTuple):
     """The tools that are added to a chat request without tools.
 
     Attributes:
-        tools: the tools in OpenAI's form; each, and all together, are within the limits of a request.
-        names: their names.
+        tools: the tools in OpenAI's form, within the limits of a request.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -100,17 +98,17 @@ class McpService:
         registry: the tools of all servers, by the names that models call.
         called: called when a call of a tool has ended, with the server and the status.
         calls: number of running calls that clients made directly.
-        told: models for which it was logged that they get no tools.
+        warned: models for which a warning was logged that they get no tools.
 
     Raises:
-        ConfigError: too many servers, or two of one name.
+        ConfigError: there are too many servers, or two with one name.
     """
 
     def __init__(self, options: McpOptions) -> None:
         self.options = options
         self.called = lambda server, status: None  # noqa: ARG005
         self.calls = 0
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
         self.registry = CountedRegistry(lambda server, status: self.called(server, status))
         self._fleet = McpFleet(options.servers, self.registry)
         self._configs = {config.name: config for config in options.servers}
@@ -119,18 +117,18 @@ class McpService:
         self._offered_revision = -1
 
     async def start(self) -> None:
-        """Begin to connect, without waiting for it."""
+        """Begin to connect; do not wait."""
         self._starting = asyncio.create_task(self._connect(), name="MCP servers")
 
     async def close(self) -> None:
-        """Stop all servers and free all that they use. Idempotent."""
+        """Stop all servers and free their resources. Idempotent."""
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
         await self._fleet.aclose()
 
     async def settled(self, seconds: float = SETTLE_SECONDS) -> None:
-        """Wait until every server has connected or failed once, or until the time is over."""
+        """Wait until every server has connected or failed once, at most `seconds`."""
         if self._starting is not None and not self._starting.done():
             await asyncio.wait({self._starting}, timeout=seconds)
 
@@ -148,7 +146,7 @@ class McpService:
         return config is not None and config.auto_approves(definition.original_name)
 
     def offer(self) -> Offer:
-        """The tools for chat requests: all of them, or if calls run here, those that may run without approval."""
+        """Return the tools for chat requests: all, or with `--mcp-execute` the tools that run without approval."""
         if self._offered_revision != self.registry.revision:
             self._offered_revision = self.registry.revision
             execute = self.options.execute
@@ -158,7 +156,7 @@ class McpService:
 
     @property
     def errors(self) -> Mapping[str, str | None]:
-        """Why a server has no tools now, by its name; a view that follows the servers."""
+        """Why a server has no tools now, by its name; a live view."""
         return _Errors(self._fleet)
 
     async def _connect(self) -> None:
@@ -175,7 +173,7 @@ class McpService:
             others = [one.name for one in definitions if not self.auto_approves(one)]
             logger.info("tools that run in chat requests: %s", _named(approved))
             if others:
-                logger.info("tools that models are not shown, since mcp.json does not approve them: %s", _named(others))
+                logger.info("tools that models do not get, because mcp.json does not approve them: %s", _named(others))
 
 
 class _Errors(Mapping[str, str | None]):
@@ -196,7 +194,7 @@ class _Errors(Mapping[str, str | None]):
 
 
 def _offer(definitions: Sequence[ToolDefinition]) -> Offer:
-    """The tools that a request may have; the others are logged, once for each change of the tools."""
+    """Return the tools that fit into a request; log the other tools."""
     tools: list[dict[str, Any]] = []
     size = 0
     for definition in definitions:
@@ -205,14 +203,14 @@ def _offer(definitions: Sequence[ToolDefinition]) -> Offer:
             wire = WireTool.model_validate(tool)
             check_tools([("0.function.name", wire.function.name, wire.shown())])
         except ValidationError as error:
-            logger.warning("models are not shown the tool %s: %s", definition.name, to_request_error(error))
+            logger.warning("models do not get the tool %s: %s", definition.name, to_request_error(error))
             continue
         except ValueError as error:  # from `check_tools`, outside pydantic
-            logger.warning("models are not shown the tool %s: %.200s", definition.name, error)
+            logger.warning("models do not get the tool %s: %.200s", definition.name, error)
             continue
         size += len(json.dumps(wire.shown(), ensure_ascii=False))
         if len(tools) >= MAX_TOOLS or size > MAX_TOOLS_SIZE:
-            logger.warning("models are shown %d of %d tools: more do not fit", len(tools), len(definitions))
+            logger.warning("models get %d of %d tools: more do not fit into a request", len(tools), len(definitions))
             break
         tools.append(tool)
     return Offer(tuple(tools), tuple(tool["function"]["name"] for tool in tools))

@@ -13,12 +13,12 @@ from candle_vllm.responses.tools.tool import ContentPart
 
 
 class McpCallRequest(WireModel):
-    """A tool to be called once.
+    """A call of a tool.
 
     Attributes:
-        name: its name in `/v1/mcp/tools`.
-        arguments: its arguments, valid by the tool's schema.
-        approved: true: somebody has approved this call.
+        name: the tool's name in `/v1/mcp/tools`.
+        arguments: arguments that are valid by the tool's schema.
+        approved: whether somebody has approved this call.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
@@ -27,15 +27,15 @@ class McpCallRequest(WireModel):
 
 
 class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """An MCP server as it is now.
+    """The current state of an MCP server.
 
     Attributes:
         name: its name in mcp.json.
         transport: stdio, http or sse.
-        state: connecting, ready, failed (it is tried again), closed or disabled.
+        state: connecting, ready, failed (the connection is tried again), closed or disabled.
         error: why there is no connection, or null.
-        protocol_version: the version that both sides agreed on, or null.
-        tools_count: how many tools it has.
+        protocol_version: the negotiated version, or null.
+        tools_count: number of its tools.
         reconnects: number of connections after the first.
         log: the last lines of its log.
     """
@@ -51,7 +51,7 @@ class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class McpFunction(msgspec.Struct, frozen=True, kw_only=True):
-    """A tool as a chat request has it; `parameters` is a JSON schema."""
+    """A tool in the form of a chat request; `parameters` is a JSON schema."""
 
     name: str
     description: str
@@ -62,10 +62,10 @@ class McpToolInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A tool of an MCP server.
 
     Attributes:
-        function: the function that a model is shown.
+        function: the function as models get it.
         server: name of its server in mcp.json.
         original_name: the tool's name at its server.
-        read_only: whether its server says that it changes nothing.
+        read_only: whether its server declares it read-only.
         auto_approve: whether mcp.json lets it run without approval.
     """
 
@@ -83,10 +83,10 @@ class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         status: completed; failed if the tool reports an error; invalid_arguments, timed_out or unavailable.
         content: the parts of the output.
-        structured: a JSON value besides them, or null.
+        structured: structured content, or null.
         is_error: whether the tool failed or did not run.
-        text: the output as a model would see it.
-        seconds: how long it ran.
+        text: the output as a model sees it.
+        seconds: duration of the call.
     """
 
     status: str

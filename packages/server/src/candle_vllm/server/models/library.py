@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Descriptions of models on this machine from their files, without loading them.
 
-Before step 1 of a request's life, in threads. Modules that read model files are imported inside the functions, because
-their import takes long.
+The modules that read model files are imported inside the functions, because their import takes long.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         format: format of the files: gguf, safetensors or dummy.
-        architecture, num_parameters: architecture and number of parameters; 0 parameters if unknown.
-        quantization: quantization format or type of most of its weights.
+        num_parameters: number of parameters; 0 if unknown.
+        quantization: quantization format, or data type of most weights.
         context: maximum number of tokens of a prompt and its answer together.
         file_bytes: size of the weight files.
-        tasks: generate, embed, score.
+        tasks: "generate", or "embed" for an encoder, also one that only scores or classifies.
         tools, thinks: whether its output is parsed for tool calls, and for reasoning.
         sees: whether it accepts images; known only after it is loaded.
-        template: its Jinja chat template; None for a model without a template, or with several.
-        sampling: the sampling parameters that its files recommend.
+        template: its Jinja chat template; None without a template, or with several.
+        sampling: the sampling parameters in its files.
     """
 
     format: str
@@ -47,7 +46,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def file_bytes(settings: Settings) -> int:
-    """Size of a model's weight files in bytes; 0 if they are not on this machine."""
+    """Return the size of a model's weight files in bytes; 0 if they are not on this machine."""
     from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.errors import CandleVllmError
 
@@ -77,8 +76,8 @@ def describe(settings: Settings) -> Description:
     opened = open_model(files, CPU)
     if is_encoder(files):
         opened.checkpoint.close()
-        told = opened.metadata.get("general.architecture") or read_json(files.config or files.folder).get("model_type")
-        return Description(format=files.format, architecture=str(told), num_parameters=0, quantization="", context=0,
+        kind = opened.metadata.get("general.architecture") or read_json(files.config or files.folder).get("model_type")
+        return Description(format=files.format, architecture=str(kind), num_parameters=0, quantization="", context=0,
                            file_bytes=size, tasks=("embed",))  # fmt: skip
     with opened.checkpoint:
         model = describe_model(config, CPU, opened)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ModelMetrics: all metrics under one model's name, while the model is loaded and afterwards.
+"""ModelMetrics: all metrics under one model's name (beside steps 4 to 9 of a request's life).
 
-Beside steps 4 to 9 of a request's life. The counters belong to the name: they go on when the model is unloaded and
-loaded again, while the gauges exist only as long as the engine.
+The counters belong to the name and survive unloading; the gauges exist only while the engine exists.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from candle_vllm.openai import EngineLike
 from candle_vllm.server.http.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import FinishedRequest, RequestRecord
 from candle_vllm.server.observing.series import (
-    BETWEEN_PIECES,
-    BETWEEN_PIECES_TOO,
     ENGINE_COUNTERS,
     HISTOGRAMS,
+    INTER_TOKEN_LATENCY,
+    TIME_PER_OUTPUT_TOKEN,
     TO_FIRST_TOKEN,
     EngineReading,
     ModelReading,
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServedEngine(EngineLike, Protocol):
-    """The methods of an engine that the server needs, besides those that the adapter needs."""
+    """The engine methods that the server needs, in addition to the API adapter's."""
 
     @property
     def is_alive(self) -> bool: ...
@@ -64,11 +63,9 @@ class ServedEngine(EngineLike, Protocol):
 
 
 class EngineWatcher:
-    """Observes one loaded engine: counts its requests under its model's name, and shows its gauges until `close`.
+    """Observes one loaded engine: counts its requests under its model's name, and exports its gauges until `close`.
 
     Args:
-        engine: the engine itself.
-        model: the metrics of its model.
         queued: returns how many sequences wait before the engine; called when the gauges are read.
     """
 
@@ -80,19 +77,19 @@ class EngineWatcher:
         model.attach(self)
 
     def begin(self, info: RequestInfo) -> RequestRecord:
-        """Return the record of a request that is being given to the engine."""
+        """Return the record of a request that goes to the engine."""
         return self._model.begin(info)
 
     def close(self) -> None:
-        """Remove the gauges of an engine that is about to be closed; its counts stay. Idempotent."""
+        """Remove the engine's gauges before it closes; its counts stay. Idempotent."""
         self._model.detach(self)
 
     def read(self) -> EngineReading:
-        """Read the current statistics, or the last ones if the engine does not return any."""
+        """Return the current statistics, or the last ones if the engine cannot return them."""
         try:
             self._last = self._engine.stats()
         except CandleVllmError:
-            logger.debug("an engine gives no numbers any more")
+            logger.debug("an engine returns no statistics any more")
         return EngineReading(self._last, max(self._queued(), 0), self._engine.is_alive)
 
 
@@ -117,7 +114,7 @@ class ModelMetrics:
     ) -> None:
         self.name = name
         self.observers = tuple(observers)
-        self.ended: deque[RequestRecord] = deque()  # to be added to the sums; appended to without the lock
+        self.ended: deque[RequestRecord] = deque()  # not yet in the sums; appended to without the lock
         self._usage = usage
         self._refuse = refuse
         self._lock = threading.Lock()  # guards everything below
@@ -129,12 +126,12 @@ class ModelMetrics:
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
         self._engine: EngineWatcher | None = None
         self._past: Counter[str] = Counter()
-        self.gap_bounds = self._histograms[BETWEEN_PIECES.name].bounds
+        self.gap_bounds = self._histograms[INTER_TOKEN_LATENCY.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
 
     def attach(self, engine: EngineWatcher) -> None:
-        """Show the gauges of a model that was loaded, in place of those of an earlier engine."""
+        """Export the gauges of a new engine instead of an earlier engine's."""
         stats = engine.read().stats
         with self._lock:
             self._adapters.max_keys = max(self._adapters.max_keys, 0 if stats is None else stats.max_adapters)
@@ -143,7 +140,7 @@ class ModelMetrics:
                 self._past += _sums(before.read())
 
     def detach(self, engine: EngineWatcher) -> None:
-        """Remove the gauges of a model that is about to be unloaded; the counts of its engine stay."""
+        """Remove the gauges of an engine before it closes; its counts stay."""
         with self._lock:
             if self._engine is engine:
                 self._engine = None
@@ -152,7 +149,7 @@ class ModelMetrics:
     # ---- requests ----------------------------------------------------------------------------------------------------
 
     def begin(self, info: RequestInfo) -> RequestRecord:
-        """Return the record of a request that is being given to the engine."""
+        """Return the record of a request that goes to the engine."""
         record = RequestRecord(self, info, current_request.get())
         with self._lock:
             self._live.add(record)
@@ -170,7 +167,7 @@ class ModelMetrics:
             self._histograms[TO_FIRST_TOKEN.name].observe(max(seconds, 0.0))
 
     def settle(self) -> None:
-        """Add the requests that have ended to the sums, and call the observers."""
+        """Add ended requests to the sums, and call the observers."""
         while self.ended:
             try:
                 record = self.ended.popleft()
@@ -186,7 +183,7 @@ class ModelMetrics:
             self._usage.add(self.name, NO_KEY if context is None else context.key_label, counts)
             for adapter in summary.info.adapters:
                 self._adapters.add(self.name, adapter, counts)
-            self._tell(summary)
+            self._notify(summary)
 
     def read(self) -> ModelReading:
         """Read the current metrics; may be called in any thread."""
@@ -196,8 +193,8 @@ class ModelMetrics:
             tokens, histograms = self._tokens, {name: each.copy() for name, each in self._histograms.items()}
             for record in self._live:
                 tokens = tokens.plus(UsageCounts(0, record.prompt_tokens, record.cached_tokens, sum(record.tokens)))
-                histograms[BETWEEN_PIECES.name].merge(record.gaps)
-            histograms[BETWEEN_PIECES_TOO.name] = histograms[BETWEEN_PIECES.name]
+                histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
+            histograms[TIME_PER_OUTPUT_TOKEN.name] = histograms[INTER_TOKEN_LATENCY.name]
             return ModelReading(
                 self.name, tokens, Counter(self._finished), histograms, self._past + _sums(engine), engine,
                 self._adapters.rows(),
@@ -210,22 +207,22 @@ class ModelMetrics:
             UsageCounts(0, summary.prompt_tokens, summary.cached_tokens, summary.completion_tokens)
         )
         self._finished.update(summary.finish_reasons)
-        self._histograms[BETWEEN_PIECES.name].merge(record.gaps)
+        self._histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
         if summary.status == "ok":
             for series in HISTOGRAMS:
                 for value in series.values(summary):
                     if value is not None:
                         self._histograms[series.name].observe(max(value, 0.0))
 
-    def _tell(self, summary: FinishedRequest) -> None:
+    def _notify(self, summary: FinishedRequest) -> None:
         for observer in self.observers:
             try:
                 observer(summary)
-            except Exception:  # a log or a trace that fails is no reason for an answer to fail
+            except Exception:  # a failed log or trace must not fail the answer
                 logger.warning("a request could not be reported", exc_info=True)
 
 
 def _sums(engine: EngineReading | None) -> Counter[str]:
-    """The counters of the engine itself."""
+    """Return the counters of the engine itself."""
     stats = None if engine is None else engine.stats
     return Counter() if stats is None else Counter({each.stat: getattr(stats, each.stat) for each in ENGINE_COUNTERS})

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Request ids, the log of HTTP requests, and warnings for the sender (`x-warning`): the outermost ASGI layer.
+"""Request ids, the log of HTTP requests, and warnings for the client (`x-warning`): the outermost ASGI layer.
 
-Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if it is harmless; every response has one.
-The log has method, path, status, time, id, the client's address and its key's label, never content or headers.
+Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if all its characters are safe. The log has
+method, path, status, time, id, the client's address and its key's label, never content or headers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.observing.request_log import FIELDS
 
-_HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies accept heads of 4 KB
+_SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies accept 4 KB of headers
 _PROBES = ("/health", "/ready", "/ping", "/metrics")
 _PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
 
@@ -31,8 +31,7 @@ class RequestIdMiddleware:
     """Adds `x-request-id` and `x-warning` to responses.
 
     Args:
-        app: the application inside.
-        log: whether a line for each request is logged.
+        log: whether each request is logged.
         unknown_fields: whether unknown fields cause a warning; otherwise they are refused.
     """
 
@@ -46,7 +45,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-        request_id = given if _HARMLESS.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 0
         remarks = collect_remarks(unknown_fields=self._unknown_fields)
@@ -69,7 +68,7 @@ class RequestIdMiddleware:
 
 
 def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
-    """The headers with warnings; they may contain names that the sender chose, so each is truncated."""
+    """Yield the headers with warnings, truncated: they may contain names that the client chose."""
     room = MAX_WARNINGS
     for text in remarks:
         value = text[:MAX_WARNING].encode("ascii", "backslashreplace")[:MAX_WARNING].translate(_PRINTABLE)
@@ -79,7 +78,7 @@ def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
-    """Log one line, and in JSON the same as fields; of a key, only its label."""
+    """Log one line, in a JSON log also as fields."""
     key, client = caller_of(scope).label, (scope.get("client") or ("unknown",))[0]
     fields = {
         "method": scope["method"][:20], "path": scope["path"][:200], "status": status or None,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The table of all metrics at `/metrics`, except the process's own memory and time.
 
-docs/metrics.md explains each of them. Names that begin with `vllm:` mean what they mean in vLLM; those that only
+docs/metrics.md explains each of them. Names that begin with `vllm:` have the same meaning in vLLM; metrics that only
 this server has begin with `candle_vllm:`.
 """
 
@@ -22,18 +22,17 @@ from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageRow
 FINISH_REASONS = tuple(reason.value for reason in FinishReason)
 MODEL = ("model_name", "engine")
 ENGINE = "0"
-"""Value of the label `engine`: every model has one."""
-
+"""Value of the label `engine`: every model has one engine."""
 
 MOST_NAMED = 16
-"""Maximum number of adapters in a label."""
+"""Maximum number of LoRA adapters in a label."""
 
 Row = tuple[tuple[str, ...], float]  # values of further labels, and the value of the sample
 
 
 @dataclass(frozen=True)
 class EngineReading:
-    """State of a loaded model's engine: its statistics, the sequences that wait before it, whether it works."""
+    """State of an engine: its statistics, the number of sequences that wait before it, and whether it is alive."""
 
     stats: EngineStats | None
     queued: int
@@ -41,7 +40,7 @@ class EngineReading:
 
     @property
     def runs(self) -> EngineStats | None:
-        """The statistics of a working engine; None for one that has failed, because it runs nothing."""
+        """The statistics of a live engine; None for a failed engine, which runs no sequences."""
         return self.stats if self.alive else None
 
 
@@ -50,13 +49,11 @@ class ModelReading:
     """The metrics of one model at one moment, including its running requests.
 
     Attributes:
-        name: name of the model.
-        tokens: prompt, cached and completion tokens.
         finished: sequences and pooled texts by finish reason.
         histograms: histograms by name of the metric.
         engine_sums: sums over all its engines, including the current one, by field of `EngineStats`.
         engine: the loaded engine; None while the model is not loaded.
-        adapters: the requests that have ended and their tokens, by adapter.
+        adapters: ended requests and their tokens, by LoRA adapter.
     """
 
     name: str
@@ -73,14 +70,12 @@ class Series:
     """One family of time series.
 
     Attributes:
-        name: its exposed name.
         kind: Prometheus's type.
-        labels: names of the labels.
         help: what is counted or measured, and in which unit.
-        buckets: upper bounds of a histogram, without the infinite one; if empty, those of `token_buckets`.
-        read: returns its samples, for a counter or a gauge of a model.
-        values: returns the values that a successful request adds to a histogram; None adds nothing.
-        stat: the field of `EngineStats` that it sums up.
+        buckets: upper bounds of a histogram, without the infinite one; if empty, the buckets of `token_buckets`.
+        read: returns the samples of a model's counter or gauge.
+        values: returns the values that a successful request adds to a histogram; None adds no value.
+        stat: the field of `EngineStats` that a counter sums up.
     """
 
     name: str
@@ -123,7 +118,7 @@ def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row
 
 
 def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: str) -> Series:
-    """A gauge of the adapters of a loaded model's engine, if adapters are enabled."""
+    """A gauge of the LoRA adapters of a loaded model's engine, if adapters are enabled."""
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
@@ -143,7 +138,7 @@ def _replicas(name: str, text: str, value: Callable[[ReplicaStats], float]) -> S
 
 
 def _named(counts: Mapping[str, int]) -> str:
-    """Names of at most `MOST_NAMED` adapters, those with most sequences, for a label."""
+    """Return a label with the names of at most `MOST_NAMED` adapters, the ones with most sequences."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     return ",".join([*sorted(names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
 
@@ -199,10 +194,10 @@ GAUGES: tuple[Series, ...] = (
     _cache("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.",
            lambda stats, engine: ((), (stats.num_blocks - stats.num_free_blocks if engine.runs else 0)
                                   / stats.num_blocks)),
-    _cache("vllm:cache_config_info", "The KV cache: tokens of a block, and blocks; always 1.",
+    _cache("vllm:cache_config_info", "The KV cache's tokens per block, and blocks, as labels; always 1.",
            lambda stats, _: ((str(stats.block_size), str(stats.num_blocks)), 1), "block_size", "num_gpu_blocks"),
     _gauge("candle_vllm:num_requests_queued", "Sequences that wait before the engine.", lambda engine: engine.queued),
-    _gauge("candle_vllm:engine_up", "1 while the loaded model's engine works, 0 once it has failed.",
+    _gauge("candle_vllm:engine_up", "1 while the loaded model's engine is alive, 0 after it failed.",
            lambda engine: int(engine.alive)),
     Series("vllm:engine_sleep_state", "gauge", (*MODEL, "sleep_state"),
            "Whether the engine is awake, sleeps at level 1 (weights_offloaded) or at level 2 (discard_all): 1 or 0.",
@@ -211,23 +206,24 @@ GAUGES: tuple[Series, ...] = (
     _adapters("vllm:lora_requests_info", "Adapters with running and with waiting sequences; the time of the scrape.",
               lambda stats: ((str(stats.max_adapters), _named(stats.running_adapters), _named(stats.waiting_adapters)),
                              time.time()), "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-    _adapters("candle_vllm:lora_adapters", "Adapters that the engine knows.", lambda stats: ((), stats.adapters)),
-    _adapters("candle_vllm:lora_adapters_in_memory", "Those of them in memory.",
+    _adapters("candle_vllm:lora_adapters", "LoRA adapters of the engine.", lambda stats: ((), stats.adapters)),
+    _adapters("candle_vllm:lora_adapters_in_memory", "LoRA adapters in memory.",
               lambda stats: ((), stats.adapters_in_memory)),
-    _adapters("candle_vllm:lora_memory_bytes", "Bytes that these take.", lambda stats: ((), stats.adapter_bytes)),
-    _cache("candle_vllm:prompt_cache_bytes", "Bytes of KV blocks besides the cache: on disk, in main memory, in Redis.",
+    _adapters("candle_vllm:lora_memory_bytes", "Bytes of LoRA adapters in memory.",
+              lambda stats: ((), stats.adapter_bytes)),
+    _cache("candle_vllm:prompt_cache_bytes", "Bytes of offloaded KV blocks: on disk, in main memory, in Redis.",
            lambda stats, _: ((), stats.kept_block_bytes)),
-    _cache("candle_vllm:state_checkpoints", "States of layers from which prompts with an equal beginning go on.",
+    _cache("candle_vllm:state_checkpoints", "State checkpoints, from which prompts with the same prefix continue.",
            lambda stats, _: ((), stats.checkpoints)),
-    _cache("candle_vllm:state_checkpoint_slots", "Most of them; 0 where no layer keeps a state.",
+    _cache("candle_vllm:state_checkpoint_slots", "Maximum number of state checkpoints; 0 if no layer has a state.",
            lambda stats, _: ((), stats.checkpoint_slots)),
-    _replicas("candle_vllm:replica_up", "1 while a replica takes requests, 0 while it is started again.",
+    _replicas("candle_vllm:replica_up", "1 while a replica accepts requests, 0 while it restarts.",
               lambda replica: int(replica.alive)),
-    _replicas("candle_vllm:replica_restarts", "How often it was started again since the model was loaded.",
+    _replicas("candle_vllm:replica_restarts", "Restarts of a replica since the model was loaded.",
               lambda replica: replica.restarts),
-    _replicas("candle_vllm:replica_requests_running", "Sequences that it is running.",
+    _replicas("candle_vllm:replica_requests_running", "Sequences that a replica is running.",
               lambda replica: replica.num_running),
-    _replicas("candle_vllm:replica_requests_waiting", "Sequences that wait in it.",
+    _replicas("candle_vllm:replica_requests_waiting", "Sequences that wait in a replica.",
               lambda replica: replica.num_waiting),
     _replicas("candle_vllm:replica_kv_cache_usage_perc", "Share of its KV cache's blocks that sequences hold, 0 to 1.",
               lambda replica: 1 - replica.num_free_blocks / replica.num_blocks if replica.num_blocks else 0),
@@ -239,10 +235,10 @@ ENGINE_COUNTERS: tuple[Series, ...] = tuple(
     for stat, kind in STATS.items()
     if kind.series
 )
-"""Counters of the engine itself; their sums go on when a model is unloaded and loaded again."""
+"""Counters of the engine itself; their sums survive unloading."""
 
 REQUEST_COUNTERS: tuple[Series, ...] = (
-    _tokens("vllm:prompt_tokens_total", "Tokens of prompts, a request's prompt counted once.",
+    _tokens("vllm:prompt_tokens_total", "Prompt tokens; each prompt of a request counts once.",
             lambda tokens: tokens.prompt_tokens),
     _tokens("vllm:prompt_tokens_cached_total", "Prompt tokens that answers report as cached.",
             lambda tokens: tokens.cached_tokens),
@@ -250,29 +246,29 @@ REQUEST_COUNTERS: tuple[Series, ...] = (
     Series("vllm:request_success_total", "counter", (*MODEL, "finished_reason"),
            "Sequences and pooled texts that ended, by reason.",
            read=lambda model: [((reason,), model.finished[reason]) for reason in FINISH_REASONS]),
-    _by_adapter("candle_vllm:lora_requests_total", "Requests to an adapter that have ended.",
+    _by_adapter("candle_vllm:lora_requests_total", "Ended requests to a LoRA adapter.",
                 lambda counts: counts.requests),
-    _by_adapter("candle_vllm:lora_prompt_tokens_total", "Tokens of their prompts.",
+    _by_adapter("candle_vllm:lora_prompt_tokens_total", "Prompt tokens of requests to a LoRA adapter.",
                 lambda counts: counts.prompt_tokens),
-    _by_adapter("candle_vllm:lora_generation_tokens_total", "Tokens generated for them.",
+    _by_adapter("candle_vllm:lora_generation_tokens_total", "Tokens generated by a LoRA adapter.",
                 lambda counts: counts.completion_tokens),
 )  # fmt: skip
 
 TO_FIRST_TOKEN = _histogram(
     "vllm:time_to_first_token_seconds", "From a request's arrival to its first token, seconds.", _FIRST_TOKEN
 )
-BETWEEN_PIECES = _histogram(
-    "vllm:inter_token_latency_seconds", "Between two pieces of a sequence, seconds.", _BETWEEN_TOKENS
+INTER_TOKEN_LATENCY = _histogram(
+    "vllm:inter_token_latency_seconds", "Between two outputs of a sequence, seconds.", _BETWEEN_TOKENS
 )
-BETWEEN_PIECES_TOO = _histogram(
+TIME_PER_OUTPUT_TOKEN = _histogram(
     "vllm:time_per_output_token_seconds", "The same as vllm:inter_token_latency_seconds, under its older name.",
     _BETWEEN_TOKENS,
 )  # fmt: skip
 ALL_OPERATIONS = ("generate", "embed", "score", "classify")
 HISTOGRAMS: tuple[Series, ...] = (
     TO_FIRST_TOKEN,  # observed at the first token
-    BETWEEN_PIECES,
-    BETWEEN_PIECES_TOO,
+    INTER_TOKEN_LATENCY,
+    TIME_PER_OUTPUT_TOKEN,
     _histogram("vllm:request_time_per_output_token_seconds",
                "Mean time of a sequence's tokens after the first, seconds.", _BETWEEN_TOKENS, _per_token),
     _histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end, seconds.", _WHOLE,
@@ -292,9 +288,9 @@ HISTOGRAMS: tuple[Series, ...] = (
     _histogram("vllm:request_generation_tokens", "Tokens of a sequence.", values=lambda request: request.tokens),
     _histogram("vllm:request_max_num_generation_tokens", "Tokens of a request's longest sequence.",
                values=lambda request: [max(request.tokens)]),
-    _histogram("vllm:request_params_max_tokens", "max_tokens of a request, where it was given.",
+    _histogram("vllm:request_params_max_tokens", "max_tokens of a request that sets it.",
                values=lambda request: [request.info.params and request.info.params.max_tokens]),
-    _histogram("vllm:request_params_n", "Sequences that a request asks for.", (1, 2, 5, 10, 20),
+    _histogram("vllm:request_params_n", "Sequences of a request (n).", (1, 2, 5, 10, 20),
                lambda request: [request.info.count]),
 )  # fmt: skip
 
@@ -306,27 +302,27 @@ REJECTIONS = Series(
     "Requests refused before they ran, by reason.")  # fmt: skip
 RATE_LIMITED = Series(
     "candle_vllm:rate_limited_requests_total", "counter", ("key", "limit"),
-    "Requests refused because a key had used up what a minute allows.")  # fmt: skip
+    "Requests refused because a key reached its limit per minute.")  # fmt: skip
 LOADS = Series("candle_vllm:model_loads_total", "counter", _NAME + _OUTCOME, "Models loaded, by outcome.")
 UNLOADS = Series("candle_vllm:model_unloads_total", "counter", _NAME, "Models unloaded.")
 LOAD_SECONDS = Series(
     "candle_vllm:model_load_seconds", "histogram", _NAME, "Time to load a model, seconds.", _LOADING)  # fmt: skip
 WAIT_SECONDS = Series(
     "candle_vllm:model_wait_seconds", "histogram", _NAME,
-    "How long a request waited for its model to be loaded, seconds.", _LOADING)  # fmt: skip
+    "Wait of a request for its model to load, seconds.", _LOADING)  # fmt: skip
 ANSWERS_KEPT = Series(
     "candle_vllm:mailbox_answers_total", "counter", _OUTCOME, "Answers put into the mailbox, by outcome.")  # fmt: skip
 ADAPTER_LOOKS = Series(
     "candle_vllm:lora_resolutions_total", "counter", ("source", "outcome"),
-    "Looks for adapters that a request named, by source and outcome.",
+    "Searches for LoRA adapters that requests name, by source and outcome.",
 )  # fmt: skip
 IMAGE_FETCHES = Series(
-    "candle_vllm:image_fetches_total", "counter", _OUTCOME, "Images that requests named by an address, by outcome."
+    "candle_vllm:image_fetches_total", "counter", _OUTCOME, "Images that requests name by URL, by outcome."
 )  # fmt: skip
 WEBHOOKS = Series("candle_vllm:webhook_deliveries_total", "counter", _OUTCOME, "Webhooks sent, by outcome.")
 TOOL_CALLS = Series(
     "candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
-    "Calls of tools of MCP servers, by how they ended.")  # fmt: skip
+    "Calls of tools of MCP servers, by server and status.")  # fmt: skip
 EVENTS = (
     REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ADAPTER_LOOKS, IMAGE_FETCHES, ANSWERS_KEPT,
     WEBHOOKS, TOOL_CALLS,
@@ -339,7 +335,7 @@ MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP server
 HTTP: tuple[Series, ...] = (
     Series("http_requests_total", "counter", ("method", "handler", "status"), "HTTP requests, by route and status."),
     Series("http_request_duration_seconds", "histogram", ("method", "handler"),
-           "From an HTTP request's head to the end of its answer, seconds.", _HTTP),
+           "From the headers of an HTTP request to the end of its response, seconds.", _HTTP),
     Series("http_requests_in_progress", "gauge", ("method",), "HTTP requests that are being answered."),
 )  # fmt: skip
 

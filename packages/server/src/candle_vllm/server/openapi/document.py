@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The OpenAPI document of one application, made from the declarations of its routes (outside the ten steps)."""
+"""The OpenAPI document of one application, generated from the declarations of its routes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from candle_vllm.server.openapi.components import Schema, as_list
 from candle_vllm.server.openapi.operation import Key, Operation, operations_of
 
 _MEANINGS: Mapping[int, str] = {
-    200: "Done",
-    202: "Begun",
-    204: "Gone",
-    400: "The request is wrong; `param` names the field",
+    200: "Success",
+    202: "Accepted",
+    204: "Success, without a body",
+    400: "The request is invalid; `param` names the field",
     401: "The API key is missing or wrong",
-    403: "This server, or this page, may not do it",
-    404: "There is no such thing here",
-    408: "The body did not come in time",
-    409: "It is in use: the model stays loaded, or too many wait for the conversation",
+    403: "The API key, the Origin, the Host or a setting of the server does not allow it",
+    404: "Not found",
+    408: "The body did not arrive in time",
+    409: "The model is in use, or too many requests wait for the conversation",
     413: "The body is too large",
     415: "The body is not JSON",
-    429: "Too many requests of this key wait, or it has used up what a minute allows",
+    429: "Too many requests of this key wait, or it reached its limit per minute",
     500: "The server failed on this request",
-    502: "The webhook did not take it, or the hub did not give it",
-    503: "Overloaded, shutting down, or the model cannot be loaded now",
+    502: "The webhook or the Hugging Face hub failed",
+    503: "Overloaded, shutting down, or the model cannot load now",
     529: "Overloaded",
     504: "The answer took longer than the operator allows",
 }
@@ -40,13 +40,13 @@ _IN_PATHS: Mapping[str, str] = {
     "conversation_id": "The id of a conversation.",
     "file_id": "The id of a file.",
     "item_id": "The id of an item.",
-    "model_id": "A served name. It may hold slashes, percent-encoded or not.",
+    "model_id": "A served name; its slashes may be percent-encoded.",
     "request_id": "The id of the answer.",
     "response_id": "The id of a response.",
 }
 _DESCRIPTION = (
-    "LLM inference with OpenAI's API. Every failure has OpenAI's error envelope; a field that is misspelt, or that is "
-    "not served, is refused by its name."
+    "LLM inference with OpenAI's API. Errors have OpenAI's envelope, except on Anthropic's and Ollama's routes. They "
+    "name a field that is unknown or not supported."
 )
 _ID = {"$ref": "#/components/headers/RequestId"}
 _SECONDS = {"$ref": "#/components/headers/RetryAfter"}
@@ -57,12 +57,12 @@ _LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} f
 
 
 class ApiDocument:
-    """The document of an application, made when it is first asked for.
+    """The document of an application, generated at its first use.
 
     Args:
         routers: the routers that the application includes.
-        keys: whether clients need a key.
-        management_keys: whether operators have keys of their own.
+        keys: whether clients need an API key.
+        management_keys: whether operators have separate keys.
     """
 
     def __init__(self, routers: Sequence[APIRouter], *, keys: bool, management_keys: bool) -> None:
@@ -81,20 +81,14 @@ class ApiDocument:
         return msgspec.json.encode(self.value)
 
     def methods(self, path: str) -> list[str]:
-        """The HTTP methods that the routes at a path accept."""
+        """Return the HTTP methods of the routes at a path."""
         routes = [route for router in self._routers for route in router.routes if isinstance(route, APIRoute)]
         first = next((route.path for route in routes if route.path_regex.match(path)), None)
         return sorted({method for route in routes if route.path == first for method in route.methods or ()})
 
 
 def make_document(operations: Mapping[Key, Operation], *, keys: bool, management_keys: bool) -> dict[str, Any]:
-    """OpenAPI 3.1 for the routes of an application.
-
-    Args:
-        operations: the routes with their declarations.
-        keys: whether clients need a key.
-        management_keys: whether operators have keys of their own.
-    """
+    """Return the OpenAPI 3.1 document for the routes of an application; see `ApiDocument`."""
     paths: dict[str, Any] = {}
     for (method, path), operation in operations.items():
         entry = _operation(path, operation, _security(operation, keys, management_keys))
@@ -113,11 +107,11 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
         "schemas": _schemas(operations),
         "headers": {
             "RequestId": {
-                "description": "The request's own x-request-id where it was harmless, else one made here.",
+                "description": "The request's own x-request-id if all its characters are safe, else a new one.",
                 "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
             },
-            "RetryAfter": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
-            "RateLimit": {"description": "Of a key with limits per minute.", "schema": {"type": "string"}},
+            "RetryAfter": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+            "RateLimit": {"description": "Limits per minute of the API key.", "schema": {"type": "string"}},
         },
     }
     if guarded:
@@ -129,7 +123,7 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
 
 
 def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
-    """The schemas of the types of each API, by name."""
+    """Return the schemas of the types of each API, by name."""
     made: dict[str, Schema] = {}
     for naming in dict.fromkeys(each.naming for each in operations):
         own = [each for each in operations if each.naming == naming]
@@ -201,17 +195,17 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
 
 
 def _events(operation: Operation) -> Schema:
-    # Without a type: tools differ in whether a schema here describes the stream or one event.
+    # Without a type: for some tools this schema describes the stream, for others one event.
     return {
-        "description": "With stream: true, server-sent events whose data is JSON. A stream of OpenAI's form ends with "
-        "the data [DONE]; one that fails ends with an error instead.",
+        "description": "With stream: true, server-sent events whose data is JSON. OpenAI's streams end with the data "
+        "[DONE]; a failed stream ends with an error instead.",
         "x-event-data": operation.naming.one_of(operation.events),
     }
 
 
 def _lines(operation: Operation) -> Schema:
     return {
-        "description": "Without stream: false, lines of JSON. A stream that fails ends with an error.",
+        "description": "Without stream: false, lines of JSON. A failed stream ends with an error.",
         "x-line": operation.naming.one_of(operation.lines),
     }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/embeddings`, `/v2/embed`, `/v1/score` and `/v1/rerank`: steps 1 and 10 of a request's life.
+"""`/v1/embeddings`, `/v1/moderations`, `/v2/embed`, `/v1/score`, `/v1/rerank`: steps 1 and 10 of a request's life.
 
-`/score`, `/rerank` and `/v2/rerank` are the same routes under the names that clients of vLLM, Jina and Cohere use.
+`/score`, `/rerank` and `/v2/rerank` are the same routes under the names in vLLM, Jina and Cohere.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
-
 _TEXTS_OR_CHAT = (EmbeddingRequest, EmbeddingChatRequest)
 
 
 @route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example={"input": "The sky is blue."}, answer=EmbeddingList)
 async def create_embedding(request: Request) -> Response:
-    """The vectors of texts."""
+    """Embeddings of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
 
 
@@ -46,7 +45,7 @@ async def create_moderation(request: Request) -> Response:
     answer=CohereEmbeddings,
 )
 async def cohere_embed(request: Request) -> Response:
-    """Embeddings of texts, as Cohere's API gives them."""
+    """Embeddings of texts, in Cohere's form."""
     parse, first = functools.partial(parse_body, CohereEmbedRequest), "/v1/" in request.url.path
     return await answer_with(
         request, parse, lambda model, wire: model.adapter.embed_cohere(wire, "1" if first else "2")
@@ -60,7 +59,7 @@ async def cohere_embed(request: Request) -> Response:
     answer=ScoreList,
 )
 async def create_score(request: Request) -> Response:
-    """How well the texts of pairs belong together."""
+    """Similarity or relevance scores of text pairs."""
     return await answer_with(request, parse_score_request, lambda model, wire: model.adapter.score(wire))
 
 
@@ -71,5 +70,5 @@ async def create_score(request: Request) -> Response:
     answer=Ranking,
 )
 async def create_ranking(request: Request) -> Response:
-    """Documents in order of how well they fit a query."""
+    """Documents ranked by their relevance to a query."""
     return await answer_with(request, parse_rerank_request, lambda model, wire: model.adapter.rerank(wire))

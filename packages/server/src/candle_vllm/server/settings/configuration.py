@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The configuration: merges all sources into the settings of the process and the catalogue of models.
 
-Built before step 1 of a request's life. Precedence: command line > `CANDLE_VLLM_*` > other environment variables >
-`.env` > models.yaml > defaults. Sources above models.yaml apply to every model in it, except for the choice of the
-model and its served names. An invalid file in the working folder only stops commands that need it.
+Precedence: command line > `CANDLE_VLLM_*` > other environment variables > `.env` > models.yaml > `HF_TOKEN` >
+defaults. Sources above models.yaml apply to every model in it, except for the choice of the model and its served
+names. An invalid file in the working folder stops only the commands that need it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from candle_vllm.server.settings.table import settings_of as settings_of_command
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.options import MailboxOptions
 
-_CHOOSING = frozenset(
-    {"model", "weight_path", "weight_file", "served_model_name"}
-)  # settings that select the model and its names
+_CHOOSING = frozenset({"model", "weight_path", "weight_file", "served_model_name"})
+"""Settings that select the model and its names."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class Configuration:
 
     Attributes:
         settings: settings of the process and of its first model.
-        catalogue: every model that it may serve; its default is the first model.
+        catalogue: every model that the process may serve; its default is the first model.
         sources: sources of the settings, the highest precedence first, for `candle-vllm config`.
         models_file: the models.yaml that was read, if any.
         mailbox: settings of the mailbox, or None.
-        in_file: whether its models are those of models.yaml.
-        again: reads all sources again.
-        entry_of: builds a further entry from a section in the format of models.yaml; adds remarks or raises UsageError.
-        remarks: sentences about settings that have no effect or a surprising one.
+        in_file: whether the models are from models.yaml.
+        again: loads the configuration again.
+        entry_of: builds another entry from a section in the format of models.yaml; adds remarks or raises UsageError.
+        remarks: warnings about settings without effect, or with a surprising effect.
     """
 
     settings: Settings
@@ -80,21 +79,21 @@ def load_configuration(
         environ: environment of the process.
         folder: the working folder, which may contain `.env` and models.yaml.
         home: the home folder, which may contain `.candle-vllm/models.yaml`.
-        command: the command; commands other than servers ignore errors in files that they do not need.
+        command: the command; one that does not serve ignores errors in files that it does not need.
 
     Raises:
         UsageError: a source is invalid; the message names it.
     """
     serving, remarks = command in SERVING, list[str]()
-    place = folder / ".env"
-    dotenv = read_dotenv(place, None if serving else remarks)
+    dotenv_path = folder / ".env"
+    dotenv = read_dotenv(dotenv_path, None if serving else remarks)
     known = None if serving else {option.name for option in settings_of_command(command)}
     variables = {**dotenv, **environ}
     given = [command_line, environment_source(environ, "the environment")]
-    own = environment_source(dotenv, str(place), known)
+    own = environment_source(dotenv, str(dotenv_path), known)
     keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file", "api_keys_file"})
     upper = [*given, deployment_source(environ, merge(given), command, keyed=keyed), own]
-    hub = hub_token_source(("the environment", environ), (str(place), dotenv))
+    hub = hub_token_source(("the environment", environ), (str(dotenv_path), dotenv))
     merged = merge(upper)
     models_file = _found_models(merged, home, folder, remarks, needed=known is None or "model" in known)
     name = _started(models_file, merged)
@@ -102,12 +101,12 @@ def load_configuration(
 
     def settings_of(sources: Sequence[SettingsSource]) -> Settings:
         values = merge(sources)
-        _settle_port(values, sources)
+        _choose_port(values, sources)
         values["hf_token"] = _token(values, variables, folder)
         return Settings(**values)
 
-    def entry_of(section: Mapping[str, Any], said: list[str]) -> ModelEntry:
-        model, source = model_entry(section, "the request", folder, said)
+    def entry_of(section: Mapping[str, Any], remarks: list[str]) -> ModelEntry:
+        model, source = model_entry(section, "the request", folder, remarks)
         settings = settings_of([*(_without(each, _CHOOSING) for each in upper), source, *lower])
         return ModelEntry(model, settings, settings.served_model_name)
 
@@ -119,7 +118,7 @@ def load_configuration(
     else:
         sources, entries = [], []
         for model, entry in models_file.models.items():
-            kept = {"served_model_name"} if model == name else set[str]()  # else the models would share a name
+            kept = {"served_model_name"} if model == name else set[str]()  # models must not share a name
             its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, models_file.params, *lower]
             sources = its if model == name else sources
             settings = settings_of(its)
@@ -151,14 +150,14 @@ def load_configuration(
 
 
 def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
-    """Return only the settings, for a process with one model; arguments and errors as `load_configuration`."""
+    """Return only the settings, for a process with one model; see `load_configuration`."""
     return load_configuration(command_line, environ, folder=folder, home=home).settings
 
 
 def _found_models(
     merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str], *, needed: bool
 ) -> ModelsFile | None:
-    """Return the models.yaml that applies; ignore an invalid one if it is neither given explicitly nor needed."""
+    """Return the models.yaml that applies; ignore an invalid file that is neither named explicitly nor needed."""
     explicit, model = merged.get("models_config"), merged.get("model")
     if model is None:
         elsewhere = bool(merged.keys() & {"weight_path", "weight_file"})
@@ -169,7 +168,7 @@ def _found_models(
     except UsageError as error:
         if explicit is not None or (needed and not elsewhere):
             raise
-        remarks.append(f"{error}; nothing of that file is used")
+        remarks.append(f"{error}; the file is ignored")
         return None
 
 
@@ -193,8 +192,8 @@ def _without(source: SettingsSource, names: frozenset[str]) -> SettingsSource:
     return dataclasses.replace(source, values={key: value for key, value in source.values.items() if key not in names})
 
 
-def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> None:
-    """Choose between a port inside `host` and `port`: the source with higher precedence decides."""
+def _choose_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> None:
+    """Choose between the port in `host` and `port`: the source with higher precedence decides."""
     if "host" not in merged or "port" not in merged or merged["host"].startswith(SOCKETS):
         return
     name, inner = split_host(merged["host"])
@@ -208,7 +207,7 @@ def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> N
 
 
 def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path) -> str | None:
-    """Return the Hugging Face token: given directly, by the name of a variable, in a file, or by HF_TOKEN."""
+    """Return the Hugging Face token: the value, or from the variable or the file that the setting names."""
     if merged.get("hf_token_path") is not None:
         path = folder / merged["hf_token_path"]
         try:

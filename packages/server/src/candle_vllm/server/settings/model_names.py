@@ -28,7 +28,7 @@ class PullError(ModelNotFoundError):
 
 
 class Known(NamedTuple):
-    """A model with a short name: its location, and its minimum memory in MB of 2^20 bytes."""
+    """A model with a short name: its repository, its file type, and its minimum memory in MiB."""
 
     repo: str
     tag: str | None
@@ -50,7 +50,7 @@ KNOWN: Mapping[str, Known] = {
     "qwen3:8b": Known("Qwen/Qwen3-8B-GGUF", "Q4_K_M", 5300),
     "all-minilm:latest": Known("sentence-transformers/all-MiniLM-L6-v2", None, 400),
 }
-"""The short names; the files are those that the authors have published, and are not reviewed here."""
+"""The short names; the files are the authors' and are not reviewed here."""
 
 
 class Named(NamedTuple):
@@ -67,7 +67,7 @@ def read_name(name: str) -> Named:
     """Parse a name: `org/repo`, `org/repo:Q4_K_M`, either after `hf.co/`, or a name in `KNOWN`.
 
     Raises:
-        PullError: it has no such form, or is unknown.
+        PullError: the name has another form, or is unknown.
     """
     given = name.strip()
     for host in _HOSTS:
@@ -78,15 +78,14 @@ def read_name(name: str) -> Named:
         exact = given if colon and tag != "latest" else next(iter(family), given)
         if exact not in KNOWN:
             raise PullError(
-                f"there is no model {name!r:.200}{nearest(given, KNOWN)}: known names are {', '.join(KNOWN)}; others "
-                "are organisation/name of Hugging Face, with :Q4_K_M for one of several files",
+                f"there is no model {name!r:.200}{nearest(given, KNOWN)}: short names are {', '.join(KNOWN)}; write "
+                "other models of Hugging Face as organisation/name, with :Q4_K_M for one of several files",
                 "no_such_name",
             )
         return Named(KNOWN[exact].repo, KNOWN[exact].tag)
     if not HUB_ID.fullmatch(repo) or (colon and not TAG.fullmatch(tag)):
         raise PullError(
-            f"{name!r:.200} is no name of a model: organisation/name of Hugging Face, with :Q4_K_M for one of several "
-            "files",
+            f"{name!r:.200} is not a model's name: write organisation/name, with :Q4_K_M for one of several files",
             "no_such_name",
         )
     return Named(repo, None if tag in ("", "latest") else tag)
