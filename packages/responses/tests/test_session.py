@@ -273,10 +273,10 @@ class TestApprovals:
     async def test_transcripts_that_refer_to_unknown_calls(self) -> None:
         session, call_id = await self.stopped()
         stray = {"role": "tool", "tool_call_id": "call_x", "content": "?"}
-        with pytest.raises(InvalidParameterError, match="'call_x' answers no call"):
+        with pytest.raises(InvalidParameterError, match="'call_x' is not an open tool call"):
             await session.run_conversation([{**stray, "tool_call_id": call_id}, stray])
         other = ResponsesSession(adapter_of("done"), [user("x"), stray])
-        with pytest.raises(InvalidParameterError, match="'call_x' answers no call"):
+        with pytest.raises(InvalidParameterError, match="'call_x' is not an open tool call"):
             await other.run_conversation()
 
 

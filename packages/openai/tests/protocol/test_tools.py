@@ -200,9 +200,9 @@ def nested(levels: int) -> dict[str, Any]:
          "tools.0.custom.format.grammar.syntax", "'lark' or 'regex'"),
         ({"tools": [custom("c", {"type": "grammar", "grammar": {"syntax": "regex", "definition": ""}})]},
          "tools.0.custom.format.grammar.definition", "must not be empty"),
-        ({"tools": [custom("c")], "tool_choice": choice("c")}, "tool_choice.function.name", "there is none"),
+        ({"tools": [custom("c")], "tool_choice": choice("c")}, "tool_choice.function.name", "no such tool"),
         ({"tools": [tool(), custom("c")], "tool_choice": choice("c")}, "tool_choice.function.name", "not 'c'"),
-        ({"tools": [tool()], "tool_choice": CHOSEN}, "tool_choice.custom.name", "there is none"),
+        ({"tools": [tool()], "tool_choice": CHOSEN}, "tool_choice.custom.name", "no such tool"),
         ({"tools": [custom("d")], "tool_choice": CHOSEN}, "tool_choice.custom.name", "not 'c'"),
         ({"tools": [custom("d")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
             "mode": "auto", "tools": [CHOSEN]}}}, "tool_choice.allowed_tools.tools.0.custom.name", "not 'c'"),

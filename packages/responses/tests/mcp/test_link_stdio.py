@@ -122,7 +122,7 @@ async def test_only_its_own_environment_and_folder(
     ("fields", "why"),
     [
         ({"command": "no-such-command-1"}, "the command 'no-such-command-1' was not found"),
-        ({"cwd": "/no/such/folder"}, "its folder '/no/such/folder' is not there"),
+        ({"cwd": "/no/such/folder"}, "its folder '/no/such/folder' does not exist"),
         ({"command": "/"}, "the command '/' cannot be run: Permission denied"),
     ],
 )

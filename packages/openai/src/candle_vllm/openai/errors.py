@@ -54,7 +54,7 @@ class UnknownParameterError(InvalidParameterError):
 def no_priority() -> UnsupportedParameterError:
     """Return the error for a `priority` below 0 on a server that does not let requests overtake others."""
     return UnsupportedParameterError(
-        "priority below 0 is not supported unless the server is started with --enable-request-priority",
+        "priority below 0 is not supported: start the server with --enable-request-priority",
         "priority",
     )
 

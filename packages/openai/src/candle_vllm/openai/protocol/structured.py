@@ -35,7 +35,7 @@ class TextFormat(WireModel):
         """Raise an error that explains another server's format, or lists the supported formats."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_FORMATS:
-            raise unsupported("type", f"send {kind!r} constraints as structured_outputs")
+            raise unsupported("type", f"for {kind!r} use structured_outputs instead of response_format")
         if kind != "text":
             raise invalid("type", f"must be one of {', '.join(_FORMATS)}")
 
@@ -99,7 +99,7 @@ class StructuralTagFormat(WireModel):
     def _one_form(self) -> Self:
         older = self.structures is not None or self.triggers is not None
         if older == (self.format is not None):
-            raise invalid("format", "must be given, or structures and triggers in place of it")
+            raise invalid("format", "must be given, or structures and triggers instead of it")
         if older and (self.structures is None or self.triggers is None):
             missing = "structures" if self.structures is None else "triggers"
             raise invalid(missing, "is required: structures and triggers must both be given")
