@@ -145,7 +145,7 @@ def test_stages_are_refused_where_the_first_has_what_others_need(tmp_path: Path)
     row = ROWS["Gemma-4 shared keys"]
     folder = write_tiny(tmp_path, row.model_type, **row.config | {"num_kv_shared_layers": 0})
     line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
-    with pytest.raises(ConfigError, match="embeddings of their own"):
+    with pytest.raises(ConfigError, match="their own embedding tables"):
         stage_of("model", FAMILY, load(folder).config, checkpoint, line)
 
 

@@ -85,7 +85,7 @@ def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["OLMo Hybrid", "Gemma-3n"])
 def test_means_of_what_ranks_divide_are_refused(name: str, tmp_path: Path) -> None:
     write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config)
-    with pytest.raises(ConfigError, match=r"computed from all heads, .*\. Set tensor_parallel_size to one of 1"):
+    with pytest.raises(ConfigError, match=r"needs all heads, .*\. Set tensor_parallel_size to one of 1"):
         logits_of(tmp_path, 2, [LENGTH])
 
 
@@ -171,7 +171,7 @@ def test_tokens_are_not_divided_where_ranks_compute_layers_whole(tmp_path: Path)
     """What a delta net gives is no part of a sum."""
     write_tiny(tmp_path, "qwen3_5_moe_text", **ROWS["Qwen3.5-MoE"].config)
     settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match=r"computes the layers of .* that keep a state for all tokens") as raised:
+    with pytest.raises(ConfigError, match=r"computes the layers of .* with a recurrent state for all tokens") as raised:
         logits_of(tmp_path, 2, [LENGTH], all2all_backend="all_to_all", **settings)
     assert raised.value.setting == "all2all_backend"
 
@@ -280,7 +280,7 @@ def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     write_tiny(tmp_path, row.model_type, **{**row.config, **sizes})
     settings: dict[str, Any] = {"isq": "q4k", "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match="numbers of its experts stay together by 256"):
+    with pytest.raises(ConfigError, match="inner elements of experts can only be divided by 256"):
         logits_of(tmp_path, 2, [LENGTH], **settings)
     counts, filled = list[int](), loading.fill
 
@@ -304,7 +304,7 @@ def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
     sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
     write_tiny(tmp_path / "few", row.model_type, **{**row.config, **sizes})
-    with pytest.raises(ConfigError, match="its 2 experts stay together by 1"):
+    with pytest.raises(ConfigError, match="its 2 experts can only be divided by 1"):
         logits_of(tmp_path / "few", 4, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=4)
     with pytest.raises(ConfigError, match="set tensor_parallel_size"):
         EngineConfig(model="m", enable_expert_parallel=True)

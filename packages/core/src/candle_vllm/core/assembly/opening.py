@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Open a model: resolve the setting `model` to files, stored tensors and the tokenizer, before weights are loaded."""
+"""Open a model, before its weights are loaded: find its files, read their headers, load the tokenizer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Opened:
 
     Attributes:
         files: the files.
-        checkpoint: its stored tensors.
+        checkpoint: the stored tensors of the text model.
         metadata: metadata of a GGUF file; empty for other formats.
-        cache_scales: scales of a float8 cache, by name.
-        tower: the tensors of the vision tower; None without one, or if it is not served.
+        cache_scales: scales for an FP8 KV cache, by name.
+        tower: tensors of the vision tower; None without a tower, or if it is not supported.
     """
 
     files: ModelFiles
@@ -47,7 +47,7 @@ class Opened:
 
 
 def model_files(config: EngineConfig) -> ModelFiles:
-    """Return the files of `config.model`, downloaded if needed; errors as `load_model`."""
+    """Return the files of `config.model`, downloaded if needed; raises like `load_model`."""
     return resolve(
         config.model,
         weight_file=config.weight_file,
@@ -59,17 +59,17 @@ def model_files(config: EngineConfig) -> ModelFiles:
     )
 
 
-_WORDS_BYTES, _WORD_BYTES = 16 << 20, 1 << 10
+_TOKENIZER_BYTES, _TOKEN_BYTES = 16 << 20, 1 << 10  # estimated memory of a tokenizer, and of each of its tokens
 
 
 def config_file(files: ModelFiles) -> Path:
-    """Return the file that describes the model."""
+    """Return the file with the model's config: config.json, or the GGUF file."""
     return files.weights[0] if files.format == "gguf" else files.config or files.folder
 
 
 @contextmanager
 def naming(source: object, *others: object) -> Iterator[None]:
-    """Prefix the message of a loading error with `source`, unless it names `source` or one of `others`."""
+    """Add `source` to the message of a loading error, unless that names `source` or one of `others`."""
     try:
         yield
     except ModelLoadError as error:
@@ -79,9 +79,9 @@ def naming(source: object, *others: object) -> Iterator[None]:
 
 
 def open_model(files: ModelFiles, device: Device) -> Opened:
-    """Open the files that `model_files` found; errors as `load_model`.
+    """Open the files that `model_files` found; raises like `load_model`.
 
-    The readers of a format are imported only for that format, so that a GGUF file starts quickly.
+    The modules for other formats are not imported for a GGUF file, which makes its start faster.
     """
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
@@ -108,11 +108,11 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
             return Opened(files, stored, {})
         try:
             config = read_json(files.config)
-            texts, tower = split_towers(config, stored)
+            text_model, tower = split_towers(config, stored)
             if tower is not None and tower_family(config) is None:
                 left, tower = len(tower.tensors), None
-                logger.info("%s: %d tensors of the vision tower are left out: it is not served", stored.path, left)
-            named, scales = split_cache_scales(prefixed(texts))
+                logger.info("%s: %d tensors of the vision tower are left out: it is not supported", stored.path, left)
+            named, scales = split_cache_scales(prefixed(text_model))
             return Opened(files, read_quantised(named, config, files.config), {}, scales, tower)
         except BaseException:
             stored.close()
@@ -120,11 +120,11 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
 
 
 def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
-    """Load the tokenizer, with its vocabulary extended to the `rows` of the embedding table."""
+    """Load the tokenizer, and fit its vocabulary to the `rows` of the embedding table."""
     inside = files.format == "gguf" and config.tokenizer is None
     source = files.weights[0] if inside else config.tokenizer or files.tokenizer_folder or files.folder
-    # The tokenizers library ends the process if memory runs out, so the estimated memory is checked first.
-    with naming(source), room_for(f"the tokenizer of {files.name}", _WORDS_BYTES + rows * _WORD_BYTES):
+    # The tokenizers library aborts the process if memory runs out, so the estimated memory is checked first.
+    with naming(source), room_for(f"the tokenizer of {files.name}", _TOKENIZER_BYTES + rows * _TOKEN_BYTES):
         tokenizer = Tokenizer.from_gguf(metadata) if inside else Tokenizer.from_folder(source)
         return fit_tokenizer(tokenizer, rows, source)
 

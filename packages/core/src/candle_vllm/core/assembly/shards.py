@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Tensor parallelism: a rank's part of a model, and the sums over ranks.
 
-A rank's model is the family's own with fewer heads, narrower feed-forward layers and a smaller vocabulary; families
-need no code for it. The part of each tensor follows from the shapes of all ranks' models. If a rank has only some
-inputs of a matrix, the outputs are summed over the ranks, once for attention and once for the feed-forward layer. With
-expert parallelism each rank has some whole experts: either all ranks have all tokens and the experts' outputs are
-summed, or each rank has a share of the tokens and sends them to their experts (`kernels/collectives/token_shares.py`).
+A rank's model is the family's model with fewer heads, narrower feed-forward layers and a smaller vocabulary; families
+need no code for it. A rank's part of each tensor follows from the shapes of all ranks' models. If a rank has only some
+inputs of a matrix, the outputs are summed over the ranks: once after attention, once after the feed-forward layer. With
+expert parallelism each rank has some whole experts. Either all ranks have all tokens, and the experts' outputs are
+summed; or each rank has a share of the tokens and sends them to their experts (`kernels/collectives/token_shares.py`).
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ MOST_RANKS = 64
 
 
 class _Shape(NamedTuple):
-    """Shape of a parameter, and the number of matrices that are stacked in its rows."""
+    """Shape of a parameter, and the number of matrices stacked in its rows."""
 
     sizes: tuple[int, ...]
     sections: int
 
 
 class _Cut(NamedTuple):
-    """A rank's part of a parameter: entries `first` to `last` of one dimension, in each section."""
+    """A rank's part of a parameter: indices `first` to `last - 1` of one dimension, in each section."""
 
     dimension: int
     first: int
     last: int
     sections: int
 
-    def among(self, total: int) -> NDArray[np.int64]:
-        """Return the indices of these entries in the whole dimension."""
+    def ids(self, total: int) -> NDArray[np.int64]:
+        """Return the part's indices in a whole dimension of `total` elements."""
         sections = np.arange(self.sections)[:, None] * (total // self.sections)
         return (sections + np.arange(self.first, self.last)).reshape(-1)
 
@@ -66,13 +66,13 @@ class Shard:
 
     Attributes:
         config: config of the rank's own model.
-        cuts: the rank's parts of divided parameters, by target in the family's table.
+        cuts: the rank's parts of divided parameters, by target.
         collective: collective operations of the ranks.
         full: config of the whole model.
-        stage: its pipeline stage; None for all layers.
+        stage: the rank's pipeline stage; None for all layers.
         absent: targets of parameters that only other ranks have, such as experts.
         exchanges: how tokens are sent to experts; see `all2all_backend`.
-        tensors: names of the stored tensors that it loads.
+        tensors: names of the stored tensors that the rank loads.
     """
 
     config: ModelConfig
@@ -86,12 +86,12 @@ class Shard:
 
     @property
     def is_first(self) -> bool:
-        """Whether the rank is the first, which alone has the vision tower and the draft model."""
+        """Whether this is the first rank, the only one with the vision tower and the draft model."""
         return is_first(self.collective)
 
     @property
     def layers(self) -> range:
-        """The numbers of the rank's layers."""
+        """Numbers of the rank's layers."""
         return range(self.full.num_layers) if self.stage is None else self.stage.layers
 
     def stored(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -104,13 +104,13 @@ class Shard:
         """Return this rank's part of a tensor.
 
         Raises:
-            WeightsError: the part would split a quantisation block.
+            WeightsError: it would split a quantisation block.
         """
         cut = self.cuts.get(target)
         if cut is None:
             return stored
         if cut.dimension == 0:
-            return stored.rows(cut.first, cut.last) if cut.sections == 1 else stored.select(cut.among(stored.shape[0]))
+            return stored.rows(cut.first, cut.last) if cut.sections == 1 else stored.select(cut.ids(stored.shape[0]))
         return stored.columns(cut.first, cut.last)
 
     def cut_adapter(self, adapter: FittedAdapter) -> FittedAdapter:
@@ -130,9 +130,9 @@ class Shard:
         return dataclasses.replace(adapter, deltas=found)
 
     def join(self, decoder: Decoder) -> None:
-        """Make layers sum over ranks if each rank has a part of their inputs; the weights must be loaded.
+        """Make layers sum over ranks if a rank has a part of their inputs, and set the whole vocabulary's size.
 
-        After that the decoder's vocabulary is that of the whole model.
+        The weights must be loaded.
         """
         whole: Any = decoder
         whole.config = dataclasses.replace(self.config, vocab_size=self.full.vocab_size)
@@ -145,7 +145,7 @@ class Shard:
             if layer is None:  # the layer belongs to another stage
                 continue
             if cut.dimension == 1:
-                self._sum_behind(decoder, path, layer)
+                self._sum_outputs(decoder, path, layer)
             elif isinstance(layer, Embedding) and layer.share is None:
                 most = -(-self.full.vocab_size // self.collective.size)
                 layer.share = VocabularyShare(self.collective, cut.first, most, self.full.vocab_size)
@@ -153,7 +153,7 @@ class Shard:
             self._divide_tokens(whole)
 
     def _divide_tokens(self, decoder: Any) -> None:
-        """Make layers with experts divide a step's tokens among ranks, if the setting says so or it may be faster."""
+        """Make layers with experts divide a step's tokens among ranks, if that is set or may be faster."""
         from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
 
         size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - who has experts has one
@@ -166,8 +166,8 @@ class Shard:
             tokens = max(size, math.ceil(least / self.full.hidden_size / 2))
             share = 100 * exchanges / sums
             logger.info(
-                "steps with prompts of some %d tokens or more divide them among %d ranks, which send %.0f %% of the "
-                "bytes in layers with experts",
+                "steps of about %d tokens or more are divided among %d ranks (all-to-all), which sends %.0f %% of the "
+                "bytes of all-reduces in layers with experts",
                 *(tokens, size, share),
             )
         decoder.shares = shares = TokenShares(self.collective, held, least)
@@ -176,11 +176,11 @@ class Shard:
             mix = block.attention or block.conv
             sparse.shares = block.mlp_norm.shares = mix.output.collective = shares
 
-    def _sum_behind(self, decoder: Decoder, path: str, layer: Any) -> None:
+    def _sum_outputs(self, decoder: Decoder, path: str, layer: Any) -> None:
         linear = layer.down if isinstance(layer, ExpertMLPs) else layer
         assert isinstance(linear, Linear), path
         if linear.bias is not None and self.collective.rank:
-            linear.bias[...] = 0  # the first rank adds it
+            linear.bias[...] = 0  # only the first rank adds it
         names = path.split(".")
         above = (layer_at(decoder, ".".join(names[:end])) for end in range(len(names), 0, -1))
         owner: Any = next((each for each in above if isinstance(each, SparseMLP)), linear)
@@ -204,22 +204,20 @@ def shard_of(
         family, config: family and config of the whole model.
         checkpoint: its tensors.
         collective: collective operations of the ranks.
-        apart: whether each rank has some whole experts (expert parallelism), instead of a part of every expert.
-        exchanges: how tokens are sent to whole experts; with "all_to_all" the shared expert is whole on each rank, too.
+        apart: whether each rank has whole experts (expert parallelism), instead of a part of every expert.
+        exchanges: how tokens are sent to whole experts; with "all_to_all", each rank has the whole shared expert.
 
     Raises:
-        ConfigError: the model cannot be divided among this number of ranks; the message has possible numbers.
+        ConfigError: the model cannot be divided among the ranks; the message has possible numbers of ranks.
     """
     size = collective.size
     if apart and getattr(config, "mixture", None) is None:
-        raise ConfigError(
-            f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
-        )
-    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # each rank has them whole
+        raise ConfigError(f"{name} has no experts: leave enable_expert_parallel out", "enable_expert_parallel")
+    if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # not divided
         if exchanges == "all_to_all":
             raise ConfigError(
                 f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the layers of {name} "
-                "that keep a state for all tokens: leave it out",
+                "with a recurrent state for all tokens: leave it out",
                 "all2all_backend",
             )
         exchanges = "allgather_reducescatter"
@@ -237,7 +235,7 @@ def shard_of(
     parts = [_shapes(family, each, checkpoint) for each in configs]
     cuts, absent, mine = dict[str, _Cut](), set[str](), parts[collective.rank]
     for target, shape in whole.items():
-        if not all(target in part for part in parts):  # parameters of an expert, or a head
+        if not all(target in part for part in parts):  # for example an expert
             if target not in mine:
                 absent.add(target)
             continue
@@ -272,7 +270,7 @@ def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut
     total, sizes = whole.sizes[dimension] // sections, [part.sizes[dimension] // sections for part in parts]
     if sum(sizes) == total:
         first = sum(sizes[:rank])
-    else:  # fewer KV heads than ranks: adjacent ranks have the same heads
+    else:  # fewer KV heads than ranks: adjacent ranks share a head
         each = sizes[0]
         assert set(sizes) == {each}, target
         first = rank * (total // each) // len(sizes) * each
@@ -280,14 +278,14 @@ def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut
 
 
 class _Units(NamedTuple):
-    """The units in which a model's dimensions can be divided.
+    """Units in which a model's dimensions can be divided.
 
     Attributes:
         heads: unit of query heads.
         inner, experts, shared: units of the inner size of dense feed-forward layers, experts, and the shared expert.
         channels: unit of convolution channels.
         apart: see `shard_of`.
-        exchanged: whether the shared expert is whole on each rank, which runs it for its own tokens.
+        exchanged: whether each rank has the whole shared expert, which it runs for its own tokens.
     """
 
     heads: int = 1
@@ -300,7 +298,7 @@ class _Units(NamedTuple):
 
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
-        """Find the units in which the stored tensors can be divided."""
+        """Return the units in which the stored tensors can be divided."""
         stored = {
             line.target: (line, name)
             for line in expand(family.weights, config, checkpoint.format)
@@ -309,7 +307,7 @@ class _Units(NamedTuple):
         whole = _shapes(family, config, checkpoint)
 
         def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
-            """Return the smallest unit of `count`, by the columns that are fewer in a narrower model."""
+            """Return the unit of a dimension of size `count`, by the matrices with fewer columns in `narrow()`."""
             if count < 2:
                 return 1
             least = 1
@@ -349,25 +347,25 @@ class _Units(NamedTuple):
         """Return why the model cannot be divided among `size` ranks; None if it can."""
         heads, kv = config.num_heads, config.num_kv_heads
         if size > 1 and getattr(config, "whole_norms", False):
-            return "a norm or a threshold of it is computed from all heads, or from the whole feed-forward layer"
+            return "one of its norms or thresholds needs all heads, or the whole feed-forward layer"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
-            return f"{kv} key-value heads and {heads} heads cannot be shared by them alike"
+            return f"{kv} key-value heads and {heads} heads cannot be divided evenly"
         mixture: Any = getattr(config, "mixture", None)
         parts = [
             ("heads", heads, self._heads(config, size)),
-            ("numbers of its feed-forward layers", config.intermediate_size, self.inner),
-            ("words", config.vocab_size, -(-config.vocab_size // size)),
+            ("inner elements of feed-forward layers", config.intermediate_size, self.inner),
+            ("tokens of the vocabulary", config.vocab_size, -(-config.vocab_size // size)),
         ]
         if channels := _channels(config):
-            parts.append(("channels of its convolutions", channels, self.channels))
+            parts.append(("channels of convolutions", channels, self.channels))
         if mixture is not None:
             whole = ("experts", mixture.experts, 1)
-            parts.append(whole if self.apart else ("numbers of its experts", mixture.inner_size, self.experts))
+            parts.append(whole if self.apart else ("inner elements of experts", mixture.inner_size, self.experts))
             if mixture.shared_size and not self.exchanged:
-                parts.append(("numbers of its shared expert", mixture.shared_size, self.shared))
+                parts.append(("inner elements of the shared expert", mixture.shared_size, self.shared))
         for what, total, unit in parts:
             if -(-total // unit) < size:
-                return f"its {total} {what} stay together by {unit}, which gives some of them none"
+                return f"its {total} {what} can only be divided by {unit}, so some ranks would get nothing"
         return None
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
@@ -401,7 +399,7 @@ class _Units(NamedTuple):
 
 
 def _channels(config: ModelConfig) -> int:
-    """Return the channels of a model's short convolutions; 0 without convolutions."""
+    """Return the number of channels of short convolutions; 0 without convolutions."""
     return getattr(config, "channels", 0)
 
 
@@ -418,14 +416,14 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
         assert delta.rows is None
         return None if a is None and bias is None else dataclasses.replace(delta, a=a, bias=bias)
 
-    def some(numbers: Any) -> Any:
-        return None if numbers is None else numbers[cut.among(len(numbers))]
+    def some(values: Any) -> Any:
+        return None if values is None else values[cut.ids(len(values))]
 
     def chosen(stored: StoredTensor | None) -> StoredTensor | None:
-        return None if stored is None else stored.select(cut.among(stored.shape[0]))
+        return None if stored is None else stored.select(cut.ids(stored.shape[0]))
 
     rows = delta.rows
-    if rows is not None:  # rows of a table, by token id
+    if rows is not None:  # changed rows of a table, by token id
         mine = (rows[0] >= cut.first) & (rows[0] < cut.last)
         rows = (rows[0][mine] - cut.first, rows[1][mine]) if mine.any() else None
     found = dataclasses.replace(
@@ -441,7 +439,7 @@ def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
 
 
 def _share(total: int, unit: int, rank: int, size: int) -> int:
-    """Return a rank's share of `total` in whole units; if it is not divisible, the first ranks have one unit more."""
+    """Return a rank's share of `total` in units of `unit`; the first ranks may have one unit more than the others."""
     blocks = -(-total // unit)
     each, more = divmod(blocks, size)
     first = rank * each + min(rank, more)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Pipeline parallelism: divide a model's layers among stages.
 
-A stage's model is the family's own without the layers of other stages; families need no code for it. The first stage
-has the embedding and the head, which may be one table; the last has the final norm and returns results to the first.
+A stage's model is the family's model without the layers of other stages; families need no code for it. The first
+stage has the embedding and the head, which may be one table; the last has the final norm and returns its results to
+the first.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class StagePart(NamedTuple):
 
     Attributes:
         line: the pipeline stages.
-        layers: the numbers of the stage's layers.
-        tables: names of the model's embedding tables and head, which only the first stage has.
+        layers: numbers of the stage's layers.
+        tables: attribute names of the embedding tables and the head, which only the first stage has.
     """
 
     line: Stages
@@ -39,7 +40,7 @@ class StagePart(NamedTuple):
     tables: frozenset[str]
 
     def has(self, path: str) -> bool:
-        """Return whether the stage has the module at a path, such as "layers.3.mlp.down" or "embed"."""
+        """Whether the stage has the module at a path, such as "layers.3.mlp.down" or "embed"."""
         layer = _LAYER.match(path)
         if layer is not None:
             return int(layer[1]) in self.layers
@@ -49,7 +50,7 @@ class StagePart(NamedTuple):
         return name not in self.tables or self.line.rank == 0
 
     def keep(self, decoder: Decoder, placement: Placement) -> None:
-        """Remove the modules of other stages from a model whose matrices take no memory yet, and set its `Stage`."""
+        """Remove the modules of other stages from a model before its weights are allocated, and set its `Stage`."""
         assert isinstance(decoder, DecoderStack)
         stack: Any = decoder
         stack.layers = [layer if number in self.layers else None for number, layer in enumerate(decoder.layers)]
@@ -64,12 +65,11 @@ class StagePart(NamedTuple):
 
 
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:
-    """Return a stage's part of a model; the division minimises the bytes of the largest stage.
+    """Return a stage's part of a model, such that the bytes of the largest stage are minimal.
 
     Args:
         name: the model's name, for messages.
-        family, config: family and config of the whole model.
-        checkpoint: its tensors.
+        family, config, checkpoint: family, config and tensors of the whole model.
         line: the stages.
 
     Raises:
@@ -77,19 +77,19 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     """
     if line.size > config.num_layers:
         raise ConfigError(
-            f"{name} has {config.num_layers} layers, which gives some of {line.size} stages none: set "
-            f"pipeline_parallel_size to {config.num_layers} or less",
+            f"{name} has only {config.num_layers} layers for {line.size} stages: set pipeline_parallel_size to "
+            f"{config.num_layers} or less",
             "pipeline_parallel_size",
         )
     if any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs):
         raise ConfigError(
-            f"layers of {name} read the keys and values of others, which may be another stage's: leave "
+            f"some layers of {name} read the keys and values of other layers, which may be on another stage: leave "
             "pipeline_parallel_size out",
             "pipeline_parallel_size",
         )
     if getattr(config, "input_size", 0):
         raise ConfigError(
-            f"layers of {name} get embeddings of their own, which the first stage alone has: leave "
+            f"the layers of {name} have their own embedding tables, which only the first stage has: leave "
             "pipeline_parallel_size out",
             "pipeline_parallel_size",
         )
@@ -109,7 +109,7 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
 
 
 def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
-    """Divide layers among stages, at least one for each; return the layers of each stage.
+    """Divide layers among stages, at least one for each stage; return the layers of each.
 
     Args:
         layers: bytes of each layer.
@@ -119,7 +119,7 @@ def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
     sums = [0]
     for size in layers:
         sums.append(sums[-1] + size)
-    # For each number of first layers: bytes of the largest stage, sum of squared bytes, and the end of each stage.
+    # By number of layers in the stages so far: bytes of the largest stage, sum of squared bytes, the stages' ends.
     best = {end: (first + sums[end], (first + sums[end]) ** 2, (end,)) for end in range(1, len(sums))}
     for stage in range(1, stages):
         best = {

@@ -18,21 +18,21 @@ BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Description of a model family in GGUF metadata.
+    """How GGUF files describe a model family.
 
     Attributes:
         name: value of `general.architecture`.
-        more: keys beyond those of all architectures, without the architecture's prefix; they take precedence.
-        otherwise: fields of the model's description that differ in the file, such as the layout of stored tensors.
+        more: additional keys, without the architecture's prefix; they take precedence over common keys.
+        otherwise: config fields that differ in the file, such as the layout of stored tensors.
         eps: key of the norms' epsilon.
         interleaved: q and k rows are stored in pairs of adjacent rows.
-        names: parts of tensor names in files of this kind, for tensors with several names; otherwise the first is used.
+        names: substrings of the names to use for tensors with several GGUF names; for others the first name is used.
         head: llama.cpp requires a head in the file, even if it equals the embedding table.
-        log_multiplier: factor of the share of yarn's scale in the attention scores; None if there is no key for it.
-        unread: ends of names of tensors that llama.cpp does not know; it refuses files with such tensors.
-        square: the width of all heads together must equal the hidden size.
-        every: all layers must have experts.
-        norm: whether the weights of chosen experts sum to 1; None if the file has a key for it.
+        log_multiplier: value of `rope.scaling.yarn_log_multiplier` divided by `mscale_all_dim`; None without this key.
+        unread: ends of the names of tensors that llama.cpp does not know; it refuses files with such tensors.
+        square: llama.cpp requires that all heads together are as wide as the hidden state.
+        every: llama.cpp requires experts in all layers.
+        norm: whether llama.cpp normalises the weights of chosen experts; None if the file has a key for it.
     """
 
     name: str
@@ -49,21 +49,21 @@ class Architecture:
     norm: bool | None = None
 
     def stored(self, config: Any) -> Any:
-        """Return the description of the model in a file of this architecture."""
+        """Return the model's config as in a file of this architecture."""
         tied = config.tie_embeddings and not self.head
         usual: Keys = {"interleaved_rotary": self.interleaved, "tie_embeddings": tied, "has_head": True}
         return dataclasses.replace(config, **usual | self.otherwise(config))
 
     def check(self, config: Any, names: Iterable[str], source: Path) -> None:
-        """Refuse a model whose file llama.cpp would not load, or would compute differently.
+        """Refuse a model that llama.cpp would not load, or would compute differently.
 
         Args:
-            config: the model's description.
+            config: the model's config.
             names: names of the file's tensors.
-            source: file that errors name.
+            source: path for error messages.
 
         Raises:
-            UnsupportedModelError: the message names everything that the file cannot represent.
+            UnsupportedModelError: the message lists everything that llama.cpp does not support.
         """
         found = tuple(names)
         lacks = [end.removeprefix(".") for end in self.unread if any(name.endswith(end) for name in found)]
@@ -76,6 +76,6 @@ class Architecture:
             lacks.append(f"norm_topk_prob {str(mixture.renormalise).lower()}")
         if lacks:
             raise UnsupportedModelError(
-                f"{source}: llama.cpp's {self.name} has no {', no '.join(lacks)}; such a model can be served from its "
-                "folder, with `isq` where that is wanted"
+                f"{source}: llama.cpp's {self.name} does not support {', '.join(lacks)}; serve it from its folder with "
+                "`isq` to quantise it"
             )
