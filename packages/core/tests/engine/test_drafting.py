@@ -269,7 +269,7 @@ def test_drafts_are_tried_again_when_they_begin_to_pay(monkeypatch: pytest.Monke
     ("given", "said"),
     [
         ({"methd": "suffix"}, "has no 'methd' (did you mean method?)"),
-        ({"method": "eagle"}, "the method 'eagle' is not there: none, ngram, suffix, draft_model, eagle3, mtp are"),
+        ({"method": "eagle"}, "unknown method 'eagle': use one of none, ngram, suffix, draft_model, eagle3, mtp"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number from 1 to 31, not 0"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens must be a whole number"),
         ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be a whole number"),
@@ -503,7 +503,7 @@ def test_a_failure_to_guess_is_told_once_a_minute(
     """Of each kind; not at every step."""
     inner = drafting._engine
     assert inner is not None
-    monkeypatch.setattr(inner, "_said", {})
+    monkeypatch.setattr(inner, "_last_logged", {})
     monkeypatch.setattr(inner, "draft_failures", {})
     failures = itertools.cycle([ZeroDivisionError, KeyError])
 
@@ -519,7 +519,7 @@ def test_a_failure_to_guess_is_told_once_a_minute(
     monkeypatch.setattr(inner._drafter, "propose", fail)
     assert told() == 2
     assert told() == 0
-    monkeypatch.setattr(inner, "_said", {kind: when - 61 for kind, when in inner._said.items()})
+    monkeypatch.setattr(inner, "_last_logged", {kind: when - 61 for kind, when in inner._last_logged.items()})
     assert told() == 2
     assert set(inner.draft_failures) == {ZeroDivisionError, KeyError}
 

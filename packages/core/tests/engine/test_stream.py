@@ -170,7 +170,7 @@ async def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch, beg
         sink.put(_piece(str(number)))
     assert [(await anext(stream)).text for _ in range(3)] == ["0", "1", "2"]
     assert not aborted
-    with pytest.raises(RequestAbortedError, match="was not read: 4 pieces"):
+    with pytest.raises(RequestAbortedError, match="was not read: 4 outputs"):
         await _read(stream)
     assert await _read(stream) == []
     await stream.aclose()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Offloaded KV-cache blocks in Redis, which all servers of a model share.
 
-Each block has its own key; a sorted set lists the blocks by the time of their last use. The header of every block is
-checked. After a failure, a timeout or a wrong answer, Redis is not used for some seconds; blocks are computed instead.
+Each block has its own key; a sorted set orders the blocks by their last use. The header of every block is checked.
+After a failure, a timeout or a wrong answer, Redis is not used for some seconds, and blocks are computed instead.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from candle_vllm.core.errors import ConfigError, with_extra
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT: Final = 1.0  # seconds for a connection, for each read of an answer, and for an answer without a block
-_SLOWEST: Final = 8 << 20  # minimum bytes a second of an answer with a block
-_SPARE: Final = 1 << 16  # maximum bytes of an answer in addition to a block; 500 hashes take 20,000
-QUIET: Final = 10.0  # seconds without requests after a failure
+TIMEOUT: Final = 1.0  # seconds to connect, for each read of an answer, and for a whole answer without a block
+_SLOWEST: Final = 8 << 20  # minimum bytes per second of an answer with a block
+_SPARE: Final = 1 << 16  # maximum bytes of an answer beyond a block; 500 hashes take 20,000
+QUIET: Final = 10.0  # seconds after a failure in which Redis is not used
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
-_KNOWN: Final = 1 << 16  # maximum number of blocks that are remembered as written
-_AT_ONCE: Final = 500  # maximum number of blocks that one message deletes or looks up
+_KNOWN: Final = 1 << 16  # maximum number of blocks that this process knows to be in Redis
+_AT_ONCE: Final = 500  # maximum number of blocks that one command deletes or looks up
 _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -38,14 +38,14 @@ class RedisBlocks:
     Args:
         url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
             files (`ssl_ca_certs`, `ssl_certfile`, `ssl_keyfile`).
-        fingerprint: everything except the hash that determines a block's bytes.
-        most_bytes: limit of the bytes of all blocks of this fingerprint.
+        fingerprint: everything besides the hash that determines a block's bytes.
+        most_bytes: limit of the bytes of all blocks with this fingerprint.
         block_bytes: size of a block.
-        listed: whether `may_have` is true only for blocks that this process has written, read or looked up.
+        listed: whether `may_have` is true only for the blocks of `has`.
 
     Raises:
-        ConfigError: the address is not valid, the limit is less than one block, or the package redis is missing. A
-            server that does not answer is only logged as a warning.
+        ConfigError: the URL is not valid, the limit is less than one block, or the package redis is not installed. If
+            the server does not answer, a warning is logged.
     """
 
     def __init__(self, url: str, fingerprint: str, most_bytes: int, block_bytes: int, *, listed: bool = False) -> None:
@@ -58,7 +58,7 @@ class RedisBlocks:
         own = own_name(fingerprint)
         self._prefix, self._index = f"candle-vllm:kv:{own}:".encode(), f"candle-vllm:kv-index:{own}".encode()
         self._client = _client(url, HEADER + block_bytes)
-        self._known: dict[bytes, None] = {}  # written, read or looked up here, oldest first
+        self._known: dict[bytes, None] = {}  # the blocks of `has`, oldest first
         self._quiet_until = 0.0
         self._to_clear, self._clearing = False, threading.Lock()
         self.num_bytes = 0
@@ -67,16 +67,16 @@ class RedisBlocks:
         looking.join(TIMEOUT)
 
     def has(self, digest: bytes) -> bool:
-        """Whether this process has written, read or looked up the block; others may be in Redis too."""
+        """Whether this process has written, read or found the block; Redis may have more blocks."""
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
-        """True for any block while Redis works, because another server may have written it, unless `listed` is set."""
+        """Whether Redis may have the block: any, because other servers write too, unless `listed` or Redis fails."""
         answers = not self._to_clear and time.monotonic() >= self._quiet_until
         return answers and (not self._listed or digest in self._known)
 
     def look(self, digests: Sequence[bytes]) -> None:
-        """Look up which of these blocks are in Redis, at most the last 500; must not run in the engine's thread."""
+        """Look up which of the last 500 of these blocks are in Redis; must not run in the engine's thread."""
         asked = list(digests[-_AT_ONCE:])
         try:
             if asked and time.monotonic() >= self._quiet_until:
@@ -84,7 +84,7 @@ class RedisBlocks:
                     if used is not None:
                         self._remember(digest)
         except Exception as error:
-            logger.warning("checkpoints in Redis are not looked for: %s", self._failed(error))
+            logger.warning("checkpoints in Redis could not be looked up: %s", self._failed(error))
 
     def read(self, digest: bytes) -> Bytes | None:
         """See `BlockStore`; takes one round trip."""
@@ -93,7 +93,7 @@ class RedisBlocks:
             return None
         try:
             asked = self._client.pipeline(transaction=False)
-            asked.getrange(key, 0, HEADER + self._size)  # one byte more than a block, to detect a longer value
+            asked.getrange(key, 0, HEADER + self._size)  # one byte more, to detect a longer value
             asked.expire(key, UNUSED)
             asked.zadd(self._index, {digest: time.time()}, xx=True)
             data = asked.execute()[0]
@@ -106,14 +106,14 @@ class RedisBlocks:
         if payload is None:
             with suppress(Exception):
                 self.forget(digest)
-            raise BlockError("a block in Redis is damaged: it is deleted, and computed again")
+            raise BlockError("a block in Redis is damaged; it is deleted and computed again")
         self._remember(digest)
         return payload
 
     def write(self, digest: bytes, data: Bytes) -> None:
         """See `BlockStore`; above the limit, the least recently used blocks are deleted."""
         if time.monotonic() < self._quiet_until:
-            raise BlockError("Redis did not answer, and is left alone for a while")
+            raise BlockError(f"Redis did not answer and is not used for {QUIET:.0f} s")
         try:
             if self._to_clear:
                 self._clear()
@@ -149,24 +149,24 @@ class RedisBlocks:
             self._client.close()
 
     def _look(self) -> None:
-        """Count and log the blocks in Redis; runs in a thread, so that the engine's start does not wait."""
+        """Count the blocks in Redis and log their size; runs in a thread, for which the start waits only `TIMEOUT`."""
         try:
             self.num_bytes = int(self._client.zcard(self._index)) * (self._size + HEADER)
-        except Exception as error:  # a wrong answer may raise any exception
+        except Exception as error:  # a malformed answer may raise any exception
             self._fails()
-            logger.warning("Redis does not answer, and blocks are computed meanwhile: %s", error)
+            logger.warning("Redis does not answer; blocks are computed until it does: %s", error)
         else:
-            logger.info("blocks are kept in Redis: %.1f MB of this model there", self.num_bytes / 1e6)
+            logger.info("KV blocks are offloaded to Redis, which has %.1f MB of this model", self.num_bytes / 1e6)
 
     def _try_to_clear(self) -> None:
         try:
             self._clear()
         except Exception as error:
             self._failed(error)
-            logger.warning("blocks in Redis could not be deleted, and are left alone until they are: %s", error)
+            logger.warning("blocks in Redis could not be deleted; Redis is not used until they are: %s", error)
 
     def _clear(self) -> None:
-        """Delete all blocks of the fingerprint, including blocks that other servers write during the call."""
+        """Delete all blocks of the fingerprint, including those that other servers write meanwhile."""
         with self._clearing:
             if not self._to_clear:
                 return
@@ -192,7 +192,7 @@ class RedisBlocks:
     def _fails(self) -> None:
         self._quiet_until = time.monotonic() + QUIET
         with suppress(Exception):
-            self._client.connection_pool.disconnect()  # the rest of a broken answer must not be read
+            self._client.connection_pool.disconnect()  # the rest of a malformed answer must not be read
 
     def _failed(self, error: Exception) -> BlockError:
         self._fails()
@@ -202,7 +202,7 @@ class RedisBlocks:
 class _BoundedSocket:
     """A socket that limits the bytes and the time of each answer.
 
-    Each send starts the limits again: the next answer, which may answer several commands, begins.
+    Each send resets the limits, because the answer to its commands follows.
     """
 
     def __init__(self, end: Any, most: int) -> None:
@@ -234,22 +234,22 @@ class _BoundedSocket:
     def _count(self, size: int) -> None:
         self._left -= size
         if self._left < 0:
-            raise OSError(f"an answer has more than the {self._most} bytes that it may have")
+            raise OSError(f"an answer has more than {self._most} bytes")
 
 
 def _client(url: str, block_bytes: int) -> Any:
-    """Return a client that is not connected yet; it rejects answers that are larger than one block."""
-    said = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
+    """Return a client that connects later and rejects answers that are larger than a block."""
+    expected = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError:  # its text may contain the password, if that has a slash
-        raise ConfigError(f"{said}: host or port cannot be read", "prompt_cache_url") from None
+    except ValueError:  # the exception may contain a password with a slash
+        raise ConfigError(f"{expected}; its host or port is not valid", "prompt_cache_url") from None
     unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
     if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
-        raise ConfigError(said, "prompt_cache_url")
+        raise ConfigError(expected, "prompt_cache_url")
     if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
-        raise ConfigError(f"{said}: the database is a number", "prompt_cache_url")
+        raise ConfigError(f"{expected}: the database is a number", "prompt_cache_url")
     if unknown:
         raise ConfigError(
             f"prompt_cache_url: {', '.join(unknown)[:100]} cannot be set there; {', '.join(sorted(_OPTIONS))} can",

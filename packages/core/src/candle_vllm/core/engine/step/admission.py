@@ -10,10 +10,10 @@ from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
-    """Check a request; return the length at which its sequences end.
+    """Check a request; return the maximum length of its sequences, in tokens.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the allowed values.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the limit.
     """
     prompt, params, most = request.prompt_token_ids, request.params, max_model_len
     if not prompt:
@@ -28,8 +28,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
         )
     if len(prompt) + params.min_tokens > most:
         raise InvalidParameterError(
-            f"min_tokens is {params.min_tokens}, and behind {len(prompt)} prompt tokens the context of {most} has "
-            f"room for {most - len(prompt)}",
+            f"min_tokens is {params.min_tokens}, but the context of {most} leaves {most - len(prompt)} after the "
+            f"prompt: ask for at most {most - len(prompt)}",
             "min_tokens",
         )
     if params.max_tokens is None:
@@ -44,10 +44,10 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
 
 
 def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_len: int) -> None:
-    """Check a pooling request. Its text may fill the whole context, because no token is generated.
+    """Check a pooling request; its text may fill the whole context, because no token is generated.
 
     Raises:
-        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the allowed values.
+        InvalidParameterError, PromptTooLongError: the request cannot be served; the message has the limit.
     """
     prompt = request.prompt_token_ids
     if not prompt:
@@ -68,11 +68,11 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         )
     types = request.token_type_ids
     if types is not None and len(types) != len(prompt):
-        raise InvalidParameterError(f"{len(prompt)} tokens and {len(types)} token_type_ids", "token_type_ids")
+        raise InvalidParameterError(f"give {len(prompt)} token_type_ids, one for each token", "token_type_ids")
 
 
 def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, ...]:
-    """Return the tasks of a model that generates nothing, for `ModelInfo.tasks`.
+    """Return `ModelInfo.tasks` of a model that generates nothing.
 
     Args:
         labels: the labels of its head; empty without a head.
@@ -98,18 +98,11 @@ def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
         way = "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"
         kind, does = "an embedding model", ("embed",)
     elif "score" in tasks:
-        kind, does, way = (
-            "a cross-encoder",
-            ("score", "classify"),
-            "score pairs of texts with it (/v1/score, /v1/rerank)",
-        )
+        kind, does = "a cross-encoder", ("score", "classify")
+        way = "score pairs of texts with it (/v1/score, /v1/rerank)"
     else:
         kind, does, way = "a classifier", ("classify",), "ask it for classes"
     if wanted not in does:
-        lacks = {
-            "generate": "generates no text",
-            "embed": "gives no vectors",
-            "score": "it has no head for scores",
-            "classify": "has no head for classes",
-        }
+        lacks = {"generate": "generates no text", "embed": "gives no vectors"}
+        lacks |= {"score": "has no head for scores", "classify": "has no head for classes"}
         raise InvalidParameterError(f"{name} is {kind} and {lacks[wanted]}: {way}", "model")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One step of the engine: schedule, run, sample, commit. Single-threaded; `EngineThread` drives it.
 
-`prepare` does all work that needs no engine state (checks, sampling state) and may run in any thread; everything else
-belongs to the thread that runs the steps.
+`prepare` and `check_structured_outputs` need no engine state. They, `call_adapters` and `stats` may run in any thread;
+all other methods belong to the thread that runs the steps.
 """
 
 from __future__ import annotations
@@ -38,40 +38,38 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.drafts.drafting import Drafter
 
 logger = logging.getLogger(__name__)
-_PAUSE = 0.01  # seconds that a step waits for offloaded blocks when it has nothing else to do
-_SILENCE = 60.0  # seconds after which a drafting failure is logged again
+_BLOCK_WAIT = 0.01  # seconds that a step waits for offloaded blocks if nothing else can run
+_LOG_INTERVAL = 60.0  # seconds between two log entries for drafting failures of one type
 _TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
-_TOLD_ADAPTERS = 64  # maximum number of adapters in the statistics
+_MAX_ADAPTERS = 64  # maximum number of adapters in `EngineStats`
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A launched step that is not committed yet; `lives` are the sequences that it samples for. `ahead` is whether the
-    step is counted in their `num_ahead`. It was launched at time `began`."""
+    """A launched step that is not committed yet; it samples for `lives`. With `ahead`, their `num_ahead` counts it."""
 
     step: Step
     batch: Batch
     lives: Seq[LiveSequence]
     launched: Launched
     ahead: bool
-    began: float
+    began: float  # when the launch began, by `time.monotonic`
 
 
 class Engine:
     """Scheduler, model and the live sequences.
 
     Args:
-        runner: runs the model, with its cache if it has one.
+        runner: runs the model. With a drafter its steps do not overlap.
         scheduler: the queues, and the blocks of the cache.
         preparation: turns requests into sequences.
-        drafter: proposes draft tokens; None without speculative decoding. With a drafter, steps of `runner` do not
-            overlap.
+        drafter: proposes draft tokens; None without speculative decoding.
 
     Attributes:
         adapters: the adapters that requests may name; None without LoRA.
         images: encodes images and holds their embeddings; None for a text-only model.
         kept: the offloaded blocks (KV tiers); None without KV offloading.
-        sleeper: frees memory and fills it again; None if the model was not loaded from files.
-        draft_failures: the first drafting failure's message of each exception type; answers continue without drafts.
+        sleeper: frees memory and loads it again; None if the model was not loaded from files.
+        draft_failures: first message of each exception type that drafting raised; answers continue without drafts.
     """
 
     def __init__(
@@ -94,24 +92,24 @@ class Engine:
         self.images = images
         self.kept = kept
         self.sleeper = sleeper
-        self.cache_bytes = 0  # size of the KV cache, if known
-        self.state_bytes = 0  # the part of it that holds states of layers
+        self.cache_bytes = 0  # size of the KV cache; 0 if unknown
+        self.state_bytes = 0  # part of the cache for layers' states
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(block_size, runner.step_memory)
-        self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
+        self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # of the last step
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
         self.draft_failures: dict[type[Exception], str] = {}
-        self._said: dict[type[Exception], float] = {}  # when a drafting failure was last logged, by type
+        self._last_logged: dict[type[Exception], float] = {}  # when a drafting failure was logged last
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
-        self._waits_since = -1  # `AdapterStore.changes` while all sequences wait; steps do nothing until it changes
-        self._failures_seen = -1  # failures of adapters that were handled
+        self._waits_since = -1  # `AdapterStore.changes` when all sequences began to wait for adapters; -1 otherwise
+        self._failures_seen = -1  # number of handled adapter failures
 
     @property
     def max_step_tokens(self) -> int:
@@ -130,7 +128,7 @@ class Engine:
 
     @property
     def waits(self) -> bool:
-        """True while every sequence waits for an adapter to load: a step would do nothing."""
+        """True while every sequence waits for an adapter to load, so that a step would do nothing."""
         return self.adapters is not None and self._waits_since == self.adapters.changes
 
     def wait(self, seconds: float) -> None:
@@ -153,11 +151,11 @@ class Engine:
 
     def abort(self, request_id: str) -> list[TokenOutput]:
         """End a request now; its blocks are free before the next step. Unknown ids are ignored."""
-        pieces = []
+        outputs = []
         for live in self._requests.get(request_id, ())[:]:
             if live.sequence in self._live:
-                pieces.append(self._finish(live, live.end(FinishReason.ABORT)))
-        return pieces
+                outputs.append(self._finish(live, live.end(FinishReason.ABORT)))
+        return outputs
 
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache, offloaded blocks included; running sequences keep their blocks."""
@@ -174,14 +172,14 @@ class Engine:
         if self.sleeper is None:
             raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
         self.sleeper.check(level)
-        pieces = [piece for request_id in list(self._requests) for piece in self.abort(request_id)]
+        outputs = [output for request_id in list(self._requests) for output in self.abort(request_id)]
         while self._flights:
-            pieces += self._collect()
+            outputs += self._collect()
         self.scheduler.blocks.reset_prefix_cache()
         if self.kept is not None:
             self.kept.rest()
         self.sleeper.sleep(level)
-        return pieces
+        return outputs
 
     @property
     def is_sleeping(self) -> bool:
@@ -189,7 +187,7 @@ class Engine:
         return self.sleeper is not None and bool(self.sleeper.asleep)
 
     def wake_up(self, tags: Seq[str]) -> None:
-        """Fill memory again; no request may be added until all of it is filled. Raises as `Sleeper.wake_up` does."""
+        """Load freed memory again, see `Sleeper.wake_up`; no request may be added before all of it is loaded."""
         if self.sleeper is not None:
             self.sleeper.wake_up(tags)
 
@@ -202,62 +200,63 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Run one step; return an output for every sequence that got a token or ended.
 
-        If steps overlap, launch a step and commit the previous one, which ran while this one was prepared. If the next
-        token of a sequence depends on its last one (a grammar), the previous step is committed after this step's model
-        kernels are launched, and sampling follows.
+        If steps overlap, it launches a step and commits the previous one, which ran while this one was prepared. If the
+        sampling of a token needs the previous token (a grammar), the previous step is committed after this step's model
+        kernels are launched, and before it samples.
 
-        If several steps may be in flight, launch one more; commit the oldest at the limit, or if there was no launch.
+        If several steps may be in flight, it launches one more, and commits the oldest if there are `in_flight` or no
+        step was launched.
         """
-        pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
+        outputs: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
-            pieces += self._encode(self.images)
+            outputs += self._encode(self.images)
         if self.kept is not None:
             self.kept.take()
         began = time.perf_counter()
         changes = -1 if self.adapters is None else self.adapters.changes
-        flight = self._launch(pieces)
+        flight = self._launch(outputs)
         idle = flight is None and not self._flights and bool(self._live)
         if idle and self.kept is not None and self.kept.reads:
-            self.kept.wait(_PAUSE)
+            self.kept.wait(_BLOCK_WAIT)
             idle = False
         self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
         if self.runner.in_flight > 1:
             if flight is not None:
                 self._flights.append(flight)
             full = flight is None or len(self._flights) == self.runner.in_flight
-            return pieces + self._collect() if full else pieces
-        pieces += self._collect()
+            return outputs + self._collect() if full else outputs
+        outputs += self._collect()
         if flight is not None:
             self._flights.append(flight)
         if not self.runner.overlaps:
-            pieces += self._collect()
+            outputs += self._collect()
             if self._drafter is not None and flight is not None:
                 self._propose_drafts(self._drafter, flight, time.perf_counter() - began)
-        return pieces
+        return outputs
 
     def _encode(self, images: ImageStore) -> list[TokenOutput]:
-        """Encode a part of an image; end the sequences whose image cannot be encoded."""
+        """Encode a part of an image; end the sequences whose images failed."""
         images.work()
         if not images.failures:
             return []
         failed = [(each, error) for each in self.scheduler.waiting if (error := images.failure(each)) is not None]
         for _, error in failed:
-            logger.error("a picture could not be encoded", exc_info=error)
+            logger.error("an image could not be encoded", exc_info=error)
         return [self._fail(sequence, error) for sequence, error in failed]
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
         """End the waiting sequences whose adapters could not be loaded."""
-        failures, pieces = adapters.counts.failures, []
+        failures, outputs = adapters.counts.failures, []
         if failures != self._failures_seen:
             self._failures_seen = failures
             for sequence in list(self.scheduler.waiting):
                 failed = next((entry for entry, _ in sequence.entries if entry.state == "failed"), None)
                 if failed is not None:
-                    pieces.append(self._fail(sequence, adapters.failure(failed)))
-        return pieces
+                    outputs.append(self._fail(sequence, adapters.failure(failed)))
+        return outputs
 
     def _propose_drafts(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
-        """Choose the drafts of the next step; `seconds` is the duration of this one."""
+        """Propose the drafts of the next step; `seconds` is the duration of this step."""
         assert isinstance(self.scheduler, Scheduler)
         batch, count = flight.batch, len(flight.lives)
         if drafter.rests(count):
@@ -273,11 +272,11 @@ class Engine:
                 self.scheduler.has_drafts = drafter.propose(lives)
         except self.runner.fatal:
             raise
-        except Exception as error:  # a drafting failure must not end an answer
+        except Exception as error:  # answers continue without drafts
             now, kind = time.monotonic(), type(error)
             self.draft_failures.setdefault(kind, str(error))
-            if now - self._said.get(kind, -math.inf) >= _SILENCE:
-                self._said[kind] = now
+            if now - self._last_logged.get(kind, -math.inf) >= _LOG_INTERVAL:
+                self._last_logged[kind] = now
                 logger.exception("no drafts for a step of %d sequences", len(lives))
             self.scheduler.has_drafts = False
             for live in lives:
@@ -328,8 +327,8 @@ class Engine:
             "adapter_evictions": counts.evictions,
             "adapter_load_seconds": counts.seconds,
             "max_adapters": self.scheduler.adapters.most,
-            "running_adapters": dict(self.scheduler.adapters.running().most_common(_TOLD_ADAPTERS)),
-            "waiting_adapters": dict(waiting.most_common(_TOLD_ADAPTERS)),
+            "running_adapters": dict(self.scheduler.adapters.running().most_common(_MAX_ADAPTERS)),
+            "waiting_adapters": dict(waiting.most_common(_MAX_ADAPTERS)),
         }
 
     def _offload_counts(self) -> dict[str, Any]:
@@ -365,8 +364,8 @@ class Engine:
             "step_seconds": tuple(self._drafter.times(1)(drafts) for drafts in range(_TIMED_ROWS)),
         }
 
-    def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
-        """Schedule and launch a step; append the outputs of sequences that failed to `pieces`."""
+    def _launch(self, outputs: list[TokenOutput]) -> _Flight | None:
+        """Schedule and launch a step; append outputs of failed sequences, and of steps committed here, to `outputs`."""
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
@@ -377,45 +376,45 @@ class Engine:
             batch = self._batches.build(scheduled, before, ends_alone=ends_alone)
             if not batch.goes_on:
                 lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
-                self._drawing = lives, [live.state for live in lives]
-            lives, states = self._drawing
+                self._sampling = lives, [live.state for live in lives]
+            lives, states = self._sampling
             self.runner.forward(batch, states)
             if self._flights and not several and any(state.reads_tokens for state in states):
-                pieces += self._collect()
+                outputs += self._collect()
             launched = self.runner.draw(states)
         except self.runner.fatal:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            pieces += self._collect()  # tokens of earlier steps are not lost
-            pieces += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
+            outputs += self._collect()  # the earlier step is not lost
+            outputs += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
-        ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before the next scheduling
+        ahead = self.runner.overlaps or not batch.goes_on  # else the step is committed before the next one is scheduled
         if ahead:
             self.scheduler.launched(scheduled)
             for state in states if self.runner.overlaps else ():
-                state.num_ahead += 1  # a sequence with drafts is not counted: it waits for its step
+                state.num_ahead += 1
         if batch.num_decodes < len(scheduled) and not several:
-            pieces += self._read_prompts(batch, began)
+            outputs += self._read_prompts(batch, began)
         return _Flight(scheduled, batch, lives, launched, ahead, began)
 
     def _collect(self) -> list[TokenOutput]:
-        """Collect the results of the oldest launched step, if there is one, and commit it."""
+        """Collect the results of the oldest launched step, if any, and commit it."""
         if not self._flights:
             return []
-        flight, pieces = self._flights.popleft(), list[TokenOutput]()
+        flight, outputs = self._flights.popleft(), list[TokenOutput]()
         try:
-            drawn = flight.launched.tokens()
+            sampled = flight.launched.tokens()
         except self.runner.fatal:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(flight.batch.runs))
             return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
         if self.runner.in_flight > 1 and flight.batch.num_decodes < len(flight.step):
-            pieces = self._read_prompts(flight.batch, flight.began)
-        return pieces + self._commit(flight, drawn)
+            outputs = self._read_prompts(flight.batch, flight.began)
+        return outputs + self._commit(flight, sampled)
 
-    def _commit(self, flight: _Flight, drawn: Seq[SampledTokens]) -> list[TokenOutput]:
+    def _commit(self, flight: _Flight, sampled: Seq[SampledTokens]) -> list[TokenOutput]:
         """Commit a step: append tokens, find stops, free blocks, publish full blocks."""
         self._num_steps += 1
         step, batch = flight.step, flight.batch
@@ -430,27 +429,27 @@ class Engine:
         prompts = step[batch.num_decodes :]
         self._count_prompts(prompts)
         if batch.drafted:
-            pieces = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", drawn))
+            outputs = self._advance_runs(flight, cast("Seq[tuple[Token, ...]]", sampled))
         else:
-            pieces: list[TokenOutput] = []
-            for live, token in zip(flight.lives, drawn, strict=True):
+            outputs: list[TokenOutput] = []
+            for live, token in zip(flight.lives, sampled, strict=True):
                 if live.is_over:  # the sequence has ended since the launch
                     continue
-                piece = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token each
-                pieces.append(piece if piece.finish_reason is None else self._finish(live, piece))
-        self._num_generated += sum([len(piece.token_ids) for piece in pieces])
+                output = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token for each sequence
+                outputs.append(output if output.finish_reason is None else self._finish(live, output))
+        self._num_generated += sum([len(output.token_ids) for output in outputs])
         for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
-                pieces += self._end_pooled(item)
-        return pieces
+                outputs += self._end_pooled(item)
+        return outputs
 
-    def _advance_runs(self, flight: _Flight, drawn: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
-        """Append to each sequence the accepted draft tokens of a step and the token sampled after them."""
-        lives = zip(flight.batch.drawing, flight.lives, drawn, strict=True)
+    def _advance_runs(self, flight: _Flight, sampled: Seq[tuple[Token, ...]]) -> list[TokenOutput]:
+        """Append to each sequence its accepted draft tokens, and the token sampled after them."""
+        lives = zip(flight.batch.drawing, flight.lives, sampled, strict=True)
         return [self._advance_run(run, live, tokens) for run, live, tokens in lives if not live.is_over]
 
     def _count_prompts(self, prompts: Seq[Run]) -> None:
-        """Count the tokens of prompts that a step has completed; a preempted and recomputed prompt is counted once."""
+        """Count the tokens of prompts that a step has completed; recomputing a preempted prompt does not count."""
         for item in prompts:
             sequence = item.sequence
             ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
@@ -459,62 +458,58 @@ class Engine:
                 self._counts["cached"] += sequence.num_cached_tokens or 0
 
     def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
-        """Append a token to one sequence; a failure ends only this sequence."""
+        """Append a token to a sequence; a failure ends only this sequence."""
         try:
             return live.accept(token)
-        except RequestError as error:  # the request's own grammar failed, not the engine
+        except RequestError as error:  # such as a grammar that cannot continue
             return _failed(live, error)
         except Exception as error:
             logger.exception("a token could not be added to its sequence")
             return _failed(live, error)
 
-    def _advance_run(self, run: Run, live: LiveSequence, drawn: Seq[Token]) -> TokenOutput:
-        """Append the tokens of a run with drafts, up to the sequence's end; its cache keeps only those rows."""
+    def _advance_run(self, run: Run, live: LiveSequence, sampled: Seq[Token]) -> TokenOutput:
+        """Append a run's tokens up to the sequence's end; its cache drops the rows of other draft tokens."""
         live.draft_tokens += len(run.drafts)
-        pieces: list[TokenOutput] = []
-        for token in drawn:
-            live.accepted_draft_tokens += bool(pieces)  # each but the first follows an accepted draft
-            pieces.append(self._accept(live, token))
-            if pieces[-1].finished:
+        outputs: list[TokenOutput] = []
+        for token in sampled:
+            live.accepted_draft_tokens += bool(outputs)  # a token after the first one follows an accepted draft token
+            outputs.append(self._accept(live, token))
+            if outputs[-1].finished:
                 break
         if run.drafts:
             assert isinstance(self.scheduler, Scheduler)
             self.scheduler.commit_drafts(run)
             if self._drafter is not None:
-                self._drafter.tried(len(run.drafts), len(pieces) - 1)
-        piece = joined(pieces)
-        return self._finish(live, piece) if piece.finished else piece
+                self._drafter.tried(len(run.drafts), len(outputs) - 1)
+        output = joined(outputs)
+        return self._finish(live, output) if output.finished else output
 
-    def _finish(self, live: Live, piece: TokenOutput) -> TokenOutput:
+    def _finish(self, live: Live, output: TokenOutput) -> TokenOutput:
         """Remove an ended sequence from the engine."""
         self.scheduler.remove(live.sequence)
         live.is_over = True
         if self._drafter is not None and isinstance(live, LiveSequence):
             self._drafter.forget(live)
         del self._live[live.sequence]
-        siblings = self._requests[piece.request_id]
+        siblings = self._requests[output.request_id]
         siblings.remove(live)
         if not siblings:
-            del self._requests[piece.request_id]
-        assert piece.finish_reason is not None
-        self._finished[piece.finish_reason.value] += 1
-        return piece
+            del self._requests[output.request_id]
+        assert output.finish_reason is not None
+        self._finished[output.finish_reason.value] += 1
+        return output
 
     def _fail(self, sequence: Sequence, error: Exception) -> TokenOutput:
-        """End one sequence that failed; the other sequences continue."""
+        """End a failed sequence; the other sequences continue."""
         live = self._live[sequence]
         return self._finish(live, _failed(live, error))
 
     def _read_prompts(self, batch: Batch, began: float) -> list[TokenOutput]:
-        """Read prompt logprobs and pooled hidden states from this step's rows; return outputs of failed sequences.
-
-        Args:
-            began: the time at which the step began.
-        """
+        """Read prompt logprobs and pooled hidden states of a step's rows; return outputs of failed sequences."""
         failed, first = [], batch.num_decodes
         for run, offset in zip(batch.runs[first:], batch.query_start[first:].tolist()):
             live = self._live.get(run.sequence)
-            if live is None:  # the sequence ended when the previous step was committed
+            if live is None:  # the sequence ended when an earlier step was committed
                 continue
             live.scheduled(began)
             try:
@@ -523,12 +518,12 @@ class Engine:
                 raise
             except Exception as error:
                 if not isinstance(error, RequestError):
-                    logger.exception("the rows of a sequence could not be read")
+                    logger.exception("prompt logprobs or hidden states of a sequence could not be read")
                 failed.append(self._fail(run.sequence, error))
         return failed
 
     def _end_pooled(self, run: Run) -> list[TokenOutput]:
-        """Return the output of a pooled text if its last token has been run."""
+        """Return the output of a pooled text if the step ran its last token."""
         live, sequence = self._live[run.sequence], run.sequence
         if run.start + run.count < sequence.num_prompt_tokens:
             return []
@@ -536,13 +531,13 @@ class Engine:
         self._counts["prompt"] += sequence.num_prompt_tokens
         self._counts["cached"] += sequence.num_cached_tokens or 0
         try:
-            piece = live.finish()
+            output = live.finish()
         except Exception as error:
             return [self._fail(sequence, error)]
-        return [self._finish(live, piece)]
+        return [self._finish(live, output)]
 
     def close(self) -> None:
-        """Free the model's caches, and end the threads of drafts, adapters, KV tiers and grammar masks."""
+        """Free the model's caches, and end the threads of the drafter, adapters, KV tiers and grammars."""
         if self._drafter is not None:
             self._drafter.close()
         if self.adapters is not None:

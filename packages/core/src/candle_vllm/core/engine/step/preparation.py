@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check a request, and make its sequences and sampling states before it is queued (before step 4).
-
-This needs no engine state and may run in any thread.
-"""
+"""Check a request and make its sequences and sampling states, before step 4; may run in any thread."""
 
 from __future__ import annotations
 
@@ -55,19 +52,19 @@ class Preparation(ABC):
         """Check a request and make its sequences.
 
         Raises:
-            InvalidParameterError, PromptTooLongError: the request cannot be served as it is.
+            InvalidParameterError, PromptTooLongError: the request cannot be served.
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the grammar of structured outputs, as is done for a request; the grammar is cached.
+        """Compile the grammar of structured outputs, as for a request; it is cached.
 
         Raises:
-            InvalidParameterError: the schema or grammar is wrong or not supported.
+            InvalidParameterError: the schema or grammar is not valid or not supported.
         """
         raise NotImplementedError
 
     def _entries(self, request: GenerationRequest) -> Entries:
-        """Find the adapters of a request, and begin to load them; raises as `AdapterStore.found`, or if LoRA is off."""
+        """Find a request's adapters and begin to load them; raises like `AdapterStore.found`, and if LoRA is off."""
         if not request.adapters:
             return ()
         if self.adapters is None:
@@ -79,17 +76,17 @@ class Preparation(ABC):
         self.adapters.expect(entries)
         return entries
 
-    def close(self) -> None:  # noqa: B027  # most have nothing to end
+    def close(self) -> None:  # noqa: B027  # most subclasses have no threads
         """End threads."""
 
 
 class EncoderPreparation(Preparation):
-    """Turns requests to an encoder, which reads texts whole and generates nothing, into sequences.
+    """Turns requests to an encoder into sequences.
 
     Args:
         name: the model's name, for messages.
         config: the model's config.
-        pooling: how hidden states are pooled; None if the model computes the logits of its head itself.
+        pooling: pools hidden states; None if the model itself computes the logits of its head.
         max_model_len: longest text, in tokens.
         adapters: see `Preparation`.
         head: layers after the pooling; None without such layers.
@@ -119,17 +116,17 @@ class EncoderPreparation(Preparation):
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
         kinds = self._config.token_types
-        if kinds == 1:  # the model has no segment embeddings, even if its tokenizer returns token types
+        if kinds == 1:  # no segment embeddings, even if the tokenizer returns token types
             request = msgspec.structs.replace(request, token_type_ids=None)
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
-        plan = self._of_head(request) if self._pooling is None else self._pooling.plan(request.pooling, self._head)
+        plan = self._logits_plan(request) if self._pooling is None else self._pooling.plan(request.pooling, self._head)
         sequence = Sequence(request, 0, order=-1)
         sequence.entries = entries
         return [PooledText(sequence, plan)]
 
-    def _of_head(self, request: PoolingRequest) -> PoolingPlan:
-        """Return the plan for a model that computes its head: `EncoderRunner` returns logits, not hidden states."""
+    def _logits_plan(self, request: PoolingRequest) -> PoolingPlan:
+        """Return the plan for a model that computes its head, so that `EncoderRunner` returns logits."""
         head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
         count = len(self._config.labels)
         return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)
@@ -139,13 +136,13 @@ class DecoderPreparation(Preparation):
     """Turns requests to a decoder into sequences.
 
     Args:
-        tokenizer: tokens to text.
+        tokenizer: the model's tokenizer.
         eos_token_ids: the model's end-of-sequence tokens.
         vocab_size: V, the width of the logits.
-        max_model_len: longest prompt plus output.
-        pooling: how hidden states are pooled to vectors; None refuses pooling requests.
+        max_model_len: see `Preparation`.
+        pooling: pools hidden states to vectors; None refuses pooling requests.
         head: layers after the pooling; None without such layers.
-        seed: seed from which requests without a seed get theirs, in order of preparation; None for random seeds.
+        seed: seeds requests without a seed, in order of preparation; None for random seeds.
         adapters: see `Preparation`.
         images: how images become tokens of the prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.
@@ -169,7 +166,7 @@ class DecoderPreparation(Preparation):
         self._images = images
         self._tokenizer, self._suppressed = tokenizer, [[index] for index in tokenizer.suppressed_token_ids]
         self._eos_token_ids = tuple(eos_token_ids)
-        self._ends = frozenset(eos_token_ids)  # one for all sequences
+        self._ends = frozenset(eos_token_ids)  # shared by all sequences
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._pooling, self._head = pooling, head
@@ -207,7 +204,7 @@ class DecoderPreparation(Preparation):
         return made
 
     def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
-        """Return the images of a request with their prompt positions and spans; see `PlacedImage`."""
+        """Return a request's images with their positions in the prompt."""
         if not request.images:
             return []
         if self._images is None:
@@ -231,13 +228,12 @@ class DecoderPreparation(Preparation):
         self._grammars.close()
 
     def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
-        """Make the sequence of a text whose hidden states are pooled."""
         classes = self._head is not None and bool(self._head.labels)
         if (request.task != "embed") != classes or self._pooling is None:
             raise InvalidParameterError(
-                "the model has a head for scores or classes and gives no vectors"
+                "the model has a head for scores or classes and gives no vectors: ask it for these"
                 if classes
-                else "the model gives vectors and is no cross-encoder: it has no scores or classes",
+                else "the model gives vectors and has no scores or classes: ask it for vectors",
                 "task",
             )
         check_pooling_request(request, self._vocab_size, self.max_model_len)
@@ -256,8 +252,8 @@ class DecoderPreparation(Preparation):
     def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount | None:
         text, budget, tokens = self._tokenizer, params.thoughts, params.thinking_token_budget
 
-        def encode(said: str, special: bool = True) -> Seq[int]:
-            return text.encode(said, add_special_tokens=False, parse_special=special)
+        def encode(mark: str, special: bool = True) -> Seq[int]:
+            return text.encode(mark, add_special_tokens=False, parse_special=special)
 
         if tokens is not None and tokens >= 0:
             budget = budget_in_tokens(tokens, encode, prompt, self._ends)
@@ -275,6 +271,6 @@ class DecoderPreparation(Preparation):
         return Prediction(tokens)
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
-        """Return the token sequences of each word, at the start of a text and after a space."""
+        """Return the token ids of each word at the start of a text, and after a space."""
         texts = [text for word in words for text in (word, " " + word.lstrip())]
         return [ids for ids in self._tokenizer.encode_batch(texts, add_special_tokens=False) if ids]

@@ -1,46 +1,46 @@
 # SPDX-License-Identifier: MIT
 """Step 4: choose the sequences of the next step, and the number of tokens of each. This module imports no torch.
 
-Every step has a budget of rows. Decoding sequences come first with one row each, then prompts that have begun, then
-waiting sequences in order of priority and arrival, each with as large a chunk of its prompt as the budget still allows.
-A waiting prompt of a higher priority comes before prompts that have begun. A decoding sequence may have one more row
-for each draft token: the step then appends the accepted draft tokens and one sampled token.
+Every step has a budget of rows. Decoding sequences come first with one row each, then running prompts, then waiting
+sequences in order of priority and arrival, each with as large a chunk of its prompt as the rest of the budget allows.
+A waiting prompt of a higher priority comes before running prompts. A decoding sequence has one more row for each draft
+token: the step then appends the accepted draft tokens and one sampled token.
 
-- A prompt is admitted when the blocks for all of it are free, so a prompt that has begun never waits for memory.
-- A waiting prompt whose next block is being computed by a running one waits for that block and shares it: the `n`
+- A prompt is admitted when the blocks for all of it are free, so a running prompt never waits for blocks.
+- A waiting prompt whose next block is being computed by a running one waits for that block and shares it, so the `n`
   sequences of one request, or a burst of requests with a common prefix, compute it once.
 - The `n` sequences of one request occupy at most half of `max_num_seqs` while another request waits.
 - When a decoding sequence needs a block and no block is free, the last running sequence (lowest priority, youngest) is
-  preempted: its blocks are freed and it is recomputed later, with the tokens that it already has.
+  preempted: its blocks are freed, and its prompt and generated tokens are recomputed later.
 - When a waiting sequence lacks blocks or the batch is full, running sequences of a lower priority are preempted, the
   last one in the order first.
 
-If steps overlap, a step is scheduled while the previous one still runs: `launched` counts the tokens of a launched step
-in advance, `commit` publishes its blocks once it is committed. A sampled token that is not known yet counts as a token
-to run; its sequence is not admitted again before the token is known. The number of accepted draft tokens is only known
-after the step, so a sequence with drafts waits for its step.
+If steps overlap, a step is scheduled while the previous one still runs: `launched` counts its tokens in advance, and
+`commit` publishes its blocks later. A sampled token that is not known yet counts as a token to run; a preempted
+sequence is not admitted again before its token is known. The number of accepted draft tokens is known only after a
+step, so a sequence with drafts waits for its step.
 
 With pipeline parallelism, `in_flight` steps run at once, one on each stage. A decoding sequence is in at most one of
-them and waits for its token; each step takes an equal share of the decoding sequences. The chunks of a prompt may be in
-consecutive steps, because each stage runs the steps in order.
+them, because it needs its last token; each step has an equal share of the decoding sequences. Consecutive steps may
+have chunks of one prompt, because each stage runs the steps in order.
 
-A sequence with adapters, images or offloaded blocks also waits until these are loaded or encoded; other sequences may
-be admitted before it: see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other,
-all tokens of a tile run in one step, which has rows for them.
+A sequence with adapters, images or offloaded blocks waits until these are loaded or encoded; others may overtake it:
+see `AdapterAdmission`, `ImageStore` and `OffloadedBlocks`. If image tokens attend to each other, all tokens of a tile
+run in one step.
 
 If layers keep a state (`states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last full
 block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer, and
 where the prefixes of two prompts diverge: a waiting prompt requests it from the running one, or writes it itself if the
-blocks are cached without the checkpoint. So chunks end with blocks, and drafts end before the last token of a block.
+blocks are cached without it. So prompt chunks end with blocks, and drafts end before the last token of a block.
 
 If layers have a sliding window (`window_pages.py`), a cached prefix must have the pages that the next token attends to.
 A run gets pages of these layers when it is scheduled, and frees pages that have left its window. A prompt chunk ends
-where the pages end; a decoding sequence without a free page preempts as one without a free block does. A block without
-its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
+where the pages end. If a decoding sequence needs a page and no page is free, the last running sequence is preempted. A
+block without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
 With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
-full length are free, so no sequence is preempted, and only blocks of prompts are published, because other kernels
-compute generated tokens than prompts.
+full length are free, so no sequence is preempted. Only blocks of prompts are published, because the kernels for prompts
+and for generated tokens differ.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Scheduler:
         reproducible: see the module's docstring.
         draft_rows: maximum number of draft tokens in one step.
         adapters: admits sequences with adapters; None without LoRA.
-        images: holds image embeddings; None for a text-only model.
+        images: encodes images; None for a text-only model.
         kept: the offloaded blocks (KV tiers); None without KV offloading.
         in_flight: maximum number of steps that run at once; see the module's docstring.
         states: slots of layers' states; None if no layer keeps a state.
@@ -126,16 +126,16 @@ class Scheduler:
         self.kept = kept
         self.in_flight = in_flight
         self.states = states
-        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # if layers have a sliding window
+        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # None without sliding windows
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # whether a running sequence has drafts
         self.running: list[Sequence] = []  # in order of rank, like `waiting`
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
-        self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish
-        self._going: _Going | None = None  # the previous step, if it decoded all running sequences
-        self._all_held: int | None = None  # `AdapterStore.changes` when adapters held back all waiting
+        self._computing: Counter[bytes] = Counter()  # by hash, number of running sequences that will publish the block
+        self._going: _Going | None = None  # the last step, if it decoded all running sequences
+        self._all_held: int | None = None  # `AdapterStore.changes` when adapters held back all waiting sequences
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -156,22 +156,22 @@ class Scheduler:
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence)
-            if not self.waiting:  # no later step may call it
+            if not self.waiting:  # there may be no later step that calls it
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """Return the runs of the step after the last launched one; empty if there is nothing to do."""
+        """Return the runs of the next step; empty if there is nothing to do."""
         if self.adapters is not None:
             self.adapters.look(self.waiting)
         if self._going is not None and not self.has_drafts and (step := self._go_on(self._going)) is not None:
             return step
         step = self._schedule()
-        decode = len(step) == len(self.running) and step and step[-1].decodes  # decoding runs are first, so all decode
+        decode = len(step) == len(self.running) and step and step[-1].decodes  # decoding runs come first, so all decode
         self._going = _Going(step, self.blocks.block_size) if decode and self.in_flight == 1 else None
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
-        """Return a step with the next token of the same sequences; None if one must stop or another may be added."""
+        """Return a step with the next token of the same sequences; None if `_schedule` may choose other sequences."""
         if not going.left:
             return None
         if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
@@ -190,12 +190,12 @@ class Scheduler:
         return step
 
     def _schedule(self) -> Step:
-        """Schedule without regard to the previous step."""
+        """Schedule a step from the queues."""
         if self._is_outranked:
             collections.deque(self._admit(self.running[-1].request.priority, preempts=True), maxlen=0)
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
-        for sequence in self._in_turn(prompts) if budget else ():
+        for sequence in self._prompts_in_order(prompts) if budget else ():
             if count := self._piece(sequence, budget):
                 scheduled.append(Run.next(sequence, count))
                 budget -= count
@@ -203,7 +203,7 @@ class Scheduler:
                 break
         stalls = self.windows is not None and bool(prompts) and not scheduled and not self._is_under_way
         if stalls and len(self.running) > 1:
-            self._preempt(self.running[-1])  # prompts hold all pages, and no prompt can go on
+            self._preempt(self.running[-1])  # prompts occupy all pages, and none can continue
             return self._schedule()
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
@@ -211,12 +211,12 @@ class Scheduler:
 
     @property
     def _is_under_way(self) -> bool:
-        """Whether a launched step is not committed yet; committing it may free pages."""
+        """Whether a launched step is not committed yet, whose commit may free pages."""
         size = self.blocks.block_size
         return any(each.num_ahead or each.num_computed_tokens // size > each.num_full_blocks for each in self.running)
 
     def _piece(self, sequence: Sequence, budget: int) -> int:
-        """Return how many of a sequence's uncomputed tokens the step runs, at most `budget`."""
+        """Return the number of tokens of a sequence that the step runs, at most `budget`."""
         if self.windows is not None:
             start = sequence.num_computed_tokens
             end = start + min(sequence.num_uncomputed_tokens, budget)
@@ -236,7 +236,7 @@ class Scheduler:
         return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Count the tokens of a launched step as computed, so that the next step follows it."""
+        """Count the tokens of a launched step as computed."""
         for item in items:
             sequence = item.sequence
             if item.wanted:
@@ -246,21 +246,18 @@ class Scheduler:
                 sequence.num_uncomputed_tokens -= item.count
 
     def commit(self, items: Iterable[Run]) -> None:
-        """Publish the blocks that a launched step has filled; all tokens in them are known."""
+        """Publish the blocks that a step has filled, after its tokens are known."""
         size = self.blocks.block_size
         for item in items:
             sequence, first, last = item.sequence, item.start // size, (item.start + item.count) // size
             holds = item.admission == sequence.num_admissions and bool(sequence.block_table)
-            if last > first and holds:  # filled, and not preempted since the launch
+            if last > first and holds:  # not preempted since the launch
                 self._publish(sequence, first, last)
             if self.states is not None:
                 self.states.commit(item, publish=holds and self.blocks.enable_prefix_caching)
 
     def commit_drafts(self, run: Run) -> None:
-        """Commit a run with drafts, after its sampled tokens were appended to the sequence.
-
-        Rows of rejected draft tokens are dropped, and blocks that only they needed are freed.
-        """
+        """Commit a run with drafts after its tokens were appended; drop rejected draft tokens' rows and blocks."""
         sequence, size = run.sequence, self.blocks.block_size
         sequence.drafts = ()
         holds, end = run.admission == sequence.num_admissions and bool(sequence.block_table), len(sequence.tokens) - 1
@@ -275,7 +272,7 @@ class Scheduler:
         self._shorten(sequence, end)
 
     def _publish(self, sequence: Sequence, first: int, last: int) -> None:
-        """Publish the full blocks `first` to `last` of a sequence in the prefix cache, and offer them to the tiers."""
+        """Publish a sequence's full blocks `first` to `last - 1` in the prefix cache, and offer them to the tiers."""
         sequence.num_full_blocks = last
         if not self.blocks.enable_prefix_caching:
             return
@@ -290,10 +287,10 @@ class Scheduler:
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
-        """Schedule one token for every decoding sequence; preempt the last sequences if blocks run out.
+        """Schedule one token and the drafts of every decoding sequence; preempt the last sequences if blocks run out.
 
         Returns:
-            The runs, the running sequences with more than one token to run, and the number of draft rows in the runs.
+            The runs, the running prompts, and the number of draft rows in the runs.
         """
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
         running, size, apart = self.running, self.blocks.block_size, self.in_flight > 1
@@ -312,10 +309,10 @@ class Scheduler:
                 ):
                     self._preempt(running[-1])
                     continue
-                if tries and (drafts := self._tried(sequence, tried)):
+                if tries and (drafts := self._fitting_drafts(sequence, tried)):
                     tried += len(drafts)
                     scheduled.append(Run.next(sequence, 1, drafts))
-                elif start >= sequence.num_prompt_tokens:  # the usual case: equal to `Run.next`, but faster
+                elif start >= sequence.num_prompt_tokens:  # equal to `Run.next`, but faster
                     scheduled.append(Run(sequence, start, 1, 1, sequence.num_admissions, True))
                 else:
                     scheduled.append(Run.next(sequence, 1))
@@ -324,10 +321,10 @@ class Scheduler:
             position += 1
         return scheduled, prompts, tried
 
-    def _tried(self, sequence: Sequence, others: int) -> Tokens:
+    def _fitting_drafts(self, sequence: Sequence, others: int) -> Tokens:
         """Return the drafts of a sequence that its length, the step's rows and the free blocks allow.
 
-        `others` is the number of draft rows of other sequences. Rows and next blocks of running sequences are reserved.
+        Every running sequence keeps a row and a next block; `others` is the number of draft rows of other sequences.
         """
         if sequence.num_ahead or not sequence.drafts:
             return ()
@@ -342,10 +339,10 @@ class Scheduler:
         return sequence.drafts[: max(0, end - first)]
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
-        """Allocate blocks to a running sequence for `tokens` tokens; leave a next block for every running sequence.
+        """Allocate blocks to a running sequence for `tokens` tokens, but leave a free block for every running sequence.
 
         Returns:
-            The number of tokens, at most `tokens`, for which it has blocks now.
+            The number of tokens, at most `tokens`, for which the sequence has blocks now.
         """
         size = self.blocks.block_size
         while tokens > size * len(sequence.block_table):
@@ -354,12 +351,12 @@ class Scheduler:
         return min(tokens, size * len(sequence.block_table))
 
     def give_back(self, sequence: Sequence) -> None:
-        """Free reserved blocks beyond the tokens and drafts that the next step may run."""
+        """Free reserved blocks beyond the sequence's tokens and drafts."""
         if self._shorten(sequence, len(sequence.tokens) + len(sequence.drafts)):
-            self._going = None  # its runs have the earlier admission number
+            self._going = None  # its runs have an outdated admission number
 
     def _shorten(self, sequence: Sequence, tokens: int) -> bool:
-        """Free the blocks beyond `tokens`; return whether there were any."""
+        """Free a sequence's blocks beyond `tokens` tokens; return whether it had such blocks."""
         needed = self.blocks.blocks_for(tokens)
         if self.windows is not None:
             self.windows.cut(sequence, needed)
@@ -367,20 +364,19 @@ class Scheduler:
             return False
         self.blocks.release(sequence.block_table[needed:])
         del sequence.block_table[needed:]
-        sequence.num_admissions += 1  # the next block at that place may be another
+        sequence.num_admissions += 1  # a launched run must not publish the blocks that replace these
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Append a block to the sequence; return False if no block is free."""
+        """Append a block to a sequence; return False if no block is free."""
         taken = self.blocks.allocate(1)
         if taken is None:
             return False
         sequence.block_table.extend(taken)
         return True
 
-    def _in_turn(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yield running prompts, then waiting sequences that are admitted. Waiting sequences of a higher priority (a
-        lower number) than a prompt come before it; else they would wait until it is computed."""
+    def _prompts_in_order(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Yield running prompts, then newly admitted sequences; those of a higher priority come before a prompt."""
         for prompt in prompts:
             if self.waiting and self.waiting[0].request.priority < prompt.request.priority:
                 yield from self._admit(prompt.request.priority)
@@ -388,14 +384,14 @@ class Scheduler:
         yield from self._admit()
 
     def _admit(self, before: int | None = None, *, preempts: bool = False) -> Iterator[Sequence]:
-        """Move waiting sequences to running, in order, while blocks are free and the batch is not full.
+        """Move waiting sequences to `running` in order, while blocks are free and the batch is not full; yield each.
 
         Args:
-            before: admit only sequences whose priority is a lower number than this.
-            preempts: preempt running sequences of a lower priority if a waiting one lacks blocks or the batch is full.
+            before: admit only sequences whose priority number is lower.
+            preempts: preempt running sequences of a lower priority for blocks, or if the batch is full.
         """
         deferred, held = 0, 0
-        full: object = None  # a request with its share of the batch
+        full: object = None  # a request that has its share of the batch
         changes = None if self.adapters is None else self.adapters.store.changes
         while len(self.waiting) > deferred and (preempts or len(self.running) < self.max_num_seqs):
             sequence = self.waiting[deferred]
@@ -405,7 +401,7 @@ class Scheduler:
                 full = sequence.request
                 deferred += 1
                 continue
-            if sequence.num_ahead:  # preempted before its last token was known; no other sequence may overtake it
+            if sequence.num_ahead:  # preempted before its token was known; it must not be overtaken
                 return
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
                 deferred, held = deferred + 1, held + 1
@@ -445,13 +441,13 @@ class Scheduler:
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
             if self.states is not None:
-                ends = {found, self._most_to_keep(sequence) // self.blocks.block_size}
+                ends = {found, self._max_checkpoint(sequence) // self.blocks.block_size}
                 self.states.begin(sequence, len(shared), [end for end in sorted(ends) if end > len(shared)])
             yield sequence
         self._all_held = changes if held and held == len(self.waiting) else None
 
     def _fits(self, sequence: Sequence, shared: list[int], fresh: int) -> bool:
-        """Return whether a sequence fits into the batch and memory: `shared` cached blocks and `fresh` new ones."""
+        """Return whether a sequence with `shared` cached blocks and `fresh` new ones fits the batch and memory."""
         if self.windows is not None and not self.windows.has_room(shared, len(shared) + fresh, len(self.running)):
             return False
         free = self.blocks.num_free_after_sharing(shared) - fresh
@@ -465,29 +461,29 @@ class Scheduler:
         return self.waiting[0].request.priority < self.running[-1].request.priority
 
     def _has_its_share(self, sequence: Sequence) -> bool:
-        """Return whether a sequence's request has half of the batch while another request waits; see the module."""
+        """Return whether a sequence's request has half of the batch while another request waits."""
         half = max(1, self.max_num_seqs // 2)
-        if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # one request
+        if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # no other request waits
             return False
         return sum(other.request is sequence.request for other in self.running) >= half
 
     @property
     def _is_all_held(self) -> bool:
-        """Whether adapters hold back all waiting sequences, and no adapter has changed since that was found."""
+        """Whether adapters hold back all waiting sequences; found once for each change of an adapter."""
         return self.adapters is not None and self._all_held == self.adapters.store.changes
 
     def _reserve(self, sequence: Sequence) -> int:
-        """Return how many blocks must stay free when a sequence is admitted."""
+        """Return the number of blocks that must stay free when a sequence is admitted."""
         if not self.reproducible:
             return len(self.running)  # each running sequence may soon need a block
-        later = self._blocks_to_come(sequence) - self.blocks.blocks_for(sequence.num_tokens)
-        return later + sum(self._blocks_to_come(other) - len(other.block_table) for other in self.running)
+        later = self._blocks_at_full_length(sequence) - self.blocks.blocks_for(sequence.num_tokens)
+        return later + sum(self._blocks_at_full_length(other) - len(other.block_table) for other in self.running)
 
-    def _blocks_to_come(self, sequence: Sequence) -> int:
+    def _blocks_at_full_length(self, sequence: Sequence) -> int:
         return self.blocks.blocks_for(min(sequence.max_length, self.blocks.num_blocks * self.blocks.block_size))
 
     def _shareable(self, sequence: Sequence) -> list[bytes]:
-        """Return hashes of the blocks that may be read from the prefix cache; the last token is always computed."""
+        """Return hashes of the blocks that may come from the prefix cache; the last token is always computed."""
         params = sequence.request.params
         if not self.blocks.enable_prefix_caching or params.skip_reading_prefix_cache:
             return []
@@ -496,14 +492,14 @@ class Scheduler:
         size = self.blocks.block_size
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
 
-    def _most_to_keep(self, sequence: Sequence) -> int:
-        """Return the maximum tokens before a checkpoint of a new sequence, whose last token is always computed."""
+    def _max_checkpoint(self, sequence: Sequence) -> int:
+        """Return the maximum length of a prefix with a checkpoint; a prefix has less than all tokens of a prompt."""
         if not self.blocks.enable_prefix_caching:
             return 0
         return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1
 
     def _ask_for_checkpoint(self, hashes: Seq[bytes], found: int) -> None:
-        """Request a checkpoint, where the prefixes diverge, from the running prompt that computes block `found`."""
+        """Request a checkpoint at the end of the common prefix from the running prompt that computes block `found`."""
         assert self.states is not None
         for other in self.running:
             theirs = other.hashes(self.blocks.block_size)
@@ -576,11 +572,11 @@ class Scheduler:
 
 
 class _Going:
-    """Sequences that decode together, step after step.
+    """A batch of sequences that decode together for several steps.
 
     Attributes:
-        step: their last step.
-        left: steps until one of the sequences reaches its full length.
+        step: its last step.
+        left: number of steps until a sequence reaches its maximum length.
     """
 
     __slots__ = ("_begins", "_count", "_size", "left", "step")
@@ -589,35 +585,33 @@ class _Going:
         self.step = step
         self.left = min([run.sequence.max_length - run.start for run in step]) - 2
         self._size, self._count = block_size, 0
-        self._begins: dict[int, list[int]] = {}  # places of runs that begin a block, by step modulo block size
+        self._begins: dict[int, list[int]] = {}  # runs that begin a block, by step modulo block size
         for place, run in enumerate(step):
             self._begins.setdefault(-run.start % block_size, []).append(place)
 
     def begins(self, ahead: int) -> Seq[int]:
-        """Return the places of the runs that begin a block `ahead` steps after the last."""
+        """Return the indices of the runs that begin a block `ahead` steps after the last one."""
         return self._begins.get((self._count + ahead) % self._size, ())
 
     def move_on(self, step: Step) -> None:
-        """Record that the next step has been scheduled."""
+        """Record the next step."""
         self.step = step
         self._count += 1
         self.left -= 1
 
 
 class WholeTexts:
-    """Scheduler of a model without a cache (an encoder): each text runs whole, in one step.
-
-    A text that is longer than the budget runs in a step of its own.
+    """Scheduler of an encoder, which has no cache: each text runs whole, in one step.
 
     Args:
         max_num_seqs: maximum number of texts in one step.
-        max_num_batched_tokens: maximum number of tokens in one step, unless it has only one, longer text.
+        max_num_batched_tokens: maximum number of tokens in one step; a longer text runs alone.
         adapters: see `Scheduler`.
     """
 
     num_preemptions = 0
     states = None
-    running: tuple[Sequence, ...] = ()  # no text runs in more than one step
+    running: tuple[Sequence, ...] = ()  # a text runs in one step only
 
     def __init__(
         self, max_num_seqs: int, max_num_batched_tokens: int, adapters: AdapterAdmission | None = None
@@ -635,7 +629,7 @@ class WholeTexts:
             self.adapters.waits(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove an ended text; a text that was run has left the queue already."""
+        """Remove a finished or aborted text; it leaves the queue when it runs."""
         if not sequence.num_admissions:
             self.waiting.remove(sequence)
         elif self.adapters is not None:
@@ -646,7 +640,7 @@ class WholeTexts:
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """Return runs of the next texts in order of rank, within the budget, sorted by length."""
+        """Return runs of the first texts in order of rank that the budget allows, sorted by length."""
         adapters, taken, room, held = self.adapters, list[Sequence](), self.max_num_batched_tokens, 0
         if adapters is not None:
             adapters.look(self.waiting)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Delivery of outputs to callers: pushed to the next stage, iterated over, or collected until the end (step 8).
 
-In an event loop, every output takes the same path: engine thread -> `RequestSink` -> a chain of `Receiver`s. For a
-consumer that iterates, the last stage is `Unread`.
+In an event loop, every output goes from the engine thread through a `RequestSink` and a chain of `Receiver`s; the last
+one is `Unread` if the consumer iterates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from candle_vllm.core.engine.step.watching import RequestWatch
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, RequestAbortedError, RequestError
 
 MAX_UNREAD = 1 << 16
-"""Maximum number of items that wait for a consumer that iterates; if there are more, the request is aborted."""
+"""Maximum number of items that wait for an iterating consumer; more items abort the request."""
 
 T = TypeVar("T")
 T_contra = TypeVar("T_contra", contravariant=True)
 
 Bar = bool | Callable[..., Any]
-"""Whether to show a progress bar on a terminal; or a function like tqdm that makes a progress bar anywhere."""
+"""Whether to show a progress bar on a terminal, or a function like tqdm that makes a progress bar."""
 
 
 class Receiver(Protocol[T_contra]):
@@ -40,17 +40,15 @@ class Receiver(Protocol[T_contra]):
     A stage neither waits nor raises: if it fails, it ends the next stage with the error.
     """
 
-    def put(self, items: Sequence[T_contra], /) -> None:
-        """Take the next items."""
-        ...
+    def put(self, items: Sequence[T_contra], /) -> None: ...
 
     def end(self, error: Exception | None = None, /) -> None:
-        """End the stream, once: no item follows. With an error, the items are not complete."""
+        """End the stream; called once, after the last item. With an error, items are missing."""
         ...
 
 
 class Unread(Generic[T]):
-    """The last stage of a chain whose consumer iterates: holds items until they are taken."""
+    """The last stage of a chain whose consumer iterates: a queue of items."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -60,36 +58,36 @@ class Unread(Generic[T]):
         self._arrival: asyncio.Future[None] | None = None  # the consumer waits for this future
 
     def put(self, items: Sequence[T]) -> None:
-        """Hold items; too many end the stream with a `RequestAbortedError`."""
+        """Queue items; too many end the stream with a `RequestAbortedError`."""
         if not self._ended:
             self._items.extend(items)
             self._wake()
             if len(self._items) > MAX_UNREAD:
-                self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited"))
+                self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} outputs waited"))
 
     def end(self, error: Exception | None = None) -> None:
-        """Hold the error, if any, until the consumer has taken all items."""
+        """End the stream; the consumer gets the error, if any, after all items."""
         if not self._ended:
             self._ended = True
             self._errors += [] if error is None else [error]
             self._wake()
 
     def clear(self) -> None:
-        """Drop all items: a consumer that waits gets the end of the stream."""
+        """Drop all items and end the stream."""
         self._items.clear()
         self._errors.clear()
         self.end()
 
     def pour(self, receiver: Receiver[T], is_held: Callable[[], bool]) -> None:
-        """Push the held items to `receiver`, until `is_held` returns True."""
+        """Push the queued items and the end to `receiver`, until `is_held` returns True."""
         while self._items and not is_held():
             receiver.put((self._items.popleft(),))
         if self._ended and not self._items:
             receiver.end(self._errors.pop() if self._errors else None)
 
     async def take(self) -> T:
-        """Return the next item, for one consumer. Raises the error of the end once, and then `StopAsyncIteration`."""
-        loop = self._loop = self._loop or asyncio.get_running_loop()  # asking for the loop is a system call in 3.11
+        """Return the next item; at the end raise its error once, then `StopAsyncIteration`."""
+        loop = self._loop = self._loop or asyncio.get_running_loop()  # finding the loop is a system call in 3.11
         while not self._items:
             if self._ended:
                 raise self._errors.pop() if self._errors else StopAsyncIteration
@@ -106,19 +104,19 @@ class Unread(Generic[T]):
 class PushStream(ABC, AsyncIterator[T]):
     """Items of a request for one consumer, which either gets them pushed (`push`) or iterates over them.
 
-    Closing the stream, or cancelling the task that waits for an item, aborts the request. So does dropping the stream,
-    as long as no stage of the chain refers to it.
+    Closing the stream aborts the request. So does cancelling the task that waits for an item, or dropping the stream if
+    no stage of the chain refers to it.
     """
 
     _unread: Unread[T] | None = None
 
     @abstractmethod
     def push(self, receiver: Receiver[T]) -> None:
-        """Push all items to `receiver`, each in the event loop iteration in which it arrives; may be called once."""
+        """Push all items to `receiver` as they arrive; may be called once."""
 
     @abstractmethod
     def hold(self, held: bool) -> None:
-        """Hold items in the sink, for a receiver that is too slow, or push them again."""
+        """Queue items in the sink, for a receiver that is too slow, or push them again."""
 
     @abstractmethod
     def close(self) -> None:
@@ -144,12 +142,12 @@ class PushStream(ABC, AsyncIterator[T]):
 class RequestSink:
     """The sink of one request in an event loop: pushes the engine's outputs to its receiver.
 
-    It does not refer to the consumer's stream, so dropping that stream aborts the request.
+    It does not refer to the stream, so dropping the stream aborts the request.
 
     Args:
-        loop: the event loop in which all methods are called.
+        loop: event loop in which all methods are called.
         unfinished: number of sequences of the request.
-        abort: ends the request in the engine; called with this sink.
+        abort: aborts the request in the engine; called with this sink.
         watch: notified of every output and of the end; None without an observer.
     """
 
@@ -166,7 +164,7 @@ class RequestSink:
         self._watch = watch
         self._over = False
         self._held = True
-        self._kept = Unread[TokenOutput]()  # holds outputs while `_held`
+        self._kept = Unread[TokenOutput]()  # queue of outputs while `_held`
         self._receiver: Receiver[TokenOutput] = self._kept
 
     def put(self, item: Delivery) -> None:
@@ -194,13 +192,13 @@ class RequestSink:
         self.hold(False)
 
     def hold(self, held: bool) -> None:
-        """Hold outputs while `held`, as before `start`; push the held outputs afterwards."""
+        """Queue outputs, as before `start`, or push the queued outputs and all later ones."""
         self._held = held
         if not held:
             self._kept.pour(self._receiver, lambda: self._held)
 
     def close(self, *, dropped: bool = False) -> None:
-        """Abort the request unless it has finished; push no further output. `dropped` is set by a finaliser."""
+        """Abort the request unless it has finished; push no further output. A finaliser sets `dropped`."""
         self._over, unfinished, self._unfinished = True, self._unfinished, 0
         self._receiver = self._kept
         self._kept.clear()
@@ -240,11 +238,10 @@ class TokenStream(PushStream[TokenOutput]):
 class TokenIterator(Iterator[TokenOutput]):
     """`TokenStream` for programs without an event loop: the outputs of a request's sequences as they arrive.
 
-    Closing it, leaving its `with` block or dropping it aborts unfinished sequences. A request that fails raises, as in
-    `generate`.
+    Closing it, leaving its `with` block or dropping it aborts unfinished sequences. Errors are raised as in `generate`.
 
     Args:
-        thread: runs the request.
+        thread: thread that runs the request.
         request: the request.
         prepared: the request's sequences, from the engine's `prepare`.
 
@@ -269,23 +266,23 @@ class TokenIterator(Iterator[TokenOutput]):
 
     def __aiter__(self) -> NoReturn:
         """Raise a TypeError that names the methods for an event loop."""
-        raise TypeError("these are pieces for `for`: an event loop has stream and achat_stream for `async for`")
+        raise TypeError("TokenIterator is not an async iterator: in an event loop use `stream` or `achat_stream`")
 
     def __next__(self) -> TokenOutput:
         if not self._unfinished:
             raise StopIteration
         try:
-            piece = self._mailbox.items.get()
-            if isinstance(piece, CandleVllmError):
-                raise piece
+            output = self._mailbox.items.get()
+            if isinstance(output, CandleVllmError):
+                raise output
             if not self._unfinished:  # another thread has closed the iterator
                 raise StopIteration
-            raise_failure(piece)
-        except BaseException:  # an interrupt as well
+            raise_failure(output)
+        except BaseException:  # also KeyboardInterrupt
             self.close()
             raise
-        self._unfinished -= piece.finished
-        return piece
+        self._unfinished -= output.finished
+        return output
 
     def close(self) -> None:
         """Abort the request unless it has finished."""
@@ -307,7 +304,7 @@ class TokenIterator(Iterator[TokenOutput]):
 def run_all(
     thread: RequestRunner, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """Run requests, as many at a time as the engine's queue accepts; yield index and output of each when it ends.
+    """Run requests, as many at once as the engine's queue accepts; yield the index and output of each that ends.
 
     Raises:
         RequestAbortedError: the engine was closed before all requests had ended.
@@ -338,7 +335,7 @@ def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object
     if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
         return
-    from tqdm import tqdm  # imported here, because streaming needs no bar
+    from tqdm import tqdm  # imported here because streaming does not need it
 
     with (shown if callable(shown) else tqdm)(total=total, desc=what, dynamic_ncols=True) as bar:
         yield bar.update
@@ -360,7 +357,7 @@ def _try_submit(
 
 
 class _Mailbox:
-    """Outputs for a caller that waits in its own thread."""
+    """Sink for a caller that waits in its own thread."""
 
     loop = None
 
@@ -369,7 +366,7 @@ class _Mailbox:
         self.put = self.items.put
 
     def next_finished(self, collectors: dict[str, tuple[int, OutputCollector]]) -> tuple[int, GenerationOutput]:
-        """Wait until one request is complete, and remove it from `collectors`."""
+        """Wait until a request is complete; remove it from `collectors`, and return its index and output."""
         while True:
             item = self.items.get()
             if isinstance(item, CandleVllmError):
@@ -382,37 +379,36 @@ class _Mailbox:
 
 
 async def whole(stream: TokenStream) -> GenerationOutput:
-    """Collect a stream into one output; cancelling it aborts the request."""
+    """Collect a stream into one output; cancelling this aborts the request."""
     collector = OutputCollector(stream.request)
     try:
-        async for piece in stream:
-            raise_failure(piece)
-            collector.add(piece)
+        async for output in stream:
+            raise_failure(output)
+            collector.add(output)
     finally:
         await stream.aclose()
     return collector.result()
 
 
-def raise_failure(piece: TokenOutput) -> None:
+def raise_failure(output: TokenOutput) -> None:
     """Raise the error of an output, if it has one."""
-    if piece.error is not None:
+    if output.error is not None:
         raise (
-            RequestError(piece.error, piece.error_param)
-            if piece.error_kind == "request"
-            else CandleVllmError(piece.error)
+            RequestError(output.error, output.error_param)
+            if output.error_kind == "request"
+            else CandleVllmError(output.error)
         )
-    if piece.finish_reason == FinishReason.ABORT:
-        raise RequestAbortedError(f"request {piece.request_id} was aborted")
+    if output.finish_reason == FinishReason.ABORT:
+        raise RequestAbortedError(f"request {output.request_id} was aborted")
 
 
 MAX_UNDER_WAY = 256
-"""Maximum number of requests of one call that the engine has at a time."""
+"""Maximum number of requests of one call in the engine."""
 
 STEPS_UNDER_WAY = 2
-"""Number of steps for which the engine has tokens of one call: one step runs, and the next one is full when it ends.
-Requests of other callers wait for at most these steps."""
+"""Steps for which the engine has tokens of one call: one that runs, and the next; other callers wait no longer."""
 
-_PAUSE = 0.01  # seconds, while other callers fill the queue
+_PAUSE = 0.01  # seconds between attempts while other callers fill the queue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,10 +425,10 @@ class Entry:
 
 
 class Window:
-    """Runs pooling requests to their end, a window of them at a time; every request has one output.
+    """Runs pooling requests, a limited number at once; each has one output.
 
     Args:
-        thread: the engine.
+        thread: thread of the engine.
         entries: the requests, in the order of the results.
         step_tokens: maximum number of tokens of a step.
     """
@@ -441,13 +437,13 @@ class Window:
         self._thread = thread
         self._entries = entries
         self._max_tokens = STEPS_UNDER_WAY * step_tokens
-        self._tokens = 0  # total length of the running requests
+        self._tokens = 0  # tokens of the running requests
         self._next = 0
         self._under_way: dict[str, int] = {}
-        self._pieces: list[TokenOutput | None] = [None] * len(entries)
+        self._outputs: list[TokenOutput | None] = [None] * len(entries)
 
     def run(self, *, use_tqdm: Bar) -> list[TokenOutput]:
-        """Run all requests and return their outputs in order, for a caller that waits in its thread.
+        """Run all requests and return their outputs in order; blocks the calling thread.
 
         Raises:
             RequestAbortedError: the engine was closed before all requests had ended.
@@ -464,26 +460,26 @@ class Window:
                         time.sleep(_PAUSE)
         finally:
             self._abort(mailbox)
-        return [piece for piece in self._pieces if piece is not None]
+        return [output for output in self._outputs if output is not None]
 
     async def arun(self) -> list[TokenOutput]:
-        """Do what `run` does in an event loop; cancelling it aborts the unfinished requests.
+        """Like `run`, in an event loop; cancelling it aborts the unfinished requests.
 
         Raises:
             EngineOverloadedError: the queue is full at the start.
         """
-        pieces = Unread[TokenOutput]()
+        outputs = Unread[TokenOutput]()
         sink = RequestSink(asyncio.get_running_loop(), len(self._entries), lambda _: None)
-        sink.start(pieces)
+        sink.start(outputs)
         try:
             while self._submit(sink, patient=False):
                 if self._under_way:
-                    self._take(await pieces.take())
+                    self._take(await outputs.take())
                 else:
                     await asyncio.sleep(_PAUSE)
         finally:
             self._abort(sink)
-        return [piece for piece in self._pieces if piece is not None]
+        return [output for output in self._outputs if output is not None]
 
     def _submit(self, sink: Sink, *, patient: bool) -> bool:
         """Submit as many requests as the window and the queue accept; return False when all have ended."""
@@ -501,7 +497,7 @@ class Window:
         return bool(self._under_way) or self._next < len(self._entries)
 
     def _has_room(self, entry: Entry) -> bool:
-        """Return whether the window has room for a request; an empty window has room for any."""
+        """Return whether another request may run; a single request of any length may."""
         if not self._under_way:
             return True
         return len(self._under_way) < MAX_UNDER_WAY and self._tokens + entry.length <= self._max_tokens
@@ -512,7 +508,7 @@ class Window:
         place = self._under_way.pop(item.request_id)
         self._tokens -= self._entries[place].length
         raise_failure(item)
-        self._pieces[place] = item
+        self._outputs[place] = item
 
     def _abort(self, sink: Sink) -> None:
         for request_id in self._under_way:
