@@ -634,7 +634,7 @@ def test_heads_of_other_models_and_broken_ones_are_refused_by_name(
     ("given", "said"),
     [
         ({"method": "eagle3"}, "the method eagle3 needs a model: a head that was trained for the model"),
-        ({"method": "medusa"}, "the method 'medusa' is not there: none, ngram, suffix, draft_model, eagle3, mtp are"),
+        ({"method": "medusa"}, "unknown method 'medusa': use one of none, ngram, suffix, draft_model, eagle3, mtp"),
         ({"method": ["mtp"]}, "the method .'mtp'. is not there"),
     ],
 )

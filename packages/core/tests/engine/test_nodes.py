@@ -328,7 +328,7 @@ def test_what_a_node_was_started_with_is_checked() -> None:
     asked: dict[str, Any] = USUAL | {"model": "m", "tensor_parallel_size": 2}
     for settings, match in (
         ({"node_rank": 2}, "node_rank 2 of 2"),
-        ({"node_rank": 1, "nnodes": 1}, "node_rank 1 of one node"),
+        ({"node_rank": 1, "nnodes": 1}, "node_rank 1 needs nnodes"),
         ({"nnodes": 1, "master_addr": "10.0.0.1"}, "master_addr is for several nodes"),
         ({"nnodes": 1, "master_addr": "127.0.0.1", "master_port": 4000}, "master_port is for several nodes"),
         ({"cluster_key": None}, "cluster_key"),

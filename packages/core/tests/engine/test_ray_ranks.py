@@ -90,7 +90,7 @@ assert not RAY_ENABLE_UV_RUN_RUNTIME_ENV
     [
         ({"nnodes": 2, "cluster_key": "a key of the nodes"}, "nnodes", "which machines"),
         ({"data_parallel_size": 2}, "data_parallel_size", "no replicas"),
-        ({"device": "cuda:0,cuda:1"}, "device", "name none"),
+        ({"device": "cuda:0,cuda:1"}, "device", "chooses the GPUs"),
         ({"tensor_parallel_size": 1}, "distributed_executor_backend", "there is one"),
     ],
 )

