@@ -208,14 +208,14 @@ def test_backends() -> None:
     needs = AttentionNeeds(capability=(9, 0), dtype=torch.bfloat16, head_dim=192, block_size=64)
     assert choose_latent("auto", replace(needs, head_dim=576)).name == "triton"
     for name, change, message in (
-        ("torch_flash", {}, "latent attention has kernels of its own: leave it out"),
+        ("torch_flash", {}, "does not support this model's latent attention: leave it out"),
         (
             "auto",
             {"cache_dtype": "int8_per_token_head"},
-            "kv_cache_dtype='int8_per_token_head' cannot be had with latent attention",
+            "kv_cache_dtype='int8_per_token_head' is not supported with latent attention",
         ),
         ("triton", {"block_size": 8}, "block_size=16"),
-        ("auto", {"head_dim": 1088}, "latent rows of at most 640 numbers, not 1088"),
+        ("auto", {"head_dim": 1088}, "latent rows of at most 640 elements, not 1088"),
     ):
         with pytest.raises(ConfigError, match=message):
             choose_latent(name, replace(needs, **change))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What leaves a device: weights while an engine sleeps, and blocks of the KV cache.
+"""Move a model's weights between device and host memory, and list the tensors of its caches.
 
-Weights go to the host's memory and back, or for good, to be loaded again; or they are there from the beginning, and the
-device reads them over the bus.
+While an engine sleeps, its weights are in host memory, or freed and loaded again later. With offloading, some weights
+are always in host memory, and the GPU reads them over the bus.
 
-What has a tensor keeps it, and finds numbers in it again; captured work has addresses, and must be captured anew.
+Tensor objects stay the same when their data moves. CUDA graphs contain addresses, so they must be captured again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LayerCache: TypeAlias = PagedCache | tuple[StateCache, ...]
 
 
 def tensors_in(*roots: object) -> list[torch.Tensor]:
-    """Every tensor of layers, each once, in an order that is the same for models that were made alike."""
+    """Return every tensor of layers once, in the same order for every model that is built alike."""
     return list(_tensors(roots, set()))
 
 
@@ -48,20 +48,20 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def tensors_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
-    """The tensors [blocks, ...] of layers' caches, each once: keys of all layers, then values."""
+    """Return the tensors [blocks, ...] of layers' caches, each once: keys of all layers, then values."""
     paged = [cache for cache in caches if isinstance(cache, PagedCache)]
     parts = [part for parts in zip(*paged) for part in parts]
     return list({id(part): part for part in parts if part.numel()}.values())
 
 
 def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
-    """The tensors [slots, ...] of layers that keep states, and what they keep of drafts."""
+    """Return the tensors [slots, ...] of layers with a state: the states, and the stored inputs of draft tokens."""
     parts = [each for cache in caches if not isinstance(cache, PagedCache) for part in cache for each in part]
     return [part for part in parts if part.numel()]
 
 
 def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> list[torch.Tensor]:
-    """A block of layers' caches, as bytes uint8 [size] each, in place; `page_of` is as for `in_pages`."""
+    """Return views uint8 [size] of a block, one for each cache tensor; `page_of` is as for `in_pages`."""
     pools = {id(part): cache.pool for cache in caches if isinstance(cache, WindowedCache) for part in cache}
     pages = {name: int(page_of[pool][block]) for name, pool in pools.items()}
     parts = [part[pages.get(id(part), block)] for part in tensors_of(caches)]
@@ -69,33 +69,33 @@ def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> 
 
 
 def state_parts(caches: Sequence[LayerCache], slot: int) -> list[torch.Tensor]:
-    """The states of layers in a slot, as bytes uint8 [size] each, in place; nothing where no layer keeps one."""
+    """Return views uint8 [size] of the layers' states in a slot; empty if no layer keeps a state."""
     parts = [part.states for cache in caches if not isinstance(cache, PagedCache) for part in cache]
     return [part[slot].view(torch.uint8).view(-1) for part in parts if part.numel()]
 
 
 def block_bytes(caches: Sequence[LayerCache]) -> int:
-    """Bytes of a block of layers' caches."""
+    """Return the bytes of one block of layers' caches."""
     return sum(part[0].numel() * part.itemsize for part in tensors_of(caches))
 
 
 class HostWeights:
-    """Weights in pinned memory of the host, which a GPU reads where they are, over the bus.
+    """Weights in pinned host memory, which a GPU reads over the bus.
 
-    With unified addressing a pinned address is one of the device, too: a tensor of the device over it is made by the
-    CUDA array interface, and kernels find nothing else in it. On the CPU it is memory as any other.
+    With unified addressing, a pinned host address is also a device address: the CUDA array interface turns it into a
+    device tensor, which kernels use like any other. For a CPU device the memory is not pinned.
 
     Args:
-        device: which reads them.
+        device: device that reads the weights.
     """
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
-        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []  # uint8, of the host and of the device; shared
-        self._used = 0  # of the last
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same bytes as host and as device tensor
+        self._used = 0  # bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Brings all tensors of layers or matrices here, each for itself; they must be filled."""
+        """Move all tensors of layers or matrices to this memory, each to its own place; they must be filled."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
@@ -103,25 +103,25 @@ class HostWeights:
                 tensor.set_(there.untyped_storage(), int(there.storage_offset()), there.size(), there.stride())
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is here."""
+        """Whether a tensor is in this memory."""
         return any(tensor.untyped_storage().data_ptr() == piece.data_ptr() for _, piece in self._pieces)
 
     @property
     def nbytes(self) -> int:
-        """Of pinned memory that it has taken."""
+        """Number of allocated bytes."""
         return sum(piece.numel() for _, piece in self._pieces)
 
     def drop(self) -> None:
-        """Lets go of its memory; whose tensors were here must let go as well."""
+        """Release the memory; it is freed once no tensor is in it."""
         self._pieces, self._used = [], 0
 
     def become(self, other: HostWeights) -> None:
-        """Has what another has."""
+        """Take over the memory of `other`."""
         self._pieces, self._used = other._pieces, other._used
 
     def _room(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._pieces or self._used + size > self._pieces[-1][0].numel():
-            # Pinned memory comes in powers of two, so that small ones share a piece.
+            # Pinned memory is allocated in powers of two, so small tensors share a piece.
             held = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             self._pieces.append((held, held if self._device.type == "cpu" else _seen_by(self._device, held)))
             self._used = 0
@@ -131,10 +131,10 @@ class HostWeights:
 
 
 class PinnedArray:
-    """Pinned bytes by the CUDA array interface, version 3; see Numba's documentation of it.
+    """Pinned bytes in the CUDA array interface, version 3; see its description in Numba's documentation.
 
     Args:
-        held: uint8 [n]; it lives as long as this.
+        held: the bytes, uint8 [n]; this object keeps them alive.
     """
 
     def __init__(self, held: torch.Tensor) -> None:
@@ -155,21 +155,21 @@ def _seen_by(device: torch.device, held: torch.Tensor) -> torch.Tensor:
 
 
 class OffloadedWeights:
-    """The tensors of a model, which may be away.
+    """The tensors of a model, whose data can be moved to host memory or freed.
 
     Args:
-        tensors: of the model, as it was loaded.
-        stays: what of them is in the host's memory anyway.
+        tensors: tensors of the loaded model.
+        stays: the memory of those that are always in host memory; None if all are on the device.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
         self._tensors, self._stays = tensors, stays
         self._device = tensors[0].device if tensors else torch.device("cpu")
-        self._held: list[tuple[torch.Tensor, list[_Place]]] = []  # of each storage its bytes, and who has what of them
+        self._held: list[tuple[torch.Tensor, list[_Place]]] = []  # bytes of each storage, and its tensors
 
     @torch.no_grad()
     def to_host(self) -> None:
-        """Their numbers go to the host's memory, from which copies are fast, and the device's is given back."""
+        """Move the data to host memory, pinned so that copies are fast, and free the device memory."""
         shared: dict[int, list[torch.Tensor]] = {}
         for each in self._tensors:
             if self._stays is not None and self._stays.holds(each):
@@ -185,7 +185,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def to_device(self) -> None:
-        """They come back from there."""
+        """Move the data back to the device."""
         held, self._held = self._held, []
         for data, places in held:
             there = data.to(self._device, non_blocking=True, copy=True).untyped_storage()
@@ -196,7 +196,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def drop(self) -> None:
-        """Their numbers are gone, wherever they were."""
+        """Free the data in device and host memory."""
         self._held = []
         _empty(self._tensors)
         if self._stays is not None:
@@ -204,7 +204,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def adopt(self, fresh: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
-        """They are those of the same model, which was loaded again."""
+        """Use the data of the same model after it was loaded again; `fresh` are its tensors in the same order."""
         if self._stays is not None and stays is not None:
             self._stays.become(stays)
         for each, new in zip(self._tensors, fresh, strict=True):
@@ -212,7 +212,7 @@ class OffloadedWeights:
 
 
 class _Place(NamedTuple):
-    """What a tensor has of a storage."""
+    """Position of a tensor in a storage."""
 
     tensor: torch.Tensor
     offset: int

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Choose the attention backend, once at start (inside step 6 of a request's life).
+"""Choose the attention backend, once when the engine starts (for step 6).
 
     triton       our own Triton kernels; "auto" selects them on a GPU
-    torch_flash  the FlashAttention that torch has from 2.13 on; no package must be built
+    torch_flash  the FlashAttention in torch, from 2.13 on; needs no other package
     flash_attn   the packages flash-attn and flash-attn-4
     torch        the reference: runs on any device, but is slow
 
-A backend is one function with `paged_attention`'s contract, made for one model on one device. If it does not support
-them, it is refused with an error that has the reason and a backend that works. Only the chosen one is imported.
+A backend is one function with `paged_attention`'s contract, made for one model on one device. A backend that does not
+support the model or the device is refused, with the reason and a setting that works. Only the chosen one is imported.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SETTING = "attention_backend"
 
 
 def choose(name: str, needs: AttentionNeeds) -> Backend:
-    """Return the backend of this name; "auto" chooses one.
+    """Return the backend with this name, or for "auto" the default one.
 
     Raises:
-        ConfigError: the backend does not support these needs; the message has the reason and a backend that does.
+        ConfigError: the backend does not meet these needs; the message has the reason and a setting that works.
     """
     on_cpu = needs.capability is None
     wanted = ("torch" if on_cpu else "triton") if name == "auto" else name
@@ -69,23 +69,19 @@ def _flash_attn(needs: AttentionNeeds) -> Backend | str:
 def _torch(needs: AttentionNeeds) -> Backend | str:
     if needs.deterministic and needs.capability is not None:
         return (
-            "on a GPU the sums of torch's matrix products depend on how a prompt is cut, which 'deterministic' forbids"
+            "on a GPU the sums of torch's matrix products depend on the prompt's chunks, which 'deterministic' forbids"
         )
-    return Backend("torch", attend_by_reference, capturable=False, note="one sequence after the other, for comparison")
+    return Backend("torch", attend_by_reference, capturable=False, note="one sequence after another, for comparison")
 
 
 def attend_by_reference(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    rows: DeviceRows,
-    **options: Any,
+    q: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, rows: DeviceRows, **options: Any
 ) -> torch.Tensor:
     return reference.paged_attention(q, key_cache, value_cache, rows.on_host(), **options)
 
 
 def _advice(refused: str, needs: AttentionNeeds) -> str:
-    """Return advice: a setting that works, or that no backend works."""
+    """Return the advice of the error: a setting that works, or to run without `deterministic`."""
     for size in (16, PAGE_OF_2):
         if needs.block_size < size and isinstance(
             _MAKERS[refused](dataclasses.replace(needs, block_size=size)), Backend
@@ -95,7 +91,7 @@ def _advice(refused: str, needs: AttentionNeeds) -> str:
         return f"set {SETTING} to 'triton'"
     if refused != "torch" and isinstance(_torch(needs), Backend):
         return f"set {SETTING} to 'torch', which is slow"
-    return "no other backend can: run without 'deterministic'"
+    return "no backend can: run without 'deterministic'"
 
 
 _MAKERS: Mapping[str, Callable[[AttentionNeeds], Backend | str]] = MappingProxyType(
@@ -104,11 +100,11 @@ _MAKERS: Mapping[str, Callable[[AttentionNeeds], Backend | str]] = MappingProxyT
 
 
 MOST_LATENT = 640
-"""Maximum elements of a latent cache row, limited by registers: 512 of the latent vector, 128 rotated ones."""
+"""Maximum elements of a latent cache row, limited by registers: 512 of the latent vector and 128 rotary elements."""
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """Check the backend for latent attention. Its layers do not call the result, because they have only one function.
+    """Check the backend for latent attention. Its layers do not call the result, because they have only one kernel.
 
     `needs.head_dim` is the number of elements of a cache row.
 
@@ -117,13 +113,11 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
     """
     if name not in ("auto", "triton"):
         raise ConfigError(
-            f"{SETTING} {name!r:.80} cannot serve this model, whose latent attention has kernels of its own: "
-            "leave it out",
-            SETTING,
+            f"{SETTING} {name!r:.80} does not support this model's latent attention: leave it out", SETTING
         )
     if needs.cache_dtype != "auto":
         raise ConfigError(
-            f"kv_cache_dtype={needs.cache_dtype!r} cannot be had with latent attention, whose cache is small already: "
+            f"kv_cache_dtype={needs.cache_dtype!r} is not supported with latent attention, whose cache is small: "
             "leave it out",
             "kv_cache_dtype",
         )
@@ -131,7 +125,7 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
         raise ConfigError("latent attention needs compute capability 8.0 on a GPU: run this model on the CPU", SETTING)
     if needs.head_dim > MOST_LATENT:
         raise ConfigError(
-            f"the Triton kernels need latent rows of at most {MOST_LATENT} numbers, not {needs.head_dim}: run this "
+            f"the Triton kernels need latent rows of at most {MOST_LATENT} elements, not {needs.head_dim}: run this "
             "model on the CPU",
             SETTING,
         )

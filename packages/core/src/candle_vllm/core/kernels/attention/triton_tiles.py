@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Code that the GPU's attention kernels share: reading a tile of the paged cache, and one step of the online softmax.
+"""Shared code of the GPU's attention kernels: reading a tile of the paged cache, and one step of the online softmax.
 
 A tile is N neighbouring positions of one sequence and one key-value head; its first position is a multiple of N. The
-effect of a tile on a row of queries depends on that row and the tile alone: a tile that is invisible to the row leaves
-its state unchanged, bit for bit. So a result does not depend on the rows and sequences that are computed beside it.
+update of a query's softmax state depends only on the query and the tile; a fully masked tile leaves the state's bits
+unchanged. So a result does not depend on other rows and sequences of the step.
 Source: Dao, 2023, arXiv:2307.08691 (FlashAttention-2).
 """
 
@@ -46,11 +46,9 @@ def load_tile(
     S: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
-    """Load keys or values [N, DP] of a head; `cache` points at the head in slot 0. Zero beyond D and, if MASKED, `end`.
+    """Load keys or values [N, DP] of a head; `cache` points at the head in slot 0, EXTRA elements follow each S slots.
 
-    After the S slots of a block, EXTRA elements of another type follow.
-
-    Memory after the end of a sequence may hold NaN, which a probability of 0 would not hide.
+    Beyond D and, if MASKED, from `end` on, the tile is 0: that memory may hold NaN, which a weight of 0 does not hide.
     """
     dims = tl.arange(0, DP)
     rows = slots * WIDTH
@@ -80,7 +78,7 @@ def load_scales(
     unit,
     MASKED: tl.constexpr,
 ):
-    """Load the scales [N] fp32 of rows of a head times `unit`, for a cache of `kv_write/scaled_rows`."""
+    """Load the scales [N] fp32 of a head's rows in a cache of `kv_write/scaled_rows`; return them times `unit`."""
     at = scales_place(cache, slots, K, D, S) + head * S
     if MASKED:
         keys = first + tl.arange(0, slots.shape[0])
@@ -92,22 +90,22 @@ def load_scales(
 
 @triton.jit
 def key_unit(dtype: tl.constexpr):
-    """Return the factor, besides the scales, of elements that `as_queries` converts from a cache of scaled rows."""
+    """Return the factor by which `as_queries` makes elements of this type too small."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 
 @triton.jit
 def value_unit(dtype: tl.constexpr):
-    """Return the factor of the scales of values, which keeps a weight times a scale within fp16's range.
+    """Return the factor of the values' scales, chosen to keep a weight times a scale within fp16's range.
 
-    A code divided by it is at most 2. The sums are divided by it, except for uint8, whose elements already are.
+    The largest code divided by it is below 2. `value_rest` divides the sums by it; uint8 elements are divided already.
     """
     return 64.0 if dtype == tl.int8 else 256.0
 
 
 @triton.jit
 def value_rest(dtype: tl.constexpr):
-    """Return the factor of the sums that corresponds to `value_unit`."""
+    """Return the factor of the sums that cancels `value_unit`."""
     return 0.015625 if dtype == tl.int8 else 1.0 if dtype == tl.uint8 else 0.00390625
 
 
@@ -119,11 +117,9 @@ def from_e4m3_bits(codes):
 
 @triton.jit
 def as_queries(tile, dtype: tl.constexpr):
-    """Convert a tile of the cache to the queries' dtype, exactly: every e4m3 number is a number of fp16 and of bf16.
+    """Convert a tile of the cache to the queries' dtype, exactly; e4m3 bits in uint8 become their values / 256.
 
-    The bits of e4m3, uint8, become numbers divided by 256.
-
-    For e4m3 to bf16 some compilers use a slow instruction for each element (F2F); by way of fp16 and fp32 they do not.
+    For e4m3 to bf16 some compilers use a slow instruction (F2F) for each element; through fp16 and fp32 they do not.
     """
     if tile.dtype == tl.uint8:
         tile = from_e4m3_bits(tile.to(tl.int16))
@@ -136,7 +132,7 @@ def as_queries(tile, dtype: tl.constexpr):
 
 @triton.jit
 def unpack_pairs(words, stored: tl.constexpr, dtype: tl.constexpr):
-    """Split words [N, P] int16 of two elements each: the even elements and the odd ones, [N, P] in `dtype`."""
+    """Split words [N, P] int16 of two elements each; return the even and the odd elements, [N, P] in `dtype`."""
     if stored == tl.int8:
         low = words.to(tl.int8)
         high = (words >> 8).to(tl.int8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loops over columns of rows: 16 at a time, the last ones masked, so that no other memory is read or written."""
+"""Loops over columns of rows: 16 at a time, the last ones masked, so that no memory beyond is read or written."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., l
     Args:
         e: builder of the code.
         count: number of columns, an int64.
-        state: vectors that each iteration passes to the next.
-        body: gets the byte offset of 16 columns, and the mask of the valid ones; None if all are valid.
+        state: state of the first iteration, a list of vectors.
+        body: body of the loop; its mask has the valid columns and is None if all 16 are.
     """
     b = e.b
     whole = b.ashr(count, e.int64(4))

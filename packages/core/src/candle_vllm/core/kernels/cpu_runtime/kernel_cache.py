@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Cache of compiled kernels on disk: file names, and the checks that decide whether a file may be used.
 
-A kernel is stored in the folder of its CPU level. Its file name consists of the operation, its constants and a key: a
-hash of the sources of the machine code (`sources`). So the change of a module recompiles only the kernels that depend
-on it, and several versions of a kernel can be in the folder.
+A kernel is stored in the folder of its CPU level. Its file name consists of the function's name, its constants and a
+key: a hash of the sources of its machine code (`sources`). So a changed module recompiles only the kernels that depend
+on it, and a folder can have several versions of a kernel.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from candle_vllm.core.progress import tell
 logger = logging.getLogger(__name__)
 
 TRAVELLING = Path(__file__).parent.parent / "compiled"
-"""Folder of the package's precompiled kernels, with a folder for each level; see `travelling`."""
+"""Folder of the package's precompiled kernels (`travelling.py` writes it), with a folder for each level."""
 
 CORE = Path(__file__).parents[2]
-"""The folder of the package `candle_vllm.core`."""
+"""Folder of the package `candle_vllm.core`."""
 
 WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
-"""File names of all kernels that are compiled together, by any process; empty if they are not known."""
+"""File names of all kernels that processes compile together now; empty if they are not known."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
 _IMPORTS, _ASKED = "imports", "asked"
-_CODE = ""  # key of a module's own hash in the dict of its imports; the other keys are module names
+_CODE = ""  # key of a module's `code_hash` in the dict of its imports, whose other keys are module names
 _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
@@ -75,13 +75,13 @@ def kernel_cache() -> Path | None:
         folder, new = own_folder(root, root / "kernels" / host_level().name)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
         logger.warning(
-            "the CPU kernels are compiled at every start, which takes some ten seconds: %s; XDG_CACHE_HOME names "
-            "another place for the cache folder",
+            "the CPU kernels cannot be cached and are compiled at every start, in some ten seconds: %s; set "
+            "XDG_CACHE_HOME to a writable folder",
             error,
         )
         return None
     if new:
-        logger.warning("compiling the CPU kernels for this machine: once, and some ten seconds")
+        logger.warning("compiling the CPU kernels for this machine: once, in some ten seconds")
     return folder
 
 
@@ -92,16 +92,15 @@ def has_compiler() -> bool:
 
 @cache
 def can_compile() -> bool:
-    """Whether precompiled code for this CPU, or a compiler, is available."""
+    """Whether kernels can run: precompiled code for this CPU's level, or a compiler, is available."""
     return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
 
 
 def is_first_start() -> bool:
-    """Whether several kernels must be compiled, judged by the list of kernels that the last such start requested.
+    """Whether several kernels must be compiled, by the list of kernels that the last such start requested.
 
-    Without this list, it is the first start. The needed kernels are known only after a plan was recorded, which would
-    take too long at every start. Listed kernels of another version that shares the folder, which this version does not
-    have, do not count.
+    Without this list, it is the first start. The kernels that this start needs are known only after a plan is recorded,
+    which would take too long here. Listed kernels that only another version of this package has do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
@@ -118,14 +117,14 @@ def _is_missing_here(name: str) -> bool:
 
 
 def note_asked(names: Iterable[str]) -> None:
-    """Save the names of the functions that a start requests, for `is_first_start`."""
+    """Store the names of the functions that this start requested, for `is_first_start`."""
     folder = kernel_cache()
     if folder is not None:
         keep(folder / _ASKED, "\n".join(names).encode())
 
 
 def is_missing(name: str) -> bool:
-    """Whether no code of the current sources is stored for a function, although it can be compiled and stored."""
+    """Whether a function must be compiled: no code of the current sources is stored, and compiling is possible."""
     kept = kept_name(name, host_level())
     if importlib.util.find_spec("numba") is None or (_travelling() / kept).exists():
         return False
@@ -136,14 +135,14 @@ def is_missing(name: str) -> bool:
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     """Return the address of a compiled function: precompiled, from the cache on disk, or compiled now.
 
-    A damaged file or a full disk costs a warning and the time to compile again.
+    After a damaged file or on a full disk it is compiled again, with a warning.
 
     Args:
         name: "folder.module.function" below `kernels`, then the constants; the file name is this name and the key.
-        make: returns the function to compile, see `compiler.compile_function`; called only if it must be compiled.
+        make: returns the function for `compiler.compile_function`; called only if it must be compiled.
 
     Raises:
-        ConfigError: the function must be compiled, and Numba is not installed.
+        ConfigError: it must be compiled, and Numba is not installed.
     """
     kept = kept_name(name, host_level())
     code = _read(_travelling() / kept)
@@ -164,7 +163,7 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
 
 
 def _travelling() -> Path:
-    """Return the folder of the package for precompiled kernels of this CPU's level; it may not exist."""
+    """Return the folder of precompiled kernels for this CPU's level; it may not exist."""
     return TRAVELLING / host_level().name
 
 
@@ -190,21 +189,21 @@ def _compiled() -> count[int]:
 
 
 def _tell(folder: Path | None) -> None:
-    """Report progress: how many of the kernels in `WANTED` are stored, or how many this process has compiled."""
+    """Report the number of stored kernels of `WANTED`, or if that is unknown, of kernels that this process compiled."""
     here = done = next(_compiled())
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
     if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was logged before
-        logger.warning("compiling further CPU kernels for this machine: once, and some seconds each")
-    how = "once for this machine" if folder is not None else "which cannot be kept"
+        logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
+    how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
 
 
 def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
     if importlib.util.find_spec("numba") is None:
         raise ConfigError(
-            f"the CPU kernel {name} is not shipped with this package, and Numba, which compiles it, is not installed: "
+            f"the CPU kernel {name} is not precompiled, and Numba, which compiles it, is not installed: "
             "pip install 'candle-vllm-core[compile]'",
             "device",
         )
@@ -212,7 +211,7 @@ def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[...
 
 
 def keep_kernel(folder: Path, name: str, level: Level, code: bytes) -> None:
-    """Store the code of a function, see `kept_name`; not if one of its sources has changed since this process began."""
+    """Store the code of a function under its `kept_name`, unless one of its sources changed during this process."""
     kept = kept_name(name, level)
     for noted in (_key, _source, _source_path):
         noted.cache_clear()
@@ -222,28 +221,28 @@ def keep_kernel(folder: Path, name: str, level: Level, code: bytes) -> None:
 
 
 def keep(path: Path, code: bytes) -> None:
-    """Write a file atomically, also with concurrent writers; a full disk costs a warning."""
+    """Write a file atomically, safe with concurrent writers; log a warning if that fails."""
     part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)  # the user may have deleted the cache
         part.write_bytes(_MAGIC + hashlib.sha256(code).digest() + code)
         part.replace(path)
     except OSError as error:
-        logger.warning("a compiled kernel cannot be kept in %s: %s", path.parent, error)
+        logger.warning("a compiled kernel cannot be cached in %s: %s", path.parent, error)
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
 def _read(path: Path, *, used: bool = False) -> bytes | None:
-    """Read a file that `keep` wrote, and update its time of use; None for a missing or damaged file."""
+    """Read a file that `keep` wrote; None if it is missing or damaged. With `used`, update its time of use."""
     try:
         kept = path.read_bytes()
         if used:
-            os.utime(path)  # the time of its last use, for `_drop_old`
+            os.utime(path)  # for `_drop_old`
     except FileNotFoundError:
         return None
     except OSError as error:
-        logger.warning("a compiled kernel cannot be read and is made again: %s", error)
+        logger.warning("a file of the kernel cache cannot be read and is made again: %s", error)
         return None
     start = len(_MAGIC) + hashlib.sha256().digest_size
     code = kept[start:]
@@ -280,13 +279,12 @@ def _key(module: str, level: Level) -> str:
 def sources(module: str, core: Path = CORE) -> dict[str, str]:
     """Return the hashes (`code_hash`) of all sources that a kernel's machine code depends on, by module.
 
-    These are the kernel's own module, this module with the compiler that it calls, and every module of
-    `candle_vllm.core` that these import, directly or through others. Modules outside `kernels` count, because generated
-    code contains values that they define, above all the layouts and code tables of `candle_vllm.core.quantization`.
-    Imports in functions count; imports under TYPE_CHECKING do not, because they never run. A package that contains an
-    imported module counts by its own text, not by its imports, because it gives the importing module no name. Modules
-    of Triton do not count: no code that is compiled here calls them. Modules that are imported by a computed name
-    are not found, so a kernel must not use any.
+    These are the kernel's own module, this module (which imports the compiler), and every module of `candle_vllm.core`
+    that they import, directly or indirectly. Modules outside `kernels` count because they define values in the code,
+    above all the layouts and code tables of `candle_vllm.core.quantization`. Imports in functions count, imports under
+    TYPE_CHECKING do not. Of a package that contains an imported module, its text counts and its imports do not, because
+    the importing module gets no name from it. Triton's modules do not count, because no CPU kernel calls them. A kernel
+    must not import a module by a computed name, which is not found.
 
     Args:
         module: "folder.module" below `kernels`.
@@ -295,7 +293,7 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     Raises:
         FileNotFoundError: there is no such module.
     """
-    if not (core / "__init__.py").is_file():  # an application that is shipped as bytecode only
+    if not (core / "__init__.py").is_file():  # an application that is distributed as bytecode only
         from importlib.metadata import version
 
         return {module: version("candle-vllm-core")}
@@ -329,8 +327,8 @@ def _is_package(path: Path) -> bool:
 def _source(core: Path, module: str) -> tuple[str, list[str]]:
     """Return the hash of a module's code, and the modules of `candle_vllm.core` that the module imports.
 
-    The hash of a file that changed after this process began is valid in this process only: some modules may have been
-    imported before the change and others after it, so code that is compiled from them fits no other process.
+    If a file changed after this process began, its hash is valid in this process only, because the process may have
+    imported some modules before the change and others after it.
     """
     path = _source_path(core, module)
     assert path is not None
@@ -349,9 +347,9 @@ def _source(core: Path, module: str) -> tuple[str, list[str]]:
 
 
 def _imports(text: bytes) -> _Imports:
-    """Return a source's imports and its `code_hash`: stored ones of a file with the same hash, or from its syntax tree.
+    """Return a source's imports and its `code_hash`, stored or parsed from its syntax tree.
 
-    Without the stored imports a start would parse some 60 files, which takes a quarter of a second (November 2026).
+    Without stored imports, a start would parse some 60 files in a quarter of a second (November 2026).
     """
     mark = _mark(text)
     if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
@@ -367,13 +365,13 @@ def _note(text: bytes) -> _Imports:
 
 
 def _imports_path() -> Path | None:
-    """Return the file of stored imports in the cache folder; the folder is not created if compiling is impossible."""
+    """Return the file of stored imports in the cache folder; None, without creating the folder, without a compiler."""
     folder = kernel_cache() if has_compiler() else None
     return None if folder is None else folder.parent / _IMPORTS
 
 
 def _mark(text: bytes) -> str:
-    """Return the key of a file's stored imports: its hash, and the hash of this module, which parses them."""
+    """Return the key of a source's stored imports: its hash, and the hash of this module, which parses them."""
     return hashlib.sha256(text).hexdigest()[:32] + _own_hash()
 
 
@@ -383,9 +381,9 @@ def _own_hash() -> str:
 
 
 def code_hash(text: bytes) -> str:
-    """Return the hash of a source without comments, docstrings and empty lines, which change no machine code.
+    """Return the hash of a source without comments, docstrings and empty lines, which do not change machine code.
 
-    It is the same for every version of Python, so that precompiled kernels fit them all.
+    It does not depend on the version of Python, so that precompiled kernels fit all versions.
     """
     rows, inside = text.split(b"\n"), set[int]()
     for token in tokenize.tokenize(io.BytesIO(text).readline):
@@ -406,10 +404,7 @@ def code_hash(text: bytes) -> str:
 
 
 def parse_imports(text: bytes) -> _Imports:
-    """Return a source's imports by its syntax tree: modules as the source writes them, and names imported from them.
-
-    Modules of other distributions are left out.
-    """
+    """Parse a source's imports from `candle_vllm.core`: modules as the source writes them, with the imported names."""
     imports, nodes = dict[str, list[str]](), [ast.parse(text)]
     for node in nodes:  # the list grows in the loop
         if isinstance(node, ast.Import):
@@ -429,13 +424,13 @@ def parse_imports(text: bytes) -> _Imports:
 
 @cache
 def _parsed() -> dict[str, _Imports]:
-    """Return, by `_mark`, the imports of the files that this process has parsed and not yet stored on disk."""
+    """Return by `_mark` the imports that this process has parsed, but not stored on disk yet."""
     return {}
 
 
 @cache
 def _known_imports(path: Path) -> dict[str, _Imports]:
-    """Return, by `_mark`, the imports that any process stored on disk."""
+    """Return by `_mark` the imports that are stored on disk."""
     kept = _read(path)
     known = {} if kept is None else json.loads(kept)
     return known if len(known) <= _MOST_IMPORTS else {}
@@ -454,10 +449,10 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
 
 @cache
 def fingerprint(level: Level) -> str:
-    """Return a hash of the sources of all CPU kernels and of a level, on which values of offloaded KV blocks depend."""
+    """Return a hash of all CPU kernels' sources and a level; the values of offloaded KV blocks depend on them."""
     digest = hashlib.sha256()
     for path in sorted((CORE / "kernels").glob("*/*.py")):
-        if not path.name.startswith("triton"):  # GPU kernels, which no code compiled here calls
+        if not path.name.startswith("triton"):  # GPU kernels
             digest.update(path.read_bytes())
     digest.update(f"{level.name} {level.cpu}".encode())
     return digest.hexdigest()[:16]
@@ -467,12 +462,12 @@ def fingerprint(level: Level) -> str:
 
 
 def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
-    """Create `folder` for this user alone, if it does not exist; return it, and whether it is new.
+    """Create `folder` for this user only, if it does not exist; return it, and whether it is new.
 
-    Its files are executed, so no other user may be able to write to it.
+    Its files are executed, so other users must not be able to write to it.
 
     Raises:
-        OSError: it cannot be created or written, or another user can write to it or to a folder above, up to `root`.
+        OSError: it cannot be created or written, or another user can write to it or to its parents up to `root`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     new = not folder.exists()
@@ -487,7 +482,7 @@ def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
 def _check_owner(path: Path) -> None:
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode):
-        raise PermissionError(f"{path} is a link and is not followed: delete it")
+        raise PermissionError(f"{path} is not a folder, and links are not followed: delete it")
     if sys.platform == "win32":
         return  # the folder is in the user's profile, which other users cannot write to
     if info.st_uid not in (0, os.geteuid()):
@@ -497,11 +492,10 @@ def _check_owner(path: Path) -> None:
 
 
 def _drop_old(folder: Path) -> None:
-    """Delete old versions of kernels in a level's folder: of each kernel all but the few that were used last.
+    """Delete old versions of kernels in a level's folder, except for the `_KEPT_VERSIONS` used last of each kernel.
 
-    Files that were used within a day are never deleted, for users who switch between versions or branches. A process
-    that still runs a deleted kernel has its code in memory. Links are not followed. Folders of earlier versions of this
-    package, with all kernels of a version, are deleted a month after their last use.
+    Files that were used within a day stay, for users who switch between versions or branches. Links are not followed.
+    Earlier versions of this package had a folder for each version; these are deleted a month after their last use.
     """
     versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
     with suppress(OSError):  # another process may be doing the same
@@ -510,7 +504,7 @@ def _drop_old(folder: Path) -> None:
             used = info.st_mtime if stat.S_ISREG((info := path.lstat()).st_mode) else time.time()
             if re.fullmatch("[0-9a-f]{16}", key):
                 versions[name].append((used, path))
-            elif key == "tmp" and used < day_ago:  # left by a process that was killed
+            elif key == "tmp" and used < day_ago:  # of a process that was killed
                 path.unlink()
         for found in versions.values():
             for used, path in sorted(found, reverse=True)[_KEPT_VERSIONS:]:

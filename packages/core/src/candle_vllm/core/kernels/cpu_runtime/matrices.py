@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Record matrix products; the format of the matrix determines the form of the input and the operations.
+"""Record matrix products; the kind of the matrix determines the form of the input and the operations.
 
-Matrices of all kinds may be fused in one product; each form of their common input is computed once.
+A fused product may have matrices of several kinds; each form of their common input is computed once.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 _KERNELS: Mapping[type, Any] = MappingProxyType(
     {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled, words.WordMatrix: words}
 )
-"""The module of each kind of matrix; the functions for its operations have the same names in all modules."""
+"""Module of each kind of matrix; all have functions of the same names for their operations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InputRows:
-    """Source of an input.
+    """Source of an input, before its conversion to a form.
 
     Attributes:
         x, stride: address of float32 rows, and row stride in floats.
         columns: K, after the prologue.
-        prologue: computation that is fused with the conversion.
+        prologue: computation that is fused with the conversion, such as a norm.
         weight, eps: arguments of a norm; weight is an address.
         picked, rows_from: selection of rows, as in `QuantiseArguments`.
     """
@@ -65,7 +65,7 @@ class InputRows:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """An input in one form: the arguments of operations that read it, and the arrays that hold it."""
+    """An input in one form: its arguments for operations that read it, and its arrays, which must stay alive."""
 
     arguments: Mapping[str, int]
     arrays: tuple[np.ndarray, ...]
@@ -74,29 +74,29 @@ class Inputs:
 def make_forms(
     recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
-    """Record the computation of an input in several different forms, with at most one barrier after it."""
+    """Record the conversion of an input to several forms, with at most one barrier after the last one."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
-    if recorder.adapted and rows is not None and Groups() in forms:  # one operation for both: adapters read rows
+    if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
         last = barrier and len(forms) == 2
-        made = dict(zip((Groups(), rows), _make_both(recorder, rows, source, copies=copies, barrier=last)))
+        made = dict(zip((Groups(), rows), _groups_and_rows(recorder, rows, source, copies=copies, barrier=last)))
     left = [form for form in forms if form not in made]
     for place, form in enumerate(left, 1):
-        made[form] = _make_inputs(recorder, form, source, copies=copies, barrier=barrier and place == len(left))
+        made[form] = _convert(recorder, form, source, copies=copies, barrier=barrier and place == len(left))
     return made
 
 
-def _make_both(
+def _groups_and_rows(
     recorder: Recorder, form: RowForm, source: InputRows, *, copies: int, barrier: bool
 ) -> tuple[Inputs, Inputs]:
-    """Record the computation of an input both in groups and as rows."""
+    """Record the conversion of an input to groups and to rows by one operation."""
     columns = source.columns
     out = recorder.memory(copies * columns, np.int16 if form is RowForm.BF16 else np.float32)
-    groups = _make_inputs(recorder, Groups(), source, copies=copies, barrier=barrier, rows=(form, address_of(out)))
+    groups = _convert(recorder, Groups(), source, copies=copies, barrier=barrier, rows=(form, address_of(out)))
     return groups, Inputs({"x": address_of(out), "x_bytes": form.bytes * columns}, (out,))
 
 
-def _make_inputs(
+def _convert(
     recorder: Recorder,
     form: InputForm,
     source: InputRows,
@@ -105,7 +105,7 @@ def _make_inputs(
     barrier: bool = True,
     rows: tuple[RowForm, int] | None = None,
 ) -> Inputs:
-    """Record the computation of an input, up to `copies` rows per token; `rows`: another form and where to write it."""
+    """Record the conversion of an input, `copies` rows per token; `rows`: a second form, and the address for it."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
@@ -125,11 +125,11 @@ def _make_inputs(
 
 
 def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copies: int, barrier: bool) -> Inputs:
-    """Record the computation of an input with reordered columns: first the prologue, then order and groups."""
+    """Record the conversion of an input to groups with reordered columns, after its prologue."""
     columns, arrays = source.columns, ()
     x, stride, picked = source.x, source.stride, source.picked
     if source.prologue is not Prologue.NONE:
-        made = _make_inputs(recorder, RowForm.F32, source, copies=copies)
+        made = _convert(recorder, RowForm.F32, source, copies=copies)
         x, stride, picked, arrays = made.arguments["x"], row_elements(columns), 0, made.arrays
     rows = recorder.memory(copies * columns)
     arguments = OrderArguments(
@@ -144,12 +144,12 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
     )
     recorder.add(order_operation(), arguments)
     ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
-    made = _make_inputs(recorder, Groups(), ordered, copies=copies, barrier=barrier)
+    made = _convert(recorder, Groups(), ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:
-    """Return a linear operation and its arguments, for `Recorder.add`; `how` as for `operation.linear_arguments`."""
+    """Return a linear operation and its arguments for `Recorder.add`; `how` are those of `linear_arguments`."""
     recorder.keep_matrix(matrix)
     kernels = _KERNELS[type(matrix)]
     arguments = kernels.linear_arguments(matrix, **inputs.arguments, **how)
@@ -157,12 +157,9 @@ def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) 
 
 
 def gate_products(
-    recorder: Recorder,
-    factors: Sequence[tuple[Matrix, Inputs]],
-    prologue: Prologue,
-    rows_from: StepNumber,
+    recorder: Recorder, factors: Sequence[tuple[Matrix, Inputs]], prologue: Prologue, rows_from: StepNumber
 ) -> Inputs | None:
-    """Record two products of one input and their gated combination, as groups; None without a fused operation."""
+    """Record a fused gated product: act(gate x) * (other x) in groups; return None if no operation fuses it."""
     if len(factors) != 2:
         return None
     (gate, inputs), (other, same) = factors
@@ -192,8 +189,8 @@ def gate_products(
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:
-    """Record a lookup of a table's rows; see `embedding_arguments`."""
-    assert matrix.input_form in (Groups(), *RowForm), "a table's rows are read in the order in which they lie"
+    """Record a lookup of embedding rows; see `embedding_arguments`."""
+    assert matrix.input_form in (Groups(), *RowForm), "columns of the table are reordered"
     recorder.keep_matrix(matrix)
     operation = _KERNELS[type(matrix)].embedding_rows_operation(matrix.kind)  # no ScaledMatrix: decoded at load
     recorder.add(operation, embedding_arguments(matrix, token_ids=token_ids, out=out, out_stride=out_stride))

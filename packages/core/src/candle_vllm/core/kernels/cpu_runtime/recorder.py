@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Recorder: the rows of a recorded CPU step's plan, and their memory.
+"""Recorder: the plan of a CPU step (one row for each operation), and its memory.
 
-- **Memory.** Values are in float32 buffers of the largest step's size. A buffer whose value is no longer referenced is
-  reused, because operations run in the order in which they were recorded.
+- **Memory.** Values are in float32 buffers of the largest step's size. A buffer is reused when its value is no longer
+  referenced, because operations run in the order of recording.
 - **Barriers.** Operations that only share inputs (q, k and v of one input) run without a barrier between them.
 """
 
@@ -39,14 +39,14 @@ class StepLimits:
         table_width: blocks of the longest sequence.
         block_size: positions in a block.
         threads: threads of the team that runs the plan.
-        adapter_rank: largest rank of an adapter; 0 without adapters.
-        adapter_dtype: type in which adapters are multiplied.
+        adapter_rank: largest LoRA rank; 0 without adapters.
+        adapter_dtype: type of the adapters' matrices.
         row_adapters: maximum number of adapters of a row.
         ahead: rows may attend to later positions, see `kernels/attention`.
-        turned: tokens may be rotated by more than one position (M-RoPE).
+        turned: rotary positions may differ from positions (M-RoPE).
         states: layers keep states.
-        pools: number of page pools, which layers use that have fewer pages than the cache has blocks.
-        ranks: how threads are divided among NUMA nodes; None for undivided.
+        pools: number of page pools of layers with fewer pages than the cache has blocks.
+        ranks: threads of each NUMA node; None if they are not divided.
     """
 
     tokens: int
@@ -71,14 +71,14 @@ class StepLimits:
 
 
 class StepArrays:
-    """Arrays of a step's inputs, at fixed addresses, which are filled before each run.
+    """Arrays of a step's inputs at fixed addresses, filled before each run.
 
     Attributes:
-        wanted_start: first of each sequence's logit rows among all logit rows, and the end of the last sequence's.
+        wanted_start: [sequences + 1] offset of each sequence's logit rows, and their total number.
         moved_on: the arrays already describe the next step, whose inputs are the tokens sampled in the last step.
-        turns: [tokens] distance from a position's row to the token's row in rotary tables; None if no plan needs it.
-        states: the step's use of states, see `kernels/states.py`; without rows if no layer has a state.
-        page_tables, page_slots: block tables and slots of each pool of layers that have fewer pages than blocks.
+        turns: [tokens] offset from a position's row to the token's row in rotary tables; None if no plan needs it.
+        states: the step's use of states, see `kernels/states.py`; empty if no layer has a state.
+        page_tables, page_slots: block tables and slots of each page pool.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -101,7 +101,7 @@ class StepArrays:
 
 
 class EntryArrays:
-    """Map from a step's rows to adapters, at fixed addresses: entries in groups, one group for each adapter.
+    """Rows of a step with adapters, at fixed addresses: entries (row and scale) in groups, a group for each adapter.
 
     Attributes:
         rows, scales: row and adapter scale of each entry.
@@ -115,7 +115,7 @@ class EntryArrays:
 
 
 class Adapted(enum.IntEnum):
-    """Adapters in a plan: none, additions to products, or additions to separate copies of products (for DoRA)."""
+    """How a plan adds adapters: not at all, to the products, or to copies of the products (DoRA)."""
 
     NOT = 0
     ADDED = 1
@@ -123,11 +123,11 @@ class Adapted(enum.IntEnum):
 
 
 class Recorder:
-    """Recorder of a plan's rows; owns the plan's memory.
+    """Recorder of plans; owns their memory.
 
     Args:
-        limits: the largest step.
-        isa: instructions that the kernels may use.
+        limits: size of the largest step.
+        isa: instructions that kernels may use.
     """
 
     def __init__(self, limits: StepLimits, isa: Isa) -> None:
@@ -142,17 +142,17 @@ class Recorder:
         entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
         self.entries = EntryArrays(entries)  # for all rows of the step
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
-        self._keep: list[object] = []  # objects to which the plan refers only by address
+        self._keep: list[object] = []  # objects that plans refer to by address
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
         self._beside: np.ndarray | None = None
         self._look_ups: dict[LookUp, tuple[NDArray[np.int64], Buffer]] = {}
-        self.allocated: list[np.ndarray] = []  # memory of values, and of intermediate results between operations
+        self.allocated: list[np.ndarray] = []  # memory of values and of intermediate results
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
     def begin(self, adapted: Adapted) -> None:
-        """Begin another plan that shares the memory: only one of the plans runs at a time."""
+        """Begin another plan in the same memory; only one plan may run at a time."""
         self.plan, self.ends, self.num_rows, self.adapted = [], [], 0, adapted
 
     def add(
@@ -163,7 +163,7 @@ class Recorder:
         barrier: bool = True,
         inner: tuple[int, tuple[Any, ...]] | None = None,
     ) -> None:
-        """Append an operation with the named tuple of its arguments, and the nested operation that it calls."""
+        """Append an operation with its arguments, and the nested operation that it calls."""
         numbers = address_of(self.arrays.numbers)
         within = () if inner is None else plan_row(inner[0], numbers, inner[1])
         self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
@@ -171,11 +171,12 @@ class Recorder:
         self.num_rows += 1
 
     def pick_rows(self, rows: tuple[int, int], width: int, to: tuple[int, int]) -> None:
-        """Append a copy of the rows whose logits are wanted, of `width` 32-bit words each.
+        """Append an operation that copies the rows whose logits are wanted.
 
         Args:
-            rows, width: address and row stride of all rows, in words; width of a row.
-            to: address and row stride of the consecutive copies.
+            rows: address of all rows, and their stride in 32-bit words.
+            width: 32-bit words of a row.
+            to: address and stride of the copies, which are adjacent rows.
         """
         picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
         self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
@@ -183,8 +184,8 @@ class Recorder:
     def state_arguments(self, cache: StateCache) -> dict[str, int]:
         """Return the common arguments of operations with a state.
 
-        states, slot_bytes: address of the states, and bytes from one slot to the next.
-        kept, kept_bytes, kept_row_bytes: address of kept rows, bytes from one slot to the next, bytes from row to row.
+        states, slot_bytes: address of the states, and stride of slots.
+        kept, kept_bytes, kept_row_bytes: address of the inputs of draft tokens, and strides of slots and rows.
         query_start, slots, sources, replays, stores, keeps: addresses of the step's `StateRows`.
         """
         assert self.limits.states
@@ -200,7 +201,7 @@ class Recorder:
         }
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
-        """Return the address of a float32 array that lives as long as the plan."""
+        """Return the address of an array converted to float32, which is kept alive as long as the plan."""
         return self.keep_array(np.ascontiguousarray(numbers, np.float32))
 
     def keep_matrix(self, matrix: Matrix) -> None:
@@ -213,7 +214,7 @@ class Recorder:
         return address_of(array)
 
     def memory(self, width: int, dtype: type = np.float32) -> np.ndarray:
-        """Allocate rows [tokens, width] on a 64-byte boundary, reused once nothing refers to the returned array."""
+        """Allocate rows [tokens, width], flat and aligned to 64 bytes; they are reused once the array is dropped."""
         pool = self._free[width, dtype]
         base = pool.pop() if pool else self._allocate(self.limits.tokens * width, dtype)
         view = base[:]
@@ -221,48 +222,48 @@ class Recorder:
         return view
 
     def rows(self, width: int, copies: int = 1) -> tuple[np.ndarray, int]:
-        """Allocate float32 rows [tokens * copies, width] by `memory`; return them and the row stride in floats."""
+        """Allocate float32 rows [tokens * copies, width]; return them and the row stride in floats."""
         stride = row_stride(width)
         return self.memory(copies * stride), stride
 
     def buffer(self, width: int) -> Buffer:
-        """Allocate float32 rows [tokens, width] by `memory`."""
+        """Allocate float32 rows [tokens, width]."""
         array, stride = self.rows(width)
         return Buffer(array, width, stride)
 
     def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
-        """Return the buffer, shared by all plans, of the table rows of a step's `numbers`; `look_up` fills it."""
+        """Return the buffer, common to all plans, into which `look_up` reads the table rows of a step's `numbers`."""
         if rows not in self._look_ups:
             self._look_ups[rows] = numbers, self.buffer(width)
         return self._look_ups[rows][1]
 
     def look_up(self) -> None:
-        """Fill the buffers of `looked_up` with the table rows of a step's numbers, before the step runs."""
+        """Fill the buffers of `looked_up`, before the step runs."""
         for rows, (numbers, buffer) in self._look_ups.items():
             count = self.arrays.numbers[StepNumber.TOKENS]
             buffer.rows[:count] = rows(numbers[:count])
 
     def row_numbers(self, copies: int) -> np.ndarray:
-        """Return 0, 1, 2, ... for rows [tokens * copies]."""
+        """Return row numbers 0, 1, 2, ... for rows [tokens * copies]."""
         if len(self._row_numbers) < self.limits.tokens * copies:
             self._row_numbers = np.arange(self.limits.tokens * copies, dtype=np.int64)
             self._keep.append(self._row_numbers)
         return self._row_numbers
 
     def scratch(self, size: int) -> int:
-        """Return the address of at least `size` bytes of scratch memory, not preserved between pairs of operations."""
+        """Return the address of `size` bytes of scratch memory, which an operation may pass to the next one only."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)
 
     def beside(self) -> int:
-        """Return the address of the threads' lists of memory to prefetch during a product; see `LinearArguments`."""
+        """Return the address of the threads' lists of memory to prefetch during a product, see `LinearArguments`."""
         if self._beside is None:
             self._beside = self._allocate(self.limits.threads * RUNS_BYTES, np.uint8)
         return address_of(self._beside)
 
     def _rank_table(self, ranks: CpuRanks) -> int:
-        """Return the address of the table that `primitives.rank_of` reads; it has lines of 8 numbers."""
+        """Return the address of the table that `primitives.rank_of` reads, in lines of 8 int64."""
         counters = aligned(8 * len(ranks.each), np.int64)
         table = aligned(8 * (1 + ranks.threads), np.int64)
         table[0] = ranks.threads
@@ -280,7 +281,7 @@ class Recorder:
 
 
 def aligned(count: int, dtype: type) -> np.ndarray:
-    """Allocate zeros at a multiple of 64 bytes; the system provides the memory when it is first touched."""
+    """Allocate zeros, aligned to 64 bytes; the system provides the memory at its first use."""
     size = count * np.dtype(dtype).itemsize
     raw = np.zeros(size + 64, np.uint8)
     start = -address_of(raw) % 64
@@ -290,15 +291,15 @@ def aligned(count: int, dtype: type) -> np.ndarray:
 def row_stride(width: int) -> int:
     """Return the row stride in floats: an odd number of whole cache lines.
 
-    Kernels write the same columns of several rows. With a stride of a power of two these map to the same few cache sets
-    and evict each other: an output layer of 49,152 tokens took 1.6 times as long.
+    Kernels write the same columns of several rows. With a power of two as stride, these map to the same few cache sets
+    and evict each other: a head for 49,152 tokens took 1.6 times as long.
     """
     return (-(-width // 16) | 1) * 16
 
 
 @dataclasses.dataclass
 class Buffer:
-    """Float32 rows [tokens, width], `stride` floats apart; `version` grows when a value in it is overwritten."""
+    """Float32 rows [tokens, width], `stride` floats apart; `version` is incremented when its value is overwritten."""
 
     array: np.ndarray
     width: int
@@ -307,5 +308,5 @@ class Buffer:
 
     @property
     def rows(self) -> NDArray[np.float32]:
-        """The memory itself as [tokens, width], without a copy."""
+        """View of the rows [tokens, width]."""
         return self.array.reshape(-1, self.stride)[:, : self.width]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a layer's delta rule on the CPU: the operations of `cpu.py`, one after another."""
+"""Record a layer's delta rule on the CPU: the operations of `cpu.py`, one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Float32 rows: address of the first, row stride in floats, columns, and floats of a head (None without heads)."""
+    """Float32 rows: address, row stride in floats, columns, and size of a head (None without heads)."""
 
     address: int
     stride: int
@@ -33,12 +33,12 @@ def record_delta_rule(
     scale: float,
     normed: bool,
 ) -> None:
-    """Record `prepare` for q, k and gates, `scan` for the step's tokens, and `keep` if the step can have draft tokens.
+    """Record `prepare` for q, k and gates, `scan` for the tokens, and `keep` if a step can have draft tokens.
 
     Args:
         recorder: recorder of the plan.
         given: q, k, v, a and b.
-        out: rows of the result.
+        out: the result.
         gates, cache: gates and cache of the layer.
         scale, normed: see the contract in the package.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Pack GGUF blocks into the packed layout, in numpy, at load, before step 1 of a request's life.
+"""Pack GGUF blocks into the packed layout at load, in numpy.
 
-A chunk of rows is split into its parts (`split.py`), which are written with 16 rows interleaved. Chunks are divided
-among threads that never wait for each other.
+Each chunk of rows is split into codes and scales (`split.py`), which are written with 16 rows interleaved. Threads pack
+chunks independently.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from candle_vllm.core.threads import loading_threads
 logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1 << 16
-"""Maximum length of a row, because the operations have 8 rows of activations on their stack."""
+"""Maximum elements of a row, because the operations keep 8 rows of activations on the stack."""
 
 CHUNK = 1 << 19
-"""Weights per round; the memory of a round stays in the cache."""
+"""Weights per round: the data of a round stays in the cache."""
 
 
 def pack(
@@ -52,18 +52,18 @@ def pack(
 ) -> PackedMatrix:
     """Pack a quantised matrix.
 
-    Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If a kernel would
-    have to be compiled and Numba is not installed, weights are decoded and rounded to 8 bits with a scale for each 32
-    weights, which is logged; MXFP4 then becomes Q5_0 without loss. The error is at most 0.4 % of a group's largest
-    weight; the error of such types themselves is several per cent.
+    Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If the type's kernel
+    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 (MXFP4 becomes
+    Q5_0 without loss), which is logged. The error is at most 0.4 % of the largest weight of 32; these types themselves
+    have an error of several per cent.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: their type.
-        rows: N; the rows stay in their order.
+        ggml_type: type of the blocks.
+        rows: N; the order of rows is kept.
         columns: K, at most 65,536.
-        memory: memory of the result, which a model's matrices should share. None allocates separate memory.
-        kind: a layout of the type; None for `host_kind`.
+        memory: allocator of the result, which a model's matrices should share; None allocates separately.
+        kind: layout; None for the `host_kind` of the type.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
@@ -84,7 +84,7 @@ def pack(
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if not own:
         cost = (8.5 * size) / (8 * width)
-        logger.info("%s has no kernel of its own here: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
+        logger.info("%s has no precompiled kernel: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
@@ -116,7 +116,7 @@ def pack(
 
 
 def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> None:
-    """Write rows of blocks of a grid type to tiles of codes, uint8 [tiles, bytes]."""
+    """Expand blocks of a grid type to tiles of codes, uint8 [tiles, bytes]."""
     grid, count = FORMATS[kind.type.name], len(tiles) * blocks.shape[1]
     stored = np.empty((len(tiles), blocks.shape[1] * grid.block_bytes), np.uint8)
     grids.store(blocks, grid, stored)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""What linear layers with activations in rows share: the panel of activations, tiles times a panel, writing results.
+"""Shared code of linear layers with activations in rows (step 6): activation panels, tiles times a panel, results.
 
-Stands inside step 6 of a request's life. A block's rows are copied into a **panel** on the stack, element by element
-side by side, so that a step of the weights meets neighbouring elements. A CPU without AVX-512 has 16 vectors of half
-the size: there, 4 rows meet one tile at a time, whose sums stay in registers (8 rows: half as fast, measured on Zen 3).
+A block's rows are copied into a **panel** on the stack with rows interleaved: element 0 of all rows, element 1 of all
+rows, and so on, because each step of the weights reads one element of every row. A CPU without AVX-512 has 16 vector
+registers of half the size. There, one tile is multiplied by 4 rows at a time, or by 6 of several panels, so that the
+sums stay in registers (8 rows: half as fast, measured on Zen 3).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -26,14 +27,14 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 VECTOR_BYTES = 4 * LANES
 
 _AHEAD = 3072
-"""Bytes of weights that 8 rows ask for ahead: 2 to 6 % faster on Zen 4. A single row is not, and does not."""
+"""Prefetch distance in bytes of weights, for 8 rows only: 2 to 6 % faster on Zen 4, no gain for a single row."""
 
 
 # ---- the panel of activations ----------------------------------------------------------------------------------------
 
 
 def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
-    """Vectors of 16 elements, one for each row, as vectors of all rows' element 0, all rows' element 1, and so on."""
+    """Interleave vectors of 16 elements, one for each row: element 0 of all rows, element 1 of all rows, and so on."""
     if len(vectors) == 1:
         return vectors
     zipped: list[Any] = []
@@ -46,7 +47,7 @@ def _interleaved(e: Emitter, vectors: list[Any]) -> list[Any]:
 
 @intrinsic(prefer_literal=True)
 def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> Any:
-    """Copies the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
+    """Copy the rows at int64 [block] `addresses` into a panel of `block` rows of `vectors` times 16 elements."""
     height = block.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -70,9 +71,9 @@ def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> 
 
 @njit
 def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -> None:
-    """Copies rows `row` .. `row + count` of an operation's input into panels of 8, the last row repeated.
+    """Copy `count` input rows from `row` on into panels of 8; the last row fills the last panel.
 
-    addresses: of memory for int64 [8].
+    addresses: address of scratch memory for int64 [8].
     """
     at_address, x_bytes = int64_at(addresses), given.x_bytes
     for block in range((count + 7) >> 3):
@@ -88,14 +89,14 @@ def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -
 
 
 def _weights(e: Emitter, kind: PlainKind, address: Any, offset: int) -> Any:
-    """16 rows of a step."""
+    """Load a step's weights of 16 output rows."""
     if kind is PlainKind.F16:
         return e.half_to_float(e.load(address, vector(F16), offset))
     return e.load(address, vector(I32 if kind is PlainKind.BF16 else F32), offset)
 
 
 def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x: Any) -> Any:
-    """One step more of 16 sums; x is an element of the activations in every lane."""
+    """Add a step's products to 16 sums; x has the same activation element in every lane."""
     return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
 
 
@@ -111,17 +112,17 @@ def emit_sums(
     begin: Callable[[int, int], Any] | None = None,
     panel_bytes: Any = None,
 ) -> None:
-    """Tiles times a panel of `height` rows: each sum is one chain over the steps, the same in every variant.
+    """Multiply tiles by a panel of `height` rows; each sum adds its products in order of the steps in every variant.
 
     Args:
-        e, kind, isa: of the code.
-        tiles: where the tiles' weights begin.
+        e, kind, isa: builder of the code, kind of the weights, instructions that the code may use.
+        tiles: addresses of the tiles' weights.
         height: rows of the panel; more than 8 are several panels of 8.
-        panel: where it begins.
-        runs: of `RUN` steps, at least 1.
-        write: write(tile, row, sums) is called for each, 16 sums of a row.
-        begin: begin(tile, row) gives the sums of the steps before; None is nothing.
-        panel_bytes: from one panel to the next.
+        panel: address of the panel, or of the first one.
+        runs: number of runs of `RUN` steps, at least 1.
+        write: write(tile, row, sums) stores 16 sums of a row.
+        begin: begin(tile, row) loads the sums of earlier steps; None begins at 0.
+        panel_bytes: bytes from one panel to the next.
     """
     wide = isa.wide
     panels = [panel, *(e.b.add(panel, e.b.mul(panel_bytes, e.int64(n))) for n in range(1, height // 8))]
@@ -147,7 +148,7 @@ def _block_sums(
     panels: list[Any],
     runs: Any,
 ) -> list[Any]:
-    """`emit_sums` of some rows, (of how many, the first): sums that stay in registers, [tile, row]."""
+    """`emit_sums` for the rows whose sums [tile, row] fit registers; `block`: rows of a panel, and the first row."""
     (height, first), rows = block, len(sums) // len(tiles)
     b, element = e.b, F32 if kind is not PlainKind.BF16 else I32
 
@@ -185,7 +186,7 @@ def write_tiles(
     bias: int,
     accumulate: int,
 ) -> None:
-    """Writes the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... where they belong."""
+    """Write the sums float32 [count, block, 16] of tiles `tile`, tile + 1, ... to the result's rows."""
     for index in range(tile, tile + count):
         lanes = min(columns - index * 16, 16)
         at_bias = bias + index * 64 if bias else 0

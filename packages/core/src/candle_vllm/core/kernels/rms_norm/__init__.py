@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""RMSNorm, alone and with the sum that stands before it.
+"""RMSNorm, and RMSNorm fused with the residual addition before it.
 
-Contract: x [T, ..., E] of any float dtype, weight [E] of any float dtype, or [N, E] where x is [T, N, E]; y has x's
-shape and dtype, in new memory. The sum of squares and the scaling are fp32, the result is rounded once. With a residual
-of x's shape and dtype, the sum of both is rounded to that dtype first, and the norm is the sum's, as if two kernels had
-run. A row's result has the same bits whatever the other rows are.
+Contract: x [T, ..., E] of any float dtype; weight [E], or [N, E] for x [T, N, E], of any float dtype; y has x's shape
+and dtype, in new memory. The sum of squares and the scaling are fp32; the result is rounded once. A residual has x's
+shape and dtype: residual + x is rounded to that dtype and then normalised, as by two kernels. The bits of a row's
+result do not depend on other rows.
 Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class HeadNorms(NamedTuple):
-    """Weights [D] in fp32 of the norms of query and key heads, and their eps."""
+    """Weights [D] fp32 of the norms of query and key heads, and their epsilon."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,7 +31,7 @@ class HeadNorms(NamedTuple):
 
 
 def rms_norm(x: Value, weight: Value, eps: float) -> Value:
-    """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
     if isinstance(x, Recorded):
         return x.rms_norm(weight, eps)
     assert weight.shape == x.shape[-weight.ndim :]
@@ -45,7 +45,7 @@ def rms_norm(x: Value, weight: Value, eps: float) -> Value:
 
 
 def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[Value, Value]:
-    """(rms_norm(residual + x), residual + x); both in new memory, but for recorded values, which add in place."""
+    """Return rms_norm(residual + x) and residual + x, both in new memory; recorded values are added in place."""
     if isinstance(x, Recorded):
         total = residual + x
         return total.rms_norm(weight, eps), total
@@ -65,16 +65,16 @@ def add_rms_norm(x: Value, residual: Value, weight: Value, eps: float) -> tuple[
 
 
 class HeadNormArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of `head_norm_operation`, which normalises the heads of rows in place.
 
     Attributes:
-        x: address of the first head of float32 rows, `stride` floats apart. Behind the last head, 31 floats may be
-            read where head_dim is no multiple of 32.
-        heads, head_dim: heads stand side by side.
+        x: address of the first head of float32 rows, `stride` floats apart. If head_dim is not a multiple of 32, up to
+            31 floats after the last head may be read.
+        heads, head_dim: number and size of the adjacent heads.
         weight: address of head_dim floats.
-        eps: of the norm.
-        weight_step: bytes from one head's weights to the next; 0 where all heads have the same.
-        rows_from: which of the step's numbers counts the rows.
+        eps: epsilon of the norm.
+        weight_step: bytes from one head's weights to the next; 0 if all heads share them.
+        rows_from: step number that is the number of rows.
     """
 
     x: int
@@ -88,21 +88,21 @@ class HeadNormArguments(NamedTuple):
 
 
 def head_norm_operation(layer: bool = False) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation; `layer` makes it a LayerNorm."""
     return operation("rms_norm.cpu:make_head_norm", layer)
 
 
 class NormOntoArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of `norm_onto_operation`, which adds normalised rows to other rows.
 
     Attributes:
-        x: address of float32 rows, `stride` floats apart, whose norms are taken; not part of `target`.
-        columns: of a row.
-        weight: address of as many floats, behind which LayerNorm has its bias.
-        eps: of the norm.
-        target, target_stride: the rows that are added to.
-        accumulate: 0 where the norms are written there instead.
-        rows_from: which of the step's numbers counts the rows.
+        x: address of float32 rows, `stride` floats apart, that are normalised; not part of `target`.
+        columns: elements of a row.
+        weight: address of `columns` weights; for LayerNorm `columns` biases follow.
+        eps: epsilon of the norm.
+        target, target_stride: address and row stride of the rows that the result is added to.
+        accumulate: 0 overwrites the target instead.
+        rows_from: step number that is the number of rows.
     """
 
     x: int
@@ -117,12 +117,12 @@ class NormOntoArguments(NamedTuple):
 
 
 def norm_onto_operation(layer: bool = False) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation; `layer` makes it a LayerNorm."""
     return operation("rms_norm.cpu:make_norm_onto", layer)
 
 
 def norm_rows(x: np.ndarray, weight: np.ndarray, eps: float, *, layer: bool) -> np.ndarray:
-    """The norm of a step's last rows, float32 [..., K], in numpy; the bias of a LayerNorm stands behind its weight."""
+    """Normalise rows float32 [..., K] in numpy; the bias of a LayerNorm follows its weight."""
     columns = x.shape[-1]
     if layer:
         x = x - x.mean(-1, keepdims=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""llama.cpp's chain as a compiled function: each sampler sets removed tokens of the row to -inf, without sorting.
+"""llama.cpp's sampler chain as a compiled function: each sampler sets removed tokens to -inf, without sorting.
 
-After a sampler has removed tokens, the row is surveyed again, so that later samplers skip chunks without tokens.
-`chain.py` has the rules. (In Numba, `float` of a float32 is a float32, hence `np.float64`.)
+After a sampler has removed tokens, the chunks' maxima are computed again, so that later samplers skip chunks without
+tokens. `chain.py` defines the samplers. (Numba's `float` of a float32 is a float32, hence `np.float64`.)
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from candle_vllm.core.kernels.sampling.cpu_chunks import above, chunk_at, inner,
 
 _LIKELIEST = 100
 _LN_2 = math.log(2.0)
-_HIGH_BITS, _LOW_BITS = 19, 7  # divide a distance's float32 bits into 12 high, 12 middle and 7 low bits
+_HIGH_BITS, _LOW_BITS = 19, 7  # split the 31 bits of a distance into 12 high, 12 middle and 7 low bits
 
 
 @inner
-def _there(work, number):
-    """Return whether a chunk has tokens that were not removed."""
+def _has_tokens(work, number):
+    """Whether a chunk has tokens that were not removed."""
     return reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, cpu_select.LOWEST)
 
 
 @inner
-def _hide(row, vocabulary, work, cut, last_tie):
-    """Remove tokens below the cut, and tokens equal to it after id `last_tie`; return the largest logit."""
+def _remove_below(row, vocabulary, work, cut, last_tie):
+    """Remove tokens below the cut, and those equal to it with ids above `last_tie`; return the largest logit."""
     logits = float32_at(row)
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
-        if _there(work, number):
+        if _has_tokens(work, number):
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 value = logits[token]
                 logits[token] = value if value > cut or (value == cut and token <= last_tie) else -cpu_select.INFINITE
@@ -52,7 +52,7 @@ def _hide(row, vocabulary, work, cut, last_tie):
 
 @inner
 def _at_least(value):
-    """Return the least float32 that is not below `value`."""
+    """Return the smallest float32 that is at least `value`."""
     near = np.float32(value)
     return above(near) if np.float64(near) < value else near
 
@@ -75,7 +75,7 @@ def _mass(row, vocabulary, work, top, rate):
     """Return the sum of exp((x - top) * rate)."""
     chunks, mass, scale = (vocabulary + CHUNK - 1) // CHUNK, 0.0, np.float32(rate * cpu_select.LOG2_E)
     for number in range(chunks):
-        if _there(work, number):
+        if _has_tokens(work, number):
             at = chunk_at(row, work + TAIL_AT, chunks, number)
             mass += weigh_chunk(at, top, scale, cpu_select.LOWEST, work + WEIGHTS_AT)
     return mass
@@ -84,18 +84,14 @@ def _mass(row, vocabulary, work, top, rate):
 @inner
 def _entropy(row, vocabulary, work, top, mass):
     """Return the entropy in nats of the probabilities exp(x - top) / mass."""
-    chunks, weights, weighted, largest = (
-        (vocabulary + CHUNK - 1) // CHUNK,
-        float32_at(work + WEIGHTS_AT),
-        0.0,
-        np.float64(top),
-    )
+    chunks, weights = (vocabulary + CHUNK - 1) // CHUNK, float32_at(work + WEIGHTS_AT)
+    weighted, largest = 0.0, np.float64(top)
     for number in range(chunks):
-        if _there(work, number):
+        if _has_tokens(work, number):
             at = chunk_at(row, work + TAIL_AT, chunks, number)
             weigh_chunk(at, top, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT)
             logits, even, odd = float32_at(at), 0.0, 0.0
-            for place in range(0, CHUNK, 2):  # two independent sums, which run in parallel
+            for place in range(0, CHUNK, 2):  # two independent sums, for instruction-level parallelism
                 even += weights[place] * (np.float64(max(logits[place], cpu_select.LOWEST)) - largest)
                 odd += weights[place + 1] * (np.float64(max(logits[place + 1], cpu_select.LOWEST)) - largest)
             weighted += even + odd
@@ -104,7 +100,7 @@ def _entropy(row, vocabulary, work, top, mass):
 
 @inner
 def _distances(row, vocabulary, work, own, number, shift):
-    """Store |shift - x| of a chunk; shift is ln mass + top - entropy. The distance of a removed token is infinite."""
+    """Store |shift - x| of a chunk, with shift = ln(mass) + top - entropy; it is infinite for a removed token."""
     at = chunk_at(row, work + TAIL_AT, (vocabulary + CHUNK - 1) // CHUNK, number)
     logits, to = float32_at(at), float32_at(own + DISTANCES_AT)
     for place in range(CHUNK):
@@ -114,7 +110,7 @@ def _distances(row, vocabulary, work, own, number, shift):
 
 @inner
 def _typical(row, vocabulary, work, own, top, typical_p):
-    """Apply typical_p; the bits of the largest kept distance are found from the highest to the lowest."""
+    """Apply typical_p by a radix search for the largest kept distance, from its high bits to its low bits."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     shift = math.log(mass) + np.float64(top) - _entropy(row, vocabulary, work, top, mass)
     bins, keys, weights = float64_at(own + BINS_AT), int32_at(own + DISTANCES_AT), float32_at(work + WEIGHTS_AT)
@@ -123,7 +119,7 @@ def _typical(row, vocabulary, work, own, top, typical_p):
         for place in range(BINS):
             bins[place] = 0.0
         for number in range(chunks):
-            if not _there(work, number):
+            if not _has_tokens(work, number):
                 continue
             at = _distances(row, vocabulary, work, own, number, shift)
             weigh_chunk(at, top, np.float32(cpu_select.LOG2_E), cpu_select.LOWEST, work + WEIGHTS_AT)
@@ -144,7 +140,7 @@ def _typical(row, vocabulary, work, own, top, typical_p):
         cut, known = (cut << (known - low)) | chosen, low
     logits = float32_at(row)
     for number in range(chunks):
-        if _there(work, number):
+        if _has_tokens(work, number):
             _distances(row, vocabulary, work, own, number, shift)
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 if keys[token - number * CHUNK] > cut:
@@ -153,13 +149,13 @@ def _typical(row, vocabulary, work, own, top, typical_p):
 
 
 @inner
-def _without_likeliest(row, vocabulary, work, top, threshold):
-    """XTC: remove the tokens at or above the threshold except the least likely of them; return the largest logit."""
+def _xtc(row, vocabulary, work, top, threshold):
+    """Apply XTC: remove the tokens at or above the threshold but the least likely one; return the largest logit."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     bound = math.log(threshold * mass) if threshold > 0 else -cpu_select.INFINITE
     logits, least, stays, count = float32_at(row), cpu_select.INFINITE, -1, 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
-        if _there(work, number):
+        if _has_tokens(work, number):
             for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
                 value = logits[token]
                 if value >= cpu_select.LOWEST and np.float64(value) - np.float64(top) >= bound:
@@ -175,7 +171,7 @@ def _without_likeliest(row, vocabulary, work, top, threshold):
 
 
 @inner
-def _left(row, vocabulary):
+def _num_left(row, vocabulary):
     """Return the number of tokens that were not removed."""
     logits, count = float32_at(row), 0
     for token in range(vocabulary):
@@ -184,14 +180,14 @@ def _left(row, vocabulary):
 
 
 @inner
-def _first_alone(row, vocabulary, work, top):
+def _keep_first(row, vocabulary, work, top):
     first = cpu_select.first_at(row, (vocabulary + CHUNK - 1) // CHUNK, work, top, cpu_select.INFINITE, np.int64(0))
-    return _hide(row, vocabulary, work, top, first)
+    return _remove_below(row, vocabulary, work, top, first)
 
 
 @inner
 def _estimated_k(row, vocabulary, work, values, mu, rate):
-    """See the reference; `values` is memory for the sorted logits of the likeliest tokens."""
+    """Return Mirostat's k, see the reference; `values` is memory for the sorted logits of the likeliest tokens."""
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES
@@ -224,13 +220,13 @@ def _estimated_k(row, vocabulary, work, values, mu, rate):
 
 
 @inner
-def _heated(row, vocabulary, work, top, low, high, exponent):
-    """Divide a row of at least two tokens by its dynamic temperature."""
+def _dynamic_temperature(row, vocabulary, work, top, low, high, exponent):
+    """Divide a row with at least two tokens by a temperature that depends on its entropy."""
     mass = _mass(row, vocabulary, work, top, 1.0)
-    share = _entropy(row, vocabulary, work, top, mass) / math.log(np.float64(_left(row, vocabulary)))
+    share = _entropy(row, vocabulary, work, top, mass) / math.log(np.float64(_num_left(row, vocabulary)))
     temperature = low + (high - low) * min(max(share, 0.0), 1.0) ** exponent
     if temperature < 1e-5:
-        return _first_alone(row, vocabulary, work, top)
+        return _keep_first(row, vocabulary, work, top)
     logits, largest = float32_at(row), np.float64(top)
     for token in range(vocabulary):
         if logits[token] >= cpu_select.LOWEST:
@@ -247,24 +243,19 @@ def _mirostat(row, vocabulary, work, top, mode, mu, rate):
         values = float32_at(work + SUMS_AT + chunks * (MAXIMA_BYTES + 8))
         k = _estimated_k(row, vocabulary, work, values, mu, rate)
         cut, _ = cpu_select.kth_largest(row, chunks, work, k, top)
-        _hide(row, vocabulary, work, cut, cpu_select.ALL)
+        _remove_below(row, vocabulary, work, cut, cpu_select.ALL)
         return
     mass = _mass(row, vocabulary, work, top, rate)
-    bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token whose surprise is mu bits
+    bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token with mu bits of surprise
     if bound > 0:
-        _first_alone(row, vocabulary, work, top)
+        _keep_first(row, vocabulary, work, top)
     else:
-        _hide(
-            row,
-            vocabulary,
-            work,
-            _at_least(max(bound / rate + np.float64(top), np.float64(cpu_select.LOWEST))),
-            cpu_select.ALL,
-        )
+        least = _at_least(max(bound / rate + np.float64(top), np.float64(cpu_select.LOWEST)))
+        _remove_below(row, vocabulary, work, least, cpu_select.ALL)
 
 
 def narrow(row, vocabulary, numbers_at, work):
-    """See `chain.narrow`; the addresses are of a row of logits, its numbers, and a workspace of `chain_bytes`."""
+    """See `chain.narrow`; takes the addresses of a row of logits, its parameters, and `chain_bytes` of workspace."""
     numbers, chunks = float64_at(numbers_at), (vocabulary + CHUNK - 1) // CHUNK
     own = work + SUMS_AT + chunks * (MAXIMA_BYTES + 8 + 4 * CHUNK) + 4 * CHUNK
     top = cpu_select.survey(row, vocabulary, work)
@@ -277,7 +268,7 @@ def narrow(row, vocabulary, numbers_at, work):
         bound, _ = cpu_select.kth_largest(row, chunks, work, int(numbers[1]), top)
         cut = max(cut, bound)
     if cut > cpu_select.LOWEST:
-        top = _hide(row, vocabulary, work, cut, cpu_select.ALL)
+        top = _remove_below(row, vocabulary, work, cut, cpu_select.ALL)
     if numbers[2] < 1:
         top = _typical(row, vocabulary, work, own, top, numbers[2])
     cut, last_tie = cpu_select.LOWEST, cpu_select.ALL
@@ -290,14 +281,14 @@ def narrow(row, vocabulary, numbers_at, work):
         if bound > cut:
             cut, last_tie = bound, cpu_select.ALL
     if cut > cpu_select.LOWEST:
-        top = _hide(row, vocabulary, work, cut, last_tie)
+        top = _remove_below(row, vocabulary, work, cut, last_tie)
     if numbers[5] <= 0.5:
-        top = _without_likeliest(row, vocabulary, work, top, numbers[5])
+        top = _xtc(row, vocabulary, work, top, numbers[5])
     rate = 1.0 / numbers[6] if numbers[6] > 0 else 0.0
     if numbers[8] > 0:
         rate = 1.0
-        if _left(row, vocabulary) > 1:
-            top = _heated(row, vocabulary, work, top, numbers[7], numbers[8], numbers[9])
+        if _num_left(row, vocabulary) > 1:
+            top = _dynamic_temperature(row, vocabulary, work, top, numbers[7], numbers[8], numbers[9])
     if numbers[10] > 0 and rate > 0:
         _mirostat(row, vocabulary, work, top, int(numbers[10]), numbers[11], rate)
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with weights that are small floats with scales (FP8, NVFP4), on the CPU; step 6 of a request's life.
+"""Linear layer with small-float weights and scales (FP8, NVFP4) on the CPU (step 6).
 
-Contract. Activations x [T, K], bfloat16, as `kernels/activation_rows` makes them, each row zero behind K. Weights
-[N, K] of e4m3, e5m2, or e2m1 with a scale e4m3 for each 16 of a row; K is cut into spans of at most 256 columns, which
-share one float32 scale for each row (`layout.py`). Result, float32:
+Contract. Activations x [T, K] are bfloat16 rows of `kernels/activation_rows`, zero beyond K. Weights [N, K] are e4m3,
+e5m2, or e2m1 with one e4m3 scale for each 16 elements of a row. K is divided into spans of at most 256 columns; each
+row has one float32 scale for each span (`layout.py`). The result is float32:
 
     out[t, column + n] (+)= sum over spans s of scale[n, s] * (sum over k in s of x[t, k] * weight[n, k]) + bias[n]
 
-Weights are exact: an e2m1 times its group's e4m3 has 6 significant bits at most, so each weight is a bfloat16. A span's
-products are added as `kernels/plain_linear` adds those of bfloat16 weights, in order of k from zero, and the spans in
-their order by fma. A row's result has the same bits whatever T, the other rows and the threads are. A weight that is
-NaN makes its row of the weights give NaN; infinite ones (e5m2) are refused. Nothing else
-of `out` is written. `out` may not overlap the inputs.
+Weights are exact: an e2m1 times its e4m3 scale has at most 6 significant bits, so each weight is a bfloat16. A span's
+products are added as `kernels/plain_linear` adds products of bfloat16 weights, in order of k from zero; spans are added
+in order by fma. The bits of out[t] do not depend on T, on other rows of x, or on the threads. A NaN in row n of the
+weights makes out[:, n] NaN; infinite weights (e5m2) are refused. Nothing else of `out` is written, and `out` must not
+overlap the inputs.
 
-`pack` makes a `ScaledMatrix` of what a checkpoint holds; `unpack` gives its numbers back. `reference.py` is the
-contract in plain numpy. `cpu.py` has the compiled operations, and only a CPU engine imports it.
+`pack` converts the codes of a checkpoint to a `ScaledMatrix`, `unpack` returns its weights. `reference.py` is the
+contract in plain numpy; only a CPU engine imports `cpu.py`, the compiled operations.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; OCP Microscaling Formats 1.0, 2023.
 """
 

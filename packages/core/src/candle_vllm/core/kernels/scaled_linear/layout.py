@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""How small floats with scales lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
+"""Memory layout of small floats with scales: `pack.py` writes it, `cpu.py` and `reference.py` read it (step 6).
 
-Stands inside step 6 of a request's life. 16 rows are a **tile**, a run of **spans** along K, of which the last may be
-shorter. A span is the float32 scales of its 16 rows, and **turns**:
+A **tile** is 16 rows, divided along K into **spans**; the last span may be shorter. A span is the float32 scales of its
+16 rows, followed by **turns** of 8 or 16 columns:
 
     E4M3, E5M2   8 columns: two vectors of [16 rows, 4 columns] bytes, columns in the order 0, 2, 1, 3       128 bytes
     E2M1         16 columns: their scales, e4m3 [16 rows], and four vectors of [16 rows, 4 columns],
                  the first column in the lowest bits of 16                                                   144 bytes
 
-Two whole spans make a **pair**: the scales of both, then turns of the one and the other in turn. So a thread reads its
-tiles as one stream, and adds up two spans side by side. What is beyond K or N is zero.
+Two whole spans form a **pair**: the scales of both, then turns of both alternately. So a thread reads its tiles as one
+stream, and adds up two spans side by side. Elements beyond K or N are zero.
 
-Bits of a small float, moved to the places of a larger one's, are its number divided by a power of two. For e4m3 and
-e5m2 that is a float32, multiplied by the power at once. Where the small one is subnormal so is the large one, which
-some CPUs multiply slowly, so e4m3 is brought to the top of its range: of each row and span, numbers times a power of
-two, and the scale divided by it. For e2m1 it is a float16, and the scale is kept multiplied by the power
-(`ScaledKind.factor`). The codes that are no number have other floats in their place: a span of a row that holds one,
-among weights or among scales of groups, has the scale NaN.
+The kernel shifts a small float's bits to the positions of a larger float, which has its value divided by a power of
+two. E4M3 and E5M2 become float32, and the kernel multiplies by the power. Subnormal codes would become subnormal
+float32, which some CPUs multiply slowly, so `pack` multiplies the E4M3 codes of each row and span by a power of two, as
+far as their range allows, and divides the scale by it. E2M1 becomes float16, and the stored scale includes the power
+(`ScaledKind.factor`). NaN codes would become numbers, so a row's span with a NaN weight or group scale has a NaN scale.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 
 ROWS = 16
-"""Rows of a tile: 32-bit lanes of a vector."""
+"""Rows of a tile: one for each 32-bit lane of a vector."""
 
 HEAD_BYTES = 4 * ROWS
 """Bytes of a span's scales."""
 
 MOST_SPAN = 256
-"""Columns of the longest span: 16 rows of it, widened, stay in the first-level cache."""
+"""Maximum columns of a span: its 16 rows as bfloat16 stay in the first-level cache."""
 
 
 class ScaledKind(enum.IntEnum):
-    """The number formats."""
+    """Formats of the weights."""
 
     E4M3 = 0
     E5M2 = 1
@@ -51,7 +50,7 @@ class ScaledKind(enum.IntEnum):
 
     @property
     def turn_columns(self) -> int:
-        """Columns of a turn."""
+        """Number of columns of a turn."""
         return 16 if self is ScaledKind.E2M1 else 8
 
     @property
@@ -61,11 +60,11 @@ class ScaledKind(enum.IntEnum):
 
     @property
     def factor(self) -> float:
-        """What a widened weight is too small by: that of e2m1 by 2^14, and the scale of its group by 2^8."""
+        """Factor by which converted weights are too small: 2^14 of e2m1 times 2^8 of the group's scale."""
         return 2.0**22 if self is ScaledKind.E2M1 else 1.0
 
     def turns(self, columns: int) -> int:
-        """Turns of a tile."""
+        """Return the number of turns of a tile."""
         return -(-columns // self.turn_columns)
 
 
@@ -76,8 +75,8 @@ class ScaledMatrix:
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
-        kind: the number format.
-        span_turns: turns of a span.
+        kind: format of the weights.
+        span_turns: number of turns of a whole span.
         data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
     """
 
@@ -89,12 +88,12 @@ class ScaledMatrix:
 
     @property
     def turns(self) -> int:
-        """Turns of a tile."""
+        """Number of turns of a tile."""
         return self.kind.turns(self.columns)
 
     @property
     def spans(self) -> int:
-        """Spans of a tile."""
+        """Number of spans of a tile."""
         return -(-self.turns // self.span_turns)
 
     @property
@@ -104,7 +103,7 @@ class ScaledMatrix:
 
     @property
     def pairs(self) -> int:
-        """Pairs of whole spans of a tile."""
+        """Number of pairs of whole spans of a tile."""
         return self.turns // (2 * self.span_turns)
 
     @property
@@ -124,7 +123,7 @@ class ScaledMatrix:
 
 
 def linear_operation(kind: ScaledKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
+    """Return the address of the compiled linear operation."""
     return operation.operation("scaled_linear.cpu:make_linear", kind, isa)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Mixing residual streams on the CPU (part of step 6 of a request's life)."""
+"""Mix residual streams on the CPU (step 6)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LEAST_ROOT = math.sqrt(LEAST)
 
 
 def mix(row, thread, threads):
-    """The operation."""
+    """See the contract in the package; `row` is the operation's row in the plan."""
     given = read(MixArguments, row)
     streams, columns, made, gates = given.streams, given.columns, given.made, given.gate_count
     rows, table = step_number(row, given.rows_from), float32_at(given.table)
     first_row, row_count, first, count = share(rows, columns >> 4, thread, threads)
     memory = stack_bytes(16 * streams + 4 * gates)
     addresses, factors, weights = int64_at(memory), float32_at(memory + 8 * streams), float32_at(memory + 12 * streams)
-    turned = float32_at(memory + 16 * streams)
+    tanh = float32_at(memory + 16 * streams)
     for t in range(first_row, first_row + row_count):
         gate = float32_at(given.gates + t * given.gate_stride * 4)
         for s in range(gates):
-            turned[s] = 1.0 - 2.0 / (1.0 + math.exp(2.0 * float(gate[s])))  # tanh
+            tanh[s] = 1.0 - 2.0 / (1.0 + math.exp(2.0 * float(gate[s])))
         for n in range(streams):
             addresses[n], factors[n] = given.x + (t * given.stride + n * columns) * 4, 1.0
             if given.level != 0 and n > 0:
@@ -36,7 +36,7 @@ def mix(row, thread, threads):
             for n in range(streams):
                 total = float(table[m * streams + n])
                 for s in range(gates):
-                    total += float(turned[s]) * float(table[((1 + s) * made + m) * streams + n])
+                    total += float(tanh[s]) * float(table[((1 + s) * made + m) * streams + n])
                 weights[n] = total * float(factors[n])
             to = given.out + (t * given.out_stride + m * columns) * 4
             add_rows(to, memory, memory + 12 * streams, streams, first, count, 0)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Quantise weights: rows of floats to the blocks of twelve of GGUF's types.
+"""Quantise weights: rows of floats to blocks of twelve GGUF types.
 
 Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], in the layout
 of ggml's `ggml-common.h`. Each block depends on its own elements alone.
 
-  - q4_0, q5_0, q8_0 take the scale from the element that is farthest from 0, q4_1 and q5_1 scale and minimum from the
-    smallest and the largest; then every element is rounded. Their bytes equal those of the `gguf` package.
+  - q4_0, q5_0, q8_0 derive the scale from the element that is farthest from 0, q4_1 and q5_1 the scale and minimum from
+    the smallest and largest element; then every element is rounded. The `gguf` package gives the same bytes.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32, q3_K and q6_K a scale for each group of
     16: several step sizes are tried, each gives codes, the codes give the scale that fits them best by least squares,
     and the best scale is kept. An element's weight in the squares grows with its size: floor * root mean square + |x|,
@@ -15,10 +15,10 @@ of ggml's `ggml-common.h`. Each block depends on its own elements alone.
     that bring the element farthest from 0 near either end of the table are tried. The weight is mean square + x^2.
 
 With an importance matrix, the weight of an element of the searched types is importance * root(2 * mean square + x^2)
-instead, with the importance of its column and the mean of its block.
+instead, with the importance of its column and the mean square of its block.
 
-`reference.py` is the reference in numpy; `cpu.py` is compiled, and gives the same bytes on every CPU. The method is
-that of llama.cpp's `ggml-quants.c`.
+`reference.py` is the reference in numpy; `cpu.py` is compiled, and gives the same bytes on every CPU.
+Source: llama.cpp's `ggml-quants.c`.
 """
 
 from __future__ import annotations

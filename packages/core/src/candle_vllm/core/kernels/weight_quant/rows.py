@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Quantise plain rows to ggml's blocks, in chunks and on several threads.
+"""Quantise plain rows to ggml's blocks at load, in chunks and on several threads.
 
-Stands before step 1 of a request's life. What the bytes mean is in `ggml_blocks.py`, how they are found in
-`kernels/weight_quant`.
+`ggml_blocks.py` describes the blocks; `kernels/weight_quant` has the algorithms.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
-"""Weights per round: what a round touches stays in the cache."""
+"""Weights per round: the data of a round stays in the cache."""
 
 ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
     {name: GGMLQuantizationType[re.sub("k$", "_K", name).upper()] for name in ISQ_NAMES}
 )
-"""The types that can be made, by the names that users give them."""
+"""Types that weights can be quantised to, by their names in the setting `isq`."""
 
 SOURCES = ("F32", "BF16", "F16", "F64")
 """Types of plain weights."""
 
 
 def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
-    """Return the type for rows of a length: `kind` if its blocks fit, otherwise a type with blocks of 32, or None."""
+    """Return `kind` if its blocks divide rows of `columns` elements, otherwise a type with blocks of 32, or None."""
     similar = GGMLQuantizationType.IQ4_NL if kind == GGMLQuantizationType.IQ4_XS else GGMLQuantizationType.Q8_0
     for choice in (kind, similar):
         if columns and columns % ggml.block_layout(choice)[0] == 0:
@@ -44,20 +43,16 @@ def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationTy
 
 
 def quantise(
-    raw: np.ndarray,
-    stored: str,
-    columns: int,
-    kind: GGMLQuantizationType,
-    importance: np.ndarray | None = None,
+    raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationType, importance: np.ndarray | None = None
 ) -> np.ndarray:
-    """Quantise rows; besides the result this takes a few MB.
+    """Quantise rows; uses a few MB besides the result.
 
     Args:
         raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
         stored: their type, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
-        importance: of columns, float32 [E, C]; each entry applies to R / E rows. None without an importance matrix.
+        importance: importance of columns, float32 [E, C]: the first entry for the first R / E rows, and so on; or None.
 
     Returns:
         The blocks, uint8 [R, bytes per row].
@@ -82,5 +77,5 @@ def quantise(
     with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
         good = all(list(pool.map(job, starts)))
     if not good:
-        raise ValueError(f"a number is not finite, or beyond {LARGEST:,.0f}")
+        raise ValueError(f"an element is not finite, or beyond {LARGEST:,.0f}")
     return out
