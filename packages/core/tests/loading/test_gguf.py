@@ -423,7 +423,7 @@ def test_any_part_opens_the_whole(split: Path, number: int) -> None:
 
 def test_a_missing_part_is_named(split: Path) -> None:
     (split / "m-00002-of-00003.gguf").unlink()
-    with pytest.raises(ModelNotFoundError, match=r"m-00002-of-00003\.gguf is missing: it is part 2 of the 3"):
+    with pytest.raises(ModelNotFoundError, match=r"m-00002-of-00003\.gguf is missing: it is part 2 of 3"):
         open_gguf(split / "m-00003-of-00003.gguf")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cache specs: what each layer of a decoder stores for a sequence. The engine allocates and copies caches by them."""
+"""Cache specs: what each layer of a decoder stores for a sequence; the engine allocates and copies caches by them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class PagedSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """K, D and the size of a head's values, which determine the memory of a token."""
+        """K, D and the size of a head's values."""
         return self.kv_heads, self.key_dim, self.value_dim
 
     @property
     def elements(self) -> int:
-        """Number of elements of a token."""
+        """Number of cached elements of a token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
     @property
@@ -46,7 +46,7 @@ class SharedKVSpec:
     """The layer reads the keys and values of an earlier layer, and stores nothing itself.
 
     Attributes:
-        layer: number of the layer that writes them. If that layer has a window, the reader's window is not larger.
+        layer: number of the layer that writes them; if it has a window, this layer's window is not larger.
     """
 
     layer: int
@@ -58,8 +58,8 @@ class StatePart:
 
     Attributes:
         shape: shape of the state of a sequence.
-        inputs: elements of a token that update the state. For draft tokens they are stored until acceptance.
-        exact: whether the state is float32; otherwise it has the dtype of activations, as its inputs have.
+        inputs: number of elements of a token's input to the state; inputs of draft tokens are stored until acceptance.
+        exact: whether the state is float32; otherwise it has the dtype of activations, like its inputs.
     """
 
     shape: tuple[int, ...]
@@ -107,7 +107,7 @@ class WindowRoom:
 
     Attributes:
         window: window of these layers in tokens, including the query.
-        rows: maximum number of rows of a sequence in all steps that may overlap.
+        rows: maximum number of rows of one sequence in all steps that overlap.
         pages: number of pages of each of these layers; page 0 is unused.
     """
 
@@ -116,7 +116,7 @@ class WindowRoom:
     pages: int = 0
 
     def blocks(self, block_size: int, rows: int | None = None) -> int:
-        """Return the maximum number of blocks that `rows` rows of a sequence access; None means `self.rows`."""
+        """Return the maximum number of blocks that `rows` adjacent rows of a sequence access; None is `self.rows`."""
         return (self.window + (self.rows if rows is None else rows) + block_size - 3) // block_size + 1
 
 
@@ -134,7 +134,7 @@ def states(specs: Iterable[CacheSpec]) -> list[StateSpec]:
 
 
 def windows_of(specs: Iterable[CacheSpec]) -> list[int]:
-    """Return the distinct window sizes of the layers, in order of size."""
+    """Return the distinct window sizes of layers, sorted."""
     return sorted({spec.window for spec in paged(specs) if spec.slides and spec.window is not None})
 
 

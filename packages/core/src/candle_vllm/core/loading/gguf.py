@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Read GGUF files, v2 and v3, little-endian: metadata and tensor table, every number checked before it is used.
 
-Used before step 1 of a request's life. No count, length or offset of the file is trusted: each is checked against the
-file's size before anything is read or allocated, so that a damaged or hostile file causes an error and nothing else.
+No count, length or offset of the file is trusted: each is checked against the file's size before anything is read or
+allocated, so a damaged or hostile file only causes an error.
 
+Keys and tensor names must be valid UTF-8. In a single string value, invalid bytes become U+FFFD. In lists of strings
+they become lone surrogates (`surrogateescape`), from which `text.encode("utf-8", "surrogateescape")` restores them:
+some vocabularies have tokens of raw bytes, which must stay different.
 Source: the GGUF specification (ggml/docs/gguf.md) and llama.cpp's naming of split files.
-
-Strings: keys and tensor names must be valid UTF-8. In a single string value invalid bytes become U+FFFD. In lists of
-strings they become lone surrogates (`surrogateescape`): some vocabularies hold raw bytes, two tokens must not become
-one, and `text.encode("utf-8", "surrogateescape")` restores the bytes.
 """
 
 from __future__ import annotations
@@ -37,20 +36,19 @@ MAX_PAIRS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_ARRAYS = 1 << 16
 MAX_ITEMS = 1 << 21
-"""Maximum number of strings and numbers in all lists together, which take several times their bytes in Python. A
-vocabulary of 262,144 tokens has about 520,000 merges."""
+"""Maximum number of strings and numbers in all Python lists together; 262,144 tokens have about 520,000 merges."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 256
 MAX_ARRAY_DEPTH = 4
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = (1 << 63) - 1
 LIST_LENGTH = 1024
-"""Arrays of numbers up to this length become lists, longer ones numpy arrays."""
+"""Maximum length of arrays of numbers that become lists; longer ones become numpy arrays."""
 
 MetadataValue = str | int | float | bool | list | np.ndarray
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_STRING, _ARRAY = 8, 9  # codes of value types, as are the keys below
+_STRING, _ARRAY = 8, 9  # codes of value types, like the keys of `_NUMBERS`
 _NUMBERS = MappingProxyType(
     {code: np.dtype(name) for code, name in enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"])}
     | {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
@@ -65,7 +63,7 @@ _OTHER_KINDS = MappingProxyType(
         "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
     }
 )
-"""Files that are not models, by `general.type` or `general.architecture`: their kind, and the flag for them."""
+"""By `general.type` or `general.architecture` of a file that is not a model: its kind, and the flag to use."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
@@ -109,7 +107,7 @@ class _Header:
         return count
 
     def list_of(self, count: int, what: str) -> None:
-        """Check the number of items of a list against the limit, before the list is created."""
+        """Count the items of a list that will be created, and check the limit for all lists."""
         self.items += count
         if self.items > MAX_ITEMS:
             raise self.error(f"with {what} the metadata lists {self.items} values, at most {MAX_ITEMS} are allowed")
@@ -136,7 +134,7 @@ class _Header:
     def numbers(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
         data = np.frombuffer(self.take(count * dtype.itemsize, what), dtype=dtype)
         if dtype.kind == "b" and (data.view(np.uint8) > 1).any():
-            raise self.error(f"{what} holds a truth value that is neither 0 nor 1")
+            raise self.error(f"{what} has a boolean that is neither 0 nor 1")
         return data
 
     def array(self, what: str, depth: int) -> list | np.ndarray:
@@ -156,12 +154,12 @@ class _Header:
         if type_code == _STRING:
             return self.strings(count, what)
         if type_code == _ARRAY:
-            self.need(count * 12, what)  # each has at least an element type and a length
+            self.need(count * 12, what)  # an array has at least an element type and a length
             return [self.array(what, depth + 1) for _ in range(count)]
         raise self.error(f"{what} is an array of the unknown value type {type_code}")
 
     def strings(self, count: int, what: str) -> list[str]:
-        """Read strings in one tight loop: vocabularies have hundreds of thousands of entries."""
+        """Read strings in one loop without calls, because vocabularies have hundreds of thousands of them."""
         self.need(count * 8, what)
         self.list_of(count, what)
         buffer, position, end, read_length = self.file.buffer, self.position, self.end, _U64.unpack_from
@@ -185,7 +183,7 @@ class GgufFile:
         path: the file.
         version: 2 or 3.
         metadata: strings, numbers, booleans and lists; long arrays of numbers are read-only numpy arrays.
-        types: by metadata key, the code of the value's type, and of an array's element type (otherwise 0).
+        types: by metadata key, the code of the value's type and, for arrays, of the element type (otherwise 0).
         tensors: tensors by name, in the order of the file's table.
         alignment: every tensor begins at a multiple of this number of bytes.
         file: the mapped file of the tensors.
@@ -205,11 +203,11 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> GgufFile:
-        """Map a file, or with `copied` read it into memory (see `MappedFile`), and read its header.
+        """Map a file and read its header.
 
         Args:
             path: path of the file.
-            copied: read the file into memory.
+            copied: read the file into memory instead; see `MappedFile`.
             max_header: maximum number of bytes of the header; None is `MAX_HEADER_BYTES`.
 
         Raises:
@@ -259,10 +257,10 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
 
 
 def file_kind(path: Path) -> str:
-    """Return the kind of a GGUF file by its metadata: "model", "imatrix", "adapter" or "mmproj".
+    """Return the kind of a GGUF file: "model", "imatrix", "adapter" or "mmproj".
 
-    Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification. Files of old
-    tools lack this key; their architecture has the name of the kind.
+    It reads only the metadata before the vocabulary: `general.type`, or in files of old tools, which lack this key,
+    `general.architecture`.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `GgufFile.open`.
@@ -279,7 +277,7 @@ def file_kind(path: Path) -> str:
 
 
 def kind_of(metadata: Mapping[str, object]) -> str:
-    """Return the kind of a file by its metadata: see `file_kind`."""
+    """Return the kind of a file with this metadata; see `file_kind`."""
     for key in ("general.architecture", "general.type"):
         if (found := _OTHER_KINDS.get(str(metadata.get(key)))) is not None:
             return found[0]
@@ -291,7 +289,7 @@ def check_kind(metadata: Mapping[str, object], path: Path) -> None:
     kind = kind_of(metadata)
     if kind != "model":
         what = next(what for name, what in _OTHER_KINDS.values() if name == kind)
-        raise UnsupportedModelError(f"{path}: this is {what}, with the model as --m")
+        raise UnsupportedModelError(f"{path}: this is {what} and name the model with --m")
 
 
 def _alignment(header: _Header, metadata: dict[str, MetadataValue]) -> int:
@@ -370,7 +368,7 @@ def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
 def split_names(name: str) -> tuple[str, ...]:
     """Return the file names of all parts of a split model, given one: `x-00002-of-00003.gguf` gives three names.
 
-    A name without this form is returned alone.
+    A name of another form is returned alone.
     """
     match = _PART_NAME.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
@@ -381,9 +379,7 @@ def split_names(name: str) -> tuple[str, ...]:
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
     """Open a GGUF model: one file, or all parts of a split model, given any part.
 
-    `copied` and `max_header` are as for `GgufFile.open`.
-
-    The metadata is that of the first part, the only part with all of it.
+    `copied` and `max_header` are as for `GgufFile.open`. The metadata is that of the first part, which has all of it.
 
     Raises:
         ModelNotFoundError: a file or a part is missing; the message names it.
@@ -396,8 +392,7 @@ def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None 
     for number, part in enumerate(paths, start=1):
         if len(paths) > 1 and not part.is_file():
             raise ModelNotFoundError(
-                f"{part} is missing: it is part {number} of the {len(paths)} that the model consists of; "
-                "put all parts into one folder"
+                f"{part} is missing: it is part {number} of {len(paths)} of the model; put all parts into one folder"
             )
     parts: list[GgufFile] = []
     try:
@@ -415,16 +410,16 @@ def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None 
 
 
 def _check_part(part: GgufFile, number: int, count: int) -> None:
-    said_number, said_count = _split_field(part, "split.no"), _split_field(part, "split.count")
-    if count == 1 and said_count is not None and said_count > 1:
+    split_number, split_count = _split_field(part, "split.no"), _split_field(part, "split.count")
+    if count == 1 and split_count is not None and split_count > 1:
         raise ModelNotFoundError(
-            f"{part.path} is one of {said_count} parts of a split model and does not bear a part's name; "
-            f"name the parts <model>-00001-of-{said_count:05d}.gguf and so on, in one folder"
+            f"{part.path} is one of {split_count} parts of a split model, but not named as one; name the parts "
+            f"<model>-00001-of-{split_count:05d}.gguf and so on, in one folder"
         )
-    if count > 1 and (said_number, said_count) != (number, count):
+    if count > 1 and (split_number, split_count) != (number, count):
         raise InvalidFileError(
-            f"{part.path} is named as part {number + 1} of {count}, but its metadata has split.no {said_number} and "
-            f"split.count {said_count} where {number} and {count} belong"
+            f"{part.path} is named as part {number + 1} of {count}, but its metadata has split.no {split_number} and "
+            f"split.count {split_count} instead of {number} and {count}"
         )
 
 

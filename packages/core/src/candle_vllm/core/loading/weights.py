@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load a model's weights from a checkpoint by the family's table of weight names.
+"""Load a model's weights from a checkpoint, by the family's table of weight names.
 
 The table has one line per tensor: its parameter in the model, its Hugging Face name and its GGUF name, with `{i}` for
 the layer and `{e}` for the expert. Missing, unexpected and misshapen tensors are reported before memory is allocated.
@@ -24,7 +24,7 @@ from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threa
 
 logger = logging.getLogger(__name__)
 
-_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one tensor in GGUF files
+_PART = re.compile(r":\d+\.")  # in targets of several tensors that are one tensor in GGUF files
 _SHOWN = 64  # maximum number of names of one kind in an error message
 
 
@@ -42,7 +42,7 @@ class Parameter(Protocol):
         ...
 
     def fill(self, stored: StoredTensor) -> str | None:
-        """Load the tensor; return, for the log, why a quantised tensor takes more memory than in the file."""
+        """Load the tensor; return why it takes more memory than in the file (for the log), or None."""
         ...
 
 
@@ -50,17 +50,15 @@ class Loadable(Protocol):
     """Layer whose weights are named parameters ("weight", "bias", "q.weight", ...)."""
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         ...
 
 
 @runtime_checkable
 class Finishes(Protocol):
-    """Layer with a method that runs after its parameters are loaded."""
+    """Layer with a method that is called when all of its parameters are loaded."""
 
-    def finish(self) -> None:
-        """Finish the layer: every parameter is loaded."""
-        ...
+    def finish(self) -> None: ...
 
 
 Cut: TypeAlias = Callable[[str, StoredTensor], StoredTensor]
@@ -68,7 +66,7 @@ _Job = tuple[StoredTensor, Parameter, str]  # the tensor, its parameter, and the
 
 
 class Counted(Protocol):
-    """Config values that determine how often a table's lines repeat."""
+    """Config values that determine how often the lines of a table are repeated."""
 
     @property
     def num_layers(self) -> int:
@@ -83,7 +81,7 @@ class Counted(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A stored name with its own view, for alternatives of one line that are stored differently (apart, fused)."""
+    """A stored name with its own view, for lines whose tensors are stored in several ways (separate, fused)."""
 
     name: str
     view: View
@@ -98,9 +96,9 @@ class WeightName:
 
     Attributes:
         target: attribute path of the layer and the parameter, such as "layers.{i}.attention.qkv:q.weight".
-        hf, gguf: the stored name, or several names, of which the first stored one is used; None for a format without
-            the tensor. In a line with `{e}` a name without `{e}` is a tensor of all experts.
-        hf_view, gguf_view: view of the stored tensor, or of an expert's part of it, if its name has no view of its own.
+        hf, gguf: the stored name, or alternatives, of which the first one in the checkpoint is used; None for a format
+            without the tensor. In a line with `{e}`, a name without `{e}` is one tensor with all experts.
+        hf_view, gguf_view: view of the stored tensor, or of one expert of it, for names without their own view.
     """
 
     target: str
@@ -125,7 +123,7 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name in `tensors`; a tensor that is in no file has its line's target as name."""
+        """Return the first name that is in `tensors`; a tensor that comes from no file is named by its target."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
@@ -139,7 +137,7 @@ class Line:
 
     @property
     def first(self) -> str:
-        """Name for messages."""
+        """The first name, for messages."""
         return self._spelled(self.names[0])
 
     @property
@@ -152,7 +150,7 @@ class Line:
 
 
 def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
-    """Pair each line of safetensors with its line of GGUF; parts of a tensor that is whole in GGUF get its line."""
+    """Pair each safetensors line with its GGUF line; several tensors that are one in GGUF get the same GGUF line."""
     both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
     wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
     for stored_line, line in both:
@@ -169,8 +167,8 @@ def check_weights(
 ) -> None:
     """Compare the model of a config with the checkpoint, before memory is allocated.
 
-    A config may claim any size. The model is built without memory here (shapes only), so that the model that is
-    allocated later is never larger than the checkpoint.
+    A config may claim any size. The model is built without memory (shapes only), so the model that is allocated
+    later is never larger than the checkpoint.
 
     Args:
         build: builds the model without memory.
@@ -201,22 +199,22 @@ def load_weights(
     """Load every tensor of `checkpoint` into `model`.
 
     Args:
-        model: the object whose attribute paths the table names.
+        model: the model; targets are its attribute paths.
         table: the family's table of names.
         checkpoint: the stored tensors.
         config: the model's config, passed to views.
-        ignored: patterns of unused stored names (buffers that old checkpoints saved).
-        progress: called with the bytes of each tensor when it is loaded.
-        cut: returns a shard's part of a tensor, by the tensor's target.
+        ignored: patterns of stored names that are not used (buffers in old checkpoints).
+        progress: called with the bytes of each loaded tensor.
+        cut: returns a rank's part of the tensor for a target; None loads whole tensors.
 
     Raises:
-        WeightsError: names or shapes differ; the message lists all names that do not match.
+        WeightsError: names or shapes differ; the message lists them.
     """
     jobs = _match(model, table, checkpoint, config, ignored, cut)
 
     def run(job: _Job, number: int) -> str | None:
         stored, place, _ = job
-        LOADED_PART.set(number)  # in a context of its own
+        LOADED_PART.set(number)  # in this job's own context
         why = place.fill(stored)
         stored.release()
         return why
@@ -224,7 +222,7 @@ def load_weights(
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
     context = copy_context()
-    context.run(LOADING_THREADS.set, loading_threads())  # the number is read from the system once
+    context.run(LOADING_THREADS.set, loading_threads())  # read from the system once
     with ThreadPoolExecutor(2) as pool:  # one thread dequantises while the other copies
         whys = pool.map(lambda job, number: context.copy().run(run, job, number), jobs, range(len(jobs)))
         for (stored, _, path), why in zip(jobs, whys):
@@ -234,14 +232,11 @@ def load_weights(
             left[path] -= 1
             layer = layer_at(model, path)
             if not left[path] and isinstance(layer, Finishes):
-                layer.finish()  # before the next layer is filled, which reuses memory that this frees
+                layer.finish()  # at once, so that later layers reuse memory that this frees
     for why, tensors in decoded.items():
         logger.warning(
             "%s: %d quantised tensors (%s ...) are decoded, which takes more memory: %s",
-            checkpoint.path,
-            len(tensors),
-            tensors[0].name,
-            why,
+            *(checkpoint.path, len(tensors), tensors[0].name, why),
         )
 
 
@@ -324,7 +319,7 @@ def parameters_of(model: object, table: Iterable[WeightName], config: Counted, f
 
 
 def places(model: object) -> Callable[[str], bool]:
-    """Return a predicate: whether the model has a line's target; some lines of tables are for some models only."""
+    """Return a predicate: whether the model has a target; some lines of a table are for some models only."""
     known: dict[str, Mapping[str, Parameter]] = {}
 
     def has(target: str) -> bool:
@@ -338,7 +333,7 @@ def places(model: object) -> Callable[[str], bool]:
 
 
 def layer_at(model: object, path: str) -> Loadable | None:
-    """Return the layer at a path like "layers.3.attention.qkv"; None for a path without a layer (a tied head)."""
+    """Return the layer at a path like "layers.3.attention.qkv"; None if the model has no such layer (a tied head)."""
     found: Any = model
     for name in path.split("."):
         part = found[int(name) : int(name) + 1] if name.isdigit() else [getattr(found, name, None)]

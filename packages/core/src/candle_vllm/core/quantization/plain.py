@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Plain element types: their numpy types, and conversion from one type to another.
 
-Used before step 1 of a request's life. Types have the names of safetensors and GGUF files. Numpy has no bfloat16 and no
-8-bit floats: an array holds their bits, and the type's name is passed beside it.
+Types have the names of safetensors and GGUF files. Numpy has no bfloat16 and no 8-bit floats: an array contains their
+bits, and the type's name is passed with it.
 Source: OCP 8-bit Floating Point Specification (e4m3, e5m2) and OCP Microscaling Formats 1.0 (e8m0), 2023.
 """
 
@@ -29,11 +29,11 @@ ELEMENTS: Mapping[str, np.dtype] = MappingProxyType(
 """The numpy type of an array's elements, for each type."""
 
 _CHUNK = 1 << 15
-"""Elements that are converted at a time: the data of a round stays in the cache."""
+"""Elements per round: the data of a round stays in the cache."""
 
 
 def read_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], wanted: str) -> np.ndarray:
-    """Copy elements out of a file, and convert them if the types differ.
+    """Copy elements from a file's bytes, and convert them if the types differ.
 
     Args:
         raw: the bytes, uint8, contiguous; they need not be aligned.
@@ -62,8 +62,8 @@ def rounded(value: float, name: str) -> float:
 
 
 def convert(values: np.ndarray, stored: str, out: np.ndarray, wanted: str) -> None:
-    """Convert a flat array to another type; a narrower type is rounded to nearest, ties to even."""
-    with np.errstate(all="ignore"):  # overflow becomes infinite, and a NaN stays one
+    """Convert a flat array to another type; floats round to nearest, ties to even, F64 by way of F32 as in torch."""
+    with np.errstate(all="ignore"):  # overflow becomes infinite, and NaN stays NaN
         if wanted == "BF16":
             _to_bf16(values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32"), out)
         elif stored == "BF16" and wanted == "F32":

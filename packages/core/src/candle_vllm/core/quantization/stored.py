@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""One logical tensor for the stored parts of a matrix in a quantised safetensors format.
+"""One logical tensor for the stored parts (codes, scales) of a matrix in a quantised safetensors format.
 
-Used before step 1 of a request's life. A format reads runs of rows of its parts (`WeightSource`); a `QuantisedTensor`
-is a matrix, or several of the same shape, from which the views of `loading/views.py` may select rows. Data is read
-when it is used, in chunks of rows.
+Each format has a `WeightSource`, which reads rows of the parts. A `QuantisedTensor` is a matrix, or several of the same
+shape, of which the views of `loading/views.py` may select rows. Data is read when it is used, in chunks of rows.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class WeightSource(ABC, Generic[Codes]):
     Attributes:
         parts: the stored tensors.
         align: reads begin and end at multiples of this row number (or at the last row).
-        span: columns that share a scale of small floats, K for one scale per row; None for other formats.
+        span: number of columns that share a scale of small floats, K for one scale per row; None for integer codes.
     """
 
     parts: tuple[StoredTensor, ...]
@@ -57,14 +56,14 @@ class WeightSource(ABC, Generic[Codes]):
 
     @abstractmethod
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """Pack a tensor's rows, from this source or from columns of it, for a backend."""
+        """Pack a tensor, whose source is this one or some of its columns, for a backend."""
 
     def columns(self, first: int, last: int) -> WeightSource[Codes]:
         """Select columns first to last - 1 of every row."""
         return _Columns(self, first, last)
 
     def column_step(self) -> int:
-        """Columns can be split at multiples of this number; some rows are read to find it."""
+        """Return the number at whose multiples columns can be split; reads the first rows."""
         return self.read(0, self.align).column_step
 
 
@@ -72,7 +71,6 @@ class CodeSource(WeightSource[GroupCodes]):
     """Source of integer codes in groups."""
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `WeightSource.pack_for`."""
         return backend.codes(tensor, tensor.codes, tensor.blocks)
 
 
@@ -80,7 +78,6 @@ class FloatSource(WeightSource[ScaledCodes]):
     """Source of small floats with scales; `span` is not None."""
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `WeightSource.pack_for`."""
         assert tensor.span is not None
         return backend.floats(tensor, tensor.span, tensor.codes)
 
@@ -94,15 +91,13 @@ class _Columns(WeightSource[Codes]):
         self._source, self._first, self._last = source, first, last
 
     def read(self, first: int, last: int) -> Codes:
-        """See `WeightSource.read`."""
         return self._source.read(first, last).cut(self._first, self._last)
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.decode`: scales are combined as in the whole matrix."""
+        # By the whole matrix's decoder, so that scales are combined as in the whole matrix.
         return self._source.decode(first, last)[:, self._first : self._last]
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:
-        """See `WeightSource.pack_for`."""
         return self._source.pack_for(backend, tensor)
 
 
@@ -120,7 +115,6 @@ class QuantisedTensor(StoredTensor):
 
     @property
     def path(self) -> Path:
-        """See `StoredTensor.path`."""
         return self.source.parts[0].path
 
     def select(self, order: np.ndarray) -> QuantisedTensor:
@@ -134,18 +128,15 @@ class QuantisedTensor(StoredTensor):
 
     @property
     def column_step(self) -> int:
-        """See `StoredTensor.column_step`."""
         return self.source.column_step()
 
     def columns(self, first: int, last: int) -> QuantisedTensor:
-        """See `StoredTensor.columns`."""
         self._check_columns(first, last)
         nbytes = self.nbytes * (last - first) // self.shape[-1]
         source = self.source.columns(first, last)
         return dataclasses.replace(self, shape=(*self.shape[:-1], last - first), nbytes=nbytes, source=source)
 
     def load(self, dtype: str | None = "F32") -> np.ndarray:
-        """See `StoredTensor.load`."""
         wanted = dtype or "F32"
         out = np.empty((self._rows, self.shape[-1]), ELEMENTS[wanted])
 
@@ -158,10 +149,10 @@ class QuantisedTensor(StoredTensor):
         return out.reshape(self.shape)
 
     def raw(self) -> np.ndarray:
-        """Return the rows in blocks of the ggml type of `blocks`, their columns in the original order.
+        """Return the rows as blocks of a ggml type, see `blocks`, with columns in the original order.
 
         Raises:
-            UnsupportedModelError: no such type holds them exactly.
+            UnsupportedModelError: no ggml type represents the rows exactly.
         """
         found = self.blocks()
         if found is None or found.order is not None:
@@ -169,8 +160,8 @@ class QuantisedTensor(StoredTensor):
         return found.raw
 
     def blocks(self) -> Blocks | None:
-        """Convert the rows to blocks of a ggml type that kernels multiply; None if no type holds them exactly."""
-        if self.span is not None:  # no such type holds small floats
+        """Convert the rows to blocks of a ggml type with kernels; None if no type represents them exactly."""
+        if self.span is not None:  # no ggml type represents small floats
             return None
         found: dict[int, Blocks | None] = {}
 
@@ -184,7 +175,6 @@ class QuantisedTensor(StoredTensor):
         return Blocks(chunks[0].type, np.concatenate([chunk.raw for chunk in chunks]), chunks[0].order)
 
     def pack_for(self, backend: Backend[Packed]) -> Packed:
-        """See `StoredTensor.pack_for`."""
         return self.source.pack_for(backend, self)
 
     def codes(self) -> Any:
@@ -193,16 +183,13 @@ class QuantisedTensor(StoredTensor):
 
     @property
     def span(self) -> int | None:
-        """See `StoredTensor.span`."""
         return self.source.span
 
     @property
     def block_type(self) -> None:
-        """See `StoredTensor.block_type`."""
         return None
 
     def release(self) -> None:
-        """See `StoredTensor.release`."""
         for part in self.source.parts:
             part.release()
 
@@ -216,7 +203,7 @@ class QuantisedTensor(StoredTensor):
         return self.source.read(start, stop).take(inside)
 
     def _place(self, first: int, last: int) -> tuple[int, int, np.ndarray | slice]:
-        """Return the aligned rows of the source to read for rows of this tensor, and the selection among them."""
+        """Return the aligned range of source rows to read for rows of this tensor, and the selection in that range."""
         wanted = np.arange(first, last) if self.index is None else self.index[first:last]
         align = self.source.align
         start, stop = int(wanted.min()), int(wanted.max()) + 1
@@ -235,7 +222,7 @@ class QuantisedTensor(StoredTensor):
 
 
 class LayerTensors:
-    """Stored tensors of one layer, taken by name; each is checked, and the others stay in the checkpoint.
+    """Stored tensors of one quantised layer, taken by name with a check of their type.
 
     Args:
         tensors: tensors of the checkpoint.
@@ -250,7 +237,7 @@ class LayerTensors:
         self.taken: list[StoredTensor] = []
 
     def find(self, end: str, *type_names: str) -> StoredTensor | None:
-        """Return the tensor `layer` + `end`, or None if it is not stored; it must have one of `type_names`."""
+        """Return the tensor `layer` + `end`, which must have one of `type_names`; None if it is not stored."""
         found = self._tensors.get(self.layer + end)
         if found is None:
             return None
@@ -265,9 +252,7 @@ class LayerTensors:
         """As `find`, but the tensor must exist."""
         found = self.find(end, *type_names)
         if found is None:
-            raise InvalidFileError(
-                f"{self.path}: tensor {self.layer + end} is missing; the other parts of this quantised layer are there"
-            )
+            raise InvalidFileError(f"{self.path}: tensor {self.layer + end} is missing, a part of a quantised layer")
         return found
 
     def shape_error(self, part: StoredTensor, wanted: object, why: str) -> InvalidFileError:
@@ -294,7 +279,7 @@ def numbers(part: StoredTensor, dtype: type[np.generic]) -> np.ndarray:
 
 
 def floats(part: StoredTensor, where: object = ...) -> np.ndarray:
-    """Return stored floats, or those at the numpy index `where`, as float32; a view of the file if possible."""
+    """Return stored floats, or those at the numpy index `where`, as a float32 array."""
     if part.type_name == "BF16":
         return (numbers(part, np.uint16)[where].astype(np.uint32) << 16).view(np.float32)  # pyright: ignore
     kind = np.float16 if part.type_name == "F16" else np.float32
