@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Process-wide settings: the number of threads, their stacks, and Python's garbage collector."""
+"""Process-wide settings: number of threads, stack size, garbage collector; and the state of processes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from functools import cache
 from pathlib import Path
 
 STACK_BYTES = 16 << 20
-"""Stack size of threads: operations store rows of activations and widened weights there, up to 4 MiB each."""
+"""Stack size of threads; operations store activations and converted weights there, up to 4 MiB each."""
 
 
 @contextmanager
 def deep_stacks() -> Iterator[None]:
-    """Give `STACK_BYTES` to threads that start within the context; the system's default may be only 2 MiB."""
+    """Give `STACK_BYTES` to threads that start in this context; the system's default may be only 2 MiB."""
     before = threading.stack_size(STACK_BYTES)
     try:
         yield
@@ -33,14 +33,14 @@ def deep_stacks() -> Iterator[None]:
 
 
 LOADING_THREADS: ContextVar[int | None] = ContextVar("LOADING_THREADS", default=None)
-"""Number of threads that decode and lay out one tensor, if it was set; each new thread has its own value."""
+"""Number of threads that convert one tensor, if set; each new thread has its own value."""
 
 LOADED_PART: ContextVar[object] = ContextVar("LOADED_PART", default=None)
-"""Part of a model that this thread loads; the same part has the same name when it is loaded again."""
+"""Key of the part of a model that this thread loads; it is the same when the part is loaded again."""
 
 
 def loading_threads() -> int:
-    """Return the number of threads that decode and lay out one tensor: the set number, or `default_threads`."""
+    """Return `LOADING_THREADS`, or `default_threads` if it is not set."""
     return LOADING_THREADS.get() or default_threads()
 
 
@@ -50,7 +50,7 @@ def loading_threads() -> int:
 def default_threads() -> int:
     """Return the default number of computing threads: one for each physical core that this process may use.
 
-    A container's CPU quota is rounded, halves up: with more threads, each would stop for a part of every period.
+    It is at most the container's CPU quota (halves rounded up): more threads would be throttled in every period.
     """
     quota = cpu_quota()
     return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
@@ -66,7 +66,7 @@ def usable_cpus() -> frozenset[int]:
 def physical_cores() -> int:
     """Return the number of physical cores among the CPUs that this thread may use; two hyper-threads count as one.
 
-    On macOS, of a processor with two types of cores, only fast cores count: a step takes as long as its slowest thread.
+    On macOS only the fast cores of a processor count, because a step takes as long as its slowest thread.
     """
     return _cores_of(usable_cpus())
 
@@ -87,7 +87,6 @@ def _cores_of(cpus: frozenset[int]) -> int:
 
 
 def _cores_of_macos() -> int:
-    """Return the number of cores that `sysctl` reports."""
     system = ctypes.CDLL(None)
     for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # the first exists if core types differ
         count, size = ctypes.c_int32(), ctypes.c_size_t(4)
@@ -97,12 +96,11 @@ def _cores_of_macos() -> int:
 
 
 _RECORD = struct.Struct("=QIIQQ")
-"""Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION, 64 bits: CPU mask, relationship, padding, and two details of it."""
+"""Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION, 64 bits: CPU mask, relationship, padding, and a union of 16 bytes."""
 _SHARED_CORE = 0
 
 
 def _cores_of_windows() -> int:
-    """Return the number of cores that Windows reports."""
     if sys.platform != "win32":
         raise OSError("another system")
     system, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
@@ -120,9 +118,9 @@ def cores_in(records: bytes) -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPU quota of this process's control groups and all their parents, the smallest; None without a limit.
+    """Return the smallest CPU quota of this process's control groups and their parents, in CPUs; None without a limit.
 
-    It reads both versions of Linux's control groups, `cpu.max` and `cpu.cfs_quota_us`.
+    It reads `cpu.max` (version 2) and `cpu.cfs_quota_us` (version 1) of Linux's control groups.
     """
     return min((limit for group in control_groups("cpu", root) for limit in _limits(group)), default=None)
 
@@ -130,8 +128,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     """Yield the folders of this process's control groups, of both versions, and of all their parents.
 
-    In a container the groups' paths may be those of the host, which do not exist in the container: then the group at
-    the mount point is the container's own.
+    In a container, a group's path may be the host's, which does not exist there; then the group at the mount point is
+    the container's.
 
     Args:
         controller: controller of version 1, such as "cpu" or "memory"; version 2 has one group for all controllers.
@@ -139,7 +137,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     """
     for line in read_or_nothing(root / "proc/self/cgroup").splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if not controllers:  # version 2, alone or beside version 1
+        if not controllers:  # version 2, or both versions
             tops = [root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"]
         elif controller in controllers.split(","):
             tops = [root / "sys/fs/cgroup" / name for name in dict.fromkeys((controllers, controller))]
@@ -152,7 +150,7 @@ def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
 
 
 def _limits(group: Path) -> list[float]:
-    """Return the CPU limit of one control group as a list, which is empty without a limit."""
+    """Return the CPU limit of one control group in CPUs; an empty list without a limit."""
     quota, period = (*read_or_nothing(group / "cpu.max").split(), "", "")[:2]
     if not quota:
         quota, period = (read_or_nothing(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
@@ -171,7 +169,7 @@ def read_or_nothing(path: Path) -> str:
 
 # ---- Python's cycle collector ----------------------------------------------------------------------------------------
 
-# A start creates some 300,000 objects that stay, and a thousand streams create and free as many: with the default
+# Loading creates some 300,000 lasting objects, and a thousand streams create and free as many: with the default
 # thresholds the collector would interrupt both repeatedly.
 _COLLECTOR = (50_000, 20, 20)
 
@@ -179,18 +177,18 @@ _COLLECTOR = (50_000, 20, 20)
 def collect_seldom() -> None:
     """Run the collector rarely, and not while the process ends; for a process that runs only this program.
 
-    Its passes over lasting objects take a tenth of a start's time, and a second at the end, for no benefit.
+    Scanning lasting objects takes a tenth of the start, and a second at exit, for no benefit.
     """
     gc.set_threshold(*_COLLECTOR)
-    atexit.register(_let_go)
+    atexit.register(_freeze_objects)
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the collector within the context, so that it does not scan a growing number of lasting objects repeatedly.
+    """Pause the collector in this context.
 
-    With a compiler's many small objects these scans take a sixth of its time; and pinned memory that is freed within a
-    CUDA graph capture would be recorded in the graph.
+    While a compiler creates many lasting objects, repeated scans take a sixth of its time. Pinned memory that is freed
+    during the capture of a CUDA graph would be recorded in the graph.
     """
     running = gc.isenabled()
     gc.disable()
@@ -201,16 +199,13 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _let_go() -> None:
-    if "triton" not in sys.modules:  # Triton writes a line for each of its objects that was not collected
+def _freeze_objects() -> None:
+    if "triton" not in sys.modules:  # Triton prints a line for each of its objects that was not collected
         gc.freeze()
 
 
 def process_state(pid: int) -> tuple[str, float] | None:
-    """Return the state of a process (a letter), and the seconds of CPU time that its threads have used.
-
-    See proc(5), /proc/PID/stat; None if the file does not exist.
-    """
+    """Return a process's state (a letter) and CPU seconds from /proc/PID/stat, see proc(5); None without that file."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -219,9 +214,9 @@ def process_state(pid: int) -> tuple[str, float] | None:
 
 
 def ending(status: int | None) -> str:
-    """Describe how a child process has ended, by its `returncode`; None if it runs but has closed its connection."""
+    """Describe how a child process ended, by its `returncode`; None means that it has only closed its connection."""
     if status is None:
-        return "it closed its end of the line"
+        return "it closed its connection"
     if status >= 0:
         return f"exit status {status}"
     try:

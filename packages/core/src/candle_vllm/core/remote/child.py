@@ -83,7 +83,7 @@ def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[
             while not told.ended.is_set():
                 desk.turn()
         except wire.MalformedMessageError as error:
-            logger.error("the parent sent what is no message: %s", error)
+            logger.error("the parent sent a malformed message: %s", error)
             return 1
         finally:
             desk.close()

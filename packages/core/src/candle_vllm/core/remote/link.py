@@ -151,7 +151,7 @@ class RemoteLink:
         try:
             message = self._reader.read(data)
         except wire.MalformedMessageError as error:
-            raise EngineDeadError(f"the engine process sent what is no message and is ended: {error}") from None
+            raise EngineDeadError(f"the engine process sent a malformed message and is ended: {error}") from None
         if isinstance(message, wire.Pieces):
             self._stats = message.stats or self._stats
             for piece in message.pieces:

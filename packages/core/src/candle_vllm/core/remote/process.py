@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""EngineProcess: the child process that runs an engine, and the socket to it (before step 1 of a request's life).
+"""EngineProcess: the child process that runs an engine, and the socket to it.
 
 The socket is in a folder that only this user can access; on Windows it is a local port. The child identifies itself by
-a token that it reads from its standard input: messages of other processes are dropped, and nothing is sent to them.
-While this process runs, its end of that input is open; while the child runs, its end of `alive` is open. So each
-process notices the end of the other, for any reason.
+a token that it reads from its standard input; messages of other processes are dropped. This process keeps the other
+end of that pipe open, and the child keeps the other end of `alive` open, so each process notices when the other ends
+for any reason.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from candle_vllm.core.threads import ending
 logger = logging.getLogger(__name__)
 
 CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
-_LONGEST_FOLDER = 80  # bytes; the path of a socket in it may have 107
-_MAX_STRANGERS = 10  # maximum number of messages of other processes that are logged
+_LONGEST_FOLDER = 80  # bytes; a socket's path may have 107
+_MAX_STRANGERS = 10  # maximum number of warnings about messages of other processes
 _LOOK_UP = 1000  # ms
-_LAST_WORDS = 20  # ms in which the last messages of an ended child may arrive
+_LAST_WORDS = 20  # ms to wait for the last messages of an ended child
 
 
 class EngineProcess:
@@ -46,10 +46,10 @@ class EngineProcess:
 
     Args:
         config: the engine's configuration.
-        command: the command to start.
+        command: command that starts the child.
 
     Attributes:
-        socket: socket to the child, used by one thread; not thread-safe.
+        socket: socket to the child; not thread-safe.
         alive: descriptor that becomes readable when the child has ended.
         pid: the child's process id.
 
@@ -80,7 +80,7 @@ class EngineProcess:
             )
         except BaseException:
             far.close()
-            self._let_go()
+            self._free()
             raise
         if given is None:
             threading.Thread(target=self._hold, args=(far,), name="candle-vllm-engine-process", daemon=True).start()
@@ -99,7 +99,7 @@ class EngineProcess:
     def greeting(self) -> wire.Ready:
         """Wait until the child has loaded its model, and report progress.
 
-        A child that fails sends its error and waits to be ended, so after the child's end no more messages arrive.
+        A child that fails sends its error and waits until it is ended, so no message arrives after its end.
 
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: the child's error.
@@ -113,7 +113,7 @@ class EngineProcess:
                 try:
                     message = reader.read(data)
                 except wire.MalformedMessageError as error:
-                    raise ModelLoadError(f"the engine process sent what is no message: {error}") from None
+                    raise ModelLoadError(f"the engine process sent a malformed message: {error}") from None
                 if isinstance(message, wire.Failed):
                     raise wire.make_error(message.error)
                 if isinstance(message, wire.Loading):
@@ -122,8 +122,8 @@ class EngineProcess:
                 return message
             if self._popen.poll() is not None or self.alive in events:
                 raise ModelLoadError(
-                    f"the process that was loading {self._model} has ended ({self._fate()}); its last words are in "
-                    "the log. Where memory is short, the system kills it: take a smaller model or less cache "
+                    f"the process that was loading {self._model} has ended ({self._fate()}); the log has its last "
+                    "output. If memory is short, the system kills it: use a smaller model or less cache "
                     "(`kv_cache_memory`)"
                 )
 
@@ -132,7 +132,7 @@ class EngineProcess:
         return self.socket.poll(_LAST_WORDS) != 0
 
     def received(self, most: int) -> Iterator[bytes]:
-        """Yield messages that have arrived from the child, without waiting; drop messages of other processes."""
+        """Yield at most `most` messages of the child, without waiting; drop messages of other processes."""
         for _ in range(most):
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -143,19 +143,19 @@ class EngineProcess:
             else:
                 self._strangers += 1
                 if self._strangers <= _MAX_STRANGERS:
-                    logger.warning("a message on the engine's socket was not from the engine, and was dropped")
+                    logger.warning("a message on the engine's socket was dropped, because the engine did not send it")
 
     def send(self, data: bytes) -> None:
         """Send a message to the child.
 
         Raises:
-            EngineDeadError: the child has ended, or accepts no message.
+            EngineDeadError: the child has ended, or does not accept the message in time.
         """
         try:
             self.socket.send_multipart((CONTROL + self._token, data))
         except zmq.Again:
             raise EngineDeadError(
-                f"the engine process took no message for {wire.PATIENCE:.0f} s and is ended"
+                f"the engine process accepted no message for {wire.PATIENCE:.0f} s and is ended"
             ) from None
         except zmq.ZMQError:
             raise EngineDeadError(f"the engine process has ended ({self._fate()})") from None
@@ -172,7 +172,7 @@ class EngineProcess:
             self._popen.wait(wire.PATIENCE)
 
     def close(self, *, kill: bool = False) -> None:
-        """Ask the child to end, kill it after a timeout, and free all resources. Closing twice is fine."""
+        """Ask the child to end, kill it after a timeout, and free all resources; may be called twice."""
         with self._ending:
             if self._ended:
                 return
@@ -183,7 +183,7 @@ class EngineProcess:
                 self.kill()
                 with contextlib.suppress(OSError):
                     self._input.close()
-                self._let_go()
+                self._free()
 
     def _stop(self, kill: bool) -> None:
         if kill:
@@ -226,7 +226,7 @@ class EngineProcess:
         with end:
             self._popen.wait()
 
-    def _let_go(self) -> None:
+    def _free(self) -> None:
         self._near.close()
         self._context.destroy(linger=0)
         if self._folder:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """In the engine's process: receive requests, run them on the engine, and send outputs (steps 4 to 9).
 
-`RequestDesk` has one socket and runs in the process's main thread; `Outbox` has the other socket and runs in the
-engine's thread. Slow work, such as compiling a grammar, is done in other threads.
+`RequestDesk` has one socket, in the main thread; `Outbox` has the other one, in the engine's thread. Slow work, such as
+compiling a grammar, runs in other threads.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ class Outbox:
 
     def put(self, item: Delivery) -> None:
         """Collect one output; see `Sink`."""
-        if isinstance(item, TokenOutput):  # `fail` sends the end of the engine
+        if isinstance(item, TokenOutput):  # an error of the engine is sent by `fail`
             self._pieces.append(item)
 
     def flush(self, engine: StepEngine) -> list[str]:
-        """Send the collected outputs, with the statistics if they are due or the engine becomes idle.
+        """Send the collected outputs, and the statistics if they are due or the engine is idle.
 
         Returns:
-            Tickets (request ids in this process) whose outputs are too large; the parent has got an error for each.
+            Tickets (request ids in this process) whose outputs are too large to send; errors were sent instead.
         """
         pieces, self._pieces = self._pieces, []
         stats = self._due(engine)
         return self._send(pieces, stats) if pieces or stats is not None else []
 
     def fail(self, error: EngineDeadError) -> None:
-        """Report that the engine has failed for good; the parent then ends this process."""
+        """Report that the engine cannot continue; the parent then ends this process."""
         self._socket.send(wire.encode(wire.Ended(wire.writable(str(error)))))
 
     def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
@@ -79,7 +79,7 @@ class Outbox:
             if len(pieces) != 1:
                 return [ticket for piece in pieces for ticket in self._send([piece], stats)]
             (piece,) = pieces
-            message = f"the answer cannot be handed over: {error}; ask for fewer log-probabilities or a shorter text"
+            message = f"the answer cannot be sent: {error}; request fewer log-probabilities or a shorter text"
             self._socket.send(
                 wire.encode(wire.Refused(piece.request_id, wire.describe_error(RequestError(wire.writable(message)))))
             )
@@ -136,11 +136,9 @@ class ChildEngine(InferenceEngine):
         return self._require()[0].max_step_tokens
 
     def prepare(self, request: GenerationRequest) -> Sequence[Any]:
-        """See `Engine.prepare`."""
         return self._require()[0].prepare(request)
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
-        """See `Engine.call_adapters`."""
         return self._adapters(call)
 
     def _make_thread(self, engine: Engine) -> EngineThread:
@@ -162,7 +160,7 @@ class RequestDesk:
         engine: the engine.
         outbox: the sink of all requests.
         socket: socket to the parent; only the thread that calls `turn` uses it.
-        bell: bell that wakes that thread.
+        bell: wakes that thread.
     """
 
     def __init__(self, engine: ChildEngine, outbox: Outbox, socket: zmq.Socket[bytes], bell: Bell) -> None:
@@ -174,13 +172,13 @@ class RequestDesk:
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(bell.descriptor, zmq.POLLIN)
         self._reader = wire.Reader(wire.ToChild)
-        self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
+        self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-grammars")
         self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # threads that wait for adapter loads
         self._preparing: set[str] = set()  # tickets of requests that a worker prepares
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
     def turn(self) -> None:
-        """Wait for messages or for the bell, and handle them.
+        """Wait for messages or the bell, then handle messages and finished work.
 
         Raises:
             MalformedMessageError: the parent sent an invalid message.
@@ -197,7 +195,7 @@ class RequestDesk:
             self._take(self._reader.read(data))
 
     def close(self) -> None:
-        """End the workers, without waiting for their work."""
+        """End the worker threads, without waiting for their work."""
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._callers.shutdown(wait=False, cancel_futures=True)
 
@@ -223,7 +221,7 @@ class RequestDesk:
             self._submit(message.request, self._prepared(message.request))
 
     def _prepared(self, request: GenerationRequest) -> Sequence[Any] | CandleVllmError:
-        """Return the engine's prepared request, or the error."""
+        """Prepare a request; return its sequences, or the error."""
         try:
             return self._engine.prepare(request)
         except CandleVllmError as error:
@@ -240,13 +238,13 @@ class RequestDesk:
         except CandleVllmError as error:
             self._socket.send(wire.encode(wire.Refused(request.request_id, wire.describe_error(error))))
 
-    # ---- in a worker's thread ----------------------------------------------------------------------------------------
+    # ---- in a worker thread ------------------------------------------------------------------------------------------
 
     def _prepare(self, request: GenerationRequest) -> None:
         prepared = self._prepared(request)
 
         def hand_over() -> None:
-            if request.request_id in self._preparing:  # otherwise it was aborted meanwhile
+            if request.request_id in self._preparing:  # else it was aborted meanwhile
                 self._preparing.remove(request.request_id)
                 self._submit(request, prepared)
 
@@ -262,7 +260,7 @@ class RequestDesk:
         except CandleVllmError as error:
             described = wire.describe_error(error)
         except Exception as error:
-            logger.exception("the engine could not be put to sleep, or woken")
+            logger.exception("the engine could not sleep or wake up")
             described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
         answer = wire.encode(wire.Checked(message.number, described))
         self._hand_over(lambda: self._socket.send(answer))
@@ -274,8 +272,8 @@ class RequestDesk:
         except CandleVllmError as error:
             described = wire.describe_error(error)
         except Exception as error:
-            logger.exception("a form could not be checked")
-            described = wire.describe_error(CandleVllmError(f"the form could not be checked: {type(error).__name__}"))
+            logger.exception("a grammar could not be checked")
+            described = wire.describe_error(CandleVllmError(f"a grammar could not be checked: {type(error).__name__}"))
         answer = wire.encode(wire.Checked(number, described))
         self._hand_over(lambda: self._socket.send(answer))
 
@@ -287,13 +285,13 @@ class RequestDesk:
         except CandleVllmError as error:
             described = wire.describe_error(error)
         except Exception as error:
-            logger.exception("adapters could not be asked")
+            logger.exception("a call about adapters failed")
             described = wire.describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
         self._engine.thread.wake()  # sends the new statistics
         answer = wire.encode(wire.Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _hand_over(self, work: Callable[[], object]) -> None:
-        """Run work in the main thread, which alone may use the socket."""
+        """Run work in the main thread, the only one that may use the socket."""
         self._done.put(work)
         self._bell.ring()

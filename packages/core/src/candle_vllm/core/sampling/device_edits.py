@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Edits of a batch's logits (step 7 of ten): as tensors for a GPU's kernels, or applied directly by torch.
+"""Edits of a batch's logits (step 7): as tensors for a GPU's kernels, or applied by torch.
 
-Logit bias and forbidden tokens are short lists, rebuilt for each step. Allowed tokens, also those of a grammar, are a
-bitmask over the vocabulary. Token counts for the penalties stay on the device, one row for each sequence with
-penalties, where the kernels update them.
+Logit bias and forbidden tokens are short lists, rebuilt in each step. Allowed tokens, including a grammar's, are a
+bitmask over the vocabulary. Token counts for penalties stay on the device, one row for each sequence with penalties,
+where the kernels update them.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class HostEdits:
 
     Args:
         stream: the stream that will apply them.
-        states: one per row; `has_edits` is true for at least one.
-        slots: the row in the `OccurrenceTable` of each row, or -1.
+        states: the state of each row; `has_edits` is true for at least one.
+        slots: for each row its row in the `OccurrenceTable`, or -1.
     """
 
     def __init__(self, stream: DeviceStream, states: Sequence[SamplingState], slots: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ class HostEdits:
             }
 
     def there(self, counts: torch.Tensor | None) -> DeviceEdits:
-        """Return the kernels' arguments, with the table of counts; None for unused edits. Work of the stream."""
+        """Return the kernels' arguments with the table `counts`; call it on the stream."""
         found = {name: sent.there() for name, sent in self._sent.items()}
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
@@ -71,9 +71,9 @@ class Narrowing:
 
     Args:
         stream: the stream that will apply them.
-        dry: token ids and values that are added to logits, as in `DeviceEdits`; None without DRY.
+        dry: ids of tokens and values to add to their logits, as in `DeviceEdits`; None without DRY.
         rows: rows with a sampler chain.
-        links: [R, 12] parameters of the chain, one row for each of `rows`.
+        links: the 12 parameters of the chain for each of `rows`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Narrowing:
         return cls(stream, dry, rows, [states[row].links() for row in rows])
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change logits [R, V] in place. Work of the stream."""
+        """Change logits [R, V] in place; call it on the stream."""
         if self._dry is not None:
             ids, values = (sent.there() for sent in self._dry)
             kernels.edit_tensors(logits, DeviceEdits(bias_ids=ids, bias=values))
@@ -114,7 +114,7 @@ class OccurrenceTable:
 
     Attributes:
         counts: the table; None before it is needed.
-        outdated: states whose rows must be filled again.
+        outdated: states whose table rows must be filled again.
     """
 
     def __init__(self, stream: DeviceStream, vocab_size: int) -> None:
@@ -127,9 +127,9 @@ class OccurrenceTable:
         self.outdated: weakref.WeakSet[SamplingState] = weakref.WeakSet()
 
     def slot(self, state: SamplingState) -> int:
-        """Return the table row of a state that has counts.
+        """Return the table row of a state that has counts; the stream fills a new or outdated row.
 
-        If the row is new or outdated (or, at each step, if only the last tokens count), the stream fills it.
+        If only the last tokens count (`windowed`), the row is filled in every step.
         """
         known = self._slots.get(state)
         if known is not None and not state.windowed and state not in self.outdated:
@@ -160,7 +160,7 @@ class OccurrenceTable:
         return slot
 
     def _grown(self) -> torch.Tensor:
-        """Return the table with at least as many rows as were assigned."""
+        """Return the table, enlarged to all assigned rows."""
         if self.counts is None or len(self.counts) < self._rows:
             table = torch.zeros(self._rows, self._vocab_size, dtype=torch.int32, device=self._stream.device)
             if self.counts is not None:
@@ -173,7 +173,7 @@ _NO_IDS = np.zeros(0, np.int64)
 
 
 def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return [R, N] ids, -1 where unused, and the biases of their logits; -inf for a forbidden token."""
+    """Return [R, N] token ids, padded with -1, and their biases; the bias of a forbidden token is -inf."""
     rows = []
     for state in states:
         banned = np.unique(state.forbidden_ids()) if state.masks_tokens else _NO_IDS
@@ -184,7 +184,7 @@ def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[n
 
 
 def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return ids and values of some rows as [R, N]."""
+    """Return ids and values of rows as [R, N], padded with -1 and 0."""
     most = max(len(ids) for ids, _ in rows)
     all_ids, all_values = np.full((len(rows), most), -1, np.int32), np.zeros((len(rows), most), np.float32)
     for row, (ids, values) in enumerate(rows):
@@ -193,21 +193,18 @@ def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDA
 
 
 # ---- with torch ------------------------------------------------------------------------------------------------------
-# Entries are addressed by their index in the flattened [R * V]; N entries over all rows.
+# N entries of all rows are addressed by their index in the flattened [R * V].
 
 _INF = float("inf")
 
 
 def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
-    """Return [V] whether each token is allowed."""
+    """Unpack a bitmask to [V]: whether each token is allowed."""
     return np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """Do what `apply_processors` does, on any device: rows and ids are gathered over the batch.
-
-    Rare edits are computed on the host.
-    """
+    """Do what `apply_processors` does, on any device and for the whole batch at once; rare edits run on the host."""
     for row, state in enumerate(states):
         if state.params.logits_processors:
             on_host(logits[row], process_row, state)
@@ -238,7 +235,7 @@ def mask_in_torch(logits: torch.Tensor, masks: Mapping[int, NDArray[np.int32]]) 
 
 @contextlib.contextmanager
 def _keeping_faults(logits: torch.Tensor, rows: list[int]) -> Iterator[None]:
-    """Return a context in which rows are masked; a row in which NaN or +inf were masked gets a NaN at the end."""
+    """Return a context for masking rows: a row that had a NaN or +inf before has a NaN afterwards."""
     broken = ~(logits[rows].amax(1) < _INF)
     yield
     logits[rows, 0] = torch.where(broken, float("nan"), logits[rows, 0])
@@ -247,7 +244,7 @@ def _keeping_faults(logits: torch.Tensor, rows: list[int]) -> Iterator[None]:
 def on_host(
     row: torch.Tensor, change: Callable[[NDArray[np.float32], SamplingState], None], state: SamplingState
 ) -> None:
-    """Change a row [V] by a function that takes a numpy array."""
+    """Change a row [V] with a function on numpy arrays."""
     there = row.cpu().numpy().copy()
     change(there, state)
     row.copy_(torch.from_numpy(there))
@@ -291,18 +288,18 @@ def penalised(
     frequency: torch.Tensor,
     presence: torch.Tensor,
 ) -> torch.Tensor:
-    """Return logits of tokens that occurred after the three penalties.
+    """Apply the three penalties to the logits of tokens that have occurred.
 
     Args:
         logits: [N] float32 logits of tokens in the prompt or the output.
         counts: [N] float32, occurrences in the output; 0 for a token of the prompt only.
         repetition: [N] float64 above 0: divides positive logits, multiplies the others (Keskar et al., CTRL, 2019).
-        frequency: [N] float64, subtracted per occurrence.
+        frequency: [N] float64, subtracted for each occurrence.
         presence: [N] float64, subtracted once if `counts` is above 0.
 
     Returns:
-        [N] float32. The arithmetic is float64. A finite logit stays below +inf, because a repetition penalty close
-        to 0 would make it the only candidate of a row that is then undefined; -inf stays -inf.
+        [N] float32, computed in float64. A finite logit stays below +inf, which would leave the row without a defined
+        softmax if a repetition penalty is close to 0; -inf stays -inf.
     """
     wide = logits.double()
     scaled = torch.where(wide > 0, wide / repetition, wide * repetition)

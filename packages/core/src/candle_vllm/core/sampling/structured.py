@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""StructuredOutputsParams: the form of a text. Field names are vLLM's, except `reasoning_*` and `around`.
+"""StructuredOutputsParams: the format of a text. Field names are vLLM's, except `reasoning_*` and `around`.
 
-This module checks what needs no vocabulary; a `GrammarBackend` checks the rest when it compiles.
+This module checks what does not depend on the vocabulary; a `GrammarBackend` checks the rest when it compiles.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_CHOICE_CHARACTERS = 1 << 20  # maximum characters of all choices together
 MAX_WHITESPACE_PATTERN = 256  # characters
 MAX_REASONING_MARK = 256  # characters
 _PARAM = "structured_outputs"
-_MARKS = ("__dataclass_fields__", "__total__", "__struct_fields__")  # of dataclasses, TypedDicts, msgspec's structs
+_MARKS = ("__dataclass_fields__", "__total__", "__struct_fields__")  # dataclass, TypedDict, msgspec struct
 
 
 class HasJsonSchema(Protocol):
-    """A class that has the JSON schema of its objects, such as a pydantic model."""
+    """A class with a JSON schema of its objects, such as a pydantic model."""
 
     def model_json_schema(self) -> Mapping[str, Any]: ...
 
@@ -37,32 +37,32 @@ class HasJsonSchema(Protocol):
 if TYPE_CHECKING:
     Schema = str | Mapping[str, Any] | bool | HasJsonSchema | type
 else:
-    Schema = str | Mapping[str, Any] | bool  # the types that are sent to another process
+    Schema = str | Mapping[str, Any] | bool  # the types that can be sent to another process
 
 
 class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The form that a generated text must have. Exactly one of the first six attributes is given.
+    """The format that a generated text must have. Exactly one of the first six attributes must be given.
 
-    The form has priority over `SamplingParams.min_tokens` and `ignore_eos`: a text whose form is complete ends.
+    The format has priority over `SamplingParams.min_tokens` and `ignore_eos`: a complete text ends.
 
     Attributes:
-        json: a JSON schema, as a mapping or as a text; true for any JSON value. For a pydantic class, a dataclass, a
-            TypedDict or a msgspec Struct, its schema is used.
+        json: a JSON schema as a mapping or a string; true for any JSON value; or a pydantic class, dataclass, TypedDict
+            or msgspec Struct with that schema.
         regex: a regular expression in the syntax of Rust's `regex` crate that the whole text matches.
-        choice: texts; the whole text is one of them.
+        choice: strings, one of which is the whole text.
         grammar: a grammar in llguidance's dialect of Lark, or in llama.cpp's GBNF.
         json_object: true for any JSON object.
         structural_tag: tagged parts in free text: vLLM's older form (`structures`, `triggers`), or xgrammar's newer one
-            (`type` "structural_tag", `format`), as a mapping or its text.
-        whitespace_pattern: a regular expression for whitespace between the tokens of JSON. The default is at most two
-            spaces, or a newline and its indentation, so that a model cannot generate whitespace without end.
-        disable_any_whitespace: JSON without whitespace between its tokens.
+            (`type` "structural_tag", `format`), as a mapping or a JSON string.
+        whitespace_pattern: a regular expression for whitespace between JSON tokens. The default, at most two spaces or
+            a newline and indentation, prevents whitespace without end.
+        disable_any_whitespace: no whitespace between JSON tokens.
         reasoning_start: mark with which the text may begin (after whitespace); from there to `reasoning_end` the text
             is free. If it is not given, the text begins inside the reasoning.
-        reasoning_end: the mark before which the text is free; the form begins after it. The name of a special token
-            means that token, in both marks and in the texts of a structural tag.
-        around: a grammar, in the syntax of `grammar`, of the whole text after the reasoning; `@form` in it is the form.
-            It allows marks around an answer, or tool calls instead of an answer.
+        reasoning_end: mark that ends the reasoning; the format applies after it. The name of a special token means that
+            token, in both marks and in the texts of a structural tag.
+        around: a grammar, in the syntax of `grammar`, of the whole text after the reasoning; in it, `@form` stands for
+            the format. It allows marks around an answer, or tool calls instead of an answer.
     """
 
     json: Schema | None = None
@@ -84,15 +84,8 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
         if len(given) != 1:
             what = f"it has {' and '.join(given)}" if given else "it has none"
             raise refused(f"must have exactly one of {', '.join(KINDS)}; {what}")
-        for name, most in (
-            ("regex", MAX_REGEX),
-            ("grammar", MAX_GRAMMAR),
-            ("around", MAX_GRAMMAR),
-            ("whitespace_pattern", 256),
-        ):
+        for name, most in _MAX_CHARACTERS.items():
             _text(name, getattr(self, name), most)
-        for name in ("reasoning_start", "reasoning_end"):
-            _text(name, getattr(self, name), MAX_REASONING_MARK)
         for name in ("json", "structural_tag"):
             if isinstance(getattr(self, name), str):
                 _text(name, getattr(self, name), MAX_SCHEMA)
@@ -100,20 +93,20 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
         if self.reasoning_start is not None and self.reasoning_end is None:
             raise refused("reasoning_start needs reasoning_end: give the mark that ends the reasoning too")
         if self.around is not None and "@form" not in self.around:
-            raise refused("around must have @form where the form is to stand")
+            raise refused("around must have @form, which stands for the format")
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise refused("give whitespace_pattern or disable_any_whitespace, not both")
 
     @property
     def kind(self) -> str:
-        """The one of `KINDS` that was given."""
+        """The name in `KINDS` of the given format."""
         return next(name for name in KINDS if getattr(self, name) not in (None, *_NOT_ASKED.get(name, ())))
 
     def _check_kinds(self) -> None:
         if not isinstance(self.json, (str, Mapping, bool, type(None))):
-            raise refused(f"json must be a JSON schema: an object, its text, or true, not {type(self.json).__name__}")
+            raise refused(f"json must be a JSON schema: an object, its JSON, or true, not {type(self.json).__name__}")
         if not isinstance(self.structural_tag, (str, Mapping, type(None))):
-            raise refused("structural_tag must be an object or its text")
+            raise refused("structural_tag must be an object or a JSON string")
         for name in ("json_object", "disable_any_whitespace"):
             if getattr(self, name) not in (None, True, False):
                 raise refused(f"{name} must be true or false")
@@ -130,15 +123,19 @@ class StructuredOutputsParams(ExplainedStruct, frozen=True, kw_only=True, forbid
 
 
 _NOT_ASKED: Mapping[str, tuple[bool, ...]] = {"json_object": (False,)}
+_MAX_CHARACTERS: Mapping[str, int] = {
+    "regex": MAX_REGEX, "grammar": MAX_GRAMMAR, "around": MAX_GRAMMAR, "whitespace_pattern": MAX_WHITESPACE_PATTERN,
+    "reasoning_start": MAX_REASONING_MARK, "reasoning_end": MAX_REASONING_MARK,
+}  # fmt: skip
 
 
 def refused(message: str) -> InvalidParameterError:
-    """Return the error for a request whose form is not supported."""
+    """Return the error for a request whose format is not supported."""
     return InvalidParameterError(f"structured_outputs: {message}", _PARAM)
 
 
 def schema_of(model: Any) -> Mapping[str, Any]:
-    """Return the JSON schema of a class of pydantic (without importing it), or of another kind of class with fields.
+    """Return the JSON schema of a pydantic class (without importing pydantic), dataclass, TypedDict or msgspec Struct.
 
     Raises:
         InvalidParameterError: the class has no JSON schema.
@@ -159,7 +156,7 @@ def parsed_json(name: str, value: Schema) -> Any:
     """Parse a schema or a structural tag into fresh dicts and lists, which the caller may change.
 
     Raises:
-        InvalidParameterError: invalid JSON, or too much of it.
+        InvalidParameterError: invalid JSON, or longer than `MAX_SCHEMA`.
     """
     try:
         text = value if isinstance(value, str) else _json.dumps(value, default=_plain, allow_nan=False)
@@ -181,7 +178,7 @@ def _plain(value: object) -> object:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _text(name: str, value: Any, most: int) -> None:
@@ -194,4 +191,4 @@ def _text(name: str, value: Any, most: int) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot carry; send whole characters") from None
+        raise refused(f"{name} has half a surrogate pair, which UTF-8 cannot encode: send whole characters") from None

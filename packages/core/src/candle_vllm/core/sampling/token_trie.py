@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Vocabulary for llguidance: a trie of every token's bytes, special tokens separate (step 7 of ten).
+"""Vocabulary for llguidance: a trie of the bytes of all tokens, and the special tokens (step 7).
 
-It is built once per model, which takes a second for 150,000 tokens.
+It is built once for each model, in a second for 150,000 tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.sampling.unique_tokens import Neighbours
 
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
-# Tokens that are text of a JSON string, grouped by length: whole groups are allowed or forbidden at once, so that masks
+# Groups of tokens that are text of a JSON string, by length: llguidance allows or forbids whole groups, so that masks
 # stay fast inside strings with a maxLength.
 _SLICES = (
     r"[\x20\x0A\x0D\x09]+",
@@ -30,7 +30,7 @@ _KEPT = 1024  # maximum number of cached tokenizations of forced texts, which ar
 
 
 class Vocabulary(Protocol):
-    """Interface of a tokenizer for a grammar backend."""
+    """Tokenizer interface that a grammar backend needs."""
 
     @property
     def vocab_size(self) -> int:
@@ -38,11 +38,11 @@ class Vocabulary(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to a text; a special token's are its name."""
+        """Return the bytes that a token adds to a text; for a special token, its name."""
         ...
 
     def is_special(self, token_id: int) -> bool:
-        """Whether a token structures the text and is not part of it."""
+        """Whether a token is special: it structures the text and is not part of it."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
@@ -51,7 +51,7 @@ class Vocabulary(Protocol):
 
 
 class TokenTrie:
-    """The trie, and data of the vocabulary for masks.
+    """The trie, and the vocabulary's data for masks.
 
     Args:
         tokenizer: the vocabulary.
@@ -61,7 +61,7 @@ class TokenTrie:
     Attributes:
         ll: the trie.
         words: number of int32 words of llguidance's mask.
-        usable: [ceil(V / 32)] int32, with a bit for each token that has bytes or ends a text.
+        usable: [ceil(V / 32)] int32, a bit for each token: whether it has bytes or ends a text.
         tokens: the bytes of each token.
         eos_ids: see the arguments.
     """
@@ -74,17 +74,17 @@ class TokenTrie:
         self.eos_ids = frozenset(eos_ids)
         known = min(vocab_size, tokenizer.vocab_size)
         self.tokens = [tokenizer.token_bytes(token) for token in range(known)] + [b""] * (vocab_size - known)
-        # An end token must never be treated as text, whatever its bytes are.
+        # An end token is special even if the tokenizer treats it as text.
         self.special = {token for token in range(known) if tokenizer.is_special(token)} | self.eos_ids
         usable = np.zeros(32 * -(-vocab_size // 32), np.uint8)
         usable[[token for token in range(vocab_size) if self.tokens[token] or token in self.eos_ids]] = 1
         self.usable = np.packbits(usable, bitorder="little").view(np.int32)
         ends = list(eos_ids) or [vocab_size]
         if not eos_ids:
-            self.tokens.append(b"")  # the end token of a vocabulary without an end token
+            self.tokens.append(b"")  # llguidance needs an end token
         self.words = -(-len(self.tokens) // 32)
-        shown = _Shown(tokenizer, self.tokens, sorted(self.special), ends[0])
-        self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(shown), eos_token=ends, slices=list(_SLICES))
+        wrapped = _LlguidanceVocabulary(tokenizer, self.tokens, sorted(self.special), ends[0])
+        self.ll: LLTokenizer = LLTokenizer(TokenizerWrapper(wrapped), eos_token=ends, slices=list(_SLICES))
 
     def __call__(self, text: str) -> list[int]:
         """Tokenize a text without special tokens."""
@@ -92,17 +92,17 @@ class TokenTrie:
 
     def _as_written(self, data: bytes) -> tuple[int, ...]:
         tokens = self(data.decode("utf-8", "ignore"))[:-1]
-        said = b"".join(self.tokens[token] for token in tokens)
-        return tuple(tokens) if data.startswith(said) else ()  # otherwise the tokenizer has added a space
+        covered = b"".join(self.tokens[token] for token in tokens)
+        return tuple(tokens) if data.startswith(covered) else ()  # else the tokenizer has added a space
 
     @cached_property
     def written(self) -> Callable[[bytes], tuple[int, ...]]:
-        """Return the tokenizer's tokens of a text without the last one; cached, because a form's names repeat."""
+        """Return the tokens of a text without the last token; cached, because the names in a grammar repeat."""
         return lru_cache(_KEPT)(self._as_written)
 
     @cached_property
     def neighbours(self) -> Neighbours:
-        """The tokens in the order of their bytes."""
+        """The tokens sorted by their bytes."""
         from candle_vllm.core.sampling.unique_tokens import Neighbours
 
         return Neighbours(self.tokens[: self.vocab_size], self.special, -(-self.vocab_size // 32))
@@ -115,11 +115,11 @@ class TokenTrie:
         return Literals({self.tokens[token].decode("utf-8", "replace"): token for token in self.special})
 
 
-class _Shown:
-    """Vocabulary in the interface that llguidance expects.
+class _LlguidanceVocabulary:
+    """Vocabulary with the interface that llguidance expects.
 
-    It must not refer to the trie: llguidance holds this object and the trie holds llguidance's object, a cycle that the
-    garbage collector cannot see, so that neither would be freed.
+    It must not refer to the trie, which holds llguidance's object, which holds this one: the garbage collector does not
+    see such a cycle, so it would never be freed.
     """
 
     bos_token_id = None
@@ -131,6 +131,6 @@ class _Shown:
         self.eos_token_id = end
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Tokenize; llguidance calls this during construction, and later only to force tokens."""
+        """Tokenize; llguidance calls this in its constructor, and later only to force tokens."""
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)

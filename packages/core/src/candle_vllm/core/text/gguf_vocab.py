@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Read and check the vocabulary of a GGUF file (loading, before step 3 of a request can run).
+"""Read and check the vocabulary of a GGUF file.
 
-Metadata comes from an untrusted file: every key is checked for type, length and range here, so that later code may
-trust it. Keys: the GGUF specification, section "Tokenizer"; defaults: llama.cpp.
+The file is not trusted: the type, length and range of every value are checked here, so that later code may trust them.
+Source: the GGUF specification, section "Tokenizer" (keys), and llama.cpp (defaults).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 SUPPORTED_MODELS = ("gpt2", "llama", "bert", "t5", "gemma4")
 
-# Ids that a model kind implies when the file does not give them.
+# Default ids of each kind of tokenizer.
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {
     "llama": {"bos": 1, "eos": 2, "unknown": 0},
     "bert": {"bos": 101, "seperator": 102, "unknown": 100, "padding": 0, "mask": 103},
@@ -38,20 +38,9 @@ _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {
     "gpt2": {},
     "gemma4": {},
 }
-# "seperator": the specification spells it so.
+# "seperator" is the spelling of the specification.
 _ID_NAMES = (
-    "bos",
-    "eos",
-    "unknown",
-    "padding",
-    "seperator",
-    "mask",
-    "cls",
-    "eot",
-    "eom",
-    "fim_pad",
-    "fim_rep",
-    "fim_sep",
+    *("bos", "eos", "unknown", "padding", "seperator", "mask", "cls", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"),
     *INFILL_NAMES,
 )
 
@@ -62,16 +51,16 @@ class GgufVocab:
 
     Attributes:
         model: kind of tokenizer, one of SUPPORTED_MODELS.
-        tokens: one text per id, all different and non-empty.
+        tokens: the texts of all ids, all different and not empty.
         numbers: the id of each text.
-        types: one of the token types per id.
+        types: the token type of each id.
         scores: log-probability per id; empty for a file without scores.
-        merges: pairs of texts in order of priority; `check_merges` checks that both and their concatenation are tokens.
+        merges: pairs of texts in order of priority, not checked (`check_merges`).
         ids: special token ids by name ("bos", "eos", "unknown", ...).
         pre: pre-tokenizer, for byte-pair models.
-        add_bos, add_eos: put BOS before, EOS after a prompt.
-        add_space_prefix: text starts with a space that the caller did not write.
-        charsmap: SentencePiece's precompiled normalisation, or empty.
+        add_bos, add_eos: add BOS before a prompt, EOS after it.
+        add_space_prefix: add a space before a text.
+        charsmap: precompiled normalisation of SentencePiece, or empty.
         general_name: `general.name`, lower case; some rules depend on it.
     """
 
@@ -98,12 +87,12 @@ def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
 
     Raises:
         InvalidFileError: a key is missing, has the wrong type, or contradicts another; the message names it.
-        UnsupportedModelError: the file asks for a kind of tokenizer that is not implemented.
+        UnsupportedModelError: the kind of tokenizer is not implemented.
     """
     reader = _Reader(metadata)
     model = reader.text("model")
     if model is None:
-        raise InvalidFileError(f"the GGUF metadata has no {PREFIX}model: the file carries no tokenizer")
+        raise InvalidFileError(f"the GGUF metadata has no {PREFIX}model: the file has no tokenizer")
     if model not in SUPPORTED_MODELS:
         supported = ", ".join(SUPPORTED_MODELS)
         raise UnsupportedModelError(f"{PREFIX}model {model!r:.80} is not implemented; supported are {supported}")
@@ -123,7 +112,7 @@ def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
         merges=_read_merges(reader) if model in ("gpt2", "gemma4") else [],
         ids=ids,
         pre=pre,
-        # A Gemma 4 file may say otherwise by mistake; the model does not work without its BOS.
+        # Some Gemma 4 files disable BOS by mistake; the model does not work without it.
         add_bos=(add_bos or pre is PRE_TOKENIZERS["gemma4"]) and "bos" in ids,
         add_eos=reader.flag("add_eos_token", model in ("t5", "bert")) and "eos" in ids,
         add_space_prefix=reader.flag("add_space_prefix", spm_like),
@@ -136,7 +125,7 @@ def read_gguf_vocab(metadata: Mapping[str, object]) -> GgufVocab:
 
 
 class _Reader:
-    """Typed access to the metadata; numpy scalars and arrays become Python's own."""
+    """Typed access to the metadata; converts numpy scalars and arrays to Python values."""
 
     def __init__(self, metadata: Mapping[str, object]) -> None:
         self._metadata = metadata
@@ -203,12 +192,12 @@ def _texts(key: str, values: list[Any]) -> None:
 
 
 def _name_wrong_text(key: str, values: list[Any]) -> None:
-    """Find the invalid text for the error, one by one: too slow for valid vocabularies."""
+    """Raise the error that names the invalid text; this loop is too slow for valid vocabularies."""
     for index, value in enumerate(values):
         if type(value) is not str:
             raise InvalidFileError(f"{PREFIX}{key}[{index}] must be a string, not {type(value).__name__}")
         if len(value) > MAX_TOKEN_LENGTH:
-            raise InvalidFileError(f"{PREFIX}{key}[{index}] has {len(value)} characters; most are {MAX_TOKEN_LENGTH}")
+            raise InvalidFileError(f"{PREFIX}{key}[{index}] has {len(value)} characters, above {MAX_TOKEN_LENGTH}")
 
 
 def _read_tokens(reader: _Reader) -> dict[str, int]:
@@ -222,7 +211,7 @@ def _read_tokens(reader: _Reader) -> dict[str, int]:
     if len(numbers) != len(tokens):
         seen: set[str] = set()
         twice = next(index for index, token in enumerate(tokens) if token in seen or seen.add(token))
-        raise InvalidFileError(f"{PREFIX}tokens has {tokens[twice]!r:.80} twice, the second time at {twice}")
+        raise InvalidFileError(f"{PREFIX}tokens has {tokens[twice]!r:.80} twice, the second time at index {twice}")
     return numbers
 
 
@@ -267,7 +256,7 @@ def _halves(line: str) -> tuple[str, str]:
 
 
 def check_merges(vocab: GgufVocab) -> None:
-    """Find the invalid merge after the tokenizer refused the merges; checking all merges is slow.
+    """Raise the error for the first invalid merge; called only after the tokenizer refused them, because it is slow.
 
     Raises:
         InvalidFileError: a merge is not two tokens whose concatenation is a token.
@@ -278,7 +267,7 @@ def check_merges(vocab: GgufVocab) -> None:
             raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; it must be two tokens and a space")
         if not all(text in vocab.numbers for text in (left, right, left + right)):
             line = f"{left} {right}"
-            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}, which names texts that are no tokens")
+            raise InvalidFileError(f"{PREFIX}merges[{index}] is {line!r:.80}; its parts and their sum must be tokens")
 
 
 def _read_pre(reader: _Reader, model: str) -> PreTokenizer:
@@ -288,8 +277,8 @@ def _read_pre(reader: _Reader, model: str) -> PreTokenizer:
     if model != "gpt2":
         return DEFAULT
     if name is None or name not in PRE_TOKENIZERS:
-        shown = "missing" if name is None else f"{name!r:.80}, which is not known"
-        logger.warning("%spre is %s: the default is used, and the output may be worse than the model's", PREFIX, shown)
+        shown = "missing" if name is None else f"{name!r:.80}, which is unknown"
+        logger.warning("%spre is %s: the default is used, so output may be worse than the model's", PREFIX, shown)
         return DEFAULT
     return PRE_TOKENIZERS[name]
 
@@ -321,5 +310,5 @@ def _read_charsmap(reader: _Reader) -> bytes:
     # Little-endian size of the trie, the trie, then the replacement texts.
     size = int.from_bytes(value[:4], "little")
     if value and (len(value) < 4 or size % 4 or size + 4 >= len(value)):
-        raise InvalidFileError(f"{PREFIX}precompiled_charsmap says {size} bytes of trie; it has {len(value)} in all")
+        raise InvalidFileError(f"{PREFIX}precompiled_charsmap gives its trie {size} of {len(value)} bytes in all")
     return bytes(value)

@@ -4,8 +4,8 @@
 The stop string that is complete first wins; if several end at the same character, the longest wins. So the result does
 not depend on how the text is split into chunks, and only text that may begin a stop string is held back.
 
-A caller that parses parts of the text as reasoning or tool calls, not as the answer, passes the marks around them
-(`StopMarks`): within these parts, and in the marks themselves, stop strings are ignored.
+Stop strings are ignored in reasoning and tool calls, and in the marks around them, if the caller passes these marks
+(`StopMarks`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ MAX_MARKS = 1 << 14  # number of marks of all states
 
 
 class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """State machine of the parts of a text, with the marks between them; it determines where stop strings count.
+    """State machine of the parts of a text (answer, reasoning, tool call) and the marks between them.
 
-    Stop strings are searched in the state "" only, after the whitespace that follows another state. The name of a
-    special token in a mark means that token, as in `ThoughtBudget`.
+    Stop strings are searched only in the state "" (the answer), after the whitespace that follows another state. The
+    name of a special token in a mark means that token, as in `ThoughtBudget`.
 
     Attributes:
-        states: state -> mark that ends it -> the state after that mark. A state without marks lasts to the end.
-        fresh: the same for marks that count only at the beginning of the text, or of its part in the state "".
-        first: the state at the beginning.
-        behind: the prompt ends in another state, so that whitespace at the beginning belongs to that state.
+        states: state -> mark that ends it -> the next state. A state without marks lasts to the end of the text.
+        fresh: mark -> the next state, for marks that count only at the beginning of a part in the state "".
+        first: the state at the beginning of the text.
+        behind: the prompt ends in another state, to which whitespace at the beginning of the text belongs.
     """
 
     states: Mapping[str, Mapping[str, str]]
@@ -42,7 +42,7 @@ class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_field
         marks = [mark for state in (*self.states.values(), self.fresh) for mark in state]
         if len(marks) > MAX_MARKS or not all(isinstance(mark, str) and 0 < len(mark) <= MAX_MARK for mark in marks):
             raise InvalidParameterError(
-                f"stop_marks: there may be {MAX_MARKS} marks, texts of 1 to {MAX_MARK} characters", "stop_marks"
+                f"stop_marks: at most {MAX_MARKS} marks of 1 to {MAX_MARK} characters are allowed", "stop_marks"
             )
         reached = {self.first, *self.fresh.values(), *(to for state in self.states.values() for to in state.values())}
         if unknown := sorted(reached - {"", *self.states}):
@@ -50,14 +50,14 @@ class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class _Prefix:
-    """Length of a literal's prefix at the end of the text (Knuth, Morris and Pratt): constant time per character."""
+    """Matches a literal against the end of the text (Knuth, Morris and Pratt), in constant time per character."""
 
     __slots__ = ("_borders", "length", "text", "then")
 
     def __init__(self, text: str, then: str = "") -> None:
         self.text = text
         self.then = then  # for a mark: the state after it
-        self.length = 0  # of the longest suffix of the text that is a proper prefix of the literal
+        self.length = 0  # length of the longest proper prefix of the literal that ends the text
         self._borders = [0]
         for character in text[1:]:
             border = self._borders[-1]
@@ -89,11 +89,11 @@ class _State:
         self._begins = re.compile("[" + "".join(map(re.escape, sorted(firsts))) + "]" if firsts else "(?!)")
 
     def idle(self, text: str) -> bool:
-        """Whether no match has begun and none can begin in the text, apart from `fresh` marks."""
+        """Whether no literal, apart from `fresh` marks, has begun or begins in the text."""
         return not (self._begins.search(text) or any(one.length for one in self._all))
 
     def enter(self) -> None:
-        """Reset the matches that had begun when the state was left."""
+        """Reset the partial matches from the last time in this state."""
         for one in self._all:
             one.length = 0
 
@@ -105,7 +105,7 @@ class StopScanner:
         stops: the stop strings.
         include_stop: the text ends after the stop string instead of before it.
         marks: parts of the text in which stop strings count; None for the whole text.
-        special_tokens: names of the vocabulary's special tokens, for the marks.
+        special_tokens: names of special tokens, which marks may contain.
 
     Attributes:
         idle: there are no stop strings.
@@ -125,8 +125,8 @@ class StopScanner:
         self.idle = not found
         self._include_stop = include_stop
         self._held = ""
-        self._pending: tuple[int, str] | None = None  # a found stop string that a mark may cover, and the text after it
-        self._names = dict[str, str]()  # special tokens in the marks -> their placeholder characters
+        self._pending: tuple[int, str] | None = None  # a match that a mark may cancel: characters after it, stop
+        self._names = dict[str, str]()  # special tokens in marks -> placeholder characters
         states = {"": _State(found, {}, {})}
         if marks is not None and found:
             self._name(marks, special_tokens)
@@ -135,16 +135,16 @@ class StopScanner:
         self._states = states
         self._state = states[marks.first if marks is not None and found else ""]
         self._answer = states[""]
-        self._skips = marks is not None and (marks.behind or bool(marks.first))  # skip white space
-        self._part = 0  # characters of this part of the answer, without white space before it
+        self._skips = marks is not None and (marks.behind or bool(marks.first))  # whether leading whitespace is skipped
+        self._part = 0  # characters of this part of the answer, without leading whitespace
         self._fresh = self._answer.fresh  # `fresh` marks that this part may still begin with
 
     def feed(self, text: str, *, armed: bool = True, special: str = "") -> str:
         """Add text and return the text that can be shown now.
 
         Args:
-            text: the text, which may be that of a special token.
-            armed: a stop string that ends in this text counts.
+            text: the text; it may be the text of a special token.
+            armed: whether a stop string that ends in this text counts.
             special: name of the special token that was sampled, which may have no text.
         """
         if self.found is not None or self.idle:
@@ -187,7 +187,7 @@ class StopScanner:
 
     @property
     def _is_plain(self) -> bool:
-        """Whether only the literals of the current state have to be searched."""
+        """Whether neither leading whitespace nor `fresh` marks matter now."""
         return self._state is not self._answer or not (self._skips or self._fresh)
 
     def _ends(self, whole: str) -> str:
@@ -206,7 +206,7 @@ class StopScanner:
         return longest
 
     def _read_mark(self, character: str) -> int:
-        """Process one character with the marks' placeholders; return how many last characters may belong to a mark.
+        """Match marks at one character or placeholder; return how many of the last characters may begin a mark.
 
         A complete mark cancels a stop string that ends in it.
         """
@@ -231,7 +231,7 @@ class StopScanner:
         return 0
 
     def _name(self, marks: StopMarks, special_tokens: Iterable[str]) -> None:
-        """Choose placeholders for the special tokens in marks: halves of surrogate pairs, which no text contains."""
+        """Choose placeholders for the special tokens in marks: lone surrogates, which no text contains."""
         literals = "\n".join(mark for state in (*marks.states.values(), marks.fresh) for mark in state)
         used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals]
         self._names = {name: chr(0xD800 + place) * len(name) for place, name in enumerate(used[:0x800])}
