@@ -167,10 +167,10 @@ def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None
     ("setting", "value", "why"),
     [
         ("attention_backend", "flashinfer", "FlashInfer's kernels are not used"),
-        ("load_format", "tensorizer", "safetensors and GGUF files alone"),
-        ("load_format", "sharded_state", "safetensors and GGUF files alone"),
+        ("load_format", "tensorizer", "safetensors and GGUF files only"),
+        ("load_format", "sharded_state", "safetensors and GGUF files only"),
         ("speculative_config", {"method": "medusa"}, "heads of Medusa are not read"),
-        ("speculative_config", {"method": "eagle"}, "those of EAGLE-3 are"),
+        ("speculative_config", {"method": "eagle"}, "use a head of EAGLE-3"),
     ],
 )
 def test_what_vllm_has_and_is_not_here_is_refused_with_the_reason(setting: str, value: Any, why: str) -> None:

@@ -88,7 +88,7 @@ assert not RAY_ENABLE_UV_RUN_RUNTIME_ENV
 @pytest.mark.parametrize(
     ("settings", "setting", "match"),
     [
-        ({"nnodes": 2, "cluster_key": "a key of the nodes"}, "nnodes", "which machines"),
+        ({"nnodes": 2, "cluster_key": "a key of the nodes"}, "nnodes", "knows its machines"),
         ({"data_parallel_size": 2}, "data_parallel_size", "no replicas"),
         ({"device": "cuda:0,cuda:1"}, "device", "chooses the GPUs"),
         ({"tensor_parallel_size": 1}, "distributed_executor_backend", "there is one"),

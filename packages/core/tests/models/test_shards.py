@@ -280,7 +280,7 @@ def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     write_tiny(tmp_path, row.model_type, **{**row.config, **sizes})
     settings: dict[str, Any] = {"isq": "q4k", "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match="inner elements of experts can only be divided by 256"):
+    with pytest.raises(ConfigError, match="inner elements of experts come in units of 256"):
         logits_of(tmp_path, 2, [LENGTH], **settings)
     counts, filled = list[int](), loading.fill
 
@@ -304,7 +304,7 @@ def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
     sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
     write_tiny(tmp_path / "few", row.model_type, **{**row.config, **sizes})
-    with pytest.raises(ConfigError, match="its 2 experts can only be divided by 1"):
+    with pytest.raises(ConfigError, match="its 2 experts come in units of 1"):
         logits_of(tmp_path / "few", 4, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=4)
     with pytest.raises(ConfigError, match="set tensor_parallel_size"):
         EngineConfig(model="m", enable_expert_parallel=True)

@@ -519,8 +519,8 @@ class EngineConfig(ExplainedSettings):
             )
         if self.all2all_backend != "auto" and not self.enable_expert_parallel:
             raise ConfigError(
-                f"all2all_backend={self.all2all_backend!r} needs enable_expert_parallel: set it, or leave "
-                "all2all_backend out",
+                f"all2all_backend={self.all2all_backend!r} is for whole experts: set enable_expert_parallel, or leave "
+                "it out",
                 "all2all_backend",
             )
         if self.nnodes > 1:

@@ -365,7 +365,7 @@ class _Units(NamedTuple):
                 parts.append(("inner elements of the shared expert", mixture.shared_size, self.shared))
         for what, total, unit in parts:
             if -(-total // unit) < size:
-                return f"its {total} {what} can only be divided by {unit}, so some ranks would get nothing"
+                return f"its {total} {what} come in units of {unit}, which are too few"
         return None
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
