@@ -276,7 +276,7 @@ def test_a_chat_in_an_event_loop(engine: InferenceEngine) -> None:
         assert "".join(piece.text for piece in pieces) == whole.text
         with pytest.raises(TypeError, match="achat has no argument 'max_tokens': it is a field of SamplingParams"):
             await engine.achat([USER], max_tokens=3)
-        with pytest.raises(TypeError, match="an event loop has stream and achat_stream"):
+        with pytest.raises(TypeError, match="in an event loop use `stream` or `achat_stream`"):
             async for _ in engine.chat_stream([USER], GREEDY):  # type: ignore[attr-defined]
                 pass
 

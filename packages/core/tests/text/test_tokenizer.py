@@ -83,7 +83,7 @@ def test_special_text_as_plain_words() -> None:
 def test_a_merge_may_begin_with_a_space() -> None:
     metadata = gpt2(merges=["h e", "  he"])
     assert read_gguf_vocab(metadata).merges == [("h", "e"), (" ", "he")]
-    with pytest.raises(InvalidFileError, match=r"^tokenizer\.ggml\.merges\[1\] is '  he', which names texts"):
+    with pytest.raises(InvalidFileError, match=r"^tokenizer\.ggml\.merges\[1\] is '  he'; its parts"):
         Tokenizer.from_gguf(metadata)
 
 

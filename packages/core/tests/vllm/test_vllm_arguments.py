@@ -77,7 +77,7 @@ def test_how_vectors_are_made() -> None:
         ({"decode_context_parallel_size": 2}, TypeError, "in no other way"),
         ({"fully_sharded_loras": True}, TypeError, "adapters lie whole"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
-        ({"spec_method": "eagle"}, ConfigError, "speculative_config: the method 'eagle' is not there"),
+        ({"spec_method": "eagle"}, ConfigError, "speculative_config: unknown method 'eagle'"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),
         ({"device_ids": [1]}, TypeError, "in no other way"),
         ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "max_images"),
