@@ -458,7 +458,7 @@ def test_an_answer_has_bytes_and_time_as_a_whole(lie: str, monkeypatch: pytest.M
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=accept, daemon=True).start()
         store = RedisBlocks(f"redis://127.0.0.1:{listener.getsockname()[1]}", "a", 1 << 20, 1000)
-        with pytest.raises(BlockError, match="Timeout" if lie == "drip" else "more than the 66576 bytes"):
+        with pytest.raises(BlockError, match="Timeout" if lie == "drip" else "more than 66576 bytes"):
             store.read(DIGESTS[0])
         over.set()
         store.close()
