@@ -373,6 +373,8 @@ def test_pages_and_blocks_stay_within_the_memory(mib: int, sequences: int, is_se
     except NoMemoryError as error:
         assert is_set
         assert mib < 181
+        lengths = re.findall(r"max_model_len=(-?\d+)", str(error))
+        assert all(int(length) > 0 for length in lengths)
         found = re.search(r"kv_cache_memory=(\d+)", str(error))
         assert found
         config = dataclasses.replace(config, kv_cache_memory=int(found[1]))

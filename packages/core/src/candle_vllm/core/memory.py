@@ -353,7 +353,7 @@ def _shrunk_context(
     needed = -(-context // config.block_size) * block_bytes + beside
     if config.max_model_len is None and fits >= config.block_size:
         return fits
-    ways = [f"max_model_len={fits}"] if fits else []
+    ways = [f"max_model_len={fits}"] if fits > 0 else []
     if needed <= room.available or room.limit is None:
         ways.append(f"kv_cache_memory={-(-needed // MIB) * MIB} (bytes)")
     if config.gpu_memory_utilization is not None and room.total:
