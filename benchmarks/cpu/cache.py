@@ -31,9 +31,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from perplexity import CACHE_SETTINGS, cut, fixed_text
+from perplexity import CACHE_SETTINGS, TEXT
 
 from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.perplexity import cut
 
 NAMES = ("Ada", "Boris", "Clara", "Dimitri", "Elena", "Farid", "Greta", "Hugo")
 
@@ -105,7 +106,7 @@ def needles(model: str, texts: int, caches: list[str], tokens: int) -> None:
         with ExitStack() as stack:
             engine = open_engine(stack, model, cache, tokens + 8)
             numbers, found, nats = random.Random(1), list[bool](), list[float]()  # noqa: S311 - the same for every type
-            for text in cut(engine, fixed_text()[1], texts * tokens, tokens)[1][:texts]:
+            for text in cut(engine, TEXT.read_text("utf-8"), tokens, texts * tokens)[1][:texts]:
                 given, answers = hidden(engine, text, tokens, numbers)
                 known = engine.generate([given], scored, use_tqdm=False)[0].prompt_logprobs or ()
                 for answer in answers:

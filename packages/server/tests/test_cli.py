@@ -90,12 +90,12 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert ("--dtype" in text) == (command not in ONLY)
+    assert ("--dtype" in text) == (command not in (*ONLY, "imatrix"))
     if command == "serve":
         assert all(flag in text for option in OPTIONS if "serve" in option.commands for flag in option.flags)
     own = {flag for option in (*settings_of(command), *COMMAND_OPTIONS[command]) for flag in option.flags}
     assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
-    assert ("cuda:N" in text) == (command not in ("quantize", "list", "rm", "ps", "bench serve"))  # which run no model
+    assert ("cuda:N" in text) == (command not in ("quantize", "imatrix", "list", "rm", "ps", "bench serve"))
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:
@@ -148,6 +148,11 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["quantize", "--m", "x", "--out", "x.gguf", "--isq", "q4"], "--isq must be one of q4_0"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a:b"], "'b' is no scale"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a", "--lora-to-gguf", "b"], "give one of them"),
+        (["perplexity", "--m", "x"], "-f FILE is missing"),
+        (["perplexity", "--m", "x", "-f", "none.txt"], "No such file or directory: none.txt"),
+        (["perplexity", "--m", "x", "-f", sys.executable], "is no text in UTF-8"),
+        (["imatrix", "--m", "x", "-f", __file__], "-o FILE.gguf is missing"),
+        (["imatrix", "--m", "x", "-f", __file__, "-o", "x.dat"], "x.dat does not end in .gguf"),
         (["quantize", "--device", "cpu"], "--device does not apply to `candle-vllm quantize`"),
         (["--m", ".", "--revision", "main"], "--revision chooses a version on Hugging Face, but the model is ."),
         (["--w", ".", "--revision", "main"], "--revision chooses a version on Hugging Face"),
@@ -668,15 +673,19 @@ def test_version_from_a_process() -> None:
     assert done.stdout.startswith("candle-vllm 0.")
 
 
-def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_toy_model(tmp_path / "plain")
-    words = tmp_path / "words"
-    words.mkdir()
+def write_words(folder: Path) -> Path:
+    """A tokenizer with a merge, which GGUF files can hold; the toy models' own has none."""
+    folder.mkdir()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({text: index for index, text in enumerate([*letters, "th"])}, [("t", "h")]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.save(str(words / "tokenizer.json"))
-    out = tmp_path / "q.gguf"
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_toy_model(tmp_path / "plain")
+    words, out = write_words(tmp_path / "words"), tmp_path / "q.gguf"
     line = ["quantize", "--m", str(folder), "--tokenizer", str(words), "--isq", "q4_0", "--out", str(out)]
     assert main(line) == 0
     said = capsys.readouterr().out
@@ -700,6 +709,42 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
         main(["quantize", "--m", str(folder), "--lora-to-gguf", str(adapter), "--out", str(tmp_path / "a.gguf")]) == 0
     )
     assert "F32 x 2" in capsys.readouterr().out
+
+
+def test_perplexity_beside_a_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As its files are: without the types that the model beside it is quantised to."""
+    folder, text, quantised = write_toy_model(tmp_path / "toy"), tmp_path / "text.txt", ["--isq", "q8_0"]
+    text.write_text("What is measured of a text. " * 12, "utf-8")
+    line = ["perplexity", "--m", str(folder), "-f", str(text), "--window", "64", "--tokens", "200", "--threads", "1"]
+    assert main(line) == 0
+    shown = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+    assert (shown["model"], shown["window"], shown["windows"]) == ("toy", "64", "4")
+    found = []
+    for options in (["--reference", str(folder)], [*quantised, "--reference", str(folder)], quantised):
+        assert main([*line, "--json", *options]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    own, other, alone = found
+    assert (own["kl"], own["ratio"], own["reference"]) == (0, 1, own["perplexity"])
+    assert str(round(own["perplexity"], 6)) == shown["perplexity"]
+    assert 0 < other["kl"] < 0.01
+    assert (other["reference"], other["perplexity"]) == (own["perplexity"], alone["perplexity"])
+    for command in (line[:5], ["imatrix", *line[1:5], "-o", str(tmp_path / "x.gguf")]):
+        assert main([*command, "--window", "513"]) == 2
+        assert "--window 513: max_model_len 513 is beyond the model's context of 512" in capsys.readouterr().err
+
+
+def test_imatrix_writes_a_file_that_quantize_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, text, out = write_toy_model(tmp_path / "toy"), tmp_path / "text.txt", tmp_path / "imatrix.gguf"
+    text.write_text("What is measured of a text. " * 12, "utf-8")
+    line = ["imatrix", "--m", str(folder), "-f", str(text), "-o", str(out), "-c", "64", "--threads", "1"]
+    assert main(line) == 0
+    assert re.fullmatch(r".*imatrix\.gguf: \d+\.\d MB, 16 entries\n", capsys.readouterr().out)
+    assert main(line) == 2
+    assert "--force" in capsys.readouterr().err
+    line = ["quantize", "--m", str(folder), "--tokenizer", str(write_words(tmp_path / "words")), "--isq", "iq4_nl"]
+    for name, more in (("with", ["--imatrix", str(out)]), ("without", [])):
+        assert main([*line, *more, "--out", str(tmp_path / f"{name}.gguf")]) == 0
+    assert (tmp_path / "with.gguf").read_bytes() != (tmp_path / "without.gguf").read_bytes()
 
 
 def test_words_of_other_programs_for_help_version_and_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:

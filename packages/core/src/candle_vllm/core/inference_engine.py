@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Unpack, cast
@@ -25,6 +25,8 @@ from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
 from candle_vllm.core.engine.step.engine import Engine
+from candle_vllm.core.engine.step.pooled import Reader, ScoredText
+from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine.step.watching import TextOptions
 from candle_vllm.core.engine_front import EngineFront
@@ -150,6 +152,18 @@ class InferenceEngine(EngineFront):
             engine.wait(_LOADING)
         ended, self._ended = self._ended, []
         return ended + engine.step()
+
+    def read_logits(self, token_ids: Sequence[int], read: Reader | None, first: int = 0) -> None:
+        """Run a text as `step` does, and call `read` with the logits after each token from the token `first` on.
+
+        Raises CandleVllmError if the engine fails on the text, or `read` raises.
+        """
+        self._check_generates()
+        engine = self._own_loop()
+        engine.add([ScoredText(token_ids, read, first)])
+        while engine.has_work:
+            for output in engine.step():
+                raise_failure(output)
 
     @property
     def has_unfinished_requests(self) -> bool:

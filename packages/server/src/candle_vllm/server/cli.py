@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config, and those for downloads.
+"""The `candle-vllm` command: finds a command by its name, and runs it.
 
 Before step 1 of a request's life. Every error that a user can cause ends as one line on standard error and exit status
 2; the traceback is shown only with `--log-level debug`. Only modules that the interpreter has loaded anyway are
@@ -116,40 +116,23 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     return program(configuration if command in ("serve", "run-batch", "config") else configuration.settings, **own)
 
 
+_MODULES = {  # of commands that have no module of their own among `commands`
+    "serve": "serve", "bench serve": "bench.serve", "imatrix": "commands.perplexity",
+    **dict.fromkeys(("bench throughput", "bench latency", "bench speculation"), "bench.offline"),
+    **dict.fromkeys(("pull", "list", "show", "rm", "ps", "run"), "commands.library"),
+}  # fmt: skip
+
+
 def _program(command: str) -> Callable[..., int]:
     """Return the function of a command; its module, and with it the engine, is imported only here."""
+    from importlib import import_module
+
     from candle_vllm.core.threads import collector_paused
 
+    name = command.replace("-", "_").replace(" ", "_")
+    module = _MODULES.get(command, f"commands.{name}")
     with collector_paused():  # modules are many objects, and none of them is garbage
-        if command == "serve":
-            from candle_vllm.server.serve import serve as program
-        elif command == "run-batch":
-            from candle_vllm.server.commands.run_batch import run_batch as program
-        elif command == "config":
-            from candle_vllm.server.commands.config import config as program
-        elif command == "generate":
-            from candle_vllm.server.commands.generate import generate as program
-        elif command == "chat":
-            from candle_vllm.server.commands.chat import chat as program
-        elif command == "agent":
-            from candle_vllm.server.commands.agent import agent as program
-        elif command in ("pull", "list", "show", "rm", "ps", "run"):
-            from candle_vllm.server.commands import library
-
-            program = getattr(library, "list_models" if command == "list" else command)
-        elif command == "quantize":
-            from candle_vllm.server.commands.quantize import quantize as program
-        elif command == "bench serve":
-            from candle_vllm.server.bench.serve import bench_serve as program
-        elif command == "bench throughput":
-            from candle_vllm.server.bench.offline import bench_throughput as program
-        elif command == "bench latency":
-            from candle_vllm.server.bench.offline import bench_latency as program
-        elif command == "bench speculation":
-            from candle_vllm.server.bench.offline import bench_speculation as program
-        else:
-            from candle_vllm.server.commands.bench import bench as program
-    return program
+        return getattr(import_module(f"candle_vllm.server.{module}"), "list_models" if name == "list" else name)
 
 
 def say(remarks: Sequence[str]) -> None:

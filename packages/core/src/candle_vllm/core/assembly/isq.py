@@ -117,7 +117,7 @@ def quantised_in_situ(
         counts[_group(ISQ_TYPES[name], chosen, line.target, stored)] += 1
         importance = None
         if imatrix is not None and chosen is not None and chosen.name not in SIMPLE:
-            importance = imatrix.of_line(written, stored.shape[-1], config.num_experts)
+            importance = imatrix.of_line(written, stored.shape[-1], config)
             counts[f"such, by the importance of their inputs ({imatrix.path.name})"] += importance is not None
         tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance)
     _say(name, counts)

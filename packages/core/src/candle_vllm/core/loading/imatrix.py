@@ -24,7 +24,8 @@ import numpy as np
 from candle_vllm.core.errors import InvalidFileError, WeightsError
 from candle_vllm.core.loading.gguf import MAX_TENSOR_NAME_BYTES, MAX_TENSORS, open_gguf
 from candle_vllm.core.loading.tensors import MappedFile
-from candle_vllm.core.loading.weights import Line
+from candle_vllm.core.loading.views import ColumnOrder, constant
+from candle_vllm.core.loading.weights import Counted, Line
 
 LEAST = 1e-6
 """Fraction of a row's mean that a column has at least, so that every group of columns has some weight."""
@@ -64,14 +65,19 @@ class Imatrix:
         rows = np.divide(rows, mean, out=np.ones_like(rows), where=mean > 0)  # 1 for an expert without inputs
         return np.maximum(rows, LEAST).astype(np.float32)
 
-    def of_line(self, line: Line, columns: int, experts: int) -> np.ndarray | None:
-        """Return the importance by a line of a family's table for GGUF, float32 [1, columns]; errors as `of`."""
-        for (written, _), name in zip(line.names, line.spelled, strict=True):
+    def of_line(self, line: Line, columns: int, config: Counted) -> np.ndarray | None:
+        """Return the importance by a line of a family's table for GGUF, float32 [1, columns]; errors as `of`.
+
+        Its columns are in the order of the layer's inputs.
+        """
+        for (written, view), name in zip(line.names, line.spelled, strict=True):
             if line.expert is None or written != name:
                 found = self.of(name, columns)
             else:
-                found = self.of(name, columns, experts)
+                found = self.of(name, columns, config.num_experts)
                 found = None if found is None else found[line.expert : line.expert + 1]
+            if found is not None and isinstance(view, ColumnOrder):
+                return view(constant(name, found, self.path), config).load("F32")
             if found is not None:
                 return found
         return None

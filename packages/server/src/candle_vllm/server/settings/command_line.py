@@ -100,12 +100,7 @@ _MEASURED = (
 _ARRIVING = (
     _own("request_rate", Text(64), "requests per second; inf, the default, sends all at once", "X"),
     _own("burstiness", Number(0, 1000, open_low=True), "1 is a Poisson process; less is burstier", "X"),
-    _own(
-        "ramp_up_strategy",
-        Choice(("linear", "exponential")),
-        "how the rate grows over the requests",
-        "NAME",
-    ),
+    _own("ramp_up_strategy", Choice(("linear", "exponential")), "how the rate grows over the requests", "NAME"),
     _own("ramp_up_start_rps", Integer(1, 1_000_000), "from this rate", "N"),
     _own("ramp_up_end_rps", Integer(1, 1_000_000), "to this one", "N"),
     _own("max_concurrency", Integer(1, 100_000), "most requests at a time", "N"),
@@ -127,6 +122,16 @@ _FIGURES = (
     _own("result_filename", Text(255), "under which name", "NAME"),
     _own("metadata", Text(4096), "further fields of that file", "NAME=VALUE", repeat=True),
 )
+_TEXT = (
+    _own("file", FilePath(), "the text, a file in UTF-8", "FILE", also=("-f",)),
+    _own("window", _TOKENS, "tokens that are read together", "N", also=("-c",)),
+    _own("tokens", _TOKENS, "most tokens of the text", "N"),
+)
+_WRITTEN = (
+    _own("out", FilePath(), "the file to write, which ends in .gguf", "FILE", also=("-o",)),
+    _switch("force", "replace a file of that name"),
+    dataclasses.replace(BY_NAME["threads"], group="command"),
+)
 _OUTPUT_JSON = _own("output_json", FilePath(), "save the figures", "FILE")
 _N = _own("n", Integer(1, 64), "answers of each request", "N")
 
@@ -136,57 +141,36 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         switch("chat", "command", "put the prompt into the model's chat template as a user message"),
         _SYSTEM,
         MAX_TOKENS,
-        Option(
-            "stop", "command", ("--stop",), FreeText(1024), "text that ends the answer; repeatable", "TEXT", repeat=True
-        ),
+        _own("stop", FreeText(1024), "text that ends the answer; repeatable", "TEXT", repeat=True),
     ),
     "chat": (_SYSTEM, MAX_TOKENS),
     "run": (_SYSTEM, MAX_TOKENS),
     "pull": (),
-    "list": (
-        Option(
-            "known",
-            "command",
-            (),
-            Boolean(),
-            "the names that are known, and what they take",
-            constants={"--known": True},
-        ),
-    ),
+    "list": (_switch("known", "the names that are known, and what they take"),),
     "show": (),
     "rm": (),
     "ps": (),
     "agent": (
-        Option(
+        _own(
             "base_url",
-            "command",
-            ("--base-url",),
             Text(),
-            "let a server with OpenAI's chat API answer, such as "
-            "http://127.0.0.1:2000/v1; --m is then the model's name there",
+            "let a server with OpenAI's chat API answer, such as http://127.0.0.1:2000/v1; --m is then the model's "
+            "name there",
             "URL",
         ),
-        Option("api_key", "command", ("--api-key",), Secret(), "key for that server", "KEY"),
-        Option("yes", "command", (), Boolean(), "run every tool without asking", constants={"--yes": True}),
-        Option(
-            "approve",
-            "command",
-            ("--approve",),
-            Text(256),
-            "tool that runs without asking, or server__*; repeatable",
-            "NAME",
-            repeat=True,
-        ),
-        Option("max_turns", "command", ("--max-turns",), Integer(1, 1000), "most turns of the model", "N"),
+        _own("api_key", Secret(), "key for that server", "KEY"),
+        _switch("yes", "run every tool without asking"),
+        _own("approve", Text(256), "tool that runs without asking, or server__*; repeatable", "NAME", repeat=True),
+        _own("max_turns", Integer(1, 1000), "most turns of the model", "N"),
         _SYSTEM,
         MAX_TOKENS,
         Option("as_json", "command", (), Boolean(), "print every event as a line of JSON", constants={"--json": True}),
     ),
     "bench": (
-        Option("prompt_tokens", "command", ("--prompt-tokens",), _TOKENS, "length of each prompt", "N"),
-        Option("output_tokens", "command", ("--output-tokens",), _TOKENS, "length of each answer", "N"),
-        Option("concurrency", "command", ("--concurrency",), Integer(1, 4096), "requests at the same time", "N"),
-        Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
+        _own("prompt_tokens", _TOKENS, "length of each prompt", "N"),
+        _own("output_tokens", _TOKENS, "length of each answer", "N"),
+        _own("concurrency", Integer(1, 4096), "requests at the same time", "N"),
+        _own("repeat", Integer(1, 1000), "measured rounds; the median is reported", "N"),
         _AS_JSON,
     ),
     "bench serve": (*_MEASURED, *_DATA, *_ARRIVING, *_FIGURES),
@@ -228,21 +212,18 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _own("output_tmp_dir", FilePath(), "where they are gathered before they go to an address", "FOLDER"),
     ),
     "quantize": (
-        Option("out", "command", ("--out",), FilePath(), "the file to write, which ends in .gguf", "FILE"),
-        Option("force", "command", (), Boolean(), "replace a file of that name", constants={"--force": True}),
-        Option(
-            "dtype",
-            "command",
-            ("--dtype",),
-            BY_NAME["dtype"].kind,
-            "type of matrices without --isq: auto (as stored), f32, bf16 or f16",
-            "TYPE",
-        ),
-        dataclasses.replace(BY_NAME["threads"], group="command"),
+        *_WRITTEN,
         _own(
-            "lora", Text(4096), "an adapter to merge into it, times SCALE (1); repeatable", "PATH[:SCALE]", repeat=True
+            "dtype", BY_NAME["dtype"].kind, "type of matrices without --isq: auto (as stored), f32, bf16, f16", "TYPE"
         ),
+        _own("lora", Text(4096), "adapter to merge into it, times SCALE (1); repeatable", "PATH[:SCALE]", repeat=True),
         _own("lora_to_gguf", FilePath(), "write this adapter for it as a GGUF file instead", "FOLDER"),
+    ),
+    "imatrix": (*_TEXT, *_WRITTEN),
+    "perplexity": (
+        *_TEXT,
+        _own("reference", Text(), "a model to compare with, which is run first, as its files are", "MODEL"),
+        _AS_JSON,
     ),
     "config": (_CONFIG, _AS_JSON),
 }

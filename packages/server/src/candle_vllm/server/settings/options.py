@@ -36,6 +36,8 @@ COMMANDS = {
     "rm": "remove a model that was fetched",
     "ps": "show what a running server has in memory",
     "quantize": "write the model as a GGUF file, quantised or plain",
+    "imatrix": "measure on a text how much the inputs of each matrix matter, for quantize and --isq",
+    "perplexity": "measure how well the model predicts a text, and how far it is from a reference",
     "config": "show every setting, and where its value comes from",
 }
 MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
@@ -61,6 +63,8 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "rm": (MODEL, LOGGING),
     "ps": (HTTP, LOGGING),
     "quantize": (MODEL, LOGGING),
+    "imatrix": (MODEL, LOGGING),
+    "perplexity": (MODEL, DEVICE, LOGGING),
     "config": GROUPS,
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A pooled text, from admission to its only output (steps 6 and 8 of a request's life).
+"""A text that is pooled or scored, from admission to its only output (steps 6 and 8 of a request's life).
 
 The hidden states of its positions may be computed in chunks. Sums are float64, so the division into chunks does not
 change the float32 result.
@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
-from candle_vllm.core.engine.runners.model_runner import MAX_HIDDEN_ROWS, ModelRunner
+from candle_vllm.core.engine.requests import PoolingRequest
+from candle_vllm.core.engine.runners.model_runner import MAX_HIDDEN_ROWS, MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.step.live import Live
 from candle_vllm.core.engine.step.sequence import Run, Sequence
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.layers.parameters import on_host
 from candle_vllm.core.pooling import PoolingPlan
+from candle_vllm.core.sampling.params import SamplingParams
+
+Reader: TypeAlias = Callable[[NDArray[np.float32]], object]
+"""Called with logits [n, V] of consecutive tokens, in order; the array is overwritten later."""
 
 _SMALLEST_NORM = 1e-12
 
@@ -59,6 +67,26 @@ class PooledText(Live):
         vector, plan = self.pooler.vector(), self.pooler.plan
         vectors = len(vector) // plan.dimensions if plan.pooling == "all" else None
         return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=vector, vectors=vectors)
+
+
+class ScoredText(PooledText):
+    """A text whose logits go to a reader, from those after a token on; it is not pooled. None only runs the text."""
+
+    def __init__(self, token_ids: Seq[int], read: Reader | None, first: int) -> None:
+        params = SamplingParams(seed=0, skip_reading_prefix_cache=True)
+        request = PoolingRequest(request_id="scored", prompt_token_ids=token_ids, params=params)
+        Live.__init__(self, Sequence(request, 0, order=-1))
+        self.sequence.max_length = len(token_ids) + 1
+        self._read, self._next = read, first
+
+    def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
+        while self._read is not None and self._next < run.start + run.count:  # a preempted text is run again
+            rows = np.arange(self._next, min(self._next + MAX_SCORED_ROWS, run.start + run.count))
+            self._read(on_host(runner.score(rows + (offset - run.start))))
+            self._next += len(rows)
+
+    def finish(self) -> TokenOutput:
+        return self.end(FinishReason.STOP)
 
 
 class Pooler:
