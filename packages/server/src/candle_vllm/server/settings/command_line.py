@@ -220,11 +220,7 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _own("lora_to_gguf", FilePath(), "write this adapter for it as a GGUF file instead", "FOLDER"),
     ),
     "imatrix": (*_TEXT, *_WRITTEN),
-    "perplexity": (
-        *_TEXT,
-        _own("reference", Text(), "a model to compare with, which is run first, as its files are", "MODEL"),
-        _AS_JSON,
-    ),
+    "perplexity": (*_TEXT, _own("reference", Text(), "model to compare with, which runs first", "MODEL"), _AS_JSON),
     "config": (_CONFIG, _AS_JSON),
 }
 """Options of single commands; they have no environment variable and no key in models.yaml."""

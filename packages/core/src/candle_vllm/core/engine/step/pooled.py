@@ -27,8 +27,7 @@ from candle_vllm.core.layers.parameters import on_host
 from candle_vllm.core.pooling import PoolingPlan
 from candle_vllm.core.sampling.params import SamplingParams
 
-Reader: TypeAlias = Callable[[NDArray[np.float32]], object]
-"""Called with logits [n, V] of consecutive tokens, in order; the array is overwritten later."""
+Reader: TypeAlias = Callable[[NDArray[np.float32]], object]  # takes logits [n, V], which are overwritten later
 
 _SMALLEST_NORM = 1e-12
 
