@@ -24,6 +24,7 @@ import httpx
 import pytest
 
 import candle_vllm
+from candle_vllm import InferenceEngine, OpenAIAdapter, ResponsesSession
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from packages.core.tests.toy_encoder import write_toy_encoder
 from tests.live_server import ServerProcess, clean_environment
@@ -120,6 +121,9 @@ def test_a_package_lists_its_public_names(part: str) -> None:
         ("from candle_vllm import GuidedDecodingParams", ": the name here is StructuredOutputsParams"),
         ("from candle_vllm import InferenceEngin", r" \(did you mean InferenceEngine\?\)"),
         ("from candle_vllm.core import Llama", ": the name here is InferenceEngine"),
+        ("from candle_vllm import EngineBuilder", ": the name here is InferenceEngine"),
+        ("from candle_vllm import Tool", ": messages and tools are dictionaries in OpenAI's form"),
+        ("from candle_vllm.responses import McpClient", ": McpFleet of candle_vllm.responses has the tools of .*"),
         ("from candle_vllm.responses import ResponseSession", r" \(did you mean ResponsesSession\?\)"),
         ("from candle_vllm.server import Setting", r" \(did you mean Settings\?\)"),
     ],
@@ -130,6 +134,22 @@ def test_importing_a_name_that_there_is_not(statement: str, hint: str) -> None:
         exec(statement)
     assert not hasattr(importlib.import_module(module), name)
     exec("from candle_vllm import core, openai, responses, server")  # near to names, and modules
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "said"),
+    [
+        (InferenceEngine, "builder", r"^InferenceEngine has no 'builder': InferenceEngine\(model, device"),
+        (InferenceEngine, "cancel_request", "has no 'cancel_request': abort$"),
+        (OpenAIAdapter.__new__(OpenAIAdapter), "chat_completion_stream", ": chat_stream$"),
+        (ResponsesSession, "add_mcp_server", r"mcp_servers=\[\.\.\.\]\)$"),
+        (InferenceEngine, "nothing", "^InferenceEngine has no 'nothing'$"),
+    ],
+)
+def test_attributes_that_have_another_name_here(owner: object, name: str, said: str) -> None:
+    with pytest.raises(AttributeError, match=said):
+        getattr(owner, name)
+    assert not hasattr(owner, name)
 
 
 def test_type_checkers_know_the_names_and_the_settings(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ SNIPPETS = (
     "serve org/name --stream-interval 4 --response-role assistant --chat-template-content-format openai",
     "serve org/name --enable-auto-tool-choice --tool-call-parser hermes --api-server-count 2 --disable-log-stats",
     "-m a.gguf -c 4096 -n 128 --repeat-penalty 1.1 --chat-template chatml -ngl 99 --jinja --cache-reuse 256 -sm layer",
+    "serve org/name --mm-processor-cache-gb 0 --safetensors-load-strategy lazy --performance-mode balanced -cc.mode 3",
+    "serve org/name --enable-eplb --disable-cascade-attn --mamba-ssm-cache-dtype float32 --profiler-config {}",
+    "-m a.gguf -no-kvu --cache-idle-slots -cms 256 --sse-ping-interval 30 --reuse-port --spec-draft-ngl 99 --tags x",
     "-m a.gguf -n -1 --keep 4 --context-shift --cache-ram 1024 --log-disable -fa on --mlock --no-warmup",
 )
 

@@ -170,6 +170,21 @@ async def test_tokens_are_named_by_their_ids_where_that_is_asked_for() -> None:
     assert "token_id:97" in (texts.top_logprobs[-1] or {})
 
 
+async def test_tokens_that_a_request_names_have_log_probabilities() -> None:
+    named = {"logprob_token_ids": [5, 97, 7], "return_tokens_as_token_ids": True, "max_tokens": 2}
+    content = (await chat(ScriptedEngine("ab"), logprobs=True, top_logprobs=1, **named))["choices"][0]["logprobs"]
+    shown = [
+        [each["token"].removeprefix("token_id:") for each in entry["top_logprobs"]] for entry in content["content"]
+    ]
+    assert shown == [["97", "5", "7"], ["98", "5", "97", "7"]]
+    texts = (await OpenAIAdapter(ScriptedEngine("ab")).complete({"prompt": "x", "logprobs": 0, **named})).choices[0]
+    assert texts.logprobs is not None
+    assert [set(each or ()) for each in texts.logprobs.top_logprobs] == [
+        {"token_id:97", "token_id:5", "token_id:7"},
+        {"token_id:98", "token_id:5", "token_id:97", "token_id:7"},
+    ]
+
+
 async def test_sequences_keep_their_own_text() -> None:
     texts = iter(["abc", "uvwxyz"])
     answer = await chat(ScriptedEngine(lambda _: next(texts)), n=2)

@@ -106,6 +106,8 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "without stream"),
         ({"logprobs": 3}, "logprobs", "must be true or false, not 3"),
         ({"top_logprobs": 3}, "top_logprobs", "needs logprobs: true"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs logprobs"),
+        ({"logprobs": True, "logprob_token_ids": [1] * 129}, "logprob_token_ids", "at most 128"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
         ({"modalities": ["text", "audio"]}, "modalities", '["text"]'),
         ({"best_of": 2}, "best_of", "equal n"),
@@ -268,7 +270,7 @@ def test_every_sampling_field_arrives() -> None:
         "frequency_penalty": -1, "repetition_penalty": 1.5, "seed": -3, "max_tokens": 9, "min_tokens": 2,
         "stop": ["x"], "stop_token_ids": [4], "ignore_eos": True, "include_stop_str_in_output": True,
         "skip_special_tokens": False, "prompt_logprobs": 2, "allowed_token_ids": [1, 2], "bad_words": ["no"],
-        "cache_salt": "salt", **SAMPLERS,
+        "logprob_token_ids": [8, 9], "cache_salt": "salt", **SAMPLERS,
     }  # fmt: skip
     expected = SamplingParams(**fields, logprobs=3, logit_bias={7: -5.0})
     bias = {"logit_bias": {"7": -5}}

@@ -444,6 +444,13 @@ def test_files(folder: Path) -> None:
     ]
     path.write_text('{"prompt": "a\u2028b"}\r\n', "utf-8", newline="")
     assert [each.prompt for each in make("custom", path, count=1)] == ["a\u2028b"]
+    path.write_text('{"question_id": 1, "turns": ["ab", "c"]}\n{"turns": ["ab"]}\n')
+    assert make("mt_bench", path, count=2) == make("spec_bench", path, count=2) == [Sample("ab", 2, 256)] * 2
+    (folder / "qualitative.jsonl").write_text('{"messages": [{"role": "user", "content": "abc"}]}\n')
+    assert make("speed_bench", folder, count=1, output_len=3) == [Sample("abc", 3, 3)]
+    path.write_text('{"prompt": "a"}')
+    with pytest.raises(UsageError, match=r'line 1: {"turns": \[TEXT\]} is wanted'):
+        make("mt_bench", path)
     for text, message in (("[]", "has no request"), ("{", "is no JSON")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):

@@ -194,7 +194,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
     ("", {"items": [USER, {"role": "user"}]}, "items.1.content"),
     ("", {"items": [{"role": "critic", "content": "x"}]}, "items.0.role"),
     ("", {"items": [{"type": "nothing"}]}, "items.0.type"),
-    ("", {"items": [{"type": "web_search_call", "id": "ws_1"}]}, "items.0.type"),
+    ("", {"items": [{"type": "compaction_trigger", "id": "ct_1"}]}, "items.0.type"),
     ("", {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items.0"),
     ("", {"items": [{**USER, "id": "msg_1"}, {**USER, "id": "msg_1"}]}, "items.1.id"),
     ("", {"items": [{**USER, "id": "x\0"}]}, "items.0.id"),

@@ -194,6 +194,36 @@ def test_one_that_reads_text_refuses_by_name(start: Callable[..., Any]) -> None:
         assert "takes text only" in answer.text
 
 
+def test_one_that_reads_text_is_told_of_images_in_results(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("I see.")
+    call = {"id": "a", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
+    use = {"type": "tool_use", "id": "a", "name": "shot", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [ANTHROPIC[0]["content"][1]]}
+    output = {"type": "function_call_output", "call_id": "a", "output": [RESPONSES[0]["content"][1]]}
+    asked: dict[str, Any] = {
+        "/v1/chat/completions": {"messages": [
+            {"role": "user", "content": "Look"}, {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "a", "content": [OPENAI[0]["content"][1]]},
+        ]},
+        "/v1/messages": {"model": "m", "max_tokens": 9, "messages": [
+            {"role": "user", "content": "Look"}, {"role": "assistant", "content": [use]},
+            {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
+        ]},
+        "/v1/responses": {"input": [
+            {"role": "user", "content": "Look"},
+            {"type": "function_call", "call_id": "a", "name": "shot", "arguments": "{}"}, output,
+        ]},
+    }  # fmt: skip
+    with start(engine).http() as client:
+        for path, body in asked.items():
+            answer = client.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            assert "images in results of tools are not shown" in answer.headers["x-warning"]
+            prompt = engine.detokenize(engine.requests[-1].prompt_token_ids)
+            assert prompt.count("[an image, which this model cannot see]") == 1
+    assert engine.pictures == []
+
+
 def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[..., Any]) -> None:
     def asked(url: str) -> list[tuple[str, dict[str, Any]]]:
         image = {"type": "image_url", "image_url": {"url": url}}

@@ -97,6 +97,28 @@ def test_what_the_sender_should_know_is_in_the_headers(start: Start, stream: boo
     assert "x-warning" not in plain.headers
 
 
+def test_calls_of_other_services_are_kept_and_not_shown(start: Start) -> None:
+    engine = PacedEngine("Good day!")
+    search = {
+        "type": "web_search_call",
+        "id": "ws_1",
+        "status": "completed",
+        "action": {"type": "search", "query": "q"},
+    }
+    shell = {"type": "local_shell_call_output", "id": "sh_1", "output": "secret"}
+    with start(engine).http() as client:
+        plain = client.post("/v1/responses", json={"input": [{"role": "user", "content": "Hi"}]})
+        made = client.post("/v1/responses", json={"input": [search, {"role": "user", "content": "Hi"}, shell]})
+        assert (made.status_code, "x-warning" in plain.headers) == (200, False)
+        assert made.headers["x-warning"].startswith("items of the type 'web_search_call' are not shown to the model")
+        kept = client.get(f"/v1/responses/{made.json()['id']}/input_items", params={"order": "asc"}).json()["data"]
+        assert (kept[0], kept[2]["output"]) == (search, "secret")
+        follow = {"input": "And?", "previous_response_id": made.json()["id"]}
+        assert client.post("/v1/responses", json=follow).status_code == 200
+    first, second, third = (each.prompt_token_ids for each in engine.requests)
+    assert first == second == third[: len(first)]
+
+
 def test_a_tool_of_the_client(start: Start) -> None:
     client = start(calling()).openai()
     first = client.responses.create(**ASK, tools=[FUNCTION])

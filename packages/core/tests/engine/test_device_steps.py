@@ -44,7 +44,7 @@ PROMPTS = [list(range(1, 2 + 7 * i % 45)) for i in range(10)] + [[9] * 40, [9] *
 EVERYTHING = [
     SamplingParams(temperature=0.0, max_tokens=24, logprobs=3),
     SamplingParams(temperature=0.9, seed=1, max_tokens=30, top_p=0.9),
-    SamplingParams(temperature=1.1, seed=2, max_tokens=9, top_k=7, min_p=0.01, logprobs=0),
+    SamplingParams(temperature=1.1, seed=2, max_tokens=9, top_k=7, min_p=0.01, logprob_token_ids=[65, 3, 65, 9]),
     SamplingParams(temperature=0.8, seed=3, max_tokens=25, repetition_penalty=1.3, frequency_penalty=0.4, logprobs=2),
     SamplingParams(temperature=0.0, max_tokens=20, presence_penalty=1.5),
     SamplingParams(temperature=0.7, seed=4, max_tokens=22, logit_bias={65: 4.0, 66: -100.0}, n=3),

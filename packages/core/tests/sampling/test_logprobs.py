@@ -72,6 +72,19 @@ def test_sampled_logprobs_are_raw_and_only_where_asked() -> None:
     assert rows[2].token_id == 7
 
 
+def test_tokens_that_a_request_names_are_reported_beside_the_sampled_one() -> None:
+    logits = noise(2, 300)
+    params = [SamplingParams(temperature=0, logprob_token_ids=[299, 0, 299]), SamplingParams(temperature=0, logprobs=2)]
+    states = [SamplingState(entry, [7], vocab_size=300, eos_token_ids=[]) for entry in params]
+    first, second = (SampledToken.of(token) for token in Sampler().sample(logits.clone(), states))
+    assert first.logprobs is not None
+    assert second.logprobs is not None
+    exact = logits.double().log_softmax(1)
+    assert first.logprobs.top_ids == [first.token_id, 299, 0]
+    assert first.logprobs.top_logprobs == pytest.approx(exact[0, first.logprobs.top_ids].tolist(), abs=1e-6)
+    assert second.logprobs.top_ids == exact[1].argsort(descending=True)[:2].tolist()
+
+
 def test_a_broken_row_has_no_logprobs_and_does_not_disturb_others() -> None:
     logits = noise(3, 50)
     logits[1, 4] = math.nan

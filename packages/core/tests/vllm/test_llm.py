@@ -77,6 +77,21 @@ def test_log_probabilities_by_token(llm: LLM, engine: InferenceEngine) -> None:
     assert set(output.prompt_token_ids[1:]) <= {token for entry in output.prompt_logprobs[1:] for token in entry or ()}
 
 
+def test_log_probabilities_of_tokens_that_a_request_names(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=2, logprob_token_ids=[5, 200], ignore_eos=True)
+    found = llm.generate("abc", params, use_tqdm=False)[0].outputs[0]
+    assert found.logprobs is not None
+    for token, entry in zip(found.token_ids, found.logprobs, strict=True):
+        assert set(entry) == {token, 5, 200}
+        assert [entry[each].rank for each in (token, 5, 200)] == [1, None, None]
+    forced = SamplingParams(temperature=0, max_tokens=1, logprobs=0, allowed_token_ids=[5], ignore_eos=True)
+    alone = llm.generate("abc", forced, use_tqdm=False)[0].outputs[0].logprobs
+    assert alone is not None
+    assert alone[0][5].logprob == found.logprobs[0][5].logprob
+    with pytest.raises(InvalidParameterError, match="logprob_token_ids has ids above"):
+        llm.generate("abc", SamplingParams(logprob_token_ids=[1 << 20]), use_tqdm=False)
+
+
 def test_a_chat_gives_a_list_and_sixteen_tokens(llm: LLM, engine: InferenceEngine) -> None:
     one = llm.chat([USER], SamplingParams(temperature=0, ignore_eos=True))
     assert len(one) == 1

@@ -97,6 +97,13 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--num-experts-offload-per-rank 15": {"cpu_experts": None},
     "-tp 2 -mg 0": {"tensor_parallel_size": 2, "device": "auto"},
     "--main-gpu 1": {"device": "cuda:1"},
+    "--spec-method ngram --spec-tokens 4": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
+    """-sc '{"method": "suffix"}' --max-num-scheduled-tokens 512""": {
+        "speculative_config": {"method": "suffix"}, "prefill_chunk_size": 512},
+    "-mm tower.gguf --spec-default --media-path /images --cors-origins https://a.example": {
+        "mmproj": Path("tower.gguf"), "speculative_config": {"method": "suffix"},
+        "allowed_local_media_path": Path("/images"), "cors_origin": ("https://a.example",)},
+    "--reasoning-effort low": {"default_chat_template_kwargs": {"reasoning_effort": "low"}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
 

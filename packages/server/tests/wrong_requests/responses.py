@@ -96,8 +96,8 @@ PROMPT = [
     Row("input.3", CALL, "input.3.call_id"),  # the same call again
     item(RESULT, ".call_id"),  # the same result again
     item({**CALL, "call_id": "c2"}, ".call_id"),  # a call without its result
-    item({"type": "web_search_call", "id": "w"}, ".type", "unsupported_parameter"),
-    item({"type": "computer_call_output", "call_id": "c"}, ".type", "unsupported_parameter"),
+    item({"type": "program", "id": "w"}, ".type", "unsupported_parameter"),
+    item({"type": "web_search_call", "id": 1}, ".id"),
     item({"type": "acme:thing", "id": "w"}, ".type"),
     item({"type": "item_reference", "id": "nothing"}, ".id"),
     item({"type": "reasoning", "summary": "x"}, ".summary"),

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Errors for unknown arguments: suggest the closest name, or the equivalent of another library's name.
 
-The names of other libraries are rows of `foreign_names.md`, under the class, "Arguments of methods" or "Imports".
+The names of other libraries are rows of `foreign_names.md`, under the class, its attributes, "Arguments of methods" or
+"Imports".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import sys
+from abc import ABCMeta
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_type_hints
 
@@ -82,6 +84,8 @@ def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
     known = list(known)
     ours = next((row[2] for row in foreign_tables()["Imports"] if name in row[0].split()), None)
     hint = f": the name here is {ours}" if ours in known else nearest(name[:60], known)
+    if ours is not None and " " in ours:
+        hint = f": {ours}"
     if sys._getframe(2).f_code.co_name != "_handle_fromlist" or not hint:
         return AttributeError(f"module {module!r} has no attribute {name[:60]!r}{hint}", name=name)
     if importlib.util.find_spec(f"{module}.{name}") is not None:
@@ -112,6 +116,28 @@ class _Explaining(type):
                     names = ", ".join(fields[:4])
                     raise TypeError(f"{cls.__name__} takes its arguments by name ({names}, ...)") from None
                 raise
+
+
+class _ExplainingAttributes(ABCMeta):
+    if not TYPE_CHECKING:  # a type checker would accept every name
+
+        def __getattr__(cls, name: str) -> Any:
+            raise _no_attribute(cls.__name__, name, cls)
+
+
+class ExplainedAttributes(metaclass=_ExplainingAttributes):
+    """Base of classes that explain missing attributes which have another name here, of the class and of its objects."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise _no_attribute(type(self).__name__, name, self)
+
+
+def _no_attribute(owner: str, name: str, asked: object) -> AttributeError:
+    answer = foreign_names(f"{owner} attributes").get(name)
+    said = f": {answer}" if answer else ""
+    return AttributeError(f"{owner} has no {name[:60]!r}{said}", name=name, obj=asked)
 
 
 class ExplainedSettings(metaclass=_Explaining):

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Unpack, cast
 
-from candle_vllm.core.arguments import explained
+from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.placement import resolve_ranks
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _LOADING = 1.0  # maximum seconds that a step without other work waits for adapters
 
 
-class InferenceEngine(EngineFront):
+class InferenceEngine(ExplainedAttributes, EngineFront):
     """Inference engine with a loaded model, which continues many prompts concurrently.
 
     Args:

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from candle_vllm.core.arguments import explained
+from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
@@ -62,7 +62,7 @@ class _Ready(NamedTuple):
     prepared: PreparedChat
 
 
-class OpenAIAdapter:
+class OpenAIAdapter(ExplainedAttributes):
     """Answers OpenAI requests with one engine.
 
     Requests are plain objects, or come from `parse_chat_request` and similar functions. Every method raises

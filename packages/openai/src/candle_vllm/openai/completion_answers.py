@@ -76,7 +76,8 @@ class CompletionWriter(AnswerWriter[Completion]):
         request, source = self._request, self._prompts[event.prompt]
         self._head = event.head
         by_id = bool(request.return_tokens_as_token_ids)
-        writer = None if request.logprobs is None else CompletionLogprobsWriter(request.logprobs, by_id=by_id)
+        top = len(request.logprob_token_ids) + 1 if request.logprob_token_ids else request.logprobs
+        writer = None if request.logprobs is None or top is None else CompletionLogprobsWriter(top, by_id=by_id)
         self._writers[event.choice] = writer
         logprobs: CompletionLogprobs | None = None
         if writer is not None and request.echo:

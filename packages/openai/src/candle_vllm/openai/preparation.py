@@ -31,6 +31,7 @@ from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
+from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads, check_length
 from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart
@@ -39,6 +40,7 @@ MAX_PIXELS = 1 << 28  # pixels of all images of a request: a few bytes can encod
 _MOST_TRIED = 64  # tools whose schemas are tried one by one
 
 
+_NOT_SHOWN = TextPart("[an image, which this model cannot see]")
 _LOOKED = (
     Message(role="user", parts=(TextPart("?"),)),
     Message(role="assistant", calls=(Call("call_image", "look", "{}"),)),
@@ -121,6 +123,7 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
+            task = self._without_results_images(task)
             unseen = self._unseen(task)
             text = self._render(task)
             if bounded and task.cut is None:
@@ -177,6 +180,19 @@ class TaskPreparation:
         said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
+
+    def _without_results_images(self, task: Task) -> Task:
+        """Replace images in results of tools if the model reads text only: an agent cannot take them out again."""
+        info, results = self._engine.model_info, [one for one in task.messages if one.role == "tool"]
+        if "image" in info.modalities or not images_of(results):
+            return task
+        remark(["images in results of tools are not shown: the model takes text only"])
+
+        def shown(one: Message) -> Message:
+            parts = (_NOT_SHOWN if isinstance(part, ImagePart) else part for part in one.parts)
+            return replace(one, parts=tuple(parts)) if one.role == "tool" else one
+
+        return replace(task, messages=tuple(map(shown, task.messages)))
 
     def _unseen(self, task: Task) -> Unseen | None:
         images = images_of(task.messages)
@@ -320,7 +336,7 @@ class TaskPreparation:
         """Refuse answers with too many log-probabilities; without `max_tokens`, limit the number of tokens instead."""
         if params.logprobs is None:
             return params
-        each = sequences * (params.logprobs + 1)
+        each = sequences * (params.logprobs + 1 + len(params.logprob_token_ids or ()))
         most = max(1, MAX_LOGPROBS // each)
         if params.max_tokens is None:
             return (
@@ -451,7 +467,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Check the model's sampling defaults at the start, not at every request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
-    request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt"}
+    request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt", "logprob_token_ids"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

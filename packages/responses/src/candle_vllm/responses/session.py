@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any, Self
 
+from candle_vllm.core.arguments import ExplainedAttributes
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.responses.conversation.chat_form import ChatMessage, ChatTranscript, check_is_list
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from candle_vllm.responses.mcp.fleet import McpFleet
 
 
-class ResponsesSession:
+class ResponsesSession(ExplainedAttributes):
     """A conversation; each call continues where the last one ended.
 
     With MCP servers or a base URL, it must be used as `async with ResponsesSession(...) as session`, and only once;

@@ -49,7 +49,7 @@ class TokenLogprob(ShownStruct, frozen=True):
     Attributes:
         token_id: the token.
         logprob: natural logarithm of its probability, at most 0.
-        rank: 1 for the likeliest token of the vocabulary.
+        rank: 1 for the likeliest token of the vocabulary; 0 if it is not known (`SamplingParams.logprob_token_ids`).
         text: the text of the single token ("\\ufffd" for bytes that are not a complete character).
         bytes: the token's bytes.
     """
@@ -62,7 +62,10 @@ class TokenLogprob(ShownStruct, frozen=True):
 
 
 class PositionLogprobs(ShownStruct, frozen=True):
-    """Log-probabilities at one position: the chosen token, and the likeliest tokens in descending order."""
+    """Log-probabilities at one position: the chosen token, and the likeliest tokens in descending order.
+
+    If the request names tokens (`SamplingParams.logprob_token_ids`), `top` has the chosen token and those.
+    """
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]

@@ -22,6 +22,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
+from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.rare_edits import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, sampled_tokens
 from candle_vllm.core.sampling.state import SamplingState
@@ -83,7 +84,7 @@ class DeviceSampler:
             self._stream.run(note)
         logprobs = None
         if asking is not None:
-            logprobs = self._stand([states[row].params.logprobs or 0 for row in rows], rows, asking, raw)
+            logprobs = self._stand([states[row].params for row in rows], rows, asking, raw)
         surprises = Surprises.of(self._stream, states) if edited else None
         if surprises is not None:
             self._stream.run(lambda: surprises.take(self._logits, self.ids))
@@ -165,13 +166,17 @@ class DeviceSampler:
         self._stream.run(lambda: kept.append(self._logits[asking.there()]))
         return kept
 
-    def _stand(self, tops: list[int], rows: list[int], asking: Sent, raw: list[torch.Tensor] | None) -> StandingRows:
-        standing, sent = StandingRows(self._stream, rows, max(tops)), Sent(self._stream, np.array(tops, np.int64))
+    def _stand(
+        self, params: list[SamplingParams], rows: list[int], asking: Sent, raw: list[torch.Tensor] | None
+    ) -> StandingRows:
+        tops = [each.logprobs or 0 for each in params]
+        standing = StandingRows(self._stream, rows, max(tops), params)
+        sent = Sent(self._stream, np.array(tops, np.int64))
 
         def work() -> None:
             places = asking.there()
             logits = self._logits[places] if raw is None else raw.pop()
-            standing.take(kernels.stand_tensors(logits, self.ids[places], sent.there(), max(tops)))
+            standing.take(kernels.stand_tensors(logits, self.ids[places], sent.there(), max(tops)), logits)
 
         self._stream.run(work)
         return standing
@@ -192,19 +197,27 @@ class StandingRows:
         stream: the stream that computes them.
         rows: the rows of the batch.
         most: number of likeliest tokens of each row.
+        params: parameters of these rows, which may name the tokens to report.
     """
 
-    def __init__(self, stream: DeviceStream, rows: list[int], most: int) -> None:
+    def __init__(self, stream: DeviceStream, rows: list[int], most: int, params: list[SamplingParams]) -> None:
         self.rows = rows
         count = len(rows)
+        self._params = params
+        longest = max(len(each.logprob_token_ids or ()) for each in params)
+        ids = [[*(each.logprob_token_ids or ()), *[0] * longest][:longest] for each in params]
+        self._named = Sent(stream, np.array(ids, np.int64)) if longest else None
+        self._named_logits = stream.staged(count * longest * 4).view(torch.float32).view(count, longest)
         self._offsets = stream.staged(count * 8).view(torch.float64)
         self._ranks = stream.staged(count * 8).view(torch.int64)
         self._logits = stream.staged(count * 4).view(torch.float32)
         self._top_ids = stream.staged(count * most * 8).view(torch.int64).view(count, most)
         self._top_logits = stream.staged(count * most * 4).view(torch.float32).view(count, most)
 
-    def take(self, found: kernels.DeviceStanding) -> None:
-        """Copy the results to the host. Work of the stream."""
+    def take(self, found: kernels.DeviceStanding, logits: torch.Tensor) -> None:
+        """Copy the results of the rows' logits to the host. Work of the stream."""
+        if self._named is not None:
+            copy(self._named_logits, logits.gather(1, self._named.there()))
         for target, source in (
             (self._offsets, found.offsets),
             (self._ranks, found.ranks),
@@ -218,6 +231,8 @@ class StandingRows:
         """Return the log-probabilities of the row at `place` of `rows`, for which `token_id` was sampled."""
         top = zip(self._top_ids[place].tolist(), self._top_logits[place].tolist())
         logit, offset = float(self._logits[place]), float(self._offsets[place])
+        if ids := self._params[place].logprob_token_ids:
+            top = {token_id: logit, **dict(zip(ids, self._named_logits[place].tolist()))}.items()
         return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
 
 

@@ -22,6 +22,7 @@ MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_LOGPROBS = 20  # alternatives reported per token
+MAX_NAMED_LOGPROBS = 128  # entries of logprob_token_ids, as in vLLM
 MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
 MAX_ALLOWED_TOKENS = 1_000_000
 MAX_TOKENS = 1 << 24
@@ -131,6 +132,8 @@ class SamplingParams(
             callers that show prompt and text as one text.
         logprobs: report the log-probability of each sampled token and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the tokens of the prompt.
+        logprob_token_ids: report these tokens, at most 128, and the sampled one instead of the likeliest; `logprobs` is
+            then 0 if it was not given.
         logit_bias: token id -> value added to its logit, [-100, 100].
         allowed_token_ids: only these tokens may be chosen.
         bad_words: texts that must not be produced.
@@ -185,6 +188,7 @@ class SamplingParams(
     continues_prompt: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: Sequence[int] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -278,6 +282,9 @@ class SamplingParams(
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise InvalidParameterError(f"stop strings must be texts of 1 to {MAX_STOP_LENGTH} characters", "stop")
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_TOKEN_LIST)
+        _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_NAMED_LOGPROBS)
+        if self.logprob_token_ids and self.logprobs is None:
+            force_setattr(self, "logprobs", 0)
         _token_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidParameterError("allowed_token_ids must not be empty", "allowed_token_ids")

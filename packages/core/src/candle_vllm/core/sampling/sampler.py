@@ -29,6 +29,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.chain import surprise
 from candle_vllm.core.kernels.sampling.contract import Control
+from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.processors import apply_processors, mask_rows
 from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
 
@@ -70,7 +71,14 @@ class LogprobRow(msgspec.Struct, frozen=True):
         )
 
 
-def logprob_rows(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
+def named_tokens(params: SamplingParams, token_id: int) -> list[int]:
+    """Return the tokens whose log-probabilities a request names, after the sampled one; empty if it names none."""
+    return list(dict.fromkeys((token_id, *params.logprob_token_ids))) if params.logprob_token_ids else []
+
+
+def logprob_rows(
+    logits: Value, token_ids: Sequence[int], tops: Sequence[int], named: Sequence[Sequence[int]] | None = None
+) -> list[LogprobRow]:
     """Compute the log-probabilities of one token per row, and of the row's likeliest tokens.
 
     Args:
@@ -78,20 +86,26 @@ def logprob_rows(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -
             On a GPU this waits for the device; only the reported values are copied to the host.
         token_ids: [R] ids below V.
         tops: [R] how many of the likeliest tokens to report.
+        named: [R] ids to report instead of the likeliest tokens; empty for the likeliest.
     """
+    named = named or [()] * len(token_ids)
     if not isinstance(logits, np.ndarray) and logits.is_cuda:
-        return _rows_on_gpu(logits, token_ids, tops)
+        return _rows_on_gpu(logits, token_ids, tops, named)
     standing = kernels.stand(logits, np.asarray(token_ids, np.int64), np.asarray(tops, np.int64))
     table = np.asarray(logits)
     return [
-        LogprobRow.of(token, float(table[at, token]), float(offset), rank, ((i, float(table[at, i])) for i in ids))
+        LogprobRow.of(
+            token, float(table[at, token]), float(offset), rank, ((i, float(table[at, i])) for i in named[at] or ids)
+        )
         for at, (token, offset, rank, ids) in enumerate(
             zip(token_ids, standing.offsets, standing.ranks.tolist(), standing.top_ids.tolist())
         )
     ]
 
 
-def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -> list[LogprobRow]:
+def _rows_on_gpu(
+    logits: Value, token_ids: Sequence[int], tops: Sequence[int], named: Sequence[Sequence[int]]
+) -> list[LogprobRow]:
     import torch
 
     with torch.cuda.device(logits.device):  # each thread has its own current device
@@ -99,8 +113,10 @@ def _rows_on_gpu(logits: Value, token_ids: Sequence[int], tops: Sequence[int]) -
         found = kernels.stand_tensors(logits, ids, asked, max(tops))
         columns = (found.logits, found.offsets, found.ranks, found.top_ids, found.top_logits)
         rows = zip(token_ids, *(column.tolist() for column in columns))
+        given = [zip(own, logits[at, list(own)].tolist()) if own else None for at, own in enumerate(named)]
     return [
-        LogprobRow.of(token, logit, offset, rank, zip(top, values)) for token, logit, offset, rank, top, values in rows
+        LogprobRow.of(token, logit, offset, rank, own or zip(top, values))
+        for own, (token, logit, offset, rank, top, values) in zip(given, rows)
     ]
 
 
@@ -495,5 +511,6 @@ def _add_logprobs(tokens: list[Token], raw: Value, asking: list[int], states: Se
     if len(sound) < len(asking):
         raw = raw[[place for place, _, _ in sound]]
     asked = [states[row].params.logprobs or 0 for _, row, _ in sound]
-    for (_, row, token), entry in zip(sound, logprob_rows(raw, [token for _, _, token in sound], asked)):
+    named = [named_tokens(states[row].params, token) for _, row, token in sound]
+    for (_, row, token), entry in zip(sound, logprob_rows(raw, [token for _, _, token in sound], asked, named)):
         tokens[row] = SampledToken(token, entry)

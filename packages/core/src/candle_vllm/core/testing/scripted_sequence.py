@@ -17,17 +17,20 @@ from candle_vllm.core.engine.requests import GenerationRequest
 TokenBytes = Callable[[int], bytes]
 
 
-def made_up_logprobs(token_id: int, top: int, token_bytes: TokenBytes) -> PositionLogprobs:
+def made_up_logprobs(
+    token_id: int, top: int, token_bytes: TokenBytes, named: Sequence[int] | None = None
+) -> PositionLogprobs:
     """Log-probabilities that differ between tokens and fall with the rank; the probabilities sum to less than 1."""
     chosen = 0.5 + (token_id % 16) / 64
-    tokens = [(token_id, chosen)] + [((token_id + rank) % 256, (1 - chosen) * 0.5**rank) for rank in range(1, top)]
+    others = [one for one in named if one != token_id] if named else [(token_id + rank) % 256 for rank in range(1, top)]
+    tokens = [(token_id, chosen)] + [(one, (1 - chosen) * 0.5**rank) for rank, one in enumerate(others, 1)]
     entries = tuple(
         TokenLogprob(
             token, math.log(probability), rank, token_bytes(token).decode("utf-8", "replace"), token_bytes(token)
         )
         for rank, (token, probability) in enumerate(tokens, 1)
     )
-    return PositionLogprobs(entries[0], entries[:top])
+    return PositionLogprobs(entries[0], entries if named else entries[:top])
 
 
 class ScriptedSequence:
@@ -75,13 +78,13 @@ class ScriptedSequence:
             self._take(token)
             if self._finish is not None:
                 break
-        count = self._request.params.logprobs
+        count, named = self._request.params.logprobs, self._request.params.logprob_token_ids
         return self._output(
             text=self._taken_text(),
             token_ids=tuple(taken),
             logprobs=None
             if count is None
-            else tuple(made_up_logprobs(token, count, self._token_bytes) for token in taken),
+            else tuple(made_up_logprobs(token, count, self._token_bytes, named) for token in taken),
             prompt_logprobs=prompt_logprobs,
         )
 

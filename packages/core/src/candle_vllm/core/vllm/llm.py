@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, Self
 
 import numpy as np
 from msgspec.structs import replace
 
-from candle_vllm.core.arguments import explained, foreign_names
+from candle_vllm.core.arguments import ExplainedAttributes, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import GenerationOutput
@@ -42,19 +42,6 @@ from candle_vllm.core.vllm.outputs import (
     ScoringRequestOutput,
     request_output,
 )
-
-_ABSENT = {
-    "llm_engine": "the engine is `engine`, an InferenceEngine: its methods are in LIBRARY_API.md",
-    "get_metrics": "what is counted is `engine.stats()`",
-    "enqueue": "generate takes all prompts at once; add_request and step are methods of InferenceEngine",
-    "enqueue_chat": "chat takes all conversations at once",
-    "wait_for_completion": "generate and chat wait",
-    "collective_rpc": "there are no workers, and no function of a caller's is run beside the model",
-    "apply_model": "no function of a caller's is run on a model",
-    "start_profile": "Python's profilers see what a step does",
-    "reset_mm_cache": "what pictures come to is kept by their content: none is ever stale",
-    "reward": "use classify",
-}
 
 
 class Defaults:
@@ -126,7 +113,7 @@ class Opened:
             self.engine.close()
 
 
-class LLM:
+class LLM(ExplainedAttributes):
     """Model for offline inference, with vLLM's names.
 
     Args:
@@ -427,12 +414,6 @@ class LLM:
 
     def __repr__(self) -> str:
         return f"LLM({self.engine!r})"
-
-    if not TYPE_CHECKING:  # a type checker would accept every name
-
-        def __getattr__(self, name: str) -> NoReturn:
-            said = f": {_ABSENT[name]}" if name in _ABSENT else ""
-            raise AttributeError(f"LLM has no {name[:60]!r}{said}", name=name, obj=self)
 
     def _params(
         self, given: SamplingParams | Sequence[SamplingParams] | None

@@ -26,7 +26,7 @@ class Logprob:
 
     Attributes:
         logprob: natural logarithm of its probability, before penalties and temperature.
-        rank: 1 for the likeliest token.
+        rank: 1 for the likeliest token; None for tokens that the request named.
         decoded_token: text of this token alone.
     """
 
@@ -171,7 +171,7 @@ def prompt_logprobs(entries: Iterable[PositionLogprobs | None] | None) -> list[d
 
 def by_token(entry: PositionLogprobs) -> dict[int, Logprob]:
     """Return the log-probabilities at one position by token id, the sampled token first."""
-    return {each.token_id: Logprob(each.logprob, each.rank, each.text) for each in (entry.chosen, *entry.top)}
+    return {each.token_id: Logprob(each.logprob, each.rank or None, each.text) for each in (entry.chosen, *entry.top)}
 
 
 def _completion(given: Sequence) -> CompletionOutput:

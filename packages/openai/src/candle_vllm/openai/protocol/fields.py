@@ -69,6 +69,7 @@ _CACHED = "what prompts begin with is always cached"
 _NO_SLOTS = "requests share the cache and have no slots"
 _CHAT_ONLY = "it belongs to chat requests"
 
+_BEAMS = "the server samples; LLM.beam_search of the library searches"
 _MEASURED = "how many guesses are tried follows from how they fared; num_speculative_tokens bounds them"
 
 GUESS_FIELDS: Mapping[str, Refusal] = {
@@ -98,8 +99,8 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "web_search_options": Refusal("the server searches no web"),
     "moderation": Refusal("the server moderates nothing"),
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
-    "use_beam_search": Refusal("beam search is not implemented", (False,)),
-    "length_penalty": Refusal("beam search is not implemented", (1, 1.0)),
+    "use_beam_search": Refusal(_BEAMS, (False,)),
+    "length_penalty": Refusal(_BEAMS, (1, 1.0)),
     "samplers": Refusal(_ONE_ORDER, idle=True),
     "sampler_seq": Refusal(_ONE_ORDER, idle=True),
     "min_keep": Refusal("every sampler keeps at least one token", (0, 1), idle=True),
@@ -111,7 +112,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "smoothing_factor": Refusal(_NO_SAMPLER, (0, 0.0)),
     "repetition_detection": Refusal("only stop, stop_token_ids and max_tokens end a text early", idle=True),
     "watermarking": Refusal("watermarks are not implemented", (False,)),
-    "logprob_token_ids": Refusal("only the likeliest tokens are reported"),
     "chat_template_format": Refusal("templates are Jinja templates"),
     "mm_processor_kwargs": Refusal(_PREPARED, ({},)),
     "media_io_kwargs": Refusal(_PREPARED, ({},)),

@@ -221,6 +221,9 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Logprobs | None = None
+    logprob_token_ids: (
+        Annotated[list[fields.TokenId], Field(max_length=caps.MAX_NAMED_LOGPROBS, fail_fast=True)] | None
+    ) = None
     logit_bias: _Bias | None = None
     allowed_token_ids: (
         Annotated[list[fields.TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
@@ -271,6 +274,8 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
+        if self.logprob_token_ids and getattr(self, "logprobs", None) in (None, False):
+            raise fields.invalid("logprob_token_ids", "needs logprobs")
         self.structured()
         return self
 

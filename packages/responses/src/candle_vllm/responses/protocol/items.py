@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.messages import one_image
+from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import ImagePart as Image
 from candle_vllm.openai.task import Part
 from candle_vllm.openai.task import TextPart as TaskText
@@ -20,12 +21,14 @@ OTHER_PARTS = frozenset({
     "computer_screenshot", "output_image", "output_audio", "encrypted_content",
 })  # fmt: skip
 
-_HOSTED_ITEMS = frozenset({
+_HOSTED_CALLS = frozenset({
     "file_search_call", "web_search_call", "computer_call", "computer_call_output", "code_interpreter_call",
     "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output",
-    "apply_patch_call", "apply_patch_call_output", "tool_search_call", "tool_search_output", "additional_tools",
-    "configuration_update", "compaction_trigger", "program", "program_output",
+    "apply_patch_call", "apply_patch_call_output", "tool_search_call", "tool_search_output",
 })  # fmt: skip
+_HOSTED_ITEMS = frozenset(
+    {"additional_tools", "configuration_update", "compaction_trigger", "program", "program_output"}
+)
 
 
 class TextPart(WireModel):
@@ -289,6 +292,20 @@ class McpApprovalResponseItem(WireModel):
         return (reason or "").strip() or None
 
 
+class HostedCallItem(WireModel):
+    """A call of another service's tool, or its result: kept and listed as it is, and not shown to the model."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    id: ItemId | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_names(cls, data: Any) -> Any:
+        return data
+
+
 _KINDS = {
     "message": "<message>",
     "function_call": "<function_call>",
@@ -302,7 +319,7 @@ _KINDS = {
     "mcp_call": "<mcp_call>",
     "mcp_approval_request": "<mcp_approval_request>",
     "mcp_approval_response": "<mcp_approval_response>",
-}
+} | dict.fromkeys(_HOSTED_CALLS, "<hosted>")
 
 
 def _item_form(value: Any) -> str:
@@ -314,12 +331,14 @@ def _item_form(value: Any) -> str:
 
 
 def _known_kind(value: Any) -> Any:
-    """Refuse items of tools that do not run here by name; for unknown types, list the known ones."""
+    """Refuse items of services that are not here by name; for unknown types, list the known ones."""
     if isinstance(value, WireModel):
         return value
     if not isinstance(value, dict):
         raise invalid("", "must be an object with a type, or a message with role and content")
     kind = value.get("type")
+    if isinstance(kind, str) and kind in _HOSTED_CALLS:
+        remark([f"items of the type {kind!r} are not shown to the model: the tool is not here"])
     if isinstance(kind, str) and kind in _HOSTED_ITEMS:
         raise unsupported("type", f"{kind!r} is an item of a tool or a service that is not here; leave it out")
     if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
@@ -339,7 +358,8 @@ InputItem = Annotated[
     | Annotated[McpListToolsItem, Tag("<mcp_list_tools>")]
     | Annotated[McpCallItem, Tag("<mcp_call>")]
     | Annotated[McpApprovalRequestItem, Tag("<mcp_approval_request>")]
-    | Annotated[McpApprovalResponseItem, Tag("<mcp_approval_response>")],
+    | Annotated[McpApprovalResponseItem, Tag("<mcp_approval_response>")]
+    | Annotated[HostedCallItem, Tag("<hosted>")],
     Discriminator(_item_form),
     BeforeValidator(_known_kind),
 ]

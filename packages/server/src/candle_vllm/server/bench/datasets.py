@@ -20,7 +20,8 @@ import httpx
 from candle_vllm.core import CandleVllmError
 from candle_vllm.server.settings.options import UsageError
 
-NAMES = ("random", "sonnet", "sharegpt", "custom")
+_QUESTIONS = ("mt_bench", "spec_bench", "speed_bench")  # files of conversations, whose first turn is asked
+NAMES = ("random", "sonnet", "sharegpt", "custom", *_QUESTIONS)
 _MAX_FILE = 1 << 31  # maximum bytes of a data set
 _SETTLING = 8  # maximum attempts to adjust a random prompt to its length
 _PREFACE = "Pick as many lines as you can from these poem lines:\n"
@@ -97,17 +98,20 @@ def make_samples(
     chance = random.Random(seed)  # noqa: S311 - no secret
     if name == "hf":
         raise UsageError(
-            "--dataset-name hf: data sets are not downloaded; custom reads one that you saved as lines of JSON"
+            "--dataset-name hf: data sets are not downloaded; mt_bench, spec_bench, speed_bench and custom read one "
+            "that you saved as lines of JSON"
         )
     if name not in NAMES:
         raise UsageError(f"--dataset-name must be one of {', '.join(NAMES)}, not {name!r:.60}")
     if (path is None) != (name in ("random", "sonnet")):
-        raise UsageError(f"--dataset-path is for sharegpt and custom, which need it; {name} is made here" if path
+        raise UsageError(f"--dataset-path is for data sets in files, which need it; {name} is made here" if path
                          else f"--dataset-name {name} needs --dataset-path FILE")  # fmt: skip
     if path is None:
         make = _random if name == "random" else _sonnet
         return make(words(), count, shape, chance)
-    found = list(_sharegpt(path) if name == "sharegpt" else _custom(path))
+    if name == "speed_bench" and path.is_dir():
+        path /= "qualitative.jsonl"  # the part that vLLM takes too
+    found = list(_sharegpt(path) if name == "sharegpt" else _lines(path, name))
     if not found:
         raise UsageError(f"{path} has no request for --dataset-name {name}")
     chance.shuffle(found)
@@ -182,8 +186,8 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
             yield texts[0], texts[1]
 
 
-def _custom(path: Path) -> Iterator[tuple[str, int | None]]:
-    """Yield `prompt` and `output_tokens` (or None) of each line of JSON."""
+def _lines(path: Path, name: str) -> Iterator[tuple[str, int | None]]:
+    """Yield the prompt and the length of the answer (or None) of each line of JSON."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -191,10 +195,15 @@ def _custom(path: Path) -> Iterator[tuple[str, int | None]]:
             value: Any = json.loads(line)
         except ValueError:
             raise UsageError(f"{path}, line {number}: it is no JSON") from None
-        prompt = value.get("prompt") if isinstance(value, Mapping) else None
+        entry = value if isinstance(value, Mapping) else {}
+        if name in _QUESTIONS:
+            turns = entry.get("turns", entry.get("messages"))
+            first = turns[0] if isinstance(turns, list) and turns else None
+            entry = {"prompt": first.get("content") if isinstance(first, Mapping) else first, "output_tokens": 256}
+        prompt, tokens = entry.get("prompt"), entry.get("output_tokens")
         if not isinstance(prompt, str) or not prompt:
-            raise UsageError(f'{path}, line {number}: {{"prompt": TEXT}} is wanted')
-        tokens = value.get("output_tokens")
+            wanted = '{"turns": [TEXT]}' if name in _QUESTIONS else '{"prompt": TEXT}'
+            raise UsageError(f"{path}, line {number}: {wanted} is wanted")
         yield prompt, tokens if type(tokens) is int and tokens > 0 else None
 
 

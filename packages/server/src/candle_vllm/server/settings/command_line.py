@@ -75,8 +75,8 @@ _LENGTHS = (
 )
 _SEED = _own("seed", Integer(0, 1 << 32, units=False), "the same one makes the same requests", "N")
 _DATA = (
-    _own("dataset_name", Text(64), "random, sonnet, sharegpt or custom", "NAME"),
-    _own("dataset_path", FilePath(), "file of sharegpt or custom", "FILE"),
+    _own("dataset_name", Text(64), "random, sonnet, sharegpt, mt_bench, spec_bench, speed_bench or custom", "NAME"),
+    _own("dataset_path", FilePath(), "file of a data set that is not made here", "FILE"),
     _own("num_prompts", Integer(1, 10_000_000), "how many requests (1000)", "N"),
     *_LENGTHS,
     _own("random_prefix_len", Integer(0, 1 << 24), "tokens that all random prompts begin with", "N"),

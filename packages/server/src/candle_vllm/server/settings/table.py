@@ -55,15 +55,15 @@ _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 _REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
 _CALLING = ("serve", "agent", "run-batch", "config")  # commands whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
-_CACHE_ALIASES = {  # the original candle-vllm's bf16 means auto, too
-    "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto",
-    "int8": "int8_per_token_head", "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
+_CACHE_ALIASES = {  # names of the original candle-vllm, whose bf16 means auto and whose turbo types are rotated, too
+    "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto", "int8": "int8_per_token_head",
+    "turbo8": "q8_0", "k8v4": "q8_0", "turbo4": "q4_0", "4bit": "q4_0", "k3v4": "turbo3",
 }  # fmt: skip
-_TURBO = dict.fromkeys(
-    ("turbo8", "turbo4", "turbo3"),
-    "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
-) | {"fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more"}
-_CACHE = {"aliases": _CACHE_ALIASES, "absent": _TURBO}
+_NO_CACHE = {
+    "turbo3": "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
+    "fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more",
+}
+_CACHE = {"aliases": _CACHE_ALIASES, "absent": _NO_CACHE}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 

@@ -20,6 +20,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
         raise InvalidParameterError("the prompt is empty: it needs at least one token", "prompt")
     if not all(0 <= token < vocab_size for token in prompt):
         raise InvalidParameterError(f"the prompt has token ids outside 0..{vocab_size - 1}", "prompt")
+    if not all(token < vocab_size for token in params.logprob_token_ids or ()):
+        raise InvalidParameterError(f"logprob_token_ids has ids above {vocab_size - 1}", "logprob_token_ids")
     if len(prompt) >= most:
         raise PromptTooLongError(
             f"the prompt has {len(prompt)} tokens and the model's maximum context length is {most} tokens: shorten the "

@@ -214,7 +214,8 @@ class LiveSequence(Live):
         self.state.append(token)
         first = self.num_output_tokens == 1
         self.first_token_time = self.first_token_time or time.monotonic()
-        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs),)
+        named = bool(self.request.params.logprob_token_ids)
+        logprobs = None if sampled.logprobs is None else (self.describe(sampled.logprobs, named=named),)
         reason, stop_reason, text = self._ending(token, self.request.params.include_stop_str_in_output)
         self._is_plain, self._only_appends = self.detokenizer.is_plain, not self.state.notes_tokens
         self._num_cached_tokens = self.sequence.num_cached_tokens or 0
@@ -268,10 +269,10 @@ class LiveSequence(Live):
             scored = Sampler.prompt_logprobs(runner.score(rows), self.sequence.tokens[first + 1 : end + 1], top)
             self.prompt_logprobs += [self.describe(row) for row in scored]
 
-    def describe(self, row: LogprobRow) -> PositionLogprobs:
-        """Convert one row of log-probabilities, with the texts of its tokens."""
+    def describe(self, row: LogprobRow, *, named: bool = False) -> PositionLogprobs:
+        """Convert one row of log-probabilities, with the texts of its tokens; `named` ones have no rank."""
         top = tuple(
-            self._logprob(token, value, rank)
+            self._logprob(token, value, rank if not named else row.rank if token == row.token_id else 0)
             for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)
         )
         return PositionLogprobs(self._logprob(row.token_id, row.logprob, row.rank), top)
