@@ -67,6 +67,11 @@ class TestCandleVllm:
         text = "<tool_call>\nnonsense here\n</tool_call> bye"
         assert said("hermes", text) == Parsed(text, "", ())
 
+    def test_a_member_twice_counts_once(self) -> None:
+        inside = '<invoke name="f2"><city>x</city><city>y</city><o><a>1</a><a>2</a><b>3</b></o></invoke>'
+        text = f"<tool_call>{inside}</tool_call>".replace("<", "]<]minimax[>[<")
+        assert said("minimax_m3", text).calls == (("id0", "f2", '{"city": "x", "o": {"a": 1, "b": 3}}', True),)
+
     def test_a_thought_in_an_argument(self) -> None:
         text = '<tool_call>{"name": "python", "arguments": {"code": "<think>x</think>"}}</tool_call>Done'
         parsed = said("hermes", text)

@@ -67,8 +67,11 @@ class _Arguments:
         return (yield from self._entries(self._schema, 1))
 
     def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
-        """Parse tags up to the tag that closes the enclosing one; the name of the `first` was already read."""
-        reader, key, empty = self._reader, first, True
+        """Parse tags up to the tag that closes the enclosing one; the name of the `first` was already read.
+
+        A repeated member of an object is ignored.
+        """
+        reader, key, keys, emit = self._reader, first, set[str](), self._emit
         while True:
             if not key:
                 yield from reader.skip_space()
@@ -78,11 +81,15 @@ class _Arguments:
             if not key or key.startswith("/"):
                 self._emit("]" if listed else "}")
                 return True
-            self._emit(("" if empty else ", ") + ("" if listed else json.dumps(key, ensure_ascii=False) + ": "))
+            if key in keys and not listed:
+                self._emit = lambda _: None
+            self._emit((", " if keys else "") + ("" if listed else json.dumps(key, ensure_ascii=False) + ": "))
             within = sub_schema(schema, None if listed else key)
             if depth >= _MOST_DEPTH or not (yield from self._value(within, depth + 1)):
                 return False
-            key, empty = "", False
+            self._emit = emit
+            keys.add(key)
+            key = ""
 
     def _tag(self) -> Need[str]:
         """Return a tag's name, with the slash of a closing tag; "" without a tag."""
