@@ -20,12 +20,12 @@ from suite import HERE, environment, expected_of, run_pytest
 from tests.live_server import ServerProcess
 from tests.real_models import all_minilm, qwen_coder
 
-_PYTEST = ("pytest==9.0.2", "pytest-asyncio==1.3.0", "pytest-timeout==2.4.0")
+_PYTEST = ("pytest==9.0.3", "pytest-asyncio==1.3.0", "pytest-timeout==2.4.0")
 _PACKAGES = {
     "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
                   "langchain-anthropic==1.7.10"),
     "litellm": ("litellm==1.110.2",),
-    "pydantic_ai": ("pydantic-ai-slim[openai,anthropic]==2.32.2",),
+    "pydantic_ai": ("pydantic-ai-slim[openai,anthropic]==2.32.2", "httpx==0.28.1"),
     "instructor": ("instructor[anthropic]==1.17.0", "jsonref"),
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def main() -> int:
             run_pytest(
                 environment(name, (*_PYTEST, *_PACKAGES[name])),
                 HERE / "clients",
-                ["--timeout=300", "--asyncio-mode=auto", "-p", "no:cacheprovider", f"test_{name}.py"],
+                [f"test_{name}.py"],
                 expected_of(HERE / "clients.toml"),
                 variables,
             )

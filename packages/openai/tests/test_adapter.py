@@ -659,7 +659,7 @@ async def test_prompts_that_are_too_long_are_not_tokenized_to_their_end(characte
     ):
         engine.characters = 0
         with pytest.raises(
-            PromptTooLongError, match="has more than 512 tokens and the model's maximum context length is 512 tokens"
+            PromptTooLongError, match="has more than 512 tokens and this model's maximum context length is 512 tokens"
         ) as caught:
             await work()
         assert caught.value.param in ("prompt", "messages")

@@ -388,7 +388,9 @@ def test_texts_alone_may_be_asked_for(folder: Path) -> None:
 def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -> None:
     with InferenceEngine(folder, max_model_len=128) as engine:
         prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}
-        with pytest.raises(PromptTooLongError, match=r"\d+ tokens and more; the maximum context length is 128"):
+        with pytest.raises(
+            PromptTooLongError, match=r"\d+ tokens and more; this model's maximum context length is 128"
+        ):
             engine.generate(prompt, GREEDY, use_tqdm=False)
 
 
@@ -396,5 +398,7 @@ def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -
     said = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
     parts = VisionDescription(family="siglip", rule=tile_rule(Fields(said, Path("p.json"))), mark=1, asks=1, cell=1)
     vision = VisionInput(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
-    with pytest.raises(PromptTooLongError, match="16777217 tokens and more; the maximum context length is 128"):
+    with pytest.raises(
+        PromptTooLongError, match="16777217 tokens and more; this model's maximum context length is 128"
+    ):
         vision.look([1], [PICTURES[1]], most_tokens=128)

@@ -90,9 +90,9 @@ PROMPT = [
     Row("input.3.call_id", "other"),
     Row("input.3.output", GONE),
     Row("input.3.output", 1),
-    Row("input.3.output", [{"type": "input_image", "image_url": "x"}], "input.3.output.0.image_url"),
+    Row("input.1.content", [{"type": "input_image", "image_url": "x"}], "input.1.content.0.image_url"),
+    Row("input.1.content", [{"type": "input_image", "file_id": "f"}], "input.1.content.0.file_id"),
     Row("input.3.output", [{"type": "input_image"}], "input.3.output.0.image_url"),
-    Row("input.3.output", [{"type": "input_image", "file_id": "f"}], "input.3.output.0.file_id"),
     Row("input.3", CALL, "input.3.call_id"),  # the same call again
     item(RESULT, ".call_id"),  # the same result again
     item({**CALL, "call_id": "c2"}, ".call_id"),  # a call without its result

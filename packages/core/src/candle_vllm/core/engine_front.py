@@ -171,8 +171,8 @@ class EngineFront(ABC):
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if len(text) > most:
             raise PromptTooLongError(
-                f"the text has {len(text)} characters; the model's maximum context length of "
-                f"{self._info.max_model_len} tokens holds at most {most} of them",
+                f"the text has {len(text)} characters; this model's maximum context length is "
+                f"{self._info.max_model_len} tokens, which hold at most {most} of them",
                 name,
             )
 

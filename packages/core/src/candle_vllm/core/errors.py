@@ -98,7 +98,7 @@ class UnsupportedParameterError(InvalidParameterError):
 class PromptTooLongError(RequestError):
     """The prompt, or the prompt and `max_tokens` together, exceeds the context or the cache.
 
-    Agents and LiteLLM recognise this error by "maximum context length", the words of OpenAI and vLLM.
+    Agents and LiteLLM recognise this error by "this model's maximum context length is", the words of OpenAI and vLLM.
     """
 
 

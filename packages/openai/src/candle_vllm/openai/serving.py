@@ -131,7 +131,7 @@ def check_length(engine: Tokenizes, text: str) -> None:
         found += len(engine.tokenize(text[start : start + _CHUNK], add_special_tokens=False)) - _SEAM
         if found > most:
             raise PromptTooLongError(
-                f"the prompt has more than {most} tokens and the model's maximum context length is {most} tokens: "
+                f"the prompt has more than {most} tokens and this model's maximum context length is {most} tokens: "
                 "shorten the prompt, or load the model with a larger `max_model_len` where the model and the memory "
                 "allow it",
                 "prompt",

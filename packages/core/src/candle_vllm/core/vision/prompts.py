@@ -118,7 +118,9 @@ class VisionInput:
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
                     said = f"{name}: with it the prompt has {least} tokens and more"
-                    raise PromptTooLongError(f"{said}; the maximum context length is {most_tokens} tokens", name)
+                    raise PromptTooLongError(
+                        f"{said}; this model's maximum context length is {most_tokens} tokens", name
+                    )
                 if picture.digest not in made:
                     made[picture.digest] = self._input(picture)
             inputs.append(made[picture.digest])

@@ -274,7 +274,8 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
-        if self.logprob_token_ids and getattr(self, "logprobs", None) in (None, False):
+        given = getattr(self, "logprobs", None)  # of completions, where 0 asks for the sampled token's, or of chat
+        if self.logprob_token_ids and (given is None or given is False):
             raise fields.invalid("logprob_token_ids", "needs logprobs")
         self.structured()
         return self

@@ -24,8 +24,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
         raise InvalidParameterError(f"logprob_token_ids has ids above {vocab_size - 1}", "logprob_token_ids")
     if len(prompt) >= most:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens and the model's maximum context length is {most} tokens: shorten the "
-            "prompt, or load the model with a larger `max_model_len` where the model and the memory allow it",
+            f"the prompt has {len(prompt)} tokens and this model's maximum context length is {most} tokens: shorten "
+            "the prompt, or load the model with a larger `max_model_len` where the model and the memory allow it",
             "prompt",
         )
     if len(prompt) + params.min_tokens > most:
@@ -38,8 +38,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
         return most
     if len(prompt) + params.max_tokens > most:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they exceed the "
-            f"model's maximum context length of {most} tokens; ask for at most {most - len(prompt)}",
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they are more, "
+            f"and this model's maximum context length is {most} tokens; ask for at most {most - len(prompt)}",
             "max_tokens",
         )
     return len(prompt) + params.max_tokens
