@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Client libraries against `candle-vllm serve`: `python benchmarks/suites/clients.py [NAME ...] [-k tool]`.
+"""LiteLLM, pydantic-ai and instructor against `candle-vllm serve`: `python benchmarks/suites/clients.py [NAME ...]`.
 
-LangChain's tests come from its package `langchain-tests`; the scenarios of the other libraries stand in `clients/`.
-Each library has an environment of its own. Qwen2.5-Coder-0.5B answers greedily, all-MiniLM-L6-v2 embeds; failures with
-a known reason stand in `clients.toml`.
+The scenarios stand in `clients/`, a file for each library, which has an environment of its own. Qwen2.5-Coder-0.5B
+answers greedily, all-MiniLM-L6-v2 embeds; failures with a known reason stand in `clients.toml`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from tests.real_models import all_minilm, qwen_coder
 
 _PYTEST = ("pytest==9.0.3", "pytest-asyncio==1.3.0", "pytest-timeout==2.4.0")
 _PACKAGES = {
-    "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
-                  "langchain-anthropic==1.7.10"),
     "litellm": ("litellm==1.110.2",),
     "pydantic_ai": ("pydantic-ai-slim[openai,anthropic]==2.32.2", "httpx==0.28.1"),
     "instructor": ("instructor[anthropic]==1.17.0", "jsonref"),
@@ -35,13 +32,10 @@ def main() -> int:
     chosen = [name for name in _PACKAGES if name in sys.argv[1:]]
     sys.argv[1:] = [word for word in sys.argv[1:] if word not in _PACKAGES]
     with ExitStack() as stack:
-        served = ["--served-model-name", "qwen", "--max-model-len", "8192", "--temperature", "0"]
-        started = [
-            ("qwen", [str(qwen_coder()), *served]),
-            ("minilm", [str(all_minilm()), "--served-model-name", "minilm"]),
-        ]
-        variables: dict[str, str] = {"SUITE_ADDRESS": "", "SUITE_EMBEDDER": ""}
-        for name, (_, flags) in zip(variables, started, strict=True):
+        qwen = [str(qwen_coder()), "--served-model-name", "qwen", "--max-model-len", "8192", "--temperature", "0"]
+        minilm = [str(all_minilm()), "--served-model-name", "minilm"]
+        variables: dict[str, str] = {}
+        for name, flags in (("SUITE_ADDRESS", qwen), ("SUITE_EMBEDDER", minilm)):
             server = ServerProcess(Path(stack.enter_context(tempfile.TemporaryDirectory())), "--m", *flags)
             stack.callback(server.stop)
             variables[name] = server.url

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -24,7 +23,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = Path.home() / ".cache" / "candle-vllm" / "suites"
 _SECONDS = 7200  # for a whole suite
-_PURELIB = "import sysconfig; print(sysconfig.get_path('purelib'))"
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -61,31 +59,17 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
-def environment(name: str, packages: Sequence[str], *, over: bool = False) -> Path:
-    """The interpreter of a virtual environment with these packages, which uv makes once.
-
-    Args:
-        name: of the suite.
-        packages: with their versions.
-        over: whether the packages of this interpreter can be imported too, behind its own.
-    """
+def environment(name: str, packages: Sequence[str]) -> Path:
+    """The interpreter of a virtual environment with these packages, which uv makes once."""
     folder = CACHE / f"{name}-environment"
-    wanted = "\n".join((*packages, sysconfig.get_path("purelib")) if over else packages)
+    wanted = "\n".join(packages)
     made = folder / "packages.txt"
     if not made.exists() or made.read_text(encoding="utf-8") != wanted:
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
         python = str(folder / "bin" / "python")
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *packages], check=True, cwd=folder)
-        if over:
-            own = subprocess.run([python, "-c", _PURELIB], check=True, capture_output=True, text=True).stdout.strip()
-            Path(own, "development.pth").write_text(f"{_addsitedir(sysconfig.get_path('purelib'))}\n", encoding="utf-8")
         made.write_text(wanted, encoding="utf-8")
     return folder / "bin" / "python"
-
-
-def _addsitedir(folder: str) -> str:
-    """The line of a `.pth` file by which a folder's packages, and those of its own `.pth` files, can be imported."""
-    return f"import site; site.addsitedir({folder!r})"
 
 
 def run_pytest(
