@@ -58,9 +58,8 @@ def _attend_one(q: torch.Tensor, caches: Any, rows: AttentionRows, scale: float,
     table = rows.block_tables[0, first // size : -(-context // size)]
     seen = slice(first % size, first % size + context - first)
     k, v = (reference.blocks_of(each, table, dim).flatten(0, 1)[seen].transpose(0, 1).float() for each in caches)
-    queries = q.float().view(1, kv_heads, -1, dim)  # the queries of a KV head see the same keys
-    y = torch.nn.functional.scaled_dot_product_attention(queries, k[None], v[None], scale=scale)
-    return y.view(1, -1, dim).to(q.dtype)
+    scores = torch.matmul(q.float().view(kv_heads, -1, dim), k.transpose(1, 2)).mul_(scale)  # [K, G, C]
+    return torch.matmul(scores.softmax(-1), v).view(1, -1, dim).to(q.dtype)
 
 
 def _row(rows: AttentionRows, row: int) -> AttentionRows:
