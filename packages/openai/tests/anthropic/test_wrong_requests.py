@@ -120,7 +120,11 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
     ("messages.2.content.0.tool_use_id", GONE, "messages.2.content.0.tool_use_id"),
     ("messages.2.content.0.is_error", "yes", "messages.2.content.0.is_error"),
     ("messages.2.content.0.content", 3, "messages.2.content.0.content"),
-    ("messages.2.content.0.content", [IMAGE], "messages.2.content.0.content.0.source.data"),
+    (
+        "messages.2.content.0.content",
+        [{"type": "image", "source": {"type": "base64", "media_type": "image/png"}}],
+        "messages.2.content.0.content.0.source.data",
+    ),
     ("messages.2.content.2", RESULT, "messages.2.content.2.type"),
     ("messages.2.content.0", {"type": "text", "text": "no result"}, "messages.2.content"),
     ("messages.2", GONE, "messages.1.content"),
