@@ -116,8 +116,10 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     return program(configuration if command in ("serve", "run-batch", "config") else configuration.settings, **own)
 
 
-_MODULES = {  # of commands that have no module of their own among `commands`
-    "serve": "serve", "bench serve": "bench.serve", "imatrix": "commands.perplexity",
+_MODULES = {  # of the commands
+    "serve": "serve", "bench serve": "bench.serve", "bench": "commands.bench", "run-batch": "commands.run_batch",
+    **{name: f"commands.{name}" for name in ("agent", "chat", "config", "generate", "perplexity", "quantize")},
+    "imatrix": "commands.perplexity",
     **dict.fromkeys(("bench throughput", "bench latency", "bench speculation"), "bench.offline"),
     **dict.fromkeys(("pull", "list", "show", "rm", "ps", "run"), "commands.library"),
 }  # fmt: skip
@@ -130,9 +132,9 @@ def _program(command: str) -> Callable[..., int]:
     from candle_vllm.core.threads import collector_paused
 
     name = command.replace("-", "_").replace(" ", "_")
-    module = _MODULES.get(command, f"commands.{name}")
     with collector_paused():  # modules are many objects, and none of them is garbage
-        return getattr(import_module(f"candle_vllm.server.{module}"), "list_models" if name == "list" else name)
+        module = import_module(f"candle_vllm.server.{_MODULES[command]}")
+    return getattr(module, "list_models" if name == "list" else name)
 
 
 def say(remarks: Sequence[str]) -> None:
