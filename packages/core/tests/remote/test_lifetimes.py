@@ -46,7 +46,7 @@ def gone(pid: int) -> bool:
     """Whether a process that is not our child has ended."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it may end while it is read
         return True
     return state == "Z"  # nobody here can reap it
 

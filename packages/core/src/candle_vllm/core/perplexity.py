@@ -78,7 +78,7 @@ def perplexity(
         parts[-1].append(np.stack(columns).astype(np.float64))
 
     for number, each in enumerate(ids):
-        tell("scoring the text", number, len(ids), "")
+        tell("reading the text", number, len(ids), "")
         parts.append([])
         rest = iter(each)
         engine.read_logits(before + windows[number], read, first - 1)
