@@ -105,7 +105,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
-    """Build the engine for a loaded model; `ranks` have the other parts of a model that is divided.
+    """Build the engine for a loaded model; `ranks` are the other ranks of a divided model.
 
     Raises:
         ConfigError: the settings do not fit each other, this model or the memory.
@@ -172,7 +172,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
 
 
 def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
-    """Make the pool of state slots; None if no layer keeps a state."""
+    """Build the pool of state slots; return None if no layer has a state."""
     room = plan.states
     if not room.running:
         if config.state_cache_gb is not None:
@@ -398,9 +398,10 @@ def _plan_on_cpu(
     draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
     ranks: Collective | None = None,
 ) -> CachePlan:
-    """Plan the cache on the CPU, minus `weights` bytes to be loaded and image encoding; refuse settings for a GPU.
+    """Plan the cache on the CPU; refuse settings for a GPU.
 
-    With `ranks`, the plan fits the memory of every rank.
+    It leaves memory free for image encoding and for `weights` bytes that are loaded later. With `ranks`, the plan fits
+    the memory of every rank.
     """
     placement = model.placement
     kinds = cache_kinds(config, model)
@@ -505,7 +506,7 @@ def _build_on_cpu(
     taps = loaded.draft.head.taps if isinstance(loaded.draft, LoadedHead) else None
     runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps, kinds=kinds)
     assert isinstance(runner, StepwiseRunner)
-    Sampler.prepare(loaded.placement.device)  # after it: a first start compiles kernels in parallel
+    Sampler.prepare(loaded.placement.device)  # after the runner, which compiles all kernels in parallel at first start
     draft = None
     if loaded.draft is not None:
         if states(loaded.draft.config.cache_specs):
@@ -589,7 +590,7 @@ def adapter_store(
     most: int,
     plan: CachePlan | None = None,
 ) -> AdapterStore:
-    """Build the adapter store, with at most `most` adapters in one step; the cache of `plan` takes its memory later."""
+    """Build the adapter store, with at most `most` adapters in a step; leave memory for the cache of `plan`."""
     left = max(0, available_memory() - (0 if plan is None else plan.page_bytes))
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)

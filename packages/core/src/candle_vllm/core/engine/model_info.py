@@ -24,7 +24,7 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
         state: "cold" (only on disk), "loading", "ready" (in memory) or "failed".
         pinned: whether it stays in memory.
         base: the base model that its files name.
-        notes: remarks, such as settings in its files that have no effect here.
+        notes: remarks on its files, such as settings that have no effect here.
         error: why it could not be loaded; None if it could.
     """
 
@@ -48,17 +48,17 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """The served model, for people and for `/v1/models`.
 
     Attributes:
-        default_sampling: values of sampling parameters that a request leaves out.
-        model_sampling: the same from the model's own files, with the default length of an answer ("max_tokens").
+        default_sampling: values of sampling parameters that a request leaves out, without "max_tokens".
+        model_sampling: the part of these defaults that is in the model's own files, with "max_tokens".
         tasks: what the model can do: "generate", "embed", "score", "classify".
         modalities: input types: "text", and "image" for a model with vision.
         max_images: maximum number of images of a prompt; 0 for a text-only model.
         image_text: the text that its chat template writes for an image; empty for a text-only model.
         labels: names of a classifier's classes, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 if it is not an embedding model.
-        pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "cls", "last"; "all", one
-            vector for each token; "sparse", an importance of each token of the vocabulary.
-        prompts: instructions that it expects before a text, by purpose, as in the files of sentence-transformers.
+        pooling: how hidden states are pooled to a vector, or to the input of a head: "mean", "cls", "last"; "all" for a
+            vector of each token; "sparse" for a weight of each token of the vocabulary.
+        prompts: instructions to prepend to a text, by purpose (`prompts` of sentence-transformers).
         implementation: "native" or "transformers", the library whose layers run; followed by "one sequence at a time"
             if these layers keep a cache of their own.
         max_num_seqs: maximum number of sequences in one step.

@@ -75,10 +75,9 @@ class RequestMetrics(ShownStruct, frozen=True):
     """Times of one request, `time.monotonic()` seconds, None while not reached; and counts of draft tokens.
 
     Attributes:
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and how many tokens of the answer were
-            accepted draft tokens; each of them saved a step.
+        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and how many were accepted.
         predicted_tokens, accepted_predicted_tokens: tokens of `SamplingParams.prediction`, and how many of them occur
-            in the answer, tried or not.
+            in the answer, tried as draft tokens or not.
     """
 
     arrival_time: float
@@ -94,22 +93,18 @@ class RequestMetrics(ShownStruct, frozen=True):
 class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
     """Output of one sequence after one step: new tokens, the text delta, and how the sequence ended.
 
-    `text` is the new text that is safe to show: never half a character, never part of a possible stop string. It
-    may be empty while tokens arrive, and the last output may contain text of earlier tokens. Concatenated over a
-    sequence, `text` is exactly the text of the whole output.
+    `text` has only complete characters, and no possible beginning of a stop string. It may be empty while tokens
+    arrive, and the last output may contain text of earlier tokens. The concatenated `text` of all outputs of a sequence
+    is the text of the whole output.
 
     Attributes:
-        request_id: the request.
         index: the sequence's index among the request's `n` sequences.
-        text: new text.
-        token_ids: new tokens.
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
             offsets are in characters of the sequence's whole text, which may not be that long yet.
         logprobs: one entry per new token, if the request asks for logprobs.
         prompt_logprobs: on the first output of sequence 0, if asked for; one per prompt token, None for the first.
         finish_reason: set on the last output of the sequence.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
-        num_prompt_tokens: length of the prompt.
         num_cached_tokens: prompt tokens that came from the prefix cache.
         metrics: set on the last output.
         error: the message if `finish_reason` is ERROR.
@@ -144,7 +139,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
 
 
 def joined(pieces: Sequence[TokenOutput]) -> TokenOutput:
-    """Join the outputs of the tokens that one step gave a sequence."""
+    """Join the outputs of one sequence in one step."""
     first, last = pieces[0], pieces[-1]
     if first is last:
         return first
@@ -264,7 +259,6 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
     """The embedding of one text; for a multi-vector model, the vectors of its tokens.
 
     Attributes:
-        request_id: the request id of the text.
         embedding: float32 elements, `array("f")`: numpy reads them without copying, `tobytes` is little-endian,
             `tolist` is for JSON.
         vectors: number of vectors concatenated in `embedding`, if each token has a vector; None for a single vector.
@@ -291,8 +285,8 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         score: the output of a cross-encoder's head, or the cosine similarity of the texts' vectors.
-        num_tokens: tokens that were run for the pair. An embedding model runs a text of several pairs once and counts
-            it in the first of them.
+        num_tokens: number of tokens that were run for the pair. An embedding model runs a text of several pairs once,
+            and its tokens count in the first pair.
         prompt_token_ids: the tokens of both texts, including tokens that the tokenizer adds; empty for a cosine
             similarity from `ascore`.
     """
@@ -308,7 +302,6 @@ class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
     """Probabilities of the classes of one text.
 
     Attributes:
-        request_id: the request id of the text.
         probs: float32 elements in the order of `ModelInfo.labels`, `array("f")`; they sum to 1 unless a text may be in
             several classes. A regression model returns its outputs unchanged.
         vectors: number of tokens whose probabilities are concatenated, for a token classifier; else None.

@@ -52,7 +52,7 @@ class Stat(NamedTuple):
         series: the counter of `/metrics` that shows the field; empty without a counter of its own.
         help: the help text of the counter.
         now: whether the field is a gauge, which ends with its engine; other fields count since the start.
-        join: aggregates the values of replicas: the sum, or the largest if all replicas have or share the same value.
+        join: aggregates the values of replicas: `sum`, or `max` if all replicas have the same or a shared value.
     """
 
     series: str = ""
@@ -68,22 +68,23 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         num_running, num_waiting: current number of running and waiting sequences.
         num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
         checkpoints, checkpoint_slots: current and maximum number of checkpoints of layer states.
-        prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many were cached.
+        prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many of them were in the
+            prefix cache.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
         preemptions, steps: counts since the start.
         drafts, draft_tokens, accepted_draft_tokens: drafts (one for each sequence and step), draft tokens, and accepted
             draft tokens, since the start.
         accepted_per_position: number of accepted draft tokens at each position of a draft.
-        step_seconds: assumed time of a step of one sequence with 0, 1, 2, ... draft tokens, in plain steps, by which
-            the number of draft tokens is chosen. Empty without speculative decoding.
+        step_seconds: estimated time of a step of one sequence with 0, 1, 2, ... draft tokens, relative to a plain step;
+            the drafter chooses their number by it. Empty without speculative decoding.
         adapters, adapters_in_memory, adapter_bytes: known adapters, adapters in memory and their bytes, now.
         adapter_loads, adapter_load_failures, adapter_evictions: counts since the start.
         adapter_load_seconds: total time of the loads.
         max_adapters: maximum number of adapters in one step; 0 without LoRA.
         running_adapters, waiting_adapters: current number of sequences of the adapters with the most sequences.
-        kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis; 0 without
-            KV tiers. In main memory and in Redis, only the bytes of the first rank.
+        kept_block_bytes: current bytes of offloaded blocks (KV tiers) on disk, in main memory and in Redis (in the last
+            two, of the first rank only); 0 without KV tiers.
         kept_blocks_read, kept_blocks_written: offloaded blocks read and written, since the start.
         kept_blocks_skipped: blocks that were not written because the writer was too slow, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
@@ -160,4 +161,4 @@ def _stat(hint: Any) -> Stat:
 
 _HINTS = get_type_hints(EngineStats, include_extras=True)
 STATS: Mapping[str, Stat] = {name: _stat(_HINTS[name]) for name in EngineStats.__struct_fields__}
-"""What is done with each number of `EngineStats`."""
+"""Annotation of each field of `EngineStats`."""

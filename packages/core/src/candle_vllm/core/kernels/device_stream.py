@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The few things that a GPU's steps need of CUDA: work in order, captured work, marks to wait for, staged memory.
+"""The part of CUDA that steps on a GPU use: a stream of work, captured work, marks to wait for, staged memory.
 
-A `DeviceStream` runs what it is given in order and at some later time. What a step reads or writes on the device is
-given to it; what the host reads is read behind a mark. So a test can put a stream in its place that runs nothing before
-it is waited for.
+A `DeviceStream` runs its work in order, at any later time. Everything that reads or writes device memory in a step is
+work of the stream, and the host waits for a mark before it reads results. So tests can use a stream that runs nothing
+before somebody waits for it.
 
-An array of the host comes over as one of many in the piece of memory that `Staging` copies once a step, or by itself,
-as `Sent`. No memory that the host writes may still be on its way to the device when it is written again.
+Arrays of the host are copied to the device either together, by `Staging` once a step, or alone, by `Sent`. The host
+must not write to memory while an earlier copy still reads it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Work: TypeAlias = Callable[[], None]
 
 
 class Mark(Protocol):
-    """A place in the order of a stream's work."""
+    """A position in a stream's work (an event)."""
 
     def wait(self) -> None:
-        """Returns when all work before the mark is done."""
+        """Return when all work before the mark is done."""
         ...
 
 
@@ -39,60 +39,55 @@ class DeviceStream(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """Device of its tensors."""
         ...
 
     def run(self, work: Work) -> None:
-        """Puts work behind what was given before. It must not wait for the device."""
+        """Queue work after all earlier work. The work must not wait for the device."""
         ...
 
     def join(self) -> None:
-        """What was done on the device without the stream comes before what is given to it from now on."""
+        """Make later work of this stream wait for work that was launched on torch's current stream."""
         ...
 
     def capture(self, work: Work) -> Work:
-        """Work that does the same on the same memory, at little cost; it is given to `run`. Captures, runs nothing.
+        """Capture work without running it; return work that replays it on the same memory at little cost.
 
-        The work must have run once before. Tensors that it makes stay, and are overwritten whenever it runs.
+        The work must have run once before. Tensors that it allocates stay, and each replay overwrites them.
         """
         ...
 
     def between(self, host: Work) -> None:
-        """In work: the host does something before it gives the stream what follows, also where that is captured.
+        """Within work: call `host` before the rest of the work is launched, also in replays of captured work.
 
-        Captured work is in pieces then. `host` runs no work; it may mark what was given before it, and wait for that.
+        Captured work is split here. `host` must not run work; it may mark the work before it, and wait for the mark.
         """
         ...
 
     def mark(self) -> Mark:
-        """Marks the end of what was given so far."""
+        """Return a mark after all work so far."""
         ...
 
     def beside(self) -> DeviceStream:
-        """Another stream of the same device; its work and this one's are in no order but by `after`."""
+        """Return another stream of the same device, whose work is ordered with this one's only by `after`."""
         ...
 
     def after(self, mark: Mark) -> None:
-        """What is given from now on comes after a mark of a stream beside this one; waits for nothing here."""
+        """Make later work wait for a mark of another stream; the host does not wait."""
         ...
 
     def staged(self, size: int) -> torch.Tensor:
-        """Memory of the host, uint8 [size], from which copies to the device need not wait."""
+        """Return host memory, uint8 [size], whose copies to the device are asynchronous (pinned memory)."""
         ...
 
 
 def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies between the device and staged memory, or on the device; work."""
+    """Copy between the device and staged memory, or on the device. Runs as `Work`."""
     target.copy_(source, non_blocking=True)
 
 
 class Sent:
-    """An array of the host on its way to the device: a copy in staged memory, from which work need not wait.
-
-    Args:
-        stream: whose work will ask for it.
-        array: copied now.
-    """
+    """A copy of a host array in staged memory, which work of a stream copies to the device."""
 
     def __init__(self, stream: DeviceStream, array: NDArray[Any]) -> None:
         kind = torch.from_numpy(np.empty(0, array.dtype)).dtype
@@ -101,23 +96,23 @@ class Sent:
         self._staged.numpy()[...] = array
 
     def there(self) -> torch.Tensor:
-        """The array on the device; work."""
+        """Return the array on the device. Runs as `Work`."""
         return self._staged.to(self._stream.device, non_blocking=True)
 
 
 class CudaStream:
-    """`DeviceStream` of CUDA: a stream of its own, and graphs whose passing tensors share one pool of memory."""
+    """`DeviceStream` of CUDA: a new CUDA stream, and graphs whose temporary tensors share one memory pool."""
 
     def __init__(self, device: torch.device | Device) -> None:
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._pieces: list[Work] | None = None  # of what is being captured
+        self._pieces: list[Work] | None = None  # parts of the work that is being captured
         self._graph: torch.cuda.CUDAGraph | None = None
         self.join()
 
     def run(self, work: Work) -> None:
-        # The engine's thread is not the one that made the stream: device and stream are each thread's own.
+        # The current device and stream are set for each thread, and another thread may have created the stream.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.inference_mode():
             work()
 
@@ -134,7 +129,7 @@ class CudaStream:
                 self._end_piece()
             except BaseException:
                 if self._graph is not None:
-                    with contextlib.suppress(RuntimeError):  # the first error is the one that says something
+                    with contextlib.suppress(RuntimeError):  # the first error is reported
                         self._graph.capture_end()
                 raise
             finally:
@@ -147,8 +142,8 @@ class CudaStream:
         return replay
 
     def _begin_piece(self) -> None:
-        # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
-        # which a capture registers, must not be made in inference mode.
+        # Not `torch.cuda.graph`, which empties caches each time and takes longer. A capture registers the random
+        # generator's state, which must not be created in inference mode.
         with torch.inference_mode(mode=False):
             graph = torch.cuda.CUDAGraph()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -196,7 +191,7 @@ class _CudaMark:
 
 
 ALIGNMENT = 64
-"""Numbers of 32 bits between which an array may begin: 256 bytes, the most that a kernel could want."""
+"""Alignment of arrays in 4-byte elements: 256 bytes, the largest alignment that a kernel may need."""
 
 _TORCH = {
     np.dtype(np.int32): torch.int32,
@@ -206,16 +201,16 @@ _TORCH = {
 
 
 class Staging:
-    """Named arrays on the host and on the device, and behind them room for what each step lays out anew.
+    """Named arrays on the host and on the device, followed by memory that each step divides differently (the room).
 
     Args:
-        stream: where copies go.
+        stream: the stream of the copies.
         arrays: shape and dtype (int32, float32 or float64) of each array, in order.
-        room: numbers of 32 bits behind them.
-        pieces: how many steps the host may be ahead of the copies.
+        room: int32 elements of the room.
+        pieces: number of host copies, by which the host may be ahead of the device.
 
     Attributes:
-        device: the arrays on the device; their memory never moves.
+        device: the arrays on the device, at fixed addresses.
         device_room: [room] int32 on the device.
     """
 
@@ -233,7 +228,7 @@ class Staging:
             size = math.prod(shape) * np.dtype(kind).itemsize
             places[name] = (end, end + size)
             end += aligned(-(-size // 4)) * 4
-        self._begin = end // 4  # of the room
+        self._begin = end // 4  # offset of the room
         self._host = [stream.staged(end + 4 * room).view(torch.int32) for _ in range(pieces)]
         self._device = torch.zeros(end // 4 + room, dtype=torch.int32, device=stream.device)
         self.device: dict[str, torch.Tensor] = {}
@@ -248,17 +243,17 @@ class Staging:
         self._turn = 0
 
     def host(self) -> tuple[Mapping[str, NDArray[Any]], NDArray[np.int32]]:
-        """The arrays and the room to write the next step into; `send` must follow."""
+        """Return the host's arrays and room for the next step; `send` must follow."""
         self._turn = (self._turn + 1) % len(self._host)
         return self._views[self._turn], self._rooms[self._turn]
 
     def send(self, used: int) -> None:
-        """Copies the arrays, and the first `used` numbers of the room."""
+        """Copy the arrays and the first `used` elements of the room to the device."""
         end = self._begin + used
         source, target = self._host[self._turn][:end], self._device[:end]
         self._stream.run(lambda: copy(target, source))
 
 
 def aligned(count: int) -> int:
-    """The least multiple of `ALIGNMENT` that is at least `count`."""
+    """Round `count` up to a multiple of `ALIGNMENT`."""
     return -(-count // ALIGNMENT) * ALIGNMENT

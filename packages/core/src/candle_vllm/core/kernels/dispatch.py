@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which implementation of a kernel computes a tensor; inside step 6 of a request's life."""
+"""Choose the implementation of a kernel for a tensor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Whether Triton's kernels compute x: on a GPU, and on the CPU where Triton interprets its kernels, for tests."""
+    """Return whether Triton's kernels compute x: on a GPU, or on the CPU if Triton interprets its kernels, in tests."""
     return x.is_cuda or interpreted()
 
 
 @cache
 def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python; it decides so when it is imported (TRITON_INTERPRET=1)."""
+    """Return whether Triton interprets its kernels; TRITON_INTERPRET is read when Triton is imported."""
     triton = sys.modules.get("triton")
     return triton is not None and bool(triton.knobs.runtime.interpret)

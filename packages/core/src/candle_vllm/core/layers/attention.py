@@ -101,9 +101,9 @@ class StepInput:
         taps: stores hidden states before some layers; None if they are not needed.
         given: rows of image embeddings; None without images.
         may_divide: ranks may divide the tokens among themselves; see `TokenShares.begin`.
-        narrows: in a recorded step, the layer after whose cache write only rows with a wanted next token are computed;
-            None for all rows.
-        narrowed: the layer before which the other rows are dropped, if it and all later layers read the caches of
+        narrows: in a recorded step, the layer after whose cache write only rows whose next token is sampled are
+            computed; None for all rows.
+        narrowed: the layer before which all other rows are dropped, if it and all later layers read the caches of
             earlier layers; None for all rows.
         layer_inputs: [T, P] for each layer, its input besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.

@@ -66,7 +66,7 @@ class Linear:
         self.in_features = in_features
         ends = list(itertools.accumulate(sizes.values()))
         rows = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
-        self._places: dict[str, tuple[Any, slice]]  # of each part in the bias: expert and rows
+        self._places: dict[str, tuple[Any, slice]]  # of each part: its expert and rows in the bias
         if experts:
             self._places = {f"{name}.{first + e}.": (e, rows[name]) for e in range(experts) for name in sizes}
         else:

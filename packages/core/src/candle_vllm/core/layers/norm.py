@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class RMSNorm:
     """RMSNorm over the last dimension of x [T, ..., size].
 
-    The result of a norm after a matrix is added to a residual like any value: `residual + norm(x)`, or
+    The norm of a sublayer's result (post-norm) is added to the residual like any other value: `residual + norm(x)`, or
     `next_norm.add(norm(x), residual)`; in a recorded step each of these is one operation.
 
     Args:

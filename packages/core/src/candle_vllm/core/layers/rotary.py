@@ -108,7 +108,7 @@ class Rotary:
         return places[:, self._axes]
 
     def turn_there(self, sources: Any) -> None:
-        """As `turn`, for tables on a GPU, by `sources` on the device; queued on the current stream."""
+        """Do what `turn` does, for tables on a GPU and `sources` on the device; queued on the current stream."""
         assert len(sources) <= self._room
         for table in self.tables:
             numbers: Any = table

@@ -44,7 +44,7 @@ _NO_EFFECT = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "qalora_group_size", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config",
 )  # fmt: skip
-"""Keys that only training needs; the tensors' names show which modules were trained."""
+"""Keys that only training uses; the tensors' names show which modules were trained."""
 _SHOWN = 10
 _MOST_INVOKING = 256
 
@@ -133,7 +133,7 @@ class _Keys(Fields):
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """Return a lookup by patterns with number values; integers from 1 to `most`, if that is given."""
+        """Return a lookup in a section of patterns and numbers; with `most`, these are integers from 1 to `most`."""
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)

@@ -120,7 +120,7 @@ class AdapterPlaces:
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
         """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.
 
-        A different prefix, because the base model has no head or is a part of a larger model, is corrected.
+        A prefix is corrected that differs because the base model had no head, or was a part of a larger model.
         """
         index = self._hf
         for known in _spellings(name):
@@ -189,7 +189,7 @@ def _seen(view: View, numbers: np.ndarray, config: Any) -> np.ndarray | None:
 
 
 def _spellings(name: str) -> list[str]:
-    """Return a module's name, and its name in a text-only model."""
+    """Return a module's name, then its possible names in the table, with other prefixes."""
     found = [name]
     for tower in _TOWERS:
         if name.startswith(tower):

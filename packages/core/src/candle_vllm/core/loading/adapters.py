@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read LoRA adapters from a PEFT folder or a GGUF file, independent of the model.
 
-A file is read completely before it is parsed: an operator may write to it while a server runs, reading past the end of
-a truncated mapped file ends the process, and the digest must be that of the packed bytes. Limits are checked before
+A file is copied into memory before it is parsed: somebody may write to it while a server runs, reading past the end of
+a truncated mapped file ends the process, and the digest must belong to the packed bytes. Limits are checked before
 weights are read. Of a folder only `adapter_config.json` and `adapter_model.safetensors` are read, never a pickle.
 Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
@@ -59,9 +59,7 @@ class StoredAdapter:
     """Adapter in its files.
 
     Attributes:
-        path: the folder or the file.
         format: "peft" or "gguf", the format of the tensors' names.
-        config: the adapter's configuration.
         digest: SHA-256 of the bytes of configuration and weights.
         kind: digest of the header and of the configuration's keys with an effect, without the weights: adapters of the
             same kind are fitted and packed in the same way. None for a GGUF file.
@@ -69,7 +67,6 @@ class StoredAdapter:
         alora: invocation tokens: the adapter is active from their last occurrence on; None for the whole sequence.
         base: name of the base model in the files.
         notes: remarks for the operator, such as unknown keys.
-        file: the file.
         header: reads names and offsets of the tensors.
     """
 
@@ -111,7 +108,7 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
     """Open an adapter.
 
     Args:
-        path: a folder that PEFT wrote, or a folder with a single such folder (an adapter's own name), or a GGUF file.
+        path: a folder that PEFT wrote, a folder with one such folder (PEFT names it as the adapter), or a GGUF file.
         limits: limits of the adapter.
 
     Raises:
@@ -204,7 +201,7 @@ def _kind(effect: bytes, file: MappedFile) -> bytes | None:
 
 
 def _folder_of(path: Path) -> Path:
-    """Return the folder, or its only subfolder: PEFT writes an adapter with another name than "default" there."""
+    """Return the folder or its only adapter folder: PEFT writes adapters that are not named "default" to subfolders."""
     if (path / CONFIG_FILE).is_file():
         return path
     try:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Importance matrices of llama.cpp: importance of each input of a matrix on some texts, for quantisation.
 
-Used before step 1 of a request's life. An entry has a tensor's name in GGUF files and, for each column, the sum of the
-squares of the column's inputs; tensors of experts have a row for each expert. Two formats are read:
+An entry has a tensor's name in GGUF files and, for each column, the sum of the squares of the column's inputs; tensors
+of experts have a row for each expert. Two formats are read:
 
     GGUF   tensors `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts], the number of inputs
-    .dat   int32 entries; of each int32 length of the name, the name, int32 calls, int32 numbers, float32 numbers
+    .dat   int32 entries; for each: int32 length of the name, the name, int32 calls, int32 N, N float32 numbers
 
-Only the proportions within a row matter, so that counts and calls are not needed. Source: llama.cpp's
-`tools/imatrix` and `tools/quantize`.
+Only the proportions within a row matter, so counts only show which experts had no inputs, and calls are not used.
+Source: llama.cpp's `tools/imatrix` and `tools/quantize`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from candle_vllm.core.loading.views import ColumnOrder, constant
 from candle_vllm.core.loading.weights import Counted, Line
 
 LEAST = 1e-6
-"""Fraction of a row's mean that a column has at least, so that every group of columns has some weight."""
+"""Minimum importance of a column, relative to its row's mean, so that every group of columns has some weight."""
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -37,7 +37,6 @@ class Imatrix:
     """Entries of an importance matrix file.
 
     Attributes:
-        path: the file.
         entries: entries by name: float32 arrays, not negative.
     """
 
@@ -66,10 +65,8 @@ class Imatrix:
         return np.maximum(rows, LEAST).astype(np.float32)
 
     def of_line(self, line: Line, columns: int, config: Counted) -> np.ndarray | None:
-        """Return the importance by a line of a family's table for GGUF, float32 [1, columns]; errors as `of`.
-
-        Its columns are in the order of the layer's inputs.
-        """
+        """Return the importance for a GGUF line of a family's table, float32 [1, columns] in the order of the layer's
+        inputs; errors as `of`."""
         for (written, view), name in zip(line.names, line.spelled, strict=True):
             if line.expert is None or written != name:
                 found = self.of(name, columns)

@@ -106,9 +106,9 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 
 
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
-    """Read pooling and normalisation, in that order after the transformer.
+    """Read the kind of pooling, and whether vectors are normalised, from the list of modules.
 
-    Without a pooling each token has an embedding, as in PyLate's ColBERT; SPLADE's has the vocabulary's size.
+    Without a pooling each token has an embedding (PyLate's ColBERT); SPLADE's embedding has the vocabulary's size.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
@@ -175,7 +175,7 @@ def _matrix(stored: StoredTensor) -> NDArray[np.float32]:
 
 
 def _part(entry: object, path: Path) -> tuple[str, str]:
-    """Return class and folder of one module."""
+    """Return class name and folder of one module."""
     kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
         raise InvalidFileError(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix to one tensor.
 
-Used before step 1 of a request's life. `quantization/` has a file for each format. The stored tensors determine which
-layers are quantised, so that lists of exceptions in a config are respected without being read, and a layer's own bits
-or groups (GPTQModel's `dynamic`, several `config_groups`) are used if its parts fit them. Patterns in a config are
+`quantization/` has a file for each format. The stored tensors determine which layers are quantised, so lists of
+exceptions in a config need not be read. A layer may have its own bits or groups (GPTQModel's `dynamic`, several
+`config_groups`): of all schemes in the config, the first that fits its tensors is used, and patterns in a config are
 never evaluated. Unused parts stay in the checkpoint, where the loader reports them.
 """
 
@@ -36,7 +36,7 @@ ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
     r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
 )
-"""Names of scales of activations and of a quantised cache, which are computed here in a higher precision."""
+"""Names of scales of quantised activations and caches, which are not used: here both have a higher precision."""
 
 _CODES = (*NUMBERS, "I8", "U8", "I32")
 
@@ -108,7 +108,7 @@ def _names(parts: LayerTensors) -> set[str]:
 
 
 def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | None:
-    """Return the method and its settings."""
+    """Return the method and its settings; None for an unquantised checkpoint."""
     fields = Fields(config, path)
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the quantised layers of each method of a `quantization_config`, and their schemes.
-
-Used before step 1 of a request's life, by `quantised.py`. Each layer's scheme is checked against its parts.
-"""
+"""Find the quantised layers of each method of a `quantization_config`, and check their schemes against their parts."""
 
 from __future__ import annotations
 

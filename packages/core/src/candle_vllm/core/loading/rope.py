@@ -201,7 +201,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     sharpened, multiplier = (
         fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
     )
-    if sharpened is not None and kind == "yarn" and factor > 1:  # here it is a factor of yarn's own scale
+    if sharpened is not None and kind == "yarn" and factor > 1:  # in GGUF it is a factor of yarn's own scale
         sharpened *= 0.1 * math.log(factor) + 1
     dim = fields.get("rope.dimension_count", int, head_dim)
     return RopeConfig(
@@ -223,7 +223,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
 
 
 def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """Return the context length of a scaled rotary embedding; llama3's configs contain it."""
+    """Return the context length after scaling; configs of kinds other than linear, dynamic and yarn contain it."""
     if rope.kind in ("linear", "dynamic"):
         return int(max_position * rope.factor)
     if rope.kind == "yarn":

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Read safetensors checkpoints: one file, or the shards of a folder, with headers checked before data is read.
 
-Used before step 1 of a request's life. The header's JSON is checked against the file's size and against itself:
-known dtypes, shapes that fill their bytes, and, as the format demands, data without holes or overlaps.
-
-Source: the format section of the safetensors README; the index is that of Hugging Face's sharded checkpoints.
+The header's JSON is checked: its dtypes are known, shapes fit their bytes, and data fills the file without holes or
+overlaps, as the format demands.
+Source: the format section of the safetensors README; the index of Hugging Face's sharded checkpoints.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from candle_vllm.core.quantization.plain import ELEMENTS
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
-"""Maximum size of a header, which is that of the reference implementation."""
+"""Maximum size of a header, as in the reference implementation."""
 MAX_TENSORS = 1 << 18
-"""Maximum number of tensors of one file: the largest models of single experts have about 210,000 in all their files."""
+"""Maximum number of tensors of one file; the largest models with separate experts have about 210,000 in all files."""
 MAX_ENTRY_BYTES = 4096
 MAX_NOTES_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000

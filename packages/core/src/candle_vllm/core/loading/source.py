@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Find a model's files: resolve a path, a folder or a Hugging Face id to weights, configuration and tokenizer files.
 
-Used before step 1 of a request's life, as the first action of loading a model. A path never reaches the network; only
-weights, JSON, templates and tokenizer files are downloaded, never code or pickles.
+Loading a model begins here. A path never reaches the network; only weights, JSON, templates and tokenizer files are
+downloaded, never code or pickles.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _existing(model: str) -> Path | None:
 
 
 def _beside(model: str) -> str:
-    """Return ` (did you mean X?)` with the model of the most similar name in the same folder or the hub's cache."""
+    """Return ` (did you mean X?)` with the model of the most similar name in the same folder, or ""."""
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
     with suppress(OSError):
         found = itertools.islice(path.parent.iterdir(), _LOOKED_AT)
@@ -173,7 +173,7 @@ def _beside(model: str) -> str:
 
 
 def _in_cache(model: str, cache_dir: Path | None = None) -> str:
-    """Return the same hint for repositories in the hub's cache."""
+    """Return the hint of `_beside` with the repositories in the hub's cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     with suppress(OSError):
@@ -274,8 +274,8 @@ def choose_weights(
 def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
     """Map the first part of every GGUF model to all its parts.
 
-    Vision projectors, importance matrices, adapters and draft models are left out. A file's kind is read from the file
-    if `folder` is given; for a repository's listing only the name is known.
+    Vision projectors, importance matrices, adapters and draft models are left out: by the file's metadata if `folder`
+    is given, otherwise by the name, as in a repository's listing.
     """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:

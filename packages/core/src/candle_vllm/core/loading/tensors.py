@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Checkpoints for the loader: named tensors that stay in a mapped file until they are requested.
 
-Used before step 1 of a request's life: `gguf.py` and `safetensors.py` make a `Checkpoint`, and the weight loader reads
-it tensor by tensor. Both formats are little-endian, and so is every machine that this library supports.
-
+`gguf.py` and `safetensors.py` make a `Checkpoint`, and the weight loader reads it tensor by tensor. Both formats are
+little-endian, and so is every machine that this library supports.
 A mapped file must not be truncated while it is open: the operating system ends a process that reads past its end.
 """
 
@@ -31,7 +30,6 @@ class MappedFile:
     """A file that is mapped read-only.
 
     Args:
-        path: the file.
         copied: read the file into memory instead, for files that may be written meanwhile.
 
     Attributes:
@@ -113,7 +111,6 @@ class FileTensor(StoredTensor):
     """A tensor that is stored contiguously in a mapped file.
 
     Attributes:
-        file: the mapped file.
         start: offset of the data in the file.
     """
 

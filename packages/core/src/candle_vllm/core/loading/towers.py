@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Text model of a multimodal checkpoint: its configuration and the names of its tensors.
 
-Used before step 1 of a request's life. Tensors of vision encoders are separated; `assembly/tower.py` loads them for
-supported families, and other tensors are left in the checkpoint.
+Tensors of vision encoders are separated, and `assembly/tower.py` loads them for supported families. Tensors of audio
+encoders are dropped.
 """
 
 from __future__ import annotations
@@ -144,14 +144,13 @@ _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 def text_fields(
     architecture: str, config: Mapping[str, Any], path: Path, tensors: Collection[str] | None = None
 ) -> tuple[str, Fields]:
-    """Return architecture and fields of a model, or of its text model, whose keys messages name `text_config.*`.
+    """Return architecture and fields of a model, or of its text model, whose keys are `text_config.*` in messages.
 
     Args:
         architecture: the architecture in `config`.
-        config: contents of config.json.
-        path: path of the config, for messages.
-        tensors: names of the checkpoint's tensors, as `text_tensors` returns them: they say whether the text model has
-            its own output layer, which configs leave out or state wrongly. None if the names are not known.
+        config, path: contents and path of config.json.
+        tensors: names of the text model's tensors, as in the checkpoint that `split_towers` returns: they show whether
+            it has an output layer, which configs leave out or state wrongly. None if the names are not known.
 
     Raises:
         InvalidFileError, UnsupportedModelError: text_config is missing, or describes an unsupported model.
@@ -183,9 +182,9 @@ def text_fields(
 
 
 def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
-    """Split a checkpoint into the text model's tensors, under a text model's names, and others, without "model.".
+    """Split a checkpoint into the text model's tensors, under a text model's names, and vision's, without "model.".
 
-    A checkpoint that is not multimodal is returned unchanged.
+    A checkpoint that is not multimodal is returned unchanged, with None.
 
     Raises:
         InvalidFileError: two tensors would get the same name.

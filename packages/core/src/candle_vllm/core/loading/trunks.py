@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Output layer of a decoder: whether it exists, and whether it shares the embedding table.
 
-Used before step 1 of a request's life. Many embedding models are published without an output layer: such a checkpoint
-was saved from the base model, may name that class (`Qwen3Model`), its tensors lack the prefix `model.`, and `lm_head`
-is missing. For a checkpoint with an output layer, config.json and the tensors may contradict each other.
+Many embedding models are published without an output layer: such a checkpoint was saved from the base model, whose
+class config.json may name (`Qwen3Model`), its tensors lack the prefix `model.`, and `lm_head` is missing. For a
+checkpoint with an output layer, config.json and the tensors may contradict each other.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def without_head(
         name: the class that config.json names.
         config: the configuration that was read.
         known: classes with an output layer.
-        tensors: names in the checkpoint, after `prefixed`; None if they are not known.
+        tensors: tensors of the checkpoint, after `prefixed`; None if they are not known.
     """
     headless = tensors is not None and not any(stored.startswith("lm_head.") for stored in tensors)
     bare = tensors is not None and any(tensor.name != stored for stored, tensor in tensors.items())

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Views of stored tensors: select and reorder rows, columns and experts of a file's tensors for a model.
 
-Used before step 1 of a request's life. A family's table of names assigns views to tensors (`WeightName`). Data is read
-only when the view is read; quantised rows stay quantised.
-Letters: R rows, C columns, X experts, H heads, D head size.
+A family's table of names assigns views to tensors (`WeightName`). Data is read only when the view is read; quantised
+rows stay quantised. Letters in shapes: R rows, C columns, X experts, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor, Viewed
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
-"""Converts a stored tensor, given the model's config; lines of a family's table have views."""
+"""Converts a stored tensor, given the model's config."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +38,7 @@ class Spare(Viewed):
 
 
 def spare(stored: StoredTensor) -> Spare:
-    """Mark a tensor as one without effect."""
+    """Mark a tensor as having no effect."""
     return Spare(stored.name, stored.shape, stored.type_name, stored.nbytes, stored)
 
 
@@ -69,11 +68,9 @@ def row_part(index: int, count: int) -> View:
 
 
 def qkv_rows(part: str, *, grouped: bool = False) -> View:
-    """Select the rows of "q", "k" or "v" in a fused matrix or bias; sizes by the config.
+    """Select the rows of part "q", "k" or "v" of a fused matrix or bias, whose sizes are in the config.
 
-    Args:
-        part: "q", "k" or "v".
-        grouped: rows are grouped by KV head: the query heads that share it, its key, its value.
+    If `grouped`, the rows are grouped by KV head: the query heads that share it, its key, its value.
     """
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
@@ -127,7 +124,7 @@ def half_split(heads: str) -> View:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _InColumnOrder(Viewed):
-    """A matrix of blocks whose column i is multiplied by element `order[i]` of an input; bytes as in the file."""
+    """A matrix of blocks, unchanged, whose column i is multiplied by element `order[i]` of an input."""
 
     order: np.ndarray
 
@@ -196,7 +193,7 @@ def computed(
     compute: Callable[[np.ndarray], np.ndarray],
     type_name: str | None = None,
 ) -> Viewed:
-    """Make a tensor whose elements `compute` derives from those that `StoredTensor.load` returns for a stored one.
+    """Make a tensor whose elements `compute` derives from the elements of a stored one.
 
     Args:
         stored: the stored tensor; a quantised one is decoded.
@@ -210,11 +207,7 @@ def computed(
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Made(StoredTensor):
-    """Plain tensor that is in no file.
-
-    Attributes:
-        source: the file that errors name.
-    """
+    """Plain tensor that is in no file; errors name the file `source`."""
 
     source: Path
 
@@ -229,11 +222,7 @@ class Made(StoredTensor):
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Constant(Made):
-    """Tensor of constant elements.
-
-    Attributes:
-        values: the elements.
-    """
+    """Tensor of constant elements."""
 
     values: np.ndarray
 
@@ -253,7 +242,7 @@ def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
 
 
 def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
-    """Split one matrix [R, C] into those of X = `count` experts, [R, C / X]; an expert has every X-th column.
+    """Split one matrix [R, C] into the matrices [R, C / X] of X = `count` experts; an expert has every X-th column.
 
     The whole matrix is reordered once, when a part is read for the first time.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fit a model's tokenizer to the rows of its embedding table (loading, before step 3 of a request).
 
-Their sizes often differ. Rows without a token are harmless. A token without a row is not: a plain text would become an
-id without an embedding. Added tokens without a row (a padding token that was never trained) are removed, and their text
-is tokenized as plain text. A model is refused if any other token, or one that begins or ends texts, has no row.
+The vocabulary and the table often differ in size. Rows without a token are harmless, but a token without a row has no
+embedding. Added tokens without a row (a padding token that was never trained) are removed, and their text is tokenized
+as plain text. A model is refused if any other token, or a token that begins or ends texts, has no row.
 """
 
 from __future__ import annotations
@@ -43,15 +43,9 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> Tokenizer:
 
 
 def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, source: Path) -> tuple[int, ...]:
-    """Return the tokens that end a sequence, by generation config, config and tokenizer together.
+    """Return the tokens that end a sequence, by `generation_config.json`, config and fitted tokenizer together.
 
-    Args:
-        config: the model's config.
-        generation: `generation_config.json`.
-        tokenizer: the tokenizer that `fit_tokenizer` returned.
-        source: the file of `config`, for messages.
-
-    An id without a row can never be sampled: it is left out, and logged.
+    An id without a row can never be sampled: it is left out, and logged. `source` is the file of `config`, for logs.
     """
     found: list[int] = []
     for path, ids in (

@@ -2,10 +2,9 @@
 """Step 4, with adapters: decide which waiting sequences may be admitted, depending on their adapters.
 
 A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
-adapters). Until then later sequences overtake it, which is unfair if they occupy the slots that it waits for. So after
-`patience` admissions, slots are freed for the first sequence that is held back. From then on, no sequence is admitted
-that has an adapter which is not running, or one of the running adapters with the fewest sequences; as many adapters are
-closed in this way as it needs slots. When their running sequences have ended, it gets the slots.
+adapters). Until then later sequences overtake it, and may take the slots or the memory that it waits for. So after
+`patience` admissions, the running adapters with the fewest sequences are closed, one for each slot that the first
+sequence held back needs: a sequence with a closed adapter, or with an adapter that is not running, now waits behind it.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class AdapterAdmission:
         self._running: Counter[Entry] = Counter()  # running sequences of each adapter
         self._begun = 0
         self._first: Sequence | None = None  # the first sequence that was held back in this step
-        self._closed: frozenset[Entry] | None = None  # no sequence with these adapters is admitted before it
+        self._closed: frozenset[Entry] | None = None  # no sequence with these adapters is admitted before `_first`
         self._stale = False  # the waiting sequences have changed since the last `AdapterStore.want`
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -49,7 +48,7 @@ class AdapterAdmission:
         """Return whether a waiting sequence must wait for its adapters; if not, it holds a lease from now on."""
         entries = [entry for entry, _ in sequence.entries]
         closed = self._closed
-        # A sequence with a lease waits for blocks or was preempted; the first one may wait for the memory it holds.
+        # A sequence with a lease is not held back here: `_first` may wait for the memory of the leased adapters.
         if closed is not None and not sequence.adapters and any(e in closed or e not in self._running for e in entries):
             return True
         others = len(self._running) + sum(entry not in self._running for entry in entries) - self.most

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Load adapters from files and pack them for a model's steps, in the adapter store's thread.
 
-An adapter is read, fitted and packed. Files of one kind, such as the output of one training script, differ only in the
-values of elements: the packing of a kind's second adapter is recorded and replayed for later ones (`Repacking`).
+An adapter is read, matched with the base model's matrices (fitted), and packed. Adapters of one kind, such as all from
+one training script, differ only in the values of elements: the packing of the second adapter of a kind is recorded,
+and replayed for later ones (`Repacking`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
-_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # maximum bytes of a file for each byte in memory: F32 becomes narrower
-MOST_SEEN = 1 << 23  # maximum number of element positions in all recorded kinds together
+_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # maximum file bytes for each byte of adapter memory, by packed dtype
+MOST_SEEN = 1 << 23  # maximum number of recorded element positions of all kinds
 _MOST_MET = 256  # maximum number of kinds whose adapters are counted
 
 Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | None"]
@@ -42,8 +43,8 @@ Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | Non
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
     """Return the fields of `StepLimits` for adapters; `lora_dtype` sets the type of their products.
 
-    "auto" means int8 if the compiled kernels of the base model use int8 products too, whose error is many times larger
-    than the adapter's; float32 if the model's matrices are float32; else bfloat16.
+    "auto" means int8 if the base model's compiled kernels use int8 products too, whose error is many times larger than
+    the error of an int8 adapter; float32 if the model's matrices are float32; else bfloat16.
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
@@ -135,7 +136,7 @@ class AdapterLoader:
     ) -> None:
         self._base, self._limits, self._pack, self._watch = base, limits, pack, watch
         self._known: dict[bytes, Repacking] = {}  # by kind, least recently used first
-        self._met: dict[bytes, int] = {}  # adapters of each kind that were packed without `Repacking`
+        self._met: dict[bytes, int] = {}  # number of adapters of each kind that were packed without `Repacking`
 
     def __call__(self, path: Path) -> LoadedAdapter:
         """Load the adapter at a path; raises the errors of `open_adapter`, `fit_adapter` and `pack_adapter`."""

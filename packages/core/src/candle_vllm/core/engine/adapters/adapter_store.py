@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """AdapterStore: an engine's LoRA adapters by name, the adapters in memory, and the thread that loads them.
 
-Runs beside step 4 of a request's life. An adapter is on disk only, or also in memory, packed for steps. A thread of the
-store reads, checks and packs the adapters that sequences wait for, one after the other in the order of the waiting
-sequences, so no step waits for a file. The least recently used adapter is evicted when the memory is full.
+An adapter is on disk only, or also in memory, packed for steps. A thread of the store reads, checks and packs the
+adapters that sequences wait for, one after the other in the order of the waiting sequences, so no step waits for a
+file. The least recently used adapter is evicted when the memory is full.
 
 A sequence leases its adapters when it is first admitted and holds the lease to its end, also while it is preempted: it
 keeps its weights even if the name is removed or gets different files. The old entry is dropped with its last lease.
@@ -287,7 +287,7 @@ class AdapterStore:
             return tuple(_info(entry) for entry in self._entries.values())
 
     def failure(self, entry: Entry) -> InvalidParameterError:
-        """Return a request's error for an adapter that failed to load; only the log contains the path of its files."""
+        """Return a request's error for an adapter that failed to load, without the path of its files."""
         reason, place = entry.error or "", Path(entry.path)
         if place.name and place.parent != Path():
             reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "").replace(str(place), place.name)
@@ -442,7 +442,7 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Return the callers' and the sequences' entries, the group whose turn it is first; sequences' if in both."""
+        """Return the entries to load: callers' before sequences' or after them, in turn; sequences' if in both."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
@@ -450,8 +450,8 @@ class AdapterStore:
     def _next(self) -> Entry | None:
         """Return the next entry to load, if there is memory for it.
 
-        Sequences' entries load in order of urgency: a less urgent one would take the memory of the first. An entry of a
-        caller blocks nothing: callers and sequences alternate, and a caller's entry that finds no memory is skipped.
+        If there is no memory for a sequence's entry, no entry of a later sequence is loaded, which could take that
+        memory. A caller's entry without memory is skipped. Callers and sequences alternate.
         """
         order, wanted, stopped = self._order(), {*self._wanted, *self._expected}, False
         for place, entry in enumerate(order):

@@ -3,12 +3,12 @@
 
 At position p the layer reads token p + 1 and the target's hidden state of position p. So it reads the rows of each
 target step (a prompt chunk, a token, accepted drafts) after that step's tokens are sampled. For further draft tokens it
-reads its own hidden states instead of the target's; these rows of its cache are written again after the target has
-run the positions. Its cache has the same block numbers as the target's; the row of position p is at position p.
+reads its own hidden states instead of the target's; after the target has run these positions, the layer reads them
+again and overwrites these rows of its cache. Its cache has the same block numbers and positions as the target's.
 
-Some tokens have no hidden states: a prefix from the prefix cache, unless another sequence has written its rows to the
-layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at the
-next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
+For some tokens there are no hidden states: a prefix from the prefix cache, unless another sequence has written its rows
+to the layer's cache, and tokens that were appended while the sequence got no drafts. The sequence's rows then begin at
+the next block, and the layer attends only to rows from there on, which may make its draft tokens worse.
 
 A head without a cache of its own (Gemma 4's drafter) reads the target's cache instead. It reads only the last row
 of a step, and all of its draft tokens have the position of the sequence's last token.
@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.recorded import Value
 
 
 class _Tail:
-    """A sequence from the view of the layer: its blocks from `first` on. Its runs have their tokens as drafts."""
+    """The sequence that the layer runs: the target's from block `first` on. Its runs pass their tokens as drafts."""
 
     __slots__ = ("begin", "first", "table", "tokens")
     adapters = ()  # adapters change the target's hidden states, but not the layer's weights
@@ -56,13 +56,13 @@ class _Tail:
 
 
 class DraftingHead(DraftModel):
-    """Proposes draft tokens by layers that read hidden states; `Own.done` is the first position without a row.
+    """Proposes draft tokens by layers that read hidden states; here `Own.done` is the first position without a row.
 
     Args:
         head: runs the layers, in a cache with as many blocks as the target's.
         target: runs the target model.
         meant: the target's token id for each token id of the head; None if the ids are the same.
-        config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are the rows of the embeddings.
+        config, scheduler, words, longest, most_rows, cost: see `DraftModel`; `words` are sizes of the embedding tables.
         vocab_size: size of the head's output vocabulary.
         shares: whether the head reads the target's cache instead of its own.
     """
@@ -119,7 +119,7 @@ class DraftingHead(DraftModel):
                 self._unread[live] = first, last, offset + first - run.start
 
     def release(self) -> None:
-        """Read the rest of the target's step, then do what `DraftModel.release` does."""
+        """Read the target's rows that are still unread, then do what `DraftModel.release` does."""
         if self._unread and not self.hopeless:
             self._catch_up([], 0)
         for live in self._unread:
@@ -160,7 +160,7 @@ class DraftingHead(DraftModel):
     # ---- its steps ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Build runs for the target's unread rows; the `asked` sequences without further unread rows get a draft."""
+        """Return runs of the target's unread rows, and the `asked` sequences among them; without these, run at once."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

@@ -8,7 +8,7 @@ accepted, and never change an answer.
 The model reads a prompt in chunks when its sequence decodes, and only if the answer is likely to be so long that this
 saves time. Then it reads the tokens that were appended, and generates draft tokens one after the other; each of its
 steps runs all sequences that want drafts. It samples with the request's temperature, cutoffs and random number for that
-position, because two similar distributions mostly have the same token for the same random number.
+position, because similar distributions mostly give the same token for the same random number.
 
 The chance that a draft token is accepted follows from the probability that the draft model gives it, and from how many
 earlier draft tokens of that probability were accepted. A further token is generated while it is likely to save more
@@ -113,8 +113,8 @@ class Own:
 
 
 class Asked:
-    """A sequence that gets drafts from the model in this step: its draft tokens so far, their maximum number, and the
-    weight of its costs (`worth`)."""
+    """A sequence that gets drafts from the model in this step: its draft tokens so far (`candidates`), for each the
+    probability that it and all before it are accepted, their maximum number, and the factor of its costs (`worth`)."""
 
     __slots__ = ("candidates", "chance", "chances", "live", "most", "own", "worth")
 
@@ -167,7 +167,7 @@ class DraftModel:
         self._batches = BatchBuilder(size, runner.step_memory, images=False)
         self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
-        self._full: dict[int, bytes] = {}  # hash of the tokens of each block with all rows valid
+        self._full: dict[int, bytes] = {}  # by block whose rows are all valid, the hash of its tokens
         # Accepted draft tokens and tries by bucket, first of greedy requests, then of sampling requests.
         self._hits = [[_PRIOR * likely for likely in _LIKELY] for _ in range(2)]
         self._tries = [[_PRIOR] * len(_LIKELY) for _ in range(2)]
@@ -178,10 +178,10 @@ class DraftModel:
     def improve(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
     ) -> list[tuple[LiveSequence, list[int], list[float]]]:
-        """Run the draft model if it saves time; return the better draft of each sequence, the found or the model's.
+        """Run the draft model if it saves time; return each sequence's better draft, from `offers` or from the model.
 
         Args:
-            offers: the sequences of the next step that may have drafts, and the draft found without the model.
+            offers: the sequences of the next step that may have drafts, with the draft found without the model.
             lives: number of sequences of that step.
             target: seconds of the target's steps.
             room: maximum number of draft tokens of one sequence in a step.
@@ -339,7 +339,7 @@ class DraftModel:
         hits[bucket] += hit
 
     def _chance(self, own: Own, kind: int, bucket: int) -> float:
-        """Return the chance that a generated draft token is accepted."""
+        """Return the chance that a generated draft token of this probability bucket is accepted."""
         common = self._hits[kind][bucket] / self._tries[kind][bucket]
         return min(common * (own.hits + OWN_WEIGHT) / (own.expected + OWN_WEIGHT), SURE)
 
@@ -379,7 +379,7 @@ class DraftModel:
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return the first step's runs, with each sequence's unread tokens, and the sequences that get drafts by it."""
+        """Return the first step's runs, which read the last unread tokens, and the sequences that get drafts by it."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
         ready: list[Asked] = []

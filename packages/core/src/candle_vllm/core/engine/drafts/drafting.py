@@ -42,7 +42,7 @@ _LEAST_REST, _TIMED = 64, 8  # minimum steps of a rest, and the number of steps 
 _PATIENCE = 16  # steps with drafts that were not worth trying, after which measured step times are relaxed
 _SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
-_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match judged by the token before it, and the weight of its prior, in tries
+_SHORT, _MARK_WEIGHT = 2, 1.5  # longest match whose tries count by its last token (`mark`); tries of its prior
 _FORM = 1  # length of a match by `_Record.behind`, which only sequences with a grammar have
 
 # Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
@@ -125,8 +125,8 @@ class StepTimes:
 
     Times of plain steps are in seconds, by the number of sequences. Times of steps with drafts are in units of a
     plain step with as many sequences. Each time is the lower median of the last few measured times, so that one slow
-    step has no influence; the first two steps with a number of drafts have little. A number of drafts that seems too
-    slow and is not tried is assumed to get faster over time.
+    step has no influence; the first two steps with a number of drafts have little influence. The time of a number of
+    drafts that is not tried for a while approaches its assumed value, so that it is tried again.
 
     Args:
         lives: number of sequences of the class.
@@ -207,7 +207,7 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
 
 @dataclasses.dataclass
 class DraftCounts:
-    """Counts since the start: drafts (one for each sequence and step), draft tokens, accepted ones, these by place."""
+    """Counts since the start: drafts (one per sequence and step), draft tokens, accepted ones, these by position."""
 
     drafts: int = 0
     draft_tokens: int = 0
@@ -330,15 +330,12 @@ class Drafter:
         return self.model is not None and self.model.reads_states
 
     def propose(self, lives: Sequence[LiveSequence], batch: Batch | None = None, ran: Sequence[object] = ()) -> bool:
-        """Choose the drafts of the next step of sequences that each have a token to run.
+        """Choose the drafts of the next step; return whether there are any.
 
         Args:
-            lives: the sequences.
+            lives: the sequences of the next step, which each have a token to run.
             batch: the step that is over, if a head reads its hidden states.
             ran: the sequence of each run of that step; None for a sequence that has ended.
-
-        Returns:
-            Whether there are any.
         """
         began, count, found = time.perf_counter(), len(lives), False
         times = self.times(count)
@@ -468,7 +465,7 @@ class Drafter:
         return likelier and bool(grammar.legal(match.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Match | None:
-        """Return, with a grammar, what followed the token's last occurrence; `SEPARATOR` stands for forced tokens."""
+        """Return the match after the token's last occurrence in the answer; `SEPARATOR` is the end of forced tokens."""
         place = record.behind.get(token)
         if place is None or place >= len(record.text.tokens):
             return None
@@ -528,7 +525,7 @@ class Drafter:
     def _in_form(
         self, grammar: GrammarState, record: _Record, match: _Match, least: float, most: int
     ) -> tuple[list[int], list[float]]:
-        """Return draft tokens that the grammar accepts, and their probabilities, from one match after the other."""
+        """Return draft tokens that the grammar accepts, with their probabilities; a match that ends is continued."""
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:

@@ -17,7 +17,7 @@ class Text:
     Args:
         tokens: the list, which its owner appends to; its elements never change.
         begun: the indexed prefix that this text shares with others, such as the prompt of several sequences.
-        size: number of tokens of this text, if the list may have others after them.
+        size: length of this text, if the list may have further tokens.
     """
 
     __slots__ = ("__weakref__", "_begun", "_earlier", "_first", "_last", "_size", "tokens")
@@ -29,14 +29,7 @@ class Text:
         self._earlier = [-1] if begun is None else []  # for each position, the previous end of the same pair of tokens
 
     def follow(self, most: int = _ALL) -> int:
-        """Index tokens that were appended since the last call, and prefix tokens that are not indexed yet.
-
-        Args:
-            most: maximum number of tokens to index.
-
-        Returns:
-            The number of tokens indexed.
-        """
+        """Index up to `most` tokens that are not indexed yet, of the text, then of its prefix; return their number."""
         tokens, last, earlier, first = self.tokens, self._last, self._earlier, self._first
         start, end = len(earlier) + first, min(len(tokens), self._size)
         for place in range(start, min(end, start + most)):
@@ -83,7 +76,7 @@ class Past:
     """Past answers in two generations: when the younger one is full, the older one is dropped.
 
     Args:
-        most: tokens of a generation.
+        most: maximum number of tokens of a generation.
         answers: maximum number of answers in both generations.
     """
 

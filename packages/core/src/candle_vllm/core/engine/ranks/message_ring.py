@@ -36,11 +36,11 @@ PIECE = SLOT_BYTES - _HEAD
 """Bytes of a message that a slot has room for."""
 _COUNTS_AT = SLOTS * SLOT_BYTES  # offset of the counts, after the slots
 _APART = 64  # bytes from one count to the next, so that each has its own cache line
-_ALL = 0xFFFFFFFF  # largest count; counts wrap to 0 after it, and SLOTS divides their number
+_ALL = 0xFFFFFFFF  # largest count, after which counts continue at 0; SLOTS divides 2**32
 LOOK = 0.1  # seconds after which a waiting process checks whether the other end still exists
 _CALLS = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "ppc64le": 221, "s390x": 238}  # futex's number, 64-bit systems
 _WAIT, _WAKE, _WAKE_OP = 0, 1, 5
-_ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP_ADD of 1; and wake one more where the count was 0
+_ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP_ADD of 1; wakes a second process if the count was 0
 _EVERYBODY = 1 << 30
 
 _Message = TypeVar("_Message")
@@ -51,13 +51,10 @@ class _Time(ctypes.Structure):
 
 
 class _Ring:
-    """A process's mapping of the slots and counts, and its futex calls.
-
-    Args:
-        memory: the ring's shared memory.
+    """A process's mapping of the ring's shared memory (slots and counts), and its futex calls.
 
     Raises:
-        OSError: this system has no such calls.
+        OSError: this system has no futex calls.
     """
 
     def __init__(self, memory: BinaryIO) -> None:
@@ -131,14 +128,14 @@ class MessageRing:
         memory: the shared memory, whose descriptor the other ranks inherit.
 
     Raises:
-        OSError: this system has no such calls.
+        OSError: this system has no futex calls.
     """
 
     def __init__(self, readers: int) -> None:
         self._readers, trial = range(1, readers + 1), readers + 1
         self.memory = sealed_memory(_COUNTS_AT + (trial + 1) * _APART)
         self._writing = threading.Lock()  # steps and adapters have threads of their own
-        self._room_until = SLOTS  # count at which the slowest reader may not have read the next slot
+        self._room_until = SLOTS  # count up to which the slowest reader is known to have freed slots
         self._ended = False
         try:
             self._ring = _Ring(self.memory)
@@ -203,7 +200,7 @@ class RingLine(Line):
     """A rank's connection to the first rank of its machine: it receives over the ring and sends over the socket.
 
     Args:
-        end: the socket; its end is the end of the ring.
+        end: the socket; when it is closed, the ring has ended as well.
         memory: the ring's shared memory.
         rank: this rank's number among the readers.
 

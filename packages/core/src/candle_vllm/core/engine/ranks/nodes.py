@@ -72,9 +72,9 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Invitation(msgspec.Struct, frozen=True):
-    """The message that a rank reads from its standard input, as a line of JSON, to join the first node.
+    """The message, a line of JSON on a rank's standard input, with which it joins the first node.
 
-    `own` are settings that the first node does not decide; the end of that input ends the rank.
+    `own` are settings that the first node does not decide. The rank ends when its standard input is closed.
     """
 
     host: str
@@ -101,7 +101,7 @@ class RankListener:
     Args:
         host, port: the address to listen on; port 0 is any free port.
         key: the cluster key, which connecting ranks must prove to know.
-        ranks: the missing ranks.
+        ranks: numbers of the ranks that join.
         size, nodes: number of the engine's ranks and nodes.
 
     Attributes:
@@ -395,7 +395,7 @@ def share_of_threads(asked: int | None, ranks: int) -> int:
 
 
 def rank_device(config: EngineConfig, rank: int) -> dict[str, Any]:
-    """Return the settings of a rank's own device among those of its node, or of its threads on the CPU."""
+    """Return the settings in which a rank differs from its node: its device, or on the CPU its number of threads."""
     here = config.ranks // config.nnodes
     devices = config.device.split(",")
     if devices == ["cpu"]:

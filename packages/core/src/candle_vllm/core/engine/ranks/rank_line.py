@@ -42,8 +42,11 @@ _FINDING = 120.0  # seconds that a rank waits for a key of the rendezvous store
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """The first message to a rank: its settings, its number and the number of all ranks, and its address for the others
-    ("" for that of its line). `kept_in_redis`: blocks are offloaded to Redis; the rank must have the URL itself.
+    """The first message to a rank.
+
+    Attributes:
+        host: the address at which other ranks reach this one; "" for the address of its line.
+        kept_in_redis: whether blocks are offloaded to Redis; the URL, which may have a password, is not sent.
     """
 
     config: dict[str, Any]
@@ -147,7 +150,7 @@ class Sleep(msgspec.Struct, tag=True, frozen=True):
 
 
 class WakeUp(msgspec.Struct, tag=True, frozen=True):
-    """Fill freed memory again."""
+    """Restore freed memory; see `Sleeper`."""
 
     tags: frozenset[str]
 
@@ -445,7 +448,9 @@ def _reply(side: Line, found: Found) -> None:
 
 
 class Side:
-    """A rank's end of its side line: heartbeats, its `RendezvousStore`, and the end of the process with the first rank.
+    """A rank's end of its side line: heartbeats, and access to the `RendezvousStore`.
+
+    It ends this process when the first rank has gone.
 
     Args:
         line: the side line.

@@ -598,14 +598,14 @@ class RankedRunner:
         self._runner.wake_up()
 
     def load_adapter(self, path: Path) -> int:
-        """Make the other ranks begin to load an adapter; return its number. In one thread, outside of steps."""
+        """Make the other ranks begin to load an adapter, while steps run; return its number. Called in one thread."""
         self._report_forgotten()  # without steps in between, the others would keep every adapter
         number = next(self._adapters)
         self._ranks.broadcast(rank_line.LoadAdapter(number, str(path)))
         return number
 
     def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
-        """Wait until the other ranks have loaded an adapter; `packed` None: the first rank has failed to load it.
+        """Wait until the other ranks have loaded an adapter; `packed` is None if the first rank has failed to load it.
 
         Raises:
             AdapterError: another rank could not load it, or found other files than this one.

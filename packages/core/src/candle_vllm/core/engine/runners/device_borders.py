@@ -65,7 +65,7 @@ class _Places:
         return _of(self._memory[self._turn], shape)
 
     def held(self) -> list[torch.Tensor]:
-        """Return a list that keeps tensors alive as long as the buffer that was taken last."""
+        """Return a list that keeps tensors alive while the buffer that was taken last is in use."""
         return self._held[self._turn]
 
     def free(self, mark: Mark) -> None:
@@ -127,11 +127,9 @@ class DeviceBorders:
             self.collect()
 
     def enter(self, tokens: int, rows: int = 0, width: int = 0) -> Border:
-        """Begin a step: work that is launched from now on has the activations of the previous stage.
+        """Begin a step of `tokens` tokens, of which `rows` are image rows with vectors of `width` elements.
 
-        Args:
-            tokens: number of tokens of the step.
-            rows, width: number of its image rows, and elements of the vectors of each.
+        Work that is launched from now on can read the activations of the previous stage.
         """
         arrived, vectors = None, None
         if self._arrived is not None:
@@ -150,12 +148,12 @@ class DeviceBorders:
         vectors.append(torch.empty(shape, dtype=torch.float32, device=self._stream.device))
 
     def give(self, border: Border, given: GivenTensors) -> None:
-        """Set the vectors of a step's image rows to those that have arrived; work."""
+        """Set the vectors of a step's image rows to the vectors that have arrived. Runs as `Work`."""
         if self._stage.vectors_arrive(border.width):
             given.vectors = border.vectors[0]
 
     def keep(self, border: Border, given: GivenTensors) -> None:
-        """Keep the vectors that image rows pass on to the next stage; work."""
+        """Keep the vectors that image rows pass on to the next stage. Runs as `Work`."""
         if self._stage.vectors_leave(border.width):
             border.vectors[:] = [given.vectors]
 
@@ -191,7 +189,7 @@ class DeviceBorders:
         return Border(None if arrived is None else arrived[:, :tokens], left[..., :tokens, :], 0, [])
 
     def fill(self, border: Border, tokens: int) -> None:
-        """Copy arrived activations to the buffers of a captured step of `tokens` tokens, and pad them; work."""
+        """Copy arrived activations to the buffers of a captured step of `tokens` tokens; pad them. Runs as `Work`."""
         arrived, _ = self._still
         if arrived is not None and border.arrived is not None:
             count = border.arrived.shape[1]
@@ -199,7 +197,7 @@ class DeviceBorders:
             arrived[:, count:tokens].zero_()
 
     def empty(self, border: Border) -> None:
-        """Copy the activations that a captured step leaves from its buffers; work."""
+        """Copy the activations for the next stage from the buffers of a captured step. Runs as `Work`."""
         copy(border.left, self._still[1][..., : border.left.shape[-2], :])
 
     def blank(self, tokens: int) -> Border:

@@ -53,7 +53,7 @@ def build_on_gpu(
     ranks: Collective | None = None,
 ) -> tuple[DeviceRunner, CachePlan]:
     """Build the runner, allocate its cache and capture its steps; return it with the plan of the cache. `draft_rows` is
-    the maximum number of draft tokens of a step. `ranks` have the other parts of the model, and do the same.
+    the maximum number of draft tokens of a step. All `ranks` call this at the same time.
 
     Raises:
         ConfigError: the settings do not fit this model, GPU or memory.
@@ -198,7 +198,7 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
 
 
 def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
-    """Build the computation of experts in main memory, and connect their layers to it; None without such experts."""
+    """Build the computation of experts in main memory, and connect their layers to it; return None without these."""
     if loaded.split is None or loaded.split.host is None:
         return None
     decoder: Any = loaded.decoder

@@ -118,12 +118,9 @@ class DeviceInputs:
     def send(
         self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None, turns: Ints | None = None
     ) -> tuple[bool, bool]:
-        """Copy a step to the device, padded to `size` if it is captured.
+        """Copy a step to the device, padded to `size` if captured; return `kernels.sampling.asks` of its controls.
 
-        `turns` are added to the positions, see `batch.turns`.
-
-        Returns:
-            `kernels.sampling.asks` of its sampling controls.
+        `turns` are added to the positions; see `batch.turns`.
         """
         rows, tokens = len(batch.context_lens), batch.tokens.shape[1]
         size = size or StepSize(tokens, rows, True)
@@ -273,7 +270,7 @@ class DeviceInputs:
     def windowed(
         self, rows: DeviceRows, slots: torch.Tensor, page_of: torch.Tensor
     ) -> list[tuple[torch.Tensor, DeviceRows]]:
-        """Compute slots and rows of each pool of pages; block n is page `page_of[g, n]`, int32; work."""
+        """Compute slots and rows for each page pool; block n is page `page_of[g, n]`, int32. Runs as `Work`."""
         size, found = self._limits.block_size, list[tuple[torch.Tensor, DeviceRows]]()
         blocks = slots.div(size, rounding_mode="floor")
         for pages in page_of:
@@ -305,7 +302,7 @@ class DeviceInputs:
         return self._of_tokens(1, tokens), self._of_tokens(2, tokens)
 
     def token_ids(self, tokens: int, drawn: torch.Tensor) -> torch.Tensor:
-        """Return token ids, [T] int32; unknown ones are read from the previous step's sampled tokens; work."""
+        """Return token ids, [T] int32; unknown ones are among the previous step's sampled tokens. Runs as `Work`."""
         sources = self._of_tokens(3, tokens)
         return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._of_tokens(0, tokens))
 
@@ -317,8 +314,8 @@ class DeviceInputs:
 def by_rows(batch: Batch) -> Batch:
     """Return a step in which each row of a run with drafts is a decoding sequence, with the block table of its run.
 
-    A layer writes the keys and values of all rows before attention, and each row attends to earlier positions. So its
-    result is that of a step of one row, wherever results of decoding do not depend on the rest of the step.
+    A layer writes the keys and values of all rows before attention, and each row attends to earlier positions only. So
+    each row's result equals that of a step of its own, unless results of decoding depend on other rows of the step.
     """
     counts = np.diff(batch.query_start)
     apart = np.array([run.decodes or bool(run.drafts) for run in batch.runs])

@@ -89,8 +89,7 @@ class DeviceRunner:
         finite_cache: whether every element of the cache must be finite from the start.
         captured_prompts: steps with prompts are captured up to this number of tokens; `attend` must be `mixed`.
         overlaps: whether the next step may be launched before this one's tokens are known; False with speculative
-            decoding, whose drafts depend on these tokens. `limits.sequences` must also count each draft token.
-        adapters: see below.
+            decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
         turning: see `RecordedRunner`.
@@ -389,8 +388,8 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """Maximum number of graphs: for each size a step with and one without adapters, and for each decoding size
-        three kinds of sampling."""
+        """Maximum number of graphs: one step of each size, and for each decoding size three kinds of sampling and, with
+        LoRA, a step with adapters."""
         return (4 + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
 
     @property
@@ -479,7 +478,7 @@ class DeviceRunner:
         return next((size for size in sizes if size.tokens >= batch.tokens.shape[1]), None)
 
     def _captured(self, size: StepSize, *, adapted: bool) -> Work:
-        """Return work that replays the graph of a size. The first step of a size runs uncaptured and captures it."""
+        """Return work that replays the graph of a size. For a new size, run the step, capture it, return `_nothing`."""
         if (size, adapted) in self._graphs:
             return self._graphs[size, adapted]
 
@@ -531,7 +530,7 @@ class DeviceRunner:
         return work if border is None else part
 
     def _taking(self, entries: AdapterRows | None) -> Work:
-        """Return work that sets the adapters for the operations that follow."""
+        """Return work that sets the adapters of later operations."""
         return _nothing if self.adapters is None else self.adapters.taking(entries)
 
     def _take_sent(self, adapted: bool, *, head: bool) -> None:
@@ -542,7 +541,7 @@ class DeviceRunner:
             self.adapters.taking_none()
 
     def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
-        """Run a step padded to a size; a stage runs it without the head; work on the device."""
+        """Run a step padded to a size; a stage runs it without the head. Runs as `Work`."""
         self._take_sent(adapted, head=False)
         hidden = self._forward(size, self._inputs.rows_for(size), border=border)
         if border is not None:
@@ -556,7 +555,7 @@ class DeviceRunner:
         self._leave_logits(hidden)
 
     def _leave_logits(self, hidden: torch.Tensor) -> None:
-        """Write logits of rows, gathered from all ranks, to the memory that sampling reads; work."""
+        """Write logits of rows, gathered from all ranks, to the memory that sampling reads. Runs as `Work`."""
         self.decoder.logits(hidden, self._logits[: len(hidden)])
 
     def _take_kept(self) -> None:

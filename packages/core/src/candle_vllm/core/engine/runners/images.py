@@ -2,7 +2,7 @@
 """Encode the images of waiting requests (before step 4): once each, in parts between steps, with a cache.
 
 A sequence with images is admitted when all its images are encoded; until then, others are admitted before it.
-Embeddings are identified by the pixels: requests with the same image share them, as do later ones while they stay.
+Embeddings are identified by the pixels: requests with the same image share them, also later ones while they are cached.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ImageStore:
 
     Args:
         runner: encodes images.
-        most_bytes: limit of the bytes, above which embeddings without a sequence are evicted.
+        most_bytes: bytes of all embeddings above which unused ones are evicted.
     """
 
     def __init__(self, runner: TowerRunner, most_bytes: int) -> None:

@@ -61,7 +61,7 @@ class ModelRunner(Protocol):
         """Start sampling for the step that `forward` started last; must be called after `forward`.
 
         Args:
-            states: the same sampling states. The host knows the earlier tokens of each state with `reads_tokens` now.
+            states: the same sampling states; a state with `reads_tokens` now has all earlier tokens.
         """
         ...
 
@@ -189,11 +189,9 @@ class HeadRunner(Protocol):
 
         Args:
             batch: the step; its token ids are the tokens at the next positions.
-            states: hidden states of the model; if `fused` is set, hidden states of the head, from `given_back`.
-            fused: see `states`.
+            states: hidden states of the model; with `fused`, hidden states of the head, from `given_back`.
 
-        Returns:
-            Logits; see `StepwiseRunner.run`.
+        Returns the logits; see `StepwiseRunner.run`.
         """
         ...
 
@@ -227,14 +225,12 @@ class EncoderRunner(StepwiseRunner):
     def encode(
         self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
     ) -> NDArray[np.float32] | None:
-        """Run a step.
+        """Run a step; return logits [R, L] of a model with L labels, or None.
 
         Args:
             token_ids, positions, types: [T] arguments of `Encoder.forward`.
             query_start: [R + 1] offsets of the texts into T.
-            adapters: adapters of rows.
-
-        Returns logits [R, L] of a model with L labels."""
+            adapters: adapters of rows."""
 
     @abstractmethod
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:
@@ -259,7 +255,7 @@ class EncoderRunner(StepwiseRunner):
 
 
 def _token_types(run: Run) -> Ints:
-    """Return [count] numbers of the text of a pair to which each token belongs."""
+    """Return [count] token types: the number, 0 or 1, of the text of a pair to which each token belongs."""
     request = run.sequence.request
     assert isinstance(request, PoolingRequest)
     return np.array(request.token_type_ids or [0] * run.count, np.int64)

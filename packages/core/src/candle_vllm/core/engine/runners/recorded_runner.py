@@ -66,8 +66,8 @@ class RecordedRunner(StepwiseRunner):
         isa: instruction sets that the kernels may use; None for all that the CPU has.
         team: threads of another runner, which closes them; None to start threads. (Two teams would share the CPUs.)
         taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
-        images: vectors of each image row: its embedding, and one more for each layer after which a vector is added; 0
-            for a text-only model.
+        images: number of vectors of an image row: its embedding, and one for each layer after which a vector is added;
+            0 for a text-only model.
         whole: whether `hidden_rows` may be called for any row of any step.
         kinds: types in which keys and values are stored.
         turning: the model's rotary embedding with table rows for a step's image tokens; None without M-RoPE.
@@ -122,7 +122,7 @@ class RecordedRunner(StepwiseRunner):
         self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
         self._decoder, self._step = decoder, step
         readers = itertools.takewhile(lambda spec: isinstance(spec, cache_specs.SharedKVSpec), reversed(specs))
-        self._readers = sum(1 for _ in readers)  # last layers, which write no keys and values
+        self._readers = sum(1 for _ in readers)  # number of last layers without own keys and values
         self._narrows_at = config.num_layers - max(self._readers, 1)
         self._narrows = not whole and decoder.narrows and images <= self._narrows_at + 1
 

@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value,
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.models.family import Tower, TowerStep
 
-_PIECE = 0.03  # predicted seconds of encoding between two steps
+_PIECE = 0.03  # maximum seconds of encoding between two steps, as predicted
 _SLOWEST = 2e10  # assumed multiplications and additions a second before any measurement
 _MOST_PARTS = 1 << 12  # maximum number of parts of an operation
 _TOUCHED = 1 << 24  # bytes of memory that are touched at a time
@@ -33,8 +33,8 @@ _STRIP = 1 << 10  # number of patches that are read at a time; a quarter as many
 class RecordedTower:
     """Replays a vision tower on the CPU, a tile at a time; see `TowerRunner`.
 
-    The time of an operation is predicted from the previous layer or from an earlier image. An operation that takes
-    longer than steps should wait runs in parts.
+    The time of an operation is predicted from the same operation in the previous layer or for an earlier image. An
+    operation that takes longer than steps should wait runs in parts.
 
     Args:
         tower: the model, its matrices in the layouts of the compiled kernels.
@@ -67,7 +67,7 @@ class RecordedTower:
         self._joins = self._join(tower, self._cells)
         self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
         self._touched = 0  # patches whose memory the system has allocated
-        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation; -1: the whole piece
+        self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # (rows, seconds) by operation number; -1: all
 
     def _record(self, tower: Tower, recorder: Recorder) -> list[_Piece]:
         """Record the layers, the patch embedding before them and the norm after them."""
@@ -162,7 +162,7 @@ class RecordedTower:
         target: NDArray[np.float32],
         clock: _Clock,
     ) -> Iterator[None]:
-        """Write the embeddings of a tile that projection `number` computes from the patches' rows of `rows_of`."""
+        """Write the columns of a tile's embeddings that projection `number` computes from the rows of `rows_of`."""
         config, join = self._config, self._joins[number]
         size, most = config.text_size, self._cells.limits.tokens
         columns = target[:, number * size : (number + 1) * size]
@@ -197,7 +197,7 @@ class RecordedTower:
                 else:
                     seconds = _seconds(self._team.run_parts, operation, done, done + count, parts)
                 done, took = done + count, took + seconds
-                step = max(1, min(2 * count, int(least * count / max(seconds, 1e-9))))  # a part may be empty
+                step = max(1, min(2 * count, int(least * count / max(seconds, 1e-9))))  # an empty part takes no time
             self._took[piece.kind, number] = rows, took
             total += took
         self._took[piece.kind, -1] = rows, total
@@ -211,7 +211,7 @@ class RecordedTower:
 
 
 class _Kind(NamedTuple):
-    """Key of pieces that take equally long: number of operations, windowed attention or not, and the recorder's id."""
+    """Key of pieces that take the same time: number of operations, whether attention has windows, recorder's id."""
 
     operations: int
     windowed: bool

@@ -92,7 +92,7 @@ class Sleeper:
             self._tensors = OffloadedWeights(tensors_in(*_layers(loaded)), bus)
 
     def check(self, level: int) -> None:
-        """Raise `CandleVllmError` if this engine cannot sleep at this level."""
+        """Raise `CandleVllmError` if this engine cannot sleep at this level; before level 2, record the files' hash."""
         if (self._tensors is None or (level == 2 and self._loaded.memories)) and not can_drop_pages():
             raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
         if level == 2 and not self._loaded.files:
@@ -122,11 +122,7 @@ class Sleeper:
         logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
     def wake_up(self, tags: Iterable[str]) -> None:
-        """Fill freed memory again.
-
-        Raises:
-            CandleVllmError: the memory cannot be filled; its tags stay asleep.
-        """
+        """Restore freed memory; raise CandleVllmError if that is impossible, after which its tags stay asleep."""
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
         if asked:
             self.tell(asked)

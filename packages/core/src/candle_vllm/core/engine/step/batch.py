@@ -118,7 +118,7 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
-    """Return the image embeddings of a step's rows, whose `token_ids` become `blank`; None without image rows."""
+    """Return the image embeddings of a step's rows, and set their `token_ids` to `blank`; None without image rows."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
@@ -230,7 +230,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     Attributes:
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
-        query_start: [R + 1] offsets into T; sequence r has query_start[r]..query_start[r + 1].
+        query_start: [R + 1] offsets into T; sequence r has the rows query_start[r]:query_start[r + 1].
         context_lens: [R] tokens of each sequence, the new ones included.
         block_tables: [R, maximum blocks]; entries after the end of a sequence's context are not read.
         tables_version: the same object as in the previous step if the tables are the same.

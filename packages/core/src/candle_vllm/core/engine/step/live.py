@@ -34,7 +34,7 @@ class Live(ABC):
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
-        self.is_over = False  # the engine has taken it out
+        self.is_over = False  # the engine has removed it
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
@@ -159,7 +159,7 @@ class LiveSequence(Live):
         stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
-        # What `accept` reads for nearly every token, close together: a step evicts all of it from the CPU caches.
+        # `accept` reads these for nearly every token: close together, because a step evicts them from the CPU caches.
         self._only_appends = False  # the sampling state only appends a token; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
         self._request_id, self._index = sequence.request.request_id, sequence.index

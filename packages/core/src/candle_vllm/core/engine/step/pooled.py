@@ -69,7 +69,7 @@ class PooledText(Live):
 
 
 class ScoredText(PooledText):
-    """A text whose logits go to a reader, from those after a token on; it is not pooled. None only runs the text."""
+    """A text that is not pooled: `read` gets the logits of positions from `first` on; None only runs the text."""
 
     def __init__(self, token_ids: Seq[int], read: Reader | None, first: int) -> None:
         params = SamplingParams(seed=0, skip_reading_prefix_cache=True)
@@ -117,7 +117,7 @@ class Pooler:
         return missing
 
     def add(self, total: NDArray[np.float64], positions: int) -> None:
-        """Add the sum [E] of the next positions' hidden states, or all of them [positions, E] if pooled by token."""
+        """Add the sum [E] of the next positions' hidden states, or, if pooled by token, these states [positions, E]."""
         if self.plan.by_token:
             self._rows.append(total)
         else:

@@ -30,7 +30,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 
 MAX_TEXT = 1 << 22
-"""Maximum characters of an encoder's text: far more than a context holds, because many characters may be one token."""
+"""Characters that any encoder's text may have: more than a context holds, because one token may be many characters."""
 
 Pair = tuple[str, str]
 
@@ -135,7 +135,7 @@ class PoolingCalls:
 
     @property
     def _longest(self) -> float:
-        """Norm of scored vectors: 1 for dense vectors, any for sparse ones."""
+        """Largest possible dot product: 1 for dense vectors, which are normalised; no limit for sparse ones."""
         return math.inf if self._info.pooling == "sparse" else 1.0
 
     def _texts(
@@ -235,7 +235,7 @@ def _numbered(request_id: str, number: int, count: int) -> str:
 
 @contextmanager
 def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
-    """Add the input to an error's message: its index if there are several inputs, and which text of a pair."""
+    """Add to an error's message the index of the input if there are several, and which text of a pair it is."""
     try:
         yield
     except RequestError as error:
@@ -301,8 +301,8 @@ def _products(
 def _similarity(first: EmbeddingOutput, second: EmbeddingOutput, *, longest: float) -> float:
     """Return the dot product of two vectors, clipped to `longest`, because rounding may make it slightly larger.
 
-    For multi-vector models, sum the largest product of each vector of the first text with those of the second text
-    (MaxSim; Khattab and Zaharia, 2020, arXiv:2004.12832).
+    For multi-vector models, each vector of the first text is multiplied with all vectors of the second, and the largest
+    products are added (MaxSim; Khattab and Zaharia, 2020, arXiv:2004.12832).
     """
     a, b = (np.asarray(each.embedding, np.float64) for each in (first, second))
     if not first.vectors or not second.vectors:

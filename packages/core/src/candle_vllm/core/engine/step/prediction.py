@@ -21,8 +21,8 @@ class Prediction:
     def found_in(self, answer: Sequence[int]) -> int:
         """Count predicted tokens that occur in an answer, in passages of at least two tokens or from the beginning on.
 
-        The answer is matched along the prediction. After a mismatch, matching resumes at the next position with the
-        answer's last two tokens, else at the last such position before.
+        The answer is matched along the prediction. After a mismatch, matching resumes at the next occurrence of the
+        answer's last two tokens in the prediction, or else at their last earlier occurrence.
         """
         prediction, pairs = self.tokens, self._pairs
         seen, upcoming, inside = set[int](), 0, True

@@ -98,7 +98,6 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
     """One of the `n` sequences of a request.
 
     Attributes:
-        request: the request.
         index: the sequence's index among the request's `n` sequences.
         order: number of arrival, unique; breaks ties of priority.
         tokens: prompt and output tokens that are known.
@@ -173,7 +172,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Sort key: lower runs first."""
+        """Sort key; the lowest runs first."""
         return serving_rank(self.request.priority, arrival=self.order)
 
     @property
@@ -242,7 +241,6 @@ class Run(msgspec.Struct, frozen=True, gc=False):
     A decoding sequence has a run of one token, a prompt chunk a run of many.
 
     Attributes:
-        sequence: the sequence.
         start: position of the first row.
         count: number of rows, draft tokens included.
         wanted: number of last rows for which the next token is sampled: 1 if the step computes the sequence's last

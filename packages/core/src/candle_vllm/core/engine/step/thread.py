@@ -72,12 +72,7 @@ class OutputQueue:
         self._under_way = False
 
     def send(self, first: Sequence[tuple[Sink, Delivery]], others: Sequence[tuple[Sink, Delivery]]) -> None:
-        """Queue items, from any thread, with one wake-up of the loop.
-
-        Args:
-            first: first items of sinks.
-            others: all other items.
-        """
+        """Queue the first items of sinks, and other items, with one wake-up of the loop; from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._hand_out, first, others)
         except RuntimeError:
@@ -104,11 +99,11 @@ class OutputQueue:
 
 @dataclasses.dataclass
 class _Client:
-    """A live request, from the view of its caller."""
+    """A live request: the sink of its caller, and its number of unfinished sequences."""
 
     sink: Sink
     unfinished: int
-    begun: bool = False  # whether it has got an output
+    begun: bool = False  # whether the sink has had an output
 
 
 class Prepared(Protocol):
@@ -231,7 +226,7 @@ class EngineThread:
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
         """End a request before the next step; unknown or finished ids are ignored.
 
-        With `sink`, only if the request still belongs to `sink`: an id may be used again.
+        With `sink`, the request ends only if it still belongs to `sink`, because ids may be used again.
         """
         if os.getpid() != self._owner:  # called by the finaliser of a stream in a forked child
             return
@@ -277,7 +272,7 @@ class EngineThread:
                 raise
 
     def wake_up(self, tags: frozenset[str]) -> None:
-        """Fill the memory of these tags again; requests are accepted when no tag sleeps. Raises as `sleep`."""
+        """Restore the memory of these tags; requests are accepted when no tag sleeps. Raises as `sleep`."""
         with self._nights:
             self._engine_wake_up(tags)
             with self._wake:

@@ -121,7 +121,7 @@ class RequestWatch(Protocol):
         ...
 
     def drop(self) -> None:
-        """Note that the caller has dropped the request. A finaliser calls this anywhere, so it must take no lock."""
+        """Note that the caller has dropped the request. It must take no lock: a finaliser calls it at any point."""
         ...
 
 

@@ -7,8 +7,8 @@ Contract: x [T, F] of any float dtype; y = act(x) has x's shape and dtype, in ne
     quick_gelu  x sigmoid(1.702 x)
     relu        max(x, 0)
     relu2       its square
-    tanh        of heads behind the layers
-On every device but in recorded steps these are torch's own kernels, which wait for nothing.
+    tanh        tanh(x), in heads after the layers
+Outside recorded steps these are torch's own kernels, which do not synchronise with the host.
 Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["Activation", "activation"]
 
 
 def activation(x: Value, kind: Activation) -> Value:
-    """act(x) for every number of x."""
+    """Return act(x), element by element."""
     if isinstance(x, Recorded):
         return x.activation(kind)
     from candle_vllm.core.kernels.activation import reference

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Quantising activations to 8 bits, with what comes right before it.
+"""Quantise activations to 8 bits, after a prologue such as a norm or an activation function.
 
-Contract: x float32 [T, C]; first a prologue makes y [T, K]:
+Contract: for x float32 [T, C], first a prologue computes y [T, K]:
     NONE         y = x, K = C
     NORM         y = RMSNorm(x) * weight, K = C (see `kernels/rms_norm`)
     LAYER_NORM   y = LayerNorm(x) * weight + bias, K = C (see `kernels/layer_norm`)
     SILU         y = silu(x[:, :K]) * x[:, K:], K = C / 2 (see `kernels/silu_mul`)
-    GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (the same)
-    GELU_ERF_GATE  the same by the error function
-    SILU_7, SILU_16   SILU with a limit, see the same
+    GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (see `kernels/silu_mul`)
+    GELU_ERF_GATE  GELU_GATE by the error function
+    SILU_7, SILU_16   SILU with a limit (see `kernels/silu_mul`)
     SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
-then every group of 32 neighbours of a row becomes 32 signed bytes q with one scale s = max|y| / 127 (q is 0 where s is)
-and q = round(y / s) to nearest even. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
-which weights with an offset need. All in fp32. This is the step that GGML calls Q8_1.
+Then each group of 32 adjacent elements of a row becomes 32 signed bytes q = round(y / s), to nearest even, with one
+scale s = max|y| / 127; q is 0 if s is 0. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
+which weights with an offset need. The arithmetic is fp32. GGML calls this format Q8_1.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ GROUP = 32
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """The result as a form in which matrices read their input; equal orders are one form.
+    """Input format of a matrix: quantised groups. Matrices with equal orders share their quantised input.
 
     Attributes:
-        order: the columns' numbers in an order of their own, the bytes of int64 [K]; None where they are not moved.
+        order: column numbers in the order of the matrix, as the bytes of int64 [K]; None if columns are not reordered.
     """
 
     order: bytes | None = None
 
 
 class Prologue(enum.IntEnum):
-    """What is computed on the way."""
+    """Function that is applied to x before it is quantised or converted."""
 
     NONE = 0
     NORM = 1
@@ -59,26 +59,26 @@ class Prologue(enum.IntEnum):
 
     @property
     def gated(self) -> bool:
-        """Two numbers become one: the gate's half of a row stands before the other."""
+        """Whether two elements of x become one; the first half of a row is the gate."""
         return self.name.startswith(("SILU", "SWIGLU")) or self.name.endswith("GATE")
 
     @property
     def norm(self) -> bool:
-        """Every number depends on the whole row."""
+        """Whether every element of y depends on the whole row."""
         return self in (Prologue.NORM, Prologue.LAYER_NORM)
 
 
 class QuantiseArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
         columns: K, a multiple of 32.
         q, scales, sums: addresses of the results.
-        weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
-        rows: where y itself goes too, as `kernels/activation_rows` has it, of the operation that writes it.
+        weight, eps: for a norm, the address of its weight, followed by the bias of LAYER_NORM, and its epsilon.
+        picked: address of int64 row numbers of x; 0 for rows 0, 1, 2, ...
+        rows_from: the `StepNumber` that is the number of rows.
+        rows: address to which y is written as well, in a format of `kernels/activation_rows`; 0 if it is not.
     """
 
     x: int
@@ -95,6 +95,6 @@ class QuantiseArguments(NamedTuple):
 
 
 def quantise_operation(prologue: Prologue, written: int = 0) -> int:
-    """Address of the compiled operation; `written` are the bytes of a number of y, where it is written too."""
+    """Return the address of the compiled operation; `written`: bytes of an element of y if y is written too, else 0."""
     constants = (prologue, prologue.gated, written) if written else (prologue, prologue.gated)
     return operation("activation_quant.cpu:make_quantise", *constants)

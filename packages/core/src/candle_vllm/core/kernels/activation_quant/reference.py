@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantising activations, and what comes right before, in plain torch."""
+"""Quantise activations, after a prologue, in plain torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from candle_vllm.core.kernels.silu_mul.reference import gate_mul
 
 
 def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> torch.Tensor:
-    """y of the contract; `weight` of LAYER_NORM is its weight and its bias behind each other."""
+    """Return y of the contract; `weight` of LAYER_NORM is its weight followed by its bias."""
     if prologue is Prologue.NONE:
         return x
     if (kind := next((kind for kind, own in GATES.items() if own is prologue), None)) is not None:
@@ -33,7 +33,7 @@ def behind(prologue: Prologue, x: torch.Tensor, weight: torch.Tensor | None = No
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x float32 [T, K] -> q int8 [T, K], s float32 [T, K/32], s * sum(q) float32 [T, K/32]. See the contract."""
+    """Quantise x float32 [T, K] to q int8 [T, K], s and s * sum(q) float32 [T, K/32]; see the contract."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     scales = groups.abs().amax(-1) / 127
     inverse = torch.where(scales > 0, 1 / scales, torch.zeros_like(scales))

@@ -32,7 +32,7 @@ from candle_vllm.core.kernels.collectives import Collective, added_up
 from candle_vllm.core.kernels.moe import Pairs
 
 LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer, to pay for three more exchanges and the host's wait
-MOST_SHARE = 0.75  # of the bytes of sums: below it an exchange of uneven parts wins, even if slower per byte
+MOST_SHARE = 0.75  # exchanges with up to this share of the all-reduces' bytes are faster, even if slower per byte
 
 
 def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
@@ -124,7 +124,7 @@ class TokenShares:
         theirs = self._collective.exchange(counts, [1] * size, [1] * size)
         sent, received = torch.cat([counts, theirs], 1).T.tolist()  # the host waits here, once a layer
         places = wanted.T.flatten().to(torch.uint8).sort(descending=True, stable=True).indices[: sum(sent)]
-        tokens = places % own  # by ranks, and of each in their order
+        tokens = places % own  # sorted by destination rank, then by token
         packed = _side_by_side(x[tokens], pairs.experts[tokens], pairs.weights[tokens])
         came = self._collective.exchange(packed, sent, received)
         rows, experts, weights = _parted(came, (x, pairs.experts, pairs.weights))

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Columns of rows in another order, for matrices whose groups of inputs are no neighbours.
+"""Reorder the columns of activations, for matrices whose groups of inputs are not adjacent.
 
-Part of step 6 of a request's life.
-
-Contract: x float32 [R, K]; `order` K column numbers; out[t, i] = x[t, order[i]] float32, rows any distance apart in
-both, exactly. `out` shares no memory with x. Recorded steps have it as an operation of their own, `cpu.py`, which may
-pick rows of x; on a GPU torch's `index_select` does it.
+Contract: for x float32 [R, K] and `order`, K column numbers, out[t, i] = x[t, order[i]] float32, an exact copy. Rows of
+x and of out may have any stride; `out` does not share memory with x. In recorded steps this is an operation, `cpu.py`,
+which may also select rows of x; on a GPU it is torch's `index_select`.
 """
 
 from __future__ import annotations
@@ -16,15 +14,15 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 
 
 class OrderArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
         order: address of int64 column numbers [K].
         columns: K.
-        out: address of the result, its rows `out_stride` floats apart.
-        picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers counts the rows.
+        out: address of the result, with rows `out_stride` floats apart.
+        picked: address of int64 row numbers of x; 0 for rows 0, 1, 2, ...
+        rows_from: the `StepNumber` that is the number of rows.
     """
 
     x: int
@@ -38,5 +36,5 @@ class OrderArguments(NamedTuple):
 
 
 def order_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("column_order.cpu:column_order")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Columns in another order, in plain torch."""
+"""Reorder columns, in plain torch."""
 
 from __future__ import annotations
 

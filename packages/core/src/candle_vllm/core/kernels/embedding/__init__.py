@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Embedding rows.
+"""Look up embedding rows.
 
-Contract: token_ids [T] int64 below V, table [V, E]; y [T, E] has the table's dtype, in new memory; an exact copy.
-Recorded steps read rows of tables in layouts of their own, as float32, and may add those of several (`cpu.py`).
+Contract: for token_ids [T] int64 below V and table [V, E], y [T, E] is an exact copy of rows, in the table's dtype and
+in new memory. Recorded steps read rows as float32 from tables in their own layouts, and may add rows of several tables
+(`cpu.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The rows of table for token_ids."""
+    """Return the rows of table for token_ids."""
     if on_gpu(table):
         from candle_vllm.core.kernels.embedding import triton
 
@@ -28,11 +29,11 @@ def embedding(token_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class AddArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation that adds rows.
 
     Attributes:
         x: address of float32 rows [T, columns], `stride` floats apart.
-        target: address of the rows that they are added to, `target_stride` floats apart.
+        target: address of the rows to which they are added, `target_stride` floats apart.
     """
 
     x: int
@@ -43,5 +44,5 @@ class AddArguments(NamedTuple):
 
 
 def add_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("embedding.cpu:add")
