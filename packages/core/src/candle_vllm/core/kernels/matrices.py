@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Matrices of a backend, and the product of an input with several that a checkpoint stores side by side.
+"""Matrices of layers that are not recorded, and the product of an input with several of them.
 
-Recorded steps multiply the matrices of `recorded.py`; outside them a `DeviceMatrix` knows its own kernels.
+Recorded steps have the matrices of `recorded.py`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,19 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.linear.triton_products import Operand
 
 Piece: TypeAlias = Any
-"""A matrix of a layer: a `kernels.recorded.Matrix` where steps are recorded, else a `DeviceMatrix`."""
+"""A matrix of a layer: a `kernels.recorded.Matrix` if steps are recorded, else a `DeviceMatrix`."""
 
 Stored: TypeAlias = Literal["plain", "gguf", "floats", "codes"]
-"""How numbers are stored: as they are, in GGUF's blocks, as small floats in groups, as whole numbers in groups."""
+"""Storage of a matrix: plain elements, GGUF blocks, small floats in groups, or integer codes in groups."""
 
 
 class DeviceMatrix(ABC):
-    """A matrix [N, K] on a device; the experts' of a layer are one, whose rows stand behind each other.
+    """A matrix [N, K] on a device; all experts of a layer are one matrix of consecutive rows.
 
     Attributes:
-        data: as its kernels read it.
-        rows, columns: N and K.
-        stored: how its numbers are.
-        kind: the same in words.
-        form: matrices of one input whose forms are equal can be one.
+        data: the matrix in the layout of its kernels.
+        kind: name of its format, for logs.
+        form: matrices with the same input and equal forms can be joined to one.
     """
 
     data: Any
@@ -53,25 +51,25 @@ class DeviceMatrix(ABC):
 
     @abstractmethod
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers [N, K]; plain ones stay what they are."""
+        """Return the elements [N, K] in dtype; plain elements keep their own dtype."""
 
     @abstractmethod
     def operand(self, columns: int) -> Operand:
-        """The matrix as a launch of the GPU's kernels passes it; `columns` of a plain one are multiplied at a time."""
+        """Return the matrix as an argument of Triton kernels, which multiply `columns` of a plain matrix at a time."""
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows [T, K] of ids [T]; those of plain numbers stay what they are."""
+        """Return the rows [T, K] of ids [T] in dtype; plain elements keep their own dtype."""
         raise AssertionError(f"a table of {self.kind} for {dtype} was not decoded: {len(ids)} rows are wanted of it")
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None, invariant: bool
     ) -> torch.Tensor:
-        """x [T, K] to x W^T + bias [T, N], into `out` where it is given; see the kernels' contracts."""
+        """Return x W^T + bias [T, N] for x [T, K], in `out` if it is given; see the kernels' contracts."""
         return self._linear(x, self.data, bias, out=out, invariant=invariant)
 
     @classmethod
     def joined(cls, matrices: Sequence[DeviceMatrix]) -> DeviceMatrix:
-        """Matrices of one form above each other; copied where they are several."""
+        """Concatenate the rows of matrices of one form; a single matrix is not copied."""
         return matrices[0] if len(matrices) == 1 else cls(cls._stack([matrix.data for matrix in matrices]))
 
     def __init__(self, data: Any) -> None:
@@ -79,7 +77,7 @@ class DeviceMatrix(ABC):
 
 
 class TensorMatrix(DeviceMatrix):
-    """Plain numbers."""
+    """Plain elements."""
 
     stored, kind = "plain", "plain"
     _linear, _stack = staticmethod(linear), staticmethod(torch.cat)
@@ -106,7 +104,7 @@ class TensorMatrix(DeviceMatrix):
 
 
 class BlockMatrix(DeviceMatrix):
-    """Blocks of a GGUF type; `order` says which number of an input meets each column, int64 [K], None the same one."""
+    """Blocks of a GGUF type; column i is multiplied by element `order[i]` of an input, int64 [K], or by element i."""
 
     stored = "gguf"
     _linear, _stack = staticmethod(gguf_linear.linear), staticmethod(gguf_linear.stack)
@@ -142,7 +140,7 @@ class BlockMatrix(DeviceMatrix):
 
 
 class CodeMatrix(DeviceMatrix):
-    """Whole numbers in groups, or small floats with scales; those with an order of their own stay apart."""
+    """Integer codes in groups, or small floats with scales; a matrix with its own column order is never joined."""
 
     _linear, _stack = staticmethod(group_linear.linear), staticmethod(group_linear.stack)
 
@@ -165,7 +163,7 @@ class CodeMatrix(DeviceMatrix):
 
 
 def joined(matrices: Sequence[DeviceMatrix]) -> list[DeviceMatrix]:
-    """Matrices of one input, above each other; neighbours of one form become one, so that they take one launch."""
+    """Join adjacent matrices of one form, which have the same input, so that their product is one launch."""
     groups = (list(group) for _, group in itertools.groupby(matrices, lambda matrix: matrix.form))
     return [group[0].joined(group) for group in groups]
 
@@ -173,10 +171,7 @@ def joined(matrices: Sequence[DeviceMatrix]) -> list[DeviceMatrix]:
 def multiply(
     x: torch.Tensor, matrices: Sequence[DeviceMatrix], bias: torch.Tensor | None, *, invariant: bool
 ) -> torch.Tensor:
-    """x [T, K] to x W^T + bias [T, N], where W is matrices above each other; see the kernels' contracts.
-
-    The bias is added by the kernels, while they have the sums.
-    """
+    """Return x W^T + bias [T, N] for x [T, K], where W has the rows of all matrices; see the kernels' contracts."""
     if len(matrices) == 1:
         return matrices[0].multiply(x, bias, invariant=invariant)
     sizes = [matrix.rows for matrix in matrices]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Values that stand for the result of a kernel while a step is recorded.
+"""Placeholders of results while a step is recorded.
 
-When the layers run on `Recorded` values instead of tensors, every kernel writes an operation into a plan instead of
-computing; later steps replay the plan. Kernels and layers only know this interface; what is recorded, and what is fused
-on the way, is the business of `kernels/cpu_runtime/values.py`.
+When the layers run on `Recorded` values instead of tensors, each kernel appends an operation to a plan instead of
+computing; later steps replay the plan. Kernels and layers use only this interface; `kernels/cpu_runtime/values.py`
+implements it, and decides what is fused.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-# What flows through the layers: a torch.Tensor, or a Recorded while a step is recorded.
+# Input and output of layers: a torch.Tensor, or a Recorded while a step is recorded.
 Value: TypeAlias = Any
 
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "tanh"]
-"""Without a gate, see `kernels/activation`."""
+"""Activation without a gate; see `kernels/activation`."""
 
 GateKind: TypeAlias = Literal["sigmoid", "silu", "gelu_tanh", "gelu", "softplus", "silu_7", "silu_16"]
-"""Of a gate, see `kernels/silu_mul`."""
+"""Activation of a gate; see `kernels/silu_mul`."""
 
 LIMITS: Mapping[str, float] = MappingProxyType({"silu_7": 7.0, "silu_16": 16.0})
-"""Of both factors of a gated product, by its kind."""
+"""Limit of both factors of a gated product, by its kind."""
 
 Floats: TypeAlias = "NDArray[np.float32]"
 Gates: TypeAlias = "tuple[Recorded, Recorded] | None"
@@ -47,10 +47,9 @@ class Matrix(Protocol):
 
     Attributes:
         rows, columns: N and K.
-        kind: the layout, for its operations.
-        data: uint8 [tiles, bytes of a tile].
-        tile_bytes: of a tile.
-        input_form: how it reads its input.
+        kind: the layout, which selects the compiled operations.
+        data: uint8 [tiles, `tile_bytes`].
+        input_form: the format of its input.
     """
 
     @property
@@ -68,10 +67,10 @@ class Matrix(Protocol):
 
 
 LookUp: TypeAlias = Callable[[Any], Any]
-"""Gives rows float32 [T, width] of numbers int64 [T]."""
+"""Function that returns rows float32 [T, width] for int64 numbers [T]."""
 
 RecordedPairs: TypeAlias = Any
-"""What `Recorded.route` gives: the pairs of a step's tokens and their experts."""
+"""Result of `Recorded.route`: the pairs of a step's tokens and their experts."""
 
 
 class Recorded(ABC):
@@ -79,30 +78,30 @@ class Recorded(ABC):
 
     @abstractmethod
     def split(self, sizes: Sequence[int], dim: int) -> list[Recorded]:
-        """Views of neighbouring columns."""
+        """Return views of adjacent columns."""
 
     @abstractmethod
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
-        """The last dimension as heads."""
+        """Split the last dimension into heads."""
 
     @abstractmethod
     def flatten(self, start: int) -> Recorded:
-        """The heads side by side again."""
+        """Merge the heads into one dimension."""
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """The sum. `other` is a matrix's result, a table's rows or a norm; two of the first two are a result in turn.
+        """Return the sum with `other`: a matrix's result, a table's rows or a norm, not computed yet.
 
-        This value is changed in place; but a norm stays what it is, and the sum has memory of its own.
+        This value is overwritten by the sum. If it is a norm, or such a result itself, the sum has its own memory.
         """
 
     @abstractmethod
     def scaled(self, factor: float) -> Recorded:
-        """Times a factor, without a cap as `kernels/scale_cap` has it; this value, or part, is changed in place."""
+        """Multiply these columns by a factor, in place; see `kernels/scale_cap`."""
 
     @abstractmethod
     def clamped(self, low: float, high: float) -> Recorded:
-        """See `kernels/scale_cap`: in place, so that earlier uses of this value must have been recorded."""
+        """See `kernels/scale_cap`; in place, so earlier uses of this value must be recorded before."""
 
     @abstractmethod
     def beside(self, *others: Recorded) -> Recorded:
@@ -136,19 +135,19 @@ class Recorded(ABC):
 
     @abstractmethod
     def cut(self, deviations: float) -> None:
-        """See `kernels/scale_cap`; in place, and nothing else may have read these columns."""
+        """See `kernels/scale_cap`; in place, and no other value may have read these columns."""
 
     @abstractmethod
     def short_conv(
         self, weight: Floats, bias: Floats | None, cache: StateCache, *, silu: bool, gates: Gates
     ) -> Recorded:
-        """See `kernels/short_conv`; with gates, what this value stands in is changed."""
+        """See `kernels/short_conv`; with gates, the buffer of this value is overwritten."""
 
     @abstractmethod
     def delta_rule(
         self, *others: Recorded, gates: DeltaGates, cache: StateCache, scale: float, normed: bool
     ) -> Recorded:
-        """See `kernels/delta_rule`; this value is q, `others` are k, v, a and b; what q and k stand in is changed."""
+        """See `kernels/delta_rule`; this value is q, `others` are k, v, a, b; buffers of q and k are overwritten."""
 
     @abstractmethod
     def gate_mul(self, kind: GateKind) -> Recorded:
@@ -156,11 +155,11 @@ class Recorded(ABC):
 
     @abstractmethod
     def xielu(self, numbers: Floats) -> Recorded:
-        """See `models/apertus.py`; this value is changed."""
+        """See `models/apertus.py`; this value is overwritten."""
 
     @abstractmethod
     def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
-        """See `kernels/silu_mul`; this value is x, and is changed."""
+        """See `kernels/silu_mul`; this value is x, and is overwritten."""
 
     @abstractmethod
     def activation(self, kind: Activation) -> Recorded:
@@ -168,9 +167,9 @@ class Recorded(ABC):
 
     @abstractmethod
     def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
-        """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side.
+        """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results are concatenated.
 
-        What adapters do at `place` is added, see `kernels/lora`.
+        The terms of adapters at `place` are added; see `kernels/lora`.
         """
 
     @abstractmethod
@@ -190,13 +189,13 @@ class Recorded(ABC):
         activation: moe.Activation | None,
         place: Place | None = None,
     ) -> RecordedRows:
-        """See `kernels/moe`; a matrix of every expert in each list, whose results stand side by side."""
+        """See `kernels/moe`; each list has a matrix for every expert, and the results of the lists are concatenated."""
 
     @abstractmethod
     def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, `scores` are the fields of
-        `attention/cpu_record.Scores`. Without k and v nothing is written. Where it `narrows`, the result has the rows
-        alone whose successor is wanted."""
+        `attention/cpu_record.Scores`. Without k and v nothing is written. If it `narrows`, the result has only the rows
+        whose logits are wanted."""
 
     @abstractmethod
     def attend_whole(
@@ -207,7 +206,7 @@ class Recorded(ABC):
         near: tuple[Floats | None, int | None],
     ) -> Recorded:
         """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences. `turned` are the
-        places, cos and sin by which queries and keys turn, `near` the bias and the window."""
+        positions, cos and sin by which queries and keys are rotated; `near` are the bias and the window."""
 
     @abstractmethod
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
@@ -215,19 +214,19 @@ class Recorded(ABC):
 
     @abstractmethod
     def narrowed(self) -> Recorded:
-        """A copy of the rows whose successor is wanted. What is added to it, or put beside it, may have all rows."""
+        """Return a copy of the rows whose logits are wanted; values with all rows may be added or concatenated to it."""
 
     @abstractmethod
     def wanted(self) -> Recorded:
-        """The rows whose successor is wanted, for a product alone."""
+        """Return the rows whose logits are wanted, as the input of a product."""
 
     @abstractmethod
     def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
-        """The step's scores, of a product of wanted rows: a bias is added, then as `kernels/scale_cap` says."""
+        """Compute the step's logits from a product of wanted rows: add a bias, then scale; see `kernels/scale_cap`."""
 
     @abstractmethod
     def rows(self, wanted: NDArray[np.int64]) -> Floats:
-        """What some rows were when a step ran last: a copy [len(wanted), width]. Of what the layers gave last only."""
+        """Return a copy [len(wanted), width] of rows after the last step; only for the final result of the layers."""
 
 
 class RecordedRows(ABC):
@@ -250,18 +249,18 @@ class RecordedRows(ABC):
 
 
 class RecordedTokens(ABC):
-    """The token ids of a step while it is recorded, or other numbers of its tokens that a table has rows for.
+    """The token ids of a step while it is recorded, or other row numbers of its tokens in a table.
 
     Attributes:
-        numbers: where they stand when the step runs.
+        numbers: the array that has them when the step runs.
     """
 
     numbers: NDArray[np.int64]
 
     @abstractmethod
     def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
-        """See `kernels/embedding`; the rows, with what adapters do at `place`, times `scale`."""
+        """See `kernels/embedding`; adapters at `place` change the rows, which are then multiplied by `scale`."""
 
     @abstractmethod
     def looked_up(self, rows: LookUp, width: int) -> Recorded:
-        """[T, width], what `rows` gives of the numbers each time before a step runs."""
+        """Return a value [T, width] that `rows` computes from the numbers before each step."""

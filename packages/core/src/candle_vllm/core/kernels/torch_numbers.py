@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stored numbers as torch has them: the types by their names, tensors over the same memory, conversions."""
+"""Convert stored elements to torch tensors: types by name, tensors that share memory, conversions."""
 
 from __future__ import annotations
 
@@ -38,46 +38,46 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 COPY_CHUNK = 1 << 18
-"""Elements that are converted at a time: the scratch stays in the cache, and small beside the result."""
+"""Elements that are converted at a time, so that the scratch memory stays in the CPU caches."""
 
 SERIAL_ELEMENTS = 1 << 15
 """Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
 
-_LOOKED_AT = 1 << 26  # numbers at a time, where their range is checked
+_LOOKED_AT = 1 << 26  # elements whose range is checked at a time
 
 
 def tensor_of(values: np.ndarray, name: str) -> torch.Tensor:
-    """A contiguous array of numbers of a type as a tensor over the same memory."""
+    """Return a tensor that shares the memory of a contiguous array, whose elements have the type `name`."""
     return torch.from_numpy(values.reshape(-1).view(np.uint8)).view(DTYPES[name]).view(values.shape)
 
 
 def normal(
     shape: tuple[int, ...], name: str, device: torch.device | str, spread: float, middle: float, *, seed: int
 ) -> torch.Tensor:
-    """Numbers of a type around `middle`, with this standard deviation, made on a device."""
+    """Return normally distributed elements with mean `middle` and standard deviation `spread`, made on a device."""
     values = torch.full(shape, middle, dtype=DTYPES[name], device=device)
     return values.normal_(middle, spread, generator=torch.Generator(device).manual_seed(seed)) if spread else values
 
 
 @runtime_checkable
 class MadeByTorch(Protocol):
-    """A stored tensor whose numbers are made on a device, in their stored type."""
+    """A stored tensor whose elements are generated on a device, in their stored type."""
 
     def tensor(self) -> torch.Tensor:
-        """The numbers, there."""
+        """Return the elements, on that device."""
         ...
 
 
 def load_tensor(stored: StoredTensor, dtype: torch.dtype | None = torch.float32) -> torch.Tensor:
-    """The values of a stored tensor, contiguous, in memory of their own; None keeps the stored type.
+    """Return the elements of a stored tensor, contiguous, in new memory; dtype None keeps the stored type.
 
     Raises:
-        UnsupportedModelError: nothing decodes the stored type.
+        UnsupportedModelError: the stored type cannot be decoded.
     """
     if isinstance(stored, MadeByTorch):
         made = stored.tensor()
         return made if dtype is None else made.to(dtype)
-    if stored.dtype is None and dtype == torch.float16:  # which numpy makes ten times slower than torch
+    if stored.dtype is None and dtype == torch.float16:  # numpy converts to float16 ten times slower than torch
         values = torch.from_numpy(stored.load())
         out = torch.empty(stored.shape, dtype=dtype)
         convert(values.view(-1), out.view(-1))
@@ -89,13 +89,11 @@ def load_tensor(stored: StoredTensor, dtype: torch.dtype | None = torch.float32)
 
 
 def load_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Copies unquantised elements out of a file, converting them where the dtypes differ.
+    """Copy unquantised elements to a tensor of this shape and dtype, rounded as torch does.
 
     Args:
         raw: the bytes, uint8, contiguous; need not be aligned.
         stored: type of the elements in the file, one of `plain.ELEMENTS`.
-        shape: of the result.
-        dtype: of the result; a narrower one rounds as torch does.
     """
     out = torch.empty(shape, dtype=dtype)
     flat, data = out.view(-1), raw.reshape(-1)
@@ -113,36 +111,32 @@ def load_plain(raw: np.ndarray, stored: str, shape: tuple[int, ...], dtype: torc
 
 
 def empty(shape: tuple[int, ...], name: str, device: torch.device | str) -> torch.Tensor:
-    """Memory for numbers of a type."""
+    """Allocate a tensor of the type `name`."""
     return torch.empty(shape, dtype=DTYPES[name], device=device)
 
 
 def fill(tensor: torch.Tensor, stored: StoredTensor) -> None:
-    """Decodes a stored tensor into a tensor of its shape; what goes to a GPU is converted there."""
+    """Decode a stored tensor into a tensor of its shape; for a GPU, elements are converted on the device."""
     values = load_tensor(stored, torch.float32 if tensor.device.type == "cpu" else None)
     tensor.copy_(values.to(tensor.device))
     check_range(stored, tensor)
 
 
 def convert(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies a flat tensor into one of another dtype, on the calling thread alone.
+    """Copy a flat tensor to one of another dtype, in the calling thread.
 
-    In pieces so small that torch does not share them among threads: meeting at a barrier each time costs more than
-    it gains, on a busy machine a hundred times as much.
+    The pieces are so small that torch does not divide them among threads, whose barrier takes more time than it saves,
+    on a busy machine a hundred times as much.
     """
     for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
         part.copy_(piece)
 
 
 def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
-    """Refuses weights that float16 cannot hold: where it became their type, they would be infinite.
-
-    Raises:
-        UnsupportedModelError: the message names the tensor and the flag.
-    """
+    """Raise UnsupportedModelError for weights that became infinite because they were converted to float16."""
     if values.dtype != torch.float16 or stored.dtype == "F16":
         return
-    # In pieces, for looking takes half as much memory again.
+    # In pieces, because the check needs half as much memory again.
     if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
         raise UnsupportedModelError(
             f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CONNECTING = 10.0  # seconds in which ranks that know of each other are connected
+_CONNECTING = 10.0  # seconds in which ranks that have found each other must be connected
 _ABANDONED: list[Any] = []
-_LOOK = datetime.timedelta(seconds=0.5)  # after so long somebody who waits looks whether the others are still there
-SLOT_BYTES = 1 << 19  # of a piece that ranks add up in shared memory
-FIRST_SLOT = 4096  # where a rank's slots begin in its block, behind its counter
-BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # of a rank
-_TURNS = 2000  # of waiting for a rank of this machine before this one sleeps; some 25 us
-_NAPS = 50e-6, 1e-3  # seconds that it sleeps at first, and at most
+_LOOK = datetime.timedelta(seconds=0.5)  # time between two checks of a waiting rank whether the others live
+SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
+FIRST_SLOT = 4096  # offset of a rank's slots in its block, after its counter
+BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
+_TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
+_NAPS = 50e-6, 1e-3  # seconds of its first sleep, and of its longest
 
 
 class Stages(Protocol):
@@ -69,10 +69,10 @@ class Stages(Protocol):
 
 
 class Sums(Protocol):
-    """What adds up the parts that ranks have of a result."""
+    """Sums the parts of a result over ranks."""
 
     def sum(self, x: Value) -> Value:
-        """x [T, ...] of all ranks added up: all rows of it, or of a divided step this rank's alone."""
+        """Sum x [T, ...] over all ranks; return all rows, or in a divided step only this rank's rows."""
         ...
 
 
@@ -296,7 +296,7 @@ class ProcessGroup:
         rank, size: see `Collective`.
         device: device of the tensors.
         notes: store through which the ranks find each other.
-        name: of the group, in the store.
+        name: name of the group in the store.
         patience: seconds that a rank waits for the others within a step; after they have found each other, connecting
             may take `_CONNECTING`.
         host: the address at which Gloo listens for the others.
@@ -326,10 +326,10 @@ class ProcessGroup:
         from torch import distributed
 
         self.rank, self.size, self.stages = rank, size, stages
-        self._sent: collections.deque[tuple[Any, Any]] = collections.deque()  # on its way, and what is read meanwhile
+        self._sent: collections.deque[tuple[Any, Any]] = collections.deque()  # sends in flight, and their tensors
         self._gone = threading.Event()
         self._receiver: _Receiver | None = None
-        self._store = found = _store(notes)  # lives as long as the groups, whose C++ calls it
+        self._store = found = _store(notes)  # must live as long as the groups, whose C++ code calls it
         wait = datetime.timedelta(seconds=patience)
         gloo: Any = distributed.ProcessGroupGloo
         options = gloo._Options()
@@ -357,7 +357,7 @@ class ProcessGroup:
                 return x.copy_(self._sum_in_order(x.view(-1)).view(x.shape))
             self._over(self._group.allreduce([x]))
             return x
-        wide = x.float()  # x itself, or of a small type, which is rounded once
+        wide = x.float()  # x itself, or a copy of a narrower type, rounded once at the end
         self._shared.add(wide.data_ptr(), wide.numel())
         return x if wide is x else x.copy_(wide)
 
@@ -377,13 +377,13 @@ class ProcessGroup:
     def _over(self, work: Any) -> None:
         """Wait until the operation is done, or another rank has ended."""
         if self._group is not self._host:
-            work.wait()  # a GPU's stream does
+            work.wait()  # only the GPU's stream waits
             return
         while True:
             try:
                 work.wait(_LOOK)
             except RuntimeError:
-                if self._gone.is_set() or work.is_completed():  # not if only the time is over
+                if self._gone.is_set() or work.is_completed():  # any other error than the timeout of this wait
                     raise
             else:
                 return
@@ -411,7 +411,7 @@ class ProcessGroup:
         import torch
 
         found = x.new_empty(sum(received), x.shape[1])
-        ours, theirs = (each.contiguous().view(torch.uint8) for each in (x, found))  # of any type, as it is
+        ours, theirs = (each.contiguous().view(torch.uint8) for each in (x, found))  # bytes, so that any type works
         self._over(self._group.alltoall_base(theirs, ours, list(received), list(sent)))
         return found
 
@@ -428,7 +428,7 @@ class ProcessGroup:
     def send(self, x: torch.Tensor, to: int) -> None:
         work = (self._group if to > self.rank else self._back).send([x], to, 0)
         if x.is_cuda:
-            work.wait()  # the stream does, and what was captured with it
+            work.wait()  # only the stream waits, also in captured work
             return
         self._sent.append((work, x))
         while self._sent[0][0].is_completed() and len(self._sent) > 1:
@@ -455,9 +455,9 @@ class ProcessGroup:
 
     def close(self) -> None:
         if self._gone.is_set():
-            _ABANDONED.append((self._host, self._store))  # something waits in it yet, and its end would wait for that
+            _ABANDONED.append((self._host, self._store))  # a call still waits in it, and its destructor would wait too
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
-            end = getattr(group, "abort", None)  # NCCL's, which waits for nobody
+            end = getattr(group, "abort", None)  # NCCL has it, and it does not wait for other ranks
             if end is not None:
                 end()
         self._group = self._back = self._host = None
@@ -493,7 +493,7 @@ class _Receiver:
             work, done = self._works.get()
             try:
                 work.wait()
-            except Exception as error:  # raised where somebody waits for it
+            except Exception as error:  # raised in the waiting thread
                 done.put(error)
             else:
                 done.put(None)

@@ -48,14 +48,9 @@ class CpuRank(NamedTuple):
 
 
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
-    """Ask Linux to allocate pages on these nodes when the memory is first touched: on a single node while it has free
-    memory; on several nodes, pages are interleaved.
+    """Ask Linux to allocate whole pages at `address` on these nodes when they are first touched; return 0 or an errno.
 
-    Args:
-        address, size: address and size in bytes of whole pages.
-
-    Returns:
-        0, or the errno of the failure.
+    On a single node pages are allocated while it has free memory; on several nodes they are interleaved.
     """
     call = _MBIND.get(platform.machine().lower())
     if call is None or sys.platform != "linux":

@@ -265,14 +265,14 @@ class LinearArguments(NamedTuple):
     """The arguments of a linear operation.
 
     Attributes:
-        rows_from: which of the step's numbers is T.
+        rows_from: the `StepNumber` that is T.
         weights, tile_bytes: address of the tiles, and bytes from one tile to the next.
         outputs: N.
         length: length of a tile along K, in units of the weight format.
         out, row_bytes: address of the first written column of the result, and its row stride in bytes.
         bias: address of float32 [N], or 0.
         accumulate: add to the result instead of overwriting it.
-        picked: address of int64 row numbers of the activations; 0 takes rows 0, 1, 2, ...
+        picked: address of int64 row numbers of the activations; 0 for rows 0, 1, 2, ...
         x: address of the activations, in the input form of the weight format.
         x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
         scales, sums: addresses of scales and sums of quantised activations.
@@ -349,7 +349,7 @@ class EmbeddingArguments(NamedTuple):
     """The arguments of an operation that reads rows of a table.
 
     Attributes:
-        rows_from: which of the step's numbers is T.
+        rows_from: the `StepNumber` that is T.
         weights, tile_bytes: address of the tiles, and bytes from one tile to the next.
         rows, columns: V and E.
         token_ids: address of int64 [T]; the row of an id that is not within 0 .. V - 1 becomes NaN.

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Linear layers whose weights are codes of 4 or 8 bits in groups, on a GPU; step 6 of a request's life.
 
-What files of GPTQ, AWQ and compressed-tensors hold once they are unpacked: a weight is scale * (code - zero), and the
-weights of a row share a scale, and where there are any a zero, by groups of 32 or a multiple along K, or all of them.
-FP8's codes are floats, e4m3 or e5m2, and a weight is scale * float; NVFP4's are e2m1, and a weight is scale * (scale of
-16 * float). Scales are fp32, those of 16 e4m3. Infinite and NaN weights make the products that IEEE 754 says, but
-infinite scales NaN where K fills no whole step.
+Files of GPTQ, AWQ and compressed-tensors have such weights: a weight is scale * (code - zero). Groups of weights in a
+row share a scale, and perhaps a zero; a group has a multiple of 32 columns, or the whole row. FP8's codes are floats,
+e4m3 or e5m2, and a weight is scale * float. NVFP4's codes are e2m1, and a weight is scale * (inner scale * float) with
+an inner scale for each 16 weights. Scales are fp32, inner scales e4m3. Infinite and NaN weights give the products of
+IEEE 754, except that infinite scales give NaN if K is not a multiple of a step.
 
-Groups of inputs that are no neighbours (activation order) are brought together at load, and x likewise before each
+If the inputs of a group are not adjacent (activation order), the columns are reordered at load, and x before each
 product (`GroupMatrix.order`).
 
-Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GroupMatrix` [N, K]; bias [N] of x's dtype or None.
-y [T, N] = x W^T + bias has x's dtype, in new memory or in `out`: x's dtype, shape [T, N], the numbers of a row behind
-each other, rows any distance apart; it shares no memory with the others. Products of x with the weights are summed in
-fp32 and the result is rounded once. With up to `SMALL` rows the codes meet x exactly and scales are applied to sums in
-fp32 (those of 16 meet the floats, exactly); with more, weights are rounded to x's dtype first.
+Contract: x is [T, K] bfloat16 or float16 with contiguous rows; the matrix is a `GroupMatrix` [N, K]; bias is [N] in x's
+dtype, or None. y [T, N] = x W^T + bias has x's dtype and is written to new memory or to `out`. `out` [T, N] has x's
+dtype, contiguous rows and any row stride, and must not overlap the other arguments. Products are summed in fp32, and
+the result is rounded once. With at most `SMALL` rows x is multiplied by the exact codes, and scales are applied to the
+sums in fp32 (inner scales to the floats, exactly); with more rows, weights are first rounded to x's dtype.
 
-A row's result depends on the row and the matrix alone, up to `SMALL` rows, and likewise above; `invariant=True`
-promises that its bits are the same for any number of rows. Tensors on the CPU are computed by `reference.py`, for
-tests.
+With at most `SMALL` rows, and also above, a row's result depends only on the row and the matrix; with `invariant=True`
+its bits are the same for any number of rows. Tensors on the CPU are computed by `reference.py`, for tests.
 Source: Frantar et al., 2022, arXiv:2210.17323; Lin et al., 2023, arXiv:2306.00978; Micikevicius et al., 2022,
 arXiv:2209.05433; NVIDIA's modelopt.
 """
@@ -36,7 +35,7 @@ from candle_vllm.core.kernels.group_linear.pack_floats import check_span, pack_f
 __all__ = ["SMALL", "GroupMatrix", "check_span", "from_codes", "linear", "pack", "pack_floats", "stack"]
 
 SMALL = 16
-"""Most rows for which codes are kept exact where invariance is not asked for."""
+"""Maximum number of rows that are multiplied by exact codes if `invariant` is False."""
 
 
 def linear(
@@ -47,7 +46,7 @@ def linear(
     out: torch.Tensor | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """x times the transpose of the matrix, plus bias."""
+    """Return x times the transpose of the matrix, plus bias; written to `out` if it is given."""
     assert x.dim() == 2
     assert x.shape[1] == matrix.columns
     if matrix.order is not None:

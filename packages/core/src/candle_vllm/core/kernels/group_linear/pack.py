@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Codes, scales and zeros to the GPU's layout: done once, at load, before step 1 of a request's life."""
+"""Convert codes, scales and zeros to the GPU's layout, once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
-"""Weights per round: about 10 times as many bytes are needed on the way."""
+"""Number of weights per round; a round needs about 10 times as many bytes."""
 
 
 def pack(
@@ -23,17 +23,17 @@ def pack(
     bits: int,
     device: torch.device | str,
 ) -> GroupMatrix:
-    """Brings a quantised matrix to a device; every number is kept exactly.
+    """Copy a quantised matrix to a device; codes, scales and zeros stay exact.
 
     Args:
         codes: uint8 [N, K], one in each element.
         scales: float16 or bfloat16 [N, groups]; K / groups is a multiple of 32, or groups is 1.
-        zeros: the code of weight 0, whole numbers [N, groups] from 0 to 65,535, or None for the middle of the codes.
+        zeros: the code of weight 0, integers [N, groups] from 0 to 65,535, or None for the middle of the codes.
         bits: 4 or 8.
-        device: where the result lies.
+        device: device of the result.
 
     Raises:
-        ValueError: no kernel multiplies such a matrix; says which number is wrong.
+        ValueError: no kernel multiplies such a matrix.
     """
     _check(codes, scales, zeros, bits)
     (rows, columns), groups, device = codes.shape, scales.shape[1], torch.device(device)
@@ -54,7 +54,7 @@ def pack(
 
 
 def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | None:
-    """Brings what a file's codes mean to a device; None where no kernel multiplies them as they are."""
+    """Copy a file's codes to a device; return None if no kernel multiplies them without conversion."""
     codes, groups, order = found.codes, found.scales.shape[1], None
     if found.group_of is not None:
         if (np.bincount(found.group_of, minlength=groups) * groups != found.columns).any():
@@ -75,7 +75,7 @@ def from_codes(found: GroupCodes, device: torch.device | str) -> GroupMatrix | N
 
 
 def owned(array: np.ndarray) -> torch.Tensor:
-    """A copy where the array is a view of a file, which torch may not write to, or out of order."""
+    """Return a tensor of the array, which is copied if it is read-only (a view of a file) or not contiguous."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
@@ -104,7 +104,7 @@ def _check(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 
 
 def plane_of(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
-    """Codes uint8 [R, K] as int32 [R, steps, 16]."""
+    """Pack codes uint8 [R, K] to int32 [R, steps, 16]."""
     missing = matrix.steps * matrix.step - matrix.columns
     codes = torch.nn.functional.pad(codes, (0, missing)).view(len(codes), matrix.steps, matrix.parts, WORDS, 2)
     plane = torch.zeros((len(codes), matrix.steps, WORDS), dtype=torch.int32, device=codes.device)

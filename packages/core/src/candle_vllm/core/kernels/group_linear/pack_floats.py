@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small floats with scales to the GPU's layout: done once, at load, before step 1 of a request's life."""
+"""Convert small floats with scales to the GPU's layout, once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from candle_vllm.core.kernels.group_linear.pack import CHUNK, owned, plane_of
 from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 
 MOST_SCALE = 2.0**119
-"""The kernels multiply a scale by 256 first."""
+"""Largest finite scale, because the kernels multiply it by 256 first."""
 
 
 def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
-    """Brings a matrix of small floats to a device.
+    """Copy a matrix of small floats to a device.
 
-    Every number is kept exactly, but that a group with a NaN of e4m3 is all NaN: the products are the same.
-
-    Args:
-        found: all rows, in their order.
-        device: where the result lies.
+    It stays exact, except that a group with a NaN code of e4m3 becomes all NaN, which gives the same products.
 
     Raises:
-        UnsupportedModelError: no kernel multiplies such a matrix; says what is in the way.
-        ValueError: the arrays do not go together.
+        UnsupportedModelError: no kernel multiplies such a matrix.
+        ValueError: the shapes of the arrays do not fit each other.
     """
     group = _group(found)
     (rows, columns), bits = (len(found.codes), found.columns), 4 if found.numbers == "e2m1" else 8
@@ -53,7 +49,7 @@ def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
 
 
 def check_span(span: int, columns: int) -> None:
-    """Raises `UnsupportedModelError` where a scale is for so many columns that no kernel multiplies them."""
+    """Raise `UnsupportedModelError` if no kernel supports a scale for `span` of a matrix's columns."""
     if span < columns and span % PART:
         raise UnsupportedModelError(
             f"a scale for {span} columns has no kernel on a GPU: it must be for a multiple of {PART}, or for all"
@@ -61,14 +57,14 @@ def check_span(span: int, columns: int) -> None:
 
 
 def _inner(shared: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
-    """Scales of 16 weights, uint8 [R, K / 16], as int32 [R, steps, 2]."""
+    """Pack inner scales, uint8 [R, K / 16], to int32 [R, steps, 2]."""
     whole = matrix.steps * matrix.step // GROUP
     shared = torch.nn.functional.pad(shared, (0, whole - shared.shape[1]))
     return shared.contiguous().view(torch.int32).view(len(shared), matrix.steps, 2)
 
 
 def _group(found: ScaledCodes) -> int:
-    """Weights that share a scale; K for all."""
+    """Check the arrays; return the number of weights of a row that share a scale, at most K."""
     rows, columns = len(found.codes), found.columns
     grouped = found.numbers == "e2m1"
     wanted = {"scales": (rows, -(-columns // max(1, found.span)))} | (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer with weights in groups in plain torch, literal enough to check by eye: step 6."""
+"""The linear layer with weights in groups, in plain torch; simple enough to be checked by reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def linear(
 
 
 def dequantise(matrix: GroupMatrix) -> torch.Tensor:
-    """The weights as float32 [N, K]."""
+    """Return the weights as float32 [N, K]."""
     words, parts, bits = matrix.codes.transpose(0, 1), matrix.parts, matrix.bits
     fields = [
         torch.stack([words >> bits * (part + parts * half) & (1 << bits) - 1 for half in range(2)], -1)
@@ -36,7 +36,7 @@ def dequantise(matrix: GroupMatrix) -> torch.Tensor:
 
 
 def _floats(codes: torch.Tensor, matrix: GroupMatrix) -> torch.Tensor:
-    """Codes [N, K] as the floats that they are, those of e2m1 times their inner scale."""
+    """Convert codes [N, K] to floats; floats of e2m1 are multiplied by their inner scale."""
     if matrix.inner is None:
         return codes.to(torch.uint8).view(DTYPES[FLOAT_NAMES[matrix.numbers]]).float()
     values = torch.tensor(E2M1, device=codes.device)[codes.long()]

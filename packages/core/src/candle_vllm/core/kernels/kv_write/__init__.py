@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Writing new keys and values into the paged cache.
+"""Write new keys and values to the paged cache.
 
-Contract: key and value [T, K, D] of the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
-different, slot = block * S + offset; a token whose slot is negative is left out. Writes in place; every other slot
-keeps its contents. An exact copy.
+Contract: key and value are [T, K, D] in the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
+different; slot = block * S + offset, and a token with a negative slot is not written. Rows are copied exactly, and no
+other slot changes.
 
-A cache of float8_e4m3fn takes key and value of any float dtype with a scale each, [1] float32: what is written is the
-number over its scale in fp32, clamped to +-448 and rounded to nearest even; a NaN stays one. Source: Micikevicius et
+A cache of float8_e4m3fn takes key and value of any float dtype, with a scale [1] float32 for each of the two: elements
+are divided by the scale in fp32, clamped to +-448 and rounded to nearest even; NaN stays NaN. Source: Micikevicius et
 al., 2022, arXiv:2209.05433.
 
-A cache in which every row has a scale of its own, [B, S, K, D + 4] of one-byte numbers, is that of
-`scaled_rows`; it takes key and value of any float dtype and no scales.
+A cache with a scale for each row, [B, S, K, D + 4] of one-byte elements (`scaled_rows.py`), takes key and value of any
+float dtype, and no scales.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kv_write(
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
 ) -> None:
-    """Copies each token's key and value to its slot."""
+    """Copy each token's key and value to its slot; see the contract above."""
     assert key.shape == value.shape
     assert key_cache.shape == value_cache.shape
     assert key.shape[1] == key_cache.shape[2]
@@ -49,25 +49,25 @@ def kv_write(
 
 
 class WriteArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
-        qkv: address of float32 rows, `stride` floats apart; the columns are where q, k and v begin.
+        qkv: address of float32 rows, `stride` floats apart, in which q, k and v begin at `q_column` and so on.
         heads, kv_heads, head_dim: H, K and D.
         stretch_step: slots from one stretch of the caches to the next.
         block_shift: S is 1 << it.
-        half: R / 2; 0 rotates nothing, and `cos` and `sin` are then not read.
+        half: R / 2; with 0 nothing is rotated, and `cos` and `sin` are not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of bfloat16 [T, H, D], or of as many bytes for queries that are quantised as the keys are.
+        q: address of the result, bfloat16 [T, H, D], or as many bytes for queries that are quantised like the keys.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
-        scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
+        scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
         turns: address of int64 [T], the distance from a position's row to the token's row in `cos` and `sin`; or 0.
         head_gap: see `attention/cpu_cache.py`.
-        picked: address of int64 [T], each row's token, for `positions` and `turns`; 0 for all tokens. Picked rows have
-            queries alone.
-        rows_from: which of the step's numbers is T.
+        picked: address of int64 [T], the token of each row in `positions` and `turns`; 0 for all tokens. Picked rows
+            have only queries.
+        rows_from: the `StepNumber` that is T.
     """
 
     qkv: int
@@ -97,5 +97,5 @@ class WriteArguments(NamedTuple):
 
 
 def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:
-    """Address of the compiled operation, for a `CacheKind` of keys and of values."""
+    """Return the address of the compiled operation, for a `CacheKind` of keys and of values."""
     return operation("kv_write.cpu:make_rotate_and_write", keys, values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writing the paged cache in plain torch."""
+"""Write to the paged cache, in plain torch."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def kv_write(
         else:
             largest = torch.finfo(cache.dtype).max
             small = (rows.float() / scale).clamp(-largest, largest).to(cache.dtype)
-            # As bytes, for torch does not index fp8 on every device.
+            # As bytes, because torch does not index fp8 on every device.
             cache.view(torch.uint8).flatten(0, 1).index_copy_(0, slots, small.view(torch.uint8))

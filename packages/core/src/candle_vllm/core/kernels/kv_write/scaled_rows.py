@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A cache of 8-bit numbers in which each token's row of each head has a scale of its own, and lies in the block.
+"""A cache of 8-bit codes with a scale for each token and head (a row), which is stored in the block.
 
-It has the shape [B, S, K, D + 4] and a type of one byte: int8, float8_e4m3fn, or uint8 for the bits of the latter on
-GPUs that lack the type. A block's bytes are its codes [S, K, D] and, behind them, its scales [K, S] float32, so that
-what copies, keeps or moves blocks need not know of them. A number is its code times its row's scale.
+It has the shape [B, S, K, D + 4] and a type of one byte: int8, float8_e4m3fn, or uint8 for the bits of float8_e4m3fn on
+GPUs without this type. A block's bytes are its codes [S, K, D] followed by its scales [K, S] float32, so code that
+copies, offloads or moves blocks need not know about scales. An element is its code times its row's scale.
 
-With the row's largest magnitude m and the largest code c (127, or 448), the scale is m / c and a code the number over
-the scale, rounded to nearest even, in fp32; a row of zeros has the scale 0, and one with a NaN or an infinity comes
-back as NaN.
+With the row's largest magnitude m and the largest code c (127, or 448), the scale is m / c, and a code is the element
+divided by the scale, in fp32, rounded to nearest even. A row of zeros has the scale 0; a row with NaN or an infinity is
+read as NaN.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.uint8: 448.0}
 
 
 def has_row_scales(cache: torch.Tensor, dim: int) -> bool:
-    """Whether a cache [B, S, K, D or D + 4] is of this kind, for heads of D numbers."""
+    """Return whether rows of a cache [B, S, K, D or D + 4] have scales; `dim` is D."""
     return cache.shape[3] != dim
 
 
 def codes_and_scales(cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A cache's codes [B, S, K, D] as int8 or uint8, and its scales [B, K, S] fp32, in place."""
+    """Return views of a cache's codes [B, S, K, D], int8 or uint8, and of its scales [B, K, S] fp32."""
     blocks, size, heads, width = cache.shape
     numbers = size * heads * (width - SCALE)
     whole = cache.view(blocks, size * heads * width)
@@ -40,7 +40,7 @@ def write_rows(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> 
     """Write rows [T, K, D] of any float type to a cache, at slots [T] int64; no slot is negative."""
     largest = LARGEST[cache.dtype]
     x = rows.float()
-    tops = x.abs().amax(-1)  # [T, K]; NaN where there is one
+    tops = x.abs().amax(-1)  # [T, K]; NaN for a row with NaN
     row_scales = tops / largest
     x = (x / torch.where(row_scales == 0, 1.0, row_scales).unsqueeze(-1)).clamp(-largest, largest)
     if cache.dtype == torch.int8:
@@ -54,7 +54,7 @@ def write_rows(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> 
 
 
 def read_blocks(cache: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """Blocks of a cache, tables [...] of their numbers, as numbers [..., S, K, D] fp32."""
+    """Return the elements of blocks, [..., S, K, D] fp32; tables [...] are the block numbers."""
     codes, scales = codes_and_scales(cache)
     found = codes[tables]
     numbers = found.float() if cache.dtype == torch.int8 else found.view(torch.float8_e4m3fn).float()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""LayerNorm of rows, and of heads that have weights of their own.
+"""LayerNorm of rows, and of heads with separate weights.
 
-Contract: x [T, ..., E] of any float dtype, weight [E] fp32, or [H, E] for x [T, H, E], and bias [E] fp32 or None; y has
-x's shape and dtype, in new memory: (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, with the
-mean of the squared distances as the variance; the arithmetic is fp32, the result is rounded once.
+Contract: x is [T, ..., E] of any float dtype, weight [E] fp32, or [H, E] for x [T, H, E], and bias [E] fp32 or None.
+The result (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension has x's shape and dtype, in new
+memory; the variance is the mean of the squared distances; the arithmetic is fp32, and the result is rounded once.
 Source: Ba, Kiros and Hinton, 2016, arXiv:1607.06450.
 """
 
@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
 def layer_norm(x: Value, weight: Value, bias: Value | None, eps: float) -> Value:
-    """y, see above; on a GPU by torch's own kernels, which wait for nothing."""
+    """Return the norm of x; see above. On a GPU torch's own kernels compute it, without synchronisation."""
     if isinstance(x, Recorded):
         return x.layer_norm(weight, bias, eps)
     assert weight.shape == x.shape[-weight.dim() :]

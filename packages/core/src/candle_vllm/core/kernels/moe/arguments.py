@@ -106,7 +106,7 @@ ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
 
 
 class RouteArguments(NamedTuple):
-    """The operation's arguments. It also sets the step's number `PAIRS`.
+    """Arguments of the operation. It also sets the step's number `PAIRS`.
 
     Attributes:
         logits, stride: address of float32 [T, X], and row stride in floats.
@@ -147,7 +147,7 @@ def route_operation() -> int:
 
 
 class ExpertsArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         starts: address of the array of the same name from `route`.

@@ -112,5 +112,5 @@ def linear_arguments(matrix: PlainMatrix, *, x_bytes: int, **given: Any) -> Line
 
 
 def embedding_rows_operation(kind: PlainKind) -> int:
-    """Address of the compiled operation that reads rows of a plain matrix."""
+    """Return the address of the compiled operation that reads rows of a plain matrix."""
     return operation.operation("plain_linear.cpu:make_embedding", kind)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Heads times a number of their position: queries that grow sharper far into a long context.
+"""Multiply heads by a factor of their position, by which queries grow at late positions of a long context.
 
-Contract: x [T, H, D] of any float dtype, table [P] fp32, positions [T] below P. Token t becomes
-x[t] * table[positions[t]] in fp32, rounded to x's dtype, in new memory; recorded steps do it in place, by the operation
-in `cpu.py`.
-Source: Llama 4's temperature tuning, as Ministral 3 has it.
+Contract: for x [T, H, D] of any float dtype, table [P] fp32 and positions [T] below P, the result for token t is
+x[t] * table[positions[t]] in fp32, rounded to x's dtype, in new memory; in recorded steps x is overwritten (`cpu.py`).
+Source: Llama 4's temperature tuning, which Ministral 3 uses too.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def position_scale(x: Value, positions: torch.Tensor, table: Value) -> Value:
-    """Heads times their position's number; on a GPU by torch's own kernels, which wait for nothing."""
+    """Multiply heads by the factor of their position; on a GPU by torch's own kernels, without synchronisation."""
     if isinstance(x, Recorded):
         return x.position_scale(table)
     assert x.dim() == 3
@@ -29,12 +28,12 @@ def position_scale(x: Value, positions: torch.Tensor, table: Value) -> Value:
 
 
 class PositionScaleArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
-        x: address of float32 rows, `stride` floats apart, of which `columns` change.
+        x: address of float32 rows, `stride` floats apart, of which `columns` columns change.
         positions: address of the step's int64 positions.
-        table: address of the float32 numbers of all positions.
+        table: address of the float32 factors of all positions.
     """
 
     x: int
@@ -45,5 +44,5 @@ class PositionScaleArguments(NamedTuple):
 
 
 def position_scale_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("position_scale.cpu:position_scale")

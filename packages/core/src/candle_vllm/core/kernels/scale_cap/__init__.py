@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Scaling, soft-capping and clamping rows in place: embeddings times a factor, logits that end in c tanh(z / c).
+"""Scale, soft-cap, clamp or sparsify rows in place: for example embeddings times a factor, or logits c tanh(z / c).
 
-Contract: x [T, N] float32 (without a cap any float dtype) becomes x * scale, and with a cap c > 0,
-c * tanh(x * scale / c); the arithmetic is fp32. `clamp_` bounds every number. `cut_` leaves of each what is above the
-mean of its row and d standard deviations of all N numbers, max(x - mean - d * std, 0): Gemma 3n keeps some 5 % of a
-gate with d = 1.645. Recorded steps have each as an operation of its own, `cpu.py`.
+Contract: x [T, N] float32 (without a cap any float dtype) becomes x * scale, or with a cap c > 0
+c * tanh(x * scale / c); the arithmetic is fp32. `clamp_` clamps every element. `cut_` replaces each element of a row by
+max(x - mean - d * std, 0) with the row's mean and standard deviation: with d = 1.645, about 5 % of a gate of Gemma 3n
+stay above 0. In recorded steps each of these is an operation, `cpu.py`.
 Source: Gemma Team, 2024, arXiv:2408.00118 (soft cap); You et al., 2025, arXiv:2506.06644 (statistical top-k).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch.Tensor:
-    """Changes x and returns it; on a GPU by torch's own kernels, which wait for nothing."""
+    """Scale and cap x in place, and return it; on a GPU by torch's own kernels, without synchronisation."""
     import torch
 
     assert cap is None or (cap > 0 and x.dtype == torch.float32)
@@ -31,12 +31,12 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
 
 
 def clamp_(x: Value, low: float, high: float) -> Value:
-    """Changes x [T, N] to min(max(x, low), high) and returns it; in a recorded step x must be all of its memory."""
+    """Clamp x [T, N] to low..high in place, and return it; in a recorded step x must be a whole buffer."""
     return x.clamped(low, high) if isinstance(x, Recorded) else x.clamp_(low, high)
 
 
 def cut_(x: Value, deviations: float) -> None:
-    """Changes x [T, N], columns of some value that nothing has read yet, to what stands out of each row."""
+    """Replace x [T, N] in place as described above; no recorded operation may have read these columns."""
     if isinstance(x, Recorded):
         x.cut(deviations)
         return
@@ -46,13 +46,14 @@ def cut_(x: Value, deviations: float) -> None:
 
 
 class ScaleCapArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
-        lines: of 16 numbers, of a row; of one that is cut, its numbers.
-        factor, cap: x becomes x * factor, or cap * tanh(x * factor); clamped, min(max(x, factor), cap); d is `factor`.
-        rows_from: which of the step's numbers counts the rows.
+        lines: lines of 16 elements in a row; for `cut_` its elements.
+        factor, cap: x becomes x * factor, cap * tanh(x * factor), or clamped min(max(x, factor), cap); for `cut_`,
+            `factor` is d.
+        rows_from: the `StepNumber` that is the number of rows.
     """
 
     x: int
@@ -64,7 +65,7 @@ class ScaleCapArguments(NamedTuple):
 
 
 def scale_cap_operation(kind: int) -> int:
-    """Address of the compiled operation: 0 scales, 1 caps too, 2 clamps, 3 cuts."""
+    """Return the address of the compiled operation; `kind` 0 scales, 1 also caps, 2 clamps, 3 is `cut_`."""
     return operation("scale_cap.cpu:make_scale_cap", kind)
 
 
@@ -77,14 +78,7 @@ def scale_cap_arguments(
     cap: float | None,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> ScaleCapArguments:
-    """The operation's arguments.
-
-    Args:
-        x: address of float32 rows, `stride` floats apart; up to 15 numbers behind the end of a row change too.
-        columns: N.
-        scale, cap: see the contract in the package.
-        rows_from: which of the step's numbers counts the rows.
-    """
+    """Return the arguments for scaling N = `columns`; up to 15 elements after the end of a row change too."""
     lines = -(-columns // LANES)
     assert LANES * lines <= stride
     factor = scale if cap is None else scale / cap

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Rows of several values side by side.
+"""Concatenate the columns of several values.
 
-Contract: values [T, W1], [T, W2], ... of one dtype; y [T, W1 + W2 + ...] of that dtype, in new memory; an exact copy.
-Of a single value it is a copy that later steps of the model do not write to.
+Contract: for values [T, W1], [T, W2], ... of one dtype, y [T, W1 + W2 + ...] has that dtype and is an exact copy in new
+memory. For a single value it is a copy that later layers do not overwrite.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
 def side_by_side(first: Value, *others: Value) -> Value:
-    """The values' columns, one behind the other."""
+    """Return the concatenated columns."""
     if isinstance(first, Recorded):
         return first.beside(*others)
     from candle_vllm.core.kernels.side_by_side import reference
@@ -23,19 +23,19 @@ def side_by_side(first: Value, *others: Value) -> Value:
 
 
 def first_of_heads(x: Value, size: int) -> Value:
-    """The first `size` columns of each head, [T, H * size] of x [T, H, D]."""
+    """Return the first `size` columns of each head of x [T, H, D], as [T, H * size]."""
     return x.first_of_heads(size) if isinstance(x, Recorded) else x[..., :size].flatten(1)
 
 
 class CopyArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows [T, columns], `stride` floats apart.
-        target: address of the rows that they are copied to, `target_stride` floats apart.
-        picked: address of int64 row numbers, of which x is copied; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers is T.
-        parts, gap: as many runs of columns are copied, whose first columns stand `gap` apart in x.
+        target: address of the rows to which they are copied, `target_stride` floats apart.
+        picked: address of the int64 row numbers of x that are copied; 0 for rows 0, 1, 2, ...
+        rows_from: the `StepNumber` that is T.
+        parts, gap: number of runs of columns that are copied, and columns from one run's start to the next in x.
     """
 
     x: int
@@ -50,5 +50,5 @@ class CopyArguments(NamedTuple):
 
 
 def copy_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("side_by_side.cpu:copy")

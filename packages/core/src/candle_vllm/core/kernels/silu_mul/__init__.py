@@ -64,15 +64,15 @@ def gated(x: Value, gate: Value, kind: GateKind) -> Value:
 
 
 class GatedRowsArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart, which are changed.
         columns: F.
         gate, gate_stride: the same of the gates; for xielu the address of its three parameters.
         span: columns of a gate.
-        picked: address of int64 row numbers, of which the gates are taken; 0 takes rows 0, 1, 2, ...
-        rows_from: which of the step's numbers is T.
+        picked: address of int64 row numbers, of which the gates are taken; 0 for rows 0, 1, 2, ...
+        rows_from: the `StepNumber` that is T.
     """
 
     x: int
@@ -86,6 +86,6 @@ class GatedRowsArguments(NamedTuple):
 
 
 def gated_rows_operation(kind: str, *, spread: bool) -> int:
-    """Address of the compiled operation; `spread`: a gate is that of several columns."""
+    """Return the address of the compiled operation; `spread`: a gate is that of several columns."""
     kinds = ("sigmoid", "silu", "gelu_tanh", "softplus", "xielu")
     return operation("silu_mul.cpu:make_gated_rows", kinds.index(kind), spread)

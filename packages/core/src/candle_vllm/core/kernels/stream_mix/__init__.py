@@ -26,7 +26,7 @@ LEAST = 1e-5
 def mix_streams(
     x: Value, table: Value, gates: Value | None = None, scale: Value | None = None, *, level: bool
 ) -> Value:
-    """y; on a GPU by torch's own kernels, which wait for nothing."""
+    """y; on a GPU by torch's own kernels, without synchronisation."""
     if isinstance(x, Recorded):
         return x.mixed(table, gates, scale, level=level)
     from candle_vllm.core.kernels.stream_mix import reference
@@ -35,7 +35,7 @@ def mix_streams(
 
 
 class MixArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart, of `streams` times `columns` numbers.
@@ -44,7 +44,7 @@ class MixArguments(NamedTuple):
         scale: address of the scale; 0 for 1.
         level: whether streams are brought to the first one's root mean square.
         out, out_stride: the result.
-        rows_from: which of the step's numbers is T.
+        rows_from: the `StepNumber` that is T.
     """
 
     x: int
@@ -64,5 +64,5 @@ class MixArguments(NamedTuple):
 
 
 def mix_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("stream_mix.cpu:mix")
