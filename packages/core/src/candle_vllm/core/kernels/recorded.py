@@ -214,7 +214,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def narrowed(self) -> Recorded:
-        """Return a copy of the rows whose logits are wanted; values with all rows may be added or concatenated to it."""
+        """Return a copy of the rows whose logits are wanted, to which values with all rows may be added."""
 
     @abstractmethod
     def wanted(self) -> Recorded:

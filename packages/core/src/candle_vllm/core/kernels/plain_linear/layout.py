@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""How plain weights lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
+"""Memory layout of plain weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
-Stands inside step 6 of a request's life. 16 rows are a **tile**, a run of **steps** along K. A step is what one vector
+16 rows are a **tile**, which consists of consecutive **steps** along K. A step is the part of a tile that one vector
 instruction multiplies by one 32-bit element of the activations:
 
     BF16   two columns, 64 bytes: [16 rows, 2 columns], for the dot product of pairs
     F16    one column, 32 bytes: [16 rows]
     F32    one column, 64 bytes: [16 rows]
 
-A tile has a whole number of runs of `RUN` steps; what is beyond K or N is zero. A thread reads its tiles as one stream.
+The number of steps of a tile is a multiple of `RUN`; elements beyond K or N are 0. A thread reads its tiles
+sequentially.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ ROWS = 16
 """Rows of a tile: 32-bit lanes of a vector."""
 
 RUN = 4
-"""Steps that a kernel takes in one turn of its loop."""
+"""Number of steps in an iteration of a kernel's loop."""
 
 MAX_COLUMNS = 1 << 16
-"""Longest row: the operations keep 8 rows of activations on their stack."""
+"""Maximum length of a row, because the operations have 8 rows of activations on their stack."""
 
 
 class PlainKind(enum.IntEnum):
-    """The number formats of plain weights."""
+    """Number formats of plain weights."""
 
     BF16 = 0
     F16 = 1
@@ -44,7 +45,7 @@ class PlainKind(enum.IntEnum):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes of a weight."""
         return ELEMENTS[self.name].itemsize
 
     @property
@@ -58,19 +59,19 @@ class PlainKind(enum.IntEnum):
         return ROWS * self.step_columns * self.itemsize
 
     def steps(self, columns: int) -> int:
-        """Steps of a tile, a multiple of `RUN`."""
+        """Return the number of steps of a tile."""
         return -(-columns // (self.step_columns * RUN)) * RUN
 
 
 @dataclass(frozen=True, eq=False)
 class PlainMatrix:
-    """A weight matrix of plain numbers, 16 rows interleaved.
+    """A plain weight matrix, 16 rows interleaved.
 
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
         kind: the number format.
-        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
+        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
     rows: int
@@ -100,7 +101,7 @@ class PlainMatrix:
 
 
 def linear_operation(kind: PlainKind, isa: Isa) -> int:
-    """Address of the compiled linear operation of a kind."""
+    """Return the address of the compiled linear operation of a kind."""
     return operation.operation("plain_linear.cpu:make_linear", kind, isa)
 
 

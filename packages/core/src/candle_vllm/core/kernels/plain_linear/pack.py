@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Stored plain numbers to the layout of the kernels: done once, at load, before step 1 of a request's life.
+"""Convert stored plain weights to the layout of the kernels, once, when a model is loaded.
 
-A chunk of rows is converted where its type must change, and written with 16 rows side by side. Chunks are shared among
-threads that never wait for each other.
+A chunk of rows is converted to another type if necessary, and written with 16 rows interleaved. Chunks are divided
+among threads that do not wait for each other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 19
-"""Weights per round: what a round touches stays in the cache."""
+"""Number of weights per round, so that the memory of a round stays in the CPU caches."""
 
 
 def plain_kind(stored: str) -> PlainKind:
-    """The kind that keeps the numbers of a stored type: its own, or F32 for a type without one (F64 is rounded)."""
+    """Return the kind of a stored type: its own, or F32 for a type without its own kind (F64 is rounded)."""
     return PlainKind.__members__.get(stored, PlainKind.F32)
 
 
@@ -35,19 +35,19 @@ def pack(
     kind: PlainKind | None = None,
     memory: WeightMemory | None = None,
 ) -> PlainMatrix:
-    """Lays out a matrix of plain numbers.
+    """Pack a plain matrix.
 
     Args:
-        raw: the numbers' bytes, uint8, contiguous; need not be aligned.
+        raw: the weights' bytes, uint8, contiguous; need not be aligned.
         stored: their type, one of `plain.ELEMENTS`.
-        rows: N; the rows stay in their order.
+        rows: N; the order of rows is unchanged.
         columns: K, at most 65,536.
-        kind: what they become, rounded to nearest; None is `plain_kind(stored)`.
-        memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+        kind: the type to which they are rounded, to nearest; None is `plain_kind(stored)`.
+        memory: memory of the result, which a model's matrices should share; None allocates new memory.
 
     Raises:
-        UnsupportedModelError: no kernel multiplies such a matrix, or a number is too large for `kind`.
-        ValueError: `raw` is not as long as the shape says.
+        UnsupportedModelError: no kernel multiplies such a matrix, or a weight is too large for `kind`.
+        ValueError: the length of `raw` does not match the shape.
     """
     kind = plain_kind(stored) if kind is None else kind
     if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
@@ -79,11 +79,11 @@ _LARGEST = MappingProxyType(
         PlainKind.F32: (0x7F800000, 3.4028235e38),
     }
 )
-"""The bits of infinity, and the largest number."""
+"""For each kind, the bits of infinity, and the largest finite number."""
 
 
 def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> np.ndarray:
-    """Stored rows as the bits of `kind`, uint16 or uint32 [rows, columns]."""
+    """Convert stored rows to the bits of `kind`, uint16 or uint32 [rows, columns]."""
     bits, shape = np.uint16 if kind.itemsize == 2 else np.uint32, (len(raw), columns)
     if stored == kind.name:
         return np.ascontiguousarray(raw).view(bits).reshape(shape)
@@ -101,12 +101,12 @@ def _converted(raw: np.ndarray, stored: str, columns: int, kind: PlainKind) -> n
 
 
 def _store(numbers: np.ndarray, kind: PlainKind, tiles: np.ndarray) -> None:
-    """Writes rows of bits to their tiles, uint8 [tiles, bytes]."""
+    """Write rows of bits to their tiles, uint8 [tiles, bytes]."""
     rows, columns = len(tiles) * ROWS, tiles.shape[1] // (ROWS * kind.itemsize)
     if numbers.shape != (rows, columns):
         whole = np.zeros((rows, columns), numbers.dtype)
         whole[: numbers.shape[0], : numbers.shape[1]] = numbers
         numbers = whole
-    elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # of a row in a step
+    elements = np.uint16 if kind is PlainKind.F16 else np.uint32  # type of a row's part of a step
     target = tiles.view(elements).reshape(len(tiles), -1, ROWS)
     target[:] = numbers.view(elements).reshape(len(tiles), ROWS, -1).transpose(0, 2, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The plain linear layer in plain numpy, literal enough to check by eye: step 6, and what the tests compare with."""
+"""The plain linear layer in plain numpy, simple enough to be checked by reading; the reference of the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 
 
 def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
-    """Activations as weights of a kind meet them, as float32: rounded to bfloat16 (to nearest even), or as they are."""
+    """Return activations, float32, as a kind's weights are multiplied by them: rounded to bfloat16, or unchanged."""
     if kind is not PlainKind.BF16:
         return x
     rounded = read_plain(np.ascontiguousarray(x).view(np.uint8), "F32", x.shape, "BF16")
@@ -18,13 +18,13 @@ def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
 
 
 def linear(weight: np.ndarray, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """weight [N, K] times rounded activations [T, K], plus bias [N]: float32 [T, N], summed in float64."""
+    """Multiply weight [N, K] by rounded activations [T, K], plus bias [N]: float32 [T, N], summed in float64."""
     y = x.astype(np.float64) @ weight.astype(np.float64).T
     return (y if bias is None else y + bias).astype(np.float32)
 
 
 def unpack(matrix: PlainMatrix) -> np.ndarray:
-    """The weights as float32 [N, K], exactly."""
+    """Return the exact weights as float32 [N, K]."""
     kind, tiles = matrix.kind, len(matrix.data)
     numbers = matrix.data.reshape(-1).view(ELEMENTS[kind.name])
     steps = numbers.reshape(tiles, matrix.steps, ROWS, kind.step_columns).transpose(0, 2, 1, 3)

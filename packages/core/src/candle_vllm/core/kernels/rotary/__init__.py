@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Rotary position embedding, in the half-split order of GPT-NeoX (pair i is dimensions i and i + R/2).
 
-Contract: x [T, N, D] of any float dtype, cos and sin [P, R/2] fp32 with R <= D, positions [T] int64 below P. The first
-R dimensions of every head rotate, the rest pass through; the arithmetic is fp32; y has x's shape and dtype, in new
-memory. `rotary_pair` does the same to the queries and the keys of a layer at once.
+Contract: for x [T, N, D] of any float dtype, cos and sin [P, R/2] fp32 with R <= D, and positions [T] int64 below P,
+the first R dimensions of each head are rotated, and the others copied; the arithmetic is fp32, and y has x's shape and
+dtype, in new memory. `rotary_pair` rotates the queries and the keys of a layer together.
 Source: Su et al., 2021, arXiv:2104.09864.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Turned:
-    """By what heads of a kernel that rotates them itself are rotated.
+    """Rotation of heads, for kernels that rotate them themselves.
 
     Attributes:
         places: [T] int64, each token's row of the tables.
@@ -34,7 +34,7 @@ class Turned:
 
 
 def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:
-    """Rotates every head of x by its token's position."""
+    """Rotate each head of x by its token's position."""
     if isinstance(x, Recorded):
         return x.rotary(cos, sin)
     _check(x, cos, sin)
@@ -48,7 +48,7 @@ def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:
 
 
 def rotary_pair(q: Value, k: Value, positions: torch.Tensor, cos: Value, sin: Value) -> tuple[Value, Value]:
-    """(rotary(q), rotary(k)) for q [T, H, D] and k [T, K, D] of one dtype; one launch on a GPU."""
+    """Return (rotary(q), rotary(k)) for q [T, H, D] and k [T, K, D] of one dtype; one launch on a GPU."""
     if isinstance(q, Recorded):
         return q.rotary(cos, sin), k.rotary(cos, sin)
     _check(q, cos, sin)

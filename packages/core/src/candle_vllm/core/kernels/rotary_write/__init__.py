@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What stands between the projections of a layer and its attention: norms of heads, rotary, and the cache write.
+"""The operations between a layer's projections and its attention: norms of heads, rotary embedding and cache write.
 
-Contract: q [T, H, D], k and v [T, K, D] of one float dtype, positions [T], cos and sin [P, R/2] as in `kernels/rotary`,
-caches and slots as in `kernels/kv_write`, `norms` the weights [D] of queries and of keys and their eps as in
-`kernels/rms_norm`, or None. Returns q, normed and rotated, [T, H, D] in new memory; the keys, likewise, and the values
-are in the cache. The result is that of `rms_norm`, `rotary_pair` and `kv_write` one after the other, each of which
-rounds to q's dtype, but for the order in which a norm's squares are summed. A row's result has the same bits whatever
-the other rows are. On a GPU it is one launch, for it is launches that a step of few rows is made of.
+Contract: q is [T, H, D], k and v [T, K, D] of one float dtype, positions [T], cos and sin [P, R/2] as in
+`kernels/rotary`, caches and slots as in `kernels/kv_write`, `norms` the weights [D] for queries and keys and their eps
+as in `kernels/rms_norm`, or None. The result is q, normalised and rotated, [T, H, D] in new memory; keys, normalised
+and rotated too, and values are written to the cache. The results equal `rms_norm`, `rotary_pair` and `kv_write` one
+after the other, each rounded to q's dtype, except for the order in which a norm's squares are summed. The bits of a
+row's result do not depend on other rows. On a GPU it is one launch, because launches take most of a step of few rows.
 
-Without tables nothing is rotated: norms and the cache write follow each other, and without norms q comes back as it is.
+Without tables nothing is rotated: only norms and the cache write follow, and without norms q itself is returned.
 """
 
 from __future__ import annotations
@@ -35,14 +35,12 @@ def rotary_write(
     norms: HeadNorms | None = None,
     cache_scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Rotates queries, and writes rotated keys and the values.
+    """Return the rotated queries, and write rotated keys and values; see above.
 
     Args:
-        q, k, v, positions, slots: see above.
         tables: cos and sin, or None.
-        caches: of keys and of values.
-        norms: of heads, where the model has them.
-        cache_scales: of keys and of values, where the cache is float8.
+        caches: the caches of keys and of values.
+        cache_scales: the scales of keys and of values in a float8 cache.
     """
     assert k.shape == v.shape
     assert (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])

@@ -14,6 +14,6 @@ def scale_cap_(x: torch.Tensor, scale: float, cap: float | None = None) -> torch
 
 
 def cut(x: torch.Tensor, deviations: float) -> torch.Tensor:
-    """What `cut_` leaves of x; see the contract in the package."""
+    """Return the result of `cut_`; see the contract in the package."""
     std, mean = torch.std_mean(x.float(), -1, correction=0, keepdim=True)
     return (x.float() - (mean + std * deviations)).clamp(min=0).to(x.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Small floats with scales to the layout of the kernels: done once, at load, before step 1 of a request's life."""
+"""Convert small floats with scales to the layout of the kernels, once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
-"""Spans of FP8 are multiples of so many columns; NVFP4 has one of all."""
+"""Spans of FP8 are multiples of this number of columns; NVFP4 has one span of all columns."""
 
 CHUNK = 1 << 19
-"""Weights per round: what a round touches stays in the cache."""
+"""Number of weights per round, so that the memory of a round stays in the CPU caches."""
 
 
 def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix:
-    """Lays out a matrix; every number is kept exactly.
+    """Pack a matrix; its weights stay exact.
 
     Args:
         codes: all rows, in their order.
-        memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+        memory: memory of the result, which a model's matrices should share; None allocates new memory.
 
     Raises:
-        UnsupportedModelError: no kernel multiplies such a matrix; says what is in the way.
-        ValueError: the codes' arrays do not go together.
+        UnsupportedModelError: no kernel multiplies such a matrix.
+        ValueError: the shapes of the arrays do not fit each other.
     """
     kind = ScaledKind[codes.numbers.upper()]
     rows, columns = len(codes.codes), codes.columns
@@ -54,13 +54,13 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
 
 
 def check_span(span: int, columns: int) -> None:
-    """Raises `UnsupportedModelError` where a scale is for so many columns that no kernel multiplies them."""
+    """Raise `UnsupportedModelError` if no kernel supports a scale for `span` of a matrix's columns."""
     if span < columns and span % LEAST_SPAN:
         raise UnsupportedModelError(f"a scale for {span} columns has no kernel: it must be for a multiple of 8, or all")
 
 
 def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
-    """Turns of the longest span whose columns share a scale."""
+    """Check the arrays; return the number of turns of a span whose columns share a scale."""
     rows, columns = len(codes.codes), codes.columns
     if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
         raise UnsupportedModelError(
@@ -94,7 +94,7 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
 
 
 def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
-    """Writes rows to their tiles, uint8 [tiles, bytes]."""
+    """Write rows to their tiles, uint8 [tiles, bytes]."""
     kind, turns, spans = matrix.kind, matrix.turns, matrix.spans
     rows, each = len(tiles) * ROWS, matrix.span_turns * kind.turn_columns
     scales = _filled(codes.scales[:, np.arange(spans) * each // codes.span], (rows, spans))
@@ -111,8 +111,8 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
         words = np.ascontiguousarray(data).view(np.uint32)
         words = words & 0xFF0000FF | words >> 8 & 0xFF00 | words << 8 & 0xFF0000  # columns 0, 2, 1, 3
     vectors = words.reshape(len(tiles), ROWS, turns, -1).transpose(0, 2, 3, 1)
-    stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # views: one axis is cut
-    with np.errstate(over="ignore"):  # infinite scales stay what they are
+    stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # a view: one axis is split
+    with np.errstate(over="ignore"):  # infinite scales stay infinite
         scales = scales * np.float32(kind.factor)
     row, column = _not_numbers(data if groups is None else groups, kind)
     scales[row, column // (each if groups is None else matrix.span_turns)] = np.nan
@@ -130,32 +130,32 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
 
 
 def _not_numbers(data: np.ndarray, kind: ScaledKind) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the NaN among weights, or among scales of groups."""
+    """Return rows and columns of NaN codes among weights, or among scales of groups."""
     found = (data & 0x7F) > 0x7C if kind is ScaledKind.E5M2 else (data & 0x7F) == 0x7F
     row, column = found.nonzero() if found.any() else (np.empty(0, np.intp),) * 2
     return row, column
 
 
 def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers e4m3 [R, K] of each span times 2^i, as far as they go, and scales [R, spans] divided by it, exactly."""
+    """Multiply the e4m3 codes [R, K] of each span by the largest possible 2^i, and divide scales [R, spans] by it."""
     table, rooms = _raised_codes()
     (rows, columns), spans = codes.shape, scales.shape[1]
     whole = _filled(codes, (rows, spans * each)).reshape(rows, spans, each)
     sizes = whole & 0x7F
-    shifts = np.where(np.abs(scales) > 2.0**-100, rooms[sizes.max(axis=2)], 0)  # smaller ones would be rounded
+    shifts = np.where(np.abs(scales) > 2.0**-100, rooms[sizes.max(axis=2)], 0)  # smaller scales would be rounded
     if not shifts.any():
         return codes, scales
-    raised = whole + (8 * shifts).astype(np.uint8)[..., None]  # to the exponent, above three bits
-    small = np.flatnonzero(sizes < 8)  # few: subnormal ones have no exponent yet, and zeros none at all
+    raised = whole + (8 * shifts).astype(np.uint8)[..., None]  # the exponent is above three bits of mantissa
+    small = np.flatnonzero(sizes < 8)  # subnormal codes and zeros, which have no exponent; they are few
     raised.reshape(-1)[small] = table[shifts.reshape(-1)[small // each], whole.reshape(-1)[small]]
     return raised.reshape(rows, -1)[:, :columns], np.ldexp(scales, -shifts)
 
 
 @cache
 def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
-    """Codes of e4m3 times 2^i, uint8 [18, 256], and up to which i those of a positive code go, int32 [128]."""
+    """Return the e4m3 codes times 2^i, uint8 [18, 256], and the largest possible i of positive codes, int32 [128]."""
     numbers = read_plain(np.arange(256, dtype=np.uint8), "F8_E4M3", (256,), "F32")
-    positive = numbers[:127]  # those of rising codes; the next one is NaN, and so is what is beyond the largest
+    positive = numbers[:127]  # in order of codes; the next code is NaN, which also replaces larger results
     codes = np.full((18, 256), 0x7F, np.uint8)
     for i, row in enumerate(codes):
         wanted = positive * np.float32(2.0**i)

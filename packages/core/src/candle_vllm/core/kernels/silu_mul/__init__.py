@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Activation-and-multiply: the gates of SwiGLU and GeGLU, and those of what an attention layer gives.
+"""Multiply by an activated gate: the gates of SwiGLU and GeGLU, and gates of an attention layer's result.
 
-Contract of `gate_mul`: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in
-new memory; the arithmetic is fp32. act is SiLU, or GELU in its tanh form (gelu_tanh): 0.5 g (1 + tanh(sqrt(2 / pi)
-(g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g). "silu_7" and "silu_16" have a limit l: y is
-min(silu(gate), l) * min(max(up, -l), l), as in Step 3.5.
-`gated` takes x [T, F] and its gate [T, H] apart, each gate being that of F / H neighbours: y = x * act(gate), where act
-is SiLU, GELU in its tanh form, the sigmoid or softplus. Recorded steps do so in place: x is changed. The elements of a
-row lie next to each other, rows any distance apart.
+Contract of `gate_mul`: x [T, 2F] of any float dtype has the columns of gate, then of up; y [T, F] = act(gate) * up has
+x's dtype, in new memory; the arithmetic is fp32. act is SiLU, or GELU in its tanh form (gelu_tanh): 0.5 g (1 + tanh(
+sqrt(2 / pi) (g + 0.044715 g^3))), or GELU by the error function (gelu): g Phi(g). "silu_7" and "silu_16" have a limit
+l: y is min(silu(gate), l) * min(max(up, -l), l), as in Step 3.5.
+`gated` has x [T, F] and gate [T, H] as separate arguments, and each gate belongs to F / H adjacent columns:
+y = x * act(gate), where act is SiLU, GELU in its tanh form, the sigmoid or softplus. Recorded steps overwrite x. The
+elements of a row are contiguous; rows may have any stride.
 Source: Shazeer, 2020, arXiv:2002.05202; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
 """
 
@@ -26,11 +26,11 @@ GATES: Mapping[GateKind, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "gelu": Prologue.GELU_ERF_GATE,
     "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
 })  # fmt: skip
-"""How recorded steps compute `gate_mul`."""
+"""Prologue by which recorded steps compute `gate_mul`."""
 
 
 def gate_mul(x: Value, kind: GateKind) -> Value:
-    """act(x[:, :F]) * x[:, F:], of a kind of `GATES`; GELU by the error function by torch's own kernels on a GPU."""
+    """Return act(x[:, :F]) * x[:, F:] for a kind in `GATES`; on a GPU, torch's own kernels compute "gelu"."""
     if isinstance(x, Recorded):
         return x.gate_mul(kind)
     assert x.dim() == 2
@@ -46,7 +46,7 @@ def gate_mul(x: Value, kind: GateKind) -> Value:
 
 
 def gated(x: Value, gate: Value, kind: GateKind) -> Value:
-    """x * act(gate)."""
+    """Return x * act(gate)."""
     if isinstance(x, Recorded):
         return x.gated(gate, kind)
     assert x.shape[1] % gate.shape[1] == 0
@@ -67,11 +67,11 @@ class GatedRowsArguments(NamedTuple):
     """Arguments of the operation.
 
     Attributes:
-        x: address of float32 rows, `stride` floats apart, which are changed.
+        x: address of float32 rows, `stride` floats apart, which are overwritten.
         columns: F.
-        gate, gate_stride: the same of the gates; for xielu the address of its three parameters.
-        span: columns of a gate.
-        picked: address of int64 row numbers, of which the gates are taken; 0 for rows 0, 1, 2, ...
+        gate, gate_stride: address and row stride of the gates; for xielu the address of its three parameters.
+        span: number of columns of a gate.
+        picked: address of the int64 row numbers of the gates; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is T.
     """
 
@@ -86,6 +86,6 @@ class GatedRowsArguments(NamedTuple):
 
 
 def gated_rows_operation(kind: str, *, spread: bool) -> int:
-    """Return the address of the compiled operation; `spread`: a gate is that of several columns."""
+    """Return the address of the compiled operation; with `spread` a gate belongs to several columns."""
     kinds = ("sigmoid", "silu", "gelu_tanh", "softplus", "xielu")
     return operation("silu_mul.cpu:make_gated_rows", kinds.index(kind), spread)

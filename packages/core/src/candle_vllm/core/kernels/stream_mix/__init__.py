@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Residual streams of a token, mixed by weights that the token itself decides (AltUp).
+"""Mix the residual streams of a token, by weights that depend on the token (AltUp).
 
-Contract: x [T, N * E] of any float dtype holds N streams side by side, table [1 + S, M, N] is fp32, gates [T, S] are of
-any float dtype or left out (S = 0). y [T, M * E] in x's dtype, in new memory, has as stream m of token t
+Contract: x [T, N * E] of any float dtype has N streams in adjacent columns, table [1 + S, M, N] is fp32, gates [T, S]
+are of any float dtype or left out (S = 0). y [T, M * E] has x's dtype, in new memory; stream m of token t is
 
     scale * sum over n of c[m, n] x[t, n],   c = table[0] + sum over s of tanh(gates[t, s]) * table[1 + s]
 
-with scale [E] fp32, or 1. With `level`, streams behind the first are brought to its root mean square before that:
+with scale [E] fp32, or 1. With `level`, all other streams are first scaled to the root mean square of the first one:
 stream n is multiplied by rms(x[t, 0]) / sqrt(max(mean(x[t, n]^2), LEAST)). The arithmetic is fp32. In recorded steps E
 is a multiple of 16.
 Source: Baykal et al., 2023, arXiv:2301.13310; Gemma 3n for `level`.
@@ -20,13 +20,13 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 LEAST = 1e-5
-"""Of the mean square of a stream that is brought to another's."""
+"""Lower bound of the mean square of a stream in `level`."""
 
 
 def mix_streams(
     x: Value, table: Value, gates: Value | None = None, scale: Value | None = None, *, level: bool
 ) -> Value:
-    """y; on a GPU by torch's own kernels, without synchronisation."""
+    """Return y; on a GPU torch's own kernels compute it, without synchronisation."""
     if isinstance(x, Recorded):
         return x.mixed(table, gates, scale, level=level)
     from candle_vllm.core.kernels.stream_mix import reference
@@ -38,12 +38,12 @@ class MixArguments(NamedTuple):
     """Arguments of the operation.
 
     Attributes:
-        x: address of float32 rows, `stride` floats apart, of `streams` times `columns` numbers.
-        table, made: its address, and M.
-        gates, gate_stride, gate_count: address of float32 rows, floats from one to the next, and S.
+        x: address of float32 rows, `stride` floats apart, of `streams` times `columns` elements.
+        table, made: address of the table, and M.
+        gates, gate_stride, gate_count: address of float32 rows, row stride in floats, and S.
         scale: address of the scale; 0 for 1.
-        level: whether streams are brought to the first one's root mean square.
-        out, out_stride: the result.
+        level: see above.
+        out, out_stride: address and row stride of the result.
         rows_from: the `StepNumber` that is T.
     """
 

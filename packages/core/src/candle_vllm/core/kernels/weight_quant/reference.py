@@ -30,7 +30,7 @@ def quantiser(ggml_type: GGMLQuantizationType) -> searches.Quantise:
 
 
 def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
-    """Blocks [N, numbers] as bytes [N, bytes]."""
+    """Quantise blocks [N, elements] to bytes [N, bytes]."""
     name = ggml_type.name
     if name in searches.SIMPLE:
         return gguf.quants.quantize(x, gguf.GGMLQuantizationType(ggml_type))
@@ -58,10 +58,10 @@ def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
 
 
 def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
-    """Scale [G] and minimum [G], the minimum negated: x is about scale * code - minimum.
+    """Find scale [G] and negated minimum [G] of groups, so that x is about scale * code - minimum.
 
-    Steps of 1 / (most + first + 0.1 * t) of the span are tried for t = 0, 1, ...; the codes of each give the scale and
-    minimum of least weighted squares. The plain scale, of `most` steps, is kept unless a tried scale is better.
+    For t = 0, 1, ... the group's span is divided into most + first + 0.1 * t steps; the codes give scale and minimum by
+    weighted least squares. The plain scale, of `most` steps, is used unless a tried scale is better.
     """
     low = np.minimum(x.min(axis=1), F(0))
     span = x.max(axis=1) - low
@@ -196,5 +196,5 @@ def _in_table(
 
 
 def _bytes(numbers: np.ndarray) -> np.ndarray:
-    """Whole numbers as the bits of int8."""
+    """Convert integers to the bits of int8."""
     return numbers.astype(np.int8).view(np.uint8)

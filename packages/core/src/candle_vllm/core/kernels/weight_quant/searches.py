@@ -14,51 +14,51 @@ import numpy as np
 from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
 
 LARGEST = 65504.0
-"""Numbers beyond it, and what is not finite, cannot be quantised: scales are float16."""
+"""Larger elements, and elements that are not finite, cannot be quantised, because scales are float16."""
 
 
 NOTHING = 3.0e38
-"""Stands for no minimum, maximum or error yet."""
+"""Initial value of a minimum, a maximum or an error."""
 
 
 OFFSET_STEP = 0.1
 
 
 SCALE_STEP, SCALE_STEPS = 0.1, 9
-"""Distance between the step sizes that are tried, in codes, and how many to each side for a scale alone."""
+"""For types without a minimum: distance in codes between the tried scales, and their number to each side."""
 
 
 TABLE_STEPS = 15
-"""Whole numbers about each end of a table that the number farthest from 0 is tried at."""
+"""Number of integers around each end of a table that are tried as the value of the element farthest from 0."""
 
 
 TABLE_STARTS = (min(IQ4_VALUES) - TABLE_STEPS // 2, max(IQ4_VALUES) - TABLE_STEPS // 2)
-"""The first of them."""
+"""The first of these integers at each end."""
 
 
 TABLE_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(IQ4_VALUES))
-"""From each of them on the next number of the table is the nearest."""
+"""Middles between adjacent values of the table: from a middle on, the higher value is the nearest."""
 
 
 TABLE_FLOOR = 1.0
-"""Weight of every number whose scale is searched with a table, in mean squares of the group."""
+"""Weight that each element has at least in searches with a table, in mean squares of the group."""
 
 
 LEAST_SPREAD = 4e-6
-"""Codes whose variance is below this share of their mean square give no scale and minimum: they are all but equal."""
+"""Minimum variance of codes relative to their mean square: nearly equal codes determine no scale and minimum."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OffsetSearch:
-    """How scale and minimum of a group are searched.
+    """Search for the scale and minimum of a group.
 
     Attributes:
-        group: numbers of a group.
+        group: number of elements of a group.
         most: the largest code.
-        stored: the largest whole number that stands for a scale or a minimum.
-        first: the first step size that is tried makes `most` + `first` steps of a group's span.
-        tries: how many are tried, 0.1 steps apart.
-        floor: weight of every number, in root mean squares of the group.
+        stored: the largest integer that encodes a scale or a minimum.
+        first: the first try divides a group's span into `most` + `first` steps.
+        tries: number of tries, which differ by 0.1 steps.
+        floor: weight that each element has at least, in root mean squares of the group.
     """
 
     group: int
@@ -71,12 +71,12 @@ class OffsetSearch:
 
 @dataclasses.dataclass(frozen=True)
 class ScaleSearch:
-    """How the scale of a group of 16 is searched.
+    """Search for the scale of a group of 16.
 
     Attributes:
         half: codes are -half to half - 1.
-        stored: whole numbers from -stored to stored - 1 stand for a scale.
-        floor: weight of every number, in mean squares of the group.
+        stored: integers from -stored to stored - 1 encode a scale.
+        floor: weight that each element has at least, in mean squares of the group.
     """
 
     half: int
@@ -86,10 +86,10 @@ class ScaleSearch:
 
 @dataclasses.dataclass(frozen=True)
 class TableSearch:
-    """How the scale of 32 numbers is searched that stand in a table.
+    """Search for the scale of 32 elements whose codes are indices of a table.
 
     Attributes:
-        stored: whole numbers from -stored to stored - 1 stand for a scale; 0 where it is stored itself.
+        stored: integers from -stored to stored - 1 encode a scale; 0 if the scale itself is stored.
     """
 
     stored: int
@@ -119,9 +119,9 @@ TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
 
 
 class Quantise(Protocol):
-    """(x float32 [N, elements per block], out uint8 [N, bytes per block]) -> whether every number could be quantised.
+    """Quantises x float32 [N, elements per block] to out uint8 [N, bytes per block]; returns whether that is possible.
 
-    With `importance`, float32 [C], of the columns of rows that x has one after the other, where the type has a search.
+    `importance` is float32 [C] for the columns of the rows of which x consists; only types with a search use it.
     """
 
     def __call__(self, x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool: ...

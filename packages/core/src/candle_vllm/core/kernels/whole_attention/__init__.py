@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Attention of encoders: every token sees its whole text, and nothing is cached.
+"""Attention of encoders: each token attends to its whole text, and nothing is cached.
 
-Contract: qkv [T, (H + 2 K) * D] of any float dtype has the queries of all heads, their keys and their values side by
-side, for texts that stand behind each other; each of the K key heads serves H / K neighbouring heads of queries.
-y [T, H * D] in qkv's dtype, in new memory: softmax(q k^T / sqrt(D) + b) v within each text, for each head. b is the
-bias of the distance between query and key, where there is one, and minus infinity outside of the window. A text's
-result does not depend on the others. In recorded steps everything is fp32, and D is any number; elsewhere it is torch's
-own kernels. With `turned`, queries and keys are first rotated as `kernels/rotary` says, in whose tables each token has
-a row; qkv does not last then.
+Contract: qkv [T, (H + 2 K) * D] of any float dtype has the queries of all heads, then the keys, then the values, for
+concatenated texts; each of the K key heads belongs to H / K adjacent query heads. y [T, H * D] in qkv's dtype, in new
+memory, is softmax(q k^T / sqrt(D) + b) v within each text, for each head. b is the bias of the distance between query
+and key, if any, and minus infinity outside the window. A text's result does not depend on the other texts. In recorded
+steps the arithmetic is fp32, and D may be any number; otherwise torch's own kernels compute it. With `turned`, queries
+and keys are first rotated as in `kernels/rotary`, and recorded steps overwrite qkv.
 Source: Vaswani et al., 2017, arXiv:1706.03762; Heo et al., 2024, arXiv:2403.13298 (rotation by rows and columns).
 """
 
@@ -31,18 +30,16 @@ def whole_attention(
     bias: Value | None = None,
     window: int | None = None,
 ) -> Value:
-    """y, see above.
+    """Return y; see above.
 
     Args:
-        qkv: see above.
         heads: H.
-        lengths: tokens of each text, in order; texts of one length side by side are computed together. While a step is
-            recorded it is not looked at: the step's own numbers are.
-        turned: see above.
+        lengths: tokens of each text, in order; adjacent texts of one length are computed together. Recorded steps use
+            the lengths of the step's sequences instead.
         kv_heads: K; None is H.
-        bias: fp32 [N, 2 P - 1] for texts of at most P tokens, N = H or 1 for all heads: column d + P - 1 belongs to
-            keys d tokens behind the query.
-        window: most tokens between a query and a key that it sees; None is all.
+        bias: fp32 [N, 2 P - 1] for texts of at most P tokens, N = H or 1 for all heads: column d + P - 1 is for keys d
+            tokens after the query.
+        window: maximum distance of a query and a key to which it attends; None for all.
     """
     if isinstance(qkv, Recorded):
         turning = None if turned is None else (turned.places, turned.cos, turned.sin)
@@ -53,12 +50,14 @@ def whole_attention(
 
 
 def disentangled_attention(qkv: Value, near: Value, heads: int, lengths: Sequence[int], rows: np.ndarray) -> Value:
-    """y of DeBERTa's scores, (q_i k_j + q_i near_k[r] + near_q[r] k_j) / sqrt(3 D), r the row of i - j; in torch alone.
+    """Return y with DeBERTa's scores, (q_i k_j + q_i near_k[r] + near_q[r] k_j) / sqrt(3 D); r is the row of i - j.
+
+    Recorded steps do not support it.
 
     Args:
         qkv, heads, lengths: as for `whole_attention`.
-        near: [2 S, 3 H * D] has the same of relative positions.
-        rows: int64 [2 P - 1], r of i - j in column i - j + P - 1.
+        near: [2 S, 3 H * D]: queries, keys and values of relative positions, like qkv.
+        rows: int64 [2 P - 1]; column i - j + P - 1 is r.
     """
     from candle_vllm.core.kernels.whole_attention import reference
 

@@ -62,11 +62,11 @@ def disentangled_attention(
 
 
 def _added(length: int, bias: torch.Tensor | None, window: int | None, q: torch.Tensor) -> torch.Tensor | None:
-    """What is added to scores [H or 1, length, length]; None where nothing is."""
+    """Return the term that is added to scores, [H or 1, length, length]; None if there is no bias and no window."""
     if bias is None and window is None:
         return None
     places = torch.arange(length, device=q.device)
-    away = places - places[:, None]  # of keys from queries
+    away = places - places[:, None]  # key position - query position
     near = q.new_zeros(1, 1) if bias is None else bias.to(q.dtype)
     added = near[:, away + near.shape[1] // 2] if bias is not None else near[:, away * 0]
     return added if window is None else added.masked_fill(away.abs() > window, float("-inf"))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""How weights of 14 bits lie in memory, and what lays them out: step 6 of a request's life, and before step 1.
+"""Memory layout of 14-bit weights, and their packing when a model is loaded.
 
-16 rows are a **tile**, a run of groups of 32 columns. A group is 16 steps of [16 rows, 2 columns] int16, and behind
-them float32 [16 rows], the scales. What is beyond K or N is zero.
+16 rows are a **tile**, which consists of groups of 32 columns. A group is 16 steps of [16 rows, 2 columns] int16,
+followed by the scales, float32 [16 rows]. Elements beyond K or N are 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS
 from candle_vllm.core.threads import loading_threads
 
 STEPS = GROUP // 2
-"""Steps of a group."""
+"""Number of steps of a group."""
 
 SCALES = STEPS * ROWS * 4
 """Bytes of a group before its scales."""
@@ -31,7 +31,7 @@ SCALES = STEPS * ROWS * 4
 GROUP_BYTES = SCALES + 4 * ROWS
 
 BITS = 13
-"""Of a weight, without its sign."""
+"""Bits of a weight without its sign."""
 
 _CHUNK = 1 << 19  # weights per round
 
@@ -44,12 +44,12 @@ class WordKind(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class WordMatrix:
-    """A weight matrix of whole numbers with scales, 16 rows interleaved.
+    """A weight matrix of integers with scales, 16 rows interleaved.
 
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
-        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
+        data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 
     rows: int
@@ -83,12 +83,12 @@ class WordMatrix:
 
 
 def pack(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
-    """Lays out a matrix of F16 numbers; None where one is not finite.
+    """Pack a matrix of F16 weights; return None if a weight is not finite.
 
     Args:
-        raw: their bytes, uint8, contiguous; need not be aligned.
+        raw: the weights' bytes, uint8, contiguous; need not be aligned.
         rows, columns: N and K.
-        memory: where the result goes; None takes memory of its own.
+        memory: memory of the result; None allocates new memory.
     """
     stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, 2 * columns)
     tiles, groups = -(-rows // ROWS), -(-columns // GROUP)
@@ -107,7 +107,7 @@ def pack(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None =
 
 
 def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:
-    """Writes rows of F16 numbers to their tiles, uint8 [tiles, bytes]."""
+    """Write rows of F16 weights to their tiles, uint8 [tiles, bytes]."""
     groups = tiles.shape[1] // GROUP_BYTES
     whole = np.zeros((len(tiles) * ROWS, groups * GROUP), np.float32)
     whole[: numbers.shape[0], : numbers.shape[1]] = numbers
@@ -121,7 +121,7 @@ def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:
 
 
 def linear_operation(kind: WordKind, isa: Isa) -> int:
-    """Address of the compiled linear operation."""
+    """Return the address of the compiled linear operation."""
     del kind
     return operation.operation("word_linear.cpu:make_linear", isa)
 

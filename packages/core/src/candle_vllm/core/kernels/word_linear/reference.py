@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The layer in plain numpy, literal enough to check by eye: what the tests compare with."""
+"""The layer in plain numpy, simple enough to be checked by reading; the reference of the tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STE
 
 
 def parts(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers int16 [N, G, 32] and scales float32 [N, G] of a matrix."""
+    """Return the integers int16 [N, G, 32] and scales float32 [N, G] of a matrix."""
     tiles = matrix.data.reshape(-1, matrix.groups, GROUP_BYTES)
     words = np.ascontiguousarray(tiles[:, :, :SCALES]).view(np.int16).reshape(-1, matrix.groups, STEPS, ROWS, 2)
     scales = np.ascontiguousarray(tiles[:, :, SCALES:]).view(np.float32)
@@ -20,13 +20,13 @@ def parts(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unpack(matrix: WordMatrix) -> np.ndarray:
-    """The weights as float32 [N, K]."""
+    """Return the weights as float32 [N, K]."""
     words, scales = parts(matrix)
     return (words * scales[..., None]).reshape(matrix.rows, -1)[:, : matrix.columns].astype(np.float32)
 
 
 def linear(matrix: WordMatrix, x: np.ndarray, scales: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """Weights times whole numbers x int16 [T, G, 32] with scales [T, G], plus bias [N]: float32 [T, N]."""
+    """Multiply weights by integers x int16 [T, G, 32] with scales [T, G], plus bias [N]: float32 [T, N]."""
     words, own = parts(matrix)
     sums = np.einsum("tgk,ngk->tng", x.astype(np.int64), words.astype(np.int64))
     assert np.abs(sums).max(initial=0) < 2**31
