@@ -24,7 +24,6 @@ class Fields:
     """Typed access to a mapping from a file.
 
     Args:
-        values: the mapping.
         path: the file, for error messages.
         prefix: prefix of every key (GGUF keys begin with the architecture).
     """

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
 
-Used before step 1 of a request's life. Every matrix of a family's table is converted to the model's layout (by its
-views), then wrapped in a tensor that is quantised when its bytes are read. Norms, biases, routers of experts, and
-matrices whose rows do not fit a block stay plain. The embedding table and the head get at least Q6_K, because every
-token uses both, and they are read row by row.
+Every matrix of a family's table is converted to the model's layout (by its views), then wrapped in a tensor that is
+quantised when its bytes are read. Norms, biases, routers of experts, and matrices whose rows do not fit a block stay
+plain. The embedding table and the head get at least Q6_K, because every token uses both, and they are read row by row.
 """
 
 from __future__ import annotations

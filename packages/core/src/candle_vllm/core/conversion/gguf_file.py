@@ -65,7 +65,6 @@ def write_file(
         plans: the tensors, in order.
         metadata: keys and values: strings, booleans, integers (uint32), other numbers (float32), lists of one of these
             types, bytes. `general.architecture` must be among them.
-        progress: see `Progress`.
         types: types of copied metadata, see `GgufFile.types`.
 
     Raises:

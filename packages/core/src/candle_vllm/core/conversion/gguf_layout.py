@@ -58,7 +58,6 @@ class Architecture:
         """Refuse a model that llama.cpp would not load, or would compute differently.
 
         Args:
-            config: the model's config.
             names: names of the file's tensors.
             source: path for error messages.
 

@@ -103,7 +103,6 @@ def check_pieces(
     """Tokenize texts with the original tokenizer and with the one that its metadata gives, and compare.
 
     Args:
-        tokenizer: the original tokenizer.
         metadata: metadata with the keys of its vocabulary.
         texts: texts to tokenize.
         framed: compare the special tokens around a text too.
@@ -129,7 +128,6 @@ def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ig
     value of `ignore_merges`, the text of every token is tried, not only the probe.
 
     Args:
-        tokenizer: the original tokenizer.
         metadata: metadata with the keys of its vocabulary.
         probe: a text with many kinds of words.
         ignore_merges: whether the original uses the token of a whole word without merges.

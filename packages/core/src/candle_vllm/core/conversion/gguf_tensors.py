@@ -72,7 +72,6 @@ def gguf_tensors(
     """Yield name, parameter in the model and plain tensor of all GGUF tensors of a checkpoint, in the table's order.
 
     Args:
-        table: the family's table of names.
         checkpoint: checkpoint in safetensors files.
         config: the model's config from its config.json.
         gguf_config: the same config as GGUF metadata will describe it.

@@ -33,7 +33,7 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 
 class _Inputs:
-    """Sums by site, [experts, K squares and the number of inputs]; layers have it in the place of `EagerAdapters`."""
+    """Sums [experts, K + 1] by adapter site: of K squared inputs, and the number of inputs; used as `EagerAdapters`."""
 
     def __init__(self) -> None:
         self.sums: dict[int, NDArray[np.float64]] = {}
@@ -54,9 +54,10 @@ class _Inputs:
 def write_imatrix(
     config: EngineConfig, text: str, name: str, out: Path, window: int = 512, tokens: int | None = None
 ) -> WrittenFile:
-    """Run the model of `config` on a text, see `perplexity.cut`, and write the sums to a .gguf file, which is replaced.
+    """Run the model of `config` on a text in windows, see `perplexity.cut`, and write the sums to a .gguf file.
 
-    The file has `name` as the text's. Raises ConfigError if torch is not installed, and errors as `InferenceEngine`.
+    `name` is the text's name in the file; an existing file is replaced. Raises ConfigError if torch is not installed,
+    and errors as `InferenceEngine`.
     """
     require_torch("the inputs of layers are measured")
     plain: dict[str, Any] = {"device": "cpu", "dtype": "f32", "enforce_eager": True, "enable_prefix_caching": False}
@@ -81,7 +82,7 @@ def write_imatrix(
 def _by_name(
     config: EngineConfig, places: Mapping[str, tuple[Place, ...]], sums: Mapping[int, NDArray[np.float64]], out: Path
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the sums by the names of matrices in GGUF files; a matrix that may have several names is there by each."""
+    """Return the sums by the names of matrices in GGUF files; a matrix with several possible names is under each."""
     opened, found = open_model(model_files(config), CPU), dict[str, NDArray[np.float64]]()
     with opened.checkpoint:
         family, model = describe_family(opened.files, opened.checkpoint, opened.metadata, config.model_impl)

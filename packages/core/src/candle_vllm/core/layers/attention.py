@@ -65,11 +65,7 @@ class Taps:
 
 
 class GivenRows(Protocol):
-    """Rows of a step that have given embeddings (of images) instead of rows of the embedding table.
-
-    Attributes:
-        vectors: the given embeddings.
-    """
+    """Rows of a step that have given embeddings (of images) instead of rows of the embedding table."""
 
     vectors: Value
 

@@ -79,7 +79,6 @@ class GatedDeltaNet:
         placement: where the weights live.
         apart: checkpoints store q, k and v as three matrices, the parts "q", "k" and "v" of `inputs`, and the kernels
             of their convolutions as the parts "q.taps", "k.taps" and "v.taps"; otherwise "qkv" and "taps".
-        strength: see `DeltaGates`.
     """
 
     def __init__(

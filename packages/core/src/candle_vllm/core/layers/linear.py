@@ -38,7 +38,6 @@ class Linear:
         placement: where the weights live.
         kept: whether small floats, and integer codes with reordered columns, may stay in their stored format.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 for a layer without experts.
-        sections: see `Parameter`.
         first: index of this rank's first expert.
 
     Attributes:

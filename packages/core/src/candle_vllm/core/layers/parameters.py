@@ -157,7 +157,6 @@ class MatrixParameter:
         pieces, name: destination of the matrix.
         shape: [N, K].
         backend: returns the backend that packs it.
-        sections: see `Parameter`.
     """
 
     def __init__(

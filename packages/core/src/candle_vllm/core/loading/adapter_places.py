@@ -148,7 +148,6 @@ class AdapterPlaces:
         """Return the rows of B that a spot uses, in its order, int64 [N].
 
         Args:
-            spot: the matrix.
             total: number of rows of the whole B.
             format: format of the tensor's name.
 

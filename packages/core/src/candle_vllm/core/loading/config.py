@@ -136,7 +136,6 @@ def shared_from_hf(
     """Read the keys that most families' `config.json` share, as arguments of a `ModelConfig`.
 
     Args:
-        fields: the config.
         model_type: value of `model_type` in the result.
         eps: key of the norms' epsilon.
         names: the family's own keys, by the usual keys that they replace ("n_embd" by "hidden_size").

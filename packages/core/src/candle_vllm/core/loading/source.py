@@ -238,7 +238,6 @@ def choose_weights(
 
     Args:
         names: paths inside the folder, with forward slashes.
-        weight_file: see `resolve`.
         where: the folder or repository, for messages.
         folder: folder of the files; None if only their names are known.
         usual: choose the model of type `USUAL` among several.

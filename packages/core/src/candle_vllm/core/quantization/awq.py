@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """AWQ in its "gemm" layout: codes of 4 bits packed along the outputs, shuffled.
 
-Used before step 1 of a request's life. For a layer [N, K] with G groups of inputs:
+For a layer [N, K] with G groups of inputs:
 
     qweight  int32 [K, N / 8]   8 outputs in an int32: the code at bit 4 * i belongs to output 8 j + ORDER[i]
     qzeros   int32 [G, N / 8]   the zeros, packed in the same way

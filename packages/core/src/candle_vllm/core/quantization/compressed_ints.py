@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Integers of compressed-tensors: codes of 4 or 8 bits packed in int32, or single int8 codes.
 
-Used before step 1 of a request's life. For a layer [N, K] with G groups of inputs, or one scale per row or tensor:
+For a layer [N, K] with G groups of inputs, or one scale per row or tensor:
 
     weight_packed      int32 [N, K * bits / 32, rounded up]   code of (n, k) at bit bits * (k % (32 / bits))
     weight             int8 [N, K]                            alternative: code - 2^(bits - 1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """compressed-tensors: read the schemes of a config's groups, and read a layer's weight by its scheme.
 
-Used before step 1 of a request's life. Integers are in `compressed_ints.py`, the other formats in `fp8.py` and
-`fp4.py`. A config's `targets` and `ignore` are not matched with names: the stored tensors show which layers are
-quantised, and a layer is read by a scheme that its parts fit.
+Integers are in `compressed_ints.py`, the other formats in `fp8.py` and `fp4.py`. A config's `targets` and `ignore` are
+not matched with names: the stored tensors show which layers are quantised, and a layer is read by a scheme that its
+parts fit.
 Source: the compressors of vllm-project/compressed-tensors.
 """
 
@@ -43,7 +43,6 @@ class CtScheme:
     """How the weights of a config group are stored.
 
     Attributes:
-        format: one of `FORMATS`.
         bits: bits of an integer; 8 for a float.
         kind: "int" or "float".
         group: inputs in a group; -1 for whole rows or the whole tensor.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """FP8: an 8-bit float for each weight, and a scale per tensor, row or block.
 
-Used before step 1 of a request's life. A weight is scale * element in fp32. Elements are e4m3 (without infinities) or
-e5m2; a matrix [N, K] has one scale, scales [N, 1], or scales [N / block, K / block], with smaller blocks at the edges.
-Hugging Face calls scales of blocks `weight_scale_inv`, although the elements are multiplied by them.
+A weight is scale * element in fp32. Elements are e4m3 (without infinities) or e5m2; a matrix [N, K] has one scale,
+scales [N, 1], or scales [N / block, K / block], with smaller blocks at the edges. Hugging Face calls scales of blocks
+`weight_scale_inv`, although the elements are multiplied by them.
 Source: Micikevicius et al., 2022, arXiv:2209.05433; DeepSeek-V3's `weight_dequant`, 2024, arXiv:2412.19437.
 """
 

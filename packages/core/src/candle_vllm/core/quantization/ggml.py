@@ -51,7 +51,6 @@ def dequantize(
 
     Args:
         raw: its bytes, uint8, contiguous, of any shape; they need not be aligned.
-        ggml_type: its stored type.
         shape: shape in torch's order; the innermost dimension is a whole number of blocks.
         wanted: type of the result, see `plain.ELEMENTS`; F32 is exact, narrower types are rounded from it.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Contents of a block of ggml's common types: one description per type, for all code that takes blocks apart.
 
-Used before step 1 of a request's life. `take_apart` reads it byte by byte, for numpy and torch;
-`kernels/packed_linear/split.py` reads it word by word. Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
+`take_apart` reads it byte by byte, for numpy and torch; `kernels/packed_linear/split.py` reads it word by word.
+Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
 
 A block has **codes** and the **floats** that they are multiplied with. A weight is scale * code, plus the minimum if
 there is one. K-quants have small scales and minima for every `width` weights: there a weight is (scale * small scale) *

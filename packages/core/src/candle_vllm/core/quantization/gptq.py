@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """GPTQ: codes of 4 or 8 bits packed along the inputs, with scales and zeros of groups of inputs.
 
-Used before step 1 of a request's life. A layer [N, K] has G groups, with P = 32 / bits codes in an int32:
+A layer [N, K] has G groups, with P = 32 / bits codes in an int32:
 
     qweight  int32 [K / P, N]   code of (k, n) at bit bits * (k % P) of [k / P, n]
     qzeros   int32 [G, N / P]   zero of (g, n) at bit bits * (n % P) of [g, n / P]; in version 1 minus one

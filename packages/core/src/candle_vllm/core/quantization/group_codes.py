@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Integers in groups that share a scale: the unpacked form of GPTQ, AWQ and similar formats.
 
-Used before step 1 of a request's life. A weight is scale * (code - zero) in fp32, which is exact for scales of 16
-bits: the product has at most 11 + 9 significant bits.
+A weight is scale * (code - zero) in fp32, which is exact for scales of 16 bits: the product has at most 11 + 9
+significant bits.
 
 If the groups allow it, the weights are converted exactly to blocks of a ggml type, which CPU and GPU kernels multiply:
 symmetric codes of 4 bits become Q4_0, of 8 bits Q8_0, and asymmetric codes of 4 bits become Q5_0, because code - zero

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Convert GPTQ checkpoints in the layout of the first Marlin kernel to plain codes.
 
-Used before step 1 of a request's life. Codes are symmetric, with 4 bits. A layer [N, K] has 1 or G = K / 128 groups:
+Codes are symmetric, with 4 bits. A layer [N, K] has 1 or G = K / 128 groups:
 
     B  int32 [K / 16, 2 N]   tiles of 16 inputs x 64 outputs: 1,024 codes in the order of `_code_order`
     s  float [G, N]          runs of 64 (with one group: 32) scales in the order of `_scale_order`

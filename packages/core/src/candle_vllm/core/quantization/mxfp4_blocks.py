@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convert GGUF's MXFP4 blocks exactly to Q5_0 blocks, for kernels that do not support MXFP4.
 
-Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose elements are
-integers (twice the e2m1 floats), with the scale 2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits
-and 16 bytes of nibbles, whose elements are -16 to 15. The 32 codes have the same order in both. Source: ggml-common.h.
+A block of MXFP4 is a byte e and 16 bytes of codes, whose elements are integers (twice the e2m1 floats), with the scale
+2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits and 16 bytes of nibbles, whose elements are -16 to
+15. The 32 codes have the same order in both. Source: ggml-common.h.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Rows of a matrix in FP8 or NVFP4 checkpoints, as stored: small floats with scales.
 
-Used before step 1 of a request's life. A weight is its float, times the scale of its group for formats with groups,
-times the scale of its span in fp32. Spans are runs of consecutive columns; the last one of a row may be shorter.
+A weight is its float, times the scale of its group for formats with groups, times the scale of its span in fp32. Spans
+are runs of consecutive columns; the last one of a row may be shorter.
 Source: Micikevicius et al., 2022, arXiv:2209.05433 (e4m3, e5m2); OCP Microscaling Formats 1.0, 2023 (e2m1).
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tensor of a checkpoint as it is stored, and its conversion to arrays.
 
-Used before step 1 of a request's life. Files are little-endian, and so is every machine that this library supports.
+Files are little-endian, and so is every machine that this library supports.
 """
 
 from __future__ import annotations

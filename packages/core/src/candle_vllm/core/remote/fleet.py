@@ -81,7 +81,6 @@ class Replica(RemoteEngine):
     """One engine of a fleet.
 
     Args:
-        config: the replica's configuration.
         process: the process that was started with this configuration.
 
     Raises:

@@ -40,7 +40,6 @@ class RequestWriter:
 
     Args:
         info: information about the model.
-        tokenizer: the model's tokenizer.
         pooling: how vectors are pooled; None for a model that computes its head itself.
         seed: seed that makes requests without a seed reproducible, in order of preparation.
     """

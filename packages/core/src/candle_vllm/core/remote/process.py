@@ -45,7 +45,6 @@ class EngineProcess:
     """A child process that loads a model and serves it.
 
     Args:
-        config: the engine's configuration.
         command: command that starts the child.
 
     Attributes:

@@ -157,7 +157,6 @@ class RequestDesk:
     """Receives requests, aborts and calls from the parent process, and answers calls and refused requests.
 
     Args:
-        engine: the engine.
         outbox: the sink of all requests.
         socket: socket to the parent; only the thread that calls `turn` uses it.
         bell: wakes that thread.

@@ -35,7 +35,6 @@ class HostEdits:
     """Edits of one step, computed on the host and copied to the device.
 
     Args:
-        stream: the stream that will apply them.
         states: the state of each row; `has_edits` is true for at least one.
         slots: for each row its row in the `OccurrenceTable`, or -1.
     """
@@ -70,7 +69,6 @@ class Narrowing:
     """Edits by DRY and llama.cpp's sampler chain in one step, computed on the host and copied to the device.
 
     Args:
-        stream: the stream that will apply them.
         dry: ids of tokens and values to add to their logits, as in `DeviceEdits`; None without DRY.
         rows: rows with a sampler chain.
         links: the 12 parameters of the chain for each of `rows`.

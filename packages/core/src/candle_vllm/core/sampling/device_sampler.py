@@ -66,7 +66,6 @@ class DeviceSampler:
         """Launch sampling of the first len(states) rows; earlier work of the stream writes their logits and controls.
 
         Args:
-            states: one per row.
             asks: `kernels.asks` of their controls.
             padded: rows of the captured graph, at least R; None if the step is not captured.
         """
@@ -195,7 +194,6 @@ class StandingRows:
 
     Args:
         stream: the stream that computes them.
-        rows: the rows of the batch.
         most: number of likeliest tokens of each row.
         params: parameters of these rows, which may name the tokens to report.
     """
@@ -240,7 +238,6 @@ class Surprises:
     """Surprise of the tokens that were sampled for rows with mirostat, copied from the device to their states.
 
     Args:
-        stream: the stream that computes them.
         told: each row, its state, and the position that is sampled.
     """
 
@@ -268,7 +265,7 @@ class Surprises:
 
 
 class SampledRows:
-    """Sampled tokens that are being copied to the host; see `engine/model_runner.Launched`."""
+    """Sampled tokens that are being copied to the host; see `engine/runners/model_runner.Launched`."""
 
     def __init__(
         self,

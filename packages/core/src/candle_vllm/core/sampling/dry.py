@@ -91,7 +91,6 @@ class DryState:
 
     Args:
         params: sampling parameters with a DRY multiplier.
-        breakers: the request's breakers.
         tokens: the prompt.
     """
 

@@ -108,7 +108,7 @@ class GrammarState:
     Attributes:
         exhausted: whether only the end may follow.
         looks_ahead: whether `look_ahead` can compute masks.
-        waits: whether a mask is begun by `begin` and not after each token, because the grammar is queried before.
+        waits: whether `begin` begins each mask instead of `accept`, because forced tokens are looked up in between.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -172,15 +172,13 @@ class GrammarState:
             self._filling = self._backend.workers.submit(self._fill)
 
     def look_ahead(self, token_ids: Sequence[int]) -> None:
-        """Begin the next mask, and the masks after expected tokens; see `masks_ahead`. `accept` reuses these
-        masks."""
+        """Begin the next mask, and the masks after expected tokens, which `masks_ahead` returns and `accept` reuses."""
         self._filling.result()
         self._filling = self._backend.workers.submit(self._walk, token_ids, self._is_due)
         self._is_due = False
 
     def masks_ahead(self) -> list[NDArray[np.int32]]:
-        """Return the masks, in the form of `bits`, after the first token of `look_ahead`, after the second, and so on,
-        while the grammar allows the tokens and can compute the masks."""
+        """Return the masks, as `bits` does, after each token of `look_ahead` up to the first without a mask."""
         self._filling.result()
         return [bits for _, bits in self._ahead]
 
@@ -209,7 +207,7 @@ class GrammarState:
         return [] if many else self._grammar.ff_tokens()
 
     def rollback(self, count: int) -> None:
-        """Undo the last `count` tokens, and begin the mask at that position again."""
+        """Undo the last `count` tokens, and begin the mask at that position again, unless the grammar `waits`."""
         self._filling.result()
         self._grammar.rollback(count)
         self.exhausted, self._failure, self._ahead, self._is_due = False, None, [], True

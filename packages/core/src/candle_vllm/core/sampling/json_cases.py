@@ -44,7 +44,6 @@ def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = Fal
     """Return the schema in llguidance's keywords, with references `#`, `#/$defs/...` or `#/definitions/...`.
 
     Args:
-        root: the result of `json.loads`.
         remarks: collects remarks for the user.
         may_compare: array elements may be compared during generation; also returned is whether they must be.
 

@@ -129,7 +129,6 @@ class Facts:
     """Facts about the schemas of one document. Uncertain answers are False or None; so are those that take too long.
 
     Args:
-        references: the references of the document.
         taker: returns, for a pattern, a function that checks whether the pattern is found in a text.
     """
 

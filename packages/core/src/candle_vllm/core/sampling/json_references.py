@@ -37,11 +37,8 @@ class Target(NamedTuple):
 class References:
     """The possible targets of references in one document.
 
-    Args:
-        root: the document.
-
     Raises:
-        InvalidParameterError: it has too many schemas, or is nested too deeply.
+        InvalidParameterError: the document has too many schemas, or is nested too deeply.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:

@@ -36,7 +36,6 @@ def check_meeting(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any
 
     Args:
         nodes: every reachable schema, checked, with its position.
-        targets: the target of each `$ref`.
         asserting: keywords that are more than annotations.
 
     Raises:
@@ -89,7 +88,6 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
 
     Args:
         nodes: every reachable schema, checked, with its position; nested schemas are after the schemas around them.
-        targets: the target of each `$ref`.
 
     Raises:
         InvalidParameterError: a schema has no finite instance.

@@ -78,7 +78,6 @@ class Compilable(NamedTuple):
         schema: the schema in llguidance's keywords.
         any_escape: whether texts may have `\\u`: any character, or a control character where a pattern applies.
         remarks: remarks for the user.
-        compared: see `Budget`.
     """
 
     schema: dict[str, Any]

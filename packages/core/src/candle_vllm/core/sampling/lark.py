@@ -191,7 +191,6 @@ def json_grammar(name: str, schema: Any, spec: StructuredOutputsParams, budget: 
 
     Args:
         name: name of the grammar.
-        schema: the result of `json.loads`.
         spec: parameters; only the options for whitespace are used.
         budget: budget of all schemas of one form.
 

@@ -171,12 +171,7 @@ def cannot_go_on(matcher: LLMatcher) -> InvalidParameterError:
 
 
 class LlguidanceGrammar:
-    """Position of one text in a grammar; see `Grammar`.
-
-    Args:
-        form: the form of the text.
-        trie: the vocabulary.
-    """
+    """Position of one text in a grammar; see `Grammar`."""
 
     def __init__(self, form: Form, trie: TokenTrie) -> None:
         self._form = form

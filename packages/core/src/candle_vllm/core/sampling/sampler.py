@@ -188,7 +188,6 @@ class Sampler:
         """Return whether the rows need neither edits nor log-probabilities; if so, write their parameters to controls.
 
         Args:
-            states: one per row.
             goes_on: this method was called for the same rows one position before.
         """
         if not goes_on:
@@ -401,17 +400,12 @@ class _Rows:
     """Sampling parameters of the rows of a batch, reused while the batch stays the same.
 
     Attributes:
-        states: one per row.
         vocab_size: V of all rows.
         asking: rows with log-probabilities.
         may_edit: whether a row may have masks, bias or penalties.
         settling: rows that need `commit_sampled` after a token was sampled.
-        only_draws: whether no row has log-probabilities or edits.
+        only_samples: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.
-
-    Args:
-        states: one per row.
-        controls: see `Sampler`.
     """
 
     def __init__(self, states: Sequence[SamplingState], place: NDArray[np.float64] | None = None) -> None:

@@ -29,7 +29,6 @@ class SamplingState:
     """One sequence's sampling parameters, its tokens, and values derived from both.
 
     Attributes:
-        params: the sampling parameters.
         vocab_size: V, the width of the logits.
         index: index among the request's `n` sequences.
         seed: the request's seed, or 64 random bits.
@@ -69,7 +68,6 @@ class SamplingState:
         """Check token ids against the vocabulary, and prepare masks, bias and counts.
 
         Args:
-            params: the sampling parameters.
             prompt_token_ids: the prompt; its tokens count for `repetition_penalty`.
             vocab_size: V, the width of the logits.
             eos_token_ids: the model's end-of-sequence tokens. Ids outside the vocabulary are ignored.

@@ -96,7 +96,6 @@ class ThoughtLimit:
     """Budget for one vocabulary, shared by the texts of a request.
 
     Args:
-        budget: the budget.
         encode: tokenizes a text; the second argument is whether names of special tokens become these tokens.
         token_bytes: returns a token's bytes.
         special_tokens: ids by name.
@@ -150,9 +149,6 @@ def _written(mark: str, names: Mapping[str, bytes]) -> bytes:
 
 class ThoughtCount:
     """Count of one text's reasoning tokens.
-
-    Args:
-        limit: the budget.
 
     Attributes:
         inside: whether the next token is within reasoning.

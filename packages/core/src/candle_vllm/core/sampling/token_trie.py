@@ -54,16 +54,13 @@ class TokenTrie:
     """The trie, and the vocabulary's data for masks.
 
     Args:
-        tokenizer: the vocabulary.
         vocab_size: V, the width of the logits.
         eos_ids: tokens that end a text, each below V.
 
     Attributes:
-        ll: the trie.
         words: number of int32 words of llguidance's mask.
         usable: [ceil(V / 32)] int32, a bit for each token: whether it has bytes or ends a text.
         tokens: the bytes of each token.
-        eos_ids: see the arguments.
     """
 
     def __init__(self, tokenizer: Vocabulary, vocab_size: int, eos_ids: Sequence[int]) -> None:

@@ -82,9 +82,7 @@ class ComparedGrammar:
     """See `Grammar`.
 
     Args:
-        inner: the grammar.
         compared: the array elements that must differ.
-        trie: the vocabulary.
     """
 
     def __init__(self, inner: LlguidanceGrammar, compared: Compared, trie: TokenTrie) -> None:

@@ -98,9 +98,7 @@ class Unrepeated:
     """The arrays of one text.
 
     Args:
-        sites: the sites of the schema.
         twin: the grammar over single bytes.
-        neighbours: the tokens of the vocabulary.
     """
 
     def __init__(self, sites: Sites, twin: Form, neighbours: Neighbours) -> None:

@@ -47,7 +47,6 @@ class Site:
     """The schemas that may apply to a value of the text.
 
     Attributes:
-        places: the schemas.
         differing: types of the elements that must differ, if the value is an array; empty if elements may be equal.
         inside: sites inside this one, by key or index; filled when they are first needed.
     """

@@ -107,7 +107,6 @@ class Neighbours:
         """Clear the bits of tokens that would spell a number in another way than the plain one.
 
         Args:
-            bits: the mask.
             mode: value, after or name.
             begun: the beginning of the number in the text, if the mode is name; b"" for a name that is not a number.
         """

@@ -102,7 +102,6 @@ class StopScanner:
     """Pass text through until a stop string is complete.
 
     Args:
-        stops: the stop strings.
         include_stop: the text ends after the stop string instead of before it.
         marks: parts of the text in which stop strings count; None for the whole text.
         special_tokens: names of special tokens, which marks may contain.

@@ -63,11 +63,11 @@ class Budget:
             self.check_time()
 
     def measure(self, value: object) -> int:
-        """Estimate the characters of `value` as text, at least half of their number. Raises beyond all limits."""
+        """Estimate the characters of `value` as text (at least half of them); raise an error above `MAX_TEXT`."""
         return _measure(value, MAX_TEXT, self)
 
 
-# The current rendering of this thread or task; only `spending` sets it.
+# The current rendering of this thread or task; only `ChatTemplate` sets it.
 current_budget: ContextVar[Budget | None] = ContextVar("template budget", default=None)
 
 

@@ -327,7 +327,7 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
 
 
 def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
-    """Whether arguments must be JSON text if the message has a content; None if calls are written in neither form."""
+    """Whether arguments must be JSON text in a message with this content; None if calls are written in neither form."""
     given = probe.calls(content=content)
     if given is not None and _CITY in given.text and f"{{'{next(iter(ARGUMENTS))}'" not in given.text:
         return False
@@ -387,6 +387,7 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     """Rewrite messages, in place, to a form that the template supports; supported ones stay, and nothing is lost.
 
     Consecutive messages of one role become one, as in Anthropic's and Ollama's APIs: models expect alternating roles.
+    Users of different names stay apart, unless the template needs `roles_in_turn`.
     """
     messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
     last = messages[-1]["role"] if messages else None
@@ -437,7 +438,7 @@ def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> I
 
 
 def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """Merge consecutive messages of one role."""
+    """Merge consecutive messages of one role; add a user's text to a tool result if it may not follow the result."""
     made = list[dict[str, Any]]()
     for message in messages:
         role, content = message["role"], message.get("content")
@@ -506,9 +507,7 @@ def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], n
     """Add the content of a message with calls as a message before it, or to such a message if a turn may have only one.
 
     Args:
-        content: the content.
-        made: the messages before this one.
-        left: the messages after it, in reverse order.
+        left: the messages after this one, in reverse order.
         needs: features of the template.
     """
     if needs.roles_in_turn:

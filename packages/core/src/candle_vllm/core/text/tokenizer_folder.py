@@ -292,7 +292,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
     """Change the tokens that tokenizer.json puts around a prompt if add_bos_token or add_eos_token contradicts it.
 
     A key that is absent, or whose token has no name, has no effect. True adds the token to a side without tokens; false
-    removes the token from its side. A side with other tokens is unchanged.
+    empties a side that has the token. Any other side is unchanged.
     """
     sides = _sides(backend)
     if sides is None:

@@ -20,7 +20,6 @@ class AdapterAdmission:
     """Holds sequences back until their adapters can run, without starvation.
 
     Args:
-        store: the adapters.
         most: maximum number of different adapters in a step (LoRA slots).
         patience: number of other admissions after which slots are freed for a sequence that is held back.
     """

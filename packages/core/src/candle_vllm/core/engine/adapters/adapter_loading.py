@@ -121,7 +121,6 @@ class AdapterLoader:
     """Loads adapters one after the other.
 
     Args:
-        base: the base model.
         limits: limits of each adapter.
         pack: packs a fitted adapter for steps.
         watch: records how adapters of a kind are packed; None to pack each adapter without a record.

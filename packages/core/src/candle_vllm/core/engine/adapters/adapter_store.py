@@ -87,7 +87,6 @@ class Entry:
 
     Attributes:
         name, path: the name and path that it was registered with.
-        state: see `AdapterInfo`.
         loaded: the loaded adapter; None if it is not in memory.
         error: why it could not be loaded; None if it could.
         crowded: whether it waits for memory that leased adapters occupy.
@@ -171,7 +170,6 @@ class AdapterStore:
         """Return the entry of a name; register a new name that comes with a path.
 
         Args:
-            use: the name.
             again: whether to retry a failed adapter at once.
 
         Raises:

@@ -97,7 +97,6 @@ class DraftingHead(DraftModel):
         """Record which rows of a committed target step must be read; call `release` before the target's next step.
 
         Args:
-            batch: the step.
             lives: the sequence of each run; None for a sequence that gets no drafts.
         """
         self._unread = {}

@@ -271,7 +271,6 @@ class DraftModel:
             lives: number of sequences of the next step.
             rows: rows that the step has already.
             active: number of sequences that get drafts.
-            target: see `improve`.
         """
         rate, step = lives / target(lives), self._step(active, target)
         most = self._config.num_speculative_tokens

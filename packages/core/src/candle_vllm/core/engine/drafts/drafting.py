@@ -259,7 +259,6 @@ class Drafter:
         Args:
             lives: its number of sequences; 0 for a step with prompts, which is not comparable.
             drafts: draft tokens that it tried.
-            seconds: its duration.
         """
         right, self._right = self._right, []
         (before, touched), self._before = self._before, (lives, drafts > 0)

@@ -277,7 +277,6 @@ class Line:
     """One end of a connection between the first rank and another one.
 
     Args:
-        end: the socket.
         keys: keys that sign sent frames and received frames; None within one machine. Signatures include the frame's
             number, so no frame can be dropped, repeated or changed; frames are not encrypted.
     """
@@ -338,7 +337,6 @@ def read_exactly(end: socket.socket, count: int, until: float | None = None) -> 
     """Read `count` bytes; memory is allocated as they arrive.
 
     Args:
-        end: the socket.
         count: number of bytes.
         until: deadline for all bytes together, by `time.monotonic`.
 
@@ -453,7 +451,6 @@ class Side:
     It ends this process when the first rank has gone.
 
     Args:
-        line: the side line.
         told: the rank's line for steps, which is closed together with the side line.
         silence: ticks without a heartbeat after which the first rank counts as gone; None for no limit.
     """

@@ -106,9 +106,6 @@ class _Other:
 class Ranks:
     """The first rank's view of all other ranks. They load their parts while this process loads its own.
 
-    Args:
-        config: the engine's configuration.
-
     Attributes:
         config: this rank's configuration.
         fail: ends the engine; called when a rank has died.

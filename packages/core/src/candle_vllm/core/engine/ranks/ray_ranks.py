@@ -54,9 +54,6 @@ class RankActor:
 class RayRanks:
     """A Ray placement group for the ranks of an engine; the first rank is on the machine of this process.
 
-    Args:
-        config: the engine's configuration.
-
     Attributes:
         config: the first rank's configuration.
         listener: the listener to which the other ranks connect.

@@ -81,7 +81,6 @@ class DeviceBorders:
     """The transfers of a stage.
 
     Args:
-        stage: the stage.
         stream: the stream that computes its steps.
         tokens: maximum number of tokens of a step.
         captured: maximum number of tokens of a captured step.

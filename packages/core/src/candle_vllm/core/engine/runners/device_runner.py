@@ -92,7 +92,6 @@ class DeviceRunner:
             decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
-        turning: see `RecordedRunner`.
         state_dtype: type of activations, if layers keep states.
 
     Attributes:

@@ -171,7 +171,6 @@ def layer_caches_of(
     """Allocate the cache of each layer of a decoder; layers of another stage get tensors without elements.
 
     Args:
-        decoder: the model.
         blocks: number of blocks, and tokens of a block.
         empty: allocates a tensor of a shape, in the type of keys unless `dtype` is given.
         beside: extra elements after each key and value, see `kernels/kv_write/scaled_rows.py`.

@@ -51,7 +51,6 @@ class ModelRunner(Protocol):
         """Start the model's part of a step, which writes keys and values to the cache.
 
         Args:
-            batch: the step.
             states: sampling states of `batch.drawing`, of which only parameters such as temperature, and the random
                 numbers of these positions, are read here.
         """

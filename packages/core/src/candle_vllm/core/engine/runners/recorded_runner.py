@@ -75,7 +75,6 @@ class RecordedRunner(StepwiseRunner):
         windows: page pools of layers with a window.
 
     Attributes:
-        team: the threads.
         caches: the cache of each layer.
         page_of: [G, num_blocks] page tables of G pools, see `WindowedBlocks`.
     """
@@ -518,7 +517,6 @@ class RecordedEncoderRunner(EncoderRunner):
     Args:
         encoder: the model, its matrices in the layouts of the compiled kernels.
         limits: the largest step, which must hold the longest text.
-        isa: see `RecordedRunner`.
     """
 
     def __init__(self, encoder: Encoder, limits: StepLimits, isa: Isa | None = None) -> None:

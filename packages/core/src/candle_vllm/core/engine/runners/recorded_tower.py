@@ -39,7 +39,6 @@ class RecordedTower:
     Args:
         tower: the model, its matrices in the layouts of the compiled kernels.
         team: the threads of the model's runner, which closes them.
-        isa: see `RecordedRunner`.
 
     Attributes:
         nbytes: bytes that encoding the largest tile takes.
@@ -224,7 +223,6 @@ class _Piece(NamedTuple):
     Attributes:
         plan: the plan of all operations.
         each: the plan of each operation.
-        kind: see `_Kind`.
         work: multiplications and additions for each row, and for each pair of rows in attention.
     """
 

@@ -64,7 +64,6 @@ class Sleeper:
     """Frees an engine's memory and fills it again; used in the engine's thread only.
 
     Args:
-        config: the engine's settings.
         loaded: its model, before a runner has prepared it.
         ranks: the ranks among which the model is divided; None for a whole model.
 

@@ -335,7 +335,6 @@ class BatchBuilder:
         Args:
             scheduled: the runs, decoding sequences first.
             before: runs of the previous step whose sampled tokens are not known yet, in sampling order.
-            ends_alone: see `Batch`.
         """
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):

@@ -99,7 +99,6 @@ class LiveSequence(Live):
 
     Args:
         sequence: the scheduler's view.
-        state: the sampling state.
         tokenizer: converts tokens to text, also for log-probabilities.
         eos_token_ids: tokens that end it, unless the request ignores them.
         max_length: total length, prompt included, at which it ends.

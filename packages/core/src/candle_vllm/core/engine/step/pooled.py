@@ -93,7 +93,6 @@ class Pooler:
 
     Args:
         plan: how the hidden states are pooled.
-        token_ids: the tokens of the text.
     """
 
     def __init__(self, plan: PoolingPlan, token_ids: Seq[int]) -> None:

@@ -25,7 +25,6 @@ class PlacedImage(msgspec.Struct, eq=False):
     """An image in a prompt.
 
     Attributes:
-        given: the image.
         positions: prompt positions of its embeddings, in ascending order.
         spans: begin and end in the prompt of each tile whose embeddings attend to each other; empty if all are causal.
         rows: its embeddings, float32 [count, E]; None until they are encoded.

@@ -221,7 +221,6 @@ class _SharedMemory:
     """Collectives of this machine's ranks in shared memory: float32 sums in the order of the ranks, and gathers.
 
     Args:
-        memory: see `shared_memory`.
         first: the block of the group's first rank.
         rank, size, patience: see `ProcessGroup`.
         gone: set when another rank has ended.
@@ -300,7 +299,6 @@ class ProcessGroup:
         patience: seconds that a rank waits for the others within a step; after they have found each other, connecting
             may take `_CONNECTING`.
         host: the address at which Gloo listens for the others.
-        stages: see `Collective`.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
         ring: the group is used as `Stages`: results that return have their own communicator. A communicator runs its

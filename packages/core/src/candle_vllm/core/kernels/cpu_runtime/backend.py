@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pack stored matrices for recorded steps; `kernels/backends.py` has the other backends.
-
-Used at load, before step 1 of a request's life.
-"""
+"""Pack stored matrices for recorded steps; `kernels/backends.py` has the other backends."""
 
 from __future__ import annotations
 

@@ -39,7 +39,6 @@ class Image(NamedTuple):
     """Position-independent code.
 
     Attributes:
-        code: the bytes.
         entry: offset of the function.
         slots: offset of the 8-byte slot of each function of the C library, by the function's name.
     """

@@ -77,7 +77,6 @@ class CpuRanks:
     Attributes:
         each: the ranks.
         starts: first thread of each rank, and at the end the number of threads.
-        bind: see `bind_pages`.
     """
 
     each: tuple[CpuRank, ...]

@@ -74,7 +74,6 @@ def delta_rule(
         rows: the step's use of states; recorded steps have rows of their own.
         scale: factor of q: Dk^-0.5.
         normed: whether q and k are normed.
-        positions: see above.
     """
     if isinstance(q, Recorded):
         return q.delta_rule(k, v, a, b, gates=gates, cache=cache, scale=scale, normed=normed)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Layout of quantised weights in a GPU's memory, which `pack.py` writes, and `triton.py` and `reference.py` read.
 
-Part of step 6 of a request's life. K is split into **steps** of 128 weights (64 for 8 bits), in groups of 32. A matrix
-consists of a few planes; their first dimension is the step, so that the data of a step is contiguous for all rows:
+K is split into **steps** of 128 weights (64 for 8 bits), in groups of 32. A matrix consists of a few planes; their
+first dimension is the step, so that the data of a step is contiguous for all rows:
 
     low     [steps, N, 16]  the lower bits of the codes: 4 in int32, 2 in int16, 8 in int32 (of a step of 64)
     high    [steps, N, 16]  the two bits above of 6-bit codes, in int16

@@ -42,7 +42,6 @@ def pack_adapter(
     """Pack an adapter into the layout of a backend.
 
     Args:
-        fitted: the adapter.
         places: adapter sites of the model.
         dtype: type in which it is multiplied.
         compiled: for the compiled CPU operations; otherwise for torch.

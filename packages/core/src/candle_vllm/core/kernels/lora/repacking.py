@@ -216,7 +216,6 @@ def repacking_of(
     """Record the packing of adapters of this one's kind; None if it does not depend on the kind alone.
 
     Args:
-        fitted: the adapter.
         tensors: all tensors of its file.
         places, dtype: as in `pack_adapter`.
         most: maximum number of indices to store.

@@ -126,7 +126,6 @@ def expert_linear(
 
     Args:
         matrices: one matrix of all experts; in recorded steps lists of one matrix per expert, gate's and then up's.
-        pairs: the result of `route`.
         invariant: use the kernels for many pairs also for few pairs.
         place, adapters: the adapter site, and, for layers that run op by op, the adapters.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
-Part of step 6 of a request's life. 16 rows are a **tile**. A tile consists of consecutive **blocks** along K, each with
-its scales (the head) before its codes, so that a thread reads its tiles sequentially. The simple types have blocks of
-one group (32 weights of each row), the K-quants blocks of eight groups with one super-scale.
+16 rows are a **tile**. A tile consists of consecutive **blocks** along K, each with its scales (the head) before its
+codes, so that a thread reads its tiles sequentially. The simple types have blocks of one group (32 weights of each
+row), the K-quants blocks of eight groups with one super-scale.
 
     simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
                   scale f32[16]                              Q8_K, a block of eight groups
@@ -250,7 +250,6 @@ class PackedMatrix:
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
-        kind: the layout.
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes. Padding rows of the last tile are zero.
         order: the input element of each column, int64 [K]; None for the input's own order.
     """

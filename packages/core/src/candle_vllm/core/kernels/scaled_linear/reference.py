@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer of small floats in plain numpy, literal enough to check by eye: step 6, and what tests compare."""
+"""The linear layer with FP8 and FP4 weights in plain numpy, simple enough to check by reading; the tests' reference."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def scaled_linear(matrix: ScaledMatrix, x: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """The matrix [N, K] times rounded activations [T, K], plus bias [N]: float32 [T, N], summed in float64."""
+    """Multiply the matrix [N, K] by activations [T, K] in BF16, add bias [N]: float32 [T, N], summed in float64."""
     return linear(unpack(matrix), round_activations(x, PlainKind.BF16), bias)
 
 
 def unpack(matrix: ScaledMatrix) -> np.ndarray:
-    """The weights as float32 [N, K]: each float times its scale, rounded once; whole spans of NaN where one is NaN."""
+    """Return the weights as float32 [N, K]: each float times its scale, rounded once; a NaN scale makes a span NaN."""
     found, paired = [], 2 * matrix.pairs
     for start in range(0, paired, 2):
         pair = matrix.data[:, start * matrix.span_bytes : (start + 2) * matrix.span_bytes]
@@ -34,7 +34,7 @@ def unpack(matrix: ScaledMatrix) -> np.ndarray:
 
 
 def _span(head: np.ndarray, turns: np.ndarray, kind: ScaledKind) -> np.ndarray:
-    """Weights of a span, [tiles, 16, columns]: of bytes [tiles, ...] that begin with its scales, and of its turns."""
+    """Return a span's weights [tiles, 16, columns], from bytes `head` that begin with its scales, and its `turns`."""
     tiles = len(turns)
     scales = head[:, :HEAD_BYTES].copy().view(np.float32) / np.float32(kind.factor)
     codes = turns[..., -8 * ROWS :]
@@ -51,7 +51,7 @@ def _span(head: np.ndarray, turns: np.ndarray, kind: ScaledKind) -> np.ndarray:
 
 
 def _widened(codes: np.ndarray, kind: ScaledKind) -> np.ndarray:
-    """Bits of floats, uint8, as float32."""
+    """Convert the bits of small floats, uint8, to float32."""
     if kind is ScaledKind.E2M1:
         return np.array([*_E2M1, *(-x for x in _E2M1)], np.float32)[nibbles(codes)]
     return read_plain(codes, "F8_E4M3" if kind is ScaledKind.E4M3 else "F8_E5M2", codes.shape, "F32")

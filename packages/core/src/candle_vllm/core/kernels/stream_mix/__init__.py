@@ -42,7 +42,6 @@ class MixArguments(NamedTuple):
         table, made: address of the table, and M.
         gates, gate_stride, gate_count: address of float32 rows, row stride in floats, and S.
         scale: address of the scale; 0 for 1.
-        level: see above.
         out, out_stride: address and row stride of the result.
         rows_from: the `StepNumber` that is T.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording attention of encoders: both operations of `cpu.py`, and the memory between them (step 6 of ten)."""
+"""Record the attention of encoders: the operations of `cpu.py`, and the memory between them (step 6 of ten)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder
 
 PANEL = 8
-"""Keys, or dimensions of values, of a panel."""
+"""Number of keys, or of dimensions of values, in a panel."""
 
 LOG2E = 1.4426950408889634
-HIDDEN = -1e9  # of a key outside of the window: its exponential is exactly 0
+HIDDEN = -1e9  # the term of a key outside the window: the exponential of its score is exactly 0
 HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
 LINE = 4 * LANES  # bytes of a vector
 
 
 class WholeHeads(NamedTuple):
-    """Queries, keys and values of a layer: address of float32 rows, floats from one to the next, H, K and D."""
+    """Queries, keys and values of a layer: address of float32 rows, row stride in floats, H, K and D."""
 
     address: int
     stride: int
@@ -37,19 +37,19 @@ class WholeArguments(NamedTuple):
     """The arguments of both operations.
 
     Attributes:
-        qkv, stride: address of float32 rows [T, (H + 2 K) * D], and floats from one to the next.
+        qkv, stride: address of float32 rows [T, (H + 2 K) * D], and their row stride in floats.
         heads, kv_heads, head_dim: H, K and D.
         query_start: address of int64 [R + 1]: text r has the tokens query_start[r]..query_start[r + 1].
         keys, values: addresses of `panel_floats` floats each.
-        out, out_stride: address of the result [T, H * D], and floats from one row to the next.
-        scale: of scores, times log2(e).
-        scratch: address of `scratch_bytes`.
-        thread_bytes: of these, each thread's.
-        threads: as many have some.
-        bias: address of what a key of the query's own position gets, float32 in the order of query minus key, times
-            log2(e); 0 without a bias.
-        bias_bytes: from one head's to the next; 0 where they share it.
-        window: farthest key that a query sees, in tokens.
+        out, out_stride: address of the result [T, H * D], and its row stride in floats.
+        scale: factor of the scores, times log2(e).
+        scratch: address of `scratch_bytes` of scratch memory.
+        thread_bytes: scratch memory of each thread.
+        threads: number of threads that have scratch memory.
+        bias: address of the bias at distance 0 (query minus key) in a float32 table by distance, times log2(e); 0
+            without a bias.
+        bias_bytes: bytes from one head's table to the next; 0 if the heads share one.
+        window: maximum distance of a key from its query, in tokens.
     """
 
     qkv: int
@@ -75,10 +75,10 @@ class TurnArguments(NamedTuple):
     """The arguments of `turn`.
 
     Attributes:
-        qkv, stride, head_dim: as of `WholeArguments`.
+        qkv, stride, head_dim: as in `WholeArguments`.
         heads: H + K.
-        half: R/2, pairs of a head that turn.
-        places: address of int64 [T], the rows of the tables.
+        half: R/2, the number of rotated pairs in a head.
+        places: address of int64 [T]: the row of the tables for each token.
         cos, sin: addresses of float32 [P, half].
     """
 
@@ -93,7 +93,7 @@ class TurnArguments(NamedTuple):
 
 
 def turn_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("whole_attention.cpu:turn")
 
 
@@ -103,7 +103,7 @@ def record_turn(
     places: NDArray[np.int64],
     tables: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> None:
-    """Writes `turn` into a plan: arguments as those of `record_whole_attention`, and cos and sin."""
+    """Record `turn`, which rotates queries and keys in place; places and (cos, sin) as in `TurnArguments`."""
     cos, sin = (recorder.keep(table) for table in tables)
     turning, half = qkv.heads + qkv.kv_heads, tables[0].shape[1]
     given = TurnArguments(qkv.address, qkv.stride, turning, qkv.head_dim, half, address_of(places), cos, sin)
@@ -111,25 +111,21 @@ def record_turn(
 
 
 def lay_out_operation() -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("whole_attention.cpu:lay_out")
 
 
 def attend_whole_operation(isa: Isa, biased: bool) -> int:
-    """Address of the compiled operation."""
+    """Return the address of the compiled operation."""
     return operation("whole_attention.cpu:make_attend_whole", isa, biased)
 
 
 def record_whole_attention(
     recorder: Recorder, qkv: WholeHeads, bias: NDArray[np.float32] | None, window: int | None, out: Buffer
 ) -> None:
-    """Writes both operations into a plan.
+    """Record `lay_out` and `attend_whole`; bias and window as in `whole_attention`, out has H * D columns.
 
-    Args:
-        recorder: of the plan; a text has at most as many tokens as its largest step.
-        qkv: what attends.
-        bias, window: as for `whole_attention`.
-        out: of H * D columns.
+    A text has at most `recorder.limits.tokens` tokens.
     """
     limits, head_dim = recorder.limits, qkv.head_dim
     floats = panel_floats(limits.tokens, limits.sequences, qkv.kv_heads, head_dim)
@@ -157,9 +153,9 @@ def record_whole_attention(
 def _bias_table(
     bias: NDArray[np.float32] | None, window: int | None, tokens: int
 ) -> tuple[NDArray[np.float32] | None, int]:
-    """What the operation adds to scores, [N, distances], and the column of distance 0.
+    """Return the terms to add to the scores, [N, distances], and the column of distance 0.
 
-    It reads whole tiles: up to 31 queries behind the last one, and the keys of a panel whose text is over.
+    The operation reads whole tiles, so the table also covers up to 31 queries and a panel's keys past a text's end.
     """
     if bias is None and window is None:
         return None, 0
@@ -175,17 +171,17 @@ def _bias_table(
 
 
 def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
-    """Floats of the panels of keys, and of those of values, in a step of that many tokens and texts."""
+    """Return the floats in the panels of keys, which equal those of values, of a step of that many tokens and texts."""
     return PANEL * (tokens // PANEL + texts) * heads * _filled(head_dim)
 
 
 def thread_bytes(longest: int, head_dim: int) -> int:
-    """Scratch memory of one thread: two tiles of queries, results, sums and scores."""
+    """Return the scratch bytes of a thread: two tiles of queries, results, sums and scores."""
     return 2 * LINE * (2 * _filled(head_dim) + 1 + _filled(longest))
 
 
 def scratch_bytes(longest: int, head_dim: int, threads: int) -> int:
-    """Scratch memory of both operations, for texts of at most `longest` tokens."""
+    """Return the scratch bytes of both operations, for texts of at most `longest` tokens."""
     return HEADER + threads * thread_bytes(longest, head_dim)
 
 
