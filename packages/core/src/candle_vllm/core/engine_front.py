@@ -214,8 +214,7 @@ class EngineFront(ABC):
             names: the field of each image, for error messages; "image" by default.
 
         Raises:
-            InvalidParameterError: the model is text-only, an image cannot be used, or an image token is missing or
-                extra.
+            InvalidParameterError: the model is text-only, an image is unusable, or an image token is missing or extra.
         """
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]

@@ -166,8 +166,7 @@ class FilePath:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    If `auto` is allowed, the texts "auto" and "-1" mean None: not set. If the number counts parts of a `whole`, the
-    text "all" means `high`.
+    If `auto` is allowed, "auto" and "-1" mean None: not set. If a number counts parts of a `whole`, "all" means `high`.
     """
 
     low: int

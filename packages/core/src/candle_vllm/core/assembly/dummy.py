@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Random weights for a model of which only `config.json` exists: `load_format="dummy"`.
 
-The result is a normal `Checkpoint`, so kernels, memory and step times are those of the real weights; only the generated
-text is noise.
+The result is a `Checkpoint`, so kernels, memory and step times are those of real weights; only the text is noise.
 
 Elements of matrices have a normal distribution with standard deviation 0.02, norms are ones and biases zeros, in the
 config's type. A tensor's elements depend on its name and device, and are generated on the device.

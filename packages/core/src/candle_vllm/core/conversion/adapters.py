@@ -101,7 +101,7 @@ def _targets(fitted: FittedAdapter) -> dict[str, Delta]:
 def _unchanged(
     family: Family, model: ModelConfig, checkpoint: Checkpoint, merged: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The stored tensors without those that are merged whole."""
+    """Return the stored tensors without those whose parameters adapters change."""
     kept, gone = set[str](), set[str]()
     for line in expand(family.weights, model, checkpoint.format):
         name = line.find(checkpoint.tensors) if line.names else None

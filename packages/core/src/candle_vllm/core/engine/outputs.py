@@ -259,8 +259,7 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
     """The embedding of one text; for a multi-vector model, the vectors of its tokens.
 
     Attributes:
-        embedding: float32 elements, `array("f")`: numpy reads them without copying, `tobytes` is little-endian,
-            `tolist` is for JSON.
+        embedding: float32 `array("f")`: numpy reads it without a copy; `tobytes` is little-endian, `tolist` for JSON.
         vectors: number of vectors concatenated in `embedding`, if each token has a vector; None for a single vector.
         prompt_token_ids: the text's tokens, including tokens that the tokenizer adds.
         num_cached_tokens: number of these tokens that came from the prefix cache.

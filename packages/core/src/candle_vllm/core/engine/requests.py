@@ -142,8 +142,7 @@ def serving_rank(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[
 
     Args:
         priority: the request's priority; the lowest number is served first.
-        running: number of sequences in the engine with the request's API key, if keys share the engine; the fewest go
-            first.
+        running: number of sequences in the engine with the same API key, if keys share it; the fewest go first.
         arrival: number in order of arrival, in the scheduler; the queue passes its candidates in order of arrival.
     """
     return priority, running, arrival

@@ -17,7 +17,7 @@ class ReplicaStats(ShownStruct, frozen=True, kw_only=True):
     """Statistics of one replica: one of several engines with the same model.
 
     Attributes:
-        alive: whether it takes requests; a replica that has died is restarted.
+        alive: whether it accepts requests; a replica that has died is restarted.
         restarts: number of restarts since the start of the fleet.
         num_running, num_waiting, num_blocks, num_free_blocks: see `EngineStats`; 0 while it is not alive.
         prompt_tokens, cached_prompt_tokens: see `EngineStats`; since its last restart.
@@ -68,8 +68,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         num_running, num_waiting: current number of running and waiting sequences.
         num_blocks, num_free_blocks, block_size: blocks of the KV cache, free blocks now, tokens of a block.
         checkpoints, checkpoint_slots: current and maximum number of checkpoints of layer states.
-        prompt_tokens, cached_prompt_tokens: tokens of all prompts run since the start, and how many of them were in the
-            prefix cache.
+        prompt_tokens, cached_prompt_tokens: tokens of all prompts since the start, and those found in the prefix cache.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
         preemptions, steps: counts since the start.

@@ -91,8 +91,7 @@ class StepInput:
         slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
         rows: the tokens' sequences.
         caches: the cache of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
-        cache_scales: scales of keys and values in float8 caches, for layers without their own scales; see
-            `kernels/kv_write`.
+        cache_scales: scales of keys and values in float8 caches, for layers without their own (`kernels/kv_write`).
         attend: attention function; see `kernels/attention`.
         taps: stores hidden states before some layers; None if they are not needed.
         given: rows of image embeddings; None without images.
@@ -135,8 +134,7 @@ class PagedAttention:
         window: positions that a token attends to, itself included; -n for a chunk of n tokens; None for all.
         scale: factor of the scores; None for D^-0.5.
         softcap: softcap of the scores; None for no cap.
-        sinks: [H] fp32 on the model's device, loaded as the part "sinks": an additional score of each head, see
-            `kernels/attention`.
+        sinks: [H] fp32 on the model's device, the part "sinks": an additional score of each head (`kernels/attention`).
         slopes: [H] fp32 on the model's device, ALiBi slopes of the heads.
         key_bias: [K * D], bias of the key projection.
         causal: attention is causal in this layer also within images.
@@ -230,5 +228,5 @@ class PagedAttention:
         return bias.reshape(-1)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         return {} if self.sinks is None else {"sinks": TensorParameter(self.sinks)}

@@ -112,7 +112,7 @@ class GatedDeltaNet:
         return self.result(gated(self.norm(mixed).flatten(1), z, "silu"))
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         plain: dict[str, Value] = {"decay": self.gates.decay, "bias": self.gates.bias}
         if self.apart:
             first, second, _ = np.cumsum(self.sizes.parts).tolist()

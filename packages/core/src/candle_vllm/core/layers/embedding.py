@@ -106,6 +106,6 @@ class Embedding:
         self.table.finish()
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         found = self.table.parameters()
         return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}

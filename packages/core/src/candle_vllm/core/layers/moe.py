@@ -143,8 +143,7 @@ class SparseMLP:
     """Mixture-of-experts layer: each token of x [T, E] goes to k of X experts, and to the shared expert, if any.
 
     Attributes:
-        collective: ranks over which results are summed, if each has a part of every expert, or some of the experts;
-            otherwise None.
+        collective: ranks over which results are summed, if each has parts of experts or some of the experts; else None.
         shares: sends tokens to the ranks of their experts; None if each rank has all tokens.
         elsewhere: computes experts on the CPU for steps on a GPU, with matrices in main memory, see
             `kernels/moe/host.py`; None if the experts are on the model's device.

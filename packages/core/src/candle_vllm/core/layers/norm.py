@@ -49,5 +49,5 @@ class RMSNorm:
         return add_rms_norm(x, residual, self.weight, self.eps)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         return {"weight": TensorParameter(self.weight)} if self._weighted else {}

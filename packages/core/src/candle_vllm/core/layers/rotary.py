@@ -144,7 +144,7 @@ class Rotary:
         return rotary_pair(q, k, positions, *self.tables)
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
+        """Return every parameter that must be loaded."""
         if self._factors is None:
             return {}
         return {"factors": _Factors(self._factors, self._frequencies, self.max_position)}

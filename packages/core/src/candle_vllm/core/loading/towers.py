@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Text model of a multimodal checkpoint: its configuration and the names of its tensors.
 
-Tensors of vision encoders are separated, and `assembly/tower.py` loads them for supported families. Tensors of audio
-encoders are dropped.
+Vision tensors are separated, and `assembly/tower.py` loads them for supported families; audio tensors are dropped.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 """compressed-tensors: read the schemes of a config's groups, and read a layer's weight by its scheme.
 
 Integers are in `compressed_ints.py`, the other formats in `fp8.py` and `fp4.py`. A config's `targets` and `ignore` are
-not matched with names: the stored tensors show which layers are quantised, and a layer is read by a scheme that its
-parts fit.
+not matched with names: the stored tensors show which layers are quantised, and the scheme of each.
 Source: the compressors of vllm-project/compressed-tensors.
 """
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """MXFP4 and NVFP4: 4-bit floats (e2m1) in small groups with 8-bit scales.
 
-An element is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; a byte has two elements, the first in its lower
-half.
+An element is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 or their negatives; a byte has two, the first in its lower half.
 
     MXFP4   groups of 32, scale 2^(e - 127) from a byte e; 255 is NaN
     NVFP4   groups of 16, scale e4m3; multiplied by modelopt's `weight_scale_2` of the tensor or divided by

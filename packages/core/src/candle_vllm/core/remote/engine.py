@@ -84,8 +84,7 @@ class RemoteEngine(EngineFront):
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when the process ends without `close`; at once if it has ended already.
 
-        It is called in the thread that reads from the process: it must not block, and must use `call_soon_threadsafe`
-        to reach an event loop.
+        It runs in the reading thread, must not block, and reaches event loops by `call_soon_threadsafe` only.
         """
         self._thread.add_death_callback(callback)
 

@@ -98,8 +98,7 @@ class SamplingParams(
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
         typical_p: keep the tokens whose surprise is nearest to the expected one, up to this probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
-        xtc_threshold: XTC keeps only the least likely of the tokens that are at least this likely, [0, 1]; it has no
-            effect above 0.5.
+        xtc_threshold: XTC keeps only the least likely of the tokens at least this likely, [0, 1]; no effect above 0.5.
         dynatemp_range: the temperature varies up and down by this much, with the entropy of the distribution, [0, 100].
         dynatemp_exponent: exponent of the entropy's ratio to its maximum, [0, 100].
         mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by removing less likely tokens; 0 is off. It
@@ -111,8 +110,7 @@ class SamplingParams(
         dry_base: see `dry_multiplier`, [1, 1000].
         dry_allowed_length: the shortest repetition with a penalty, 1 to 2 ** 24.
         dry_penalty_last_n: DRY searches this many of the last tokens, prompt and output; -1 for all.
-        dry_sequence_breakers: texts across which no repetition extends; None for `DRY_BREAKERS`. At most 16, of up to
-            40 characters.
+        dry_sequence_breakers: at most 16 texts (of up to 40 characters) that end a repetition; None for `DRY_BREAKERS`.
         logits_processors: functions of the tokens so far, prompt included, and of a row of logits, an array [V] float32
             that they may change; they return the row to use. They are called in order for each token, before all other
             edits of its logits, in the engine's thread, so that all requests of the batch wait for them. Not over HTTP.

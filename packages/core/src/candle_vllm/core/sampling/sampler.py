@@ -444,8 +444,7 @@ class _Rows:
 
 
 def _in_one_piece(logits: Value, *, fetched: bool = False) -> Value:
-    """Return logits with contiguous rows: an array for compiled CPU functions, otherwise a tensor, on the CPU if
-    `fetched`."""
+    """Return logits with contiguous rows: an array for CPU functions, otherwise a tensor (on the CPU if `fetched`)."""
     host = kernels.host_rows(logits)
     if host is not None:
         return host if host.strides[1] == host.itemsize else np.ascontiguousarray(host)

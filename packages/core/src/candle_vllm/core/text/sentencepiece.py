@@ -77,7 +77,7 @@ def _metadata(data: memoryview, path: Path) -> dict[str, object]:
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, _Value]]:
-    """Number and value of each field of a message; fixed 64-bit and 32-bit values are bytes."""
+    """Yield the number and the value of each field of a message; fixed 64-bit and 32-bit values are bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

@@ -4,8 +4,7 @@
 The stop string that is complete first wins; if several end at the same character, the longest wins. So the result does
 not depend on how the text is split into chunks, and only text that may begin a stop string is held back.
 
-Stop strings are ignored in reasoning and tool calls, and in the marks around them, if the caller passes these marks
-(`StopMarks`).
+Stop strings are ignored in reasoning and tool calls and the marks around them, if the caller passes `StopMarks`.
 """
 
 from __future__ import annotations

@@ -611,8 +611,7 @@ class DeviceRunner:
 
 
 class _Begun(NamedTuple):
-    """A step in flight on the first stage: its captured size, if it was captured, and the fields of its `Batch` that
-    `collect` needs."""
+    """A step in flight on the first stage: its captured size, if any, and the fields of its `Batch` for `collect`."""
 
     size: StepSize | None
     sampled_rows: Ints

@@ -66,8 +66,7 @@ class RecordedRunner(StepwiseRunner):
         isa: instruction sets that the kernels may use; None for all that the CPU has.
         team: threads of another runner, which closes them; None to start threads. (Two teams would share the CPUs.)
         taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
-        images: number of vectors of an image row: its embedding, and one for each layer after which a vector is added;
-            0 for a text-only model.
+        images: vectors of an image row: its embedding, and one per layer that adds a vector; 0 for a text-only model.
         whole: whether `hidden_rows` may be called for any row of any step.
         kinds: types in which keys and values are stored.
         turning: the model's rotary embedding with table rows for a step's image tokens; None without M-RoPE.

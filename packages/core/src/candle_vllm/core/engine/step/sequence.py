@@ -202,8 +202,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
             self.num_ahead -= 1
 
     def piece(self, budget: int) -> int:
-        """Return how many of its uncomputed tokens a step may run, at most `budget`; tiles whose rows attend to each
-        other are not split."""
+        """Return how many uncomputed tokens a step may run, at most `budget`, without splitting a tile."""
         start = self.num_computed_tokens
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():

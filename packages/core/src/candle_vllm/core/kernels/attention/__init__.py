@@ -18,8 +18,7 @@ On a GPU D is at most 512 and must be even if the cache has 8 bits, and S is a p
 are on the device (`DeviceRows`), no call waits for it, and launches depend only on the shapes of tensors and on
 `decodes`, so that they can be captured. Rows of y from query_start[R] on are then undefined, and sequences without
 context among the first `decodes` get zeros. With `decoding`, the number of decoding sequences is read from the device,
-so one captured launch works for every mix of decodes and prompts; padding sequences at the end, with no tokens and no
-context, write nothing.
+so one captured launch works for every mix of decodes and prompts; padding sequences without tokens write nothing.
 Sources: Vaswani et al., 2017, arXiv:1706.03762; Kwon et al., 2023, arXiv:2309.06180 (pages); Gemma Team, 2024,
 arXiv:2408.00118 (soft cap); OpenAI, 2025, arXiv:2508.10925 (sinks); Press et al., 2021, arXiv:2108.12409 (ALiBi).
 """

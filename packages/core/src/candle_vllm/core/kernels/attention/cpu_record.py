@@ -53,7 +53,7 @@ class FusedHeads:
     """Location of q [T, H, D], k and v [T, K, D] in fused rows.
 
     Attributes:
-        address, stride: address of the float32 rows, and floats from one row to the next.
+        address, stride: address of the float32 rows, and their row stride in floats.
         columns: indices in a row at which q, k and v begin; only q for a layer that writes no keys and values.
         heads, head_dim: H and D.
         rows_from: the `StepNumber` that is T; LOGIT_ROWS if only rows whose logits are wanted are computed.

@@ -296,8 +296,7 @@ class ProcessGroup:
         device: device of the tensors.
         notes: store through which the ranks find each other.
         name: name of the group in the store.
-        patience: seconds that a rank waits for the others within a step; after they have found each other, connecting
-            may take `_CONNECTING`.
+        patience: seconds that a rank waits for the others within a step; connecting may take `_CONNECTING`.
         host: the address at which Gloo listens for the others.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.

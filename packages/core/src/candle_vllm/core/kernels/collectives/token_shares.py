@@ -14,8 +14,7 @@ Alternatively, every rank keeps all T rows, and two all-reduces add up all rows.
 same order of ranks, except on GPUs, where NCCL has its own order. No result depends on the owner of a token, which
 depends on the other tokens of a step.
 
-Source: Lepikhin et al., 2020, arXiv:2006.16668 (all to all); Korthikanti et al., 2022, arXiv:2205.05198 (sums and norms
-of a share of the rows).
+Source: Lepikhin et al., 2020, arXiv:2006.16668 (all to all); Korthikanti et al., 2022, arXiv:2205.05198 (sums, norms).
 
 Letters: T tokens, t of them this rank's, n ranks, k experts of a token, E hidden size.
 """

@@ -3,8 +3,7 @@
 
 An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address; [1] flags
 and the row's length in bytes (shifted by 8); [2] the address of the step's numbers (`StepNumber`); from [3] on its
-arguments: addresses and sizes. Every thread of the team calls it with its own number and computes its share; it never
-waits.
+arguments: addresses and sizes. Every thread of a team calls it with its number and computes its share; it never waits.
 
 **Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
 The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`. To the

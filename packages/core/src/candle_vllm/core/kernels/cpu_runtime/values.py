@@ -101,8 +101,7 @@ class _Value(Recorded):
     """Columns of a buffer; heads if `head_dim` is set.
 
     Attributes:
-        rows_from: the `StepNumber` that is its number of rows. With LOGIT_ROWS it has only the rows whose logits are
-            wanted, consecutively.
+        rows_from: the `StepNumber` that is its number of rows; with LOGIT_ROWS it has only the rows with wanted logits.
     """
 
     def __init__(

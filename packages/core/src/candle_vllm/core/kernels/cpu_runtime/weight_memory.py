@@ -108,7 +108,7 @@ class WeightMemory:
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # by `packed_file`: matrices that are in a mapped file
-        self.writer: threading.Thread | None = None  # of `packed_file`: writes the matrices to a file
+        self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """Allocate `count` uninitialised bytes, uint8, at a multiple of 64.

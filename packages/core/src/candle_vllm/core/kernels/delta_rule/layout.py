@@ -43,11 +43,9 @@ class DeltaArguments(NamedTuple):
     """The arguments of the three operations; `Recorder.state_arguments` returns those from `states` on.
 
     Attributes:
-        q, q_stride: address of float32 rows of key heads, and row stride in floats.
-        k, k_stride: the same for k.
-        v, v_stride: the same for v, rows of value heads.
-        a, a_stride: the same for a, the inputs of the decays.
-        b, b_stride: the same for b, the inputs of the strengths, one for each value head.
+        q, q_stride, k, k_stride: addresses of float32 rows of key heads, and their row strides in floats.
+        v, v_stride: the same for rows of value heads.
+        a, a_stride, b, b_stride: the same for the inputs of the decays, and of the strengths (one per value head).
         decay, bias: addresses of float32 [decays].
         strength: maximum strength of a correction.
         skip: address of float32 [Hv], or 0.
@@ -56,7 +54,7 @@ class DeltaArguments(NamedTuple):
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
         decays: number of decays of a token: Hv, or Hv * Dk.
         gates: address of float32 [maximum number of tokens, decays + Hv], scratch memory for decays and strengths.
-        out, out_stride: the same for the result, in rows as those of v.
+        out, out_stride: address and row stride of the result, whose rows have the shape of v's.
     """
 
     q: int

@@ -6,8 +6,7 @@ GPUs without this type. A block's bytes are its codes [S, K, D] followed by its 
 copies, offloads or moves blocks need not know about scales. An element is its code times its row's scale.
 
 With the row's largest magnitude m and the largest code c (127, or 448), the scale is m / c, and a code is the element
-divided by the scale, in fp32, rounded to nearest even. A row of zeros has the scale 0; a row with NaN or an infinity is
-read as NaN.
+divided by the scale, in fp32, rounded to nearest even. A row of zeros has scale 0; one with NaN or infinity is NaN.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def filled(rank: int) -> int:
 
 
 def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> np.ndarray:
-    """A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. For I8, scales [R, 4, 2] as bytes."""
+    """Return A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. For I8, scales [R, 4, 2] as bytes."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
@@ -157,8 +157,7 @@ class ShrinkArguments(NamedTuple):
         x, x_bytes: address of the rows' inputs, float32, and their row stride in bytes; or of row numbers to look up.
         rows: address of int64, the row of each entry.
         h, h_bytes: address of the sums, and bytes of an entry's sums.
-        places, top_k, experts: for experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
-            experts; k.
+        places, top_k, experts: for experts: addresses of int64 [T, k], each pair's place and expert; k.
         by_place: whether x has a row for each place of a pair.
         done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; see `BeginArguments`.
     """

@@ -8,8 +8,7 @@ instruction multiplies by one 32-bit element of the activations:
     F16    one column, 32 bytes: [16 rows]
     F32    one column, 64 bytes: [16 rows]
 
-The number of steps of a tile is a multiple of `RUN`; elements beyond K or N are 0. A thread reads its tiles
-sequentially.
+The number of steps of a tile is a multiple of `RUN`; elements beyond K or N are 0. Threads read tiles in order.
 """
 
 from __future__ import annotations

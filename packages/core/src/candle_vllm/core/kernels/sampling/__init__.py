@@ -181,8 +181,7 @@ def stand(logits: Value, token_ids: NDArray[np.int64], tops: NDArray[np.int64]) 
     """Compute ranks and log-probability offsets of tokens, and the ids of each row's largest logits.
 
     Args:
-        logits: [R, V] float32, an array or a tensor on the CPU, each row contiguous and with a finite largest value;
-            not changed.
+        logits: [R, V] float32, an array or a tensor on the CPU, with contiguous rows and finite maxima; not changed.
         token_ids: [R] below V.
         tops: [R] numbers of largest logits whose ids are returned.
     """

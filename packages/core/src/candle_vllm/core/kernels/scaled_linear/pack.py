@@ -168,7 +168,7 @@ def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _filled(numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A matrix of at least that shape with zeros behind its rows and columns."""
+    """Return a contiguous matrix of `shape`, which pads `numbers` with zeros."""
     if numbers.shape == shape:
         return np.ascontiguousarray(numbers)
     whole = np.zeros(shape, numbers.dtype)

@@ -37,8 +37,7 @@ def whole_attention(
         lengths: tokens of each text, in order; adjacent texts of one length are computed together. Recorded steps use
             the lengths of the step's sequences instead.
         kv_heads: K; None is H.
-        bias: fp32 [N, 2 P - 1] for texts of at most P tokens, N = H or 1 for all heads: column d + P - 1 is for keys d
-            tokens after the query.
+        bias: fp32 [N, 2 P - 1], N = H or 1, for texts of at most P tokens: column d + P - 1 is for keys d tokens later.
         window: maximum distance of a query and a key to which it attends; None for all.
     """
     if isinstance(qkv, Recorded):
