@@ -65,8 +65,7 @@ class Imatrix:
         return np.maximum(rows, LEAST).astype(np.float32)
 
     def of_line(self, line: Line, columns: int, config: Counted) -> np.ndarray | None:
-        """Return the importance for a GGUF line of a family's table, float32 [1, columns] in the order of the layer's
-        inputs; errors as `of`."""
+        """Return a GGUF line's importance, float32 [1, columns] in the order of the layer's inputs; errors as `of`."""
         for (written, view), name in zip(line.names, line.spelled, strict=True):
             if line.expert is None or written != name:
                 found = self.of(name, columns)

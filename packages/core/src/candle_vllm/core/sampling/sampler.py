@@ -155,8 +155,7 @@ Token: TypeAlias = int | SampledToken
 """A sampled token: a plain id if it has neither log-probabilities nor an error."""
 
 SampledTokens: TypeAlias = Token | tuple[Token, ...]
-"""Result of one run of a sequence: one token, or, in a step with drafts, the accepted tokens and the next one. Only the
-last token can have an error."""
+"""Result of a run: a token, or with drafts the accepted tokens and the next one; only the last can have an error."""
 
 
 class Sampler:

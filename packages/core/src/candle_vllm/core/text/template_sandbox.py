@@ -123,8 +123,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class TemplateNamespace(Namespace):
-    """Jinja's namespace without names that begin with an underscore, which lead to Python's internals, and without
-    contents in its representation."""
+    """Jinja's namespace without contents in its `repr`, and without names that begin with `_` (internals)."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # the signature leaves the name `self` to templates
         self, rest = args[0], args[1:]
