@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Events of an answer in the form of no API (step 10): read by the code that writes an API's chunks.
+"""Events of an answer, independent of any API (step 10); the code of each API converts them to chunks.
 
 A request has one choice or several, whose events interleave; each event has the index of its choice. A choice begins
-(`Begun`), has reasoning, text and calls, and ends (`Ended`). `Usage` has the counts so far: before the first choice
-begins, before every further output if requested, and at the end, when it is `final`. A failure is an exception from
-the stream. The same events make the chunks of a stream and the whole answer.
+(`Begun`), has reasoning, text and calls, and ends (`Ended`). A `Usage` has the token counts so far: it precedes the
+first choice and, if requested, every further output; the last one is `final`. A failure is an exception from the
+stream. A whole answer is joined from the same events.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Reason(enum.StrEnum):
     """Why an answer ended; the value is OpenAI's finish reason.
 
     Attributes:
-        anthropic, ollama, llama_server: these APIs' reasons; stop strings, and Anthropic's full context, have others.
-        responses: the Responses API's reason of an incomplete answer.
+        anthropic, ollama, llama_server: reasons in these APIs, except for a stop string and Anthropic's full context.
+        responses: the Responses API's reason why an answer is incomplete.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"
@@ -66,7 +66,7 @@ class Begun(_OfChoice, frozen=True):
 
     Attributes:
         head: fields of the whole answer.
-        prompt: number of the prompt that the choice continues.
+        prompt: index of the prompt that the choice continues.
         prompt_logprobs: log-probabilities of that prompt's tokens, if requested; only with its first choice.
     """
 
@@ -76,11 +76,11 @@ class Begun(_OfChoice, frozen=True):
 
 
 class Thought(_OfChoice, frozen=True):
-    """Delta of reasoning.
+    """Delta of the reasoning.
 
     Attributes:
-        ids: tokens of the engine's output, if requested; only in the first event of an output.
-        logprobs: log-probabilities of those tokens, likewise.
+        ids: token ids of the engine's output, if requested; only in the first event that is made of an output.
+        logprobs: log-probabilities of these tokens, likewise.
     """
 
     text: str
@@ -89,7 +89,7 @@ class Thought(_OfChoice, frozen=True):
 
 
 class Text(_OfChoice, frozen=True):
-    """Delta of the answer's text; tokens as in `Thought`. The text is empty if there are only tokens to report."""
+    """Delta of the answer's text; `ids` and `logprobs` as in `Thought`. The text may be empty if they are there."""
 
     text: str
     ids: tuple[int, ...] | None = None
@@ -97,7 +97,7 @@ class Text(_OfChoice, frozen=True):
 
 
 class CallBegun(_OfChoice, frozen=True):
-    """A tool call begins, call number `call` of its choice, counted from 0; tokens as in `Thought`."""
+    """A tool call begins, call number `call` of its choice, counted from 0; `ids` and `logprobs` as in `Thought`."""
 
     call: int
     id: str
@@ -107,7 +107,7 @@ class CallBegun(_OfChoice, frozen=True):
 
 
 class CallText(_OfChoice, frozen=True):
-    """Delta of the JSON text of a call's arguments; tokens as in `Thought`."""
+    """Delta of the JSON text of a call's arguments; `ids` and `logprobs` as in `Thought`."""
 
     call: int
     text: str
@@ -119,7 +119,7 @@ class Ended(_OfChoice, frozen=True):
     """A choice ends.
 
     Attributes:
-        reason: `length` for a truncated text, also within a call; `tool_calls` for a choice that ends with calls.
+        reason: `length` if the output was truncated, also within a call; `tool_calls` if it ended with calls.
         stop: the stop string or token id that ended the choice; None for the model's end-of-sequence token.
     """
 
@@ -128,15 +128,16 @@ class Ended(_OfChoice, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the whole request: each prompt is counted once, the output of every choice is counted.
+    """Token counts of the whole request: each prompt counts once, and so does the output of every choice.
 
     Attributes:
         cached_tokens: prompt tokens that were found in the prefix cache.
-        reasoning_tokens: output tokens of the reasoning and its marks; None if there cannot be any.
-        prompt_ms: from the first work on the prompt to the first token; in final counts, if known.
-        completion_ms: from the first token to the last, likewise.
-        draft_tokens, accepted_draft_tokens: draft tokens that were tried, and those in the output; in final counts.
-        predicted_tokens, accepted_predicted_tokens: predicted tokens, and those in the output, of all choices.
+        reasoning_tokens: output tokens of the reasoning and its markers; None if the model has no reasoning.
+        prompt_ms, completion_ms: time until the first token, and from the first to the last; in the final `Usage`, if
+            known.
+        draft_tokens, accepted_draft_tokens: draft tokens that were verified and accepted; in the final `Usage`.
+        predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction`, and accepted ones, of all
+            choices.
         final: whether this is the last event.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Threads and queues that API keys share fairly: keys take turns, however many requests each of them sends.
 
-A thread that works on a large request holds the interpreter lock for up to 0.1 s at a time (to scan or copy a string).
-Several such threads would all delay every step of the event loop, so `apart` runs one of them at a time.
+A thread that works on a large request can hold the interpreter lock for 0.1 s, to scan or copy a string. Several such
+threads would delay every step of the event loop, so `apart` runs one of them at a time.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ T = TypeVar("T")
 
 MOST_WAITING = 60.0  # maximum number of seconds for which a request waits for a thread
 BIG = 64 << 10  # bytes; the steps of larger requests run one at a time
-MAX_STEPS = 4096  # requests that wait for their next step, one for each connection
+MAX_STEPS = 4096  # requests that wait for their next step
 
 asker: ContextVar[str] = ContextVar("asker", default="")
-"""The caller of the current request, as the label of an API key; empty if callers are not distinguished."""
+"""The caller of the current request, as the label of an API key; empty on a server that does not distinguish callers.
+"""
 
 
 class RequestBytes:
-    """Bytes of a request and of the stored responses that it continues, accounted until the prompt is tokenized.
-
-    Args:
-        size: bytes of the body.
+    """Bytes of a request, and of the stored responses that it continues, until the prompt is tokenized.
 
     Attributes:
-        size: all bytes.
+        size: all bytes; at first, the bytes of the body.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -45,28 +43,27 @@ class RequestBytes:
         self._counted = 0
 
     def add(self, size: int) -> None:
-        """Add the bytes of a stored response that the request continues. Raises what `hold` raises."""
+        """Add the bytes of a stored response that the request continues; raises as `hold`."""
         self.size += size
         self._count_all()
 
     def hold(self, count: Callable[[int], object]) -> None:
-        """Account for the bytes beyond `BIG`, until `release`.
+        """Report the bytes beyond `BIG` to `count`, now and when they grow, until `release` reports them as negative.
 
-        Args:
-            count: called with the number of further bytes, negative at the end. If it raises, nothing is counted.
+        If `count` raises, nothing is counted.
         """
         if self._count is None:
             self._count = count
             self._count_all()
 
     def release(self) -> None:
-        """Release the bytes: the request is tokenized, or has ended."""
+        """Release the bytes, because the request is tokenized or has ended."""
         count, counted, self._count, self._counted = self._count, self._counted, None, 0
         if count is not None:
             count(-counted)
 
     def moved(self) -> RequestBytes:
-        """Move the account to work that continues without the request."""
+        """Move the account to a new object, for work that continues without the request."""
         other = RequestBytes(self.size)
         other._count, other._counted, self._count, self._counted = self._count, self._counted, None, 0
         return other
@@ -90,7 +87,7 @@ def this_request() -> RequestBytes:
 
 
 class FairQueue(Generic[T]):
-    """Queue in which keys take turns; the items of one key are in order of arrival."""
+    """A queue in which keys take turns; the items of one key are in order of arrival."""
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[T]] = {}  # ordered by turn, the next key first; every key has an item
@@ -107,7 +104,7 @@ class FairQueue(Generic[T]):
         self._waiting.setdefault(key, deque()).append(item)
 
     def take(self, may_go: Callable[[str], bool] = lambda _: True) -> T | None:
-        """Remove and return the next item of the first key that `may_go`, and move this key to the end; else None."""
+        """Remove and return the next item of the first key for which `may_go` is true; the key becomes the last one."""
         key = next(filter(may_go, self._waiting), None)
         if key is None:
             return None
@@ -118,7 +115,7 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, key: str, item: T) -> None:
-        """Remove an item, if it is in the queue."""
+        """Remove an item if it is in the queue."""
         items = self._waiting.get(key, deque())
         if item in items:
             items.remove(item)
@@ -130,13 +127,13 @@ class _Job(NamedTuple):
     asker: str
     work: Callable[[], Any]
     result: Future[Any]
-    until: float  # `time.monotonic()` after which it is not started
+    until: float  # `time.monotonic()` after which the job is not started
 
 
 class FairThreads:
-    """A few threads, of which one asker occupies at most half (a single thread entirely), and a queue of askers.
+    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of several threads.
 
-    A thread is busy until its work ends, even if nobody waits for the result any more.
+    A thread is busy until its job ends, even if nobody waits for the result any more.
 
     Args:
         name: name of the work, for messages.
@@ -187,7 +184,7 @@ class FairThreads:
             del job, result, work, step  # an exception from this frame would keep itself and the request's body alive
 
     async def close(self) -> None:
-        """Wait for the running jobs; waiting jobs are cancelled."""
+        """Cancel the waiting jobs, and wait for the running jobs."""
         with self._lock:
             self._closed = True
             while (job := self._waiting.take()) is not None:
@@ -220,7 +217,7 @@ class FairThreads:
         return not who or self._running[who] < max(1, self._most // 2)
 
     def _run(self, taken: list[_Job]) -> None:
-        job = taken.pop()  # an exception keeps the thread's frames alive, and these keep their arguments
+        job = taken.pop()  # an exception keeps the frames of its thread alive, and frames keep their arguments
         who = job.asker
         try:
             job.result.set_result(job.work())
@@ -244,15 +241,10 @@ async def apart(
     who: str | None = None,
     ended: Callable[[], object] | None = None,
 ) -> T:
-    """Run a step of a request in a thread and return its result; of large requests, one step runs at a time.
+    """Run a step of a request in a thread, and return its result; steps of large requests run one at a time.
 
-    Args:
-        work, arguments: the step.
-        size: bytes that the step processes; None uses the size of `this_request`.
-        who, ended: as in `FairThreads.run`.
-
-    Raises:
-        EngineOverloadedError: as in `FairThreads.run`.
+    `size` is the number of bytes that the step processes (None: of `this_request`). `who`, `ended` and
+    EngineOverloadedError are as in `FairThreads.run`.
     """
     small = (this_request().size if size is None else size) <= BIG
     return await (_small if small else _big).run(partial(work, *arguments), who, ended)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Completions of llama.cpp's server: `/completion`, also with images, and `/infill`, without HTTP (steps 2 and 10).
+"""Completions of llama.cpp's server, without HTTP (steps 2 and 10): `/completion`, also with images, and `/infill`.
 
-A request is converted to a task that an `OpenAIAdapter` answers, and the events of the answer to llama.cpp's chunks.
+A request becomes a task for an `OpenAIAdapter`; the events of the answer become llama.cpp's chunks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
 
 def _biases(given: Any) -> Any:
-    """Validate pairs of a token id or a text, and a logit bias."""
+    """Validate pairs of a logit bias and its token, an id or a text."""
     if given is None:
         return None
     pairs = list(given.items()) if isinstance(given, dict) else given
@@ -80,9 +80,9 @@ class _Asked(LlamaFields, LlamaForms):
     """Fields that both routes share.
 
     Attributes:
-        n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only evaluates the prompt.
+        n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only processes the prompt.
         n_probs: number of likeliest tokens reported at each position; 0 reports no probabilities.
-        logit_bias: pairs of a token id, or a text for all its tokens, and a bias; or an object of them; false is -100.
+        logit_bias: pairs, or an object, of a token id, or a text for all its tokens, and a bias; false means -100.
         return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
         timings_per_token: whether every chunk has timings.
         response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.
@@ -119,7 +119,7 @@ class _Asked(LlamaFields, LlamaForms):
         return None if value is False else value
 
     def sampling(self) -> dict[str, Any]:
-        """Return the given options, under their names in `SamplingParams`."""
+        """Return the options of the request under their names in `SamplingParams`."""
         limit = self.n_predict
         limits = {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
         return self.drawing() | limits | ({"logprobs": self.n_probs} if self.n_probs else {})
@@ -136,10 +136,10 @@ class _Asked(LlamaFields, LlamaForms):
 
 
 class MediaPrompt(fields.WireModel):
-    """A text that may have images.
+    """A text with `<__media__>` (`task.MEDIA_MARK`) in place of each image.
 
     Attributes:
-        multimodal_data: images in base64, one for each mark in the text (`task.MEDIA_MARK`), in this order.
+        multimodal_data: the images in base64, in the order of the marks.
     """
 
     prompt_string: str
@@ -164,7 +164,7 @@ _Prompt = Annotated[
 
 
 class LlamaCompletionRequest(_Asked):
-    """A text to continue, its tokens, or a text with images; or a list of them, each with its own answer."""
+    """A prompt: a text, its token ids, or a text with images; or a list of prompts, each of which gets an answer."""
 
     prompt: Annotated[
         Annotated[str, Tag("<string>")]
@@ -182,7 +182,7 @@ class LlamaCompletionRequest(_Asked):
 
     @property
     def prompts(self) -> list[str | list[int] | MediaPrompt]:
-        """The prompts as a list with one entry for each prompt."""
+        """The prompts as a list."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return cast(Any, self.prompt) if several else [cast(Any, self.prompt)]
 
@@ -225,7 +225,7 @@ class InfillRequest(_Asked):
 
     Attributes:
         input_prefix, input_suffix: text before and after the gap.
-        prompt: beginning of the gap's line, after the prefix: editors send the lines above the cursor as prefix.
+        prompt: text between prefix and gap: the beginning of the gap's line, as editors send it.
         input_extra: snippets of other files, which precede the prefix.
     """
 
@@ -235,7 +235,7 @@ class InfillRequest(_Asked):
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
     def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
-        """Convert the request to one task. Without a suffix the text is continued."""
+        """Convert the request to one task; without a suffix, it continues the text."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
         prefix = (f"{before}\n\n{self.input_prefix}" if before else self.input_prefix) + self.prompt
         return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
@@ -263,14 +263,14 @@ def _probabilities(entries: Sequence[PositionLogprobs]) -> tuple[TokenProbabilit
 
 
 class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
-    """A chunk of a streamed answer, the last one with `stop`; or a whole answer.
+    """A chunk of a streamed answer, of which the last has `stop`; or a whole answer.
 
     Attributes:
         tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
         completion_probabilities: log-probabilities, if `n_probs` requests them.
         prompt: the prompt, if it was a text.
         generation_settings: sampling values of the answer, under llama.cpp's names.
-        stop_type: eos, limit or word; for word, `stopping_word` is the stop string.
+        stop_type: eos, limit or word, which means that the stop string `stopping_word` ended the answer.
         truncated: always false, because prompts are not truncated.
     """
 
@@ -293,22 +293,19 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Answered = LlamaText | dict[str, Any]
-"""An answer or a chunk; an object if `response_fields` selects fields."""
+"""A chunk or an answer; an object if `response_fields` selects fields of it."""
 
 
 class LlamaStream(ChunkStream[Answered]):
-    """Chunks of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
+    """Chunks of one answer. Closing it (`aclose`) aborts the request."""
 
 
 async def llama_stream(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> LlamaStream:
-    """Submit a request with one prompt and stream its chunks; close the stream to abort the request.
+    """Submit a request with one prompt, and stream its chunks; raises as the methods of the adapter.
 
-    Args:
-        adapter: answers the request; this function raises what its methods raise.
-        request: a validated request.
-        defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
+    `defaults` are defaults by name in `SamplingParams`, which precede the model's own.
     """
     (task,) = await _tasks(adapter, request, defaults)
     writer = _Writer(request, task, _settings(adapter, request, task))
@@ -349,7 +346,7 @@ async def _bias(adapter: OpenAIAdapter, request: LlamaRequest) -> dict[int, floa
 
 
 def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict[str, Any]:
-    """Return the sampling values of an answer, under llama.cpp's names."""
+    """Return the sampling values of an answer under llama.cpp's names."""
     params = sampling_params(task, adapter.model_info.default_sampling).filled({})
     shared = {name: getattr(params, name) for name in sampling_names(LlamaFields)}
     return shared | {
@@ -365,15 +362,17 @@ def _settings(adapter: OpenAIAdapter, request: LlamaRequest, task: Task) -> dict
 
 
 def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
-    """Whether a text already has the beginning-of-sequence token, as rendered templates have."""
+    """Whether a text already begins with the beginning-of-sequence token, as rendered chat templates do."""
     return bool(beginning) and isinstance(prompt, str) and prompt.startswith(beginning)
 
 
 async def llama_answer(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> Answered | list[Answered]:
-    """Return the whole answer, joined from a stream's chunks, or the answers to several prompts, which run at the same
-    time. Cancelling this coroutine aborts the request."""
+    """Return the whole answer, or the answers to several prompts, which run at the same time.
+
+    Each is joined from a stream's chunks. Cancelling this coroutine aborts the request.
+    """
     answers: list[Answered] = []
     async with AsyncExitStack() as streams:
         begun: list[ChunkStream[LlamaText]] = []
@@ -397,7 +396,7 @@ async def llama_answer(
 
 
 def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
-    """Select the requested fields, each under its path; without paths, return everything."""
+    """Select the fields at these paths, each under its path; without paths, return everything."""
     if not paths:
         return piece
     found: dict[str, Any] = {}
@@ -411,13 +410,9 @@ def _chosen(piece: LlamaText, paths: Sequence[str] | None) -> Answered:
 
 
 class _Writer:
-    """Writes the chunks of one answer.
+    """Writes the chunks of one answer; with `whole`, the last chunk has all fields, because the chunks will be joined.
 
-    Args:
-        request: the request, which selects the fields of chunks.
-        task: the task that is answered.
-        settings: sampling values of the answer.
-        whole: whether the last chunk keeps all fields, because a whole answer is joined from the chunks.
+    `settings` are the sampling values of the answer.
     """
 
     def __init__(self, request: LlamaRequest, task: Task, settings: Mapping[str, Any], *, whole: bool = False) -> None:
@@ -427,7 +422,7 @@ class _Writer:
         self._ended: Ended | None = None
         self._running = RunningTimings() if request.timings_per_token else None
         self._timings: Timings | UnsetType = UNSET
-        self._held: list[Text] = []  # tokens whose text is not complete yet, for the next chunk
+        self._held: list[Text] = []  # events without text yet, whose tokens go into the next chunk
 
     def write(self, events: Sequence[Event]) -> list[Any]:
         made: list[Any] = []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Steps 2 and 3 of a request: validated fields -> prompt tokens, sampling parameters, and the parsing of answers.
+"""Preparation of a request (steps 2 and 3): `Task` -> prompt tokens, sampling parameters, and how answers are parsed.
 
 Rendering a template, tokenizing a long prompt and compiling a grammar would block all streams of an event loop, so
-call these methods in other threads (`WorkerThreads`).
+these methods run in other threads (`WorkerThreads`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Unseen = tuple[Sequence[bytes | ImageAddress], Sequence[str]]
 
 
 class PreparedChat(NamedTuple):
-    """A task, ready to be submitted.
+    """A conversation, ready to be submitted.
 
     Attributes:
         prompt: token ids of the prompt.
@@ -74,10 +74,7 @@ class PreparedChat(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """A task with prompts, ready to be submitted.
-
-    Attributes:
-        images, unseen: images of the only prompt, as in `PreparedChat`.
+    """A task with prompts, ready to be submitted; `images` and `unseen` are as in `PreparedChat`, of the only prompt.
     """
 
     prompts: list[EchoedPrompt]
@@ -87,18 +84,15 @@ class PreparedPrompts(NamedTuple):
 
 
 class TaskPreparation:
-    """Prepares requests for one engine.
+    """Prepares requests for one engine; ConfigError if a template default cannot be a variable.
 
     Args:
-        engine: provides tokenizer, template and vocabulary.
+        engine: has the tokenizer, template and vocabulary.
         planner: plans the answers to chat requests.
         allow_priority: whether requests may precede others.
         allow_chat_template: whether requests may bring a template.
         template_defaults: default values of template variables.
         images: allowed sources of images.
-
-    Raises:
-        ConfigError: a template default cannot be a variable.
     """
 
     def __init__(
@@ -114,11 +108,9 @@ class TaskPreparation:
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
-        """Prepare a conversation; raises `RequestError` with the request's field names. `see` reads `unseen` images.
+        """Prepare a conversation, without its images, which `see` reads; RequestError names the request's fields.
 
-        Args:
-            task: the task to prepare.
-            bounded: whether to refuse a prompt beyond the context early; False if its tokens are only counted.
+        With `bounded`, a prompt longer than the context is refused early; without, its tokens may be only counted.
         """
         with task.paths.blamed():
             self._check(task)
@@ -129,7 +121,7 @@ class TaskPreparation:
             if bounded and task.cut is None:
                 check_length(self._engine, text)
             answers, structured, thoughts, marks = self._planned(task, text)
-            # Templates write the special tokens themselves.
+            # Templates write special tokens themselves; a request may add more.
             prompt = self._cut(task, self._behind(task, text, add_special_tokens=task.add_special_tokens))
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
@@ -140,14 +132,14 @@ class TaskPreparation:
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
-        """Read the images from their sources and add them. Raises `RequestError`."""
+        """Read the images of a conversation from their sources, and add them; raises `RequestError`."""
         if prepared.unseen is None:
             return prepared
         prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work)
         return prepared._replace(prompt=prompt, images=images, unseen=None)
 
     async def see_prompt(self, task: Task, prepared: PreparedPrompts, work: WorkerThreads) -> PreparedPrompts:
-        """Apply `see` to the only prompt of a task."""
+        """Read the images of a task's only prompt, as `see` does."""
         if prepared.unseen is None:
             return prepared
         (prompt,) = prepared.prompts
@@ -171,18 +163,18 @@ class TaskPreparation:
                 )
                 raise InvalidParameterError(said, names[0])
             ids, images = self._engine.look(prompt, files, names)
-            self._images.keep(images)  # before the request waits for a thread
+            self._images.keep(images)  # count their memory before the request waits for a thread
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
             return ids, images
 
     def try_picture(self, data: bytes) -> None:
-        """Check an image in a tool's result; raises `RequestError` if the model cannot read an image there."""
+        """Check an image for a tool's result; RequestError if the model cannot read it there."""
         said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
     def _without_results_images(self, task: Task) -> Task:
-        """Replace images in results of tools if the model reads text only: an agent cannot take them out again."""
+        """Replace images in results of tools if the model reads text only, because an agent cannot remove them."""
         info, results = self._engine.model_info, [one for one in task.messages if one.role == "tool"]
         if "image" in info.modalities or not images_of(results):
             return task
@@ -208,7 +200,7 @@ class TaskPreparation:
         return [self._images.begin(each) for each in where], [each.path for each in where]
 
     def _marked(self, prompt: str, images: Sequence[ImagePart]) -> str:
-        """Return a text in which the model's placeholders replace the marks of images."""
+        """Replace the image marks of a text with the model's placeholders for images."""
         info = self._engine.model_info
         if "image" not in info.modalities:
             raise UnsupportedParameterError(
@@ -224,13 +216,14 @@ class TaskPreparation:
         return prompt.replace(MEDIA_MARK, info.image_text)
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
-        """Compile the constraint on the answer, which may take seconds. Raises `RequestError`.
+        """Compile the constraint on the answer, which may take seconds; raises `RequestError`.
 
-        Schemas of tools that are not strict are enforced if possible; otherwise the request is not refused.
+        A schema of a tool that is not strict is enforced if possible; otherwise the request runs without its
+        enforcement.
         """
         with task.paths.blamed():
             asked, form = task.form, prepared.params.structured_outputs
-            # With required calls it applies to no content, but it must be valid.
+            # With required calls, the answer has no content that it could constrain, but it must be valid.
             if asked is not None and task.tools.mode == "required":
                 self._engine.check_structured_outputs(asked)
             self._check_grammars(task)
@@ -251,7 +244,7 @@ class TaskPreparation:
             return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
 
     def _check_grammars(self, task: Task) -> None:
-        """Refuse invalid grammars of tools."""
+        """Refuse custom tools whose grammar is invalid."""
         for tool in task.tools.tools:
             if tool.grammar is None:
                 continue
@@ -263,7 +256,7 @@ class TaskPreparation:
                 raise InvalidParameterError(f"{field}: {reason}", field) from None
 
     def _without_grammar(self, task: Task, text: str) -> frozenset[str]:
-        """Return the tools whose grammar cannot be enforced inside the model's format of calls."""
+        """Return the tools whose grammar cannot be enforced in the model's tool-call format."""
         found = set[str]()
         for tool in task.tools.tools:
             try:
@@ -283,10 +276,9 @@ class TaskPreparation:
             return self._planner.plan(task, text, loose=loose)
 
     def _loose(self, task: Task, text: str) -> frozenset[str]:
-        """Return the tools that are not strict and whose schemas cannot be enforced; all such tools if there are many.
+        """Return the tools that are not strict and whose schema cannot be enforced; all such tools if there are many.
 
-        Raises:
-            InvalidParameterError: the schema of a strict tool cannot be enforced.
+        Raises InvalidParameterError if the schema of a strict tool cannot be enforced.
         """
         use = task.tools
         found = set[str]()
@@ -309,7 +301,7 @@ class TaskPreparation:
         return frozenset(found)
 
     def prompts(self, task: Task) -> PreparedPrompts:
-        """Prepare a task with prompts; raises `RequestError` with the request's field names."""
+        """Prepare a task with prompts; RequestError names the request's fields."""
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
@@ -351,7 +343,7 @@ class TaskPreparation:
         return params
 
     def check_form(self, task: Task) -> tuple[str, ...]:
-        """Compile the constraint on texts that continue prompts, which may take seconds. Raises `RequestError`.
+        """Compile the constraint on answers to prompts, which may take seconds; raises `RequestError`.
 
         Returns:
             Warnings to the client about the constraint.
@@ -362,7 +354,7 @@ class TaskPreparation:
             return _remarks(task)
 
     def _check(self, task: Task) -> None:
-        """Check the rules that depend on the model and on this adapter."""
+        """Check the rules that depend on the model and on the adapter's options."""
         if task.priority < 0 and not self._allow_priority:
             raise no_priority()
         allowed: Sequence[int] | None = task.sampling.get("allowed_token_ids")
@@ -420,7 +412,7 @@ class TaskPreparation:
         return EchoedPrompt(text, first, tuple(ids))
 
     def _cut(self, task: Task, ids: Sequence[int]) -> list[int]:
-        """Truncate a prompt as the task asks; one token of the context is left for the answer."""
+        """Truncate a prompt as the task asks; the context has room for one output token."""
         return list(ids if task.cut is None else task.cut.of(ids, self._engine.model_info.max_model_len - 1))
 
     def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
@@ -429,7 +421,7 @@ class TaskPreparation:
         return prompt
 
     def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a prompt, which follows the tokens of `before`; then it gets no beginning-of-sequence token."""
+        """Tokenize a prompt. If it follows the tokens of `before`, it has no beginning-of-sequence token."""
         if not task.before:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")
@@ -454,7 +446,7 @@ def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemp
 
 
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:
-    """Refuse answers with too many log-probabilities of their `tokens` prompt tokens."""
+    """Refuse a request with too many log-probabilities of its prompt tokens."""
     entries = 0 if asked is None else tokens * sequences * (asked + 1)
     if entries > MAX_LOGPROBS:
         raise InvalidParameterError(
@@ -465,7 +457,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the model's sampling defaults at the start, not at every request."""
+    """Check the model's sampling defaults once, when the server starts."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
     request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt", "logprob_token_ids"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
@@ -479,13 +471,13 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path_of(task: Task, name: str) -> str:
-    """Return the path of the schema or grammar of a tool in the request."""
+    """Return the path of a tool's schema or grammar in the request."""
     place = next(i for i, shown in enumerate(task.tools.shown) if shown["function"]["name"] == name)
     return task.paths.schemas[place]
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the operator's template variables at the start, not at every request."""
+    """Check the operator's template variables once, when the server starts."""
     try:
         check_variables(variables)
     except ValueError as error:
@@ -494,7 +486,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
-    """Return warnings about the schemas that constrain an answer; they are already compiled."""
+    """Return warnings about the schemas that constrain an answer, which are compiled already."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)

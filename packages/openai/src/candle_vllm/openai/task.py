@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What a request asks for, in the form of no API (step 2).
+"""The `Task` of a request: what the request asks for, independent of any API (step 2).
 
-Each API validates its requests and converts them to a `Task`; prompts, parameters, grammars and plans are made from it
-alone. Errors that are found later name fields of the task, and `Paths` has their names in the request.
+Each API validates its requests and converts them to a `Task`, from which prompts, parameters, grammars and plans are
+made. Errors found later name fields of the task; `Paths` translates these names to the request's.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class TextPart(NamedTuple):
 
 
 class ImagePart(NamedTuple):
-    """An image in a message.
+    """An image in a message; its address is not read yet.
 
     Attributes:
         source: address of the image, or a data URL.
-        detail: requested level of detail; no effect.
+        detail: requested level of detail, which has no effect.
         path: path of the image in the request, for errors.
         stored: whether the source is the id of a stored file.
     """
@@ -43,11 +43,11 @@ class ImagePart(NamedTuple):
 Part = TextPart | ImagePart
 
 MEDIA_MARK = "<__media__>"
-"""Mark of an image in a text prompt, for every model; the same as llama.cpp's."""
+"""Stands for an image in a text prompt, whatever the model; llama.cpp uses the same mark."""
 
 
 class Call(msgspec.Struct, frozen=True):
-    """A call in an earlier answer; `arguments` are JSON text as the model wrote it, which may be invalid."""
+    """A tool call of an earlier answer; `arguments` is JSON text as the model wrote it, which may be invalid."""
 
     id: str
     name: str
@@ -58,10 +58,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     """A message of a conversation.
 
     Attributes:
-        parts: content; text parts are joined by line breaks.
+        parts: content; consecutive texts are joined by line breaks.
         thoughts, calls: reasoning and tool calls of an assistant message.
-        call_id: the call that a tool message answers.
-        name: name of the participant, or of the function that answers.
+        call_id: id of the call whose result a tool message has.
+        name: name of the participant, or of the function that was called.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -73,11 +73,11 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolFunction(msgspec.Struct, frozen=True):
-    """A function for parsers and grammars.
+    """A function that the model may call, as parsers and grammars use it.
 
     Attributes:
         parameters: a JSON schema that has `"type": "object"`; without properties if the request gave no parameters.
-        strict: whether the arguments must follow the schema even if the model chooses to call.
+        strict: whether the arguments must follow the schema even if the tool choice is `auto`.
         grammar: Lark grammar of the function's only argument, a text; enforced if the format of calls allows it.
     """
 
@@ -89,14 +89,14 @@ class ToolFunction(msgspec.Struct, frozen=True):
 
 
 class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
-    """Tools of a request, and how they may be called.
+    """Tools of a request, with the tool choice.
 
     Attributes:
         tools: the functions that may be called; empty in mode `none`.
         mode: `none`, `auto` (the model chooses) or `required` (at least one call).
         parallel: whether more than one call is allowed.
         named: the one function that must be called, exactly once; the mode is then `required`.
-        shown: the tools for the chat template: all tools of the request, even if only some may be called.
+        shown: tools for the chat template: all tools of the request, even if only some may be called.
     """
 
     tools: tuple[ToolFunction, ...] = ()
@@ -124,18 +124,18 @@ class Choice(NamedTuple):
     named: str | None = None
 
     def freed(self) -> Choice:
-        """Return the choice for later turns: a model that always has to call a tool would never answer."""
+        """Return the choice for later turns, without an obligation to call: a model that must always call never
+        answers.
+        """
         return self if self.mode == "none" else Choice(names=self.names)
 
     def among(
         self, functions: Sequence[ToolFunction], shown: Sequence[dict[str, Any]], *, parallel: bool | None
     ) -> ToolUse:
-        """Return the tool use of a request with these tools.
+        """Return the tool use of a request with these tools; InvalidParameterError if a call is required, but no tool
+        given.
 
         If no tool may be called, the template shows no tools, so that the model does not write a call as text.
-
-        Raises:
-            InvalidParameterError: a tool must be called, and the request has no tools.
         """
         if not functions and self.mode == "required":
             raise InvalidParameterError("tool_choice needs tools: there is nothing to choose from", "tool_choice")
@@ -157,7 +157,7 @@ class ThinkingLimit(NamedTuple):
     Attributes:
         tokens: maximum number of reasoning tokens.
         message: text inserted when the limit ends the reasoning; None uses the text that the model's makers recommend.
-        required: whether it is an error if the marks of the model's reasoning are unknown.
+        required: whether the request fails if the markers around the model's reasoning are unknown.
     """
 
     tokens: int
@@ -166,10 +166,10 @@ class ThinkingLimit(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How prompts are truncated.
+    """How prompts that are too long are truncated.
 
     Attributes:
-        tokens: maximum number of remaining tokens; -1 for as many as the context takes, less one token for the answer.
+        tokens: maximum number of tokens that remain; -1 for the maximum that leaves room for one output token.
         side: side from which tokens are removed.
     """
 
@@ -177,11 +177,7 @@ class Cut(NamedTuple):
     side: Literal["left", "right"] = "left"
 
     def of(self, prompt: Sequence[int], context: int) -> Sequence[int]:
-        """Return the truncated prompt; raises `InvalidParameterError` if `tokens` exceeds the context.
-
-        Args:
-            prompt: tokens of the prompt.
-            context: maximum number of prompt tokens that the model takes.
+        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the maximum prompt length.
         """
         if self.tokens > context:
             raise InvalidParameterError(
@@ -198,9 +194,9 @@ class Paths(NamedTuple):
     """Names of a task's fields in its request, for errors.
 
     Attributes:
-        fields: the request's names of fields that the task and the engine call differently.
-        schemas: the path of each shown tool's schema.
-        words: text that replaces a name in `fields` anywhere in a message, for names that no message may contain.
+        fields: names in the request of the fields that the task or the engine names differently.
+        schemas: path of each shown tool's schema.
+        words: for names in `fields` that no message may contain, the text that replaces the name in the message.
     """
 
     fields: Mapping[str, str]
@@ -209,7 +205,7 @@ class Paths(NamedTuple):
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
-        """Context manager that renames `fields` in errors to the names in the request."""
+        """Context manager that translates the field that a `RequestError` names to its name in the request."""
         try:
             yield
         except RequestError as error:
@@ -225,21 +221,21 @@ class Paths(NamedTuple):
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation to continue, or prompts.
+    """What a request asks for: the next message of a conversation, or continuations of prompts.
 
     Attributes:
         messages: at least one message; empty if there are `prompts`.
-        prompts: texts or token ids that answers continue.
-        images: images of the only prompt, a text with `MEDIA_MARK` for each; None if the text has no marks.
-        suffix: text after the answers, which fill the gap between prompt and suffix; "" means no suffix.
-        before: token ids that precede the prompt, from an earlier prompt and its answer.
+        prompts: texts or token ids, each of which gets `choices` answers.
+        images: images of the only prompt, a text with a `MEDIA_MARK` for each; None without images.
+        suffix: text after the answers, which fill the gap between prompt and suffix (fill in the middle).
+        before: token ids of an earlier prompt and its answer, which precede the prompt (Ollama's `context`).
         tools: the tools that may be called, and the tool choice.
         form: constraint on the content of an answer; None allows any text.
         sampling: values that the request gives, by name in `SamplingParams`.
         choices: number of answers for each prompt.
         model: name of the model in the request; None uses the served model.
         continued: whether the last message is the beginning of the answer.
-        opens_answer: whether the prompt ends with the beginning of an answer; None means unless it is `continued`.
+        opens_answer: vLLM's `add_generation_prompt`; None means True unless the last message is `continued`.
         variables: variables of the chat template.
         documents: documents for the chat template.
         chat_template: replaces the model's template.
@@ -249,10 +245,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         echo: text that every choice begins with.
         echo_prompts: whether every choice repeats its prompt, with log-probabilities if they are requested.
         scored_only: whether prompts are only scored, and nothing is generated.
-        tell_ids, tell_counts: whether events have token ids, and whether counts precede every output.
+        tell_ids, tell_counts: whether events have token ids, and whether a `Usage` precedes every output.
         cut: how prompts are truncated; None refuses prompts that are too long.
-        adapter: adapter that the request names besides the model; `model` contains it too.
-        lora: scales of adapters by id; None uses what the served name means.
+        adapter: LoRA adapter that the request names in a field of its own; `model` contains its name too.
+        lora: scales of LoRA adapters by llama.cpp id; None uses the named adapter, or the default scales.
         priority: lower values run first.
         request_id: id given by the caller.
         paths: names of the fields in the request.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponsesSession: a conversation with a transcript and tools."""
+"""ResponsesSession: a conversation with a model that may call tools."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class ResponsesSession(ExplainedAttributes):
-    """A conversation; each call continues where the last one ended.
+    """A conversation; each call continues where the last one ended. Only one call may run at a time.
 
-    With MCP servers or a base URL, it must be used as `async with ResponsesSession(...) as session`, and only once;
-    this starts the servers, and ends them and all connections. Only one conversation may run at a time.
+    With MCP servers or a base URL, use it as `async with ResponsesSession(...) as session`, and only once: this starts
+    the servers, and ends them and all connections.
 
     Args:
         model: an engine, an adapter, the base URL of a server with OpenAI's chat API, or any `ChatModel`.
-        messages: earlier messages in OpenAI's format; the `messages` of another session, for example.
+        messages: earlier messages in OpenAI's format, for example the `messages` of another session.
         tools: Python functions and `Tool` objects that the model may call.
-        mcp_servers: servers whose tools the model may call, too: one or several configurations, or the path of an
-            mcp.json, which is read with this process's environment.
+        mcp_servers: servers whose tools the model may call as well: one or several configurations, or the path of an
+            mcp.json, whose variables are read from this process's environment.
         api_key, model_name: API key and model name for a base URL.
         strict_servers: whether a server that cannot be reached at the start is an error of the session.
 
@@ -97,7 +97,7 @@ class ResponsesSession(ExplainedAttributes):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """End the conversation (its caller gets `RequestAbortedError`), the MCP servers and the connections."""
+        """End the running call (its caller gets `RequestAbortedError`), the MCP servers and the connections."""
         self._closed = True
         fleet, self._fleet = self._fleet, None
         async with AsyncExitStack() as ending:
@@ -110,7 +110,7 @@ class ResponsesSession(ExplainedAttributes):
 
     @property
     def messages(self) -> list[ChatMessage]:
-        """A copy of the transcript so far, which can be written as JSON; a new session made with it continues here."""
+        """A copy of the transcript, which can be written as JSON; a new session with these messages continues here."""
         return copy.deepcopy(self._messages)
 
     @property
@@ -130,7 +130,7 @@ class ResponsesSession(ExplainedAttributes):
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> ConversationResult:
-        """Add `messages`, and let the model answer with the tools it needs; see `stream_conversation`."""
+        """Add `messages`, let the model answer, with the tools that it needs, and return the result."""
         result: ConversationResult | None = None
         async with aclosing(self.stream_conversation(messages, options, client_tools=client_tools)) as events:
             async for event in events:
@@ -146,18 +146,19 @@ class ResponsesSession(ExplainedAttributes):
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> AsyncGenerator[Event, None]:
-        """Like `run_conversation`, as events; the last is `ConversationFinished`. Closing the iterator ends it.
+        """Run as `run_conversation`, and yield events until `ConversationFinished`. Closing the iterator ends it.
 
         Without messages, the conversation continues where it ended: open calls first, then the model's next turn.
 
-        The transcript contains what happened: `messages`, whole turns, and results of calls. If a turn fails or is
-        cancelled before anything was added, `messages` are not added either, so the call can be repeated. A tool call
-        that was interrupted has a result that says so, and is not run again; one that had not begun is open.
+        The transcript grows by what happened: `messages`, whole turns, and results of calls. If a turn fails or is
+        cancelled before the transcript has grown, `messages` are not added either, so that the caller can try again. A
+        tool call that was interrupted has a result that says so, and is not run again; a call that had not begun
+        remains open.
 
         Args:
             messages: messages in OpenAI's format, also `tool` messages with the results of the caller's own tools.
             options: limits, approval, sampling.
-            client_tools: OpenAI tool definitions of the caller; a turn that calls one is the last, with the call in
+            client_tools: OpenAI definitions of the caller's tools; a turn that calls one is the last, with the call
                 `pending`.
 
         Raises:
@@ -190,10 +191,7 @@ class ResponsesSession(ExplainedAttributes):
                 self._answers = {key: answer for key, answer in self._answers.items() if key in still_open}
 
     def answer_approvals(self, answers: Mapping[str, Approval | str]) -> None:
-        """Allow or deny open calls; this takes effect when the conversation continues.
-
-        Args:
-            answers: "allow" or "deny" by call id.
+        """Allow or deny open calls ("allow" or "deny" by call id); this takes effect when the conversation continues.
 
         Raises:
             InvalidParameterError: a call is not open, or an answer is invalid.
@@ -211,13 +209,13 @@ class ResponsesSession(ExplainedAttributes):
         self._answers |= {call_id: Approval(answer) for call_id, answer in answers.items()}
 
     def list_openai_tools(self, allowed: Iterable[str] | None = None) -> list[dict[str, Any]]:
-        """Return the tools in the format of a chat request: all, or those whose names match a pattern."""
+        """Return the tools in the format of a chat request: all, or the tools whose names match a pattern."""
         return [definition.to_openai() for definition in self._tools.definitions(allowed)]
 
     async def call_tool(
         self, server: str | None, tool: str, arguments: Mapping[str, Any], *, timeout: float | None = None
     ) -> ToolResult:
-        """Call a tool without the model; no approval is needed, and the transcript is not changed.
+        """Call a tool without the model; no approval is needed, and the transcript does not change.
 
         Args:
             server: label of the MCP server; None for a Python function.
@@ -226,7 +224,8 @@ class ResponsesSession(ExplainedAttributes):
             timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
-            InvalidParameterError: unknown tool, invalid arguments or timeout. All other errors are in the result.
+            InvalidParameterError: the tool is unknown, or arguments or timeout are invalid. The result has all other
+                errors.
         """
         self._check_open()
         return await call_directly(self._tools, server, tool, arguments, timeout=timeout)

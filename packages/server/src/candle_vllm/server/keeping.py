@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Answers that outlive their clients: a request that asked for it goes on after its client has disconnected.
+"""Answers that outlive their clients: a request that asked for it continues after its client has disconnected.
 
-Between steps 2 and 10 of a request's life. A task reads the chunks of such a request. Its client reads them too, or the
-whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted at a disconnect.
+Between steps 2 and 10 of a request's life. A task reads the chunks of the answer. The client reads them from the task,
+or gets the whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted when
+their client disconnects.
 """
 
 from __future__ import annotations
@@ -37,11 +38,7 @@ NOT_HERE = "is for chat and text completions: answers of this route are not kept
 
 @dataclass(frozen=True)
 class KeptForm:
-    """How answers of one API are stored.
-
-    Attributes:
-        prefix: prefix of their ids.
-        join: makes the whole answer from its chunks.
+    """How answers of one API are stored: the prefix of their ids, and a function that joins chunks to a whole answer.
     """
 
     prefix: str
@@ -53,10 +50,10 @@ class Wish:
     """What one request asked of the mailbox.
 
     Attributes:
-        policy: when the answer is stored and pushed.
+        policy: when the answer is stored, and when it is pushed to a webhook.
         owner: who may fetch the answer.
         request_id: id of the answer, without the prefix.
-        usage_hidden: whether the client did not ask for token counts in its stream; the whole answer has them.
+        usage_hidden: whether the client's stream has no token counts; the stored answer has them.
     """
 
     policy: DeliveryPolicy
@@ -70,12 +67,7 @@ class Wish:
 
 
 class Keeper:
-    """Reads answers to their end for the mailbox.
-
-    Args:
-        mailbox: stores the answers; with None, a request that asks for the mailbox is refused.
-        metrics: counts stored answers.
-    """
+    """Reads answers to their end for the mailbox; without a mailbox, it refuses requests that ask for one."""
 
     def __init__(self, mailbox: Mailbox | None, metrics: Metrics) -> None:
         self._mailbox = mailbox
@@ -83,7 +75,7 @@ class Keeper:
         self._works: set[Work[Any]] = set()
 
     def wish(self, scope: Scope, wire: Any, *, possible: bool = True) -> tuple[Wish | None, Any]:
-        """Return what a request asks for, and the request as it must run for that: streamed, with its token counts.
+        """Return what a request asks of the mailbox, and the request changed accordingly: streamed, with token counts.
 
         Args:
             scope: ASGI scope with the request's headers.
@@ -115,7 +107,7 @@ class Keeper:
             wish: what the request asked for.
             chunks: chunks of the answer; the last one has its usage.
             form: how the answer is stored.
-            turn: released once nothing more is generated.
+            turn: released when the model generates nothing more.
             deadline: `time.monotonic()` at which reading ends.
         """
         assert self._mailbox is not None
@@ -135,23 +127,18 @@ class Keeper:
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is still being read, or about to be stored."""
+        """Whether an answer is being read or stored."""
         return bool(self._works)
 
     async def close(self) -> None:
-        """Stop reading; answers that are incomplete go to the mailbox as errors."""
+        """Stop reading; the mailbox gets an error in place of each incomplete answer."""
         await asyncio.gather(*(work.cancel() for work in self._works))
 
 
 class OutlivingAnswer:
-    """The chunks of one answer for its client, which may leave.
+    """The chunks of one answer for its client, which may leave; at the end the mailbox gets the whole answer.
 
-    Args:
-        mailbox: stores the answer.
-        wish: what its request asked for.
-        form: how the answer is stored.
-        model: name of the model.
-        deadline: `time.monotonic()` until which `finish` waits for the client.
+    `deadline` is the `time.monotonic()` until which `finish` waits for the client.
     """
 
     def __init__(self, mailbox: Mailbox, wish: Wish, form: KeptForm, model: str, deadline: float) -> None:
@@ -181,19 +168,19 @@ class OutlivingAnswer:
                 return chunk
 
     async def response(self, encode: Callable[[Any], bytes]) -> Response:
-        """The whole answer as JSON, for a client that wants no stream.
+        """Return the whole answer as JSON, for a client that wants no stream; raises the exception of a failed answer.
 
-        Cancelling it means that the client has left. If the answer failed, its exception is raised.
+        Cancel it when the client leaves.
         """
         return _WholeResponse(encode(await self._whole()), self)
 
     def delivered(self) -> None:
-        """Note that the client was sent the last byte."""
+        """Record that the client was sent the last byte."""
         self._delivered = not self._gone.is_set()
         self._over.set()
 
     async def aclose(self) -> None:
-        """Note that the client reads no more; the answer is still read to its end."""
+        """Record that the client reads no more; the answer is still read to its end."""
         if not self._delivered:
             self._gone.set()
         self._over.set()
@@ -209,10 +196,8 @@ class OutlivingAnswer:
     async def finish(self, failure: Failure) -> bool | None:
         """End the answer for client and mailbox; return whether it was stored, or None if it need not be.
 
-        If that depends on the client, wait for the client until the deadline, or until this task is cancelled.
-
-        Args:
-            failure: the exception that ended the answer; None if it is complete.
+        If that depends on whether the client got the answer, wait for the client until the deadline or a cancellation.
+        `failure` is the exception that ended the answer; None if the answer is complete.
         """
         self._noting.cancel()
         made = await self._result(failure)
@@ -253,13 +238,13 @@ class OutlivingAnswer:
         return made
 
     def _as_asked(self, chunk: Any) -> Any:
-        """The chunk for the client: without token counts if the client did not ask for them."""
+        """Return the chunk for the client, without token counts if the client did not ask for them."""
         if not self._wish.usage_hidden:
             return chunk
         return msgspec.structs.replace(chunk, usage=UNSET) if chunk.choices else None
 
     async def _note(self) -> None:
-        """Show in the mailbox that the answer is being generated, once it is certain that it will be stored."""
+        """List the answer in the mailbox as being generated, as soon as it is certain that it will be stored."""
         if not self._wish.asks_for(Mode.ALWAYS):
             await self._gone.wait()
         limit = max(1.0, self._deadline - time.monotonic())
@@ -267,7 +252,7 @@ class OutlivingAnswer:
 
 
 class _WholeResponse(Response):
-    """A response that reports to the answer whether it was sent completely."""
+    """A response that tells its answer whether all of it was sent."""
 
     media_type = "application/json"
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Ollama's answers: events -> lines of a stream, and lines -> the whole answer (step 10).
 
-A whole answer is joined from the lines of a stream, so the two cannot differ.
-Durations are in nanoseconds.
+A whole answer is joined from the lines of a stream, so the two cannot differ. Durations are in nanoseconds.
 """
 
 from __future__ import annotations

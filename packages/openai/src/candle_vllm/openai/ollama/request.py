@@ -30,7 +30,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
 _FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
-# Options of Ollama that configure how a model runs: accepted, validated, without effect.
+# Options of Ollama that configure how a model runs: validated, but without effect. The values tell why.
 ADVISORY_OPTIONS: Mapping[str, str] = {
     "num_ctx": "the context is the operator's (--max-model-len); a larger one is remarked on in x-warning",
     "num_keep": "says what stays when a conversation is cut; prompts are never cut",
@@ -74,9 +74,9 @@ REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
 
 
 def seconds_of(value: float | str) -> float:
-    """Convert `keep_alive` to seconds: from a number of seconds, or a duration as Go writes it (`5m`, `1h30m`).
+    """Convert `keep_alive` to seconds: a number of seconds, or a duration as Go writes it (`5m`, `1h30m`).
 
-    Negative values mean infinity. Raises `ValueError` for anything else.
+    A negative value means infinity. ValueError for anything else.
     """
     if isinstance(value, str):
         text = value.strip()
@@ -139,7 +139,7 @@ _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
 class Options(LlamaFields):
-    """How tokens are sampled. None always means absent: then the model's default applies, then the server's.
+    """How tokens are sampled; null means the model's default or, without one, the server's.
 
     Attributes:
         num_predict: maximum number of tokens of the answer; 0, -1 and -2 mean up to the end of the context.
@@ -149,7 +149,7 @@ class Options(LlamaFields):
 
     num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
 
-    # ADVISORY_OPTIONS: validated, without effect.
+    # ADVISORY_OPTIONS, without effect
     num_ctx: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
     num_keep: _Count = None
     num_batch: _Count = None
@@ -164,7 +164,7 @@ class Options(LlamaFields):
     use_mlock: bool | None = None
 
     def sampling(self) -> dict[str, Any]:
-        """Return the given options, under their names in `SamplingParams`."""
+        """Return the options of the request under their names in `SamplingParams`."""
         found = self.drawing()
         if found.get("stop") == []:  # an empty list means the same as no list
             del found["stop"]
@@ -236,7 +236,7 @@ class _Generating(_Asked):
             raise InvalidParameterError(f"format cannot be used: {reason}", "format") from None
 
     def sampling(self) -> dict[str, Any]:
-        """Return the options under their names in `SamplingParams`, with `logprobs` if the request asks for it."""
+        """Return the options under their names in `SamplingParams`, with `logprobs` if the request asks for them."""
         return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
 
 
@@ -250,19 +250,19 @@ def _writable(name: str) -> str:
 
 
 class OfferedFunction(FunctionDefinition):
-    """A function that the model may call. Unlike OpenAI, Ollama has no rule for names."""
+    """A function that the model may call; unlike OpenAI, Ollama has no rule for its name."""
 
     name: Annotated[str, AfterValidator(_writable)]
 
 
 class OfferedTool(Tool):
-    """A tool: a function."""
+    """A tool, which is always a function."""
 
     function: OfferedFunction  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class CalledFunction(fields.WireModel):
-    """The function that an earlier answer called; `index` and `description` have no effect."""
+    """The function of a call in an earlier answer; `index` and `description` have no effect."""
 
     name: fields.Name
     arguments: dict[str, Any] = Field(default_factory=dict)
@@ -292,7 +292,7 @@ class Message(fields.WireModel):
 
     Attributes:
         images: images in base64; they precede the text.
-        tool_name, tool_call_id: the call that a tool message answers; without both, the first unanswered call.
+        tool_name, tool_call_id: the call whose result a tool message has; without both, the first that has no result.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -305,7 +305,7 @@ class Message(fields.WireModel):
 
 
 class ChatRequest(_Generating):
-    """A conversation to continue: `POST /api/chat`. Without messages, the request only loads the model."""
+    """A conversation to continue: `POST /api/chat`. A request without messages only loads the model."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_CHAT_FIELDS
 
@@ -325,12 +325,12 @@ class ChatRequest(_Generating):
 
 
 class GenerateRequest(_Generating):
-    """A prompt to answer: `POST /api/generate`. Without a prompt, the request only loads the model.
+    """A prompt to answer: `POST /api/generate`. A request without a prompt only loads the model.
 
     Attributes:
         system: a system message before the prompt.
-        suffix: text that follows the answer, so the model fills the gap; needs a model trained for this.
-        raw: whether the prompt is continued without applying the model's template.
+        suffix: text after the answer; a model trained for fill-in-the-middle fills the gap.
+        raw: whether the model continues the prompt itself, without its chat template.
         context: the `context` of an earlier answer, which this request continues.
         images: images in base64; they precede the prompt.
     """
@@ -419,7 +419,7 @@ _Request = TypeVar("_Request", bound=fields.WireModel)
 
 
 def ollama_parser(kind: type[_Request]) -> Any:
-    """Return a function that parses and validates a body or an object; the function raises `RequestError`."""
+    """Return a parser of request bodies (bytes or objects), which raises `RequestError`."""
 
     def parse(body: bytes | Mapping[str, Any]) -> _Request:
         return parse_body(kind, body)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """KeptResponses: stored responses and conversations, for the code that answers and for later requests.
 
-Records are found by the hash of their API key and their id. Another key's records are treated as if they did not exist.
-Every failure of the store is a `StoreUnavailableError`.
+Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
+store is a `StoreUnavailableError`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from candle_vllm.responses.store.backend import MEMORY, Backend, Held
 from candle_vllm.responses.store.options import StoreOptions, backend_at
 from candle_vllm.responses.store.upkeep import Upkeep
 
-LEASE_MS = 60_000  # of a running response
+LEASE_MS = 60_000  # lease of a running response
 PURGE_SECONDS = 60.0
 _PREVIOUS = "previous_response_id"
 
@@ -33,11 +33,8 @@ logger = logging.getLogger(__name__)
 class KeptResponses:
     """A store of responses and conversations; opened, used and closed in one event loop.
 
-    A store in memory is opened on first use, because SQLAlchemy takes a while to import.
-
-    Args:
-        options: options of the store.
-        clock: returns seconds since 1970.
+    A store in memory is opened on first use, because importing SQLAlchemy takes time. `clock` returns seconds since
+    1970.
 
     Attributes:
         turn: context manager that reserves a conversation for one answer (`ConversationTurns.turn`).
@@ -66,7 +63,7 @@ class KeptResponses:
             await self._store.close()
 
     async def store(self) -> Backend:
-        """Return the store, opened."""
+        """Return the backend, opened."""
         if self._store is None:
             async with self._opening:
                 if self._store is None:
@@ -80,10 +77,9 @@ class KeptResponses:
     # ---- responses ---------------------------------------------------------------------------------------------------
 
     async def put(self, entry: stored.Entry) -> None:
-        """Store a response; the oldest records of the owner with the most data are dropped if the store is full.
+        """Store a response; if the store is full, drop the oldest entries of the owner with the most data.
 
-        Raises:
-            StoreLimitError: the response exceeds the limit for one response, or the whole store.
+        Raises StoreLimitError if the response exceeds the limit of one response, or of the store.
         """
         store = await self.store()
         expires = entry.expires or entry.created + self.options.retention_days * 86_400_000
@@ -92,7 +88,7 @@ class KeptResponses:
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
     async def keep(self, entry: stored.Entry) -> None:
-        """Store a response that was answered, and add its items to the conversation that it names.
+        """Store a response that is complete, and add its items to its conversation, if it has one.
 
         A background response that was cancelled or deleted in the meantime is not changed.
         """
@@ -103,7 +99,7 @@ class KeptResponses:
         await self.add_to_conversation(entry)
 
     async def get(self, owner: str, response_id: str) -> stored.Entry:
-        """Return a response; NotStoredError if this owner has no such response, also in the methods below."""
+        """Return a response; here and in all methods below, NotStoredError if this owner has no such response."""
         store, found = await self.store(), None
         if stored.is_id(response_id):
             found = await store.get(stored.RESPONSE, owner, response_id)
@@ -114,22 +110,22 @@ class KeptResponses:
         return found
 
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
-        """Return a page of the items that the response's request contained, without the history it referred to."""
+        """Return a page of the items that the response's own request contained, without the history that it continued.
+        """
         entry = await self.get(owner, response_id)
         return await apart(lambda: page_of(msgspec.json.decode(entry.given), wanted), size=entry.size)
 
     async def delete(self, owner: str, response_id: str) -> None:
-        """Delete a response. The task that works on it is not notified."""
+        """Delete a response; the task that generates it is not notified."""
         store = await self.store()
         if not stored.is_id(response_id) or not await store.delete(stored.RESPONSE, owner, response_id):
             raise stored.NotStoredError("Response", response_id, "response_id")
 
     async def change(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
-        """Write the progress or the end of a response; False if it was ended or deleted by somebody else.
+        """Write the progress or the end of a queued or running response; False if another task ended or deleted it.
 
         Args:
-            owner: owner of the response.
-            response_id: id of a response that is queued or in progress.
+            owner, response_id: owner and id of the response.
             status: status of the response object.
             response: response object as JSON.
         """
@@ -139,7 +135,7 @@ class KeptResponses:
         return await store.change(*what, status=status, names=await apart(_names, response, size=len(response)))
 
     async def cancel(self, owner: str, response_id: str) -> stored.Entry:
-        """End a response that is queued or in progress as cancelled, and return its record."""
+        """End a queued or running response as cancelled, and return it."""
         found = await self.get(owner, response_id)
         if found.active:
             await self.change(owner, response_id, "cancelled", stored.settled(found.body, "cancelled"))
@@ -147,7 +143,7 @@ class KeptResponses:
         return found
 
     async def renew(self, names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-        """Renew the leases of running responses (owner, id) for `LEASE_MS`; return those that ended elsewhere."""
+        """Renew the leases of running responses (owner, id); return the responses that somebody else ended."""
         store, held = await self.store(), [Held(owner, name, name) for owner, name in names]
         return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
 
@@ -184,20 +180,19 @@ class KeptResponses:
         )
 
     async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, stored.Item]:
-        """Return items of this owner's responses and conversations by their ids, without those that do not exist."""
+        """Return the items with these ids in the owner's responses and conversations; missing items are left out."""
         known = [name for name in dict.fromkeys(names) if stored.is_id(name)]
         parts, entries = await (await self.store()).find(owner, known)
         this_request().add(sum(each.size for each in (*parts, *entries)))
         return await apart(_found, set(known), parts, entries)
 
-    # ---- conversations that responses are made in --------------------------------------------------------------------
+    # ---- conversations of responses ----------------------------------------------------------------------------------
 
     async def conversation_items(self, owner: str, conversation_id: str) -> list[stored.Item]:
         """Return the items of a conversation, the oldest first.
 
-        Raises:
-            NotStoredError: this owner has no such conversation.
-            StoreLimitError: the conversation is full, and cannot take an answer.
+        Raises NotStoredError if this owner has no such conversation, and StoreLimitError if it is too full for an
+        answer.
         """
         store = await self.store()
         with blaming("conversation"):
@@ -212,17 +207,10 @@ class KeptResponses:
     async def append(
         self, owner: str, name: str, items: Iterable[stored.Item], *, skip_known: bool = False
     ) -> list[stored.EntryItem]:
-        """Add items at the end of a conversation, all or none; items without an id get one.
+        """Add checked items at the end of a conversation, all or none; items without an id get one.
 
-        Args:
-            owner: owner of the conversation.
-            name: id of the conversation.
-            items: checked items.
-            skip_known: whether items whose id exists already are left out instead of refused.
-
-        Raises:
-            StoreLimitError: an item is, or all together are, too large.
-            InvalidParameterError: an id exists already.
+        Items whose id exists already are skipped with `skip_known`, and refused with InvalidParameterError otherwise.
+        Raises StoreLimitError if an item, or all items together, are too large.
         """
         more = stored.parts_of(items, self.options.max_item_bytes)
         if more:
@@ -243,14 +231,14 @@ class KeptResponses:
     # ---- upkeep ------------------------------------------------------------------------------------------------------
 
     async def purge(self) -> int:
-        """Delete expired records, and end responses whose lease has expired; return the number of deleted records."""
+        """Delete expired entries, and end responses whose server has died; return the number of deleted entries."""
         store = await self.store()
         for entry in await store.lapsed():
             await self._fail_lapsed(entry)
         return await store.expire()
 
     async def _fail_lapsed(self, entry: stored.Entry) -> bool:
-        """End a response whose server has died; return whether it had."""
+        """End a response if its server has died; return whether it had died."""
         store = await self.store()
         if not entry.active or entry.lease is None or entry.lease > store.now:
             return False

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""The protocol of a store: what its users expect, and a backend implements.
+"""The protocol of a store: what its users call, and what a backend implements.
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
 owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`KeptResponses`, and the
-server's mailbox) define kinds of entries; a backend knows only what follows here. Times are milliseconds since 1970.
+server's mailbox) define the kinds of entries; a backend does not read their contents. Times are milliseconds since
+1970.
 
-A **lease** reserves an entry: it is a time and the name of a holder. Until that time, only the holder may change it,
-and renew it; afterwards, anyone may claim the entry. There are four kinds of leases:
+A **lease** reserves an entry for a holder until a time. Until then, only the holder may change the entry or renew the
+lease; afterwards, anyone may claim it. There are four kinds of leases:
 
     a response in the background    held and renewed by the server that answers it. An expired lease means that this
-                                    server died: whoever finds it ends the response as failed.
-    an answer for the mailbox       likewise; the lease ends at the request's deadline, and is not renewed.
-    a conversation's turn           held and renewed by the response that is being answered in it.
-    a push to a webhook             due when its lease has ended: the server that claims it extends it, and then ends
-                                    or extends it again. Its holder is the push itself, so that no newer push is ended.
+                                    server died: the server that finds it ends the response as failed.
+    an answer for the mailbox       likewise, but not renewed: the lease ends at the request's deadline.
+    a conversation's turn           held and renewed by the response that is generated in the conversation.
+    a push to a webhook             due when its lease has ended. A server claims it, tries to push, and ends the lease
+                                    or extends it until the next try. The holder is the push, not the server, so that
+                                    a server cannot end the lease of a newer push.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ Order = Literal["asc", "desc"]
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a store.
+    """The location of a store.
 
     Attributes:
         url: `memory`, or the URL of a database.
-        name: prefix of its tables' names, so that several stores can share a database.
+        name: prefix of its table names, so that several stores can share a database.
         title: name of the store in messages.
         setting: name of the setting that holds its URL.
     """
@@ -48,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a store. If they are exceeded, the oldest entries of the owner with the most are dropped.
+    """Limits of a store. If they are exceeded, the oldest entries of the owner with the most data are dropped.
 
     Attributes:
         entries: maximum number of entries of all owners.
@@ -59,7 +61,7 @@ class Bounds:
         parts_size: maximum bytes of the parts of one entry.
         spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; then each has half of entries and size, and drops its own oldest.
+        several: whether there are several owners; then each may use half of `entries` and `size` and drops its own.
     """
 
     entries: int
@@ -83,22 +85,22 @@ class Held:
 
 
 class Backend(Protocol):
-    """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share it.
+    """A store; opened, used and closed in one event loop. Every method is atomic for all servers that share the store.
 
     All methods except `close` and `owner` raise StoreUnavailableError if the store is too slow or has too many calls.
     """
 
     @property
     def now(self) -> int:
-        """Present time of the store."""
+        """Current time of the store."""
         ...
 
     async def open(self) -> None:
-        """Connect, and create what is missing; ConfigError if that fails."""
+        """Connect, and create missing tables; ConfigError if that fails."""
         ...
 
     async def close(self) -> None:
-        """Wait for the running call; waiting calls are dropped."""
+        """Wait for the running call, and drop waiting calls."""
         ...
 
     def owner(self, key: str) -> str:
@@ -108,33 +110,28 @@ class Backend(Protocol):
     # ---- entries -----------------------------------------------------------------------------------------------------
 
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
-        """Store an entry, and replace one with its owner and id; return how many others were dropped to make room.
+        """Store an entry, or replace the one with its owner and id; return how many others were dropped to make room.
 
-        An active entry is replaced at its position in lists; any other is deleted first.
-
-        Args:
-            entry: new entry.
-            names: names of its contents, for `find`.
-            parts: first parts of the entry.
-
-        Raises:
-            StoreLimitError: the entry exceeds the limit of one entry, or the store.
+        An active entry is replaced at its position in lists; any other is deleted first. `names` are names of the
+        entry's contents, for `find`; `parts` are its first parts. StoreLimitError if a limit of one entry or of the
+        store prevents it.
         """
         ...
 
     async def get(self, kind: str, owner: str, name: str) -> Entry | None:
-        """Return an entry that has not expired; an active one never expires."""
+        """Return an entry that has not expired; an active entry never expires."""
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return records without contents, newest first, from the one before `after`; None if that is unknown."""
+        """Return up to `limit` entries without contents, newest first, older than `after`; None if `after` is unknown.
+        """
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
-        """Return an entry and those that it follows, the newest first.
+        """Return an entry and the entries that it follows, the newest first.
 
-        The chain ends with its first entry, with a missing or an active one, or when it exceeds `most` entries or
-        `most_size` bytes; a chain that reaches its first entry counts as used now.
+        The chain ends with its first entry, at a missing or an active one, or when it exceeds `most` entries or
+        `most_size` bytes. If it is complete, its entries count as used now.
         """
         ...
 
@@ -154,13 +151,10 @@ class Backend(Protocol):
         """Write the progress of an entry; False if it is not in the expected state, or does not exist.
 
         Args:
-            kind: kind of the entry.
-            owner: owner of the entry.
-            name: id of the entry.
-            body: new body.
-            status: new status of an active entry; None for an inactive one: its status and lease do not change.
+            status: new status of an active entry; None for an inactive entry, whose status and lease do not change.
             lease: new end of the lease; None ends it.
-            lease_was: expected lease; with it, limits are ignored, so that an entry with an expired lease can be ended.
+            lease_was: expected end of the lease; limits then do not apply, so that an entry with an expired lease can
+                be ended.
             expires: new time of expiry; None leaves it.
             names: further names of its contents.
 
@@ -176,7 +170,7 @@ class Backend(Protocol):
         ...
 
     async def expire(self) -> int:
-        """Delete expired entries; return their number."""
+        """Delete expired entries, and return their number."""
         ...
 
     async def find(self, owner: str, names: Sequence[str]) -> tuple[list[EntryItem], list[Entry]]:
@@ -184,25 +178,23 @@ class Backend(Protocol):
         ...
 
     # ---- parts -------------------------------------------------------------------------------------------------------
-    # all raise NotStoredError if the entry does not exist
 
     async def append(
         self, kind: str, owner: str, name: str, parts: Sequence[EntryItem], *, skip_known: bool = False
     ) -> int:
         """Add parts at the end, all or none; return how many entries were dropped to make room.
 
-        With `skip_known`, parts that exist already are not changed; otherwise they are refused.
-
-        Raises:
-            StoreLimitError: the parts exceed the limits.
-            InvalidParameterError: an id exists already.
+        Parts that exist already are skipped with `skip_known`, and refused with InvalidParameterError otherwise. Raises
+        StoreLimitError if the parts exceed the limits, and as the methods below NotStoredError if the entry does not
+        exist.
         """
         ...
 
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return at most `limit` parts after `after`; None if it is unknown. Without a limit, this counts as a use."""
+        """Return at most `limit` parts after `after`; None if that is unknown. Without a limit, the entry is used now.
+        """
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:
@@ -220,23 +212,20 @@ class Backend(Protocol):
         ...
 
     async def claim_due(self, until: int, busy_owners: Collection[str]) -> Entry | None:
-        """Claim until a time the inactive entry whose lease ended first, of an owner not among these."""
+        """Claim, until a time, the inactive entry whose lease ended first, except entries of busy owners."""
         ...
 
     async def next_due(self, busy_owners: Collection[str]) -> int | None:
-        """Time when `claim_due` will find its next entry, or None."""
+        """Return the time at which `claim_due` will find an entry, or None."""
         ...
 
     async def move(self, held: Sequence[Held], until: int | None, about: bytes | None = None) -> set[Held]:
-        """Change the end of leases, or end them with None; return those that their holder no longer has.
+        """Set the end of leases, or end them with None, and the entries' summary, unless `about` is None.
 
-        Args:
-            held: entries and their holders.
-            until: new end of the leases; None ends them.
-            about: new summary of the entries; None leaves it.
+        Return the entries whose lease the holder no longer has.
         """
         ...
 
     async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
-        """Return some active entries whose lease has expired, of owners not among these, the oldest first."""
+        """Return some active entries whose lease has expired, the oldest first, except entries of busy owners."""
         ...

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The contents of a store: entries and their parts, the items of responses, and the errors of a store."""
+"""The contents of a store: entries, their parts, and the errors of a store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Requ
 
 
 class NotStoredError(RequestError):
-    """The caller has no such response, conversation or item, whether or not another owner has one."""
+    """The caller owns no such response, conversation or item; another owner may have one."""
 
     def __init__(self, what: str, name: str, param: str) -> None:
         super().__init__(f"{what} with id {name!r:.80} was not found.", param)
@@ -24,10 +24,9 @@ class StoreLimitError(RequestError):
 
 
 class StoreFullError(StoreLimitError):
-    """No entry of a store can be dropped now; this may change later.
+    """The store is full, and no entry can be dropped now; this may change later.
 
-    Attributes:
-        own: whether the owner's share is full, and not the store.
+    `own` tells whether the owner's share is full, and not the store.
     """
 
     def __init__(self, message: str, *, own: bool) -> None:
@@ -42,8 +41,7 @@ class ConversationBusyError(RequestError):
 class StoreUnavailableError(CandleVllmError):
     """A store does not answer in time, or too many calls wait for it; the cause has the details.
 
-    Attributes:
-        setting: name of the setting with the location of the store.
+    `setting` is the name of the setting with the location of the store.
     """
 
     def __init__(self, message: str, setting: str | None = None) -> None:
@@ -52,7 +50,7 @@ class StoreUnavailableError(CandleVllmError):
 
 
 MAX_ID = 256  # characters of an id
-OVERHEAD = 512  # approximate bytes of an entry or a part besides its contents
+OVERHEAD = 512  # approximate bytes that an entry or a part takes besides its contents
 ACTIVE = ("queued", "in_progress", "streaming")  # statuses of entries in progress
 STOPPED = "The server was stopped before the response was complete."
 RESPONSE, CONVERSATION = "response", "conversation"  # kinds of entry
@@ -72,12 +70,10 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         kind: kind of entry.
         owner: hash of the API key that made it.
-        id: id, unique for its owner.
-        created: time of its creation.
-        status: status; that of a response is as in the response object.
+        id: unique for its owner.
+        status: status; for a response, the status of the response object.
         expires: time of its expiry; None means never.
-        lease: end of the holder's lease; None means no lease.
-        holder: holder of the lease.
+        lease, holder: end of the lease, and who has it; None means no lease.
         follows: id of the response before it.
         about: summary, shown in lists; for a response, whether it runs in the `background`, and its `conversation`.
         body: JSON of the response object, metadata or answer; empty while an answer streams, and in lists.
@@ -112,7 +108,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EntryItem(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of an entry: an item of a conversation, as JSON with its id."""
+    """A part of an entry: for example, an item of a conversation, as JSON with its id."""
 
     id: str
     body: bytes
@@ -124,7 +120,7 @@ class EntryItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def new_id(prefix: str) -> str:
-    """Return an id with enough random characters that nobody can find it by trial."""
+    """Return a random id that nobody can find by trial."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
@@ -134,23 +130,22 @@ def new_item_id(kind: str) -> str:
 
 
 def is_id(text: str) -> bool:
-    """Whether a text can be an id; other texts are not looked up (PostgreSQL refuses NUL)."""
+    """Whether a text can be an id; any other text is not looked up, because PostgreSQL refuses NUL."""
     return 0 < len(text) <= MAX_ID and text.isascii() and text.isprintable()
 
 
 def checked_id(what: str, text: str, param: str | None = None) -> str:
-    """Return a text that can be an id; otherwise raise NotStoredError with `param`."""
+    """Return a text if it can be an id; otherwise raise NotStoredError with `param`."""
     if not is_id(text):
         raise NotStoredError(what, text, param or ("conversation_id" if what == "Conversation" else "item_id"))
     return text
 
 
 def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
-    """Convert checked items to parts; items without an id get one.
+    """Convert checked items to parts; an item without an id gets one.
 
-    Raises:
-        InvalidParameterError: an id is invalid.
-        StoreLimitError: an item has more than `max_size` bytes as JSON.
+    Raises InvalidParameterError for an invalid id, and StoreLimitError for an item of more than `max_size` bytes as
+    JSON.
     """
     made = []
     for index, item in enumerate(items):
@@ -168,7 +163,7 @@ def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
 
 
 def settled(response: bytes, status: str, error: tuple[str, str] | None = None) -> bytes:
-    """Return a response object whose work was ended from outside, with its new status.
+    """Return the JSON of a response object that was ended by another task than its own, with its new status and error.
 
     Args:
         response: response object as JSON.
@@ -183,7 +178,7 @@ def settled(response: bytes, status: str, error: tuple[str, str] | None = None) 
 
 
 def items_of(response: bytes, given: bytes = b"[]") -> list[Item]:
-    """Return the input and output items of a response, both given as JSON, in their order."""
+    """Return the input items (`given`) and output items of a response, both from JSON."""
     return msgspec.json.decode(given, type=list[Item]) + msgspec.json.decode(response, type=_Output).output
 
 

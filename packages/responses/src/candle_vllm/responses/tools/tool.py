@@ -27,11 +27,11 @@ class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: name that the model uses; at most 64 letters, digits, "_" and "-", and unique in a registry.
-        description: purpose of the tool, in its own words.
+        description: purpose of the tool, in the words of its author.
         parameters: a JSON schema of an object.
         server: label of its MCP server; None for a Python function.
-        original_name: name on the server; equal to `name` for a Python function.
-        read_only: whether its server declares that it changes nothing, which is only a hint.
+        original_name: name of the tool on its server, or of the Python function; empty means `name`.
+        read_only: whether its server declares that it changes nothing; this is only a hint.
     """
 
     name: str
@@ -88,7 +88,7 @@ class ToolOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of_text(cls, text: str, *, is_error: bool = False) -> ToolOutput:
-        """Return an output of one text."""
+        """Return an output of a single text."""
         return cls(content=(ContentPart(kind="text", text=text),), is_error=is_error)
 
 
@@ -106,11 +106,11 @@ class ToolResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         call: call of the model.
         server: label of the MCP server; None for a Python function or a tool that does not exist.
-        status: "completed"; "failed" if the tool reports a failure; else why it did not run or has no output. "not_run"
-            is a complete call in an answer that reached its token limit.
-        output: output for every status: if the tool gave none, a text that tells the model what happened.
+        status: "completed"; "failed" if the tool reports a failure; otherwise why there is no output of the tool.
+            "not_run" is a complete call in an answer that reached its token limit.
+        output: output of the tool, or a text that tells the model why there is no output.
         text: output as the model sees it, truncated to the limit.
-        seconds: time that it ran.
+        seconds: how long the tool ran.
     """
 
     call: ToolCall
@@ -131,22 +131,17 @@ class Tool(Protocol):
     def definition(self) -> ToolDefinition: ...
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Run once with arguments that match the schema.
+        """Run once with arguments that match the schema. Cancelling the coroutine ends the work.
 
-        Cancelling it ends the work. The model sees the message of a `ToolError`; other exceptions are only logged.
+        The model sees the message of a `ToolError`; other exceptions are only logged.
         """
         ...
 
 
 class ToolError(CandleVllmError):
-    """A failure whose message the model sees, so that it can react; each class has its own status of the result.
+    """A failure whose message the model sees, so that it can react. Subclasses have their own `ToolResult.status`.
 
-            ToolError                    "failed": any other failure that the tool reports
-        ├── ToolUnavailableError     "unavailable": it cannot be reached now
-            ├── ToolTimedOutError        "timed_out": the tool itself noticed that its time is over
-            └── ToolArgumentsError       "invalid_arguments": the tool does not accept them
-
-    The model, and through it the user, can see their messages: they must not contain secrets.
+    The model, and through it the user, can see the messages: they must not contain secrets.
     """
 
     status: ClassVar[ToolStatus] = "failed"
@@ -159,7 +154,7 @@ class ToolUnavailableError(ToolError):
 
 
 class ToolTimedOutError(ToolError):
-    """The tool ended because its time was over."""
+    """The tool itself ended because its time was over."""
 
     status: ClassVar[ToolStatus] = "timed_out"
 
@@ -176,19 +171,15 @@ def is_picture(part: ContentPart) -> bool:
 
 
 def picture_type(part: ContentPart) -> str:
-    """Return the media type that a tool gave for an image; "" for an invalid one."""
+    """Return the media type that a tool gave for an image; "" if it is missing or invalid."""
     return part.mime_type if part.mime_type and _PICTURE.fullmatch(part.mime_type) else ""
 
 
 def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
-    """Return the output as text of at most `max_chars` characters; a truncated text ends with a note.
+    """Return the output as text of at most `max_chars` (at least 1) characters; a truncated text ends with a note.
 
-    Images, audio and other data are shown by kind and size, and structured output as JSON if there is no text.
-
-    Args:
-        output: output of a tool.
-        max_chars: maximum number of characters, at least 1.
-        faults: additional remarks on parts, by their indices.
+    Images, audio and other data appear as kind and size; structured output appears as JSON if there is no text.
+    `faults` are additional remarks on parts, by the index of the part.
     """
     ((text, _),) = output_pieces(output, max_chars, faults)
     return text
@@ -198,16 +189,10 @@ def output_pieces(
     output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({}),
     images: Mapping[int, str] = MappingProxyType({}),
 ) -> list[tuple[str, str | None]]:  # fmt: skip
-    """Return the output as texts and images; see `output_text`, whose limit applies to all texts together.
+    """Return the output as texts and images: pairs of a text and None, or of "" and an image's address; at least one.
 
-    Args:
-        output: output of a tool.
-        max_chars: maximum number of characters of all texts.
-        faults: additional remarks on parts, by their indices.
-        images: addresses of the parts that are shown as images, by their indices.
-
-    Returns:
-        Pairs: a text and None, or "" and the address of an image; at least one pair.
+    `max_chars`, for all texts together, and `faults` are as in `output_text`. `images` are the addresses of parts that
+    are shown as images, by the index of the part.
     """
     runs, made = [list[str]()], list[str]()
     for place, part in enumerate(output.content):
@@ -240,7 +225,7 @@ def cut(text: str, max_chars: int) -> str:
 
 
 def output_size(output: ToolOutput) -> int:
-    """Number of characters of the output, with base64 data; structured output counts only if there is no text."""
+    """Number of characters of the output, including base64 data; structured output counts only if there is no text."""
     size = sum(len(part.text or "") + len(part.data or "") for part in output.content)
     return size if output.structured is None or _has_text(output) else size + len(_json(output.structured))
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Registry of the adapters of one server: those of the operator, and those that requests name and a source has.
+"""Registry of a server's LoRA adapters: the operator's, and adapters that requests name and a source has.
 
-Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one search. A
-name that no source has is remembered for a while; it is never served by the base model instead.
+Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one lookup. A
+name that no source has is remembered for a while; the base model never answers in its place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from candle_vllm.server.settings.options import UsageError
 
 logger = logging.getLogger(__name__)
 
-MAX_KNOWN = 10_000  # adapters named by requests; the least recently used are dropped
+MAX_KNOWN = 10_000  # registered adapters; the least recently used ones that only requests named are dropped
 _LISTED = 20  # maximum number of names in a message
 _NEAR = 200  # maximum number of names that are compared with an unknown one
 
@@ -44,14 +44,14 @@ class Adapter:
         name: the name that requests use.
         base: name of the catalogue entry of its base model.
         path: its folder or GGUF file.
-        root: its origin, as it is shown to clients.
+        root: its origin, as clients see it.
         revision: a commit, a checksum or a version; None without a revision.
         number: its id in llama.cpp's API; None for adapters that are not in the operator's settings.
         scale: its scale in requests that name no adapter; 0 leaves it out.
         pinned: whether the engine keeps it in memory.
-        kind: kind of its source; "given" for files that the operator named.
-        asked: the name in its source, for an adapter that the operator loaded from a source; None for all others.
-        plain: whether its name works without the prefix `base:`; False if it was only requested with the prefix.
+        kind: kind of its source, as in `Source`; "given" for files that the operator named.
+        asked: its name in the source, if the operator loaded it from a source; otherwise None.
+        plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
         created: Unix time in seconds.
     """
 
@@ -74,12 +74,12 @@ class Adapter:
         return self.name, self.name.partition("@")[0]
 
     def called(self, base: str) -> str:
-        """Name of the adapter in the API of the model that is served as `base`."""
+        """Return the name of the adapter for clients, with the prefix `base:` if it needs one."""
         return self.name if self.plain else f"{base}:{self.name}"
 
     @property
     def stays(self) -> bool:
-        """Whether the operator named or loaded it, so that it stays until the operator unloads it."""
+        """Whether the operator named or loaded it, so that only the operator unloads it."""
         return self.kind == "given" or self.asked is not None
 
     @property
@@ -94,8 +94,8 @@ class Adapters:
     """Registry of adapters; belongs to one event loop. The model manager calls `adopt` before any other method.
 
     Args:
-        sources: sources that are searched for unknown names, in order.
-        cache: cache of the sources; None if no source fetches anything.
+        sources: sources in which unknown names are looked up, in order.
+        cache: disk cache of the sources; None if no source fetches anything.
         looked: called after each lookup with the kind of the source and the outcome.
     """
 
@@ -118,7 +118,7 @@ class Adapters:
 
     @property
     def looks_elsewhere(self) -> bool:
-        """Whether an unknown name may be an adapter of a source."""
+        """Whether the sources may have an adapter of an unknown name."""
         return bool(self._lookout.sources and self.bases())
 
     def bases(self) -> list[ModelEntry]:
@@ -130,7 +130,7 @@ class Adapters:
         return [entry for entry in entries if entry.settings.enable_lora]
 
     def find(self, text: str | None) -> Adapter | None:
-        """Return a registered adapter by `name`, `name@revision`, or either after `base:`; model names win."""
+        """Return a registered adapter by `name` or `name@revision`, perhaps after `base:`; names of models win."""
         if text is None or self._catalogue is None or self._catalogue.has(text):
             return None
         base, name = self._split(text)
@@ -144,15 +144,14 @@ class Adapters:
         return self._catalogue is not None and self._catalogue.has(name)
 
     def numbered(self, base: str) -> list[Adapter]:
-        """The adapters in a model's settings, in the order of their llama.cpp ids."""
+        """Return the adapters in a model's settings, in the order of their llama.cpp ids."""
         names = self._numbered.get(base, {})
         return [self._known[base, names[number]] for number in sorted(names)]
 
     def mix(self, base: str, scales: Mapping[int, float] | None) -> list[tuple[Adapter, float]]:
-        """Return the adapters and scales of a llama.cpp request; without `scales`, those that apply by default.
+        """Return the adapters and scales of a llama.cpp request; InvalidParameterError if an id does not exist.
 
-        Raises:
-            InvalidParameterError: an id does not exist.
+        Without `scales`, these are the adapters that apply by default.
         """
         names = self._numbered.get(base, {})
         if scales is None:
@@ -165,12 +164,12 @@ class Adapters:
         return [(self._known[base, names[number]], scale) for number, scale in scales.items() if scale]
 
     async def listed(self) -> Sequence[Adapter]:
-        """Return `all()` after a refresh of the names in local folders."""
+        """Return `all()` after the names in local folders were read again."""
         await self._lookout.refresh()
         return self.all()
 
     def all(self) -> Sequence[Adapter]:
-        """Every registered adapter, and those in local folders that were not requested yet, by base and name."""
+        """Return every registered adapter and, by name, adapters in local folders that no request has named yet."""
         names = self._lookout.names
         if self._all is None or self._all[0] is not names:
             found = {(each.base, each.name): each for each in self._known.values()}
@@ -182,7 +181,7 @@ class Adapters:
         return self._all[1]
 
     def near(self, name: str) -> str:
-        """Text for an error message: some adapter names, and the name that is most similar."""
+        """Return text for an error message: some adapter names, and the most similar name."""
         known = self.all()
         if not known:
             return "No adapters are known."
@@ -194,7 +193,7 @@ class Adapters:
         return f"Adapters are: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
-        """Split `base:name` if a model is called `base`; else the base is None."""
+        """Split `base:name` if a model with adapters is called `base`; otherwise the base is None."""
         named = [(name, entry) for entry in self.bases() for name in entry.names if text.startswith(f"{name}:")]
         if not named:
             return None, text
@@ -204,10 +203,9 @@ class Adapters:
     # ---- on demand ---------------------------------------------------------------------------------------------------
 
     async def reach(self, text: str) -> Adapter | None:
-        """Return the adapter of a name; search the sources if it is not registered or its files are gone.
+        """Return the adapter of a name; look it up in the sources if it is not registered or its files are gone.
 
-        Raises:
-            HttpError: as `Lookout.find`.
+        Raises HttpError as `Lookout.find`.
         """
         known = self.find(text)
         if known is not None:
@@ -233,7 +231,7 @@ class Adapters:
     def _looked_up(
         self, source: Source, found: Found, base: ModelEntry | None, name: str, known: Adapter | None
     ) -> Adapter | None:
-        """Register the result of a search; `known` is the adapter of that name when the search began."""
+        """Register the result of a lookup; `known` is the adapter that had the name when the lookup began."""
         entry = (base or self._base_of(found)).name if known is None else known.base
         now = self._known.get((entry, name))
         if known is not None and known.stays and (now is None or now.path != known.path):
@@ -248,7 +246,7 @@ class Adapters:
         return adapter
 
     async def fetch(self, text: str, name: str, base: str) -> Adapter | None:
-        """Fetch the adapter `text` from a source for a later `add` under another name; raises as `reach`."""
+        """Fetch the adapter `text` from a source, for a later `add` under another name; raises as `reach`."""
         read = read_name(text)
         looked = None if read is None else await self._lookout.find(read)
         if read is None or looked is None:
@@ -262,8 +260,7 @@ class Adapters:
     async def bring(self, base: str) -> None:
         """Fetch missing files of the adapters that requests to a model use by id or by default.
 
-        Raises:
-            HttpError: as `reach`, for an adapter that applies by default.
+        Raises HttpError as `reach`, but only for an adapter that applies by default.
         """
         entries = {entry.name: entry for entry in self.bases()}
         for adapter in self.numbered(base) if base in entries else ():
@@ -276,13 +273,14 @@ class Adapters:
                     raise
 
     def _base_of(self, found: Found) -> ModelEntry:
-        """The base model that the adapter's configuration names, if this server has it; else the default model."""
+        """The base model that the adapter's configuration names, if this server has it; else the first with adapters.
+        """
         bases = self.bases()
         named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
         return next(named, bases[0])
 
     def _set(self, adapter: Adapter) -> None:
-        """Register an adapter; replace another of the same name."""
+        """Register an adapter; it replaces the one of the same name."""
         key = (adapter.base, adapter.name)
         self._drop(key)
         self._known[key] = adapter
@@ -298,7 +296,7 @@ class Adapters:
             self._kept.pop(key)()
 
     def _forget_some(self) -> None:
-        """Drop the least recently used adapters, except those in use and the operator's."""
+        """Drop the least recently used adapters beyond `MAX_KNOWN`, except adapters in use and the operator's."""
         many = len(self._known) - MAX_KNOWN
         if many > 0:
             loose = (key for key, each in self._known.items() if not each.stays and not self._used[key])
@@ -311,7 +309,7 @@ class Adapters:
         return self.cache.hold(adapter.path) if fetched and self.cache is not None else lambda: None
 
     def use(self, adapter: Adapter) -> Callable[[], None]:
-        """Mark an adapter as used and keep its files until the returned function is called."""
+        """Mark an adapter as used, and protect its files, until the returned function is called."""
         key, let_go = (adapter.base, adapter.name), self._held(adapter)
         self._used[key] += 1
 
@@ -323,10 +321,10 @@ class Adapters:
 
         return done
 
-    # ---- the operator's ----------------------------------------------------------------------------------------------
+    # ---- for operators -----------------------------------------------------------------------------------------------
 
     def adopt(self, catalogue: Catalogue) -> None:
-        """Adopt a catalogue and its models' adapters; drop adapters of models that are no longer in it.
+        """Register the adapters in the models' settings; drop adapters of models that the catalogue no longer has.
 
         Raises:
             UsageError: an adapter is invalid, or has the name of a model.
@@ -360,16 +358,16 @@ class Adapters:
         self._set(given)
 
     def given(self, base: str) -> list[Adapter]:
-        """The adapters that the operator named or loaded for a model."""
+        """Return the adapters that the operator named or loaded for a model."""
         return [each for each in self._known.values() if each.base == base and each.stays]
 
     def add(self, adapter: Adapter) -> None:
-        """Register an adapter that the operator loads at run time; it replaces another of the same name."""
+        """Register an adapter that the operator loads at run time; it keeps id and scale of one that it replaces."""
         before = self._known.get((adapter.base, adapter.name), adapter)
         self._set(replace(adapter, number=before.number, scale=before.scale))
 
     def spelled(self, text: str) -> tuple[str, str]:
-        """Return the adapter name of a request without its base: with the revision, and without."""
+        """Return the adapter name in a request, without its base: with the revision, and without."""
         name = self._split(text)[1]
         return name, name.partition("@")[0]
 
@@ -379,10 +377,7 @@ class Adapters:
         self._lookout.ask_anew()
 
     def scale(self, base: str, scales: Mapping[int, float]) -> None:
-        """Set the scales that apply by default; adapters that `scales` omits get scale 0.
-
-        Raises:
-            InvalidParameterError: an id does not exist.
+        """Set the scales that apply by default, 0 for omitted adapters; InvalidParameterError if an id does not exist.
         """
         chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
         for adapter in self.numbered(base):
@@ -390,7 +385,7 @@ class Adapters:
 
 
 class BaseAdapters:
-    """The adapters of one model; implements `candle_vllm.openai.serving.AdapterNames` for an `OpenAIAdapter`."""
+    """The adapters of one model; implements `AdapterNames` of `candle_vllm.openai.serving`."""
 
     def __init__(self, adapters: Adapters, base: str) -> None:
         self._adapters = adapters
@@ -406,7 +401,7 @@ class BaseAdapters:
 
         Raises:
             InvalidParameterError: as `AdapterNames.uses`.
-            ModelNotServedError: the adapter has been unloaded since the request arrived.
+            ModelNotServedError: the adapter was unloaded after the request had arrived.
         """
         found = self._adapters.find(name)
         if found is None or found.base != self._base:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Sources of adapters: the grammar of adapter names, the interface of a source, and the local folder.
+"""Sources of LoRA adapters: the grammar of adapter names, the interface of a source, and the local folder.
 
-Runs in threads before step 1 of a request's life. A source gets only names that match the grammar of `AdapterName`: no
-"..", no absolute path, no empty part. A source that cannot verify an adapter reports it as missing.
+Runs in threads before step 1 of a request's life. A source gets only names that match this grammar: no "..", no
+absolute path, no empty component. A source that cannot verify an adapter reports it as missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_CONFIG = MAX_CONFIG_BYTES
 MAX_NAME = 256  # characters
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]{0,126}[A-Za-z0-9_+-])?"
 _NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,7}}", re.ASCII)
-_MAX_LISTED = 1000  # maximum number of names that are listed of a folder
+_MAX_LISTED = 1000  # names
 
 
 class Refused(Exception):
@@ -35,15 +35,11 @@ class Refused(Exception):
 
 
 class Unavailable(Exception):
-    """The source cannot say now whether the adapter exists, or cannot deliver it; the message is for the log."""
+    """The source cannot tell now whether the adapter exists, or cannot deliver it; the message is for the log."""
 
 
 class AdapterName(NamedTuple):
-    """Name of an adapter in a request: `name`, or `name@revision`.
-
-    Attributes:
-        told: the revision comes from a source, not from a request.
-    """
+    """Name of an adapter in a request: `name`, or `name@revision`; `told` if a source supplied the revision."""
 
     name: str
     revision: str | None = None
@@ -54,7 +50,7 @@ class AdapterName(NamedTuple):
 
 
 def read_name(text: str) -> AdapterName | None:
-    """Parse the name of an adapter that a source may be asked for; return None for any other text."""
+    """Parse the name of an adapter that a source may have; return None for any other text."""
     name, at, revision = text.partition("@")
     if len(text) > MAX_NAME or not _NAME.fullmatch(name) or (at and not _NAME.fullmatch(revision)):
         return None
@@ -67,7 +63,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_bytes: maximum size of all its files together.
         max_rank: maximum rank in its configuration.
-        bases: patterns; the base model that the adapter names must match one of them. Empty allows every base model.
+        bases: patterns, one of which the adapter's base model must match; empty allows every base model.
         seconds: maximum time to fetch it.
     """
 
@@ -90,13 +86,9 @@ class Disk(Protocol):
 
 
 class Budget:
-    """The bytes and the seconds that are left for fetching one adapter.
+    """The bytes and the seconds that are left for fetching one adapter; with `disk`, it accounts for the bytes there.
 
-    Its methods raise `Refused` when no bytes are left and `Unavailable` when no time is left.
-
-    Args:
-        limits: limits for the adapter.
-        disk: is notified of the bytes that are written; None if the files are not cached.
+    Its methods raise `Refused` when no bytes are left, and `Unavailable` when no time is left.
     """
 
     def __init__(self, limits: Limits, disk: Disk | None = None) -> None:
@@ -142,8 +134,8 @@ class Found(NamedTuple):
 
     Attributes:
         path: its folder, or its GGUF file.
-        root: its origin, as it is shown to clients.
-        revision: the commit, checksum or version that `path` has; None without a revision.
+        root: its origin, as clients see it.
+        revision: commit, checksum or version of the files; None without a revision.
         base: the base model that its configuration names.
     """
 
@@ -158,11 +150,11 @@ Fetch = Callable[[], Found]
 
 
 class Source(Protocol):
-    """A place that adapters are loaded from.
+    """A place from which adapters are loaded.
 
     Attributes:
-        kind: local, hf, s3 or tar, for logs and counts.
-        pins: an adapter that it found can be found again later by the revision in `Found`.
+        kind: local, hf, s3 or tar, for logs and metrics.
+        pins: whether the revision in `Found` finds the same adapter again later.
     """
 
     kind: str
@@ -171,20 +163,19 @@ class Source(Protocol):
     def find(self, name: AdapterName) -> Found | Fetch | None:
         """Return the adapter, or a slow function that fetches it; None if the source has no adapter of this name.
 
-        Raises:
-            Refused, Unavailable: this server refuses the adapter, or the source cannot deliver it now.
+        Raises `Refused` if this server refuses the adapter, and `Unavailable` if the source cannot deliver it now.
         """
         ...
 
     def names(self) -> Sequence[str]:
-        """Names of adapters that the source knows without a request over the network."""
+        """Names of adapters that the source knows without a network request."""
         ...
 
 
 def check_config(text: bytes, limits: Limits) -> str | None:
-    """Check a configuration and return the base model that it names; raises `Refused` for unsupported configurations.
+    """Check a configuration and return the base model that it names; raises `Refused` for an unsupported one.
 
-    This is done before the weights are fetched. Whether the weights fit the base model is checked by the engine.
+    This happens before the weights are fetched. The engine checks later whether the weights fit the base model.
     """
     try:
         base = parse_config(text, Path(CONFIG), limits.max_rank).base
@@ -212,7 +203,7 @@ class LocalSource:
         self._limits = limits
 
     def find(self, name: AdapterName) -> Found | None:
-        """As `Source.find`; returns None for a link that leads out of the folder."""
+        """As `Source.find`; a link that leads out of the folder counts as missing."""
         root = self._folder.resolve()
         path = root.joinpath(*name.name.split("/"), *(name.revision or "").split("/"))
         path = path if path.exists() else path.with_name(path.name + ".gguf")
@@ -225,7 +216,7 @@ class LocalSource:
         return Found(path, str(name), name.revision, base)
 
     def names(self) -> Sequence[str]:
-        """Names of the adapters in the folder and its subfolders, as far as `find` accepts them."""
+        """Names of the adapters in the folder and its subfolders that `find` accepts, at most `_MAX_LISTED`."""
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
             if len(found) >= _MAX_LISTED:

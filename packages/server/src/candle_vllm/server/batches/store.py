@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """BatchStore: files and batches in a store; each belongs to one API key.
 
-A file is an entry whose parts are its content: chunks of one size for an upload, lines for the results of a batch. Its
-kind says its state: an `upload` is incomplete, and is deleted if its server dies; the `results` of a batch are hidden
-until it has ended; a `file` is complete and visible.
+A file is an entry whose parts are its content: chunks for an upload, lines for the results of a batch. Its kind is its
+state: an `upload` is incomplete, and is deleted if its server dies; `results` of a batch are hidden until the batch has
+ended; a `file` is complete and visible.
 
-A batch is an entry with a lease that names the server which works on it; any server may take a batch whose lease has
-lapsed. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server.
+A batch is an entry whose lease names the server that works on it; any server may take over a batch whose lease has
+expired. A cancellation is stored as a part of the entry, so that it overwrites no result of the working server.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from candle_vllm.responses.store.options import SETTING, backend_at
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
-ACTIVE = "in_progress"  # the status of an entry that is worked on
+ACTIVE = "in_progress"  # status of an entry that a server works on
 PIECE = 256 << 10  # bytes of a part of an upload
 AT_ONCE = 16  # small parts that are read at once
-MANY = 1000  # files that are read at once to find those of a purpose
+MANY = 1000  # files that are read at once to find the files of one purpose
 UPLOAD_MS = 15 * 60_000  # time limit of an upload
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # id of the part that cancels a batch
@@ -40,7 +40,7 @@ class FileOptions:
 
     Attributes:
         url: URL of the store, as in `StoreOptions`.
-        max_bytes: maximum bytes of all files; beyond it, the oldest file of the key that has most is deleted.
+        max_bytes: maximum bytes of all files; beyond it, the oldest file of the key with the most data is deleted.
         max_file_bytes: maximum bytes of one file.
         retention_seconds: how long files and ended batches are stored.
         max_entries: maximum number of files and batches.
@@ -54,11 +54,11 @@ class FileOptions:
 
 
 class BatchStore:
-    """The store of files and batches; a store in memory is opened on first use. Errors are those of `Backend`.
+    """The store of files and batches; raises the errors of `Backend`. A store in memory is opened on first use.
 
     Args:
         options: options of the store.
-        several: returns whether there are several keys; if so, each may have half of the store.
+        several: returns whether the server has several keys; if so, each may use half of the store.
         clock: returns seconds since 1970.
     """
 
@@ -107,17 +107,12 @@ class BatchStore:
     async def upload(
         self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None, purpose: str = BATCH
     ) -> FileObject:
-        """Store a file.
+        """Store a file; StoreLimitError if it is too large.
 
         Args:
-            owner: its owner.
-            name: its file name.
-            pieces: its content, in chunks of at most `PIECE` bytes.
-            seconds: how long it is stored; None: as long as the operator allows.
-            purpose: its purpose.
-
-        Raises:
-            StoreLimitError: it is too large.
+            owner, name, purpose: owner, file name and purpose of the file.
+            pieces: content, in chunks of at most `PIECE` bytes.
+            seconds: how long the file is stored; None, or more than the operator allows, means `retention_seconds`.
         """
         backend, file_id = await self.backend(), new_file_id()
         now = backend.now
@@ -169,11 +164,7 @@ class BatchStore:
                 yield page.pop(0)
 
     async def whole(self, owner: str, file_id: str, most: int, param: str) -> bytes:
-        """Return the whole content of a file.
-
-        Raises:
-            StoreLimitError: it has more than `most` bytes.
-        """
+        """Return the whole content of a file; StoreLimitError if it has more than `most` bytes."""
         file = await self.file(owner, file_id, param)
         if file.bytes > most:
             raise entries.StoreLimitError(f"{param}: the file has {file.bytes} bytes, and may have {most}", param)
@@ -187,7 +178,7 @@ class BatchStore:
     async def _show(
         self, owner: str, file_id: str, created: int, purpose: str, name: str, size: int, seconds: int
     ) -> FileObject:
-        """Turn the entry with that id into a visible file; its parts stay."""
+        """Turn the entry with this id into a visible file; its parts remain."""
         entry = entries.Entry(
             kind=FILE, owner=owner, id=file_id, created=created, status="processed",
             expires=created + 1000 * seconds, about={"purpose": purpose, "filename": name, "bytes": size},
@@ -195,10 +186,10 @@ class BatchStore:
         await (await self.backend()).put(entry)
         return _file(entry)
 
-    # ---- what a batch makes ------------------------------------------------------------------------------------------
+    # ---- results of a batch ------------------------------------------------------------------------------------------
 
     async def gather(self, owner: str, file_id: str) -> set[int]:
-        """Begin or continue a file of results; return the numbers of the lines whose results it has."""
+        """Begin or continue a file of results; return the numbers of the lines that have a result there."""
         backend = await self.backend()
         if await backend.get(RESULTS, owner, file_id) is None:
             await backend.put(entries.Entry(kind=RESULTS, owner=owner, id=file_id, created=backend.now, status=ACTIVE))
@@ -206,12 +197,12 @@ class BatchStore:
         return {int(part.id) async for part in self.contents(owner, file_id, RESULTS)}
 
     async def add_results(self, owner: str, file_id: str, results: Sequence[tuple[int, bytes]]) -> None:
-        """Add the results of lines, by their numbers; results that are stored already stay."""
+        """Add results by their line numbers; lines that already have a result keep it."""
         parts = [entries.EntryItem(id=str(number), body=line) for number, line in results]
         await (await self.backend()).append(RESULTS, owner, file_id, parts, skip_known=True)
 
     async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
-        """Create a visible file of the results; return its id, or None without results."""
+        """Make the file of results visible; return its id, or None without results."""
         backend, size = await self.backend(), 0
         if await backend.get(RESULTS, owner, file_id) is None:  # the file was created before
             return file_id if await backend.get(FILE, owner, file_id) is not None else None
@@ -264,7 +255,7 @@ class BatchStore:
         await backend.append(BATCHES, owner, batch_id, [wish], skip_known=True)
 
     async def write(self, owner: str, record: BatchRecord, lease: int | None) -> bool:
-        """Write the state of a batch, which has ended if `lease` is None; return False if the batch is gone."""
+        """Write the state of a batch, which has ended if `lease` is None; return False if the batch was deleted."""
         backend, batch = await self.backend(), record.batch
         status, expires = (batch.status, backend.now + 1000 * self.options.retention_seconds) if lease is None else (
             ACTIVE, None)  # fmt: skip
@@ -278,7 +269,8 @@ class BatchStore:
         return not await backend.move([held], until)
 
     async def lapsed(self, busy_owners: Collection[str]) -> list[entries.Entry]:
-        """Return batches that no server works on, except for these owners; delete uploads whose server has died."""
+        """Return batches that no server works on, except batches of busy owners; delete uploads whose server has died.
+        """
         backend, found = await self.backend(), []
         for entry in await backend.lapsed(busy_owners):
             if entry.kind == BATCHES:
@@ -307,17 +299,17 @@ class BatchStore:
 
 
 def new_file_id() -> str:
-    """A random id in the form of OpenAI's files."""
+    """Return a random id in the form of OpenAI's file ids."""
     return f"file-{secrets.token_hex(16)}"
 
 
 def too_large(most: int) -> entries.StoreLimitError:
-    """The error for a file that is too large."""
+    """Return the error for a file that is too large."""
     return entries.StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
 
 
 def on_disk(options: FileOptions) -> bool:
-    """Whether the store may have entries of an earlier server."""
+    """Whether the store may have entries from before this server's start."""
     return options.url != MEMORY
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Admission: a bounded queue before a model's engine, shared fairly between API keys.
+"""Admission: a bounded queue before a model's engine, which API keys share fairly.
 
 Between steps 1 and 2 of a request's life. The engine runs its requests in order of arrival. Requests therefore wait
-here, so that one key's thousand requests do not delay another key's single one: a free place goes to the key with the
-fewest running sequences. Without keys there is one queue in order of arrival.
+here, so that one key's thousand requests do not delay another key's single request: a free place goes to the key with
+the fewest running sequences. Without keys, requests enter in order of arrival.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FADING = 0.9  # weight of earlier requests in the mean request time
 
 @dataclass
 class Place:
-    """The right of a request's sequences to be in the engine; the first call of `leave` releases it."""
+    """The right of a request's sequences to be in the engine; the first call of `leave` gives it back."""
 
     admission: Admission
     key: str
@@ -43,14 +43,14 @@ class Place:
 
 
 class Queued(NamedTuple):
-    """A waiting request, as it is shown to operators; without its content.
+    """A waiting request, as operators see it; without its content.
 
     Attributes:
         id: id of the HTTP request; empty outside an HTTP request.
         key: label of its API key; "none" without a key.
         sequences: number of its sequences; 1 if the number does not matter for the queue.
         priority: requests with a lower value run first.
-        since: start of the wait, as Unix time in seconds.
+        since: Unix time in seconds at which the wait began.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Queued(NamedTuple):
 
     @classmethod
     def now(cls, sequences: int = 1, priority: int = 0) -> Queued:
-        """Create the entry of the current request."""
+        """Describe the current request, which begins to wait now."""
         context = current_request.get()
         told = ("", NO_KEY) if context is None else (context.http_request_id, context.key_label)
         return cls(*told, sequences, priority, time.time())
@@ -86,8 +86,8 @@ class Admission:
         capacity: maximum number of sequences in the engine. A request with more than half of them counts as half, so
             that the engine need not be empty before it starts; its further sequences wait inside the engine.
         max_unfinished: maximum number of running and waiting sequences; further requests are refused with 503.
-        max_per_key: the same limit for each key, with 429 for further requests. None means half of `max_unfinished`
-            if the server has several keys.
+        max_per_key: the same limit for each key; further requests of the key are refused with 429. None means half of
+            `max_unfinished` if the server has several keys.
         refused: called for every refusal.
     """
 
@@ -103,8 +103,8 @@ class Admission:
         self._max_per_key = max_per_key
         self._refused = refused
         self._running: Counter[str] = Counter()
-        self._taken = 0  # used part of the capacity
-        self._counted: Counter[str] = Counter()  # counts towards max_unfinished; of a request, its capacity share
+        self._taken = 0  # part of the capacity that is in use
+        self._counted: Counter[str] = Counter()  # as `_unfinished`, but a large request counts as half the capacity
         self._unfinished: Counter[str] = Counter()
         self._queues: OrderedDict[tuple[int, str], deque[_Waiting]] = OrderedDict()  # by priority and key
         self._seconds = 1.0  # mean time of a request in the engine
@@ -121,7 +121,7 @@ class Admission:
 
     @property
     def queue(self) -> list[Queued]:
-        """The requests that wait for the engine; the keys are in no particular order."""
+        """The requests that wait for the engine; keys are in no particular order."""
         return [one.queued for queue in self._queues.values() for one in queue]
 
     async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
@@ -133,7 +133,7 @@ class Admission:
             priority: requests with a lower value enter first.
 
         Raises:
-            HttpError: 503 or 429 with Retry-After when too much is waiting.
+            HttpError: 503 or 429, with Retry-After, if too many sequences are running or waiting.
         """
         self._check_room(key, sequences)
         self._unfinished[key] += sequences
@@ -183,7 +183,7 @@ class Admission:
             raise HttpError(503, message, "overloaded", self._retry_after(total))
 
     def _retry_after(self, unfinished: int) -> dict[str, str]:
-        """Headers with the estimated time in which the engine finishes that many sequences."""
+        """Headers with the estimated seconds in which the engine finishes that many sequences."""
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 
@@ -199,7 +199,7 @@ class Admission:
         return Place(self, key, sequences)
 
     def _admit(self) -> None:
-        """Fill free places. The first request in line is never overtaken by a smaller request that would fit."""
+        """Fill free places. No smaller request overtakes the first request in line, even if it would fit."""
         while self._queues:
             first = min(self._queues, key=lambda each: serving_rank(each[0], running=self._running[each[1]]))
             waiting = self._queues[first][0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Models from URLs (GGUF files and tar archives, before step 1): parallel range downloads, verification, storage.
 
-The folder of a complete model has a marker file: it is prepared under another name and renamed at the end. An
-interrupted download is resumed or repeated, and never mistaken for a complete model. Archives are untrusted: only plain
-files inside the model's folder are extracted, and links inside it become hard links to those files.
+A model's folder is prepared under another name, and renamed once it is complete and has its marker file. An interrupted
+download is resumed or repeated, and is never mistaken for a complete model. Archives are untrusted: only plain files
+are extracted, only into the model's folder, and links between them become hard links.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _TRIES = 4
 _SECONDS = 30.0  # timeout of a single read
 _MAX_MEMBERS = 20_000
 _MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes
-_SLACK = 16 << 20  # bytes that may exceed this ratio
-_MOST_PARTS = 32  # maximum path depth of a member, since each part may create a folder
+_SLACK = 16 << 20  # unpacked bytes that are allowed beyond this ratio
+_MOST_PARTS = 32  # maximum path depth of a member, because each component may create a folder
 _COPIED = 1 << 20
 _ENDINGS = (".tar.gz", ".tgz", ".tar")
 _GGUF = ".gguf"
@@ -54,17 +54,16 @@ _SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
-    """Location of a model's archive: a local file or a URL. A URL may also be that of a GGUF file."""
+    """Location of a model: the path of a tar archive, or the URL of a tar archive or GGUF file."""
 
     address: str
     sha256: str | None = None
 
     @classmethod
     def of(cls, text: str, sha256: str | None = None) -> Archive | None:
-        """Parse a location with an optional suffix `#sha256=...`; return None if it is not an archive.
+        """Parse a location with an optional suffix `#sha256=...`; None for a local path that is not an archive.
 
-        Raises:
-            InvalidFileError: the checksum or the address is invalid.
+        Raises InvalidFileError if the checksum or the address is invalid.
         """
         address, _, told = text.partition("#sha256=")
         sha256 = (sha256 or told or "").lower() or None
@@ -84,7 +83,8 @@ class Archive(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Name of its folder: the last part of the path without its extension, or the part before `model.tar`."""
+        """Name of the model's folder: the last component of the path without its extension; its parent for `model.tar`.
+        """
         parts = [part for part in unquote(urlsplit(self.address).path).split("/") if part] or [""]
         last = next(
             (parts[-1][: -len(end)] for end in (*_ENDINGS, _GGUF) if parts[-1].lower().endswith(end)), parts[-1]
@@ -94,12 +94,12 @@ class Archive(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The URL without credentials and query, which may hold a signature."""
+        """The URL without credentials and query, which may have a signature."""
         return without_secrets(self.address, alone=True)
 
     @property
     def is_gguf(self) -> bool:
-        """Whether it is a GGUF file instead of an archive."""
+        """Whether the location is a GGUF file, not an archive."""
         return urlsplit(self.address).path.lower().endswith(_GGUF)
 
     @property
@@ -107,7 +107,7 @@ class Archive(NamedTuple):
         return hashlib.sha256(self.source.encode()).hexdigest()[:8]
 
     def kept_in(self, root: Path) -> Path:
-        """Its folder below `root`, existing or not; it has a suffix if another model has the same name."""
+        """Return the model's folder below `root`, existing or not; it has a suffix if another model has the name."""
         folder = root / self.name
         marker = _read_marker(folder)
         return folder if marker is None or self._is(marker) else root / f"{self.name}-{(self.sha256 or self._mark)[:8]}"
@@ -122,13 +122,13 @@ class Archive(NamedTuple):
 
 
 def fetch_archive(archive: Archive, root: Path) -> Path:
-    """Return the folder of an archive's model below `root`; fetch and unpack the archive if it is missing.
+    """Return the folder of an archive's model below `root`; fetch and unpack the archive if the folder is missing.
 
     Processes that need the same model wait for one download. Progress is reported to `candle_vllm.core.progress`.
 
     Raises:
         ModelNotFoundError: the download failed; the next call resumes it.
-        InvalidFileError: it does not match its checksum, cannot be unpacked, or holds no model.
+        InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has no model.
         OSError: the folder cannot be written.
     """
     if archive.is_kept_in(root):  # also works on a read-only file system
@@ -168,10 +168,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the only folder in `folder`, which may be `folder` itself, that holds a model's files.
-
-    Raises:
-        InvalidFileError: there are no model files, or several models.
+    """Return the only folder with model files in `folder` (or `folder` itself); InvalidFileError if there is not one.
     """
     found = {path.parent for name in ("config.json", "*.gguf") for path in folder.rglob(name)}
     tops = [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
@@ -187,7 +184,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
 
     Args:
         address: URL; without the suffix `#sha256=...` its content is not verified.
-        cache: folder of the stored models; each has its own folder there and is fetched only once.
+        cache: folder of the stored models; each model is fetched only once.
         offline: whether only stored models are used.
 
     Raises:
@@ -223,7 +220,7 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Hold a file lock across processes; the operating system releases it if its process ends."""
+    """Hold a file lock, also against other processes; the operating system releases it if its process ends."""
     with path.open("a") as file:
         if sys.platform != "win32":  # servers on Windows do not share a folder
             import fcntl
@@ -247,17 +244,13 @@ def _checked(archive: Archive, file: Path) -> str:
 
 
 def kept_at(address: str, cache: Path) -> Path | None:
-    """Return the folder of `model_at` if the model is stored already, else None."""
+    """Return the folder of `model_at` if the model is stored already; otherwise None."""
     archive, root = Archive.of(address), cache / "archives"
     return model_folder(archive.kept_in(root)) if archive is not None and archive.is_kept_in(root) else None
 
 
 def _take_gguf(file: Path, target: Path) -> None:
-    """Move a GGUF file to its final name.
-
-    Raises:
-        InvalidFileError: it is not a GGUF file, or only one part of a split model.
-    """
+    """Move a GGUF file to its final name; InvalidFileError if it is no GGUF file, or one part of a split model."""
     if len(split_names(target.name)) > 1:
         raise InvalidFileError(f"{target.name} is a part of a model: an archive may hold all of them")
     with file.open("rb") as stream:
@@ -304,7 +297,7 @@ def _download(archive: Archive, partial: Path) -> Path:
 
 
 def _whole(answer: Any, partial: Path, shown: str) -> None:
-    """Download in one stream from a server without range requests."""
+    """Download in one stream, from a server without range requests."""
     total = int(answer.headers.get("content-length") or 0)
     _check_room(partial, total)
     done, most = 0, total or shutil.disk_usage(partial.parent).free // 2
@@ -320,7 +313,7 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
 
 
 def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
-    """Download all missing ranges in parallel; a journal records each finished range."""
+    """Download all missing ranges in parallel; a journal records each range that is complete."""
     shown, count = without_secrets(address, alone=True), -(-total // _PIECE)
     head = json.dumps({"source": shown, "bytes": total, "version": version, "piece": _PIECE}).encode() + b"\n"
     journal = _pieces(partial)
@@ -358,7 +351,7 @@ def _ranges(client: Any, address: str, partial: Path, total: int, version: str) 
 
 
 def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, last: int, version: str) -> None:
-    """Download the bytes from first to last, both inclusive, to their position in `out`; retries transport errors."""
+    """Download the bytes from `first` to `last`, both inclusive, to their position in `out`; retry transport errors."""
     import httpx
 
     shown = without_secrets(address, alone=True)
@@ -404,8 +397,7 @@ def _check_room(path: Path, nbytes: int) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar archive, plain or compressed with gzip, into an empty folder.
 
-    Raises:
-        InvalidFileError: it is unreadable, has a path or link that leads out of it or a device, or exceeds a limit.
+    Raises InvalidFileError if it is unreadable or too large, or has a device, or a path or link that leads out of it.
     """
     most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
     try:
@@ -455,7 +447,7 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
 
 
 def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
-    """Turn links, also links to links, into hard links to the files they lead to."""
+    """Make hard links to files of the archive in place of its links, also of links to links."""
     while ready := [name for name, target in links.items() if target in files]:
         for name in ready:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -467,11 +459,7 @@ def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
 
 
 def writable(roots: Sequence[Path]) -> Path:
-    """Return the first folder that is writable; creates it if necessary.
-
-    Raises:
-        OSError: no folder is writable; it is the error of the last one.
-    """
+    """Return the first folder that is writable, created if necessary; otherwise raise the OSError of the last one."""
     problem: OSError | None = None
     for root in roots:
         try:

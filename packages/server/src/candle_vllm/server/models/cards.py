@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cards and status of the models for clients and operators; request bodies that name a model (step 1)."""
+"""Cards and status of the models, for clients and operators, and request bodies that name a model (step 1)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
 from candle_vllm.server.models.switcher import NoRoomError
 
-MAX_ERROR = 2000  # characters
+MAX_ERROR = 2000  # characters of an error text
 _FEW = 200  # more cards than this are made in a thread
 FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first match counts
     (NoMemoryError, "memory"),
@@ -45,7 +45,7 @@ FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first match counts
     (EngineDeadError, "died"),
     (Exception, "other"),
 )
-"""Kinds of failure that clients see. The error text itself may contain paths, so only operators see it."""
+"""Kinds of failure that clients see. Only operators see the text of an error, which may contain paths."""
 
 
 _KNOWN = (
@@ -71,7 +71,7 @@ class UnloadedCard(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         loading: progress while it is loaded.
-        failure: kind of the failure, one of `FAILURES`, if the model could not be loaded or its engine died.
+        failure: kind of failure, as in `FAILURES`, if the model could not be loaded or its engine died.
     """
 
     id: str
@@ -89,7 +89,7 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
     """A served model name whose model is loaded.
 
     Attributes:
-        architecture, num_parameters: architecture and number of parameters of the model.
+        num_parameters: number of the model's parameters.
         implementation: implementation of its layers, see `ModelInfo`.
         quantization: quantization format of its weights; null if they are not quantized.
         dtype, device: type and device of its activations.
@@ -114,10 +114,10 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         root: name of its files, or their origin.
-        parent: its base model.
+        parent: first name of its base model.
         status: status of the base model.
         revision: the pinned commit, checksum or version.
-        pinned: whether it stays in memory.
+        pinned: whether the adapter stays in memory.
     """
 
     id: str
@@ -141,16 +141,14 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: first name of the model.
         status: unloaded, waiting, loading, ready, draining or failed.
-        in_flight: requests that use it, including those in its queue.
-        running, waiting: sequences of these requests in the engine, and waiting for it.
-        waiting_for_load: requests that wait until it is loaded.
+        in_flight: requests that use the model, including requests in the queue of its engine.
+        running, waiting: sequences of these requests in the engine, and in its queue.
+        waiting_for_load: requests that wait until the model is loaded.
         loaded_at: Unix time in seconds.
-        load_seconds: duration of loading, including the wait for other models.
-        idle_seconds: seconds since its last use.
-        memory_bytes: size of the weights and of a full cache, including recurrent states of layers.
-        state_bytes: the part of these for recurrent states and their checkpoints.
-        error: reason why it could not be loaded, or why its engine died.
-        loading: progress while it is loaded.
+        load_seconds: duration of loading, including the time in which other models were unloaded.
+        idle_seconds: seconds since its last use; null while it is in use or not loaded.
+        memory_bytes, state_bytes: size of weights, full cache and recurrent states; and of recurrent states alone.
+        error: reason why the model could not be loaded, or why its engine died.
     """
 
     id: str
@@ -169,16 +167,16 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Status of all models for operators; the first six fields are those of the original candle-vllm.
+    """Status of all models for operators; the first six fields are the ones of the Rust candle-vllm.
 
     Attributes:
         active_model: the model for requests without a model name.
         status: status of the active model: Idle, Loading, Ready, Switching or Error.
         last_error: reason why a model could not be loaded, or why its engine died.
         in_flight_requests: requests that use a model.
-        switch_requested_at: Unix time in seconds of the switch to `active_model` while it is pending.
-        queue_lengths: requests that wait for a model to be loaded, by model.
-        models: every model.
+        switch_requested_at: Unix time in seconds of the request to make another model the active one; null if none is
+            pending.
+        queue_lengths: number of requests that wait until a model is loaded, by model.
     """
 
     active_model: str
@@ -283,7 +281,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         id: its `x-request-id`.
         model: first name of the model.
         queued_at: Unix time in seconds.
-        waits_for: "model" until the model is loaded, "place" until its engine has a free place.
+        waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
         key: number of its API key; "none" on a server without keys.
         sequences: number of its sequences.
         priority: requests with a lower value run first.
@@ -300,7 +298,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Queues(msgspec.Struct, frozen=True, kw_only=True):
-    """The waiting requests, the oldest first; `counts` has the number for every model, by its first name."""
+    """The waiting requests, the oldest first; `counts` has their number for every model, by the model's first name."""
 
     counts: dict[str, int]
     data: tuple[QueuedRequest, ...]
@@ -350,7 +348,7 @@ def status(manager: ModelManager) -> ManagerStatus:
 
 
 def anthropic_card(card: Card) -> dict[str, object]:
-    """The card in the format of Anthropic's API."""
+    """Convert a card to the format of Anthropic's API."""
     created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     most = card.max_model_len if isinstance(card, LoadedCard) else None
     return {
@@ -359,7 +357,7 @@ def anthropic_card(card: Card) -> dict[str, object]:
 
 
 def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
-    """All cards in the list format of Anthropic's API, in one page."""
+    """Return all cards as one page of Anthropic's list format."""
     data = [anthropic_card(card) for card in listed]
     ends = (listed[0].id, listed[-1].id) if listed else (None, None)  # an API key may allow no model at all
     return {"data": data, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
@@ -369,11 +367,11 @@ def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
 
 
 class NewModelRequest(WireModel):
-    """A model in the format of an entry of `models` in models.yaml.
+    """A model, as an entry of `models` in models.yaml describes it.
 
     Attributes:
         name: name of the model on this server.
-        hf_id, local_path: exactly one of them: a Hugging Face id, or a folder or file of the server's machine.
+        hf_id, local_path: exactly one of the two: a Hugging Face id, or a folder or file on the server's machine.
         weight_file: file of the weights, if the repository or folder has several.
         params: settings of the model by their names in models.yaml.
     """
@@ -386,16 +384,12 @@ class NewModelRequest(WireModel):
 
 
 def parse_new_model(body: bytes) -> NewModelRequest:
-    """Parse the body of a request that adds a model; raises as `parse_body`."""
+    """Parse the body of a request that adds a model; raises `RequestError`, which names the invalid field."""
     return parse_body(NewModelRequest, body)
 
 
 class ModelRequest(WireModel):
-    """Body of a request that names a model.
-
-    Attributes:
-        model, model_id: a served name, in one of the two fields (`model_id` is the original candle-vllm's).
-    """
+    """Body of a request that names a model; `model_id` is the name of this field in the Rust candle-vllm."""
 
     model: Name | None = None
     model_id: Name | None = None
@@ -415,5 +409,5 @@ class ModelRequest(WireModel):
 
 
 def parse_model_request(body: bytes | Mapping[str, Any]) -> ModelRequest:
-    """Parse a body; raises `RequestError`, which names the invalid field."""
+    """Parse the body of a request that names a model; raises as `parse_new_model`."""
     return parse_body(ModelRequest, body)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The model manager: gives each request a loaded model and then a place in its engine.
+"""The model manager: gives each request a loaded model, and then a place in the model's engine.
 
-Step 1 of a request's life, after the name in `model` is read. Requests for the same model share one load and its
-failure. The switcher loads and unloads the models. A turn is one request's claim on a model; it is released when the
+Step 1 of a request's life, after the name in `model` is read. Requests for the same model share one load, and its
+failure. The switcher loads and unloads the models. A turn is one request's right to use a model; it ends when the
 response is complete or the client has disconnected.
 """
 
@@ -30,7 +30,7 @@ from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-DEATH_WINDOW = 300.0  # period in seconds in which deaths of an engine are counted
+DEATH_WINDOW = 300.0  # seconds for which the death of an engine counts
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -42,21 +42,19 @@ class Changes(msgspec.Struct, frozen=True):
 
 
 class ModelManager:
-    """The models of a catalogue, some of them loaded.
+    """The models of a catalogue, some of them loaded. Not thread-safe: it belongs to one event loop.
 
     Args:
         catalogue: the models.
         load: loads a model; None if the caller has loaded the models, which then stay loaded.
         limits: limits and timeouts.
         metrics: counts loads and waits.
-        adapters: the adapter registry; None allows only the adapters in the models' settings.
-
-    Not thread-safe: belongs to one event loop. `close` unloads everything.
+        adapters: the registry of LoRA adapters; None allows only the adapters in the models' settings.
 
     Attributes:
         active: name of the model for requests without a model name.
         rates: rate limits of the callers.
-        switch_requested_at: Unix time in seconds of a pending change of `active`; None without one.
+        switch_requested_at: Unix time in seconds of a pending change of `active`, or None.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class ModelManager:
 
         Args:
             name: the model name in the request, or None.
-            exact: whether only a model's own names are valid, not those of adapters.
+            exact: whether only a model's own names are valid, not the names of adapters.
             caller: sender of the request; error messages do not list models that it may not use.
 
         Raises:
@@ -120,10 +118,10 @@ class ModelManager:
     async def reach(self, name: str | None, caller: Caller) -> None:
         """Check that the caller may use a name, and fetch the adapters that the request needs.
 
-        An unknown adapter is searched in the sources, which counts as a request in the rate limits.
+        An unknown adapter is looked up in the sources; the lookup counts as a request in the rate limits.
 
         Raises:
-            HttpError: 403 if the key may not use it; also as `Adapters.reach` and `RateLimits.admit`.
+            HttpError: 403 if the API key may not use the name; also as `Adapters.reach` and `RateLimits.admit`.
         """
         if name is None or not self.adapters.bases() or self._catalogue.has(name):
             self.permit(name, caller)
@@ -148,9 +146,9 @@ class ModelManager:
         """Wait until a model is loaded, and return a lease of it. Cancelling the coroutine ends the wait.
 
         Raises:
-            ModelNotServedError: no such model.
+            ModelNotServedError: no model or adapter has this name.
             HttpError: 503 if too many requests wait, the wait takes too long, or the model cannot be loaded.
-            EngineDeadError: its engine has died and is not restarted.
+            EngineDeadError: the model's engine has died and is not restarted.
         """
         slot, adapter = self.find(name), self.adapters.find(name)
         if adapter is None:
@@ -176,11 +174,7 @@ class ModelManager:
         return await self._wait(slot, self._limits.patience)
 
     async def start(self) -> ModelSlot:
-        """Load the default model, without a timeout.
-
-        Raises:
-            CandleVllmError: it cannot be loaded.
-        """
+        """Load the default model, without a timeout; CandleVllmError if it cannot be loaded."""
         slot = self.slots[self.active]
         slot.awaited = True
         try:
@@ -242,7 +236,7 @@ class ModelManager:
         return slot
 
     async def unload(self, name: str | None) -> ModelSlot:
-        """Drain and unload a model if it is loaded; a later request loads it again."""
+        """Unload a model, if it is loaded, after its running requests; a later request loads it again."""
         slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
@@ -260,7 +254,7 @@ class ModelManager:
         return slot
 
     def keep(self, name: str | None, seconds: float) -> bool:
-        """Set how long a model stays loaded after its last use; returns False if this manager never unloads models."""
+        """Set how long a model stays loaded after its last use; return False if this manager never unloads models."""
         slot = self.find(name)
         if self._switcher is None:
             return False
@@ -268,18 +262,15 @@ class ModelManager:
         return True
 
     def expires_at(self, slot: ModelSlot) -> float | None:
-        """Unix time in seconds at which a loaded model is unloaded unless it is used; None if it stays."""
+        """Unix time in seconds at which a loaded model will be unloaded if nobody uses it; None if it stays loaded."""
         rest = None if self._switcher is None else self._switcher.rest_of(slot)
         return None if rest is None else time.time() + rest - (time.monotonic() - slot.last_used)
 
     def adopt(self, catalogue: Catalogue) -> Changes:
-        """Replace the catalogue.
+        """Replace the catalogue; HttpError 409 if this manager does not unload models.
 
         A model with unchanged settings keeps its state. A changed or removed model finishes its running requests; its
-        waiting requests go to the new model of that name. A changed model that was loaded is loaded again.
-
-        Raises:
-            HttpError: 409 if this manager does not unload models.
+        waiting requests wait for the new model of that name. A changed model that was loaded is loaded again.
         """
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays")
@@ -312,7 +303,7 @@ class ModelManager:
         )
 
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
-        """Release a model's dead engine and start it again; after repeated deaths, only a request for it does so."""
+        """Release a model's dead engine and load the model again; after repeated deaths, only a request reloads it."""
         if self._switcher is None or slot.model is not model or self._switcher.closing:
             return
         logger.error("the engine of %s has died", slot.entry.name)
@@ -334,17 +325,17 @@ class ModelManager:
 
     @property
     def is_healthy(self) -> bool:
-        """False after an engine has died that is not restarted automatically."""
+        """Whether no engine is dead, except engines that are restarted automatically."""
         alive = all(model.engine.is_alive or model.entry.settings.has_own_process for model in self.loaded)
         return alive and not any(slot.given_up for slot in self.slots.values())
 
     async def close(self) -> None:
-        """Unload all models; waiting requests are refused, running ones are aborted."""
+        """Unload all models; refuse waiting requests and abort running ones."""
         if self._switcher is not None:
             await self._switcher.close()
 
     async def warm(self, slot: ModelSlot) -> None:
-        """Load the pinned adapters and the warmup adapters of a model; failures are logged."""
+        """Load a model's pinned adapters and warmup adapters into its engine; log failures."""
         pinned = [each for each in self.adapters.given(slot.entry.name) if each.pinned]
         wanted = [*(each.name for each in pinned), *slot.entry.settings.lora_warmup]
         for name in dict.fromkeys(wanted):
@@ -394,7 +385,7 @@ def _not_served(name: str) -> Exception:
 
 @dataclass
 class Turn:
-    """The right to use a model now; the first call of `release` ends it."""
+    """The right to use a model now; only the first call of `release` has an effect."""
 
     lease: Lease
     place: Place
@@ -416,12 +407,12 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
     Args:
         scope: ASGI scope of the request, whose body has been read.
         name: the model name in the request.
-        sequences: number of its sequences.
+        sequences: number of the request's sequences.
         priority: requests with a lower value run first, if the operator allows priorities.
 
     Raises:
-        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire`, `RateLimits.admit` and
-            `Admission.enter`.
+        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.reach`, `ModelManager.acquire`,
+            `RateLimits.admit` and `Admission.enter`.
     """
     manager: ModelManager = scope["app"].state.manager
     caller = caller_of(scope)
@@ -442,6 +433,6 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
 
 
 async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:
-    """Wait for a place in a model's engine, with the priority that the operator allows."""
+    """Wait for a place in a model's engine; only operators who allow priorities let requests precede others."""
     allowed = lease.model.entry.settings.enable_request_priority
     return await lease.model.admission.enter(caller.label, sequences, priority if allowed else max(priority, 0))

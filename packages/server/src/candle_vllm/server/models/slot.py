@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""State of one model of the catalogue (step 1): its leases and its waiting requests. This module only holds state."""
+"""State of one model of the catalogue (step 1): whether it is loaded, its leases, and the requests that wait for it."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ class ServedModel:
     """A loaded model with its API adapters.
 
     Attributes:
-        entry: entry of the catalogue.
-        engine: the engine; the server closes it when the model is unloaded.
         watcher: updates the metrics of the engine.
         adapter, messages, ollama: adapters for the APIs of OpenAI, Anthropic and Ollama.
         admission: admission control of the engine.
@@ -68,18 +66,18 @@ class ModelSlot:
     Attributes:
         idle: called when the last lease is released.
         in_flight: number of leases that are not released.
-        waiters: requests that wait for the model, in order.
-        arrivals: their entries in the queue for operators.
-        asked: whether it is to be loaded even if no request waits for it.
+        waiters: requests that wait for the model, in order of arrival.
+        arrivals: description of each waiting request for operators.
+        asked: whether the model is to be loaded even if no request waits for it.
         error, failed_at: reason why loading failed or the engine died; and `time.monotonic()` of a failed load.
         deaths: `time.monotonic()` of its engine's latest deaths.
         last_used, loaded_at: `time.monotonic()` of the last use, and Unix time in seconds of the load.
         load_seconds: duration of the last load.
         progress: current stage and progress of loading.
-        awaited: whether the server's start waits for it and reports its failure itself.
-        going: whether it is removed from the catalogue, so that it is unloaded when its last lease is released.
-        timer: timer that unloads it after its idle time.
-        described: description from its files, once it was requested.
+        awaited: whether the server's start waits for the model, and reports its failure itself.
+        going: whether the model left the catalogue, so that it is unloaded when its last lease is released.
+        timer: unloads the model after its idle time.
+        described: description from the model's files, once it was requested.
         keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
     """
 
@@ -111,7 +109,7 @@ class ModelSlot:
 
     @property
     def given_up(self) -> bool:
-        """Whether its engine died so often that it is not restarted automatically."""
+        """Whether its engine died so often that the model is not loaded again automatically."""
         return self.state is ModelState.FAILED and len(self.deaths) > MAX_DEATHS
 
     def ready(self, model: ServedModel) -> None:
@@ -142,7 +140,7 @@ class ModelSlot:
                 waiter.set_exception(error)
 
     def forget(self, waiter: asyncio.Future[Lease]) -> None:
-        """Remove a waiting request; release the lease if it was granted at the same time."""
+        """Remove a waiting request; release its lease if it was granted at the same time."""
         if waiter in self.waiters:
             self.waiters.remove(waiter)
         if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
@@ -152,11 +150,7 @@ class ModelSlot:
 
 
 class Lease:
-    """The use of a loaded model by one request. Only the first call of `release` has an effect.
-
-    Attributes:
-        beside: further callback for the release.
-    """
+    """The use of a loaded model by one request; the first `release` ends it and calls `beside`, if that is set."""
 
     def __init__(self, slot: ModelSlot, model: ServedModel) -> None:
         self.model = model

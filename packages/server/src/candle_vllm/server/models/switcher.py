@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The model switcher: a single task that loads and unloads models, one after the other.
 
-Step 1 of a request's life, below the manager. A requested model is loaded beside the others if memory allows; if not,
-the least recently used model finishes its requests and is unloaded.
+Step 1 of a request's life, below the manager. A requested model is loaded beside others if there is memory for it; if
+not, the least recently used model finishes its requests and is unloaded.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Load(Protocol):
     """Interface of a model loader; called in threads."""
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-        """Raise errors that are detectable before other models are unloaded for this one."""
+        """Raise the errors that can be found before other models are unloaded for this one."""
         ...
 
     def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
-        """Load a model while others stay loaded; raises `NoRoomError` if it does not fit beside them."""
+        """Load a model while others stay loaded; NoRoomError if it does not fit beside them."""
         ...
 
 
@@ -51,12 +51,12 @@ class ManagerLimits:
     """Limits and timeouts of the manager.
 
     Attributes:
-        max_loaded: maximum number of models in memory; None is limited by memory only.
+        max_loaded: maximum number of models in memory; None for as many as fit.
         max_waiting: maximum number of requests that wait for one model to be loaded.
         patience: maximum seconds that a request waits for its model.
-        drain_seconds: maximum seconds in which a model finishes its requests before unloading; then they are aborted.
-        idle_seconds: seconds without use after which a model is unloaded; None disables it.
-        retry_seconds: pause after a failed load before a request, other than an operator's, tries again.
+        drain_seconds: seconds that a model has to finish its requests before it is unloaded; then they are aborted.
+        idle_seconds: seconds without use after which a model is unloaded; None means never.
+        retry_seconds: pause after a failed load before a request tries again; an operator can try at once.
     """
 
     max_loaded: int | None = None
@@ -69,11 +69,9 @@ class ManagerLimits:
 
 @dataclass(frozen=True)
 class _Unwanted:
-    """A model that is to be unloaded.
+    """A model that is to be unloaded; if `idle`, only if it has been idle for long enough.
 
-    Attributes:
-        done: is completed when the model is unloaded, or need not be.
-        idle: whether it is unloaded only after the idle time that applies to it.
+    `done` is completed when the model is unloaded, or need not be unloaded any more.
     """
 
     slot: ModelSlot
@@ -85,9 +83,7 @@ class ModelSwitcher:
     """Loads and unloads the models of the slots.
 
     Args:
-        slots: the models.
-        load: loads a model.
-        limits: limits and timeouts.
+        slots, load, limits: the models, their loader, and limits.
         metrics: counts loads.
         settled: called with a slot when its model is ready, or could not be loaded.
         died: called with a slot and its model when the model's engine dies.
@@ -131,7 +127,7 @@ class ModelSwitcher:
         return [slot.model for slot in self._slots if slot.model is not None]
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
-        """Queue a model for loading: because requests wait, or because it is `asked` for without a request."""
+        """Queue a model for loading because requests wait for it, or because it is `asked` for without a request."""
         slot.asked = slot.asked or asked
         if slot not in self._wanted and slot.state is not ModelState.LOADING:
             if slot.state in (ModelState.UNLOADED, ModelState.FAILED):
@@ -147,7 +143,7 @@ class ModelSwitcher:
         await entry.done
 
     def idle(self, slot: ModelSlot) -> None:
-        """Handle the release of a model's last lease: start its idle timer, or unload it if it was removed."""
+        """React to the release of a model's last lease: start its idle timer, or unload it if it left the catalogue."""
         self._returned.set()
         if slot.going:
             if slot.model is not None and not self.closing:
@@ -174,11 +170,11 @@ class ModelSwitcher:
             self.idle(slot)
 
     def let_go(self, model: ServedModel) -> None:
-        """Close the engine of a model that has no slot any more; does not wait."""
+        """Close the engine of a model that no slot has any more, without waiting for it."""
         self._leave(model)
 
     def _leave(self, model: ServedModel) -> asyncio.Task[None]:
-        """Start to close an engine; cancelling a caller that waits for it does not stop this."""
+        """Begin to close an engine; this goes on even if a caller that waits for it is cancelled."""
         name = model.entry.name
 
         async def leave() -> None:
@@ -193,7 +189,7 @@ class ModelSwitcher:
         return task
 
     async def close(self) -> None:
-        """Stop the switcher, refuse waiting requests, and unload everything."""
+        """Stop the switcher, refuse waiting requests, and unload all models."""
         self.closing = True
         if self._worker is not None:
             self._worker.cancel()
@@ -284,7 +280,7 @@ class ModelSwitcher:
             self.idle(slot)
 
     def _least_used(self) -> ModelSlot:
-        """Return the slot to unload next: idle ones before busy ones, and of these the least recently used."""
+        """Return the slot to unload next: an idle one before busy ones, and of these the least recently used."""
         slots = [slot for slot in self._slots if slot.model is not None]
         return min(slots, key=lambda slot: (slot.in_flight > 0, slot.last_used))
 
@@ -314,7 +310,7 @@ class ModelSwitcher:
         await asyncio.shield(self._leave(model))
 
     def _unload_idle(self, slot: ModelSlot) -> None:
-        """Unload a model after its idle time; restart the timer if it was used meanwhile."""
+        """Unload a model after its idle time; restart the timer if the model was used meanwhile."""
         slot.timer = None
         if slot.state is not ModelState.READY or slot.in_flight or self.closing:
             return
@@ -346,7 +342,7 @@ def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
 
 
 def _heard(slot: ModelSlot, work: Callable[[], T]) -> Callable[[], T]:
-    """Wrap work on a slot's model so that its progress is stored in the slot."""
+    """Wrap work so that the progress that it reports is stored in a slot."""
 
     def hear(progress: Progress) -> None:  # replaces the previous progress
         slot.progress = progress
@@ -371,5 +367,5 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 def _unload(model: ServedModel) -> None:
-    gc.unfreeze()  # objects from startup were frozen, which would keep everything that they refer to
+    gc.unfreeze()  # garbage that was frozen at startup would keep alive what it refers to
     model.close()
