@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OpenAIAdapter: OpenAI's requests answered by an engine, whole or streamed, without HTTP.
+"""OpenAIAdapter: answers OpenAI's requests with an engine, whole or streamed, without HTTP.
 
 It performs steps 2, 3 and 10 of a request's life and calls the engine for the steps between.
 """
@@ -66,9 +66,9 @@ class OpenAIAdapter(ExplainedAttributes):
     """Answers OpenAI requests with one engine.
 
     Requests are plain objects, or come from `parse_chat_request` and similar functions. Every method raises
-    `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the engine accepts none,
-    and `GenerationFailedError` if it fails on this one; `to_error` converts them to responses. `SyncOpenAIAdapter`
-    is for programs without an event loop.
+    `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the engine accepts no
+    request, and `GenerationFailedError` if it fails during this one; `to_error` converts them to responses.
+    `SyncOpenAIAdapter` is for programs without an event loop.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class OpenAIAdapter(ExplainedAttributes):
         """
         Args:
             engine: a loaded engine.
-            served_model_names: names of the model, by default its own; the first one answers requests without a name.
-            strict_model_names: whether a request with another name is refused; otherwise the first name answers it.
-            allow_priority: whether requests may set a priority before others; False if clients are not trusted.
+            served_model_names: names of the model, by default its own; the first is for requests without a name.
+            strict_model_names: whether a request with an unknown name is refused instead of answered.
+            allow_priority: whether requests may precede others by their priority; False if clients are not trusted.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None uses the model's own.
             reasoning_budget: default for the maximum number of reasoning tokens; -1 means no limit.
-            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model makers' text.
+            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model makers' own.
             default_chat_template_kwargs: default values of chat template variables.
-            watcher: notified of every request that is submitted to the engine.
-            salted: converts a `cache_salt`, in the request's context, to one that others cannot send; None keeps it.
-            adapters: adapters whose names are served as well; None without adapters.
+            watcher: is notified of every request that is submitted to the engine.
+            salted: converts a request's `cache_salt` to one that no other caller can send; None keeps it as it is.
+            adapters: LoRA adapters, whose names are served as well.
             images: allowed sources of images; None allows only images inside the request.
 
         Raises:
@@ -151,7 +151,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return self._engine.model_info
 
     def served_name(self, name: str | None) -> str:
-        """Return the name to answer with for a request's model name; raises `ModelNotServedError`."""
+        """Return the model name for the response to a request with this name; raises `ModelNotServedError`."""
         return self._names.served(name)
 
     @property
@@ -165,7 +165,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return self._engine.model_info.max_images
 
     async def try_picture(self, data: bytes) -> None:
-        """Raise `RequestError` if the model cannot read an image, given as a file's bytes, in the result of a tool."""
+        """Raise `RequestError` if the model cannot read an image file (its bytes) in the result of a tool."""
         await self._work.look(self._preparation.try_picture, data)
 
     async def tokens_of(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -173,7 +173,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._work.prepare(lambda: [self._engine.tokenize(text, add_special_tokens) for text in texts])
 
     def models(self) -> ModelList:
-        """Return the served names."""
+        """Return a card for each served name."""
         info, choice = self._engine.model_info, self.planner.choice
         return ModelList(
             data=tuple(
@@ -209,7 +209,7 @@ class OpenAIAdapter(ExplainedAttributes):
     async def answer(self, read: Callable[[], Task]) -> AnswerStream:
         """Submit a task and stream the events of its answer; close the stream to abort the request.
 
-        `read` returns the task; it is called in another thread, because conversations may be long.
+        `read` returns the task. It is called in another thread, because reading a conversation may take long.
         """
         return self._submitted(await self._ready(read, bounded=True))
 
@@ -218,7 +218,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return len((await self._ready(read)).prepared.prompt)
 
     async def apply_template(self, request: ChatCompletionRequest) -> tokenizing.RenderedPrompt:
-        """Render the prompt of a chat request, with `MEDIA_MARK` for each image; nothing is generated."""
+        """Render the prompt of a chat request, with a `MEDIA_MARK` for each image; nothing is generated."""
         self._names.served(request.model)
         prepared = (await self._ready(partial(read_chat, _checked_chat(request)))).prepared
         text, mark = prepared.text, self._engine.model_info.image_text
@@ -236,7 +236,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._start_completion(request, whole=False)
 
     async def embed(self, request: embeddings.EmbeddingRequest | Fields) -> embeddings.EmbeddingList:
-        """Return the embeddings of texts. Cancelling aborts the texts that have not run."""
+        """Return the embeddings of texts. Cancelling this coroutine aborts the texts that are not embedded yet."""
         parsed = request if isinstance(request, embeddings.EmbeddingRequest) else parse_embedding_request(request)
         if not isinstance(parsed, embeddings.EmbeddingChatRequest):
             return await self._embedding.embed(parsed)
@@ -249,7 +249,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._embedding.pool(request)
 
     async def moderate(self, request: embeddings.ModerationRequest) -> embeddings.Moderation:
-        """Return whether the request's texts are harmful, by the labels of a classifier."""
+        """Return whether the request's texts are harmful, according to a classifier's labels."""
         return await self._embedding.moderate(request)
 
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
@@ -261,12 +261,12 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._embedding.classify(request)
 
     async def score(self, request: ScoreRequest | Fields) -> ScoreList:
-        """Return the scores of pairs of texts. Cancelling aborts the pairs that have not run."""
+        """Return the scores of pairs of texts. Cancelling this coroutine aborts the pairs that are not scored yet."""
         parsed = request if isinstance(request, ScoreRequest) else parse_score_request(request)
         return await self._embedding.score(parsed)
 
     async def rerank(self, request: RerankRequest | Fields) -> Ranking:
-        """Return documents ranked by their relevance to a query. Cancelling aborts the documents that have not run."""
+        """Return documents ranked by their relevance to a query. Cancelling aborts the ones that are not scored yet."""
         parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
         return await self._embedding.rerank(parsed)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How the answers of a chat request are parsed and constrained: formats, tools and structured output (step 2).
 
-The formats are chosen once per model, from its files; a plan is made once per request, when its prompt is known. One
-grammar combines structured output and tool calls, after the reasoning.
+The formats are chosen once per model, from its files; a plan is made for each request, when its prompt is known. One
+grammar covers the reasoning, and then structured output and tool calls.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TAIL = 1 << 14  # characters at a prompt's end that are searched for its last m
 
 
 class Planned(NamedTuple):
-    """Plan for one request's answers, constraint on their text, limit on reasoning, and where stop strings apply."""
+    """How one request's answers are parsed, and constrained; the limit on reasoning; and where stop strings apply."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None
@@ -46,19 +46,16 @@ class Planned(NamedTuple):
 
 
 class AnswerPlanner:
-    """Plans the answers of one model.
+    """Plans the answers of one model; ConfigError if no format has a given name.
 
     Args:
         conventions: the chat conventions that the model was trained with.
         model_type: its architecture.
         tool_parser, reasoning_parser: names of formats; None uses the model's own.
-        thinking: default for the limit on reasoning and the message that ends it; below 0 means no limit.
+        thinking: default for the limit on reasoning, and the message that ends it; below 0 means no limit.
 
     Attributes:
-        choice: the chosen formats, and the reasons.
-
-    Raises:
-        ConfigError: no format has that name.
+        choice: the chosen formats, and the reasons for the choice.
     """
 
     def __init__(
@@ -93,7 +90,7 @@ class AnswerPlanner:
     def plan(self, task: Task, prompt: str, *, loose: Collection[str] = ()) -> Planned:
         """Return the plan for a task whose rendered prompt is `prompt`; raises `RequestError`.
 
-        Calls of tools in `loose` are not constrained by their schemas.
+        The schemas of tools in `loose` do not constrain their calls.
         """
         tools, reasoning, needs = self.choice.tools, self.choice.reasoning, self.choice.needs
         use, continued = task.tools, task.continued
@@ -140,7 +137,7 @@ class AnswerPlanner:
     def _budget(
         self, task: Task, reasoning: ReasoningFormat | None, opening: str, called: ToolFormat | None
     ) -> ThoughtBudget | None:
-        """Return the limit on reasoning in an answer; `called` is the format of calls, if the answer may have calls."""
+        """Return the limit on reasoning in an answer; `called` is the tool-call format, if calls are possible."""
         limit = self._thinking if task.thinking is None else task.thinking
         if limit.tokens < 0:  # no limit
             return None
@@ -173,7 +170,7 @@ def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools
 
     Args:
         reasoning: the model's reasoning format, if it has one.
-        form: the model's format of calls; calls in the format's own marks are recognised.
+        form: the model's tool-call format, whose marks begin and end calls.
         tools: names of the tools that may be called; without tools, text in the form of a call is text.
     """
     flow = (form and form.flow) or (reasoning and reasoning.flow)
@@ -213,11 +210,11 @@ _BARE_OBJECTS = tuple(
         '{"type":"function","name":',
     )
 )
-"""Beginnings of calls without a mark; {} is replaced by the tool's name."""
+"""Beginnings of calls without a mark; {} stands for the tool's name."""
 
 
 def _calling(mark: str, form: ToolFormat) -> tuple[str, ...]:
-    """Return an opening mark; a mark that occurs as a word in text is followed by the beginning of its body."""
+    """Return the texts by which a mark begins a call; a mark that is also a word needs the beginning of its body."""
     if form.line_start:
         return (f"{mark} ```json", f"{mark}\n```json")
     return (f"{mark}[",) if mark.isalpha() else (mark,)
@@ -235,21 +232,21 @@ def constrain(
     loose: Collection[str] = (),
     continued: bool = False,
 ) -> StructuredOutputsParams | None:
-    """Return the grammar of an answer's whole text; None if any text is allowed.
+    """Return the constraint on an answer's whole text; None if any text is allowed.
 
-    If calls are required, structured output does not apply: it is about content, and such an answer has no content.
-    If the model chooses, the answer is either calls or what `structured` requires.
+    If calls are required, structured output does not apply, because it is about content, which such an answer does not
+    have. If the model chooses, the answer is either calls or what `structured` requires.
 
     Args:
         structured: constraint on the content, if there is one.
-        form: the model's format of calls, even if no tool is offered; None if it is unknown.
+        form: the model's tool-call format, even if no tool is offered; None if it is unknown.
         use: the tools and the tool choice.
         reasoning: format of the reasoning that may precede the answer; None if there cannot be any.
-        in_reasoning: the prompt has already opened the reasoning.
+        in_reasoning: whether the prompt has already opened the reasoning.
         special: special tokens of the vocabulary, by name.
         own: other tokens that marks consist of, by name.
         loose: names of tools whose schemas do not constrain calls.
-        continued: the prompt ends within an answer, which the model continues.
+        continued: whether the prompt ends within an answer, which the model continues.
 
     Raises:
         RequestError: the constraint cannot be guaranteed.
@@ -296,7 +293,7 @@ def constrain(
 def _after_thoughts(
     structured: StructuredOutputsParams, reasoning: ReasoningFormat | None, in_reasoning: bool
 ) -> StructuredOutputsParams:
-    """Return the constraint, applied after reasoning if the model may reason."""
+    """Return the constraint so that it begins after the reasoning, if the model may reason."""
     if reasoning is None:
         return structured
     start = None if in_reasoning else reasoning.open

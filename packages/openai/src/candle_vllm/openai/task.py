@@ -124,16 +124,13 @@ class Choice(NamedTuple):
     named: str | None = None
 
     def freed(self) -> Choice:
-        """Return the choice for later turns, without an obligation to call: a model that must always call never
-        answers.
-        """
+        """Return the choice for later turns, without an obligation to call: a model that must call never answers."""
         return self if self.mode == "none" else Choice(names=self.names)
 
     def among(
         self, functions: Sequence[ToolFunction], shown: Sequence[dict[str, Any]], *, parallel: bool | None
     ) -> ToolUse:
-        """Return the tool use of a request with these tools; InvalidParameterError if a call is required, but no tool
-        given.
+        """Return the tool use of a request with these tools; InvalidParameterError if a call is required without tools.
 
         If no tool may be called, the template shows no tools, so that the model does not write a call as text.
         """
@@ -177,8 +174,7 @@ class Cut(NamedTuple):
     side: Literal["left", "right"] = "left"
 
     def of(self, prompt: Sequence[int], context: int) -> Sequence[int]:
-        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the maximum prompt length.
-        """
+        """Return the truncated prompt; InvalidParameterError if `tokens` exceeds `context`, the longest prompt."""
         if self.tokens > context:
             raise InvalidParameterError(
                 "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",

@@ -224,8 +224,8 @@ class ResponsesSession(ExplainedAttributes):
             timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
-            InvalidParameterError: the tool is unknown, or arguments or timeout are invalid. The result has all other
-                errors.
+            InvalidParameterError: the tool is unknown, the arguments are no mapping of JSON values, or the timeout is
+                invalid. The result has all other errors, also of arguments that do not match the schema.
         """
         self._check_open()
         return await call_directly(self._tools, server, tool, arguments, timeout=timeout)

@@ -67,8 +67,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-SWITCH_SECONDS = 0.0005  # a tenth of Python's default: a thread that parses a large request must not delay engine steps
-WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds after the start: earliest and latest time; first requests go before it
+SWITCH_SECONDS = 0.0005  # a tenth of Python's default, so that threads that parse large requests delay no engine step
+WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds after the start: earliest time, and latest while requests run
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
@@ -76,7 +76,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
     Args:
         configuration: what to serve, and where.
-        load: loads a model; None: a `ModelLoader`.
+        load: loads a model; None uses a `ModelLoader`.
 
     Raises:
         CandleVllmError: the address cannot be bound, or the first model cannot be loaded.
@@ -125,7 +125,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
 
 def with_fetched(configuration: Configuration) -> Catalogue:
-    """The catalogue; if clients may change the models, it also has the models that were downloaded."""
+    """Return the catalogue, with the models that were downloaded if clients may change the models."""
     catalogue, settings = configuration.catalogue, configuration.settings
     if not settings.allow_model_changes:
         return catalogue
@@ -139,7 +139,7 @@ def with_fetched(configuration: Configuration) -> Catalogue:
 
 
 def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]:
-    """Bind the port for Ollama's clients, if it is another port than the first; on an error, close `first`."""
+    """Bind the port for Ollama's clients, if it differs from the first port; on an error, close `first`."""
     if settings.ollama_port in (None, settings.address.port):
         return []
     host = "127.0.0.1" if settings.address.unix_path is not None else settings.address.host
@@ -151,7 +151,7 @@ def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]
 
 
 def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
-    """The mailbox, if it is configured; SQLAlchemy is imported only then."""
+    """Return the mailbox, if it is configured; only then is SQLAlchemy imported."""
     if options is None:
         return None
     from candle_vllm.server.mailbox.service import Mailbox
@@ -160,7 +160,7 @@ def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
 
 
 def open_mcp(settings: Settings) -> McpService | None:
-    """The service of the MCP servers, if some are configured; the SDK is imported only then."""
+    """Return the service of the MCP servers, if some are configured; only then is the MCP SDK imported."""
     from candle_vllm.server.mcp.options import mcp_options
 
     options = mcp_options(settings)
@@ -172,7 +172,7 @@ def open_mcp(settings: Settings) -> McpService | None:
 
 
 def limits_of(settings: Settings) -> ManagerLimits:
-    """The limits of the model manager, from the settings."""
+    """Return the limits of the model manager."""
     return ManagerLimits(
         max_loaded=settings.max_loaded_models,
         max_waiting=settings.queue_size,
@@ -183,12 +183,12 @@ def limits_of(settings: Settings) -> ManagerLimits:
 
 
 class Start:
-    """Loads the default model while the server already answers `/health`, and prints the banner once it is loaded.
+    """Loads the default model while the server already answers `/health`, and then prints the banner.
 
     Attributes:
-        failure: why the model could not be loaded; the server stops then.
-        reloader: reads files again on SIGHUP; None if nothing is to be read again.
-        stopped: what was being done when the server was stopped before the model was loaded.
+        failure: why the model could not be loaded; the server then stops.
+        reloader: reads files again on SIGHUP; None if there are no such files.
+        stopped: what the server was doing when it was stopped before the model was loaded.
     """
 
     def __init__(self, app: FastAPI, server: DrainingServer, address: Address) -> None:
@@ -226,9 +226,9 @@ class Start:
 
 
 def _warm_up(engine: ServedEngine) -> None:
-    """Prepare the vocabulary for grammars, which takes one or two seconds, once the first requests have run.
+    """Prepare the vocabulary for grammars in a thread, which takes 1 to 2 seconds, once the first requests have run.
 
-    At exit, the process waits for this thread: ending a thread inside compiled code may crash the process.
+    At exit, the process waits for this thread, because ending a thread inside compiled code may crash the process.
     """
     main = threading.main_thread()
 
@@ -273,7 +273,7 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
 
 
 def bind(address: Address) -> socket.socket:
-    """Return a socket that listens at the address; UsageError if it is in use or not of this machine.
+    """Return a socket that listens at the address; UsageError if the address is in use, or not of this machine.
 
     It listens at once, because two sockets that do not listen yet may share a port. Early clients wait for the server.
     """
@@ -328,7 +328,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket that a crashed server left; a socket in use, or another kind of file, is an error."""
+    """Remove the socket that a crashed server left behind; UsageError for a socket in use, or another kind of file."""
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise UsageError(f"{path} exists and is not a socket")
     assert sys.platform != "win32"  # `_bind_unix` refuses Windows
@@ -348,19 +348,16 @@ def _remove_socket(address: Address) -> None:
 
 
 def _bound(address: Address, listener: socket.socket) -> Address:
-    """The address with the port that the system chose."""
+    """Return the address, with the port that the operating system chose."""
     if address.unix_path is not None:
         return address
     return dataclasses.replace(address, port=listener.getsockname()[1])
 
 
 def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> str:
-    """The lines that say what an application serves, and where.
+    """Return the lines that say what an application serves, and where.
 
-    Args:
-        app: made by `create_app`; its default model is loaded.
-        address: where it listens.
-        started: the model that was loaded at the start; None: the default model.
+    `started` is the model that was loaded at the start; None means the default model, which is loaded.
     """
     manager, settings = app.state.manager, app.state.settings
     slot = started or manager.slots[manager.active]
@@ -396,7 +393,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
 
 
 def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, str]:
-    """Further lines of the banner by their names: what the operator turned on; "" for what is off."""
+    """Return the lines of the banner about what the operator turned on, by their names; "" for what is off."""
     drafts = draft_settings(model.speculative_config) if model.speculative_config else None
     limits = (
         (settings.requests_per_minute, "requests a minute"),
@@ -420,7 +417,8 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
 
 
 def _for_others(address: Address) -> str:
-    """The URL for other machines if the server listens at every address: with the address of the outgoing interface."""
+    """Return the URL for other machines, with the outgoing interface's address, if the server listens at every address.
+    """
     if address.unix_path is not None or address.host not in ("0.0.0.0", "::"):  # noqa: S104
         return ""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -430,7 +428,7 @@ def _for_others(address: Address) -> str:
 
 
 def _cache_size(info: ModelInfo) -> str:
-    """The maximum size of the KV cache; on the CPU, its memory is taken as blocks fill."""
+    """Return the maximum size of the KV cache; on a CPU, memory is allocated as blocks fill."""
     if not info.kv_cache_bytes:
         return ""
     fills = ", taken as they fill" if info.device == "cpu" else ""

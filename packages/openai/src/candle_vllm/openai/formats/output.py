@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a parser has found of one message, its texts and tool calls, joined to events (step 10)."""
+"""Joins the text and tool calls that a parser finds in one message to events (step 10)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.openai.formats.values import escaped
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> JSON schema of its arguments
 MakeId = Callable[[int], str]
 
-NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # possible names of functions, for any model
+NAME = re.compile(r"[A-Za-z_][\w.\-:/]{0,255}")  # names of functions that are possible with every model
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 _SPECIAL = re.compile("[\ud800-\udfff]")
 
@@ -30,7 +30,7 @@ def call_id(_: int) -> str:
 
 
 def mistral_id(_: int) -> str:
-    """Return a call id in Mistral's form: nine letters and digits; its templates refuse other ids."""
+    """Return a call id in Mistral's form: nine letters and digits. Mistral's templates refuse other ids."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
@@ -41,12 +41,11 @@ class CallSink:
         emit: receives events.
         tools: tools of the request, by name.
         make_id: creates ids of calls without an id.
-        most: maximum number of calls, further ones are left out; None means no limit.
-        names: texts of special tokens by their characters (see `layout`), which replace them in strings.
+        most: maximum number of calls; further calls are left out. None means no limit.
+        names: texts of special tokens by the characters that stand for them (see `layout`).
 
     Attributes:
-        tools: tools of the request, by name.
-        count: number of calls begun.
+        count: number of calls that have begun.
         may_begin: called before the next call begins; if it returns false, `CallBegins` is raised.
     """
 
@@ -70,7 +69,7 @@ class CallSink:
         self.may_begin: Callable[[], bool] | None = None
 
     def begin(self, name: str, given_id: str = "") -> None:
-        """Begin a call of `name`; `given_id` is the id that the model gave it."""
+        """Begin a call of `name`; `given_id` is the id that the model wrote."""
         if self.may_begin is not None and not self.may_begin():
             raise CallBegins(name)
         self.may_begin = None  # later calls follow the format
@@ -86,7 +85,7 @@ class CallSink:
             self._emit(CallStart(index, own, name))
 
     def arguments(self, text: str) -> None:
-        """Add more of the current call's arguments."""
+        """Add text to the current call's arguments."""
         if self._shown:
             self._parts.append(text)
 
@@ -97,7 +96,7 @@ class CallSink:
             self._emit(CallEnd(self.count - 1, whole))
 
     def flush(self) -> None:
-        """Emit the arguments that were added since the last time."""
+        """Emit the arguments that were added since the last flush."""
         if not self._parts:
             return
         text = "".join(self._parts)
@@ -107,7 +106,7 @@ class CallSink:
 
 
 class CallBegins(Exception):
-    """A call begins where a parser only looked for one, or where no call may begin."""
+    """A call begins where a parser only checked for one, or where no call may begin."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -115,17 +114,17 @@ class CallBegins(Exception):
 
 
 class Output:
-    """Collects what is found as events, until they are fetched.
+    """Collects the parts of a message as events, until they are fetched.
 
     White space around reasoning, and between content and calls, separates them and belongs to neither. If content
-    continues after them, the white space before them is preserved, or else a line break is inserted.
+    continues after them, it begins with the white space that preceded them or, without any, a line break.
 
     Args:
         tools: tools of the request, by name.
         make_id: creates ids of calls.
-        most_calls: maximum number of calls, further ones are left out; None means no limit.
-        shown: texts of the special tokens to show, by their characters (see `layout`); others are left out.
-        names: texts of special tokens by their characters, for strings in arguments and marks that are text after all.
+        most_calls: maximum number of calls; further calls are left out. None means no limit.
+        shown: texts of the special tokens to show, by the characters that stand for them (see `layout`).
+        names: texts of all special tokens, likewise, for strings in arguments, and marks that turn out to be text.
 
     Attributes:
         calls: receives calls.
@@ -151,7 +150,7 @@ class Output:
 
     @property
     def in_content(self) -> bool:
-        """Whether there is content since the last part began."""
+        """Whether there is content since the current part began."""
         return self._content.begun
 
     def content(self, text: str) -> None:
@@ -163,23 +162,23 @@ class Output:
         self._reasoning.add(_named(text, self._shown))
 
     def spelt(self, text: str, but: str = "") -> str:
-        """Return a text with the names of special tokens, except for the characters in `but`."""
+        """Return a text with the names of special tokens in place of their characters, except the ones in `but`."""
         return text if text.isascii() else _SPECIAL.sub(lambda one: self._spelt(one.group(), but), text)
 
     def _spelt(self, character: str, but: str) -> str:
         return character if character in but else self._names.get(character, character)
 
     def part_ends(self) -> None:
-        """End the current part; another kind of part follows."""
+        """End the current part, because another kind of part follows."""
         self._content.separate()
         self._reasoning.separate()
 
     def end(self) -> None:
-        """End the message; content retains the white space at its end."""
+        """End the message; white space at the end of content belongs to it."""
         self._content.flush()
 
     def fetch(self) -> list[Event]:
-        """Return the events since the last time, with consecutive texts of a kind joined."""
+        """Return the events since the last fetch; consecutive texts of a kind are joined."""
         self.calls.flush()
         if len(self._events) < 2:
             events, self._events = self._events, []
@@ -202,12 +201,12 @@ class Output:
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:
-    """Return a text with the names of special tokens; those without a name are left out."""
+    """Return a text with the names of special tokens in place of their characters; without a name they are left out."""
     return text if text.isascii() else _SPECIAL.sub(lambda match: names.get(match.group(), ""), text)
 
 
 def _join(events: list[Event], run: list[str]) -> None:
-    """Append the texts of a run to the last event."""
+    """Append the texts in `run` to the last event."""
     if run:
         last = events[-1]
         assert isinstance(last, TextPiece)
@@ -220,14 +219,14 @@ class _Text:
 
     Args:
         emit: receives the text.
-        joined: inserted between two parts if the first ends without white space; "" inserts nothing.
+        joined: inserted between two parts if the first ends without white space.
     """
 
     def __init__(self, emit: Callable[[str], None], joined: str = "") -> None:
         self._emit = emit
         self._joined = joined
         self._held: list[str] = []
-        self._lead = False  # nothing of the current part was emitted; its leading white space is dropped
+        self._lead = False  # nothing of the current part was emitted, so its leading white space is dropped
         self._between = ""  # inserted before the next part
         self._empty = True  # nothing was emitted
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Streamed text, for parsers that are written as if all of it were present, and detection of code in it.
+"""Streamed text, for parsers that are written as if all of it were present; and detection of code in it.
 
 A parser is a generator: it `yield`s when it needs more text, and is resumed when more has arrived. Its decisions depend
 on the text and on whether the text has ended, never on how it was split; so every split gives the same result.
@@ -22,15 +22,11 @@ SPACES = re.compile(r"[ \t\r\n]*")
 
 
 def nowhere(_: object) -> None:
-    """Ignore text that is read and not needed."""
+    """Sink for text that is not needed."""
 
 
 class Markers:
-    """A set of literals to search for; no literal may begin with another one.
-
-    Args:
-        literals: texts of at least one character.
-    """
+    """A set of literals to search for: non-empty texts, of which none begins with another."""
 
     def __init__(self, literals: Iterable[str]) -> None:
         self.literals = frozenset(literals)
@@ -47,7 +43,8 @@ class Markers:
         return bool(self.literals)
 
     def begun_at(self, text: str, start: int) -> int:
-        """Return where the end of `text` may begin a literal; the length of `text` if it does not."""
+        """Return the position near the end of `text` from which a literal may begin; the length of `text` without one.
+        """
         if self._begun is None:
             return len(text)
         match = self._begun.search(text, max(start, len(text) - self._reach))
@@ -56,7 +53,7 @@ class Markers:
 
 @functools.lru_cache(maxsize=512)
 def markers(*literals: str) -> Markers:
-    """Return markers of these literals, cached; repeated and empty literals are ignored."""
+    """Return the `Markers` of these literals, cached; repeated and empty literals are ignored."""
     return Markers(literal for literal in literals if literal)
 
 
@@ -70,9 +67,9 @@ class Reader:
 
     Attributes:
         text, at: the received text, and the offset up to which it is consumed.
-        ended: no more text will arrive.
-        lenient: whether missing text at the end may be added; otherwise finished text is parsed like truncated text.
-        begun: the beginning of a mark at the end of truncated text, if it was left out.
+        ended: whether all text has arrived.
+        lenient: whether the parser may add text that is missing at the end; if not, finished text counts as truncated.
+        begun: the beginning of a marker at the end of truncated text, if it was left out.
     """
 
     __slots__ = ("_done", "_from", "_kept", "at", "begun", "ended", "lenient", "text")
@@ -84,8 +81,8 @@ class Reader:
         self.lenient = True
         self._done = False
         self.begun = ""
-        self._kept: list[str] | None = None  # consumed since the mark and no longer in `text`
-        self._from = 0  # offset in `text` of what follows `_kept`
+        self._kept: list[str] | None = None  # text consumed since the mark that is no longer in `text`
+        self._from = 0  # offset in `text` at which `_kept` continues
 
     def feed(self, text: str) -> None:
         """Add more text."""
@@ -110,7 +107,7 @@ class Reader:
         self._kept = []
 
     def unread(self) -> int:
-        """Return to the mark; the result is the number of characters."""
+        """Return to the mark; the result is the number of characters between."""
         assert self._kept is not None
         size = sum(map(len, self._kept)) + self.at - self._from
         if self._kept:
@@ -129,7 +126,7 @@ class Reader:
         self._kept = None
 
     def put_back(self, text: str) -> None:
-        """Return to the position before the text that was consumed last; not to before a mark."""
+        """Move back by the length of the text that was consumed last, but not to before a mark."""
         gone = len(text) - self.at  # number of characters that are no longer in `text`
         if gone <= 0:
             self.at -= len(text)
@@ -143,7 +140,7 @@ class Reader:
             gone = max(0, gone - len(last))
 
     def next(self, count: int) -> str:
-        """Consume characters that have already arrived."""
+        """Consume and return characters that have already arrived."""
         start, self.at = self.at, self.at + count
         return self.text[start : self.at]
 
@@ -166,7 +163,7 @@ class Reader:
         return self.text[self.at : self.at + 1]
 
     def take(self, *literals: str) -> Need[str]:
-        """Consume and return the longest of the literals that begins here; "" without a match."""
+        """Consume and return the longest of the literals that begins here; "" if no literal does."""
         ordered = literals if len(literals) == 1 else _longest_first(literals)
         while True:
             rest = self.text[self.at : self.at + len(ordered[0])]
@@ -181,7 +178,7 @@ class Reader:
             yield
 
     def match(self, pattern: re.Pattern[str], sink: Sink) -> Need[None]:
-        """Consume characters while `pattern`, a character class with a star, matches them."""
+        """Consume characters as long as `pattern`, a character class with a star, matches."""
         while True:
             match = pattern.match(self.text, self.at)
             assert match is not None
@@ -193,10 +190,10 @@ class Reader:
             yield
 
     def until(self, markers: Markers, sink: Sink, *, inside: bool = False) -> Need[str]:
-        """Pass text to `sink` up to one of the markers, which is consumed and returned; "" if the text ends before one.
+        """Pass text to `sink` up to one of the markers, which is consumed and returned; "" if the text ends first.
 
-        `inside` a call, the beginning of a marker at the end of truncated text is not passed on: it would be taken
-        for a part of the arguments.
+        `inside` a call, the beginning of a marker at the end of truncated text is not passed on, because it would
+        become a part of the arguments.
         """
         while True:
             hit = markers.pattern.search(self.text, self.at)
@@ -227,11 +224,11 @@ class Reader:
 
     @property
     def cut(self) -> bool:
-        """Whether all of a truncated text is consumed."""
+        """Whether the text was truncated, and all of it is consumed."""
         return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
-        """Consume a short text and the marker that ends it; return both. The marker is "" if not within `most`."""
+        """Consume and return a short text and the marker that ends it; the marker is "" if it is not within `most`."""
         parts: list[str] = []
         size = 0
         while True:
@@ -250,7 +247,7 @@ class Reader:
 
 
 def _beginnings(literal: str) -> str:
-    """Return a pattern of every proper beginning of `literal`, longest first."""
+    """Return a pattern of every proper beginning of `literal`, the longest first."""
     pattern = ""
     for character in reversed(literal[1:-1]):
         pattern = f"(?:{re.escape(character)}{pattern})?"
@@ -258,11 +255,11 @@ def _beginnings(literal: str) -> str:
 
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_HEAD = 80  # characters of a line that are stored; a fence is at its beginning
+_HEAD = 80  # characters of a line that are stored, because a fence can be only at its beginning
 
 
 class CodeSpans:
-    """Detects code in a text that is added in parts of any size."""
+    """Detects Markdown code in a text that is added in parts of any size."""
 
     def __init__(self) -> None:
         self._fence = ""  # fence that opened the current code block
@@ -282,12 +279,12 @@ class CodeSpans:
 
     @property
     def inside(self) -> bool:
-        """Whether the text continues as code."""
+        """Whether the next text would be code."""
         return bool(self._fence or self._opened()) or self._ticks % 2 == 1
 
     @property
     def at_line_start(self) -> bool:
-        """Whether only white space precedes on the current line."""
+        """Whether only white space precedes the next text on its line."""
         return self._size == len(self._head) and not self._head.strip()
 
     def end_line(self) -> None:
@@ -295,7 +292,8 @@ class CodeSpans:
         self._end_line()
 
     def _opened(self) -> str:
-        """Return the fence with which the current line opens a block; no backtick may follow a fence of backticks."""
+        """Return the fence by which the current line opens a block; after a fence of backticks no backtick may follow.
+        """
         match = _FENCE.match(self._head)
         if match is None or (match[1][0] == "`" and self._ticks > len(match[1])):
             return ""

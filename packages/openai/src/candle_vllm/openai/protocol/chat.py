@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/v1/chat/completions`."""
+"""Wire types of `/v1/chat/completions`: requests, answers and chunks."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from candle_vllm.openai.task import ToolUse
 
 
 def _conversation(value: Any) -> Any:
-    """Convert a plain text, which candle-vllm accepts as `messages`, to one user message."""
+    """Convert a plain text to one user message; the Rust candle-vllm accepts a text as `messages`."""
     return [{"role": "user", "content": value}] if isinstance(value, str) and value else value
 
 
 class _OrText:
-    """Adds a plain text, which `_conversation` accepts, to the JSON schema."""
+    """Adds the plain text that `_conversation` accepts to the JSON schema."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
@@ -56,7 +56,7 @@ class PredictionPart(WireModel):
 
 
 class Prediction(WireModel):
-    """Text that is expected to make up most of the answer. Draft tokens are taken from it; the output is the same."""
+    """Text that is expected to make up most of the answer. It provides draft tokens and does not change the output."""
 
     type: Literal["content"]
     content: Annotated[
@@ -75,10 +75,10 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
     `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
-    `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted.
-    With a `prediction`, usage counts the predicted tokens that are part of the answer.
-    With `timings_per_token`, an answer and every chunk have llama.cpp's `timings`; the last chunk's are the engine's.
-    `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
+    `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted. With a
+    `prediction`, usage counts the predicted tokens that are part of the answer. With `timings_per_token`, an answer and
+    every chunk have llama.cpp's `timings`; in the last chunk, the engine measures. `conversation_id` and `resource_id`
+    are the client's labels, which the answer, or a stream's first chunk, repeats.
     """
 
     messages: Annotated[Messages, BeforeValidator(_conversation), _OrText()]
@@ -134,7 +134,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A likely token at one position."""
+    """One of the likeliest tokens at a position."""
 
     token: str
     logprob: float
@@ -142,7 +142,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatTokenLogprob(msgspec.Struct, frozen=True):
-    """The token at one position and the likeliest tokens there; natural log-probabilities, at least -9999."""
+    """The token at a position, and the likeliest tokens there; natural log-probabilities, at least -9999."""
 
     token: str
     logprob: float
@@ -151,7 +151,7 @@ class ChatTokenLogprob(msgspec.Struct, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Log-probabilities of a choice, or of one chunk of a choice."""
+    """Log-probabilities of the tokens of a choice, or of one chunk of it."""
 
     content: tuple[ChatTokenLogprob, ...]
     refusal: None = None
@@ -196,7 +196,7 @@ class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer; `content` is null if the answer has only tool calls or only reasoning.
+    """The message of an answer; `content` is null if it has only tool calls or reasoning.
 
     The reasoning has two names: `reasoning_content` (llama.cpp, DeepSeek) and `reasoning` (vLLM, OpenRouter).
     """
@@ -246,7 +246,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):
-    """Log-probability of a prompt token in vLLM's form; keyed by the token id."""
+    """Log-probability of a prompt token in vLLM's form, which is an object by token id."""
 
     logprob: float
     rank: int
@@ -311,7 +311,7 @@ class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """Chunk of one choice; its last chunk has `mcp_calls` and `mcp_limit`."""
+    """Part of one choice in a chunk; the choice's last chunk has `mcp_calls` and `mcp_limit`."""
 
     index: int
     delta: ChatDelta

@@ -48,15 +48,15 @@ class EmbeddingRequest(CutFields, PoolingFields):
     """Texts to embed: a text, several texts, token ids, or several lists of token ids.
 
     Attributes:
-        encoding_format: vectors as numbers, or as base64 of little-endian float32.
+        encoding_format: "float" for vectors of numbers, or "base64" of little-endian float32.
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
-        pooling, embedding_type: which token positions are pooled; two names of one field, the second candle-vllm's.
-        normalize, normalized: scale vectors to length 1; None uses the model's setting. The second name is Jina's.
+        pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's.
+        normalize, normalized: whether to scale vectors to length 1; null means as the model. The second name is Jina's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
-        truncate: Jina's field to truncate texts to the model's maximum length; the same as `truncate_prompt_tokens` -1.
-        task: Jina's name of a task ("retrieval.query"), which selects the adapter of that name ("retrieval_query").
-        return_multivector: Jina's field to request a vector for each token; the same as `pooling` "all".
-        input_type: kind of the texts ("query", "document"): name of a sentence-transformers prompt that precedes each.
+        truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1; Jina's.
+        task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query".
+        return_multivector: whether each token gets a vector, as with `pooling` "all"; Jina's.
+        input_type: "query", "document" or another name of a sentence-transformers prompt, which precedes each text.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
@@ -104,13 +104,13 @@ class EmbeddingRequest(CutFields, PoolingFields):
         return _entries(self.input)
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
-        """Return the truncation of the inputs; see `CutFields.cut`."""
+        """Return how inputs that are too long are truncated; see `CutFields.cut`."""
         if self.truncate:
             return Cut(-1, self.truncation_side or otherwise)
         return super().cut(otherwise)
 
     def pooling_params(self) -> PoolingParams:
-        """Return the pooling parameters that the fields set."""
+        """Return the pooling parameters of the request."""
         return PoolingParams(
             dimensions=self.dimensions,
             normalize=self.normalized if self.normalize is None else self.normalize,
@@ -119,11 +119,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
 
 class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
-    """A conversation, which may contain images, to embed as one vector; vLLM's form.
+    """A conversation to embed as one vector, in vLLM's form; it may contain images.
 
     Attributes:
-        messages: as in a chat request; the template begins no answer after them unless the request asks for it.
-        add_special_tokens: add special tokens to the rendered text; None does not, because templates write them.
+        messages: as in a chat request; the template begins no answer unless `add_generation_prompt` asks for it.
+        add_special_tokens: whether to add special tokens to the rendered text; null means no: templates write them.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(
@@ -142,7 +142,8 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
 
 
 class ActivationFields(WireModel):
-    """Whether logits of a head are converted to probabilities; two names of one field, the second is vLLM's older."""
+    """Whether the logits of a head become probabilities; two names of one field, of which vLLM has dropped the second.
+    """
 
     use_activation: bool | None = None
     activation: bool | None = None
@@ -205,7 +206,7 @@ class ModerationRequest(PoolingFields):
 
 
 class Moderated(msgspec.Struct, frozen=True, kw_only=True):
-    """Scores of the model's labels for one text, and whether each is at least 0.5; harmless labels are left out."""
+    """Scores of the classifier's labels for one text, without harmless labels; a category is true from 0.5."""
 
     flagged: bool
     categories: dict[str, bool]
@@ -213,7 +214,7 @@ class Moderated(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Moderation(msgspec.Struct, frozen=True, kw_only=True):
-    """Result for each text, in the order of the texts."""
+    """Moderation results in the order of the texts."""
 
     id: str
     model: str
@@ -235,7 +236,7 @@ def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
 
 
 class Classified(msgspec.Struct, frozen=True, kw_only=True):
-    """Class of one text: the likeliest label, and the probabilities of all labels in the config's order."""
+    """Class of one text: the likeliest label, and the probabilities of all labels in the order of the model's config."""
 
     index: int
     label: str
@@ -248,7 +249,7 @@ class ClassifiedList(Listed[Classified], frozen=True, kw_only=True):
 
 
 Numbers = list[float | list[float] | str] | str
-"""A vector, or a list of vectors with one for each token; with base64 each vector is a text."""
+"""A vector, or a list of vectors with one for each token; in base64, each vector is a text."""
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,7 +271,7 @@ class PoolingRequest(ActivationFields, EmbeddingRequest):
     """Texts to pool, in vLLM's form.
 
     Attributes:
-        task: what is computed for a text or for each token; None uses the model's own task.
+        task: what is computed, for a text or for each of its tokens; null uses the model's own task.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = _without(

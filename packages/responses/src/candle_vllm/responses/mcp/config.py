@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """mcp.json: where it is found, its formats, and the servers in it.
 
-It accepts `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), `servers` as a
-list (candle-vllm), and the servers without a key around them, as an object or a list. See docs/mcp.md.
+It may have `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), or `servers` as
+a list (candle-vllm); or it is the object or list of servers itself. See docs/mcp.md.
 """
 
 from __future__ import annotations
@@ -39,12 +39,7 @@ _NO_NEWLINE = re.compile(r"[^\n]")
 
 @dataclass(frozen=True)
 class McpConfig:
-    """The servers of a file.
-
-    Attributes:
-        servers: servers in the file's order, including disabled ones.
-        path: path of the file; None without a file.
-    """
+    """The servers of a file, in its order, including disabled ones; `path` is None without a file."""
 
     servers: tuple[McpServerConfig, ...] = ()
     path: Path | None = None
@@ -55,11 +50,11 @@ class McpConfig:
 
 
 McpServers = McpConfig | McpServerConfig | Iterable[McpServerConfig] | str | Path
-"""All types in which a session accepts its servers."""
+"""All types that a session accepts as its servers."""
 
 
 def server_configs(servers: McpServers) -> dict[str, McpServerConfig]:
-    """Return the servers of a session by name; a path is read with this process's environment and folder.
+    """Return the servers of a session by name; a path is read with this process's environment and working folder.
 
     Raises:
         ConfigError: a value is no configuration, a file cannot be used, or two servers have one name.
@@ -91,18 +86,11 @@ def _no_configuration(given: object) -> ConfigError:
 
 
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
-    """Return the configuration file to use, if any.
+    """Return the configuration file to use, if any; ConfigError if a named file does not exist.
 
-    It is the first of these: the given file, that of CANDLE_VLLM_MCP_CONFIG, `.candle-vllm/mcp.json` in the home folder
-    (HOME), and `mcp.json` in the folder.
-
-    Args:
-        flag: value of --mcp-config, or None.
-        environ: environment variables; an empty one counts as unset.
-        folder: base of relative paths.
-
-    Raises:
-        ConfigError: the file that was named does not exist.
+    It is the first of these: `flag` (the value of --mcp-config), the value of CANDLE_VLLM_MCP_CONFIG, the file
+    `.candle-vllm/mcp.json` in the home folder (HOME), and `mcp.json` in `folder`. An empty variable counts as unset.
+    Relative paths are relative to `folder`.
     """
     for given, spelled in ((flag, "--mcp-config"), (environ.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE)):
         if given is not None:
@@ -123,7 +111,7 @@ def _home_expanded(path: Path | str) -> Path:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a path is a file; False for a name that is too long for the system."""
+    """Whether a path is a file; False for a name that is too long for the operating system."""
     try:
         return path.is_file()
     except OSError:
@@ -137,9 +125,7 @@ def load_mcp_config(
     workspace: Path | str | None = None,
     inputs: Inputs | None = None,
 ) -> McpConfig:
-    """Read mcp.json.
-
-    `cwd` and `envFile` are relative to the file's folder. Disabled servers may have variables that are not set.
+    """Read mcp.json. `cwd` and `envFile` are relative to the file's folder. Disabled servers may have unset variables.
 
     Args:
         path: path of the file; None searches for one (`find_mcp_config`), and without a file there are no servers.
@@ -171,8 +157,8 @@ def load_mcp_config(
 def strip_comments(text: str) -> str:
     """Replace `//` and `/* */` comments, and commas before a closing bracket, by blanks.
 
-    Strings are not changed, and lines and columns stay the same, for the messages of a JSON parser. That parser reports
-    all other errors; an unterminated comment extends to the end of the text.
+    Strings do not change, and lines and columns remain the same, for the messages of a JSON parser, which also reports
+    other errors. A comment without end extends to the end of the text.
     """
     return _TRAILING_COMMA.sub(_blank, _COMMENT.sub(_blank, text))
 
@@ -186,7 +172,7 @@ def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]
     """Return the declared inputs, and the entries of the servers by name."""
     inner = content.get("mcp") if isinstance(content, dict) else None
     if isinstance(inner, dict) and any(key in inner for key in _WRAPPERS):
-        content = inner  # a section of a program's settings
+        content = inner  # the file is a program's settings, with a section "mcp"
     inputs: dict[str, McpInput] = {}
     servers = content
     if isinstance(content, dict):
@@ -245,13 +231,13 @@ def _server(name: str, entry: Any, variables: Variables, folder: Path) -> McpSer
         key: _expand(value, f"MCP server {name!r:.100}: {key}", variables, lenient) if key in EXPANDED else value
         for key, value in entry.items()
     }
-    if lenient:  # it is not used, so a missing file is no error
+    if lenient:  # a disabled server's missing file is no error
         expanded = {key: value for key, value in expanded.items() if FIELD_OF.get(key) != "env_file"}
     return McpServerConfig.from_mapping(name, expanded, folder=folder)
 
 
 def _expand(value: Any, where: str, variables: Variables, lenient: bool) -> Any:
-    """Return the value with the variables in all its texts expanded."""
+    """Return the value with the variables expanded in all of its texts."""
     if isinstance(value, dict):
         return {key: _expand(item, f"{where}.{key:.100}", variables, lenient) for key, item in value.items()}
     if isinstance(value, list):
@@ -267,7 +253,7 @@ def _expand(value: Any, where: str, variables: Variables, lenient: bool) -> Any:
 
 
 def _inputs(declared: Any) -> dict[str, McpInput]:
-    """Read VS Code's input declarations; a command that would provide an answer (`command`) is not run."""
+    """Read VS Code's input declarations; an input's `command` is not run."""
     if not isinstance(declared, list) or len(declared) > MAX_INPUTS:
         raise ConfigError(f'"inputs" must be a list of at most {MAX_INPUTS} objects', "inputs")
     found: dict[str, McpInput] = {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""McpLink: a server that is connected or reconnects, and LinkTool: one of its tools for the registry.
+"""McpLink: a connection to an MCP server that is restored when it is lost; LinkTool: one of the server's tools.
 
-A supervisor maintains the connection; calls use the current one. A call is never repeated automatically: a call that
-was running when the connection was lost may have had its effects.
+A supervisor maintains the connection; calls use the current one. A call is never repeated automatically, because a call
+that was running when the connection was lost may have had its effects.
 """
 
 from __future__ import annotations
@@ -38,20 +38,18 @@ if TYPE_CHECKING:
 
 MAX_CALLS = 64  # concurrent calls; more wait
 CALL_WAIT = 5.0  # seconds that a call waits for a connection
-_MESSAGE_CHARS = 2000  # of a server's message that a model sees
+_MESSAGE_CHARS = 2000  # characters of a server's message that a model sees
 
 
 class McpLink:
-    """One server, by its configuration.
-
-    It belongs to the event loop in which it was started.
+    """The connection to one server; it belongs to the event loop in which it was started.
 
     Args:
         config: configuration of the server.
         server: an `mcp` server object of this process, used instead of the configuration's command or URL.
-        public_only: whether only hosts with public addresses are allowed, because an untrusted user has named the
-            address and could use it to reach this network.
-        on_tools_changed: called after the list of tools has changed, also by the first connection.
+        public_only: whether only hosts with public addresses are allowed. An untrusted user who names the address could
+            otherwise reach this machine's network.
+        on_tools_changed: called when the list of tools has changed, also after the first connection.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class McpLink:
 
     @property
     def state(self) -> LinkState:
-        """The state: "ready" accepts calls; "failed" is retried, automatically or by the next call."""
+        """"ready" accepts calls; a "failed" connection is tried again, automatically or by the next call."""
         return self._supervisor.state
 
     @property
@@ -87,22 +85,22 @@ class McpLink:
 
     @property
     def tools(self) -> dict[str, Tool]:
-        """The server's tools by its own names; without a connection, those of the last one."""
+        """The server's tools by its own names; without a connection, the tools of the last one."""
         return dict(self._supervisor.listed.tools) if self._supervisor.listed else {}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of the server's list of tools, and why."""
+        """Texts that say what was left out of the server's list of tools, and why."""
         return self._supervisor.listed.notes if self._supervisor.listed else ()
 
     @property
     def reconnects(self) -> int:
-        """Number of connections after the first."""
+        """Number of connections after the first one."""
         return max(0, self._supervisor.connections - 1)
 
     @property
     def protocol_version(self) -> str | None:
-        """The negotiated protocol version."""
+        """The negotiated version of MCP; None without a connection."""
         return self._client.protocol_version if self._client else None
 
     @property
@@ -112,7 +110,7 @@ class McpLink:
 
     @property
     def instructions(self) -> str | None:
-        """Instructions for its use: those of the configuration, or else those of the server."""
+        """Instructions for the use of the server: the configuration's, or else the server's own."""
         if self.config.instructions is not None:
             return self.config.instructions
         return self._client.instructions if self._client else None
@@ -122,13 +120,10 @@ class McpLink:
         return self._peer.log_lines()
 
     async def start(self, *, keep_trying: bool = False) -> None:
-        """Connect, and list the tools. A disabled server is not started.
+        """Connect, and list the tools; does nothing for a disabled server.
 
-        Args:
-            keep_trying: whether to keep trying in the background after a failure, which is raised all the same.
-
-        Raises:
-            McpServerError: the connection failed. Without `keep_trying`, everything is ended.
+        If the connection fails, McpServerError is raised; with `keep_trying`, further attempts follow in the
+        background.
         """
         if self.state == "disabled" or self._supervisor.runs:
             return
@@ -146,7 +141,7 @@ class McpLink:
             raise McpServerError(self.name, why)
 
     async def aclose(self) -> None:
-        """End the connection, the server's program and all calls. Idempotent."""
+        """End all calls, the connection, and the server's program. Further calls have no effect."""
         await self._supervisor.stop()
 
     async def __aenter__(self) -> McpLink:
@@ -164,17 +159,18 @@ class McpLink:
         timeout: float | None = None,
         report: Report | None = None,
     ) -> ToolOutput:
-        """Call a tool once.
+        """Call a tool once. Errors that the server reports and invalid outputs are results with `is_error`.
 
-        Cancelling notifies the server. Errors of the server and invalid outputs are results with `is_error`.
+        Cancelling the coroutine notifies the server.
 
         Args:
             name: name of the tool on the server.
+            arguments: arguments of the tool.
             timeout: seconds for the whole call; None uses the configuration's timeout.
             report: receives the progress that the server reports.
 
         Raises:
-            ToolUnavailableError: there is no connection, or it was lost during the call.
+            ToolUnavailableError: there is no connection, it was lost during the call, or too many calls run.
             ToolTimedOutError: the timeout has expired; the server was notified.
             ToolError: the tool does not exist, or the server refused the call or violated the protocol.
         """
@@ -223,7 +219,7 @@ class McpLink:
             self._on_tools_changed(self)
 
     async def _connected(self, seconds: float) -> McpConnection:
-        """Return the current connection; waits a short time for one that is being opened."""
+        """Return the current connection, or wait a short time for one that is being opened."""
         supervisor = self._supervisor
         if supervisor.runs and not supervisor.is_ready:
             supervisor.want()
@@ -247,12 +243,7 @@ def _progress(report: Report | None) -> Any:
 
 
 class LinkTool:
-    """One of a server's tools.
-
-    Args:
-        link: link to the server.
-        tool: the tool as the server lists it.
-    """
+    """One of a server's tools, as `Tool` of a registry."""
 
     def __init__(self, link: McpLink, tool: Tool) -> None:
         self._link = link

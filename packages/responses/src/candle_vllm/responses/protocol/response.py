@@ -13,11 +13,11 @@ from candle_vllm.responses.protocol.items import Phase
 
 
 class _Typed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An object with a `type`."""
+    """An object with a field `type`."""
 
 
 class OutputText(_Typed, frozen=True, kw_only=True, tag="output_text"):
-    """Text of an answer; `logprobs` are empty if the request did not ask for them."""
+    """Text of an answer; `logprobs` is empty unless the request asks for them."""
 
     text: str
     annotations: tuple[None, ...] = ()
@@ -35,7 +35,7 @@ class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
 
     Attributes:
         status: `incomplete` if a limit ended it.
-        phase: `commentary` before and between calls, `final_answer` otherwise; absent while it is not known.
+        phase: `commentary` before and between calls, `final_answer` otherwise; absent until it is known.
     """
 
     id: str
@@ -50,7 +50,7 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
 
     Attributes:
         summary: always empty; the reasoning is in `content`.
-        encrypted_content: reasoning in a form to send back, if requested; it is encoded but not encrypted.
+        encrypted_content: reasoning to send back in a later request, if requested; encoded but not encrypted.
     """
 
     id: str
@@ -61,7 +61,7 @@ class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
 
 
 class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
-    """A call that the client has to run; its output item refers to `call_id`.
+    """A call that the client has to run; the client's output item refers to its `call_id`.
 
     Attributes:
         namespace: namespace of the tool, if it has one.
@@ -77,7 +77,7 @@ class FunctionCallOut(_Typed, frozen=True, kw_only=True, tag="function_call"):
 
 
 class CustomToolCallOut(_Typed, frozen=True, kw_only=True, tag="custom_tool_call"):
-    """A call of a custom tool with its input."""
+    """A call of a custom tool, with its input, that the client has to run."""
 
     id: str
     status: str
@@ -107,38 +107,38 @@ class McpListToolsOut(_Typed, frozen=True, kw_only=True, tag="mcp_list_tools"):
 
 
 class ToolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_tool_execution_error"):
-    """Error text of a tool that failed."""
+    """The error that a tool itself reported."""
 
     content: tuple[dict[str, Any], ...]
 
 
 class ProtocolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_protocol_error"):
-    """Why a call has no output: the server could not be reached, or did not answer in time."""
+    """Why a call has no output: for example, the server could not be reached, or did not answer in time."""
 
     code: int
     message: str
 
 
 class ShownText(_Typed, frozen=True, kw_only=True, tag="input_text"):
-    """Text of a result, as the model saw it."""
+    """Text of a tool's result, as the model saw it."""
 
     text: str
 
 
 class ShownImage(_Typed, frozen=True, kw_only=True, tag="input_image"):
-    """An image of a result, as the model saw it, as a data URL."""
+    """An image of a tool's result that the model saw, as a data URL."""
 
     image_url: str
 
 
 class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
-    """A call that this server made on an MCP server.
+    """A tool call that this server made on an MCP server.
 
     Attributes:
         status: `completed`, `failed`, or `incomplete` if it was not run.
         output: result as text; null if the call failed.
         content: what the model saw of the result, if that included images.
-        approval_request_id: id of the approved request.
+        approval_request_id: id of the approval request that the client answered, if one was needed.
     """
 
     id: str
@@ -174,16 +174,16 @@ OutputItem = (
 
 
 class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Cached tokens of the prompt; writes to the prefix cache are not counted."""
+    """Cached tokens of the prompt; writes to the prefix cache are not counted (always 0)."""
 
     cached_tokens: int
     cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """Kinds of output tokens: `reasoning_tokens` are those of the reasoning, with the marks around it.
+    """Kinds of output tokens: `reasoning_tokens` counts the reasoning with the markers around it.
 
-    With `return_draft_counts`, the other two are the draft tokens that were verified, and those that were accepted.
+    With `return_draft_counts`, the other two count the draft tokens that were verified and accepted.
     """
 
     reasoning_tokens: int
@@ -192,7 +192,7 @@ class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Sum of the tokens of all the model's turns."""
+    """Token counts, summed over all turns of the model."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -244,8 +244,8 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         created_at, completed_at: Unix seconds.
         status: `queued`, `in_progress`, `completed`, `incomplete`, `failed` or `cancelled`.
-        tools: tools that the model was shown, without hosted tools. Headers and tokens are left out.
-        temperature, top_p, presence_penalty, frequency_penalty: values that were used.
+        tools: tools that the model was shown, without hosted tools, headers and secrets.
+        temperature, top_p, presence_penalty, frequency_penalty: values with which tokens were sampled.
         store: whether the response is stored.
     """
 

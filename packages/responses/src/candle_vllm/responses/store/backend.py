@@ -123,8 +123,7 @@ class Backend(Protocol):
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return up to `limit` entries without contents, newest first, older than `after`; None if `after` is unknown.
-        """
+        """Return up to `limit` entries without contents, newest first, older than `after`; None if that is unknown."""
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
@@ -193,8 +192,7 @@ class Backend(Protocol):
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return at most `limit` parts after `after`; None if that is unknown. Without a limit, the entry is used now.
-        """
+        """Return up to `limit` parts after `after`; None if that is unknown. Without a limit, the entry is used now."""
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:

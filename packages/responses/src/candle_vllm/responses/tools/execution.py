@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One call of a tool: look-up, check, approval, run with a timeout, and result. A tool's failure is never raised.
+"""One tool call: look-up, check, approval, run with a timeout, and result. A tool's failure is never raised.
 
-`check` and `run` are the steps for callers that ask for an approval in between; `execute` is all of them, and
+`execute` performs all steps. `check` and `run` are for callers that ask for an approval between the two, and
 `call_directly` is for programs that call a tool themselves, without a model.
 """
 
@@ -43,25 +43,18 @@ from candle_vllm.responses.tools.tool import (
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 60.0  # seconds of a call if neither the caller nor the tool sets a timeout
-DEFAULT_MAX_CHARS = 50_000
+DEFAULT_MAX_CHARS = 50_000  # characters of an output that the model sees
 MAX_TIMEOUT = 86_400.0  # maximum timeout of a call in seconds
 MAX_ARGUMENTS = 1 << 20  # characters of JSON
 MAX_OUTPUT = 16 << 20  # characters of text and base64 that a tool may return
 _MAX_MESSAGE = 2000  # characters of a tool's own error
 _PATIENCE = 6.0  # seconds that a cancelled tool has to end
-_AGAIN = 2.0  # seconds after which it is cancelled again
-_NEAR = 500  # names that are searched for a similar one
+_AGAIN = 2.0  # seconds after which a tool that still runs is cancelled again
+_NEAR = 500  # names that are compared with an unknown one
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
-    """A call that may run: the tool exists, and the arguments match its schema.
-
-    Attributes:
-        call: call of the model.
-        definition: definition of the tool.
-        tool: the tool itself.
-        arguments: parsed arguments.
-    """
+    """A call that may run: the tool exists, and `arguments`, the parsed ones, match its schema."""
 
     call: ToolCall
     definition: ToolDefinition
@@ -78,7 +71,7 @@ async def execute(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult | Checked:
-    """Check a call, decide by the policy, and run it.
+    """Check a call, decide by the approval policy, and run it.
 
     Args:
         registry: registry of the tools.
@@ -119,7 +112,7 @@ async def check(registry: ToolRegistry, call: ToolCall, *, max_chars: int = DEFA
 
 
 def denied(checked: Checked, *, reason: str = "", max_chars: int = DEFAULT_MAX_CHARS) -> ToolResult:
-    """Return the result of a call that was denied; the model sees `reason`."""
+    """Return the result of a call that was denied; the model sees the reason."""
     text = "The user did not agree to this call, so it was not run. Do not call it again with the same arguments."
     text = f"{text} The reason: {reason}" if reason else text
     return _not_run(checked.call, checked.definition.server, "denied", text, max_chars)
@@ -132,10 +125,10 @@ async def run(
     max_chars: int = DEFAULT_MAX_CHARS,
     report: Report | None = None,
 ) -> ToolResult:
-    """Run a checked call once.
+    """Run a checked call once; arguments are as in `execute`.
 
-    Cancelling it cancels the tool, and waits until it has ended; a tool that does not react is abandoned after six
-    seconds, with an error in the log. Arguments are as in `execute`.
+    Cancelling the coroutine cancels the tool, and waits until it has ended; a tool that does not react within six
+    seconds is abandoned, with an error in the log.
     """
     own: float | None = getattr(checked.tool, "timeout", None)
     seconds = timeout if timeout is not None else own if own is not None else DEFAULT_TIMEOUT
@@ -152,7 +145,9 @@ async def run(
 
 
 async def _run_within(checked: Checked, seconds: float, report: Report | None) -> tuple[ToolStatus, ToolOutput]:
-    """Run the tool in a task of its own, so that its cancellation cannot be mistaken for its caller's."""
+    """Run the tool in a task of its own, so that it cannot mistake its caller's cancellation for its own, or vice
+    versa.
+    """
     running = True
 
     def passed_on(progress: ToolProgress) -> None:
@@ -173,7 +168,7 @@ async def _run_within(checked: Checked, seconds: float, report: Report | None) -
 
 
 async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOutput]:
-    """Return the tool's output or failure. Only Ctrl+C is passed on, because it is meant for the program."""
+    """Return the tool's output or failure. Only Ctrl+C and a cancellation are passed on."""
     name = checked.definition.name
     try:
         output = await checked.tool.run(checked.arguments, report)
@@ -194,7 +189,7 @@ async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOu
 
 
 def parsed_arguments(text: str) -> dict[str, Any] | str:
-    """Return the arguments, or what is wrong with them; an empty text means an empty object."""
+    """Return the parsed arguments, or a text that says what is wrong with them; an empty text means an empty object."""
     if len(text) > MAX_ARGUMENTS:
         return f"The arguments have {len(text)} characters, and {MAX_ARGUMENTS} are allowed."
     if not text.strip():
@@ -224,7 +219,7 @@ async def call_directly(
         timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
     Raises:
-        InvalidParameterError: the tool does not exist, the arguments are not a JSON object, or the timeout is invalid.
+        InvalidParameterError: the tool does not exist, the arguments are no JSON object, or the timeout is invalid.
     """
     if timeout is not None and (not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_TIMEOUT):
         raise InvalidParameterError(
@@ -251,7 +246,7 @@ def _as_json(arguments: Any) -> str:
 
 
 def unknown_text(name: str, known: Iterable[str]) -> str:
-    """Return the text for a model that called a tool which does not exist."""
+    """Return the text for a model that called a tool that does not exist."""
     text = f"There is no tool {name[:100]!r}."
     near = difflib.get_close_matches(name[:100], list(islice(known, _NEAR)), 3, 0.5)
     return f"{text} Did you mean {' or '.join(near)}?" if near else f"{text} Use only the tools that you were given."

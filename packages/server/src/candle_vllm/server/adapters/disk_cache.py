@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fetched adapters on disk: limited in bytes, evicted in LRU order, and visible only when they are complete.
 
-An adapter is written to a staging folder, which is renamed when it is complete. Its bytes are reserved before they are
-written, so that complete and incomplete adapters together stay within the limit. The folder's name is the SHA-256 of
-source, name and revision, so that two adapters never share a folder. Several servers may share a cache.
+An adapter is written to a staging folder, which is renamed at the end. Its bytes are reserved before they are written,
+so that complete and incomplete adapters together stay within the limit. A folder is named after the SHA-256 of source,
+name and revision, so that two adapters never share one. Several servers may share a cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STEP = 16 << 20  # bytes that are reserved at a time if the size is unknown
 
 
 class Key(NamedTuple):
-    """Key of a fetched adapter: the kind of its source, its name, and its pinned revision."""
+    """Identity of a fetched adapter: the kind of its source, its name, and its pinned revision."""
 
     kind: str
     name: str
@@ -46,12 +46,10 @@ class Key(NamedTuple):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """Metadata of a cached adapter.
+    """Metadata of a cached adapter; `size` is the number of bytes of its files.
 
     Attributes:
-        key: key of the adapter.
         asked: the revision in the request that fetched it; "" without a revision.
-        size: total bytes of its files.
         base: the base model that its configuration names.
     """
 
@@ -62,13 +60,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Room:
-    """Bytes of the cache that are reserved for an adapter while it is fetched.
+    """Bytes of the cache that are reserved (`size`) for one adapter while it is fetched.
 
-    Args:
-        reserve: reserves bytes of the cache for this adapter; its numbers are the minimum and the preferred size.
-
-    Attributes:
-        size: bytes that are reserved.
+    `reserve` gets this object, the minimum and the preferred number of bytes, and sets `size`.
     """
 
     def __init__(self, reserve: Callable[[Room, int, int], None]) -> None:
@@ -89,11 +83,9 @@ class Room:
 
 
 class DiskCache:
-    """Cache of adapters in one folder. Thread-safe.
+    """Cache of adapters in one folder, which is created if necessary. Thread-safe.
 
-    Args:
-        folder: is created if it does not exist.
-        max_bytes: maximum size of all files together.
+    `max_bytes` is the maximum size of all files together.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -114,14 +106,14 @@ class DiskCache:
         return place / _FILES, entry
 
     def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
-        """Return the last used key of a name that was requested with revision `asked`; `is_it` matches the name."""
+        """Return the last used key of a name that was requested with revision `asked`; `is_it` tests the name."""
         found = [(used, entry) for used, _, entry in self._entries() if entry.key.kind == kind]
         found = [(used, entry) for used, entry in found if is_it(entry.key.name)]
         found = [(used, entry) for used, entry in found if asked in (entry.asked, entry.key.revision)]
         return max(found, key=lambda each: each[0])[1].key if found else None
 
     def put(self, key: Key, asked: str, fill: Callable[[Path, Room], str | None]) -> Path:
-        """Let `fill` write an adapter to a new folder, and evict others if there is too little space.
+        """Let `fill` write an adapter to a new folder; evict other adapters if there is too little space.
 
         Args:
             key: key of the adapter.
@@ -182,12 +174,9 @@ class DiskCache:
             self._make_room(room, least, most)
 
     def _make_room(self, room: Room, least: int, most: int, own: str = "") -> None:
-        """Reserve up to `most` bytes if `least` are free; else evict adapters to reserve `least`. With the lock held.
+        """Reserve `most` bytes, or as many as are free, at least `least`; evict adapters to get these. Needs the lock.
 
-        Args:
-            room: receives the reservation, which replaces its previous one.
-            least, most: minimum and preferred number of bytes.
-            own: folder that is about to be replaced.
+        The reservation replaces the previous one of `room`. `own` is a folder that is about to be replaced.
         """
         entries = sorted((each for each in self._entries() if each[1].name != own), key=lambda each: each[0])
         coming = sum(other.size for other in self._rooms.values() if other is not room) + self._elsewhere()

@@ -273,8 +273,7 @@ class Adapters:
                     raise
 
     def _base_of(self, found: Found) -> ModelEntry:
-        """The base model that the adapter's configuration names, if this server has it; else the first with adapters.
-        """
+        """Return the base model that the adapter's configuration names, if it is served; else the first of `bases`."""
         bases = self.bases()
         named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
         return next(named, bases[0])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """One line of a batch, in OpenAI's format: parse it, send it to the application, and write the result as a line.
 
-A line enters the life of a request at step 1, like a request over HTTP: the application is called in this process. So
-a line has the same fields, limits and errors as a request of a client.
+A line is a request at step 1 of its life, as if it came over HTTP: the ASGI application is called in this process. So a
+line has the same fields, limits and errors as a client's request.
 """
 
 from __future__ import annotations
@@ -30,20 +30,14 @@ if TYPE_CHECKING:
 POOLING = ("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank")
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
 MAX_CUSTOM_ID = 512  # characters
-PRIORITY = 1000  # added to a line's own priority: requests of clients go first
+PRIORITY = 1000  # added to a line's own priority, so that requests of clients run first
 LONGEST_PAUSE = 5.0  # maximum seconds before a line is sent again because the server was full
 _FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
 class Line(NamedTuple):
-    """A request of a batch.
-
-    Attributes:
-        custom_id: the sender's name for it.
-        url: one of `URLS`.
-        body: its body as JSON.
-    """
+    """A request of a batch: the sender's name for it, one of `URLS`, and its body as JSON."""
 
     custom_id: str
     url: str
@@ -51,12 +45,7 @@ class Line(NamedTuple):
 
 
 class LineError(Exception):
-    """A line that is no valid request.
-
-    Attributes:
-        code: error code for programs.
-        custom_id: `custom_id` of the line, if it has one.
-    """
+    """A line that is no valid request; `code` is an error code for programs."""
 
     def __init__(self, message: str, code: str, custom_id: str | None = None) -> None:
         super().__init__(message)
@@ -83,7 +72,6 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """A line of an output file.
 
     Attributes:
-        id: id of this line.
         custom_id: `custom_id` of the request; None for a request without one.
         response: the application's response; None if the line was not sent to it.
         error: why there is no successful response; None if there is one.
@@ -101,19 +89,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def failed(custom_id: str | None, code: str, message: str) -> Result:
-    """The result of a line that was not sent to the application."""
+    """Return the result of a line that was not sent to the application."""
     return Result(id=_new_id(), custom_id=custom_id, response=None, error=Problem(code=code, message=message))
 
 
 def read_line(data: bytes, endpoint: str | None = None) -> Line:
-    """Parse a line into a request.
+    """Convert a line, without its newline, to a request; LineError if it is no valid one.
 
-    Args:
-        data: the line without its newline.
-        endpoint: the only URL that the batch allows; None: any of `URLS`.
-
-    Raises:
-        LineError: the line is no valid request.
+    `endpoint` is the only URL that the batch allows; None allows all of `URLS`.
     """
     try:
         value = decode_json(data, "The line")
@@ -147,27 +130,17 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
 
 
 class Application:
-    """The application, as the lines of batches call it.
-
-    Args:
-        client: HTTP client of the application (`asked_here`).
-    """
+    """The ASGI application of this server, for the lines of batches; `client` is its HTTP client (`asked_here`)."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
     async def read(self, data: bytes, endpoint: str | None = None) -> Line:
-        """Parse a line with `read_line`, in a thread; a large line is parsed as a large body is (`apart`)."""
+        """Parse a line as `read_line`, in a thread; a large line counts as a large request (see `apart`)."""
         return await apart(read_line, data, endpoint, size=len(data))
 
     async def answer(self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None) -> Result:
-        """Return the result of a line; while the server is full, the line is sent again.
-
-        Args:
-            data: the line without its newline.
-            caller: who sent it.
-            endpoint: as in `read_line`.
-        """
+        """Return the result of a line that `caller` sent; while the server is full, send the line again."""
         try:
             line = await self.read(data, endpoint)
         except LineError as error:
@@ -196,11 +169,11 @@ class Application:
 
 @asynccontextmanager
 async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
-    """Open an ASGI application of this process and event loop for the lines of batches."""
+    """Make an ASGI application of this process and event loop available to the lines of batches."""
     import httpx  # a server that never has a batch does not load it
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    # Without the environment's proxies, to which the requests would be sent instead.
+    # trust_env=False: otherwise the requests would go to the proxies in the environment variables.
     async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False) as client:  # noqa: S113
         yield Application(client)
 
@@ -208,9 +181,9 @@ async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
 async def answered_in_order(
     lines: AsyncIterator[bytes], answer: Callable[[bytes], Awaitable[Result]], width: int
 ) -> AsyncGenerator[Result]:
-    """Yield the results of lines in their order; at most `width` lines are answered and held at a time.
+    """Yield the results of lines in the order of the lines; at most `width` lines are in progress at a time.
 
-    Closing the generator cancels the lines that are being answered.
+    Closing the generator cancels the lines in progress.
     """
     working: deque[asyncio.Future[Result]] = deque()
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm chat`: a conversation on the terminal.
 
-Each turn enters the life of a request at step 2. Ctrl+C stops the current answer and keeps its text. While a new model
-is loading, Ctrl+C restores the previous model.
+Each turn enters the life of a request at step 2. Ctrl+C stops the current answer and keeps its text; while a new model
+is loading, it restores the previous model.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EXIT_FAILED = 1
 def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
     """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
 
-    Returns 1 if standard input is not a terminal and a part of the input failed, else 0.
+    Returns 1 if standard input is not a terminal and a line of the input failed, else 0.
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
@@ -83,15 +83,12 @@ class _Saved(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Chat:
-    """A conversation and the model that answers in it.
+    """A conversation, and the model that answers in it; `failed` tells whether a line of the input failed.
 
     Args:
         settings: settings of the model and of sampling.
         system: system message of every conversation; None or empty for no message.
         max_tokens: maximum number of tokens of an answer.
-
-    Attributes:
-        failed: whether a part of the input failed.
     """
 
     def __init__(self, settings: Settings, system: str | None, max_tokens: int | None) -> None:
@@ -123,11 +120,7 @@ class Chat:
 
     @property
     def name(self) -> str:
-        """The model's name.
-
-        Raises:
-            UsageError: no model is loaded.
-        """
+        """The name of the model and adapter; UsageError if no model is loaded."""
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         model = self._engine.model_info.name
@@ -151,7 +144,7 @@ class Chat:
         stream.flush()
 
     def ends_with(self, line: str) -> bool:
-        """Whether this line ends the conversation; without a terminal `exit` alone is a message."""
+        """Whether this line ends the conversation. Without a terminal, the words `exit` and `quit` are messages."""
         return _ALIASES.get(line, line) == "/exit" or (line in ("exit", "quit") and sys.stdin.isatty())
 
     def _fail(self, text: str) -> None:
@@ -159,7 +152,7 @@ class Chat:
         self.say(text)
 
     def take(self, line: str) -> None:
-        """Process one input: a command, or a message for the model."""
+        """Process one line of input: a command, or a message for the model."""
         try:
             self._carry_out(line)
         except BrokenPipeError:
@@ -187,7 +180,7 @@ class Chat:
         command.run(rest.strip())
 
     def _is_image(self, line: str) -> bool:
-        """Attach an image if the line is its path, as terminals insert for dropped files; return whether it is."""
+        """Attach an image if the line is its path, as terminals insert it for dropped files; return whether it is."""
         if self._engine is None or "image" not in self._engine.model_info.modalities:
             return False
         words = line.strip("'\" ").replace("\\ ", " ")
@@ -225,10 +218,9 @@ class Chat:
         return [*self._start, *messages[len(self._start) + self._left_out :]]
 
     def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
-        """Return the messages that fit into the context beside a quarter of it for the answer, and `max_tokens`.
+        """Return the messages that fit into the context, of which the answer gets a quarter, and `max_tokens`.
 
-        Raises:
-            UsageError: the last message alone is too long.
+        Raises UsageError if the last message alone is too long.
         """
         context = engine.model_info.max_model_len
         wanted = min(self._max_tokens or context, max(1, context // 4))
@@ -252,7 +244,7 @@ class Chat:
 
     @staticmethod
     def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Number of tokens of the prompt."""
+        """Return the number of tokens of the prompt."""
         try:
             return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
         except PromptTooLongError:
@@ -308,7 +300,7 @@ class Chat:
         self.say(f"{name} is {self._value(name)}")
 
     def _set_stop(self, text: str) -> None:
-        """Set the stop strings, which are split as by a shell."""
+        """Set the stop strings, which are split as a shell splits words."""
         if not text:
             raise UsageError(f"/set stop needs a text that ends the answer, or default; it is {self._shown_stop()}")
         wanted = f"/set stop takes 1 to {_MAX_STOPS} texts"
@@ -336,7 +328,8 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Switch the model. The old one is unloaded first, as both may not fit, and restored if the new one fails."""
+        """Switch the model. The old one is unloaded first, because both may not fit, and restored if the new one fails.
+        """
         if not rest:
             self.say(self.name)
             return
@@ -362,7 +355,8 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Select an adapter of --lora-modules, or none by the model's own name; return whether the name is known."""
+        """Select an adapter of --lora-modules, or no adapter by the model's own name; return whether the name is known.
+        """
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:
@@ -377,7 +371,7 @@ class Chat:
         return False
 
     def _bring(self, settings: Settings) -> str | None:
-        """Replace the current model; return the reason if no model is loaded after that."""
+        """Replace the current model; return the error if no model is loaded afterwards."""
         old, self._engine = self._engine, None
 
         def load() -> InferenceEngine:
@@ -447,18 +441,14 @@ class Chat:
 
 
 def _text_of(content: Any) -> str:
-    """Text of a message for display, with a placeholder for each image."""
+    """Return the text of a message for display, with a placeholder for each image."""
     if isinstance(content, str):
         return content
     return " ".join(part["text"] if part.get("type") == "text" else "(image)" for part in content)
 
 
 def read_saved(path: Path) -> list[Message]:
-    """Read the messages of a file that /save wrote.
-
-    Raises:
-        UsageError: it is unreadable, or has another format.
-    """
+    """Read the messages of a file that /save wrote; UsageError if it is unreadable, or has another format."""
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_SAVED + 1)
@@ -480,7 +470,7 @@ def read_saved(path: Path) -> list[Message]:
 
 
 def _are_parts(content: Any) -> bool:
-    """Whether a content is a list of text and image parts, as in `Chat`."""
+    """Whether the content of a message is a list of text and image parts, as in `Chat`."""
     return isinstance(content, list) and all(
         isinstance(part, dict)
         and (isinstance(part.get("text"), str) if part.get("type") == "text" else part.get("type") == "image_url")
@@ -489,7 +479,7 @@ def _are_parts(content: Any) -> bool:
 
 
 def _path(text: str, command: str) -> Path:
-    """Parse a path as it was typed, with its spaces, with or without quotes."""
+    """Parse a path as a user types it: with or without quotes, and with its spaces."""
     path = _words(text, 1, f"{command} takes one file")[0] if text[:1] in ("'", '"') else text
     if not path:
         raise UsageError(f"{command} needs the name of a file")
@@ -497,7 +487,7 @@ def _path(text: str, command: str) -> Path:
 
 
 def _words(text: str, most: int, wanted: str) -> list[str]:
-    """Split a text like a shell; raises UsageError for more than `most` words."""
+    """Split a text as a shell does; UsageError for more than `most` words."""
     try:
         words = shlex.split(text)
     except ValueError:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Access checks: API keys for every route but /health, /ping and /ready, and no requests of other origins' web pages.
+"""Access checks: API keys for every route but /health, /ping and /ready; no requests from web pages of other origins.
 
-Both are pure ASGI middleware. The documentation pages need a key too. A browser cannot send a key from its address bar,
-so these pages also accept it as the password of HTTP Basic.
+Both are pure ASGI middleware, in step 1 of a request's life. The documentation pages need a key too. A browser cannot
+send a header from its address bar, so these pages also accept the key as the password of HTTP Basic.
 
-Step 1 of a request's life. The check uses the ASGI path and two headers alone, never the Host header or the raw URL. It
-takes the same time for every key, whatever its length. Routes of operators can have their own keys.
+The check of keys uses only the ASGI path and two headers, never the Host header or the raw URL. It takes the same time
+for every key of any length. Routes of operators can have keys of their own.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ PAGES = ("/openapi.json", "/docs")  # and every path below /docs/
 class ApiKeyMiddleware:
     """Passes on a request with a valid key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    Inner layers find its caller with `caller_of`; `/ready` finds with `is_stranger` whether a valid key was missing. If
-    there are several keys, one key may use half of the connections for requests that have not ended: slow uploads,
-    streams and WebSockets.
+    Inner layers find the request's caller with `caller_of`; `/ready`, which needs no key, finds with `is_stranger`
+    whether a valid key was missing. If there are several keys, one key may use half of the connections for requests
+    that have not ended: slow uploads, streams and WebSockets.
 
     Args:
         keys: keys of clients and of operators.
@@ -107,13 +107,13 @@ class ApiKeyMiddleware:
 
 
 def _called(key: Key) -> str:
-    """What a message calls a key: its name, if it has one; the number of a key without a name is not revealed."""
+    """Return how a message names a key: by its name; the number of a key without a name is not revealed."""
     named = key.caller.label and not key.caller.label.removeprefix("m").isdecimal()
     return f"The API key {key.caller.label!r}" if named else "This API key"
 
 
 def _refused(key: Key | None, manages: bool) -> str:
-    """Why a request is refused, for its sender."""
+    """Return why a request is refused, for its sender."""
     if key is not None and not key.is_valid:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
@@ -131,7 +131,7 @@ def _is_page(method: str, path: str) -> bool:
 
 
 def _given(scope: Scope, page: bool) -> bytes | None:
-    """The key of a request; None for a request without a key, or with more than one."""
+    """Return the key of a request; None for a request without a key, or with more than one."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
     if bearers:
@@ -140,7 +140,7 @@ def _given(scope: Scope, page: bool) -> bytes | None:
 
 
 def _authorized(header: bytes, page: bool) -> bytes | None:
-    """The key in an Authorization header: after `Bearer`, or for a page the password of `Basic`."""
+    """Return the key in an Authorization header: after `Bearer` or, for a page, the password of `Basic`."""
     scheme, _, given = header.partition(b" ")
     if scheme.lower() == b"bearer":
         return given.strip()
@@ -158,20 +158,20 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
 _PORTS = {"http": 80, "https": 443}
-# mDNS, ICANN's and RFC 8375's names for private networks, services of Kubernetes
+# mDNS, names of ICANN and RFC 8375 for private networks, services of Kubernetes
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
 
 def origins(allowed: Sequence[str]) -> re.Pattern[str]:
-    """A pattern for the origins of --cors-origin, in which `*` is any host, any part of a host, or any port."""
+    """Return a pattern for the origins of --cors-origin, in which `*` is any host, any part of a host, or any port."""
     return re.compile("|".join(re.escape(origin).replace(r"\*", "[^/]*") for origin in allowed) or r"(?!)")
 
 
 class OriginMiddleware:
-    """Refuses (403) every request of a web page of another origin; programs that are no browsers send no Origin.
+    """Refuses (403) requests of web pages of other origins, by their Origin header, which only browsers send.
 
-    A browser lets any page send simple requests to any address, and adds the page's origin. Such a request is not even
-    begun: the page could not read the answer, but it would use the models.
+    A browser lets any page send simple requests to any address, and adds the page's origin. Such a request must not
+    even begin: the page could not read the answer, but the request would use the models.
 
     Args:
         allowed: the origins of --cors-origin.
@@ -210,7 +210,7 @@ class OriginMiddleware:
         await refusal(scope, error)(scope, receive, send)
 
     def _shut_page(self, scope: Scope) -> str:
-        """The origin of the web UI, if a browser that loads the page could not load its scripts; else ""."""
+        """Return the web UI's origin if a browser could load the page, but not its scripts; otherwise ""."""
         if not self._page or scope["type"] != "http" or route_path(scope) != "/":
             return ""
         asked = _values(scope, b"host")
@@ -227,13 +227,13 @@ class OriginMiddleware:
 
 
 class HostMiddleware:
-    """Refuses (403) requests whose Host is a public name, because a foreign page's name may be made to resolve here.
+    """Refuses (403) requests whose Host is a public name: the owner of a name can make it resolve to this machine.
 
-    For the browser, such a page (DNS rebinding) has the server's origin, and its GETs are sent without Origin. Used by
-    servers without keys; on public paths, over TLS and over Unix sockets, every name is accepted.
+    For the browser, a page of that name (DNS rebinding) has the server's origin, and sends its GETs without Origin.
+    Used by servers without keys; on public paths, over TLS and over Unix sockets, every name is accepted.
 
     Args:
-        own: the name or address that the server listens at.
+        own: the name or address at which the server listens.
         allowed: the origins of --cors-origin, whose hosts are names of this server as well.
         public: the paths where every name is accepted.
     """
@@ -263,13 +263,13 @@ class HostMiddleware:
         await refusal(scope, error)(scope, receive, send)
 
     def _is_private(self, authority: str) -> bool:
-        """Whether no web page can have the name: an IP address, a name of this machine, or a name of no public DNS."""
+        """Whether no web page can have this name: an IP address, a name of this machine, or one outside public DNS."""
         name = re.sub(r":[0-9]*$", "", authority).lower().removesuffix(".")
         private = "." not in name or name.endswith(_PRIVATE_NAMES)
         return private or _is_number(authority) or self._names.fullmatch(name) is not None
 
     def _may_pass(self, scope: Scope) -> bool:
-        """Whether any name may pass; `Sec-Fetch-Site`, which no page can set, is sent to trustworthy origins alone."""
+        """Whether any name may pass; no page can set `Sec-Fetch-Site`, and only trustworthy origins are sent it."""
         return (
             route_path(scope) in self._public
             or scope.get("scheme") in ("https", "wss")
@@ -285,8 +285,8 @@ def _values(scope: Scope, name: bytes) -> list[str]:
 def _is_own(scope: Scope, origin: str) -> bool:
     """Whether a page is this server's own, by evidence that no other page can forge, even if its name resolves here.
 
-    The evidence is the address at which the connection arrived; an IP address that the browser asked for (a container's
-    published port), which no DNS server can redirect; or the browser's `Sec-Fetch-Site`, which it sends only over HTTPS
+    The evidence is one of: the address at which the connection arrived; an IP address in the Host header (a container's
+    published port), which no DNS server can redirect; the browser's `Sec-Fetch-Site`, which it sends only over HTTPS
     and to this machine (a proxy).
     """
     if origin in _addresses(scope) or _values(scope, b"sec-fetch-site") == ["same-origin"]:
@@ -313,7 +313,7 @@ def _addresses(scope: Scope) -> Iterator[str]:
 
 
 def _scheme(scope: Scope) -> str:
-    """The scheme as in a page's address: http or https."""
+    """Return the scheme as in a page's address: http or https."""
     scheme = str(scope.get("scheme", "http"))
     return {"ws": "http", "wss": "https"}.get(scheme, scheme)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read a request's body with a limit, and wait for an answer while watching the connection.
 
-Step 1 of a request's life, and the case that its client leaves: a disconnect cancels the waiting, which aborts the
-request in the engine.
+Step 1 of a request's life, and its end if the client leaves: a disconnect cancels the wait for the answer, which aborts
+the request in the engine.
 """
 
 from __future__ import annotations
@@ -20,24 +20,19 @@ from candle_vllm.openai.fair_threads import BIG, FairQueue, RequestBytes, apart,
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
 
-SILENCE_SECONDS = 60.0  # between two parts of a body
-READING_SECONDS = 600.0  # for a whole body
+SILENCE_SECONDS = 60.0  # longest pause between two parts of a body
+READING_SECONDS = 600.0  # time limit for a whole body
 BIG_BODY = BIG  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it
 
 T = TypeVar("T")
 
 
 class Held:
-    """Counts the bytes of bodies and messages, and of stored responses that they continue, until prompts are made.
+    """Counts the bytes of requests without a prompt yet: bodies, WebSocket messages, and stored responses to continue.
 
     The first 64 KB of each do not count, so that a request of usual size is never refused because of other clients. One
-    key may hold half of the bytes. Large bodies are parsed one at a time (`apart`), and keys take turns.
-
-    Args:
-        most: maximum number of bytes.
-
-    Attributes:
-        pieces: the connections that wait to read the next part of a large body or message.
+    key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`), and keys
+    take turns. `pieces` are the connections that wait to read the next part of a large body or message.
     """
 
     def __init__(self, most: int) -> None:
@@ -46,11 +41,7 @@ class Held:
         self.pieces = Pieces()
 
     def add(self, caller: Caller, size: int) -> None:
-        """Count bytes; a negative `size` releases bytes that were parsed or dropped.
-
-        Raises:
-            HttpError: 503, there are too many bytes.
-        """
+        """Count bytes, or release -`size` bytes that were parsed or dropped; HttpError 503 if there are too many."""
         mine = self._by_key.get(caller.label, 0) + size
         if size > 0:
             total = sum(self._by_key.values()) + size
@@ -63,10 +54,9 @@ class Held:
 
     @contextmanager
     def waiting(self, scope: Scope) -> Iterator[RequestBytes]:
-        """Count the current request until its prompt is made: a parsed body takes at least as much memory as its bytes.
+        """Count the current request until its prompt is made; a parsed body takes at least as much memory as its bytes.
 
-        Raises:
-            HttpError: 503, there are too many bytes; also raised when the request adds bytes.
+        Raises HttpError 503 if there are too many bytes, also later when the request adds bytes.
         """
         mine = this_request()
         try:
@@ -78,8 +68,8 @@ class Held:
     async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
         """Parse a body whose bytes were counted, in a thread if it is large; they count until the parser has ended.
 
-        A thread goes on when nobody waits for it any more. An expected error (CandleVllmError) does not refer to the
-        body. Later code in the caller's task finds the size of the body in `this_request`.
+        The thread continues even if nobody waits for it any more. An expected error (CandleVllmError) does not refer to
+        the body. Later code in the caller's task finds the size of the body in `this_request`.
         """
         size = len(body)
         request_bytes.set(RequestBytes(size))
@@ -98,21 +88,21 @@ class Held:
 class Pieces:
     """Connections that wait to read the next part of a large body or message: one per iteration of the event loop.
 
-    libuv reads a socket repeatedly in one iteration, up to 8 MB. The data of sixty connections would block the event
-    loop for seconds. Keys take turns.
+    In one iteration, libuv reads a socket repeatedly, up to 8 MB, so that 60 connections would block the event loop for
+    seconds. Keys take turns.
     """
 
     def __init__(self) -> None:
         self._waiting = FairQueue[Callable[[], object]]()
 
     def add(self, key: str, read: Callable[[], object]) -> None:
-        """Have `read` called in an iteration of its own."""
+        """Call `read` in an iteration of the event loop that no other connection uses."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._read_next)
         self._waiting.add(key, read)
 
     async def turn(self, key: str) -> None:
-        """Wait for an iteration of the loop in which no other connection reads."""
+        """Wait for an iteration of the event loop in which no other connection reads."""
         mine = asyncio.get_running_loop().create_future()
         self.add(key, lambda: mine.done() or mine.set_result(None))
         await mine
@@ -133,7 +123,7 @@ async def parse_request(
     `typed` requires the JSON content type, which web pages of other origins cannot send without a CORS preflight.
 
     Raises:
-        HttpError: 415 other content type, 400 broken length, 413 too large, 408 too slow, 503 too many bytes held.
+        HttpError: 415 other content type, 400 invalid length, 413 too large, 408 too slow, 503 too many bytes (`Held`).
         ClientGone: the client left while sending.
     """
     headers = dict(scope["headers"])
@@ -192,12 +182,9 @@ async def disconnected(receive: Receive) -> None:
 async def unless_disconnected(
     answer: Awaitable[T], receive: Receive, dropped: Callable[[T], Awaitable[object] | None] | None = None
 ) -> T:
-    """Return the answer; a disconnect cancels it and raises ClientGone.
+    """Return the answer; a disconnect cancels it and raises ClientGone. The request's body must have been read.
 
-    Args:
-        answer: the awaitable that gives the answer.
-        receive: `receive` of the ASGI connection; the body must have been read.
-        dropped: called with an answer that was ready when the waiting was cancelled, so that nobody uses it.
+    `dropped` is called with an answer that is ready when the wait is cancelled, because nobody will use it.
     """
     working = asyncio.ensure_future(answer)
     watching = asyncio.ensure_future(disconnected(receive))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """API keys, their owners and their expiry; files of keys are read again while the server runs.
 
-Read before step 1 of a request's life and checked in it. A key of `--api-keys-file` has a name, and stored data belongs
-to the name: its owner can still use the data after the key was replaced.
+Read before step 1 of a request's life, and checked in it. A key of `--api-keys-file` has a name, and stored data
+belongs to the name, so that its owner can still use the data after the key was replaced.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from candle_vllm.server.settings.sources import read_yaml
 from candle_vllm.server.settings.table import BY_NAME
 
 MAX_KEYS = 10_000
-LOOK_SECONDS = 1.0  # between two checks of the files
+LOOK_SECONDS = 1.0  # seconds between two checks of the files
 _ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "models", "notes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
-_TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of keys without a name, of no key, and of all further keys
+_TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of unnamed keys, of no key, and (metrics) of further keys
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 512
 _SHOWN = 10  # names in a line of the log
 
@@ -41,10 +41,10 @@ class Key(NamedTuple):
 
     Attributes:
         digest: SHA-256 of the key.
-        caller: the caller that it stands for.
-        uses: whether it opens the routes of clients.
-        manages: whether it opens the routes of operators.
-        expires: Unix seconds; None: never.
+        caller: the caller who sends it.
+        uses: whether it is valid for the routes of clients.
+        manages: whether it is valid for the routes of operators.
+        expires: Unix seconds; None means never.
     """
 
     digest: bytes
@@ -60,13 +60,10 @@ class Key(NamedTuple):
 
 
 class Keyring:
-    """The keys of one application.
-
-    Args:
-        settings: the settings that have the keys and name their files.
+    """The keys of one application, from its settings and the files that they name.
 
     Raises:
-        UsageError: a file of keys cannot be read, or is wrong.
+        UsageError: a file of keys cannot be read, or is invalid.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -76,11 +73,11 @@ class Keyring:
         self._keys = self._read()
 
     def guards(self, *, operators: bool) -> bool:
-        """Whether routes need a key: those of operators, or of clients."""
+        """Whether the routes of operators, or of clients, need a key."""
         return self._settings.has_api_keys or (operators and bool(self._settings.management_key))
 
     def find(self, given: bytes | None) -> Key | None:
-        """Find the key that was given, expired or not; it takes the same time whichever key matches."""
+        """Return the key with this text, expired or not; the time does not depend on which key matches."""
         if given is None:
             return None
         digest = _digest(given)
@@ -88,7 +85,7 @@ class Keyring:
         return self._keys[matches.index(True)] if any(matches) else None
 
     def find_caller(self, caller: Caller) -> Key | None:
-        """Find a valid key of a caller for whom this process sends itself a request; None without a valid key."""
+        """Return a valid key of a caller for whom this process sends itself a request, or None."""
         return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
 
     def callers(self) -> Iterable[Caller]:
@@ -103,17 +100,17 @@ class Keyring:
         return are_several(self.callers())
 
     async def watch(self) -> None:
-        """Read the files again whenever they have changed; this never returns."""
+        """Read the files again whenever they have changed; does not return if there are files."""
         seen = self._read_at
         while self._paths:
             await asyncio.sleep(LOOK_SECONDS)
             now = await asyncio.to_thread(self._stamp)
-            if now == seen != self._read_at:  # it changed, and nobody is writing it any more
+            if now == seen != self._read_at:  # a file has changed, and nobody writes to it any more
                 await self.reload()
             seen = now
 
     async def reload(self) -> bool:
-        """Read the files again and return True; if a file is wrong, log it, keep the old keys and return False."""
+        """Read the files again and return True; if a file is invalid, log it, keep the old keys and return False."""
         if not self._paths:
             return True
         self._read_at = await asyncio.to_thread(self._stamp)
@@ -150,7 +147,7 @@ class Keyring:
 
 
 def are_several(callers: Iterable[Caller]) -> bool:
-    """Whether these callers are of several owners."""
+    """Whether these callers have several owners."""
     owners = (caller.key for caller in callers)
     first = next(owners, None)
     return any(other != first for other in owners)
@@ -182,14 +179,14 @@ def read_keys(path: Path) -> tuple[str, ...]:
 
 
 def read_named_keys(path: Path, limits: Limits) -> list[Key]:
-    """Read a file of named keys; no error message repeats a key.
+    """Read a file of named keys; no error message contains a key.
 
     Args:
         path: a YAML file: `keys`, a list of entries with `name`, `key` or `sha256`, and the other fields of `_ENTRY`.
         limits: limits of entries that do not set their own.
 
     Raises:
-        UsageError: the file cannot be read, has no key, or is wrong; the message names the line.
+        UsageError: the file cannot be read, has no key, or is invalid; the message names the line.
     """
     content = mapping(read_yaml(path, secret=True), str(path))
     known_keys(content, ("keys",), str(path))
@@ -215,7 +212,7 @@ def read_named_keys(path: Path, limits: Limits) -> list[Key]:
 
 
 def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
-    """Read the keys of one entry; it may have several, while its owner replaces one key by another."""
+    """Read the keys of one entry. It may have several while its owner replaces one key by another."""
     known_keys(entry, _ENTRY, str(path))
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
@@ -262,7 +259,7 @@ def _key(value: Any, wrong: Any) -> str:
 
 
 def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any) -> int | None:
-    """Read a limit of an entry: its own value, `null` for no limit, or the default."""
+    """Return a limit of an entry: its own value, None for `null`, or the default."""
     value = entry.get(field, default)
     if value is None:
         return None
@@ -275,7 +272,7 @@ def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any
 
 
 def _models(entry: Mapping[str, Any], wrong: Any) -> tuple[str, ...] | None:
-    """Read the patterns of the models and adapters that a key may use; None: all."""
+    """Return the patterns of the models and adapters that a key may use; None for all."""
     if "models" not in entry:
         return None
     patterns = _listed(entry, "models", wrong)
@@ -288,7 +285,7 @@ def _models(entry: Mapping[str, Any], wrong: Any) -> tuple[str, ...] | None:
 
 
 def _expiry(value: Any, wrong: Any) -> float:
-    """Convert to Unix seconds; a day counts to its end, and a value without a time zone is in UTC."""
+    """Convert to Unix seconds; a day means the end of the day, and a value without a time zone is in UTC."""
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value) if len(value) > len("2027-01-31") else date.fromisoformat(value)
@@ -305,7 +302,7 @@ def _expiry(value: Any, wrong: Any) -> float:
 
 
 def _digest(key: bytes) -> bytes:
-    """The hash that is compared instead of a key, so that the time does not reveal the key's length."""
+    """Return the hash that is compared in place of a key, so that the time does not reveal the key's length."""
     return hashlib.sha256(key).digest()
 
 
@@ -318,7 +315,7 @@ def _stat(path: Path) -> tuple[int, ...] | None:
 
 
 def _difference(before: Sequence[Key], after: Sequence[Key]) -> str:
-    """For the log: the number of keys, and which names are new or gone; never a key."""
+    """Describe a change for the log: the number of keys, and which names are new or gone; never a key."""
     old, new = ({key.caller.label for key in keys} for keys in (before, after))
     parts = [f"{len(after)} keys"]
     for word, names in (("new", new - old), ("gone", old - new)):

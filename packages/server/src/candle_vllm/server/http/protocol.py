@@ -3,7 +3,7 @@
 
 Below step 1 of a request's life. Without the limits, a client without a key could fill the memory, use up all
 connections, or keep the event loop busy with chunks and frames of a few bytes. A server that stops closes idle
-WebSockets at once; a WebSocket on which an answer is written is notified, and may finish it during the drain.
+WebSockets at once; a WebSocket on which an answer is sent is notified, and may finish it during the drain.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 MAX_HEAD = 64 << 10  # bytes of request line and headers, not counting the last read from the socket
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
 MAX_CONNECTIONS = 4096  # at the same time
-MAX_FILES = 1 << 16  # maximum limit on open files that the process sets for itself
+MAX_FILES = 1 << 16  # highest limit on open files that the process sets for itself
 CROWDED_SECONDS = 1.0  # time for a first request head while more than half of the connections are in use
 STALL_SECONDS = 60.0  # a client that reads nothing for so long is disconnected
-UNDECODED = "candle_vllm.undecoded"  # key in a received message that replaces a large text: its bytes
+UNDECODED = "candle_vllm.undecoded"  # key of a large WebSocket text in a received message, as bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
 MAX_PIECES, PIECE_BYTES = 4096, 64  # maximum number of chunks of a body, plus one for each 64 bytes
 CHUNK_OVERHEAD = 12  # bytes of framing that a chunk may have
-MAX_PIPELINED = 64  # requests that wait on a connection for the answer before theirs
+MAX_PIPELINED = 64  # requests on one connection that wait for the answers to earlier ones
 LINGER_SECONDS, LINGER_BYTES = 5.0, 16 << 20  # limits on the discarded rest of a body after its answer
 MAX_FRAGMENTS = 1024  # frames of one WebSocket message
 MAX_FRAMES = 1024  # frames of less than 1 KiB from a WebSocket's client in a second
-CONTROL_WEIGHT = 16  # a control frame counts as so many small frames, because it is answered
+CONTROL_WEIGHT = 16  # number of small frames as which a control frame counts, because it is answered
 
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")  # RFC 9112, section 3.2
 
 
 def http_protocol() -> type[asyncio.Protocol]:
-    """The fastest protocol that is installed: httptools with a limit on the head, else h11, which has one."""
+    """Return the fastest installed protocol: httptools, with a limit on the head, or h11, which has its own."""
     return _timed(_ClosingH11Protocol if importlib.util.find_spec("httptools") is None else _limited())
 
 
 class _ClosingH11Protocol(H11Protocol):
-    """Closes a connection if the answer was complete before the body of its request."""
+    """Closes a connection if the answer is complete before its request's body."""
 
     def on_response_complete(self) -> None:
         if self.cycle.more_body:
@@ -90,7 +90,7 @@ class _ReadInTime(asyncio.Protocol):
 def most_connections() -> int:
     """Return `MAX_CONNECTIONS`, or seven eighths of the limit on open files if that is less.
 
-    The process raises its limit on open files to the hard limit, at most `MAX_FILES`: shells set 1,024 or less.
+    The process raises its limit on open files to the hard limit, at most `MAX_FILES`, because shells set 1,024 or less.
     """
     if sys.platform == "win32":
         return MAX_CONNECTIONS
@@ -107,14 +107,14 @@ def most_connections() -> int:
 
 def _timed(base: Any) -> type[asyncio.Protocol]:
     most = most_connections()
-    silent: dict[Any, float] = {}  # connections that wait for a request head, with the time since when; oldest first
+    silent: dict[Any, float] = {}  # connections that wait for a request head, and since when; oldest first
     idle: dict[Any, None] = {}  # connections that were answered and send nothing; longest idle first
 
     class TimedProtocol(_ReadInTime, base):
         """Closes a connection whose next request head is not complete within `HEAD_SECONDS`.
 
-        uvicorn's own timer runs between an answer and the next byte; this timer runs the rest of the time. When
-        connections run short, a new connection replaces a silent one.
+        uvicorn's own timer runs between an answer and the next byte; this timer runs the rest of the time. When too
+        many connections are open, a new one replaces a silent one.
         """
 
         _late: asyncio.TimerHandle | None = None
@@ -128,9 +128,9 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
                 self._watch()
 
         def _make_place(self) -> None:
-            """Close every connection that has been silent for `CROWDED_SECONDS`, and beyond the limit one more.
+            """Close connections that were silent for `CROWDED_SECONDS`; beyond the limit, close one more.
 
-            That is the longest silent connection, else the longest idle one, else the new one.
+            It is the longest silent connection, else the longest idle one, else the new one.
             """
             patience = self.loop.time() - CROWDED_SECONDS
             while (oldest := next(iter(silent), self)) is not self and silent[oldest] < patience:
@@ -187,7 +187,7 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
 
 
 def _part_writer(cycle: RequestResponseCycle) -> WritePart:
-    """The `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
+    """Return the `WritePart` of one uvicorn response; uvicorn adds the framing of each part."""
 
     def write(data: bytes) -> bool:
         if cycle.flow.write_paused or cycle.disconnected or cycle.response_complete or not cycle.response_started:
@@ -203,7 +203,7 @@ def _part_writer(cycle: RequestResponseCycle) -> WritePart:
 
 
 class _UnknownLength(int):
-    """The remaining length of a response that ends with its connection; no part is longer than it."""
+    """The remaining length of a response that ends with its connection; every part fits into it."""
 
     def __sub__(self, sent: int) -> _UnknownLength:
         return self
@@ -213,7 +213,7 @@ class _UnknownLength(int):
 
 
 class _UnreadTransport(asyncio.Transport):
-    """The transport of an answer to a client that may still be sending: `close` lets the client read the answer."""
+    """The transport of an answer to a client that may still be sending; `close` leaves time to read the answer."""
 
     def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class _UnreadTransport(asyncio.Transport):
 
 
 def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
-    """Why a request must be refused by RFC 9112 (sections 2.3, 3.2 and 6.1), although llhttp accepts it.
+    """Return why RFC 9112 (sections 2.3, 3.2 and 6.1) requires to refuse a request, although llhttp accepts it.
 
     Also refuses a body after an upgrade to a WebSocket or after CONNECT, which llhttp would parse as the next request.
     """
@@ -247,17 +247,17 @@ def _limited() -> type[HttpToolsProtocol]:
     class LimitedHttpToolsProtocol(HttpToolsProtocol):
         """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-        It also does so for a body in too many small chunks, and for a body that is incomplete when its answer begins.
-        uvicorn knows only the last of several pipelined requests; this class knows all of them. When the client leaves,
-        the request that is being answered is notified; no error is sent in place of its answer.
+        The same holds for a body in too many small chunks, and one that is incomplete when its answer begins. uvicorn
+        knows only the last of several pipelined requests; this class knows all of them. When the client leaves, the
+        request that is being answered is notified, and no error is sent in place of its answer.
         """
 
         _piece = b""  # the data that is being parsed
-        _seen = 0  # bytes of a request that is incomplete
+        _seen = 0  # bytes of the incomplete request
         _body = 0  # bytes of its body
         _pieces = 0  # chunks of its body
         _ended = False  # whether a request ended in the current data
-        _broken = False  # whether the last data was no valid request; later data is ignored
+        _broken = False  # whether the last data was no valid request; further data is ignored
         _fault: str | None = None  # why it was not valid
         _keep_alive = False  # whether the connection stays open after the body of the last request
         _unread: _UnreadTransport
@@ -288,7 +288,7 @@ def _limited() -> type[HttpToolsProtocol]:
             super().on_header(name, value.rstrip(b" \t"))  # llhttp strips only the blanks before a value; RFC 9110, 5.5
 
         def _leaves_upgrade(self) -> bool:
-            """Whether the request asks to upgrade to a protocol that the server lacks (h2c); it may ignore that."""
+            """Whether the request asks for an upgrade to a protocol that the server lacks (h2c), and may ignore."""
             parser = self.parser
             return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
 
@@ -325,9 +325,9 @@ def _limited() -> type[HttpToolsProtocol]:
             cycle.scope["extensions"] = extensions
             if not self.pipeline:
                 self._answering = cycle
-            # While the body is incomplete, an answer closes the connection and has `Connection: close`.
+            # An answer before the end of the body closes the connection, and has `Connection: close`.
             self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
-            if self.parser.get_http_version() == "1.0":  # no chunks (RFC 9112, 6.1): the connection's end ends it
+            if self.parser.get_http_version() == "1.0":  # no chunks (RFC 9112, 6.1): closing ends the answer
                 cycle.chunked_encoding, cycle.expected_content_length = False, _UnknownLength()
                 self._keep_alive = False
             cycle.transport = self._unread
@@ -357,9 +357,9 @@ def _limited() -> type[HttpToolsProtocol]:
             super().shutdown()
 
         def _linger(self, transport: asyncio.Transport) -> None:
-            """End a connection whose client is still sending; its data is read for a while and discarded.
+            """End a connection whose client is still sending: read its data for a while, and discard them.
 
-            A socket that is closed with unread bytes is reset, and the answer may be lost.
+            Closing a socket with unread bytes would reset the connection, and the answer could be lost.
             """
             if transport.is_closing() or self._lingering is not None:
                 return
@@ -374,7 +374,7 @@ def _limited() -> type[HttpToolsProtocol]:
             super().on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
-            """Refuse the last request; if requests before it wait for answers, only end the connection after them."""
+            """Refuse the last request; if earlier requests wait for answers, only end the connection after these."""
             self._broken = True
             before = self._unanswered()
             broken = before.pop() if before and before[-1].more_body else None  # its body is broken, not the next head
@@ -413,7 +413,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
     """Lets the route close a connection when the server stops, and limits what a client may send.
 
     Limits apply to the frames of a message, small frames per second, the bytes of incomplete messages (`Held`), and the
-    parts of large messages per iteration of the loop (`Pieces`). Nothing is read from a client that does not read.
+    parts of large messages per iteration of the loop (`Pieces`). A client that does not read is not read from.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -424,11 +424,11 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         self._fragments = self._partial = 0  # frames of the incomplete message, and their bytes
         self._frame: Frame | None = None  # the last frame of a message that was just received
         self._frames, self._second = 0, 0.0  # small frames in the current second, and its beginning
-        self._held, self._owner = 0, NOBODY  # bytes that are counted by `Held`, and their owner
-        self._waits = False  # whether it waits for its turn to read the next part of a large message
+        self._held, self._owner = 0, NOBODY  # bytes that `Held` counts, and their owner
+        self._waits = False  # whether the connection waits for its turn to read more of a large message
 
     def _count(self, frame: Frame) -> None:
-        """Receive a frame, or close the connection if there were too many."""
+        """Receive a frame, or close the connection after too many frames."""
         control = frame.opcode in CTRL_OPCODES
         if not control:
             self._fragments += 1
@@ -450,7 +450,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
                     self._fragments = self._partial = 0
 
     def _refuse(self, code: int, reason: str) -> None:
-        """Close the connection, even in the middle of parsing; `data_received` notifies the route."""
+        """Close the connection, even while data is parsed; `data_received` notifies the route."""
         self.conn.fail(code, reason)
         self.conn.parser_exc = WebSocketException(reason)
 
@@ -459,7 +459,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
         if self._frame is not None:
             self._frame.data = b""  # the parser of websockets refers to its last frame until the next one
             self._frame = None
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would go on waiting
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # uvicorn would keep waiting
             said = b"".join(self.conn.data_to_send())  # empty with websockets before version 17
             self.transport.write(said or b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
             self.transport.close()
@@ -472,7 +472,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
             self._all_held.pieces.add(self._owner.label, self._read_on)
 
     def handle_parser_exception(self) -> None:
-        if self.conn.close_sent is None:  # no WebSocket is open yet that could be closed with a reason
+        if self.conn.close_sent is None:  # the WebSocket is not open yet, so it cannot be closed with a reason
             self.transport.abort()
         else:
             super().handle_parser_exception()

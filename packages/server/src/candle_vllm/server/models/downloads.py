@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Models on Hugging Face and in the local hub cache: names, sizes and removal.
 
-Before step 1 of a request's life, in threads. Everything goes through huggingface_hub, which is imported inside the
-functions, because that takes half a second.
+Runs in threads, before step 1 of a request's life. The functions import huggingface_hub when they are called, because
+the import takes half a second.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
 
 
 class HubFile(msgspec.Struct, frozen=True):
-    """A file of a repository; `sha256` is None if the hub does not know it, as for files outside LFS."""
+    """A file of a repository; `sha256` is None if the hub has no checksum of it, as for files outside LFS."""
 
     name: str
     size: int
@@ -78,9 +78,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The files that a download of a model needs.
 
     Attributes:
-        named: the requested name.
         weight_file: first part of the GGUF file; None for safetensors.
-        files: all files to download.
         weight_bytes: size of the weights.
         commit: commit of the repository that has these files.
     """
@@ -103,12 +101,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def full_name(repo: str, weight_file: str | None) -> str:
-    """Return a model's name from its repository and file."""
+    """Return a model's name on this machine: its repository, and the tag of a GGUF file."""
     return repo if weight_file is None else f"{repo}:{tag_of(weight_file)}"
 
 
 def plan_pull(settings: Settings, name: str) -> Plan:
-    """Query the hub for the files of a model; nothing is downloaded.
+    """Ask the hub for the files of a model; download nothing.
 
     Raises:
         PullError: the model does not exist, or the hub is unreachable.
@@ -139,7 +137,7 @@ def plan_pull(settings: Settings, name: str) -> Plan:
 
 
 def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError | None:
-    """Convert an error response of the hub; None if the hub did not respond."""
+    """Convert an error response of the hub to a PullError; None if the hub did not respond."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     refusal = hub_refusal(repo, settings.revision, error)
@@ -151,7 +149,7 @@ def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError
 
 
 def _file(sibling: RepoSibling) -> HubFile:
-    """Check the metadata of a file, since its name and checksum become names of local files."""
+    """Check the metadata of a file, because its name and checksum become names of local files."""
     name, told = sibling.rfilename, None if sibling.lfs is None else str(sibling.lfs["sha256"])
     leaves = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if leaves or (told is not None and re.fullmatch("[0-9a-f]{64}", told) is None):
@@ -160,7 +158,7 @@ def _file(sibling: RepoSibling) -> HubFile:
 
 
 class Room(NamedTuple):
-    """Memory that a model needs at least and memory that is free, download size and free disk space, all in bytes."""
+    """Bytes: memory that a model needs at least, free memory, size of the download, and free disk space."""
 
     needed: int
     free: int
@@ -173,7 +171,7 @@ class Room(NamedTuple):
 
 
 def room_of(settings: Settings, weight_bytes: int, to_fetch: int = 0) -> Room:
-    """Compare the needs of a model of that size, with the smallest KV cache, with this machine's memory and disk."""
+    """Compare the needs of a model of this size, with the smallest KV cache, to this machine's memory and disk."""
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
     from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE
@@ -193,7 +191,6 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: its repository, followed by a tag for a GGUF file.
-        repo, weight_file: the two parts of the name.
         size: bytes of its weights.
         modified: Unix time in seconds.
         digest: SHA-256 of its weights, if the cache knows it.
@@ -207,27 +204,23 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
     digest: str | None
 
     def settings(self, settings: Settings) -> Settings:
-        """The settings to serve this model."""
+        """Return the settings to serve this model."""
         changes: dict[str, Any] = {"model": self.repo, "weight_path": None, "weight_file": self.weight_file}
         return dataclasses.replace(settings, **changes, served_model_name=())
 
 
 def downloaded(settings: Settings) -> list[Local]:
-    """The models in the cache, by name."""
+    """Return the models in the cache, sorted by name."""
     return sorted((local for repo in _repos(settings) for local in _models_of(repo)), key=lambda local: local.name)
 
 
 def find_downloaded(settings: Settings, name: str) -> Local:
-    """Return the downloaded model of a name.
-
-    Raises:
-        ModelNotFoundError: it is not on this machine.
-    """
+    """Return the downloaded model of a name; ModelNotFoundError if it is not on this machine."""
     return find_among(downloaded(settings), name)
 
 
 def find_among(locals_: Sequence[Local], name: str) -> Local:
-    """Find a model in a list of downloaded models; as `find_downloaded`."""
+    """As `find_downloaded`, in a list of downloaded models."""
     named = read_name(name)
     here = [local for local in locals_ if local.repo == named.repo]
     names = [local.weight_file for local in here if local.weight_file is not None]
@@ -242,10 +235,10 @@ def find_among(locals_: Sequence[Local], name: str) -> Local:
 
 
 def remove(settings: Settings, local: Local) -> int:
-    """Remove a model's files from the cache; return the number of bytes that this frees."""
+    """Remove a model's files from the cache; return the number of bytes that were freed."""
     repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
     if all(other.name == local.name for other in _models_of(repo)):
-        shutil.rmtree(repo.repo_path)  # not through its commits, which another repository may share
+        shutil.rmtree(repo.repo_path)  # not by commit: another repository may have the same commits
         return repo.size_on_disk
     freed = 0
     for revision in repo.revisions:

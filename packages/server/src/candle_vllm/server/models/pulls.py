@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Downloads of models: resumable downloads of their files, and the list of downloads that clients follow and stop.
+"""Downloads of models: their resumable transfer, and the list of downloads that clients follow and stop.
 
-Before step 1 of a request's life. Partial files are stored under the checksum of the file, so that an interrupted or
-stopped download is resumed, also by another process. huggingface_hub itself would start the file again.
+Runs before step 1 of a request's life. Partial files are stored under the checksum of the file, so that an interrupted
+or stopped download can be resumed, also by another process. huggingface_hub itself would start the file again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from candle_vllm.server.settings.model_names import PullError
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 1 << 20  # bytes
+_PIECE = 1 << 20  # bytes that are verified at a time
 _PAUSE = 0.2  # seconds between two reports
 _MAX_RUNNING = 8  # maximum number of running and waiting downloads
 _MAX_ENDED = 16  # maximum number of listed unsuccessful downloads
@@ -71,7 +71,7 @@ def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
 
 
 def discard(settings: Settings, plan: downloads.Plan) -> None:
-    """Remove partial files."""
+    """Remove the partial files of a download."""
     for path in _partials(settings, plan):
         path.unlink(missing_ok=True)
 
@@ -86,7 +86,7 @@ def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
     blobs = _blobs(settings, plan)
     locks = cache_folder(settings) / ".locks" / blobs.parent.name
     summed = [file for file in plan.files if file.sha256 is not None]
-    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `resolve` fetches others
+    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # `resolve` fetches the rest
     before = 0
     for file in wanted:
         whole, partial = blobs / f"{file.sha256}", _partial(blobs, file)
@@ -177,7 +177,7 @@ def _verify(plan: downloads.Plan, folder: Path) -> None:
 
 
 class PullState(enum.StrEnum):
-    """State of a download; a successful one is removed from the list."""
+    """State of a download; a successful download leaves the list."""
 
     WAITING = "waiting"  # another download is running
     DOWNLOADING = "downloading"
@@ -191,7 +191,7 @@ ENDED = (PullState.STOPPED, PullState.FAILED)
 
 
 def failure_code(error: Exception) -> str:
-    """Return a code for the failure: `PullError.code`, damaged, unsupported or pull_failed."""
+    """Return a code for a failure: `PullError.code`, damaged, unsupported or pull_failed."""
     if isinstance(error, PullError):
         return error.code
     kinds = {InvalidFileError: "damaged", UnsupportedModelError: "unsupported", ModelNotFoundError: "unsupported"}
@@ -203,10 +203,9 @@ class Pull:
 
     Attributes:
         plan, asked: the files to download, and the name in the request.
-        room: needs of the model and resources of this machine.
-        state, progress: its current state and progress.
+        room: needs of the model, and resources of this machine.
         error: reason of the failure.
-        task, stopped, has_ended: the task that downloads, whether it is asked to stop, and whether it has ended.
+        task, stopped, has_ended: the task that downloads, whether it was asked to stop, and whether it has ended.
     """
 
     def __init__(self, plan: downloads.Plan, asked: str, room: downloads.Room) -> None:
@@ -220,10 +219,9 @@ class Pull:
         self._followers = set[asyncio.Queue[Progress | None]]()
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """Yield the progress until the download ends; the download goes on without followers.
+        """Yield the progress until the download ends, which does not need followers.
 
-        Raises:
-            CandleVllmError: the download failed or was stopped.
+        Raises CandleVllmError if the download failed or was stopped.
         """
         told = asyncio.Queue[Progress | None]()
         self._followers.add(told)
@@ -241,7 +239,7 @@ class Pull:
             raise PullError(f"{self.plan.name} was not fetched to its end: it was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
-        """Publish progress, or None at the end. Progress bars that are finalized late may report after the end."""
+        """Report progress to all followers, or None at the end. A late progress bar may report after the end."""
         if progress is not None and self.state in ENDED:
             return
         if progress is not None:
@@ -260,7 +258,7 @@ class _Stopped(Exception):
 
 
 class Pulls:
-    """The downloads of one server, which run one at a time. Not thread-safe: belongs to one event loop.
+    """The downloads of one server, which run one at a time. Not thread-safe: it belongs to one event loop.
 
     Args:
         settings: settings of the server, without a model.
@@ -284,11 +282,7 @@ class Pulls:
         return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
 
     async def begin(self, name: str) -> Pull:
-        """Start or resume a download; returns the running download of the same model if there is one.
-
-        Raises:
-            CandleVllmError: as `plan_pull`.
-        """
+        """Start or resume a download, or return the running download of the same model; raises as `plan_pull`."""
         settings = self._settings
 
         def look() -> tuple[downloads.Plan, downloads.Room]:
@@ -310,7 +304,7 @@ class Pulls:
         return pull
 
     def find(self, name: str) -> Pull | None:
-        """Return the download of a model name, or that was requested under this name."""
+        """Return the download of a model by the model's name, or by the name in the request."""
         asked = (pull for pull in self._pulls.values() if pull.asked == name)
         return self._pulls.get(name) or next(asked, None)
 

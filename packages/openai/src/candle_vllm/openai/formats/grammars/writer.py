@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Writer of grammars in llguidance's dialect of Lark (its docs/syntax.md), and what the grammars of all bodies share.
+"""Writer of grammars in llguidance's dialect of Lark (its docs/syntax.md), and expressions that all grammars share.
 
-A special token in a mark is that token, never its letters; free text has no special tokens. Where models usually write
-white space, it is optional and limited, so that no model can write it without end.
+The name of a special token in a mark means that token, never its letters; free text has no special tokens. White space
+is optional where models usually write it, and its length is limited, so that no model can write it without end.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _UNQUOTED = "/(?s:(.*[^`\"'])?)/"
 
 
 def quoted(text: str) -> str:
-    """Write a text as a string of Lark; core interprets `%json` in a string as a schema, so it is escaped."""
+    """Write a text as a Lark string; `%json` is escaped, because core interprets it as the beginning of a schema."""
     return lark_string(text).replace("%json", "\\x25json")
 
 
 def sequence(*parts: str) -> str:
-    """Join expressions that follow each other; "" means no expression."""
+    """Join expressions that follow each other; "" stands for no expression."""
     return " ".join(filter(None, parts)) or '""'
 
 
@@ -48,7 +48,7 @@ class Writer:
 
     Args:
         special: special token -> its id.
-        own: ordinary tokens, name -> id; a name in a forced mark is this token, as in the model's training.
+        own: other tokens, name -> id; a name in a forced mark means this token, as in the model's training.
     """
 
     def __init__(self, special: Mapping[str, int], own: Mapping[str, int] | None = None) -> None:
@@ -69,12 +69,12 @@ class Writer:
         return self._known[key]
 
     def reserve(self) -> str:
-        """Reserve the name of a recursive rule; see `define`."""
+        """Reserve the name of a recursive rule, for `define`."""
         self._lines.append("")
         return f"r{len(self._lines)}"
 
     def define(self, name: str, expression: str, options: str = "") -> str:
-        """Define a reserved name."""
+        """Define a reserved rule, and return its name."""
         self._lines[int(name[1:]) - 1] = f"{name}{options}: {expression}"
         return name
 
@@ -89,15 +89,15 @@ class Writer:
         return self._known[key]
 
     def json(self, schema: Mapping[str, Any]) -> str:
-        """Return a rule of a JSON value; references in the schema are relative to it."""
+        """Return a rule of a JSON value that follows a schema; references in the schema are relative to it."""
         return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
 
     def spelled(self, definition: str) -> str:
-        """Return a JSON string, also valid in Python, whose content follows a user's grammar."""
+        """Return a JSON string, which is also a Python string, whose content follows a user's grammar."""
         return sequence(quoted('"'), self._custom(definition, json_rules), quoted('"'))
 
     def custom(self, definition: str) -> str:
-        """Return the terminal of texts that follow a user's grammar."""
+        """Return a terminal of the texts that follow a user's grammar."""
         return self._custom(definition, text_terminals)
 
     def _custom(self, definition: str, rules: Callable[[str, str], tuple[str, list[str]]]) -> str:
@@ -108,7 +108,7 @@ class Writer:
         return self._known[key]
 
     def mark(self, text: str) -> str:
-        """Write a text in which names of special tokens, and of the model's `own` tokens, are these tokens."""
+        """Write a mark; names of special tokens, and of the model's `own` tokens, become these tokens."""
         return " ".join(self._marks.pieces(text))
 
     def is_special(self, text: str) -> bool:
@@ -124,12 +124,12 @@ class Writer:
         held = [mark for mark in dict.fromkeys(marks) if self.is_text(mark)]
         if not held:
             return body
-        head = common(*held)  # one complement costs a lexer much less than several, or than a long one
+        head = common(*held)  # one short complement costs a lexer much less than several, or than a long one
         ends = " | ".join(quoted(mark[len(head) :]) for mark in held)
         return self.terminal(f"{body} & ~(TEXT {sequence(quoted(head) if head else '', f'({ends})')} TEXT)")
 
     def until(self, end: str, body: str = "TEXT", others: Sequence[str] = ()) -> str:
-        """Return a text of terminal `body` up to the first `end`, and this mark; the text contains none of `others`."""
+        """Return an expression of a text (terminal `body`, without `others`) up to and including the first `end`."""
         first, *rest = self._literals.pieces(end)
         if is_token(first):
             return sequence(self.terminal(self.without(body, others)), first, *rest)
@@ -140,14 +140,14 @@ class Writer:
         return sequence(self.terminal(f"{self.without(body, others)} {first}"), *rest)
 
     def thought(self, end: str) -> str:
-        """Return reasoning and the mark that ends it. A mark in quotes does not end it, so no mark follows a quote."""
+        """Return an expression of reasoning and its end mark, which does not end it directly after a quote."""
         if not self.is_text(end):
             return self.until(end)
         body = self.terminal(f"{_UNQUOTED} & ~(TEXT /[`\"']/ {quoted(end)} TEXT)")
         return self.rule(f"{body} {quoted(end)}", "[lazy]")
 
     def trigger(self, mark: str, then: str, body: str = "TEXT", lead: str = "") -> str:
-        """Return text up to a mark, and what must follow it; a mark in quotes is text.
+        """Return an expression of text up to a mark, and of what must follow the mark; a mark in quotes is text.
 
         Args:
             mark: the mark that triggers.
@@ -167,12 +167,7 @@ class Writer:
 
 
 class Block(NamedTuple):
-    """Expression of one or more calls after an opening mark.
-
-    Attributes:
-        lead: the mark that it begins with; "" without a mark.
-        rest: expression of what follows.
-    """
+    """Expression of one or more calls: the mark with which it begins ("" without a mark), and the rest."""
 
     lead: str
     rest: str
@@ -184,7 +179,7 @@ class Context:
 
     Attributes:
         writer: receives the rules.
-        form: the row of the table.
+        form: the model's tool-call format.
         tools: tools that may be called.
         loose: names of the tools that accept any arguments.
         many: whether a message may have more than one call.
@@ -201,7 +196,7 @@ class Context:
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters, self._grammar(tool))
 
     def json(self, tool: FunctionShape) -> str:
-        """Return the arguments of a tool as JSON."""
+        """Return an expression of the arguments of a tool as a JSON object."""
         if (grammar := self._grammar(tool)) is not None:
             key = quoted(json.dumps(next(iter(tool.parameters["properties"]))) + ":")
             return self.writer.rule(sequence('"{"', SPACE, key, SPACE, self.writer.spelled(grammar), SPACE, '"}"'))
@@ -212,11 +207,11 @@ class Context:
         return self.writer.json(schema)
 
     def _grammar(self, tool: FunctionShape) -> str | None:
-        """Return the user's grammar of the tool's input, if it is enforced."""
+        """Return the user's grammar of the tool's input, unless the tool is loose."""
         return None if tool.name in self.loose else tool.grammar
 
     def check_names(self) -> None:
-        """Refuse names that parsers of this format would not recognise."""
+        """Refuse tool names that the parser of this format would not recognise."""
         for tool in self.tools:
             if NAME.fullmatch(tool.name) is None:
                 raise UnsupportedParameterError(
