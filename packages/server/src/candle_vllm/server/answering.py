@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answer a generation request, whole or streamed: the code that the routes of every API share.
+"""Answers a generation request, whole or streamed: the code that the routes of every API share.
 
 Steps 1 and 10 of a request's life. The body is read and validated, the request waits for its turn at a model, the
 adapter answers, and its output is sent; the turn ends when nothing more is generated.
@@ -35,13 +35,13 @@ JSON = "application/json"
 
 
 def with_defaults(wire: Any, settings: Settings) -> Any:
-    """The request with the operator's values for sampling settings that it leaves out."""
+    """Return the request with the operator's values for sampling settings that it omits."""
     absent = {name: value for name, value in settings.default_sampling.items() if getattr(wire, name) is None}
     return wire.model_copy(update=absent) if absent else wire
 
 
 def with_usage(wire: Any, settings: Settings) -> Any:
-    """The request, with token counts at the end of its stream if the operator wants them for all streams."""
+    """Return the request, with token counts at the end of its stream if the operator wants them in all streams."""
     if not (settings.enable_force_include_usage and isinstance(wire, GenerationFields) and wire.stream):
         return wire
     options = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
@@ -53,15 +53,15 @@ class GenerationApi:
     """How one API parses requests and encodes answers.
 
     Attributes:
-        parse: turns a body into a validated request.
+        parse: converts a body to a validated request.
         whole, streamed: let a model generate the whole answer, or its chunks.
         event: encodes a chunk of a streamed answer as an event.
         error_event: encodes the error that ends a failed stream.
         done: last bytes of a stream that did not fail.
-        defaults: fills in the model's sampling defaults where a request leaves them out.
+        defaults: adds the model's sampling defaults that a request omits.
         kept: how answers are stored for clients that disconnected; None if they are not stored.
         stream: response class of streams.
-        silence: makes the event that is sent during a silence, if the API has such an event.
+        silence: makes the event that fills a silence, if the API has such an event.
     """
 
     parse: Callable[[bytes], Any]
@@ -83,7 +83,7 @@ async def answer(request: Request, api: GenerationApi) -> Response:
 
 
 def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A response whose body is a wire type or a plain value, as JSON."""
+    """Return a response whose body is a wire type or a plain value, as JSON."""
     return Response(to_json_bytes(made), status, headers, media_type=JSON)
 
 
@@ -119,7 +119,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
 
 
 def _permit_mix(request: Request, wire: Any) -> None:
-    """Refuse (HttpError 403) a request with an adapter in `lora` that its key may not use."""
+    """Refuse (HttpError 403) a request with an adapter in `lora` that its API key may not use."""
     caller, lora = caller_of(request.scope), getattr(wire, "lora", None)
     if caller.models is None or not lora:
         return
@@ -150,7 +150,7 @@ async def answer_with(
 
     Args:
         request: its body has not been read.
-        parse: turns a body into a validated request.
+        parse: converts a body to a validated request.
         method: computes the answer with a model.
         queued: whether the request waits for its turn; False for work that the engine does not do.
     """
@@ -166,7 +166,7 @@ async def answer_parsed_with(
     *,
     queued: bool = True,
 ) -> Response:
-    """Like `answer_with`, for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
+    """As `answer_with`, for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     begin_generation(request.scope)
 
     async def work() -> Any:
@@ -181,7 +181,7 @@ async def answer_parsed_with(
 
     async with in_time(deadline, request):
         made = await unless_disconnected(work(), request.receive)
-    # Thousands of embeddings are many megabytes of JSON.
+    # in a thread if large: thousands of embeddings are many megabytes of JSON
     return Response(await apart(to_json_bytes, made), media_type=JSON)
 
 
@@ -207,7 +207,7 @@ def _stream(
 
 
 def deadline_of(request: Request) -> float:
-    """`time.monotonic()` at which a request that begins now must have its answer."""
+    """Return the `time.monotonic()` at which a request that begins now must have its answer."""
     return time.monotonic() + request.app.state.settings.request_timeout
 
 
@@ -218,7 +218,7 @@ async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool
 
 
 def texts_of(wire: Any) -> int:
-    """How many texts a request for embeddings or scores has; each is one sequence of the engine."""
+    """Return the number of texts in a request for embeddings or scores; each is one sequence of the engine."""
     pairs = getattr(wire, "pairs", None)
     texts = pairs or next((value for name in ("input", "documents") if (value := getattr(wire, name, None))), ())
     many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
@@ -230,16 +230,16 @@ def _priority(wire: Any) -> int:
 
 
 def sequences_of(wire: Any) -> int:
-    """How many sequences a request generates."""
+    """Return the number of sequences that a request generates."""
     prompts = getattr(wire, "prompts", None)
     return (len(prompts) if prompts is not None else 1) * getattr(wire, "sequences", 1)
 
 
 @asynccontextmanager
 async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[RequestBytes]:
-    """Cancel work that is not done at the deadline (`time.monotonic()`), and raise the client's error.
+    """Context manager that cancels work at the deadline (`time.monotonic()`), and raises the client's error.
 
-    The bytes of the request are counted until its prompt is made (`Held.waiting`).
+    The bytes of the request count until its prompt is made (`Held.waiting`).
     """
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -250,6 +250,6 @@ async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[Req
 
 
 def took_too_long() -> HttpError:
-    """The error of a request whose time is over; clients shall not retry it automatically."""
+    """Return the error of a request whose time is over, which clients should not retry automatically."""
     message = "The request took longer than this server allows (--request-timeout)."
     return HttpError(504, message, "timeout", {"x-should-retry": "false"})

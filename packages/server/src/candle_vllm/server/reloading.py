@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read models.yaml and the files of API keys again while the server runs.
 
-Beside the ten steps: on SIGHUP, or when a request of an operator asks for it. If a file is wrong, its previous content
-stays in use, and the log says where the file is wrong.
+Beside the ten steps: on SIGHUP, or when an operator's request asks for it. If a file is invalid, its previous content
+stays in use, and the log says where the error is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Reloader:
         self._lock = asyncio.Lock()
 
     async def reload(self) -> None:
-        """Read everything again; errors are logged."""
+        """Read all files again; errors are logged."""
         await self._keys.reload()
         if not self._configuration.in_file:
             return
@@ -56,10 +56,10 @@ class Reloader:
             logger.error("%s; the models from before stay", error)
 
     async def reload_models(self) -> Changes:
-        """Read models.yaml again and serve its models; models that were not in the file before stay.
+        """Read models.yaml again and serve its models; models that were added at run time stay.
 
         Raises:
-            UsageError: the file is wrong or missing; nothing has changed.
+            UsageError: the file is invalid or missing; nothing has changed.
         """
         async with self._lock:
             old = self._configuration
@@ -82,13 +82,10 @@ class Reloader:
         return changes
 
     async def add(self, section: Mapping[str, Any]) -> ModelSlot:
-        """Serve one more model until the server ends; it is loaded when a request asks for it.
-
-        Args:
-            section: the model, in the form of an entry of `models` in models.yaml.
+        """Serve one more model, an entry of `models` in models.yaml, until the server ends; a request loads it.
 
         Raises:
-            UsageError: the section is wrong, or there is a model of that name.
+            UsageError: the entry is invalid, or another model has its name.
         """
         async with self._lock:
             remarks: list[str] = []
@@ -101,10 +98,10 @@ class Reloader:
         return self._manager.slots[entry.name]
 
     async def remove(self, name: str) -> Changes:
-        """Stop serving a model; its running requests are finished.
+        """Stop serving a model, after its running requests.
 
         Raises:
-            ModelNotServedError: there is no model of that name.
+            ModelNotServedError: no model has this name.
             UsageError: it is the default model.
         """
         async with self._lock:
@@ -117,13 +114,13 @@ class Reloader:
         return changes
 
     def listen(self, stop: Callable[[], object]) -> None:
-        """Read everything again on SIGHUP, in the running loop; `stop` is called instead if the terminal was closed."""
+        """Read all files again on SIGHUP, in the running loop; if the terminal was closed, call `stop` instead."""
         if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
             return  # Windows has no such signal: there, only a request can reload
         had_terminal, tasks = _has_terminal(), set[asyncio.Task[None]]()
 
         def hung_up() -> None:
-            if had_terminal and not _has_terminal():  # a closed terminal ends the programs in it
+            if had_terminal and not _has_terminal():  # a terminal that is closed ends its programs
                 stop()
                 return
             task = asyncio.ensure_future(self.reload())
@@ -169,7 +166,7 @@ def _read_again(old: Configuration) -> Configuration:
 
 
 def _of_the_process(old: Configuration, new: Configuration) -> list[str]:
-    """The changed settings that belong to the process, not to one model."""
+    """Return the changed settings that belong to the process, not to one model."""
     names = [option.name for option in OPTIONS if not option.in_yaml and option.group != MODEL]
     changed = [name for name in names if getattr(old.settings, name) != getattr(new.settings, name)]
     return changed + (["mailbox"] if old.mailbox != new.mailbox and "mailbox" not in changed else [])
@@ -180,12 +177,10 @@ def _has_terminal() -> bool:
 
 
 def warn_of_missing(catalogue: Catalogue) -> threading.Thread | None:
-    """Warn at the start of model files that are missing or cannot be read, before a client asks for the model.
+    """Warn at the start of model files that are missing or unreadable, before a client asks for the model.
 
-    A thread reads the headers of the files that exist; those of the default model are read when it is loaded.
-
-    Returns:
-        The thread, or None if there is nothing to read.
+    Return the thread that reads the headers of the files that exist, except the default model's, whose load will read
+    them; None if there are no such files.
     """
     there: list[ModelEntry] = []
     for entry in catalogue.entries:

@@ -417,8 +417,7 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
 
 
 def _for_others(address: Address) -> str:
-    """Return the URL for other machines, with the outgoing interface's address, if the server listens at every address.
-    """
+    """Return the URL for other machines, by the outgoing interface, if the server listens at every address."""
     if address.unix_path is not None or address.host not in ("0.0.0.0", "::"):  # noqa: S104
         return ""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -10,12 +10,12 @@ from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.events import Usage as Counts
 
-# Thinking blocks have a signature that Anthropic verifies. Here it is a constant, and requests are not checked for it.
+# Thinking blocks have a signature that Anthropic verifies. Here it is a constant, which requests need not repeat.
 SIGNATURE = "Y2FuZGxlLXZsbG0gdGhvdWdodHMsIHVuc2lnbmVk"
 
 
 class _Tagged(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """An object with a `type`."""
+    """An object with a field `type`."""
 
 
 class TextBlock(_Tagged, frozen=True, kw_only=True, tag="text"):
@@ -32,10 +32,10 @@ class ThinkingBlock(_Tagged, frozen=True, kw_only=True, tag="thinking"):
 
 
 class ToolUseBlock(_Tagged, frozen=True, kw_only=True, tag="tool_use"):
-    """A call that the client is asked to execute; the result refers to its `id`.
+    """A call that the client has to execute; the client's result refers to its `id`.
 
-    If the answer was truncated, `input` has what was generated. Model output that is not a JSON object is stored
-    unchanged in a member `INVALID_JSON`, so that no tool mistakes a part of it for the whole.
+    If the answer was truncated, `input` has the part that was generated. Output that is not a JSON object is the value
+    of a member `INVALID_JSON`, so that no tool mistakes a part for the whole.
     """
 
     id: str
@@ -47,17 +47,17 @@ ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True):
-    """Kinds of output tokens: `thinking_tokens` counts the reasoning with its marks."""
+    """Kinds of output tokens: `thinking_tokens` counts the reasoning with its markers."""
 
     thinking_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of the request. The prompt is the sum of `input_tokens` and `cache_read_input_tokens`.
+    """Token counts. The prompt has `input_tokens` and `cache_read_input_tokens` together.
 
     Attributes:
         cache_creation_input_tokens: 0, because writing to the cache is not charged.
-        output_tokens_details: present if the model may have thought.
+        output_tokens_details: present if the answer could have reasoning.
     """
 
     input_tokens: int
@@ -68,7 +68,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, counts: Counts) -> Usage:
-        """Convert the counts of an answer."""
+        """Convert the token counts of an answer."""
         reasoning = counts.reasoning_tokens
         return cls(
             input_tokens=counts.prompt_tokens - counts.cached_tokens,
@@ -120,7 +120,7 @@ class Ping(_Event, frozen=True, kw_only=True, tag="ping"):
 
 
 class ContentBlockStart(_Event, frozen=True, kw_only=True, tag="content_block_start"):
-    """Start of an empty block."""
+    """Start of a block, which is still empty."""
 
     index: int
     content_block: ContentBlock
@@ -171,7 +171,7 @@ class StopDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MessageDelta(_Event, frozen=True, kw_only=True, tag="message_delta"):
-    """End of the message and its counts, which replace those of `message_start`."""
+    """End of the message, with its token counts, which replace the ones of `message_start`."""
 
     delta: StopDelta
     usage: Usage

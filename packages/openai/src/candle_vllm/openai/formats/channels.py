@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages that consist of parts, each with a header for its kind."""
+"""Formats in which a message consists of parts, each with a header that tells its kind."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class _Header(NamedTuple):
 
     Attributes:
         text: the header with its marks; "" without a header.
-        recipient: the addressee of the part; "" without one.
+        recipient: the recipient of the part; "" without one.
         role: the author of the part; "" if it is not given.
-        lead: beginning of the part's text that looked like a header.
+        lead: text that was read as a header, but is the beginning of the part's text.
     """
 
     text: str = ""
@@ -54,7 +54,7 @@ class Harmony:
         role: the model's role.
         people: recipients that are not functions.
         name_space: prefix of a function's name.
-        body: format of a call; None if it is an object of arguments.
+        body: format of a call; None if it is a JSON object of arguments.
         body_open: the mark before `body`.
     """
 
@@ -83,7 +83,7 @@ class Harmony:
         return {**states, THOUGHTS: within, CALL: within}, {} if self.channel and not tools else {_TO: "recipient"}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
+        """Parse a message to its end; without `tools`, calls are text. The prompt may have opened its reasoning."""
         stops = markers(self.start, self.channel, *self.ends)
         opened = _Header(self.reasoning[0], role=self.role) if in_reasoning else None
         while True:
@@ -105,7 +105,7 @@ class Harmony:
             output.part_ends()
 
     def _text(self, reader: Reader, stops: Markers, sink: Sink) -> Need[None]:
-        """Parse a part's text and the mark that ends it."""
+        """Parse a part's text, and the mark that ends it."""
         mark = yield from reader.until(stops, sink)
         reader.put_back("" if mark in self.ends else mark)
 
@@ -125,7 +125,7 @@ class Harmony:
         reader.put_back((yield from reader.until(stops, nowhere if called else output.content)))
 
     def _header(self, reader: Reader) -> Need[_Header]:
-        """Parse a part's header and the mark after it."""
+        """Parse a part's header, and the mark after it."""
         yield from reader.skip_space()
         begins = (self.start, self.message, _TO, *filter(None, (self.channel,)))
         begun = yield from reader.take(*begins)
@@ -144,7 +144,7 @@ class Harmony:
         return self._unended(begun, text)
 
     def _unended(self, begun: str, text: str) -> _Header:
-        """Return the header for a header without its final mark: what is not a header is the beginning of the text."""
+        """Return the header for text without the mark after a header; the rest is the beginning of the part's text."""
         if begun == _TO:
             return _Header(role=self.role, lead=begun + text)
         _, channel, rest = (begun + text).rpartition(self.channel or begun)
@@ -161,8 +161,8 @@ class Harmony:
 class Headed:
     """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` marks the answer.
 
-    The prompt ends with the first part's `>>>`. Another part may begin within a line, as templates write it, but not
-    in code, and only with the name of an offered tool and with its arguments.
+    The prompt ends with the first part's `>>>`. Another part may begin within a line, as templates write it, but not in
+    code, and only with the name of an offered tool and its arguments.
     """
 
     mark: str = ">>>"
@@ -175,7 +175,7 @@ class Headed:
         return {"": marks, CALL: marks}, heads
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:  # noqa: ARG002
-        """Parse a message to its end; calls are text unless `tools`. The format has no reasoning."""
+        """Parse a message to its end; without `tools`, calls are text. The format has no reasoning."""
         parts = _Parts(self, reader, output, tools)
         name = yield from parts.first()
         while name:
@@ -185,7 +185,7 @@ class Headed:
 
 
 class _Parts:
-    """Parser of one message's parts; each method returns the name of the next part, "" at the end."""
+    """Parser of one message's parts; each method returns the name of the next part, or "" at the end."""
 
     def __init__(self, shape: Headed, reader: Reader, output: Output, tools: bool) -> None:
         self._shape = shape
@@ -236,7 +236,7 @@ class _Parts:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
     def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
-        """Parse text up to the next part. In text (`code`, or `inside` an argument) arguments must follow a call."""
+        """Parse text up to the next part; within text (`code`, or `inside` an argument), a call needs arguments."""
         reader, last = self._reader, ""
 
         def text(part: str) -> None:
@@ -273,7 +273,7 @@ class _Parts:
 
 
 def _in_code(code: CodeSpans, last: str) -> bool:
-    """Whether a text continues as code; `last` are its last characters, which may close a code block."""
+    """Whether a text continues as code after `last`, its last characters, which may close a code block."""
     if code.inside and last in ("```", "~~~"):
         code = copy.copy(code)
         code.end_line()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Grammar of tool calls, from a row of `table`: exactly what a model may write (step 2).
+"""Grammar of messages with tool calls, from a row of `table`: exactly what a model may write (step 2).
 
-In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call must follow
-the format from its opening mark on. White space is allowed where models usually write it. `grammars` has the bodies.
+In mode "required" a message is reasoning and calls. In mode "auto" it is free text, in which a call must follow the
+format after its opening mark. White space is allowed where models usually write it. `grammars` has the call formats.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LEADING = re.compile(r"\A<\|(begin\|>assistant|message_sep\|>)\Z|\A<(?!.*end)[^
 _TRAILING = re.compile("tool.?(calls|requests)|calls.?>|message|end_of")
 _NONE = re.compile("(?!)")
 _FENCE = "```json"
-_WORD = re.compile(r"[\w :]+")  # marks that text may contain without a call
+_WORD = re.compile(r"[\w :]+")  # marks that also occur in text without a call
 
 
 def tool_grammar(
@@ -60,17 +60,18 @@ def tool_grammar(
     """Return the grammar of a message, in llguidance's dialect of Lark.
 
     Args:
-        form: the model's format of calls; its first body after its first mark is used.
+        form: the model's tool-call format; its first body after its first mark is used.
         tools: tools that may be called; at least one.
         mode: whether a call is required.
         parallel: whether more than one call is allowed.
         reasoning: the model's reasoning format; reasoning is free text.
-        in_reasoning: the prompt has already opened the reasoning, with the first pair of marks.
+        in_reasoning: whether the prompt has already opened the reasoning, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
         own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
             has the same tokens, finds this answer in the cache.
-        loose: tools whose arguments may be any object; in mode "auto" also all that are not strict and without grammar.
-        always: constrain calls in mode "auto" even if no tool is strict.
+        loose: tools whose arguments may be any object; in mode "auto" also tools that are not strict and without
+            grammar.
+        always: whether calls are constrained in mode "auto" even if no tool is strict.
 
     Returns:
         None in mode "auto" if there is nothing to enforce: no tool is strict or has a grammar.
@@ -108,10 +109,9 @@ def answer_grammar(
     special: Mapping[str, int],
     loose: Collection[str] = (),
 ) -> str | None:
-    """Return the grammar of a message that is an answer with a constraint, `@form` in the grammar, or calls.
+    """Return the grammar of a message that is either calls or text that follows a constraint (`@form` in the grammar).
 
-    Returns:
-        None if only reasoning may accompany the constrained text. For the arguments see `tool_grammar`.
+    None if only reasoning may accompany the constrained text. Arguments are as in `tool_grammar`.
     """
     row = form or ToolFormat("none")
     if reasoning is not None:
@@ -148,7 +148,7 @@ _block.register(Nested, nested)
 
 
 def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool) -> str:
-    """Return the grammar of a message that is not text with marks."""
+    """Return the grammar of a message in a format that is more than text with marks."""
     if isinstance(flow, Harmony):
         return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     if isinstance(flow, Headed):
@@ -159,7 +159,7 @@ def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool)
 
 
 def _one_call(flow: Harmony | Blocks, context: Context) -> Callable[[FunctionShape], Block]:
-    """Return a function that writes a call of one tool, in the format of the message's body."""
+    """Return a function that returns the grammar of one call of a tool, in the format of the message's body."""
     return lambda tool: _block(flow.body, dataclasses.replace(context, many=False, tools=[tool]))
 
 
@@ -178,16 +178,16 @@ class _Message:
         return self._form.bodies[0]
 
     def required(self) -> str:
-        """Return the grammar of reasoning followed by calls."""
+        """Return an expression of reasoning followed by calls."""
         return sequence(self._thoughts(), self._calls())
 
     def answer(self) -> str:
-        """Return the grammar of reasoning, followed by constrained text between optional marks, or by calls."""
+        """Return an expression of reasoning followed by constrained text, perhaps between marks, or by calls."""
         found = "@form"
         if self._form.answer:
             sides = zip(*self._form.answer, strict=True)
             before, behind = (" | ".join(map(self._writer.mark, dict.fromkeys(side))) for side in sides)
-            # no white space: it would be content, which must satisfy the constraint
+            # No white space: it would be content, which must satisfy the constraint.
             found = sequence(self._strays(_LEADING, space=""), f"({before})? @form ({behind})?")
         calls = [self._calls()] if self._context.tools else []
         return sequence(self._thoughts(SPACE), self._writer.rule(" | ".join([found, *calls])))
@@ -210,12 +210,12 @@ class _Message:
         return sequence(*self._empty_parts(), *around)
 
     def _opening(self) -> str:
-        """Return the mark before calls: the first one with a special token of the vocabulary, else the first."""
+        """Return the mark before calls: the first with a special token of the vocabulary, or else the first."""
         known = (mark for mark in self._form.opens if not self._writer.is_text(mark))
         return next(known, next(iter(self._form.opens), ""))
 
     def _strays(self, these: re.Pattern[str], but: re.Pattern[str] = _NONE, *, space: str = SPACE) -> str:
-        """Return optional marks around all calls of a message."""
+        """Return an expression of optional marks around all calls of a message."""
         marks = [mark for mark in self._form.strays if these.search(mark) and not but.search(mark)]
         return sequence(*(f"({space} {self._writer.mark(mark)})?" for mark in marks)) if marks else ""
 
@@ -224,7 +224,7 @@ class _Message:
         return sequence(self._writer.mark(block.lead), block.rest)
 
     def _thoughts(self, behind: str = "") -> str:
-        """Return reasoning before calls or text. If calls begin with a fence, see `Writer.thought` for its end."""
+        """Return an expression of reasoning before calls or text; before a fence it ends as in `Writer.thought`."""
         writer = self._writer
         thought = writer.thought if self._opening().startswith("`") else writer.until
         if self._open_close:
@@ -233,12 +233,12 @@ class _Message:
         return f"({SPACE} {writer.rule(' | '.join(pairs))} {behind})?" if pairs else ""
 
     def _empty_parts(self) -> Iterator[str]:
-        """Yield optional empty parts of a message, such as Kimi K3's empty answer before its calls."""
+        """Yield expressions of optional empty parts of a message, such as Kimi K3's empty answer before its calls."""
         for begin, end in self._form.answer:
             yield f"({SPACE} {self._writer.mark(begin)} {self._writer.mark(end)})?"
 
     def lazy(self) -> str | None:
-        """Return the grammar of free text, in which calls follow the format."""
+        """Return an expression of free text in which calls follow the format; None if there is nothing to enforce."""
         writer, form = self._writer, self._form
         found: list[str] = []
         marks: list[str] = []
@@ -266,13 +266,13 @@ class _Message:
         return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
 
     def _text(self, parts: Sequence[str], body: str) -> str:
-        """Return text with the given parts, up to its end; reasoning at its end need not be closed."""
+        """Return an expression of text with these parts, up to its end; reasoning at its end need not be closed."""
         ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
         lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))
 
     def _unmarked(self) -> tuple[str, str, str]:
-        """Return text up to a code fence, calls without marks, and beginnings of such calls; "" if not applicable."""
+        """Return expressions of text up to a code fence, unmarked calls, and their beginnings; "" if not possible."""
         bodies = [self._form.bare, *(body for body in self._form.bodies if getattr(body, "known_only", False))]
         body = next((body for body in bodies if isinstance(body, (JsonCalls, Pythonic))), None)
         fenced = self._form.fenced is not None or _FENCE in self._form.opens
@@ -284,7 +284,7 @@ class _Message:
         return fence, whole, begun
 
     def _begun(self, mark: str, block: Block) -> str:
-        """Return text, a mark, and the calls that must follow it."""
+        """Return an expression of text, a mark, and the calls that must follow it."""
         if mark in self._form.names:
             if not block.lead.startswith(mark):
                 return ""  # the mark begins another body
@@ -294,7 +294,7 @@ class _Message:
         return self._writer.trigger(mark, sequence(SPACE, self._writer.mark(block.lead), block.rest))
 
     def _free(self, body: str) -> Iterator[str]:
-        """Yield reasoning, and special tokens without meaning, after text of terminal `body`."""
+        """Yield expressions of reasoning, and of special tokens without meaning, after text of terminal `body`."""
         fence, _, begun = self._unmarked() if body == "TEXT" else ("", "", "")
         bare = f"({begun})?" if begun and self._form.bare is not None else ""
         for begin, end in self._pairs.items():
@@ -307,5 +307,5 @@ class _Message:
 
 
 def _is_tag(mark: str, body: Any) -> bool:
-    """Whether a mark is a tag with a closing tag, which models always write."""
+    """Whether a mark is a tag that has a closing tag, which models always write."""
     return mark.startswith("<") and f"</{mark[1:]}" in getattr(body, "closers", ())

@@ -43,8 +43,7 @@ class Markers:
         return bool(self.literals)
 
     def begun_at(self, text: str, start: int) -> int:
-        """Return the position near the end of `text` from which a literal may begin; the length of `text` without one.
-        """
+        """Return the position near the end of `text` from which a literal may begin; without one, the text's length."""
         if self._begun is None:
             return len(text)
         match = self._begun.search(text, max(start, len(text) - self._reach))
@@ -292,8 +291,7 @@ class CodeSpans:
         self._end_line()
 
     def _opened(self) -> str:
-        """Return the fence by which the current line opens a block; after a fence of backticks no backtick may follow.
-        """
+        """Return the fence by which the current line opens a block; no backtick may follow a fence of backticks."""
         match = _FENCE.match(self._head)
         if match is None or (match[1][0] == "`" and self._ticks > len(match[1])):
             return ""

@@ -24,7 +24,7 @@ _MS = 1_000_000  # nanoseconds
 
 
 class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model calls; `index` numbers the calls of an answer from 0."""
+    """A function that the model calls; `index` counts the calls of an answer from 0."""
 
     index: int
     name: str
@@ -55,7 +55,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
         done: true in the last line.
         done_reason: stop, length, load or unload.
         total_duration: time since the request arrived.
-        load_duration: part of it until the model was loaded and available.
+        load_duration: part of `total_duration` until the model was loaded and available.
         prompt_eval_count: tokens of the prompt.
         prompt_eval_duration: time from the first work on the prompt to the first token.
         eval_count: tokens of the answer.
@@ -118,7 +118,7 @@ class Times(NamedTuple):
     loaded: int
 
     def told(self) -> dict[str, int]:
-        """Return the durations up to now."""
+        """Return the durations until now."""
         return {
             "total_duration": time.perf_counter_ns() - self.received,
             "load_duration": self.loaded - self.received,
@@ -131,19 +131,16 @@ def rfc3339(seconds: float) -> str:
 
 
 def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLine | GenerateLine:
-    """Return the answer to a request that only loads or unloads its model."""
+    """Return the answer to a request that only loads or unloads a model."""
     told: dict[str, Any] = {"model": model, "created_at": rfc3339(time.time()), "done": True, "done_reason": reason}
     told |= times.told()
     return ChatLine(message=Said(), **told) if chat else GenerateLine(response="", **told)
 
 
 class LineWriter:
-    """Writes the lines of one answer.
+    """Writes the lines of one answer, as `chat` lines or generate lines.
 
-    Args:
-        times: times of the request.
-        chat: whether to write chat lines.
-        context: prompt tokens, if the last line must have the tokens of prompt and answer as `context`.
+    `context` has the prompt tokens if the last line must have the tokens of prompt and answer as `context`.
     """
 
     def __init__(self, times: Times, *, chat: bool, context: Sequence[int] | None = None) -> None:
@@ -200,7 +197,8 @@ class LineWriter:
         return GenerateLine(response=text, thinking=thought, **known)
 
     def _called(self, *, cut: bool) -> list[Line]:
-        """Return a line with the pending call, if there is one; `cut`: the answer was truncated inside the call."""
+        """Return a line with the pending call, if there is one; with `cut`, the answer was truncated inside the call.
+        """
         call, self._call = self._call, None
         if call is None:
             return []
@@ -224,7 +222,7 @@ class LineWriter:
 
 
 def join_lines(lines: Sequence[Line]) -> Line:
-    """Join `lines` to the whole answer."""
+    """Join the lines of a stream to the whole answer."""
     last = lines[-1]
     logprobs = tuple(entry for line in lines if line.logprobs is not UNSET for entry in line.logprobs)
     last = replace(last, logprobs=logprobs or UNSET)

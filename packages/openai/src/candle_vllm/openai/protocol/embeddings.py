@@ -142,8 +142,7 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
 
 
 class ActivationFields(WireModel):
-    """Whether the logits of a head become probabilities; two names of one field, of which vLLM has dropped the second.
-    """
+    """Whether the logits of a head become probabilities, in two names of one field; the second is vLLM's older one."""
 
     use_activation: bool | None = None
     activation: bool | None = None
@@ -236,7 +235,7 @@ def moderated(labels: Sequence[str], numbers: Sequence[float]) -> Moderated:
 
 
 class Classified(msgspec.Struct, frozen=True, kw_only=True):
-    """Class of one text: the likeliest label, and the probabilities of all labels in the order of the model's config."""
+    """Class of one text: the likeliest label, and the probabilities of all labels in the order of the config."""
 
     index: int
     label: str

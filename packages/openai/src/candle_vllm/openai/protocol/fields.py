@@ -36,16 +36,16 @@ MAX_PRIORITY = (1 << 31) - 1
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
-ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # empty if a client has no model name to send
+ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # may be empty: some clients have no model name to send
 
 
 class Refusal(NamedTuple):
-    """How a field is handled that another server defines and that has no effect here.
+    """How a field is handled that another server defines, and that has no effect here.
 
     Attributes:
         reason: why the field has no effect.
-        neutral: values that ask for nothing, and so are accepted.
-        idle: other values are ignored with a warning, because the answer is right without them; else they are refused.
+        neutral: values that are accepted, because they ask for nothing.
+        idle: whether other values are ignored with a warning, because the answer is right without them, or refused.
     """
 
     reason: str
@@ -53,7 +53,7 @@ class Refusal(NamedTuple):
     idle: bool = False
 
     def accepts(self, value: Any) -> bool:
-        """Return whether `value` is null or a neutral value."""
+        """Whether `value` is null or a neutral value."""
         return value is None or any(type(value) is type(one) and value == one for one in self.neutral)
 
 
@@ -77,7 +77,7 @@ GUESS_FIELDS: Mapping[str, Refusal] = {
     "speculative.p_min": Refusal(_MEASURED, (0, 0.0), idle=True),
     "speculative.type": Refusal("the operator chooses it, --speculative-config", idle=True),
 }
-"""Fields of llama.cpp for draft tokens."""
+"""llama.cpp's fields for draft tokens."""
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
     **GUESS_FIELDS,
@@ -172,15 +172,15 @@ ADVISORY_FIELDS: Mapping[str, str] = {
 
 
 def rule_error(kind: str, field: str, text: str) -> PydanticCustomError:
-    """Return a validation error for `field` (a dotted path relative to the object that is validated).
+    """Return a validation error for `field`, a dotted path relative to the object that is validated.
 
-    `kind` is `unknown_field`, `unsupported_field` or `invalid_field`; `text` follows the path in the message.
+    `kind` is `unknown_field`, `unsupported_field` or `invalid_field`; in the message, `text` follows the path.
     """
     return PydanticCustomError(kind, "{text}", {"field": field[:_MAX_FIELD], "text": text})  # pyright: ignore[reportArgumentType]
 
 
 def unsupported(field: str, reason: str) -> PydanticCustomError:
-    """Return the error for a field that other servers define and that is not implemented here."""
+    """Return the error for a field of other servers that is not implemented here."""
     return rule_error("unsupported_field", field, f"is not supported: {reason}")
 
 
@@ -190,7 +190,8 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Refuse an object of more than `most` entries before validating them: listing a million errors takes seconds."""
+    """Refuse an object of more than `most` entries before they are validated: listing a million errors takes seconds.
+    """
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -294,7 +295,7 @@ _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 
 
 def check_name(name: str) -> str:
-    """Check OpenAI's rule for the names of functions and schemas."""
+    """Check OpenAI's rule for the names of functions and schemas, and return the name."""
     if not _NAME.fullmatch(name):
         raise invalid(
             "",
@@ -312,10 +313,10 @@ _MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null
 
 
 class CutFields(WireModel):
-    """vLLM's fields that truncate prompts which are too long; without them such prompts are refused.
+    """vLLM's fields that truncate prompts that are too long; without them such prompts are refused.
 
     Attributes:
-        truncate_prompt_tokens: maximum number of prompt tokens after truncation; -1 for as many as the model takes.
+        truncate_prompt_tokens: maximum number of prompt tokens; -1 for as many as the model takes.
         truncation_side: the side from which tokens are removed.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Background responses: tasks of the application whose events are buffered for clients that come back.
+"""Background responses: tasks of the application whose events are held for clients that come back.
 
-The store holds a lease on each of them, which is renewed while it runs. If this process dies, the response fails when
-its lease expires. A response that was cancelled or deleted by another process is ended here.
+The store has a lease of each of them, which is renewed while it runs. If this process dies, the response fails when its
+lease expires. If another process cancels or deletes a response, the task here ends.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
 from candle_vllm.responses.store.upkeep import Upkeep
 
-MAX_RUNNING = 32
+MAX_RUNNING = 32  # responses at a time
 MAX_ENDED = 128  # ended responses whose events are still held
-MAX_ENDED_BYTES = 64 << 20
-MAX_BYTES = 8 << 20  # of the events of one response
+MAX_ENDED_BYTES = 64 << 20  # bytes of their events
+MAX_BYTES = 8 << 20  # bytes of the events of one response
 RENEW_SECONDS = 15.0
 TOO_LONG = "The response took longer than this server allows."
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Run:
-    """One running response; `entry` is its record as it was at the beginning."""
+    """One running response; `entry` is its stored entry at the beginning."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -54,12 +54,7 @@ class _Run:
 
 
 class Background:
-    """All responses that run in the background of this process.
-
-    Args:
-        kept: store of the responses.
-        max_running: maximum number of responses that run at a time; one owner may have half of them.
-    """
+    """All responses that run in the background of this process; one owner may have half of `max_running`."""
 
     def __init__(self, kept: KeptResponses, max_running: int = MAX_RUNNING) -> None:
         self._kept = kept
@@ -80,7 +75,7 @@ class Background:
         """Store a response as queued, begin to work on it, and return an iterator of its events.
 
         Args:
-            entry: record with `background` and the status "queued".
+            entry: entry with `background` and the status "queued".
             events: events of the answer, numbered from 0; a task of their own reads them, and closes them at the end.
             seconds: time limit, after which the response fails.
 
@@ -103,11 +98,11 @@ class Background:
         return run.events.read()
 
     async def stream(self, owner: str, response_id: str, after: int = -1) -> AsyncIterator[EncodedEvent]:
-        """Return the events of a background response after number `after`, future events included.
+        """Return the events of a background response after number `after`, including future events.
 
         Raises:
             InvalidParameterError: the response does not run in the background, or its events are no longer held.
-            NotStoredError: there is no such response; also in the methods below.
+            NotStoredError: there is no such response; also in `cancel` and `delete`.
         """
         entry = await self._kept.get(owner, response_id)
         if not entry.about["background"]:
@@ -122,10 +117,9 @@ class Background:
         return events.read(after)
 
     async def cancel(self, owner: str, response_id: str) -> bytes:
-        """End a background response, and return its response object as JSON; one that has ended is not changed.
+        """End a background response, and return its response object as JSON; an ended response does not change.
 
-        Raises:
-            InvalidParameterError: the response does not run in the background.
+        Raises InvalidParameterError if it is no background response.
         """
         if not (await self._kept.get(owner, response_id)).about["background"]:
             raise InvalidParameterError(
@@ -139,24 +133,18 @@ class Background:
         return cancelled.body
 
     async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
-        """Delete a response, whether or not it ran in the background, and end the work on it."""
+        """Delete a response, in the background or not, and end the task that generates it."""
         await self._kept.delete(owner, response_id)
         await self.stop(owner, response_id, forget=True)
         return ResponseDeleted(id=response_id)
 
     def events(self, owner: str, response_id: str) -> Pieces[EncodedEvent] | None:
-        """Return the events of a response that runs here, or ended here not long ago."""
+        """Return the events of a response that runs here, or ended here not long ago; otherwise None."""
         run = self._running.get((owner, response_id))
         return run.events if run is not None else self._ended.get((owner, response_id))
 
     async def stop(self, owner: str, response_id: str, *, forget: bool = False) -> None:
-        """End the work on a response that was cancelled or deleted in the store.
-
-        Args:
-            owner: owner of the response.
-            response_id: id of the response, which need not run here.
-            forget: whether to drop its events, too.
-        """
+        """End the task, if it runs here, of a response that ended in the store; `forget` also drops its events."""
         run = self._running.get((owner, response_id))
         if run is not None:
             run.ended_elsewhere = True
@@ -165,7 +153,7 @@ class Background:
             self._ended.pop((owner, response_id), None)
 
     async def close(self) -> None:
-        """End all work; the responses that were running fail."""
+        """End all tasks; the responses that were running fail."""
         self._closed = True
         if self._renewing is not None:
             await self._renewing.close()
@@ -198,7 +186,7 @@ class Background:
                 if finished and response.status != "failed":  # a partial answer would spoil the conversation
                     made = {"status": response.status, "body": body}
                     await self._kept.add_to_conversation(msgspec.structs.replace(run.entry, **made))
-            elif not await self._is_kept(run.name, response.status):  # cancelled or deleted, maybe by another server
+            elif not await self._is_kept(run.name, response.status):  # cancelled or deleted, perhaps by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError
         except StoreUnavailableError as error:
@@ -249,7 +237,7 @@ class Background:
             await asyncio.gather(*(self.stop(*name) for name in ended))
 
     async def _is_kept(self, name: Name, status: str) -> bool:
-        """Whether the store already has this status, because the task that answered it has written it."""
+        """Whether the store has this status already, because the task of the response has written it."""
         try:
             return (await self._kept.get(*name)).status == status
         except NotStoredError:

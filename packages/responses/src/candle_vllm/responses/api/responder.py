@@ -52,13 +52,13 @@ Fields = Mapping[str, Any]  # a request as a plain object, which is checked on u
 
 
 class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of every response, and its values where the request sets none.
+    """Limits of every response, and values that a request can replace.
 
     Attributes:
-        model: model name to report if the request names none of `names`.
+        model: model name to report if the request does not name one of `names`.
         names: names that the model is served by; empty if they are not known.
         sampling_defaults: values for fields that a request does not set; sent to the model.
-        model_defaults: values that the model uses if neither sets one; only reported.
+        model_defaults: values that the model uses if nothing else sets them; only reported.
         max_turns: maximum number of the model's turns in one response with tools that run here.
         timeout: seconds for one response, or None.
         tool_timeout: seconds for one call of a tool, or None for the tool's own timeout.
@@ -74,14 +74,14 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Responder:
-    """Answers requests. Every method raises `RequestError` for an invalid request, and the errors of its model.
+    """Answers requests. Every method raises `RequestError` for an invalid request, and the errors of the model.
 
     Args:
         model: answers tasks.
         count: counts the tokens of a task's prompt; None if they cannot be counted.
         servers: source of MCP servers; None allows no server.
         kept: store of responses; None stores nothing.
-        memory: memory of the client's connection, for responses that are not stored; None holds nothing.
+        memory: memory of the client's connection, for responses that are not stored; None remembers nothing.
         options: limits and defaults.
     """
 
@@ -103,10 +103,9 @@ class Responder:
         self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
-        """Return the whole response, as in the last event of `create_stream`. Cancelling the call ends the response.
+        """Return the whole response, as the last event of `create_stream` has it. Cancelling the coroutine ends it.
 
-        Raises:
-            CandleVllmError: also if the response failed after it had begun.
+        Raises CandleVllmError also if the response fails after it has begun.
         """
         async with aclosing(await self.create_stream(request, owner=owner)) as events:
             async for _ in events:
@@ -129,8 +128,8 @@ class Responder:
             request: checked request, or an object.
             owner: owner of the response if it is stored.
             keep: False if the caller stores the response.
-            at_once: whether to return without waiting for the conversation's turn and MCP servers: the stream waits for
-                them after its start, and reports later errors in events.
+            at_once: whether to return before the conversation's turn and MCP servers are ready. The started stream then
+                waits for them, and reports their errors in events.
         """
         parsed = request if isinstance(request, ResponsesRequest) else parse_responses_request(request)
         stored = self._is_stored(parsed)
@@ -208,7 +207,7 @@ class Responder:
     async def _ready(
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
     ) -> tuple[Prepared, Sequence[Placed]]:
-        """Wait for the conversation's turn, read the history, and open the servers; the stack releases them."""
+        """Wait for the conversation's turn, read the history, and open the servers, all of which the stack releases."""
         if request.conversation_id is not None and self._kept is not None:
             await stack.enter_async_context(self._kept.turn(owner, request.conversation_id))
         items = await gather_items(request, self._kept, owner, self._memory)
@@ -222,7 +221,7 @@ class Responder:
         prepared: Prepared,
         keep: str | None,
     ) -> None:
-        """Put the events of a response from the first to the last."""
+        """Put the events of a response into the stream, from the first to the last."""
         plan, made = prepared.plan, prepared.made
         model = TurnModel(self._model, max_tokens=request.max_output_tokens, truncate=request.truncation == "auto")
         model.entered = stream.begun
@@ -271,17 +270,17 @@ def _conversation(loop: ConversationLoop, prepared: Prepared, task: Task) -> Asy
 
 
 def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
-    """Calls of the last answer without results that somebody has approved."""
+    """Return the calls of the last answer that have no result and were approved."""
     calls = (call for message in task.messages for call in message.calls if call.id in made.approved)
     return [ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in calls]
 
 
 def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
-    """Items of the request itself, as they are stored."""
+    """Return the items of the request itself, as they are stored."""
     return stored_items([one.item for one in items if one.path.startswith("input")])
 
 
 def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
-    """Maximum bytes of the images in an answer, which must fit into the store together with the request's items."""
+    """Return the maximum bytes of images in an answer, which must fit into the store with the request's items."""
     left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
     return max(0, min(MAX_SHOWN, left // 2))

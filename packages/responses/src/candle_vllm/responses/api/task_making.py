@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TaskMaker: makes tasks of checked requests, with their history, their servers' tools, and the limits of a task."""
+"""TaskMaker: makes a task of a checked request, with its history, the tools of its MCP servers, and limits."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Prepared(NamedTuple):
 
 
 def _path_of(tool: PlannedTool) -> str:
-    """Path of the field in the request that defines a tool's arguments."""
+    """Return the path of the field in the request that defines a tool's arguments."""
     return f"{tool.path}.{'format.definition' if tool.kind == 'custom' else 'parameters'}"
 
 
@@ -102,7 +102,7 @@ class TaskMaker:
     Args:
         servers: source of MCP servers.
         sampling_defaults: values for fields that a request does not set.
-        eyes: image input of the model, for images in results of MCP tools; None shows the model no images.
+        eyes: image input of the model, for images in results of MCP tools; None shows no images.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TaskMaker:
         self._eyes = eyes
 
     def check_servers(self, request: PromptFields) -> None:
-        """Refuse MCP servers that do not exist or must not be used, without connecting to any of them."""
+        """Refuse MCP servers that do not exist or must not be used, before any of them is connected."""
         labels: set[str] = set()
         urls = 0
         for place, tool in _servers_of(request).items():
@@ -135,16 +135,13 @@ class TaskMaker:
     async def prepare(
         self, request: PromptFields, items: Sequence[Placed], stack: AsyncExitStack, *, check: bool
     ) -> Prepared:
-        """Open the MCP servers, and translate the request.
+        """Open the MCP servers of a request that was checked, and translate it; raises `RequestError`.
 
         Args:
-            request: request whose servers have been checked.
+            request: the request.
             items: history and input.
             stack: closes the servers.
-            check: whether to check that a task can be made; this is also checked if tools run first.
-
-        Raises:
-            RequestError: the caller's request is invalid.
+            check: whether to check that a task can be made; this is always checked if approved calls run first.
         """
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)
@@ -160,7 +157,7 @@ class TaskMaker:
         return prepared
 
     async def _max_images(self, items: Sequence[Placed]) -> int:
-        """Image limit of the model, if results in the conversation have images and its template shows them; else 0."""
+        """Return the model's image limit if the conversation's results have images that its template shows; else 0."""
         shown = any(isinstance(item, McpCallItem) and images_in(item.content) for item, _ in items)
         if not shown or self._eyes is None or not self._eyes.max_images:
             return 0
@@ -189,12 +186,10 @@ class TaskMaker:
 async def gather_items(
     request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None = None
 ) -> list[Placed]:
-    """Return the history and the input of a request. References to items of the history are left out.
+    """Return the history and the input of a request; references to items of the history are left out.
 
-    A previous response is looked up in the connection's memory first.
-
-    Raises:
-        RequestError: there is no store, or it does not have an item that the request refers to.
+    A previous response is looked up in the connection's memory first. Raises RequestError if there is no store, or if
+    it does not have an item that the request refers to.
     """
     given = request.input or []
     if isinstance(given, str):
@@ -281,7 +276,7 @@ def _sampling(request: ResponsesRequest) -> dict[str, Any]:
 
 
 def _form(request: PromptFields) -> tuple[StructuredOutputsParams | None, str]:
-    """Return the answer's format, and the field that an error names; tools define the grammar of calls."""
+    """Return the answer's format, and the field that errors name; without a format, the tools define the grammar."""
     form = None if request.text is None else request.text.format
     if isinstance(form, JsonSchemaFormat):
         return StructuredOutputsParams(json=form.json_schema), "text.format.schema"
@@ -318,7 +313,7 @@ def _check_length(request: PromptFields, count: int) -> None:
 
 
 def _check_agreements(plan: ToolPlan, made: Translated) -> None:
-    """Refuse approved calls of tools that the request lacks, unless a server failed: the events report that."""
+    """Refuse approved calls of tools that the request lacks, unless a server failed, which the events report."""
     if not made.approved or any(server.error for server in plan.servers):
         return
     names = {call.id: call.name for message in made.messages for call in message.calls}

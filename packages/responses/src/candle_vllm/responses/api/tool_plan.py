@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tools of a request: what the model is shown, what runs here, and under which names."""
+"""The tools of a request: what the model is shown, what runs here, and by which names."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 
     Attributes:
         by_name: tools by the names that the model uses.
-        shown: all tools in the form of chat templates: those that run here, then the client's.
+        shown: all tools in the form for chat templates: first the tools that run here, then the client's.
         registry: tools that run here.
         approval: approval rule of each tool that runs here.
         choice: tool choice.
@@ -71,7 +71,7 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     offered: dict[str, list[ToolDefinition]] = msgspec.field(default_factory=dict)
 
     def mcp_name(self, label: str, name: str) -> str:
-        """Name that the model uses for a tool of an MCP server, even if the server does not exist."""
+        """Return the model's name of a tool of an MCP server, even if the server does not exist."""
         for chat_name, tool in self.by_name.items():
             if tool.server == label and tool.name == name:
                 return chat_name
@@ -94,14 +94,9 @@ class ToolPlan(msgspec.Struct, kw_only=True):
 
 
 def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> ToolPlan:
-    """Return the tools of a request.
+    """Return the tools of a checked request, whose MCP `servers` are given by their index in `tools`.
 
-    Args:
-        request: checked request.
-        servers: MCP servers of its tools, by their index in `tools`.
-
-    Raises:
-        InvalidParameterError: two tools have one name, or the tool choice names no tool of the request.
+    Raises InvalidParameterError if two tools have one name, or the tool choice names no tool of the request.
     """
     plan = ToolPlan(servers=[servers[place] for place in sorted(servers)])
     for place, tool in enumerate(request.tools or ()):
@@ -202,7 +197,7 @@ def _matches(chosen: wire_tools.ToolFilter, definition: ToolDefinition) -> bool:
 
 
 def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
-    """Approval rule of a tool; a tool that neither list names needs an approval."""
+    """Return the approval rule of a tool; a tool that neither list names needs an approval."""
     wish = tool.require_approval
     if isinstance(wish, wire_tools.ApprovalFilter):
         if wish.always is not None and _matches(wish.always, definition):
@@ -215,7 +210,7 @@ def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
 
 
 def _choice(tools: Mapping[str, PlannedTool], choice: wire_tools.ToolChoice | None) -> Choice:
-    """Return the choice with the model's names of tools; raises `InvalidParameterError` if it names no tool."""
+    """Return the choice with the model's names of tools; InvalidParameterError if it names no tool of the request."""
     if choice is None or isinstance(choice, str):
         return Choice(choice or "auto")
     if isinstance(choice, wire_tools.AllowedToolsChoice):
@@ -228,7 +223,7 @@ def _choice(tools: Mapping[str, PlannedTool], choice: wire_tools.ToolChoice | No
 
 
 def _named(tools: Mapping[str, PlannedTool], reference: wire_tools.ToolReference, path: str) -> list[str]:
-    """Names that the model uses for the tools that a choice refers to."""
+    """Return the model's names of the tools to which a choice refers."""
     if isinstance(reference, wire_tools.McpToolChoice):
         field, wanted = f"{path}.server_label", reference.server_label
         found = [name for name, tool in tools.items() if tool.server == wanted]

@@ -3,8 +3,8 @@
 
 A turn: `TurnStarted`, then deltas of reasoning, text and calls as they are generated, then `TurnFinished` with the
 whole message. Its calls: `ApprovalRequested` if an approval is needed, `ToolStarted`, `ToolProgressed`, `ToolFinished`;
-the events of concurrent calls interleave. The last event is `ConversationFinished`. The iterator raises errors of the
-model.
+the events of concurrent calls interleave. The last event is `ConversationFinished`. Errors of the model are exceptions
+of the iterator.
 """
 
 from __future__ import annotations
@@ -55,14 +55,7 @@ class CallArgumentsDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The model has ended its turn.
-
-    Attributes:
-        number: number of the turn.
-        message: whole message in OpenAI's format, as in the transcript.
-        finish_reason: why the turn ended.
-        usage: usage of this turn.
-    """
+    """The model has ended its turn; `message` is the whole message in OpenAI's format, as in the transcript."""
 
     number: int
     message: dict[str, Any]
@@ -71,7 +64,7 @@ class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ApprovalRequested(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An approval of a call is requested; a call that nobody could decide is in the result's `pending`."""
+    """An approval of a call is requested. If nobody can decide, the call is in the result's `pending`."""
 
     call: ToolCall
     definition: ToolDefinition
@@ -92,11 +85,9 @@ class ToolProgressed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A call has a result; also one that did not run (unknown tool, invalid arguments, denied).
+    """A call has a result, also if it did not run (unknown tool, invalid arguments, denied).
 
-    Attributes:
-        result: result of the call.
-        shown: what the model sees instead of the result's text, if the result has images.
+    `shown` is what the model sees in place of the result's text, if the result has images.
     """
 
     result: ToolResult
@@ -104,12 +95,7 @@ class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The last event.
-
-    Attributes:
-        result: result of the conversation.
-        messages: messages that were added to the transcript: assistant and tool messages in OpenAI's format.
-    """
+    """The last event; `messages` are the messages in OpenAI's format that were added to the transcript."""
 
     result: ConversationResult
     messages: tuple[dict[str, Any], ...]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """ConversationLoop: a model and its tools alternate until the model has answered, or a limit ends the conversation.
 
-`ResponsesSession`, the chat route that runs tools, and `/v1/responses` all use this loop.
+`ResponsesSession`, the chat route that runs tools, and `/v1/responses` use this loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WHOLE = "The answer was cut at its token limit behind this call, so it did not r
 
 
 class Ask(Protocol):
-    """Makes the request of the next turn, with the tools that run here."""
+    """Makes the request of the next turn; `tools` are the tools that this process runs."""
 
     def __call__(self, tools: Sequence[ToolDefinition], /, *, first: bool) -> Task | Mapping[str, Any]: ...
 
@@ -45,11 +45,7 @@ _Round = tuple[tuple[str, str, str, str], ...]
 
 
 class RepeatWatch:
-    """Counts consecutive turns with equal calls and equal results, whatever their order and ids.
-
-    Args:
-        most: number of equal turns that count as a loop.
-    """
+    """Counts consecutive turns with equal calls and equal results, in any order and with any ids; `most` are a loop."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -57,7 +53,7 @@ class RepeatWatch:
         self._count = 0
 
     def is_loop(self, results: Sequence[ToolResult]) -> bool:
-        """Add the results of one turn; True if they complete a loop."""
+        """Add the results of one turn; return whether they complete a loop."""
         this = tuple(sorted((one.call.name, _canonical(one.call.arguments), one.status, one.text) for one in results))
         self._count = self._count + 1 if this == self._last else 1
         self._last = this
@@ -65,7 +61,7 @@ class RepeatWatch:
 
 
 def _canonical(arguments: str) -> str:
-    """Return JSON arguments with sorted names and without blanks; other text is returned unchanged."""
+    """Return JSON arguments with sorted names and without white space; return other text unchanged."""
     try:
         return json.dumps(json.loads(arguments), sort_keys=True)
     except (ValueError, RecursionError):
@@ -79,7 +75,7 @@ class ConversationLoop:
         model: answers the turns.
         tools: tools that the model may call; they are read again before each turn.
         options: limits and approval.
-        auto_approve: returns True for a tool that needs no approval, whatever the policy is.
+        auto_approve: returns True for a tool that needs no approval, whatever the policy.
     """
 
     def __init__(
@@ -106,20 +102,20 @@ class ConversationLoop:
     ) -> AsyncGenerator[Event, None]:
         """Yield the events of a conversation; `ConversationFinished` is the last.
 
-        Calls of the last assistant message that have no result are run before the first turn. A `tool_choice` that
-        forces a call applies to the first turn; from then on, the model chooses.
+        Calls of the last assistant message that have no result run before the first turn. A `tool_choice` that forces a
+        call applies to the first turn; after that, the model chooses.
 
-        Closing the iterator, or cancelling the task that reads it, ends the model's answer and every running tool
-        before it returns (`contextlib.aclosing` closes it in time).
+        Closing the iterator, or cancelling the task that reads it, ends the model's answer and all running tools before
+        it returns (`contextlib.aclosing` closes it in time).
 
         Args:
             messages: messages in OpenAI's format; a `ChatTranscript` gets the new ones, even if the run ends early.
-            client_tools: OpenAI tool definitions that the caller runs: a turn that calls one is the last.
+            client_tools: OpenAI definitions of tools that the caller runs; a turn that calls one is the last.
             approved, denied: ids of calls without results that may run, or may not.
 
         Raises:
             RequestError: a message, tool or option is invalid, or the conversation is too long.
-            CandleVllmError: the model failed. Running tools have been ended.
+            CandleVllmError: the model failed; running tools have been ended.
         """
         transcript = messages if isinstance(messages, ChatTranscript) else ChatTranscript(messages)
         ask = partial(transcript.request, self._options.request, client_tools)
@@ -138,7 +134,7 @@ class ConversationLoop:
         """Run a conversation as `run` does, in any format of messages.
 
         Args:
-            transcript: gets the new messages, even if the run is ended early.
+            transcript: gets the new messages, even if the run ends early.
             ask: makes the request of the next turn.
             names: names of the tools that the caller runs.
             approved, denied: as in `run`.
@@ -235,7 +231,7 @@ class _Conversation:
         return reason
 
     async def _run_calls(self) -> StopReason | None:
-        """Run the open calls; return the reason if the conversation ends with them, else None."""
+        """Run the open calls; return the reason if the conversation ends with them, otherwise None."""
         calls = self._transcript.open_calls
         reason = await self._calls.run(calls)
         if reason is None and self._repeats.is_loop(self._calls.of_turn(calls)):

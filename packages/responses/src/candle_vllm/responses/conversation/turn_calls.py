@@ -2,7 +2,7 @@
 """The calls of one turn: which may run, which must wait, and the results, which arrive in any order.
 
 There are two phases: first every call is checked, and its approval is requested if the policy needs one, one call after
-the other; then the calls that may run do so concurrently. So no call has run yet while a person decides.
+the other; then the calls that may run do so concurrently. So no call has run while a person decides.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from candle_vllm.responses.tools.execution import Checked, check, denied, run, u
 from candle_vllm.responses.tools.registry import ToolRegistry
 
 MAX_PICTURES = 64 << 20  # base64 characters of all images that a model sees in one conversation
-MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they store what the model saw
+MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they have only what the model saw
 
 
 class Decisions(NamedTuple):
-    """Decisions about calls from before the conversation continues.
+    """Decisions about calls that were made before the conversation continues.
 
     Attributes:
         approved: ids of calls that run without a request for approval.
         denied: ids of calls that do not run.
-        auto_approve: returns True for a tool that needs no approval, whatever the policy is.
+        auto_approve: returns True for a tool that needs no approval, whatever the policy.
     """
 
     approved: Collection[str] = ()
@@ -44,7 +44,7 @@ class Decisions(NamedTuple):
     auto_approve: Callable[[tool.ToolDefinition], bool] | None = None
 
     def check(self, transcript: Transcript) -> None:
-        """Raise `InvalidParameterError` if an id is not of an open call, or is in both lists."""
+        """Raise `InvalidParameterError` if an id is not an open call's, or is in both lists."""
         known = {call.id for call in transcript.open_calls}
         for name, ids in (("approved", self.approved), ("denied", self.denied)):
             unknown = sorted(set(ids) - known)
@@ -60,9 +60,9 @@ class Decisions(NamedTuple):
 
 
 class ShownPictures:
-    """Images of results: the model sees those that it can decode, and for the others the reason why it does not.
+    """Images of results: the model sees the images that it can decode, and for each other image a reason.
 
-    Images are decoded before they are added to the conversation: an invalid one would make later turns fail.
+    Images are decoded before they are added to the conversation, because an invalid image would make later turns fail.
 
     Args:
         eyes: image input of the model; None shows no images.
@@ -78,7 +78,7 @@ class ShownPictures:
         self._turn = asyncio.Lock()  # concurrent calls must be counted one after the other
 
     async def of(self, result: tool.ToolResult) -> tuple[tool.ToolResult, tuple[Part, ...]]:
-        """Return the result, its text naming images that are not shown, and the model's parts if some are shown."""
+        """Return the result, whose text names images that are not shown, and its parts if the model sees an image."""
         pictures = {place: part for place, part in enumerate(result.output.content) if tool.is_picture(part)}
         if self._eyes is None or not pictures:
             return result, ()
@@ -99,7 +99,7 @@ class ShownPictures:
             return result, parts if images else ()
 
     async def _fault(self, eyes: Eyes, data: str, there: int) -> str | None:
-        """Return why an image cannot be shown beside `there` others, as a text for the model, or None."""
+        """Return why an image cannot be shown in addition to `there` others, as a text for the model, or None."""
         if there >= eyes.max_images:
             return f"it is not shown: a conversation may have {eyes.max_images} images"
         if len(data) > self._room:
@@ -121,7 +121,7 @@ class TurnCalls:
         client_names: names of the tools that the caller runs.
         transcript: receives the results.
         channel: receives the events.
-        pictures: makes the images of results that the model sees.
+        pictures: decides which images of results the model sees.
     """
 
     def __init__(
@@ -161,10 +161,10 @@ class TurnCalls:
         return shown
 
     async def run(self, calls: Sequence[tool.ToolCall]) -> StopReason | None:
-        """Run the calls of one turn; cancelling this ends the running calls.
+        """Run the calls of one turn; cancelling the coroutine ends the running calls.
 
         Returns:
-            The reason why the conversation cannot continue, if some of the calls have no result; else None.
+            The reason why the conversation cannot continue, if some of the calls have no result; otherwise None.
         """
         self._results.update(dict.fromkeys(call.id for call in calls))
         ready: list[Checked] = []
@@ -200,7 +200,7 @@ class TurnCalls:
     async def _decide(
         self, call: tool.ToolCall, definitions: Mapping[str, tool.ToolDefinition]
     ) -> Checked | StopReason | None:
-        """Return the call if it may run, or the reason why it waits; None if it has its result already."""
+        """Return the call if it may run, or the reason why it must wait; None if it has its result already."""
         if call.name in self._client_names:
             return "client_tools"
         if call.name not in definitions:

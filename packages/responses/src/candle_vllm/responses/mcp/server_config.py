@@ -18,34 +18,34 @@ from candle_vllm.responses.tools.names import matches
 Transport = Literal["stdio", "http", "sse"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9-]*) +(\S.*)")
-_LOCAL = ("args", "env", "cwd")  # settings of a command
-_REMOTE = ("headers", "auth")  # settings of an address
+_LOCAL = ("args", "env", "cwd")  # settings only for a command
+_REMOTE = ("headers", "auth")  # settings only for an address
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class McpServerConfig(ExplainedSettings):
     """One server: a command that is started (`command`), or an address (`url`).
 
-    `repr` and `masked()` hide values that may be secret; the attributes hold the plain values.
+    `repr` and `masked()` hide values that may be secret; the attributes have the plain values.
 
     Attributes:
-        name: label of the server, which begins the names of its tools.
+        name: label of the server, with which the names of its tools begin.
         transport: "stdio", "http" (streamable HTTP) or "sse"; None with a `url` tries HTTP first, and then SSE.
         command: the program: its name in PATH, or a path.
         args: arguments of the command.
-        env: environment variables of the program, besides HOME, LOGNAME, PATH, SHELL, TERM and USER, and those of
-            proxies and certificates; it inherits no others.
+        env: environment variables of the program. It inherits only HOME, LOGNAME, PATH, SHELL, TERM, USER, and
+            variables of proxies and certificates.
         cwd: working folder of the program; None means this process's.
         url: http or https address; a user and password in it are sent as Basic credentials.
-        headers: headers that are sent with each request.
+        headers: headers of each request.
         auth: a bearer token, an OAuth client, or a text with another scheme ("Basic ...") for the Authorization header.
         timeout: seconds for one call, at most 3600.
-        connect_timeout: seconds for the start until its tools are known, at most 600.
-        enabled: False leaves the server in the configuration without a connection.
+        connect_timeout: seconds from the start until the tools are known, at most 600.
+        enabled: False means that the server is not connected.
         allowed_tools: patterns of the server's own tool names that may be used ("*" matches any text); None allows all.
-        excluded_tools: patterns of tool names that may not be used, even if they are allowed.
+        excluded_tools: patterns of tool names that may not be used, even if `allowed_tools` has them.
         auto_approve: patterns of tool names that run without an approval.
-        instructions: instructions for the model, used instead of the server's own.
+        instructions: instructions for the model, which replace the server's own.
 
     Raises:
         ConfigError: a setting is invalid; the message names the server and the setting.
@@ -72,12 +72,8 @@ class McpServerConfig(ExplainedSettings):
     def from_mapping(cls, name: str, mapping: Mapping[str, Any], *, folder: Path | None = None) -> McpServerConfig:
         """Return the server of an entry of mcp.json, with any of the keys that other programs use.
 
-        `${...}` is not expanded here. Unknown keys are ignored, with a warning in the log.
-
-        Args:
-            name: label of the server.
-            mapping: the entry.
-            folder: base of relative `cwd` and `envFile`; None means the working folder.
+        `${...}` is not expanded here. Unknown keys are ignored, with a warning in the log. `folder` is the base of
+        relative `cwd` and `envFile`; None means the working folder.
 
         Raises:
             ConfigError: as for the class, or two keys are the same setting.
@@ -109,7 +105,7 @@ class McpServerConfig(ExplainedSettings):
             object.__setattr__(self, name, value)
 
     def allows(self, tool: str) -> bool:
-        """Whether the server's tool of this name may be used at all."""
+        """Whether the server's tool of this name may be used."""
         allowed = self.allowed_tools is None or matches(self.allowed_tools, tool)
         return allowed and not matches(self.excluded_tools, tool)
 
@@ -118,7 +114,7 @@ class McpServerConfig(ExplainedSettings):
         return matches(self.auto_approve, tool)
 
     def masked(self) -> dict[str, Any]:
-        """Return the settings that differ from their defaults, as JSON for a log or a page, with secrets masked."""
+        """Return the settings that differ from their defaults as JSON for a log or a page, with secrets masked."""
         shown: dict[str, Any] = {}
         for name, setting in self.__dataclass_fields__.items():
             value = getattr(self, name)
@@ -149,7 +145,7 @@ class McpServerConfig(ExplainedSettings):
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
 
     def _check_target(self, checks: server_values.Checks) -> None:
-        """Check that exactly one of `command` and `url` is set, and no setting of the other."""
+        """Check that exactly one of `command` and `url` is set, and no setting that is only for the other."""
         if (self.command is None) == (self.url is None):
             both = "and has both" if self.command is not None else "and has neither"
             checks.fail("command", f"or url must be given, not both: the server is a program or an address, {both}")
@@ -173,7 +169,7 @@ class McpServerConfig(ExplainedSettings):
             checks.fail("transport", f"does not fit: the server has {target}")
 
     def _authorization(self, checks: server_values.Checks, headers: server_values.SecretMap) -> dict[str, Any]:
-        """Return where credentials go: a bearer token stays in `auth`, other schemes become the header."""
+        """Return the settings that hold the credentials: `auth` for a bearer token, the header for another scheme."""
         if self.auth is None:
             return {}
         given = [name for name in headers if name.lower() == "authorization"]

@@ -145,9 +145,7 @@ async def run(
 
 
 async def _run_within(checked: Checked, seconds: float, report: Report | None) -> tuple[ToolStatus, ToolOutput]:
-    """Run the tool in a task of its own, so that it cannot mistake its caller's cancellation for its own, or vice
-    versa.
-    """
+    """Run the tool in a task of its own, so that its cancellation cannot be mistaken for its caller's."""
     running = True
 
     def passed_on(progress: ToolProgress) -> None:

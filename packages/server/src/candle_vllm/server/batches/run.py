@@ -20,8 +20,8 @@ from candle_vllm.server.batches.records import WORKING, BatchError, BatchErrors,
 from candle_vllm.server.batches.store import FILE, MAX_LINES, BatchStore
 from candle_vllm.server.http.routing import Caller
 
-LEASE_MS = 30_000
-FLUSH_SECONDS = 1.0  # between two writes of results
+LEASE_MS = 30_000  # milliseconds
+FLUSH_SECONDS = 1.0  # pause between two writes of results
 MAX_ERRORS = 20  # maximum number of errors of an input file that are reported
 CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
 EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
@@ -41,7 +41,6 @@ class BatchRun:
         pause: seconds between two checks whether this server still holds the batch and whether it was cancelled.
 
     Attributes:
-        held: the batch, with this server as its holder.
         cancelled: set when somebody cancels the batch.
         task: the task that does the work.
         lost: whether another server has taken over the batch.
@@ -60,7 +59,7 @@ class BatchRun:
 
     @property
     def record(self) -> BatchRecord:
-        """The record of the batch, with its current state."""
+        """The batch in its current state."""
         assert self._record is not None
         return self._record
 
@@ -69,8 +68,8 @@ class BatchRun:
 
         Args:
             application: answers the lines.
-            caller: who created the batch; None if no valid key stands for this caller any more.
-            places: context manager that waits for a free slot for a line and occupies it.
+            caller: who created the batch; None if this caller has no valid key any more.
+            places: context manager that waits for a free slot for a line, and occupies it.
             width: maximum number of lines that are held at a time.
         """
         owner, backend = self.held.owner, await self._store.backend()
@@ -115,7 +114,7 @@ class BatchRun:
             await self._fail([BatchError(code="server_error", message="The server failed; its log says why.")])
 
     async def _keep(self) -> None:
-        """Renew the lease and notice a cancellation; stop the work on a batch that another server has taken over."""
+        """Renew the lease, and watch for a cancellation; stop if another server has taken over the batch."""
         while True:
             await asyncio.sleep(self._pause)
             with contextlib.suppress(StoreUnavailableError):
@@ -134,7 +133,7 @@ class BatchRun:
         number, rest = 0, b""
         parts = self._store.contents(self.held.owner, await self._input())
         async for part in parts:
-            # In a thread, where keys take turns part by part: a part may consist of newlines alone.
+            # In a thread, where keys take turns for each part, because a part may consist only of newlines.
             size = len(rest) + len(part.body)
             *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
             if len(rest) > self._longest:
@@ -147,12 +146,12 @@ class BatchRun:
             yield [(number + 1, rest)]
 
     async def _input(self) -> str:
-        """The id of the input file; NotStoredError if it does not exist any more."""
+        """Return the id of the input file; NotStoredError if it does not exist any more."""
         batch = self.record.batch
         return (await self._store.file(self.held.owner, batch.input_file_id)).id
 
     async def _validate(self) -> bool:
-        """Return whether the input is valid; a batch with invalid input is marked as failed."""
+        """Return whether the input is valid; a batch with invalid input fails."""
         errors: list[BatchError] = []
         names: set[str] = set()
         total = 0
@@ -253,20 +252,22 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Collect the running lines of a batch that ends: after a cancellation they fail at once, else they finish."""
+        """Collect the running lines of a batch that ends: after a cancellation they fail at once, otherwise they
+        finish.
+        """
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]
         working.clear()
 
     async def _stopped(self) -> tuple[str, str] | None:
-        """Why no further line is answered, as code and message; None if the batch goes on."""
+        """Return why no further line is answered, as code and message; None if the batch continues."""
         if self.cancelled.is_set():
             return CANCELLED
         return EXPIRED if await self._now() >= self.record.batch.expires_at else None
 
     async def _flush(self) -> None:
-        """Write the results and their counts."""
+        """Write the results that are not written yet, and their counts."""
         if not self._unwritten:
             return
         results, self._unwritten = self._unwritten, []
@@ -281,7 +282,7 @@ class BatchRun:
     # ---- the state of the batch --------------------------------------------------------------------------------------
 
     async def _end(self) -> None:
-        """Create the files of results and write the final status."""
+        """Create the files of results, and write the final status."""
         owner, record = self.held.owner, self.record
         cancelled, expired = self.cancelled.is_set(), await self._now() >= record.batch.expires_at
         if not cancelled:

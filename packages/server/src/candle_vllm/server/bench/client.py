@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """HTTP clients on plain sockets, so cheap that a thousand of them can run beside the server that they measure.
 
-Each client sends one request over its own connection and parses the response body as it arrives: in chunks, with a
-content length, or up to the end of the connection.
+Each client sends one request over a connection of its own, and parses the response body as it arrives: in chunks, with
+a content length, or up to the end of the connection.
 """
 
 from __future__ import annotations
@@ -19,14 +19,11 @@ from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings.options import UsageError
 
 BUFFER = 1 << 20  # maximum bytes of an incomplete head, chunk or event
-CONNECT_SECONDS = 30.0
+CONNECT_SECONDS = 30.0  # time limit for opening a connection
 
 
 class AnswerClient(asyncio.Protocol):
     """One request and its response.
-
-    Args:
-        request: bytes to send.
 
     Attributes:
         sent: `time.monotonic()` when the request was sent.
@@ -37,7 +34,7 @@ class AnswerClient(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self._buffer = b""
-        self._left: int | None = 0  # remaining bytes of the body; None: until the connection closes
+        self._left: int | None = 0  # remaining bytes of the body; None means until the connection closes
         self._chunked = self._in_body = False
         self._status = b""
         self.sent = 0.0
@@ -45,13 +42,13 @@ class AnswerClient(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
-    # ---- what kinds of clients have of their own ---------------------------------------------------------------------
+    # ---- for subclasses ----------------------------------------------------------------------------------------------
 
     def received(self, data: bytes, now: float) -> None:
-        """Handle data of the body of a response with status 200: one whole chunk at a time if it is chunked."""
+        """Handle data of the body of a response with status 200; of a chunked body, one whole chunk."""
 
     def failed(self, why: str) -> None:
-        """Handle a failure; called once."""
+        """Handle the failure of the request; called once."""
 
     # ---- the connection ----------------------------------------------------------------------------------------------
 
@@ -102,7 +99,7 @@ class AnswerClient(asyncio.Protocol):
         return b""
 
     def _chunks(self, data: bytes, now: float) -> bytes:
-        """Read complete chunks; return the incomplete rest."""
+        """Read complete chunks, and return the incomplete rest."""
         at = 0
         while True:
             line = data.find(b"\r\n", at)
@@ -144,12 +141,12 @@ class AnswerClient(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Abort the connection without a TLS shutdown, since the event loop may end before the peer responds."""
+        """Abort the connection without a TLS shutdown, because the event loop may end before the peer responds."""
         if self.transport is not None:
             self.transport.abort()
 
     def leave(self) -> None:
-        """Disconnect before the end of the response."""
+        """Disconnect before the end of the response, which is no failure."""
         if not self.done.done():
             self.done.set_result(float("nan"))
         self.close()
@@ -159,7 +156,7 @@ class EventClient(AnswerClient):
     """A streamed response of OpenAI's chat or text completions, with the times of its events.
 
     Attributes:
-        text: generated text, including reasoning.
+        text: generated text, including reasoning and arguments of calls.
         times: seconds from `sent` to each event with content.
         usage: usage of the response, if the server reports it.
     """
@@ -203,14 +200,14 @@ class EventClient(AnswerClient):
             self._ended = self._ended or choice.get("finish_reason") is not None
 
     def whole(self) -> bool:
-        """Whether the response is complete; a truncated stream counts as failed."""
+        """Whether the response is complete; if the stream ended early, this sets `failure`."""
         if self.failure is None and not self._ended:
             self.failure = "the stream ended without its end"
         return self.failure is None
 
 
 class WholeClient(AnswerClient):
-    """A response without a stream, such as embeddings or scores, and its usage."""
+    """A response that is not streamed, such as embeddings or scores, and its usage."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
@@ -223,7 +220,7 @@ class WholeClient(AnswerClient):
         self._body.append(data)
 
     def whole(self) -> bool:
-        """Whether the request succeeded with a JSON response."""
+        """Whether the request succeeded with a JSON response; reads its usage."""
         try:
             value = json.loads(b"".join(self._body)) if self.failure is None else None
         except ValueError:
@@ -234,7 +231,7 @@ class WholeClient(AnswerClient):
 
 
 def _content(choice: Mapping[str, Any]) -> str:
-    """Text of a delta: of the answer, of reasoning, or of tool call arguments."""
+    """Return the text of a delta: of the answer, the reasoning, or the arguments of tool calls."""
     delta = choice.get("delta")
     if not isinstance(delta, dict):
         return choice.get("text") or ""
@@ -243,18 +240,15 @@ def _content(choice: Mapping[str, Any]) -> str:
 
 
 class Target:
-    """A server, by its base URL.
+    """A server, by its base URL; UsageError if the URL has another form.
 
     Args:
-        base_url: `http://` or `https://` with a host, optionally with port and path prefix.
-        headers: sent with every request.
+        base_url: `http://` or `https://` with a host, and perhaps a port and a path prefix.
+        headers: headers of every request.
         insecure: whether certificates are not verified.
 
     Attributes:
         tls: TLS context with this machine's certificate authorities; None without HTTPS.
-
-    Raises:
-        UsageError: the URL has another form.
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None, insecure: bool = False) -> None:
@@ -287,7 +281,7 @@ class Target:
         return f"POST {self._prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode() + data
 
     async def send(self, client: AnswerClient) -> None:
-        """Connect a client, which then sends its request; a failed connection is a failed request."""
+        """Connect a client, which then sends its request; if the connection fails, the request has failed."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Data sets of `bench`: prompts and the lengths of their answers.
+"""Data sets of `bench`: prompts and the lengths of their answers, in tokens.
 
-Lengths are in tokens. A `Words` object counts them: with the server's `/tokenize` and `/detokenize`, or with a
-tokenizer on this machine.
+A `Words` object counts tokens: with the server's `/tokenize` and `/detokenize`, or with a tokenizer on this machine.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import httpx
 from candle_vllm.core import CandleVllmError
 from candle_vllm.server.settings.options import UsageError
 
-_QUESTIONS = ("mt_bench", "spec_bench", "speed_bench")  # files of conversations, whose first turn is asked
+_QUESTIONS = ("mt_bench", "spec_bench", "speed_bench")  # files of conversations, whose first turn is the prompt
 NAMES = ("random", "sonnet", "sharegpt", "custom", *_QUESTIONS)
 _MAX_FILE = 1 << 31  # maximum bytes of a data set
-_SETTLING = 8  # maximum attempts to adjust a random prompt to its length
+_SETTLING = 8  # maximum attempts to give a random prompt the wanted length
 _PREFACE = "Pick as many lines as you can from these poem lines:\n"
 _LINES = (
     "The morning leans across the harbour wall", "and counts the boats that never left the bay;",
@@ -40,11 +39,11 @@ class Words(Protocol):
     """A tokenizer for data sets."""
 
     def draw(self, count: int, chance: random.Random) -> list[int]:
-        """Return `count` random tokens."""
+        """Sample `count` random tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize a text without a BOS token."""
+        """Tokenize a text, without a beginning-of-sequence token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -72,9 +71,9 @@ class Shape:
     """Lengths of prompts and answers.
 
     Attributes:
-        input_len, output_len: lengths in tokens; None takes those of the data set.
+        input_len, output_len: lengths in tokens; None takes the data set's.
         prefix_len: number of tokens that all random prompts share at the start.
-        range_ratio: lengths are random between (1 - ratio) and (1 + ratio) times these.
+        range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
     """
 
     input_len: int | None = None
@@ -86,14 +85,10 @@ class Shape:
 def make_samples(
     name: str, path: Path | None, count: int, shape: Shape, words: Callable[[], Words], seed: int
 ) -> list[Sample]:
-    """Return `count` requests of a data set.
+    """Return `count` requests of a data set; UsageError if the data set does not exist, or is empty.
 
-    Args:
-        words: returns the tokenizer; called only if tokens must be counted.
-        seed: the same seed gives the same requests.
-
-    Raises:
-        UsageError: the data set does not exist, or is empty.
+    `words` returns the tokenizer, and is called only if tokens must be counted. The same `seed` gives the same
+    requests.
     """
     chance = random.Random(seed)  # noqa: S311 - no secret
     if name == "hf":
@@ -110,7 +105,7 @@ def make_samples(
         make = _random if name == "random" else _sonnet
         return make(words(), count, shape, chance)
     if name == "speed_bench" and path.is_dir():
-        path /= "qualitative.jsonl"  # the part that vLLM takes too
+        path /= "qualitative.jsonl"  # the part that vLLM uses, too
     found = list(_sharegpt(path) if name == "sharegpt" else _lines(path, name))
     if not found:
         raise UsageError(f"{path} has no request for --dataset-name {name}")
@@ -155,7 +150,7 @@ def _random_text(words: Words, prefix: list[int], length: int, chance: random.Ra
 
 
 def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
-    """Return prompts of lines of a poem in random order, up to the length."""
+    """Return prompts of a poem's lines in random order, up to the wanted length."""
     wanted = shape.input_len or 550
     sizes = [len(words.encode(line + "\n")) for line in _LINES]
     made = []
@@ -173,7 +168,7 @@ def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> li
 
 
 def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the first question of each conversation and its answer, whose length is the length to generate."""
+    """Yield the first question of each conversation, and its answer, whose length is the length to generate."""
     try:
         value = json.loads(_text(path))
     except ValueError as error:
@@ -187,7 +182,7 @@ def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _lines(path: Path, name: str) -> Iterator[tuple[str, int | None]]:
-    """Yield the prompt and the length of the answer (or None) of each line of JSON."""
+    """Yield the prompt and the length of the answer, or None, of each line of JSON."""
     for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -241,14 +236,9 @@ class LocalWords:
 
 
 class ServerWords:
-    """The server's own `/tokenize` and `/detokenize`.
+    """The server's own `/tokenize` and `/detokenize`; CandleVllmError if it has no such routes.
 
-    Args:
-        http: client of the server; the caller closes it.
-        model: the model whose tokenizer is used.
-
-    Raises:
-        CandleVllmError: the server has no such routes.
+    `http` is a client of the server, which the caller closes; `model` is the model whose tokenizer is used.
     """
 
     def __init__(self, http: httpx.Client, model: str) -> None:

@@ -328,8 +328,7 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Switch the model. The old one is unloaded first, because both may not fit, and restored if the new one fails.
-        """
+        """Switch the model. The old one is unloaded first, because both may not fit; it is restored after a failure."""
         if not rest:
             self.say(self.name)
             return
@@ -355,8 +354,7 @@ class Chat:
             self._fail(f"{failure}; {_NO_MODEL}")
 
     def _choose_adapter(self, name: str) -> bool:
-        """Select an adapter of --lora-modules, or no adapter by the model's own name; return whether the name is known.
-        """
+        """Select an adapter of --lora-modules, or none by the model's own name; return whether the name is known."""
         if self._engine is None:
             return False
         if self._lora is not None and name == self._engine.model_info.name:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Rate limits: requests and tokens per minute of each API key, as token buckets.
 
-Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds the
-amount of one minute and fills at a constant rate. A request may begin if the bucket of requests and the bucket of
-tokens each hold at least 1. Tokens are taken out as they are counted for `usage`, so nothing is estimated and no answer
-is truncated. If an answer takes more than the bucket holds, its level is negative, and the key must wait.
+Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket for the amount of
+one minute, which fills at a constant rate. A request may begin if the bucket of requests and the bucket of tokens each
+have at least 1. Tokens are taken out as they are counted for `usage`, so nothing is estimated and no answer is
+truncated. If an answer takes more than the bucket has, the level becomes negative, and the key must wait.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ from candle_vllm.server.http.routing import UNLIMITED, Caller, Limits, caller_of
 
 Kind = Literal["requests", "tokens"]
 MINUTE = 60.0
-ROUNDING = 1e-6  # seconds by which a client that waited as long as asked may be early, through rounding
-_SWEEP = 1024  # number of meters from which on unused ones are deleted
+ROUNDING = 1e-6  # seconds by which rounding may let a client be early that waited for Retry-After
+_SWEEP = 1024  # number of meters at which unused ones are deleted for the first time
 
 
 class Bucket:
-    """The amount that may be used now; it is negative after more was used.
+    """The amount that may be used now; negative after too much was used.
 
-    Attributes:
-        limit: the amount that is added per minute, and the maximum level.
+    `limit` is the amount that is added per minute, and the maximum level.
     """
 
     __slots__ = ("_at", "_level", "limit")
@@ -50,17 +49,12 @@ class Bucket:
         self._level -= count
 
     def until(self, wanted: float, now: float) -> float:
-        """Seconds until the bucket holds the wanted amount."""
+        """Return the seconds until the bucket has the wanted amount."""
         return max(0.0, wanted - self.level(now)) * MINUTE / self.limit
 
 
 class Meter:
-    """The buckets of one key; None for a limit that it does not have. For one event loop.
-
-    Args:
-        limits: limits per minute.
-        now: `time.monotonic()`.
-    """
+    """The buckets of one key; None for a limit that it does not have. For one event loop."""
 
     def __init__(self, limits: Limits, now: float) -> None:
         self.requests: Bucket | None = None
@@ -68,7 +62,7 @@ class Meter:
         self.change(limits, now)
 
     def change(self, limits: Limits, now: float) -> None:
-        """Set other limits; what was used stays used."""
+        """Set other limits; the amounts that were used stay used."""
         used = {kind: bucket.limit - bucket.level(now) for kind, bucket in self.buckets()}
         self.limits = limits
         requests, tokens = limits
@@ -83,7 +77,7 @@ class Meter:
             self.tokens.take(tokens)
 
     def is_full(self, now: float) -> bool:
-        """Whether all buckets are full, as in a meter that was never used."""
+        """Whether all buckets are full, as in a new meter."""
         return all(bucket.level(now) >= bucket.limit for _, bucket in self.buckets())
 
     def buckets(self) -> Iterator[tuple[Kind, Bucket]]:
@@ -94,7 +88,7 @@ class Meter:
             yield "tokens", self.tokens
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
-        """The response headers about the limits, under OpenAI's names."""
+        """Return the response headers about the limits, with OpenAI's names."""
         told: list[tuple[bytes, bytes]] = []
         for kind, bucket in self.buckets():
             values = {
@@ -107,7 +101,7 @@ class Meter:
 
 
 class RateLimits:
-    """The meters of one application: one for each label of a key that has limits and was used.
+    """The meters of one application: one for the label of each key that has limits and was used.
 
     Args:
         default: limits of all callers without a key together.
@@ -138,16 +132,12 @@ class RateLimits:
                 self._meters = {label: each for label, each in self._meters.items() if not each.is_full(now)}
                 self._sweep = max(_SWEEP, 2 * len(self._meters))
             meter = self._meters[caller.label] = Meter(limits, now)
-        elif meter.limits != limits:  # the file of keys has changed; what was used stays used
+        elif meter.limits != limits:  # the file of keys has changed
             meter.change(limits, now)
         return meter
 
     def admit(self, caller: Caller) -> None:
-        """Count a request that begins.
-
-        Raises:
-            HttpError: 429 with Retry-After, because its key has used up a limit.
-        """
+        """Count a request that begins; HttpError 429 with Retry-After if its key has used up a limit."""
         meter = self.meter(caller)
         if meter is None:
             return
@@ -165,7 +155,7 @@ class RateLimits:
 
 
 class RateLimitMiddleware:
-    """Adds headers with a caller's limits to its responses, and its meter to the scope, for the count of tokens."""
+    """Adds headers with a caller's limits to its responses, and its meter to the scope, where tokens are counted."""
 
     def __init__(self, app: ASGIApp, limits: RateLimits) -> None:
         self._app = app
@@ -188,7 +178,7 @@ class RateLimitMiddleware:
 
 
 def duration(seconds: float) -> str:
-    """A time in the form of OpenAI's headers: 6m0s, 8.64s, 20ms."""
+    """Format a duration as OpenAI's headers do: 6m0s, 8.64s, 20ms."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds * 100) / 100, 60)

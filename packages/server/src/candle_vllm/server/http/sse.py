@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Server-sent events: an adapter's chunks -> bytes on the connection.
 
-Step 10 of a request's life. Pure ASGI: chunks that are ready in the same iteration of the event loop are sent in one
-write, a silence is filled with keep-alives, a failure in mid-stream is sent as an event, and a disconnect closes the
-chunks, which aborts the request in the engine. Slow clients, clients that leave, deadlines and the server's shutdown
-are handled here, for every API.
+Step 10 of a request's life. Pure ASGI: chunks that are ready in one iteration of the event loop are sent in one write,
+keep-alives fill a silence, a failure in mid-stream is sent as an event, and a disconnect closes the chunks, which
+aborts the request in the engine. Slow clients, clients that leave, deadlines and the server's shutdown are handled
+here, for every API.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ MAX_BUFFERED = 1 << 20  # bytes that wait for a slow client before no more chunk
 
 _HEADERS = {
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # a buffering proxy would hold the tokens back
+    "x-accel-buffering": "no",  # otherwise a proxy would buffer the tokens
 }
 
 logger = logging.getLogger(__name__)
 
 
 def data_event(data: bytes | msgspec.Struct) -> bytes:
-    """One event without a name; `data` has no line breaks if it is bytes."""
+    """Encode one event without a name; `data` has no line breaks if it is bytes."""
     return b"data: " + (data if isinstance(data, bytes) else to_json_bytes(data)) + b"\n\n"
 
 
 def named_event(name: str, data: bytes) -> bytes:
-    """One event with a name; `data` has no line breaks."""
+    """Encode one event with a name; `data` has no line breaks."""
     return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
 
 
 WRITE_PART = "candle_vllm.write_part"
-"""The ASGI extension under which the HTTP protocol of this server offers a `WritePart`."""
+"""The ASGI extension by which the HTTP protocol of this server provides a `WritePart`."""
 
 WritePart = Callable[[bytes], bool]
 """Writes a part of a response body at once, neither empty nor the last; False if the client does not keep up.
 
-The layers around a route see only the beginning and the end of a response, which are sent as ASGI messages: passing
-a part through the layers would take longer than all other work between the engine and the connection.
+The layers around a route see only the beginning and the end of a response, which are ASGI messages. Passing each part
+through the layers would take longer than all other work between the engine and the connection.
 """
 
 
 class EventStream(Response):
     """A response that sends each chunk as one event: the last stage of a chain (`Receiver`).
 
-    Pushed chunks are written in the loop iteration in which they arrive. If the client does not keep up, they wait;
-    beyond `MAX_BUFFERED` bytes, the sink of the request holds further output, up to `MAX_UNREAD` pieces.
+    Chunks of a `PushStream` are written in the loop iteration in which they arrive. If the client does not keep up,
+    they wait; beyond `MAX_BUFFERED` bytes, the sink of the request holds further outputs, up to `MAX_UNREAD`.
 
     Args:
         chunks: a `PushStream` or an iterator. Its `aclose` is called however the stream ends; before that its
             `delivered`, if it has one, once everything was sent to the client.
         encode: encodes a chunk as an event.
-        error: encodes an exception of `chunks` as an event; the stream ends after it.
+        error: encodes an exception of `chunks` as an event, the last one.
         done: the last event of a stream that does not fail.
         deadline: `time.monotonic()` at which the stream ends with `too_late`.
         released: called once nothing more is read from `chunks`.
-        silence: makes the event that is sent during a silence; the default is a comment, which clients ignore.
+        silence: makes the event that fills a silence; the default is a comment, which clients ignore.
         keep_alive: seconds of silence before it is sent.
     """
 
@@ -107,8 +107,8 @@ class EventStream(Response):
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
         self._buffered = 0
-        self._idle: asyncio.Future[None] | None = None  # what `_write` waits for: something to write, or the end
-        self._idle_since = 0.0  # by the loop's clock
+        self._idle: asyncio.Future[None] | None = None  # `_write` waits for it: for something to write, or the end
+        self._idle_since = 0.0  # time of the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()  # set when an iterator may be read further
         self._ended = False
@@ -138,7 +138,7 @@ class EventStream(Response):
             await asyncio.shield(self._close(tasks))
 
     def put(self, items: Sequence[Any]) -> None:
-        """Write chunks: at once if nothing waits before them and the client keeps up."""
+        """Write chunks, at once if nothing waits before them and the client keeps up."""
         try:
             data = self._encode(items[0]) if len(items) == 1 else b"".join(map(self._encode, items))
             if self._idle is not None and data and self._write_part is not None and self._write_part(data):
@@ -177,7 +177,7 @@ class EventStream(Response):
             self._drained.set()
             if isinstance(self._chunks, PushStream):
                 self._chunks.hold(False)
-            # If `delivered` is to be called, an empty last message is sent on its own, which waits for a slow client.
+            # Before `delivered` is called, an empty last message is sent on its own, which waits for a slow client.
             last = ended and not (data and self._delivered)
             if last or self._write_part is None or not self._write_part(data):
                 await send({"type": "http.response.body", "body": data, "more_body": not last})
@@ -194,7 +194,7 @@ class EventStream(Response):
             self._wake()
 
     def _watch_time(self) -> None:
-        """Fill a silence, and end a stream that is too late: one timer for the stream, not one for every event."""
+        """Fill a silence, and end a stream that is too late, with one timer for the stream, not one for each event."""
         if self._ended:
             return
         loop = self._loop
@@ -219,7 +219,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _iterate(self) -> None:
-        """Put the chunks of an iterator."""
+        """Put the chunks of an iterator into the stream."""
         try:
             async for chunk in self._chunks:
                 self.put((chunk,))
@@ -259,7 +259,7 @@ class EventStream(Response):
 
 
 class LineStream(EventStream):
-    """An `EventStream` of JSON lines. During a silence a space is sent, which readers of the next line skip."""
+    """An `EventStream` of JSON lines. A space fills a silence, which readers of the next line skip."""
 
     media_type = "application/x-ndjson"
     filler = b" "

@@ -32,11 +32,11 @@ class WebhookOptions:
     """The operator's webhook, and the retries of all webhooks.
 
     Attributes:
-        url: URL that finished answers are pushed to; None: the operator has no webhook.
-        on_disconnect: push the answer of a client that disconnected, if its request asked for the mailbox.
-        on_complete: push every answer whose request asked for the mailbox.
-        retry_count: further attempts after the first.
-        retry_delay_ms: wait before the first retry; it doubles with each.
+        url: URL to which answers are pushed; None means that the operator has no webhook.
+        on_disconnect: whether to push the answer of a client that disconnected, if its request asked for the mailbox.
+        on_complete: whether to push every answer whose request asked for the mailbox.
+        retry_count: number of attempts after the first.
+        retry_delay_ms: pause before the first retry; it doubles for each further one.
         timeout_secs: time limit of one whole attempt.
         auth: authentication of the operator's pushes.
         headers: further headers of the operator's pushes.
@@ -71,7 +71,7 @@ class WebhookOptions:
             checked(f"webhook {name}", lambda kind=kind, name=name: kind.check(getattr(self, name)))
 
     def own_headers(self, timestamp: str, body: bytes) -> dict[str, str]:
-        """Headers of the operator's pushes besides the standard ones: configured ones, authentication, signature."""
+        """Return the headers of the operator's pushes besides standard ones: configured, authentication, signature."""
         signed = WebhookAuth("hmac", self.signing_secret).headers(timestamp, body) if self.signing_secret else {}
         return {**self.headers, **self.auth.headers(timestamp, body), **signed}
 
@@ -84,8 +84,8 @@ class MailboxOptions:
         url: `sqlite:///path` or `postgresql://user:password@host/database`.
         retention_secs: how long a finished answer is stored.
         max_record_bytes: maximum size of one answer's JSON; a larger answer is stored as an error that says so.
-        max_records_per_key: maximum number of answers of one API key; beyond it, its oldest is deleted.
-        max_records: maximum number of all answers; beyond it, the oldest of the key that has most is deleted.
+        max_records_per_key: maximum number of answers of one API key; beyond it, its oldest one is deleted.
+        max_records: maximum number of all answers; beyond it, the oldest one of the key with the most is deleted.
         webhook: the operator's webhook and the retries of all webhooks.
         webhook_allowed_hosts: hosts of clients' webhooks: `name` or `*.name`, with `:port` unless 80 or 443.
         webhook_allow_private: whether hosts listed by their full name may have private or loopback addresses.

@@ -2,7 +2,7 @@
 """Mailbox: the interface of the mailbox to the server's routes.
 
 At step 1 of a request's life, `policy` reads what the request asks for; at step 10, `keep` stores its answer, even if
-its client has disconnected. In between, `begin` shows clients that the answer is still being generated.
+its client has disconnected. In between, `begin` shows clients that the answer is being generated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Mailbox:
 
     Attributes:
         options: the operator's options.
-        store: the store of the records.
+        store: the store of the answers.
         pushed: called when a push has ended: with True if it was delivered, with False if it was given up.
     """
 
@@ -50,13 +50,13 @@ class Mailbox:
         self._purging: Upkeep | None = None
 
     async def start(self) -> None:
-        """Open the store and begin with the pushes of an earlier server; ConfigError if the store cannot be opened."""
+        """Open the store, and continue the pushes of an earlier server; ConfigError if the store cannot be opened."""
         await self.store.open()
         self._deliverer.start()
         self._purging = Upkeep(PURGE_SECONDS, self.store.purge, "the mailbox could not be purged", at_once=True)
 
     async def close(self) -> None:
-        """Stop pushing within seconds and close the store; pending pushes stay in it."""
+        """Stop pushing within seconds, and close the store; pending pushes remain in it."""
         if self._purging is not None:
             await self._purging.close()
         await self._deliverer.close()
@@ -66,23 +66,18 @@ class Mailbox:
     def policy(self, headers: Headers) -> DeliveryPolicy | None:
         """Return what a request's headers ask for; None for a plain request, which ends with its client.
 
-        Args:
-            headers: headers of the ASGI scope.
-
-        Raises:
-            HttpError: 400; the message names the wrong header.
+        Raises HttpError 400, whose message names the invalid header.
         """
         return read_policy(headers, self.options)
 
     def owner(self, key: str) -> str:
-        """The owner of the answers to an API key; empty without keys, when all requests have the same owner."""
+        """Return the owner of the answers to an API key; empty without keys, when all requests have the same owner."""
         return self.store.owner(key)
 
     async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
-        """Show an answer as `streaming`, when its client has disconnected or it is always stored.
+        """Show an answer as `streaming`: when its client has disconnected, or at once if it is always stored.
 
-        Args:
-            limit_secs: time limit of the request; if the server dies, the record becomes an error after it.
+        `limit_secs` is the time limit of the request; if the server dies, the answer then becomes an error.
         """
         if policy.mailbox is Mode.NEVER:
             return
@@ -100,12 +95,13 @@ class Mailbox:
     ) -> bool:
         """Store or push an answer as its request asked; return whether it did either.
 
-        If the store fails, that is logged and the answer is lost: the request itself must not fail because of it.
+        If the store fails, the failure is logged and the answer is lost: the request itself must not fail because of
+        it.
 
         Args:
             owner: result of `owner(key)`.
-            answer: OpenAI's answer object (for a stream, made from all its chunks), its JSON, or the exception.
-            disconnected: whether its client has disconnected.
+            answer: OpenAI's answer object (for a stream, joined from its chunks), its JSON, or the exception.
+            disconnected: whether the client has disconnected.
         """
         listed, push = policy.mailbox.applies(disconnected), policy.webhook.applies(disconnected)
         if not listed and not push:
@@ -127,15 +123,13 @@ class Mailbox:
     async def push(
         self, owner: str, request_id: str, url: str | None, bearer: str | None, headers: Mapping[str, str]
     ) -> None:
-        """Push a record once, now, because its owner asks for it.
+        """Push an answer once, now, because its owner asks for it.
 
-        Args:
-            url: URL of a client; None: the operator's webhook.
-            bearer: token for `url`.
-            headers: further headers; the operator must allow their names.
+        `url` is a client's URL, with `bearer` as its token; None means the operator's webhook. `headers` are further
+        headers, whose names the operator must allow.
 
         Raises:
-            MailboxError: 404 no such record, 400 wrong value, 502 not delivered, 503 too many running pushes.
+            MailboxError: 404 no such answer, 400 invalid value, 502 not delivered, 503 too many running pushes.
         """
         push_target = self._push_target(url, bearer, headers)
         push = await self.store.get(owner, request_id)
@@ -154,7 +148,7 @@ class Mailbox:
 
     @contextlib.contextmanager
     def _place(self, owner: str) -> Iterator[None]:
-        """Occupy one of the slots for pushes; one key has at most half of them."""
+        """Occupy one of the slots for pushes, of which one owner has at most half."""
         most = self.options.max_deliveries
         if self._pushing.total() >= most or self._pushing[owner] >= max(1, most // 2):
             raise MailboxError(503, "Too many pushes are under way: try again later.", "overloaded")

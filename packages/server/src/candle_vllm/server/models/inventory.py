@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inventory for operators (in threads): served and known models and downloads, their sizes and whether they fit."""
+"""Inventory for operators (in threads): served and known models and downloads, their sizes, and whether they fit."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: its first name.
         size: bytes of its weight files; 0 if they are not on this machine.
-        needed: minimum memory in bytes; null if unknown.
-        fits: now, alone (after others are unloaded) or never; null if it is loaded, or its size is unknown.
-        removable: whether it was downloaded and can be removed together with its files.
+        needed: minimum memory in bytes; null if the size is unknown.
+        fits: now, alone (if all others are unloaded) or never; null if it is loaded, or its size is unknown.
+        removable: whether it was downloaded, and can be removed together with its files.
     """
 
     id: str
@@ -79,7 +79,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         changes: whether clients may download and remove models over HTTP.
-        memory_free, memory_most: bytes that are free for models now, and with all models unloaded.
+        memory_free, memory_most: bytes that are free for models now, and if all models are unloaded.
         disk_free: free bytes on the disk of the models.
         models, known, pulls: served models, models with a short name, downloads.
     """
@@ -96,11 +96,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 def take_stock(
     manager: ModelManager, slots: Sequence[ModelSlot], settings: Settings, pulls: Sequence[Pull], *, changes: bool
 ) -> Inventory:
-    """Build the inventory.
-
-    Args:
-        slots: the served models, in order.
-        changes: whether clients may change models.
+    """Return the inventory; `slots` are the served models in order, and `changes` is whether clients may change models.
     """
     room = room_of(settings, 0)
     held = held_by(manager.loaded)

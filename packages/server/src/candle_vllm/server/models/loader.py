@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Loading of a catalogue entry: check the free memory, start the engine, build the API adapters and the admission.
+"""Loads a catalogue entry: checks the free memory, starts the engine, builds the API adapters and the admission.
 
-Before step 1 of a request's life, in a thread of the model manager. The engine is imported inside the functions,
-because that import takes seconds.
+Runs before step 1 of a request's life, in a thread of the model manager. The functions import the engine when they are
+called, because the import takes seconds.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from candle_vllm.core.vision.fetching import ImageSources
 
 MIB = 1 << 20
-WORKSPACE = 256 * MIB  # memory of a step besides weights and cache
-LEAST_CACHE = 256 * MIB  # a smaller KV cache is useless
-CACHE_SHARE = 0.4  # share of the memory that other models leave free
-BESIDE_CAPACITY = 8  # one further sequence in the engine for every eight of `max_num_seqs`
+WORKSPACE = 256 * MIB  # memory that a step needs besides weights and cache
+LEAST_CACHE = 256 * MIB  # smallest useful KV cache
+CACHE_SHARE = 0.4  # share of a KV cache in the memory that other models leave free
+BESIDE_CAPACITY = 8  # for every 8 of `max_num_seqs`, one more sequence may be in the engine
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ModelLoader:
 
     Args:
         metrics: metrics of the engines.
-        start_engine: creates an engine from its configuration; None selects one by the settings.
+        start_engine: creates an engine from its configuration; None selects one according to the settings.
         adapters: LoRA adapters of the models.
         images: allowed sources of images for all models; None uses each model's settings.
     """
@@ -68,7 +68,7 @@ class ModelLoader:
         """Find the model's files, download them if necessary, and read their headers.
 
         Raises:
-            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served even if other models are unloaded.
+            ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served even without other models.
         """
         if self._start_engine is None:
             check_model(entry.settings, beside)
@@ -78,7 +78,7 @@ class ModelLoader:
 
         Raises:
             NoRoomError: it does not fit beside them.
-            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served as asked.
+            ConfigError, ModelNotFoundError, ModelLoadError: it cannot be served with these settings.
         """
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
@@ -92,10 +92,10 @@ def serve_engine(
     engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None,
     images: ImageSources | None = None,
 ) -> ServedModel:  # fmt: skip
-    """Build the served model of a loaded engine: watcher, API adapters and admission; `images` as for `ModelLoader`."""
+    """Build the served model of a loaded engine: watcher, API adapters and admission; `images` as in `ModelLoader`."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
-        # The sequences of a full step and a few that wait in the engine, so that every step is full.
+        # the sequences of a full step, and a few that wait in the engine, so that every step is full
         info.max_num_seqs + -(-info.max_num_seqs // BESIDE_CAPACITY),
         settings.max_queued_requests or SETTINGS["max_queued_requests"].default,
         settings.max_queued_per_key,
@@ -162,7 +162,7 @@ def _starter(settings: Settings) -> Callable[[EngineConfig], ServedEngine]:
 
 
 def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
-    """Raise errors that are detectable without reading the weights, before other models are unloaded for this one."""
+    """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
@@ -186,19 +186,16 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
 
 
 def held_by(models: Sequence[ServedModel]) -> int:
-    """Bytes that unloading these models frees; without KV caches on a CPU, where they are allocated as they fill."""
+    """Return the bytes that unloading these models frees; KV caches on a CPU do not count, which grow as they fill."""
     infos = [(model, model.engine.model_info) for model in models]
     return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
 
 
 def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:
-    """Return changes to a model's engine configuration so that it fits beside the loaded models.
+    """Return changes of a model's engine configuration by which it fits beside the loaded models, or NoRoomError.
 
-    A CPU allocates caches only as they fill, so the full cache sizes of the other models are subtracted from the free
-    memory. A GPU has allocated them already.
-
-    Raises:
-        NoRoomError: it does not fit.
+    A CPU allocates caches only as they fill, so the full sizes of the other models' caches are subtracted from the free
+    memory. On a GPU they are allocated already.
     """
     from candle_vllm.core.assembly.encoder import is_encoder
     from candle_vllm.core.assembly.opening import model_files
@@ -225,7 +222,7 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
 
 
 def _copies(config: EngineConfig, device: Device) -> int:
-    """Number of replicas that share a device's memory."""
+    """Return the number of replicas that share a device's memory."""
     return config.data_parallel_size if device.type == "cpu" else 1
 
 
@@ -234,7 +231,7 @@ def _called(settings: Settings) -> str:
 
 
 def _weight_bytes(config: EngineConfig) -> int:
-    """Bytes of the weight files of a model and of its draft model."""
+    """Return the bytes of the weight files of a model and of its draft model."""
     from candle_vllm.core.assembly.draft import draft_config
     from candle_vllm.core.assembly.opening import model_files
 

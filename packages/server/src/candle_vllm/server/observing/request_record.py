@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """RequestRecord: the counts and times of one engine request, and its summary when it ends.
 
-Beside steps 4 to 9 of a request's life. Only the task that reads the request's pieces writes here, so that a token
-takes no lock; a scrape reads, and adds the running requests to those that have ended.
+Beside steps 4 to 9 of a request's life. Only the task that reads the request's outputs writes here, so that a token
+needs no lock; a scrape of the metrics reads, and adds the running requests to the ended ones.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ class FinishedRequest:
 
     Attributes:
         info: the request as the engine got it.
-        model: name of the model.
         context: the HTTP request, if there is one.
         arrived, ended: `time.monotonic()` seconds, as its caller saw it.
         first_token: time of its first token; None for an answer without tokens.
         times: the engine's own times, as far as it reported them.
         prompt_tokens, cached_tokens: token counts as in `usage`.
         tokens, sequence_times: for each sequence, its number of tokens and the engine's times.
-        finish_reasons: finish reason of each sequence.
         failure: the error message.
     """
 
@@ -59,7 +57,7 @@ class FinishedRequest:
 
     @property
     def status(self) -> str:
-        """ "ok", "aborted" or "failed", by the worst of its sequences."""
+        """"failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
         if FinishReason.ERROR.value in self.finish_reasons:
             return "failed"
         return "ok" if all(FinishReason(reason).complete for reason in self.finish_reasons) else "aborted"
@@ -69,8 +67,7 @@ class Counts(Protocol):
     """The counts of a model, to which a request is added.
 
     Attributes:
-        name: name of the model.
-        gap_bounds: bounds of the histogram of times between pieces.
+        gap_bounds: bounds of the histogram of times between outputs.
         ended: the records that have ended; appended to without a lock.
     """
 
@@ -86,7 +83,7 @@ class Counts(Protocol):
 
 
 class RequestRecord:
-    """Observes one request for the metrics. It ends once, even if it is ended several times.
+    """Observes one request for the metrics. It ends once; ending it again has no effect.
 
     Args:
         model: counts of its model.
@@ -137,7 +134,7 @@ class RequestRecord:
         self._counted = 0 if context is not None and context.prompt_only else 1
 
     def take(self, piece: TokenOutput) -> None:
-        """Count a piece that is sent to the caller."""
+        """Count an output that goes to the caller."""
         count = len(piece.token_ids)
         if count and self.ended is None:
             index, now = piece.index, time.monotonic()
@@ -157,7 +154,7 @@ class RequestRecord:
             self._finish(piece)
 
     def pooled(self, outputs: Pooled) -> None:
-        """Count embeddings or scores that are returned: every text or pair has ended successfully."""
+        """Count embeddings or scores that go to the caller: every text or pair has ended successfully."""
         self._count_prompt(sum(each.num_tokens for each in outputs))
         self.close(FinishReason.STOP)
 
@@ -176,7 +173,7 @@ class RequestRecord:
             self._forget(reason)
 
     def fail(self, error: Exception) -> None:
-        """End the unfinished sequences with an exception; a refusal that came late is not a failure of the engine."""
+        """End the unfinished sequences with an exception; a late refusal does not count as a failure of the engine."""
         reason = _refusal(error) if self.first_token is None else None
         if self.ended is not None:
             return
@@ -189,7 +186,7 @@ class RequestRecord:
             self.close(FinishReason.ERROR)
 
     def drop(self) -> None:
-        """End the request without a lock, for a finaliser, which may run anywhere; the next `settle` counts it."""
+        """End the request without a lock, because a finaliser may run anywhere; the next `settle` counts it."""
         if self.ended is None:
             self._end(FinishReason.ABORT)
 
@@ -213,7 +210,7 @@ class RequestRecord:
         )
 
     def times(self) -> RequestMetrics:
-        """The engine's times of the whole request: from its first sequence that begins to its last that ends."""
+        """Return the engine's times of the whole request: from the first sequence that begins to the last that ends."""
         known = [each for each in self.metrics if each is not None]
         return RequestMetrics(
             self.started,
@@ -223,8 +220,8 @@ class RequestRecord:
         )
 
     def _first(self, piece: TokenOutput, now: float) -> None:
-        """Note the first tokens of a sequence, whose prompt has been computed."""
-        if piece.index == 0:  # the other sequences find its prompt in the cache, which usage does not count
+        """Record the first tokens of a sequence, whose prompt has been computed."""
+        if piece.index == 0:  # the other sequences find the prompt in the cache, which usage does not count
             self.cached_tokens = piece.num_cached_tokens
         if self.first_token is None:
             self.first_token = now
@@ -247,7 +244,7 @@ class RequestRecord:
             self.close()
 
     def _forget(self, reason: str) -> None:
-        """Count the request as refused and as nothing else."""
+        """Count the request only as refused."""
         self.ended = time.monotonic()
         self.model.refused(reason, self)
 
@@ -258,7 +255,7 @@ class RequestRecord:
 
 
 def _refusal(error: Exception, *more: type[Exception]) -> str | None:
-    """Why a request was refused, a value of `Rejection`; None if it was not refused."""
+    """Return why a request was refused, a value of `Rejection`; None if it was not refused."""
     if isinstance(error, errors.EngineOverloadedError):
         return "queue_full"
     if isinstance(error, errors.EngineSleepingError):

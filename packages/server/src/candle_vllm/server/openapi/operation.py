@@ -22,7 +22,7 @@ _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
 _BODY_ERRORS = (400, 408, 413, 415)
 
-# Declarations that several modules of routes share: statuses of errors, names of types, parameters, examples.
+# Declarations that several modules of routes share: statuses of errors, names of types, parameters, examples
 MODEL_ERRORS = (404, 503)
 QUEUED = (*MODEL_ERRORS, 429, 504)
 COUNTED = (*MODEL_ERRORS, 504)
@@ -40,12 +40,12 @@ class Operation:
         tag: heading in the documentation pages.
         answer: type of a successful answer's body; several mean one of them.
         statuses: statuses of successful answers.
-        id: name of the operation in generated clients; by default the name of the function.
+        id: name of the operation in generated clients; by default the function's name.
         summary: one line; by default the first line of the function's docstring.
-        errors: statuses of errors, besides 401, 403, 500 and those of every body.
+        errors: statuses of errors, besides 401, 403, 500 and the statuses of `_BODY_ERRORS` for a route with a body.
         body: type of the request's body; several mean one of them.
         example: a body that works with any model of its kind.
-        form: the fields of a body that is a form, by name, each with its schema.
+        form: schemas of the fields of a body that is a form, by name.
         media: media type of a successful answer's body; empty if there is no body.
         events: types of an event's data, if the answer can be a stream.
         lines: types of a line, if the answer can be lines of JSON.
@@ -94,21 +94,17 @@ class Operation:
 
     @property
     def refusals(self) -> set[int]:
-        """The statuses of errors that do not depend on keys."""
+        """The statuses of errors, except 401, which depends on the server's keys."""
         return {*self.errors, 403, 500, *(_BODY_ERRORS if self.body or self.form else ())} - {*self.statuses}
 
 
 def routing(
     router: APIRouter, make: Callable[_P, Operation]
 ) -> Callable[Concatenate[str, _P], Callable[[_Endpoint], _Endpoint]]:
-    """Return a decorator that adds a route to a router, with its declaration for the document.
+    """Return a decorator that adds a route to a router, with its declaration for the OpenAPI document.
 
-    Args:
-        router: router of the module.
-        make: `Operation`, perhaps with arguments that the module's routes share.
-
-    Returns:
-        A function of the method and the paths, such as `"POST /v1/score /score"`, and of the operation's arguments.
+    `make` is `Operation`, perhaps with arguments that the module's routes share. The decorator's arguments are the
+    method and the paths, such as `"POST /v1/score /score"`, and the arguments of `make`.
     """
 
     def route(at: str, *args: _P.args, **told: _P.kwargs) -> Callable[[_Endpoint], _Endpoint]:
@@ -130,7 +126,7 @@ def routing(
 
 
 def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:
-    """The routes of these routers that the document describes, in their order."""
+    """Return the operations of these routers that the document describes, in the order of the routes."""
     return {
         (method, route.path): route.openapi_extra["operation"]
         for router in routers
@@ -143,9 +139,7 @@ def operations_of(routers: Iterable[APIRouter]) -> dict[Key, Operation]:
 class Access:
     """Who may call a route, decided by its path: everybody, operators, or clients.
 
-    Args:
-        operations: the operations of all routes.
-        public: further paths that need no key.
+    `public` are paths without an operation that need no key.
     """
 
     def __init__(self, operations: Mapping[Key, Operation], public: frozenset[str] = frozenset()) -> None:
@@ -155,5 +149,5 @@ class Access:
         self._below = tuple(path.partition("{")[0] for path in self.managed if "{" in path)
 
     def manages(self, method: str | None, path: str) -> bool:
-        """Whether a request is for operators; a WebSocket has no method."""
+        """Whether only operators may send a request; a WebSocket has no method."""
         return (path in self.managed or path.startswith(self._below)) and (method, path) not in self._open

@@ -2,7 +2,7 @@
 """Routes of vLLM, llama.cpp's server and Mistral's API besides OpenAI's: state, tokenizer, sleep, completions.
 
 Outside the ten steps, except for routes with a body such as `/completion` and `/infill`. If several models are served,
-`?model=` or the body's `model` chooses one.
+`?model=` or the body's `model` selects one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "prese
 
 
 class Load(msgspec.Struct, frozen=True):
-    """The load of the server: the sequences of all requests, including those that wait for a turn or a model."""
+    """The load of the server: the sequences of all requests, also of requests that wait for a turn or a model."""
 
     server_load: int
 
@@ -89,7 +89,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class GenerationSettings(msgspec.Struct, frozen=True):
-    """Defaults of llama.cpp's requests: the context length, and the sampling settings that a request leaves out."""
+    """Defaults of llama.cpp's requests: the context length, and sampling settings."""
 
     n_ctx: int
     params: dict[str, float | int]
@@ -140,7 +140,7 @@ class _Asked:
 
 
 async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) -> Response:
-    """Answer with a description of a model, which is loaded for it if necessary."""
+    """Respond with a description of a model, which is loaded for it if necessary."""
 
     async def described(model: ServedModel, _: _Asked) -> Any:
         return describe(model)
@@ -235,7 +235,7 @@ def _slots(model: ServedModel) -> list[Slot]:
 
 @route("POST /reset_prefix_cache", tag="operators", statuses=(204,), manages=True)
 async def reset_prefix_cache(request: Request) -> Response:
-    """Have loaded models forget what prompts began with."""
+    """Drop all blocks of the loaded models' prefix caches."""
     manager: ModelManager = request.app.state.manager
     for slot in manager.slots.values():
         if slot.model is not None:
@@ -266,7 +266,7 @@ async def reset_prefix_cache(request: Request) -> Response:
     manages=True,
 )
 async def sleep(request: Request) -> Response:
-    """Have loaded models give their memory back; requests to them are refused with 503 from then on."""
+    """Make loaded models release their memory; further requests to them are refused with 503."""
     level, mode = request.query_params.get("level", "1"), request.query_params.get("mode", "abort")
     if level not in ("1", "2"):
         raise HttpError(400, f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them).", "wrong_level")
@@ -291,7 +291,7 @@ async def sleep(request: Request) -> Response:
     manages=True,
 )
 async def wake_up(request: Request) -> Response:
-    """Have models that sleep fill their memory again."""
+    """Make sleeping models load what they released."""
     tags = request.query_params.getlist("tags")
     if not TAGS.issuperset(tags):
         raise HttpError(400, f"tags {tags!r:.100}: {' and '.join(sorted(TAGS))} are possible.", "wrong_tags")
@@ -306,7 +306,7 @@ async def is_sleeping(request: Request) -> Response:
 
 
 def _engines(request: Request) -> list[ServedEngine]:
-    """The engines of the loaded models, or of the named one; a model that is not loaded has no engine."""
+    """Return the engines of the loaded models, or of the named one, if it is loaded."""
     manager: ModelManager = request.app.state.manager
     name = request.query_params.get("model")
     slots = [manager.find(name, exact=True)] if name else manager.slots.values()
@@ -334,7 +334,7 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
     errors=COUNTED,
 )
 async def apply_template(request: Request) -> Response:
-    """The text that a chat request with the same fields would begin with."""
+    """Render the prompt of a chat request with the same fields."""
     return await answering.answer_with(
         request, parse_chat_request, lambda model, wire: model.adapter.apply_template(wire), queued=False
     )
@@ -349,7 +349,7 @@ async def apply_template(request: Request) -> Response:
     errors=QUEUED,
 )
 async def pool(request: Request) -> Response:
-    """The vectors of texts, in vLLM's words."""
+    """Return the pooled outputs of texts, in vLLM's form."""
     return await answering.answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
 
 
@@ -362,14 +362,14 @@ async def pool(request: Request) -> Response:
     errors=QUEUED,
 )
 async def classify(request: Request) -> Response:
-    """What texts are, as a classifier tells them apart, in vLLM's words."""
+    """Return the class of each text, in vLLM's form."""
     return await answering.answer_with(
         request, parse_classify_request, lambda model, wire: model.adapter.classify(wire)
     )
 
 
 def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
-    """The API of llama.cpp's completions, whole or streamed."""
+    """Return the API of llama.cpp's completions, whole or streamed."""
     return answering.GenerationApi(
         parse=lambda body: parse_body(kind, body),
         whole=lambda model, wire: llama_server.llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
@@ -403,7 +403,7 @@ FIM = answering.GenerationApi(
     errors=QUEUED,
 )
 async def create_fim_completion(request: Request) -> Response:
-    """Fill a gap in a text, in Mistral's words."""
+    """Fill a gap in a text, in Mistral's form."""
     return await answering.answer(request, FIM)
 
 
@@ -423,7 +423,7 @@ _completion = functools.partial(
 @_completion("POST /completion")
 @_completion("POST /completions", id="llama_completions", summary="The same as `/completion`")
 async def llama_completion(request: Request) -> Response:
-    """Continue a text, perhaps one with images, in llama.cpp's words."""
+    """Continue a text, perhaps one with images, in llama.cpp's form."""
     return await answering.answer(request, COMPLETION)
 
 
@@ -437,5 +437,5 @@ async def llama_completion(request: Request) -> Response:
     errors=QUEUED,
 )
 async def llama_infill(request: Request) -> Response:
-    """Fill a gap in a text, in llama.cpp's words."""
+    """Fill a gap in a text, in llama.cpp's form."""
     return await answering.answer(request, INFILL)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Objects that are built from settings: the engine and its model, the response store, the mailbox.
 
-Runs before step 1 of a request's life. The engine is imported inside the functions, so that an invalid flag is reported
-before that slow import; the mailbox is imported only if it is used.
+Runs before step 1 of a request's life. The functions import the engine when they are called, so that an invalid flag is
+reported before that slow import; the mailbox is imported only if it is used.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 def may_change(settings: Settings) -> bool:
-    """Whether clients may change models: only if they need keys, or can only connect from this machine."""
+    """Whether clients may change models: only if they need keys, or can connect only from this machine."""
     keyed = settings.has_api_keys or bool(settings.management_key)
     return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
 
@@ -63,9 +63,8 @@ def may_change(settings: Settings) -> bool:
 def model_source(settings: Settings, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
     """Return the model and its weight file for `EngineConfig`.
 
-    Args:
-        fetch: whether a model at a URL is downloaded; if not, its folder or its URL is returned.
-        offline: whether only downloaded models are used.
+    With `fetch`, a model at a URL is downloaded; without, its folder or its URL is returned. `offline` allows only
+    models that are downloaded already.
     """
     if settings.weight_path is not None:
         if not settings.weight_path.is_dir():
@@ -100,18 +99,14 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Folder of downloaded models."""
+    """Return the folder of downloaded models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
 def refuse_missing(settings: Settings) -> None:
-    """Raise an error for a model path that does not exist, before slow imports.
-
-    Raises:
-        ModelNotFoundError: the path does not exist; the message suggests a similar name.
-    """
+    """Raise ModelNotFoundError, with a similar name, for a model path that does not exist, before slow imports."""
     model = settings.model or ""
     is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
     if settings.weight_path is None and is_path and not os.path.exists(os.path.expanduser(model)):
@@ -121,7 +116,7 @@ def refuse_missing(settings: Settings) -> None:
 
 
 def refuse_wrong_formats(settings: Settings) -> None:
-    """Raise a ConfigError for unknown tool and reasoning parsers, before a model is loaded."""
+    """Raise ConfigError for unknown tool and reasoning parsers, before a model is loaded."""
     if settings.tool_parser is None and settings.reasoning_parser is None:
         return  # also avoids the import of the parsers
     from candle_vllm.openai.formats.choice import choose_layout
@@ -130,7 +125,7 @@ def refuse_wrong_formats(settings: Settings) -> None:
 
 
 def thinking_settings(settings: Settings) -> dict[str, Any]:
-    """Reasoning limits as arguments of an API adapter."""
+    """Return the limit on reasoning as arguments of an API adapter."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
@@ -138,10 +133,9 @@ def thinking_settings(settings: Settings) -> dict[str, Any]:
 def image_sources(
     settings: Settings, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
 ) -> ImageSources:
-    """Build the allowed sources of images; `stored` and `count` as for `ImageSources`.
+    """Return the allowed sources of images; ConfigError if the folder does not exist.
 
-    Raises:
-        ConfigError: the folder does not exist.
+    `stored` and `count` are as in `ImageSources`.
     """
     from candle_vllm.core.vision.fetching import ImageSources
     from candle_vllm.openai.fair_threads import asker
@@ -151,11 +145,9 @@ def image_sources(
 
 
 def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> EngineConfig:
-    """Build the engine's configuration; settings that are not given keep the defaults of `EngineConfig`.
+    """Return the engine's configuration; settings without a value keep the defaults of `EngineConfig`.
 
-    Args:
-        fetch: as for `model_source`.
-        changes: fields that replace those from the settings.
+    `fetch` is as in `model_source`; `changes` are fields that replace the settings' values.
     """
     from candle_vllm.core import EngineConfig
 
@@ -164,7 +156,7 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
-    alone = (settings.tensor_parallel_size or 1) == 1  # tensor parallelism with torch raises its own error
+    alone = (settings.tensor_parallel_size or 1) == 1  # tensor parallelism reports a missing torch itself
     if settings.enforce_eager and alone and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
@@ -175,7 +167,7 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
 
 
 def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
-    """Load the model; `changes` override fields of `EngineConfig`."""
+    """Load the model; `changes` replace fields of `EngineConfig`."""
     from candle_vllm.core.progress import Progress, heard_by
 
     latest = Progress("importing the engine")
@@ -197,7 +189,7 @@ _ADVICE = re.compile(r"`([a-z_][a-z0-9_]*)`|\b([a-z_][a-z0-9_]*)=('[^']{0,60}'|[
 
 
 def in_flags(text: str) -> str:
-    """Rewrite names of engine settings in a message as flags: `kv_cache_memory=1048576` becomes --mem 1."""
+    """Rewrite names of engine settings in a message as flags: `kv_cache_memory=1048576` becomes `--mem 1`."""
     flags = {option.engine or option.name: option for option in OPTIONS}
 
     def flag(match: re.Match[str]) -> str:
@@ -217,7 +209,7 @@ def in_flags(text: str) -> str:
 
 @contextmanager
 def told_in_flags() -> Iterator[None]:
-    """Context that rewrites names of engine settings in errors as flags."""
+    """Context manager that rewrites names of engine settings in errors as flags."""
     try:
         yield
     except CandleVllmError as error:
@@ -237,7 +229,7 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 
 
 def _template(path: Path | None) -> str | None:
-    """Return the template of a file, or ChatML for llama.cpp's name `chatml`."""
+    """Return the template in a file, or ChatML for llama.cpp's name `chatml`."""
     if path is None:
         return None
     if path.name == "chatml" and not path.exists():
@@ -253,7 +245,7 @@ def _template(path: Path | None) -> str | None:
 
 
 def store_options(settings: Settings) -> StoreOptions | None:
-    """Return the options of the response store, or None if it is off; the UsageError for an invalid URL omits it."""
+    """Return the options of the response store, or None if it is off; no UsageError contains an invalid URL."""
     url = settings.responses_store
     if url == OFF:
         return None

@@ -77,7 +77,7 @@ ONLY: Mapping[str, tuple[str, ...]] = {
     "rm": ("download_dir", "log_level"),
     "ps": ("host", "port", "api_key", "log_level"),
 }
-"""Commands that use only these settings of their groups."""
+"""Commands that use only these of their groups' settings."""
 NAMING = ("run", "pull", "show", "rm")
 """Commands that take the model as an argument."""
 
@@ -97,7 +97,7 @@ class Option:
         repeat: whether the flag may be repeated; in the environment, values are separated by commas.
         in_yaml: whether it is allowed in `params` of a model in models.yaml.
         rivals: name of a set of settings of which one source may set only one.
-        commands: commands, of those with its group, that use the setting; the others reject its flags.
+        commands: commands, among the ones with its group, that use the setting; the other commands reject its flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
         secret: whether its value is never shown.
@@ -125,7 +125,7 @@ class Option:
 
 
 def shown(option: Option, value: Any) -> Any:
-    """Convert a setting's value to JSON types, with secrets hidden, also those in URLs."""
+    """Convert a setting's value to JSON types, without secrets, also without the ones in URLs."""
     if (option.secret or isinstance(option.kind, Secret)) and value and value != option.default:
         return [HIDDEN] * len(value) if option.repeat else HIDDEN
     return plain(value)
@@ -141,18 +141,18 @@ def plain(value: Any) -> Any:
 
 
 Told = Callable[[str, Any], Option]
-"""Builds a setting from its name and its default."""
+"""Makes a setting of its name and its default."""
 
 
 def switch(name: str, group: str, text: str, off: tuple[str, ...] = (), **more: Any) -> Option:
-    """A Boolean option: `--name` and `--no-name`, or other flags that switch it off."""
+    """Return a Boolean setting, with `--name` and `--no-name`, or with other flags that switch it off."""
     flag = "--" + name.replace("_", "-")
     constants = {flag: True, **dict.fromkeys(off or (f"--no-{flag[2:]}",), False)}
     return Option(name, group, (), Boolean(), text, constants=constants, **more)
 
 
 def own(group: str, kind: Kind, text: str, metavar: str = "", **more: Any) -> Told:
-    """A setting of the server that the engine does not have."""
+    """Return a maker of a setting of the server, which the engine does not have."""
 
     def told(name: str, default: Any) -> Option:
         if isinstance(kind, Boolean):
@@ -169,9 +169,9 @@ def engine(
     group: str, metavar: str = "", *, name: str = "", text: str = "", more: str = "",
     reading: Mapping[str, Any] | None = None, **others: Any,
 ) -> Told:  # fmt: skip
-    """A setting of `EngineConfig`, under the same name or under `name`.
+    """Return a maker of a setting of `EngineConfig`, under the same name or under `name`.
 
-    Its type and its help are defined there. `text` replaces the help, `more` is appended to it, and `reading` overrides
+    `EngineConfig` defines its type and help. `text` replaces the help, `more` is appended to it, and `reading` replaces
     attributes of its kind. It is allowed in models.yaml by default.
     """
 
@@ -192,20 +192,20 @@ class UsageError(ConfigError):
 
 
 class Section(dict[Any, Any]):
-    """A mapping of a YAML file with its `line`, and `lines` of its keys, counted from 1."""
+    """A mapping of a YAML file with its `line`, and the `lines` of its keys, counted from 1."""
 
     line = 0
     lines: Mapping[Any, int] = {}
 
 
 def line_of(section: Any, key: Any = None) -> str:
-    """Position of a mapping or of one of its keys in a file, for messages: ", line 3"; "" if unknown."""
+    """Return the position of a mapping, or of one of its keys, in a file, for messages: ", line 3"; "" if unknown."""
     line = section.lines.get(key, section.line) if isinstance(section, Section) else 0
     return f", line {line}" if line else ""
 
 
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """Return a section of a settings file; raises UsageError if it is not a mapping."""
+    """Return a section of a settings file; UsageError if it is not a mapping."""
     if not isinstance(value, dict):
         raise UsageError(f"{where} must be a mapping of keys to values")
     return value
@@ -219,7 +219,7 @@ def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
 
 
 def convert(kind: Kind, value: Any, spelled: str) -> Any:
-    """Convert `value`, a text or a typed YAML value, to its kind; a UsageError names it as `spelled`."""
+    """Convert `value`, a text or a typed YAML value, to its kind; the UsageError names it as `spelled`."""
     try:
         if isinstance(value, str):
             return kind.from_text(value)
@@ -244,18 +244,18 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The URL for users; a server that listens on all interfaces is shown as 127.0.0.1 or ::1."""
+        """The URL for users; for a server that listens on all interfaces, the host is 127.0.0.1 or ::1."""
         if self.unix_path is not None:
             return f"unix://{self.unix_path}"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"http{'s' * self.tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-SOCKETS = ("unix://", "file://", "socket://")  # synonyms of the original candle-vllm
+SOCKETS = ("unix://", "file://", "socket://")  # synonyms, as in the Rust candle-vllm
 
 
 def parse_address(host: str, port: int) -> Address:
-    """Parse the forms of `--host`; a port inside `host` overrides `port`."""
+    """Parse the forms of `--host`; a port inside `host` replaces `port`."""
     if host.startswith(SOCKETS):
         path = Path(host.partition("://")[2])
         if not path.is_absolute() or len(str(path).encode()) > 100:
@@ -266,7 +266,7 @@ def parse_address(host: str, port: int) -> Address:
 
 
 def split_host(host: str) -> tuple[str, int | None]:
-    """Split a host name or address from its port, if any."""
+    """Split a host name or address from its port, if it has one."""
     match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
     if match is None or match["scheme"] not in (None, "tcp", "http"):
         hint = ": HTTPS is what --ssl-certfile and --ssl-keyfile give" if host.startswith("https:") else ""
