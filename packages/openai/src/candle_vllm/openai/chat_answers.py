@@ -24,7 +24,7 @@ Chunk = TypeVar("Chunk")
 
 
 class Told(NamedTuple):
-    """Which extra counts the final usage has: of a predicted answer, and of draft tokens."""
+    """Extra counts of the final usage: of tokens of a predicted answer, and of draft tokens."""
 
     predicted: bool = False
     guesses: bool = False
@@ -88,7 +88,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
 class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     """Writes the chunks of one chat answer.
 
-    Each choice begins with its role and ends with a chunk that has its finish reason and no text.
+    Each choice begins with its role, and ends with a chunk that has its finish reason and no text.
 
     Args:
         request: the request, which selects the fields of chunks.
@@ -107,7 +107,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
     ) -> None:
         super().__init__(chat.ChatCompletionChunk, request, whole)
         self._request = request
-        # The official client adds deltas up: a message that has only calls must have null content, not an empty text.
+        # OpenAI's client adds deltas up: a message that has only calls must have null content, not an empty text.
         self._first_content = None if calls else ""
         self._told = told_of(request)
         self._timings = RunningTimings() if request.timings_per_token else None
@@ -170,7 +170,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         )
 
     def _input(self, choice: int) -> chat.ChatCompletionChunk:
-        """Return a chunk with the input of the custom call that is complete now."""
+        """Return a chunk with the input of the custom call that is now complete."""
         number, parts = self._inputs.pop(choice)
         call = chat.ToolCallDelta(index=number, custom=chat.CustomCallDelta(input=custom_input("".join(parts))))
         return self._chunk(
@@ -199,7 +199,7 @@ def told_of(request: chat.ChatCompletionRequest) -> Told:
 
 
 def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  # it is immutable
-    """Convert counts to OpenAI's form."""
+    """Convert token counts to OpenAI's form."""
     more: dict[str, int] = {}
     if told.predicted and usage.final:
         more["accepted_prediction_tokens"] = usage.accepted_predicted_tokens
@@ -221,7 +221,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
 
 
 def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int | None = None) -> wire.Timings:
-    """Convert counts and times to llama.cpp's names; the times are those of `usage` by default."""
+    """Convert counts and times to llama.cpp's form; without times, the ones of `usage`."""
     prompt, predicted = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
     prompt_ms = usage.prompt_ms or 0 if prompt_ms is None else prompt_ms
     predicted_ms = usage.completion_ms or 0 if predicted_ms is None else predicted_ms
@@ -241,7 +241,7 @@ def wire_timings(usage: Usage, prompt_ms: int | None = None, predicted_ms: int |
 
 
 class RunningTimings:
-    """Timings of a running answer, measured by this process; the final timings are the engine's."""
+    """Timings of a running answer, which this process measures; the engine measures the final timings."""
 
     def __init__(self) -> None:
         self._submitted = time.perf_counter()
@@ -257,7 +257,7 @@ class RunningTimings:
 
 
 def join_chat(chunks: Sequence[chat.ChatCompletionChunk]) -> chat.ChatCompletion:
-    """Join `chunks`, the last of which has the usage, to the whole answer."""
+    """Join chunks, the last of which has the usage, to the whole answer."""
     head, usage = chunks[0], chunks[-1].usage
     assert isinstance(usage, wire.Usage)
     return chat.ChatCompletion(

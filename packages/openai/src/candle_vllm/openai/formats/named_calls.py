@@ -23,12 +23,12 @@ class NamedJson:
 
     Attributes:
         before_name: texts that may precede the name and are ignored (DeepSeek's type, Kimi's name space).
-        name_end: the mark between name and arguments, "" if the arguments' bracket follows the name.
-        between: marks that may follow it, before the arguments.
+        name_end: the mark between name and arguments; "" if the arguments' bracket follows the name.
+        between: marks that may follow `name_end`, before the arguments.
         id_mark: the mark between the name and an id before `name_end` (Mistral).
         id_end: the mark between an id and the name after it (Solar).
-        counted: the name is followed by a number, and both are the call's id: `functions.f:0` (Kimi).
-        fenced: arguments are in a fenced code block (DeepSeek V3).
+        counted: whether a number follows the name, and both are the call's id: `functions.f:0` (Kimi).
+        fenced: whether arguments are in a fenced code block (DeepSeek V3).
         again: text that begins another call without an opening mark.
         closers: marks after the arguments.
         closed: number of `closers` that `grammar` writes.
@@ -76,7 +76,7 @@ class NamedJson:
         return (yield from self._arguments(reader, calls, name, given_id))
 
     def _head(self, reader: Reader) -> Need[tuple[str, str] | None]:
-        """Parse name and id, and the mark after them; None if there is no mark."""
+        """Parse name and id, and the mark after them; return None if there is no mark."""
         ends = markers(self.name_end, self.id_mark, "{", *self.closers)
         name, mark = yield from reader.name(ends)
         given_id = ""
@@ -126,7 +126,7 @@ class NamedJson:
 
 
 _FENCES = ("```json", "```")
-_COMMON = ("", ">", "\n")  # text that may also follow a word that is not a call
+_COMMON = ("", ">", "\n")  # marks that may also follow a word that is not a call
 _WORD = re.compile(r"\w")
 _COUNTED = re.compile(r"([\w.\-:/]+):\d+")
 
@@ -138,7 +138,7 @@ class RawArgument:
     """Converts the text of a call that is not an object to arguments.
 
     The text is the value of the argument that `text_argument` names. Without such an argument, the text is passed on
-    unchanged: the caller sees what the model wrote. Without text there are no arguments.
+    unchanged, so that the caller sees what the model wrote. Without text there are no arguments.
     """
 
     def __init__(self, calls: CallSink, key: str) -> None:
@@ -162,7 +162,7 @@ class RawArgument:
 
 
 def text_argument(name: str, schema: Mapping[str, Any]) -> str:
-    """Return the argument of a tool whose only argument is a text or code; "" for other tools."""
+    """Return the name of a tool's only argument if it is a text or code; "" for other tools."""
     properties = schema.get("properties")
     keys = list(properties) if isinstance(properties, Mapping) else []
     if len(keys) == 1 and ((kinds := argument_kinds(schema, keys[0])).text or kinds.listed):
@@ -171,7 +171,7 @@ def text_argument(name: str, schema: Mapping[str, Any]) -> str:
 
 
 def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -> Need[None]:
-    """Parse a call's arguments up to a mark, which is not consumed."""
+    """Parse a call's arguments up to one of the marks, which is not consumed."""
     yield from reader.skip_space()
     start = yield from reader.peek()
     if NAME.fullmatch(name) is not None and (start or reader.whole):
@@ -184,7 +184,7 @@ def read_arguments(reader: Reader, calls: CallSink, name: str, stops: Markers) -
 
 
 def _read_raw(reader: Reader, calls: CallSink, key: str, stops: Markers) -> Need[bool]:
-    """Parse text up to a mark, which is not consumed; False if the text was truncated."""
+    """Parse text up to one of the marks, which is not consumed; return False if the text was truncated."""
     raw = RawArgument(calls, key)
     mark = yield from reader.until(stops, raw.add, inside=True)
     reader.put_back(mark)
@@ -196,7 +196,7 @@ def _read_raw(reader: Reader, calls: CallSink, key: str, stops: Markers) -> Need
 
 @dataclasses.dataclass(frozen=True)
 class RawCode:
-    """Code that is the argument of a tool which runs it, without its name: Llama 3's `<|python_tag|>print(1)`.
+    """Code for a tool that runs code, without the tool's name: Llama 3's `<|python_tag|>print(1)`.
 
     Attributes:
         names: names of such tools; the first one that the request offers is called.
@@ -207,9 +207,9 @@ class RawCode:
     closers: tuple[str, ...] = ()
 
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
-        """Parse code after the opening mark; False if no such tool is offered, or if it is not code.
+        """Parse code after the opening mark; return False if no such tool is offered, or if it is not code.
 
-        Text that was truncated before it is clear whether it is a call in another format is not a call.
+        Text that was truncated before it is clear whether it is a call in another format is no call.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

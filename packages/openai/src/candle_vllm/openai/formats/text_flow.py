@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Messages that are text with marks: where reasoning and calls begin and end (step 10).
 
-A mark is valid only where it makes sense. What was wrongly taken for a mark is parsed again as text, up to a limit.
+A mark is valid only where it makes sense. Text that was wrongly taken for a call is parsed again as text, up to a
+limit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _MOST_AGAIN = 1 << 16  # characters of a message that are parsed again because t
 
 
 def _lead(form: ToolFormat) -> str:
-    """Return the beginning of calls in a grammar, which are those of the first body."""
+    """Return the text with which calls begin in a grammar, which writes the first body."""
     body = form.bodies[0] if form.bodies else None
     return getattr(body, "name_open", "") or next(iter(getattr(body, "before_name", ())), "")
 
@@ -51,12 +52,12 @@ class TextFlow:
         """
         Args:
             layout: what the message may contain.
-            form: format of calls; None if they are not parsed.
-            reader: provides the text.
+            form: tool-call format; None if calls are not parsed.
+            reader: has the text.
             output: receives what is found.
-            in_reasoning: the prompt has already opened the reasoning.
-            held: a grammar constrains calls: only its mark ends the reasoning.
-            lazy: the grammar applies from the beginning of a call; calls without marks must begin as in it.
+            in_reasoning: whether the prompt has already opened the reasoning.
+            held: whether a grammar constrains calls, so that only its own mark ends the reasoning.
+            lazy: whether the grammar begins with a call; calls without marks must then begin as in the grammar.
         """
         self._reader = reader
         self._output = output
@@ -71,21 +72,21 @@ class TextFlow:
         self._answers = frozenset(begin for begin, _ in answers)
         self._marks = markers(*sorted({*self._pairs, *self._pairs.values(), *self._opens, *strays}))
         tags = (*form.opens, *form.names, *form.strays) if form and form.ends_thoughts and not held else ()
-        self._tags = frozenset(tag for tag in tags if not is_special(tag))  # these end reasoning whatever follows
+        self._tags = frozenset(tag for tag in tags if not is_special(tag))  # ordinary marks that may end reasoning
         opens = "".join(self._opens)
         others = "".join((*self._pairs, *self._pairs.values(), *strays, *self._answers))
         self._silent = "".join(
             set(others).difference(opens)
-        )  # marks that calls do not use: left out where they have no meaning
+        )  # marks that calls do not use: left out of text where they have no meaning
         self._in_reasoning = in_reasoning
         ways = ways_beside(form, layout.elsewhere) if form and not (held or lazy) else ()
         own = {*form.opens, *form.names} if form else set[str]()
         self._ways = tuple(way for way in ways if way[0] not in own)
-        self._later = tuple(way for way in ways if way[0] in own)  # if its mark begins none of the model's own calls
+        self._later = tuple(way for way in ways if way[0] in own)  # tried if the mark begins no call of the model's own
         self._lazy = lazy
         self._code = CodeSpans()
-        self._spelt = False  # marks were not calls: special tokens are text up to the next part
-        self._unclosed = False  # a call ended the reasoning
+        self._spelt = False  # a mark began no call: special tokens are text up to the next part
+        self._unclosed = False  # a call ended the reasoning, without its closing mark
         self._again = 0  # characters that were parsed again
 
     def run(self) -> Need[None]:
@@ -137,7 +138,7 @@ class TextFlow:
         self._spelt = False
 
     def _no_calls(self, read: int, text: str = "") -> None:
-        """Treat what was taken for calls as text.
+        """Treat as text what was wrongly taken for calls.
 
         Marks are searched again in the `read` characters that are unread now, up to a limit: otherwise a text that
         consists of beginnings of calls would be parsed to its end from each of them.
@@ -148,7 +149,7 @@ class TextFlow:
             self._text(text)
 
     def _bare(self) -> Need[bool]:
-        """Parse calls without a mark at the beginning of the message."""
+        """Parse calls without a mark at the beginning of the message; return whether there were any."""
         form, reader = self._form, self._reader
         body = form and (form.bare or (None if self._lazy else form.unmarked))
         if form is None or body is None:
@@ -166,7 +167,7 @@ class TextFlow:
         return False
 
     def _elsewhere(self, ways: tuple[Way, ...]) -> Need[bool]:
-        """Parse calls in the formats of other models at the beginning of the answer."""
+        """Parse calls in the formats of other models at the beginning of the answer; return whether there were any."""
         if not ways:
             return False
         read = yield from read_elsewhere(self._reader, self._output.calls, ways)
@@ -177,7 +178,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Parse calls after a mark; without a call, the mark is text. True if the call had another model's format."""
+        """Parse calls after a mark, which is text if there are none; return whether they had another model's format."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:
@@ -209,7 +210,7 @@ class TextFlow:
 
     @property
     def _behind_calls(self) -> bool:
-        """Whether only white space follows calls: truncated text there is the beginning of another call."""
+        """Whether only white space follows calls, so that truncated text is the beginning of another call."""
         return self._output.calls.count > 0 and not self._output.in_content
 
     def _read(self, body: Body) -> Need[bool]:
@@ -273,7 +274,7 @@ class TextFlow:
         self._output.reasoning(self._output.spelt(text, self._silent))
 
     def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
-        """Return the text of a mark; "" if a call of an offered tool begins with it, and then nothing is consumed."""
+        """Return the text of a mark; "" if it begins a call of an offered tool, of which nothing is consumed."""
         form, reader = self._form, self._reader
         if not mark or form is None:
             return ""
@@ -308,7 +309,7 @@ class TextFlow:
         return ""
 
     def _until_mark(self, marks: Markers, sink: Sink, code: CodeSpans, always: str = "") -> Need[str]:
-        """Parse text up to a valid mark; marks in quotes are text, and so are marks in code except `always`."""
+        """Parse text up to a valid mark; marks in quotes are text, and marks in code too, except `always`."""
         reader = self._reader
         last = ""
 

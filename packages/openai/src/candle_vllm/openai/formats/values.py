@@ -26,27 +26,27 @@ SPELLINGS: Mapping[str, str] = {
     "array": r"\[(?s:.*)",
     "object": r"\{(?s:.*)",
 }
-"""Regular expressions of texts that have a type even if a string is allowed; grammars exclude them from strings.
-Null and booleans are spelt as in JSON, or as in Python, which chat templates write; other words are not included."""
+"""Regular expressions of texts that are not strings even if a string is allowed; grammars exclude them from strings.
+Null and booleans are spelt as in JSON or, by chat templates, as in Python; other spellings are not included."""
 _WORDS = {"None": "null", "True": "true", "False": "false"}
 _SCALARS = {kind: re.compile(SPELLINGS[kind]) for kind in ("null", "boolean", "integer", "number")}
 JSON_TYPES = frozenset({"string", *SPELLINGS})
 _NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
 _YES, _NO = ("true", "yes"), ("false", "no")
-_MOST_LITERAL = 1 << 16  # characters of a Python literal: its tree takes hundreds of bytes for each
-_MOST_STRING = 1 << 24  # characters of a string literal, which is a single leaf
+_MOST_LITERAL = 1 << 16  # characters of a Python literal, whose syntax tree takes hundreds of bytes for each
+_MOST_STRING = 1 << 24  # characters of a string literal, whose syntax tree is a single leaf
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 class Kinds(NamedTuple):
-    """The values that an argument may have, as far as its text must be interpreted.
+    """The values that an argument may have, as far as they decide how its text is read.
 
     Attributes:
         types: JSON types other than string.
         text: whether any string is allowed.
         listed: strings that the schema enumerates.
-        marked: the format marks strings, and this value has no such mark.
+        marked: whether the format marks strings, and this value has no such mark.
     """
 
     types: frozenset[str]
@@ -56,7 +56,7 @@ class Kinds(NamedTuple):
 
     @property
     def is_string(self) -> bool:
-        """Whether the text is a string, whatever it looks like."""
+        """Whether the text is a string, even if it looks like another type."""
         return not self.types and not self.marked and (self.text or bool(self.listed))
 
     @property
@@ -82,7 +82,7 @@ def argument_kinds(schema: Mapping[str, Any], key: str) -> Kinds:
 
 
 def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
-    """Return the schema of an object's entry `key`, or of a list's items; empty without a schema."""
+    """Return the schema of an object's entry `key`, or of a list's items; {} without a schema."""
     properties = schema.get("properties")
     if key is None:
         own = schema.get("items")
@@ -99,17 +99,13 @@ def escaped(text: str) -> str:
 
 
 def to_json(text: str, kinds: Kinds) -> str:
-    """Return the JSON text of an argument.
+    """Return the JSON of an argument that the model wrote as `text`; `kinds` are the values that the schema allows.
 
     A text that the schema enumerates is a string. If any string is allowed, only texts that match `SPELLINGS` have
     another type; if no string is allowed, further words and spellings of numbers are converted too. If nothing matches,
     the value is a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are part of
     the value; if every value is allowed, quotes mean a string. In a format that marks strings, a value without the mark
     is a string only if it can be nothing else.
-
-    Args:
-        text: the value as the model wrote it.
-        kinds: the values that the schema allows.
     """
     bare, plain = text.strip(), text
     quoted = _quoted(bare) if kinds.is_anything or kinds.marked or not kinds.text else None
@@ -127,7 +123,7 @@ def to_json(text: str, kinds: Kinds) -> str:
 
 
 def _quoted(text: str) -> str | None:
-    """Return the content of a JSON string; None if the text is not a JSON string."""
+    """Return the content of a JSON string; None for any other text."""
     if not (len(text) > 1 and text[0] == text[-1] == '"'):
         return None
     try:
@@ -138,7 +134,7 @@ def _quoted(text: str) -> str | None:
 
 
 def python_value(text: str) -> str | None:
-    """Convert a Python literal to JSON; None if the text is not a literal."""
+    """Convert a Python literal to JSON; None for any other text."""
     string = text[:1] in ("'", '"')
     if len(text) > (_MOST_STRING if string else _MOST_LITERAL) or (not string and _depth(text) > 64):
         return None

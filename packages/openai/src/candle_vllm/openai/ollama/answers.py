@@ -197,8 +197,7 @@ class LineWriter:
         return GenerateLine(response=text, thinking=thought, **known)
 
     def _called(self, *, cut: bool) -> list[Line]:
-        """Return a line with the pending call, if there is one; with `cut`, the answer was truncated inside the call.
-        """
+        """Return a line with the pending call, if there is one; `cut` means that the answer was truncated in it."""
         call, self._call = self._call, None
         if call is None:
             return []

@@ -190,8 +190,7 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Refuse an object of more than `most` entries before they are validated: listing a million errors takes seconds.
-    """
+    """Refuse an object of more than `most` entries before validating them: listing a million errors takes seconds."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Answers that outlive their clients: a task reads an answer to its end, and clients read what it has buffered.
+"""Answers that outlive their clients: a task reads an answer to its end, and clients read from its buffer.
 
-Background responses use this, and the answers that the server's mailbox stores.
+Background responses use this module, and so do answers for the server's mailbox.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class EncodedEvent(NamedTuple):
 class Pieces(Generic[T]):
     """Buffer of an answer's chunks, for readers that disconnect and come back.
 
-    Args:
-        max_bytes: limit of the buffer; the oldest chunks are dropped beyond it. None means no limit.
+    Beyond `max_bytes`, the oldest chunks are dropped; None means no limit.
 
     Attributes:
         size: bytes of the buffered chunks.
@@ -68,8 +67,7 @@ class Pieces(Generic[T]):
     def check(self, after: int) -> None:
         """Refuse to read after a chunk that has not come yet, or one whose successor was dropped.
 
-        Raises:
-            InvalidParameterError: `after` is out of this range; `param` is starting_after.
+        Raises InvalidParameterError with `param` starting_after.
         """
         if after >= self.next_number:
             raise InvalidParameterError(
@@ -89,7 +87,7 @@ class Pieces(Generic[T]):
         return iter(self._pieces)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
-        """Yield the chunks after number `after`, future chunks included."""
+        """Yield the chunks after number `after`, including future ones."""
         wanted = after + 1
         while True:
             news = self._news
@@ -111,7 +109,7 @@ class Pieces(Generic[T]):
 
 
 class Work(Generic[T]):
-    """Task that reads an answer to its end; it begins at once, and no client's disconnect cancels it.
+    """A task that reads an answer to its end; it begins at once, and a client's disconnect does not cancel it.
 
     Args:
         pieces: chunks of the answer; closed at the end.
@@ -132,7 +130,7 @@ class Work(Generic[T]):
         self.task = asyncio.create_task(self._run(pieces, seconds, take, end))  # only the task refers to the arguments
 
     async def cancel(self) -> None:
-        """End the work; returns when it has ended."""
+        """Cancel the task, and wait until it has ended."""
         await self._started.wait()
         self.task.cancel()
         await asyncio.wait({self.task})

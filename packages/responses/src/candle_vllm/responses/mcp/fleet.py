@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""McpFleet: all servers of a configuration, and their tools in one registry."""
+"""McpFleet: all MCP servers of a configuration, and their tools in one registry."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LinkStatus(msgspec.Struct, frozen=True, kw_only=True):
         error: why there is no connection, or None.
         server: name and version that the server reports, or None.
         protocol_version: negotiated protocol version, or None.
-        instructions: the server's instructions for its use, or None.
+        instructions: instructions for the use of the server, or None.
         tools: names that a model uses, of the last known list.
         notes: what was left out of the server's list of tools, and why.
         reconnects: number of connections after the first.
@@ -55,7 +55,7 @@ class McpFleet:
     """The servers of a configuration; as a context manager, it starts and ends them.
 
     Args:
-        configs: at most 64 servers with different names; disabled ones are shown but not started.
+        configs: at most 64 servers with different names; disabled ones have a status but are not started.
         registry: receives the servers' tools, and their new lists whenever they change.
         strict: whether a server that cannot be reached at the start is an error; otherwise it is tried again in the
             background, and its tools are added once it is connected.
@@ -86,8 +86,7 @@ class McpFleet:
     async def start(self) -> None:
         """Start all servers concurrently, and wait until each is ready or has failed once.
 
-        Raises:
-            McpServerError: with `strict`, a server could not be reached; all servers are ended then.
+        With `strict`, McpServerError is raised if a server cannot be reached, after all servers have been ended.
         """
         self._starting = True
         starts = [asyncio.create_task(link.start(keep_trying=not self._strict)) for link in self._links.values()]
@@ -108,7 +107,7 @@ class McpFleet:
             logger.warning("%s; it is tried again in the background", failure)
 
     async def aclose(self) -> None:
-        """End all servers concurrently, and remove their tools from the registry. Idempotent."""
+        """End all servers concurrently, and remove their tools from the registry. Further calls have no effect."""
         await to_the_end(self._end(()))
 
     async def __aenter__(self) -> McpFleet:
@@ -119,7 +118,7 @@ class McpFleet:
         await self.aclose()
 
     def status(self) -> list[LinkStatus]:
-        """Return the present status of each server, in the configuration's order."""
+        """Return the current status of each server, in the order of the configuration."""
         return [self._status(link) for link in self._links.values()]
 
     async def _end(self, starts: Iterable[asyncio.Task[None]]) -> None:
@@ -131,7 +130,7 @@ class McpFleet:
             self.registry.replace(name, ())
 
     def _register(self, link: McpLink) -> None:
-        """Put a server's tools into the registry; during the start, all at its end in the configuration's order.
+        """Put a server's tools into the registry; `start` does this for all, in the configuration's order.
 
         The tools are part of the prompt, whose prefix is cached, so their order must not depend on timing.
         """

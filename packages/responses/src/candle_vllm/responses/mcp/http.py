@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTP below a connection: credentials, limits of bodies and times, status codes, and public addresses."""
+"""HTTP below an MCP connection: credentials, limits of bodies and times, status codes, and public addresses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from candle_vllm.responses.mcp.server_values import OAuthClient
 if TYPE_CHECKING:
     from mcp.shared.auth import OAuthClientInformationFull, OAuthToken
 
-MAX_BODY = 10 * 1024 * 1024  # bytes of a reply that is no event stream, and of one event
+MAX_BODY = 10 * 1024 * 1024  # bytes of a response that is no event stream, and of one event
 _WRITE_SECONDS = 30.0
 _NOTICE_SECONDS = 10.0  # for the answer to a notification, which blocks all other messages in the SDK
 _LEAVE_SECONDS = 3.0  # for the answer to the request that ends a session
@@ -32,7 +32,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
-    """Return a client for one connection, with public addresses only if required. Reads have no timeout here."""
+    """Return a client for one connection, for public addresses only if required. Reads have no timeout here."""
     headers = {"accept-encoding": "identity", **peer.config.headers}
     if isinstance(peer.config.auth, str):
         headers["Authorization"] = f"Bearer {peer.config.auth}"
@@ -47,19 +47,22 @@ def http_client(peer: Peer, notes: HttpNotes) -> httpx2.AsyncClient:
 
 
 def bare_address(url: str) -> str:
-    """Return the address without user, password and fragment, as it is sent."""
+    """Return the address as it is sent: without user, password and fragment."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, parts.query, ""))
 
 
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
-    """Return the credentials of a server's requests besides its headers, or None: Basic ones of its address, or an
-    OAuth token, which is requested when the server asks for it, and again when it has expired."""
+    """Return the credentials of a server's requests besides its headers, or None.
+
+    They are the Basic ones of its address, or an OAuth token, which is requested when the server asks for one, and
+    again when it has expired.
+    """
     if not config.url:
         return None
     if isinstance(config.auth, OAuthClient):
         with warnings.catch_warnings():
-            # without an issuer, the server chooses who gets the secret: the documentation of mcp.json says so
+            # without an issuer, the server decides who gets the secret, as the documentation of mcp.json says
             warnings.simplefilter("ignore", MCPDeprecationWarning)
             return _ClientCredentials(config.auth, bare_address(config.url))
     parts = urlsplit(config.url)
@@ -69,7 +72,7 @@ def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
 
 
 class _Memory:
-    """Holds the token until the connection ends; nothing is written to a disk."""
+    """Holds the token until the connection ends; nothing is written to disk."""
 
     def __init__(self) -> None:
         self._tokens: OAuthToken | None = None
@@ -89,7 +92,7 @@ class _Memory:
 
 
 class _ClientCredentials(ClientCredentialsOAuthProvider):
-    """Requests the scopes of the configuration; the SDK would use those that the servers name instead."""
+    """Requests the scopes of the configuration, where the SDK would use the ones that the servers name."""
 
     def __init__(self, client: OAuthClient, url: str) -> None:
         self._scopes = " ".join(client.scopes) or None
@@ -109,14 +112,11 @@ class _ClientCredentials(ClientCredentialsOAuthProvider):
 
 
 class HttpNotes:
-    """Records the status of a connection's answers, and limits their sizes and times.
+    """Records the status of a connection's responses, and limits their sizes and times.
 
-    Attributes:
-        status: status of the last answer, or None.
-
-    Args:
-        session_doubted: called when the server refuses a request of a session: with True if it says that the session
-            does not exist (404), with False if the request itself may be the reason (400).
+    `status` is the status of the last response, or None. `session_doubted` is called when the server refuses a request
+    of a session: with True if it says that the session does not exist (404), with False if the request itself may be
+    the reason (400).
     """
 
     def __init__(self, session_doubted: Callable[[bool], None]) -> None:
@@ -124,7 +124,7 @@ class HttpNotes:
         self._session_doubted = session_doubted
 
     async def on_request(self, request: httpx2.Request) -> None:
-        """Set a timeout for answers that no caller awaits; calls have their caller's timeout."""
+        """Set a timeout for responses that no caller awaits; calls have their caller's timeout."""
         if request.method == "DELETE":
             _limit(request, _LEAVE_SECONDS)
         elif request.method == "POST" and _is_notice(_content(request)):
@@ -156,7 +156,7 @@ def _content(request: httpx2.Request) -> bytes:
 
 
 def _is_notice(body: bytes) -> bool:
-    """Whether a body is a JSON-RPC message without an id; a long body is treated as a request."""
+    """Whether a body is a JSON-RPC message without an id (notification); a long body counts as a request."""
     if len(body) > 4096:
         return False
     try:
@@ -189,10 +189,10 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
 
 class PublicTransport(httpx2.AsyncBaseTransport):
-    """Sends requests to the public addresses of their hosts; a host with any other address is refused.
+    """Sends requests only to public addresses; refuses a host with any other address.
 
     It is for servers that somebody else than the operator has named. A name is looked up once, and the connection goes
-    to the address that was checked, so a name that is changed a moment later cannot lead elsewhere.
+    to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
 
     Args:
         inner: makes the connections; None uses a transport without proxies, which would look the name up again.
@@ -202,11 +202,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
         self._inner = inner or httpx2.AsyncHTTPTransport(trust_env=False)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one request.
-
-        Raises:
-            httpx2.ConnectError: the host has no address, or one that is not public.
-        """
+        """Send one request; httpx2.ConnectError if the host has no address, or one that is not public."""
         url = request.url
         *others, last = await _public_addresses(url, request)
         request.extensions = {**request.extensions, "sni_hostname": url.host}

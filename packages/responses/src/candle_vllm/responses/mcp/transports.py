@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Opens a connection over stdio, HTTP or SSE, detects its end, limits its rate, and repairs invalid messages."""
+"""Opens an MCP connection over stdio, HTTP or SSE, detects its end, limits its rate, and repairs invalid messages."""
 
 from __future__ import annotations
 
@@ -23,27 +23,23 @@ from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.stdio import StdioServer
 
 Kind = Literal["stdio", "http", "sse"]
-NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # what an SSE server answers to a POST at its address
+NO_SUCH_TRANSPORT = frozenset({400, 404, 405})  # status of an SSE server's response to a POST at its address
 CLOSED = "the server closed the connection"
-MAX_PER_SECOND = 2000  # messages; a server that sends more is delayed, and only that server
+MAX_PER_SECOND = 2000  # messages; a server that sends more is delayed, without effect on other servers
 MAX_RUBBISH = 1000  # consecutive invalid messages
 
 
 def kinds(config: McpServerConfig) -> tuple[Kind, ...]:
-    """Return the transports to try, in order: for an address without one, streamable HTTP and then SSE."""
+    """Return the transports to try, in order: for an address without a transport, streamable HTTP and then SSE."""
     if config.transport is not None:
         return (config.transport,)
     return ("http", "sse") if config.url else ("stdio",)
 
 
 class Opening:
-    """One attempt to connect.
+    """One attempt to connect to a server with one transport.
 
-    Args:
-        peer: the server.
-        kind: the transport.
-        ended: called with a sentence when the server closes the connection.
-        session_doubted: see `HttpNotes`.
+    `ended` is called with a sentence when the server closes the connection; `session_doubted` is as in `HttpNotes`.
     """
 
     def __init__(
@@ -68,7 +64,8 @@ class Opening:
             yield WatchedStream(received, self._over, self._peer.log), sent
 
     def last_words(self) -> str:
-        """Return what the program reported about its failure, to be appended to a sentence; empty if nothing."""
+        """Return what the program reported about its failure, to be appended to a sentence; "" without such a report.
+        """
         return self._program.last_words() if self._program is not None else ""
 
     def _over(self, why: str) -> None:
@@ -98,8 +95,8 @@ class Opening:
         return sse_client(bare_address(self._peer.config.url), httpx_client_factory=client)
 
 
-MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are checked; the others are dropped
-_LEFT_OUT = {"type": "text", "text": ""}  # replaces each block after them, so that their number is known
+MAX_MENDED = 2000  # tools of a list, or blocks of a result, that are checked; further ones are dropped
+_LEFT_OUT = {"type": "text", "text": ""}  # replaces each further block, so that the number of blocks stays the same
 _MAX_NOTES = 20
 _ERA = "2025-11-25"  # the protocol version with the strictest formats
 _OBJECT = "object"
@@ -111,7 +108,8 @@ def mend(result: dict[str, Any], note: Callable[[str], object]) -> None:
     """Remove the parts of a server's answer that violate the protocol, in place.
 
     The SDK checks an answer as a whole, so one invalid tool would invalidate the list, and one unknown block the
-    result. A tool is repaired if its meaning is clear, else dropped; an invalid block is replaced by a text about it.
+    result. A tool is repaired if its meaning is clear, and otherwise dropped; a text about it replaces an invalid
+    block.
 
     Args:
         result: result of any request; lists of tools and results of calls are checked.
@@ -177,7 +175,7 @@ class WatchedStream:
 
     Args:
         inner: read stream of the transport.
-        ended: called with a sentence when the stream ends, maybe more than once.
+        ended: called with a sentence when the stream ends, perhaps more than once.
         log: called with a line for each invalid message.
     """
 
@@ -195,7 +193,7 @@ class WatchedStream:
         return getattr(self._inner, "last_context", None)
 
     async def receive(self) -> SessionMessage | Exception:
-        """Return the next message; raises `anyio.EndOfStream` at the end."""
+        """Return the next message; `anyio.EndOfStream` at the end."""
         try:
             item = await self._inner.receive()
         except (anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):

@@ -2,7 +2,7 @@
 """`${...}` in mcp.json: environment variables, inputs and folders.
 
     ${NAME}  ${env:NAME}          an environment variable, which must be set
-        ${NAME:-default}              the default if it is unset or empty
+    ${NAME:-default}              the default if the variable is unset or empty
     ${input:id}                   an answer of the user
     ${workspaceFolder}  ${workspaceFolderBasename}  ${userHome}  ${pathSeparator}  ${/}
 
@@ -78,14 +78,9 @@ class Variables:
         self._answers: dict[str, str | None] = {}
 
     def expand(self, text: str, where: str) -> str:
-        """Return the text with its expressions replaced.
+        """Return the text with its expressions replaced; ConfigError if a variable is unset, or an input has no answer.
 
-        Args:
-            text: value of the file.
-            where: server and key for messages, which never contain the text itself.
-
-        Raises:
-            ConfigError: a variable is not set, an input has no answer, or an expression is unknown.
+        `where` names server and key for messages, which never contain the text itself.
         """
 
         def value(match: re.Match[str]) -> str:
@@ -125,7 +120,7 @@ class Variables:
         return found
 
     def _folder(self, name: str, where: str) -> str | None:
-        """Return the value of a name that is not a variable, or None."""
+        """Return the value of a name that is not an environment variable, or None."""
         if name == "userHome":
             home = self._environ.get("HOME") or self._environ.get("USERPROFILE")
             if not home:

@@ -32,7 +32,7 @@ class ToolRegistry:
     """Tools by name: functions are added one by one, the tools of an MCP server all together.
 
     Functions come first, then each server's tools, with the servers in the order of their registration. A registry
-    belongs to one thread, that of the event loop.
+    belongs to the thread of its event loop.
     """
 
     def __init__(self, tools: Iterable[Tool | Callable[..., Any]] = ()) -> None:
@@ -50,14 +50,12 @@ class ToolRegistry:
 
     @property
     def revision(self) -> int:
-        """Number of changes: equal numbers mean the same tools."""
+        """Number of changes; as long as it is the same, so are the tools."""
         return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:
-        """Add one tool.
-
-        Raises:
-            InvalidParameterError: its name is used or invalid, its schema too large, or there are too many tools.
+        """Add one tool; InvalidParameterError if its name is used or invalid, its schema too large, or there are too
+        many tools.
         """
         definition = tool.definition
         fault = _fault(definition)
@@ -87,11 +85,7 @@ class ToolRegistry:
         return tool
 
     def remove(self, name: str) -> None:
-        """Remove a tool; its running calls continue.
-
-        Raises:
-            InvalidParameterError: there is no tool of this name.
-        """
+        """Remove a tool, whose running calls continue; InvalidParameterError if there is no tool of this name."""
         for group in self._groups.values():
             if group.pop(name, None) is not None:
                 self._revision += 1
@@ -102,10 +96,8 @@ class ToolRegistry:
         """Replace all tools of a server; an empty list removes the server.
 
         A tool whose name is used by another group gets a name with a hash. A tool that cannot be offered (the second
-        with a name, a schema beyond the limits) is left out, with a warning in the log.
-
-        Returns:
-            The original names of the tools that were left out.
+        with a name, a schema beyond the limits) is left out, with a warning in the log. Returns the original names of
+        such tools.
         """
         room = MAX_TOOLS - len(self) + len(self._groups.get(server, {}))
         group: dict[str, Registered] = {}
@@ -193,7 +185,7 @@ class _Renamed:
 
 
 def _fault(definition: ToolDefinition) -> str | None:
-    """Return why the tool cannot be offered to a model, or None."""
+    """Return why a tool cannot be offered to a model, or None."""
     if not is_tool_name(definition.name):
         return "a name is 1 to 64 letters, digits, '_' and '-'"
     return schema_fault(definition.parameters)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Batches: answer the lines of batches beside other requests, at a lower priority, in half of a model's sequences.
+"""Batches: answer the lines of batches beside other requests, with a lower priority, in half of a model's sequences.
 
-Several servers may share a store: the server that has the lease of a batch works on it. A server that stops releases
-the lease and writes the results so far; the next server continues after them.
+Several servers may share a store: the server that has the lease of a batch works on it. A server that stops writes the
+results so far and releases the lease; the next server continues after them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from candle_vllm.server.http.keys import are_several
 from candle_vllm.server.http.request_context import current_request
 from candle_vllm.server.http.routing import Caller, caller_of
 
-RENEW_SECONDS = 5.0  # also between two searches for batches of stopped servers and for cancellations on other servers
-AT_ONCE = 4  # batches that one server works on
+RENEW_SECONDS = 5.0  # pause between renewals of leases, and between searches for lapsed batches and cancellations
+AT_ONCE = 4  # batches on which one server works at a time
 UPLOADS_OF_A_KEY = 8  # at the same time
 FORM_OVERHEAD = 64 << 10  # bytes of a form besides its file
 
@@ -55,7 +55,7 @@ class Batches:
         options: options of the store.
         callers: returns the callers of all valid API keys; only `NOBODY` if clients need no key.
         longest: maximum bytes of a line.
-        places: returns how many sequences a model runs at a time; half of them may be lines.
+        places: returns how many sequences a model runs at a time, of which half may be lines.
         app: answers the lines.
 
     Attributes:
@@ -94,7 +94,7 @@ class Batches:
         self._upkeep = Upkeep(RENEW_SECONDS, self._look, "batches could not be looked for", at_once=True)
 
     async def close(self) -> None:
-        """Give back the running batches, and close the store."""
+        """Release the running batches, and close the store."""
         if self._upkeep is not None:
             await self._upkeep.close()
         runs = [run.task for run in self._running.values() if run.task is not None]
@@ -105,7 +105,7 @@ class Batches:
         await self.store.close()
 
     async def create(self, owner: str, wire: BatchRequest) -> Batch:
-        """Create a batch, which begins soon; NotStoredError if there is no such file."""
+        """Create a batch, which begins soon; NotStoredError if its input file does not exist."""
         given = await self.store.file(owner, wire.input_file_id, "input_file_id")
         if given.purpose in SEEN:
             said = f"input_file_id: the file was kept for {given.purpose}; a batch needs one for {BATCH}"
@@ -123,7 +123,7 @@ class Batches:
         return batch
 
     async def cancel(self, owner: str, batch_id: str) -> Batch:
-        """Cancel a batch, which ends soon; its results so far stay. HttpError 409 if it has ended already."""
+        """Cancel a batch, which ends soon and keeps its results so far; HttpError 409 if it has ended already."""
         batch = (await self.store.batch(owner, batch_id)).batch
         if batch.status not in WORKING:
             raise HttpError(409, f"The batch has ended already: it is {batch.status}.", "batch_ended", param="batch_id")
@@ -136,8 +136,7 @@ class Batches:
     def upload(self, owner: str) -> Iterator[Callable[[int], None]]:
         """Register an upload until it is stored; yields a function that counts its received bytes.
 
-        Raises:
-            HttpError: 429 if the key has too many running uploads or bytes, 503 if all keys have; also when counting.
+        Raises HttpError, also when counting: 429 if the key's uploads are too many or too large, 503 if all keys' are.
         """
         own, upload = self._uploads.setdefault(owner, {}), object()
         if len(own) >= UPLOADS_OF_A_KEY:
@@ -160,11 +159,12 @@ class Batches:
                 del self._uploads[owner]
 
     def _several(self) -> bool:
-        """Whether there are keys of several owners."""
+        """Whether the API keys have several owners."""
         return are_several(self._callers())
 
     async def _look(self) -> None:
-        """Start batches that no server works on; if there are several keys, one has at most half of those that run."""
+        """Start batches that no server works on; with several keys, at most half of the running ones are one owner's.
+        """
         if not self.store.is_open:
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE
@@ -187,7 +187,7 @@ class Batches:
 
     @contextlib.asynccontextmanager
     async def _place(self, owner: str) -> AsyncIterator[None]:
-        """Occupy a slot for a line of an owner; if there are several keys, one owner has at most half of the slots."""
+        """Occupy a slot for a line; with several keys, one owner has at most half of the slots."""
         assert self._places is not None
         half = self._places_of.setdefault(owner, asyncio.Semaphore(max(1, self._width // 2)))
         async with half if self._several() else contextlib.nullcontext(), self._places:
@@ -232,10 +232,10 @@ def _too_much(status: int, said: str) -> HttpError:
 
 
 async def stored_image(file_id: str, path: str) -> bytes:
-    """Return the content of a file of the current request's caller; `path` is the request field that names it.
+    """Return the content of a file of the current request's caller; InvalidParameterError if it is missing or too
+    large.
 
-    Raises:
-        InvalidParameterError: the file does not exist, or is too large.
+    `path` is the request field that names the file.
     """
     context = current_request.get()
     app = None if context is None else context.scope.get("app")

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Figures of `bench`: percentiles of latencies, throughput and goodput, under the names in vLLM's results.
+"""Figures of `bench`: percentiles of latencies, throughput and goodput, with the names in vLLM's results.
 
     ttft    time from sending the request to the first event with content
     tpot    time from the first event to the end of the answer / number of tokens after the first
     itl     time between two events with content of one answer
     e2el    time from sending the request to the end of its answer
 
-Failed requests are counted, but not included in latencies.
+Failed requests are counted, but do not enter latencies.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Seen:
 
     @property
     def itls(self) -> list[float]:
-        """Times between consecutive events."""
+        """Times between consecutive events with content."""
         return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
     @property
@@ -75,14 +75,14 @@ def summary(
     *,
     streamed: bool = True,
 ) -> dict[str, Any]:
-    """Compute the figures of a run.
+    """Return the figures of a run.
 
     Args:
         seen: results of all requests.
         duration: duration of the run in seconds.
         metrics: the names in `METRICS` to report.
         percentiles: the percentiles to report.
-        goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None skips goodput.
+        goals: upper limits in milliseconds for a good request, by names of `GOODPUT`; None omits goodput.
         streamed: whether answers were streamed.
     """
     good = [each for each in seen if not each.error]
@@ -115,7 +115,7 @@ def summary(
 
 
 def detail(seen: Sequence[Seen]) -> dict[str, Any]:
-    """Lists with the results of every request, for --save-detailed."""
+    """Return lists with the results of every request, for --save-detailed."""
     return {
         "input_lens": [each.input_len for each in seen],
         "output_lens": [each.output_len for each in seen],
@@ -128,7 +128,7 @@ def detail(seen: Sequence[Seen]) -> dict[str, Any]:
 
 
 def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
-    """Statistics of one metric; None without values, as for the tpot of answers with one token."""
+    """Return the statistics of one metric; None without values, as for the tpot of answers with one token."""
     ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
     ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
     return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}
@@ -202,7 +202,7 @@ def read_metrics(text: str) -> list[str]:
 
 
 def read_goals(texts: Sequence[str]) -> dict[str, float] | None:
-    """Parse goodput limits, such as `ttft:200`; return None without any."""
+    """Parse goodput limits, such as `ttft:200`; None without limits."""
     goals: dict[str, float] = {}
     for text in (each for given in texts for each in given.split()):
         name, _, value = text.partition(":")

@@ -44,16 +44,12 @@ _BETWEEN_TURNS = "\n\n"
 
 
 class WatchedTurns:
-    """Passes turns on, and remembers the head of the first turn, which is that of the whole answer.
-
-    Args:
-        model: answers the turns.
-        scope: ASGI scope of the HTTP request.
+    """Passes turns on, and remembers the head of the first turn, which becomes the head of the whole answer.
 
     Attributes:
-        head: head of the first turn, once it has begun: its id, time and names are those of the answer.
+        head: head of the first turn, once it has begun.
         entered: set when the engine has accepted the first turn.
-        eyes: the vision of the model (`eyes_of`).
+        eyes: image input of the model (`eyes_of`).
     """
 
     def __init__(self, model: ChatModel, scope: Scope) -> None:
@@ -66,7 +62,7 @@ class WatchedTurns:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
-        """The events of one turn. Turns after the first have their own ids and times."""
+        """Yield the events of one turn. Turns after the first have ids and times of their own."""
         assert isinstance(request, Task), "turns are asked for by tasks"
         self._turns += 1
         if self._turns > 1:
@@ -84,7 +80,7 @@ class WatchedTurns:
 
 
 class Execution:
-    """The events of one request's conversation; `aclose` stops everything that runs for it.
+    """The events of one request's conversation; `aclose` ends its turn and its tools.
 
     Args:
         service: has the tools.
@@ -130,7 +126,7 @@ class Execution:
         self._next: asyncio.Task[Event] | None = None
 
     async def start(self) -> None:
-        """Wait until the engine has accepted the first turn; on a failure, close everything and raise it."""
+        """Wait until the engine has accepted the first turn; after a failure, close everything and raise it."""
         try:
             self.state.add(await anext(self._events))
             self._next = asyncio.ensure_future(_next(self._events))
@@ -166,7 +162,7 @@ class Execution:
         return event
 
     async def aclose(self) -> None:
-        """Stop the model's turn and the running tools."""
+        """End the model's turn and the running tools."""
         pending, self._next = self._next, None
         if pending is not None:
             pending.cancel()
@@ -175,7 +171,7 @@ class Execution:
 
 
 def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int | None) -> tuple[Transcript, Ask]:
-    """The transcript, and a function that makes the request of each turn; `limit` is the client's token limit."""
+    """Return the transcript, and a function that makes each turn's request; `limit` is the client's token limit."""
     task = read_chat(wire)
     names = {} if limit is None else {"max_tokens": "max_completion_tokens"}
     task = replace(
@@ -202,7 +198,7 @@ async def _next(events: Any) -> Event:
 
 
 async def executed(execution: Execution) -> ChatCompletion:
-    """Return the whole answer. Cancelling it stops everything."""
+    """Return the whole answer. Cancelling the coroutine ends the turn and the tools."""
     async with aclosing(execution):
         await execution.start()
         async for _ in execution:
@@ -224,7 +220,7 @@ async def executed(execution: Execution) -> ChatCompletion:
 
 
 class ExecutedStream:
-    """The chunks of the answer as they are generated; one id, one role, one end. Close it to stop everything."""
+    """The chunks of the answer as they are generated; one id, one role, one end. Closing it ends turn and tools."""
 
     def __init__(self, execution: Execution, *, include_usage: bool) -> None:
         self._execution = execution

@@ -96,8 +96,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 def take_stock(
     manager: ModelManager, slots: Sequence[ModelSlot], settings: Settings, pulls: Sequence[Pull], *, changes: bool
 ) -> Inventory:
-    """Return the inventory; `slots` are the served models in order, and `changes` is whether clients may change models.
-    """
+    """Return the inventory; `slots` are the served models in order, `changes` is whether clients may change them."""
     room = room_of(settings, 0)
     held = held_by(manager.loaded)
 

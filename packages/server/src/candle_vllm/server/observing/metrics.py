@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Metrics: the counts of one application, the registry that `/metrics` is made from, and the observers of requests.
+"""Metrics: the counts of one application, the registry for `/metrics`, and the observers of requests.
 
-No globals: a process may hold several applications, each with its own metrics. Counts that change with every token are
-plain numbers (`ModelMetrics`); events that happen at most once per request use prometheus-client's metrics.
+There are no globals: a process may have several applications, each with its own metrics. Counts that change with every
+token are plain numbers (`ModelMetrics`); events that happen at most once per request are prometheus-client's metrics.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._models: dict[str, ModelMetrics] = {}
         self._usage = UsageTable()
-        self._limited: set[str] = set()  # labels of keys that were limited
+        self._limited: set[str] = set()  # labels of keys that reached a rate limit
         self._events: dict[str, MetricWrapperBase] = {
             each.name: Counter(each.name, each.help, each.labels, registry=None)
             if each.kind == "counter"
@@ -71,19 +71,19 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
     def model(self, name: str, max_model_len: int) -> ModelMetrics:
-        """The counts under a model's name; the same object for the same name."""
+        """Return the counts of a model; the same object for the same name."""
         with self._lock:
             if name not in self._models:
                 self._models[name] = ModelMetrics(name, max_model_len, self._usage, self.refused, self._observers)
             return self._models[name]
 
     def models(self) -> list[ModelMetrics]:
-        """The counts of every model that has been loaded, in order of names."""
+        """Return the counts of every model that has been loaded, sorted by name."""
         with self._lock:
             return [self._models[name] for name in sorted(self._models)]
 
     def usage(self) -> list[UsageRow]:
-        """Requests that have ended and their tokens, by model and key."""
+        """Return the requests that have ended, and their tokens, by model and key."""
         for model in self.models():
             model.settle()
         return self._usage.rows()
@@ -95,7 +95,7 @@ class Metrics:
         self._count(series.REJECTIONS, model, Rejection(reason))
 
     def rate_limited(self, key: str, limit: str) -> None:
-        """Count a request whose key had used up a limit: `limit` is "requests" or "tokens"."""
+        """Count a request whose key has used up a limit: `limit` is "requests" or "tokens"."""
         with self._lock:
             if len(self._limited) < MAX_KEYS:
                 self._limited.add(key)
@@ -117,27 +117,27 @@ class Metrics:
         self._count(series.UNLOADS, model)
 
     def model_waited_for(self, model: str, seconds: float) -> None:
-        """Record how long a request waited for its model, which had to be loaded or switched to first."""
+        """Record how long a request waited for its model to be loaded or switched to."""
         self._observe(series.WAIT_SECONDS, seconds, model)
 
     def answer_kept(self, outcome: Outcome) -> None:
-        """Count an answer that was put into the mailbox, or could not be."""
+        """Count an answer that the mailbox stored, or could not store."""
         self._count(series.ANSWERS_KEPT, outcome)
 
     def webhook_sent(self, outcome: Outcome) -> None:
-        """Count a webhook that was delivered or given up."""
+        """Count a push to a webhook that was delivered or given up."""
         self._count(series.WEBHOOKS, outcome)
 
     def adapter_looked_for(self, source: str, outcome: str) -> None:
-        """Count a lookup in a source of adapters; `outcome` says how it ended."""
+        """Count a lookup in a source of adapters, with its outcome."""
         self._count(series.ADAPTER_LOOKS, source, outcome)
 
     def image_fetched(self, outcome: str) -> None:
-        """Count an image that a request named by its URL; `outcome` says how fetching it ended."""
+        """Count an image that a request named by its URL, with the outcome of fetching it."""
         self._count(series.IMAGE_FETCHES, outcome)
 
     def tool_called(self, server: str, status: str) -> None:
-        """Count a call of a tool of an MCP server; `status` says how it ended."""
+        """Count a call of an MCP server's tool, with its outcome."""
         self._count(series.TOOL_CALLS, server, status)
 
     def watch_mcp_servers(self, states: Callable[[], Iterable[str]]) -> None:
@@ -156,14 +156,10 @@ class Metrics:
 
 
 class Observation:
-    """The observers of one application.
-
-    Attributes:
-        metrics: the counts of the application.
-    """
+    """The observers of one application, with its metrics."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises UsageError if traces are configured and OpenTelemetry is not installed."""
+        """Raises UsageError if traces are configured, but OpenTelemetry is not installed."""
         self._tracing: Tracing | None = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
         observers: list[Observer] = []
         if settings.log_requests:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: adapters as in vLLM and llama.cpp.
+"""`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: LoRA adapters as in vLLM and llama.cpp.
 
 Beside step 1 of a request's life: the `model` of a request can name an adapter without any of these routes.
 """
@@ -39,13 +39,13 @@ _INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # error codes of vLL
 
 
 class LoadAdapterRequest(WireModel):
-    """An adapter from files of this machine or from a resolver, and the name to serve it by.
+    """A LoRA adapter in files of this machine or from a resolver, and the name under which it is served.
 
     Attributes:
         lora_path: a PEFT folder, a GGUF adapter, or a name that a resolver knows.
-        load_inplace: whether it replaces an adapter of the same name.
-        base_model_name: the model that it is for; by default the first model that takes adapters.
-        is_3d_lora_weight: without effect, because an adapter's files say how they store experts.
+        load_inplace: whether it may replace an adapter of the same name.
+        base_model_name: its base model; by default the first model that supports adapters.
+        is_3d_lora_weight: no effect, because an adapter's files say how they store experts.
     """
 
     lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
@@ -56,7 +56,7 @@ class LoadAdapterRequest(WireModel):
 
 
 class UnloadAdapterRequest(WireModel):
-    """Which adapter to unload; its number has no effect, because adapters are identified by name."""
+    """Which adapter to unload, by its name; its number has no effect."""
 
     lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
     lora_int_id: int | None = None
@@ -67,7 +67,7 @@ class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: its number, for `lora` of a request.
-        path: the name of its files, without their folder, which stays private.
+        path: name of its files, without their folder, which stays private.
         scale: its scale in requests that do not set one.
         name: its name, for `model` of a request.
     """
@@ -79,7 +79,7 @@ class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Succeeded(msgspec.Struct, frozen=True):
-    """It is done."""
+    """The change is done."""
 
     success: bool = True
 
@@ -128,7 +128,7 @@ async def load_lora_adapter(request: Request) -> Response:
 
 
 def _said(info: AdapterInfo) -> list[str]:
-    """A summary of a loaded adapter."""
+    """Return a summary of a loaded adapter."""
     return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
 
 
@@ -151,7 +151,7 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
     errors=(*MODEL_ERRORS, 409),
 )
 async def unload_lora_adapter(request: Request) -> Response:
-    """Serve an adapter no more; answers that go on end with it."""
+    """Stop serving an adapter; answers that use it end."""
     wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
     manager, name = _changeable(request), wanted.lora_name
     if not name:
@@ -167,7 +167,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 
 def _changeable(request: Request) -> ModelManager:
-    """Return the manager of the models, if the operator allows clients to change adapters."""
+    """Return the manager of the models; HttpError if clients may not change adapters, or no model supports them."""
     state = request.app.state
     if not state.settings.allow_runtime_lora:
         message = "This server's adapters stay as they are: it was started without --allow-runtime-lora."
@@ -179,14 +179,14 @@ def _changeable(request: Request) -> ModelManager:
 
 
 def _base(manager: ModelManager, name: str | None) -> ModelSlot:
-    """Return a model that takes adapters: the model of that name, or the first without a name."""
+    """Return the model of this name; without a name, the first that supports adapters; HttpError 409 if it does not."""
     slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
     if not slot.entry.settings.enable_lora:
         raise HttpError(409, f"The model {slot.entry.names[0]!r} takes no adapters.", "adapters_off")
     return slot
 
 
-# ---- llama.cpp's -----------------------------------------------------------------------------------------------------
+# ---- routes of llama.cpp ---------------------------------------------------------------------------------------------
 
 
 @route(
@@ -199,7 +199,7 @@ def _base(manager: ModelManager, name: str | None) -> ModelSlot:
     manages=False,
 )
 async def list_lora_adapters(request: Request) -> Response:
-    """The adapters that the operator named, with their numbers and scales, in llama.cpp's words."""
+    """The adapters that the operator named, with their numbers and scales, in llama.cpp's form."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     found = manager.adapters.numbered(_asked(request).entry.name)
     return json_answer([_numbered(each) for each in found if caller.may_use(*each.names)])
@@ -215,7 +215,7 @@ async def list_lora_adapters(request: Request) -> Response:
     errors=MODEL_ERRORS,
 )
 async def scale_lora_adapters(request: Request) -> Response:
-    """How much of each adapter is added where a request says nothing, in llama.cpp's words.
+    """Set the scale of each adapter in requests that do not set one, in llama.cpp's form.
 
     An adapter that the body does not name gets the scale 0.
     """

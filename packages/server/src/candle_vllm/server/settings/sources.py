@@ -2,7 +2,7 @@
 """Sources of settings: their values, the environment and `.env`, and the precedence between sources.
 
 Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. An
-unknown name is an error that suggests the nearest known one.
+unknown name is an error, with the nearest known name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SettingsSource:
         title: name of the source, for messages.
         values: typed values by setting name.
         given_as: spelling of each setting in the source, for messages.
-        remarks: sentences about entries that have no effect or a surprising one.
+        remarks: sentences about entries that have no effect, or a surprising one.
     """
 
     title: str
@@ -43,12 +43,12 @@ class SettingsSource:
 
 
 def environment_source(variables: Mapping[str, str], title: str, known: Container[str] | None = None) -> SettingsSource:
-    """Read the `CANDLE_VLLM_*` variables; other variables are ignored.
+    """Read the `CANDLE_VLLM_*` variables; ignore other variables.
 
     Args:
         variables: values by name.
         title: name of the source, for messages.
-        known: settings that are used; errors in others become remarks. None means all settings.
+        known: settings that are used; errors in other settings become remarks. None means all settings.
 
     Raises:
         UsageError: a variable is unknown, or its value invalid.
@@ -101,7 +101,7 @@ def _variable(option: Option, text: str, spelled: str) -> Any:
 def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
     """Read the assignments of a `.env` file; returns {} if it does not exist. `${...}` is not expanded.
 
-    An invalid line is a UsageError, or, if `wrong` is given, is skipped and added to it.
+    An invalid line is a UsageError; if `wrong` is given, it is skipped, and its message added to `wrong`.
     """
     if not path.is_file():
         return {}
@@ -123,7 +123,7 @@ def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
 
 
 def read_small(path: Path) -> str:
-    """Read a settings file of at most a megabyte; raises UsageError, also for a missing file."""
+    """Read a settings file of at most a megabyte; UsageError, also for a missing file."""
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_FILE + 1)
@@ -137,10 +137,7 @@ def read_small(path: Path) -> str:
 
 
 def read_yaml(path: Path, *, secret: bool = False) -> Any:
-    """Parse a YAML settings file, with its mappings as `Section`.
-
-    Args:
-        secret: whether messages must not repeat any of its content.
+    """Parse a YAML settings file, with its mappings as `Section`; if it is `secret`, no message repeats its content.
 
     Raises:
         UsageError: it is unreadable or not YAML; the message names the line.
@@ -163,7 +160,7 @@ def read_yaml(path: Path, *, secret: bool = False) -> Any:
 
 
 def _loader() -> type[yaml.SafeLoader]:
-    """Return PyYAML's safe loader with line numbers; it refuses duplicate keys, of which yaml takes the last."""
+    """Return PyYAML's safe loader with line numbers; it refuses duplicate keys, of which PyYAML would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -196,7 +193,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
-    """Return one value per setting, from the first source that sets it or one of its rivals."""
+    """Return one value for each setting: from the first source that sets it or one of its rivals."""
     return {name: source.values[name] for name, source in origins(sources).items()}
 
 

@@ -18,7 +18,7 @@ from candle_vllm.openai.errors import UnsupportedParameterError
 MAX_DEFINITION = 64 << 10  # characters
 _SHORT = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 _PLAIN = r'[^"\\\x00-\x1f]'  # characters that JSON does not escape
-# Terminals of Lark's `common` grammar.
+# terminals of Lark's `common` grammar
 _COMMON = {
     "DIGIT": "/[0-9]/", "HEXDIGIT": "/[0-9A-Fa-f]/", "INT": "/[0-9]+/", "SIGNED_INT": "/[+-]?[0-9]+/",
     "DECIMAL": r"/[0-9]+\.[0-9]*|\.[0-9]+/",
@@ -64,16 +64,11 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
 
 
 def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
-    """Return a terminal of a text that follows `definition`: its name, and lines of a grammar.
+    """Return a terminal of a text that follows `definition`: its name, and lines of a grammar. `prefix` as in
+    `json_rules`.
 
-    Formats that write a text between marks search for the mark after it; only a terminal can exclude it from the text.
-
-    Args:
-        definition: the grammar in Lark, with a rule `start`.
-        prefix: prefix of the names of its terminals, in lower case.
-
-    Raises:
-        UnsupportedParameterError: the grammar is recursive, or has a construct that terminals do not support.
+    Formats that write a text between marks search for the mark after it, and only a terminal can exclude this mark from
+    the text. UnsupportedParameterError if the grammar is recursive, or has a construct that terminals do not support.
     """
     kinds = _checked_tokens(definition)
     if _is_recursive(kinds):
@@ -95,7 +90,8 @@ _Spell = Callable[[str], str]
 
 
 def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex: _Spell) -> tuple[str, list[str]]:
-    """Rename a grammar's rules and rewrite its strings and expressions; return the name of its start, and its lines."""
+    """Rename a grammar's rules, rewrite its strings and expressions, and return the name of its start, and its lines.
+    """
     out: list[str] = []
     for number, (kind, text) in enumerate(kinds):
         before = kinds[number - 1][1] if number else ""
@@ -116,7 +112,7 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
 
 
 class _Names:
-    """New names of a user's rules, distinct from this grammar's own; `single`: all of them are terminals."""
+    """New names of a user's rules, distinct from this grammar's own; `single` makes all of them terminals."""
 
     def __init__(self, prefix: str, *, single: bool) -> None:
         self.single = single

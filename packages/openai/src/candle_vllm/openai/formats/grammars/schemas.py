@@ -32,7 +32,7 @@ _MOST_BRANCHES = 256
 
 
 class FunctionShape(Protocol):
-    """What grammars need to know of a function."""
+    """A function, as grammars use it."""
 
     @property
     def name(self) -> str: ...
@@ -62,15 +62,13 @@ class Branch(NamedTuple):
 
 
 class Root:
-    """The schema of one tool's arguments.
+    """The schema of one tool's arguments; InvalidParameterError if it is invalid, or constrained decoding lacks
+    support.
 
     Args:
         tool: the tool.
         schema: schema of its arguments; references in it are relative to it.
         grammar: a user's Lark grammar that every string in the arguments must follow.
-
-    Raises:
-        InvalidParameterError: the schema is invalid, or constrained decoding does not support it.
     """
 
     def __init__(self, tool: FunctionShape, schema: Schema, grammar: str | None = None) -> None:
@@ -83,7 +81,7 @@ class Root:
             raise InvalidParameterError(f"tools: the parameters of {tool.name!r}: {message}", "tools") from None
 
     def refused(self, keyword: str, why: str) -> UnsupportedParameterError:
-        """Return the error for a keyword that the model's format of calls cannot express."""
+        """Return the error for a keyword that the model's tool-call format cannot express."""
         return UnsupportedParameterError(
             f"tools: the parameters of {self.tool.name!r} have {keyword!r}, which cannot be guaranteed in this model's "
             f"tool format: {why}",
@@ -91,7 +89,7 @@ class Root:
         )
 
     def resolved(self, schema: Any) -> Any:
-        """Follow references; siblings of a reference are refused."""
+        """Follow references; refuse other keywords beside a reference."""
         for _ in range(_MOST_STEPS):
             if not isinstance(schema, Mapping) or "$ref" not in schema:
                 return schema
@@ -101,7 +99,7 @@ class Root:
         raise self.refused("$ref", "references refer to references without an end")
 
     def self_contained(self, schema: Schema) -> dict[str, Any]:
-        """Return a part of the schema with the definitions that it refers to."""
+        """Return a part of the schema, with the definitions to which it refers."""
         names: dict[str, str] = {}
         definitions: dict[str, Any] = {}
 
@@ -215,8 +213,8 @@ class Entries(NamedTuple):
 def entries(root: Root, schema: Schema) -> Entries:
     """Return the entries of an object's schema.
 
-    Additional entries are written if the schema describes them, or names no properties: without
-    `additionalProperties`, a schema with `properties` allows additional entries, but they are not written.
+    Additional entries are written if the schema describes them, or has no `properties`. With `properties` but without
+    `additionalProperties`, a schema allows additional entries, but they are not written.
     """
     schema = root.resolved(schema)
     for keyword in ("patternProperties", "minProperties", "maxProperties", *sorted(_asserted(schema) - _OBJECT)):
