@@ -24,16 +24,15 @@ class Writer(Protocol[_ChunkT_co]):
 
 
 class AnswerStream(PushStream[Event]):
-    """Events of one answer, from the tokens of one or more engine streams.
+    """Events of one answer, from the outputs of one or more engine streams.
 
     Args:
         sources: one stream for each prompt.
         reader: converts outputs to events.
-        prompt: tokens of the first prompt.
+        prompt: tokens of the first prompt, also an attribute.
 
     Attributes:
         head: fields of the answer that are known in advance.
-        prompt: the argument.
     """
 
     def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader, prompt: Sequence[int] = ()) -> None:
@@ -63,7 +62,7 @@ class ChunkStream(PushStream[ChunkT]):
         events: events of the answer.
         writer: converts events to chunks.
         worded: context manager that rewords errors for the API.
-        first: chunks that are sent before the first token.
+        first: chunks to send before the first token.
     """
 
     def __init__(
@@ -94,10 +93,10 @@ class _Reading:
     """The stage that converts the outputs of one prompt to events.
 
     Args:
-        number: number of the prompt.
+        number: index of the prompt.
         reader: reader for all prompts.
         receiver: receives the events of all prompts.
-        unended: numbers of the prompts that have not ended; shared by all stages.
+        unended: indices of the prompts that have not ended; shared by all stages.
     """
 
     def __init__(self, number: int, reader: AnswerReader, receiver: Receiver[Event], unended: set[int]) -> None:

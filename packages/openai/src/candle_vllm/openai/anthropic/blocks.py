@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Content blocks of Anthropic's requests (step 2).
 
-Text, images, reasoning, tool calls and their results are accepted; the error of any other type names it.
+Text, images, reasoning, tool calls and their results are accepted; the error for any other type names it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ CacheControl = dict[str, Any]
 
 
 class TextBlock(WireModel):
-    """Text. The cache mark has no effect, because every full block is cached; neither has `parsed_output`.
-
-    The official client adds `parsed_output` to the text of an answer.
+    """Text. `cache_control` has no effect, because every full block is cached; nor has `parsed_output`, which
+    Anthropic's client adds to the text of an answer.
     """
 
     type: Literal["text"]
@@ -53,7 +52,7 @@ class WrittenBlock(TextBlock):
 
 
 class ThinkingBlock(WireModel):
-    """Reasoning of the model; its signature is not checked."""
+    """Reasoning of the model; the signature is not checked."""
 
     type: Literal["thinking"]
     thinking: str
@@ -68,13 +67,13 @@ class RedactedThinkingBlock(WireModel):
 
 
 class _Caller(WireModel):
-    """Caller of a tool: always the model."""
+    """Who called a tool: always the model."""
 
     type: Literal["direct"]
 
 
 class ToolUseBlock(WireModel):
-    """A call in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     type: Literal["tool_use"]
     id: Name
@@ -96,7 +95,7 @@ class ToolUseBlock(WireModel):
 
 
 class Base64Source(WireModel):
-    """Data of an image; its type is found from its bytes, not from `media_type`."""
+    """Data of an image; its bytes tell its type, not `media_type`."""
 
     type: Literal["base64"]
     media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
@@ -118,7 +117,7 @@ class FileSource(WireModel):
 
 
 class ImageBlock(WireModel):
-    """An image; the cache mark has no effect."""
+    """An image; `cache_control` has no effect."""
 
     type: Literal["image"]
     source: Annotated[
@@ -153,7 +152,7 @@ class PlainTextSource(WireModel):
 
 
 class ContentSource(WireModel):
-    """A document as a text or as text blocks."""
+    """A document as a text, or as text blocks."""
 
     type: Literal["content"]
     content: Annotated[
@@ -175,7 +174,7 @@ def _readable(value: Any) -> Any:
 
 
 class DocumentBlock(WireModel):
-    """A document of plain text; the model reads its title, context and text. The cache mark has no effect."""
+    """A document of plain text; the model reads its title, context and text. `cache_control` has no effect."""
 
     type: Literal["document"]
     source: Annotated[
@@ -211,7 +210,7 @@ class ToolReferenceBlock(WireModel):
 
 
 def type_of(value: Any) -> str:
-    """Return the `type` of an object; raises pydantic's error for an object without `type`."""
+    """Return the `type` of an object; pydantic's error for an object without `type`."""
     if isinstance(value, WireModel):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):
@@ -235,7 +234,7 @@ def one_of(allowed: Collection[str]) -> Callable[[Any], Any]:
 
 
 def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
-    """Return a validator that requires a block's type to be one of `allowed`; `place` names its place in messages."""
+    """Return a validator that requires a block's type to be one of `allowed`; `place` is for messages."""
 
     def check(value: Any) -> Any:
         kind = type_of(value)
@@ -261,7 +260,7 @@ def _form(value: Any) -> str:
     return "<blocks>" if isinstance(value, list) else "<string>"
 
 
-# Tags in angle brackets are omitted from the paths in error messages.
+# Paths in error messages omit tags in angle brackets.
 _ResultBlock = Annotated[
     Annotated[TextBlock, Tag("<text>")]
     | Annotated[ImageBlock, Tag("<image>")]
@@ -278,7 +277,7 @@ _ResultContent = Annotated[
 
 
 class ToolResultBlock(WireModel):
-    """Result of a called tool; may be empty. `is_error` marks a failed call."""
+    """Result of a tool call, which may be empty; `is_error` marks a failed call."""
 
     type: Literal["tool_result"]
     tool_use_id: Name

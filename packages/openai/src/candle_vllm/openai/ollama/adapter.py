@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""OllamaAdapter: Ollama's API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
+"""OllamaAdapter: answers Ollama's requests with an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-Requests are converted to tasks, and the events of the answer to Ollama's lines (steps 2 and 10).
+Requests become tasks, and the events of the answer become Ollama's lines (steps 2 and 10).
 """
 
 from __future__ import annotations
@@ -44,21 +44,17 @@ _SPELLED = {
     "logprobs": "top_logprobs",
     **{name: f"options.{name}" for name in sampling_names(Options)},
 }
-"""The engine's parameter names, and the names of the same parameters in a request."""
+"""Names in a request of the engine's parameters."""
 
 
 class LineStream(ChunkStream[answers.Line]):
-    """Lines of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
+    """Lines of one answer. Closing it (`aclose`) aborts the request."""
 
 
 class OllamaAdapter:
-    """Answers Ollama's requests.
+    """Answers Ollama's requests; every method raises what `OpenAIAdapter` raises.
 
-    Every method raises what `OpenAIAdapter` raises.
-
-    Args:
-        adapter: answers the tasks.
-        sampling_defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
+    `sampling_defaults` are defaults by name in `SamplingParams`, which precede the model's own.
     """
 
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Mapping[str, Any] | None = None) -> None:
@@ -86,7 +82,7 @@ class OllamaAdapter:
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)
-        # With images there is no `context`: the next request would only have their placeholders, not the images.
+        # With images there is no `context`, because the next request would have only their placeholders.
         goes_on = not (request.raw or request.suffix or request.images)
         return LineStream(answer, answers.LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
 
@@ -100,7 +96,7 @@ class OllamaAdapter:
         return await self._adapter.continued(_unbound(task))
 
     async def _bounded(self, read: Callable[[Any], Task], request: _Generating) -> AnswerStream:
-        """Start an answer; it ends at the end of the context if `num_predict` exceeds the context."""
+        """Start an answer, which ends at the end of the context if `num_predict` exceeds the context."""
         try:
             return await self._adapter.answer(lambda: read(request))
         except PromptTooLongError as error:
@@ -109,7 +105,7 @@ class OllamaAdapter:
         return await self._adapter.answer(lambda: _unbound(read(request)))
 
     async def embed(self, request: EmbedRequest) -> answers.Vectors:
-        """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that have not run."""
+        """Return the embeddings of texts, scaled to length 1. Cancelling aborts the texts that are not embedded yet."""
         times = self._begun(request)
         texts: Sequence[str | list[int]] = request.input
         if request.truncate:
@@ -123,7 +119,7 @@ class OllamaAdapter:
         )
 
     async def embeddings(self, request: EmbeddingsRequest) -> answers.Vector:
-        """Return the embedding of one text, as the model computes it. Cancelling aborts the request."""
+        """Return the embedding of one text, as the model computes it. Cancelling this coroutine aborts the request."""
         self._begun(request)
         made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
         return answers.Vector(cast("list[float]", made.data[0].embedding))
@@ -149,7 +145,7 @@ class OllamaAdapter:
             raise
 
     async def _cut(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokenize texts and truncate those that are too long at their end; a special token at the end is preserved."""
+        """Tokenize texts, and truncate texts that are too long at their end, before their final special token."""
         most, made = self._adapter.model_info.max_model_len, list[list[int]]()
         around, *tokens = await self._adapter.tokens_of(["", *texts])
         for number, ids in enumerate(tokens):
@@ -203,7 +199,7 @@ class OllamaAdapter:
         }
 
     def _thinking(self, request: _Generating) -> dict[str, Any]:
-        """Return the template's thinking variables; raises for a model that does not think, as Ollama does."""
+        """Return the template's thinking variables; as in Ollama, a model that does not think is an error."""
         think, variables = request.think, dict[str, Any]()
         if think is None:
             return variables
@@ -216,9 +212,10 @@ class OllamaAdapter:
 
 
 def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
-    """Convert messages to those of a `Task`.
+    """Convert messages to the messages of a `Task`.
 
-    Calls have no ids in this API: a result belongs to the call that it names, or to the first unanswered call."""
+    Calls have no ids in this API: a result belongs to the call that it names, or to the first call without a result.
+    """
     made, count = list[TaskMessage](), 0
     pending = deque[Call]()
     for number, message in enumerate(messages):
@@ -246,7 +243,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
 
 
 def _answered(pending: deque[Call], message: Message) -> Call | None:
-    """Return the pending call that a tool message answers, and remove it from `pending`."""
+    """Return the pending call whose result a tool message has, and remove it from `pending`."""
     for call in pending:
         if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
             pending.remove(call)

@@ -14,18 +14,18 @@ from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol.fields import NOT_DEFERRED, FunctionName, Name, Refusal, WireModel, invalid
 from candle_vllm.openai.task import Call
 
-CUSTOM_INPUT = "input"  # the one argument of the function
+CUSTOM_INPUT = "input"  # name of the function's only argument
 MAX_GRAMMAR = 64 << 10  # characters
 
 Syntax = Literal["lark", "regex"]
 
 
 def stand_in(name: str, description: str | None, syntax: Syntax | None, definition: str) -> dict[str, Any]:
-    """Return the function that the model sees instead of a custom tool.
+    """Return the function that the model sees in place of a custom tool.
 
     Args:
         name, description: name and description of the tool; a Lark grammar, which no schema expresses, is appended.
-        syntax: syntax of the grammar, None if any text is allowed.
+        syntax: syntax of the grammar; None if any text is allowed.
         definition: the grammar.
     """
     value: dict[str, Any] = {"type": "string"}
@@ -50,7 +50,7 @@ def custom_input(arguments: str) -> str:
     """Return the input text from the arguments of a `stand_in` function.
 
     Models that were trained with the tool as a function use their own argument name (Codex's `apply_patch`: `patch`).
-    Arguments of any other form, such as truncated JSON, are returned unchanged.
+    Arguments in any other form, such as truncated JSON, are returned unchanged.
     """
     try:
         value = decode_json(arguments)
@@ -65,7 +65,7 @@ def custom_input(arguments: str) -> str:
 
 
 def type_of(value: Any) -> Any:
-    """Return the `type` of an object, whether it is validated or a plain dict."""
+    """Return the `type` of an object, validated or a plain dict."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 
@@ -75,27 +75,27 @@ def kind_form(value: Any) -> str:
 
 
 class AnyText(WireModel):
-    """Format that allows any text."""
+    """A format that allows any text."""
 
     type: Literal["text"]
 
 
 class Grammar(WireModel):
-    """Grammar of a custom tool's input."""
+    """The grammar of a custom tool's input."""
 
     syntax: Syntax
     definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
 
 
 class GrammarFormat(WireModel):
-    """Format that enforces a grammar."""
+    """A format that enforces a grammar."""
 
     type: Literal["grammar"]
     grammar: Grammar
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse a grammar in the form of other routes with a hint."""
+        """Refuse a grammar in the form of other routes, with a hint."""
         if "grammar" not in data and "definition" in data:
             raise invalid("grammar", "is required: put syntax and definition into it")
 
@@ -130,7 +130,7 @@ class CustomTool(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse a tool in the form of other routes with a hint."""
+        """Refuse a tool in the form of other routes, with a hint."""
         if "custom" not in data:
             raise invalid("custom", "is required: put name, description and format into it")
 
@@ -180,5 +180,5 @@ class CustomToolCall(WireModel):
     index: Annotated[int, Field(ge=0)] | None = None
 
     def called(self) -> Call:
-        """Convert to the call of a `Task`: a call of the function that represents the tool."""
+        """Convert to a call of the function that stands in for the tool, as a `Task` has it."""
         return Call(self.id, self.custom.name, custom_arguments(self.custom.input))

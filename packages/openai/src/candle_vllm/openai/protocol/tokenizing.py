@@ -23,7 +23,7 @@ class TokenizeTextRequest(WireModel):
     """A text to tokenize.
 
     Attributes:
-        add_special_tokens: whether to add the special tokens that the model expects around every text; None adds them.
+        add_special_tokens: whether to add the special tokens that the model expects around a text; null means yes.
         return_token_strs: whether to return the text of each token.
     """
 
@@ -39,10 +39,10 @@ class TokenizeTextRequest(WireModel):
 
 
 class TokenizeChatRequest(TemplateFields):
-    """A conversation to tokenize, rendered as a chat request with the same fields would be.
+    """A conversation to tokenize, rendered as for a chat request with the same fields.
 
     Attributes:
-        add_special_tokens: add special tokens to the rendered text; None does not, because templates write them.
+        add_special_tokens: whether to add special tokens to the rendered text; null means no: templates write them.
         return_token_strs: whether to return the text of each token.
     """
 
@@ -67,7 +67,7 @@ class TokenizeContentRequest(WireModel):
     """A text to tokenize, in llama.cpp's form.
 
     Attributes:
-        add_special: whether to add the special tokens that the model expects around every text.
+        add_special: whether to add the special tokens that the model expects around a text.
         with_pieces: whether to return the text of each token.
     """
 

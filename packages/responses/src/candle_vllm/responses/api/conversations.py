@@ -36,7 +36,7 @@ class ConversationCreateRequest(WireModel):
 
 
 class ConversationUpdateRequest(WireModel):
-    """New labels of a conversation: `POST /v1/conversations/{conversation_id}`; null removes all.
+    """New labels of a conversation: `POST /v1/conversations/{conversation_id}`; null removes all labels.
 
     Attributes:
         metadata: labels that replace the earlier ones.
@@ -56,7 +56,7 @@ class ItemsCreateRequest(WireModel):
 
 
 class Conversation(msgspec.Struct, frozen=True, kw_only=True):
-    """A conversation without its items; `created_at` in Unix seconds."""
+    """A conversation without its items; `created_at` is in Unix seconds."""
 
     id: str
     object: str = "conversation"
@@ -103,7 +103,7 @@ class Conversations:
         return await self.retrieve(owner, name)
 
     async def delete(self, owner: str, name: str) -> ConversationDeleted:
-        """Delete a conversation and its items; responses that were made in it stay stored."""
+        """Delete a conversation and its items; responses that were generated in it remain stored."""
         store, name = await self._find(name)
         if not await store.delete(entries.CONVERSATION, owner, name):
             raise entries.NotStoredError("Conversation", name, "conversation_id")
@@ -122,7 +122,7 @@ class Conversations:
         return _page(found[: wanted.limit], has_more=len(found) > wanted.limit)
 
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
-        """Add items once no response is being answered in the conversation, and return them."""
+        """Add items once no response is being generated in the conversation, and return them."""
         async with self._kept.turn(owner, name, "conversation_id"):
             return _page(await self._kept.append(owner, name, _stored(request.items)), has_more=False)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""EventWriter: turns the events of a conversation into the events of a streamed response.
+"""EventWriter: converts the events of a conversation to the events of a streamed response.
 
-The final response is built from the items that the events have sent, so whole and streamed answers cannot differ.
+The final response is made of the items that the events have sent, so whole and streamed answers cannot differ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EventWriter:
 
     Args:
         response: initial response, in progress or queued, without output.
-        plan: the tools; if they are not known yet, they are passed to `resume`.
+        plan: the tools; if they are not known yet, `resume` gets them.
         encoded: whether reasoning items have `encrypted_content`, too.
         tells_guesses: whether the usage reports the counts of draft tokens.
         room: maximum bytes of the images in the output items.
@@ -70,14 +70,14 @@ class EventWriter:
         self._usage = ConversationUsage()
 
     def start(self) -> list[wire.StreamEvent]:
-        """Return the first events; the next event of a queued response comes from `resume`."""
+        """Return the first events; for a queued response, the next event comes from `resume`."""
         self._log.emit(wire.ResponseCreated, response=self.response)
         queued = self.response.status == "queued"
         self._log.emit(wire.ResponseQueued if queued else wire.ResponseInProgress, response=self.response)
         return self._log.take()
 
     def resume(self, plan: ToolPlan | None = None) -> list[wire.StreamEvent]:
-        """Note that work has begun, with these tools, and return the events."""
+        """Record that work has begun, with these tools, and return the events."""
         if plan is not None:
             self._items = TurnItems(self._log, plan, encoded=self._encoded, room=self._room)
         if self.response.status == "queued":
@@ -95,7 +95,8 @@ class EventWriter:
         return self._log.take()
 
     def add(self, event: said.Event) -> list[wire.StreamEvent]:
-        """Return the events for one event of the conversation; after its last, `conclude` returns the final event."""
+        """Return the events for one event of the conversation; after the last one, `conclude` returns the final event.
+        """
         items = self._items
         match event:
             case said.TextDelta():
@@ -139,9 +140,7 @@ class EventWriter:
     def fail(self, error: wire.ErrorDetail, code: str) -> list[wire.StreamEvent]:
         """End a response that failed; unfinished items become incomplete.
 
-        Args:
-            error: error as in the envelope of a failed request.
-            code: error code of the response object.
+        `error` is as in the envelope of a failed request; `code` is the error code of the response object.
         """
         self.concluded = True
         self._items.close("incomplete")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Converts input items to the messages of a task.
 
-Adjacent items of one answer become one assistant message. The result of a call directly follows the message that made
-the call, wherever its item stands. Items of tools that run here (`mcp_call`) are calls with results.
+Adjacent items of one answer become one assistant message. The result of a call directly follows the message with the
+call, wherever the result's item is. Items of tools that run here (`mcp_call`) are calls with results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Translated(NamedTuple):
     Attributes:
         messages: messages of its task.
         approved: ids of approved calls that end the conversation, with the fields of their approvals; they run first.
-        listed: labels of the MCP servers whose tool lists the conversation contains already.
+        listed: labels of the MCP servers whose tool lists are in the conversation already.
     """
 
     messages: tuple[Message, ...]
@@ -47,7 +47,7 @@ class Translated(NamedTuple):
 
 
 def encode_thoughts(text: str) -> str:
-    """Encode reasoning in the form of `encrypted_content`; this is no encryption."""
+    """Encode reasoning as `encrypted_content`, without encryption."""
     return _ENCODED + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
 
 
@@ -58,7 +58,7 @@ def translate(items: Sequence[Placed], instructions: str | None, names: ToolName
         items: history and input, without references.
         instructions: text that precedes all messages.
         names: names of the tools in calls.
-        max_images: maximum number of images that the model may see, those in results of its tools included.
+        max_images: maximum number of images that the model may see, including images in results of its tools.
 
     Raises:
         InvalidParameterError: calls and results do not match, or an answer has too many calls.
@@ -137,7 +137,7 @@ class _Body:
             self._messages.append(_said("system", text))
 
     def _say(self, *said: Part) -> None:
-        """Add a user's message; templates want alternating roles, so it is merged with a user message before it."""
+        """Add a user's message, merged with a user message before it, because templates want alternating roles."""
         last = self._messages[-1] if self._messages else None
         if last is not None and last.role == "user":
             parts = tuple(part for part in (*last.parts, *said) if part != TextPart(""))
@@ -166,7 +166,7 @@ class _Body:
 
 
 class _Answer:
-    """One answer, made of one or more items."""
+    """One answer of the model, from one or more items."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -212,7 +212,7 @@ def _summary(item: wire_items.CompactionItem, path: str) -> str:
 
 
 def _decoded(encrypted: str | None) -> str:
-    """Return the reasoning that this server encoded; "" if another server encoded it."""
+    """Return the reasoning that this server encoded; "" for another server's."""
     if not encrypted or not encrypted.startswith(_ENCODED):
         return ""
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Items as they are stored and shown, with their id, type and status; pages of them; the record of a response."""
+"""Items as they are stored and shown, with id, type and status; pages of items; the stored entry of a response."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ _WITHOUT_STATUS = frozenset(
 
 
 def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
-    """Return the `input` of a checked request as stored items, each with an id.
-
-    Args:
-        given: a text, or checked input items; references among them must have been resolved.
-    """
+    """Return the `input` of a checked request, without references, as stored items, each with an id."""
     if given is None:
         return []
     if isinstance(given, str):
@@ -34,14 +30,9 @@ def stored_items(given: str | Sequence[Any] | None) -> list[Item]:
 
 
 def stored_item(item: WireModel | Item, param: str) -> Item:
-    """Return one checked item as it is stored.
+    """Return one checked item of a request as it is stored; an item that was stored before does not change.
 
-    Args:
-        item: item of a request, or an item that was stored before.
-        param: parameter that an error names.
-
-    Raises:
-        InvalidParameterError: the item only refers to another item.
+    Raises InvalidParameterError, which names `param`, if the item only refers to another item.
     """
     if isinstance(item, dict):
         return item
@@ -58,7 +49,7 @@ def stored_item(item: WireModel | Item, param: str) -> Item:
 
 
 def _parts(content: str | list[Item], role: str) -> list[Item]:
-    """Return a content as a list of parts, with the type of its role."""
+    """Return a content as a list of parts, with the type for its role."""
     kind = "output_text" if role == "assistant" else "input_text"
     parts = [{"type": kind, "text": content}] if isinstance(content, str) else content
     made: list[Item] = [{**part, "type": kind} if part["type"] == "text" else part for part in parts]
@@ -75,7 +66,7 @@ Order = Literal["asc", "desc"]
 
 
 class PageRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Which items: at most `limit`, newest ("desc") or oldest ("asc") first, after the item `after`."""
+    """Which items to return: at most `limit`, newest ("desc") or oldest ("asc") first, after the item `after`."""
 
     limit: int = DEFAULT_LIMIT
     order: Order = "desc"
@@ -100,7 +91,7 @@ class ItemList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def item_list(items: Sequence[tuple[str, bytes]], has_more: bool) -> ItemList:
-    """Return a page of items, given as pairs of id and JSON."""
+    """Return a page of items, which are pairs of id and JSON."""
     return ItemList(
         data=tuple(msgspec.Raw(body) for _, body in items),
         first_id=items[0][0] if items else None,
@@ -110,11 +101,7 @@ def item_list(items: Sequence[tuple[str, bytes]], has_more: bool) -> ItemList:
 
 
 def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
-    """Return one page of a list of items.
-
-    Raises:
-        InvalidParameterError: `after` is not the id of one of the items.
-    """
+    """Return one page of a list of items; InvalidParameterError if `after` is not the id of one of them."""
     ordered = list(items) if wanted.order == "asc" else list(items)[::-1]
     if wanted.after is not None:
         places = [index for index, item in enumerate(ordered) if item.get("id") == wanted.after]
@@ -126,7 +113,7 @@ def page_of(items: Sequence[dict[str, Any]], wanted: PageRequest) -> ItemList:
 
 
 def entry_of(owner: str, response: Response, given: Sequence[Mapping[str, Any]]) -> Entry:
-    """Return a response as a record of the store.
+    """Return a response as an entry of the store.
 
     Args:
         owner: owner of the response; "" without API keys.

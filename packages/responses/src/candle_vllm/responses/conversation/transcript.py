@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Transcript: the messages that a conversation adds, and only those that really occurred.
+"""Transcript: the messages that a conversation adds, and only messages that really occurred.
 
 An assistant message with calls is *open* until every call has its tool message. A call that has begun is never open
 afterwards: if its result is lost (by a timeout or a cancellation), a tool message reports that, because a second run
-could repeat its effects. A call that has not begun stays open and may run later.
+could repeat its effects. A call that has not begun remains open and may run later.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ LOST = "The call was cut off before its result was known. It may have done some 
 
 
 class Transcript:
-    """The messages that follow the given ones, and which calls of the last turn have begun.
+    """The messages that a conversation adds to the given ones, and which calls of the last turn have begun.
 
     Args:
         open_calls: open calls of the last given assistant message, in its order.
         call_ids: ids of all calls in the given messages.
-        images: number of images in the given messages.
-
-    Attributes:
-        images: number of images in all messages; callers that add results with images increase it.
+        images: number of images in all messages; also an attribute, which callers increase with images of results.
     """
 
     def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0) -> None:
@@ -66,25 +63,20 @@ class Transcript:
         self._results, self._begun = {}, set()
 
     def begin(self, call: ToolCall) -> None:
-        """Note that a call has begun to run."""
+        """Record that a call has begun to run."""
         self._begun.add(call.id)
 
     def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
-        """Add a result; the transcript orders results by their calls.
-
-        Args:
-            result: result whose text the model sees.
-            parts: parts that it sees instead of the text, if there are images.
-        """
+        """Add a result, in the order of the calls; `parts` replace its text for the model if there are images."""
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
         self._results[result.call.id] = parts or (TextPart(result.text),)
 
     def lost_calls(self) -> tuple[ToolCall, ...]:
-        """Calls that have begun and have no result."""
+        """Return the calls that have begun and have no result."""
         return tuple(call for call in self.open_calls if call.id in self._begun)
 
     def settle(self) -> None:
-        """Add a result to each call that has begun and has no result."""
+        """Add a result that reports the loss to each call that has begun and has no result."""
         for call in self.lost_calls():
             self._results[call.id] = (TextPart(LOST),)
 

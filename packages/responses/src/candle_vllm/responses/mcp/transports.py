@@ -64,8 +64,7 @@ class Opening:
             yield WatchedStream(received, self._over, self._peer.log), sent
 
     def last_words(self) -> str:
-        """Return what the program reported about its failure, to be appended to a sentence; "" without such a report.
-        """
+        """Return what the program reported about its failure, to be appended to a sentence; "" without a report."""
         return self._program.last_words() if self._program is not None else ""
 
     def _over(self, why: str) -> None:

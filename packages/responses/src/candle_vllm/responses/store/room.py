@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Enforces the limits of a store in tables: the oldest entries of the owner with the most are dropped."""
+"""Enforces the limits of a store in tables: drops the oldest entries of the owner with the most data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,12 @@ from candle_vllm.responses.store.backend import Bounds, Place
 from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreFullError, StoreLimitError
 from candle_vllm.responses.store.tables import Tables
 
-NAMES_AT_ONCE = 500  # in one statement
-ROWS_AT_ONCE = 100  # that one statement reads
+NAMES_AT_ONCE = 500  # ids in one statement
+ROWS_AT_ONCE = 100  # rows that one statement reads
 
 
 class Room:
-    """Limits of a store's tables, enforced in one transaction.
-
-    Args:
-        connection: connection of the transaction.
-        place: location of the store.
-        tables: tables of the store.
-        bounds: limits of the store.
-        now: present time in ms since 1970.
-    """
+    """Limits of a store's tables, enforced in one transaction; `now` is the current time in ms since 1970."""
 
     def __init__(self, connection: Connection, place: Place, tables: Tables, bounds: Bounds, now: int) -> None:
         self._connection = connection
@@ -61,7 +53,7 @@ class Room:
         return dropped + self._free(None, size, rows, keep, bounds.entries, bounds.size)
 
     def drop(self, numbers: Sequence[int]) -> None:
-        """Delete rows, and the parts and names that belong to them."""
+        """Delete rows of entries, with their parts and names."""
         if numbers:
             for belonging in (self._parts, self._tables.names):
                 self._connection.execute(delete(belonging).where(belonging.c.entry.in_(numbers)))
@@ -94,7 +86,7 @@ class Room:
         return dropped
 
     def _free(self, owner: str | None, size: int, rows: int, keep: int, most: int | None, most_size: int | None) -> int:
-        """Delete what exceeds the limits of entries and bytes, of one owner or, with None, of all together."""
+        """Delete entries beyond the limits of number and bytes: one owner's or, with None, all owners'."""
         entries, bounds, dropped = self._entries, self._bounds, 0
         held = select(func.count(), func.coalesce(func.sum(entries.c.size), 0))
         count, total = self._connection.execute(held if owner is None else held.where(entries.c.owner == owner)).one()
@@ -122,27 +114,27 @@ class Room:
         return dropped
 
     def _fullest(self, most: ColumnElement[Any], keep: int) -> str | None:
-        """Owner with the most entries or bytes that may be deleted."""
+        """Return the owner with the most entries or bytes that may be deleted."""
         owner = self._entries.c.owner
         query = select(owner).where(self._may_go(keep)).group_by(owner).order_by(most.desc()).limit(1)
         return self._connection.execute(query).scalar_one_or_none()
 
     def _victims(self, owner: str | None, keep: int, limit: int = ROWS_AT_ONCE) -> Sequence[Any]:
-        """Rows of an owner to delete, the longest unused first; active and leased entries come last."""
+        """Return rows of an owner to delete, the longest unused first; active and leased entries come last."""
         entries = self._entries
         query = select(entries.c.number, entries.c.size).where(entries.c.owner == owner, self._may_go(keep))
         order = (entries.c.status.in_(ACTIVE), entries.c.lease.is_not(None), entries.c.used, entries.c.number)
         return self._connection.execute(query.order_by(*order).limit(limit).with_for_update(skip_locked=True)).all()
 
     def _may_go(self, keep: int) -> ColumnElement[bool]:
-        """Condition of rows that may be deleted; not leased ones if the store spares them."""
+        """Return the condition of rows that may be deleted, without leased ones if the store spares them."""
         lease, other = self._entries.c.lease, self._entries.c.number != keep
         if not self._bounds.spares_leased:
             return other
         return and_(other, not_(self._entries.c.status.in_(ACTIVE)), or_(lease.is_(None), lease <= self._now))
 
     def _known(self, number: int, more: Sequence[EntryItem]) -> set[str]:
-        """Ids of these parts that the row has already."""
+        """Return the ids of these parts that the row already has."""
         found: set[str] = set()
         for start in range(0, len(more), NAMES_AT_ONCE):
             names = [each.id for each in more[start : start + NAMES_AT_ONCE]]

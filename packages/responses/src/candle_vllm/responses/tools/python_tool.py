@@ -17,7 +17,7 @@ from candle_vllm.responses.tools import tool
 from candle_vllm.responses.tools.names import is_tool_name
 from candle_vllm.responses.tools.signatures import Signature, describe
 
-MAX_THREADS = 64  # of one tool, including timed-out calls; one turn runs at most as many calls at once
+MAX_THREADS = 64  # threads of one tool, including calls that timed out; one turn runs at most this many calls at once
 MAX_TIMEOUT = 86_400.0  # seconds
 
 
@@ -35,9 +35,9 @@ def function_tool(
     paragraph describes the tool, its "Args:" in Google's style the parameters. A returned text or `ToolOutput` is used
     unchanged, any other value becomes JSON. The function may raise `ToolError`, whose message the model sees.
 
-    An async function runs on the event loop and ends when it is cancelled. A plain function runs in a thread, which
+    An async function runs on the event loop, and ends when it is cancelled. A plain function runs in a thread, which
     cannot be stopped: after a timeout, the model learns that the call timed out, and the thread continues. While
-    `MAX_THREADS` threads of the tool run, it is unavailable.
+    `MAX_THREADS` threads of the tool run, the tool is unavailable.
 
     Args:
         function: function whose parameters can be given by name.
@@ -54,9 +54,7 @@ def function_tool(
 class PythonTool:
     """A Python function that a model may call; `function_tool` makes it.
 
-    Attributes:
-        definition: definition that a model sees.
-        timeout: seconds for a call if the conversation sets no timeout.
+    `timeout` is the number of seconds for a call if the conversation sets no timeout.
     """
 
     def __init__(
@@ -96,9 +94,9 @@ class PythonTool:
         return _output(value)
 
     async def _in_thread(self, values: dict[str, Any]) -> Any:
-        """Call the function in a thread of its own.
+        """Call the function in a daemon thread outside of any pool.
 
-        The thread is a daemon outside of any pool: one that hangs must not keep the loop or the program from ending.
+        A function that hangs must not keep the event loop or the program from ending.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
@@ -147,7 +145,7 @@ class PythonTool:
 
 
 def _named(function: Callable[..., Any], name: str | None) -> tuple[str, str]:
-    """Return the tool's name, and a description of the function for error messages."""
+    """Return the tool's name, and a text that names the function in error messages."""
     own = name if name is not None else getattr(function, "__name__", None)
     label = f"the function {getattr(function, '__qualname__', own)!r:.100}"
     if not callable(function):
@@ -169,7 +167,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 
 def _output(value: Any) -> tool.ToolOutput:
-    """Return a function's result as an output: text unchanged, None as an empty output, all else as JSON."""
+    """Convert a function's result to an output: text unchanged, None to an empty output, any other value to JSON."""
     if isinstance(value, tool.ToolOutput):
         return value
     if value is None:

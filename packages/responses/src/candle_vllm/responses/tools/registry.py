@@ -54,9 +54,7 @@ class ToolRegistry:
         return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:
-        """Add one tool; InvalidParameterError if its name is used or invalid, its schema too large, or there are too
-        many tools.
-        """
+        """Add one tool; InvalidParameterError for a used or invalid name, too large a schema, or too many tools."""
         definition = tool.definition
         fault = _fault(definition)
         if fault is None and definition.name in self:

@@ -2,7 +2,7 @@
 """Common code of the remote sources: pin the revision of an adapter, then take it from the cache or fetch it.
 
 Runs in threads before step 1 of a request's life. A source fetches only from the location that the operator named; a
-request supplies just a name below it. The revision is pinned to one that identifies the content (a commit, a checksum,
+request supplies only a name below it. The revision is pinned to one that identifies the content (a commit, a checksum,
 an entity tag) before anything is fetched, and the configuration is checked before the weights are fetched.
 """
 
@@ -24,7 +24,7 @@ from candle_vllm.server.adapters.sources import AdapterName, Budget, Fetch, Foun
 
 logger = logging.getLogger(__name__)
 
-_SLOWEST = 1024  # minimum average bytes per second
+_SLOWEST = 1024  # minimum average transfer rate in bytes per second
 _BEGINNING = 60.0  # seconds of tolerance for a slow start
 
 
@@ -39,9 +39,7 @@ class Pinned(NamedTuple):
 class FetchedSource:
     """A source whose adapters are fetched into a cache; cached adapters are found even if the source is unreachable.
 
-    Attributes:
-        kind, pins: as in `Source`.
-        keeps: the kind in the cache keys of its adapters.
+    `kind` and `pins` are as in `Source`.
     """
 
     kind = ""
@@ -96,7 +94,7 @@ class FetchedSource:
         return Found(path, f"{key.name}@{key.revision}", key.revision, base)
 
     def _here(self, key: Key) -> Found | None:
-        """Return a cached adapter; raises `Refused` if the limits no longer allow it."""
+        """Return a cached adapter; `Refused` if the limits no longer allow it."""
         here = self._cache.find(key)
         if here is None:
             return None
@@ -105,14 +103,14 @@ class FetchedSource:
         return Found(path, f"{key.name}@{key.revision}", key.revision, entry.base)
 
     def names(self) -> Sequence[str]:
-        """Return no names, since a list would need a request over the network."""
+        """Return no names, because a list would need a network request."""
         return ()
 
     def _may_have(self, name: AdapterName) -> bool:  # noqa: ARG002  # by default a source may have every name
         return True
 
     def _label(self, name: AdapterName) -> str:
-        """Origin of the adapter, as it is shown to clients."""
+        """Return the origin of the adapter, as clients see it."""
         return name.name
 
     def _is(self, kept: str, label: str) -> bool:
@@ -143,8 +141,7 @@ class Taking:
 def cut_off(seconds: float) -> Iterator[dict[str, Any]]:
     """Shut down the connections of HTTP requests after `seconds`, even while data still arrives.
 
-    Yields:
-        The `extensions` for an httpx request. They see only connections that the request opens, not reused ones.
+    Yields the `extensions` for an httpx request. They see only connections that the request opens, not reused ones.
     """
     opened, counting, over = list[socket.socket](), threading.Lock(), False
 

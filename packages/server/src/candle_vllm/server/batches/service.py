@@ -163,8 +163,7 @@ class Batches:
         return are_several(self._callers())
 
     async def _look(self) -> None:
-        """Start batches that no server works on; with several keys, at most half of the running ones are one owner's.
-        """
+        """Start batches that no server works on; with several keys, one owner has at most half of the running ones."""
         if not self.store.is_open:
             return
         most = AT_ONCE // 2 if self._several() else AT_ONCE
@@ -232,10 +231,9 @@ def _too_much(status: int, said: str) -> HttpError:
 
 
 async def stored_image(file_id: str, path: str) -> bytes:
-    """Return the content of a file of the current request's caller; InvalidParameterError if it is missing or too
-    large.
+    """Return the content of a file of the current request's caller; `path` is the request field that names it.
 
-    `path` is the request field that names the file.
+    Raises InvalidParameterError if the file does not exist, or is too large.
     """
     context = current_request.get()
     app = None if context is None else context.scope.get("app")

@@ -182,7 +182,9 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """Whether a tool is approved. Names with a server match full names only, as servers choose original names."""
+        """Whether a tool is approved. A name with a server is compared only with full names: servers choose their own
+        names.
+        """
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)
@@ -212,7 +214,7 @@ async def read_terminal_line(question: str) -> str | None:
 
 
 async def _read_console_line(question: str) -> str | None:
-    """The same on Windows, whose event loop cannot wait for a console: reads in a daemon thread."""
+    """As `read_terminal_line` on Windows, whose event loop cannot wait for a console: reads in a daemon thread."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -231,7 +233,7 @@ async def _read_console_line(question: str) -> str | None:
     return await found
 
 
-_MOST = 300  # maximum characters of arguments and of a result on one line
+_MOST = 300  # characters of arguments or of a result on one line
 
 _ENDS = {
     "length": CUT,
@@ -294,9 +296,7 @@ class AgentDisplay:
 def note(text: str, colour: str = "") -> None:
     """Write a line to standard error, without characters that could move a terminal's cursor.
 
-    Args:
-        text: text of the line.
-        colour: ANSI code of its colour, for terminals with colour.
+    `colour` is the ANSI code of its colour, for terminals with colour.
     """
     plain = "".join(char if char.isprintable() else " " for char in text)
     sys.stderr.write((f"\x1b[{colour}m{plain}\x1b[0m" if colour and has_colour(sys.stderr) else plain) + "\n")
@@ -304,7 +304,7 @@ def note(text: str, colour: str = "") -> None:
 
 
 def short(text: str, most: int = _MOST) -> str:
-    """Shorten a text to one line; a truncated text ends with its full length."""
+    """Shorten a text to one line; a truncated text ends with its whole length."""
     line = " ".join(text[: 2 * most].split())
     if len(line) <= most and len(text) <= 2 * most:
         return line

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The HTTP request that a generation belongs to, for the code that observes the engine.
+"""The HTTP request to which a generation belongs, for the code that observes the engine.
 
-Step 1 of a request's life stores it in a context variable, and step 4 reads it there: the layers between, which know
-no HTTP, need not pass it on. Every property is read from the ASGI scope on access, because key and route are found only
-after the outermost layers have begun.
+Step 1 of a request's life stores it in a context variable, and step 4 reads it there, so that the layers between, which
+know no HTTP, need not pass it on. Every property is read from the ASGI scope on access, because key and route are found
+only after the outermost layers have begun.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RequestContext:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The values that layers and routes store for the request; `Request.state` has the same."""
+        """Values that layers and routes store for the request, as `Request.state`."""
         return self.scope.setdefault("state", {})
 
     @property
@@ -47,7 +47,7 @@ class RequestContext:
 
     @property
     def key_label(self) -> str:
-        """The label of the API key, which may be shown; never the key."""
+        """The label of the API key, which is not secret; never the key."""
         return caller_of(self.scope).label or NO_KEY
 
     @property
@@ -57,27 +57,29 @@ class RequestContext:
 
     @property
     def arrived(self) -> float | None:
-        """When the body had been read, `time.monotonic()`; None if the route has not set it."""
+        """The `time.monotonic()` at which the body had been read; None if the route has not set it."""
         return self.state.get("arrived")
 
     @property
     def prompt_only(self) -> bool:
-        """Whether the token that the engine makes is no part of the answer (`max_tokens` 0 of a completion)."""
+        """Whether the token that the engine generates is no part of the answer (`max_tokens` 0 of a completion)."""
         return bool(self.state.get("prompt_only", False))
 
     @property
     def meter(self) -> Meter | None:
-        """The rate-limit meter that the request's tokens are taken from; None if its key has no limits."""
+        """The rate-limit meter that counts the request's tokens; None if its key has no limits."""
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """True on the first call only: several prompts are several requests to the engine, but one to the client."""
+        """Return True on the first call only: several prompts are several requests to the engine, but one to the
+        client.
+        """
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first
 
     def trace_headers(self) -> Mapping[str, str]:
-        """The client's W3C trace context, without headers that are repeated or too long."""
+        """Return the client's W3C trace context, without headers that are repeated or too long."""
         found: dict[str, list[bytes]] = {}
         for name, value in self.scope.get("headers", ()):
             if name in _TRACE_HEADERS:
@@ -90,7 +92,7 @@ class RequestContext:
 
 
 def owned_salt(salt: str) -> str:
-    """Return a `cache_salt` that belongs to the API key of the request that is being answered.
+    """Return a `cache_salt` that belongs to the API key of the current request.
 
     A client that sends the salt of another key does not find that key's blocks. The engine, its process and the blocks
     on disk and in Redis have only the hash. It is the same after a restart, and for every key of a name. If the server
@@ -102,11 +104,9 @@ def owned_salt(salt: str) -> str:
 
 
 def begin_generation(scope: Scope, *, prompt_only: bool = False) -> None:
-    """Note that a request's body has been read: its time to the first token counts from here.
+    """Record that a request's body has been read: its time to the first token counts from here.
 
-    Args:
-        scope: ASGI scope of the request.
-        prompt_only: whether the request generates nothing and only scores its prompt.
+    `prompt_only` means that the request only scores its prompt.
     """
     state: dict[str, Any] = scope.setdefault("state", {})
     state["arrived"] = time.monotonic()

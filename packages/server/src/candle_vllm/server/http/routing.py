@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 def route_path(scope: Scope) -> str:
     """Return the path of a request, for layers that decide before the router does.
 
-    It is the path without the prefix (`root_path`), and without a newline at its end: the expressions of the router end
-    with `$`, which matches before such a newline too.
+    It has no prefix (`root_path`), and no newline at its end: the router's expressions end with `$`, which also matches
+    before such a newline.
     """
     path, root = scope["path"], scope.get("root_path", "")
     path = path[len(root) :] if root and path.startswith(root + "/") else path
@@ -59,7 +59,7 @@ class PrefixMiddleware:
 
 
 class UnversionedMiddleware:
-    """Accepts OpenAI's routes without `/v1` too, as llama-server does; every inner layer sees them with `/v1`."""
+    """Accepts some of OpenAI's routes without `/v1`, as llama-server does; every inner layer sees them with `/v1`."""
 
     PATHS = frozenset({"/chat/completions", "/embeddings", "/models", "/responses"})
 
@@ -73,7 +73,7 @@ class UnversionedMiddleware:
 
 
 class GreetingMiddleware:
-    """Answers `/` at one port as Ollama does, because its clients check there whether the server runs."""
+    """Answers `/` on one port as Ollama does, because its clients check there whether the server runs."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app
@@ -88,12 +88,7 @@ class GreetingMiddleware:
 
 
 class Limits(NamedTuple):
-    """The limits of one key per minute; None: no limit.
-
-    Attributes:
-        requests_per_minute: requests to a model.
-        tokens_per_minute: tokens of prompts and answers together.
-    """
+    """The limits of one key per minute: requests, and tokens of prompts and answers together; None means no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -106,10 +101,10 @@ class Caller(NamedTuple):
     """The sender of a request; `label` and `key` are empty if the server needs no key.
 
     Attributes:
-        label: its key's name, or "1" for the first key, "m1" for the first management key; it may be shown.
+        label: its key's name, or "1" for the first unnamed key, "m1" for the first management key; not secret.
         key: the key itself, or a value that stands for its name; stores use its hash as the owner.
         limits: limits per minute.
-        models: patterns of the names of models and adapters that it may use; None: all.
+        models: patterns of the names of models and adapters that it may use; None means all.
     """
 
     label: str = ""
@@ -129,11 +124,11 @@ NOBODY = Caller()
 
 
 acting_for: ContextVar[Caller | None] = ContextVar("acting_for", default=None)
-"""The caller for whom this process sends itself a request, set in the sending task; no outside request can set it."""
+"""The caller for whom this process sends itself a request; the sending task sets it, no outside request can."""
 
 
 def caller_of(scope: Scope) -> Caller:
-    """The caller of a request, once its key has been checked."""
+    """Return the caller of a request, once its key has been checked."""
     return scope.get("state", {}).get("caller", NOBODY)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Authentication of pushes: read, check and send the operator's token, key or signature.
 
-`${NAME}` stands for an environment variable in the secrets of the settings file, and nowhere else.
+`${NAME}` stands for an environment variable only in the secrets of the settings file.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class WebhookAuth:
-    """How the operator's webhook recognises a push of this server.
+    """How the operator's webhook recognises that a push comes from this server.
 
     Attributes:
         type: none, bearer (`Authorization: Bearer`), api_key (a header of its own) or hmac (a signature).
         secret: the token, the key, or the secret of the signature.
-        header: the header of the key or of the signature; empty: X-API-Key or X-Signature-256 (-512).
+        header: the header of the key or of the signature; "" means X-API-Key or X-Signature-256 (-512).
         algorithm: hash algorithm of the signature.
-        signs: what is signed: timestamp, dot and body, or the body alone, as candle-vllm signs it.
+        signs: what is signed: timestamp, dot and body, or only the body, as the Rust candle-vllm signs it.
     """
 
     type: Literal["none", "bearer", "api_key", "hmac"] = "none"
@@ -56,11 +56,11 @@ class WebhookAuth:
 
     @property
     def header_name(self) -> str:
-        """The header that carries the key or the signature."""
+        """The header with the key or the signature."""
         return self.header or ("X-API-Key" if self.type == "api_key" else _SIGNATURE_HEADERS[self.algorithm])
 
     def headers(self, timestamp: str, body: bytes) -> dict[str, str]:
-        """The authentication headers of a push of `body` at `timestamp`; empty without authentication."""
+        """Return the authentication headers of a push of `body` at `timestamp`; {} without authentication."""
         if self.type == "none":
             return {}
         if self.type == "bearer":
@@ -69,20 +69,16 @@ class WebhookAuth:
 
 
 def sign(auth: WebhookAuth, timestamp: str, body: bytes) -> str:
-    """`sha256=<hex>`: the HMAC of the timestamp, a dot and the exact body, so that an old push cannot be replayed.
+    """Return `sha256=<hex>`: the HMAC of timestamp, dot and exact body, so that an old push cannot be replayed.
 
-    If `auth.signs` is "body", it is the HMAC of the body alone.
+    If `auth.signs` is "body", it is the HMAC of only the body.
     """
     signed = body if auth.signs == "body" else timestamp.encode("ascii") + b"." + body
     return f"{auth.algorithm}={hmac.new(auth.secret.encode(), signed, getattr(hashlib, auth.algorithm)).hexdigest()}"
 
 
 def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
-    """Read the `auth` section of a webhook.
-
-    Raises:
-        UsageError: an unknown key, a wrong value, a variable that is not set.
-    """
+    """Read the `auth` section of a webhook; UsageError for an unknown key, an invalid value, or an unset variable."""
     if not isinstance(section, Mapping):
         raise UsageError("webhook auth must be a mapping with a type")
     kind = checked("webhook auth type", lambda: Choice(tuple(_SECRETS)).check(section.get("type")))
@@ -104,10 +100,9 @@ def webhook_auth(section: Any, variables: Mapping[str, str]) -> WebhookAuth:
 
 
 def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
-    """Read a secret of the `webhook` section and replace its variables.
+    """Read a secret of the `webhook` section, and replace its variables.
 
-    Raises:
-        UsageError: the secret is no text, is empty or too long, or has a variable that is not set.
+    Raises UsageError if the secret is no text, is empty or too long, or has an unset variable.
     """
     if not isinstance(value, str):
         raise UsageError(f"webhook {name} must be a text")
@@ -119,11 +114,7 @@ def webhook_secret(name: str, value: Any, variables: Mapping[str, str]) -> str:
 
 
 def checked(name: str, check: Callable[[], Value]) -> Value:
-    """Return the result of `check`; its error message gets the setting's name as a prefix.
-
-    Raises:
-        UsageError: the value is wrong.
-    """
+    """Return the result of `check`; its ValueError becomes a UsageError that begins with the setting's name."""
     try:
         return check()
     except ValueError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for downloading, naming and deleting models.
 
-Outside the ten steps. The operator must allow all of it; then it is for clients with a key, or on this machine.
+Outside the ten steps. The operator must allow these routes, which are for clients with a key, or on this machine.
 """
 
 from __future__ import annotations
@@ -90,17 +90,17 @@ class PullRequest(_OfModel):
 
 
 class StopRequest(_OfModel):
-    """A model whose download is stopped; `remove` also deletes what was downloaded."""
+    """A model whose download is to be stopped; `remove` also deletes the downloaded part."""
 
     remove: bool = False
 
 
 class DeleteRequest(_OfModel):
-    """A downloaded model whose files are removed, or a name that a copy was given."""
+    """A downloaded model whose files are to be removed, or the name of a copy."""
 
 
 class CopyRequest(WireModel):
-    """Another name for a model, until the server ends."""
+    """A further name for a model, until the server ends."""
 
     source: Name
     destination: Name
@@ -200,7 +200,7 @@ async def ollama_delete(request: Request) -> Response:
 
 
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
-    """Replace, add or remove a model of the catalogue; UsageError if another model has the name."""
+    """Replace, add or remove a model of the catalogue; UsageError if another model has its name."""
     catalogue = manager.catalogue
     entries = [new if each is old and new is not None else each for each in catalogue.entries]
     if old is None and new is not None:
@@ -241,7 +241,7 @@ def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) 
 
 
 def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()) -> ModelEntry:
-    """The entry of a downloaded model in the catalogue."""
+    """Return the entry of a downloaded model in the catalogue."""
     return ModelEntry(local.name, local.settings(settings), (local.name, *aliases))
 
 
@@ -262,7 +262,7 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
 
 
 def _base(settings: Settings) -> Settings:
-    """The settings for downloaded models: those of the process, without its model."""
+    """Return the settings for downloaded models: the process's settings without its model."""
     return dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
 
 

@@ -35,9 +35,9 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="ollama", error=Failure, naming=OLLAMA))
 
 API_VERSION = "0.12.11"
-"""The version of Ollama whose API this is; clients choose by it which features they use."""
+"""The version of Ollama whose API this is; clients select features by it."""
 
-_FAR = 253370764800  # Unix seconds of the year 9999
+_FAR = 253370764800  # Unix seconds of the first day of 9999
 _CAN = {"generate": "completion", "embed": "embedding", "score": "rerank"}
 _AS_IT_IS = "a model is described as it is"
 
@@ -57,7 +57,7 @@ class Tag(msgspec.Struct, frozen=True, kw_only=True):
     """A model that can be used.
 
     Attributes:
-        modified_at: when it was loaded, or the time of the request.
+        modified_at: time at which it was loaded, or the time of the request.
         size: bytes of its weights; 0 if they are not on this machine yet.
         digest: hash of the name, not of the weights.
     """
@@ -81,8 +81,8 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         size: bytes of its weights and of a full cache.
-        size_vram: the part of them on a GPU.
-        expires_at: when it is unloaded unless somebody uses it; in the year 9999 if it stays loaded.
+        size_vram: the part of `size` on a GPU.
+        expires_at: time at which it will be unloaded if nobody uses it; in the year 9999 if it stays loaded.
         context_length: maximum tokens of a prompt and its answer together.
     """
 
@@ -109,7 +109,7 @@ class ApiVersion(msgspec.Struct, frozen=True):
 
 
 class ShowRequest(WireModel):
-    """Which model is asked about; `name` is the older name of the field, and `verbose` has no effect."""
+    """The model to describe; `name` is the older name of the field, and `verbose` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "system": Refusal(_AS_IT_IS, ("",)),
@@ -129,13 +129,13 @@ class ShowRequest(WireModel):
 
 
 class Shown(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a model.
+    """Properties of a model.
 
     Attributes:
-        modelfile: how it is served, as text.
+        modelfile: a Modelfile with its name.
         parameters: its sampling settings, one per line.
         template: its chat template, in Jinja.
-        model_info: properties of the model under Ollama's names.
+        model_info: properties with Ollama's names.
         capabilities: completion, tools, thinking, embedding, rerank.
     """
 
@@ -164,7 +164,7 @@ async def ollama_tags(request: Request) -> Response:
 
 
 def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
-    """The names of a model and of its adapters that the caller may use."""
+    """Return the names of a model, and of its adapters, that the caller may use."""
     own = list(slot.entry.names) if caller.may_use(*slot.entry.names) else []
     adapters = (each for each in manager.adapters.all() if each.base == slot.entry.name)
     return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
@@ -236,7 +236,7 @@ def _shown(slot: ModelSlot) -> Shown:
 
 
 def _description(slot: ModelSlot) -> Description | None:
-    """The description of a model: from the loaded model, else from its files if they were read."""
+    """Return the description of a model: from the loaded model, or from its files if they were read."""
     if slot.model is None:
         return slot.described
     engine, choice = slot.model.engine, slot.model.adapter.planner.choice
@@ -264,7 +264,7 @@ def _format(slot: ModelSlot) -> str:
 
 
 def details(slot: ModelSlot) -> Details:
-    """The kind of a slot's model."""
+    """Return the kind of a slot's model."""
     known = _description(slot)
     if known is None:
         return Details(format=_format(slot))
@@ -278,12 +278,12 @@ def details(slot: ModelSlot) -> Details:
 
 
 def size_of(parameters: int) -> str:
-    """A count of parameters as Ollama writes it: 134.52M, 7.6B."""
+    """Format a number of parameters as Ollama does: 134.52M, 7.6B."""
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
 
 
 def digest(name: str) -> str:
-    """The hash of a model's name."""
+    """Return the hash of a model's name."""
     return hashlib.sha256(name.encode()).hexdigest()
 
 

@@ -21,8 +21,8 @@ class ModelEntry:
     """One model that can be served.
 
     Attributes:
-        name: its name in the catalogue: that in models.yaml, or one derived from its files.
-        settings: settings of the process, overridden by the model's own.
+        name: its name in the catalogue: from models.yaml, or derived from its files.
+        settings: settings of the process, with the model's own in their place.
         aliases: the names for clients; the API reports the first. Without aliases it reports `name`.
     """
 
@@ -32,25 +32,21 @@ class ModelEntry:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name of this model, the reported one first."""
+        """Every name of this model; the reported one is the first."""
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a loaded model of this entry fits the other entry; settings of the process are ignored."""
+        """Whether a model that was loaded for this entry fits the other entry; settings of the process do not matter.
+        """
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
         return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)
 
 
 class Catalogue:
-    """Lookup of models by name.
+    """Lookup of models by name; UsageError if two models have the same name.
 
-    Args:
-        entries: at least one entry; no two models share a name.
-        default: name of the model for requests that name no model; None selects the first.
-
-    Raises:
-        UsageError: two models have the same name.
+    `default` is the name of the model for requests that name no model; None means the first entry.
     """
 
     def __init__(self, entries: Sequence[ModelEntry], default: str | None = None) -> None:
@@ -72,17 +68,13 @@ class Catalogue:
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
         """Return the model of a request; a single model accepts every non-empty name, unless names are strict.
 
-        Args:
-            name: the name in the request, or None.
-            exact: whether the name must be one of the model's names; strict names imply it.
-
-        Raises:
-            ModelNotServedError: no model has this name.
+        With `exact`, the name must be one of the model's names, as with strict names. Raises ModelNotServedError if no
+        model has this name.
         """
         if name is not None and name in self._by_name:
             return self._by_name[name]
         loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
-        alone = len(self.entries) == 1 and loose  # with adapters, another name may be that of an adapter
+        alone = len(self.entries) == 1 and loose  # with adapters, another name may be an adapter's
         if name is None or name == ANY_MODEL:
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:
@@ -95,7 +87,7 @@ class Catalogue:
 
 
 def source_name(settings: Settings, demo: Path | None) -> str:
-    """Return the name of a model outside models.yaml, derived from its files or its source."""
+    """Return the name of a model outside models.yaml, from its files or its source."""
     if settings.model is None and settings.weight_path is None and settings.weight_file is None:
         return "default" if demo is None else demo.stem
     if settings.weight_path is None and is_demo(settings.model or "") and demo is not None:

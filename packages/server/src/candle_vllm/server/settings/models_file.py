@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""models.yaml: named models with their settings; `original_keys` reads the keys of the original candle-vllm.
+"""models.yaml: named models with their settings; `original_keys` reads the keys of the Rust candle-vllm.
 
 Read before step 1 of a request's life. An unknown key is refused with the nearest known one, a key with the value null
 sets nothing, and a key without effect causes a remark.
@@ -36,8 +36,8 @@ class ModelsFile:
     """A models.yaml: named models with their settings.
 
     Attributes:
-        models: the settings of each model by name.
-        default_model: the model of requests that name no model.
+        models: the settings of each model, by name.
+        default_model: the model for requests that name no model.
         globals: settings of the file that do not belong to one model.
         params: defaults for its models (`global_params`).
         mailbox: the section on the mailbox, unparsed.
@@ -54,7 +54,7 @@ class ModelsFile:
 
 
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
-    """Read the models.yaml that applies: the given one, else that in the home folder, else in the working folder."""
+    """Read the models.yaml that applies: the given one, or the first in the home folder and the working folder."""
     if explicit is not None:
         path = folder / explicit
         if not path.is_file():
@@ -68,7 +68,7 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
 
 
 def read_models_file(path: Path) -> ModelsFile:
-    """Parse and check a models.yaml; a UsageError for each mistake names the file, the line and the key."""
+    """Parse and check a models.yaml; the UsageError for an error names the file, the line and the key."""
     content, remarks = given(read_yaml(path), str(path)), list[str]()
     known_keys(content, _TOP_KEYS, str(path))
     entries = content.get("models")
@@ -98,7 +98,7 @@ def read_models_file(path: Path) -> ModelsFile:
 
 
 def _globals(content: Mapping[str, Any], path: Path, remarks: list[str]) -> SettingsSource:
-    """Read the global settings: top-level keys, and limits of the original candle-vllm."""
+    """Read the global settings: top-level keys, and limits of the Rust candle-vllm."""
     told = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
         told = {**lot_limits(content["parking_lot"], f"{path}: parking_lot", remarks), **told}
@@ -122,12 +122,12 @@ def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapp
 def model_entry(
     entry: Mapping[str, Any], where: str, folder: Path, remarks: list[str], number: int = 1
 ) -> tuple[str, SettingsSource]:
-    """Read one model; returns its name and its settings.
+    """Read one entry of `models`, and return the model's name and its settings.
 
     Args:
-        entry: mapping in the format of an entry of `models`.
+        entry: the entry.
         where: its position, for messages.
-        folder: folder that relative paths start from.
+        folder: base of relative paths.
         remarks: receives remarks on keys without effect.
         number: number of the entry, counted from 1.
 
@@ -162,7 +162,7 @@ def model_entry(
 
 
 def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
-    """Convert the adapters of a model to values of --lora-modules."""
+    """Convert a model's adapters to values of --lora-modules."""
     where = f"{title}{line_of(entry, 'adapters')}: adapters"
     given = entry["adapters"]
     if not isinstance(given, list):

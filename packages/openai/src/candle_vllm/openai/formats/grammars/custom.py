@@ -64,8 +64,7 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
 
 
 def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
-    """Return a terminal of a text that follows `definition`: its name, and lines of a grammar. `prefix` as in
-    `json_rules`.
+    """Return a terminal of a text that follows `definition`: its name, and lines of a grammar (see `json_rules`).
 
     Formats that write a text between marks search for the mark after it, and only a terminal can exclude this mark from
     the text. UnsupportedParameterError if the grammar is recursive, or has a construct that terminals do not support.
@@ -90,8 +89,7 @@ _Spell = Callable[[str], str]
 
 
 def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex: _Spell) -> tuple[str, list[str]]:
-    """Rename a grammar's rules, rewrite its strings and expressions, and return the name of its start, and its lines.
-    """
+    """Rename a grammar's rules, rewrite its strings and expressions; return the name of its start, and its lines."""
     out: list[str] = []
     for number, (kind, text) in enumerate(kinds):
         before = kinds[number - 1][1] if number else ""

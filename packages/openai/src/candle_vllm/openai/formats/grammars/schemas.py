@@ -62,13 +62,15 @@ class Branch(NamedTuple):
 
 
 class Root:
-    """The schema of one tool's arguments; InvalidParameterError if it is invalid, or constrained decoding lacks
-    support.
+    """The schema of one tool's arguments.
 
     Args:
         tool: the tool.
         schema: schema of its arguments; references in it are relative to it.
         grammar: a user's Lark grammar that every string in the arguments must follow.
+
+    Raises:
+        InvalidParameterError: the schema is invalid, or constrained decoding does not support it.
     """
 
     def __init__(self, tool: FunctionShape, schema: Schema, grammar: str | None = None) -> None:

@@ -20,7 +20,7 @@ _SEVERAL = ("anyOf", "oneOf", "allOf")
 
 
 class Guard:
-    """Changes schemas so that strings in a value contain none of the given marks.
+    """Changes schemas so that no string in a value contains a given mark.
 
     Keys that a schema does not name are plain names; an object with named properties has no other keys.
 
@@ -131,7 +131,7 @@ def _strings(value: Any) -> list[str]:
 INTEGER = "/-?(0|[1-9][0-9]{0,17})/"
 NUMBER = r"/-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?([eE][+\-]?[0-9]{1,2})?/"
 _MOST_LENGTH = 1 << 16
-_FORMATS = {  # besides those that core writes as patterns: date, time and date-time
+_FORMATS = {  # core writes patterns of the formats date, time and date-time
     "uuid": r"[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}",
     "ipv4": r"((25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])",
     "email": r"[A-Za-z0-9_+\-]{1,32}(\.[A-Za-z0-9_+\-]{1,31}){0,3}@[A-Za-z0-9]([A-Za-z0-9\-]{0,30}[A-Za-z0-9])?"
@@ -143,13 +143,9 @@ _EMPTY = ("array", "object")  # types of an empty text in `Nested`
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return the terminal of a string's characters.
+    """Return the terminal of the characters of a string, which `branch` describes.
 
-    Args:
-        writer: receives the terminals.
-        root: the schema that contains the branch.
-        branch: a branch of type string.
-        unlike: types that the text must not be mistaken for.
+    `unlike` are types of which the text must not be taken for one; `root` is the schema that contains the branch.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
@@ -166,10 +162,7 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
 def scalar(writer: Writer, branch: Branch, *, python: bool = False) -> str | None:
     """Return the terminal of a number, boolean or null without further constraints; None for other branches.
 
-    Args:
-        writer: receives the rules.
-        branch: a branch of any type.
-        python: whether booleans and null may also be written as in Python.
+    With `python`, booleans and null may also be written as in Python.
     """
     if branch.type in _WORDS:
         values = _WORDS[branch.type] if branch.values is None else branch.values
