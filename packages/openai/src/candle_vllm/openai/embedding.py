@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """EmbeddingAdapter: embeddings, classes, scores and rankings from one engine, without HTTP (steps 2, 3 and 10).
 
-The score of a pair is the logit of a cross-encoder, after a sigmoid unless the model's config names another
-activation; of an embedding model, it is the cosine similarity of the two embeddings.
+The score of a pair is the logit of a cross-encoder, after a sigmoid unless the model's config names another activation;
+with an embedding model, it is the cosine similarity of the two embeddings.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class EmbeddingEngineLike(Protocol):
 
 
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> embeddings.EmbeddingRequest:
-    """Parse and validate an embedding request from a body or an object; raises `RequestError`."""
+    """Parse and validate an embedding request, given as a body or an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
     chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
     return parse_body(
@@ -76,15 +76,15 @@ parse_pooling_request = partial(parse_body, embeddings.PoolingRequest)
 parse_classify_request = partial(parse_body, embeddings.ClassifyRequest)
 parse_score_request = partial(parse_body, ScoreRequest)
 parse_rerank_request = partial(parse_body, RerankRequest)
-"""Parsers of other requests; arguments and errors as for `parse_embedding_request`."""
+"""Parsers of the other requests; arguments and errors are as for `parse_embedding_request`."""
 
 
 class EmbeddingAdapter:
     """Answers requests for embeddings, classes, scores and rankings with one engine.
 
     Every method raises `RequestError` for an invalid request, `EngineOverloadedError` or `EngineDeadError` if the
-    engine accepts no request, and `GenerationFailedError` if the engine fails on this request. Cancelling a call aborts
-    its sequences.
+    engine accepts no request, and `GenerationFailedError` if the engine fails during this request. Cancelling a call
+    aborts its sequences.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class EmbeddingAdapter:
         adapters: AdapterNames | None = None,
         work: WorkerThreads | None = None,
     ) -> None:
-        """See `OpenAIAdapter` for the arguments; `work` are its threads."""
+        """The arguments are as in `OpenAIAdapter`; `work` are its threads."""
         self._engine = engine
         self._work = work or WorkerThreads()
         self._watcher = watcher
@@ -109,7 +109,7 @@ class EmbeddingAdapter:
     async def embed(
         self, request: embeddings.EmbeddingRequest, prompt: Mapping[str, Any] | None = None
     ) -> embeddings.EmbeddingList:
-        """Return the embeddings of the request's texts, or of `prompt`, the prompt rendered from its messages."""
+        """Return the embeddings of the request's texts, or of `prompt`, which was rendered from its messages."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
         outputs = await self._embedded(request, request_id, request.pooling_params(), prompt=prompt)
@@ -140,7 +140,7 @@ class EmbeddingAdapter:
         task = request.task or ("token_" * single + does[0] if does else "embed")
         wanted = "embed" if task.endswith("embed") else "classify"
         params = request.pooling_params()
-        # Every embedding model can return a vector for each token; the other tasks depend on the model's head.
+        # Every embedding model can return a vector for each token; other tasks depend on the model's head.
         if wanted not in does or (task != "token_embed" and task.startswith("token") != single):
             known = [f"token_{each}" if single else each for each in does]
             known += ["token_embed"] if "embed" in known else []
@@ -257,7 +257,7 @@ class EmbeddingAdapter:
         return Ranking(id=request_id, model=name, results=tuple(results), usage=_usage(outputs))
 
     def _more(self, request: PoolingFields, request_id: str) -> dict[str, Any]:
-        """Return the engine's arguments that all requests share."""
+        """Return the engine's arguments for all requests."""
         return {
             "request_id": request_id,
             "priority": request.priority or 0,
@@ -277,7 +277,7 @@ class EmbeddingAdapter:
     def _tokens(
         self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest, field: str = "input"
     ) -> list[list[int]]:
-        """Tokenize the texts, each after the prompt of the input_type; check their total size."""
+        """Tokenize the texts, each after the prompt for the input_type, and check their total size."""
         total, texts, front = 0, [], self._prompt(request)
         special, cut = request.add_special_tokens is not False, request.cut("right")
         for number, text in enumerate(request.inputs):
@@ -293,7 +293,7 @@ class EmbeddingAdapter:
         return texts
 
     def _prompt(self, request: embeddings.EmbeddingRequest | embeddings.ClassifyRequest) -> str:
-        """Return the model's prompt for the request's input_type; empty if the model has no prompts."""
+        """Return the model's prompt for the request's input_type; "" if the model has no prompts."""
         prompts, wanted = self._engine.model_info.prompts, getattr(request, "input_type", None)
         if wanted is None or not prompts:
             return ""
@@ -318,7 +318,7 @@ class EmbeddingAdapter:
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
-        """Refuse pairs that have too many tokens in total, before they run."""
+        """Refuse pairs that have too many tokens together, before they run."""
         reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
         total, lengths = 0, dict[str, int]()
         for number, pair in enumerate(pairs):
@@ -390,7 +390,9 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Prefix errors with the number of the text, and name `param` in them, or this text of `field`."""
+    """Context manager that prefixes errors with the number of the text, and names `param`, or this text of `field`, in
+    them.
+    """
     try:
         yield
     except RequestError as error:
@@ -401,11 +403,10 @@ def _blamed(number: int, count: int, param: str | None = None, *, field: str = "
 
 @contextmanager
 def _failures(field: Callable[[int, int], str], only: str) -> Iterator[None]:
-    """Replace the engine's parameter in errors by the request's field; failures become `GenerationFailedError`.
+    """Context manager that names the request's field in the engine's errors; failures become `GenerationFailedError`.
 
-    Args:
-        field: returns the field for `inputs.number` or, for a text of a pair, `inputs.number.side`.
-        only: the field if there is one input.
+    `field` returns the field for `inputs.number` or, for a text of a pair, `inputs.number.side`; `only` is the field if
+    there is one input.
     """
     try:
         yield

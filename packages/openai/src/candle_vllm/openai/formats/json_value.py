@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One JSON value, passed on while it is received (step 10).
 
-Valid JSON is passed on byte for byte. Mistakes that models make and that have one meaning are repaired: raw control
+Valid JSON is passed on byte for byte. Mistakes of models that have only one meaning are repaired: raw control
 characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that JSON
 does not allow, keys without quotes, commas before a closing bracket, and brackets that a finished text lacks.
 """
@@ -24,22 +24,17 @@ _NOTHING = Markers(())
 
 
 def read_value(reader: Reader, sink: Sink, stops: Markers = _NOTHING) -> Need[bool]:
-    """Parse one value and pass its text to `sink`.
+    """Parse one value, perhaps after white space, and pass its text to `sink`; return whether it is closed.
 
-    Args:
-        reader: positioned at the value's first character, or at white space before it.
-        sink: receives the text.
-        stops: markers that end the value early if they are outside of its strings; they are not consumed.
-
-    Returns:
-        Whether the value is closed, by itself or by added brackets.
+    Outside of its strings, a marker of `stops` ends the value early, and is not consumed. Added brackets count as
+    closing.
     """
     yield from reader.skip_space()
     return (yield from _Value(reader, sink, stops).read())
 
 
 def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
-    """Parse a quoted string and return its content; None without a quote, or if it is not closed within `most`."""
+    """Parse a quoted string, and return its content; None without a quote, or if it is not closed within `most`."""
     quote = yield from reader.peek()
     if quote not in ('"', "'") or not quote:
         return None
@@ -55,7 +50,7 @@ def read_string(reader: Reader, most: int = 1 << 16) -> Need[str | None]:
 
 
 def read_quoted(reader: Reader, sink: Sink, most: int = 1 << 30) -> Need[bool]:
-    """Parse a quoted string to JSON, in runs of characters and whole escapes. True if it is closed."""
+    """Parse a quoted string to JSON, in runs of characters and whole escapes; return whether it is closed."""
     return (yield from _Value(reader, sink, _NOTHING, most).string())
 
 
@@ -117,7 +112,7 @@ class _Value:
                 return True
 
     def string(self) -> Need[bool]:
-        """Parse a quoted string to JSON; False if it is not closed."""
+        """Parse a quoted string to JSON; return whether it is closed."""
         reader = self._reader
         quote = reader.text[reader.at]
         reader.at += 1
@@ -178,7 +173,7 @@ class _Value:
         return True
 
     def _word(self) -> Need[None]:
-        """Parse a number, a word or an unquoted key, unless it is truncated; any other character is passed on."""
+        """Parse a number, a word or an unquoted key, unless it is truncated; pass on any other character."""
         parts: list[str] = []
         yield from self._reader.match(_WORD, parts.append)
         word = "".join(parts)
@@ -219,7 +214,7 @@ class _Value:
             self._state = "value"
         else:
             self._drop_comma()
-            closed = "" if self._count[character] else character  # a surplus bracket is left out
+            closed = "" if self._count[character] else character  # leave out a surplus bracket
             while closed != character:
                 closed = self._open.pop()
                 self._count[closed] -= 1
@@ -255,7 +250,7 @@ class _Value:
         return self._close() if self._reader.whole else False
 
     def _close(self) -> bool:
-        """Add the missing brackets, if they complete a value."""
+        """Add the missing brackets, if they complete a value; return whether they do."""
         after_colon = self._state == "value" and self._open[-1:] == ["}"]
         if not self._open or self._state == "colon" or after_colon:
             return False

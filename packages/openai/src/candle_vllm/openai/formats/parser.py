@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Incremental parser of reasoning and tool calls, for all formats (step 10).
 
-It receives a model's text in parts and holds back only what may be the beginning of a mark. However the text is split,
+It receives a model's text in parts, and holds back only what may be the beginning of a mark. However the text is split,
 the events add up to the same message.
 """
 
@@ -22,14 +22,14 @@ class OutputParser:
     Args:
         layout: what the message may contain.
         tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
-        in_reasoning: the prompt has already opened the reasoning, with the layout's first pair of marks.
-        behind_reasoning: the prompt has already closed it; white space at the beginning belongs to it.
-        held: a grammar constrains calls.
-        lazy: the grammar applies from the beginning of a call; text that it does not constrain is not a call.
-        most_calls: maximum number of calls, further ones are left out; None means no limit.
+        in_reasoning: whether the prompt has opened the reasoning, with the layout's first pair of marks.
+        behind_reasoning: whether the prompt has closed it; white space at the beginning then belongs to it.
+        held: whether a grammar constrains calls.
+        lazy: whether the grammar begins with a call; text that it does not constrain is not a call.
+        most_calls: maximum number of calls; further calls are left out. None means no limit.
         make_id: creates ids of calls without an id; None uses the format's function.
-        shown: texts of special tokens that are shown as text, by their characters.
-        names: texts of special tokens by their characters; strings in arguments retain them.
+        shown: texts of the special tokens to show, by the characters that stand for them.
+        names: texts of all special tokens, likewise; strings in arguments keep them.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class OutputParser:
 
     @property
     def num_calls(self) -> int:
-        """Number of calls begun so far."""
+        """Number of calls that have begun."""
         return self._output.calls.count
 
     @property
@@ -73,7 +73,7 @@ class OutputParser:
         return self._output.thinking
 
     def feed(self, text: str) -> list[Event]:
-        """Parse more text; return the events that are certain now."""
+        """Parse more text, and return the events that are certain now."""
         if not text:
             return []
         if self._run is not None:
@@ -82,11 +82,10 @@ class OutputParser:
         return self._output.fetch()
 
     def finish(self, whole: bool) -> list[Event]:
-        """End the text; return the events that were held back.
+        """End the text, and return the events that were held back.
 
-        Args:
-            whole: whether the model had finished. Truncated text is not completed; in finished text, arguments that
-                only lack closing brackets are closed.
+        `whole` tells whether the model had finished: finished text gets missing closing brackets of arguments,
+        truncated text does not.
         """
         self._reader.end(whole)
         while self._run is not None:

@@ -59,8 +59,8 @@ class StreamOptions(fields.WireModel):
     """What a stream contains besides the text.
 
     Attributes:
-        include_usage: the last chunk has the token counts and no choices; every other chunk has `usage: null`.
-        continuous_usage_stats: every chunk has the counts so far, if `include_usage` is true.
+        include_usage: whether the last chunk has the token counts and no choices; all other chunks have `usage: null`.
+        continuous_usage_stats: whether every chunk has the counts so far, if `include_usage` is true.
     """
 
     include_usage: bool | None = None
@@ -71,7 +71,7 @@ class StreamOptions(fields.WireModel):
     }
 
 
-_MAX_LORAS = 1024  # adapters with a scale of 0 included
+_MAX_LORAS = 1024  # including adapters with a scale of 0
 # Names of `SamplingParams` whose values have another form in requests, or depend on other fields.
 _READ_APART = frozenset({
     "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "thinking_token_budget",
@@ -81,18 +81,18 @@ _READ_APART = frozenset({
 
 @functools.cache
 def sampling_names(request: type[fields.WireModel]) -> tuple[str, ...]:
-    """Return the fields of a request that mean the same in `SamplingParams`."""
+    """Return the fields of a request that have the same name and form in `SamplingParams`."""
     known = request.model_fields.keys() - _READ_APART
     return tuple(name for name in caps.SamplingParams.__struct_fields__ if name in known)
 
 
 def sampling_values(request: fields.WireModel) -> dict[str, Any]:
-    """Return the values of these fields that a request sets."""
+    """Return the values that a request sets for these fields."""
     return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
 class SamplerFields(fields.WireModel):
-    """llama.cpp's samplers under its names, and the number of draft tokens. `SamplingParams` documents the fields."""
+    """llama.cpp's samplers by its names, and the number of draft tokens. `SamplingParams` documents the fields."""
 
     repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
     top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
@@ -134,7 +134,7 @@ class SamplerFields(fields.WireModel):
     @field_validator("dry_sequence_breakers", mode="before")
     @classmethod
     def _listed_breakers(cls, value: Any) -> Any:
-        """text-generation-webui sends the list as one text without its brackets."""
+        """Read the list that text-generation-webui sends as one text without its brackets."""
         if not isinstance(value, str) or len(value) > MAX_BREAKERS_TEXT:
             return value
         try:
@@ -144,11 +144,11 @@ class SamplerFields(fields.WireModel):
 
 
 class LlamaFields(SamplerFields):
-    """Sampling fields under the names of llama.cpp and of Ollama. None always means absent.
+    """Sampling fields by the names of llama.cpp and of Ollama; null always means absent.
 
     Attributes:
         seed: -1 means no seed.
-        repeat_penalty: called repetition_penalty elsewhere.
+        repeat_penalty: `repetition_penalty` of other APIs.
     """
 
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -162,7 +162,7 @@ class LlamaFields(SamplerFields):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 
     def drawing(self) -> dict[str, Any]:
-        """Return the fields that are set, under their names in `SamplingParams`."""
+        """Return the fields that are set, by their names in `SamplingParams`."""
         given = sampling_values(self) | {"repetition_penalty": self.repeat_penalty}
         return {name: value for name, value in given.items() if value is not None and (name, value) != ("seed", -1)}
 
@@ -172,7 +172,7 @@ OTHER_NAMES: Mapping[str, str] = {
     "mirostat_mode": "mirostat",
     "speculative.n_max": "num_speculative_tokens",
 }
-"""Names of llama.cpp, Ollama and text-generation-webui, and the names of the same fields here."""
+"""Names of fields in llama.cpp, Ollama and text-generation-webui -> their names here."""
 MAX_BREAKERS_TEXT = 4096  # characters
 
 
@@ -187,7 +187,7 @@ LoraScales = Annotated[list[LoraScale], Field(max_length=_MAX_LORAS, fail_fast=T
 
 
 def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None:
-    """Return the factors by id; adapters without an entry have a factor of 0. Raises `InvalidParameterError`."""
+    """Return the scales by adapter id; adapters without an entry have scale 0. Raises `InvalidParameterError`."""
     if given is None:
         return None
     scales = {each.id: each.scale for each in given}
@@ -197,7 +197,7 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
 
 
 class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
-    """How to generate. None always means absent: then the model's default applies, then the server's."""
+    """How to generate; null always means absent: then the model's default applies or, without one, the server's."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.REFUSED_FIELDS
 

@@ -95,8 +95,7 @@ class EventWriter:
         return self._log.take()
 
     def add(self, event: said.Event) -> list[wire.StreamEvent]:
-        """Return the events for one event of the conversation; after the last one, `conclude` returns the final event.
-        """
+        """Return the events for one event of the conversation; after the last, `conclude` returns the final event."""
         items = self._items
         match event:
             case said.TextDelta():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writers of output items while they grow: each writes its events into the response's log."""
+"""Writers of growing output items: each writes its events into the response's log."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ def new_id(prefix: str) -> str:
 
 
 class ItemWriter:
-    """An item of the output.
-
-    Args:
-        emit: receives the events.
-        index: index of the item in the output.
-        prefix: prefix of the item's id.
-    """
+    """An item of the output: its `index` there, its id with a `prefix`, and `emit`, which receives its events."""
 
     def __init__(self, emit: Emit, index: int, prefix: str) -> None:
         self._emit_any = emit
@@ -50,7 +44,7 @@ class ItemWriter:
         self._emit_any(wire.OutputItemDone, output_index=self.index, item=self.final)
 
     def item(self, status: str) -> OutputItem:
-        """Return the item in its present state."""
+        """Return the item in its current state."""
         raise NotImplementedError
 
     def _end_content(self) -> None:
@@ -61,7 +55,7 @@ class ItemWriter:
 
 
 class MessageWriter(ItemWriter):
-    """A message of one text; `phase` can be set until it ends."""
+    """A message of a single text; `phase` can be set until it ends."""
 
     def __init__(self, emit: Emit, index: int, phase: Phase | UnsetType) -> None:
         super().__init__(emit, index, "msg")
@@ -160,12 +154,12 @@ class OutputLog:
         return writer
 
     def settle(self, writer: ItemWriter) -> None:
-        """Put a completed item in place of its writer."""
+        """Replace the writer of a completed item by the item."""
         assert writer.final is not None
         self._output[writer.index] = writer.final
 
     def add(self, begun: OutputItem, ended: OutputItem, *between: type[wire.StreamEvent], **fields: Any) -> None:
-        """Add an item that is complete at once: its start, the events between with these fields, and its end."""
+        """Add an item that is complete at once: its start, the events in `between` with these fields, and its end."""
         place = self.next_place
         self.emit(wire.OutputItemAdded, output_index=place, item=begun)
         for kind in between:

@@ -19,13 +19,13 @@ from candle_vllm.responses.protocol.response import Response
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING = 64  # unread events; with more, the producer waits for a slow reader
+MAX_WAITING = 64  # unread events, beyond which the task waits for a slow reader
 
 Work = Callable[["ResponseStream"], Awaitable[None]]
 
 
 class ResponseStream:
-    """An iterator of events. Close it (`aclose`) when the reader goes away: that ends the response.
+    """An iterator of events. Closing it (`aclose`) ends the response.
 
     Args:
         writer: writes the events.
@@ -34,7 +34,6 @@ class ResponseStream:
         opened: resources of the response, closed after the last event or with the stream.
 
     Attributes:
-        input_items, opened: the arguments.
         failure: exception that ended the response, or None.
     """
 
@@ -55,7 +54,7 @@ class ResponseStream:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._taken = False  # whether the model has accepted the request
-        self._decided = asyncio.Event()  # it is accepted, or never will be
+        self._decided = asyncio.Event()  # set when it is accepted, or never will be
         self._last: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -71,11 +70,7 @@ class ResponseStream:
         return opening
 
     async def start(self) -> None:
-        """Start the response, and return when the request has been accepted; errors before that are raised here.
-
-        Raises:
-            CandleVllmError: the error of the model's first turn.
-        """
+        """Start the response, and return when the model has accepted the request; raise an earlier error here."""
         self._last = asyncio.create_task(self._run(), name="response")
         try:
             await self._decided.wait()
@@ -96,12 +91,12 @@ class ResponseStream:
             del failure
 
     def begun(self) -> None:
-        """Note that the request has been accepted: from here on, failures are reported in events."""
+        """Record that the request has been accepted: from now on, events report failures."""
         self._taken = True
         self._decided.set()
 
     async def put(self, events: list[wire.StreamEvent]) -> None:
-        """Add events; waits if the reader is slow."""
+        """Add events, and wait if the reader is slow."""
         self._waiting += events
         self._news.set()
         while len(self._waiting) > MAX_WAITING and self._taken:
@@ -123,7 +118,7 @@ class ResponseStream:
         return event
 
     async def aclose(self) -> None:
-        """End the response if it is still running. Idempotent."""
+        """End the response if it is still running. Further calls have no effect."""
         self._closed = True
         self._waiting.clear()
         self._news.set()
@@ -132,7 +127,7 @@ class ResponseStream:
         await self.opened.aclose()
 
     def stop(self, error: wire.ErrorDetail) -> list[wire.StreamEvent]:
-        """Return the last events of a response that its caller ends with an error; close the stream after this."""
+        """Return the last events of a response that its caller ends with an error; then close the stream."""
         self._closed = True
         if self._last is not None:
             self._last.cancel()
@@ -163,7 +158,7 @@ def error_detail(failure: Exception) -> wire.ErrorDetail:
 
 
 def response_code(failure: Exception) -> str:
-    """Return OpenAI's error code of a response for a failure."""
+    """Return OpenAI's error code for the failure of a response."""
     if isinstance(failure, PromptTooLongError):
         return "context_length_exceeded"
     if isinstance(failure, RequestError):

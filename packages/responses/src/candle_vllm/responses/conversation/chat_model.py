@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 
 class ChatModel(Protocol):
-    """Answers a task with a stream of events."""
+    """Answers a request with a stream of events."""
 
     def stream(self, request: Task | Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """Open the events of one answer; see `candle_vllm.openai.events`.
+        """Open the events of one answer; see `candle_vllm.openai.events`. Leaving the context early aborts the request.
 
-        A user of the library gives a request in OpenAI's format; it is passed on unchanged to the code that parses it.
-
-        Leaving the context before the end aborts the request.
+        A request of a library user, in OpenAI's format, is passed on unchanged to the code that parses it.
 
         Raises:
             CandleVllmError: the request is invalid, or the model failed.
@@ -41,21 +39,17 @@ class Eyes(Protocol):
         ...
 
     async def try_picture(self, data: bytes) -> None:
-        """Raise `RequestError` if the model cannot see this file as part of a tool's result."""
+        """Raise `RequestError` if the model cannot read this image file in a tool's result."""
         ...
 
 
 def eyes_of(model: ChatModel) -> Eyes | None:
-    """Return the `eyes` of a model; None for a model that sees no images, or may not."""
+    """Return the image input (`eyes`) of a model; None if it reads no images."""
     return getattr(model, "eyes", None)
 
 
 class InProcessModel:
-    """Model that asks an adapter of this process, without HTTP.
-
-    Attributes:
-        eyes: image input of the adapter.
-    """
+    """A model that is an adapter of this process, without HTTP; `eyes` is the adapter's image input."""
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
         self._adapter = adapter
@@ -86,11 +80,7 @@ def http_model(base_url: str, api_key: str | None, model: str | None) -> HttpMod
 
 
 def local_model(source: Any) -> ChatModel:
-    """Return the model for an engine or an adapter; a model is returned unchanged.
-
-    Raises:
-        ConfigError: the source has another type.
-    """
+    """Return the model for an engine or an adapter; a model is returned unchanged. ConfigError for another type."""
     is_class = isinstance(source, type)
     if isinstance(source, OpenAIAdapter):
         return InProcessModel(source)

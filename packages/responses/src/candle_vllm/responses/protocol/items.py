@@ -32,7 +32,7 @@ _HOSTED_ITEMS = frozenset(
 
 
 class TextPart(WireModel):
-    """A text; other fields of an answer's text (`annotations`, `logprobs`) are not shown to the model."""
+    """A text; the model does not see the other fields of an answer's text (`annotations`, `logprobs`)."""
 
     type: Literal["input_text", "output_text", "text"]
     text: Text
@@ -43,7 +43,7 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse parts that are neither text nor image by name."""
+        """Refuse parts that are neither text nor image, by their type."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
@@ -68,14 +68,14 @@ class ImagePart(WireModel):
 
 
 class RefusalPart(WireModel):
-    """A model's refusal; shown to the model like any other text."""
+    """A model's refusal, which the model sees as text."""
 
     type: Literal["refusal"]
     refusal: Text
 
     @property
     def text(self) -> str:
-        """The text, under the name that other parts use."""
+        """The text, by the name in other parts."""
         return self.refusal
 
 
@@ -84,7 +84,7 @@ def _part_form(value: Any) -> str:
 
 
 def content_form(value: Any) -> str:
-    """Tag of a content: a string or a list of parts."""
+    """Return pydantic's union tag of a content: a string or a list of parts."""
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
@@ -119,7 +119,7 @@ def text_of(content: Any) -> str:
 
 
 def parts_of(content: Any, path: str) -> tuple[Part, ...]:
-    """Return the parts of a task: one text, or several parts if there are images; `path` is the content's."""
+    """Return the parts of a task: one text or, with images, several parts; `path` is the content's."""
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return (TaskText(text_of(content)),)
     return tuple(
@@ -129,7 +129,7 @@ def parts_of(content: Any, path: str) -> tuple[Part, ...]:
 
 
 def images_in(content: Any) -> int:
-    """Number of images in a content."""
+    """Return the number of images in a content."""
     return 0 if isinstance(content, str) else sum(isinstance(part, ImagePart) for part in content or ())
 
 
@@ -138,7 +138,7 @@ Phase = Literal["commentary", "final_answer"]
 
 
 class MessageItem(WireModel):
-    """A message; `phase` of an answer is stored with it but not shown to the model."""
+    """A message; the `phase` of an answer is stored, but the model does not see it."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
@@ -160,7 +160,7 @@ class _DirectCaller(WireModel):
 
 
 class _CallItem(WireModel):
-    """A call of an earlier answer; `async` and `caller` are fields of OpenAI's models without effect here."""
+    """A call of an earlier answer; `async` and `caller`, which OpenAI's models have, have no effect."""
 
     id: ItemId | None = None
     call_id: Name
@@ -200,7 +200,7 @@ class CallOutputItem(WireModel):
 
 
 class _ThoughtPart(WireModel):
-    """A text of the reasoning or of its summary."""
+    """A text of reasoning, or of its summary."""
 
     type: Literal["reasoning_text", "summary_text", "text", "output_text"]
     text: Text
@@ -210,9 +210,9 @@ class ReasoningItem(WireModel):
     """Reasoning of a model.
 
     Attributes:
-        summary: summary by OpenAI's models; shown to the model if there is no other text.
+        summary: summary by OpenAI's models; the model sees it if there is no other text.
         content: text of the reasoning.
-        encrypted_content: reasoning as this server encoded it; that of another server is ignored.
+        encrypted_content: reasoning as this server encoded it; another server's is ignored.
     """
 
     type: Literal["reasoning"]
@@ -240,7 +240,7 @@ class ItemReference(WireModel):
 
 
 class McpListToolsItem(WireModel):
-    """Tools of an MCP server; the tools of a server with such an item are not listed again."""
+    """Tools of an MCP server, which are then not listed again."""
 
     type: Literal["mcp_list_tools"]
     id: ItemId | None = None
@@ -251,7 +251,7 @@ class McpListToolsItem(WireModel):
 
 
 class McpCallItem(WireModel):
-    """A call that was run on an MCP server, and its result; `content` is shown to a vision model."""
+    """A call that was run on an MCP server, and its result; a vision model sees `content`."""
 
     type: Literal["mcp_call"]
     id: ItemId
@@ -293,7 +293,7 @@ class McpApprovalResponseItem(WireModel):
 
 
 class HostedCallItem(WireModel):
-    """A call of another service's tool, or its result: kept and listed as it is, and not shown to the model."""
+    """A call of another service's tool, or its result: stored and listed unchanged; the model does not see it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -331,7 +331,7 @@ def _item_form(value: Any) -> str:
 
 
 def _known_kind(value: Any) -> Any:
-    """Refuse items of services that are not here by name; for unknown types, list the known ones."""
+    """Refuse items of services that are not here by their type; for unknown types, list the known ones."""
     if isinstance(value, WireModel):
         return value
     if not isinstance(value, dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The requests: `POST /v1/responses` and `POST /v1/responses/input_tokens`, from bytes to a checked object."""
+"""Requests of `POST /v1/responses`, its `input_tokens` and its `compact`, from bytes to a checked object."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENCRYPTED = "reasoning.encrypted_content"
 Include = Literal[
     "message.output_text.logprobs",
     "reasoning.encrypted_content",
-    # Data of tools that do not exist here, so nothing is included.
+    # accepted without effect: data of tools that do not exist here
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -62,7 +62,7 @@ class PlainFormat(TextFormat):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Report the known formats."""
+        """Name the known formats in the error for another one."""
         if data.get("type") != "text":
             raise fields.invalid("type", "must be one of text, json_object, json_schema")
 
@@ -88,7 +88,7 @@ class TextConfig(fields.WireModel):
 
 
 class ReasoningConfig(fields.WireModel):
-    """How much the model reasons: `effort` if its template supports it; `max_tokens` limits the reasoning.
+    """How much the model reasons: by `effort`, if its template supports it, and up to `max_tokens`.
 
     The other fields have no effect.
     """
@@ -123,7 +123,7 @@ Input = Annotated[
 
 
 class PromptFields(fields.WireModel):
-    """Fields that define the prompt. None always means absent."""
+    """Fields that define the prompt; null always means absent."""
 
     model: fields.ModelName | None = None
     input: Input | None = None
@@ -178,7 +178,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     top_logprobs: Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)] | None = None
     metadata: Metadata | None = None
 
-    # vLLM's extra fields that the engine supports.
+    # vLLM's extra fields
     top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -188,7 +188,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
     return_draft_counts: bool | None = None
 
-    # ADVISORY_RESPONSES_FIELDS: checked, without effect.
+    # ADVISORY_RESPONSES_FIELDS, without effect
     user: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     safety_identifier: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=fields.MAX_NAME)] | None = None
@@ -226,7 +226,7 @@ class InputTokensRequest(PromptFields):
 
 
 class CompactRequest(fields.WireModel):
-    """A conversation to compact: `POST /v1/responses/compact`. None always means absent."""
+    """A conversation to compact: `POST /v1/responses/compact`; null always means absent."""
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "image": REFUSED_RESPONSES_FIELDS["image"],
@@ -238,7 +238,7 @@ class CompactRequest(fields.WireModel):
     input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
-    # Checked, without effect, as in other requests.
+    # without effect, as in other requests
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     prompt_cache_options: dict[str, Any] | None = None
@@ -252,15 +252,15 @@ class CompactRequest(fields.WireModel):
 
 
 def parse_compact_request(body: bytes | Mapping[str, Any]) -> CompactRequest:
-    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request, given as a body or an object; raises `RequestError`."""
     return parse_body(CompactRequest, body)
 
 
 def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:
-    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request, given as a body or an object; raises `RequestError`."""
     return parse_body(ResponsesRequest, body)
 
 
 def parse_input_tokens_request(body: bytes | Mapping[str, Any]) -> InputTokensRequest:
-    """Parse and check a request from the body's bytes or from an object; raises `RequestError`."""
+    """Parse and check a request, given as a body or an object; raises `RequestError`."""
     return parse_body(InputTokensRequest, body)

@@ -15,7 +15,7 @@ from candle_vllm.responses.protocol.fields import type_of
 
 MAX_HEADERS = 32
 MAX_URL = 2048
-MAX_SECRET = 16 << 10  # characters of a header
+MAX_SECRET = 16 << 10  # characters of a header or a token
 _Text = Annotated[str, Field(max_length=1 << 20)]
 _CALLED_DIRECTLY = {"allowed_callers": fields.Refusal("only the model itself calls tools", (["direct"],))}
 
@@ -51,13 +51,13 @@ class FunctionTool(fields.WireModel):
 
 
 class GrammarFormat(Grammar):
-    """Text that follows a grammar, which is enforced."""
+    """A format that enforces a grammar."""
 
     type: Literal["grammar"]
 
 
 class CustomTool(fields.WireModel):
-    """A tool that the client runs, and whose input is text."""
+    """A tool with a text as its input, which the client runs."""
 
     type: Literal["custom"]
     name: fields.FunctionName
@@ -97,7 +97,7 @@ class NamespaceTool(fields.WireModel):
 
 
 class ToolFilter(fields.WireModel):
-    """Some tools of a server: those with these names, or those that are declared read-only (or not)."""
+    """Some tools of a server: by their names, or by whether the server declares them read-only."""
 
     tool_names: Annotated[list[fields.Name], Field(max_length=fields.MAX_TOOLS, fail_fast=True)] | None = None
     read_only: bool | None = None
@@ -122,11 +122,11 @@ class McpTool(fields.WireModel):
     """The tools of an MCP server: one that the operator has configured under this label, or one at a URL.
 
     Attributes:
-        server_url: URL of the server, if the operator allows it; None means a server of mcp.json.
+        server_url: URL of the server, if the operator allows it; null means a server of mcp.json.
         authorization: bearer token for the server.
         headers: HTTP headers for the server.
-        allowed_tools: tools that may be called; None allows all.
-        require_approval: calls that need an approval; None means "always".
+        allowed_tools: tools that may be called; null allows all.
+        require_approval: which calls need an approval; null means "always".
         server_description, defer_loading: no effect: the tools describe themselves and are shown from the start.
     """
 
@@ -184,7 +184,7 @@ def _tool_form(value: Any) -> str:
 
 
 def _only_type_of_hosted(value: Any) -> Any:
-    """Drop all fields but the type of a hosted tool, because they do not matter."""
+    """Drop all fields of a hosted tool except its type, because they have no effect."""
     if isinstance(value, fields.WireModel):
         return value
     if not isinstance(value, dict):
@@ -216,7 +216,7 @@ class NamedToolChoice(fields.WireModel):
 
 
 class McpToolChoice(fields.WireModel):
-    """A call of this server's tools, or of this one of them, is required."""
+    """A call of one of this server's tools is required; with `name`, of this tool."""
 
     type: Literal["mcp"]
     server_label: fields.Name
@@ -244,7 +244,7 @@ ToolReference = Annotated[
 
 
 class AllowedToolsChoice(fields.WireModel):
-    """Some of the tools: `auto` may call them, `required` must; the model sees all tools."""
+    """Only some of the tools may be called (`auto`) or must be (`required`); the model sees all tools."""
 
     type: Literal["allowed_tools"]
     mode: Literal["none", "auto", "required"] = "auto"

@@ -182,9 +182,7 @@ class TerminalApproval:
         return Approval.DENY
 
     def _is_approved(self, definition: ToolDefinition) -> bool:
-        """Whether a tool is approved. A name with a server is compared only with full names: servers choose their own
-        names.
-        """
+        """Whether a tool is approved. Names with a server match only full names: servers choose their tools' names."""
         return (
             definition.name in self._always
             or matches(self._full_names, definition.name)

@@ -71,9 +71,7 @@ class RequestContext:
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:
-        """Return True on the first call only: several prompts are several requests to the engine, but one to the
-        client.
-        """
+        """Return True on the first call only: a client's request with several prompts is several to the engine."""
         first = not self.state.get("observed", False)
         self.state["observed"] = True
         return first

@@ -34,7 +34,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         request_id: the id of the answer, `chatcmpl-...`.
         model: name of the model in the request.
-        created: seconds since 1970 when the record was made.
+        created: Unix seconds at which the record was made.
         status: state of the answer.
         response: the whole OpenAI answer, or the error envelope; absent while it streams and in lists.
     """
@@ -62,12 +62,12 @@ class MailboxError(HttpError):
 
 
 def invalid(param: str, text: str) -> MailboxError:
-    """400: a header or field has an invalid value; `text` follows its name in the message."""
+    """Return the 400 for a header or field with an invalid value; `text` follows its name in the message."""
     return MailboxError(400, f"{param} {text}", "invalid_value", param)
 
 
 def not_found(request_id: str) -> MailboxError:
-    """404: this key has no such record, whether or not another key has one."""
+    """Return the 404 for a record that this key does not have, even if another key has it."""
     return MailboxError(
         404, f"The mailbox has no record {request_id!r:.80} of this API key.", "not_found", "request_id"
     )
@@ -76,9 +76,8 @@ def not_found(request_id: str) -> MailboxError:
 def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Status, bytes]:
     """Return the status and the JSON of an answer, or of the failure of its request.
 
-    Args:
-        answer: OpenAI's answer object, its JSON, or the exception that ended the request.
-        most: maximum bytes; a longer answer is stored as an error that says so, because half an answer is of no use.
+    `answer` is OpenAI's answer object, its JSON, or the exception that ended the request. An answer of more than `most`
+    bytes becomes an error that says so, because half an answer is of no use.
     """
     if isinstance(answer, Exception):
         error = to_error(answer)

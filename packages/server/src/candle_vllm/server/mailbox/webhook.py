@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""One push: send a record as a signed HTTP request to an address that was checked.
+"""One push: sends a record as a signed HTTP request to an address that was checked.
 
-The body is that of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response is used.
+The body is the one of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response matters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ID_HEADER = "Idempotency-Key"
 MAX_ANSWER = 16 << 10  # bytes of the receiver's response that are read before the connection is closed
 
 _RESOLVING = 4  # host names that are resolved at the same time
-_RETRIED = frozenset({408, 425, 429})  # besides 500 and above
+_RETRIED = frozenset({408, 425, 429})  # statuses below 500 after which the push is tried again
 
 
 class Outcome(Enum):
@@ -43,8 +43,7 @@ class Outcome(Enum):
 class Attempt:
     """The result of one attempt.
 
-    Attributes:
-        detail: text for the log and for the owner of the record; of the receiver's response, it has only the status.
+    `detail` is a text for the log and for the owner of the record; of the receiver's response, it has only the status.
     """
 
     outcome: Outcome
@@ -53,12 +52,12 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Message:
-    """What is pushed.
+    """A push.
 
     Attributes:
         record: the record, with its answer.
         delivery_id: id of the push, the same for every attempt.
-        target: URL that it is sent to.
+        target: URL to which it is sent.
         bearer: a client's token for its own target.
         headers: headers of a client that the operator allows.
     """
@@ -71,7 +70,7 @@ class Message:
 
 
 class Sender:
-    """Sends messages; each uses a new connection, so that a checked address is never another host's."""
+    """Sends messages, each over a new connection, so that a checked address is never another host's."""
 
     def __init__(
         self,
@@ -148,7 +147,7 @@ class Sender:
         }
         if message.bearer is not None:
             headers["Authorization"] = f"Bearer {message.bearer}"
-        # If pushes to a client's own URL were signed, the client could replay them at the operator's receiver.
+        # Pushes to a client's own URL are not signed, because the client could replay them at the operator's receiver.
         own = self._options.own_headers(now, body) if message.target.trusted else {}
         return {**message.headers, **headers, **own}
 

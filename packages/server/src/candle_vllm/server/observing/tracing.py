@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
 
-Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended and
-are put into a bounded queue, which drops them when it is full: a slow or missing collector delays no request.
+Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended, and
+put into a bounded queue, which drops them when it is full: a slow or missing collector delays no request.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from candle_vllm.server.settings.options import UsageError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-EXPORT_SECONDS = 5.0  # for one batch of spans to reach the collector
-CLOSE_SECONDS = 2.0  # for the last spans to be sent
+EXPORT_SECONDS = 5.0  # time limit for a batch of spans to reach the collector
+CLOSE_SECONDS = 2.0  # time limit for sending the last spans
 MAX_QUEUED_SPANS = 2048
 _TRACES = "/v1/traces"
 _OPERATIONS: Mapping[str, str] = {
@@ -35,14 +35,7 @@ _OPERATIONS: Mapping[str, str] = {
 
 
 class Tracing:
-    """An observer that makes spans.
-
-    Args:
-        exporter: sends the spans.
-
-    Raises:
-        UsageError: OpenTelemetry is not installed.
-    """
+    """An observer that makes spans, which `exporter` sends; UsageError if OpenTelemetry is not installed."""
 
     def __init__(self, exporter: SpanExporter) -> None:
         try:
@@ -85,7 +78,7 @@ class Tracing:
         span.end(_nanoseconds(request.ended + shift))
 
     def close(self) -> None:
-        """Send the queued spans, for at most `CLOSE_SECONDS`. Idempotent."""
+        """Send the queued spans, for at most `CLOSE_SECONDS`. Further calls have no effect."""
         if not self._closing:
             self._closing = True
             ending = threading.Thread(target=self._provider.shutdown, name="tracing-close", daemon=True)
@@ -94,13 +87,10 @@ class Tracing:
 
 
 def otlp_tracing(endpoint: str) -> Tracing:
-    """Send spans to a collector by OTLP over HTTP.
+    """Return an observer that sends spans to a collector by OTLP over HTTP.
 
-    Args:
-        endpoint: its URL; if it has no path, `/v1/traces` is added.
-
-    Raises:
-        UsageError: the endpoint is no URL, or OpenTelemetry is not installed.
+    `endpoint` is its URL; without a path, it gets `/v1/traces`. Raises UsageError if it is no URL, or if OpenTelemetry
+    is not installed.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -116,12 +106,12 @@ def otlp_tracing(endpoint: str) -> Tracing:
 
 
 def missing_telemetry() -> UsageError:
-    """The error if the extra is not installed."""
+    """Return the error for a missing extra."""
     return UsageError(f"--otlp-endpoint needs OpenTelemetry: {with_extra('telemetry')}")
 
 
 def span_attributes(request: FinishedRequest) -> dict[str, Any]:
-    """The known attributes of a request under OpenTelemetry's names; nothing of its content."""
+    """Return the known attributes of a request by OpenTelemetry's names, without its content."""
     params, context = request.info.params, request.context
     known = {
         "gen_ai.operation.name": _operation(request),

@@ -151,7 +151,7 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
     errors=(*MODEL_ERRORS, 409),
 )
 async def unload_lora_adapter(request: Request) -> Response:
-    """Stop serving an adapter; answers that use it end."""
+    """Stop serving an adapter; running answers finish with it."""
     wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
     manager, name = _changeable(request), wanted.lora_name
     if not name:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/models` and `/v1/queues`: list models, load, unload and choose them as an operator, and show waiting requests.
+"""`/v1/models` and `/v1/queues`: lists models; operators load, unload and select them, and see waiting requests.
 
 Step 1 of a request's life.
 """
@@ -76,13 +76,13 @@ async def list_models(request: Request) -> Response:
 
 @route("GET /v1/models/status", answer=ManagerStatus)
 async def models_status(request: Request) -> Response:
-    """What is loaded, what waits, and what went wrong."""
+    """The state of all models: which are loaded, what waits, and errors."""
     return json_answer(status(request.app.state.manager))
 
 
 @route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
 async def models_inventory(request: Request) -> Response:
-    """What models take and whether they fit, known names, and what is being fetched."""
+    """Sizes of models and whether they fit, known names, and downloads."""
     state, manager = request.app.state, request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     settings = dataclasses.replace(state.settings, model=None, weight_path=None, weight_file=None)
@@ -93,7 +93,7 @@ async def models_inventory(request: Request) -> Response:
 
 @route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
-    """Load a model; answers when it is ready."""
+    """Load a model; responds when it is ready."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.load(wanted.name)))
@@ -107,7 +107,7 @@ async def load_model(request: Request) -> Response:
     errors=(*MODEL_ERRORS, 409),
 )
 async def unload_model(request: Request) -> Response:
-    """Unload a model once it has finished its requests; answers when it is gone."""
+    """Unload a model after its running requests; responds when it is unloaded."""
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
     return json_answer(slot_status(await manager.unload(wanted.name)))
@@ -122,9 +122,9 @@ async def unload_model(request: Request) -> Response:
     errors=MODEL_ERRORS,
 )
 async def select_model(request: Request) -> Response:
-    """Make a model the default and begin to load it.
+    """Make a model the default, and begin to load it.
 
-    The status is 200 when it is ready, 202 while it is not.
+    The status is 200 if it is ready, and 202 until then.
     """
     wanted = await parsed(request, parse_model_request)
     manager: ModelManager = request.app.state.manager
@@ -150,7 +150,7 @@ async def reload_models(request: Request) -> Response:
     errors=(400, 409),
 )
 async def add_model(request: Request) -> Response:
-    """Serve one model more, where the operator allows that."""
+    """Serve one more model, where the operator allows that."""
     wanted = await parsed(request, parse_new_model)  # errors of the request are reported before the refusal
     reloader = _reloader(request)
     with _told():
@@ -159,7 +159,7 @@ async def add_model(request: Request) -> Response:
 
 @route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
-    """Serve a model no more, where the operator allows that."""
+    """Stop serving a model, where the operator allows that."""
     wanted = await parsed(request, parse_model_request)
     reloader = _reloader(request)
     with _told():
@@ -167,7 +167,7 @@ async def remove_model(request: Request) -> Response:
 
 
 def _reloader(request: Request) -> Reloader:
-    """Return what changes the models, if the operator allows that."""
+    """Return the object that changes the models; HttpError if the operator does not allow it."""
     if not request.app.state.settings.allow_model_changes:
         message = "This server's models stay as they are: it was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")
@@ -179,7 +179,7 @@ def _reloader(request: Request) -> Reloader:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Turn an error in a file or in a request for a model into a 400."""
+    """Context manager that converts an error in a file, or in a request for a model, to a 400."""
     try:
         yield
     except UsageError as error:
@@ -188,13 +188,13 @@ def _told() -> Iterator[None]:
 
 @route("GET /v1/queues", id="queues", answer=Queues)
 async def list_queues(request: Request) -> Response:
-    """The requests that wait, for every model."""
+    """The waiting requests of all models."""
     return json_answer(queues(request.app.state.manager.slots.values()))
 
 
 @route("GET /v1/queues/{model_id:path}", answer=Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
-    """The requests that wait for one model."""
+    """The waiting requests of one model."""
     manager: ModelManager = request.app.state.manager
     return json_answer(queues([manager.find(model_id, exact=True)]))
 

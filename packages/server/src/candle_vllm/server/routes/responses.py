@@ -53,7 +53,7 @@ route = routing(router, functools.partial(Operation, tag="responses", naming=RES
 
 
 class Responders:
-    """Makes a responder for a request.
+    """Makes a responder for each request.
 
     Args:
         kept: the store of responses; None stores nothing.
@@ -69,7 +69,7 @@ class Responders:
 
         Args:
             model: a model on which the request has a turn, if it needs one.
-            name: the name in the request, which may be an adapter's name.
+            name: the name in the request, which may be an adapter's.
             memory: memory of the client's connection.
         """
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
@@ -119,7 +119,7 @@ async def create_response(request: Request) -> HttpResponse:
     errors=COUNTED,
 )
 async def count_response_tokens(request: Request) -> HttpResponse:
-    """How many tokens a response's prompt has."""
+    """Count the tokens of a response's prompt."""
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
@@ -136,7 +136,7 @@ async def count_response_tokens(request: Request) -> HttpResponse:
     errors=QUEUED,
 )
 async def compact_response(request: Request) -> HttpResponse:
-    """Make a conversation shorter."""
+    """Return a conversation in a shorter form, with a summary."""
     responders: Responders = request.app.state.responders
     deadline = answering.deadline_of(request)
     wire = await answering.parsed(request, parse_compact_request)
@@ -161,7 +161,7 @@ class _Exchange:
         self._events = ResponseEvents()
 
     def api(self) -> answering.GenerationApi:
-        """How the request is parsed and answered."""
+        """Return how the request is parsed and answered."""
         return answering.GenerationApi(
             parse=parse_responses_request,
             whole=self._whole,
@@ -181,7 +181,7 @@ class _Exchange:
         return self._stream
 
     def _error_events(self, failure: Exception) -> bytes:
-        """The last events of a stream that the server ends: the response fails, with the next sequence numbers."""
+        """Return the last events of a stream that the server ends: the response fails, with the next event numbers."""
         assert self._stream is not None
         if isinstance(failure, HttpError):
             detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
@@ -197,7 +197,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     responders: Responders = state.responders
     async with answering.in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
-        state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model uses up no rate limit
+        state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model does not count as a request
         state.limits.admit(caller_of(request.scope))
         lease = await unless_disconnected(
             state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
@@ -226,7 +226,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
 async def _work(
     stream: ResponseStream, lease: Lease, request: Request, priority: int, size: RequestBytes
 ) -> AsyncGenerator[StreamEvent, None]:
-    """Yield the events of a response after waiting for its turn; its bytes count until its prompt is made."""
+    """Wait for a response's turn, and yield its events; its bytes count until its prompt is made."""
     request_bytes.set(size)
     try:
         for event in stream.opening():

@@ -36,8 +36,7 @@ class ModelEntry:
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a model that was loaded for this entry fits the other entry; settings of the process do not matter.
-        """
+        """Whether a model that was loaded for this entry fits the other one; settings of the process do not count."""
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
         return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)

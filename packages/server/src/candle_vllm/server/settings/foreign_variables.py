@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Environment variables of other deployments: their meaning here, or the reason why they have no effect.
 
-Read before step 1 of a request's life. Names such as PORT are used by many programs: `CANDLE_VLLM_*` overrides them,
+Read before step 1 of a request's life. Names such as PORT are used by many programs: `CANDLE_VLLM_*` precedes them,
 they are read only from the process's environment, and values that cannot be meant for this server are ignored. A name
 that looks like an API key but is not one of this server's causes a warning, so that a typo leaves no server open.
 """
@@ -21,19 +21,18 @@ from candle_vllm.server.settings.table import BY_NAME, Settings
 
 _ROWS = foreign_tables()["Variables"]
 DEPLOYMENTS: Mapping[str, str] = {name: setting for name, setting, _ in _ROWS if setting}
-"""The setting of each variable; of two for one setting, the first that is set applies. MODEL_NAME beside MODEL_ID
-is the served name."""
+"""Variable -> setting; the first variable that is set decides. MODEL_NAME beside MODEL_ID is the served name."""
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Variables with the Hugging Face token; they are also read from `.env`."""
+"""Variables with the Hugging Face token, also in `.env`."""
 
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
-"""Variables of the original candle-vllm without its prefix that have no effect, with the reason."""
+"""Variables of the Rust candle-vllm, without its prefix, that have no effect; with the reason."""
 
 SERVING = frozenset({"serve", "config"})
 """The commands that read variables of servers."""
 _WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
 _LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
-_OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # not only for servers, so every command reads them
+_OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # for every command, not only for servers
 _KEY_LIKE = re.compile(
     r"(?:(?:CANDLE(?:_?VLLM)?|VLLM|LLM|LLAMA|LOCALAI|OLLAMA|SGLANG|APHRODITE|TGI|MODEL|ENGINE|INFERENCE|SERVER|SERVICE|"
     r"SERVE|APP|AUTH|ACCESS|BEARER|X)_?)?(?:API_?(?:KEYS?|TOKENS?|SECRET)|AUTH_?(?:KEY|TOKEN)|ACCESS_?(?:KEY|TOKEN)|"
@@ -50,9 +49,9 @@ def deployment_source(
     """Read the settings from variables of other deployments.
 
     Args:
-        environ: environment of the process. Empty variables are ignored, with a remark if they are for a key.
+        environ: environment of the process. Empty variables are ignored, with a remark if they are for an API key.
         stronger: settings from sources with higher precedence.
-        command: only servers read variables of servers; `ps` reads those that locate a server.
+        command: only servers read variables of servers; `ps` reads the ones that locate a server.
         keyed: whether another source sets an API key.
 
     Raises:
@@ -111,7 +110,7 @@ def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
 
 
 def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
-    """Remarks on variables without our prefix in `.env`."""
+    """Return remarks on variables without our prefix in `.env`."""
     remarks = idle_remarks(dotenv, ".env")
     if "RUST_LOG" in dotenv:
         remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
@@ -119,12 +118,12 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
-    """Remarks on variables of the original candle-vllm without its prefix that have no effect."""
+    """Return remarks on variables of the Rust candle-vllm, without its prefix, that have no effect."""
     return [f"{name} in {title} has no effect: {why}" for name, why in IDLE.items() if name in variables]
 
 
 def hub_token_source(*places: tuple[str, Mapping[str, str]]) -> SettingsSource:
-    """Read the token from the variables of huggingface_hub, from the first place that has one."""
+    """Read the token from huggingface_hub's variables, from the first place that has one."""
     for title, variables in places:
         for name in HUB_TOKENS:
             if variables.get(name):
@@ -143,7 +142,7 @@ def _is_address(text: str) -> bool:
 
 
 def _rust_level(text: str) -> str | None:
-    """Translate RUST_LOG to a log level: that of this program's directive, else the global one."""
+    """Translate RUST_LOG to a log level: the level of this program's directive, or the global one."""
     levels: dict[str, str] = {}
     for directive in text.lower().split(","):
         target, equals, level = directive.strip().rpartition("=")
@@ -154,7 +153,7 @@ def _rust_level(text: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address of `--host` is reachable only from this machine."""
+    """Whether an address of `--host` can be reached only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -162,7 +161,7 @@ def is_loopback(host: str) -> bool:
 
 
 def key_remarks(settings: Settings, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Iterator[str]:
-    """Warn of names that look like an API key if the server has no key."""
+    """Yield warnings of names that look like an API key, if the server has no key."""
     if settings.has_api_keys:
         return
     address = settings.address
