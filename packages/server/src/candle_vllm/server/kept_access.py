@@ -25,7 +25,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
 
-# Query parameters in the OpenAPI document.
+# query parameters in the OpenAPI document
 INCLUDE: Mapping[str, Any] = {
     "include": {
         "enum": [*INCLUDABLE],
@@ -55,9 +55,9 @@ async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
 
 
 def query_of(request: Request, *known: str) -> dict[str, str]:
-    """Return the query parameters, each known and given once; `include` may be repeated and has no effect.
+    """Return the query parameters, each known and given once; `include` may be repeated, but has no effect.
 
-    Parts that can be included are in the items if they were asked for when the items were made.
+    Parts that it can name are in the items if the request that made the items asked for them.
     """
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
@@ -76,7 +76,7 @@ def query_of(request: Request, *known: str) -> dict[str, str]:
 
 
 def page_request(request: Request) -> PageRequest:
-    """Read which items of a list are asked for."""
+    """Read which items of a list to return."""
     query = query_of(request, "limit", "order", "after", "include")
     limit, after = limit_and_after(query, DEFAULT_LIMIT, MAX_LIMIT)
     order = query.get("order", "desc")
@@ -86,7 +86,7 @@ def page_request(request: Request) -> PageRequest:
 
 
 def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[int, str | None]:
-    """Read how many entries of a list are asked for, and after which entry."""
+    """Read how many entries of a list to return, and after which entry."""
     limit, after = number_of("limit", query.get("limit", str(default)), 1, most), query.get("after")
     if after is not None and not entries.is_id(after):
         raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
@@ -99,7 +99,7 @@ class _Listed(Protocol):
 
 
 def page_of(kind: Callable[..., Any], found: Sequence[_Listed], limit: int) -> Response:
-    """The response with a page of a list: at most `limit` of the found entries, and whether there are more."""
+    """Return the response with a page of a list: at most `limit` of the found entries, and whether there are more."""
     some = found[:limit]
     ends = {"first_id": some[0].id if some else None, "last_id": some[-1].id if some else None}
     page = kind(data=some, **ends, has_more=len(found) > limit)
@@ -114,7 +114,7 @@ def number_of(name: str, text: str, low: int, high: int) -> int:
 
 
 def switch_of(query: dict[str, str], name: str) -> bool:
-    """Read a query parameter that is true or false; it is false by default."""
+    """Read a query parameter that is true or false, by default false."""
     text = query.get(name, "false")
     if text not in ("true", "false"):
         raise InvalidParameterError(f"{name} must be true or false, not {text!r:.60}", name)
@@ -124,8 +124,8 @@ def switch_of(query: dict[str, str], name: str) -> bool:
 class ResponseEvents:
     """Encodes the events of one response for one reader.
 
-    During a silence, OpenAI's event `keepalive` is sent, because clients count events but not comments. It repeats the
-    number of the event before it, so that the numbers have no gap and a reader can resume after any of them.
+    OpenAI's event `keepalive` fills a silence, because clients count events but not comments. It repeats the number of
+    the event before it, so that the numbers have no gap and a reader can resume after any of them.
     """
 
     def __init__(self) -> None:
@@ -140,18 +140,18 @@ class ResponseEvents:
         return named_event(event.event_name, to_json_bytes(event))
 
     def silence(self) -> bytes:
-        """The event that is sent when nothing has happened for a while."""
+        """Return the event that fills a silence."""
         return named_event("keepalive", b'{"type":"keepalive","sequence_number":%d}' % self._number)
 
 
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
-    """The stream of a background response's events for one reader, which may leave."""
+    """Return the stream of a background response's events for one reader, which may leave."""
     written = ResponseEvents()
     return EventStream(events, written.write, _error_event, silence=written.silence)
 
 
 def _error_event(failure: Exception) -> bytes:
-    """The last event of a stream that failed; its sequence number is 0, as it is no event of the response."""
+    """Return the last event of a stream that failed; its number is 0, because it is no event of the response."""
     error = error_detail(failure)
     told = ErrorOccurred(sequence_number=0, error=error, code=error.code, message=error.message, param=error.param)
     return named_event(told.event_name, to_json_bytes(told))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Table of errors in Anthropic's form: exception -> status, error body and headers.
 
-It is built from OpenAI's table, so both APIs agree on whose fault an error is and on what a client may know.
+It is built from OpenAI's table, so both APIs agree on whose fault an error is, and on what a client may know.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         type: Anthropic's type of the error.
-        message: text for people; begins with the field at fault, if there is one.
-        param: dotted path of the field at fault (`messages.0.content`), or None; Anthropic has no such field.
+        message: text for people; begins with the field that caused the error, if there is one.
+        param: dotted path of that field (`messages.0.content`), or null; Anthropic's errors have no `param`.
         details: present if the client can work around the error.
     """
 
@@ -93,7 +93,7 @@ def anthropic_error(
     headers: Mapping[str, str] | None = None,
     request_id: str | None = None,
 ) -> ErrorResponse:
-    """Build a response with this status, for errors that the server itself finds: a missing key, a body too large."""
+    """Return a response with this status, for errors that the server itself finds: a missing key, a body too large."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     details = _NO_THREADS if param == "thread" else msgspec.UNSET
     detail = ErrorDetail(type=kind, message=_with_field(message, param), param=param, details=details)
@@ -102,7 +102,7 @@ def anthropic_error(
 
 
 def _with_field(message: str, param: str | None) -> str:
-    """Format the message as Anthropic does: the field, a colon, and the fault."""
+    """Format the message as Anthropic does: the field, a colon, and what is wrong with it."""
     if param is None:
         return message
     named = message.startswith((f"{param} ", f"{param}:"))

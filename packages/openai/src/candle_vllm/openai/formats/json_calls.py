@@ -27,15 +27,17 @@ class JsonCalls:
     """One or more objects, each a call.
 
     Attributes:
-        closers: marks that may follow the calls and that end unclosed arguments.
-        known_only: only an object with a known tool's name and with arguments is a call; for text without marks.
-        offered_only: only names of the request's tools are calls, an empty list is not; for a mark that is a word.
+        closers: marks that may follow the calls, and that end unclosed arguments.
+        known_only: whether only an object with a known tool's name and with arguments is a call; for text without
+            marks.
+        offered_only: whether only names of the request's tools are calls, and an empty list is not; for a mark that is
+            a word.
         silent: names that are not calls unless the request offers them.
-        keyed: the object has one entry, the tool's name with its arguments (Apertus).
-        listed: `grammar` writes calls in a list.
+        keyed: whether the object has one entry, the tool's name with its arguments (Apertus).
+        listed: whether `grammar` writes calls in a list.
         name_key, arguments_key: the keys that this model was trained to write.
         id_key: the key of the call's id, if the model was trained to write one.
-        fenced: the objects are in a fenced code block.
+        fenced: whether the objects are in a fenced code block.
     """
 
     closers: tuple[str, ...] = ()
@@ -94,9 +96,9 @@ class JsonCalls:
 
 
 def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
-    """Skip closing marks and the white space between them, and the beginning of a mark at the end of truncated text.
+    """Skip closing marks, white space between them, and the beginning of a mark at the end of truncated text.
 
-    Surplus closing brackets before a mark or at the end are skipped too.
+    Surplus closing brackets before a mark or at the end are skipped, too.
     """
     if not any(closer.startswith(tuple("}])")) for closer in closers):
         yield from _skip_brackets(reader, closers)

@@ -51,7 +51,7 @@ class TurnItems:
     # ---- text, reasoning and calls of the model ----------------------------------------------------------------------
 
     def begin_turn(self) -> None:
-        """Note that a new turn begins."""
+        """Record that a new turn begins."""
         self._said_this_turn = self._called_this_turn = False
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
@@ -60,7 +60,7 @@ class TurnItems:
             self._open.add(text, logprobs)
             return
         self._space.append((text, logprobs))
-        if text.strip():  # a message of white space alone, as between reasoning and calls, is dropped
+        if text.strip():  # a message of only white space, as between reasoning and calls, is dropped
             self._begin_message()
 
     def thoughts(self, text: str) -> None:
@@ -102,7 +102,7 @@ class TurnItems:
         writer.add(delta)
 
     def end_turn(self, *, cut: bool) -> None:
-        """End the turn; `cut` is true if a limit ended it."""
+        """End the turn, perhaps because of a limit (`cut`)."""
         if not self._said_this_turn and not cut and self._open is None:
             self._begin_message()  # an answer of white space, or an empty one
         if not cut and not self._called_this_turn:
@@ -123,7 +123,7 @@ class TurnItems:
         self._log.add(item, item)
 
     def run(self, call: ToolCall) -> None:
-        """Note that a call runs; an approved call gets its item here."""
+        """Record that a call runs; an approved call gets its item now."""
         tool = self._plan.by_name.get(call.name)
         if call.id in self._told or tool is None or tool.kind != "mcp":
             return
@@ -135,7 +135,7 @@ class TurnItems:
         writer.end_arguments()
 
     def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
-        """End a call with its result; its item has the images that the model sees if they do not exceed the limits."""
+        """End a call with its result; its item has the images that the model sees, within the limits."""
         self.run(result.call)  # for calls that were not run, for example with invalid arguments
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
@@ -146,7 +146,7 @@ class TurnItems:
             self._settle(writer)
 
     def close(self, status: str) -> None:
-        """End the response and its open items. An MCP call without a result is incomplete."""
+        """End the response and its open items; an MCP call without a result is incomplete."""
         self._end_open(status)
         self._current = None
         for writer in list(self._calls.values()):

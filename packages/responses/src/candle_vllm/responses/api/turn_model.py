@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """TurnModel: the model of one response, with the limits that all of its turns share.
 
-`max_output_tokens` limits the whole response: each turn gets the tokens that the turns before have left. With
-`truncation: auto`, the oldest turns are left out of the prompt until the rest fits.
+`max_output_tokens` limits the whole response: each turn gets the tokens that earlier turns have left. With `truncation:
+auto`, the oldest turns are left out of the prompt until the rest fits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.openai.task import Message, Paths, Task
 from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 
-_STEPS = 16  # maximum number of times that a prompt is shortened; each try tokenizes the prompt
+_STEPS = 16  # maximum number of times that a prompt is shortened and tokenized again
 
 
 class TokensSpentError(CandleVllmError):
@@ -49,7 +49,7 @@ class TurnModel:
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:
-        """Yield the events of one turn; raises `TokensSpentError` if no token is left for it."""
+        """Yield the events of one turn; `TokensSpentError` if no token is left for it."""
         assert isinstance(request, Task), "turns are asked for by tasks"
         if self._left is not None:
             if self._left < 1:
@@ -98,7 +98,7 @@ def fewer(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 
 def _units(messages: Sequence[Message]) -> list[range]:
-    """Messages that may be left out, the oldest first: each user's turn with its answers, except the last one.
+    """Return the messages that may be left out, the oldest first: each user's turn with its answers, except the last.
 
     System messages are never left out.
     """
@@ -110,7 +110,7 @@ def _units(messages: Sequence[Message]) -> list[range]:
 
 
 def _least(units: Sequence[range], too_many: int) -> int:
-    """Number of the oldest turns that must be left out to remove `too_many` messages."""
+    """Return the number of the oldest turns that must be left out to remove `too_many` messages."""
     gone = 0
     for count, unit in enumerate(units):
         if gone >= too_many:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OpenAI's chat format: messages of a library's user, and tasks written as requests to other servers."""
+"""OpenAI's chat format: messages of a library's user, and tasks that become requests to other servers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 ChatMessage = dict[str, Any]
 
-_UNSAID = {  # fields of a task that a chat request cannot express, by the names of the API
+_UNSAID = {  # fields of a task that a chat request cannot express: their names in the API, and why
     "prompts": ("prompt", "a chat request has messages, and no prompts that are continued as they are"),
     "tell_ids": ("return_token_ids", "its answer is read as text"),
     "tell_counts": ("stream_options", "the tokens of its answer are counted at the end"),
@@ -26,10 +26,7 @@ _UNSAID = {  # fields of a task that a chat request cannot express, by the names
 
 
 class ChatTranscript(Transcript):
-    """A conversation whose messages were given in OpenAI's format; they are not changed.
-
-    Args:
-        messages: earlier messages; copied.
+    """A conversation whose first messages were given in OpenAI's format; they are copied and not changed.
 
     Raises:
         InvalidParameterError: an entry is no message or not JSON, or the calls of the last turn are malformed.
@@ -93,8 +90,7 @@ def chat_message(message: Message) -> ChatMessage:
 def chat_request(task: Task) -> dict[str, Any]:
     """Convert a task to the body of a chat request for other servers; fields without a value are left out.
 
-    Raises:
-        UnsupportedParameterError: the task uses a feature that a chat request or its answer cannot express.
+    Raises UnsupportedParameterError if a chat request or its answer cannot express a feature of the task.
     """
     for name, (param, reason) in _UNSAID.items():
         if getattr(task, name):
@@ -163,7 +159,7 @@ def _choice(use: ToolUse) -> Any:
 
 
 def _content(parts: Sequence[Part]) -> Any:
-    """Content of a message: its text, or a list of parts if it has more than text."""
+    """Return the content of a message: its text, or a list of parts if it has more than text."""
     if all(isinstance(part, TextPart) for part in parts):
         return "\n".join(part.text for part in parts if isinstance(part, TextPart))
     return list(map(_chat_part, parts))
@@ -190,7 +186,7 @@ def _free_choice(choice: Any) -> Any:
 
 
 def client_names(client_tools: Sequence[Mapping[str, Any]], tools: ToolRegistry) -> frozenset[str]:
-    """Return the names of the caller's tools, which must differ from the names of tools that run here."""
+    """Return the names of the caller's tools; InvalidParameterError if a tool that runs here has one of them."""
     names: set[str] = set()
     for number, tool in enumerate(client_tools):
         function = tool.get("function")
@@ -234,12 +230,12 @@ def _checked_message(message: Any, place: int) -> ChatMessage:
 
 
 def _copied(value: Any) -> Any:
-    """Copy JSON; it is done in every turn, and this is several times faster than `copy.deepcopy`."""
+    """Copy JSON, in every turn; this is several times faster than `copy.deepcopy`."""
     return json.loads(json.dumps(value, ensure_ascii=False))
 
 
 def _last_calls(messages: Sequence[ChatMessage]) -> tuple[ToolCall, ...]:
-    """Return the unanswered calls of the last assistant message, if only tool messages follow it."""
+    """Return the calls without results of the last assistant message, if only tool messages follow it."""
     answered: set[object] = set()
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]

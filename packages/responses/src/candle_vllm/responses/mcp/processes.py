@@ -26,9 +26,9 @@ _T = TypeVar("_T")
 
 
 def inherited_environment() -> dict[str, str]:
-    """Return the environment of a server's program: the SDK's few variables, and the network's.
+    """Return the environment of a server's program: the SDK's few variables, and variables of proxies and certificates.
 
-    Behind a proxy, a program that downloads itself first (`npx`, `uvx`) would not start without these variables.
+    Behind a proxy, a program that downloads itself first (`npx`, `uvx`) would not start without the latter.
     """
     names = (*_PROXIES, *map(str.lower, _PROXIES), *_CERTIFICATES)
     found = {name: os.environ[name] for name in names if name in os.environ}
@@ -44,7 +44,7 @@ def inherited_secrets() -> list[str]:
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await work that must not be interrupted; a cancellation in the meantime is raised after it."""
+    """Await work that must not be interrupted; raise a cancellation in the meantime afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
@@ -65,9 +65,7 @@ async def start_process(
 ) -> Process:
     """Start a process with three pipes, in a group and session of its own. It is ended if this call is cancelled.
 
-    Raises:
-        OSError: the process cannot be started.
-        ValueError: the command, an argument or the environment contains NUL.
+    Raises OSError if it cannot be started, and ValueError if the command, an argument or the environment has NUL.
     """
     spawning = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
@@ -90,7 +88,7 @@ async def start_process(
 
 
 async def _end_spawned(spawning: asyncio.Future[Process]) -> None:
-    """End a process that may not have been started yet; awaiting `spawning` elsewhere would cancel it, too."""
+    """End a process that may not have started yet; awaiting `spawning` elsewhere would cancel it, too."""
     await end_process(await spawning, grace=0.0)
 
 
@@ -134,7 +132,7 @@ async def exited(process: Process, seconds: float) -> None:
 def _close_pipes(process: Process) -> None:
     """Close the pipes; if a descendant outside the group holds one, asyncio would never close the transport.
 
-    The input's `close` would wait until its data is read, and nobody reads it any more.
+    The `close` of the input would wait until its data is read, but nobody reads it any more.
     """
     if process.stdin is not None and process.stdin.transport.get_write_buffer_size():
         process.stdin.transport.abort()

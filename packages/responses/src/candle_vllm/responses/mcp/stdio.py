@@ -2,8 +2,8 @@
 """The stdio transport: a server as a child process, with JSON-RPC messages as lines on its pipes.
 
 The SDK's own client reads lines of any length, needs a file for standard error, and does not end the server's
-descendants if the server exits by itself; here, a line is limited, standard error is logged, and the group is ended.
-Specification: https://modelcontextprotocol.io/specification/2025-11-25/basic/transports#stdio
+descendants if the server exits by itself. Here, lines are limited, standard error is logged, and the process group is
+ended. Specification: https://modelcontextprotocol.io/specification/2025-11-25/basic/transports#stdio
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from candle_vllm.responses.mcp.processes import (
     to_the_end,
 )
 
-MAX_MESSAGE = 10 * 1024 * 1024  # bytes
+MAX_MESSAGE = 10 * 1024 * 1024  # bytes of one message
 _MAX_SKIPPED = 100 * 1024 * 1024  # bytes of one line that are read and discarded before the server is ended
 _CHUNK = 1 << 16
 _ERROR_CHUNK = 1 << 12
-_LINES_PER_SECOND = 5000  # of standard error; only a program that writes more is delayed
+_LINES_PER_SECOND = 5000  # lines of standard error; a program that writes more is delayed
 _BLANK_PER_SECOND = 1_000_000  # bytes of blank lines on standard output
 _BLANK_LINES = re.compile(rb"\n{2,}")
-_LOOK = 0.25  # seconds between checks whether the program still runs
+_LOOK = 0.25  # seconds between checks whether the program runs
 _EXIT = 2.0  # seconds from the end of its output to its exit
-_KEPT = 256  # bytes of an oversized line's head and tail
+_KEPT = 256  # bytes that are held of an oversized line's head and tail
 _FLUSH = 0.5  # seconds to flush accepted messages to the pipe at the end
 _LAST_LINES = 20  # lines of standard error that are searched for its error
-_WORDS = 300  # characters of the line that reports it
+_WORDS = 300  # characters of the line that reports the error
 _ERROR = re.compile(r"error|exception|fatal|panic|cannot|could not|failed", re.IGNORECASE)
 _NUMBER_OR_TEXT = rb'(-?\d{1,18}|"[^"\\]{1,100}")'
 _ID_AT_START = re.compile(rb'\s*\{\s*(?:"jsonrpc"\s*:\s*"2\.0"\s*,\s*)?"id"\s*:\s*' + _NUMBER_OR_TEXT + rb"\s*,")
@@ -52,14 +52,14 @@ _ID_AT_END = re.compile(rb',\s*"jsonrpc"\s*:\s*"2\.0"\s*,\s*"id"\s*:\s*' + _NUMB
 
 
 class StdioServer:
-    """One run of a server's program; each line of its standard error is added to the peer's log."""
+    """One run of a server's program; the peer's log gets each line of its standard error."""
 
     def __init__(self, peer: Peer) -> None:
         self._config = peer.config
         self._log = peer.log
-        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)  # of its standard error
-        self._exit_status: int | None = None  # if it exited by itself; negative for a signal
-        self._fault: str | None = None  # why this side ended it
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)  # last lines of its standard error
+        self._exit_status: int | None = None  # set if it exited by itself; negative for a signal
+        self._fault: str | None = None  # why this process ended it
 
     def ending(self) -> str | None:
         """Return how the program ended, or why it was ended; None while it runs."""
@@ -70,9 +70,9 @@ class StdioServer:
         return f"its program {how}{self.last_words()}"
 
     def last_words(self) -> str:
-        """Return what standard error says about a failure, to be appended to a sentence; empty if it says nothing.
+        """Return what standard error says about a failure, to be appended to a sentence; "" without lines.
 
-        It is the last line that reports an error, because Node ends with its version and a traceback with its indented
+        It is the last line that reports an error, because Node ends with its version, and a traceback has indented
         frames; without such a line, it is the last line.
         """
         lines = list(self._last_lines)
@@ -84,7 +84,7 @@ class StdioServer:
 
     @asynccontextmanager
     async def transport(self) -> AsyncGenerator[tuple[Any, Any], None]:
-        """Run the program; yields the two streams that the SDK's `Client` needs."""
+        """Run the program, and yield the two streams that the SDK's `Client` needs."""
         config = self._config
         assert config.command is not None
         process = await start_process(
@@ -123,7 +123,7 @@ class StdioServer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, process: Process, session: Any, errors: asyncio.Task[None]) -> None:
-        """Pass messages to the session; ends it when the pipe ends or the server has failed."""
+        """Pass messages to the session, and end it when the pipe ends or the server has failed."""
         assert process.stdout is not None
         splitter = LineSplitter(MAX_MESSAGE)
         async with session:
@@ -164,7 +164,7 @@ class StdioServer:
             return ValueError(f"on standard output: {line[:200].decode(errors='replace')}")
 
     def _refusal(self, line: OversizedLine) -> SessionMessage | None:
-        """Convert an oversized reply to an error of its request; if its id is not found, the connection ends."""
+        """Convert an oversized response to an error of its request; if its id is not found, the connection ends."""
         found = _ID_AT_START.match(line.head) or _ID_AT_END.search(line.tail)
         if found is None:
             self._fault = f"it sent a message of {line.size} bytes; at most {MAX_MESSAGE} are read"
@@ -198,7 +198,7 @@ class StdioServer:
                     await process.stdin.drain()
                 return
         await asyncio.wait({reader}, timeout=_EXIT)  # most programs that stop reading are exiting, and report why
-        session.close()  # the pipe is broken: the session must know that no answer will come
+        session.close()  # the pipe is broken: no response will come
 
 
 class OversizedLine(NamedTuple):
@@ -210,11 +210,7 @@ class OversizedLine(NamedTuple):
 
 
 class LineSplitter:
-    """Splits chunks at their line feeds; of a line that exceeds the limit, only the head and tail are held.
-
-    Args:
-        limit: maximum bytes of a line, without its line feed.
-    """
+    """Splits chunks at their line feeds; of a line of more than `limit` bytes, only head and tail are held."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

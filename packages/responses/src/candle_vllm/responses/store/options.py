@@ -22,8 +22,8 @@ class StoreOptions:
     Attributes:
         url: `memory` (ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
         retention_days: days after which a response is deleted; conversations have no such limit.
-        max_records: maximum number of responses and conversations; the oldest of the key with the most are dropped.
-        max_bytes: maximum bytes of all of them; likewise.
+        max_records: maximum number of responses and conversations; beyond it, the key with the most loses its oldest.
+        max_bytes: maximum bytes of all responses and conversations, likewise.
         max_record_bytes: maximum bytes of one response, input and output together.
         max_item_bytes: maximum bytes of one item as JSON.
         max_items: maximum number of items of one conversation.
@@ -73,13 +73,11 @@ class StoreOptions:
 
 
 def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """Return the backend of a store; not opened yet.
+    """Return the backend of a store, not opened yet.
 
-    Args:
-        place: location: `memory`, `sqlite:///path` or `postgresql://user:password@host/database`.
-        bounds: limits of the store.
-        clock: returns seconds since 1970.
+    The place is `memory`, `sqlite:///path` or `postgresql://user:password@host/database`; `clock` returns seconds since
+    1970.
     """
-    from candle_vllm.responses.store.sql import SqlBackend  # slow to import, and needed late
+    from candle_vllm.responses.store.sql import SqlBackend  # slow import, not needed at the start
 
     return SqlBackend(place, bounds, clock)

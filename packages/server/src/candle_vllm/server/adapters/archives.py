@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in untrusted tar archives on HTTP servers (before step 1): unpack one adapter's files only, within limits.
+"""Adapters in untrusted tar archives on HTTP servers (before step 1): unpacks only one adapter's files, within limits.
 
 Names in the archive never become paths: only the last part of a member's name is compared with an adapter's file names.
 """
@@ -23,7 +23,7 @@ from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off
 
 MAX_MEMBERS = 64
 MAX_RATIO = 200  # maximum ratio of unpacked to fetched bytes; weights hardly compress
-_SLACK = 16 << 20  # bytes that may exceed this ratio: padding of small archives
+_SLACK = 16 << 20  # unpacked bytes that are allowed beyond this ratio, for the padding of small archives
 _MAX_HEAD = 64 << 10  # maximum bytes of a header with a long name or with extended attributes
 _PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
@@ -38,13 +38,10 @@ _NOTHING = (403, 404, 410)  # S3 answers 403 for a missing key without list righ
 
 
 class TarSource(FetchedSource):
-    """Archives at a URL that contains `{name}`, and optionally `{revision}`.
+    """Archives at an http or https URL (`address`) with `{name}`, and perhaps `{revision}`.
 
     The URL with the suffix `.sha256` serves the SHA-256 of the archive, which is its revision. The checksum is fetched
     first, and an archive that does not match it is not unpacked. Redirects are not followed.
-
-    Args:
-        address: http or https URL from the operator's settings.
     """
 
     kind = "tar"
@@ -92,7 +89,7 @@ class TarSource(FetchedSource):
 
 
 def is_template(address: str) -> bool:
-    """Whether a URL contains `{name}` in its path, and no placeholder outside the path."""
+    """Whether a URL has `{name}` in its path, and no placeholder outside the path."""
     try:
         parts = urlsplit(address)
         host = parts.hostname
@@ -103,7 +100,7 @@ def is_template(address: str) -> bool:
 
 
 def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
-    """Yield the chunks of the response body; raises FileNotFoundError if the URL does not exist."""
+    """Yield the chunks of the response body; FileNotFoundError if the URL does not exist."""
     import httpx
 
     shown, left = without_secrets(url), most

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Search the sources for adapters: requests for the same name share a search, and one source never blocks another.
+"""Looks up adapters in the sources: requests for one name share a lookup, and one source never blocks another.
 
-Before step 1 of a request's life. A lookup only finds out whether a source has a name. A fetch waits for other fetches
-of its source only, so that local folders and cached adapters never wait for a download. Names that a source does not
+Before step 1 of a request's life. A lookup only finds out whether a source has a name. A fetch waits only for other
+fetches of its source, so that local folders and cached adapters never wait for a download. Names that a source does not
 have are remembered for a while.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_MISSING = 4096  # maximum number of remembered missing names
 _MISSING_SECONDS = 60.0
-_FAULT_SECONDS = 5.0  # before an unreachable source is asked again
+_FAULT_SECONDS = 5.0  # pause before an unreachable source is asked again
 _LOOKING = 16  # simultaneous lookups in one source
 _FETCHING = 4  # simultaneous fetches from one source
 _MAX_LOOKING = 256  # lookups of one source, including waiting ones

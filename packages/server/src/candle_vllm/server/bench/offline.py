@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm bench throughput`, `latency` and `speculation`: benchmarks of the engine in this process, without HTTP.
 
-Calls the engine at step 3 of a request's life. `throughput` and `latency` do the same as the commands of vLLM: a set of
-requests that are submitted at once, and repeated runs of one batch. `speculation` answers each prompt alternately with
-and without draft tokens.
+They call the engine at step 3 of a request's life. `throughput` and `latency` do the same as vLLM's commands: they
+submit a set of requests at once, or run one batch repeatedly. `speculation` answers each prompt alternately with and
+without draft tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class EngineWords:
         self._engine = engine
 
     def draw(self, count: int, chance: random.Random) -> list[int]:
-        """Return random tokens without EOS tokens."""
+        """Sample random tokens, without end-of-sequence tokens."""
         info = self._engine.model_info
         ends, most = set(info.eos_token_ids), info.vocab_size
         drawn = (chance.randrange(most) for _ in range(count + count))
@@ -142,8 +142,7 @@ def bench_speculation(
 ) -> int:
     """Answer each prompt alone, alternately with and without draft tokens, and print the speedup.
 
-    Returns:
-        1 if any answers differ, else 0.
+    Returns 1 if any answers differ, else 0.
     """
     drafts = settings.speculative_config or {"method": "suffix"}
     if drafts.get("method") == "none":
@@ -179,7 +178,7 @@ def _in_template(engine: InferenceEngine, prompt: str, *, raw: bool) -> str:
 
 @dataclasses.dataclass
 class _Total:
-    """Sums over answers: tokens after the first and their seconds; proposed and accepted draft tokens."""
+    """Sums over answers: tokens after the first, their seconds, and proposed and accepted draft tokens."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -187,7 +186,7 @@ class _Total:
     right: int = 0
 
     def add(self, output: GenerationOutput) -> tuple[int, ...]:
-        """Add one answer; return its tokens."""
+        """Add one answer, and return its tokens."""
         times = output.metrics
         assert times is not None
         if times.first_token_time is not None and times.finished_time is not None:
@@ -199,7 +198,7 @@ class _Total:
 
 
 def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: int) -> dict[str, Any]:
-    """Answer each prompt with and without drafts in alternating order, and compute the result; round 0 is warmup."""
+    """Answer each prompt with and without drafts in alternating order, and compute the result; round 0 is a warmup."""
     whole = _Total(), _Total()
     ratios, different = list[float](), 0
     for pair in range(pairs + 1):
@@ -207,7 +206,7 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
         for place, (prompt, length) in enumerate(asked):
             found: dict[int, tuple[int, ...]] = {}
             for guesses in (0, 1) if (pair + place) % 2 else (1, 0):
-                # The salt prevents the use of the first answer as the draft of the second.
+                # With the salt, the first answer cannot become the draft of the second.
                 params = SamplingParams(temperature=0.0, max_tokens=length, cache_salt="bench")
                 params.num_speculative_tokens *= guesses
                 (output,) = engine.generate([prompt], params, add_special_tokens=False, use_tqdm=False)
@@ -240,8 +239,11 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
 
 
 def bound_of(tokens: float, rows: float, seconds: Sequence[float]) -> float:
-    """Upper bound of the speedup: `tokens` per step, in the time of a step with `rows` rows, against one token per step
-    in the time of a step with one row; `seconds[i]` is the time of a step with i + 1 rows."""
+    """Return an upper bound of the speedup: the rate of steps with drafts, relative to the rate of plain steps.
+
+    A step with drafts yields `tokens` tokens in the time of a step with `rows` rows, a plain step yields one in the
+    time of a step with one row; `seconds[i]` is the time of a step with i + 1 rows.
+    """
     return tokens * seconds[0] / float(np.interp(rows, range(1, len(seconds) + 1), seconds))
 
 
@@ -250,7 +252,7 @@ def _params(output_len: int, n: int) -> SamplingParams:
 
 
 def _queue(sequences: int) -> int:
-    """Queue limit that admits all sequences at once."""
+    """Return a queue limit that admits all sequences at once."""
     return max(sequences, EngineConfig.max_queued_requests)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Health, readiness, metrics and usage of the server: `/health`, `/ready`, `/metrics` and similar routes.
 
-Outside the ten steps: requested by load balancers, Prometheus and people. `/health` and `/ready` need no key; without
-a valid key, they show only the status.
+Outside the ten steps: for load balancers, Prometheus and people. `/health` and `/ready` need no key; without a valid
+key, they show only the status.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """Whether the default model can answer, and the progress while it is being loaded."""
+    """Whether the default model can answer, and the progress while it is loaded."""
 
     status: str
     loading: LoadProgress | msgspec.UnsetType = msgspec.UNSET
@@ -47,7 +47,7 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """What this server is, and the address of its API."""
+    """Name and version of this server, and the address of its API."""
 
     name: str
     version: str
@@ -74,7 +74,7 @@ class UsageRow(msgspec.Struct, frozen=True):
 
 @route("GET /metrics", tag="operators", media="text/plain", manages=True)
 async def metrics(request: Request) -> Response:
-    """Every count, as Prometheus reads it."""
+    """Every metric, in Prometheus's format."""
     accept = request.headers.get("accept", "")
     data, kind = await asyncio.to_thread(render, request.app.state.metrics.registry, accept)
     return Response(data, headers={"content-type": kind})
@@ -82,7 +82,7 @@ async def metrics(request: Request) -> Response:
 
 @route("GET /v1/usage", tag="operators", answer=UsageRow, listed=True, manages=True)
 async def usage(request: Request) -> Response:
-    """Requests that have ended and their tokens, by model and API key, since the start."""
+    """The requests that have ended, and their tokens, by model and API key, since the start."""
     rows = await asyncio.to_thread(request.app.state.metrics.usage)
     return json_answer({"object": "list", "data": rows})
 
@@ -91,7 +91,7 @@ async def usage(request: Request) -> Response:
 async def health(request: Request) -> JSONResponse:
     """200 while the process can do its work.
 
-    503 once an engine has stopped that will not come back by itself.
+    503 after an engine has stopped that is not restarted automatically.
     """
     manager: ModelManager = request.app.state.manager
     if manager.is_healthy:
@@ -103,8 +103,8 @@ async def health(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 while a request for the default model would be answered at once.
 
-    503 before and after, with the reason. Strangers, and keys that may not use the model, are told the status alone:
-    what is being loaded may have names of files in it.
+    503 before and after, with the reason. Requests without a valid key, and keys that may not use the model, get only
+    the status, because the progress may have names of files in it.
     """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
@@ -115,7 +115,7 @@ async def ready(request: Request) -> JSONResponse:
         if alive and slot.model.engine.is_sleeping:
             return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
-    # A model that was unloaded because nobody used it is loaded when a request asks for it.
+    # A model that was unloaded because nobody used it is loaded when a request needs it.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
     content: dict[str, object] = {"status": slot.state.value}
     told = not is_stranger(request.scope) and caller_of(request.scope).may_use(*slot.entry.names)
@@ -132,7 +132,7 @@ async def server_version() -> dict[str, str]:
 
 @route("GET /", answer=Welcome)
 async def root(request: Request) -> dict[str, object]:
-    """What this is and where to go on."""
+    """Name and version of this server, its models, and the address of its API."""
     manager, caller = request.app.state.manager, caller_of(request.scope)
     return {
         "name": "candle-vllm",

@@ -2,7 +2,7 @@
 """The web UI at `/`: the files of the bundle that `packages/server/webui` builds.
 
 Outside the ten steps. The files are the same in every installation and reveal nothing about this one, so they need no
-key; the requests of the page do. Only names of the bundle's manifest are served: no path is built from client input.
+key; the requests of the page do. Only names in the bundle's manifest are served: no path is built from client input.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ _PREVIEW_POLICY: Mapping[str, str] = {
 }
 """What a model's code may do in a preview: run, but open no connection. Its frame in this document inherits this."""
 _NO_CONNECTIONS = {"connection-allowlist": "()"}  # also covers WebRTC and DNS lookups, unlike a content policy
-_CHECKED = "no-cache"  # cached, but revalidated each time
+_CHECKED = "no-cache"  # cached, but revalidated for each use
 _FOREVER = "public, max-age=31536000, immutable"  # their names change with their content
 _INDEX = "index.html"
 _PREVIEW = "preview.html"
 
 
 def bundle_names() -> tuple[str, ...]:
-    """The names of the bundle's files, from the manifest."""
+    """Return the names of the bundle's files, from the manifest."""
     return tuple(json.loads((_ROOT / "manifest.json").read_text("utf-8"))["files"])
 
 
 def public_paths() -> frozenset[str]:
-    """The paths of the page and its files."""
+    """Return the paths of the page and its files."""
     return frozenset("/" if name == _INDEX else f"/{name}" for name in bundle_names())
 
 
 def read_bundle() -> dict[str, PageFile]:
-    """The files of the bundle by name, read once."""
+    """Return the files of the bundle by name, read once."""
     bundle = {}
     for name in bundle_names():
         cache = _FOREVER if name.startswith("assets/") else _CHECKED
@@ -69,26 +69,21 @@ def read_bundle() -> dict[str, PageFile]:
 
 
 def new_page_key(settings: Settings, has_tools: bool) -> str | None:
-    """A random key for the printed address, with which the page may call tools if the server has no API key.
+    """Return a random key for the printed address, with which the page may call tools, or None if it needs no key.
 
-    Args:
-        settings: whether the page is served, and whether clients have keys of their own.
-        has_tools: whether the server has MCP servers.
-
-    Returns:
-        The key; None if the page needs no key.
+    It needs one if the page is served, there are tools (`has_tools`: MCP servers), and clients have no API keys.
     """
     has_keys = settings.has_api_keys
     return secrets.token_urlsafe(24) if settings.ui_server and has_tools and not has_keys else None
 
 
 def page_address(url: str, key: str | None) -> str:
-    """The address to open; the key follows #, and browsers do not send that part to any server."""
+    """Return the address to open; the key follows #, a part that browsers do not send to any server."""
     return f"{url}/#key={key}" if key else f"{url}/"
 
 
 def web_ui_router() -> APIRouter:
-    """The routes of the page; they must be added before the server's own answer at `/`."""
+    """Return the routes of the page, which must be added before the server's own response at `/`."""
     router, bundle = APIRouter(), read_bundle()
 
     @router.get("/", include_in_schema=False)
@@ -106,7 +101,7 @@ def web_ui_router() -> APIRouter:
 
     @router.get("/preview.html", include_in_schema=False)
     async def preview(request: Request) -> Response:
-        """An empty document that shows the code which the page sends it, and can reach nothing."""
+        """An empty document that shows code from the page, which can reach nothing."""
         return bundle[_PREVIEW].answer(request)
 
     @router.get("/icon.svg", include_in_schema=False)

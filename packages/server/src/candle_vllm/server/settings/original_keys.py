@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Keys of models.yaml and variables of the original candle-vllm: their meaning here, or a remark that they do nothing.
+"""Keys of models.yaml and variables of the Rust candle-vllm: their meaning here, or a remark that they have no effect.
 
 Read before step 1 of a request's life. A key with an equivalent is translated to that setting; a key without effect
 causes a remark; an unknown key is refused.
@@ -59,12 +59,10 @@ def given(section: Any, where: str) -> dict[Any, Any]:
 
 
 def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> dict[str, Any]:
-    """Return the params of a model by our names, including those from its `capabilities` and `parking_lot`.
+    """Return the params of a model by our names, with params from its `capabilities` and `parking_lot`.
 
-    Args:
-        entry: the model's mapping in the file.
-        title: name of the model in messages.
-        remarks: receives remarks on keys without effect.
+    `entry` is the model's mapping in the file, `title` its name in messages; `remarks` gets remarks on keys without
+    effect.
     """
     params = given(entry.get("params") or {}, f"{title}: params")
     if "capabilities" in entry:
@@ -79,7 +77,7 @@ def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> di
 
 
 def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, stored: bool = False) -> dict[Any, Any]:
-    """Translate params to our names; other keys stay. `stored`: whether the weights are in a GGUF file."""
+    """Translate params to our names, and leave other keys. `stored` tells whether the weights are in a GGUF file."""
     found: dict[Any, Any] = {}
     for key, value in given(params, f"{title}: params").items():
         where = f"{title}{line_of(params, key)}: {key}"
@@ -110,7 +108,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 
 def _device(value: Any, where: str) -> str:
-    """Translate a list of GPUs to `device`: an empty list is the CPU, GPU 0 alone is "auto"."""
+    """Translate a list of GPUs to `device`: an empty list means the CPU, only GPU 0 means "auto"."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
@@ -164,7 +162,7 @@ def _limits_of_model(section: Any, where: str, remarks: list[str]) -> dict[str, 
 
 
 def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
-    """Return the settings in `limits` and `pool` of a `parking_lot` by our names; `limits` has precedence."""
+    """Return the settings in `limits` and `pool` of a `parking_lot` by our names; `limits` precedes `pool`."""
     lot = given(section, where)
     known_keys(lot, _LOT, where)
     values: dict[str, Any] = {}
@@ -225,13 +223,13 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
 ORIGINAL: Mapping[str, str] = {
     name.removeprefix(ENV_PREFIX): why for name, _, why in foreign_tables()["Variables"] if name.startswith(ENV_PREFIX)
 }
-"""Variables of the original candle-vllm, without the prefix, that have no effect here, with the reason."""
+"""Variables of the Rust candle-vllm, without the prefix, that have no effect here; with the reason."""
 
 _HONOURED = ("PROMPT_CACHE_ENABLED", "PROMPT_CACHE_REDIS_URL", "STREAM_AS_REASONING_CONTENT")
 
 
 def original_variable(name: str, text: str, spelled: str, among: Mapping[str, str]) -> tuple[str, Any] | str | None:
-    """Translate a variable of the original candle-vllm to a setting, or the reason for no effect; None if unknown."""
+    """Translate a variable of the Rust candle-vllm to a setting, or to the reason for no effect; None if unknown."""
     inner = name.removeprefix(ENV_PREFIX)
     if inner in ORIGINAL:
         return ORIGINAL[inner]

@@ -33,10 +33,11 @@ class Notation:
     Attributes:
         string: expression of a string that a schema branch describes.
         text: expression of a given string.
-        key: expression of a given key, or of any key except the given ones.
+        key, free_key: expressions of a given key, and of any key except the given ones.
         words: words for null, false and true.
         unkeyable: whether a key cannot be written.
-        ordered: entries are sorted by key, case-insensitively, as by Jinja's `dictsort`; else in the schema's order.
+        ordered: whether entries are sorted by key, case-insensitively, as by Jinja's `dictsort`, or in the schema's
+            order.
     """
 
     string: Callable[[Root, Branch], str]
@@ -49,12 +50,9 @@ class Notation:
 
 
 class Values:
-    """Expressions of one tool's values.
+    """Expressions of the values in one tool's arguments.
 
-    Args:
-        writer: receives the rules.
-        root: the tool's schema.
-        notation: how values are written.
+    `root` is the tool's schema, and `notation` tells how values are written.
     """
 
     def __init__(self, writer: Writer, root: Root, notation: Notation) -> None:
@@ -65,7 +63,7 @@ class Values:
         self._any = ""
 
     def value(self, schema: Any) -> str:
-        """Return a rule of the values that match a schema; schemas may be recursive."""
+        """Return a rule of the values that match a schema, which may be recursive."""
         if schema is True or schema == {}:
             return self._anything()
         target = self._root.resolved(schema)
@@ -80,7 +78,7 @@ class Values:
         return " | ".join(map(self._branch, self._root.branches(schema)))
 
     def items(self, schema: Any, key: Callable[[str], str], free_key: Callable[[list[str]], str]) -> str:
-        """Return the entries of an object, separated by commas; additional entries follow those in the schema."""
+        """Return an expression of an object's entries, separated by commas; additional entries follow the schema's."""
         known, others = entries(self._root, schema)
         if self._notation.ordered:
             known = sorted(known, key=lambda entry: entry[0].lower())
@@ -163,7 +161,7 @@ class Values:
 
 
 def pythonic(body: Pythonic, context: Context) -> Block:
-    """Return the grammar of calls in a list or on separate lines."""
+    """Return the grammar of calls in a list, or on separate lines."""
     context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_call(context, tool) for tool in context.tools))
@@ -203,7 +201,7 @@ def _arguments(context: Context, tool: FunctionShape) -> str:
 
 
 def _other(writer: Writer, known: list[str]) -> str:
-    """Return the name of an argument that the schema does not name."""
+    """Return an expression of the name of an argument that the schema does not name."""
     names = " | ".join(map(quoted, known))
     return sequence(writer.terminal(f"{_FREE_KEY} & ~({names})" if known else _FREE_KEY), '"="')
 
@@ -228,7 +226,7 @@ def _python_notation(writer: Writer) -> Notation:
 
 
 def _string(writer: Writer, root: Root, branch: Branch) -> str:
-    """Return a quoted string; strings with a pattern or format are written without escapes."""
+    """Return an expression of a quoted string, without escapes if the schema has a pattern or format."""
     if root.grammar is not None:
         return writer.spelled(root.grammar)
     if {"pattern", "format"} & branch.schema.keys():
