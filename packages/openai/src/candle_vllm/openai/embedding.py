@@ -390,8 +390,7 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Context manager that prefixes errors with the text's number, and makes `param`, or this text of `field`, theirs.
-    """
+    """Context manager that prefixes errors with the text's number, and names `param`, or this text of `field`."""
     try:
         yield
     except RequestError as error:

@@ -26,7 +26,7 @@ from candle_vllm.openai.task import Paths, Task
 
 
 class FimRequest(WireModel):
-    """A gap to fill, by a model trained for fill-in-the-middle; without a suffix the prompt is continued.
+    """A gap that a model trained for fill-in-the-middle fills; without a suffix the model continues the prompt.
 
     Attributes:
         prompt, suffix: text before and after the gap.
@@ -52,7 +52,7 @@ class FimRequest(WireModel):
     metadata: dict[str, Any] | None = None
 
     def task(self, defaults: Mapping[str, Any]) -> Task:
-        """Convert the request to a task; `defaults` are values by name in `SamplingParams` that it leaves open."""
+        """Convert the request to a task; `defaults` are values, by name in `SamplingParams`, of absent fields."""
         given = sampling_values(self)
         if self.random_seed is not None:
             given["seed"] = self.random_seed
@@ -67,18 +67,15 @@ class FimRequest(WireModel):
 
 
 class FimStream(ChunkStream[ChatCompletionChunk]):
-    """Chunks of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
+    """Chunks of one answer. Close it (`aclose`) if the client disconnects: this aborts the request."""
 
 
 async def fim_stream(
     adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
 ) -> FimStream:
-    """Submit the request and stream its chunks; close the stream to abort the request.
+    """Submit the request and stream its chunks; raises what the adapter's methods raise.
 
-    Args:
-        adapter: answers the request; this function raises what its methods raise.
-        request: a validated request.
-        defaults: defaults by name in `SamplingParams`; they take precedence over the model's own.
+    `defaults` are by name in `SamplingParams`, and take precedence over the model's own.
     """
     return FimStream(await adapter.continued(request.task(defaults or {})), _Writer())
 
@@ -92,7 +89,7 @@ async def fim_answer(
 
 
 class _Writer:
-    """Writes the chunks of one answer; the last has the finish reason and the counts, as in Mistral's API."""
+    """Writes the chunks of one answer; the last chunk has the finish reason and the usage, as in Mistral's API."""
 
     def __init__(self) -> None:
         self._head: Head | None = None

@@ -23,7 +23,7 @@ MAX_CONTAINERS = 100_000  # arrays and objects
 MAX_NAMES = 100_000  # names in all objects together
 
 
-_STEPS, _RUN = 1 << 13, 64  # escapes, or runs of other characters, of a string that one match consumes
+_STEPS, _RUN = 1 << 13, 64  # number of escapes or runs of a string that one match consumes; characters of a run
 _INSIDE = rf'(?:[^"\\]{{1,{_RUN}}}+|\\(?:.|\Z)){{0,{_STEPS}}}+(?:"|\Z|())'
 _REST = re.compile(_INSIDE, re.DOTALL)  # the next part of a string; group 1 matches if the string continues after it
 

@@ -74,8 +74,7 @@ class PreparedChat(NamedTuple):
 
 
 class PreparedPrompts(NamedTuple):
-    """A task with prompts, ready to be submitted; `images` and `unseen` are as in `PreparedChat`, of the only prompt.
-    """
+    """A task with prompts, ready to be submitted; `images` and `unseen` as in `PreparedChat`, for the only prompt."""
 
     prompts: list[EchoedPrompt]
     params: SamplingParams

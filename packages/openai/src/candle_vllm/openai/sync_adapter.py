@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 class SyncOpenAIAdapter:
-    """Calls an `OpenAIAdapter` from any thread and waits for it; errors are those of the adapter.
+    """Calls an `OpenAIAdapter` from any thread, and waits for it; raises the adapter's errors.
 
-    Its event loop runs in a thread that `close` (or the end of a `with` block) stops. The engine stays open.
+    Its event loop runs in a thread that `close`, or the end of a `with` block, stops. The engine stays open.
     """
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
@@ -106,7 +106,7 @@ class SyncOpenAIAdapter:
             future.cancel()
             raise
         finally:
-            del future  # its exception keeps this frame alive
+            del future  # the exception in it refers to this frame
 
 
 class SyncChunks(Generic[T]):

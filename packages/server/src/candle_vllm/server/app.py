@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """create_app: the ASGI application around a model manager, or around one engine.
 
-Steps 1 and 10 of a request's life. No globals: routes use `app.state`, so one process can hold several applications.
+Steps 1 and 10 of a request's life. Routes use `app.state` and no globals, so a process can hold several applications.
 """
 
 from __future__ import annotations
@@ -94,14 +94,13 @@ def create_app(
     mailbox: Mailbox | None = None,
     mcp: McpService | None = None,
 ) -> FastAPI:
-    """The server as an ASGI application.
+    """Return the server as an ASGI application.
 
     Args:
-        served: a loaded engine, which the application does not own and does not close; or a manager of models, which
-            it closes when it ends.
+        served: a model manager, which the application closes at its end; or a loaded engine, which it does not close.
         settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
         mailbox: stores answers for clients that ask for it; the application starts and closes it.
-        mcp: MCP servers whose tools are given to models; the application starts and closes them.
+        mcp: MCP servers whose tools are offered to models; the application starts and closes them.
     """
     settings = settings or Settings()
     app = FastAPI(
@@ -136,10 +135,10 @@ def create_app(
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
-    app.state.reloader = None  # reads settings files again, if the server was started with files
+    app.state.reloader = None  # reads settings files again; `serve` sets it if the server was started with files
     app.state.failure = None  # why the application could not start
-    app.state.page_key = None  # key in the printed address of the web UI; with it, the page may call tools
-    # The web UI comes first: its page replaces the server's own answer at /.
+    app.state.page_key = None  # key in the printed address of the web UI, with which the page may call tools
+    # The web UI's routes come first, because its page replaces the server's own response to GET /.
     for router in (*((web_ui_router(),) if settings.ui_server else ()), *ROUTERS):
         app.include_router(router)
     _describe(app, settings)
@@ -150,7 +149,7 @@ def create_app(
 
 
 def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
-    """A manager of one engine that somebody else has loaded and will close."""
+    """Return a model manager of one loaded engine, which its owner closes."""
     names = settings.served_model_name or (engine.model_info.name,)
     entry = ModelEntry(names[0], settings, names)
     metrics = Observation(settings).metrics
@@ -160,7 +159,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the state for the server: `busy` says whether work goes on for clients that left; a drain waits for it."""
+    """Yield the state for the server: a drain waits while `busy` tells of work for clients that disconnected."""
     mailbox: Mailbox | None = app.state.mailbox
     kept: KeptResponses | None = app.state.kept
     background: Background | None = app.state.background
@@ -195,7 +194,7 @@ def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
 
 
 def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
-    """The service for files and batches, which are stored beside the responses."""
+    """Return the service for files and batches, which are stored in the database of the responses."""
     options = FileOptions(
         url, settings.files_max_mb << 20, settings.file_max_mb << 20, settings.responses_retention_days * 86400
     )
@@ -225,7 +224,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Layers, outermost first: prefix, version, id, counts, CORS, drain, failures, origin, host, HEAD, key, limits."""
+    """Outermost layer first: prefix, version, id, counts, CORS, drain, failures, origin, host, HEAD, key, limits."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())

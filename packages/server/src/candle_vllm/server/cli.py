@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The `candle-vllm` command: finds a command by its name, and runs it.
+"""The `candle-vllm` command: finds a command by its name, and runs it (before step 1 of a request's life).
 
-Before step 1 of a request's life. Every error that a user can cause ends as one line on standard error and exit status
-2; the traceback is shown only with `--log-level debug`. Only modules that the interpreter has loaded anyway are
-imported before Ctrl+C is handled, so that hardly any time passes until then.
+Every error that a user can cause ends as one line on standard error and exit status 2; the traceback is shown only with
+`--log-level debug`. Before Ctrl+C is handled, only modules that the interpreter has already loaded are imported, so
+that hardly any time passes until then.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIG
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
 
-    `agent` also returns 1 if the request was not carried out. Without `argv`, the process belongs to the command and
-    is ended here, even if threads still work.
+    `agent` also returns 1 if the request was not carried out. Without `argv`, this call ends the process, even if
+    threads still run.
     """
     try:
         from candle_vllm.server.interrupts import leave
@@ -104,11 +104,11 @@ def _write_nowhere() -> None:
 
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
-    """Runs one command."""
+    """Run one command; `own` are its own values."""
     from candle_vllm.server.interrupts import leaving_at_once
 
     with leaving_at_once(lambda: "it started"):
-        if command not in ("agent", "bench serve"):  # their model may be one of another server
+        if command not in ("agent", "bench serve"):  # these commands may use the model of another server
             from candle_vllm.server.settings.derived import refuse_missing
 
             refuse_missing(configuration.settings)
@@ -116,7 +116,7 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     return program(configuration if command in ("serve", "run-batch", "config") else configuration.settings, **own)
 
 
-_MODULES = {  # of the commands
+_MODULES = {  # modules of the commands
     "serve": "serve", "bench serve": "bench.serve", "bench": "commands.bench", "run-batch": "commands.run_batch",
     **{name: f"commands.{name}" for name in ("agent", "chat", "config", "generate", "perplexity", "quantize")},
     "imatrix": "commands.perplexity",
@@ -147,7 +147,7 @@ def say(remarks: Sequence[str]) -> None:
 
 
 def configure_logging(level: str, style: str = "text", file: Path | None = None) -> None:
-    """Sends the log to standard error and to the file, one line per record: as text, or as one JSON object."""
+    """Send the log to standard error and to the file, one line per record: as text, or as one JSON object."""
     import logging
 
     from candle_vllm.core.shown import start_logging
@@ -172,7 +172,7 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
 
 
 def _quiet(given: Any, settings: Settings) -> str:
-    """The log level of commands that write to the terminal: only warnings, unless a level was given."""
+    """Return the log level of commands that write to the terminal: "warning", unless another level was given."""
     return settings.log_level if "log_level" in given or settings.log_level != "info" else "warning"
 
 

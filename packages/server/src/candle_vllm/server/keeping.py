@@ -38,8 +38,7 @@ NOT_HERE = "is for chat and text completions: answers of this route are not kept
 
 @dataclass(frozen=True)
 class KeptForm:
-    """How answers of one API are stored: the prefix of their ids, and a function that joins chunks to a whole answer.
-    """
+    """How answers of one API are stored: the prefix of their ids, and a function that joins chunks to an answer."""
 
     prefix: str
     join: Callable[[Sequence[Any]], msgspec.Struct]

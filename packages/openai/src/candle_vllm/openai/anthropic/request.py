@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's requests: bytes -> a validated object (step 2)."""
+"""Wire types of Anthropic's requests; step 2 of a request's life parses and validates a body as one of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import Schema, check_tools
 from candle_vllm.openai.validation import parse_body
 
-# Accepted, validated, without effect.
+# Fields that are validated but have no effect, and why.
 ADVISORY_MESSAGES_FIELDS: Mapping[str, str] = {
     "metadata": "names the caller's user; the server keeps no per-user state",
     "service_tier": "chooses a price; there is one tier",
@@ -74,12 +74,12 @@ _Display = Literal["summarized", "omitted", "updates"]
 
 
 class ThinkingOn(WireModel):
-    """Thinking is on (`enabled`), or the model decides (`adaptive`); templates have one switch for both.
+    """Thinking is on (`enabled`), or the model decides (`adaptive`). Chat templates have one switch for both.
 
     Attributes:
         budget_tokens: maximum number of thinking tokens; after that thinking is ended and the answer follows.
         display: `omitted` leaves the text of the thinking out of the answer; otherwise it is streamed.
-        block_binding: applies to signatures, which are not checked; no effect.
+        block_binding: no effect, because it applies to signatures, which are not checked.
     """
 
     type: Literal["enabled", "adaptive"]
@@ -97,7 +97,7 @@ class ThinkingOn(WireModel):
 
 
 class ThinkingOff(WireModel):
-    """Thinking is off; thinking of a model that cannot turn it off is left out of the answer."""
+    """Thinking is off. If a model cannot turn it off, its thinking is left out of the answer."""
 
     type: Literal["disabled"]
 
@@ -115,14 +115,14 @@ Thinking = Annotated[
 
 
 class JsonFormat(WireModel):
-    """JSON that follows a schema; the model does not see the schema."""
+    """The answer is JSON that follows a schema; the schema is not in the prompt."""
 
     type: Literal["json_schema"]
     json_schema: Schema = Field(alias="schema")
 
 
 class OutputConfig(WireModel):
-    """Format of the answer; `effort` has no effect, because templates accept different efforts."""
+    """Format of the answer. `effort` has no effect, because chat templates accept different efforts."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
@@ -133,13 +133,13 @@ class OutputConfig(WireModel):
 
 
 class Metadata(WireModel):
-    """User of the caller; no effect."""
+    """The caller's user; no effect."""
 
     user_id: str | None = None
 
 
 class PromptRequest(WireModel):
-    """What the model sees: fields that both requests share. None always means absent."""
+    """Fields that set the prompt; both requests have them. None means absent."""
 
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -149,7 +149,7 @@ class PromptRequest(WireModel):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
 
-    # ADVISORY_MESSAGES_FIELDS: validated, without effect.
+    # These fields have no effect (ADVISORY_MESSAGES_FIELDS).
     cache_control: CacheControl | None = None
     context_management: dict[str, Any] | None = None
     speed: Literal["standard", "fast"] | None = None
@@ -176,7 +176,7 @@ class PromptRequest(WireModel):
 
 
 class MessagesRequest(PromptRequest):
-    """A conversation to continue: `POST /v1/messages`."""
+    """Body of `POST /v1/messages`: a conversation to continue."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_MESSAGES_FIELDS
 
@@ -201,7 +201,7 @@ class MessagesRequest(PromptRequest):
 
 
 class CountTokensRequest(PromptRequest):
-    """A conversation to count the tokens of: `POST /v1/messages/count_tokens`."""
+    """Body of `POST /v1/messages/count_tokens`: a conversation whose tokens are counted."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events of an answer -> Anthropic's events, and those -> the whole message (step 10).
+"""Events of an answer -> Anthropic's events, and Anthropic's events -> the whole message (step 10).
 
 A whole message is joined from the events of a stream, so the two cannot differ.
 """
@@ -20,14 +20,14 @@ _Kind = Literal["text", "thinking"]
 
 
 class EventWriter:
-    """Writes the events of one answer.
+    """Converts the events of one answer.
 
-    Blocks follow each other: one is closed before the next begins. White space between blocks is omitted, because
-    clients send blocks back, and this API refuses text blocks that are blank.
+    One block is closed before the next begins. White space between blocks is omitted, because clients send blocks back
+    in the next request, and this API refuses blank text blocks.
 
     Args:
         show_thinking: whether thinking blocks have their text; otherwise they are empty.
-        context_bound: the answer may fill the context, because `max_tokens` exceeds the context.
+        context_bound: whether the context limits the answer, because `max_tokens` exceeds it.
     """
 
     def __init__(self, *, show_thinking: bool = True, context_bound: bool = False) -> None:
@@ -41,8 +41,10 @@ class EventWriter:
         self._begun = False
 
     def start(self, head: Head, counts: Counts) -> list[answers.MessageEvent]:
-        """Return the events that precede the first token: clients take them as a sign of life. The number of cached
-        prompt tokens is not known yet; the final counts have it."""
+        """Return the events before the first token, which tell clients that the request runs.
+
+        The number of cached prompt tokens is not known yet; the final counts have it.
+        """
         self._begun = True
         name = "msg_" + head.id.removeprefix("chatcmpl-")
         message = answers.Message(id=name, model=head.model, content=(), usage=answers.Usage.of(counts))
@@ -110,7 +112,7 @@ class EventWriter:
         return [answers.ContentBlockStart(index=self._index, content_block=block)]
 
     def _close(self, *, cut: bool = False) -> list[answers.MessageEvent]:
-        """Close the open block; `cut`: the answer ended here without completing a call."""
+        """Close the open block; `cut` means that the answer ended here without completing a call."""
         kind, self._open, self._space = self._open, None, None
         if kind is None:
             return []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Streamed arguments of a call -> JSON text of an object that clients can parse at every moment (step 10).
+"""Streamed arguments of a call -> JSON text of an object that is valid so far at every moment (step 10).
 
-Clients of this API parse a call's input while it streams, and fail on invalid JSON, which models may write. So names
-and strings at the top level of the object are passed on at once, every other value when it is complete. If the text
-turns out not to be a JSON object, all of it is added as a member `INVALID_JSON`, a name that no tool's schema has.
+Anthropic's clients parse a call's input while it streams, and fail on invalid JSON, which models may generate. So names
+and strings at the top level of the object are sent as they arrive, and every other value when it is complete. If the
+text turns out not to be a JSON object, all of it becomes a member `INVALID_JSON`, a name that no tool's schema has.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
 _SPACE = " \t\r\n"
 _PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
 _STRUCTURE = re.compile(r'["\[\]{}]')
-_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)  # up to its end, or the part that has arrived
+_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)  # a string's rest, or the part that has arrived
 _SCALAR_END = re.compile(r"[,}\s]")
 _HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _LOW = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -35,18 +35,18 @@ class _Broken(Exception):
 
 
 class ToolInput:
-    """Input of one call."""
+    """Converts the arguments of one call."""
 
     def __init__(self) -> None:
         self._raw: list[str] = []
         self._text = ""  # text that has arrived and is not consumed
-        self._held = ""  # text before the next value, passed on with that value
+        self._held = ""  # text before the next value, which is returned together with that value
         self._scan = _Scan()
         self._has_members = self._begun = self._complete = self._in_text = self._broken = False
         self._state: Callable[[list[str]], bool] = self._begin
 
     def feed(self, text: str) -> str:
-        """Add more of the arguments; return the text that can be passed on."""
+        """Add a piece of the arguments; return the text that can be sent."""
         self._raw.append(text)
         if self._broken or self._complete:
             return ""
@@ -60,7 +60,7 @@ class ToolInput:
         return "".join(parts)
 
     def finish(self, *, cut: bool) -> str:
-        """End the call; return the rest. A call that was `cut` stays incomplete if it was valid so far."""
+        """End the call, and return the rest. A call that was `cut` stays incomplete if it was valid so far."""
         raw = "".join(self._raw)
         if self._complete or (not self._broken and (cut or not raw.strip())):
             return ""
@@ -70,7 +70,7 @@ class ToolInput:
         member = f"{json.dumps(INVALID)}: {json.dumps(readable)}"
         return f"{bridge if self._begun else '{'}{member}}}"
 
-    # Each state consumes what it can of the text; it returns False if it needs more to continue.
+    # Each state consumes what it can of the text; it returns False if it needs more text, or the object is complete.
 
     def _begin(self, parts: list[str]) -> bool:
         if not self._skip():
@@ -170,7 +170,7 @@ class ToolInput:
 
 
 class _Scan:
-    """Searches the end of a name or a value; resumes at its position when there is more text."""
+    """Searches the end of a name or a value; continues at its position when there is more text."""
 
     def __init__(self) -> None:
         self.place = 0
@@ -203,7 +203,7 @@ class _Scan:
 
 
 def _escaped(text: str) -> tuple[str, int]:
-    """Return the replacement of the first escape or character, and its length; 0 if more text is needed."""
+    """Return the replacement of the first escape or character, and its length, which is 0 if more text is needed."""
     if text[0] != "\\":
         return (_REPLACED if text[0] > "\x1f" else json.dumps(text[0])[1:-1]), 1
     if len(text) < 2 or (text[1] == "u" and len(text) < 6):
@@ -231,7 +231,7 @@ def _check(text: str) -> None:
 
 
 def _has_wide_integer(value: Any) -> bool:
-    """Whether the value has an integer of more than 64 bits, which answers cannot have."""
+    """Whether the value has an integer of more than 64 bits, which cannot be encoded in answers."""
     if isinstance(value, dict):
         return any(map(_has_wide_integer, value.values()))
     if isinstance(value, list):
@@ -240,5 +240,5 @@ def _has_wide_integer(value: Any) -> bool:
 
 
 def parsed_input(text: str) -> dict[str, Any]:
-    """Parse the text that was passed on for a call, which may be incomplete."""
+    """Parse the text that was sent for a call, which may be incomplete."""
     return from_json(text, allow_partial=True) if text else {}

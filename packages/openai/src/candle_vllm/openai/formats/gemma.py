@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gemma's calls: `call:get_weather{city:<escape>Paris<escape>,days:2}`."""
+"""Calls in Gemma's form: `call:get_weather{city:<escape>Paris<escape>,days:2}`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MOST_DEPTH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Gemma:
-    """A name and an object with unquoted keys and numbers, and strings between `quote`s.
+    """A name and an object, with unquoted keys and numbers, and strings between `quote`s.
 
     Attributes:
         quote: the mark around a string.
         closers: marks that may follow the call.
         prefix: text before the name.
-        known_only: only names of the request's tools are calls; for text without marks.
+        known_only: only names of the request's tools are calls; for calls without an opening mark.
     """
 
     quote: str
@@ -65,7 +65,7 @@ class _Object:
         self._schema = calls.tools.get(name, {})
 
     def read(self) -> Need[bool]:
-        """Return whether the object was closed, or the model had finished."""
+        """Parse the object; return whether it was closed, or the model had finished."""
         self._emit("{")
         return (yield from self._members("}", 1))
 

@@ -22,7 +22,7 @@ _SUM = re.compile(rf"{_STRING}(?:\s*\+\s*{_STRING})+", re.DOTALL)
 _ONE = re.compile(_STRING, re.DOTALL)
 _IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 _OPEN, _CLOSE = "([{", ")]}"
-_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow the string of a keyword argument, and one in a list or an object
+_BEHIND, _INSIDE = ",)+", ",)]}:+"  # what may follow a keyword argument's string, and a string in a list or an object
 _KEYS = re.compile(r"\w*")
 _WORDS = {"true": "true", "false": "false", "null": "null"}
 _METHOD = ".call"  # Llama 3.1 calls its built-in tools `brave_search.call(...)`
@@ -34,8 +34,8 @@ class Pythonic:
 
     Attributes:
         closers: marks that may follow the calls.
-        known_only: only names of the request's tools are calls; for text without marks.
-        listed: `grammar` writes calls in a list.
+        known_only: only names of the request's tools are calls; for calls without an opening mark.
+        listed: whether the grammar writes calls in a list.
     """
 
     closers: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class _Arguments:
         self._keys: set[str] = set()
 
     def read(self) -> Need[bool]:
-        """Return whether the bracket was closed, or the model had finished."""
+        """Parse the arguments; return whether the bracket was closed, or the model had finished."""
         while True:
             text, end = yield from self._piece()
             key = ""
@@ -114,7 +114,7 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Parse text up to a comma, a closing bracket, or (not `inside` a value) an equals sign; return both."""
+        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return both."""
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)
@@ -137,7 +137,7 @@ class _Arguments:
                 stack.pop()
 
     def _string(self, quote: str, parts: list[str], *, keyed: bool) -> Need[None]:
-        """Parse a text in single or triple quotes; escape the quotes in it that the model did not escape."""
+        """Parse a string in single or triple quotes; escape the quotes in it that the model did not escape."""
         reader = self._reader
         mark = yield from reader.take(quote * 3, quote)
         parts.append(mark)
@@ -161,7 +161,7 @@ class _Arguments:
                 parts.append("\\" + mark)
 
     def _closes(self, keyed: bool) -> Need[bool]:
-        """Whether a quote ends a string, by the text after it; for a keyword's value more text is examined."""
+        """Whether a quote ends a string, by the text after it; more text is examined in a keyword argument's value."""
         reader, read = self._reader, list[str]()
         yield from reader.match(SPACES, read.append)
         following = yield from reader.peek()
@@ -176,14 +176,14 @@ class _Arguments:
                 closes = (yield from reader.peek()) in ("=", ")", "")
             else:
                 closes = (yield from reader.peek()) not in ('"', "'")
-        if reader.cut:  # undecidable
+        if reader.cut:  # too little text to decide
             return True
         reader.put_back("".join(read))
         return closes
 
 
 def _to_json(text: str) -> str:
-    """Convert a value of Python or JSON; anything else is a string."""
+    """Convert a text to JSON: a value of Python or JSON, or else a string."""
     word = _WORDS.get(text)
     if word is not None:
         return word

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of reasoning formats: one row for each way in which models write their reasoning."""
+"""The table of reasoning formats: one row for each form in which models generate their reasoning."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
     ),
 )
 
-# Text that Qwen's makers recommend when a budget ends the reasoning (the model cards of Qwen3).
+# Text that Qwen's model cards recommend to insert when a budget ends the reasoning.
 _QWEN = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
 )
@@ -138,12 +138,11 @@ LAST_WORDS: Mapping[str, str] = dict.fromkeys(words("qwen3 qwen3_moe qwen3_next 
 
 
 def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
-    """Return the mark with which a prompt opens the reasoning, so the model begins in it; "" without such a mark.
+    """Return the mark with which a prompt opens the reasoning, so that the answer begins in it; "" without such a mark.
 
     Args:
-        prompt_tail: the end of the prompt, at least from the answer's beginning on.
-        reasoning: the model's reasoning format.
-        continued: the prompt ends with the beginning of an answer, so it may contain reasoning.
+        prompt_tail: end of the prompt, which includes everything after the answer's beginning.
+        continued: whether the prompt ends with the beginning of an answer, which may contain reasoning.
     """
     found, last = "", -1
     for opening, ends in _ends(reasoning).items() if reasoning else ():
@@ -155,7 +154,7 @@ def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued:
 
 
 def _ends(reasoning: ReasoningFormat) -> Mapping[str, tuple[str, ...]]:
-    """Opening mark -> the marks that end the reasoning after it."""
+    """Return each opening mark with the marks that end the reasoning after it."""
     if reasoning.flow is not None:
         return {reasoning.open: getattr(reasoning.flow, "ends", (reasoning.close,))}
     return {opening: (closing,) for opening, closing in reasoning.pairs.items()}

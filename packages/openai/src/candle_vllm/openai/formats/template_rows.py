@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Choice of a row of the table: by a chat template's output, by its marks, or by a tokenizer's `response_template`.
+"""Choice of a row of the format tables: by a chat template's output, its marks, or a tokenizer's `response_template`.
 
-A response template (transformers 5) names fields of a message, each with its marks and its content's format. A template
-with the marks of a row selects that row; calls that are JSON between marks make a new row.
-Source: transformers, `utils/chat_parsing/response_templates.py`.
+A response template (transformers 5) names fields of a message, each with its marks and its content's format. If it has
+the marks of a row, that row is chosen; for calls that are JSON between marks, a new row is made. Source: transformers,
+`utils/chat_parsing/response_templates.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.formats.tagged import Tagged
 
 _COMMON = frozenset({"```json", "functools"})  # too common in texts to indicate a format
-_SHORT = 3
+_SHORT = 3  # minimum length of a text that distinguishes calls
 
 
 def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> ToolFormat | None:
-    """Return the first row that parses the call in the template's output; earlier marks are tried first."""
+    """Return the first row that parses the call in the template's output; rows are tried by their marks' order."""
     written = probe.calls(as_text=as_text)
     if written is None:
         return None
@@ -50,7 +50,7 @@ def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> To
 
 
 def writer_of_thoughts(probe: template_needs.TemplateProbe) -> ReasoningFormat | None:
-    """Return the first row that parses the reasoning in the template's output, with calls or with content."""
+    """Return the first row that parses the reasoning in the template's output, beside calls or beside content."""
     calling = (probe.calls(as_text=as_text, thoughts=template_needs.THOUGHTS) for as_text in (False, True))
     for written in filter(None, itertools.chain(calling, (probe.thinking(),))):
         if template_needs.THOUGHTS not in written.text:
@@ -62,7 +62,7 @@ def writer_of_thoughts(probe: template_needs.TemplateProbe) -> ReasoningFormat |
 
 
 def marked_tools(text: str) -> ToolFormat | None:
-    """Return the row with the most marks in the source of a template."""
+    """Return the row whose marks in the source of a template have the most characters, or None."""
     sizes = {row.name: _tool_marks(row, text) for row in TOOL_FORMATS}
     best = max(TOOL_FORMATS, key=lambda row: sizes[row.name])
     return best if sizes[best.name] else None
@@ -85,7 +85,7 @@ def _own_first(rows: Iterable[ReasoningFormat]) -> Iterator[ReasoningFormat]:
 
 
 def _first_mark(row: ToolFormat, text: str) -> int:
-    """Return the offset of the first mark of a row, -1 without a mark. An enclosing mark comes first."""
+    """Return the offset of a row's first mark, or -1. So the mark that encloses others has the smallest offset."""
     return min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
 
 
@@ -101,7 +101,7 @@ def _tool_marks(row: ToolFormat, text: str) -> int:
 
 
 def _literals(body: Body) -> Iterator[str]:
-    """Yield texts that every such call contains and that distinguish it from others."""
+    """Yield texts that every call in this form contains and that distinguish it from other forms."""
     found: tuple[str, ...] = ()
     if isinstance(body, Tagged):
         found = (body.name_open, body.name_end, body.key_open)
@@ -188,7 +188,7 @@ def _field(template: Any, name: str) -> Mapping[str, Any] | None:
 
 
 def _marks(field: Mapping[str, Any], side: str) -> Iterator[str]:
-    """Yield the texts that a field opens or closes with; of a pattern, its plain beginning."""
+    """Yield the texts that a field opens or closes with; for a pattern, the plain text that its matches begin with."""
     given = field.get(side)
     for one in given if isinstance(given, list) else [given]:
         if isinstance(one, str) and 0 < len(one.strip()) <= _MOST_MARK:
@@ -214,14 +214,14 @@ def _plain_beginning(pattern: str) -> str:
 
 
 def _before_names(row: ToolFormat) -> Iterator[str]:
-    """Yield marks with the text between them and a name."""
+    """Yield each opening mark with the text between it and a name."""
     for body in row.bodies[:1]:
         starts = (body.prefix,) if isinstance(body, Gemma) else getattr(body, "before_name", ())
         yield from (mark + start for mark in row.opens for start in starts)
 
 
 def _writes(body: Body, kind: str, field: Mapping[str, Any], opened: str) -> bool:
-    """Whether a row writes calls as a field does."""
+    """Whether the calls of a row have the form that a field describes."""
     arguments = field.get("content_args")
     arguments = arguments if isinstance(arguments, Mapping) else {}
     if kind == "xml-inline":

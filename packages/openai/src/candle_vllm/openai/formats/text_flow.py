@@ -178,7 +178,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Parse calls after a mark, which is text if there are none; return whether they had another model's format."""
+        """Parse calls after a mark, which is text without calls; return whether they had another model's format."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Requests that score pairs of texts or rank documents, and their responses."""
+"""Wire types of requests that score pairs of texts or rank documents, and of their responses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Texts = Annotated[
     Discriminator(text_form),
 ]
 
-# vLLM's names of the two sides of the pairs.
+# vLLM's names for the two sides of the pairs.
 _SIDES = (("text_1", "text_2"), ("queries", "items"), ("queries", "documents"), ("data_1", "data_2"))
 
 

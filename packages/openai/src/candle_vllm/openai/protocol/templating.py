@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fields of a chat request that its template uses (step 3), and the limit on reasoning."""
+"""Fields of a chat request that are variables of the chat template (step 3), and the limit on reasoning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.core.text.chat_template import MAX_TEMPLATE
 from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, invalid
 from candle_vllm.openai.task import ThinkingLimit
 
-# Arguments of the template call; `chat_template_kwargs` must not replace them.
+# Names that the renderer itself sets for a template, so `chat_template_kwargs` must not set them.
 _TEMPLATE_ARGUMENTS = frozenset({
     "self", "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template",
     "tokenize", "template", "conversation",
@@ -26,7 +26,7 @@ _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_token
 
 
 class ThinkingSwitch(WireModel):
-    """Anthropic's form of the thinking switch and of the budget."""
+    """The thinking switch and the token budget in Anthropic's form."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
@@ -49,11 +49,12 @@ Thinking = Annotated[
 
 
 class TemplateFields(WireModel):
-    """How messages are rendered to one text, and the limit on reasoning. None always means absent.
+    """How messages are rendered to a prompt, and the limit on reasoning. None means absent.
 
     Attributes:
         chat_template: a template that replaces the model's template; the adapter decides whether it is allowed.
-        thinking: template variable with two names, `thinking` and `enable_thinking`; or an object with a budget too.
+        thinking: template variable with two names, `thinking` and `enable_thinking`; or an object that also has a
+            budget.
         thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. Other `..._budget...` are aliases.
         reasoning_budget_message: text that is inserted when the budget ends the reasoning.
     """
@@ -82,7 +83,8 @@ class TemplateFields(WireModel):
         """Return the variables of the template: `chat_template_kwargs`, and the fields that are variables too.
 
         Templates use two names for the thinking switch, so both are set. Effort "none" and a budget of 0 also turn it
-        off, for templates that only have the switch; other efforts turn it on unless it is set. Contradictions raise.
+        off, for templates that only have the switch; other efforts turn it on unless it is set. Contradictions raise an
+        error.
         """
         kwargs = dict(self.chat_template_kwargs or {})
         for field in ("thinking", "enable_thinking"):
@@ -120,7 +122,7 @@ class TemplateFields(WireModel):
 
 
 def check_variables(kwargs: Mapping[str, Any]) -> None:
-    """Refuse values that cannot be template variables; paths in errors are relative to `kwargs`."""
+    """Raise an error for names that cannot be template variables, or for too many; paths are relative to `kwargs`."""
     if len(kwargs) > MAX_TEMPLATE_KWARGS:
         raise invalid("", f"must have at most {MAX_TEMPLATE_KWARGS} entries, not {len(kwargs)}")
     for name in kwargs:

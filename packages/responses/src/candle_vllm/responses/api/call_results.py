@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Results of the calls of a conversation, and which calls wait for an approval or have one."""
+"""Results of a conversation's calls, and which calls wait for an approval or have one."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ NOT_RUN = "This call was not run."
 
 
 class Placed(NamedTuple):
-    """An item, and its path in the request: `input.3`, or the field that named the history."""
+    """An item, and its path in the request: `input.3`, or the field that refers to the history."""
 
     item: InputItem
     path: str
 
 
 class CallResults:
-    """Results of the calls by their ids, and the calls that somebody has approved.
+    """Results of the calls by their ids, and the approved calls.
 
-    Args:
-        items: items of the conversation.
-        max_images: maximum number of images that the model may see. The images of an `mcp_call` item that exceed it are
-            replaced by the item's text, as are all images if it is 0.
+    `max_images` is the maximum number of images in the prompt. An `mcp_call` item whose images would exceed it is
+    replaced by its text; with 0, all are.
     """
 
     def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
@@ -79,7 +77,7 @@ class CallResults:
                 _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
 
     def take(self, call_id: str) -> tuple[Part, ...] | None:
-        """Return the result of a call; to be called once for each call, in their order."""
+        """Return the result of a call; must be called once for each call, in their order."""
         earlier = self._earlier.get(call_id)
         return earlier.pop(0) if earlier else self.parts.get(call_id)
 
@@ -123,7 +121,7 @@ class CallResults:
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:
-    """Ids of the `mcp_call` items whose images fit beside the images of messages, the latest first."""
+    """Return the ids of the latest `mcp_call` items whose images fit beside the images of messages."""
     shown = set[str]()
     if room:
         for item, _ in items:

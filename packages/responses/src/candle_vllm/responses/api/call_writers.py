@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writers of calls: of functions, of custom tools, and of MCP tools, which run here and have a result."""
+"""Writers of calls: of functions, of custom tools, and of MCP tools, which this server runs and which have a result."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class CustomWriter(CallWriter):
 
 
 class McpCallWriter(CallWriter):
-    """A call that runs here, on an MCP server."""
+    """A call of an MCP server's tool, which this server runs."""
 
     def __init__(self, emit: Emit, index: int, server: str, name: str, approval: str | None = None) -> None:
         super().__init__(emit, index, "mcp")
@@ -105,13 +105,13 @@ class McpCallWriter(CallWriter):
         self._emit(wire.McpArgumentsDelta, delta=delta)
 
     def end_arguments(self) -> None:
-        """Report that the arguments are complete; later calls do nothing."""
+        """Send the event that the arguments are complete; repeated calls have no effect."""
         if not self._told:
             self._told = True
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
     def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
-        """Write the last events, with the call's result, and what the model sees of it if that is not only text."""
+        """Send the last events, with the call's result; `shown` are its parts in the prompt, unless it is only text."""
         self._result, self._shown = result, shown
         self.end("completed" if result.status == "completed" else "failed")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The initial response: the request's fields with their defaults, as the answer repeats them.
+"""The initial response: the request's fields with their defaults, which the response repeats.
 
-It lists the tools of the request, without those that do not run here, and without secrets.
+It lists the tools of the request, without those that this server does not run, and without secrets.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
     """Return a response in progress, or queued if it runs in the background.
 
     Args:
-        request: checked request.
-        model: model name to report.
+        request: validated request.
+        model: model name in the response.
         stored: whether the response will be stored.
         defaults: sampling values for fields that the request does not set.
     """
@@ -86,7 +86,7 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
             "name": config.format.name,
             "description": config.format.description,
             "schema": config.format.json_schema,
-            "strict": config.format.strict is not False,  # the answer always follows it
+            "strict": config.format.strict is not False,  # the answer follows the schema in any case
         }
     elif config is not None and config.format is not None:
         form = {"type": config.format.type}
@@ -103,7 +103,7 @@ def _reasoning(request: ResponsesRequest) -> dict[str, Any] | None:
 
 
 def shown_tools(request: PromptFields) -> list[dict[str, Any]]:
-    """Tools of a request as the response shows them, in the request's order."""
+    """Return the tools of a request in the response's form, in the request's order."""
     return [_shown_any(tool) for tool in request.tools or () if not isinstance(tool, HostedTool)]
 
 

@@ -110,8 +110,7 @@ class KeptResponses:
         return found
 
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
-        """Return a page of the items that the response's own request contained, without the history that it continued.
-        """
+        """Return a page of the items in the response's own request, without the history that the request continued."""
         entry = await self.get(owner, response_id)
         return await apart(lambda: page_of(msgspec.json.decode(entry.given), wanted), size=entry.size)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""TurnReader: converts the events of one answer to the conversation's events, and to the whole message at the end.
+"""TurnReader: converts the events of one answer to the conversation's events, and at the end to the whole message.
 
-Ids that an earlier turn used, and invalid ids, are replaced.
+Invalid ids of calls, and ids that an earlier turn used, are replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.chat_form import chat_message
 from candle_vllm.responses.conversation.options import ConversationUsage
 
-MAX_CHARS = 16 << 20  # of one turn: text, reasoning and arguments together
+MAX_CHARS = 16 << 20  # characters of one turn: text, reasoning and arguments together
 _UNNAMED = "unnamed"
 
 
@@ -32,12 +32,7 @@ class _Growing:
 
 
 class TurnReader:
-    """Reads one answer.
-
-    Args:
-        number: number of the turn.
-        used_ids: ids of earlier calls, which no new call may have.
-    """
+    """Reads one answer: turn `number`. `used_ids` are ids of earlier calls, which no new call may have."""
 
     def __init__(self, number: int, used_ids: Collection[str] = ()) -> None:
         self._number = number
@@ -50,7 +45,7 @@ class TurnReader:
         self._usage = ConversationUsage()
 
     def read(self, event: answer.Event) -> list[events.Event]:
-        """Return the new events; raises `CandleVllmError` for an answer that exceeds the limits."""
+        """Return the new events; raises `CandleVllmError` if the answer exceeds the limits."""
         if isinstance(event, answer.Usage):
             self._usage = _usage(event)
         elif event.choice == 0:
@@ -103,7 +98,7 @@ class TurnReader:
         parts.append(text)
 
     def message(self) -> Message:
-        """Return the message so far, for a task."""
+        """Return the message so far, in the form that a task needs."""
         calls = (call for _, call in sorted(self._calls.items()))
         return Message(
             role="assistant",
@@ -118,7 +113,7 @@ def _entries(logprobs: Sequence[PositionLogprobs] | None) -> tuple[Any, ...]:
 
 
 def _alone(logprobs: Sequence[PositionLogprobs] | None) -> list[events.Event]:
-    """Entries of tokens that are not part of the answer's text."""
+    """Return the logprobs of tokens that are not part of the answer's text, as an event."""
     return [events.TextDelta(text="", logprobs=_entries(logprobs))] if logprobs else []
 
 

@@ -70,7 +70,7 @@ class McpLink:
 
     @property
     def state(self) -> LinkState:
-        """"ready" accepts calls; a "failed" connection is tried again, automatically or by the next call."""
+        """State: "ready" accepts calls; a "failed" connection is tried again, automatically or by the next call."""
         return self._supervisor.state
 
     @property

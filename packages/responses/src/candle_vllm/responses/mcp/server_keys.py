@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Converts the keys of a server in mcp.json, this project's and other programs', to fields of `McpServerConfig`."""
+"""Converts a server's keys in mcp.json, of this project and of other programs, to fields of `McpServerConfig`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "instructions": ("instructions",),
     "sandbox": ("sandbox", "sandboxEnabled"),
 }  # fmt: skip
-NAMES = ("name", "id", "label")  # keys of the server's name; `config.py` reads them if the servers are a list
+NAMES = ("name", "id", "label")  # keys that name the server; `config.py` reads them if the servers are a list
 FIELD_OF = {key: field for field, keys in KEYS.items() for key in keys}
 EXPANDED = frozenset(
     key for field in ("command", "args", "env", "env_file", "cwd", "url", "headers", "auth") for key in KEYS[field]
 )
-MAX_FILE = 1 << 20  # bytes
+MAX_FILE = 1 << 20  # bytes of a configuration file
 _IN_MILLISECONDS = frozenset({"timeout_ms", "timeoutMs", "connect_timeout_ms"})
 _OAUTH = {
     "client_id": ("CLIENT_ID", "client_id", "clientId"),
@@ -66,7 +66,7 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
     """Return the fields of `McpServerConfig` that an entry sets, except the name.
 
     Raises:
-        ConfigError: two keys are the same setting, or a value has the wrong type for its field.
+        ConfigError: two keys set the same field, or a value has the wrong type for its field.
     """
     checks = Checks(server)
     if not isinstance(mapping, Mapping):
@@ -100,13 +100,13 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
 
 
 def nearest(name: str, known: Any) -> str:
-    """Return a hint with the most similar known name, or an empty text."""
+    """Return a hint with the most similar known name, or ""."""
     near = difflib.get_close_matches(name[:100], list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
-    if isinstance(value, str) and value in _RUNTIMES:  # candle-vllm in Rust writes these; they have no effect here
+    if isinstance(value, str) and value in _RUNTIMES:  # the Rust candle-vllm writes these values
         logger.warning("MCP server %.100r: %s %r is what runs it, and no transport: stdio", checks.server, key, value)
         return "stdio"
     if not isinstance(value, str) or value not in TRANSPORTS:
@@ -115,7 +115,7 @@ def _transport(checks: Checks, key: str, value: Any) -> str:
 
 
 def _env(checks: Checks, key: str, value: Any) -> dict[str, str]:
-    """Convert variables to texts; people write numbers and booleans without quotes."""
+    """Convert the values of variables to texts, because people write numbers and booleans without quotes."""
     if isinstance(value, Mapping):
         value = {name: _env_text(text) for name, text in value.items()}
     return checks.variables(key, value)
@@ -141,14 +141,14 @@ def _enabled(checks: Checks, key: str, value: Any) -> bool:
 
 
 def _patterns(checks: Checks, key: str, value: Any) -> tuple[str, ...]:
-    """Return a list of patterns; true and "*" match all names, false matches no name."""
+    """Return a list of patterns; true and "*" match all names, and false matches none."""
     if isinstance(value, bool):
         return ("*",) if value else ()
     return ("*",) if value == "*" else checks.texts(key, value, most=1000)
 
 
 def _auth(checks: Checks, key: str, value: Any) -> str | OAuthClient:
-    """Return a token, or the credentials of an OAuth client as Cursor writes them."""
+    """Return a token, or the credentials of an OAuth client in Cursor's form."""
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
@@ -183,7 +183,7 @@ _CONVERSIONS: Mapping[str, Callable[[Checks, str, Any], Any]] = {
 
 
 def _read_env_file(checks: Checks, key: str, path: Path) -> dict[str, str]:
-    """Return the assignments of a dotenv file; `${...}` in it is not expanded."""
+    """Return the variables of a dotenv file; `${...}` in it is not expanded."""
     from dotenv.parser import parse_stream
 
     content = read_small_file(path, f"MCP server {checks.server!r:.100}: {key}")
@@ -200,10 +200,10 @@ def read_small_file(path: Path, what: str) -> str:
     """Return the text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        ConfigError: the file does not exist, is no regular file, too large or not text; the message begins with `what`.
+        ConfigError: the file is missing, not a regular file, too large, or not text; the message begins with `what`.
     """
     try:
-        if not path.is_file():  # reading a pipe would never end, and a device has no size
+        if not path.is_file():  # reading a pipe may never end, and a device has no size
             problem = "is a folder" if path.is_dir() else "is no plain file" if path.exists() else "does not exist"
             raise ConfigError(f"{what}: {path} {problem}")
         with path.open("rb") as file:

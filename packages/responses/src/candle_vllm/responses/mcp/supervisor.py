@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Supervisor: opens a server's connection, has its tools watched, and opens another connection when it ends.
+"""Supervisor: opens the connection to an MCP server, follows changes of its tools, and reconnects when it ends.
 
-Attempts follow after 0.5 to 30 seconds, longer after each failure; a call of a tool starts one at once.
+The delay before an attempt grows from 0.5 to 30 seconds with each failure; a call of a tool starts an attempt at once.
 """
 
 from __future__ import annotations
@@ -26,27 +26,26 @@ logger = logging.getLogger(__name__)
 LinkState = Literal["connecting", "ready", "failed", "closed", "disabled"]
 
 FIRST_DELAY, LAST_DELAY = 0.5, 30.0  # seconds between attempts to connect
-MAX_ATTEMPTS = 12  # in a row; after that, only a call of one of the server's tools starts an attempt
+MAX_ATTEMPTS = 12  # failures in a row; after that, only a call of one of the server's tools starts an attempt
 STEADY = 5.0  # seconds after which a connection counts as a success, and the delays are reset
 
 
 class Supervisor:
-    """The connections of one server, one after the other.
+    """Connects to one server, and reconnects when a connection ends.
 
     Attributes:
-        state, error, connections: values that a link reports.
+        state, error, connections: values that a link reports: the state, the last error, and the number of connections.
         connection: current connection, or None.
         transports: transports to try, in order; after a success, only the one that connected.
         settled: set after each attempt, and at the end.
 
     Args:
-        peer: the server.
         changed: called when the list of tools has changed.
     """
 
     def __init__(self, peer: Peer, *, changed: Callable[[ToolList], None]) -> None:
         self._peer = peer
-        self._mode = "auto"  # how a protocol version is negotiated
+        self._mode = "auto"  # how the protocol version is negotiated
         self.state: LinkState = "closed" if peer.config.enabled else "disabled"
         self.error: str | None = None
         self.connection: McpConnection | None = None
@@ -75,7 +74,7 @@ class Supervisor:
         return self.state == "ready" and self.connection is not None and not self.connection.is_down
 
     def start(self) -> None:
-        """Start; `settled` is set after the first attempt."""
+        """Start to connect; `settled` is set after the first attempt."""
         self._closing = False
         self.settled.clear()
         self._task = asyncio.create_task(self._supervise(), name=f"mcp {self._peer.config.name}")
@@ -92,7 +91,7 @@ class Supervisor:
             self.state = "closed"
 
     def want(self) -> None:
-        """Request a connection: the next attempt is made now, and `settled` is set after it."""
+        """Request a connection: an attempt is made now, and `settled` is set after it."""
         self._wanted = True
         self.settled.clear()
         self._wake.set()
@@ -133,7 +132,7 @@ class Supervisor:
             if why is None:
                 self.transports = (kind,)
                 if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
-                    self._mode = "legacy"  # requests that such a server does not answer cost seconds each time
+                    self._mode = "legacy"  # "auto" costs seconds: such a server does not answer its requests
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
@@ -146,13 +145,13 @@ class Supervisor:
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break
-        self._mode = "auto"  # it may be a different server next time
+        self._mode = "auto"  # the next attempt may reach a different server
         self.error = first_error
         self.state = "failed"
         return None
 
     async def _open(self, connection: McpConnection) -> str | None:
-        """Open a connection, and list its tools; return a sentence if that fails, else None."""
+        """Open a connection and list its tools; return a sentence that tells why that failed, else None."""
         if not await connection.open(self._peer.config.connect_timeout):
             return self._peer.redact(connection.why)
         return await self._watch.list(connection)

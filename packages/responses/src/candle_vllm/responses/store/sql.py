@@ -26,7 +26,7 @@ from candle_vllm.responses.store.entries import (
 from candle_vllm.responses.store.room import NAMES_AT_ONCE, ROWS_AT_ONCE, Room
 from candle_vllm.responses.store.tables import tables_of
 
-MAX_WAITING = 1024  # calls that wait for the database
+MAX_WAITING = 1024  # maximum number of calls that wait for the database
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def _transaction(
 
 
 class SqlBackend:
-    """Implements `Backend` with tables.
+    """Implements `Backend` with tables of an SQL database.
 
     Args:
         place: location of the store.
@@ -54,7 +54,7 @@ class SqlBackend:
 
     Attributes:
         tables: tables of this store.
-        database: their database.
+        database: the database that holds the tables.
     """
 
     def __init__(self, place: Place, bounds: Bounds, clock: Callable[[], float] = time.time) -> None:
@@ -308,7 +308,7 @@ class SqlBackend:
         row = connection.execute(due.order_by(entries.c.lease).limit(1)).first()
         if row is None:
             return None
-        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # unless another server was faster
+        same = and_(entries.c.number == row.number, entries.c.lease == row.lease)  # no other server claimed it before
         moved = connection.execute(update(entries).where(same).values(lease=until))
         return _entry(row) if moved.rowcount else None
 
@@ -359,7 +359,7 @@ class SqlBackend:
         return Room(connection, self._place, self.tables, self._bounds, self.now)
 
     def _find(self, connection: Connection, kind: str, owner: str, name: str, *, locked: bool = False) -> int:
-        """Number of an entry; NotStoredError if it does not exist."""
+        """Return the number of an entry; raises NotStoredError if it does not exist."""
         query = select(self._entries.c.number).where(self._visible(kind, owner, name))
         number = connection.execute(query.with_for_update() if locked else query).scalar_one_or_none()
         if number is None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The tables of a store in a database, and the migration of version 1.
+"""The tables of a store in a database, and the migration from version 1.
 
-Version 1 had separate tables for the mailbox, for responses, and for turns. A store of version 1 is copied to the
-tables below in one transaction when it is opened, and servers of version 1 refuse it from then on.
+Version 1 had separate tables for the mailbox, for responses, and for turns. When a store of version 1 is opened, it is
+copied to the tables below in one transaction; servers of version 1 refuse it from then on.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ class Tables:
             f"{name}_schema",
             self.all,
             sa.Column("version", sa.Integer, primary_key=True),
-            sa.Column("salt", sa.LargeBinary, nullable=False),  # of the hashes of keys
+            sa.Column("salt", sa.LargeBinary, nullable=False),  # salt of the hashes of API keys
         )
         self.entries = sa.Table(
             f"{name}_entries",
             self.all,
-            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # the order of lists
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # lists are in its order
             sa.Column("owner", sa.String(64), nullable=False),
             sa.Column("id", sa.String(MAX_ID), nullable=False),
             sa.Column("kind", sa.String(20), nullable=False),
             sa.Column("status", sa.String(20), nullable=False),
-            sa.Column("created", sa.BigInteger, nullable=False),  # this and the other times: ms since 1970
-            sa.Column("used", sa.BigInteger, nullable=False),  # the longest unused are dropped first
-            sa.Column("expires", sa.BigInteger),  # NULL: never
-            sa.Column("lease", sa.BigInteger),  # end of the holder's lease; NULL: no lease
+            sa.Column("created", sa.BigInteger, nullable=False),  # all times are ms since 1970
+            sa.Column("used", sa.BigInteger, nullable=False),  # entries that were used least recently are dropped first
+            sa.Column("expires", sa.BigInteger),  # NULL means never
+            sa.Column("lease", sa.BigInteger),  # end of the holder's lease; NULL means no lease
             sa.Column("holder", sa.String(MAX_ID)),
             sa.Column("follows", sa.String(MAX_ID)),
-            sa.Column("size", sa.BigInteger, nullable=False),  # bytes, parts included
+            sa.Column("size", sa.BigInteger, nullable=False),  # bytes, including its parts
             sa.Column("about", sa.LargeBinary, nullable=False),  # JSON
             sa.Column("body", sa.LargeBinary, nullable=False),
             sa.Column("given", sa.LargeBinary, nullable=False),
@@ -58,7 +58,7 @@ class Tables:
         self.parts = sa.Table(
             f"{name}_parts",
             self.all,
-            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # the order of parts
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # parts are in its order
             sa.Column("entry", _Key, sa.ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False),
             sa.Column("id", sa.String(MAX_ID), nullable=False),
             sa.Column("size", sa.BigInteger, nullable=False),
@@ -77,7 +77,7 @@ class Tables:
 
     @property
     def lock(self) -> int:
-        """Number of the advisory lock, by which servers that start together create the tables one after the other."""
+        """Number of the advisory lock: with it, servers that start together create the tables one after the other."""
         return int.from_bytes(self.name[:4].encode(), "big")
 
 
@@ -108,7 +108,7 @@ _ANSWERS = sa.table(
 
 
 def from_version_1(connection: sa.Connection, new: Tables) -> None:
-    """Move the data of the tables of version 1 to these, whose names have the same prefix."""
+    """Move the data of version 1's tables to these tables, whose names have the same prefix."""
     if connection.dialect.name == "postgresql":
         connection.execute(sa.select(sa.func.set_config("statement_timeout", "0", True)))
     if new.name == "responses":
@@ -124,7 +124,7 @@ def from_version_1(connection: sa.Connection, new: Tables) -> None:
     for name in old:
         connection.exec_driver_sql(f"DROP TABLE {name}")
     if connection.dialect.name == "postgresql":
-        for each in (new.entries, new.parts, new.names):  # rows have their old numbers: new ones must be larger
+        for each in (new.entries, new.parts, new.names):  # rows keep their numbers, so new numbers must be larger
             last = sa.select(sa.func.max(each.c.number)).scalar_subquery()
             connection.execute(sa.select(sa.func.setval(sa.func.pg_get_serial_sequence(each.name, "number"), last)))
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Checks arguments against a tool's JSON schema, which may come from an untrusted server.
 
-Nothing is fetched: references outside of the schema allow everything. The work is limited: schemas to `MAX_SCHEMA`
-bytes, checking to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. Not checked are patterns that it
-does not support (lookaround, back references), long patterns, long strings, `patternProperties` with the
+Nothing is fetched: references outside of the schema allow everything. The work is limited: a schema to `MAX_SCHEMA`
+bytes, a check to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. Not checked are patterns that this
+engine does not support (lookaround, back references), long patterns, long strings, `patternProperties` with the
 `additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
 arrays. What is not checked is allowed: a tool must check its arguments itself.
 """
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_SCHEMA = 1 << 18  # bytes of JSON
-MAX_SCHEMA_DEPTH = 64  # objects and arrays inside each other
-CPU_SECONDS = 1.0  # of one check
+MAX_SCHEMA_DEPTH = 64  # levels of nested objects and arrays
+CPU_SECONDS = 1.0  # maximum CPU time of one check
 MAX_PATTERN = 1000  # characters of a pattern
-MAX_MATCHED = 2000  # characters of a string that is matched with a pattern
+MAX_MATCHED = 2000  # characters of a string that is matched against a pattern
 MAX_UNIQUE = 1000  # items of an array that is checked for duplicates
-MAX_FAULTS = 5  # reported at once
-_MAX_FAULT = 300  # characters of one fault
+MAX_FAULTS = 5  # faults of one check that are reported
+_MAX_FAULT = 300  # characters of a reported fault
 
 _SCHEMAS_BY_NAME = frozenset({"properties", "$defs", "definitions", "dependentSchemas"})
 _VALUES = frozenset({"enum", "const", "default", "examples"})
@@ -45,7 +45,7 @@ Keyword = Callable[..., Iterator[Any] | None]
 
 
 def schema_fault(parameters: Mapping[str, Any]) -> str | None:
-    """Return why this cannot be a schema of arguments, or None: not JSON, not of an object, too large or too deep."""
+    """Return why this cannot be the schema of arguments, or None: not JSON, not of an object, too large or too deep."""
     if not isinstance(parameters, Mapping):
         return "its parameters must be the JSON schema of an object"
     try:
@@ -74,9 +74,9 @@ class ArgumentsChecker:
         self._prepared = False
 
     def faults(self, arguments: Mapping[str, Any]) -> list[str]:
-        """Return the faults of the arguments, one sentence each, at most `MAX_FAULTS`; empty if they match.
+        """Return at most `MAX_FAULTS` faults of the arguments, one sentence each; empty if the arguments match.
 
-        It can take `CPU_SECONDS`: do not call it in the event loop's thread.
+        A check can take `CPU_SECONDS`, so do not call this in the event loop's thread.
         """
         with self._lock:
             self._deadline = time.thread_time() + CPU_SECONDS
@@ -87,7 +87,7 @@ class ArgumentsChecker:
                 if self._validator is None:
                     return []
                 return [_sentence(error) for error in islice(self._validator.iter_errors(arguments), MAX_FAULTS)]
-            except Exception as error:  # a schema can fail in many ways
+            except Exception as error:  # an untrusted schema can fail in many ways
                 reason = "it takes too long" if isinstance(error, _TooLongError) else type(error).__name__
                 logger.warning("arguments of the tool %.100r cannot be checked with its schema: %s", self._name, reason)
                 return []
@@ -120,7 +120,7 @@ class ArgumentsChecker:
 
 
 class _TooLongError(Exception):
-    """The check has exceeded its time."""
+    """The check exceeded its CPU time."""
 
 
 def _checkable(schema: Any) -> Any:
@@ -179,7 +179,7 @@ def _unique_items(validator: Any, wanted: Any, instance: Any, schema: Any) -> It
 
 
 def _sentence(error: Any) -> str:
-    """Return the path of an error and its message, for a model."""
+    """Return an error's path and message as a sentence for a model."""
     place = ""
     for step in islice(error.absolute_path, 20):
         place += f"[{step}]" if isinstance(step, int) else f".{step:.80}" if place else f"{step:.80}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Description of a Python function: its signature as a JSON schema, its docstring in Google's style."""
+"""Description of a Python function: its signature as a JSON schema, and its docstring in Google's style."""
 
 from __future__ import annotations
 
@@ -26,11 +26,8 @@ _MAX_FAULTS = 5
 class Signature:
     """The parameters of a function.
 
-    Attributes:
-        schema: JSON schema of the arguments.
-
-    Raises:
-        InvalidParameterError: a model cannot give such parameters, or their types are not JSON.
+    `schema` is the JSON schema of the arguments. Creation raises `InvalidParameterError` for parameters that cannot be
+    given by name, or whose types are not JSON.
     """
 
     def __init__(self, function: Callable[..., Any], descriptions: Mapping[str, str], label: str) -> None:
@@ -54,10 +51,10 @@ class Signature:
         self._complete(parameters, descriptions)
 
     def convert(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert the arguments to the types of the parameters; missing ones are left out.
+        """Convert the arguments to the types of the parameters; missing arguments are left out.
 
         Raises:
-            ToolArgumentsError: the arguments have other types.
+            ToolArgumentsError: an argument cannot be converted.
         """
         try:
             return self._adapter.validate_json(json.dumps(dict(arguments)))
@@ -67,7 +64,7 @@ class Signature:
             raise ToolArgumentsError(f"The arguments do not fit: {told}") from None
 
     def _complete(self, parameters: Mapping[str, inspect.Parameter], descriptions: Mapping[str, str]) -> None:
-        """Add descriptions and defaults, which pydantic does not see."""
+        """Add descriptions and defaults, which are not in the types."""
         self.schema.pop("title", None)
         self.schema.setdefault("properties", {})
         for name, parameter in parameters.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters from Hugging Face: which repositories and which of their revisions are allowed (before step 1)."""
+"""Adapters from Hugging Face: which repositories, and which of their revisions, are allowed (before step 1)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]{4,64}")  # a commit, or the beginning of one
-_MAX_TOLD = 16 << 20  # maximum bytes of a response about a repository: some 60,000 files
-_MAX_HISTORY = 2000  # maximum number of commits that are searched for a requested one
+_MAX_TOLD = 16 << 20  # maximum bytes of a response about a repository; enough for some 60,000 files
+_MAX_HISTORY = 2000  # maximum number of commits among which a requested one is searched
 
 
 class HubSource(FetchedSource):
-    """Repositories of Hugging Face whose names match a pattern; a name is `org/repo`, or a folder in one.
+    """Repositories of Hugging Face whose names match a pattern; an adapter's name is `org/repo`, or a folder in one.
 
     Anyone can open a pull request on a repository, and the hub serves its commits under the repository's name. If the
     pattern restricts the owners, only commits of the repository's branches and tags are accepted.
 
     Args:
-        pattern: `org/*`, `org/repo`; `*` matches any text.
+        pattern: `org/*` or `org/repo`; `*` matches any text.
         settings: the Hugging Face token, and whether the server is offline.
     """
 
@@ -54,7 +54,7 @@ class HubSource(FetchedSource):
 
     @property
     def keeps(self) -> str:
-        """See `FetchedSource`. Adapters that are fetched without a restriction have another kind."""
+        """See `FetchedSource`. Adapters of a pattern that allows every repository have another kind."""
         return "hf" if self.takes_all else "hf, own"
 
     def _may_have(self, name: sources.AdapterName) -> bool:
@@ -72,7 +72,7 @@ class HubSource(FetchedSource):
         info = self._info(asked, name.revision, budget)
         if info is None:
             return None
-        repo = info.id  # in the hub's spelling: names that differ only in case are the same
+        repo = info.id  # the hub's spelling: names that differ only in case are the same
         if repo.lower() != asked.lower():
             logger.info("no adapter %s: the repository has moved", asked)
             return None
@@ -125,7 +125,7 @@ class HubSource(FetchedSource):
         from huggingface_hub.errors import HTTPError
 
         if revision is None or not _HEX.fullmatch(revision):
-            return True  # the name of a branch or a tag
+            return True  # the revision is the name of a branch or a tag
         api = f"{constants.ENDPOINT}/api/models/{repo}"
         try:
             refs = msgspec.json.decode(self._told(f"{api}/refs", budget)[0], type=_Refs)
@@ -154,7 +154,7 @@ class HubSource(FetchedSource):
         return False
 
     def _told(self, url: str, budget: sources.Budget) -> tuple[bytes, str]:
-        """Return the response body of a URL, and the URL of the next page or ""; raises as `_answer`."""
+        """Return the response body of a URL, and the URL of the next page or ""; raises what `_answer` raises."""
         told = bytearray()
         with self._answer(url, budget) as answer:
             for piece in answer.iter_raw():
@@ -166,18 +166,18 @@ class HubSource(FetchedSource):
 
     @contextmanager
     def _answer(self, url: str, budget: sources.Budget) -> Iterator[Any]:
-        """Yield the response, not decompressed; raises HTTPError and OSError of huggingface_hub."""
+        """Yield a response that is not compressed; raises HTTPError and OSError of huggingface_hub."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = {**build_hf_headers(token=self._settings.hf_token), "accept-encoding": "identity"}
-        headers["connection"] = "close"  # `cut_off` sees only connections that are opened by the request
+        headers["connection"] = "close"  # `cut_off` only ends connections that the request itself opens
         patience = min(HUB_TIMEOUT_S, budget.seconds)
         with (
             cut_off(budget.seconds) as extensions,
             get_session().stream("GET", url, headers=headers, timeout=patience, extensions=extensions) as answer,
         ):
             own = {name: value for name, value in answer.headers.items() if name.startswith("x-")}
-            # hf_raise_for_status would read the whole body of an error response, which holds nothing that is needed.
+            # With the response itself, hf_raise_for_status would read the whole body of an error, which is not needed.
             hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
             if answer.headers.get("content-encoding", "identity") != "identity":
                 raise sources.Unavailable("the hub sends what nobody asked for: it is compressed")

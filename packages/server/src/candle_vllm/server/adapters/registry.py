@@ -376,8 +376,7 @@ class Adapters:
         self._lookout.ask_anew()
 
     def scale(self, base: str, scales: Mapping[int, float]) -> None:
-        """Set the scales that apply by default, 0 for omitted adapters; InvalidParameterError if an id does not exist.
-        """
+        """Set the default scales, 0 for omitted adapters; raises InvalidParameterError if an id does not exist."""
         chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
         for adapter in self.numbered(base):
             self._set(replace(adapter, scale=chosen.get(adapter.name, 0.0)))

@@ -13,7 +13,7 @@ from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.protocol.fields import Metadata
 
 BATCH, BATCH_OUTPUT = "batch", "batch_output"  # purposes of files
-SEEN = ("vision", "user_data", "assistants")  # purposes of files that requests may show to a model
+SEEN = ("vision", "user_data", "assistants")  # purposes of images that requests may give to a model
 UPLOADED = (BATCH, *SEEN)
 LEAST_LIFE, LONGEST_LIFE = 3600, 30 * 86400  # seconds
 COMPLETION_SECONDS = 86400
@@ -139,10 +139,10 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A batch as it is stored.
 
     Attributes:
-        batch: the batch as clients see it, but without a cancellation that has not been noticed yet.
-        output_id: id of the file with its successful results.
-        error_id: id of the file with its other results.
-        result_seconds: how long these files are stored.
+        batch: the batch as clients see it, but without a cancellation that no server has noticed yet.
+        output_id: id of the file with the successful results.
+        error_id: id of the file with the other results.
+        result_seconds: seconds for which these files are stored.
     """
 
     batch: Batch

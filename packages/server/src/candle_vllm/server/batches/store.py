@@ -269,8 +269,7 @@ class BatchStore:
         return not await backend.move([held], until)
 
     async def lapsed(self, busy_owners: Collection[str]) -> list[entries.Entry]:
-        """Return batches that no server works on, except batches of busy owners; delete uploads whose server has died.
-        """
+        """Return batches that no server works on, except those of busy owners; delete uploads whose server died."""
         backend, found = await self.backend(), []
         for entry in await backend.lapsed(busy_owners):
             if entry.kind == BATCHES:

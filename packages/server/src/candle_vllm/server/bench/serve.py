@@ -2,8 +2,8 @@
 """`candle-vllm bench serve`: measures a server with OpenAI's API over HTTP, as `vllm bench serve` does.
 
 All requests are built before the first is sent. They are sent all at once, or at random times: the gaps follow a gamma
-distribution, which for burstiness 1 gives a Poisson process. Token counts come from the server's `usage`, or from a
-tokenizer if the server does not report it.
+distribution, and with burstiness 1 the arrivals are a Poisson process. Token counts come from the server's `usage`, or
+from a tokenizer if the server does not report it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Ramp:
     end: int
 
     def rate(self, progress: float) -> float:
-        """Requests per second after this share of the requests was sent."""
+        """Return the requests per second after this share (0 to 1) of the requests was sent."""
         if self.strategy == "linear":
             return self.start + (self.end - self.start) * progress
         return self.start * (self.end / self.start) ** progress
@@ -86,7 +86,7 @@ class Load:
 
 
 def bench_serve(
-    settings: object,  # noqa: ARG001 - every command receives them, but a remote server has its own
+    settings: object,  # noqa: ARG001 - every command receives settings, but a remote server has its own
     *,
     base_url: str | None = None,
     host: str | None = None,
@@ -129,7 +129,7 @@ def bench_serve(
     result_filename: str | None = None,
     metadata: tuple[str, ...] = (),
 ) -> int:
-    """Measure, and print a table; return 1 if no request succeeded."""
+    """Measure, and print a table; return the exit status, which is 1 if no request succeeded."""
     if base_url is not None and (host is not None or port is not None):
         raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
     base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
@@ -190,7 +190,7 @@ def bench_serve(
 
 
 def read_rate(text: str) -> float:
-    """Parse the requests per second; `inf` sends all at once."""
+    """Parse the requests per second; `inf` sends all requests at once."""
     try:
         rate = float(text)
     except ValueError:
@@ -201,7 +201,7 @@ def read_rate(text: str) -> float:
 
 
 def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp | None:
-    """Parse the ramp of the request rate; None without one."""
+    """Return the ramp of the request rate, or None without one."""
     if strategy is None and start is None and end is None:
         return None
     if strategy is None or start is None or end is None:
@@ -228,7 +228,7 @@ async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[lis
 
 
 async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Sample]:
-    """Yield the requests at their arrival times, computed from the start of the run so that delays do not add up."""
+    """Yield the requests at their arrival times, which are computed from the run's start: delays do not add up."""
     chance = random.Random(load.seed)  # noqa: S311
     at = time.monotonic()
     for sent, sample in enumerate(samples, 1):

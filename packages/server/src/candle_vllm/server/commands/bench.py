@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm bench`: measures the speed of a model on this machine, without HTTP.
 
-Calls the engine at step 3 of a request's life. After one short request (start-up) and one unmeasured round, every
-round submits `concurrency` requests at once; the median of each figure over the rounds is reported. Prompts are
-random valid token ids, never repeated, and the prefix cache is off, so that no result is reused.
+Calls the engine at step 3 of a request's life. After one short request (start-up) and one unmeasured round, every round
+submits `concurrency` requests at once; the median of each figure over the rounds is reported. Prompts are random valid
+token ids, never repeated, and the prefix cache is off, so that no result is reused.
 
     ttft_s          from submission to the first token; median over the streams
     prefill_tok_s   prompt tokens of all streams / time until every stream has its first token
@@ -43,7 +43,7 @@ _PROBE_TOKENS = 8  # prompt length of the request for start_s
 
 @dataclass(frozen=True)
 class _Times:
-    """Times of one request in seconds since the start of its round, and its numbers of tokens."""
+    """Times of one request, in seconds since the start of its round, and its numbers of tokens."""
 
     first: float
     last: float
@@ -146,7 +146,7 @@ def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
 
 
 def process_age() -> float | None:
-    """Seconds since the start of this process, with a resolution of 10 ms on Linux; None if unknown."""
+    """Return the seconds since the start of this process, with a resolution of 10 ms on Linux, or None if unknown."""
     if sys.platform != "linux":
         return time.time() - psutil.Process().create_time()
     try:
@@ -158,7 +158,7 @@ def process_age() -> float | None:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process in MB of 2^20 bytes."""
+    """Return the peak resident memory of this process in MB of 2^20 bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / (1 << 20)
     import resource
@@ -168,7 +168,7 @@ def peak_rss_mb() -> float:
 
 
 def round_figure(value: float | None) -> float | None:
-    """Round to four significant digits; further digits would be noise."""
+    """Round to four significant digits, because further digits would be noise."""
     return None if value is None else float(f"{value:.4g}")
 
 
@@ -190,7 +190,7 @@ def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) ->
 
 
 def _versions(*names: str) -> dict[str, str]:
-    """Versions of the installed packages."""
+    """Return the versions of the installed packages among these."""
     found = {}
     for name in names:
         with contextlib.suppress(PackageNotFoundError):

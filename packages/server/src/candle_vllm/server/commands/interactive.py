@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Terminal features of the commands: line editor with history, progress spinner and colour.
 
-Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported for a terminal only.
+Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported only for a terminal.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from prompt_toolkit.output import Output
 
 HISTORY_FILE = ".candle-vllm/chat_history"
-MAX_HISTORY = 1 << 20  # maximum bytes of the file; at startup a larger file is reduced to its newer half
-_MAX_ENTRY = 1 << 16  # maximum characters of an entry; longer ones are not stored
+MAX_HISTORY = 1 << 20  # maximum bytes of the history file; of a larger file, the newest 512 KiB are left at startup
+_MAX_ENTRY = 1 << 16  # maximum characters of an entry; longer entries are not stored
 _WITH_PATH = ("/image", "/load", "/model", "/save")
 _QUOTES = '"""'
 
@@ -59,7 +59,7 @@ def has_colour(stream: TextIO) -> bool:
 
 @contextlib.contextmanager
 def sign_of_life() -> Iterator[Callable[[], None]]:
-    """Context with a spinner on the terminal until the yielded function is called, while an answer has not begun."""
+    """Context manager with a spinner until the yielded function is called, which is when the answer begins."""
     if not sys.stdout.isatty():
         yield lambda: None
         return
@@ -84,7 +84,7 @@ def sign_of_life() -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def keys_unseen() -> Iterator[None]:
-    """Context without echo of typed keys, which would mix with the answer; Ctrl+Z restores the terminal meanwhile."""
+    """Context manager without the echo of typed keys, which would mix with the answer; Ctrl+Z restores the echo."""
     if sys.platform == "win32":  # a console echoes keys only when they are read
         yield
         return
@@ -123,7 +123,7 @@ def keys_unseen() -> Iterator[None]:
 
 
 def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
-    """Return a function that reads a text, None at the end of input; `home` has the history, Tab completes commands."""
+    """Return a function that reads a text, or None at the end of input; `home` holds the history, Tab completes."""
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():
@@ -185,7 +185,7 @@ def completer(commands: Sequence[str]) -> Completer:
 
 
 def private_history(path: Path) -> History:
-    """Return the input history in a file that only its owner can read; in memory if the file is not writable."""
+    """Return the input history: in a file that only its owner can read, or in memory if the file is not writable."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class Kept(FileHistory):
@@ -216,7 +216,7 @@ def _is_open(text: str) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """Remove triple quotes; a "/" at the start of the quoted text is doubled, since it is not a command."""
+    """Remove triple quotes; a "/" at the start of the quoted text is doubled, because it begins no command."""
     text = text.strip()
     if not text.startswith(_QUOTES) or _is_open(text):
         return text

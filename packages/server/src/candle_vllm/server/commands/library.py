@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm pull | list | rm | show | ps | run`: manages the models on this machine, and lists those of a server.
+"""`candle-vllm pull | list | rm | show | ps | run`: manages the models on this machine; `ps` lists those of a server.
 
-Outside the life of a request, except for `run`, which downloads a model if necessary and then is `chat` or one answer.
+Outside the life of a request, except for `run`, which downloads a model if necessary and then acts as `chat`, or
+answers one prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from candle_vllm.server.settings.derived import model_source, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
 
-_PATIENCE = 10.0  # timeout of the request to the server
+_PATIENCE = 10.0  # seconds until the timeout of the request to the server
 
 
 def pull(settings: Settings, name: str) -> int:
@@ -35,7 +36,7 @@ def pull(settings: Settings, name: str) -> int:
 
 
 def _file(settings: Settings, name: str) -> Settings | None:
-    """Return the settings of a model that is not on the hub: the demo model, a file or folder, a URL; else None."""
+    """Return the settings of a model that is not on the hub (the demo model, a file, a folder, a URL), else None."""
     path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
     if not (path or is_demo(name) or "://" in named_model(name)):
         return None

@@ -45,15 +45,11 @@ def colour_console(stream: TextIO) -> Console:
 
 
 def _masked(text: str, begin: int) -> str:
-    """Replace punctuation that must not affect emphasis marks by a letter; the length stays the same.
+    """Replace punctuation that must not affect the emphasis marks at `begin` by a letter; the length stays the same.
 
     CommonMark uses the punctuation beside marks to decide whether they open or close, which relies on spaces between
     words. Here CJK punctuation counts as a letter, and so does punctuation on the other side of the marks from a CJK
     character. Source: the specification of markdown-cjk-friendly.
-
-    Args:
-        text: text of a paragraph.
-        begin: position of the marks.
     """
     run = _RUN.match(text, begin)
     if run is None:
@@ -94,10 +90,10 @@ class MarkdownDisplay(Display):
         self._drawn_at = 0.0
         self._block = ""  # complete lines of the current block
         self._line = ""  # the current line
-        self._fence = ""  # mark that closes its code block
+        self._fence = ""  # mark that closes the code block that the current block has open
         self._fence_is_block = False
         self._after_blank = False
-        self._torn = False  # its beginning is already printed, because it is too long
+        self._torn = False  # whether the beginning of the current block is printed, because the block is too long
         self._any = False
 
     def show(self, piece: Said) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`candle-vllm run-batch`: answers the requests of a file in OpenAI's batch format, and writes the answers to a file.
 
-No port is opened: the application in this process answers the lines, from step 1 of a request's life. Files may also be
-HTTP URLs that the operator names; they are read by GET and written by PUT.
+No port is opened: the application in this process answers the lines, from step 1 of a request's life. The operator may
+also give HTTP URLs instead of files; they are read by GET and written by PUT.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from candle_vllm.server.settings.options import UsageError
 
 MAX_LINE_MB = 64
 MAX_INPUT_MB = 4096  # maximum size of a file from a URL
-PATIENCE = 1 << 20  # timeout of one line in seconds
-TELLING_SECONDS = 5.0  # between two progress messages
+PATIENCE = 1 << 20  # seconds until the timeout of one line
+TELLING_SECONDS = 5.0  # seconds between two progress messages
 SENDING_PAUSES = (1.0, 5.0, 25.0)  # seconds before each further attempt to upload the answers
-MORE_THAN_RUN = 2  # lines in progress per running sequence: the next ones are parsed meanwhile
+MORE_THAN_RUN = 2  # lines in progress per running sequence, so that the next lines are parsed meanwhile
 
 
 def run_batch(
@@ -98,7 +98,7 @@ def _place(text: str) -> Path | httpx.URL:
 
 
 def _client() -> httpx.Client:
-    """HTTP client that does not follow redirects, since the operator has named one URL."""
+    """Return an HTTP client that does not follow redirects, because the operator allowed only one URL."""
     return httpx.Client(timeout=60, follow_redirects=False)
 
 
@@ -132,7 +132,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Upload the answers; if that fails, they stay in their file."""
+    """Upload the answers; if that fails, the error tells in which file they are."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)

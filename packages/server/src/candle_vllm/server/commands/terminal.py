@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Shared code of the text commands (steps 2 and 10): requests from conversations, answers as text, safe output."""
+"""Code that the text commands share (steps 2 and 10): requests from conversations, answers as text, safe output."""
 
 from __future__ import annotations
 

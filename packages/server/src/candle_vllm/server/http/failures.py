@@ -25,11 +25,11 @@ from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.http.sse import data_event, named_event
 from candle_vllm.server.settings.derived import speak_in_flags
 
-CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
+CLIENT_CLOSED_REQUEST = 499  # status for the log; the client has disconnected
 ANTHROPIC = "/v1/messages"
 OLLAMA = "/api/"
 JSON = "application/json"
-RETRY_SECONDS = "30"  # after which entries of a full store may have ended
+RETRY_SECONDS = "30"  # Retry-After if the store is full; some of its entries may have ended by then
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 class FailureMiddleware:
     """Turns exceptions that no route handles into responses, and shortens the error of a failed start.
 
-    After the first byte, the server closes the connection, so that the client sees that the answer is incomplete. An
-    expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.
+    If the response has begun, the server closes the connection, so that the client sees that the answer is incomplete.
+    An expected error (CandleVllmError) is then logged in one line; every other exception is raised to the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -66,13 +66,13 @@ class FailureMiddleware:
 
 
 def _brief(scope: Scope, message: Message) -> Message:
-    """The message of a failed start, without its traceback if the user caused the failure."""
+    """Return the message of a failed start, without its traceback if the user caused the failure."""
     failure = scope["app"].state.failure
     return {**message, "message": str(failure)} if isinstance(failure, CandleVllmError) else message
 
 
 def store_refusal(failure: Exception) -> HttpError | None:
-    """The error that a client gets for a failure of the store; None for any other failure."""
+    """Return the error that a client gets for a failure of the store, or None for any other failure."""
     if isinstance(failure, entries.NotStoredError):
         if failure.param == "previous_response_id":
             return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
@@ -90,7 +90,7 @@ def store_refusal(failure: Exception) -> HttpError | None:
 
 
 async def answer_failure(request: Request, failure: Exception) -> Response:
-    """The response to a request that failed; failures of the server are logged."""
+    """Return the response to a request that failed; failures of the server are logged."""
     if isinstance(failure, ClientGone):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     if isinstance(failure, HTTPException):
@@ -110,9 +110,9 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
 
 
 def refusal(scope: Scope, error: HttpError) -> Response:
-    """The response for an error of the server itself, in the format of the request's API."""
+    """Return the response for an error of the server itself, in the format of the request's API."""
     if speaks_ollama(scope):
-        headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for it
+        headers = {"x-error-code": error.code, **error.headers}  # Ollama's errors have no field for the code
         return _response(to_json_bytes(Failure(str(error))), error.status, headers)
     if not _speaks_anthropic(scope):
         return error.response
@@ -124,7 +124,7 @@ def refusal(scope: Scope, error: HttpError) -> Response:
 
 
 def error_event(failure: Exception) -> bytes:
-    """The last event of a stream that failed, for OpenAI's clients."""
+    """Return the last event of a stream that failed, for OpenAI's clients."""
     if isinstance(failure, HttpError):
         return data_event(failure.body)
     _log("a stream failed", failure)
@@ -132,7 +132,7 @@ def error_event(failure: Exception) -> bytes:
 
 
 def anthropic_error_event(failure: Exception) -> bytes:
-    """The last event of a stream that failed, for Anthropic's clients."""
+    """Return the last event of a stream that failed, for Anthropic's clients."""
     context = current_request.get()
     request_id = _request_id(context.scope) if context is not None else None
     if isinstance(failure, HttpError):
@@ -144,7 +144,7 @@ def anthropic_error_event(failure: Exception) -> bytes:
 
 
 def ollama_error_line(failure: Exception) -> bytes:
-    """The last line of a stream that failed, for Ollama's clients."""
+    """Return the last line of a stream that failed, for Ollama's clients."""
     if not isinstance(failure, HttpError):
         _log("a stream failed", failure)
     message = str(failure) if isinstance(failure, HttpError) else to_error(failure).body.error.message
@@ -153,13 +153,13 @@ def ollama_error_line(failure: Exception) -> bytes:
 
 def _log(what: str, failure: Exception) -> None:
     if isinstance(failure, EngineDeadError):
-        logger.error("%s: %s", what, failure)  # it ends many requests at once, and has been logged where it happened
+        logger.error("%s: %s", what, failure)  # without a traceback: this ends many requests, and is logged already
     elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
         logger.error("%s", what, exc_info=failure)
 
 
 _ROUTES_HERE = {"/generate": "/v1/completions", "/embedding": "/v1/embeddings"}
-"""Routes of other servers that are not served, because their answers have another form, with the route to use."""
+"""Routes of other servers that this server does not have, because its responses differ, and the route to use."""
 
 
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Read the headers by which a request asks for the mailbox: `X-Mailbox-Mode` and `X-Webhook-*`, candle-vllm's names.
+"""Read the headers by which a request has its answer stored or pushed: `X-Mailbox-Mode` and `X-Webhook-*`.
 
-Read at step 1 of a request's life, so that a wrong header is refused before anything is generated.
+They are read at step 1 of a request's life, so that a wrong header is refused before anything is generated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAILBOX_MODE, WEBHOOK_URL, WEBHOOK_MODE, WEBHOOK_BEARER = (
 _HEADERS = {name.lower().encode(): name for name in (MAILBOX_MODE, WEBHOOK_URL, WEBHOOK_MODE, WEBHOOK_BEARER)}
 MAX_BEARER = 1024
 
-Headers = Iterable[tuple[bytes, bytes]]  # as in an ASGI scope
+Headers = Iterable[tuple[bytes, bytes]]  # headers of an ASGI scope
 
 
 class Mode(StrEnum):
@@ -37,13 +37,12 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class DeliveryPolicy:
-    """What happens to one request's answer; at least one mode is not `never`.
+    """Whether one request's answer is stored and pushed; at least one mode is not `never`.
 
     Attributes:
-        mailbox: when it is stored for its client.
-        webhook: when it is pushed.
-        url: URL that it is pushed to; None: the operator's webhook.
-        bearer: token for `url`, or None.
+        mailbox, webhook: when the answer is stored for its client, and when it is pushed.
+        url: URL that the answer is pushed to; None means the operator's webhook.
+        bearer: bearer token for `url`, or None.
     """
 
     mailbox: Mode
@@ -53,11 +52,7 @@ class DeliveryPolicy:
 
 
 def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | None:
-    """Return what the request asks for; None for a request that asks for nothing.
-
-    Raises:
-        MailboxError: 400; the message names the header.
-    """
+    """Return what the headers request, or None for nothing; raises `MailboxError` (400), which names the header."""
     given = _given(headers)
     mailbox = _mode(given, MAILBOX_MODE)
     webhook = _mode(given, WEBHOOK_MODE)
@@ -79,7 +74,7 @@ def read_policy(headers: Headers, options: MailboxOptions) -> DeliveryPolicy | N
 
 
 def refuse_headers(headers: Headers, reason: str | None = None) -> None:
-    """Raise a 400 if a request asks for the mailbox, for the `reason` given, or because the mailbox is off."""
+    """Raise a 400 if a request has one of the headers; without a `reason` the error says that the mailbox is off."""
     for name in _given(headers):
         if reason is not None:
             raise invalid(name, reason)

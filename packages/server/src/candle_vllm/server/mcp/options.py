@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Read the MCP servers, and the limits on their tools, from the settings (before step 1 of a request's life).
 
-The SDK is not imported here, so that a server without MCP servers does not load it.
+The MCP SDK is not imported here, so a server without MCP servers does not load it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 
-DEFAULT = "default"  # the label of the server of --mcp-command, as in candle-vllm
+DEFAULT = "default"  # name of the server that --mcp-command starts, as in the Rust candle-vllm
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class McpOptions:
-    """The servers, and the limits of a chat request whose tools run here.
+    """The MCP servers, and the limits on a chat request whose tool calls run in this server.
 
     Attributes:
-        servers: the servers in the order of the file; the server of --mcp-command is the last.
-        execute: whether calls run here if a chat request has no tools.
+        servers: servers in the order of mcp.json; the server of --mcp-command is the last.
+        execute: whether calls run in this server if a chat request has no tools of its own.
         max_turns: maximum number of turns of the model, 1 to 1000.
         max_tool_calls: maximum number of calls that run, 0 to 10000.
     """
@@ -39,11 +39,7 @@ class McpOptions:
 
 
 def mcp_options(settings: Settings) -> McpOptions | None:
-    """Return the options, or None without servers.
-
-    Raises:
-        ConfigError: mcp.json or a setting is wrong; the message names the error.
-    """
+    """Return the options, or None without MCP servers; raises `ConfigError` if mcp.json or a setting is wrong."""
     config = load_mcp_config(settings.mcp_config)
     servers = (*config.servers, *_command_server(settings))
     if not servers:
@@ -69,8 +65,7 @@ def _command_server(settings: Settings) -> Iterator[McpServerConfig]:
 def split_arguments(text: str) -> tuple[str, ...]:
     """Split a text into arguments: at blanks as a shell does, or at commas if it has neither blanks nor quotes.
 
-    Raises:
-        UsageError: a quote is not closed; the text, which may hold a secret, is not repeated.
+    If a quote is not closed, this raises a `UsageError` that does not repeat the text, which may hold a secret.
     """
     if not any(mark in text for mark in " \t'\"\\"):
         return tuple(text.split(","))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Render the metrics for a scrape: Prometheus's text format, or OpenMetrics if the client asks for it.
+"""Render the metrics for a scrape: Prometheus's text format, or OpenMetrics if the client accepts it.
 
-This runs in a worker thread: with many models it takes a few milliseconds, which streams should not wait for.
+This runs in a worker thread, because it takes a few milliseconds with many models, and streams should not wait for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from candle_vllm.server.observing.series import ENGINE, MCP_SERVERS, MODEL_SERIE
 def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
     """Return the body of the response to a scrape, and its content type.
 
-    Args:
-        registry: the registry of `Metrics`.
-        accept: the request's Accept header.
+    `registry` is the registry of `Metrics`, and `accept` is the request's Accept header.
     """
     if "openmetrics" not in choose_encoder(accept)[1]:
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
-    # The names need no escaping. The encoder that is chosen for Prometheus 2 would still write `vllm_x` for `vllm:x` in
-    # every sample, though not in the line that gives its type; this one leaves them alone.
+    # The names need no escaping. But the encoder that is chosen for Prometheus 2 writes `vllm_x` for `vllm:x` in
+    # every sample, though not in the line that gives its type; this encoder does not change the names.
     return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
 
 
@@ -42,11 +40,11 @@ class ModelCollector(Collector):
         self._models = models
 
     def describe(self) -> list[Metric]:
-        """Every family, without samples."""
+        """Return every family, without samples."""
         return [_family(series) for series in MODEL_SERIES]
 
     def collect(self) -> Iterator[Metric]:
-        """Every family that has a sample."""
+        """Yield every family that has a sample."""
         readings = [model.read() for model in self._models()]
         for series in MODEL_SERIES:
             family = _family(series)
@@ -57,17 +55,17 @@ class ModelCollector(Collector):
 
 
 class EventCollector(Collector):
-    """prometheus-client's metrics without the `_created` samples, which would double the lines."""
+    """prometheus-client's metrics without the `_created` samples, which would double the number of lines."""
 
     def __init__(self, metrics: Sequence[MetricWrapperBase]) -> None:
         self._metrics = metrics
 
     def describe(self) -> list[Metric]:
-        """Every family, without samples."""
+        """Return every family, without samples."""
         return [family for metric in self._metrics for family in metric.describe()]
 
     def collect(self) -> Iterator[Metric]:
-        """Every family that has a sample."""
+        """Yield every family that has a sample."""
         for metric in self._metrics:
             for family in metric.collect():
                 family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
@@ -82,11 +80,11 @@ class McpServersCollector(Collector):
         self._states = states
 
     def describe(self) -> list[Metric]:
-        """The family, without samples."""
+        """Return the family, without samples."""
         return [_family(MCP_SERVERS)]
 
     def collect(self) -> Iterator[Metric]:
-        """The family, with a sample for each state that occurs."""
+        """Yield the family, with a sample for each state that occurs."""
         family = _family(MCP_SERVERS)
         assert isinstance(family, GaugeMetricFamily)
         for state, count in sorted(Counter(self._states()).items()):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""The log of requests: one line for each request to an engine that has ended. After step 10 of a request's life.
+"""The log of requests: one line for each request to an engine that has ended (after step 10 of a request's life).
 
-Prompts are logged only if the operator wants it, and truncated; nothing that a client sends can begin a new line.
+Prompts are logged only if the operator wants it, and truncated. Nothing that a client sends can begin a new line.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from candle_vllm.server.observing.request_record import FinishedRequest
 
 LogFormat = Literal["text", "json"]
-MAX_PROMPT = 2048  # characters
-MAX_FAILURE = 500
+MAX_PROMPT = 2048  # characters of a logged prompt
+MAX_FAILURE = 500  # characters of a logged error
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
 
@@ -29,11 +29,9 @@ logger = logging.getLogger("candle_vllm.server.generations")
 
 
 class RequestLog:
-    """An observer that writes one record per request.
+    """An observer that logs one record per request.
 
-    Args:
-        log_prompts: whether the beginning of the prompt is logged too.
-        max_prompt: maximum number of its characters.
+    `log_prompts` also logs the first `max_prompt` characters of the prompt.
     """
 
     def __init__(self, *, log_prompts: bool = False, max_prompt: int = MAX_PROMPT) -> None:
@@ -41,7 +39,7 @@ class RequestLog:
         self._max_prompt = max_prompt
 
     def __call__(self, request: FinishedRequest) -> None:
-        """Writes the record of one request."""
+        """Log the record of one request."""
         if logger.isEnabledFor(logging.INFO):
             fields = request_fields(request)
             if self._log_prompts:
@@ -50,7 +48,7 @@ class RequestLog:
 
 
 def request_fields(request: FinishedRequest) -> dict[str, Any]:
-    """The logged fields of a request: names and numbers, nothing of its content. Times are milliseconds."""
+    """Return the logged fields of a request: names and numbers, nothing of its content. Times are milliseconds."""
     context, times = request.context, request.times
     seconds = request.ended - (request.first_token or request.ended)
     after_first = request.completion_tokens - request.info.count
@@ -76,20 +74,20 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
 
 
 class TextFormatter(logging.Formatter):
-    """The usual line; control characters in a message are escaped, so that it stays one line."""
+    """The usual format; control characters in a message are escaped, so that it stays one line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line of one record, without the traceback that may follow it."""
+        """Return the line of one record, without the traceback that may follow it."""
         if not hasattr(record, FIELDS):  # records with fields are escaped already
             record.message = escaped(cut(record.message))
         return super().formatMessage(record)
 
 
 class LogFile(logging.FileHandler):
-    """The file of `--log-file`. If it cannot be written, standard error says so once, until a write succeeds."""
+    """The file of `--log-file`. If writing fails, standard error says so once, until a write succeeds."""
 
     _failed = _told = False
 
@@ -98,12 +96,12 @@ class LogFile(logging.FileHandler):
         self._failed = False
         try:
             super().emit(record)
-        except OSError:  # it cannot be opened again
+        except OSError:  # the file cannot be opened again
             self.handleError(record)
         self._told = self._failed
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Note the failure; the record that could not be written is dropped, and the next one opens the file again."""
+        """Note the failure. The record that could not be written is dropped, and the next one opens the file again."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -116,7 +114,7 @@ class LogFile(logging.FileHandler):
 
 
 def log_formatter(log_format: LogFormat) -> logging.Formatter:
-    """The formatter for `--log-format`."""
+    """Return the formatter for `--log-format`."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
 
 
@@ -124,11 +122,11 @@ def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round(max(end - start, 0.0) * 1000, 2)
 
 
-# ---- text from outside: one line each, without control characters ---------------------------------------------------
+# ---- texts of clients: one line each, without control characters ----------------------------------------------------
 
 
 def escaped(text: str) -> str:
-    """A text whose control, format and separator characters are escaped as in Python."""
+    """Return the text with its control, format and separator characters escaped as in Python."""
     return "".join(
         character.encode("unicode_escape").decode("ascii")
         if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -138,7 +136,7 @@ def escaped(text: str) -> str:
 
 
 def key_values(fields: Mapping[str, Any]) -> str:
-    """`name=value name="a value"`; values that are None are left out."""
+    """Return `name=value name="a value"`, without the values that are None."""
     return " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
 
 

@@ -57,7 +57,7 @@ class FinishedRequest:
 
     @property
     def status(self) -> str:
-        """"failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
+        """Status: "failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
         if FinishReason.ERROR.value in self.finish_reasons:
             return "failed"
         return "ok" if all(FinishReason(reason).complete for reason in self.finish_reasons) else "aborted"

@@ -19,10 +19,9 @@ OTHER_KEYS = "other"
 
 
 class Histogram:
-    """Counts per bucket and the sum. One thread writes at a time.
+    """Counts per bucket, and the sum of the values. One thread writes at a time.
 
-    Args:
-        bounds: upper bounds, rising, without the infinite one.
+    `bounds` are the upper bounds, ascending, without the infinite one.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -33,7 +32,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value in the first bucket whose bound is not below it."""
+        """Count one value in the first bucket whose upper bound is at least the value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -49,7 +48,7 @@ class Histogram:
         return made
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound and cumulative count, as Prometheus wants them."""
+        """Return upper bound and cumulative count of each bucket, as in Prometheus's format."""
         made, sum_so_far = [], 0
         for bound, count in zip((*self.bounds, INF), self.counts, strict=True):
             sum_so_far += count
@@ -58,7 +57,7 @@ class Histogram:
 
 
 def token_buckets(most: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50 ... up to a number of tokens."""
+    """Return the bounds 1, 2, 5, 10, 20, 50 ... up to `most` tokens."""
     bounds: list[float] = []
     step = 1
     while True:
@@ -71,7 +70,7 @@ def token_buckets(most: int) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class UsageCounts:
-    """Sums over requests: their number, and their tokens as in their `usage`."""
+    """Sums over requests: the number of requests, and the tokens in their `usage`."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -90,7 +89,7 @@ class UsageCounts:
 
 @dataclass(frozen=True)
 class UsageRow:
-    """The counts of one key with one model."""
+    """The counts of one API key with one model."""
 
     model: str
     key: str
@@ -107,7 +106,7 @@ class UsageTable:
         self._rows: dict[tuple[str, str], UsageCounts] = {}
 
     def add(self, model: str, key: str, counts: UsageCounts) -> None:
-        """Adds one request."""
+        """Add the counts of one request."""
         with self._lock:
             if key not in self._keys:
                 if len(self._keys) >= self.max_keys:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Wire types as JSON schemas: requests from pydantic models, answers from msgspec structs.
 
-Not a step of a request's life: made once, for the OpenAPI document. The schemas describe what the types check field by
-field; rules between several fields are stated only in the error messages of the routes.
+Outside a request's life: made once, for the OpenAPI document. The schemas describe what the types check field by field;
+rules between several fields are stated only in the error messages of the routes.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Naming:
-    """The names of one API's types in the document.
+    """Names of one API's types in the document.
 
     Attributes:
-        prefix: prefix of every class name, if another API has classes of the same names.
-        out: suffix of the names of answers, if requests have classes of the same names.
+        prefix: prefix of every type's name, if another API has classes with the same names.
+        out: suffix of the names of answers, if requests have classes with the same names.
     """
 
     prefix: str = ""
     out: str = ""
 
     def name(self, kind: type) -> str:
-        """The name of a wire type."""
+        """Return the name of a wire type."""
         return self.prefix + kind.__name__ + (self.out if issubclass(kind, msgspec.Struct) else "")
 
     def ref(self, kind: type) -> Schema:
-        """A reference to the schema of a wire type."""
+        """Return a reference to the schema of a wire type."""
         return {"$ref": _REF + self.name(kind)}
 
     def one_of(self, kinds: Sequence[type]) -> Schema:
-        """The schema of a value of one of these types."""
+        """Return the schema of a value of one of these types."""
         return self.ref(kinds[0]) if len(kinds) == 1 else {"anyOf": [self.ref(kind) for kind in kinds]}
 
     def components(
         self, requests: Sequence[type[WireModel]], answers: Sequence[type[msgspec.Struct]]
     ) -> dict[str, Schema]:
-        """The schemas of these types and of all types in their fields, by name."""
+        """Return the schemas of these types and of all types in their fields, by name."""
         made = self._requests(requests) if requests else {}
         structs = {kind.__name__: kind for kind in _reached(answers, msgspec.Struct)}
         template = f"{_REF}{self.prefix}{{name}}{self.out}"
@@ -77,7 +77,7 @@ def _request_schema(kind: type[WireModel], schema: Schema) -> Schema:
     properties = schema.setdefault("properties", {})
     for each in properties.values():
         each.pop("title", None)
-        if each.get("default", "") is None:  # absent and null are the same
+        if each.get("default", "") is None:  # null means absent
             del each["default"]
     for field, refusal in sorted(kind.refused_fields.items()):
         allowed = {} if refusal.idle else {"enum": [None, *refusal.neutral]}
@@ -139,7 +139,7 @@ def _entries(attributes: str) -> Iterator[tuple[str, str]]:
 
 
 def as_list(items: Schema) -> Schema:
-    """The schema of OpenAI's list of objects; `items` is the schema of an object."""
+    """Return the schema of OpenAI's list of objects; `items` is the schema of an object."""
     return {
         "type": "object",
         "required": ["object", "data"],

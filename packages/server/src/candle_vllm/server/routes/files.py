@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/files`: requests of batches, their answers, and images. A caller sees only its own files."""
+"""`/v1/files`: requests of batches, their answers, and images (steps 1 and 10). A caller sees only its own files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
 JSON = "application/json"
 MAX_LIST = 10_000
-_NAME = 200  # maximum characters of a file's name
+_NAME = 200  # maximum characters of a stored file name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
 
@@ -57,7 +57,7 @@ _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
     answer=records.FileObject,
 )
 async def upload_file(request: Request) -> Response:
-    """Keep a file: requests of a batch, or an image."""
+    """Store a file: requests of a batch, or an image."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     request.app.state.limits.admit(caller_of(request.scope))
@@ -111,7 +111,7 @@ async def list_files(request: Request) -> Response:
 
 @route("GET /v1/files/{file_id}", answer=records.FileObject)
 async def get_file(request: Request, file_id: str) -> Response:
-    """What is known of a file."""
+    """The metadata of a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     return json_answer(await batches.store.file(owner, file_id))
@@ -119,7 +119,7 @@ async def get_file(request: Request, file_id: str) -> Response:
 
 @route("GET /v1/files/{file_id}/content", media="application/octet-stream")
 async def get_file_content(request: Request, file_id: str) -> Response:
-    """What is in a file."""
+    """The content of a file."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     file = await batches.store.file(owner, file_id)
@@ -140,7 +140,7 @@ class _Download(StreamingResponse):
     """The content of a file; the size of one part counts in `Held` while the client reads."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the file; HttpError 503 if too many bytes are held."""
+        """Send the file; raises HttpError 503 if too many bytes are held."""
         held, caller = scope["app"].state.held, caller_of(scope)
         held.add(caller, PIECE)
         try:
@@ -171,14 +171,14 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def safe_name(name: str) -> str:
-    """A file's name without folders and without unprintable characters."""
+    """Return a file's name without folders and without unprintable characters."""
     last = re.split(r"[/\\]", name)[-1]
     kept = "".join(character for character in last if character.isprintable()).strip(" .")
     return kept[:_NAME] or "file.jsonl"
 
 
 def _seconds(form: FormData) -> int | None:
-    """Read how long a file is stored, from the fields `expires_after[...]`."""
+    """Return for how many seconds a file is stored, from the fields `expires_after[...]`, or None."""
     anchor, seconds = form.get(_ANCHOR, "created_at"), form.get(_SECONDS)
     if anchor != "created_at":
         raise InvalidParameterError(f"{_ANCHOR} must be created_at, not {anchor!r:.60}", _ANCHOR)
@@ -196,8 +196,8 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
     """Read the form of a request; a file that is not small is written to the disk.
 
     Raises:
-        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow; or from `count`.
-        InvalidBodyError: the body is no form.
+        HttpError: 415 for another content type, 413 if it is too large, 408 if it is too slow; or from `count`.
+        InvalidBodyError: the body is not a form.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "multipart/form-data":
@@ -217,7 +217,7 @@ async def _form(request: Request, limit: int, count: Callable[[int], None]) -> F
         raise HttpError(408, message, "request_timeout", {"connection": "close"}) from None
     except HTTPException as error:
         raise InvalidBodyError(f"The form cannot be read: {error.detail}") from None
-    except FormParserError as error:  # older versions of Starlette raise it
+    except FormParserError as error:  # older versions of Starlette raise this
         raise InvalidBodyError(f"The form cannot be read: {error}") from None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/mailbox`: finished answers of clients that disconnected; their owner fetches, deletes or pushes them.
+"""`/v1/mailbox`: stored answers of clients that disconnected; their owner fetches, deletes or pushes them.
 
 Outside the ten steps: nothing is generated here. A caller sees only its own answers and gets a 404 for any other.
 """
@@ -60,7 +60,7 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
     },
 )
 async def list_records(request: Request) -> Response:
-    """Your kept answers, newest first, without what they say."""
+    """The caller's stored answers, newest first, without their content."""
     mailbox, owner = _mailbox(request)
     query = _query(request, "limit", "after")
     text = query.get("limit", str(DEFAULT_LIST))
@@ -82,7 +82,7 @@ async def list_records(request: Request) -> Response:
     query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it as well."}},
 )
 async def get_record(request: Request, request_id: str) -> Response:
-    """One kept answer.
+    """One stored answer.
 
     `auto_delete=true` deletes it, unless it is still being generated.
     """
@@ -100,7 +100,7 @@ async def get_record(request: Request, request_id: str) -> Response:
 
 @route("DELETE /v1/mailbox/{request_id}", statuses=(204,))
 async def delete_record(request: Request, request_id: str) -> Response:
-    """Delete a kept answer."""
+    """Delete a stored answer."""
     mailbox, owner = _mailbox(request)
     _query(request)
     if not is_id(request_id) or not await mailbox.store.remove(owner, request_id):
@@ -110,9 +110,9 @@ async def delete_record(request: Request, request_id: str) -> Response:
 
 @route("POST /v1/mailbox/{request_id}/webhook", body=PushRequest, example={}, answer=Delivered, errors=(*KEPT, 502))
 async def push_record(request: Request, request_id: str) -> Response:
-    """Push a kept answer to a webhook, once.
+    """Push a stored answer to a webhook, once.
 
-    To the URL in the body, or to the operator's webhook. The answer says whether it arrived.
+    It is sent to the URL in the body, or to the operator's webhook. The response says whether it arrived.
     """
     mailbox, owner = _mailbox(request)
     _query(request)
@@ -125,7 +125,7 @@ async def push_record(request: Request, request_id: str) -> Response:
 
 
 def _mailbox(request: Request) -> tuple[Mailbox, str]:
-    """Return the server's mailbox, and the caller as an owner in it; 404 without a mailbox."""
+    """Return the server's mailbox, and the caller as an owner in it; raises a 404 without a mailbox."""
     mailbox: Mailbox | None = getattr(request.app.state, "mailbox", None)
     if mailbox is None:
         raise MailboxError(404, "This server has no mailbox: its operator turns it on with --mailbox.", "mailbox_off")
@@ -133,7 +133,7 @@ def _mailbox(request: Request) -> tuple[Mailbox, str]:
 
 
 def _query(request: Request, *known: str) -> dict[str, str]:
-    """Return the query parameters, each known and given once."""
+    """Return the query parameters, each of which must be known and given once."""
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:

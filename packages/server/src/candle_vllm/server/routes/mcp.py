@@ -32,7 +32,7 @@ from candle_vllm.server.openapi.operation import Operation, routing
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
-MAX_CALLS = 32  # calls of all clients at the same time
+MAX_CALLS = 32  # maximum number of calls that run at the same time, for all clients together
 JSON = "application/json"
 _LINES = 50  # last lines of a server's log that are shown
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @route("GET /v1/mcp/servers", answer=McpServerInfo, errors=(404,), listed=True)
 async def list_mcp_servers(request: Request) -> Response:
-    """The MCP servers, and how they are."""
+    """The MCP servers and their states."""
     found = [
         McpServerInfo(
             name=one.name,
@@ -136,7 +136,7 @@ def _service(request: Request) -> McpService:
 
 
 def _check_client(request: Request, *, has_api_keys: bool) -> None:
-    """Refuse a call without a key: it may do anything that its tool can, so the operator must know the client."""
+    """Refuse a call without a key: it may do anything that its tool can do, so the operator must know the client."""
     if not (has_api_keys or _has_page_key(request)):
         message = (
             "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
@@ -146,7 +146,7 @@ def _check_client(request: Request, *, has_api_keys: bool) -> None:
 
 
 def _has_page_key(request: Request) -> bool:
-    """Whether the request has the key of the web UI's printed address, if the server has made such a key."""
+    """Whether the request has the key in the web UI's printed address, if the server made such a key."""
     key: str | None = request.app.state.page_key
     given = request.headers.getlist("authorization")
     if key is None or len(given) != 1:

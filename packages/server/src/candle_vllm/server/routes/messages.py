@@ -31,7 +31,7 @@ route = routing(router, functools.partial(Operation, error=anthropic.ErrorBody, 
     errors=(*QUEUED, 529),
 )
 async def create_message(request: Request) -> Response:
-    """Continue a conversation, in Anthropic's words."""
+    """Continue a conversation, in Anthropic's form."""
     return await answer(request, MESSAGES)
 
 
@@ -44,7 +44,7 @@ async def create_message(request: Request) -> Response:
     errors=(*COUNTED, 529),
 )
 async def count_message_tokens(request: Request) -> Response:
-    """How many tokens a message's prompt has."""
+    """Count the tokens of a message's prompt."""
     return await answer_with(
         request,
         anthropic.parse_count_tokens_request,

@@ -30,11 +30,7 @@ _LATEST = ":latest"
 
 
 async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact: bool = False) -> Any:
-    """Return the validated body of a request to one of Ollama's routes, with this server's name of its model.
-
-    Raises:
-        ModelNotServedError: see `served_name`.
-    """
+    """Return the validated body, with this server's name of the model; raises what `served_name` raises."""
     wire = await answering.parsed(request, parse, typed=False)
     named = getattr(wire, "model", None)
     if named is None:
@@ -43,7 +39,7 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any], *, exact:
 
 
 async def served_name(request: Request, name: str, *, exact: bool = False) -> str:
-    """Return this server's name of a model or an adapter: the name as given, or without `:latest`.
+    """Return this server's name of a model or adapter: `name`, `name` without `:latest`, or the only model's name.
 
     Raises:
         ModelNotServedError: nothing has that name, and `exact` is set or several models are served.
@@ -77,7 +73,7 @@ async def served_name(request: Request, name: str, *, exact: bool = False) -> st
     lines=(ollama.ChatLine, ollama.Failure),
 )
 async def ollama_chat(request: Request) -> Response:
-    """Continue a conversation, in Ollama's words."""
+    """Continue a conversation, in Ollama's form."""
     return await _generated(request, ollama.ChatRequest, CHAT)
 
 
@@ -89,7 +85,7 @@ async def ollama_chat(request: Request) -> Response:
     lines=(ollama.GenerateLine, ollama.Failure),
 )
 async def ollama_generate(request: Request) -> Response:
-    """Answer a prompt, in Ollama's words."""
+    """Answer a prompt, in Ollama's form."""
     return await _generated(request, ollama.GenerateRequest, GENERATE)
 
 
@@ -100,7 +96,7 @@ async def ollama_generate(request: Request) -> Response:
     answer=ollama.Vectors,
 )
 async def ollama_embed(request: Request) -> Response:
-    """The vectors of texts, in Ollama's words."""
+    """The vectors of texts, in Ollama's form."""
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbedRequest))
     _keep(request, wire)
@@ -119,7 +115,7 @@ async def ollama_embed(request: Request) -> Response:
     answer=ollama.Vector,
 )
 async def ollama_embeddings(request: Request) -> Response:
-    """The vector of one text, in Ollama's older words."""
+    """The vector of one text, in Ollama's older form."""
     deadline = answering.deadline_of(request)
     wire = await ollama_body(request, ollama.ollama_parser(ollama.EmbeddingsRequest))
     _keep(request, wire)
@@ -171,7 +167,7 @@ async def _generated(request: Request, kind: type[WireModel], api: answering.Gen
 
 
 async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
-    """Wait until the model is loaded."""
+    """Wait until the model is loaded, and return the times of the request."""
     async with answering.in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
@@ -181,7 +177,7 @@ async def _loaded(request: Request, wire: Any, deadline: float) -> ollama.Times:
 
 
 def _keep(request: Request, wire: Any) -> None:
-    """Keep the model loaded as long as the request asks for."""
+    """Tell the manager for how long the model stays loaded, if the request has `keep_alive` and may set it."""
     seconds = wire.keep_seconds
     if seconds is None:
         return

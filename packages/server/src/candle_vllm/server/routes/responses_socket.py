@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/responses` over a WebSocket: steps 1 and 10 of the responses of one connection, one after the other.
+"""`/v1/responses` over a WebSocket: steps 1 and 10 of the responses of one connection, which run one after the other.
 
-A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. It is answered with the
+A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. The server sends the
 events of a stream, one per message. A response that is not stored can be continued on the same connection, from the
-connection's memory; if a continuation fails, the response that it continued is forgotten too.
+connection's memory. If a continuation fails, the response that it continued is forgotten too.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from candle_vllm.server.routes.responses import Responders, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
-MAX_WAITING = 16  # messages that wait for the response before theirs
-MAX_WAITING_BYTES = 16 << 20  # bytes of these messages, if there are several
-MAX_SECONDS = 3600.0  # age of a connection; a response that has begun by then is finished
+MAX_WAITING = 16  # messages that wait until the responses before theirs end
+MAX_WAITING_BYTES = 16 << 20  # bytes of the waiting messages, if there are several
+MAX_SECONDS = 3600.0  # maximum age of a connection; a response that has begun by then is finished
 _CREATE = "response.create"
 _RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # close codes
 
 
 @router.websocket("/v1/responses")
 async def respond(websocket: WebSocket) -> None:
-    """OpenAI's responses over one connection."""
+    """Serve OpenAI's Responses API over one WebSocket connection."""
     await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
         await _Connection(websocket).run()
@@ -69,12 +69,12 @@ class _Connection:
         self._held: Held = self._state.held
         self._caller = caller_of(websocket.scope)
         self._news = asyncio.Event()
-        self._gone = False  # whether the client has left
+        self._gone = False  # whether the client has disconnected
         self._stream: ResponseStream | None = None
         self._draining: asyncio.Event = websocket.scope.get("extensions", {}).get(DRAINING) or asyncio.Event()
 
     async def run(self) -> None:
-        """Answer messages until the client leaves, the server stops, or the connection is too old."""
+        """Answer messages until the client disconnects, the server stops, or the connection is too old."""
         ends = time.monotonic() + MAX_SECONDS
         reader = asyncio.create_task(self._read(), name="reader of a WebSocket")
         stop = asyncio.create_task(self._draining.wait(), name="drain of a WebSocket")
@@ -88,7 +88,7 @@ class _Connection:
                 error = HttpError(400, "The connection is an hour old: open another.", _OLD)
                 await self._send_error(error)
                 await self._websocket.close(_TOO_OLD)
-        except asyncio.CancelledError:  # the time of the drain is over
+        except asyncio.CancelledError:  # the drain's time limit is over
             await self._cut_off()
         finally:
             await end_task(stop)
@@ -98,13 +98,13 @@ class _Connection:
                     self._held.add(self._caller, -_counted(message))
 
     async def _read(self) -> None:
-        """Receive messages, even while a response is written, so that a client that leaves is noticed."""
+        """Receive messages, even while a response is sent, so that a disconnect is noticed."""
         try:
             while True:
                 message = await self._websocket.receive()
                 if message["type"] == "websocket.disconnect":
                     return
-                # A character of a str may have four bytes.
+                # A str may need four bytes per character, so messages are held as bytes.
                 data: bytes = message[UNDECODED] if UNDECODED in message else message["text"].encode()
                 del message
                 size = len(data) + sum(len(each) for each in self._waiting if isinstance(each, bytes))
@@ -121,7 +121,7 @@ class _Connection:
                     self._waiting.append(full)
                 del data  # only the queue may refer to it
                 self._news.set()
-        except (WebSocketDisconnect, RuntimeError, KeyError):  # the client has left, or sent a binary message
+        except (WebSocketDisconnect, RuntimeError, KeyError):  # the client disconnected, or sent a binary message
             pass
         finally:
             self._gone = True
@@ -138,7 +138,7 @@ class _Connection:
             del message
 
     async def _has_message(self, ends: float) -> bool:
-        """Wait for the next message; False if no message will come."""
+        """Wait for the next message; return False if none will come."""
         while not self._waiting or self._draining.is_set():
             left = ends - time.monotonic()
             if self._gone or self._draining.is_set() or left <= 0:
@@ -150,7 +150,7 @@ class _Connection:
         return not self._gone and time.monotonic() < ends
 
     async def _answer_next(self) -> None:
-        """Answer one message, or cancel the answer when the client leaves."""
+        """Answer one message, or cancel the answer when the client disconnects."""
         answering = asyncio.create_task(self._answer(), name="response over a WebSocket")
         try:
             while not answering.done() and not self._gone:
@@ -185,7 +185,7 @@ class _Connection:
         self._stream = None
 
     async def _generate(self, wire: ResponsesRequest) -> None:
-        """Generate one response and send its events as they come."""
+        """Generate one response, and send its events as they come."""
         scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
         current_request.set(RequestContext(scope))  # in the metrics, each response is a request of its own
         begin_generation(scope)
@@ -228,7 +228,7 @@ class _Connection:
         await self._send_bytes(_error_event(failure))
 
     async def _send_bytes(self, data: bytes) -> None:
-        """Send a message; a client that does not read for long is disconnected."""
+        """Send a message; a client that does not read it within `STALL_SECONDS` counts as disconnected."""
         try:
             async with asyncio.timeout(STALL_SECONDS):
                 await self._websocket.send_text(data.decode())
@@ -241,7 +241,7 @@ _OLD = "websocket_connection_limit_reached"
 
 
 def _counted(message: bytes) -> int:
-    """The bytes of a message that `Held` counts."""
+    """Return the number of bytes of a message that `Held` counts."""
     return max(0, len(message) - BIG_BODY)
 
 
@@ -252,7 +252,7 @@ class _NotUtf8Error(InvalidBodyError):
 def _request_of(message: bytes) -> ResponsesRequest:
     try:
         text = message.decode()
-    except UnicodeDecodeError:  # it refers to the message
+    except UnicodeDecodeError:  # the cause is dropped, because it refers to the message
         raise _NotUtf8Error("a text is not valid UTF-8") from None
     body = decode_json(text)
     del text

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The command line parser, built from the table in `table.py`.
+"""The command line parser, built from the table of settings in `table.py` (before step 1 of a request's life).
 
-Runs before step 1 of a request's life. argparse splits the command line. The values are converted by the same kinds as
-those of the environment and of models.yaml, so that every source has the same rules and error messages.
+argparse splits the command line. The values are converted by the same kinds as those of the environment and of
+models.yaml, so that every source has the same rules and error messages.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most t
 _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
 
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
-"""Short flags of other programs. -p is a prompt in some of them, and therefore the port only for `serve`."""
+"""Short flags of other programs. Some of them use -p for a prompt, so it is the port only for `serve`."""
 
 _CONFIG = Option(
     "config", "command", ("--config",), FilePath(), "YAML file of flags: those given beside it win", "FILE"
@@ -59,7 +59,7 @@ _CONFIG = Option(
 
 
 def _own(name: str, kind: Kind, text: str, metavar: str, **more: Any) -> Option:
-    """An option of one command; its flag is derived from its name."""
+    """Return an option of one command; its flag is derived from its name."""
     return Option(name, "command", ("--" + name.replace("_", "-"), *more.pop("also", ())), kind, text, metavar, **more)
 
 
@@ -303,12 +303,12 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
 
 
 def _may_be_model(text: str) -> bool:
-    """Whether an argument may be the model, which vLLM accepts at any position; names of commands are mistakes."""
+    """Whether an argument may be the model, which vLLM accepts at any position; a command's name there is a mistake."""
     return not text.startswith("-") and text not in COMMANDS
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
-    """The argparse parser of one command."""
+    """Return the argparse parser of one command."""
     parser = _Parser(
         prog="candle-vllm" if command == "serve" else f"candle-vllm {command}",
         description=COMMANDS[command],
@@ -362,7 +362,7 @@ def _add(group: argparse._ArgumentGroup, option: Option, command: str) -> None:
     default = option.default
     text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
     if option.flags:
-        # Several values after one flag, as vLLM allows, for commands without a text argument.
+        # Commands without a text argument accept several values after one flag, as vLLM does.
         several: dict[str, Any] = {"action": "extend", "nargs": "+"} if command in _SPACED else {"action": "append"}
         given: dict[str, Any] = several if option.repeat else {"action": "store"}
         group.add_argument(*option.flags, dest=option.name, metavar=option.metavar, help=text, **given)
@@ -386,10 +386,10 @@ def _value(option: Option, given: Any) -> Any:
 
 
 def _in_full(command: str, argv: Sequence[str]) -> list[str]:
-    """Expand short forms: -m, -p of a server, and vLLM's `serve MODEL`."""
+    """Expand short forms: -m, -p for `serve`, and vLLM's `serve MODEL`."""
     end = argv.index("--") if "--" in argv else len(argv)
     found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
-    if command == "generate":  # llama-cli's flags of the prompt, which is a plain argument here
+    if command == "generate":  # llama-cli has flags for the prompt, which is a positional argument here
         found = [text for text in found if text not in ("-p", "--prompt")]
     found = ["--help" if text.startswith("--help=") else text for text in found]  # with a group or flag, as in vLLM
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)

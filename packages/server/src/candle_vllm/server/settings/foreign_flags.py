@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Flags and commands of vLLM, llama.cpp, Ollama and the original candle-vllm that differ here, or are not needed.
+"""Flags and commands of vLLM, llama.cpp, Ollama and the Rust candle-vllm that differ here, or are not needed.
 
 The table is core's `foreign_names.md`; this module has the functions that its rows name.
 """
@@ -24,11 +24,11 @@ class Row(NamedTuple):
 
     Attributes:
         answer: text of the message about the flag.
-        becomes: arguments for each value: a text, in which `{}` stands for the value and which is empty if it is the
-            default here, or a function (ValueError gives the reason for a refusal). The key "" means the flag without a
-            value, `ANY` every other value; a missing value is refused with the answer.
+        becomes: arguments for each value: a text, in which `{}` stands for the value and which is empty if the value is
+            the default here; or a function, whose ValueError gives the reason for a refusal. The key "" means the flag
+            without a value, `ANY` every other value. A missing value is refused with the answer.
         idle: whether accepted values have no effect, which is logged at startup.
-        elsewhere: whether commands without the setting ignore the flag; else they refuse it.
+        elsewhere: whether commands without the setting ignore the flag; otherwise they refuse it.
     """
 
     answer: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def _origins(text: str) -> list[str]:
-    """`--allowed-origins '["https://a.example"]'`."""
+    """Translate `--allowed-origins '["https://a.example"]'`."""
     return [argument for origin in _json(text, list) for argument in ("--cors-origin", str(origin))]
 
 
@@ -46,7 +46,7 @@ _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def _generation(text: str) -> list[str]:
-    """`--override-generation-config '{"temperature": 0.5}'`."""
+    """Translate `--override-generation-config '{"temperature": 0.5}'`."""
     given = _json(text, dict)
     for name, value in given.items():
         if name not in _GENERATION or isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -95,12 +95,12 @@ def _images(text: str) -> list[str]:
 
 
 def _adapters(text: str) -> list[str]:
-    """`--lora F[,F]`: adapters that apply to requests without adapters, each named after its file."""
+    """Translate `--lora F[,F]`: adapters that apply to requests without adapters, each named after its file."""
     return [argument for path in text.split(",") for argument in _adapter(path, 1.0)]
 
 
 def _scaled(text: str) -> list[str]:
-    """`--lora-scaled F:S[,F:S]`."""
+    """Translate `--lora-scaled F:S[,F:S]`."""
     given = [each.rpartition(":") for each in text.split(",")]
     try:
         return [argument for path, _, scale in given for argument in _adapter(path, float(scale))]

@@ -13,7 +13,7 @@ from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
 from candle_vllm.server.settings.options import UsageError, mapping
 from candle_vllm.server.settings.sources import read_small
 
-_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, unlike a sentence
+_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag, and is not a sentence
 
 _OBJECTS = ("--speculative-config", "--mm-processor-kwargs")
 """Flags whose values are objects: `--flag.name VALUE` sets one member."""
@@ -66,7 +66,7 @@ def _base(flag: str) -> str:
 
 
 def _note(parts: dict[str, dict[str, Any]], flag: str, value: str) -> None:
-    """Store `--flag.name VALUE`, which sets one member of an object."""
+    """Store the value of `--flag.name VALUE`, which sets one member of an object."""
     base, _, name = flag.partition(".")
     parts.setdefault(base, {})[name.replace("-", "_")] = _read(value)
 
@@ -80,7 +80,7 @@ def _read(text: str) -> Any:
 
 
 def _spelled(flag: str, known: Known) -> str:
-    """Replace underscores by hyphens, since vLLM accepts both."""
+    """Replace underscores by hyphens, because vLLM accepts both."""
     hyphened = "--" + flag[2:].replace("_", "-")
     return hyphened if flag.startswith("--") and flag not in foreign_flags() and flag not in known else flag
 
@@ -109,7 +109,7 @@ def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[s
 
 
 def hint(flag: str, known: Known, command: str) -> str:
-    """Return the message about a foreign flag."""
+    """Return the error message for a foreign flag."""
     answer = foreign_flags()[flag.split(".")[0]].answer
     called = _OURS.match(answer)
     if called is None:
@@ -123,10 +123,10 @@ def hint(flag: str, known: Known, command: str) -> str:
 
 
 def lines_of(path: Path, known: Known) -> list[str]:
-    """Convert a YAML file to flags, as vLLM's `--config`: its keys are names of flags without their hyphens.
+    """Convert a YAML file to flags, as vLLM's `--config` does: its keys are names of flags without the leading hyphens.
 
     Raises:
-        UsageError: it is unreadable, or not a mapping of names to values.
+        UsageError: the file is unreadable, or not a mapping of names to values.
     """
     import yaml
 

@@ -10,7 +10,7 @@ from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, common, quoted, sequence
 
-_THOUGHTS = "{0,8}"  # number of reasoning parts before required calls
+_THOUGHTS = "{0,8}"  # number of reasoning parts before required calls or a constrained answer
 _ROLE = '"assistant"'
 _CHANNELS = '("analysis" | "commentary" | "final")'
 
@@ -60,7 +60,7 @@ def _calls(flow: Harmony, context: Context, write: _Write) -> str:
 
 
 def _thoughts(flow: Harmony, context: Context) -> str:
-    """Return parts of reasoning, each with the beginning of the next part."""
+    """Return reasoning parts, each with the beginning of the next part."""
     writer = context.writer
     head = writer.mark(flow.reasoning[0]) if flow.channel else quoted(" " + flow.reasoning[0])
     return writer.rule(sequence(head, writer.mark(flow.message), _rest_of_thoughts(flow, context))) + _THOUGHTS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammars of calls whose arguments are tagged texts (`Tagged`), or nested tags (`Nested`)."""
+"""Grammars of calls whose arguments are texts between tags (`Tagged`), or nested tags (`Nested`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _INDEX = "/[1-9][0-9]{0,2}/"
 
 
 def tagged(body: Tagged, context: Context) -> Block:
-    """Return the grammar of names with tagged values."""
+    """Return the grammar of calls in which each argument is a text between tags."""
     context.check_names()
     writer = context.writer
     call = writer.rule(" | ".join(_TaggedCall(body, context, tool).expression() for tool in context.tools))
@@ -41,11 +41,11 @@ class _TaggedCall:
         self._untold = tool.name in context.loose
 
     def expression(self) -> str:
-        """Return a call, from its name to its end."""
+        """Return the expression of a call, from its name to its end."""
         body, mark = self._body, self._writer.mark
         known, others = entries(self._root, self._root.schema)
         name_end = mark(body.name_end)
-        if not body.name_open and body.name_end.isspace():  # GLM 4.7 omits it
+        if not body.name_open and body.name_end.isspace():  # GLM 4.7 omits the end of the name
             name_end = f"({name_end})?"
         attribute = sequence('"\\" index=\\""', _INDEX, '"\\""') if body.name_head else ""
         values = []
@@ -63,13 +63,13 @@ class _TaggedCall:
         return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
-        """Return entries of any other name; their types follow from their texts, as in the parser."""
+        """Return the rule of entries of any other name; their types follow from their texts, as in the parser."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
         return self._writer.rule(sequence(SPACE, self._value(key, schema, ANYTHING)))
 
     def _value(self, key: str, schema: Schema, kinds: Kinds) -> str:
-        """Return a key, its value, and the marks around them."""
+        """Return the rule of a key, its value, and the marks around them."""
         body, found = self._body, self._root.branches(schema)
         free = all(branch.values is None and not branch.schema for branch in found) and len(found) == len(TYPES) - 1
         texts = [branch for branch in found if branch.type == "string"]
@@ -99,9 +99,9 @@ class _TaggedCall:
         return sequence(mark(body.key_open + before), key, attribute, mark(body.key_end), opened)
 
     def _text(self, branch: Branch, unlike: set[str], words: Iterable[str] = ()) -> str:
-        """Return a string, or one of the terminals `words`, and the mark after it.
+        """Return the expression of a string, or of one of the terminals `words`, and the mark after it.
 
-        If a value may be either, both are one terminal: a lexer cannot decide between two before the mark.
+        If a value may be either, both are one terminal: a lexer cannot decide between two before it reads the mark.
         """
         body, writer = self._body, self._writer
         for value in branch.values or ():
