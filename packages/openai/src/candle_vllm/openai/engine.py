@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EngineLike: engine methods that the adapter needs. `InferenceEngine` and `ScriptedEngine` have them."""
+"""EngineLike: the engine's methods that the adapter needs. `InferenceEngine` and `ScriptedEngine` have them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
 TokenStream: TypeAlias = PushStream[TokenOutput]
-"""Outputs of one request, with its sequences interleaved; ends when all sequences have finished."""
+"""Outputs of one request, with its sequences interleaved; the stream ends when all sequences have finished."""
 
 
 class EngineLike(EmbeddingEngineLike, Protocol):
-    """An engine. `stream` is called from the event loop's thread, methods that only compute from any thread."""
+    """An engine. `stream` is called in the event loop's thread, and methods that only compute in any thread."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -47,7 +47,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
-        """Return a prompt with the placeholders of its images, and the preprocessed images."""
+        """Return the prompt with the placeholders of its images, and the preprocessed images."""
         ...
 
     def apply_chat_template(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Parse a body's bytes or an object to a validated request of its class (step 2 of a request's life).
 
-Errors of pydantic are converted to one `InvalidParameterError` in plain words, with the field as a dotted path.
+The errors of pydantic are converted to one `InvalidParameterError` in plain words, with the field as a dotted path.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from candle_vllm.openai.json_body import decode_json
 _Request = TypeVar("_Request", bound=BaseModel)
 
 _CLASSES = {"unknown_field": UnknownParameterError, "unsupported_field": UnsupportedParameterError}
-_SHOWN = 60  # characters of an invalid value in a message
-_PARAM = 256  # characters of a path
+_SHOWN = 60  # characters of an invalid value that an error message repeats
+_PARAM = 256  # characters of a field's path
 
 _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "greater_than_equal": lambda ctx: f"must be at least {ctx['ge']}",
@@ -45,7 +45,7 @@ _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
-    """Parse and validate the request; raises `RequestError` with the field at fault."""
+    """Parse and validate a request; raises `RequestError`, which names the field at fault."""
     value = decode_json(body) if isinstance(body, bytes) else body
     if not isinstance(value, Mapping):
         given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
@@ -59,7 +59,7 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Reques
 
 @contextmanager
 def rules_below(path: str) -> Iterator[None]:
-    """Apply rules of wire types outside of validation: errors name the fields below `path` ("" is the request)."""
+    """Context manager for rules of wire types; their errors get paths below `path`, where "" is the request."""
     try:
         yield
     except PydanticCustomError as refusal:
@@ -69,10 +69,10 @@ def rules_below(path: str) -> Iterator[None]:
 
 
 def to_request_error(error: ValidationError) -> InvalidParameterError:
-    """Convert the first error, with its field.
+    """Convert pydantic's first error, with its field.
 
-    pydantic lists all errors, at most one for each field, because lists and objects end at their first error.
-    Errors of `rule_error` have the rest of their path and their text in the error's context.
+    pydantic lists at most one error for each field, because lists and objects end at their first error. Errors of
+    `rule_error` have the rest of their path, and their text, in the error's context.
     """
     first = error.errors(include_url=False)[0]
     context = first.get("ctx", {})

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Handle Ctrl+C while a command starts, and end a process in which threads still work.
+"""Handle Ctrl+C while a command starts, and end a process in which threads still run (before step 1).
 
-Before step 1 of a request's life. Imported before anything else, so it imports next to nothing.
+Imported before everything else, so it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ EXIT_INTERRUPTED = 130
 
 @contextmanager
 def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
-    """Inside, Ctrl+C ends the process at once, with one line that says what was stopped.
+    """Context manager in which Ctrl+C ends the process at once, with one line that says what was stopped.
 
-    An exception could be raised inside an import or a callback, which would swallow it or print it, and threads that
-    compile would go on while the interpreter deletes the objects that they use. So the work must leave nothing half
-    done outside the process. No effect outside the main thread, or if the parent process made this one ignore Ctrl+C.
-
-    Args:
-        doing: returns what is being done, for the message.
+    An exception could be raised inside an import or a callback, which would swallow or print it, and threads that
+    compile would go on while the interpreter deletes the objects that they use. So the work in the context must leave
+    nothing half done outside the process. It has no effect outside the main thread, or if the parent process made this
+    one ignore Ctrl+C. `doing` returns what is being done, for the message.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
         None,
@@ -47,13 +45,13 @@ def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
 
 
 def say_stopped(what: str = "") -> None:
-    """Write the one line after Ctrl+C, over a progress bar if there is one."""
+    """Write the line after Ctrl+C, over a progress bar if there is one."""
     clear = "\r\x1b[K" if sys.stderr is not None and sys.stderr.isatty() else ""
     os.write(2, f"{clear}candle-vllm: stopped{what}\n".encode(errors="replace"))
 
 
 def leave(status: int) -> int:
-    """End the process if daemon threads still work, such as one that loads a model which nobody waits for.
+    """End the process if daemon threads still run, such as one that loads a model which nobody waits for.
 
     They would go on while the interpreter deletes the objects that they use. Without such threads, return the status.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Run long work in a thread, while an event loop waits for it, gives up or stops it (beside step 1)."""
+"""Run long work in a thread, while an event loop waits for the work, abandons it or stops it (before step 1)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from candle_vllm.core.progress import Progress, heard_by
 
 logger = logging.getLogger(__name__)
 
-_STOPPING = 30.0  # seconds to wait for stopped work to end; then the caller goes on anyway
+_STOPPING = 30.0  # maximum seconds that the caller waits for stopped work to end
 
 T = TypeVar("T")
 
 
 async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T], object] | None = None) -> T:
-    """Run work in a daemon thread, so that the program can end before it.
+    """Run work in a daemon thread, so that the program can end before the work.
 
     Args:
         function: the work.
         name: name of the thread.
-        discard: called with the result, in a thread, when nobody waits for it any more.
+        discard: called with the result, in a thread, if nobody waits for it any more.
     """
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
@@ -33,7 +33,7 @@ async def in_thread(function: Callable[[], T], name: str, discard: Callable[[T],
     def run() -> None:
         try:
             value = function()
-        except BaseException as error:  # handed to the waiting task
+        except BaseException as error:  # raised in the waiting task
             call_in(loop, _fail, result, error)
             return
         if result.cancelled() or not call_in(loop, _succeed, result, value, discard):
@@ -47,7 +47,7 @@ def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, 
     """Run work that reports its progress, such as loading a model, and wait for it; arguments as in `in_thread`.
 
     Raises:
-        KeyboardInterrupt: Ctrl+C was pressed, and the work has ended at its next report of progress.
+        KeyboardInterrupt: Ctrl+C was pressed; the work ends at its next report of progress.
     """
     stopped, ended = threading.Event(), threading.Event()
 
@@ -66,7 +66,7 @@ def run_stoppable(runner: asyncio.Runner, function: Callable[[], T], name: str, 
         return runner.run(in_thread(run, name, discard))
     except KeyboardInterrupt:
         stopped.set()
-        with contextlib.suppress(KeyboardInterrupt):  # pressed again: do not wait for the end
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl+C ends the wait
             ended.wait(_STOPPING)
         raise
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MessagesAdapter: Anthropic's Messages API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
+"""MessagesAdapter: Anthropic's Messages API, answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
 Requests are converted to tasks, and the events of the answer to Anthropic's events (steps 2 and 10).
 """
@@ -30,7 +30,7 @@ from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 
-Fields = Mapping[str, Any]  # a request as a plain object, validated when it is used
+Fields = Mapping[str, Any]  # a request as a plain object, which is validated when it is used
 
 
 class MessagesAdapter:
@@ -64,7 +64,7 @@ class MessagesAdapter:
             except PromptTooLongError as error:
                 if error.param != "max_tokens":
                     raise
-                # As with Anthropic's models, the answer continues to the end of the context; its stop reason says so.
+                # As at Anthropic, the answer then continues to the end of the context, and its stop reason says so.
                 answer, bound = await self._unbound(reading.task), True
         shown = not (isinstance(parsed.thinking, ThinkingOn) and parsed.thinking.display == "omitted")
         writer = EventWriter(show_thinking=shown, context_bound=bound)
@@ -92,7 +92,7 @@ class MessagesAdapter:
 
 
 class MessageStream(ChunkStream[MessageEvent]):
-    """Events of one answer. Close it (`aclose`) if the reader disconnects: this aborts the request."""
+    """Events of one answer. Close it (`aclose`) if the client disconnects: this aborts the request."""
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages of Anthropic's requests, and the rules that connect calls to their results (step 2)."""
+"""Wire types of the messages in Anthropic's requests, and the rules that connect calls to their results (step 2)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _ROLES = ("user", "assistant", "system")
 
 
 class UserMessage(WireModel):
-    """Content of the user, and results of tools."""
+    """Content from the user, and results of tools."""
 
     role: Literal["user"]
     content: blocks.UserContent
 
 
 class AssistantMessage(WireModel):
-    """An earlier answer; as the last message, the beginning of the next answer. An answer may be empty."""
+    """An earlier answer, which may be empty; the last message of a request may be the beginning of the next answer."""
 
     role: Literal["assistant"]
     content: blocks.AssistantContent
 
 
 class _TurnConfig(WireModel):
-    """Settings that apply from this message on; an effort has no effect, as in `output_config`."""
+    """Settings that apply from this message on; the effort has no effect, as in `output_config`."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
@@ -74,7 +74,7 @@ def check_history(messages: Sequence[Message]) -> None:
     """Check that each call has exactly one result in the turn after it, and that results precede text.
 
     Consecutive messages of one role are one turn, and system messages do not end a turn. Ids may be repeated in later
-    turns. Raises the error that pydantic reports.
+    turns. Raises an error that pydantic reports.
     """
     pending: dict[str, None] = {}
     answered_in: int | None = None  # the first user message after the calls

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's requests -> tasks, and errors in Anthropic's wording (step 2)."""
+"""Anthropic's requests -> tasks, and errors in the wording that Anthropic's clients expect (step 2)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _CHOICES = {
     "tool": Choice("required"),
     "none": Choice("none"),
 }
-_PREFILL = "continue_final_message"  # core's name for an answer that the messages begin
+_PREFILL = "continue_final_message"  # core's name of the field by which the last message begins the answer
 
 
 class Reading(NamedTuple):
-    """A task, and the path of the request message from which its last message begins."""
+    """A task, and the path of the request's message in which the task's last message begins."""
 
     task: Task
     last: str
 
     @contextmanager
     def worded(self) -> Iterator[None]:
-        """Reword errors about the prompt as Anthropic's clients expect them."""
+        """Context manager that rewords errors about the prompt as Anthropic's clients expect them."""
         try:
             yield
         except RequestError as error:
@@ -51,11 +51,9 @@ class Reading(NamedTuple):
 
 
 def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaults: Mapping[str, Any]) -> Reading:
-    """Convert a validated request; raises `RequestError`.
+    """Convert a validated request to a task; raises `RequestError`.
 
-    Args:
-        request: a validated request.
-        sampling_defaults: values by name in `SamplingParams` for fields that the request leaves open.
+    `sampling_defaults` are values, by name in `SamplingParams`, for fields that the request does not set.
     """
     turns, prefilled = read_turns(request.system, request.messages)
     form = _form(request)
@@ -77,7 +75,7 @@ def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaul
         model=request.model,
         continued=prefilled,
         variables={} if thinks is None else {"thinking": thinks, "enable_thinking": thinks},
-        # Clients send a budget to every model: if its thinking has no marks, there is nothing to limit.
+        # Clients send a budget to every model; it has no effect on a model whose thinking has no marks.
         thinking=None if budget is None else ThinkingLimit(budget, required=False),
         show_thoughts=thinks is not False,
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tools of Anthropic's requests, and the tool choice (step 2)."""
+"""Wire types of the tools in Anthropic's requests, and of the tool choice (step 2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
 
-MAX_TOOL_NAME = 128  # characters of a tool's name: Anthropic's rule
+MAX_TOOL_NAME = 128  # characters of a tool's name; Anthropic's limit
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
 
@@ -28,9 +28,9 @@ ToolName = Annotated[str, AfterValidator(_check_name)]
 
 
 class Tool(WireModel):
-    """A tool that the client executes.
+    """A tool that the client runs.
 
-    `defer_loading` has no effect: the model sees every tool from the start, so the beginning of the prompt stays the
+    `defer_loading` has no effect: every tool is in the prompt from the start, so the beginning of the prompt stays the
     same for the prefix cache. `eager_input_streaming` has no effect either: the input is always streamed.
     """
 
@@ -62,7 +62,7 @@ class Tool(WireModel):
 
 
 class SearchTool(WireModel):
-    """Anthropic's search among deferred tools; ignored, because the model sees every tool from the start."""
+    """Anthropic's search among deferred tools; ignored, because every tool is in the prompt from the start."""
 
     type: str
     name: Name
@@ -104,7 +104,7 @@ class AutoChoice(WireModel):
 
 
 class ToolNameChoice(WireModel):
-    """Exactly one call, of the named tool."""
+    """The model must make exactly one call, of the named tool."""
 
     type: Literal["tool"]
     name: ToolName
@@ -112,7 +112,7 @@ class ToolNameChoice(WireModel):
 
 
 class NoneChoice(WireModel):
-    """No call; the model does not see the tools either."""
+    """The model must not call tools; they are not in the prompt either."""
 
     type: Literal["none"]
 

@@ -46,7 +46,7 @@ class Blocks:
         return {"": {**kinds, **within}, "header": kinds, THOUGHTS: within, CALL: within}, {}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
-        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened its reasoning."""
+        """Parse a message to its end; calls are text unless `tools`. The prompt may have opened the reasoning."""
         kind = self.thoughts if in_reasoning else (yield from self._header(reader, output))
         while kind:
             if kind == self.call and tools:

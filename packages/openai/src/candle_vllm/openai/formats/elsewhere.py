@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls in the formats of other models at the beginning of an answer: complete, and of offered tools (step 10)."""
+"""Calls in the formats of other models, at the beginning of an answer: complete calls of offered tools (step 10)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from candle_vllm.openai.formats.reader import SPACE, Need, Reader, nowhere
 from candle_vllm.openai.formats.shapes import BARE_JSON, HERMES, MISTRAL, QWEN
 from candle_vllm.openai.formats.tagged import Tagged
 
-Way = tuple[str, Body]  # a mark, "" for a format without one, and the format after it
+Way = tuple[str, Body]  # a mark, or "" for a format without a mark, and the format of the calls after it
 COMMON: tuple[Way, ...] = (
     ("<tool_call>", HERMES),
     ("<tool_call>", QWEN),
@@ -39,7 +39,7 @@ def _alike(body: Body, other: Body) -> bool:
 
 
 class _Kept(CallSink):
-    """Calls of one message that may turn out to be text."""
+    """Collects the calls of one message, because it may turn out to be text."""
 
     def __init__(self, tools: Schemas) -> None:
         super().__init__(nowhere, tools, call_id)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Repair of JSON in complete texts, and JSON inside a JSON string (step 10)."""
+"""Repair of JSON in complete texts, and parsing of JSON inside a JSON string (step 10)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIRST_HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")  # of a pair that enc
 
 
 def mended(text: str) -> str | None:
-    """Repair a text that is one JSON value; None for any other text."""
+    """Repair a text that is one JSON value; return None for any other text."""
     reader, parts = Reader(), list[str]()
     reader.feed(text)
     reader.end(False)
@@ -43,9 +43,9 @@ def _no_constant(name: str) -> None:
 
 
 def read_text_of_string(reader: Reader, sink: Sink) -> Need[bool]:
-    """Parse a quoted string and pass on the arguments in it, which are JSON inside JSON. True if both are closed.
+    """Parse a quoted string, and emit the arguments in it, which are JSON inside JSON; return whether both are closed.
 
-    Empty text and null mean no arguments. Text that is not an object is passed on unchanged.
+    Empty text and null mean no arguments. Text that is not an object is emitted unchanged.
     """
     inner, held = Reader(), ""
     run = _read_inner(inner, sink)

@@ -19,12 +19,12 @@ _EMPTY = {"object": "{}", "array": "[]"}
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """A name and tagged values; objects and lists are nested tags.
+    """A name, and values between tags; objects and lists are nested tags.
 
     Attributes:
         tag: mark before every tag, so that no text can be mistaken for a tag.
-        call: the tag of a call, which has a name.
-        item: the tag of an item of a list.
+        call: tag of a call, which has a name.
+        item: tag of a list's item.
         closers: marks that may follow the calls.
     """
 
@@ -62,12 +62,12 @@ class _Arguments:
         self._schema = calls.tools.get(name, {})
 
     def read(self) -> Need[bool]:
-        """Return whether the call was closed, or the model had finished."""
+        """Parse the arguments; return whether the call was closed, or the model had finished."""
         self._emit("{")
         return (yield from self._entries(self._schema, 1))
 
     def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
-        """Parse tags up to the tag that closes the enclosing one; the name of the `first` was already read.
+        """Parse tags up to the tag that closes the enclosing one; the name of the `first` tag was already read.
 
         A repeated member of an object is ignored.
         """
@@ -122,7 +122,7 @@ class _Arguments:
 
 
 def _scalar(text: str, kinds: Kinds) -> str:
-    """Return a value without tags; empty text is an empty object or list if the schema requires one."""
+    """Convert a value without tags to JSON; empty text is an empty object or list if the schema requires one."""
     is_text = text.strip(SPACE) or text in kinds.listed or kinds.is_anything
     kind = "" if is_text else next((kind for kind in _EMPTY if kind in kinds.types), "")
     return _EMPTY.get(kind) or to_json(text, kinds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Formats of calls that more than one row of `table` uses, and marks that rows share."""
+"""Formats of calls that several rows of `table` use, and marks that rows share."""
 
 from __future__ import annotations
 

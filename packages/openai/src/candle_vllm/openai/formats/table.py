@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The table of tool formats: one row for each way in which models write calls. `reasoning_table` has reasoning formats.
+"""The table of tool formats: one row for each form of calls. `reasoning_table` has the reasoning formats.
 
 Tests check the samples in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.
 """

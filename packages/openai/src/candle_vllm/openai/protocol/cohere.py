@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of Cohere's `/v2/embed` and `/v1/embed`, and their answers. Source: docs.cohere.com/reference/embed."""
+"""Wire types of Cohere's `/v2/embed` and `/v1/embed`. Source: docs.cohere.com/reference/embed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _QUERY, _DOCUMENT = ("query", "retrieval.query"), ("document", "passage", "corpu
 INPUT_TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"search_query": _QUERY, "query": _QUERY, "search_document": _DOCUMENT, "document": _DOCUMENT, "passage": _DOCUMENT}
 )
-"""Other names under which models store the prompt of an input_type; used if a model has no prompt of that name."""
+"""Other names under which models have the prompt of an input_type; used if a model has no prompt of that name."""
 
 EmbeddingType = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
 
 
 class CohereEmbedRequest(PoolingFields):
-    """Texts to embed, as Cohere's clients send them.
+    """Texts to embed, in Cohere's form.
 
     Attributes:
         input_type: what the texts are; the model's prompt for this type is prepended to each text.
@@ -93,7 +93,8 @@ def cohere_answer(
 def _typed(vector: array[float], kind: EmbeddingType) -> list[float] | list[int] | str:
     """Convert a normalised vector to one of Cohere's types.
 
-    int8 is 127 times each element. binary has one bit for each element, set if above 0, first element highest.
+    int8 is 127 times each element. binary has one bit for each element, which is set if the element is above 0; the
+    first element is the highest bit of a byte.
     """
     if kind == "float":
         return vector.tolist()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Compaction: replaces a conversation by its users' messages and a summary that its model writes.
+"""Compaction: replaces a conversation by its user messages and a summary that its model generates.
 
-The summary is an item of type `compaction`, encoded but not encrypted; in a later input, the model sees it there.
+The summary is an item of type `compaction`, encoded but not encrypted; in a later input, it becomes a part of the
+prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from candle_vllm.responses.protocol.response import CompactedResponse, MessageOu
 from candle_vllm.responses.store.entries import new_id, new_item_id
 
 MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
-_SHORTER = 8  # characters of a conversation for each token of its summary: about half its length
+_SHORTER = 8  # characters of a conversation per token of its summary, which so has about half its length
 _ASKED = (
     "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
     "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "
@@ -27,7 +28,7 @@ _ASKED = (
 
 
 def summary_request(request: CompactRequest) -> ResponsesRequest:
-    """Request for the summary; its last item is the question."""
+    """Return the request for the summary; its last item is the instruction."""
     given: Any = request.model_dump(mode="json", by_alias=True, exclude_none=True).get("input", [])
     items = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
     return parse_responses_request(
@@ -43,7 +44,7 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
 
 
 def summary_limit(items: Sequence[Placed]) -> int:
-    """Maximum number of tokens of a summary of these items, which has to be shorter than the conversation."""
+    """Return the maximum number of tokens of these items' summary, which must be shorter than the conversation."""
     size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
     return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConnectionMemory: responses that are not stored, held while the connection that asked for them is open.
+"""ConnectionMemory: responses with `store: false`, held while the client's connection is open.
 
-A client that stays connected may continue a response with `store: false`. A limited number of these is held here.
+The client may continue them on this connection. Their number and size are limited.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections import OrderedDict
 from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.store.entries import Entry, Item, items_of
 
-MAX_REMEMBERED = 64  # responses
-MAX_BYTES = 32 << 20  # of all of them
+MAX_REMEMBERED = 64  # maximum number of held responses
+MAX_BYTES = 32 << 20  # bytes of all held responses together
 
 
 class ConnectionMemory:
     """The last responses of one connection, by their ids.
 
-    Args:
-        most, most_bytes: limits of responses and of their JSON; the oldest are dropped with their continuations.
+    `most` and `most_bytes` limit the number of responses and their JSON; the oldest are dropped with their
+    continuations.
     """
 
     def __init__(self, most: int = MAX_REMEMBERED, most_bytes: int = MAX_BYTES) -> None:
@@ -31,7 +31,7 @@ class ConnectionMemory:
         return response_id in self._entries
 
     def remember(self, entry: Entry) -> None:
-        """Hold a response that has ended."""
+        """Hold a finished response."""
         self.forget(entry.id)
         self._entries[entry.id] = entry
         self._bytes += _size(entry)
@@ -39,14 +39,14 @@ class ConnectionMemory:
             self.forget(next(iter(self._entries)))
 
     def forget(self, response_id: str) -> None:
-        """Drop a response and those that follow it, which cannot be continued without it."""
+        """Drop a response and its continuations, which cannot be continued without it."""
         gone = [response_id] if response_id in self._entries else []
         for name in gone:
             self._bytes -= _size(self._entries.pop(name))
             gone += [other for other, entry in self._entries.items() if entry.follows == name]
 
     async def history(self, response_id: str) -> tuple[list[Item], str | None]:
-        """Items up to the end of a held response, and the id of the stored response that precedes them."""
+        """Return the items up to the end of a held response, and the id of the stored response that precedes them."""
         chain: list[Entry] = []
         before: str | None = response_id
         while before is not None and before in self._entries:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""ConversationTurns: one response at a time in a conversation; the next one sees the items that it added.
+"""ConversationTurns: only one response at a time runs in a conversation; the next one sees the items that it added.
 
-Within a process, a lock ensures this; among servers that share a store, a lease that is renewed while it is held.
+Within a process, a lock ensures this; among servers that share a store, a lease that the holder renews.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from candle_vllm.responses.store.backend import Backend, Held
 from candle_vllm.responses.store.entries import CONVERSATION, ConversationBusyError, NotStoredError, checked_id, new_id
 from candle_vllm.responses.store.upkeep import Upkeep
 
-TURN_MS = 20_000  # lease; if a server dies, others wait this long
-RENEW_SECONDS = 5.0
-POLL_SECONDS = 0.25  # between checks whether another server has finished
+TURN_MS = 20_000  # length of the lease; if a server dies, other servers wait this long
+RENEW_SECONDS = 5.0  # seconds between renewals of the lease
+POLL_SECONDS = 0.25  # seconds between checks whether another server has finished
 MAX_WAITING = 8  # responses that wait for one conversation
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ class _Queue:
 class ConversationTurns:
     """The right to add items to a conversation.
 
-    Args:
-        store: opens the store of the conversations; None if no other process can use it.
+    `store` opens the store of the conversations; None means that no other process can use it.
     """
 
     def __init__(self, store: Callable[[], Awaitable[Backend]] | None = None) -> None:
@@ -43,12 +42,11 @@ class ConversationTurns:
 
     @contextlib.asynccontextmanager
     async def turn(self, owner: str, conversation_id: str, param: str = "conversation") -> AsyncIterator[None]:
-        """Wait until no other answer is in progress in the conversation, and hold it until the context exits.
+        """Wait until no other response is in progress in the conversation, and hold it until the context exits.
 
         Args:
-            owner: owner of the conversation.
             conversation_id: id of the conversation, which need not exist.
-            param: parameter that the error names if it does not exist.
+            param: parameter that the error names if the conversation does not exist.
 
         Raises:
             ConversationBusyError: too many responses wait for this conversation.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tasks that work for a reader: a bounded channel for their events, and their reliable cancellation."""
+"""A bounded channel for the events that a task produces for a reader, and the reliable cancellation of tasks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ T = TypeVar("T")
 
 
 class EventChannel(Generic[T]):
-    """Channel of about `size` events; a sender beyond that waits until the reader has taken some. Unlike a queue, it
-    can be closed at any time, also by a synchronous callback; the reader then gets the remaining events, and the end or
-    the error.
+    """Channel of about `size` events; a sender beyond that waits until the reader has taken some.
+
+    Unlike a queue, it can be closed at any time, also by a synchronous callback; the reader then gets the remaining
+    events, and the end or the error.
     """
 
     def __init__(self, size: int = 64) -> None:
@@ -62,12 +63,12 @@ class EventChannel(Generic[T]):
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 10.0  # seconds
+PATIENCE = 10.0  # seconds after which a task that does not end is abandoned
 AGAIN = 2.0  # seconds after which a task that suppressed its cancellation is cancelled again
 
 
 async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again: float = AGAIN) -> None:
-    """Cancel a task, and return when it has ended; its error, if any, stays in it.
+    """Cancel a task, and return when it has ended; its error, if any, is not raised.
 
     It is cancelled again every `again` seconds; after `patience` seconds it is abandoned, and that is logged.
     """

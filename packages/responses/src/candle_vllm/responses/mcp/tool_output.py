@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Converts the output of a server's tool, and checks whether it matches the schema that its server declares."""
+"""Converts the output of an MCP server's tool, and checks whether it matches the schema that the server declares."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ MAX_PARTS = 1000
 
 
 def tool_output(result: CallToolResult, *, fault: str | None = None) -> ToolOutput:
-    """Convert a call's result; every kind of content of both protocol versions is supported.
+    """Convert a call's result; every kind of content in both protocol versions is supported.
 
-    Args:
-        fault: error in a result that the server reports as a success; it becomes the first text.
+    `fault` is an error in a result that the server reports as a success; it becomes the first text.
     """
     parts = [_part(block) for block in result.content[:MAX_PARTS]]
     if len(result.content) > MAX_PARTS:
@@ -54,13 +53,13 @@ def _part(block: Any) -> ContentPart:
 
 
 class OutputChecks:
-    """Checks outputs; the checker of a schema is made on first use, and reused until the tool's schema changes."""
+    """Checks outputs. The checker of a schema is made at its first use, and reused until the tool's schema changes."""
 
     def __init__(self) -> None:
         self._checkers: dict[str, tuple[Any, ArgumentsChecker]] = {}
 
     def keep(self, names: set[str]) -> None:
-        """Drop the checkers of all other tools."""
+        """Drop the checkers of all tools except `names`."""
         self._checkers = {name: kept for name, kept in self._checkers.items() if name in names}
 
     async def fault(self, tool: Tool, result: CallToolResult) -> str | None:

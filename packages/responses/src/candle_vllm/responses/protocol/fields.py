@@ -10,17 +10,17 @@ from pydantic import AfterValidator, Field
 
 from candle_vllm.openai.protocol.fields import GUESS_FIELDS, REFUSED_FIELDS, Refusal, few_entries, invalid
 
-MAX_ITEMS = 8192  # of one request
+MAX_ITEMS = 8192  # items of one request
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
-MAX_TEXT = 10 << 20  # characters of one text: the specification's limit
+MAX_TEXT = 10 << 20  # characters of one text; OpenAI's limit
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 ItemId = Annotated[str, Field(min_length=1, max_length=256)]
 Status = Literal["in_progress", "completed", "incomplete", "failed", "calling"]
 
-# Fields that are accepted and checked but have no effect.
+# Fields that are validated but have no effect, and why.
 ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
     "safety_identifier": "names the caller's user; the server keeps no per-user state",
@@ -72,7 +72,7 @@ REFUSED_COUNT_FIELDS: Mapping[str, Refusal] = {
 
 
 def type_of(value: Any) -> str | None:
-    """The `type` of an object, checked or not; None if it is not a string."""
+    """Return the `type` of an object, validated or not, or None if it is not a string."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return kind if isinstance(kind, str) else None
 
@@ -87,4 +87,4 @@ def _checked(metadata: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[dict[str, str], few_entries(MAX_METADATA), AfterValidator(_checked)]
-"""Labels of a response or a conversation, for its owner's use: up to 16 pairs of strings."""
+"""Labels of a response or a conversation for its owner's use: up to 16 pairs of strings."""

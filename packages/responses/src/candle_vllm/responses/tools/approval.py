@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which tool calls need approval: none, all, by a rule for each tool, or by a callback's decision."""
+"""Which tool calls need approval: none, all, by a rule for each tool, or by the decision of a callback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RULES = ("never", "always")
 
 
 def policy_fault(policy: Any) -> str | None:
-    """Return what is wrong with a policy, or None."""
+    """Return why a policy is invalid, or None."""
     if callable(policy) or policy in _RULES:
         return None
     if not isinstance(policy, Mapping):
@@ -41,10 +41,10 @@ def policy_fault(policy: Any) -> str | None:
 
 
 async def decide(policy: ApprovalPolicy, call: ToolCall, definition: ToolDefinition) -> Approval:
-    """Decide by the policy whether a call may run.
+    """Decide by the policy whether a call may run; an exception of the callback is passed on.
 
     Raises:
-        InvalidParameterError: the callback did not return an `Approval`. Exceptions of the callback are passed on.
+        InvalidParameterError: the callback did not return an `Approval`.
     """
     if not callable(policy):
         rule = policy if isinstance(policy, str) else policy.get(call.name, policy.get("*", "always"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Names of tools: makes names that a model may call from a server's label and a tool's own name.
+"""Names of tools: makes a name that a model may call from a server's label and the tool's own name.
 
 OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used unchanged if it can be split
 again at its first "__"; otherwise forbidden characters become "_", the name is truncated, and ten hex digits of a
@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-MAX_NAME = 64  # characters, OpenAI's limit
+MAX_NAME = 64  # characters; OpenAI's limit
 SEPARATOR = "__"
 _DIGITS = 10  # hex digits of the hash
 _MAX_SERVER = 20  # characters of a server's label in a truncated name
@@ -29,13 +29,9 @@ def is_tool_name(name: str) -> bool:
 
 
 def tool_name(server: str, tool: str) -> str:
-    """Return the name that a model uses for a server's tool.
+    """Return the name that a model uses for a server's tool; both parts may be any text.
 
     Two different pairs never have the same name, except by a collision of 40-bit hashes.
-
-    Args:
-        server: label of the server, any text.
-        tool: name of the tool there, any text.
     """
     name = f"{server}{SEPARATOR}{tool}"
     plain = _is_plain_server(server) and tool and is_tool_name(name) and not _HASHED.search(name)
@@ -43,7 +39,7 @@ def tool_name(server: str, tool: str) -> str:
 
 
 def hashed_name(server: str, tool: str) -> str:
-    """Return the name with the hash: for parts that need it, and for a name that is already used."""
+    """Return a name with a hash, for parts that need one, and instead of a name that is already used."""
     data = f"{len(server)}:{server}{tool}".encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(data).hexdigest()[:_DIGITS]
     label = (_clean(server) or "server")[:_MAX_SERVER]
@@ -52,7 +48,7 @@ def hashed_name(server: str, tool: str) -> str:
 
 
 def matches(patterns: Iterable[str], name: str) -> bool:
-    """Whether a pattern matches the name; "*" in a pattern matches any text, all other characters themselves."""
+    """Whether a pattern matches the name; "*" in a pattern matches any text, all other characters match themselves."""
     return any(pattern == name or ("*" in pattern and _fits(pattern, name)) for pattern in patterns)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Adapters in buckets of S3-compatible stores (before step 1)."""
+"""Adapters in buckets of S3-compatible stores (before step 1 of a request's life)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ _PIECE = 1 << 20
 class BucketSource(FetchedSource):
     """A bucket of an S3-compatible store; the keys of an adapter's files start with `name/` or `name/revision/`.
 
-    Address and credentials are read from environment variables: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID etc.
-
-    Args:
-        place: `bucket`, or `bucket/folder`.
+    Address and credentials come from environment variables: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and others.
+    `place` is `bucket` or `bucket/folder`.
     """
 
     kind = "s3"
@@ -81,7 +79,7 @@ class BucketSource(FetchedSource):
         import obstore
 
         with _s3_failures(budget), path.open("xb") as stream:
-            got = obstore.get(self._store, key)  # `_pin` has found that it exists
+            got = obstore.get(self._store, key)  # `_pin` has checked that the key exists
             size = int(got.meta["size"])
             if size > most:
                 raise sources.Refused(f"its {path.name} has more than {most >> 20} MiB")
@@ -93,7 +91,7 @@ class BucketSource(FetchedSource):
 
 @contextmanager
 def _s3_failures(budget: sources.Budget) -> Iterator[None]:
-    """Convert errors of the store to `Unavailable`."""
+    """Context manager that converts errors of the store to `Unavailable`."""
     from obstore.exceptions import BaseError
 
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`--lora-resolver`: parses its values and builds the adapter registry of a server."""
+"""`--lora-resolver`: parses its values, and builds the adapter registry of a server (before step 1)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from candle_vllm.server.settings.options import UsageError
 def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> Adapters:
     """Build the adapter registry of a server with the sources in its settings.
 
-    Args:
-        looked: called after each lookup with the kind of the source and the outcome.
+    `looked` is called after each lookup with the kind of the source and the outcome.
 
     Raises:
         UsageError: a source is invalid, or unauthenticated clients could make the server fetch any repository.
@@ -49,7 +48,7 @@ def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> A
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Folder of the cache of fetched adapters."""
+    """Return the folder of the cache of fetched adapters."""
     if settings.lora_cache_dir is not None:
         return settings.lora_cache_dir.expanduser()
     if settings.download_dir is not None:
@@ -58,11 +57,7 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits) -> Source:
-    """Parse one `--lora-resolver`: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER, tar=ADDRESS.
-
-    Raises:
-        UsageError: the value has no such form.
-    """
+    """Parse one `--lora-resolver`: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER or tar=ADDRESS; raises `UsageError`."""
     kind, equals, place = spec.partition("=")
     shown = without_secrets(spec, alone=True)
     if kind == "local" and place:

@@ -24,7 +24,7 @@ from candle_vllm.server.settings.table import OPTIONS
 
 _STRANGE = ("weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cache_dtype", "key_cache_dtype",
             "value_cache_dtype", "enforce_eager")  # fmt: skip
-"""Settings that a reference does not have: it is another model, and runs with the precision of its files."""
+"""Settings that do not apply to the reference, which is another model and runs with the precision of its files."""
 
 
 def perplexity(
@@ -52,7 +52,7 @@ def _measured(settings: Settings, text: str, window: int = 1024, **options: Any)
 def imatrix(
     settings: Settings, file: Path | None = None, out: Path | None = None, force: bool = False, **options: int
 ) -> int:
-    """Measure and write the file, and print its size and its number of entries."""
+    """Measure, write the importance matrix, and print the file's size and its number of entries."""
     text, threads = _text(file), options.pop("threads", None) or settings.threads
     if out is None:
         raise UsageError("-o FILE.gguf is missing: it names the file to write")
@@ -65,7 +65,7 @@ def imatrix(
 
 @contextmanager
 def _cutting(window: int) -> Iterator[None]:
-    """Name --window in the place of the setting that it becomes, if windows do not fit the model or the memory."""
+    """Context manager whose error names --window, not the setting that it becomes, if windows are too long."""
     try:
         yield
     except ConfigError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Errors that the server itself raises before the adapter sees a request, in the OpenAI error envelope.
+"""Errors that the server itself raises before the adapter gets a request, in OpenAI's error format (step 1).
 
-Step 1 of a request's life. Failures inside the adapter and the engine are mapped by `candle_vllm.openai.to_error`.
+Failures inside the adapter and the engine are converted by `candle_vllm.openai.to_error`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from starlette.responses import Response
 
 
 class HttpError(Exception):
-    """A request that the server refuses itself.
+    """A request that the server itself refuses.
 
     Attributes:
         status: HTTP status.
-        code: OpenAI error code, for programs.
+        code: OpenAI's error code, for programs.
         headers: further response headers.
-        param: the field or header at fault.
+        param: field or header at fault.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class HttpError(Exception):
 
     @property
     def body(self) -> bytes:
-        """The OpenAI error envelope."""
+        """The error in OpenAI's format."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     @property
     def response(self) -> Response:
-        """The refusal as an ASGI response."""
+        """The error as an ASGI response."""
         return Response(self.body, self.status, self.headers, media_type="application/json")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Files of the web pages: the HTTP headers of each file, and how long a browser may cache it.
 
-Outside the ten steps of a request. A page may load nothing from elsewhere, may run only scripts that are files of this
-server, and may not be shown in a frame of another page.
+Outside the ten steps of a request. A page may load nothing from other hosts, may run only scripts that are files of
+this server, and may not be shown in a frame of another page.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ POLICY: Mapping[str, str] = {
     "form-action": "'none'",
     "frame-ancestors": "'none'",
 }
-"""The directives of Content-Security-Policy that all pages share."""
+"""Directives of Content-Security-Policy that all pages share."""
 _TYPES: Mapping[str, str] = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _WORTH_PACKING = 1024  # bytes; smaller files are not compressed
 
 
 def page_headers(cache_control: str, policy: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The headers of a page's file; directives of `policy` are added to the shared ones or replace them."""
+    """Return the headers of a page's file; directives of `policy` are added to the shared ones or replace them."""
     directives = {**POLICY, **(policy or {})}
     return {
         "content-security-policy": "; ".join(f"{name} {value}".strip() for name, value in directives.items()),
@@ -48,9 +48,9 @@ class PageFile:
     """A file in memory.
 
     Attributes:
-        name: its path relative to the page's address; its extension decides the media type.
-        content: its bytes.
-        headers: the result of `page_headers`.
+        name: path relative to the page's address; its extension decides the media type.
+        content: bytes of the file.
+        headers: result of `page_headers`.
     """
 
     name: str
@@ -59,7 +59,7 @@ class PageFile:
 
     @cached_property
     def etag(self) -> str:
-        """A strong ETag of the content, with its quotes."""
+        """Strong ETag of the content, with its quotes."""
         return f'"{hashlib.sha256(self.content).hexdigest()[:32]}"'
 
     @cached_property
@@ -72,12 +72,12 @@ class PageFile:
 
     @property
     def media_type(self) -> str:
-        """The media type, by the file name's extension."""
+        """Media type, by the file name's extension."""
         ending = self.name[self.name.rfind(".") :]
         return _TYPES.get(ending) or mimetypes.guess_type(self.name)[0] or "application/octet-stream"
 
     def answer(self, request: Request) -> Response:
-        """The response: the file, compressed if the client accepts gzip, or 304 if the client's copy is current."""
+        """Return the file, compressed if the client accepts gzip, or 304 if the client's copy is current."""
         packed = self.packed if "gzip" in _accepted(request) else None
         etag = self.etag if packed is None else f'{self.etag[:-1]}-gz"'
         headers = {**self.headers, "etag": etag, "vary": "accept-encoding"}
@@ -94,7 +94,7 @@ def _has(request: Request, etag: str) -> bool:
 
 
 def _accepted(request: Request) -> set[str]:
-    """The encodings that the client accepts; an encoding with weight 0 is not accepted."""
+    """Return the encodings that the client accepts; an encoding with weight 0 is not accepted."""
     accepted = set()
     for part in request.headers.get("accept-encoding", "").lower().split(","):
         name, _, parameters = part.partition(";")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTPS: load certificate and key into a TLS context before a model is loaded, and again when the files change.
+"""HTTPS: loads certificate and key into a TLS context before a model is loaded, and again when the files change.
 
 Below step 1 of a request's life.
 """
@@ -17,11 +17,11 @@ from candle_vllm.server.settings.options import UsageError
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # seconds between two looks at the files
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """TLS 1.2 and later with the operator's files; None for a server without TLS.
+    """Return the context for TLS 1.2 and later with the operator's files, or None for a server without TLS.
 
     Raises:
         UsageError: a file cannot be read, or key and certificate do not belong together.
@@ -52,7 +52,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 
 def load_chain(context: ssl.SSLContext, settings: Settings) -> None:
-    """Load certificate and key; if that fails (UsageError), the previous ones stay in use."""
+    """Load certificate and key; if that raises a UsageError, the previous ones stay in use."""
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     assert certificate is not None
     try:

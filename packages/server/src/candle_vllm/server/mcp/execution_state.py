@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""State of a conversation whose tools run here: tokens, calls, and the text of its last turn."""
+"""State of a chat request whose tools this server runs: tokens, calls, and the text of the last turn."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CONTEXT = "context_length"
 
 
 class ExecutionState:
-    """The state, updated with each event of the conversation.
+    """The state, which is updated with each event of the conversation.
 
     Args:
         registry: knows the server of each tool.
         reasons: whether the model may reason, so that reasoning tokens are counted.
-        told: further counts that the usage has besides the usual ones.
+        told: further counts that the usage contains.
 
     Attributes:
-        finish_reason: finish reason of the whole answer; "" while it goes on.
-        limit: the limit of the server that ended it, or UNSET.
+        finish_reason: finish reason of the whole answer; "" while it is in progress.
+        limit: the server's limit that ended the answer, or UNSET.
         turns: number of turns that have ended.
         text, thoughts, logprobs: output of the last turn.
     """
@@ -42,7 +42,7 @@ class ExecutionState:
         self._registry = registry
         self._reasons, self._told = reasons, told
         self._usage = ConversationUsage()
-        self._calls: dict[str, ServerToolCall] = {}  # by id, in the order in which the model asked
+        self._calls: dict[str, ServerToolCall] = {}  # by id, in the model's order
         self.finish_reason = ""
         self.limit: str | UnsetType = UNSET
         self.turns = 0

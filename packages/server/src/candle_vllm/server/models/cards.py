@@ -174,8 +174,8 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
         status: status of the active model: Idle, Loading, Ready, Switching or Error.
         last_error: reason why a model could not be loaded, or why its engine died.
         in_flight_requests: requests that use a model.
-        switch_requested_at: Unix time in seconds of the request to make another model the active one; null if none is
-            pending.
+        switch_requested_at: Unix time in seconds of the request to make another model the active one; null without such
+            a request.
         queue_lengths: number of requests that wait until a model is loaded, by model.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""HTTP metrics: pure ASGI middleware around all others but the one that makes request ids.
+"""HTTP metrics: pure ASGI middleware around all other middleware except the one that makes request ids.
 
-Steps 1 and 10 of a request's life. Labels come from small sets only: the template of the route that took the request,
-never its path, and the methods that HTTP has.
+Steps 1 and 10 of a request's life. Labels come from small sets: the template of the route, never the path, and the
+methods of HTTP.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ async def create_batch(request: Request) -> Response:
     query={"limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, **AFTER},
 )
 async def list_batches(request: Request) -> Response:
-    """Your batches, newest first."""
+    """The caller's batches, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after")
     limit, after = limit_and_after(query, DEFAULT_LIST, MAX_LIST)
@@ -51,7 +51,7 @@ async def list_batches(request: Request) -> Response:
 
 @route("GET /v1/batches/{batch_id}", answer=Batch)
 async def get_batch(request: Request, batch_id: str) -> Response:
-    """How far a batch is."""
+    """The state of a batch."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     return json_answer((await batches.store.batch(owner, batch_id)).batch)
@@ -59,7 +59,7 @@ async def get_batch(request: Request, batch_id: str) -> Response:
 
 @route("POST /v1/batches/{batch_id}/cancel", answer=Batch, errors=(*KEPT, 409))
 async def cancel_batch(request: Request, batch_id: str) -> Response:
-    """End a batch; what it has made stays."""
+    """Cancel a batch; its results so far stay."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
     return json_answer(await batches.cancel(owner, batch_id))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/conversations`: conversations and their items. A caller sees only its own conversations."""
+"""`/v1/conversations`: conversations and their items (steps 1 and 10). A caller sees only its own conversations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES
     answer=Conversation,
 )
 async def create_conversation(request: Request) -> Response:
-    """A new conversation."""
+    """Create a conversation."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationCreateRequest)
     return json_answer(await conversations.create(owner, wire))
@@ -56,7 +56,7 @@ async def get_conversation(request: Request, conversation_id: str) -> Response:
     answer=Conversation,
 )
 async def update_conversation(request: Request, conversation_id: str) -> Response:
-    """Give a conversation other metadata."""
+    """Replace the metadata of a conversation."""
     conversations, owner = await _conversations(request)
     wire = await _body(request, ConversationUpdateRequest)
     return json_answer(await conversations.update(owner, conversation_id, wire))
@@ -71,7 +71,7 @@ async def delete_conversation(request: Request, conversation_id: str) -> Respons
 
 @route("GET /v1/conversations/{conversation_id}/items", answer=ItemList, query=ITEM_PAGE)
 async def list_conversation_items(request: Request, conversation_id: str) -> Response:
-    """Some of its items."""
+    """A page of a conversation's items."""
     wanted = page_request(request)
     conversations, owner = await _conversations(request, "limit", "order", "after", "include")
     return json_answer(await conversations.items(owner, conversation_id, wanted))
@@ -86,24 +86,24 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
     query=INCLUDE,
 )
 async def create_conversation_items(request: Request, conversation_id: str) -> Response:
-    """Add items at its end."""
+    """Add items at the end of a conversation."""
     conversations, owner = await _conversations(request, "include")
     wire = await _body(request, ItemsCreateRequest)
-    adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response that is being answered
+    adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response in progress
     async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
         return json_answer(await unless_disconnected(adding, request.receive))
 
 
 @route("GET /v1/conversations/{conversation_id}/items/{item_id}", answer=AnyItem, query=INCLUDE)
 async def get_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
-    """One item."""
+    """One item of a conversation."""
     conversations, owner = await _conversations(request, "include")
     return Response(await conversations.item(owner, conversation_id, item_id), media_type="application/json")
 
 
 @route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answer=Conversation)
 async def delete_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
-    """Delete one item; answers with the conversation."""
+    """Delete an item of a conversation; responds with the conversation."""
     conversations, owner = await _conversations(request)
     return json_answer(await conversations.delete_item(owner, conversation_id, item_id))
 

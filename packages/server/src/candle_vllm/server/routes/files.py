@@ -97,7 +97,7 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
     },
 )
 async def list_files(request: Request) -> Response:
-    """Your files, newest first."""
+    """The caller's files, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/responses/{response_id}`: stored responses. A caller sees only its own responses."""
+"""`/v1/responses/{response_id}`: stored responses (steps 1 and 10). A caller sees only its own responses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def get_response(request: Request, response_id: str) -> Response:
 
 @route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
 async def delete_response(request: Request, response_id: str) -> Response:
-    """Delete a response; one that is running is ended."""
+    """Delete a response; a running response is ended."""
     _, owner = await kept_access.kept_and_owner(request)
     kept_access.query_of(request)
     return json_answer(await _background(request).delete(owner, response_id))
@@ -77,7 +77,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 
 @route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=kept_access.ITEM_PAGE)
 async def list_input_items(request: Request, response_id: str) -> Response:
-    """What the request of a response gave."""
+    """The items in the request of a response."""
     kept, owner = await kept_access.kept_and_owner(request)
     page = await kept.input_items(owner, response_id, kept_access.page_request(request))
     return json_answer(page)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`/tokenize`, `/detokenize` and the count of a chat request: steps 1 to 3 of a request's life, and no further.
+"""`/tokenize`, `/detokenize` and the count of a chat request's tokens (steps 1 to 3 of a request's life).
 
-They use a model's tokenizer and wait in no queue, because they need no work of the engine.
+They use a model's tokenizer and wait in no queue, because they do not run the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTE
     answer=(tokenizing.Tokenized, tokenizing.TokenizedContent),
 )
 async def tokenize(request: Request) -> Response:
-    """The tokens of a text or of a conversation."""
+    """Return the tokens of a text or of a conversation."""
     return await answer_with(
         request, parse_tokenize_request, lambda model, wire: model.adapter.tokenize(wire), queued=False
     )
@@ -42,7 +42,7 @@ async def tokenize(request: Request) -> Response:
     "POST /detokenize", body=tokenizing.DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=tokenizing.Detokenized
 )
 async def detokenize(request: Request) -> Response:
-    """The text of tokens."""
+    """Return the text of tokens."""
     return await answer_with(
         request, parse_detokenize_request, lambda model, wire: model.adapter.detokenize(wire), queued=False
     )
@@ -55,7 +55,7 @@ async def detokenize(request: Request) -> Response:
     answer=InputTokens,
 )
 async def count_chat_tokens(request: Request) -> Response:
-    """How many tokens a chat request's prompt has, images included."""
+    """Count the tokens of a chat request's prompt, images included."""
 
     async def count(model: ServedModel, wire: ChatCompletionRequest) -> InputTokens:
         return InputTokens(input_tokens=await model.adapter.count_tokens(partial(read_chat, wire)))

@@ -23,8 +23,8 @@ class AdapterSpec(NamedTuple):
     """An adapter in the operator's settings.
 
     Attributes:
-        scale: its scale in requests that name no adapter; 0 leaves it out.
-        pinned: whether it stays in memory.
+        scale: scale of the adapter in requests that name no adapter; 0 means that it does not apply to them.
+        pinned: whether the adapter stays in memory.
     """
 
     name: str
@@ -47,7 +47,7 @@ def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:
 
 
 def read_spec(text: str) -> AdapterSpec:
-    """Parse one `--lora-modules`: `name=path`, or JSON of vLLM or SGLang; raises `UsageError`."""
+    """Parse one `--lora-modules`: `name=path`, or JSON in the form of vLLM or SGLang; raises `UsageError`."""
     if text.lstrip().startswith("{"):
         try:
             given = json.loads(text)
@@ -61,7 +61,7 @@ def read_spec(text: str) -> AdapterSpec:
 
 
 def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) -> AdapterSpec:
-    """Build an adapter from a mapping; raises `UsageError`, which names its position.
+    """Build an adapter from a mapping; raises `UsageError`, which names its position in the settings.
 
     Args:
         given: name and path, optionally scale and pinned.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The table of all settings, which defines flags, variables, models.yaml keys, help and the fields of `Settings`.
 
-Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the
-variable `CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` unless others are named, and, with `in_yaml`, a key of
-`params` in models.yaml. The short names with two dashes (`--m`, `--p`) come from the original candle-vllm, the long
-ones from other servers.
+Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the variable
+`CANDLE_VLLM_BLOCK_SIZE`, the flag `--block-size` unless others are named, and, with `in_yaml`, a key of `params` in
+models.yaml. The short names with two dashes (`--m`, `--p`) come from the Rust candle-vllm, the long ones from other
+servers.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ _BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sets the batch size, and a conversation has no batch
 _WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
 _SERVING_ADAPTERS = ("serve", "run-batch", "config")
-# bench has no text, and samples greedily
+# commands whose requests have texts; bench uses token ids, and samples greedily
 _WITH_TEXT = ("serve", "generate", "chat", "run", "agent", "run-batch", "config")
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 # commands whose requests may share prefixes
 _REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
 _CALLING = ("serve", "agent", "run-batch", "config")  # commands whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
-_CACHE_ALIASES = {  # names of the original candle-vllm, whose bf16 means auto and whose turbo types are rotated, too
+_CACHE_ALIASES = {  # names of the Rust candle-vllm, whose bf16 means auto and whose turbo types are rotated, too
     "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto", "int8": "int8_per_token_head",
     "turbo8": "q8_0", "k8v4": "q8_0", "turbo4": "q4_0", "4bit": "q4_0", "k3v4": "turbo3",
 }  # fmt: skip

@@ -17,13 +17,13 @@ _SPACES = "/[ \\n]{0,4}/"
 
 
 def json_calls(body: JsonCalls, context: Context) -> Block:
-    """Return the grammar of objects that are calls."""
+    """Return the grammar of JSON objects that are calls."""
     one = _object(body, context)
     again = f'({SPACE} "," {SPACE} {one})*' if context.many else ""
     listed = context.writer.rule(sequence(SPACE, one, again, SPACE, '"]"'))
     end = sequence(SPACE, context.writer.mark(body.closers[0])) if body.closers else ""
     if end and context.form.make_id is mistral_id:
-        end = f"({end})?"  # newer templates omit it
+        end = f"({end})?"  # newer templates of Mistral omit the closing mark
     if body.listed and body.fenced:
         return Block(f"{_FENCE}json", sequence(SPACE, '"["', listed, end))
     if body.listed and any(closer.startswith("</") for closer in body.closers):  # MiniMax M1 writes calls on lines
@@ -56,7 +56,7 @@ def _object(body: JsonCalls, context: Context) -> str:
     first = last = ""
     if wants_id and context.form.make_id is mistral_id:
         last = writer.rule(f'("," {SPACE} {key} {SPACE} "\\"" {_MISTRAL_ID} "\\"")?')
-    elif wants_id:  # Cohere writes it before the name
+    elif wants_id:  # Cohere's models write the id before the name
         first = writer.rule(f'({key} {SPACE} "\\"" {_NUMBER} "\\"" "," {SPACE})?')
     return writer.rule(sequence('"{"', SPACE, first, call, last, SPACE, '"}"'))
 
@@ -79,7 +79,7 @@ def begun_objects(body: JsonCalls, context: Context) -> tuple[str, str]:
 
 
 def named_json(body: NamedJson, context: Context) -> Block:
-    """Return the grammar of names with their arguments."""
+    """Return the grammar of names, each followed by its arguments as JSON."""
     context.check_names()
     writer, mark = context.writer, context.writer.mark
     lead = body.before_name[0] if body.before_name else ""
