@@ -24,7 +24,7 @@ def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> Pro
 
 
 class CompletionLogprobsWriter:
-    """Writes the older form for one choice, in parts; keeps the offset in the text between them."""
+    """Writes the older form for one choice, in parts; holds the offset in the text between the parts."""
 
     def __init__(self, top: int, *, by_id: bool = False) -> None:
         self._top = top

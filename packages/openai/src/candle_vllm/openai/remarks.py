@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Warnings to the client about a request that is answered: collected during its preparation, added to its response.
+"""Warnings to the client about its request: collected while the request is prepared, and added to its response.
 
-The code that sends a response with headers (a server) starts to collect; layers that find something just call `remark`.
+The code that sends a response with headers (a server) calls `collect_remarks`; layers with a warning call `remark`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,9 @@ _lenient: ContextVar[bool] = ContextVar("candle_vllm_unknown_fields", default=Fa
 
 
 def collect_remarks(*, unknown_fields: bool = False) -> Sequence[str]:
-    """Start to collect warnings, in this asyncio task and in tasks that it starts.
+    """Start to collect warnings, in this asyncio task and those that it starts; return the list of the warnings.
 
-    Args:
-        unknown_fields: whether unknown fields of requests give warnings; otherwise they are refused.
-
-    Returns:
-        A list that grows while the request is prepared.
+    `unknown_fields` decides whether unknown fields of requests give warnings; otherwise they are refused.
     """
     found: list[str] = []
     _current.set(found)
@@ -35,7 +31,7 @@ def unknown_fields_pass() -> bool:
 
 
 def remark(texts: Iterable[str]) -> None:
-    """Add sentences to the collected ones; those beyond a maximum are dropped."""
+    """Add sentences to the collected warnings; those beyond `MAX_REMARKS` are dropped."""
     found = _current.get()
     if found is None:
         return

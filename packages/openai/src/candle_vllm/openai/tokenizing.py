@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """TokenizingAdapter: texts and conversations to token ids and back, without HTTP (steps 2 and 3 of a request's life).
 
-A conversation is prepared exactly as a chat request with the same fields, so the count is that of its prompt.
+A conversation is prepared exactly as a chat request with the same fields, so the count is that request's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TokenizingAdapter:
         self._work = work
 
     async def tokenize(self, request: tokenizing.TokenizeRequest) -> tokenizing.Tokenized | tokenizing.TokenizedContent:
-        """Return the tokens of a text or of a conversation; it may be longer than the model's context."""
+        """Return the tokens of a text or of a conversation, which may be longer than the model's context."""
         self._names.served(request.model)
         if isinstance(request, tokenizing.TokenizeContentRequest):
             return await self._work.prepare(self._content, request)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""How models write reasoning and tool calls: formats, a parser that reads them, and grammars that enforce them."""
+"""Formats in which models generate reasoning and tool calls: a parser of them, and grammars that enforce them."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a parser finds in a model's text (step 10): parts of content, of reasoning, and of tool calls.
+"""Events of a parser (step 10): pieces of content, of reasoning, and of tool calls in a model's text.
 
-Consecutive parts of one kind may be split anywhere; their concatenation does not depend on the splits.
+Consecutive pieces of one kind may be split anywhere; their concatenation does not depend on the splits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TextPiece(msgspec.Struct, frozen=True):
 
 
 class CallStart(msgspec.Struct, frozen=True):
-    """A tool call begins: number `index` of the message, with its id and the function's name."""
+    """A tool call begins: the call number `index` of the message, with its id and the function's name."""
 
     index: int
     id: str
@@ -34,12 +34,7 @@ class CallArguments(msgspec.Struct, frozen=True):
 
 
 class CallEnd(msgspec.Struct, frozen=True):
-    """A call ends.
-
-    Attributes:
-        index: number of the call.
-        whole: whether its arguments were closed, by the model or by repair.
-    """
+    """The call number `index` ends; `whole` tells whether its arguments were closed, by the model or by repair."""
 
     index: int
     whole: bool

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Wire types: requests are pydantic models (strict, nothing unknown), answers are msgspec structs (fast to encode)."""
+"""Wire types: requests are pydantic models (strict, no unknown fields), responses are msgspec structs (fast)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Response of `/v1/models`."""
+"""Wire types of the response of `/v1/models`."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The Responses API without HTTP: makes conversations of requests, and responses of the conversations' events."""
+"""The Responses API without HTTP: converts requests to conversations, and the conversations' events to responses."""

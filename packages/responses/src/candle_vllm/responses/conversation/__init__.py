@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Conversation of a model and its tools: one loop, its events, its transcript, and the models that answer."""
+"""Conversation of a model and its tools: the loop between them, its events and transcript, and the models."""

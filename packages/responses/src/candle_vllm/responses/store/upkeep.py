@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Upkeep: periodic work while a store is open, such as purging it and renewing leases."""
+"""Upkeep: periodic work while a store is open, such as deleting expired entries and renewing leases."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Periodic work; a failure is logged, and the work is tried again next time.
+    """Repeats `work` until it is closed; a failure is logged, and the work is tried again next time.
 
     Args:
-        seconds: from the end of one run to the next.
-        work: work to do.
+        seconds: time from the end of one run to the next.
         failure: log message for a failed run.
-        at_once: whether the first run begins at once, and not after a wait.
+        at_once: whether the first run begins at once; otherwise it begins after `seconds`.
     """
 
     def __init__(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Tools: their definitions, names and registry, approval, and how one call of them runs."""
+"""Tools: their definitions, names and registry, approval, and how one call runs."""

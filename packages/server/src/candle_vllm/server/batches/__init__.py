@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Batches: many requests in a file, answered by a server beside other requests, or by the command `run-batch`."""
+"""Batches: many requests in a file, which a server answers beside other requests, or the command `run-batch`."""

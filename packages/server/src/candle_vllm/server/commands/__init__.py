@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Commands besides `serve`; they call the engine in this process, without HTTP."""
+"""The commands besides `serve`; they call the engine in this process, without HTTP."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Preview of the changes that a tool call would make, for the user who approves it.
 
-Tools that write files take a path and a text, or a text and its replacement, under the names below. For other tools no
-preview is possible; the user sees their arguments.
+Tools that write files take a path and a text, or a text and its replacement, under the names below. Of other tools, the
+user only sees the arguments.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PATHS = ("path", "file_path", "filepath", "filename", "file")
 _TEXTS = ("content", "contents", "text", "file_text", "new_content")
 _OLD = ("old_string", "old_str", "old_text", "oldText", "search")
 _NEW = ("new_string", "new_str", "new_text", "newText", "replace")
-_MAX_FILE = 1 << 18  # bytes
+_MAX_FILE = 1 << 18  # maximum bytes of a file that is compared
 _MAX_COMPARED = 1000  # lines of each side; the time for a comparison grows with their product
-_MAX_LINES = 200
+_MAX_LINES = 200  # maximum number of shown lines
 _MAX_WIDTH = 500  # maximum characters of a line
 
 
 def changes(call: ToolCall, definition: ToolDefinition) -> list[str]:
-    """Return the diff lines of a call, "-" before removed and "+" before added lines; empty if it is unknown.
+    """Return the diff lines of a call, "-" before removed and "+" before added lines; empty if they are unknown.
 
-    A file is compared with that on this machine, which may differ from the tool's. Long output is truncated.
+    A file is compared with the file on this machine, which may differ from the tool's. Long output is truncated.
     """
     if definition.read_only:
         return []
@@ -72,7 +72,7 @@ def _difference(old: str, new: str, title: str) -> Iterator[str]:
 
 
 def _file(path: str) -> tuple[str, str]:
-    """Return the text of a local file, and a remark on it."""
+    """Return the text of a local file, and a remark about it."""
     try:
         waiting = 0 if sys.platform == "win32" else os.O_NONBLOCK  # opening a pipe would block
         descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | waiting)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""HTTP around the routes: limits, paths, keys, ids, events, and every failure as an answer."""
+"""HTTP around the routes: limits, paths, API keys, request ids, server-sent events, and responses for failures."""

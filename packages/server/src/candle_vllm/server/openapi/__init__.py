@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The OpenAPI document: requests and answers of every route, from the types that validate and encode them."""
+"""The OpenAPI document: requests and responses of every route, from the types that validate and encode them."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""`/openapi.json`, and `/docs`: pages that show the document and send requests.
+"""`/openapi.json`, and `/docs`: a page that shows the document and sends requests (outside the ten steps).
 
-Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, may run only
-scripts that are files of this server, and may not be shown in a frame of another page.
+Everything comes from this server: the page may load nothing from other hosts, may run only scripts that are files of
+this server, and may not be shown in a frame of another page.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILES: Mapping[str, str] = {
     "favicon-32x32.png": "image/png",
 }
 _HEADERS: Mapping[str, str] = page_headers("private, max-age=3600")
-# Addresses are relative, so that the pages work below a prefix as well.
+# Addresses are relative, so that the page also works below a path prefix.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -68,7 +68,7 @@ async def openapi_document(request: Request) -> Response:
 
 @router.get("/docs")
 async def page() -> Response:
-    """The page."""
+    """The page of Swagger UI."""
     return Response(_PAGE, headers=_HEADERS, media_type="text/html")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The settings: the table of all settings, the sources that set them, and the objects that are built from them."""
+"""The settings: the table of all settings, their sources, and the objects that are built from them."""
 
 from candle_vllm.server.settings.options import Address
 from candle_vllm.server.settings.table import Settings
