@@ -79,7 +79,6 @@ request_bytes: ContextVar[RequestBytes] = ContextVar("request_bytes")
 
 
 def this_request() -> RequestBytes:
-    """Return the bytes of the current request."""
     mine = request_bytes.get(None)
     if mine is None:
         request_bytes.set(mine := RequestBytes())
@@ -96,11 +95,9 @@ class FairQueue(Generic[T]):
         return sum(map(len, self._waiting.values()))
 
     def count(self, key: str) -> int:
-        """Return the number of waiting items of a key."""
         return len(self._waiting.get(key, ()))
 
     def add(self, key: str, item: T) -> None:
-        """Append an item to those of its key."""
         self._waiting.setdefault(key, deque()).append(item)
 
     def take(self, may_go: Callable[[str], bool] = lambda _: True) -> T | None:

@@ -130,7 +130,6 @@ class _Asked(LlamaFields, LlamaForms):
         return self
 
     def form(self) -> StructuredOutputsParams | None:
-        """Return the constraint on the answer."""
         given = self.llama_form()
         return None if given is None else given[1]
 

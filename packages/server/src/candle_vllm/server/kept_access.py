@@ -132,7 +132,6 @@ class ResponseEvents:
         self._number = 0
 
     def write(self, event: StreamEvent | EncodedEvent) -> bytes:
-        """Encode an event."""
         if isinstance(event, EncodedEvent):
             self._number = event.number
             return named_event(event.name, event.data)

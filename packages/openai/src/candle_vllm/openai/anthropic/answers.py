@@ -105,7 +105,6 @@ class TokenCount(msgspec.Struct, frozen=True):
 class _Event(_Tagged, frozen=True, kw_only=True):
     @property
     def event_name(self) -> str:
-        """The event name after `event:`."""
         return str(self.__struct_config__.tag)
 
 

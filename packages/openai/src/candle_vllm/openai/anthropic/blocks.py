@@ -147,7 +147,6 @@ class PlainTextSource(WireModel):
 
     @property
     def text(self) -> str:
-        """Text of the document."""
         return self.data
 
 
@@ -163,7 +162,6 @@ class ContentSource(WireModel):
 
     @property
     def text(self) -> str:
-        """Text of the document."""
         return self.content if isinstance(self.content, str) else "\n".join(block.text for block in self.content)
 
 

@@ -65,7 +65,6 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag
 
     @property
     def event_name(self) -> str:
-        """The event name after `event:` in a stream."""
         return "error"
 
 

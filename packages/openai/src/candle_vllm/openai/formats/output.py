@@ -90,7 +90,6 @@ class CallSink:
             self._parts.append(text)
 
     def end(self, whole: bool = True) -> None:
-        """End the current call."""
         self.flush()
         if self._shown:
             self._emit(CallEnd(self.count - 1, whole))
@@ -154,11 +153,9 @@ class Output:
         return self._content.begun
 
     def content(self, text: str) -> None:
-        """Add text of the answer."""
         self._content.add(_named(text, self._shown))
 
     def reasoning(self, text: str) -> None:
-        """Add text of the reasoning."""
         self._reasoning.add(_named(text, self._shown))
 
     def spelt(self, text: str, but: str = "") -> str:

@@ -84,14 +84,12 @@ class Reader:
         self._from = 0  # offset in `text` at which `_kept` continues
 
     def feed(self, text: str) -> None:
-        """Add more text."""
         if self._kept is not None:
             self._kept.append(self.text[self._from : self.at])
         self.text = self.text[self.at :] + text
         self.at = self._from = 0
 
     def end(self, whole: bool) -> None:
-        """End the text."""
         self.ended = True
         self._done = whole
 
@@ -267,7 +265,6 @@ class CodeSpans:
         self._ticks = 0  # number of its backticks
 
     def add(self, text: str) -> None:
-        """Add the next part."""
         for number, part in enumerate(text.split("\n")):
             if number:
                 self._end_line()

@@ -61,7 +61,6 @@ class Kinds(NamedTuple):
 
     @property
     def is_anything(self) -> bool:
-        """Whether every value is allowed."""
         return self.text and self.types == ANYTHING.types
 
 

@@ -282,7 +282,6 @@ Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=f
 
 
 def image_parts(images: Sequence[str] | None, path: str) -> tuple[ImagePart, ...]:
-    """Convert images to the `ImagePart`s of a `Task`."""
     given = [one if one[:5].lower() == "data:" else f"data:;base64,{one}" for one in images or ()]
     return tuple(ImagePart(source, path=f"{path}.{place}") for place, source in enumerate(given))
 

@@ -67,7 +67,6 @@ class Prediction(WireModel):
 
     @property
     def text(self) -> str:
-        """The whole predicted text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
@@ -172,7 +171,6 @@ class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", t
 
     @property
     def type(self) -> Literal["function"]:
-        """The `type` of the JSON object."""
         return "function"
 
 
@@ -191,7 +189,6 @@ class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="ty
 
     @property
     def type(self) -> Literal["custom"]:
-        """The `type` of the JSON object."""
         return "custom"
 
 

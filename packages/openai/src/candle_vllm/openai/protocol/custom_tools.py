@@ -136,7 +136,6 @@ class CustomTool(WireModel):
 
     @property
     def name(self) -> str:
-        """The tool's name."""
         return self.custom.name
 
     @property

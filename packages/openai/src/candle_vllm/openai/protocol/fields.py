@@ -185,7 +185,6 @@ def unsupported(field: str, reason: str) -> PydanticCustomError:
 
 
 def invalid(field: str, text: str) -> PydanticCustomError:
-    """Return the error for an invalid value."""
     return rule_error("invalid_field", field, text)
 
 

@@ -66,7 +66,6 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """Whether a response is running."""
         return bool(self._running)
 
     async def begin(

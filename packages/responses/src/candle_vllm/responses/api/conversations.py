@@ -79,7 +79,6 @@ class Conversations:
         self._kept = kept
 
     async def create(self, owner: str, request: ConversationCreateRequest) -> Conversation:
-        """Create a conversation."""
         store, metadata = await self._kept.store(), msgspec.json.encode(request.metadata or {})
         made = entries.Entry(
             kind=entries.CONVERSATION, owner=owner, id=entries.new_id("conv"), created=store.now, body=metadata
@@ -89,7 +88,6 @@ class Conversations:
         return _shown(made)
 
     async def retrieve(self, owner: str, name: str) -> Conversation:
-        """Return a conversation."""
         store, name = await self._find(name)
         found = await store.get(entries.CONVERSATION, owner, name)
         if found is None:

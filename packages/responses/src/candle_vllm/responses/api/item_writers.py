@@ -68,7 +68,6 @@ class MessageWriter(ItemWriter):
         self._emit(wire.ContentPartAdded, content_index=0, part=OutputText(text=""))
 
     def add(self, text: str, logprobs: tuple[ChatTokenLogprob, ...]) -> None:
-        """Add a text delta."""
         self._text.append(text)
         self._logprobs += logprobs
         self._emit(wire.OutputTextDelta, content_index=0, delta=text, logprobs=logprobs)
@@ -99,7 +98,6 @@ class ReasoningWriter(ItemWriter):
         self._emit(wire.ContentPartAdded, content_index=0, part=ReasoningText(text=""))
 
     def add(self, text: str) -> None:
-        """Add a reasoning delta."""
         self._text.append(text)
         self._emit(wire.ReasoningTextDelta, content_index=0, delta=text)
 

@@ -55,7 +55,6 @@ class KeptResponses:
             await self.store()
 
     async def close(self) -> None:
-        """Close the store."""
         self._closed = True
         if self._purging is not None:
             await self._purging.close()
@@ -261,7 +260,6 @@ class KeptResponses:
 
 
 def note_dropped(dropped: int) -> None:
-    """Log that old records were dropped."""
     if dropped:
         logger.warning("the store of responses was full: %d of its oldest records made room", dropped)
 

@@ -86,7 +86,6 @@ class _Body:
         self._answer: _Answer | None = None
 
     def add(self, placed: Placed) -> None:
-        """Add the next item."""
         item, path = placed
         if isinstance(item, wire_items.MessageItem):
             self._message(item, path)
@@ -113,7 +112,6 @@ class _Body:
             assert not isinstance(item, wire_items.ItemReference)
 
     def finish(self) -> tuple[Message, ...]:
-        """Return the messages."""
         self._close()
         head = "\n".join(self.head)
         return tuple([_said("system", head), *self._messages] if head else self._messages)

@@ -48,7 +48,6 @@ class Pieces(Generic[T]):
         self.next_number = 0
 
     def add(self, piece: T, size: int = 0, *, last: bool = False) -> None:
-        """Add a chunk, and wake the readers."""
         self.next_number += 1
         self._pieces.append(piece)
         self._sizes.append(size)

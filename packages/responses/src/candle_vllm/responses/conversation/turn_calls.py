@@ -187,7 +187,6 @@ class TurnCalls:
         return next((reason for reason in order if reason in reasons), None)
 
     def of_turn(self, calls: Sequence[tool.ToolCall]) -> list[tool.ToolResult]:
-        """Return the results of the given calls."""
         return [result for call in calls if (result := self._results.get(call.id)) is not None]
 
     async def refuse(self, call: tool.ToolCall, status: tool.ToolStatus, text: str) -> None:

@@ -45,7 +45,6 @@ class McpConfig:
     path: Path | None = None
 
     def server(self, name: str) -> McpServerConfig | None:
-        """Return the server of this name, or None."""
         return next((server for server in self.servers if server.name == name), None)
 
 

@@ -218,7 +218,6 @@ class WatchedStream:
             await asyncio.sleep(max(0.0, self._since + 1.0 - now))
 
     async def aclose(self) -> None:
-        """Close the inner stream."""
         await self._inner.aclose()
 
     def __aiter__(self) -> Self:

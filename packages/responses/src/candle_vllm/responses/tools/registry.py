@@ -134,7 +134,6 @@ class ToolRegistry:
         return next((group[name] for group in self._groups.values() if name in group), None)
 
     def names(self) -> Iterator[str]:
-        """Return the names of all tools."""
         return (entry.definition.name for entry in self._entries())
 
     def __iter__(self) -> Iterator[Tool]:
@@ -178,7 +177,6 @@ class _Renamed:
         self.timeout: float | None = getattr(tool, "timeout", None)
 
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
-        """Run the tool."""
         return await self._tool.run(arguments, report)
 
 

@@ -140,7 +140,6 @@ class Adapters:
         return next((each for each in known if each is not None and each.plain), None)
 
     def is_model(self, name: str) -> bool:
-        """Whether a model has this name."""
         return self._catalogue is not None and self._catalogue.has(name)
 
     def numbered(self, base: str) -> list[Adapter]:

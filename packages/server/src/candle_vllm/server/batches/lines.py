@@ -202,7 +202,6 @@ async def answered_in_order(
 
 
 def problem_of(body: bytes) -> Problem:
-    """Return the code and the message of an error envelope."""
     try:
         error: Any = msgspec.json.decode(body)["error"]
         return Problem(code=str(error.get("code") or error.get("type") or "error"), message=str(error["message"]))

@@ -93,7 +93,6 @@ class BatchStore:
         return self._backend
 
     async def close(self) -> None:
-        """Close the store."""
         self._closed = True
         if self._backend is not None:
             await self._backend.close()
@@ -171,7 +170,6 @@ class BatchStore:
         return b"".join([part.body async for part in self.contents(owner, file_id)])
 
     async def delete_file(self, owner: str, file_id: str) -> None:
-        """Deletes a file."""
         if not entries.is_id(file_id) or not await (await self.backend()).delete(FILE, owner, file_id):
             raise entries.NotStoredError("File", file_id, "file_id")
 

@@ -133,7 +133,6 @@ class AnswerClient(asyncio.Protocol):
             self.fail("a chunk without end")
 
     def fail(self, why: str) -> None:
-        """End the request with a failure."""
         if not self.done.done():
             self.failure = why
             self.done.set_result(float("nan"))
@@ -271,7 +270,6 @@ class Target:
                 self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """Build a POST request as bytes."""
         data = json.dumps(body).encode()
         headers = {
             "host": self._netloc, "content-type": "application/json", "content-length": str(len(data)),

@@ -46,9 +46,7 @@ class Words(Protocol):
         """Tokenize a text, without a beginning-of-sequence token."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of tokens."""
-        ...
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)

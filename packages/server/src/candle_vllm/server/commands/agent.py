@@ -250,7 +250,6 @@ class AgentDisplay:
         self._began = 0.0
 
     def show(self, event: Event) -> None:
-        """Print the event."""
         if isinstance(event, TextDelta):
             self._say(Said(event.text))
         elif isinstance(event, ReasoningDelta):

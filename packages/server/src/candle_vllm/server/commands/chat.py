@@ -128,11 +128,9 @@ class Chat:
 
     @property
     def commands(self) -> list[str]:
-        """Names of the commands."""
         return list(self._commands)
 
     def close(self) -> None:
-        """Close the engine."""
         self._runner.close()
         if self._engine is not None:
             self._engine.close()

@@ -39,7 +39,6 @@ class Bucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """Return the amount in the bucket."""
         self._level = min(self.limit, self._level + max(0.0, now - self._at) * self.limit / MINUTE)
         self._at = now
         return self._level
@@ -72,7 +71,6 @@ class Meter:
             bucket.take(used.get(kind, 0.0))
 
     def spend(self, tokens: int) -> None:
-        """Take out the tokens of a prompt or of an answer."""
         if self.tokens is not None:
             self.tokens.take(tokens)
 

@@ -151,7 +151,6 @@ class EventStream(Response):
             self._chunks.hold(True)
 
     def end(self, error: Exception | None = None) -> None:
-        """Write the last event."""
         self._finish(error)
         self._release()
 

@@ -91,7 +91,6 @@ class Sender:
         )
 
     async def close(self) -> None:
-        """Close the HTTP client and the threads."""
         self._resolving.shutdown(wait=False, cancel_futures=True)
         await self._client.aclose()
 

@@ -36,7 +36,6 @@ class Place:
     since: float = field(default_factory=time.monotonic)
 
     def leave(self) -> None:
-        """Release the place."""
         if self.sequences:
             self.admission.left(self)
             self.sequences = 0

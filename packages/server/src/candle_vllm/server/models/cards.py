@@ -242,7 +242,6 @@ def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
 
 
 def slot_status(slot: ModelSlot) -> SlotStatus:
-    """Status of one model for operators."""
     admission = slot.model.admission if slot.model else None
     return SlotStatus(
         id=slot.entry.names[0],
@@ -330,7 +329,6 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
 
 
 def status(manager: ModelManager) -> ManagerStatus:
-    """Status of all models for operators."""
     slots = list(manager.slots.values())
     active = manager.slots[manager.active]
     errors = [str(slot.error)[:MAX_ERROR] for slot in slots if slot.error]

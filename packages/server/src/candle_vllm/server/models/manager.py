@@ -223,7 +223,6 @@ class ModelManager:
 
     @property
     def catalogue(self) -> Catalogue:
-        """The catalogue of the models."""
         return self._catalogue
 
     # ---- for operators -----------------------------------------------------------------------------------------------
@@ -392,7 +391,6 @@ class Turn:
 
     @property
     def model(self) -> ServedModel:
-        """The leased model."""
         return self.lease.model
 
     def release(self) -> None:

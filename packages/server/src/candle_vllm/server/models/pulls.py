@@ -278,7 +278,6 @@ class Pulls:
 
     @property
     def is_full(self) -> bool:
-        """Whether the queue is full."""
         return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
 
     async def begin(self, name: str) -> Pull:

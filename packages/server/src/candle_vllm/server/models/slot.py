@@ -158,7 +158,6 @@ class Lease:
         self._slot: ModelSlot | None = slot
 
     def release(self) -> None:
-        """Release the lease."""
         slot, self._slot = self._slot, None
         if slot is not None:
             if self.beside is not None:

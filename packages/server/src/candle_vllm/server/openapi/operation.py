@@ -84,12 +84,10 @@ class Operation:
 
     @property
     def bodies(self) -> tuple[type[WireModel], ...]:
-        """The types of the request's body."""
         return self.body if isinstance(self.body, tuple) else (self.body,)
 
     @property
     def answers(self) -> tuple[type[msgspec.Struct], ...]:
-        """The types of a successful answer's body."""
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
 
     @property

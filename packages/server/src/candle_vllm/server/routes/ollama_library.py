@@ -69,7 +69,6 @@ class _OfModel(WireModel):
 
     @property
     def named(self) -> str:
-        """The model."""
         return self.model or self.name or ""
 
 
@@ -211,7 +210,6 @@ def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | Non
 
 
 async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
-    """Yield the progress of a pull."""
     yield PullLine(status="pulling manifest")
     yield PullLine(status=f"{pull.plan.name}: {pull.room}")
     digests = [file.sha256 for file in pull.plan.files if file.sha256 is not None]

@@ -61,7 +61,6 @@ class Catalogue:
         self.default = self.entries[0] if default is None else by_name[default]
 
     def has(self, name: str) -> bool:
-        """Whether a model has this name."""
         return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
 
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:

@@ -120,7 +120,6 @@ class Option:
 
     @property
     def env(self) -> str:
-        """Name of its environment variable."""
         return ENV_PREFIX + self.name.upper()
 
 

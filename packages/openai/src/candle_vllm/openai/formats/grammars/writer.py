@@ -58,7 +58,6 @@ class Writer:
         self._known: dict[str, str] = {}
 
     def lark(self, start: str) -> str:
-        """Return the grammar as text."""
         return "\n".join([f"start: {start}", *self._lines])
 
     def rule(self, expression: str, options: str = "") -> str:
