@@ -74,6 +74,31 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
         },
     ),
+    "qwen3-4b": (
+        "Qwen3ForCausalLM",
+        {
+            "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+            "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+    ),
+    "llama-3.1-8b": (
+        "LlamaForCausalLM",
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "vocab_size": 128256,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        },
+    ),
+    "qwen3-30b-a3b-8": (  # the first 8 of 48 layers
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 8,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+    ),
     "gemma-4-e2b": (
         "Gemma4ForCausalLM",
         {

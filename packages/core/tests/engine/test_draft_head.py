@@ -597,7 +597,7 @@ def test_a_heads_cache_is_planned_beside_the_models(folder: Path, head: Path, pl
         ({}, {"d2t": "I32"}, "d2t makes token 100000 of the head's 3, and the model has 272 tokens"),
         ({}, {"d2t": "F32"}, r"d2t is F32 \[200\]; it must be 200 whole numbers"),
         ({}, {"fc.weight": None}, "missing tensors .1.: fc.weight"),
-        ({}, {"lm_head.weight": None}, "guesses 200 tokens without a head of its own, of the model's 272"),
+        ({}, {"lm_head.weight": None}, "has 200 tokens without a head of its own, of the model's 272"),
         ({}, {"midlayer.hidden_norm.weight": (32,)}, r"hidden_norm.weight has shape \[32\]"),
         ({}, {"midlayer.extra.weight": (4,)}, "unexpected tensors .1.: midlayer.extra.weight"),
         (

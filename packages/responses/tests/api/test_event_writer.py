@@ -89,7 +89,7 @@ def writer(plan: ToolPlan = PLAN, **request: Any) -> EventWriter:
     wire = parse_responses_request({"input": "Hi", **request})
     response = begin_response(wire, model="m", stored=False, defaults={})
     told = bool(wire.return_draft_counts)
-    return EventWriter(response, plan, encoded=wire.wants_encrypted, tells_guesses=told, clock=lambda: 1e9)
+    return EventWriter(response, plan, encoded=wire.wants_encrypted, tells_drafts=told, clock=lambda: 1e9)
 
 
 def written(*events: said.Event, **request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

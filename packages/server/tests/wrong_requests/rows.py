@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from candle_vllm.openai.protocol.fields import GUESS_FIELDS
+from candle_vllm.openai.protocol.fields import DRAFT_FIELDS
 
 GONE = object()  # the field is left out
 BIG = 1 << 40
@@ -68,7 +68,7 @@ def changed(right: Mapping[str, Any], row: Row) -> Any:
     if not row.path:
         return row.value
     body: Any = copy.deepcopy(dict(right))
-    steps = [row.path] if row.path in GUESS_FIELDS else row.path.split(".")  # those have a dot of their own
+    steps = [row.path] if row.path in DRAFT_FIELDS else row.path.split(".")  # those have a dot of their own
     *way, last = [int(step) if step.isdigit() else step for step in steps]
     place = body
     for step in way:

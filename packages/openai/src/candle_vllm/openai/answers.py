@@ -161,7 +161,7 @@ class TokenCounts:
         self.completion = 0
         self._prompt_ms: int | None = None
         self._completion_ms: int | None = None
-        self._guesses = Counter[str]()
+        self._drafts = Counter[str]()
 
     def add(self, prompt: int, output: TokenOutput, new_tokens: int) -> None:
         """Add the counts of one output."""
@@ -173,7 +173,7 @@ class TokenCounts:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
             for name in DRAFT_COUNTS:
-                self._guesses[name] += getattr(times, name)
+                self._drafts[name] += getattr(times, name)
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
         """Return the counts so far, and the times if `final`."""
@@ -184,7 +184,7 @@ class TokenCounts:
             reasoning_tokens=reasoning,
             prompt_ms=self._prompt_ms if final else None,
             completion_ms=self._completion_ms if final else None,
-            **(self._guesses if final else {}),
+            **(self._drafts if final else {}),
             final=final,
         )
 

@@ -27,7 +27,7 @@ class Told(NamedTuple):
     """Extra counts of the final usage: of tokens of a predicted answer, and of draft tokens."""
 
     predicted: bool = False
-    guesses: bool = False
+    drafts: bool = False
 
 
 class AnswerWriter(ABC, Generic[Chunk]):
@@ -46,7 +46,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_beside = request.continuous_usage
         self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
         self._head: Head | None = None
-        self._told = Told(guesses=bool(request.return_draft_counts))
+        self._told = Told(drafts=bool(request.return_draft_counts))
         self._timings: RunningTimings | None = None
         self._beside: dict[str, Any] = {}  # further fields of every chunk of a choice
 
@@ -195,7 +195,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
 def told_of(request: chat.ChatCompletionRequest) -> Told:
     """Return the extra counts that a chat request asks for."""
-    return Told(predicted=request.prediction is not None, guesses=bool(request.return_draft_counts))
+    return Told(predicted=request.prediction is not None, drafts=bool(request.return_draft_counts))
 
 
 def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  # it is immutable
@@ -204,7 +204,7 @@ def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  
     if told.predicted and usage.final:
         more["accepted_prediction_tokens"] = usage.accepted_predicted_tokens
         more["rejected_prediction_tokens"] = usage.predicted_tokens - usage.accepted_predicted_tokens
-    if told.guesses and usage.final:
+    if told.drafts and usage.final:
         more |= {"draft_tokens": usage.draft_tokens, "accepted_draft_tokens": usage.accepted_draft_tokens}
     details: wire.CompletionTokensDetails | UnsetType = UNSET
     if more or usage.reasoning_tokens is not None:

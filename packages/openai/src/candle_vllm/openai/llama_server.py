@@ -36,7 +36,7 @@ MAX_IMAGES = 1024  # images of a prompt, before the model's own limit is checked
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
 _REFUSED: Mapping[str, fields.Refusal] = {
-    **fields.GUESS_FIELDS,
+    **fields.DRAFT_FIELDS,
     "min_keep": fields.Refusal("every sampler keeps at least one token", (0, 1)),
     "post_sampling_probs": fields.Refusal("log-probabilities are those before any sampler", (False,)),
     "image_data": fields.Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),

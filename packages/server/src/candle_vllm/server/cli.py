@@ -164,10 +164,8 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
     if level != "debug":
         for noisy in ("httpx", "httpx2", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        for loud in (
-            "mcp",
-            "client",
-        ):  # the MCP SDK logs tracebacks for errors of an MCP server; the link logs them in one line
+        # The MCP SDK logs tracebacks for errors of an MCP server; the link logs them in one line.
+        for loud in ("mcp", "client"):
             logging.getLogger(loud).setLevel(logging.CRITICAL)
 
 

@@ -332,9 +332,7 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
     elif head.own_embed is not None and abs(config.vocab_size - model.vocab_size) > MOST_UNSHARED:
         wrong = f"it knows {config.vocab_size} tokens, and the model {model.vocab_size}"
     elif head.own_head is None and config.draft_vocab_size != model.vocab_size:
-        wrong = (
-            f"it guesses {config.draft_vocab_size} tokens without a head of its own, of the model's {model.vocab_size}"
-        )
+        wrong = f"it has {config.draft_vocab_size} tokens without a head of its own, of the model's {model.vocab_size}"
     if wrong is not None:
         raise ConfigError(
             f"speculative_config: {name} cannot draft for {target.name}: {wrong}; take a head that was trained for it",

@@ -31,7 +31,7 @@ MAX_LOOKBACK = 1 << 24  # tokens of `repeat_last_n` and `dry_penalty_last_n`
 MAX_BREAKERS = 16  # maximum number of `dry_sequence_breakers`
 MAX_BREAKER_LENGTH = 40  # maximum characters of a breaker, as in llama.cpp
 MAX_PROCESSORS = 16
-MAX_GUESSES = 128  # maximum of `num_speculative_tokens`
+MAX_DRAFT_TOKENS = 128  # maximum of `num_speculative_tokens`
 MAX_PREDICTION = 1 << 20  # maximum characters of `prediction`
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
@@ -195,7 +195,7 @@ class SamplingParams(
     thinking_token_budget: int | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
-    num_speculative_tokens: int = MAX_GUESSES
+    num_speculative_tokens: int = MAX_DRAFT_TOKENS
     prediction: str | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -389,7 +389,7 @@ _COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "mirostat": (0, 2),
         "dry_allowed_length": (1, MAX_LOOKBACK),
         "dry_penalty_last_n": (-1, MAX_LOOKBACK),
-        "num_speculative_tokens": (0, MAX_GUESSES),
+        "num_speculative_tokens": (0, MAX_DRAFT_TOKENS),
     }
 )
 SAMPLER_FIELDS = (*_NUMBERS, *_COUNTS, "dry_sequence_breakers")

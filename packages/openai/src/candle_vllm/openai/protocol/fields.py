@@ -70,9 +70,9 @@ _NO_SLOTS = "requests share the cache and have no slots"
 _CHAT_ONLY = "it belongs to chat requests"
 
 _BEAMS = "the server samples; LLM.beam_search of the library searches"
-_MEASURED = "how many guesses are tried follows from how they fared; num_speculative_tokens bounds them"
+_MEASURED = "the number of draft tokens follows from earlier acceptance; num_speculative_tokens bounds it"
 
-GUESS_FIELDS: Mapping[str, Refusal] = {
+DRAFT_FIELDS: Mapping[str, Refusal] = {
     "speculative.n_min": Refusal(_MEASURED, (0,), idle=True),
     "speculative.p_min": Refusal(_MEASURED, (0, 0.0), idle=True),
     "speculative.type": Refusal("the operator chooses it, --speculative-config", idle=True),
@@ -80,7 +80,7 @@ GUESS_FIELDS: Mapping[str, Refusal] = {
 """llama.cpp's fields for draft tokens."""
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **GUESS_FIELDS,
+    **DRAFT_FIELDS,
     "functions": Refusal(_OLD_FUNCTIONS, ([],)),
     "function_call": Refusal(_OLD_FUNCTIONS, ("none", "auto")),
     "guided_json": Refusal("use structured_outputs with json"),

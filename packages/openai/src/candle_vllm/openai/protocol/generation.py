@@ -115,7 +115,7 @@ class SamplerFields(fields.WireModel):
         ]
         | None
     ) = None
-    num_speculative_tokens: Annotated[int, Field(ge=0, le=caps.MAX_GUESSES)] | None = None
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=caps.MAX_DRAFT_TOKENS)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -42,7 +42,7 @@ class EventWriter:
         response: initial response, in progress or queued, without output.
         plan: the tools; if they are not known yet, `resume` gets them.
         encoded: whether reasoning items have `encrypted_content`, too.
-        tells_guesses: whether the usage reports the counts of draft tokens.
+        tells_drafts: whether the usage reports the counts of draft tokens.
         room: maximum bytes of the images in the output items.
         clock: returns seconds since 1970.
 
@@ -57,13 +57,13 @@ class EventWriter:
         plan: ToolPlan | None = None,
         *,
         encoded: bool = False,
-        tells_guesses: bool = False,
+        tells_drafts: bool = False,
         room: int = MAX_SHOWN,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.response = response
         self.concluded = False
-        self._encoded, self._tells_guesses, self._room = encoded, tells_guesses, room
+        self._encoded, self._tells_drafts, self._room = encoded, tells_drafts, room
         self._clock = clock
         self._log = OutputLog()
         self._items = TurnItems(self._log, plan or ToolPlan(), encoded=encoded, room=room)
@@ -157,9 +157,9 @@ class EventWriter:
 
     def _ended(self, status: str) -> Response:
         usage = self._usage
-        guesses: dict[str, int] = {}
-        if self._tells_guesses:
-            guesses = {"draft_tokens": usage.draft_tokens, "accepted_draft_tokens": usage.accepted_draft_tokens}
+        drafts: dict[str, int] = {}
+        if self._tells_drafts:
+            drafts = {"draft_tokens": usage.draft_tokens, "accepted_draft_tokens": usage.accepted_draft_tokens}
         return replace(
             self.response,
             status=status,
@@ -169,7 +169,7 @@ class EventWriter:
                 input_tokens=usage.prompt_tokens,
                 input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
                 output_tokens=usage.completion_tokens,
-                output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens, **guesses),
+                output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens, **drafts),
                 total_tokens=usage.prompt_tokens + usage.completion_tokens,
             ),
         )

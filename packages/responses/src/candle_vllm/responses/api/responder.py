@@ -155,7 +155,7 @@ class Responder:
             writer = EventWriter(
                 response,
                 encoded=parsed.wants_encrypted,
-                tells_guesses=bool(parsed.return_draft_counts),
+                tells_drafts=bool(parsed.return_draft_counts),
                 room=room,
             )
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from candle_vllm.openai.protocol.fields import GUESS_FIELDS, REFUSED_FIELDS, Refusal, few_entries, invalid
+from candle_vllm.openai.protocol.fields import DRAFT_FIELDS, REFUSED_FIELDS, Refusal, few_entries, invalid
 
 MAX_ITEMS = 8192  # items of one request
 MAX_METADATA = 16
@@ -44,7 +44,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
         name: REFUSED_FIELDS[name]
         for name in ("functions", "function_call", "audio", "moderation", "web_search_options", "suffix")
     },
-    **GUESS_FIELDS,
+    **DRAFT_FIELDS,
     "prompt": Refusal("the server keeps no prompt templates; put the text into instructions and input"),
     "context_management": Refusal("prompts are never compacted; truncation: auto drops the oldest turns", ([],)),
     "image": Refusal("images are parts of messages: send input_image", ({},)),

@@ -146,7 +146,9 @@ def bench_speculation(
     """
     drafts = settings.speculative_config or {"method": "suffix"}
     if drafts.get("method") == "none":
-        raise UsageError('--speculative-config {"method": "none"} guesses nothing: there is nothing to measure')
+        raise UsageError(
+            '--speculative-config {"method": "none"} proposes no draft tokens: there is nothing to measure'
+        )
     with load_engine(settings, speculative_config=drafts) as engine:
         words = EngineWords(engine)
         shape = Shape(output_len=output_len)
@@ -205,34 +207,34 @@ def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: in
         round_of = _Total(), _Total()
         for place, (prompt, length) in enumerate(asked):
             found: dict[int, tuple[int, ...]] = {}
-            for guesses in (0, 1) if (pair + place) % 2 else (1, 0):
+            for drafts in (0, 1) if (pair + place) % 2 else (1, 0):
                 # With the salt, the first answer cannot become the draft of the second.
                 params = SamplingParams(temperature=0.0, max_tokens=length, cache_salt="bench")
-                params.num_speculative_tokens *= guesses
+                params.num_speculative_tokens *= drafts
                 (output,) = engine.generate([prompt], params, add_special_tokens=False, use_tqdm=False)
-                found[guesses] = round_of[guesses].add(output)
+                found[drafts] = round_of[drafts].add(output)
                 if pair:
-                    whole[guesses].add(output)
+                    whole[drafts].add(output)
             different += found[0] != found[1]
         if min(each.tokens for each in round_of) <= 0:
             raise CandleVllmError("the answers have one token each: nothing to compare")
         if pair:
             rates = [each.tokens / max(each.seconds, 1e-9) for each in round_of]
             ratios.append(rates[1] / rates[0])
-    plain, guessed = whole
-    steps = guessed.tokens - guessed.right
+    plain, drafted = whole
+    steps = drafted.tokens - drafted.right
     return {
         "num_prompts": len(asked),
         "pairs": pairs,
-        "output_tokens": guessed.tokens,
+        "output_tokens": drafted.tokens,
         "plain_tokens_per_second": plain.tokens / max(plain.seconds, 1e-9),
-        "tokens_per_second": guessed.tokens / max(guessed.seconds, 1e-9),
+        "tokens_per_second": drafted.tokens / max(drafted.seconds, 1e-9),
         "ratio": statistics.median(ratios),
-        "draft_tokens": guessed.tried,
-        "accepted_draft_tokens": guessed.right,
-        "acceptance_rate": guessed.right / max(1, guessed.tried),
-        "tokens_per_step": guessed.tokens / steps,
-        "bound": bound_of(guessed.tokens / steps, 1 + guessed.tried / steps, engine.stats().step_seconds),
+        "draft_tokens": drafted.tried,
+        "accepted_draft_tokens": drafted.right,
+        "acceptance_rate": drafted.right / max(1, drafted.tried),
+        "tokens_per_step": drafted.tokens / steps,
+        "bound": bound_of(drafted.tokens / steps, 1 + drafted.tried / steps, engine.stats().step_seconds),
         "different_answers": different,
         "step_seconds": engine.stats().step_seconds,
     }

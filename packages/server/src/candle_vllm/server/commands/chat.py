@@ -107,12 +107,14 @@ class Chat:
         settable = ", ".join([*_SET, "stop"])
         self._commands = {
             "/help": _Command(self._help, "", "this list"),
-            "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({settable}); default resets"),
+            "/set": _Command(
+                self._set, "[NAME VALUE]", f"sets a sampling parameter ({settable}); the value default resets it"
+            ),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
             "/image": _Command(self._image, "FILE", "an image for the next message; its path alone is enough"),
             "/model": _Command(self._model, "[MODEL [FILE]]", "another model, or an adapter of --lora-modules"),
-            "/save": _Command(self._save, "FILE", "keeps the conversation"),
-            "/load": _Command(self._load, "FILE", "goes on with a kept one"),
+            "/save": _Command(self._save, "FILE", "writes the conversation to a file"),
+            "/load": _Command(self._load, "FILE", "continues a conversation from a file"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
             "/regenerate": _Command(self._regenerate, "", "another answer in the place of the last"),
             "/exit": _Command(lambda _: None, "", "ends; so do /bye and Ctrl+D"),

@@ -139,7 +139,7 @@ def _check_client(request: Request, *, has_api_keys: bool) -> None:
     """Refuse a call without a key: it may do anything that its tool can do, so the operator must know the client."""
     if not (has_api_keys or _has_page_key(request)):
         message = (
-            "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
+            "Only a client with a key may have tools called. In the web UI: open the address that the server printed at"
             " its start, which ends in #key=... Otherwise start the server with --api-key."
         )
         raise HttpError(403, message, "api_key_needed")

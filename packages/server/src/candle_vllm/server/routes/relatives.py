@@ -253,7 +253,7 @@ async def reset_prefix_cache(request: Request) -> Response:
             "type": "integer",
             "enum": [1, 2],
             "default": 1,
-            "description": "1 gives back the KV cache and a GPU's memory of the weights, 2 the weights as well.",
+            "description": "1 frees the KV cache and the GPU memory of the weights, 2 also the weights in main memory.",
         },
         "mode": {
             "type": "string",
@@ -284,7 +284,7 @@ async def sleep(request: Request) -> Response:
         "tags": {
             "type": "array",
             "items": {"type": "string", "enum": ["weights", "kv_cache"]},
-            "description": "What is filled; without it everything. Requests are taken once both are.",
+            "description": "What to load again; both if absent. Requests are accepted when both are loaded.",
         },
         **_EACH,
     },
