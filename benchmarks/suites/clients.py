@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""LiteLLM, pydantic-ai and instructor against `candle-vllm serve`: `python benchmarks/suites/clients.py [NAME ...]`.
+"""Client libraries against `candle-vllm serve`: `python benchmarks/suites/clients.py [NAME ...] [-k EXPRESSION]`.
 
-The scenarios stand in `clients/`, a file for each library, which has an environment of its own. Qwen2.5-Coder-0.5B
-answers greedily, all-MiniLM-L6-v2 embeds; failures with a known reason stand in `clients.toml`.
+The scenarios stand in `clients/`, a file for each library, which has an environment of its own; LangChain's are its
+standard tests. Qwen2.5-Coder-0.5B answers greedily, all-MiniLM-L6-v2 embeds, and a tiny random model classifies;
+failures with a known reason stand in `clients.toml`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from suite import HERE, environment, expected_of, run_pytest
+from suite import HERE, environment, expected_of, node_project, run_node, run_pytest
 
+from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
 from tests.live_server import ServerProcess
 from tests.real_models import all_minilm, qwen_coder
 
@@ -24,31 +26,45 @@ _PACKAGES = {
     "litellm": ("litellm==1.110.2",),
     "pydantic_ai": ("pydantic-ai-slim[openai,anthropic]==2.32.2", "httpx==0.28.1"),
     "instructor": ("instructor[anthropic]==1.17.0", "jsonref"),
+    "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
+                  "langchain-anthropic==1.7.10"),
+    "openai": ("openai[realtime]==3.57.0",),
+}  # fmt: skip
+_NPM = {
+    "ai_sdk": ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "@ai-sdk/anthropic@3.0.140",
+               "zod@4"),
 }  # fmt: skip
 
 
 def main() -> int:
     """Runs the tests of the libraries that are named, or of all; returns 0 where each did what is expected of it."""
-    chosen = [name for name in _PACKAGES if name in sys.argv[1:]]
-    sys.argv[1:] = [word for word in sys.argv[1:] if word not in _PACKAGES]
+    names = (*_PACKAGES, *_NPM)
+    chosen = [name for name in names if name in sys.argv[1:]]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word not in names]
+    expected, clients = expected_of(HERE / "clients.toml"), HERE / "clients"
     with ExitStack() as stack:
-        qwen = [str(qwen_coder()), "--served-model-name", "qwen", "--max-model-len", "8192", "--temperature", "0"]
-        minilm = [str(all_minilm()), "--served-model-name", "minilm"]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        config = toy_encoder_config("BertForSequenceClassification", id2label={"0": "safe", "1": "toxic"})
+        served = {
+            "SUITE_ADDRESS": [qwen_coder(), "--served-model-name", "qwen", "other", "--max-model-len", "8192",
+                              "--temperature", "0"],
+            "SUITE_EMBEDDER": [all_minilm(), "--served-model-name", "minilm"],
+            "SUITE_CLASSIFIER": [write_toy_encoder(folder / "model", config, pooling=None), "--served-model-name",
+                                 "classifier"],
+        }  # fmt: skip
         variables: dict[str, str] = {}
-        for name, flags in (("SUITE_ADDRESS", qwen), ("SUITE_EMBEDDER", minilm)):
-            server = ServerProcess(Path(stack.enter_context(tempfile.TemporaryDirectory())), "--m", *flags)
+        for variable, flags in served.items():
+            (folder / variable).mkdir()
+            server = ServerProcess(folder / variable, "--m", *map(str, flags))
             stack.callback(server.stop)
-            variables[name] = server.url
-        results = [
-            run_pytest(
-                environment(name, (*_PYTEST, *_PACKAGES[name])),
-                HERE / "clients",
-                [f"test_{name}.py"],
-                expected_of(HERE / "clients.toml"),
-                variables,
-            )
-            for name in chosen or _PACKAGES
-        ]
+            variables[variable] = server.url
+        results: list[int] = []
+        for name in chosen or names:
+            if name in _NPM:
+                results.append(run_node(node_project(name, _NPM[name]), clients / f"{name}.mjs", expected, variables))
+            else:
+                python = environment(name, (*_PYTEST, *_PACKAGES[name]))
+                results.append(run_pytest(python, clients, [f"test_{name}.py"], expected, variables))
     return max(results)
 
 

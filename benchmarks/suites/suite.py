@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What the suites of other projects share: an environment of pinned packages, the files of a pinned archive, a run of
-pytest in a folder, and the comparison of its results with the failures that are expected, each with its reason.
+pytest or of Node's tests, and the comparison of its results with the failures that are expected, each with its reason.
 
 Nothing of the other projects is kept in this repository: archives are downloaded once into the user's cache and
 checked by their sha256.
@@ -9,6 +9,7 @@ checked by their sha256.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -72,6 +73,20 @@ def environment(name: str, packages: Sequence[str]) -> Path:
     return folder / "bin" / "python"
 
 
+def node_project(name: str, packages: Sequence[str]) -> Path:
+    """The folder of an npm project with these packages, which npm makes once."""
+    folder = CACHE / f"{name}-project"
+    wanted = "\n".join(packages)
+    made = folder / "packages.txt"
+    if not made.exists() or made.read_text(encoding="utf-8") != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text('{"private": true}', encoding="utf-8")
+        install = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *packages]
+        subprocess.run(install, check=True, cwd=folder)
+        made.write_text(wanted, encoding="utf-8")
+    return folder
+
+
 def run_pytest(
     python: Path, folder: Path, files: Sequence[str], expected: Expected, variables: Mapping[str, str]
 ) -> int:
@@ -87,9 +102,34 @@ def run_pytest(
     Returns:
         The exit code: 0 where every test did what is expected of it.
     """
-    CACHE.mkdir(parents=True, exist_ok=True)
     report = CACHE / f"{folder.name}-{os.getpid()}.xml"
     command = [str(python), "-m", "pytest", "-q", "--tb=short", f"--junitxml={report}", *files, *sys.argv[1:]]
+    return _run(command, report, folder, expected, variables)
+
+
+def run_node(folder: Path, file: Path, expected: Expected, variables: Mapping[str, str]) -> int:
+    """Runs the tests of a JavaScript module, with the packages of a project, as `run_pytest` does.
+
+    Args:
+        folder: of the project.
+        file: the module, which is copied there, because Node looks for packages beside it.
+        expected: tests that do not pass.
+        variables: of the environment, beside this process's own.
+
+    Returns:
+        The exit code: 0 where every test did what is expected of it.
+    """
+    shutil.copy(file, folder)
+    report = CACHE / f"{folder.name}-{os.getpid()}.xml"
+    reporters = [("spec", "stdout"), ("junit", str(report))]
+    flags = [f"--test-reporter{flag}" for kind, to in reporters for flag in (f"={kind}", f"-destination={to}")]
+    chosen = ["--test-name-pattern", sys.argv[2]] if sys.argv[1:2] == ["-k"] else []
+    return _run(["node", "--test", *flags, *chosen, file.name], report, folder, expected, variables)
+
+
+def _run(command: Sequence[str], report: Path, folder: Path, expected: Expected, variables: Mapping[str, str]) -> int:
+    """Runs tests that write a report in JUnit's form, and compares."""
+    CACHE.mkdir(parents=True, exist_ok=True)
     subprocess.run(command, cwd=folder, env={**os.environ, **variables}, timeout=_SECONDS)
     outcomes = dict(_outcomes(report))
     report.unlink()
