@@ -15,6 +15,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests, Embeddi
 ADDRESS, EMBEDDER = os.environ["SUITE_ADDRESS"], os.environ["SUITE_EMBEDDER"]
 OPENAI: dict[str, Any] = {
     "model": "qwen", "base_url": f"{ADDRESS}/v1", "api_key": "none", "temperature": 0, "max_tokens": 400,
+    "stream_usage": True,
 }  # fmt: skip
 
 

@@ -179,7 +179,7 @@ class _Message:
 
     def required(self) -> str:
         """Return an expression of reasoning followed by calls."""
-        return sequence(self._thoughts(), self._calls())
+        return sequence(self._thoughts(), self._calls(), SPACE)  # many models end a line behind the last call
 
     def answer(self) -> str:
         """Return an expression of reasoning followed by constrained text, perhaps between marks, or by calls."""
