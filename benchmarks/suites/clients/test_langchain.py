@@ -41,6 +41,7 @@ class TestOllamaChat(ChatModelIntegrationTests):
     chat_model_params: ClassVar[dict[str, Any]] = {
         "model": "qwen", "base_url": ADDRESS, "temperature": 0, "num_predict": 400,
     }  # fmt: skip
+    has_tool_choice = False  # as in ChatOllama's own tests: the API has none
     supports_json_mode = True
     model_override_value = "other"
 

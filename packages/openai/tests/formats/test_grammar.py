@@ -236,6 +236,17 @@ def test_a_forced_mark_is_the_models_own_token() -> None:
         assert (ord("<") in choices) is spelt
 
 
+def test_a_line_may_end_behind_the_last_call() -> None:
+    """Qwen2.5-Coder-0.5B ends it before it ends the answer; else it would have to write call after call."""
+    vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
+    lark = _grammar(TOOLSET)
+    assert lark is not None
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for text in (call, f"{call}\n", f"{call}\n{call}\n"):
+        ids = vocab.encode(text)
+        assert accepts(vocab.compiler(lark)(), ids) == (len(ids), True)
+
+
 def test_the_tag_of_an_argument_may_be_a_special_token() -> None:
     """Vocabularies have `<filename>` as a special token, and MiniMax M3 writes an argument's name as such a tag."""
     form, tools = ROWS["minimax_m3"], [Tool("open", _object({"filename": {"type": "string"}}))]
