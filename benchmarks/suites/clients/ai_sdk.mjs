@@ -106,10 +106,11 @@ each("streamed call", async (settings) => {
 function loop(settings, cities) {
   const execute = ({ city }) => {
     cities.push(city);
-    return { weather: "It rains." };
+    return "It rains.";
   };
   const prepareStep = ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "none" });
-  return { ...settings, prompt: ASKS, tools: { weather: tool({ ...WEATHER, execute }) }, prepareStep, stopWhen: stepCountIs(3) };
+  const tools = { get_weather: tool({ ...WEATHER, description: "Get the weather in a city.", execute }) };
+  return { ...settings, prompt: ASKS, tools, prepareStep, stopWhen: stepCountIs(3) };
 }
 
 each("loop", async (settings) => {
