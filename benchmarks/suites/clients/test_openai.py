@@ -189,7 +189,12 @@ def test_a_stream_that_is_closed_ends_the_answer(client: Any) -> None:
 
 
 def test_completions(client: Any) -> None:
-    settings: Any = {"model": "qwen", "prompt": ["1, 2, 3,", "The capital of France is"], "max_tokens": 8, "temperature": 0}
+    settings: Any = {
+        "model": "qwen",
+        "prompt": ["1, 2, 3,", "The capital of France is"],
+        "max_tokens": 8,
+        "temperature": 0,
+    }
     whole = client.completions.create(**settings)
     assert "4" in whole.choices[0].text
     assert "Paris" in whole.choices[1].text
