@@ -179,6 +179,13 @@ def test_a_file_without_a_time_begins_before_the_short_ones(tmp_path: Path, monk
     config: Any = SimpleNamespace(args=[str(tmp_path)], invocation_params=SimpleNamespace(dir=tmp_path))
     names = [Path(unit).stem for unit in workers.find_units(config)]
     assert names == ["test_long", "test_new", "test_short"]
+    (tmp_path / "web").mkdir()
+    for name in ("test_page", "test_chat"):
+        (tmp_path / "web" / f"{name}.py").write_text("")
+    monkeypatch.setattr(workers, "APART", tmp_path / "web")
+    times.write_text(json.dumps({"test_short.py": 2, "test_long.py": 90, "web/test_page.py": 8, "web/test_chat.py": 9}))
+    names = [Path(unit).stem for unit in workers.find_units(config)]
+    assert names == ["test_chat", "test_long", "test_new", "test_page", "test_short"]
 
 
 def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
 `--workers` processes is a pytest session that asks this process for a file, runs it, and sends its reports. The
-default of four is more than two cores need for computing, because tests of servers, of processes and of the page
-mostly wait. Files that take longest by `tests/file_times.json` come first, and those that have no time yet before short
-ones; `--write-file-times` writes that table anew.
+default of five is more than two cores need for computing, because tests of servers, of processes and of the page
+mostly wait; one of the five runs the tests of the page. Files that take longest by `tests/file_times.json` come first,
+and those that have no time yet before short ones; `--write-file-times` writes that table anew.
 `--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
 
 A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
@@ -53,7 +53,7 @@ Message = dict[str, Any]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("workers")
     group.addoption(
-        "--workers", type=int, default=4, help="processes among which a run of many files is divided; 0: none"
+        "--workers", type=int, default=5, help="processes among which a run of many files is divided; 0: none"
     )
     group.addoption(
         "--write-file-times", action="store_true", help="write what each file took to tests/file_times.json"
@@ -73,7 +73,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def find_units(config: pytest.Config) -> list[str]:
-    """What the arguments of a run name, as files, node ids and folders of `TOGETHER`, longest first."""
+    """What the arguments of a run name, as files, node ids and folders of `TOGETHER`, longest first.
+
+    Before them comes the longest of `APART`, so that its worker, which mostly waits, starts with the others."""
     times: dict[str, float] = json.loads(TIMES.read_text())
     files: dict[str, None] = {}
     for argument in config.args:
@@ -90,7 +92,8 @@ def find_units(config: pytest.Config) -> list[str]:
         inside = [file for file in files if os.path.dirname(file) == folder]
         if len(inside) > 1:
             units[folder] = sum(units.pop(file) for file in inside)
-    return sorted(units, key=lambda unit: units[unit], reverse=True)
+    longest = sorted(units, key=lambda unit: units[unit], reverse=True)
+    return sorted(longest, key=lambda unit: unit != next(filter(is_apart, longest), None))
 
 
 # ---- a worker --------------------------------------------------------------------------------------------------------
