@@ -239,7 +239,7 @@ class Division:
         self._running: dict[Connection, Process] = {}
         self._done: list[str] = []
         self._again: dict[str, list[pytest.TestReport]] = {}  # by node id, the reports of tests that run once more
-        self._flaky: list[str] = []
+        self._flaky: dict[str, list[tuple[str, str]]] = {}  # by line of `flaky.txt`: what was captured
         self._rows: list[slowest_tests.Row] = []
         self._pauses = restless.pauses(config)
 
@@ -427,7 +427,8 @@ class Division:
                     report.passing = ""
                     self._count(report)
             else:
-                self._flaky.append(f"{test}  {reports[0].passing}")
+                line = f"{test}  {reports[0].passing}"
+                self._flaky[line] = reports[0].sections
         if self._flaky:
             stamp = time.strftime("%Y-%m-%d %H:%M")
             with FLAKY.open("a") as file:
@@ -442,8 +443,10 @@ class Division:
         if self._flaky:
             terminalreporter.section("FLAKY", red=True, bold=True)
             terminalreporter.write_line(f"passed when run again, alone; {FLAKY.name} keeps them:")
-            for line in self._flaky:
+            for line, sections in self._flaky.items():
                 terminalreporter.write_line(line)
+                for title, content in sections:  # what the test and its processes wrote when it failed
+                    terminalreporter.write_line(f"  {title}:\n{content[-4000:]}")
 
 
 def kill_group(worker: subprocess.Popen[bytes]) -> None:
