@@ -55,6 +55,7 @@ class Recorded:
         kind: PlainKind = PlainKind.BF16,
         isa: Isa | None = None,
         threads: int = 1,
+        chosen: np.ndarray | None = None,
     ) -> None:
         s = layer.sizes
         self.layer, self.blocks = layer, blocks
@@ -65,7 +66,7 @@ class Recorded:
         self.kv = np.full((tokens, s.latent + s.rope + 24), np.nan, np.float32)
         self.out = np.full((tokens, s.heads * s.value + 16), np.nan, np.float32)
         keys, values = packed(layer.k_b, kind), packed(layer.v_b, kind)
-        parts = LatentParts(s, layer.norm, EPS, layer.cos, layer.sin, keys, values)
+        parts = LatentParts(s, layer.norm, EPS, layer.cos, layer.sin, keys, values, chosen)
         q, kv, out = (Place(address_of(x), x.shape[1]) for x in (self.q, self.kv, self.out))
         record_latent(self.recorder, q, kv, parts, self.cache[:, 1], out, scale=layer.scale)
         self.plan = np.array(self.recorder.plan, np.int64)

@@ -77,6 +77,20 @@ DEEPSEEK_YARN = {
     "mscale_all_dim": 0.707,
 }
 
+DEEPSEEK_INDEX = DEEPSEEK | {  # a choice of 24 positions from prompts of 70 tokens; GLM's second layer has no index
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 24,
+    "rope_parameters": DEEPSEEK_YARN,
+}
+GLM_INDEX = DEEPSEEK_INDEX | {
+    "num_hidden_layers": 3,
+    "n_group": 1,
+    "topk_group": 1,
+    "indexer_types": ["full", "shared", "full"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
 MINISTRAL_LAYERS = ["full_attention", "sliding_attention"]
 MINISTRAL3_ROPE = {  # with an original context so short that queries grow within these prompts
     "rope_type": "yarn",
@@ -615,6 +629,8 @@ ROWS: Mapping[str, Row] = {
         "deepseek_v2", DEEPSEEK | {"q_lora_rank": None, "rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1
     ),
     "DeepSeek-V3": Row("deepseek_v3", DEEPSEEK | {"rope_parameters": DEEPSEEK_YARN}, "deepseek2", undecided=0.1),
+    "DeepSeek-V3.2": Row("deepseek_v32", DEEPSEEK_INDEX, "deepseek32", undecided=0.2),
+    "GLM-5": Row("glm_moe_dsa", GLM_INDEX, "glm-dsa", undecided=0.2),
     "DeepSeek-V3 halves": Row(
         "deepseek_v3",
         DEEPSEEK

@@ -44,7 +44,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     near = MODEL_ARCH.DOTS1  # of an architecture that the package does not know yet
-    known = architecture.removesuffix("-assistant")
+    known = {"deepseek32": "glm-dsa"}.get(architecture, architecture.removesuffix("-assistant"))
     arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == known), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
@@ -490,6 +490,17 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
         else:
             made[name.replace("score_correction_bias", "score_correction.bias")] = data
     return made
+
+
+def _indexed(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """DeepSeek's latent attention with an index; the layers that have one are named for GLM alone."""
+    writer.add_indexer_head_count(config["index_n_heads"])
+    writer.add_indexer_key_length(config["index_head_dim"])
+    writer.add_indexer_top_k(config["index_topk"])
+    if "indexer_types" in config:
+        kinds = [kind == "full" for kind in config["indexer_types"]]
+        writer.add_array(f"{writer.arch}.attention.indexer.types", kinds)
+    return deepseek2(writer, config, tensors)
 
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
@@ -1100,5 +1111,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "glm4": _glm4,
     "chatglm": _chatglm,
     "deepseek2": deepseek2,
+    "deepseek32": _indexed,
+    "glm-dsa": _indexed,
     "mistral4": deepseek2,
 }

@@ -140,7 +140,6 @@ def test_plain_16_bit_weights_run_compiled(dense: Path, tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias is not implemented"),
         ({"attention_bias": True, "q_lora_rank": None}, "attention_bias without q_lora_rank"),
-        ({"architectures": ["DeepseekV32ForCausalLM"]}, "'DeepseekV32ForCausalLM' is not implemented"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(

@@ -129,7 +129,7 @@ def test_each_layer_must_fit_the_type_of_the_cache(mixed: Path) -> None:
 
 def test_a_stage_cannot_read_what_another_keeps(mixed: Path) -> None:
     line, checkpoint = mock.Mock(size=2, rank=0), mock.Mock(tensors={})
-    with pytest.raises(ConfigError, match="read the keys and values of other layers"):
+    with pytest.raises(ConfigError, match="read keys, values or chosen positions of other layers"):
         stage_of("mixed", mixed_caches.FAMILY, load(mixed).config, checkpoint, line)
 
 

@@ -136,6 +136,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=gpt_oss.gguf_keys, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "deepseek_v32": dataclasses.replace(_DEEPSEEK, name="deepseek32"),
+        "glm_moe_dsa": dataclasses.replace(_DEEPSEEK, name="glm-dsa"),
         "glm4_moe_lite": _DEEPSEEK,
         "youtu": _DEEPSEEK,
         "mistral4": _MISTRAL4,

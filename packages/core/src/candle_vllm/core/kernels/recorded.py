@@ -213,6 +213,10 @@ class Recorded(ABC):
         """See `kernels/latent_attention/layout.py`; this value is the queries [T, H * (nope + R)], kv [T, L + R]."""
 
     @abstractmethod
+    def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
+        """See `kernels/latent_attention`; this value is q, and `key` a norm."""
+
+    @abstractmethod
     def narrowed(self) -> Recorded:
         """Return a copy of the rows whose logits are wanted, to which values with all rows may be added."""
 

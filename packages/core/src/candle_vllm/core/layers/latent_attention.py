@@ -69,20 +69,21 @@ class LatentAttention:
         self.keys = HeadMatrices(sizes.heads, sizes.latent, sizes.nope, placement)
         self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement)
 
-    def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
-        """q is [T, H * (nope + R)] with heads [nope | rope]; kv is [T, L + R], latent rows and the rotated key part."""
+    def __call__(self, q: Value, kv: Value, step: StepInput, chosen: Any = None) -> Value:
+        """q is [T, H * (nope + R)] with heads [nope | rope]; kv is [T, L + R], latent rows and the rotated key part.
+        Tokens attend to the positions that an index has `chosen`; None for all."""
         cache, sizes = step.caches[self.layer].keys, self.sizes
         heads = self.rotary.scaled(q.unflatten(-1, (-1, sizes.nope + sizes.rope)), step.positions)
         if isinstance(q, Recorded):
-            return heads.flatten(1).attend_latent(kv, self._parts(), cache, scale=self.scale)
+            return heads.flatten(1).attend_latent(kv, self._parts(chosen), cache, scale=self.scale)
         nope, rope = heads.split((sizes.nope, sizes.rope), -1)
         latent, key = kv.split((sizes.latent, sizes.rope), -1)
         rope, key = self.rotary(rope, key.unsqueeze(1), step.positions)
         latent_write(key.squeeze(1), self.norm(latent), cache, step.slots)
-        mixed = latent_attention(rope, self.keys(nope), cache, step.rows, scale=self.scale)
+        mixed = latent_attention(rope, self.keys(nope), cache, step.rows, scale=self.scale, chosen=chosen)
         return self.values(mixed).flatten(1)
 
-    def _parts(self) -> LatentParts:
+    def _parts(self, chosen: Any) -> LatentParts:
         norm, tables = self.norm, self.rotary.tables
         matrices = tuple(self.keys.numbers), tuple(self.values.numbers)
-        return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices)
+        return LatentParts(self.sizes, norm.weight, norm.eps, *tables, *matrices, chosen)

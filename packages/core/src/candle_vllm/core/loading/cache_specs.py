@@ -16,7 +16,8 @@ class PagedSpec:
 
     Attributes:
         kv_heads, key_dim: K and D, the shape of a token's keys.
-        value_dim: size of a head's values; 0 if values are a part of the keys (latent attention).
+        value_dim: size of a head's values. In latent attention, where values are a part of the keys: size of a token's
+            index key in their place, so that no code but the kernels needs to know of index keys; 0 without an index.
         window: number of positions that a token attends to, including itself; None for all.
     """
 

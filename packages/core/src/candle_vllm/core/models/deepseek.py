@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeepSeek-V2 to R1, GLM-4.7-Flash, Mistral Small 4 and Youtu: latent attention, and experts in all but some layers.
+"""DeepSeek-V2 to V3.2, GLM-4.7-Flash, GLM-5, Mistral Small 4 and Youtu: latent attention, experts in most layers.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x or from a latent vector.
 Source: DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437.
@@ -25,14 +25,23 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import Parameter, WeightName
+from candle_vllm.core.models import sparse_index
 from candle_vllm.core.models.deepseek_config import DeepseekConfig, config_from_gguf, config_from_hf
 from candle_vllm.core.models.experts import expert_names, shared_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Mixer
+from candle_vllm.core.models.sparse_index import Index
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _LATENT_EPS = 1e-6  # in norms of latent vectors; the models' own code ignores rms_norm_eps there
+
+
+class Choice:
+    """The positions that the last layer with an index chose, for it and for the next layers; None without an index."""
+
+    positions: Any = None
+
 
 # ---- attention -------------------------------------------------------------------------------------------------------
 
@@ -50,12 +59,17 @@ class Attention:
         self.attend = LatentAttention(layer, config.latent, rotary, _LATENT_EPS, placement, scale=config.score_scale)
         results = config.num_heads * config.value_dim
         self.output = Linear(results, hidden, placement, bias=config.attention_bias)
+        self.index = Index(config, layer, rotary, placement) if layer in config.index_layers else None
+        self.choice = Choice()
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, kv = self.down(x).split(self.sizes, dim=-1)
         if self.q_norm is not None and self.q_up is not None:
-            q = self.q_up(self.q_norm(q))
-        return self.output(self.attend(q, kv, step))
+            normed = self.q_norm(q)
+            q = self.q_up(normed)
+            if self.index is not None:
+                self.choice.positions = self.index(x, normed, step)
+        return self.output(self.attend(q, kv, step, self.choice.positions))
 
     def parameters(self) -> Mapping[str, Parameter]:
         """No parameters besides those of its parts."""
@@ -96,6 +110,10 @@ class Deepseek(DecoderStack):
         self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        choice = Choice()
+        for block in self.layers if config.index is not None else ():
+            assert isinstance(block.attention, Attention)
+            block.attention.choice = choice
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
@@ -206,15 +224,18 @@ WEIGHTS = [
     WeightName("layers.{i}.mlp.router:correction", _HF + "mlp.gate.e_score_correction_bias", _GG + "exp_probs_b.bias"),
     *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
     *shared_names("mlp.shared_experts"),
+    *sparse_index.WEIGHTS,
     WeightName("norm:weight", "model.norm.weight", "output_norm.weight"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Names of stored tensors without use: multi-token prediction layers, and second copies of matrices."""
+    """Names of stored tensors without use: multi-token prediction layers, second copies of matrices, indices
+    of layers that use the choice of another layer."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
+    extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]
     buffers = [r".*rotary_emb\.inv_freq", r"blk\.\d+\.attn_kv_b\.weight", r".*\.attn_rot_embd\.weight", *extra]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 
@@ -223,11 +244,13 @@ FAMILY = Family(
     hf={
         "DeepseekV2ForCausalLM": "deepseek_v2",
         "DeepseekV3ForCausalLM": "deepseek_v3",
+        "DeepseekV32ForCausalLM": "deepseek_v32",
+        "GlmMoeDsaForCausalLM": "glm_moe_dsa",
         "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
         "Mistral4ForCausalLM": "mistral4",
         "YoutuForCausalLM": "youtu",
     },
-    gguf=("deepseek2", "mistral4"),
+    gguf=("deepseek2", "deepseek32", "glm-dsa", "mistral4"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=lambda config, placement, _: Deepseek(config, placement),

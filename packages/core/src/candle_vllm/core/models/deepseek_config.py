@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""Read the config of DeepSeek V2 and V3 from config.json or GGUF metadata."""
+"""Read the config of DeepSeek V2 to V3.2, and of models like them, from config.json or GGUF metadata."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import yarn_scale
-from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
+from candle_vllm.core.loading.config import (
+    MAX_LAYERS,
+    LatentSizes,
+    ModelConfig,
+    shared_from_gguf,
+    shared_from_hf,
+)
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.models import sparse_index
 from candle_vllm.core.models.experts import dense_layers, routed_keys, ungrouped, without_next_tokens
 
 
@@ -29,6 +38,10 @@ class DeepseekConfig(ModelConfig):
         dense_layers: number of first layers without experts.
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
+        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without one.
+        index_top: number of positions that it chooses.
+        index_layers: the layers with an index.
+        index_interleaved: rows of the index that rotate are stored in interleaved pairs.
     """
 
     q_rank: int
@@ -39,6 +52,10 @@ class DeepseekConfig(ModelConfig):
     dense_layers: int
     mixture: Mixture | None
     extra_layers: int = 0
+    index: LatentSizes | None = None
+    index_top: int = 0
+    index_layers: frozenset[int] = frozenset()
+    index_interleaved: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +78,17 @@ class DeepseekConfig(ModelConfig):
         )
 
     @property
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """Latent rows, with index keys in layers that have an index."""
+        rows, keys = self.kv_rank + self.rope_dim, 0 if self.index is None else self.index.rope + self.index.latent
+        return tuple(PagedSpec(1, rows, keys * (layer in self.index_layers)) for layer in range(self.num_layers))
+
+    @property
+    def shared_choices(self) -> Sequence[int]:
+        """The layers without an index in a model with one: they use the last choice of an earlier layer."""
+        return () if self.index is None else sorted(set(range(self.num_layers)) - self.index_layers)
+
+    @property
     def score_scale(self) -> float:
         """Factor of the attention scores, with the part of yarn's factor that is not applied to cos and sin."""
         rope, scale = self.rope, self.head_dim**-0.5
@@ -69,8 +97,11 @@ class DeepseekConfig(ModelConfig):
         return scale * yarn_scale(rope.factor, rope.mscale_all_dim) ** 2
 
 
+_DENSE = {"glm4_moe_lite": 1, "deepseek_v32": 3, "glm_moe_dsa": 3}  # first layers without experts, if not in the config
+
+
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Read `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, and youtu, which has no experts."""
+    """Read `config.json` of the family's model types; youtu has no experts."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
@@ -105,12 +136,13 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
         dense_layers=dense,
         mixture=mixture,
         extra_layers=fields.get("num_nextn_predict_layers", int, 0),
+        **sparse_index.from_hf(fields, model_type, shared["num_layers"], rope_dim),
     )
 
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
     """The number of dense layers, and the experts of the other layers."""
-    dense = dense_layers(fields, layers, 1 if model_type == "glm4_moe_lite" else 0)
+    dense = dense_layers(fields, layers, _DENSE.get(model_type, 0))
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
     if fields.get("moe_layer_freq", int, 1) != 1:
@@ -150,7 +182,7 @@ def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int,
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
-    """Read GGUF metadata of deepseek2; newer files store the head sizes under keys that end in `_mla`."""
+    """Read GGUF metadata of deepseek2 and the like; newer files store the head sizes under keys that end in `_mla`."""
     shared = shared_from_gguf(fields, checkpoint)
     layers = without_next_tokens(fields, shared["num_layers"])
     rope, scale = shared["rope"], fields.get("rope.scaling.yarn_log_multiplier", float, 0.0) / 0.1
@@ -177,6 +209,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> DeepseekConfig:
         dense_layers=dense,
         mixture=mixture,
         extra_layers=shared["num_layers"] - layers,
+        **sparse_index.from_gguf(fields, shared["model_type"], layers, rope_dim),
     )
 
 
@@ -222,6 +255,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
         "attention.q_lora_rank": config.q_rank,
         "attention.kv_lora_rank": config.kv_rank,
         "leading_dense_block_count": config.dense_layers,
+        **sparse_index.gguf_keys(config),
     }
     if config.mixture is None:
         return keys | {"expert_feed_forward_length": config.intermediate_size, "expert_shared_count": 0}

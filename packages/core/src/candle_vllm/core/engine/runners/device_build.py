@@ -7,6 +7,7 @@ run, then with them. Their peak memory is reserved; the cache gets its share of 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,9 +61,11 @@ def build_on_gpu(
     """
     device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)
-    _refuse_images(config, loaded)
+    _refuse_indeterminate(config, loaded)
     select = choose if model.latent is None else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
+    if getattr(model, "index", None) is not None:  # whose choice waits for the host
+        backend = dataclasses.replace(backend, capturable=False, note="an index chooses positions in torch")
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
@@ -137,7 +140,12 @@ def build_on_gpu(
     return runner, plan
 
 
-def _refuse_images(config: EngineConfig, loaded: LoadedModel) -> None:
+def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
+    if getattr(loaded.config, "index", None) is not None and config.deterministic:
+        raise ConfigError(
+            f"deterministic: on a GPU, sums of the index of {loaded.name} depend on the prompt's chunks: leave it out",
+            "deterministic",
+        )
     if loaded.vision is not None and loaded.vision.parts.whole and config.deterministic:
         raise ConfigError(
             f"deterministic: where tokens of a picture see each other, as with {loaded.name}, their sums on a GPU "

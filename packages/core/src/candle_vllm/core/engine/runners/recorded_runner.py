@@ -105,7 +105,9 @@ class RecordedRunner(StepwiseRunner):
         tokens = [(spec, count * limits.block_size) for spec, count in counts]
         size = sum(cache_bytes([spec], count, lambda key_dim: number_bytes(key_dim, kinds)) for spec, count in tokens)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
+            caches = _caches(
+                specs, num_blocks, limits.block_size, None if config.latent else kinds, limits.ranks, room, windows
+            )
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # inputs that vary are read when the plan runs
@@ -289,7 +291,7 @@ class RecordedRunner(StepwiseRunner):
         for which in range(2):
             for part, cache in ((cache[which], cache) for cache in own if cache[which] is not None):
                 at = int(self.page_of[cache.pool, place]) if isinstance(cache, WindowedCache) else place
-                if cache.values is None:  # latent attention: [stretches, blocks, ...]
+                if part.ndim == 4:  # latent attention: [stretches, blocks, S, width]
                     parts.append(part[divmod(at, part.shape[1])])
                 else:  # [stretches, heads, blocks, ...]
                     parts.append(part[at // part.shape[2], :, at % part.shape[2]])
@@ -578,12 +580,13 @@ def _caches(
     specs: Sequence[cache_specs.CacheSpec],
     num_blocks: int,
     block_size: int,
-    kinds: tuple[CacheKind, CacheKind],
+    kinds: tuple[CacheKind, CacheKind] | None,
     ranks: CpuRanks | None,
     room: cache_specs.StateRoom,
     windows: Sequence[cache_specs.WindowRoom],
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """Allocate the cache of each layer. Layers with the same shape and the same pool share one allocation."""
+    """Allocate the cache of each layer. Layers with the same shape and the same pool share one allocation.
+    `kinds` is None for latent attention, which may have index keys in place of values."""
     pools = Counter((spec.shape, cache_specs.pages_of(spec, windows, num_blocks)) for spec in cache_specs.paged(specs))
     rest = {pool: iter(_layers(pool[0], count, pool[1], block_size, kinds, ranks)) for pool, count in pools.items()}
 
@@ -610,7 +613,7 @@ def _layers(
     layers: int,
     num_blocks: int,
     block_size: int,
-    kinds: tuple[CacheKind, CacheKind],
+    kinds: tuple[CacheKind, CacheKind] | None,
     ranks: CpuRanks | None,
 ) -> list[PagedCache]:
     """Allocate the caches of layers of one shape (`PagedSpec.shape`).
@@ -618,13 +621,13 @@ def _layers(
     The heads of a rank are on its NUMA node; if heads cannot be divided, pages are interleaved over all nodes.
     """
     kv_heads, key_dim, value_dim = shape
-    if not value_dim:
-        shapes = [latent_cache_shape(num_blocks, block_size, layers, key_dim)]
+    if kinds is None:
+        shapes = [latent_cache_shape(num_blocks, block_size, layers, dim) for dim in (key_dim, value_dim) if dim]
     else:
         sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
         shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
-    types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds]
-    by_heads = bool(value_dim) and ranks is not None and ranks.divides(kv_heads)
+    types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds or PLAIN]
+    by_heads = kinds is not None and ranks is not None and ranks.divides(kv_heads)
     made: list[NDArray[Any]] = []
     for each, dtype in zip(shapes, types):
         count = math.prod(each)

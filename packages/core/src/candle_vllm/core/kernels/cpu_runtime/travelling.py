@@ -37,6 +37,7 @@ from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256, 512)
 LATENT = ((64, 512),)  # sizes of the rotary part and of the latent vector: DeepSeek
+INDEX_KEY = 128  # elements of a key of DeepSeek's index
 CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2, delta nets and Mamba
 
 
@@ -90,6 +91,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "scale_cap.cpu:make_scale_cap", (flag,)
         yield "silu_mul.cpu:make_gated_rows", (flag, 0)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
+        yield "latent_attention.cpu:make_choose", (INDEX_KEY, isa.bf16, flag)
     mixed = ((CacheKind.Q8_0, values) for values in (CacheKind.Q4_0, CacheKind.Q5_1))
     for keys, values in (*zip(CacheKind, CacheKind), *mixed):
         yield "kv_write.cpu:make_rotate_and_write", (keys, values)
@@ -106,6 +108,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
             "cpu_experts:make_expand",
         ):
             yield f"lora.{name}", (number_form, isa)
+    yield "latent_attention.cpu_write:make_prepare", (2,)
     for form in RowForm:
         yield "lora.cpu_quantise:make_quantise", (form,)
         yield "lora.cpu_tables:make_lookup", (form,)

@@ -412,18 +412,19 @@ class _Value(Recorded):
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:
         from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_latent
 
-        assert isinstance(kv, _Value)
-        result = self.recorder.buffer(parts.sizes.heads * parts.sizes.value)
-        q, k, out = (
-            Place(at, buffer.stride)
-            for at, buffer in (
-                (self.address, self.buffer),
-                (kv.address, kv.buffer),
-                (address_of(result.array), result),
-            )
-        )
+        made = buffer_value(self.recorder, self.recorder.buffer(parts.sizes.heads * parts.sizes.value))
+        q, k, out = (Place(*_place(value)) for value in (self, kv, made))
         record_latent(self.recorder, q, k, parts, cache, out, scale=scale)
-        return _Value(self.recorder, result, 0, result.width)
+        return made
+
+    def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
+        from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_choice
+
+        assert isinstance(key, _Value)
+        keys = self.recorder.buffer(key.width)
+        key.put(keys, 0)
+        q, k, w = (Place(*_place(value)) for value in (self, buffer_value(self.recorder, keys), weights))
+        return record_choice(self.recorder, q, k, w, parts, cache, top)
 
     def wanted(self) -> Recorded:
         return _Prepared(self, Prologue.NONE, self.width).wanted()

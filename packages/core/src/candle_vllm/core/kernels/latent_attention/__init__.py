@@ -14,6 +14,12 @@ already holding the new tokens' rows; `rows` as in `kernels/attention`. The toke
 Scores and sums are fp32. A row's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a power
 of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply here, too.
 
+Sparse attention: an index, with H queries [D] and H weights for each token and a key [D] for each position, scores the
+positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, of equal scores the lower
+position. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+
+    score(j) = sum over h of weights[h] * relu(q[h] . key[j])
+
 `latent_write` writes rows to the cache, `head_linear` multiplies every head by its own matrix. `cpu.py` has the
 compiled operations of recorded steps. Source: DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1 and appendix C.
 """
@@ -36,10 +42,21 @@ def latent_attention(
     rows: AttentionRows | DeviceRows,
     *,
     scale: float,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous."""
+    """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous.
+
+    Tokens attend to `chosen` positions [T, top]: ascending, and anything behind a token's own position.
+    """
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])
+    if chosen is not None:
+        import torch
+
+        from candle_vllm.core.kernels.latent_attention import reference
+
+        parts = reference.chosen_rows(cache, rows.on_host() if isinstance(rows, DeviceRows) else rows, chosen)
+        return torch.cat([latent_attention(q_rope[p], q_latent[p], *own, scale=scale) for p, *own in parts])
     if on_gpu(q_rope):
         from candle_vllm.core.kernels.latent_attention import triton
 
@@ -49,6 +66,18 @@ def latent_attention(
     from candle_vllm.core.kernels.latent_attention import reference
 
     return reference.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
+
+
+def choose(
+    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
+) -> torch.Tensor | None:
+    """Return the positions of q [T, H, D], weights [T, H] and keys [B, S, 1, D] for `latent_attention`; None for all.
+
+    On a GPU the host waits for the step's rows.
+    """
+    from candle_vllm.core.kernels.latent_attention import reference
+
+    return reference.choose(q, weights, cache, rows.on_host() if isinstance(rows, DeviceRows) else rows, top)
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from numba import njit
 
-from candle_vllm.core.kernels.attention.cpu_cache import HEADER, ROW_TILE, partial_floats
-from candle_vllm.core.kernels.attention.cpu_split import chunk_of, chunk_start, count_row_tiles, split_bytes, total_cost
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE, partial_floats
+from candle_vllm.core.kernels.attention.cpu_split import chunk_of, chunk_start, split_bytes, total_cost
 from candle_vllm.core.kernels.attention.cpu_tiles import clear_partial, merge_partial, place_of
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.latent_attention import layout
 from candle_vllm.core.kernels.latent_attention.cpu_record import AttendArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
@@ -30,7 +31,7 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
     latent_values,
 )
 
-_SEQUENCES = int(StepNumber.SEQUENCES)
+_SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
 _RUNS_PER_THREAD = 12  # units per thread of a single long sequence; few, because long consecutive reads are the fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
 
@@ -46,6 +47,18 @@ def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: in
         position = start + n * LANES
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
         to[n] = cache + 2 * width * place_of(slot, 0, shift, step)
+
+
+@njit(inline="always")
+def _copy_rows(tiles: int, to: int, chosen: int, cache: int, table, count: int, shift: int, step: int, width: int):
+    """As `_list_tiles` for `count` rows at the positions from `chosen` on, which are copied to `to`."""
+    for n in range(count):
+        position, copy = int32_at(chosen)[n], int32_at(to + 2 * width * n)
+        slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
+        row = int32_at(cache + 2 * width * place_of(slot, 0, shift, step))
+        for i in range(width // 2):
+            copy[i] = row[i]
+        int64_at(tiles)[n // LANES] = to + 2 * width * (n // LANES * LANES)
 
 
 @njit(inline="always")
@@ -87,7 +100,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
     def latent_attend(row, thread, threads):
         given = read(AttendArguments, row)
         starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
-        heads, parts, scratch = given.heads, given.parts, given.scratch
+        heads, parts, scratch, tile = given.heads, given.parts, given.scratch, given.tile
         lines = parts * LANES  # query rows of a token
         tiles = scratch + HEADER + thread * thread_bytes
         state = tiles + layout.TILE_LIST
@@ -107,9 +120,9 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
             tokens = starts[r + 1] - token
             table = int64_at(given.block_tables + 8 * r * given.table_stride)
             all_rows = tokens * lines
-            last_chunk = chunk_of(context - 1)
+            last_chunk = chunk_of(min(context, given.top) - 1)
             size = split_bytes(tokens, context, 0, lines, 1, total, threads, free, row_bytes)
-            units = count_row_tiles(all_rows)
+            units = (all_rows + tile - 1) // tile
             run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
             if size > 0:
                 run = max(1, (last_chunk + 1) * units // (threads * _RUNS_PER_THREAD))
@@ -118,22 +131,28 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
             while unit < before + units:
                 rest = units - 1 - (unit - before)
                 turn = rest % runs
-                first = rest // runs * ROW_TILE
-                groups = min(ROW_TILE, all_rows - first) // LANES
+                first = rest // runs * tile
+                groups = min(tile, all_rows - first) // LANES
                 at_group = first // LANES
                 begin = context - tokens  # position of the sequence's first token in this step
                 most = begin + (at_group + groups - 1) // parts
+                last = min(most, given.top - 1)  # of the attended positions, whatever their numbers
                 queries = given.q + (token * parts + at_group) * group_bytes
                 to = own
                 if size == 0:
                     for i in range(groups * LANES):
                         clear_partial(states + i * row_bytes, latent)
-                for c in range(turn * run, min(turn * run + run - 1, chunk_of(most)) + 1):
+                for c in range(turn * run, min(turn * run + run - 1, chunk_of(last)) + 1):
                     start = chunk_start(c)
-                    keys = min(chunk_start(c + 1), most + 1) - start
+                    keys = min(chunk_start(c + 1), last + 1) - start
                     count = (keys + LANES - 1) // LANES
                     step, shift = given.stretch_step, given.block_shift
-                    _list_tiles(tiles, given.cache, table, start, count, shift, step, width)
+                    if most > last:
+                        chosen = given.chosen + 4 * ((token + at_group // parts) * given.top + start)
+                        copies = scratch + given.scratch_size + thread * 2 * CHUNK * width
+                        _copy_rows(tiles, copies, chosen, given.cache, table, keys, shift, step, width)
+                    else:
+                        _list_tiles(tiles, given.cache, table, start, count, shift, step, width)
                     if size > 0:
                         to = partials + (c * all_rows + first) * row_bytes
                     _scores(queries, tiles, scores, count, groups, width, isa)
@@ -200,7 +219,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
             while turn < tokens * heads:
                 t, h = turn // heads, turn % heads
                 clear_partial(state, latent)
-                for c in range(chunk_of(context - tokens + t) + 1):
+                for c in range(chunk_of(min(context - tokens + t, given.top - 1)) + 1):
                     merge_partial(state, partials + ((c * tokens + t) * lines + h) * row_bytes, latent)
                 target = given.out + h * given.head_bytes + (token + t) * given.row_bytes
                 finish_latent(state, target, latent, form)
@@ -214,4 +233,73 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
     return latent_merge
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- choice ----------------------------------------------------------------------------------------------------------
+
+
+@njit(inline="always")
+def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> None:
+    """Add 16 heads' weighted scores above 0 to the sums of `keys` keys, or begin these."""
+    score, weight, out = float32_at(scores), float32_at(weights), float32_at(to)
+    for key in range(keys):
+        total = np.float32(0) if begins else out[key]
+        for head in range(LANES):
+            total += max(score[LANES * key + head], np.float32(0)) * weight[head]
+        out[key] = total
+
+
+@njit(inline="always")
+def _choose(scores: int, count: int, top: int, to: int) -> None:
+    """Write the positions of the `top` largest of `count` scores, which are overwritten, in ascending order."""
+    keys, chosen = int32_at(scores), int32_at(to)
+    for i in range(count):  # to integers in the order of the scores
+        keys[i] = keys[i] ^ ((keys[i] >> 31) & 0x7FFFFFFF)
+    least = -(1 << 31)  # the largest number that `top` keys reach
+    for bit in range(31, -1, -1):
+        reached, step = 0, 1 << bit
+        for i in range(count):
+            reached += keys[i] >= least + step
+        if reached >= top:
+            least += step
+    ties, n = top, 0
+    for i in range(count):
+        ties -= keys[i] > least
+    for i in range(count):
+        if keys[i] > least or (keys[i] == least and ties > 0):
+            ties -= keys[i] == least
+            chosen[n] = i
+            n += 1
+
+
+def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
+    """Return the operation that computes the scores of few tokens, or then one that `chooses` for all tokens."""
+
+    def choose(row, thread, threads):
+        given, tokens, r = read(AttendArguments, row), step_number(row, _TOKENS), 0
+        starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
+        tiles = given.scratch + HEADER + thread * layout.CHOICE_BYTES
+        scores, few = tiles + layout.TILE_LIST, tokens <= layout.FEW_TOKENS
+        for t in range(tokens):
+            while starts[r + 1] <= t:
+                r += 1
+            seen = contexts[r] - (starts[r + 1] - t) + 1
+            if seen <= given.top or (chooses == 1 and t % threads != thread):
+                continue
+            sums = given.scratch + HEADER + threads * layout.CHOICE_BYTES + (t if few else thread) * given.head_bytes
+            table = int64_at(given.block_tables + 8 * r * given.table_stride)
+            for c in range(chunk_of(seen - 1) + 1 if few == (chooses == 0) else 0):
+                if few and (t + c) % threads != thread:
+                    continue
+                start, keys = chunk_start(c), min(chunk_start(c + 1), seen) - chunk_start(c)
+                count = (keys + LANES - 1) // LANES
+                _list_tiles(tiles, given.cache, table, start, count, given.block_shift, given.stretch_step, width)
+                for first in range(0, given.parts, layout.GROUPS):
+                    groups = min(layout.GROUPS, given.parts - first)
+                    queries = given.q + 2 * LANES * width * (t * given.parts + first)
+                    _scores(queries, tiles, scores, count, groups, width, isa)
+                    for g in range(groups):
+                        weights = given.out + t * given.row_bytes + 4 * LANES * (first + g)
+                        _add_heads(scores + g * layout.SCORE_BYTES, weights, keys, sums + 4 * start, first + g == 0)
+            if chooses == 1:
+                _choose(sums, seen, given.top, given.chosen + 4 * t * given.top)
+
+    return choose

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
-from candle_vllm.core.kernels.latent_attention.layout import groups_of, scratch_bytes, stretch_step
+from candle_vllm.core.kernels.latent_attention.layout import (
+    CHOICE_BYTES,
+    FEW_TOKENS,
+    GROUPS,
+    groups_of,
+    scratch_bytes,
+    stretch_step,
+)
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
@@ -43,38 +53,16 @@ def record_latent(
         out: rows of the result [T, H * V].
         scale: factor of the scores.
     """
-    arrays, sizes = recorder.arrays, parts.sizes
+    sizes = parts.sizes
     heads, nope, rope, latent = sizes.heads, sizes.nope, sizes.rope, sizes.latent
     assert len({matrix.kind for matrix in (*parts.keys, *parts.values)}) == 1
     form = parts.keys[0].input_form
     width, factor = rope + latent, scale * math.log2(math.e)
     queries = recorder.memory(groups_of(heads) * LANES * width, np.int16)
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
-    prepared = PrepareArguments(
-        q=q.address,
-        q_stride=q.stride,
-        kv=kv.address,
-        kv_stride=kv.stride,
-        heads=heads,
-        nope=nope,
-        rope=rope,
-        latent=latent,
-        norm=recorder.keep(parts.norm),
-        eps=parts.eps,
-        scale=factor,
-        stretch_step=stretch_step(cache.strides, width),
-        block_shift=recorder.limits.block_shift,
-        positions=address_of(arrays.positions),
-        slots=address_of(arrays.slots),
-        cache=address_of(cache),
-        queries=address_of(queries),
-        inputs=inputs.address,
-        head_bytes=inputs.head_bytes,
-        row_numbers=inputs.row_numbers,
-        cos=recorder.keep(parts.cos),
-        sin=recorder.keep(parts.sin),
-    )
-    recorder.add(prepare_operation(int(form)), prepared)
+    prepared = _prepared(recorder, q, kv, parts, cache, address_of(queries), factor)
+    rows = {"inputs": inputs.address, "head_bytes": inputs.head_bytes, "row_numbers": inputs.row_numbers}
+    recorder.add(prepare_operation(int(form)), prepared._replace(**rows))
     multiplied = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
     arranged = multiplied._replace(
         latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
@@ -83,6 +71,55 @@ def record_latent(
     mixed = _Inputs(recorder, heads, latent, form)
     _attend(recorder, address_of(queries), mixed, parts, cache, form)
     recorder.add(heads_operation(arranges=False), _multiplied(recorder, parts.values, mixed, out))
+
+
+def record_choice(
+    recorder: Recorder, q: Place, key: Place, weights: Place, parts: LatentParts, cache: np.ndarray, top: int
+) -> NDArray[np.int32]:
+    """Record an index's rotation, the write to the cache of its keys, and the choice, see the package.
+
+    Rows of q and key have heads [nope | rope], `weights` a number for each head; `parts` has no matrices, and `nope` is
+    `latent`. The result is [T * top]; only tokens at position `top` and later have positions there.
+    """
+    sizes, limits = parts.sizes, recorder.limits
+    width = sizes.rope + sizes.latent
+    queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
+    recorder.add(prepare_operation(2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
+    score_bytes = 4 * limits.table_width * limits.block_size
+    size = HEADER + limits.threads * CHOICE_BYTES + max(FEW_TOKENS, limits.threads) * score_bytes
+    given = _over_cache(recorder, address_of(queries), parts, cache, size)
+    given = given._replace(out=weights.address, row_bytes=4 * weights.stride, head_bytes=score_bytes)
+    for chooses in (False, True):
+        made = operation("latent_attention.cpu:make_choose", width, recorder.isa.bf16, chooses)
+        recorder.add(made, given._replace(chosen=address_of(positions), top=top))
+    return positions
+
+
+def _prepared(
+    recorder: Recorder, q: Place, kv: Place, parts: LatentParts, cache: np.ndarray, queries: int, scale: float
+) -> PrepareArguments:
+    arrays, sizes = recorder.arrays, parts.sizes
+    return PrepareArguments(
+        q=q.address,
+        q_stride=q.stride,
+        kv=kv.address,
+        kv_stride=kv.stride,
+        heads=sizes.heads,
+        nope=sizes.nope,
+        rope=sizes.rope,
+        latent=sizes.latent,
+        norm=recorder.keep(parts.norm),
+        eps=parts.eps,
+        scale=scale,
+        stretch_step=stretch_step(cache.strides, sizes.rope + sizes.latent),
+        block_shift=recorder.limits.block_shift,
+        positions=address_of(arrays.positions),
+        slots=address_of(arrays.slots),
+        cache=address_of(cache),
+        queries=queries,
+        cos=recorder.keep(parts.cos),
+        sin=recorder.keep(parts.sin),
+    )
 
 
 class _Inputs:
@@ -111,7 +148,7 @@ def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _
 def _attend(
     recorder: Recorder, queries: int, mixed: _Inputs, parts: LatentParts, cache: np.ndarray, form: RowForm
 ) -> None:
-    arrays, limits, sizes = recorder.arrays, recorder.limits, parts.sizes
+    limits, sizes = recorder.limits, parts.sizes
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
@@ -120,11 +157,21 @@ def _attend(
         max_context=limits.table_width * limits.block_size,
         threads=limits.threads,
     )
-    attended = AttendArguments(
+    copied = 0 if parts.chosen is None else limits.threads * 2 * CHUNK * (sizes.rope + sizes.latent)
+    attended = _over_cache(recorder, queries, parts, cache, size + copied)._replace(
+        out=mixed.address, head_bytes=mixed.head_bytes, row_bytes=mixed.row_bytes, scratch_size=size
+    )
+    if parts.chosen is not None:
+        chosen, tile = address_of(parts.chosen), LANES * math.gcd(attended.parts, GROUPS)
+        attended = attended._replace(chosen=chosen, top=parts.chosen.size // limits.tokens, tile=tile)
+    recorder.add(attend_operation(sizes.rope, sizes.latent, int(form), recorder.isa), attended)
+    recorder.add(merge_operation(sizes.latent, int(form)), attended)
+
+
+def _over_cache(recorder: Recorder, queries: int, parts: LatentParts, cache: np.ndarray, size: int) -> AttendArguments:
+    arrays, limits, sizes = recorder.arrays, recorder.limits, parts.sizes
+    return AttendArguments(
         q=queries,
-        out=mixed.address,
-        head_bytes=mixed.head_bytes,
-        row_bytes=mixed.row_bytes,
         cache=address_of(cache),
         query_start=address_of(arrays.query_start),
         context_lens=address_of(arrays.context_lens),
@@ -137,8 +184,6 @@ def _attend(
         scratch=recorder.scratch(size),
         scratch_size=size,
     )
-    recorder.add(attend_operation(sizes.rope, sizes.latent, int(form), recorder.isa), attended)
-    recorder.add(merge_operation(sizes.latent, int(form)), attended)
 
 
 class AttendArguments(NamedTuple):
@@ -146,20 +191,20 @@ class AttendArguments(NamedTuple):
 
     Attributes:
         q: address of queries in the layout of `cpu_tiles.py`, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head.
+        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head. Of a
+            choice: address of the weights, bytes of a token's scores, and from a token's weights to the next.
         cache: address of the layer's cache, see `cpu_write.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
         stretch_step: slots from one stretch of the cache to the next.
         block_shift: log2(S).
         heads, parts: H, and `groups_of(H)`.
-        scratch, scratch_size: address and size of `scratch_bytes`.
+        scratch, scratch_size: address and size of `scratch_bytes`; copies of chosen rows follow it.
+        chosen, top: address of chosen positions, int32 [T, top], and the number of positions that tokens attend to.
+        tile: query rows of a unit; of chosen positions, the unit belongs to one token.
     """
 
     q: int
-    out: int
-    head_bytes: int
-    row_bytes: int
     cache: int
     query_start: int
     context_lens: int
@@ -171,6 +216,12 @@ class AttendArguments(NamedTuple):
     parts: int
     scratch: int
     scratch_size: int
+    out: int = 0
+    head_bytes: int = 0
+    row_bytes: int = 0
+    chosen: int = 0
+    top: int = 1 << 60
+    tile: int = ROW_TILE
 
 
 def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
@@ -247,11 +298,11 @@ class PrepareArguments(NamedTuple):
     slots: int
     cache: int
     queries: int
-    inputs: int
-    head_bytes: int
-    row_numbers: int
     cos: int
     sin: int
+    inputs: int = 0
+    head_bytes: int = 0
+    row_numbers: int = 0
 
 
 def prepare_operation(form: int) -> int:

@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
 from candle_vllm.core.kernels.latent_attention.cpu_record import PrepareArguments
-from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, scaled_to_bf16
+from candle_vllm.core.kernels.latent_attention.cpu_tiles import copy_numbers, scaled_to_bf16, store_pairs
 
 
 @intrinsic
@@ -67,7 +67,7 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
 
 
 def make_prepare(form: int) -> Callable[..., None]:
-    """Return the operation; `form` is that of `cpu_tiles.copy_numbers`."""
+    """Return the operation; `form` is that of `cpu_tiles.copy_numbers`, or 2 for an index, which has no matrices."""
 
     def latent_prepare(row, thread, threads):
         given = read(PrepareArguments, row)
@@ -85,11 +85,19 @@ def make_prepare(form: int) -> Callable[..., None]:
                 x = given.kv + 4 * t * given.kv_stride
                 to = given.cache + 2 * width * place_of(slots[t], 0, given.block_shift, given.stretch_step)
                 _rotate(x + 4 * latent, half, given.cos + at, given.sin + at, one, to, 4)
+                if form == 2:
+                    for i in range(0, latent, LANES):
+                        copy_numbers(x, to + 2 * rope, i, 0)
+                    continue
                 scaled_to_bf16(x, given.norm, rms_scale(x, latent, given.eps), to + 2 * rope, latent)
             else:
                 x = given.q + 4 * (t * given.q_stride + h * (nope + rope))
                 to = given.queries + 2 * LANES * width * (t * groups + h // LANES) + 4 * (h % LANES)
                 _rotate(x + 4 * nope, half, given.cos + at, given.sin + at, given.scale, to, 4 * LANES)
+                if form == 2:
+                    for i in range(0, nope, LANES):
+                        store_pairs(x + 4 * i, given.scale, to + 2 * LANES * (rope + i))
+                    continue
                 to = given.inputs + h * given.head_bytes + t * given.row_numbers * number_bytes
                 _copy_row(x, to, nope, given.row_numbers, form)
 

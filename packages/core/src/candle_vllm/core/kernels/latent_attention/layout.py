@@ -27,6 +27,7 @@ class LatentParts:
         cos, sin: tables of the rotation, [P, R / 2].
         keys: for every head the matrix [L, nope] that maps its queries to latent space.
         values: for every head the matrix [V, L] that maps the weighted latent vector to its result.
+        chosen: positions that tokens attend to, a result of `record_choice`; None for all positions.
     """
 
     sizes: LatentSizes
@@ -36,6 +37,7 @@ class LatentParts:
     sin: NDArray[np.float32]
     keys: tuple[PlainMatrix, ...]
     values: tuple[PlainMatrix, ...]
+    chosen: NDArray[np.int32] | None = None
 
 
 def supported(sizes: LatentSizes, block_size: int) -> bool:
@@ -91,6 +93,10 @@ def scratch_per_thread(latent: int) -> int:
     """Return the scratch memory of a thread: tile addresses, states and partials of a tile, scores, probabilities."""
     rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
     return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
+
+
+FEW_TOKENS = 16  # of so many tokens of a step, or fewer, threads share the index scores of each
+CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:

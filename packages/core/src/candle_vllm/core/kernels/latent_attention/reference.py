@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 
-if TYPE_CHECKING:
-    from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
 
@@ -32,6 +31,46 @@ def latent_attention(
             scores.masked_fill_(hidden[:, None], float("-inf"))
             out[first:last] = torch.matmul(scores.softmax(-1), keys[:, rope:]).to(out.dtype)
     return out
+
+
+def choose(
+    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows, top: int
+) -> torch.Tensor | None:
+    """See the package."""
+    found: list[torch.Tensor] = []
+    if max(rows.context_lens, default=0) <= top:
+        return None
+    for row, context in enumerate(rows.context_lens):
+        start, end = rows.query_start[row], rows.query_start[row + 1]
+        keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context].float()
+        places = torch.arange(context, device=q.device)
+        for first in range(start, end, _QUERIES):
+            last = min(first + _QUERIES, end)
+            at = places[context - (end - first) : context - (end - last), None]
+            scores = torch.matmul(q[first:last].float(), keys.T).relu() * weights[first:last, :, None].float()
+            scores = scores.sum(1).masked_fill_(places > at, float("-inf"))
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top].sort(-1).values
+            best = torch.nn.functional.pad(best, (0, top - best.shape[1]), value=context)
+            found.append(torch.minimum(best, at))
+    return torch.cat(found)
+
+
+def chosen_rows(
+    cache: torch.Tensor, rows: AttentionRows, chosen: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
+    """Copy the rows at chosen positions [T, top], for some tokens at a time: these, the copies, their rows."""
+    size = cache.shape[1]
+    counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
+    seen = [context - n + i + 1 for context, n in zip(rows.context_lens, counts) for i in range(n)]
+    tables = rows.block_tables.repeat_interleave(torch.tensor(counts, device=cache.device), 0)
+    padded = torch.nn.functional.pad(chosen, (0, -chosen.shape[1] % size))  # to whole blocks
+    for first in range(0, len(seen), _QUERIES):
+        part = slice(first, first + _QUERIES)
+        places = tables[part].gather(1, padded[part] // size) * size + padded[part] % size
+        copies = cache.flatten(0, 2)[places].unflatten(1, (-1, size))
+        blocks = torch.arange(copies.shape[:2].numel(), device=cache.device).view(copies.shape[:2])
+        contexts = tuple(min(n, chosen.shape[1]) for n in seen[part])
+        yield part, copies.flatten(0, 1).unsqueeze(2), AttentionRows(tuple(range(len(contexts) + 1)), contexts, blocks)
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The index of sparse latent attention in DeepSeek V3.2 and GLM-5: its layer, its config, its weight names.
+
+A token attends to the positions whose index keys have the largest sums of products with the heads of its index query
+(`kernels/latent_attention`). The last R elements of heads and keys rotate here, the first R in checkpoints. In GLM-5.2
+and later, layers without an index use the last choice of an earlier layer. The published code also multiplies queries
+and keys by a Hadamard matrix, which changes no product. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.latent_attention import choose, latent_write
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.layer_norm import LayerNorm
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import LatentSizes
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_EPS = 1e-6  # of the keys' norm
+_LONG = 1 << 20  # GLM-5.2 and later: GGUF files without `indexer.types` are of these models if they have this context
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
+
+
+class Index:
+    """Chooses the positions that each token of a step attends to."""
+
+    def __init__(self, config: Any, layer: int, rotary: Rotary, placement: Placement) -> None:
+        assert config.index is not None
+        self.sizes, self.layer, self.rotary, self.top = config.index, layer, rotary, config.index_top
+        heads, dim = config.index.heads, config.index.rope + config.index.latent
+        self.inputs = Linear(config.hidden_size, {"k": dim, "w": heads}, placement)
+        self.queries = Linear(config.q_rank, heads * dim, placement)
+        self.norm = LayerNorm(dim, _EPS, placement)
+
+    def __call__(self, x: Value, q: Value, step: StepInput) -> Any:
+        """x is the attention's input [T, E], q the latent vector of queries [T, q_rank]."""
+        cache, q, sizes = step.caches[self.layer].values, self.queries(q), self.sizes
+        key, weights = self.inputs(x).split((sizes.rope + sizes.latent, sizes.heads), -1)
+        key = self.norm(key)
+        if isinstance(q, Recorded):
+            parts = LatentParts(sizes, self.norm.weight, _EPS, *self.rotary.tables, (), ())
+            return q.choose_positions(key, weights, parts, cache, self.top)
+        heads, keys = (v.unflatten(-1, (-1, sizes.rope + sizes.latent)) for v in (q, key))
+        (rest, turned), (key_rest, key_turned) = (v.split((sizes.latent, sizes.rope), -1) for v in (heads, keys))
+        turned, key_turned = self.rotary(turned, key_turned, step.positions)
+        latent_write(key_turned.squeeze(1), key_rest.squeeze(1), cache, step.slots)
+        return choose(side_by_side(turned, rest), weights, cache, step.rows, self.top)
+
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str, Any]:
+    """The config's keys of the index, and the layers that have one."""
+    if model_type not in ("deepseek_v32", "glm_moe_dsa"):
+        return {}
+    sizes = [fields.count(key) for key in ("index_n_heads", "index_head_dim", "index_topk")]
+    full = [True] * layers
+    if model_type == "glm_moe_dsa":
+        every, first = max(1, fields.get("index_topk_freq", int, 1)), fields.get("index_skip_topk_offset", int, 2)
+        full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
+        letters = fields.values.get("index_topk_pattern")
+        kinds = fields.values.get("indexer_types") or ({"F": "full", "S": "shared"}.get(x, x) for x in letters or ())
+        full = [kind == "full" for kind in kinds] or full
+    return _checked(fields, sizes, rope, full, layers, model_type == "glm_moe_dsa")
+
+
+def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:
+    """The same from GGUF metadata; llama.cpp's defaults for files without `indexer.types`."""
+    if architecture not in ("deepseek32", "glm-dsa"):
+        return {}
+    at, glm = "attention.indexer.", architecture == "glm-dsa"
+    sizes = [fields.count(at + key) for key in ("head_count", "key_length", "top_k")]
+    shares = glm and fields.count("context_length") >= _LONG
+    full = [not shares or layer < 2 or layer % 4 == 2 for layer in range(layers)]
+    kinds = fields.get(at + "types", list, []) if glm else []
+    return _checked(fields, sizes, rope, [bool(kind) for kind in kinds][:layers] or full, layers, glm)
+
+
+def _checked(fields: Fields, sizes: list[int], rope: int, full: list[bool], layers: int, pairs: bool) -> dict[str, Any]:
+    heads, dim, top = sizes
+    if len(full) != layers or not full[0] or dim <= rope:
+        raise InvalidFileError(f"{fields.path}: the index of the layers is incomplete, or its keys have {dim} elements")
+    if not fields.count("q_lora_rank" if "q_lora_rank" in fields else "attention.q_lora_rank", 0):
+        raise UnsupportedModelError(f"{fields.path}: an index without q_lora_rank is not implemented")
+    index = LatentSizes(heads=heads, nope=dim - rope, rope=rope, latent=dim - rope, value=0)
+    indexed = frozenset(layer for layer in range(layers) if full[layer])
+    return {"index": index, "index_top": top, "index_layers": indexed, "index_interleaved": pairs}
+
+
+def gguf_keys(config: Any) -> dict[str, Any]:
+    """The metadata of the index; llama.cpp reads `types` for GLM alone."""
+    at, sizes = "attention.indexer.", config.index
+    if sizes is None:
+        return {}
+    keys: dict[str, Any] = {at + "head_count": sizes.heads, at + "top_k": config.index_top}
+    keys[at + "key_length"] = sizes.rope + sizes.latent
+    full = [layer in config.index_layers for layer in range(config.num_layers)]
+    return keys | ({at + "types": full} if config.index_interleaved else {})
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _rows(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Rows of heads [rope | nope] as [nope | rope], in half-split rotary order."""
+    sizes = config.index
+    dim = 1 if sizes is None else sizes.rope + sizes.latent
+    if sizes is None or not stored.shape or stored.shape[0] % dim:
+        return stored  # the loader reports a wrong shape
+    rotated = np.arange(sizes.rope)
+    if config.index_interleaved:
+        rotated = np.concatenate([rotated[::2], rotated[1::2]])
+    head = np.concatenate([np.arange(sizes.rope, dim), rotated])
+    return stored.select((np.arange(0, stored.shape[0], dim)[:, None] + head).reshape(-1))
+
+
+_AT, _HF, _GG = "layers.{i}.attention.index.", HF + "self_attn.indexer.", GG + "indexer."
+
+WEIGHTS = [
+    WeightName(_AT + "inputs:k.weight", _HF + "wk.weight", _GG + "attn_k.weight", _rows, _rows),
+    WeightName(_AT + "inputs:w.weight", _HF + "weights_proj.weight", _GG + "proj.weight"),
+    WeightName(_AT + "queries:weight", _HF + "wq_b.weight", _GG + "attn_q_b.weight", _rows, _rows),
+    WeightName(_AT + "norm:weight", _HF + "k_norm.weight", _GG + "k_norm.weight", _rows, _rows),
+    WeightName(_AT + "norm:bias", _HF + "k_norm.bias", _GG + "k_norm.bias", _rows, _rows),
+]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""The positions that an index chooses, and latent attention to them: torch against a loop, the CPU against torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.latent_attention import choose, head_linear, latent_attention, latent_write
+from packages.core.tests.kernels.latent_layer import SIZES, Layer, error, random
+
+pytest.importorskip("numba")
+
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
+from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_choice
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts, cache_shape
+from candle_vllm.core.loading.config import LatentSizes
+from packages.core.tests.kernels.test_cpu_latent_attention import BLOCK, TOLERANCE, Recorded, rounded
+
+DIM, TOP = 64, 70
+
+
+def inputs(heads: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and weights; there are 9 keys alone, so that most scores are equal to others."""
+    kinds = torch.randint(9, (tokens,), generator=torch.Generator().manual_seed(seed))
+    keys = torch.nn.functional.layer_norm(random(9, DIM, seed=1), (DIM,), eps=1e-6).bfloat16().float()[kinds]
+    return random(tokens, heads, DIM, seed=seed).bfloat16().float(), keys, random(tokens, heads, seed=seed + 1)
+
+
+def by_hand(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, position: int) -> list[int]:
+    scores = ((q @ keys[: position + 1].T).relu() * weights[:, None]).sum(0).tolist()
+    return sorted(sorted(range(position + 1), key=lambda j: (-round(scores[j], 3), j))[:TOP])
+
+
+def test_the_largest_scores_are_chosen_and_of_equal_ones_the_first() -> None:
+    q, keys, weights = inputs(32, 300, 5)
+    table = torch.randperm(19, generator=torch.Generator().manual_seed(0))[None]
+    cache = torch.full((19, 16, 1, DIM), torch.nan)
+    places = torch.arange(300)
+    cache.flatten(0, 2)[table[0][places // 16] * 16 + places % 16] = keys
+    step = q[200:], weights[200:], cache, AttentionRows((0, 100), (300,), table)
+    found = choose(*step, TOP)
+    assert found is not None
+    assert [found[n].tolist() for n in range(0, 100, 9)] == [
+        by_hand(q[n], keys, weights[n], n) for n in range(200, 300, 9)
+    ]
+    assert choose(*step, 300) is None
+    early = choose(q[:100], weights[:100], cache, AttentionRows((0, 100), (100,), table), TOP)
+    assert early is not None
+    assert early[3].tolist() == [0, 1, 2] + [3] * (TOP - 3)
+
+
+class Index:
+    """A recorded index whose heads do not rotate."""
+
+    def __init__(self, heads: int, threads: int) -> None:
+        tokens, blocks, self.heads = 400, 64, heads
+        self.recorder = Recorder(StepLimits(tokens, 4, 1, 32, BLOCK, threads), host_isa())
+        self.cache = np.full(cache_shape(blocks, BLOCK, 2, DIM), 0x7FC0, np.int16)
+        self.q, self.key = np.zeros((tokens, heads * DIM), np.float32), np.zeros((tokens, DIM), np.float32)
+        self.weights, cos = np.zeros((tokens, heads), np.float32), np.ones((512, 8), np.float32)
+        sizes = LatentSizes(heads=heads, nope=DIM - 16, rope=16, latent=DIM - 16, value=0)
+        parts = LatentParts(sizes, cos[0], 1e-6, cos, 0 * cos, (), ())
+        places = [Place(address_of(x), x.shape[1]) for x in (self.q, self.key, self.weights)]
+        self.positions = record_choice(self.recorder, *places, parts, self.cache[:, 1], TOP)
+        self.plan = np.array(self.recorder.plan, np.int64)
+
+    def run(self, team: ThreadTeam, step: list[tuple[range, int, int]]) -> np.ndarray:
+        """Positions [T, TOP] for a step of (table, first token, tokens) of sequences of the same inputs."""
+        arrays, at = self.recorder.arrays, 0
+        q, keys, weights = inputs(self.heads, 400, 5)
+        for row, (table, start, count) in enumerate(step):
+            here, places = slice(at, at + count), np.arange(start, start + count)
+            arrays.block_tables[row, : len(table)] = table
+            arrays.positions[here] = places
+            arrays.slots[here] = np.array(table)[places // BLOCK] * BLOCK + places % BLOCK
+            self.q[here], self.key[here] = q[places].flatten(1), keys[places]
+            self.weights[here] = weights[places]
+            arrays.context_lens[row], arrays.query_start[row + 1] = start + count, at + count
+            at += count
+        arrays.numbers[StepNumber.TOKENS], arrays.numbers[StepNumber.SEQUENCES] = at, len(step)
+        team.run(self.plan, self.recorder.num_rows)
+        return self.positions.reshape(-1, TOP)[:at].copy()
+
+
+@pytest.mark.parametrize("heads", [16, 80])
+def test_the_cpu_chooses_the_same(heads: int) -> None:
+    """Many tokens, of which each thread scores some; few tokens, which threads share; beside another sequence."""
+    (q, keys, weights), team, index = inputs(heads, 400, 5), ThreadTeam(2), Index(heads, 2)
+    everything = index.run(team, [(range(25), 0, 400)])
+    team.close()
+    for n in range(TOP, 400, 7):
+        assert everything[n].tolist() == by_hand(q[n], keys, weights[n], n)
+    first, second = range(25), range(60, 35, -1)
+    for threads in (1, 3):
+        team, index = ThreadTeam(threads), Index(heads, threads)
+        index.run(team, [(second, 0, 200)])
+        found = index.run(team, [(first, 0, 100), (second, 200, 190)])
+        assert np.array_equal(found[TOP:100], everything[TOP:100])
+        assert np.array_equal(found[100:], everything[200:390])
+        found = index.run(team, [(first, 100, 3), (second, 390, 10)])
+        assert np.array_equal(found, everything[[*range(100, 103), *range(390, 400)]])
+        team.close()
+
+
+@pytest.mark.parametrize("name", ["odd", "many heads"])
+def test_attention_to_chosen_positions(name: str) -> None:
+    """Several chunks of copied rows; a token's bits depend on no other token and on no thread."""
+    layer, top, tokens = rounded(Layer(SIZES[name])), 600, 700
+    generator = torch.Generator().manual_seed(3)
+    picked = [torch.randperm(p + 1, generator=generator)[:top].sort().values for p in range(tokens)]
+    positions = torch.stack([torch.cat([x, x[-1:].expand(top - len(x))]) for x in picked])
+    q, kv = layer.inputs(tokens, seed=9)
+    nope, rope, key, latent = layer.split(q, kv, torch.arange(tokens))
+    cache = torch.zeros(44, 16, 1, layer.sizes.rope + layer.sizes.latent)
+    latent_write(key, latent, cache, torch.arange(tokens))
+    rows, queries = AttentionRows((0, tokens), (tokens,), torch.arange(44)[None]), head_linear(nope, layer.k_b)
+    mixed = latent_attention(rope, queries, cache, rows, scale=layer.scale, chosen=positions)
+    wanted, found = head_linear(mixed, layer.v_b).flatten(1), []
+    for threads, cut in ((1, tokens), (3, tokens - 2)):
+        team, buffer = ThreadTeam(threads), np.zeros((tokens, top), np.int32)
+        recorded, table = Recorded(layer, tokens=tokens, threads=threads, chosen=buffer), list(range(44))
+        parts = []
+        for start, end in ((0, cut), (cut, tokens)):
+            buffer[: end - start] = positions[start:end]
+            parts += [recorded.run(team, [(table, start, q[start:end], kv[start:end])])] if end > start else []
+        found.append(torch.cat(parts))
+        team.close()
+    assert torch.equal(*found)
+    assert error(found[0], wanted) < TOLERANCE
+    team = ThreadTeam(1)
+    everything = Recorded(layer, tokens=tokens).prompt(team, tokens, 9, [], list(range(44)))
+    team.close()
+    assert torch.equal(found[0][:top], everything[:top])
+    assert error(found[0][top:], everything[top:]) > 10 * TOLERANCE
