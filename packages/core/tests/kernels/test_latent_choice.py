@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.attention.rows import AttentionRows
-from candle_vllm.core.kernels.latent_attention import choose, head_linear, latent_attention, latent_write
+from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
+from candle_vllm.core.kernels.latent_attention.reference import choose
 from packages.core.tests.kernels.latent_layer import SIZES, Layer, error, random
 
 pytest.importorskip("numba")

@@ -15,7 +15,7 @@ import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.kernels.latent_attention import choose, latent_write
+from candle_vllm.core.kernels.latent_attention import latent_write
 from candle_vllm.core.kernels.latent_attention.layout import LatentParts
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
@@ -54,6 +54,8 @@ class Index:
         if isinstance(q, Recorded):
             parts = LatentParts(sizes, self.norm.weight, _EPS, *self.rotary.tables, (), ())
             return q.choose_positions(key, weights, parts, cache, self.top)
+        from candle_vllm.core.kernels.latent_attention.reference import choose
+
         heads, keys = (v.unflatten(-1, (-1, sizes.rope + sizes.latent)) for v in (q, key))
         (rest, turned), (key_rest, key_turned) = (v.split((sizes.latent, sizes.rope), -1) for v in (heads, keys))
         turned, key_turned = self.rotary(turned, key_turned, step.positions)

@@ -55,7 +55,7 @@ def latent_attention(
 
         from candle_vllm.core.kernels.latent_attention import reference
 
-        parts = reference.chosen_rows(cache, rows.on_host() if isinstance(rows, DeviceRows) else rows, chosen)
+        parts = reference.chosen_rows(cache, rows, chosen)
         return torch.cat([latent_attention(q_rope[p], q_latent[p], *own, scale=scale) for p, *own in parts])
     if on_gpu(q_rope):
         from candle_vllm.core.kernels.latent_attention import triton
@@ -66,18 +66,6 @@ def latent_attention(
     from candle_vllm.core.kernels.latent_attention import reference
 
     return reference.latent_attention(q_rope, q_latent, cache, rows, scale=scale)
-
-
-def choose(
-    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
-) -> torch.Tensor | None:
-    """Return the positions of q [T, H, D], weights [T, H] and keys [B, S, 1, D] for `latent_attention`; None for all.
-
-    On a GPU the host waits for the step's rows.
-    """
-    from candle_vllm.core.kernels.latent_attention import reference
-
-    return reference.choose(q, weights, cache, rows.on_host() if isinstance(rows, DeviceRows) else rows, top)
 
 
 def latent_write(rope: torch.Tensor, latent: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE
-from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
 from candle_vllm.core.kernels.latent_attention.layout import (
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
+
+
+_PREPARE = "latent_attention.cpu_write:make_prepare"  # with a form
+_HEADS = "latent_attention.cpu_heads:make_heads"  # whether it also converts the products to queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +66,15 @@ def record_latent(
     inputs, products = _Inputs(recorder, heads, nope, form), recorder.memory(heads * latent)
     prepared = _prepared(recorder, q, kv, parts, cache, address_of(queries), factor)
     rows = {"inputs": inputs.address, "head_bytes": inputs.head_bytes, "row_numbers": inputs.row_numbers}
-    recorder.add(prepare_operation(int(form)), prepared._replace(**rows))
+    recorder.add(operation(_PREPARE, form), prepared._replace(**rows))
     multiplied = _multiplied(recorder, parts.keys, inputs, Place(address_of(products), heads * latent))
     arranged = multiplied._replace(
         latent_queries=address_of(products), queries=address_of(queries), width=width, rope=rope, scale=factor
     )
-    recorder.add(heads_operation(arranges=True), arranged)
+    recorder.add(operation(_HEADS, True), arranged)
     mixed = _Inputs(recorder, heads, latent, form)
     _attend(recorder, address_of(queries), mixed, parts, cache, form)
-    recorder.add(heads_operation(arranges=False), _multiplied(recorder, parts.values, mixed, out))
+    recorder.add(operation(_HEADS, False), _multiplied(recorder, parts.values, mixed, out))
 
 
 def record_choice(
@@ -84,7 +88,7 @@ def record_choice(
     sizes, limits = parts.sizes, recorder.limits
     width = sizes.rope + sizes.latent
     queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
-    recorder.add(prepare_operation(2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
+    recorder.add(operation(_PREPARE, 2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
     score_bytes = 4 * limits.table_width * limits.block_size
     size = HEADER + limits.threads * CHOICE_BYTES + max(FEW_TOKENS, limits.threads) * score_bytes
     given = _over_cache(recorder, address_of(queries), parts, cache, size)
@@ -164,8 +168,9 @@ def _attend(
     if parts.chosen is not None:
         chosen, tile = address_of(parts.chosen), LANES * math.gcd(attended.parts, GROUPS)
         attended = attended._replace(chosen=chosen, top=parts.chosen.size // limits.tokens, tile=tile)
-    recorder.add(attend_operation(sizes.rope, sizes.latent, int(form), recorder.isa), attended)
-    recorder.add(merge_operation(sizes.latent, int(form)), attended)
+    constants = sizes.rope, sizes.latent, form, recorder.isa.bf16
+    recorder.add(operation("latent_attention.cpu:make_attend", *constants), attended)
+    recorder.add(operation("latent_attention.cpu:make_merge", sizes.latent, form), attended)
 
 
 def _over_cache(recorder: Recorder, queries: int, parts: LatentParts, cache: np.ndarray, size: int) -> AttendArguments:
@@ -224,16 +229,6 @@ class AttendArguments(NamedTuple):
     tile: int = ROW_TILE
 
 
-def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
-    """Return the address of the compiled operation."""
-    return operation("latent_attention.cpu:make_attend", rope, latent, form, isa.bf16)
-
-
-def merge_operation(latent: int, form: int) -> int:
-    """Return the address of the compiled operation."""
-    return operation("latent_attention.cpu:make_merge", latent, form)
-
-
 class HeadsArguments(NamedTuple):
     """The operation's arguments.
 
@@ -255,11 +250,6 @@ class HeadsArguments(NamedTuple):
     width: int = 0
     rope: int = 0
     scale: float = 0.0
-
-
-def heads_operation(*, arranges: bool) -> int:
-    """Return the address of the compiled operation; with `arranges` it also converts the products to queries."""
-    return operation("latent_attention.cpu_heads:make_heads", arranges)
 
 
 class PrepareArguments(NamedTuple):
@@ -303,8 +293,3 @@ class PrepareArguments(NamedTuple):
     inputs: int = 0
     head_bytes: int = 0
     row_numbers: int = 0
-
-
-def prepare_operation(form: int) -> int:
-    """Return the address of the compiled operation."""
-    return operation("latent_attention.cpu_write:make_prepare", form)

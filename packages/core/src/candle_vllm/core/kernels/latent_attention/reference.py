@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
 
@@ -34,10 +34,10 @@ def latent_attention(
 
 
 def choose(
-    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows, top: int
+    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
 ) -> torch.Tensor | None:
-    """See the package."""
-    found: list[torch.Tensor] = []
+    """Positions [T, top] for `latent_attention`, of q [T, H, D], weights [T, H] and keys [B, S, 1, D]; None for all."""
+    rows, found = rows.on_host() if isinstance(rows, DeviceRows) else rows, list[torch.Tensor]()
     if max(rows.context_lens, default=0) <= top:
         return None
     for row, context in enumerate(rows.context_lens):
@@ -56,10 +56,10 @@ def choose(
 
 
 def chosen_rows(
-    cache: torch.Tensor, rows: AttentionRows, chosen: torch.Tensor
+    cache: torch.Tensor, rows: AttentionRows | DeviceRows, chosen: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
     """Copy the rows at chosen positions [T, top], for some tokens at a time: these, the copies, their rows."""
-    size = cache.shape[1]
+    rows, size = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
     seen = [context - n + i + 1 for context, n in zip(rows.context_lens, counts) for i in range(n)]
     tables = rows.block_tables.repeat_interleave(torch.tensor(counts, device=cache.device), 0)
