@@ -82,6 +82,16 @@ def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monk
     assert error(logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)) < 1e-4
 
 
+def test_an_index_chooses(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three positions of up to eight."""
+    source = write_tiny(tmp_path, "deepseek_v32", **{**ROWS["DeepSeek-V3.2"].config, "index_topk": 3})
+    found, wanted = logits(source, device, "f32", monkeypatch), reference(source, "f32", monkeypatch)
+    assert error(found, wanted) < 1e-4
+    config = source / "config.json"
+    config.write_text(config.read_text().replace('"index_topk": 3', '"index_topk": 8'))
+    assert error(found[3:], reference(source, "f32", monkeypatch)[3:]) > 1e-3
+
+
 @pytest.mark.parametrize("name", few([name for name in first_rows() if ROWS[name].gguf], "gpt-oss"))
 def test_gguf(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised matrices as they are, activations in bf16, against the decoded weights in fp32."""
