@@ -56,7 +56,7 @@ def latent_attention(
         from candle_vllm.core.kernels.latent_attention import reference
 
         parts = reference.chosen_rows(cache, rows, chosen)
-        return torch.cat([latent_attention(q_rope[p], q_latent[p], *own, scale=scale) for p, *own in parts])
+        return torch.cat([latent_attention(q_rope[p], q_latent[p], c, own, scale=scale) for p, c, own in parts])
     if on_gpu(q_rope):
         from candle_vllm.core.kernels.latent_attention import triton
 
