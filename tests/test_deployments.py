@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from candle_vllm.core import EngineConfig, InferenceEngine
+from candle_vllm.server.app import OPERATIONS
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
@@ -352,6 +353,13 @@ def proxy(demo_server: ServerProcess, tmp_path: Path) -> Iterator[httpx.Client]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def test_a_proxy_hides_each_route_of_operators() -> None:
+    text = (DEPLOY / "caddy" / "Caddyfile").read_text()
+    hidden = set(re.findall(r"/\S+", " ".join(re.findall(r"^\s*(?:@operators )?path (.*)", text, re.MULTILINE))))
+    ours = {re.sub(r"\{.*?\}", "*", path) for (_, path), operation in OPERATIONS.items() if operation.manages}
+    assert hidden == ours - {"/v1/models/status", "/v1/models/inventory"}
 
 
 def test_a_proxy_passes_answers_and_hides_what_is_operators(proxy: httpx.Client) -> None:
