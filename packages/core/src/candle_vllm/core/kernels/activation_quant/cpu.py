@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Quantising activations on the CPU, the prologue fused into the same pass.
+"""Quantise activations on the CPU, and apply the prologue in the same pass.
 
-With at least as many rows as threads each thread takes whole rows, else every thread takes a share of each row's groups
-(the sum of squares of a norm is then computed by each). Either way every number is made by the same arithmetic.
+If there are at least as many rows as threads, each thread takes whole rows; otherwise each thread takes some groups of
+every row, and computes a norm's sums over the whole row itself. The results have the same bits.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number
 from candle_vllm.core.kernels.recorded import LIMITS
 
-_SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
+_SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
 
 def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """One, or four, vectors of 16 combined across their lanes: lane i of the <4> result is vector i's."""
+    """Combine the 16 lanes of each of four vectors; lane i of the <4> result is of vector i, or of a single vector."""
 
     def pick(x: Any, y: Any, order: list[int]) -> Any:
         return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
 
     def both(x: Any, y: Any, step: int) -> Any:
-        """Neighbours `step` lanes apart combined, those of x and y in turns."""
+        """In each quarter of 4 lanes, combine lanes 0 and 2, and 1 and 3; step 1 alternates the results of x and y."""
         quarters = [[4 * part + lane + 16 * side for lane in range(4)] for part in range(4) for side in (0, 1)]
         low = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[:2], y[:2], step)]
         high = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[2:], y[2:], step)]
@@ -55,7 +55,7 @@ def _turns(x: list[int], y: list[int], step: int) -> list[int]:
 
 
 def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, Any]:
-    """The <4> scales by which one group or four, of two vectors of floats each, are `most` at most, and 1 over each."""
+    """Return <4> scales, max|x| / `most` of one or four groups of two vectors each, and 1 / scale (0 for scale 0)."""
     b = e.b
 
     def larger(x: Any, y: Any) -> Any:
@@ -68,14 +68,13 @@ def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, 
 
 
 def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]], Any, Any]:
-    """Quantises one group or four, of two vectors of floats each: their bytes, and <4> scales and scaled sums."""
+    """Quantise one or four groups of two vectors each; return each group's bytes, and <4> scales and scaled sums."""
     b = e.b
-
     s, inverse = emit_scales(e, groups, 127.0)
     totals, numbers = [], []
     for index, halves in enumerate(groups):
         factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [index] * LANES))
-        # Adding the shifter rounds to nearest even and leaves the number in the low bits.
+        # Adding the shifter rounds to nearest even and leaves the integer in the low bits.
         rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
         whole = [b.bitcast(half, vector(I32)) for half in rounded]
         numbers.append([b.trunc(half, vector(I8)) for half in whole])
@@ -85,7 +84,7 @@ def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]]
 
 
 def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums: Any) -> None:
-    """The same of neighbours; stores bytes, scales and scaled sums."""
+    """Quantise one or four adjacent groups; store bytes, scales and scaled sums."""
     numbers, *floats = emit_quantised(e, groups)
     for index, halves in enumerate(numbers):
         for part, half in enumerate(halves):
@@ -95,7 +94,7 @@ def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums:
 
 
 def _groups_code(e: Emitter, args: Any, halves_of: Callable[[Any], list[Any]]) -> None:
-    """Quantises groups first .. first + count, by fours where it can; args are q, scales, sums, first, count."""
+    """Quantise groups first .. first + count, if possible four at a time; args are q, scales, sums, first, count."""
     q, scales, sums, first, count = args
     b = e.b
 
@@ -137,7 +136,7 @@ _ACTIVATIONS = MappingProxyType(
 
 
 def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
-    """16 gated numbers."""
+    """Return the prologue's result for 16 elements of the gate and of the other half."""
     if prologue is Prologue.SWIGLU_OAI:
         return emit_functions.emit_swiglu_oai(e, gate, other)
     act = _ACTIVATIONS[prologue](e, gate)
@@ -156,15 +155,13 @@ def prologue_halves(
     mean: Any = None,
     bias: Any = None,
 ) -> Callable[[Any], list[Any]]:
-    """What gives the two vectors of a group of 32 neighbours behind the prologue.
+    """Return a function of a group's number, which emits y of the group: two vectors.
 
     Args:
-        e: where the code goes.
-        prologue: what is computed.
-        x: address of the row; of a gated one, of its gate.
-        other: address of a norm's weight, or of a gated row's second factor.
-        scale: of a norm, from `rms_scale` or `layer_scale`.
-        mean, bias: of LAYER_NORM: from `row_mean`, and an address.
+        x: address of the row; its first half is the gate of a gated prologue.
+        other: address of a norm's weight, or of the second half of a gated row.
+        scale: for a norm, from `rms_scale` or `layer_scale`.
+        mean, bias: for LAYER_NORM, from `row_mean`, and the address of the bias.
     """
     b = e.b
     if prologue is Prologue.NONE:
@@ -202,9 +199,9 @@ def quantise_groups(
     first: Any,
     count: Any,
 ) -> Any:
-    """Groups of a row behind its prologue; the arguments are those of `prologue_halves`.
+    """Apply the prologue to `count` groups of a row and quantise them; see `prologue_halves`.
 
-    form, rows: as numbers of how many bytes they are written down too, bfloat16 or float32, or 0, and where.
+    form, rows: y is also written to address `rows`, as bfloat16 if the constant `form` is 2, as float32 if it is 4.
     """
     before, wide, integers = Prologue(prologue.literal_value), form.literal_value, [types.int64] * 3
     signature = types.void(prologue, form, *integers, types.float32, types.float32, *integers, *integers)
@@ -226,9 +223,9 @@ def quantise_groups(
 
 
 def _row_sum(e: Emitter, x: Any, columns: Any, term: Callable[[Any, Any], Any], masked: bool) -> Any:
-    """The sum of a row of float32 numbers as term(value, sum so far) adds them, in lanes and then across them.
+    """Sum a float32 row: term(values, sums so far) adds 16 elements to the sums of lanes, which are added at the end.
 
-    Where `masked`, what stands behind the row counts as nothing; else it must be 0 up to a multiple of 32 columns.
+    masked: ignore elements after the row's end; otherwise they must be 0 up to a multiple of 32 columns.
     """
     b = e.b
     lanes = ir.Constant(vector(I32), list(range(LANES)))
@@ -261,21 +258,21 @@ def _rms_scale(masked: bool, context: Any, b: Any, sig: Any, args: Any) -> Any:
 
 @intrinsic
 def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
-    """1 / sqrt(mean(x^2) + eps) of a row; it is zero from its end to the next multiple of 32 columns."""
+    """1 / sqrt(mean(x^2) + eps) of a row, which is followed by zeros up to a multiple of 32 columns."""
     signature = types.float32(types.int64, types.int64, types.float32)
     return signature, partial(_rms_scale, False)
 
 
 @intrinsic
 def rms_scale_within(_: Any, x: Any, columns: Any, eps: Any) -> Any:
-    """The same where anything may stand behind the row; up to 31 numbers of it are read."""
+    """`rms_scale` of a row that any elements may follow; up to 31 of them are read."""
     signature = types.float32(types.int64, types.int64, types.float32)
     return signature, partial(_rms_scale, True)
 
 
 @intrinsic
 def row_mean(_: Any, x: Any, columns: Any) -> Any:
-    """The mean of a row; behind it stands what may be read."""
+    """Return the mean of a row; up to 31 elements after the row are read and ignored."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -286,7 +283,7 @@ def row_mean(_: Any, x: Any, columns: Any) -> Any:
 
 @intrinsic
 def layer_scale(_: Any, x: Any, columns: Any, mean: Any, eps: Any) -> Any:
-    """1 / sqrt(mean((x - mean)^2) + eps) of a row; behind it stands what may be read."""
+    """1 / sqrt(mean((x - mean)^2) + eps) of a row; up to 31 elements after the row are read and ignored."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -306,7 +303,7 @@ def layer_scale(_: Any, x: Any, columns: Any, mean: Any, eps: Any) -> Any:
 
 @njit(inline="always")
 def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, int, int]:
-    """A thread's part of `rows` of `groups`: first row and count, first group and count."""
+    """Return a thread's share of `rows` rows of `groups` groups: first row and count, first group and count."""
     if rows >= threads:
         first = rows * thread // threads
         return first, rows * (thread + 1) // threads - first, 0, groups
@@ -315,7 +312,7 @@ def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, 
 
 
 def make_quantise(PROLOGUE: int, GATED: int, BYTES: int = 0) -> Callable[..., None]:
-    """The operation for one prologue; with BYTES, that of a number, it writes the rows down too."""
+    """Return the operation for one prologue; with BYTES, the size of an element of y, it also writes y."""
 
     def quantise(row, thread, threads):
         given = read(QuantiseArguments, row)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Rows for plain matrices on the CPU, the prologue fused into the same pass.
+"""Convert activations to the input format of plain matrices on the CPU, and apply the prologue in the same pass.
 
-The work is shared as in `activation_quant/cpu.py`: whole rows, or parts of each row where there are fewer rows than
-threads. A row whose length is no multiple of 32 is first copied to the stack, with zeros behind it.
+Threads divide the work as in `activation_quant/cpu.py`. A row whose length is not a multiple of 32 is first copied to
+the stack and padded with zeros.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _write_groups(
     first: Any,
     count: Any,
 ) -> Any:
-    """Groups of 32 of a row behind its prologue; `other` to `mean` are those of `prologue_halves`.
+    """Write groups of 32 elements of a row after its prologue; `other` to `mean` are as for `prologue_halves`.
 
-    scales: where those of whole numbers go.
+    scales: address of the groups' scales, which only `WordForm` has.
     """
     before, words = Prologue(prologue.literal_value), form.literal_value == WordForm.I16
     wanted = WordForm.I16 if words else RowForm(form.literal_value)
@@ -80,7 +80,7 @@ def _write_groups(
 
 
 def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
-    """A group as whole numbers of 16 bits, and its scale."""
+    """Quantise a group, two vectors of floats, to 16-bit integers; return them and the scale."""
     b = e.b
     scales, inverse = emit_scales(e, [halves], float(WORD))
     factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
@@ -91,7 +91,7 @@ def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
 
 @njit
 def padded_row(x: int, columns: int, target: int) -> int:
-    """Copies a row to `target`, with zeros up to the next multiple of 32; returns `target`."""
+    """Copy a row to `target`, with zeros up to the next multiple of 32 columns; return `target`."""
     source, copy = float32_at(x), float32_at(target)
     for column in range(columns):
         copy[column] = source[column]
@@ -101,7 +101,7 @@ def padded_row(x: int, columns: int, target: int) -> int:
 
 
 def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
-    """The operation for a prologue and a form; BYTES of a number."""
+    """Return the operation for a prologue and a `RowForm` or `WordForm`; BYTES is the size of its elements."""
     WORDS = int(FORM == WordForm.I16)
 
     def activation_rows(row, thread, threads):

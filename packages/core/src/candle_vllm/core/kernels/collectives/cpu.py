@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The compiled side of what ranks do in shared memory: sums, and parts side by side.
+"""Compiled all-reduce and all-gather of ranks in shared memory.
 
-Each rank has a block: its counter on a line of its own, and from `FIRST_SLOT` on two slots, used in turns. It writes
-its part into one, counts up, and waits for the others' counters; then all parts are there. Who counts n + 1 has read
-all of n, so a slot that is written again, at n + 2, is read by nobody any more: one wait a sum is enough.
+Each rank has a block: its counter, and from `FIRST_SLOT` on two slots, which it uses alternately. For operation n a
+rank writes its part to a slot, sets its counter to n, and waits until all counters are at least n: then all parts are
+there. A rank whose counter is n + 1 has read all parts of n, so operation n + 2 may overwrite them, and each operation
+needs a single wait.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
 
 
 def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, turns: int, state: int) -> None:
-    """Adds up a piece over ranks, in their order, as far as it comes within so many turns of waiting for each.
+    """All-reduce: sum the ranks' parts in the order of the ranks. If a rank is late, return without the sum.
 
     Args:
         blocks: address of the ranks' blocks.
-        rank, size: which one this is, of how many.
-        number: of the sum, from 1 on.
-        x: address of this rank's part, float32, overwritten by the sum.
-        count: how many numbers; they fit a slot.
-        turns: of waiting.
-        state: address of an int64, at first 0: 1 where the part is written, 2 where the sum is there.
+        rank, size: this rank, and the number of ranks.
+        number: number of the operation, from 1 on.
+        x: address of this rank's part, float32, which the sum overwrites.
+        count: number of elements; they fit a slot.
+        turns: maximum number of polls of each rank's counter.
+        state: address of an int64: 0 before the first call, 1 after this rank's part is written, 2 after the sum is.
+            The caller repeats the call until it is 2.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
     out = float32_at(x)
@@ -60,14 +62,14 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
 def stand_together(
     blocks: int, rank: int, size: int, number: int, x: int, count: int, out: int, apart: int, turns: int, state: int
 ) -> None:
-    """Puts pieces of all ranks where each belongs, as far as it comes within so many turns of waiting for each.
+    """All-gather: copy the parts of all ranks to `out`. If a rank is late, return without them.
 
     Args:
-        blocks, rank, size, number, turns, state: as for `add_up`, whose slots and numbers these are, too.
-        x: address of this rank's piece, int32.
-        count: how many numbers; they fit a slot.
-        out: address at which the first rank's piece is to stand.
-        apart: bytes from there to the next rank's.
+        blocks, rank, size, number, turns, state: as for `add_up`; both operations share slots and numbers.
+        x: address of this rank's part, int32.
+        count: number of elements of a part; they fit a slot.
+        out: address for the first rank's part.
+        apart: bytes from one rank's part to the next in the result.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
     stands = int64_at(state)
@@ -84,7 +86,7 @@ def stand_together(
 
 @njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 def _have_counted(blocks, size, number, turns):
-    """Whether all ranks have counted to a number, waiting so many turns for each."""
+    """Return whether all ranks' counters have reached `number`, after at most `turns` pauses for each."""
     for other in range(size):
         left = turns
         while load_acquire(blocks + other * BLOCK_BYTES) < number:

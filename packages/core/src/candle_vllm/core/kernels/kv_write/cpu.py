@@ -2,11 +2,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Rotary embedding, cache write and query conversion in one pass on the CPU (step 6 of a request's life).
 
-Reads the fused q/k/v product, rotates q and k in fp32 as `rotary` says, and rounds to bfloat16: q, times a factor, into
-a buffer, k and v into the caches in the tiles that `attention.cpu_tiles` describes. A unit of work is one head of one
-token. Threads may write the two halves of one 32-bit word of the value cache, each with 16-bit stores. What is kept
-quantised is put together as floats first, and becomes blocks as `attention.cpu_quantised` says; so do queries, where
-keys are.
+The operation reads the product of the fused q/k/v projection, rotates q and k in fp32 (`kernels/rotary`), and rounds to
+bfloat16: q, times a factor, is written to a buffer, k and v to the caches in the layout of `attention.cpu_tiles`. For a
+quantised cache, a head is first computed as floats on the stack, and then becomes blocks of `attention.cpu_quantised`;
+queries are quantised if keys are. A unit of work is one head of one token. Two threads may write the halves of one
+32-bit word of the value cache, therefore each uses 16-bit stores.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _WITH_MINIMA = int(CacheKind.Q5_1)
 
 
 def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: Any) -> None:
-    """Stores 16 floats of dimensions dim .. dim + 15 where they belong, as bfloat16 but for `_FLOATS`.
+    """Store dimensions dim .. dim + 15 of a head as bfloat16, or as float32 if `kind` is `_FLOATS`.
 
-    `to` is the address of a row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a value's
-    first dimension, whose neighbours are 4 bytes apart: the other half of each word is not touched.
+    `to` is the address of a row (`_QUERY`, `_FLOATS`), of a key's first pair of dimensions in its strip (pairs are
+    `stride` bytes apart), or of a value's first dimension; a value's dimensions are the halves of words 4 bytes apart.
     """
     b = e.b
     if kind == _FLOATS:
@@ -62,7 +62,7 @@ def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: 
 
 @intrinsic(prefer_literal=True)
 def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kind: Any) -> Any:
-    """Dimensions dim .. dim + 15 of the float row x, times a factor, to their place; `kind` is a constant."""
+    """Store dimensions dim .. dim + 15 of the float row x, times a factor, as `_store_lanes` does."""
     signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -79,9 +79,9 @@ def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kin
 def write_rotated(
     _: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, stride: Any, kind: Any
 ) -> Any:
-    """Dimensions dim .. dim + 15 and their partners, `half` further on, rotated, times a factor, to their places.
+    """Rotate dimensions dim .. dim + 15 with their partners, `half` later, and store them times a factor.
 
-    `cos` and `sin` are the addresses of the position's row of the tables; `kind` is a constant.
+    `cos` and `sin` are the addresses of the position's rows of the tables.
     """
     signature = types.void(*[types.int64] * 5, types.float32, types.int64, types.int64, kind)
 
@@ -104,7 +104,7 @@ def write_rotated(
 
 @intrinsic(prefer_literal=True)
 def store_one(_: Any, to: Any, value: Any, kind: Any) -> Any:
-    """One float as bfloat16, rounded as `Emitter.float_to_bf16` does, but for `_FLOATS`; `kind` is a constant."""
+    """Store a float, rounded to bfloat16 like `Emitter.float_to_bf16` unless the constant `kind` is `_FLOATS`."""
     signature = types.void(types.int64, types.float32, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -126,7 +126,7 @@ def store_one(_: Any, to: Any, value: Any, kind: Any) -> Any:
 
 @njit(inline="always")
 def _place(to: int, stride: int, dim: int, kind: int) -> int:
-    """Address of one dimension, as `_store_lanes` has it."""
+    """Return the address of one dimension; see `_store_lanes`."""
     if kind == _QUERY:
         return to + 2 * dim
     if kind == _KEY:
@@ -136,7 +136,7 @@ def _place(to: int, stride: int, dim: int, kind: int) -> int:
 
 @njit(inline="always")
 def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, stride: int, kind: int) -> None:
-    """The rotated dimensions where R / 2 is not a multiple of 16, one pair at a time."""
+    """Rotate and store a head one pair at a time, because R / 2 is not a multiple of 16."""
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b = row[i], row[i + half]
@@ -146,7 +146,7 @@ def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, st
 
 @njit(inline="always")
 def _write_rest(x: int, first: int, dim: int, factor: float, to: int, stride: int, kind: int) -> None:
-    """The dimensions from `first` on, which do not rotate; those outside whole runs of 16 one by one."""
+    """Store the dimensions from `first` on, which are not rotated, by vectors of 16 where possible."""
     row = float32_at(x)
     i = first
     while i < dim and i % LANES != 0:
@@ -164,7 +164,6 @@ def _write_rest(x: int, first: int, dim: int, factor: float, to: int, stride: in
 def _write_head(
     x: int, dim: int, half: int, cos: int, sin: int, factor: float, to: int, stride: int, kind: int
 ) -> None:
-    """One query or key head."""
     if half % LANES == 0:
         for i in range(0, half, LANES):
             write_rotated(x, i, half, cos, sin, factor, to, stride, kind)
@@ -182,14 +181,13 @@ def _subtract(row: int, offset: int, dim: int) -> None:
 
 @njit(inline="always")
 def _write_query_blocks(row: int, dim: int, to: int) -> None:
-    """A row of floats as a quantised query."""
     for n in range(dim // BLOCK):
         quantise_query(row + 4 * BLOCK * n, to + BLOCK * n, to + dim + 4 * n, to + dim + dim // 8 + 4 * n)
 
 
 @njit(inline="always")
 def _write_key_blocks(row: int, dim: int, cache: int, place: int, strip: int, size: int, codes: int, kind: int) -> None:
-    """A row of floats as a key at a place, which takes `size` bytes, `codes` of them codes."""
+    """Quantise a row of floats to the key of slot `place`; a key has `size` bytes, of which `codes` are codes."""
     within = place & (strip - 1)
     to = cache + size * (place & -strip) + 4 * within
     scales = to + codes * strip
@@ -201,13 +199,13 @@ def _write_key_blocks(row: int, dim: int, cache: int, place: int, strip: int, si
 
 @njit(inline="always")
 def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int) -> None:
-    """A row of floats as a value at a place, which takes `size` bytes, `codes` of them codes."""
+    """Quantise a row of floats to the value of slot `place`; a value has `size` bytes, of which `codes` are codes."""
     within = place & (LANES - 1)
     tile = cache + size * (place & -LANES)
     step = codes * LANES // (dim // BLOCK)
     whole, halves = step, 1
     if kind == _WITH_MINIMA:
-        whole, halves = step - 4 * LANES, 2  # the fifth bits stand behind the rest
+        whole, halves = step - 4 * LANES, 2  # the fifth bits follow the nibbles
     to = tile + (whole >> 2) * (within >> 2) + (within & 3)
     for n in range(dim // BLOCK):
         scale = tile + codes * LANES + 2 * LANES * halves * n + 2 * within
@@ -217,7 +215,7 @@ def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, c
 
 @njit(inline="always")
 def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
-    """Asks for the lines of a position's key and value in a bfloat16 cache, which no core may have."""
+    """Prefetch the key and value of a slot in a bfloat16 cache, which may be in no core's cache."""
     for pair in range(dim >> 1):
         ask_line(key + stride * pair)
     for at in range(0, 4 * dim, 64):
@@ -225,13 +223,12 @@ def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
 
 
 def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
-    """The operation for one `CacheKind` of keys and of values."""
+    """Return the operation for one `CacheKind` of keys and of values."""
     keys, values = CacheKind(keys_as), CacheKind(values_as)
     plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
-    ASKS = (
-        plain_keys and plain_values
-    )  # for the next token's place, where this thread writes it and it is another sequence's
-    # What a number takes, in 1/64 bytes: heads' sizes are known where the operation runs.
+    # Whether a thread prefetches the slot of its next token, if that does not follow the token's own slot.
+    ASKS = plain_keys and plain_values
+    # Bytes of the codes of 64 elements: the head size is known only when the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
     key_minima, value_minima = int(keys.has_minima), int(values.has_minima)
 

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""The plain linear layer as compiled CPU operations: step 6 of a request's life.
+"""Linear layer and embedding with plain weights as compiled CPU operations (step 6 of a request's life).
 
-A thread owns a run of tiles, and goes through them with rows of activations in blocks of 8, 4 or 1. A block's rows are
-first copied into a **panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are
-not written. One row is read where it stands.
+A thread owns adjacent tiles, and multiplies them by rows of activations in blocks of 8, 4 or 1. A block's rows are
+first copied to a **panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are not
+written. A single row is not copied.
 
-More than 8 rows are taken in groups, whose panels stay in the second-level cache. Each two tiles meet all of them, a
-part of K at a time, which stays in the first-level cache; in between sums wait in memory.
+More than 8 rows are processed in groups, whose panels stay in the second-level cache. Each pair of tiles is multiplied
+by all panels of a group, one part of K at a time, which stays in the first-level cache; between parts the sums are in
+memory.
 
-With AVX-512, 8 rows meet two tiles at once: 16 sums in registers for 2 loads of weights and 8 of activations a step, so
-that the multiplications are what limits it. Fewer rows are limited by memory, and meet one tile after the other: two
-streams of weights were read a fifth slower than one (measured on Zen 4).
+With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 sums in registers needs 2 loads of weights and 8
+of activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other:
+two streams of weights were read a fifth slower than one (measured on Zen 4).
 
-With AVX2 alone, three panels of a group meet one tile in four blocks of 6 rows (not BF16, whose pairs need registers):
-12 vectors of sums, where the 8 of a block of 4 rows leave multiplications waiting for each other.
+With AVX2 alone, three panels of a group are multiplied by one tile in four blocks of 6 rows (not with BF16, whose pairs
+need registers). These have 12 vectors of sums; with the 8 of a block of 4 rows, multiplications wait for each other.
 
-Every sum is one chain over the steps of K, the same in every variant.
+Every variant adds a sum's products in the order of K.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -37,11 +38,11 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_pane
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
-"""Panels that one thread goes through again for every two tiles: they stay in its second-level cache."""
+"""Bytes of the panels that a thread reads again for each pair of tiles: they stay in its second-level cache."""
 
 _PART = 48
-"""Runs of steps that all panels of a group meet before the next ones: two tiles' are 24 KiB. Half as many for blocks of
-8 rows without AVX-512, where a tile is read twice for each panel and must not leave the first-level cache between."""
+"""Runs of steps in a part of K: 24 KiB of two tiles. Half as many for blocks of 8 rows without AVX-512, where each
+panel reads a tile twice, which must stay in the first-level cache meanwhile."""
 
 
 @intrinsic(prefer_literal=True)
@@ -59,7 +60,7 @@ def _multiply(
     runs: Any,
     panel_bytes: Any,
 ) -> Any:
-    """Neighbouring tiles times a panel of `block` rows: float32 [tiles, block, 16] at `out`, or `more` of such sums.
+    """Multiply adjacent tiles by a panel of `block` rows: float32 [tiles, block, 16] at `out`, to which `more` adds.
 
     A block of 24 rows is three panels of 8, `panel_bytes` apart, whose sums are 1024 bytes apart.
     """
@@ -91,11 +92,10 @@ def _multiply(
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    """The linear operation."""
-    PANEL_BYTES = _CACHED_BYTES  # of the panels of a group, which has one at least
+    PANEL_BYTES = _CACHED_BYTES  # of a group, which has at least one panel
     isa = Isa(ISA)
     TALL = bool(isa & Isa.AVX2) and not isa.wide and KIND != PlainKind.BF16
-    PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # panels: most of a group
+    PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # maximum panels of a group
 
     def plain_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -182,7 +182,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _widen_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, columns: Any) -> Any:
-    """Writes row `lane` of a tile as floats."""
+    """Convert row `lane` of a tile to floats."""
     number = PlainKind(kind.literal_value)
     width = number.itemsize
     stored = {PlainKind.BF16: I16, PlainKind.F16: F16, PlainKind.F32: F32}[number]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Scaling, soft-capping, clamping and cutting rows on the CPU, in place (part of step 6 of a request's life)."""
+"""Scale, soft-cap, clamp or sparsify rows in place on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from candle_vllm.core.kernels.scale_cap import ScaleCapArguments
 
 @intrinsic(prefer_literal=True)
 def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, kind: Any) -> Any:
-    """16 floats `lines` times: x <- x * factor; cap * tanh(x * factor) where the constant `kind` is 1; of kind 2,
-    min(max(x, factor), cap)."""
+    """Replace 16 * `lines` floats by x * factor (the constant `kind` is 0), cap * tanh(x * factor) (1), or
+    min(max(x, factor), cap) (2)."""
     signature = types.void(types.int64, types.int64, types.float32, types.float32, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -47,8 +47,6 @@ def scale_cap_lines(_: Any, at: Any, lines: Any, factor: Any, cap: Any, kind: An
 
 
 def make_scale_cap(KIND: int) -> Callable[..., None]:
-    """The operation."""
-
     def scale_cap(row, thread, threads):
         given = read(ScaleCapArguments, row)
         units = step_number(row, given.rows_from) * given.lines
@@ -63,7 +61,7 @@ def make_scale_cap(KIND: int) -> Callable[..., None]:
 
 
 def _cut(row, thread, threads):
-    """The operation that leaves what stands out of rows."""
+    """Compute `cut_` in place."""
     given = read(ScaleCapArguments, row)
     rows, columns = step_number(row, given.rows_from), given.lines
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer of small floats as compiled CPU operations: step 6 of a request's life.
+"""Linear layer with weights of small floats as a compiled CPU operation (step 6 of a request's life).
 
-The shape is that of `plain_linear/cpu.py`, and so are its panels. A few rows widen weights in registers. One row adds
-up a pair of spans side by side: a sum is one chain of instructions that wait for each other, and one alone is slower
-than the memory. More rows widen the tiles that stay in the second-level cache once, and go through them in blocks. All
-add a span's products in the same order.
+Threads and panels are as in `plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. A
+single row computes the two spans of a pair at once: a sum is a chain of dependent instructions, and one chain alone is
+slower than memory. For more rows, as many tiles as fit the second-level cache are converted to bfloat16 once, and
+multiplied by the rows in blocks. Every variant adds a span's products in the same order.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -27,20 +27,23 @@ from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind
 
 _CACHED_BYTES = 384 << 10
-"""Widened weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+"""Bytes of converted weights that a thread reads for every block of rows: they stay in its second-level cache."""
 
 _MOST_BYTES = 1 << 20
-"""Widened weights of two tiles beyond which one is taken at a time: they are on the stack."""
+"""If two converted tiles have more bytes, a thread converts one at a time, because they are on the stack."""
 
 _FEW = 8
-"""Most rows for which weights are widened in registers."""
+"""Maximum number of rows for which weights are converted in registers."""
 
 
 # ---- widening --------------------------------------------------------------------------------------------------------
 
 
 def _moved(e: Emitter, word: Any, up: int, down: int, mask: int) -> Any:
-    """Small floats at the place of larger ones in 16 bits: moved up, then down with the sign; `mask` leaves it once."""
+    """Shift a small float in 16 bits to the fields of a larger one: left, then arithmetically right.
+
+    `mask` clears the copies of the sign, and the bits of other codes.
+    """
     lanes = word.type.count
     if up:
         word = e.b.shl(word, e.constant(I16, up, lanes))
@@ -49,26 +52,26 @@ def _moved(e: Emitter, word: Any, up: int, down: int, mask: int) -> Any:
 
 
 def _halves(e: Emitter, bits: Any) -> Any:
-    """The bits of 16 halves as floats."""
+    """Convert the bits of 16 float16 to float32."""
     return e.half_to_float(e.b.bitcast(bits, vector(F16)))
 
 
 def _split(e: Emitter, pair: Any) -> tuple[Any, Any]:
-    """Pairs of bfloat16, <16 x i32>, as the floats of the first and of the second."""
+    """Convert pairs of bfloat16, <16 x i32>, to the floats of the first and of the second elements."""
     first, second = e.b.shl(pair, e.constant(I32, 16)), e.b.and_(pair, e.constant(I32, -65536))
     return e.b.bitcast(first, vector(F32)), e.b.bitcast(second, vector(F32))
 
 
 def _joined(e: Emitter, first: Any, second: Any) -> Any:
-    """Two floats that are bfloat16 exactly, as pairs, <16 x i32>."""
+    """Return two vectors of floats, exact in bfloat16, as pairs of bfloat16, <16 x i32>."""
     low = e.b.lshr(e.b.bitcast(first, vector(I32)), e.constant(I32, 16))
     return e.b.or_(low, e.b.bitcast(second, vector(I32)))
 
 
 def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, Any]]:
-    """A turn's weights as floats, divided by the kind's factor: for each step of two columns, both as 16 rows.
+    """Yield a turn's weights as floats, divided by the kind's factor: 16 rows each of two columns.
 
-    Code is emitted step by step, as they are asked for: a whole turn would not stay in registers.
+    Code is emitted only when the caller requests the next columns: a whole turn would not stay in registers.
     """
     if kind is ScaledKind.E2M1:
         scale = e.b.zext(e.load(address, vector(I8)), vector(I16))
@@ -90,7 +93,7 @@ def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, An
 
 @intrinsic(prefer_literal=True)
 def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> Any:
-    """Turns, `step` bytes apart, as a run of steps of bfloat16, each [16 rows, 2 columns]."""
+    """Convert turns, which are `step` bytes apart, to contiguous bfloat16 [16 rows, 2 columns]."""
     number = ScaledKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -114,13 +117,13 @@ def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> An
 
 
 def _x_bytes(isa: Isa) -> int:
-    """Bytes of an activation that a few rows meet: bfloat16 where the CPU multiplies it, else floats."""
+    """Return the bytes of an activation of up to 8 rows: bfloat16 if the CPU multiplies it, otherwise float32."""
     return 2 if isa.bf16 else 4
 
 
 @intrinsic
 def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
-    """16 * `vectors` numbers of bfloat16 as floats."""
+    """Convert 16 * `vectors` elements of bfloat16 to float32."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -139,7 +142,7 @@ def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
 
 
 def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
-    """16 sums and a step more of a row at x, in a panel of `height` rows. The bits are those of `dot_bf16`."""
+    """Add two columns' products with the row at x, in a panel of `height` rows, to 16 sums as `dot_bf16` does."""
     if isa.bf16:
         return e.dot_bf16(total, e.splat(e.load(x, I32)), _joined(e, *floats), isa)
     for at, weights in enumerate(floats):
@@ -151,11 +154,11 @@ def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tup
 def _multiply_rows(
     _: Any, kind: Any, block: Any, isa: Any, weights: Any, turns: Any, span_turns: Any, panel: Any, out: Any
 ) -> Any:
-    """A tile times a panel of `block` rows of numbers as `_x_bytes` says: float32 [block, 16] at `out`."""
+    """Multiply a tile by a panel of `block` rows with elements of `_x_bytes` bytes: float32 [block, 16] at `out`."""
     number, height, features = ScaledKind(kind.literal_value), block.literal_value, Isa(isa.literal_value)
     step_x = 2 * _x_bytes(features) * height
     turn_x = step_x * number.turn_columns // 2
-    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # more rows are chains enough
+    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # otherwise the rows are enough chains
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -164,7 +167,7 @@ def _multiply_rows(
         span_x = b.mul(each, e.int64(turn_x))
 
         def add(spans: range, of: int, at: Any, length: Any, totals: list[Any]) -> list[Any]:
-            """Adds those `spans` side by side that lie in a run of `of`, of `length` turns, which begins with `at`."""
+            """Add `spans` of a pair (`of` is 2) or a single span (1), from span `at` on, of `length` turns each."""
             head, x = b.add(at_weights, b.mul(at, span_bytes)), b.add(at_x, b.mul(at, span_x))
             codes = b.add(head, e.int64(of * HEAD_BYTES))
 
@@ -226,9 +229,9 @@ def _add_span(
     head_step: Any,
     sums: Any,
 ) -> Any:
-    """A span of neighbouring widened tiles times a panel of `block` rows, onto sums float32 [tiles, block, 16].
+    """Multiply a span of converted tiles by a panel of `block` rows, and add it to sums float32 [tiles, block, 16].
 
-    The tiles lie `tile_bytes` apart, their scales, the first at `head`, `head_step` bytes.
+    Tiles are `tile_bytes` apart, and their scales, the first at `head`, `head_step` bytes.
     """
     height, width, features = block.literal_value, tiles.literal_value, Isa(isa.literal_value)
 
@@ -251,7 +254,7 @@ def _add_span(
 
 @intrinsic(prefer_literal=True)
 def _clear(_: Any, vectors: Any, address: Any) -> Any:
-    """Zeros to so many times 16 floats."""
+    """Set 16 * `vectors` floats to zero."""
     count = vectors.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -265,13 +268,13 @@ def _clear(_: Any, vectors: Any, address: Any) -> Any:
 
 @njit
 def _head(span: int, paired: int, span_bytes: int) -> int:
-    """Where the scales of a span stand in its tile, of which `paired` spans are in pairs."""
+    """Return the offset of a span's scales in its tile, whose first `paired` spans form pairs."""
     return span * span_bytes if span >= paired else (span & -2) * span_bytes + (span & 1) * HEAD_BYTES
 
 
 @njit
 def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[int, int]:
-    """Where the turns of a span begin in its tile, and bytes from one to the next."""
+    """Return the offset of a span's turns in its tile, and the bytes from one turn to the next."""
     if span >= paired:
         return span * span_bytes + HEAD_BYTES, turn_bytes
     return (span & -2) * span_bytes + 2 * HEAD_BYTES + (span & 1) * turn_bytes, 2 * turn_bytes
@@ -281,7 +284,6 @@ def _place(span: int, paired: int, span_bytes: int, turn_bytes: int) -> tuple[in
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    """The linear operation."""
     TILE_BLOCK, MOST = _CACHED_BYTES, _MOST_BYTES
     TURN_BYTES, COLUMNS = ScaledKind(KIND).turn_bytes, ScaledKind(KIND).turn_columns
     X_BYTES, FEW = _x_bytes(Isa(ISA)), _FEW

@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Compiled functions that quantise weights, one for each type; they release the GIL and share no memory.
 
-Letters: N blocks; a batch is 16 groups that are searched at once: one block of groups of 16, two of groups of 32.
+A batch is 16 groups, which are searched at once: one block of groups of 16, two of groups of 32, 16 of IQ4_NL.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from candle_vllm.core.kernels.weight_quant import cpu_search, searches
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
-_LARGEST_BITS = np.int32(0x477FE000)  # of 65504
+_LARGEST_BITS = np.int32(0x477FE000)  # bits of float32 65504
 _SMALLEST = np.float32(1e-37)
-_SHIFTER = np.float32(12582912.0)  # 1.5 * 2^23: added, it rounds to nearest even
+_SHIFTER = np.float32(12582912.0)  # 1.5 * 2^23: adding it rounds to nearest even
 
 inner = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @inner
 def _half(value):
-    """Bits of the float16 nearest to a float32, ties to even; not for NaN."""
+    """Return the bits of the float16 nearest to a float32 that is not NaN, ties to even."""
     bits = cpu_search.bits_of(value)
     sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
     if size < 0x38800000:  # below the smallest normal number: a multiple of 2^-24
@@ -40,7 +40,7 @@ def _half(value):
 
 @inner
 def _value(half):
-    """The float32 of a finite float16's bits."""
+    """Convert the bits of a finite float16 to float32."""
     sign = np.float32(-1.0) if half & 0x8000 else np.float32(1.0)
     size = half & 0x7FFF
     if size < 0x400:
@@ -150,7 +150,7 @@ def _q8_0(at, to, count, importance, period):
         d = np.float32(_float(size) / np.float32(127.0))
         inverse = _inverse(d)
         _store_half(out, 0, _half(d))
-        for i in range(32):  # halves go away from 0
+        for i in range(32):  # round to nearest, ties away from 0
             scaled = np.float32(x[i] * inverse)
             whole = np.int32(scaled)
             rest = np.float32(scaled - np.float32(whole))
@@ -208,7 +208,7 @@ def _whole(values, count, most, low, high, whole):
 
 
 def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[..., Any]:
-    """q2_K, q4_K and q5_K."""
+    """Compile q2_K, q4_K or q5_K."""
     GROUP, MOST, STORED, TRIES = search.group, search.most, search.stored, search.tries
     PER_BLOCK = 256 // GROUP
     BATCH = 16 // PER_BLOCK
@@ -248,7 +248,7 @@ def _make_with_offset(search: searches.OffsetSearch, BYTES: int) -> Callable[...
 
 @inner
 def _pack_q2(scales, mins, d, m, codes, out):
-    """Scales and minima as nibbles, codes of 2 bits, d, dmin."""
+    """Write scales and minima as nibbles, codes of 2 bits, d, dmin."""
     for g in range(16):
         out[g] = scales[g] | (mins[g] << 4)
     _two_bits(codes, out, 16)
@@ -258,7 +258,7 @@ def _pack_q2(scales, mins, d, m, codes, out):
 
 @inner
 def _two_bits(codes, out, at):
-    """Of 128 neighbours, those 32 apart share a byte."""
+    """Write codes of 2 bits; of 128 adjacent codes, the four at distances of 32 share a byte."""
     for part in range(2):
         for i in range(32):
             j = 128 * part + i
@@ -268,7 +268,7 @@ def _two_bits(codes, out, at):
 
 @inner
 def _pack_q45(scales, mins, d, m, codes, out, most):
-    """d, dmin, 12 bytes of scales and minima of 6 bits, for q5_K the fifth bits, nibbles."""
+    """Write d, dmin, scales and minima of 6 bits in 12 bytes, the fifth bits of q5_K, nibbles."""
     _store_half(out, 0, d)
     _store_half(out, 2, m)
     for g in range(4):
@@ -289,7 +289,7 @@ def _pack_q45(scales, mins, d, m, codes, out, most):
 
 
 def _make_scaled(search: searches.ScaleSearch, BYTES: int) -> Callable[..., Any]:
-    """q3_K and q6_K."""
+    """Compile q3_K or q6_K."""
     HALF, STORED, FLOOR = search.half, search.stored, np.float32(search.floor)
 
     def quantise(at, to, count, importance, period):
@@ -320,7 +320,7 @@ def _make_scaled(search: searches.ScaleSearch, BYTES: int) -> Callable[..., Any]
 
 @inner
 def _pack_q3(scales, d, codes, out):
-    """High bits, low 2 bits, 12 bytes of scales of 6 bits, d."""
+    """Write high bits, low 2 bits, scales of 6 bits in 12 bytes, d."""
     for i in range(32):
         high = 0
         for g in range(8):
@@ -339,7 +339,8 @@ def _pack_q3(scales, d, codes, out):
 
 @inner
 def _pack_q6(scales, d, codes, out):
-    """Nibbles, of 128 neighbours those 64 apart; the upper 2 bits, those 32 apart; scales of 8 bits, d."""
+    """Write nibbles, scales of 8 bits, d. Of 128 adjacent codes, the nibbles of two at a distance of 64 share a byte,
+    and the upper 2 bits of four at distances of 32."""
     for part in range(2):
         for i in range(64):
             j = 128 * part + i
@@ -358,7 +359,7 @@ def _pack_q6(scales, d, codes, out):
 
 @inner
 def _places(x, first, scale, codes):
-    """Codes of 32 numbers from `first` on: of the nearest numbers of the table, times the scale."""
+    """Set the codes of 32 elements from `first` on: indices of the nearest values of the table times the scale."""
     for i in range(first, first + 32):
         value, code = np.float32(x[i] / scale) if scale != 0 else np.float32(0.0), 0
         for middle in searches.TABLE_MIDDLES:
@@ -373,7 +374,7 @@ def _nibbles(codes, first, out, at):
 
 
 def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., Any]:
-    """iq4_nl and iq4_xs."""
+    """Compile iq4_nl or iq4_xs."""
     STORED, FLOOR = search.stored, np.float32(searches.TABLE_FLOOR)
     PER_BLOCK = 8 if STORED else 1
     BLOCK, BATCH = 32 * PER_BLOCK, 16 // PER_BLOCK
@@ -417,9 +418,10 @@ def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., An
 
 
 def make_quantise(KIND: int) -> Callable[..., None]:
-    """Quantises blocks: addresses of float32 numbers and of the result, how many, where the answer goes, int64.
+    """Return the function of a type, which quantises `count` blocks from address x to `out`.
 
-    The last two are the address of the columns' importance, or 0, and how many blocks they make.
+    Its other arguments: address of an int64, which becomes 1 if all elements can be quantised; address of the columns'
+    importance, or 0; and the number of blocks that these columns make.
     """
     kind = GGMLQuantizationType(KIND)
     blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Searches for scales of groups, 16 groups at a time: each lane of the vectors is one group.
+"""Search the scales of 16 groups at a time: each lane of a vector is one group.
 
-The arithmetic is that of `reference.py`, in the same order on every CPU: no sum goes across lanes.
+The arithmetic is that of `reference.py`, in the same order on every CPU, because no sum goes across lanes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
 
 @intrinsic
 def bits_of(_: Any, value: Any) -> Any:
-    """The bits of a float32 as an int64 without a sign."""
+    """Return the bits of a float32 as the low half of an int64, whose high half is 0."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         return b.zext(b.bitcast(args[0], I32), I64)
@@ -32,14 +32,14 @@ def bits_of(_: Any, value: Any) -> Any:
 
 @intrinsic
 def ends_of_32(_: Any, x: Any) -> Any:
-    """Bits of the largest (upper half) and of the smallest of the 32 float32 at an address."""
+    """Return the bits of the largest (high half) and of the smallest (low half) of the 32 float32 at an address."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         magnitude, sign = e.constant(I32, 0x7FFFFFFF), e.constant(I32, 31)
 
         def ordered(value: Any) -> Any:
-            """Whole numbers in the order of the floats, and back."""
+            """Convert the bits of floats to integers of the same order, and back."""
             return b.xor(value, b.and_(b.ashr(value, sign), magnitude))
 
         x, y = (ordered(e.load(args[0], vector(I32), at)) for at in (0, 4 * LANES))
@@ -55,9 +55,10 @@ def ends_of_32(_: Any, x: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def store_codes(_: Any, width: Any, x: Any, low: Any, inverse: Any, add: Any, to: Any) -> Any:
-    """Stores (x - low) * inverse + add of 32 numbers, cut to whole numbers of `width` bits.
+    """Store (x - low) * inverse + add of 32 elements, truncated to integers of `width` bits, 4 or 5.
 
-    The fifth bits come first, number i's as bit i of 32, then nibbles: number i's low and number i + 16's high.
+    The fifth bits come first, bit i of 32 for element i; then byte i has the low nibble for element i, the high nibble
+    for element i + 16.
     """
     f, i, bits = types.float32, types.int64, width.literal_value
 
@@ -86,7 +87,7 @@ def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) ->
     """Compute the weights of the elements of 16 groups without an importance matrix, see `reference.plain_weights`.
 
     Args:
-        squared: whether weights grow with the square of elements.
+        squared: 1 if weights grow with the square of elements, 0 if with their size.
         x, weights: addresses of float32 [count, 16]: element i of all groups is contiguous.
         floor: as in `reference.plain_weights`.
     """
@@ -161,7 +162,7 @@ def fit_table(_: Any, x: Any, weights: Any, count: Any, scales: Any) -> Any:
 def _elements(
     e: Emitter, x: Any, weights: Any, count: Any, state: list[Any], body: Callable[[Any, Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Runs body(element of every group, its weights, state) over all elements."""
+    """Run body(element, weight, state) for element 0, 1, ... of all groups."""
 
     def step(index: Any, carried: list[Any]) -> list[Any]:
         offset = e.b.mul(index, e.int64(4 * LANES))
@@ -181,14 +182,12 @@ def _clamp(e: Emitter, value: Any, low: Any, high: Any) -> Any:
 
 
 def _rounded(e: Emitter, value: Any) -> Any:
-    """To nearest even, for numbers below 2^22."""
+    """Round values below 2^22 to integers, ties to even."""
     shifter = e.constant(F32, SHIFTER)
     return e.b.fsub(e.b.fadd(value, shifter), shifter)
 
 
 class _OffsetSearch:
-    """Emits `fit_offset`."""
-
     def __init__(self, e: Emitter, args: Any) -> None:
         self.e, self.b = e, e.b
         self.x, self.weights, self.count, most, first, self.tries, self.scales, self.mins = args
@@ -198,8 +197,7 @@ class _OffsetSearch:
     def emit(self) -> None:
         e, b, zero = self.e, self.b, self.zero
         low, span = self._range()
-        # The plain scale, from the smallest number (or 0) to the largest.
-        scale = b.fdiv(span, self.most)
+        scale = b.fdiv(span, self.most)  # the plain scale
         start = [e.constant(F32, searches.NOTHING), scale, low]
         _, best_scale, best_low = e.loop(self.tries, start, lambda index, state: self._try(index, state, low, span))
         plain_error, best_error = self._errors(scale, low, best_scale, best_low)
@@ -210,7 +208,7 @@ class _OffsetSearch:
         e.store(self.mins, b.fsub(zero, low))
 
     def _range(self) -> tuple[Any, Any]:
-        """Minimum, at most 0, and the span to the maximum; the weights' own sums beside them."""
+        """Return the minimum, at most 0, and the span to the maximum; keep the sums of w and of w * x."""
         e, b, zero = self.e, self.b, self.zero
 
         def body(value: Any, weight: Any, state: list[Any]) -> list[Any]:
@@ -252,7 +250,7 @@ class _OffsetSearch:
         above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
         scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
         fitted = b.select(above, zero, fitted)
-        # The squared error less the sum of w * x^2, which all tries share.
+        # The squared error minus the sum of w * x^2, which is equal for all tries.
         error = b.fsub(zero, b.fadd(b.fmul(scale, sum_lx), b.fmul(fitted, self.weighted)))
         better = b.and_(usable, b.fcmp_ordered("<", error, best_error))
         return [
@@ -260,7 +258,7 @@ class _OffsetSearch:
         ]
 
     def _errors(self, scale: Any, low: Any, other_scale: Any, other_low: Any) -> list[Any]:
-        """Squared errors of two scales and minima."""
+        """Return the squared errors of two scales and minima."""
         e, b = self.e, self.b
         one = e.constant(F32, 1.0)
         inverses = [b.fdiv(one, scale), b.fdiv(one, other_scale)]
@@ -296,7 +294,7 @@ def _emit_fit_scale(e: Emitter, x: Any, weights: Any, count: Any, half: Any, sca
 
 
 def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
-    """The largest magnitude of each group, and the first number that has it."""
+    """Return the largest magnitude of each group, and the first element that has it."""
 
     def body(value: Any, _: Any, state: list[Any]) -> list[Any]:
         size = _fabs(e, value)

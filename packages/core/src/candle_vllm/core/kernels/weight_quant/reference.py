@@ -17,8 +17,6 @@ F = np.float32
 
 
 def quantiser(ggml_type: GGMLQuantizationType) -> searches.Quantise:
-    """See the package."""
-
     def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:
         if not (np.abs(x) <= searches.LARGEST).all():
             return False

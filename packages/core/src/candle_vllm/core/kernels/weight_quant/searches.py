@@ -119,9 +119,9 @@ TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
 
 
 class Quantise(Protocol):
-    """Quantises x float32 [N, elements per block] to out uint8 [N, bytes per block]; returns whether that is possible.
+    """Quantise x float32 [N, elements per block] to out uint8 [N, bytes per block]; return whether that is possible.
 
-    `importance` is float32 [C] for the columns of the rows of which x consists; only types with a search use it.
+    `importance` is float32 [C] for the columns of rows that x consists of; only types with a search use it.
     """
 
     def __call__(self, x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool: ...

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Attention of encoders on the CPU: `lay_out` and, behind a barrier, `attend_whole` (step 6 of a request's life).
+"""Attention of encoders on the CPU: `lay_out` and, after a barrier, `attend_whole` (step 6 of a request's life).
 
-Where queries and keys turn, `turn` does that before, in place.
+If the model has rotary embeddings, `turn` first rotates queries and keys in place.
 
-fp32 throughout. The lanes of a vector are 16 queries, so that a softmax needs nothing across lanes, and both products
-are those of `plain_linear` with F32 weights:
+The arithmetic is fp32. The lanes of a vector are 16 queries, so a softmax needs no operation across lanes, and both
+products use the code of `plain_linear` for F32 weights:
 
-    scores [keys, queries] = keys times queries       queries lie as a tile [D, 16], keys as panels [D, 8 keys]
-    result [D, queries] = values times probabilities  probabilities lie as a tile [keys, 16], values as panels
-                                                      [keys, 8 of D]
+    scores [keys, queries] = keys x queries        queries are a tile [D, 16], keys are panels [D, 8 keys]
+    result [D, queries] = values x probabilities   probabilities are a tile [keys, 16], values panels [keys, 8 of D]
 
-`lay_out` makes the panels of all texts; D and a text's keys are filled up with zeros to multiples of 8. A unit of work
-is a head of 32 queries of a text with all of its keys, handed out by an atomic counter, which `lay_out` begins at 0.
-Where the operation is done in parts, by more threads than have memory, each has its share of the units.
-Every number is one chain of sums over D or over the text's keys: the same bits whatever else is in the step, and
-whichever thread computes it.
+`lay_out` writes the panels of all texts; D and a text's keys are padded with zeros to multiples of 8. A unit of work is
+one head of 32 queries of a text, with all keys in their window. Threads claim units by an atomic counter, which
+`lay_out` sets to 0; in an operation of more parts (`PartArguments`) than threads with scratch memory, each part has a
+fixed share of the units. Each element is a sum in a fixed order over D or keys, so its bits do not depend on other
+texts of the step or on the thread.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ assert PANEL % RUN == 0
 
 
 def turn(row, thread, threads):
-    """The operation that rotates queries and keys, the first (H + K) * D numbers of each row."""
+    """Rotate queries and keys: the first (H + K) * D elements of each row."""
     given = read(TurnArguments, row)
     tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
     places = int64_at(given.places)
@@ -62,16 +61,16 @@ def turn(row, thread, threads):
 
 @njit(inline="always")
 def _text_panels(start: int, text: int, heads: int, dim: int) -> int:
-    """Where the panels of a text begin, in bytes: behind those of the texts before it, however long these are."""
+    """Return the byte offset of a text's panels, sufficient for the panels of earlier texts of any lengths."""
     return 4 * PANEL * ((start >> 3) + text) * heads * ((dim + 7) & -8)
 
 
 @njit
 def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int, values: int, panel_bytes: int) -> None:
-    """Lays out up to 8 tokens of a head.
+    """Copy keys and values of up to 8 tokens of a head to panels.
 
-    k and v are the first token's, `row_bytes` before the next one's. `keys` is where their panel goes, `values` their
-    place in the first panel of values; from one of those to the next it is `panel_bytes`.
+    k and v are addresses of the first token, and tokens are `row_bytes` apart. `keys` is the address of the panel, and
+    `values` the tokens' address in the first panel of values; the next panels of values are `panel_bytes` apart.
     """
     filled = (dim + 7) & -8
     to_keys = float32_at(keys)
@@ -101,7 +100,7 @@ def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int,
 
 
 def lay_out(row, thread, threads):
-    """The operation that makes panels of keys and values."""
+    """Write the panels of keys and values."""
     given = read(WholeArguments, row)
     starts, heads, dim = int64_at(given.query_start), given.kv_heads, given.head_dim
     sequences = step_number(row, _SEQUENCES)
@@ -111,7 +110,7 @@ def lay_out(row, thread, threads):
     for r in range(sequences):
         total += (starts[r + 1] - starts[r] + 7) >> 3
     first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
-    before = 0  # panels of keys of the texts before this one
+    before = 0  # panels of keys of earlier texts
     filled = (dim + 7) & -8
     for r in range(sequences):
         start = starts[r]
@@ -153,10 +152,9 @@ def _scores(
     runs: Any,
     bias: Any,
 ) -> Any:
-    """Scores [8, 16] of a panel of keys with each tile of queries; `step` and `out_step` bytes from tile to tile.
+    """Multiply a panel of keys by each tile of queries: scores [8, 16]. `step` and `out_step` are from tile to tile.
 
-    Where `biased`, the numbers at `bias` are added: of the first query and the first key, in the order of query minus
-    key.
+    If `biased`, add a bias by distance; `bias` is the address of the distance of the first query from the first key.
     """
     width, features = tiles.literal_value, Isa(isa.literal_value)
 
@@ -178,7 +176,7 @@ def _scores(
 
 @intrinsic(prefer_literal=True)
 def _softmax(_: Any, tiles: Any, scores: Any, step: Any, keys: Any, sums: Any) -> Any:
-    """2^(score - largest) in place for `keys` rows of each tile of scores, zeros behind them, and their sums."""
+    """Replace `keys` rows of each tile of scores by 2^(score - maximum), pad with rows of zeros, and store the sums."""
     width = tiles.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -231,7 +229,7 @@ def _values(
     out_step: Any,
     runs: Any,
 ) -> Any:
-    """Results [8, 16] of a panel of values with each tile of probabilities, over their sums."""
+    """Multiply a panel of values by each tile of probabilities, and divide by their sums: results [8, 16]."""
     width, features = tiles.literal_value, Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -251,7 +249,7 @@ def _values(
 
 @njit(inline="always")
 def _take_queries(q: int, row_bytes: int, first: int, length: int, lanes: int, dim: int, scale: float, to: int) -> None:
-    """Queries from `first` on as tiles [D, 16], times `scale`; behind the last one it is repeated."""
+    """Copy queries from `first` on, times `scale`, to tiles [D, 16]; a text's last query fills the last tile."""
     filled = (dim + 7) & -8
     for lane in range(lanes):
         query = float32_at(q + min(first + lane, length - 1) * row_bytes)
@@ -263,8 +261,6 @@ def _take_queries(q: int, row_bytes: int, first: int, length: int, lanes: int, d
 
 
 def make_attend_whole(ISA: int, BIASED: int) -> Callable[..., None]:
-    """The operation that attends; with a bias where the constant `BIASED` is 1."""
-
     def attend_whole(row, thread, threads):
         given = read(WholeArguments, row)
         starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
@@ -279,7 +275,7 @@ def make_attend_whole(ISA: int, BIASED: int) -> Callable[..., None]:
         for r in range(step_number(row, _SEQUENCES)):
             total += ((starts[r + 1] - starts[r] + 31) >> 5) * heads
         in_parts = threads > given.threads
-        before = 0  # units of the texts before this one
+        before = 0  # units of earlier texts
         if in_parts:
             unit, total = total * thread // threads, total * (thread + 1) // threads
         else:
@@ -296,7 +292,7 @@ def make_attend_whole(ISA: int, BIASED: int) -> Callable[..., None]:
                 first = 32 * (unit - before - head * parts)
                 count = min(32, length - first)
                 own = base + 32 * filled * panels * (head * kv_heads // heads)
-                low = max(first - window, 0) >> 3  # the panels of keys that one of these queries sees
+                low = max(first - window, 0) >> 3  # first of the `seen` panels with a key in the window of a query
                 seen = ((min(first + count + window, length) + 7) >> 3) - low
                 shown = min(length - 8 * low, 8 * seen)
                 keys, values = given.keys + own + 32 * filled * low, given.values + own + 256 * low

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The layer as a compiled CPU operation: step 6 of a request's life.
+"""Linear layer with weights of 14-bit integers as a compiled CPU operation (step 6 of a request's life).
 
-Rows are taken in groups of blocks of 8, copied into panels (`plain_linear/cpu_panel.py`), that stay in the second-level
-cache; each two tiles meet all of them, a part of K at a time. In a group of 32 columns 16 sums of whole numbers stay in
-registers; those of floats wait in memory, in the first-level cache, for there are 32 registers.
+Blocks of 8 rows are copied to panels (`plain_linear/cpu_panel.py`). Each pair of tiles is multiplied by up to 8 panels,
+which stay in the second-level cache, one part of K at a time. Within a group of 32 columns, 16 vectors of integer sums
+stay in registers. The float sums are in memory, in the first-level cache, because a CPU has 32 vector registers.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -24,21 +24,19 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, fill_p
 from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS
 
 _CACHED_BYTES = 384 << 10
-"""Panels that one thread goes through again for every two tiles: they stay in its second-level cache."""
+"""Bytes of the panels that a thread reads again for each pair of tiles: they stay in its second-level cache."""
 
-_PANELS = 8  # most of a group
-_PART = 11
-"""Groups of columns that all panels meet before the next ones: two tiles' are 24 KiB."""
-
+_PANELS = 8  # maximum number of these panels
+_PART = 11  # groups of columns in a part of K: 24 KiB of two tiles
 _HEIGHT = 8  # rows of a panel
-_TURN = 4  # steps of the loop's turn
+_TURN = 4  # steps of a loop iteration
 
 
 @intrinsic(prefer_literal=True)
 def _multiply(
     _: Any, tiles: Any, isa: Any, weights: Any, tile_bytes: Any, panel: Any, scales: Any, out: Any, groups: Any
 ) -> Any:
-    """Adds neighbouring tiles times a panel to float32 [tiles, 8, 16] at `out`; `scales` are the panel's."""
+    """Multiply adjacent tiles by a panel, whose scales are at `scales`, and add to float32 [tiles, 8, 16] at `out`."""
     width, features = tiles.literal_value, Isa(isa.literal_value)
     places = [(tile, row) for tile in range(width) for row in range(_HEIGHT)]
 
@@ -82,9 +80,8 @@ def _multiply(
 
 
 def make_linear(ISA: int) -> Any:
-    """The linear operation."""
     CACHED, PANELS, PART = _CACHED_BYTES, _PANELS, _PART
-    GROUP, X, S = GROUP_BYTES, STEPS * _HEIGHT * 4, _HEIGHT * 4  # bytes: of weights, of a panel's numbers and scales
+    GROUP, X, S = GROUP_BYTES, STEPS * _HEIGHT * 4, _HEIGHT * 4  # bytes of a group: weights, panel, scales
 
     def word_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
