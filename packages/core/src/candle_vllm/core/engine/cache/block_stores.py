@@ -167,7 +167,6 @@ class BlockFolder:
         return payload
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """Write a block's file; raises OSError if it cannot be written."""
         name = self._name(digest)
         path = self._root / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -212,7 +211,6 @@ class BlockFolder:
             self._forget(name)
 
     def forget(self, digest: bytes) -> None:
-        """Delete a block."""
         self._forget(self._name(digest))
 
     def _shrink(self) -> None:
@@ -307,7 +305,6 @@ class HostBlocks:
             self._blocks.clear()
 
     def close(self) -> None:
-        """Drop all blocks."""
         self.clear()
 
 
@@ -320,7 +317,6 @@ class Tiers:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all stores together."""
         return sum(store.num_bytes for store in self._stores)
 
     def has(self, digest: bytes) -> bool:
@@ -375,6 +371,5 @@ class Tiers:
             store.clear()
 
     def close(self) -> None:
-        """Close all stores."""
         for store in self._stores:
             store.close()

@@ -661,17 +661,14 @@ class OffloadedPrefixes:
 
     @property
     def num_written(self) -> int:
-        """See `num_read`."""
         return sum(each.num_written for each in self._both)
 
     @property
     def num_skipped(self) -> int:
-        """See `num_read`."""
         return sum(each.num_skipped for each in self._both)
 
     @property
     def num_failed(self) -> int:
-        """See `num_read`."""
         return sum(each.num_failed for each in self._both)
 
 
@@ -684,7 +681,7 @@ def keep_blocks(
     others: OtherParts | None = None,
     pool: StatePool | None = None,
 ) -> OffloadedBlocks | OffloadedPrefixes | None:
-    """Build the KV tiers of the settings; None without KV tiers. Raises ConfigError if the model cannot have them."""
+    """Return the KV tiers of the settings; None without KV tiers. Raises ConfigError if the model cannot have them."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:
@@ -701,7 +698,7 @@ def keep_blocks(
 def keep_parts(
     config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, rank: int, told: Callable[[int, bool, bool], object]
 ) -> BlockParts | None:
-    """Build the `BlockParts` of a rank after the first, for the first rank's `OffloadedBlocks`; None without tiers."""
+    """Return the `BlockParts` of a rank after the first, for the first rank's `OffloadedBlocks`; None without tiers."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, False, rank)
     return None if store is None else BlockParts(store, memory, told)
@@ -710,7 +707,7 @@ def keep_parts(
 def _store(
     config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
 ) -> BlockStore | None:
-    """Build the store of a rank's parts of blocks (or of `what`, if set) of `size` bytes; None without KV tiers."""
+    """Return the store of a rank's parts of blocks of `size` bytes; None without KV tiers. `what` ends its name."""
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(

@@ -22,8 +22,8 @@ from candle_vllm.core.errors import ConfigError, with_extra
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT: Final = 1.0  # seconds to connect, for each read of an answer, and for a whole answer without a block
-_SLOWEST: Final = 8 << 20  # minimum bytes per second of an answer with a block
+TIMEOUT: Final = 1.0  # seconds to connect, and for each read of an answer
+_SLOWEST: Final = 8 << 20  # bytes per second: a whole answer has TIMEOUT plus the time of its maximum size at this rate
 _SPARE: Final = 1 << 16  # maximum bytes of an answer beyond a block; 500 hashes take 20,000
 QUIET: Final = 10.0  # seconds after a failure in which Redis is not used
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted

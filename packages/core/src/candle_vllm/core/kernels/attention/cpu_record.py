@@ -190,7 +190,7 @@ class AttendArguments(NamedTuple):
         block_shift: S is 1 << it.
         heads, kv_heads: H and K.
         scratch, scratch_size: address and size of the scratch memory, see `scratch_bytes`.
-        window: positions that a token attends to, its own included; 0 for all.
+        window: positions that a token attends to, its own included; 0 for all, -n for chunks of n positions.
         cap: soft cap times log2(e); 0 without a soft cap.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 without sinks.
         ahead: address of int64 [T], numbers of later positions that tokens attend to; 0 for causal attention.

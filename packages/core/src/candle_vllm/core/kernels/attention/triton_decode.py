@@ -146,8 +146,8 @@ def decode_kernel(
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
         if FP8 or EXTRA:
-            # The values are transposed for the product, which the hardware does only with 16-bit elements. So
-            # two neighbours are read as one element, and give two products, of the even and of the odd columns.
+            # The product needs the values transposed, which the hardware does only with 16-bit elements. So two
+            # neighbours are read as one element, and give two products, of the even and of the odd columns.
             pairs_at = value_cache.to(tl.pointer_type(tl.int16), bitcast=True) + head * (D // 2)
             even = tl.zeros([GP, DP // 2], tl.float32)
             odd = tl.zeros([GP, DP // 2], tl.float32)
@@ -374,7 +374,7 @@ def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> in
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of the GPU; under the interpreter so few that a program has several items."""
+    """Return the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

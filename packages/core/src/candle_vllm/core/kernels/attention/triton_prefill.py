@@ -75,7 +75,6 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
     return row, tile - begin
 
 
-# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit
 def attend_keys(
     queries,
@@ -136,6 +135,7 @@ def attend_keys(
     )
 
 
+# A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
 @triton.jit(
     do_not_specialize=["rows", "table_stride"],
     do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables", "decoding"],
@@ -299,7 +299,7 @@ def prefill(
     slopes: torch.Tensor | None = None,
     decoding: torch.Tensor | None,
 ) -> None:
-    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller has made the checks.
+    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller checks arguments.
 
     With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Columns in another order on the CPU (part of step 6 of a request's life)."""
+"""Reorder columns on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 
 
 def column_order(row, thread, threads):
-    """The operation."""
     given = read(OrderArguments, row)
     order = int64_at(given.order)
     groups = (given.columns + GROUP - 1) // GROUP

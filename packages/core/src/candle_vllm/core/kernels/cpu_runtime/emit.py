@@ -42,12 +42,10 @@ BF16 = _BFloat()
 
 
 def _bits(element: ir.Type) -> int:
-    """Return the number of bits of an element type."""
     return element.width if isinstance(element, ir.IntType) else 32 if element == F32 else 16
 
 
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
-    """Return a vector type."""
     return ir.VectorType(element, lanes)
 
 
@@ -63,11 +61,9 @@ class Emitter:
     # ---- constants, memory -------------------------------------------------------------------------------------------
 
     def int64(self, value: int) -> Any:
-        """Return a 64-bit constant."""
         return ir.Constant(I64, value)
 
     def zeros(self, element: ir.Type, lanes: int = LANES) -> Any:
-        """Return a vector of zeros."""
         return ir.Constant(vector(element, lanes), None)
 
     def constant(self, element: ir.Type, value: float, lanes: int = LANES) -> Any:

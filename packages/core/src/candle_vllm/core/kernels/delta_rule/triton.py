@@ -35,7 +35,7 @@ _PART = 1024  # elements of a kept row that a program copies
 
 @triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=TABLES)
 def keep_kernel(
-    k,  # all as above
+    k,  # all as in `triton_scan.scan_kernel`
     v,
     a,
     b,

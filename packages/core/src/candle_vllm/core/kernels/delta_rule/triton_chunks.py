@@ -67,7 +67,7 @@ def _squares(x):
 
 @triton.jit
 def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
-    """Return the factor of each row [CHUNK]."""
+    """Return the factor that norms each row [CHUNK]."""
     if NORMED:
         return 1.0 / tl.sqrt(squares + EPS)
     return squares * 0.0 + 1.0
@@ -75,14 +75,14 @@ def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _halves(x, kind):
-    """Split float32 numbers into sums of two 16-bit numbers."""
+    """Split float32 elements into sums of two 16-bit floats."""
     upper = x.to(kind)
     return upper, (x - upper.to(tl.float32)).to(kind)
 
 
 @triton.jit
 def _times(x, y):
-    """Multiply 16-bit numbers by float32 numbers."""
+    """Multiply a matrix of 16-bit floats by a float32 matrix."""
     upper, lower = _halves(y, x.dtype)
     return tl.dot(x, lower, tl.dot(x, upper))
 
@@ -96,7 +96,7 @@ def _store_halves(at, x, SIZE: tl.constexpr):
 
 @triton.jit
 def _product(at, y, SIZE: tl.constexpr):
-    """Multiply float32 numbers that `_store_halves` has written by float32 numbers."""
+    """Multiply a float32 matrix that `_store_halves` has written by a float32 matrix."""
     more, less = _halves(y, tl.bfloat16)
     upper = tl.load(at)
     result = tl.dot(upper, less, tl.dot(upper, more))
@@ -383,7 +383,7 @@ def scan_chunks(
     positions: torch.Tensor,
     constants: dict[str, Any],
 ) -> None:
-    """Launches both kernels; see `triton.delta_rule`."""
+    """Launch both kernels; see `triton.delta_rule`."""
     q, tokens = given["q"], len(given["q"])
     chunks = (cdiv(tokens, CHUNK), constants["HV"])
     given = given | {
@@ -402,7 +402,7 @@ _HOW = MappingProxyType({"num_warps": 8, "num_stages": 1})  # not measured yet
 
 
 def in_chunks(q: torch.Tensor, positions: torch.Tensor | None) -> bool:
-    """Whether a step's whole chunks are computed at once."""
+    """Return whether a step's whole chunks are computed at once."""
     return positions is not None and len(q) >= CHUNK and q.element_size() == 2 and capability(q.device) >= TENSOR_CORES
 
 
@@ -413,7 +413,7 @@ def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chunk_names() -> tuple[str, ...]:
-    """Of what `chunk_kernel` is given."""
+    """Return the names of the arguments that `chunk_kernel` shares with `chunks_kernel`."""
     tensors = ("q", "k", "a", "b", "decay", "bias", "matrices", "factors", "positions")
     return *tensors, "most", "scale", *(name for name in STRIDES if not name.startswith("v"))
 

@@ -46,7 +46,7 @@ def strength_of(b, most):
 
 @triton.jit
 def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of the elements [DK, BLOCK_V] of a value head's state in the head's tiles."""
+    """Return the offsets of the elements [DKP, BLOCK_V] of a value head's state in the head's tiles."""
     return (column // COLUMNS)[None, :] * (DK * COLUMNS) + row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
 
 
@@ -107,7 +107,7 @@ def scan_rows(
     EPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr = True,
-    skip=0.0,  # where not CORRECTS
+    skip=0.0,  # used if not CORRECTS
     EACH: tl.constexpr = 1,  # decays of a value head
 ):
     """Process rows one by one: write their results and the states to store, return the last state."""
@@ -190,7 +190,7 @@ def scan_kernel(
     sources,
     replays,
     stores,  # [T]
-    skip,  # [HV] fp32, where not CORRECTS
+    skip,  # [HV] fp32, read if not CORRECTS
     most,
     scale,
     q_token,

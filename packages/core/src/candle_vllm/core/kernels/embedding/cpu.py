@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Adding rows of a table to others on the CPU; `packed_linear` and its like read the rows of their kinds of matrix."""
+"""Add float32 rows to other rows on the CPU; the package of each weight format, such as `packed_linear`, reads rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from candle_vllm.core.kernels.embedding import AddArguments
 
 
 def add(row, thread, threads):
-    """The operation."""
     given = read(AddArguments, row)
     rows = step_number(row, StepNumber.TOKENS.value)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):

@@ -46,7 +46,7 @@ def scale_and_zero(words, unit: tl.constexpr, FORM: tl.constexpr):
     FLOATS: tl.constexpr = FORM.kind
     word = words[0] if unit == 0 else (words[1] if unit == 1 else (words[2] if unit == 2 else words[3]))
     if FLOATS:
-        scale = word * (1.0 if FLOATS == 2 else 256.0)  # see `float_tile`
+        scale = word * (1.0 if FLOATS == 2 else 256.0)  # see `wide_floats`
     elif FORM.scale_bf16:
         scale = (word.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:

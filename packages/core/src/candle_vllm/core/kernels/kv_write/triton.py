@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Writing the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
+"""Write the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
 A program copies one token, all its heads, key and value; in a cache with scaled rows, some of the heads. Slots are read
 on the device, and tokens with a negative slot are skipped, so that a captured step may have more rows than are
@@ -23,9 +23,9 @@ _MOST = 1024  # elements that a program has in registers at a time
 
 @triton.jit
 def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.constexpr):
-    """Convert elements to the cache's `dtype`; with FP8 `scale` points at one number."""
+    """Convert elements to the cache's `dtype`; with FP8, first divide them by the float32 at `scale`, and clamp."""
     if FP8:
-        # Clamped, because a conversion may turn values that are too large into NaN.
+        # Clamp, because a conversion may turn values that are too large into NaN.
         x = x.to(tl.float32) / tl.load(scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)

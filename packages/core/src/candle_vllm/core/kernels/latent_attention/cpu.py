@@ -51,7 +51,7 @@ def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: in
 
 @njit(inline="always")
 def _copy_rows(tiles: int, to: int, chosen: int, cache: int, table, count: int, shift: int, step: int, width: int):
-    """As `_list_tiles` for `count` rows at the positions from `chosen` on, which are copied to `to`."""
+    """Copy `count` cache rows, whose positions are listed at `chosen`, to `to`; write the addresses of their tiles."""
     for n in range(count):
         position, copy = int32_at(chosen)[n], int32_at(to + 2 * width * n)
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
@@ -82,7 +82,7 @@ def _scores(q: int, tiles: int, scores: int, count: int, groups: int, width: int
 
 @njit(inline="always")
 def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> None:
-    """Write a group's maxima and sums into its 16 partial results."""
+    """Write a group's maxima and sums to its 16 partial results."""
     numbers = float32_at(state)
     for row in range(LANES):
         to = float32_at(partials + row * row_bytes)
@@ -91,7 +91,7 @@ def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> Non
 
 
 def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
-    """Return the operation for one shape; `form` is that of `cpu_tiles.copy_numbers`."""
+    """Return the operation for one shape; `form` as for `cpu_tiles.copy_numbers`."""
     width = rope + latent
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = layout.scratch_per_thread(latent)
@@ -113,7 +113,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
         free = given.scratch_size - HEADER - threads * thread_bytes
         sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, 0)
-        before = 0  # units of the sequences before this one
+        before = 0  # units of earlier sequences
         unit = fetch_add(scratch, 1)
         for r in range(sequences):
             token, context = starts[r], contexts[r]
@@ -136,7 +136,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                 at_group = first // LANES
                 begin = context - tokens  # position of the sequence's first token in this step
                 most = begin + (at_group + groups - 1) // parts
-                last = min(most, given.top - 1)  # of the attended positions, whatever their numbers
+                last = min(most, given.top - 1)  # last attended key: a position, or an index in the chosen positions
                 queries = given.q + (token * parts + at_group) * group_bytes
                 to = own
                 if size == 0:
@@ -238,7 +238,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
 
 @njit(inline="always")
 def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> None:
-    """Add 16 heads' weighted scores above 0 to the sums of `keys` keys, or begin these."""
+    """Add the scores above 0 of 16 heads, times their weights, to the sums of `keys` keys; `begins` clears these."""
     score, weight, out = float32_at(scores), float32_at(weights), float32_at(to)
     for key in range(keys):
         total = np.float32(0) if begins else out[key]
@@ -253,7 +253,7 @@ def _choose(scores: int, count: int, top: int, to: int) -> None:
     keys, chosen = int32_at(scores), int32_at(to)
     for i in range(count):  # to integers in the order of the scores
         keys[i] = keys[i] ^ ((keys[i] >> 31) & 0x7FFFFFFF)
-    least = -(1 << 31)  # the largest number that `top` keys reach
+    least = -(1 << 31)  # becomes the largest integer that at least `top` keys reach
     for bit in range(31, -1, -1):
         reached, step = 0, 1 << bit
         for i in range(count):
@@ -271,7 +271,11 @@ def _choose(scores: int, count: int, top: int, to: int) -> None:
 
 
 def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
-    """Return the operation that computes the scores of few tokens, or then one that `chooses` for all tokens."""
+    """Return one of the two operations of a choice; `chooses` is 1 for the second.
+
+    In a step of few tokens, threads divide the keys in the first one, which computes scores; the second chooses
+    positions. In larger steps they divide the tokens, and the second one does both.
+    """
 
     def choose(row, thread, threads):
         given, tokens, r = read(AttendArguments, row), step_number(row, _TOKENS), 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Products with a matrix for every head on the CPU, by the operation of plain matrices.
+"""Multiply each head by its own matrix on the CPU, by the operation of plain matrices.
 
 A unit of work is a part of one head's rows of weights, for all tokens. The thread that computed queries in latent space
 also converts them to the layout that `cpu_tiles.py` reads.
@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation, read
 from candle_vllm.core.kernels.latent_attention.cpu_record import HeadsArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import store_pairs
 
-_UNITS_PER_THREAD = 4  # at least, so that no thread waits long for another
+_UNITS_PER_THREAD = 4  # minimum, so that no thread waits long for another
 
 
 @njit(inline="always")
@@ -30,7 +30,7 @@ def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: i
 
 
 def make_heads(arranges: int) -> Callable[..., None]:
-    """Return the operation."""
+    """Return the operation; if `arranges` is 1, it also converts the products to queries."""
 
     def latent_heads(row, thread, threads):
         given = read(HeadsArguments, row)

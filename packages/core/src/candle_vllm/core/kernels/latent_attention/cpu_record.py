@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a layer's latent attention: the operations of this folder, one after another."""
+"""Record a layer's latent attention, and an index's choice of positions, from the operations of this folder."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.plain_linear.layout import PlainMatrix
 
 
-_PREPARE = "latent_attention.cpu_write:make_prepare"  # with a form
-_HEADS = "latent_attention.cpu_heads:make_heads"  # whether it also converts the products to queries
+_PREPARE = "latent_attention.cpu_write:make_prepare"
+_HEADS = "latent_attention.cpu_heads:make_heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,10 @@ def record_latent(
 def record_choice(
     recorder: Recorder, q: Place, key: Place, weights: Place, parts: LatentParts, cache: np.ndarray, top: int
 ) -> NDArray[np.int32]:
-    """Record an index's rotation, the write to the cache of its keys, and the choice, see the package.
+    """Record for an index: rotation, the write of its keys to its cache, and the choice of positions; see the package.
 
-    Rows of q and key have heads [nope | rope], `weights` a number for each head; `parts` has no matrices, and `nope` is
-    `latent`. The result is [T * top]; only tokens at position `top` and later have positions there.
+    Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
+    matrices, and `nope` equals `latent`. Return positions [T * top], which only tokens at position `top` or later have.
     """
     sizes, limits = parts.sizes, recorder.limits
     width = sizes.rope + sizes.latent
@@ -127,7 +127,7 @@ def _prepared(
 
 
 class _Inputs:
-    """Memory for input rows of every head's matrix: [H, maximum number of tokens, elements of a row]."""
+    """Memory for the input rows of each head's matrix: [H, maximum number of tokens, elements of a row]."""
 
     def __init__(self, recorder: Recorder, heads: int, columns: int, form: RowForm) -> None:
         self.row_numbers = row_elements(columns)
@@ -138,7 +138,7 @@ class _Inputs:
 
 
 def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _Inputs, out: Place) -> HeadsArguments:
-    """Return the arguments for every head's product; the results of the heads are side by side."""
+    """Return the arguments for the products of all heads, whose results are adjacent columns."""
     function, rows = 0, []
     for head, matrix in enumerate(matrices):
         x = Inputs({"x": inputs.address + head * inputs.head_bytes, "x_bytes": inputs.row_bytes}, ())
@@ -196,8 +196,8 @@ class AttendArguments(NamedTuple):
 
     Attributes:
         q: address of queries in the layout of `cpu_tiles.py`, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head. Of a
-            choice: address of the weights, bytes of a token's scores, and from a token's weights to the next.
+        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head. For a
+            choice: address of the weights, bytes of a token's scores, and row stride of the weights in bytes.
         cache: address of the layer's cache, see `cpu_write.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
@@ -206,7 +206,7 @@ class AttendArguments(NamedTuple):
         heads, parts: H, and `groups_of(H)`.
         scratch, scratch_size: address and size of `scratch_bytes`; copies of chosen rows follow it.
         chosen, top: address of chosen positions, int32 [T, top], and the number of positions that tokens attend to.
-        tile: query rows of a unit; of chosen positions, the unit belongs to one token.
+        tile: query rows of a unit; with chosen positions, all rows of a unit belong to one token.
     """
 
     q: int
@@ -234,7 +234,7 @@ class HeadsArguments(NamedTuple):
 
     Attributes:
         function: address of the operation that multiplies a matrix.
-        rows, row_bytes: its rows of a plan, one for every head, and bytes from one to the next.
+        rows, row_bytes: address of its arguments, a plan's row for each head, and bytes from one row to the next.
         heads, tiles: H, and tiles of a head's matrix.
         latent_queries: address of the products, float32 [T, H, L] with L a multiple of 16, for `arranges`.
         queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor of the queries.
@@ -257,7 +257,7 @@ class PrepareArguments(NamedTuple):
 
     Attributes:
         q, q_stride: address of float32 rows of heads [nope | rope], and row stride in floats.
-        kv, kv_stride: the same for rows [latent | rope].
+        kv, kv_stride: address and row stride of float32 rows [latent | rope].
         heads, nope, rope, latent: H and the sizes of the parts.
         norm, eps: arguments of the latent vector's norm; `norm` is the address of its weight.
         scale: factor of the queries: softmax scale * log2(e), because `attend` computes powers of two.

@@ -68,9 +68,9 @@ def latent_scores(_: Any, q: Any, keys: Any, scores: Any, groups: Any, width: An
 
 @intrinsic
 def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: Any) -> Any:
-    """exp2(score - m) of a group's first `seen` keys, as pairs of bfloat16; maximum m and sum s are written to `state`.
+    """Write exp2(score - m) of a group's first `seen` keys as pairs of bfloat16; write m and s to `state`.
 
-    An odd last key is paired with 0; s sums the rounded probabilities.
+    m is the maximum, and s the sum of the rounded probabilities. An odd last key is paired with 0.
     """
     signature = types.void(*[types.int64] * 4)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The computation between projections and latent attention on the CPU, in one pass over a step.
+"""Rotation, norm, cache write and input conversion before latent attention on the CPU, in one pass over a step.
 
 The cache row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of every head's query
 [nope | rope], the rotated part times the softmax scale goes to the queries of `cpu_tiles.py`, and the rest becomes an
@@ -67,7 +67,7 @@ def _copy_row(x: int, to: int, count: int, padded: int, form: int) -> None:
 
 
 def make_prepare(form: int) -> Callable[..., None]:
-    """Return the operation; `form` is that of `cpu_tiles.copy_numbers`, or 2 for an index, which has no matrices."""
+    """Return the operation; `form` as for `cpu_tiles.copy_numbers`, or 2 for an index, which has no matrices."""
 
     def latent_prepare(row, thread, threads):
         given = read(PrepareArguments, row)

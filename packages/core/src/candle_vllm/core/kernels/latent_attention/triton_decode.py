@@ -155,7 +155,7 @@ def decode(
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Write `out`, with `decoding` only its first rows. Token r belongs to sequence r. The caller has made the checks.
+    """Write `out`, with `decoding` only its first rows. Token r belongs to sequence r. The caller checks arguments.
 
     `lists` are the lists of the step, see `DeviceRows`.
     """
@@ -209,7 +209,7 @@ def decode(
 
 
 def _multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of the GPU; under the interpreter so few that a program has several items."""
+    """Return the GPU's multiprocessors; 2 under the interpreter, so that a program has several items."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Products with a matrix for every head on a GPU: a token has the same bits whatever else is in the step.
+"""Multiply each head by its own matrix on a GPU: a token's bits do not depend on the rest of the step.
 
 A program computes some elements of one head for a tile of tokens. The size of a tile does not depend on the number of
 tokens, and a row's sum runs over the columns in the same order.

@@ -135,7 +135,7 @@ def prefill(
     scale: float,
     decoding: torch.Tensor | None,
 ) -> None:
-    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller has made the checks.
+    """Write `out` from row query_start[0] to query_start[-1], at most `tokens` rows. The caller checks arguments.
 
     With `decoding`, begin at query_start[decoding[0]]: the other rows are not changed.
     """

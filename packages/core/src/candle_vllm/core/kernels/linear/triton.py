@@ -175,7 +175,7 @@ def merge_kernel(
 
 
 def merge(partial: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out [T, N] = the sum of partial [S, T, N] over S, plus bias, rounded once. T is at most 65,535."""
+    """Write the sum of partial [S, T, N] over S, plus bias, to out [T, N], rounded once. T is at most 65,535."""
     splits, tokens, width = partial.shape
     merge_kernel[(cdiv(width, _MERGED), tokens)](
         partial,
@@ -348,7 +348,7 @@ def build(
     bias: bool = False,
     aligned: bool = True,
 ) -> Build:
-    """Build of the kernel for an operand whose planes are types; `form` is "split", "fold", "whole" or empty."""
+    """Return a build for an operand whose planes are types; `form` is "split", "fold", or another part of the label."""
     arguments = dict.fromkeys(("T", "N", "K", "pitch", "x_stride", "out_stride", "steps", "split_steps"), "i32")
     arguments |= {"x": f"*{dtype}", "out": "*fp32" if form == "split" else f"*{dtype}", "bias": f"*{dtype}"}
     arguments |= dict(zip(("low", "high", "scales", "supers"), operand.planes, strict=True))

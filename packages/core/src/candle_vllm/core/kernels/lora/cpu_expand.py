@@ -130,10 +130,11 @@ def _expand_rows(
 ) -> Any:
     """Multiply `tiles` times 16 neighbouring rows of B in a panel by `rows` rows of sums, one of `_KINDS`.
 
-    scales: address of the scales of B's integers. places: address of int64 [rows], which point to numbers. After 64
-    bytes follow float32 [rows], the rows' scales; then int64 [rows], addresses of the results less the offset `at`;
-    after `_FACTORS` bytes the scales of rows of integers, 8 bytes apart. With `onto`, products times scales are added
-    to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see `ask_ahead`.
+    scales: address of the scales of B's integers. places: address of int64 [rows], the addresses of the rows' sums.
+    After 64 bytes follow float32 [rows], the rows' scales; after 128, int64 [rows], addresses of the results less the
+    offset `at`; after `_FACTORS` bytes, the scales of rows of integers, 8 bytes apart. With `onto`, products times
+    scales are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
+    `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -278,7 +279,7 @@ def make_parts(FORM: int, ISA: int) -> Any:
         """Add columns first .. last of an adapter; `following` describes the next adapter, or is 0.
 
         about: the adapter's description. h: address of the rows' sums, or of their folded form. most: maximum number of
-        floats of a row. memory: blocks of 64 bytes: 8 addresses of numbers, written here; then, from the caller, 8
+        floats of a row. memory: blocks of 64 bytes: 8 addresses of factors, written here; then, from the caller, 8
         scales, 8 addresses of results, of own products and of inputs; scratch memory up to `PARTS_MEMORY` bytes; then
         2 times 8 times `most` floats.
         """
@@ -340,7 +341,7 @@ def _make_list(FORM: int) -> Any:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a type of numbers."""
+    """Return the operation for a `NumberForm` of the adapters."""
     add_parts, INNER = make_parts(FORM, ISA), len(layout.ExpandArguments._fields)
     list_parts, RUNS = _make_list(FORM), RUNS_BYTES
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Adding adapters to experts' products on the CPU: row by row, for each pair of an entry and an expert.
+"""Add adapters to experts' products on the CPU: row by row, for each pair of an entry and an expert.
 
 In `shrink` threads divide pairs; in `expand` they divide columns, as in `cpu_expand.py`.
 """
@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, S
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a type of numbers."""
+    """Return the operation for a `NumberForm` of the adapters."""
     multiply = make_run(FORM, ISA)
 
     def shrink_experts(row, thread, threads):
@@ -50,7 +50,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a type of numbers."""
+    """Return the operation for a `NumberForm` of the adapters."""
     add_parts = make_parts(FORM, ISA)
 
     def expand_experts(row, thread, threads):

@@ -30,7 +30,7 @@ inner = njit(error_model="numpy")
 
 
 def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
-    """Load 16 numbers as the bits of floats."""
+    """Load 16 elements as the bits of float32."""
     if form is NumberForm.F32:
         return e.load(address, vector(I32))
     return e.b.shl(e.b.zext(e.load(address, vector(I16)), vector(I32)), e.constant(I32, 16))
@@ -38,7 +38,7 @@ def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
-    """Return the bits of the largest magnitude among 16 * count numbers."""
+    """Return the float32 bits of the largest magnitude of 16 * count elements."""
     kind = NumberForm(form.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -57,7 +57,7 @@ def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any) -> Any:
-    """Write 16 * count numbers times `inverse`, rounded to the nearest 8-bit integers."""
+    """Write 16 * count elements times `inverse`, rounded to the nearest 8-bit integers."""
     kind = NumberForm(form.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -78,7 +78,7 @@ def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any
 
 
 def make_quantise(FORM: int) -> Callable[..., None]:
-    """Return the function for numbers of a type, bfloat16 or float32."""
+    """Return the function for elements of a type, bfloat16 or float32."""
     ITEM, SHIFT = NumberForm(FORM).bytes, 16 if FORM == 0 else 0
 
     @inner
@@ -110,8 +110,8 @@ def make_quantise(FORM: int) -> Callable[..., None]:
     def quantise(source, target, matrices, count):
         """Quantise matrices.
 
-        source, target: addresses of the numbers, and of the bytes to write. matrices: address of int64 [count, 5]: the
-        index of a matrix's first number, its rows, columns and scales of a row, and the offset of its codes [rows,
+        source, target: addresses of the elements, and of the bytes to write. matrices: address of int64 [count, 5]: the
+        index of a matrix's first element, its rows, columns and scales of a row, and the offset of its codes [rows,
         columns] in bytes; its scales follow the codes, bfloat16 [rows, scales].
         """
         for number in range(count):

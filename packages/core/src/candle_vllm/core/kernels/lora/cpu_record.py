@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 INPUT_FORM = RowForm.F32
-"""Form in which adapters read their input, for all types of numbers."""
+"""Format in which adapters read their input, whatever their own element type."""
 
 
 class Joining:
@@ -36,7 +36,7 @@ class Joining:
     Args:
         recorder: recorder of the plan.
         place: the adapter site.
-        rows_from: number of rows that the layer computes: which of the step's numbers.
+        rows_from: the `StepNumber` that is the number of rows that the layer computes.
 
     Attributes:
         inputs: rows that `shrink` reads, in `INPUT_FORM`; None for a table that is looked up.
@@ -79,7 +79,7 @@ class Joining:
         )
 
     def look_up(self, numbers: int) -> None:
-        """Record x A^T for a table whose rows are looked up by the step's `numbers`, an address."""
+        """Record x A^T for a table whose rows are looked up; `numbers` is the address of the row numbers."""
         arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
         self._recorder.add(lay.lookup_operation(self._form.whole), arguments, barrier=False)
 

@@ -61,7 +61,7 @@ def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> l
 
 
 def added(e: Emitter, form: layout.NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
-    """Add products with a vector from `widened` to a sum: floats, or <16 x i32> with pairs of 16-bit integers."""
+    """Add products with a vector from `widened` to a sum: floats, or <16 x i32> of pairs of 16-bit integers."""
     return e.dot_i16(total, x, weights, isa) if form is layout.NumberForm.I8 else e.fma(x, weights, total)
 
 
@@ -74,7 +74,7 @@ def zeros_of(e: Emitter, form: layout.NumberForm) -> Any:
 def in_16_bits(_: Any, lanes: Any, source: Any, count: Any, most: Any, target: Any) -> Any:
     """Write floats as 16-bit integers, as `reference.in_16_bits` does, and return their scale.
 
-    count: number of floats, a multiple of `lanes`. most: the integer for the largest of them.
+    count: number of floats, a multiple of `lanes`. most: the integer for the largest magnitude.
     """
     each = lanes.literal_value
 
@@ -387,7 +387,7 @@ FOLDED = 64
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
-    """Return the operation for a type of numbers."""
+    """Return the operation for a `NumberForm` of the adapters."""
     multiply, fold_part, RUN = make_run(FORM, ISA), make_fold(FORM), _RUN
 
     @njit

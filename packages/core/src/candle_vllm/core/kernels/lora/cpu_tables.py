@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Adapters of tables on the CPU: products that are looked up, and rows that replace the model's rows."""
+"""Adapters of embedding tables on the CPU: look up products with A, and replace rows of the model's table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _uint16_at = pointers(types.uint16, "uint16")
 
 
 def _reader(form: int) -> Any:
-    """Return a function of address and index that reads a number as a float."""
+    """Return a function of address and index that reads an element as a float."""
 
     @njit
     def number_at(address, index):
@@ -82,7 +82,7 @@ def make_lookup(FORM: int) -> Callable[..., None]:
 
 @njit
 def _first_from(ids: Any, count: int, least: int) -> int:
-    """Return the index of the first of sorted numbers that is at least `least`."""
+    """Return the index of the first of `count` sorted ids that is at least `least`."""
     low, high = 0, count
     while low < high:
         middle = (low + high) >> 1

@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Mixture of experts as compiled CPU operations: routing, sorting of pairs, the experts' matrices, the weighted sum.
 
-A pair is a token and one of its experts; pair t * k + j is token t's jth. Sorted by expert, an expert's pairs are
+A pair is a token and one of its experts; pair t * k + j is expert j of token t. Sorted by expert, an expert's pairs are
 consecutive, in the order of the tokens; a pair's index in this order is its **place**. So the rows that an expert
 multiplies are contiguous in the result, and its matrices are read once for all of them.
 
@@ -65,7 +65,7 @@ def _best(values: Any, candidates: Any, count: int) -> int:
 
 @njit
 def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias: int) -> None:
-    """Compute a token's scores, and the numbers by which experts are chosen, in float64; store them in float32."""
+    """Compute a token's scores, and the values by which experts are chosen, in float64; store them in float32."""
     added = float32_at(bias)
     largest = -math.inf
     for x in range(count):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Choosing a token's experts on a GPU (step 6 of a request's life). A warp holds one token's logits in registers.
+"""Choose a token's experts on a GPU (step 6 of a request's life). A program holds one token's logits in registers.
 
 A choice is the maximum of integers that have the value in the high bits and the index below, so one reduction finds
-both, and equal values give the lowest index. Logits that are no candidates are below every number.
+both, and equal values give the lowest index. Logits that are not candidates are below all others.
 """
 
 from __future__ import annotations

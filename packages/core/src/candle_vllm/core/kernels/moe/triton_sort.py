@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""Sorting pairs of token and expert by expert, in blocks of one expert, on a GPU; inside step 6.
+"""Sort pairs of token and expert by expert, in blocks of one expert, on a GPU (step 6 of a request's life).
 
 The order is stable: an expert's pairs stay in the order of the tokens. Chunks of pairs are counted, and a program per
 chunk adds the counts before it. The number of blocks is an upper bound by the sizes; the table marks the used blocks.
@@ -35,6 +35,7 @@ class Blocks:
         order: int32 [pairs]: the pairs t * k + j of valid experts, sorted by expert; the rest is undefined.
         table: int32 [3, blocks]: a block's expert, or -1 for an unused block; its first place in `order`; the number
             of its pairs.
+        most: maximum number of pairs of a block.
     """
 
     order: torch.Tensor
@@ -43,7 +44,7 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """The maximum number of blocks."""
+        """Number of blocks in the table, of which some may be unused."""
         return self.table.shape[1]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Rows times a number of their position on the CPU, in place (part of step 6 of a request's life)."""
+"""Multiply each row in place by a factor of its position on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from candle_vllm.core.kernels.position_scale import PositionScaleArguments
 
 
 def position_scale(row, thread, threads):
-    """The operation."""
     given = read(PositionScaleArguments, row)
     rows = step_number(row, StepNumber.TOKENS.value)
     positions, table = int64_at(given.positions), float32_at(given.table)

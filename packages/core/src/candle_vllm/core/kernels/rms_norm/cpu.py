@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Norms on the CPU that stand by themselves: of every head of a value, in place, and of rows, added to a residual.
+"""Norms as operations of their own on the CPU: of each head, in place; and of rows, which a residual may receive.
 
 The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1
 for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.
@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.rms_norm import HeadNormArguments, NormOntoArgumen
 
 @intrinsic
 def scale_in_place(_: Any, x: Any, weight: Any, scale: Any, lines: Any) -> Any:
-    """x <- x * scale * weight for 16 columns `lines` times."""
+    """Multiply 16 * `lines` floats at x by a scale and by weights, in place."""
     signature = types.void(types.int64, types.int64, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -59,8 +59,6 @@ def _layer_norm_head(x: int, dim: int, weight: int, eps: float) -> None:
 
 
 def make_head_norm(LAYER: int) -> Callable[..., None]:
-    """The operation."""
-
     def head_norm(row, thread, threads):
         given = read(HeadNormArguments, row)
         heads, head_dim, eps = given.heads, given.head_dim, given.eps
@@ -88,7 +86,7 @@ def make_head_norm(LAYER: int) -> Callable[..., None]:
 
 
 def make_norm_onto(LAYER: int) -> Callable[..., None]:
-    """Adds the norms of rows to other rows."""
+    """Return the operation that writes the norms of rows to other rows, or adds them with `accumulate`."""
 
     def norm_onto(row, thread, threads):
         given = read(NormOntoArguments, row)

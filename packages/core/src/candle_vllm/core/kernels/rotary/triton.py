@@ -20,7 +20,7 @@ _PAIRS = 512  # pairs of a program; not measured yet
 
 @triton.jit
 def _turn(x, head_stride, y, first, cosines, sines, COUNT, D: tl.constexpr, HALF, HALVES, RESTS, HEADS):
-    """Rotate the heads at x [COUNT, D] from `first` on, and write them to y [COUNT, D]."""
+    """Rotate HEADS heads of x [COUNT, D] from `first` on, and write them to y [COUNT, D]."""
     head = first + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, HALVES)[None, :]
     inside = (head < COUNT) & (pair < HALF)

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Norms of heads, rotary embedding and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 
-A program has some heads of one token: of the queries, or of the keys and the values. Slots are read on the device, and
-tokens with a negative slot write nothing, so that a captured step may have more rows than are scheduled.
+A program processes some heads of one token: queries, or keys and values. Slots are read on the device, and tokens with
+a negative slot write nothing, so that a captured step may have more rows than are scheduled.
 """
 
 from __future__ import annotations

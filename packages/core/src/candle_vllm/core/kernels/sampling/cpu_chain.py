@@ -100,7 +100,7 @@ def _entropy(row, vocabulary, work, top, mass):
 
 @inner
 def _distances(row, vocabulary, work, own, number, shift):
-    """Store |shift - x| of a chunk, with shift = ln(mass) + top - entropy; it is infinite for a removed token."""
+    """Store |shift - x| of a chunk, infinite for removed tokens; return the chunk's address. See `_typical`."""
     at = chunk_at(row, work + TAIL_AT, (vocabulary + CHUNK - 1) // CHUNK, number)
     logits, to = float32_at(at), float32_at(own + DISTANCES_AT)
     for place in range(CHUNK):
@@ -110,7 +110,10 @@ def _distances(row, vocabulary, work, own, number, shift):
 
 @inner
 def _typical(row, vocabulary, work, own, top, typical_p):
-    """Apply typical_p by a radix search for the largest kept distance, from its high bits to its low bits."""
+    """Apply typical_p by a radix search for the largest kept distance, from its high bits to its low bits.
+
+    A token's distance is |shift - x| with shift = ln(mass) + top - entropy.
+    """
     mass = _mass(row, vocabulary, work, top, 1.0)
     shift = math.log(mass) + np.float64(top) - _entropy(row, vocabulary, work, top, mass)
     bins, keys, weights = float64_at(own + BINS_AT), int32_at(own + DISTANCES_AT), float32_at(work + WEIGHTS_AT)

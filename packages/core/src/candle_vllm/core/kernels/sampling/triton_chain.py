@@ -86,7 +86,7 @@ def _search(source, V, limit, lo, hi, largest, floor, shift, far, cut, tie, roof
 
 @triton.jit
 def _measure(source, V, largest, rate, floor, shift, far, cut, tie, roof, stays):
-    """Return of the tokens that are left: the number, the largest logit, the integer mass, and with
+    """Return for the tokens that are left: their number, the largest logit, the integer mass, and with
     w = exp((x - largest) * rate) the sums of w and of w * ln w."""
     count, top, whole = tl.zeros([], tl.int32), tl.full([], float("-inf"), tl.float32), tl.zeros([], tl.int64)
     mass, weighted = tl.zeros([], tl.float64), tl.zeros([], tl.float64)

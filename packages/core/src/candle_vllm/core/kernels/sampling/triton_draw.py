@@ -39,7 +39,7 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, next_power_of_2
 
 _EDGES = tl.constexpr(4)
-_PLAN = tl.constexpr(8)  # int32 numbers of a row's plan: the key of min_p's bound, then the edges' keys
+_PLAN = tl.constexpr(8)  # int32 elements of a row's plan: the key of min_p's bound, then the edges' keys
 _LANES = tl.constexpr(128)
 _WARPS = 8  # not measured yet
 

@@ -104,7 +104,7 @@ def _copy(_: Any, to: Any, source: Any, count: Any) -> Any:
 
 @njit(inline="always")
 def _earlier(given: Any, r: int, place: int, before: int, channel: int) -> int:
-    """Address of input `place` of the `before` inputs before a sequence's first token in the step; 0 if it is zeros."""
+    """Return the address of input `place` of the `before` inputs before a sequence's first token; 0 for zeros."""
     source = int64_at(given.sources)[r]
     number = int64_at(given.replays)[r] + place - before
     if number >= 0:

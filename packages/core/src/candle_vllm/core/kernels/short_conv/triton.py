@@ -314,7 +314,7 @@ def short_conv(
 
 
 def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
-    """Not measured yet: eight elements for each thread."""
+    """Return constants: eight elements for each thread, not measured yet."""
     block = min(next_power_of_2(channels), 512 if single else 128)
     return {
         "C": channels,

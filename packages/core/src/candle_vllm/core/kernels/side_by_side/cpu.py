@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Copying rows on the CPU."""
+"""Copy rows, or some runs of their columns, on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from candle_vllm.core.kernels.side_by_side import CopyArguments
 
 
 def copy(row, thread, threads):
-    """The operation."""
     given = read(CopyArguments, row)
     rows = step_number(row, given.rows_from)
     for t in range(rows * thread // threads, rows * (thread + 1) // threads):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Rows times act(gate) on the CPU, in place, and xIELU of rows (part of step 6 of a request's life)."""
+"""Multiply rows by act(gate) in place on the CPU, or apply xIELU to them (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _XIELU = 4
 
 
 def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); p, n and beta stand at `numbers`.
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` is the address of p, n and beta.
 
     With t = tanh(z / 2), expm1(z) is 2 t / (1 - t).
     """
@@ -43,7 +43,7 @@ def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any, spread: Any) -> Any:
-    """x <- x * act(gate) for `count` floats; the constant `kind` numbers act, `spread` says that they have one gate."""
+    """Multiply `count` floats by act(gate); `kind` (index in `_ACTS`) and `spread` (one gate for all) are constants."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e, number = Emitter(b), kind.literal_value
@@ -68,12 +68,10 @@ def _gate_columns(_: Any, x: Any, gate: Any, count: Any, kind: Any, spread: Any)
 
 
 def make_gated_rows(KIND: int, SPREAD: int) -> Callable[..., None]:
-    """The operation."""
-
     def gated_rows(row, thread, threads):
         given = read(GatedRowsArguments, row)
         columns, picked = given.columns, int64_at(given.picked)
-        size = given.span if SPREAD == 1 else LANES  # of what threads share
+        size = given.span if SPREAD == 1 else LANES  # columns of a unit of work
         parts = (columns + size - 1) // size
         units = step_number(row, given.rows_from) * parts
         unit, last = units * thread // threads, units * (thread + 1) // threads

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Mix residual streams on the CPU (step 6)."""
+"""Mix residual streams on the CPU (step 6 of a request's life)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ _LEAST_ROOT = math.sqrt(LEAST)
 
 
 def mix(row, thread, threads):
-    """See the contract in the package; `row` is the operation's row in the plan."""
     given = read(MixArguments, row)
     streams, columns, made, gates = given.streams, given.columns, given.made, given.gate_count
     rows, table = step_number(row, given.rows_from), float32_at(given.table)
