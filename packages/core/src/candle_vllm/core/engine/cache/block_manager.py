@@ -6,8 +6,8 @@ blocks in order. The hash of a full block is chained over everything before it (
 equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference count and are
 never written: only full blocks are published, and a sequence writes only after its last full block.
 
-When its reference count is 0, a block enters the free queue, which is in order of last use. Its contents and hash stay
-until it is allocated again.
+When its reference count is 0, a block enters the free queue: a published one at the end, where its contents and hash
+stay until it is allocated again, any other at the front.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class BlockManager:
             self._published[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Remove one owner of each block of a table; the tail is reused before the head, which others may share."""
+        """Remove one owner of each block of a table; the tail is reused before the head, which is shared more often."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, f"block {block} released twice"

@@ -136,7 +136,7 @@ class _Copied:
 
 
 class _PartsRead:
-    """One rank's progress with a reading, which is a request to read consecutive blocks of a prefix."""
+    """One rank's progress with a reading: a request to read consecutive blocks of a prefix."""
 
     def __init__(self, digests: Sequence[bytes]) -> None:
         self.left, self.read = deque(digests), deque[Bytes]()  # blocks to read, and blocks to copy to the cache
@@ -185,7 +185,6 @@ class BlockParts:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in the store."""
         return self._store.num_bytes
 
     def may_have(self, digest: bytes) -> bool:
@@ -264,7 +263,6 @@ class BlockParts:
         self._store.close()
 
     def _next(self) -> tuple[int, _PartsRead] | None:
-        """Return the reading whose block is read next."""
         while self._to_read:
             reading = self._readings.get(self._to_read[0])
             if reading is not None and reading.left:
@@ -273,7 +271,6 @@ class BlockParts:
         return None
 
     def _reads(self) -> None:
-        """Run a reading thread."""
         mine = threading.get_ident()
         while True:
             with self._wake:
@@ -318,7 +315,6 @@ class BlockParts:
             self._told(number, data is not None, failed)
 
     def _finish(self, reading: _PartsRead) -> None:
-        """Stop a reading."""
         reading.is_over = True
         reading.left.clear()
         self._num_held -= len(reading.done)
@@ -336,7 +332,6 @@ class BlockParts:
             logger.warning(what, error)
 
     def _writes(self) -> None:
-        """Run the writing thread."""
         while True:
             with self._wake:
                 while not self._closing and not self._to_write:
@@ -425,7 +420,6 @@ class OffloadedBlocks:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in this rank's store."""
         return self._own.num_bytes
 
     @property
@@ -467,7 +461,6 @@ class OffloadedBlocks:
         self._own.offer(block, digest)
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether the store may have a block."""
         return self._own.may_have(digest)
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:

@@ -46,7 +46,6 @@ class PagePool:
         return max(0, start - self._window + 1) // self._size
 
     def has_room(self, shared: Seq[int], needed: int, reserve: int) -> bool:
-        """See `WindowedBlocks`."""
         first = self.first(len(shared) * self._size)
         used = sum(self.users[block] > 0 for block in shared[first:])
         return min(needed - first, self.most) - used + reserve <= self.num_free
@@ -59,7 +58,6 @@ class PagePool:
         self.users[block] += 1
 
     def give(self, block: int) -> None:
-        """Give a page to a block without a page."""
         assert not self.page_of[block], f"block {block} has a page"
         if not self.free_pages:
             self._take_back(next(iter(self.idle)))

@@ -26,7 +26,6 @@ from candle_vllm.core.kernels.cpu_runtime.level import LANES
 STRETCH = 1024
 STRETCH_SHIFT = STRETCH.bit_length() - 1
 
-
 BLOCK = 32
 """Elements of a quantised block."""
 
@@ -66,7 +65,6 @@ def key_bytes(kind: CacheKind, head_dim: int) -> int:
 
 
 def value_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Return the bytes of a slot's value."""
     halves = 0 if kind is CacheKind.BF16 else head_dim // BLOCK * (2 if kind.has_minima else 1)
     return code_bytes(kind, head_dim) + 2 * halves
 
@@ -132,23 +130,11 @@ def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: i
 
 
 ROWS = 4  # query rows that share a load of keys
-
-
 TILES = 4  # key tiles that share a load of queries
-
-
 SQUARE = 16  # query rows of AMX's registers
-
-
 STRIP = 64  # maximum key positions of a strip, see `cpu_tiles.py`
-
-
 CHUNK = 256  # maximum number of keys of a chunk
-
-
 SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
-
-
 PROBABILITY_STRIDE = SCORE_STRIDE // 2
 
 
@@ -158,30 +144,18 @@ def state_at(head_dim: int) -> int:
 
 
 def partial_floats(head_dim: int) -> int:
-    """Return the size of a partial result in floats."""
     return state_at(head_dim) + LANES
 
 
 ROW_TILE = 64  # query rows of a unit
-
-
 _SPLIT_STREAMS = 16  # number of sequences whose partial results fit in scratch memory
-
-
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
-
-
 HEADER = 64  # bytes before the threads' scratch memory: the counter has its own cache line
-
-
 VALUE_TILES = 8 * (CHUNK // LANES)  # byte offset of the value tiles' addresses in a chunk's list of tiles
-
-
 TILE_LIST = 2 * VALUE_TILES  # bytes of a list of tiles; a thread has two, for the current and the next chunk
 
 
 def chunk_of(position: int) -> int:
-    """Return the chunk of a position."""
     if position < 256:
         return position >> 6
     if position < 1024:

@@ -328,7 +328,6 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
 
 def _sum_numbers(e: Emitter, value: Any) -> Any:
-    """Return the sum of 16 integers."""
     for step in (8, 4, 2, 1):
         lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
         value = e.b.add(value, e.b.shuffle_vector(value, value, lanes))

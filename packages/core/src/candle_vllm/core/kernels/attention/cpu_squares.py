@@ -126,7 +126,6 @@ def copy_seen(_: Any, to: Any, tile: Any, keys: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def copy_partial(_: Any, to: Any, source: Any, dim: Any) -> Any:
-    """Copy a partial result."""
     signature = types.void(types.int64, types.int64, dim)
     d = dim.literal_value
 

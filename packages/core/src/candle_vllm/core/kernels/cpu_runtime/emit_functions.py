@@ -49,7 +49,6 @@ def emit_exp(e: Emitter, x: Any) -> Any:
 
 
 def emit_tanh(e: Emitter, x: Any) -> Any:
-    """tanh of 16 floats."""
     b, one = e.b, e.constant(F32, 1.0)
     size = _absolute(e, x)
     square = b.fmul(x, x)
@@ -69,7 +68,6 @@ def emit_sigmoid_times(e: Emitter, x: Any, inner: Any) -> Any:
 
 
 def emit_silu(e: Emitter, x: Any) -> Any:
-    """x * sigmoid(x)."""
     return emit_sigmoid_times(e, x, x)
 
 
@@ -116,7 +114,6 @@ def emit_softplus(e: Emitter, x: Any) -> Any:
 
 
 def emit_relu(e: Emitter, x: Any) -> Any:
-    """max(x, 0)."""
     return e.b.select(e.b.fcmp_ordered("<", x, e.zeros(F32)), e.zeros(F32), x)
 
 

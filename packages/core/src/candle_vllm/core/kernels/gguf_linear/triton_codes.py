@@ -282,7 +282,6 @@ class GgufCodec(Codec):
 
 @functools.cache
 def codec(kind: PackedKind) -> GgufCodec:
-    """Return the codec of matrices of a kind."""
     planes = PLANES[kind]
     layout = planes.layout
     numbers = [] if layout.values is None else [value + layout.zero for value in layout.values]
@@ -306,7 +305,6 @@ def codec(kind: PackedKind) -> GgufCodec:
 
 
 def operand(matrix: GgufMatrix) -> Operand:
-    """Return the operand for launches with a matrix."""
     planes = matrix.low, matrix.high, matrix.scales, matrix.supers
     steps = matrix.planes.steps(matrix.columns)
     return Operand(planes, matrix.rows, matrix.columns, None, steps, codec(matrix.kind))

@@ -205,7 +205,6 @@ def codec(bits: int, unit: int, zeros: bool, scale_dtype: torch.dtype, numbers: 
 
 
 def operand(matrix: GroupMatrix) -> Operand:
-    """Return the operand for launches with a matrix."""
     planes = matrix.codes, matrix.inner, matrix.scales, None
     found = codec(matrix.bits, matrix.unit, matrix.zeros, matrix.scale_dtype, matrix.numbers)
     return Operand(planes, matrix.rows, matrix.columns, matrix.group, matrix.steps, found)

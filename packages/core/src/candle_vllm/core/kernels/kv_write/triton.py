@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Write the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
-A program copies one token, all its heads, key and value; in a cache with scaled rows, some of the heads. Slots are read
-on the device, and tokens with a negative slot are skipped, so that a captured step may have more rows than are
+A program copies up to `_MOST` elements of one token's key and value; in a cache with scaled rows, whole heads. Slots
+are read on the device, and tokens with a negative slot are skipped, so that a captured step may have more rows than are
 scheduled.
 """
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Latent attention on the CPU: `attend` and, after a barrier, `merge`; step 6 of a request.
+"""Latent attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
 Work is divided as in `attention/cpu.py`, whose chunks and merging these operations share, so a row's result has the
-same bits whatever else is in the step. A tile of queries is four groups of 16 heads (`cpu_tiles.py`), which read the
-same rows of the cache while these are cached. The result is written in the input layout of `cpu_heads.py`: for each
-head rows of L elements, bfloat16 or float32.
+same bits whatever else is in the step. A tile of queries is up to four groups of 16 heads (`cpu_tiles.py`), which read
+the same rows of the cache while these are in the CPU's cache. The result is written in the input layout of
+`cpu_heads.py`: for each head rows of L elements, bfloat16 or float32. `choose` runs before, if an index chooses the
+positions that a token attends to.
 """
 
 from __future__ import annotations

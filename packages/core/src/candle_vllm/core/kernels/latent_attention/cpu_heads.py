@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Multiply each head by its own matrix on the CPU, by the operation of plain matrices.
 
-A unit of work is a part of one head's rows of weights, for all tokens. The thread that computed queries in latent space
+A unit of work is a part of one head's rows of weights, for all tokens. The thread that computes queries in latent space
 also converts them to the layout that `cpu_tiles.py` reads.
 """
 

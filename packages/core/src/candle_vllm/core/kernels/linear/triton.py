@@ -4,9 +4,8 @@
 One kernel serves any number of rows of x and every storage format of a matrix; a function of `triton_products.py`
 defines the product. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
 decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. K is divided into
-stretches by the matrix's shape alone. They are added to 0 in order, in fp32: by a single program that computes them all
-(FOLD) if there are enough tokens to fill the GPU, otherwise by a second launch, which adds in the same way: to 0, one
-stretch after another.
+stretches by the matrix's shape alone, whose sums are added to 0 in order, in fp32. A single program computes and adds
+them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them in the same way.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
@@ -269,7 +268,6 @@ def tile_for(tokens: int, tiles: Sequence[Tile]) -> Tile:
 
 
 def _check(x: torch.Tensor, operand: Operand, bias: torch.Tensor | None, out: torch.Tensor | None) -> None:
-    """Check that the kernel supports these tensors."""
     device = operand.planes[0].device
     assert x.dim() == 2
     assert x.shape[1] == operand.columns > 0

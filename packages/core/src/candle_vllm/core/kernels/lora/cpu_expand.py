@@ -3,8 +3,8 @@
 """`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
 
 It hardly waits: a thread adds to those columns of the model's product that it computed itself. If other threads have
-not finished `shrink` shortly after, it computes their part again, and writes the same numbers. Threads divide columns,
-so a row's adapters are added in order. A sum is one chain over the ranks. Step 6 of a request.
+not finished `shrink` shortly after, it computes their part again, and writes the same values. Threads divide columns,
+so a row's adapters are added in order, and a sum in the order of the ranks. Step 6 of a request's life.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
 )
 
 _PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
-
-
 _FACTORS, _SUMS = 320, 384
 _WHOLES = _SUMS + 1024
 """Offsets in the memory of `make_parts`: scales of rows' integers; sums of tiles; sums of ranks."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Record the operations of adapters on the CPU: `shrink` before a product, `expand` around it.
 
-`shrink` reads the input in its own form, which is written together with the form for the matrices. `expand` calls the
-operation of the model's own product and adds to its result. Both are in one group of operations, so that a step with
+`shrink` reads the input in its own format, which is written together with the format for the model's matrices. `expand`
+calls the operation of the model's own product and adds to its result. No barrier is between them, so a step with
 adapters has no more barriers than a step without. If an adapter needs the model's product separately (DoRA), it is
 written to separate memory, and `expand` copies it to the result.
 """

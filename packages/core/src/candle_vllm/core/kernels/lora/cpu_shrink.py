@@ -2,12 +2,13 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
-It never waits. Weights are read once for all rows of a group; a vector of weights is multiplied by up to 8 rows at a
-time. Each thread processes the entries whose input rows it wrote itself, and converts sums to the factors of B, because
-reading memory that another core wrote is slow. With few entries, threads divide runs of rows, quarters of the columns
-and blocks of ranks instead, and `expand` converts the sums. The order of summation is fixed: two chains over the steps
-of a quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are exact within a `SPAN`.
-Step 6 of a request's life.
+It never waits. An entry is a row and one of its adapters; a group is one adapter's entries. Weights are read once for
+all rows of a group; a vector of weights is multiplied by up to 8 rows at a time. Each thread processes the entries
+whose input rows it wrote itself, because reading memory that another core wrote is slow, and scales the sums to the
+**factors** that `expand` multiplies by B. With few entries, threads divide runs of rows, quarters of the columns and
+blocks of ranks instead, and `expand` scales the sums. The order of summation is fixed: two chains over the steps of a
+quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are exact within a `SPAN`. Step 6
+of a request's life.
 """
 
 from __future__ import annotations

@@ -336,7 +336,6 @@ def _tiles(stored: Stored, kind: str, capability: int) -> Tiles:
 
 
 def _arithmetic(stored: Stored, *, few: bool) -> Any:
-    """Return the device function of the product."""
     return plain if stored == "plain" else exact if few else rounded
 
 

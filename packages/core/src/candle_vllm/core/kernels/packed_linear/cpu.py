@@ -518,7 +518,6 @@ def multiply(
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    """Compile the linear operation."""
     layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
     FULL, MOST, RUNS, SCRATCH = blocks(isa, layout)[0], most_panels(isa, layout), RUNS_BYTES, scratch_bytes(isa, layout)
     SQUARES, TILE_BLOCK = cpu_sums.takes_squares(isa, layout), CACHED_BYTES

@@ -80,7 +80,6 @@ def _gate_rows(
 
 
 def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
-    """Compile the operation for two matrices of a kind."""
     layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
     FULL, MOST, BLOCK, UNITS = blocks(isa, layout)[0], most_panels(isa, layout), CACHED_BYTES, _UNITS
     PANEL_GROUP, SCRATCH, SQUARES = record_bytes(layout, FULL), scratch_bytes(isa, layout), takes_squares(isa, layout)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
-"""Emits vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request.
+"""Emit vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request's life.
 
-An index selects two bytes, one for its first and one for its other weights; a few bits of these select a magnitude for
-each weight. If the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in registers;
-otherwise they are gathered. Two adjacent indices make a word (`GridLayout.order`). Signs are inserted between the
-magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and no signs: its grid is
-gathered index by index, a word of eight nibbles for each.
+An index selects two bytes, one for each half of its weights; a few bits of a byte select the magnitude of a weight. If
+the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in registers; otherwise they are
+gathered. Two adjacent indices make a word (`GridLayout.order`). Signs are inserted between the magnitudes, and a
+shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and no signs: its grid is gathered index by
+index, a word of eight nibbles for each.
 
-On a CPU without VBMI every product would have to gather. There the grid is gathered only once, when a matrix is packed:
+Without VBMI every product would have to gather. On such a CPU the grid is gathered only once, when a matrix is packed:
 `make_codes` converts tiles of grids to tiles of codes (`layout.py`).
 """
 

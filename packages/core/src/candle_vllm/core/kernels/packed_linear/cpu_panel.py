@@ -4,8 +4,8 @@
 
 A panel has 16, 8, 4 or 1 rows; a panel with fewer rows repeats its last row, and the repetitions' results are not
 written. For each group of 32 columns it has a record: the rows' int8 codes, then their scales, then values derived from
-their sums. On levels with few registers a panel has 4 rows, with AMX 16. In both cases, and if weights are costly to
-unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
+their sums. On levels with few registers a full panel has 4 rows, with AMX 16. In both cases, and if weights are costly
+to unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations

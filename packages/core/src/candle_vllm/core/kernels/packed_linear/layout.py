@@ -25,18 +25,18 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them are
                   quad 6 (its low bits in vector 0, the highest in bit 6 of vector 1) and quad 7 (its low bits in vector
                   2, the highest in bit 7 of vector 1)           (3 vectors; 3 bits that are looked up, IQ1 and IQ2)
-    trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
-                  base of 3), the first highest, as in TQ1_0                               (13 vectors for eight groups)
+    trits         vector i holds the 5 quads of a block from 5i on: a byte is ceil(256 / 243 * n) for the base-3 number
+                  n of five digits, the first digit highest, as in TQ1_0                   (13 vectors for eight groups)
 
 A type with several of these stores them in order, high bits first: the kernel then reads memory sequentially, which the
 hardware prefetcher needs (with the fifth bits after the nibbles, reading Q5_1 was a third slower). A code is unsigned;
 a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL, IQ4_XS,
 MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up first; there a weight is scale * value.
 
-The other IQ types have two layouts. `grids.py` has the form of the file, which is used if the CPU can look up 64 bytes
-at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the weights.
-For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`: K-quant
-heads; super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both have identical results.
+The other IQ types have two layouts. That of `grids.py` has the indices of the file; it is used if the CPU can look up
+64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the
+weights. For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`:
+K-quant heads; super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Results are identical.
 """
 
 from __future__ import annotations

@@ -116,7 +116,6 @@ def _earlier(given: Any, r: int, place: int, before: int, channel: int) -> int:
 
 
 def make_short_conv(TAPS: int, SILU: int, GATED: int) -> Callable[..., None]:
-    """Return the operation for a number of taps."""
     BEFORE = TAPS - 1
 
     def short_conv(row, thread, threads):

@@ -16,33 +16,25 @@ from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
 LARGEST = 65504.0
 """Larger elements, and elements that are not finite, cannot be quantised, because scales are float16."""
 
-
 NOTHING = 3.0e38
 """Initial value of a minimum, a maximum or an error."""
 
-
 OFFSET_STEP = 0.1
-
 
 SCALE_STEP, SCALE_STEPS = 0.1, 9
 """For types without a minimum: distance in codes between the tried scales, and their number to each side."""
 
-
 TABLE_STEPS = 15
 """Number of integers around each end of a table that are tried as the value of the element farthest from 0."""
-
 
 TABLE_STARTS = (min(IQ4_VALUES) - TABLE_STEPS // 2, max(IQ4_VALUES) - TABLE_STEPS // 2)
 """The first of these integers at each end."""
 
-
 TABLE_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(IQ4_VALUES))
 """Middles between adjacent values of the table: from a middle on, the higher value is the nearest."""
 
-
 TABLE_FLOOR = 1.0
 """Weight that each element has at least in searches with a table, in mean squares of the group."""
-
 
 LEAST_SPREAD = 4e-6
 """Minimum variance of codes relative to their mean square: nearly equal codes determine no scale and minimum."""
@@ -110,11 +102,7 @@ SCALES: Mapping[str, ScaleSearch] = MappingProxyType(
 
 
 TABLES: Mapping[str, TableSearch] = MappingProxyType({"IQ4_NL": TableSearch(0), "IQ4_XS": TableSearch(32)})
-
-
 SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-
-
 TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
 
 

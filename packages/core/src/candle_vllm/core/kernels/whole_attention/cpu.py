@@ -100,7 +100,6 @@ def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int,
 
 
 def lay_out(row, thread, threads):
-    """Write the panels of keys and values."""
     given = read(WholeArguments, row)
     starts, heads, dim = int64_at(given.query_start), given.kv_heads, given.head_dim
     sequences = step_number(row, _SEQUENCES)
