@@ -141,7 +141,7 @@ class BlockFolder:
         return f"{self._own}/{digest.hex()[:2]}/{digest.hex()}"
 
     def has(self, digest: bytes) -> bool:
-        """Whether the block had a file when the folder was listed last."""
+        """Whether the block has a file, as far as the last listing of the folder and this store's own writes show."""
         return self._name(digest) in self._sizes
 
     may_have = has

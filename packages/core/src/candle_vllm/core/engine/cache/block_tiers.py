@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """KV tiers: offload full blocks of the KV cache to a store, and read them back (step 4 of a request's life).
 
-Threads write every published block to the store while steps run, so a prefix can be found after its blocks were evicted
-from the cache, and after a restart if the store is persistent. If the next blocks of a waiting sequence may be in the
-store, threads read them into free blocks, which are published; the sequence then finds them in the prefix cache. A
-block that is too short, damaged or late is computed again, and no request fails.
+Threads write published blocks to the store while steps run, except blocks for which the store is too slow. So a prefix
+can be found after its blocks were evicted from the cache, and after a restart if the store is persistent. If the next
+blocks of a waiting sequence may be in the store, threads read them, and the engine copies them to free blocks and
+publishes these; the sequence then finds them in the prefix cache. A block that is too short, damaged or late is
+computed again, and no request fails.
 """
 
 from __future__ import annotations
@@ -434,7 +435,7 @@ class OffloadedBlocks:
 
     @property
     def num_failed(self) -> int:
-        """Blocks that this rank could not read or write, that another rank could not read, or that were late."""
+        """Blocks that this rank could not read or write, or another rank could not read, and readings that were late."""
         return self._own.num_failed + self._num_failed
 
     @property

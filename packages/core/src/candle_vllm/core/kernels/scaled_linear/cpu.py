@@ -2,9 +2,9 @@
 """Linear layer with weights of small floats as a compiled CPU operation (step 6 of a request's life).
 
 Threads and panels are as in `plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. A
-single row computes the two spans of a pair at once: a sum is a chain of dependent instructions, and one chain alone is
-slower than memory. For more rows, as many tiles as fit the second-level cache are converted to bfloat16 once, and
-multiplied by the rows in blocks. Every variant adds a span's products in the same order.
+single row, or 4 of bfloat16, computes both spans of a pair at once: a sum is a chain of dependent instructions, and so
+few chains alone are slower than memory. For more rows, as many tiles as fit the second-level cache are converted to
+bfloat16 once, and multiplied by the rows in blocks. Every variant adds a span's products in the same order.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false

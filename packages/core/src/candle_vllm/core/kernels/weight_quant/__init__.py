@@ -8,9 +8,9 @@ of ggml's `ggml-common.h`. Each block depends on its own elements alone.
     the smallest and largest element; then every element is rounded. The `gguf` package gives the same bytes.
   - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32, q3_K and q6_K a scale for each group of
     16: several step sizes are tried, each gives codes, the codes give the scale that fits them best by least squares,
-    and the best scale is kept. An element's weight in the squares grows with its size: floor * root mean square + |x|,
-    and floor * mean square + x^2. Then a block's scales are stored as small integers, and every element is rounded by
-    the stored scale.
+    and the best scale is kept. An element's weight in the squares is floor * root mean square + |x| in the first three
+    types, floor * mean square + x^2 in the others. Then a block's scales are stored as small integers, and every
+    element is rounded by the stored scale.
   - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest of a table of 16: scales
     that bring the element farthest from 0 near either end of the table are tried. The weight is mean square + x^2.
 

@@ -11,7 +11,7 @@ products use the code of `plain_linear` for F32 weights:
     result [D, queries] = values x probabilities   probabilities are a tile [keys, 16], values panels [keys, 8 of D]
 
 `lay_out` writes the panels of all texts; D and a text's keys are padded with zeros to multiples of 8. A unit of work is
-one head of 32 queries of a text, with all keys in their window. Threads claim units by an atomic counter, which
+32 queries of one head and text, with all keys in their window. Threads claim units by an atomic counter, which
 `lay_out` sets to 0; in an operation of more parts (`PartArguments`) than threads with scratch memory, each part has a
 fixed share of the units. Each element is a sum in a fixed order over D or keys, so its bits do not depend on other
 texts of the step or on the thread.
