@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compiling Triton kernels ahead of time, for GPUs that need not be present (step 6 of a request's life).
+"""Compile Triton kernels ahead of time, for GPUs that need not be present (step 6 of a request's life).
 
 The module of a Triton kernel lists the forms that it launches in `AOT`, one `Build` each; `modules` finds these
 modules. `compile_build` compiles a form for one compute capability and returns its resource usage. So a kernel that no
@@ -235,10 +235,10 @@ _TURN = threading.Lock()  # one start at a time replaces Triton's launch functio
 def compile_together(work: Callable[[], None], device: torch.device | Device) -> int:
     """Compile the forms of all kernels that `work` launches, in parallel, and load them, without launching any of them.
 
-    Everything else in `work` runs on memory into which no kernel has written: its numbers are meaningless, so only
+    Everything else in `work` runs on memory into which no kernel has written. Its contents are meaningless, so only
     kernels may use results of kernels as indices. A form that does not compile or load is left to the launch that
-    needs it, which raises the error. If Triton is missing, interprets its kernels, or has other internals than 3.6 to
-    3.9 have, `work` is not called, and each form is compiled by its first launch.
+    needs it, which raises the error. If Triton is missing, interprets its kernels, or lacks the internals of 3.6 to
+    3.9, `work` is not called, and each form is compiled by its first launch.
 
     Args:
         work: runs in this thread and makes the launches that will follow, with arguments of the same forms.

@@ -435,7 +435,7 @@ class OffloadedBlocks:
 
     @property
     def num_failed(self) -> int:
-        """Blocks that this rank could not read or write, or another rank could not read, and readings that were late."""
+        """Blocks that this rank could not read or write, or another rank could not read; and late readings."""
         return self._own.num_failed + self._num_failed
 
     @property

@@ -193,7 +193,7 @@ class AttendArguments(NamedTuple):
         window: positions that a token attends to, its own included; 0 for all, -n for chunks of n positions.
         cap: soft cap times log2(e); 0 without a soft cap.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 without sinks.
-        ahead: address of int64 [T], numbers of later positions that tokens attend to; 0 for causal attention.
+        ahead: address of int64 [T]: how many later positions each token attends to; 0 for causal attention.
         head_gap: see `cpu_cache.head_gap`.
         ranks: see `rank_of`; 0 if the heads are not divided among ranks.
         slopes: address of float32 [H], each head's ALiBi slope times log2(e); 0 without ALiBi.

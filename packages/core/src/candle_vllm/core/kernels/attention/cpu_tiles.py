@@ -232,7 +232,7 @@ def softmax_rows(
                     e.store(b.add(args[0], b.shl(tile, e.int64(6))), power, SCORE_STRIDE * row)
                     results.append(b.fadd(totals[row], power))
                     continue
-                # Round to the nearest bfloat16, ties up; s is the sum of the same rounded numbers, so there is no bias.
+                # Round to the nearest bfloat16, ties up; s is the sum of the same rounded values, so there is no bias.
                 bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
                 bits = b.select(seen(tile, row), bits, e.zeros(I32))
                 if wide:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between (step 6 of ten).
+"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them (step 6 of ten).
 
 The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state,
 16 KB) through all tokens that a step has of a sequence, so the columns stay in the L1 cache for any number of tokens.
 Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with q
 S. If the state after a token is to be stored, the token writes it to its slot, where the next token reads it.
 
-Every element is one chain of sums over Dk, in two halves, whatever else is in the step. So its bits depend neither on
-the way a prompt is divided into steps nor on the thread. All columns of a key head's value heads read the same k of a
-kept row, so kept rows are written after all columns have read them.
+Every element is a sum over Dk in a fixed order, in two halves. So its bits depend neither on how a prompt is divided
+into steps, nor on the rest of the step, nor on the thread. `keep` writes kept rows (inputs of draft tokens, see
+`kernels/states.py`) after all units have read those of the previous step, because several units read the same row.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule and Mamba 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
-All programs of a key head read the kept rows, so a launch of its own writes them, if the step can have any. They
-contain the unchanged inputs.
+All programs of a key head read the kept rows (inputs of draft tokens, see `kernels/states.py`), so a launch of its own
+writes them, if the step can have any. They contain the unchanged inputs.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ would slow decoding; and exact codes lose no precision. Invariance relies on the
 uses here, on Hopper too, because no tile gives four warps 64 rows.
 
 `linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores torch uses but Triton does
-not, pieces of the matrix are decoded, and torch multiplies.
+not, parts of the matrix are decoded, and torch multiplies.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Codecs of all kinds of GGUF matrices: reading the planes of `layout.py`; inside step 6 of a request's life.
+"""Codecs of all kinds of GGUF matrices, which read the planes of `layout.py` (step 6 of a request's life).
 
 A code has two forms. **Pairs** are for few rows of activations, where instructions per weight decide: one mask extracts
 two codes from a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
-numbers 128 + code or 1024 + code without a conversion; the sums are multiplied by scales. **Floats** are for many rows,
+floats 128 + code or 1024 + code without a conversion; the sums are multiplied by scales. **Floats** are for many rows,
 which use a weight often: 2048 + code in float32, so that one multiply-add scales it and subtracts the 2048 again.
 
-Codes of a lookup table are first converted to 8-bit integers, number plus zero point. Each bit of such an integer is a
+Codes of a lookup table are first converted to 8-bit integers, value plus zero point. Each bit of such an integer is a
 function of the four bits of its code, computed for the eight codes of a word at once.
 
 Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
@@ -202,7 +202,7 @@ def _of_two(bit0, bit1, TABLE: tl.constexpr):
 
 @triton.jit
 def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXACT: tl.constexpr):
-    """Look up 4-bit codes: return the lower and the upper four bits of their numbers, at the positions of the codes."""
+    """Look up 4-bit codes: return the lower and the upper four bits of the 8-bit integers, in place of the codes."""
     word = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
     one = word
     two = word >> 1
@@ -220,7 +220,7 @@ def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXAC
 def _half_pairs(
     codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Return magic + the lower or the upper four bits of a number, as dtype [ROWS, width]."""
+    """Return magic + the lower or the upper four bits of an 8-bit integer, as dtype [ROWS, width]."""
     half = codes[0] if at == 0 else codes[1]
     return pair_tile(half, half, 0, g, 4, 0, dtype, ROWS, FORM.width)
 
@@ -269,7 +269,7 @@ class GgufCodec(Codec):
         count: number of words of a row in a step of `scales`.
         nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
         factor: as in `Planes`.
-        tables: for codes of a lookup table, a table for each bit of number + zero: its bit c is the value for code c.
+        tables: for codes of a lookup table, a table for each bit of value + zero: its bit c is the result for code c.
     """
 
     count: int

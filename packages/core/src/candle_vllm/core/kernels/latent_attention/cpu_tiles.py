@@ -87,7 +87,7 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 
         def rounded(at: Any, offset: int) -> Any:
             bits = b.bitcast(emit_exp2(e, b.fsub(e.load(at, vector(F32), offset), top)), vector(I32))
-            # Round to the nearest bfloat16, ties up: s sums the same rounded numbers, so this adds no bias.
+            # Round to the nearest bfloat16, ties up: s sums the same rounded values, so this adds no bias.
             return b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
 
         def exponentials(pair: Any, totals: list[Any]) -> list[Any]:

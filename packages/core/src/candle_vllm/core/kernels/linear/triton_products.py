@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The sums of a tile: some rows of a matrix times some rows of x, along K; inside step 6 of a request's life.
+"""The sums of a tile: some rows of a matrix times some rows of x, along K (step 6 of a request's life).
 
 Every kernel that multiplies by a stored matrix, of a linear layer or of experts, has two parts: an outer part, which
 selects a program's rows and tokens, and one of three product functions, passed as a constant:
@@ -63,7 +63,7 @@ class Codec:
 
     @cached_property
     def cache_key(self) -> str:
-        """Triton's key for compiled kernels with this constant: the sources of its functions, and its numbers."""
+        """Triton's key for compiled kernels with this constant: the sources of its functions, and its other fields."""
         return "-".join(getattr(value, "cache_key", str(value)) for value in vars(self).values())
 
 

@@ -51,8 +51,8 @@ def route_kernel(
     RENORMALISE: tl.constexpr,
     LEAST: tl.constexpr,
     G: tl.constexpr,  # GROUPS, rounded up to a power of two
-    M: tl.constexpr,  # experts of a group, rounded up likewise
-    SLOTS: tl.constexpr,  # K, rounded up likewise
+    M: tl.constexpr,  # experts of a group, rounded up to a power of two
+    SLOTS: tl.constexpr,  # K, rounded up to a power of two
 ):
     SIZE: tl.constexpr = X // GROUPS
     NONE: tl.constexpr = -(1 << 62)  # below every key

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The packed linear layer as compiled CPU operations: step 6 of a request's life.
+"""Linear layer and embedding with packed (quantised) weights as compiled CPU operations (step 6 of a request's life).
 
 Each thread has consecutive tiles. It multiplies as many tiles as fit into the cache by the rows of activations, which
 are in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies each by

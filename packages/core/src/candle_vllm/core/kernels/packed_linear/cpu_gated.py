@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fuse gate and up projections with gating and quantisation of the result: step 6 of a request's life.
+"""Fuse gate and up projections with gating and quantisation of the result (step 6 of a request's life).
 
 The input of a feed-forward layer's down projection is computed without writing gate or up to memory as floats. A thread
 has consecutive units; a unit is 32 columns of both matrices. For each block of rows it multiplies a few units' tiles of

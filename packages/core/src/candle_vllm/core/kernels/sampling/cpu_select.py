@@ -39,7 +39,7 @@ LOG2_E = math.log2(math.e)
 LOWEST = np.float32(np.finfo(np.float32).min)
 INFINITE = np.float32(np.inf)
 _FEW = 48  # number of logits that are sorted instead
-_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds divide the keys, which ends for any numbers
+_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds divide the keys, which ends for any logits
 
 
 @cpu_chunks.inner

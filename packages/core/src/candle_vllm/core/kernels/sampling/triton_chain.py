@@ -3,7 +3,7 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """llama.cpp's chain on a GPU (step 7 of ten): one launch, one program for each row, without sorting or waiting.
 
-Seven numbers describe which tokens are left, and the row is written once, at the end. A token is left if:
+Seven values describe which tokens are left, and the row is written once, at the end. A token is left if:
 
     key >= floor                            of top_n_sigma and top_k
     |shift - x| as a key <= far             of typical_p

@@ -25,7 +25,7 @@ def limited(gate, up, LIMIT: tl.constexpr):
 @triton.jit
 def gate_mul_kernel(
     gate,  # [T, F / SPAN], rows contiguous
-    up,  # [T, F], likewise
+    up,  # [T, F], rows contiguous
     y,  # [T, F] contiguous
     gate_stride,  # elements from a token to the next
     up_stride,
