@@ -156,7 +156,6 @@ class BlockParts:
     `offer` and `bring` belong to the thread of the rank's steps; the other methods are for any thread.
 
     Args:
-        store: the store.
         memory: the rank's cache.
         state: whether the store holds states instead of blocks.
         told: called for each block of a reading, in order and in any thread, with the reading's number, whether the
@@ -468,7 +467,6 @@ class OffloadedBlocks:
         """Return whether a waiting sequence may be admitted; False while its next blocks are read from the store.
 
         Args:
-            sequence: the sequence.
             hashes: hashes of its full blocks that may be shared.
             num_blocks: total number of blocks that it needs.
         """

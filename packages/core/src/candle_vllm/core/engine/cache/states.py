@@ -77,7 +77,6 @@ class StatePool:
         """Allocate a slot to an admitted sequence.
 
         Args:
-            sequence: the sequence.
             cached: number of cached blocks, which end with a checkpoint.
             wanted: see `SequenceState`.
         """
@@ -117,7 +116,6 @@ class StatePool:
         """Choose the slots that the next run of a sequence reads and writes.
 
         Args:
-            run: the scheduled run.
             generated: whether checkpoints are written after generated tokens.
         """
         sequence, state, size = run.sequence, run.sequence.state, self._size

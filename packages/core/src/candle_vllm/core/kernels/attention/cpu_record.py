@@ -78,7 +78,6 @@ def record_attention(
     """Record rotation of q and k, the write of k and v to the cache, attention, and the merge of partial results.
 
     Args:
-        recorder: recorder of the plan.
         qkv: the layer's heads.
         cache: the layer's cache, in the layout of `cpu_cache.py`.
         scores: options of the scores.

@@ -16,9 +16,8 @@ def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., l
     """Run body(bytes, mask, state) -> state over float32 columns 0 .. count - 1; return the last state.
 
     Args:
-        e: builder of the code.
         count: number of columns, an int64.
-        state: state of the first iteration, a list of vectors.
+        state: vectors of the first iteration.
         body: body of the loop; its mask has the valid columns and is None if all 16 are.
     """
     b = e.b

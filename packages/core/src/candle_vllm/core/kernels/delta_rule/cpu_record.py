@@ -36,9 +36,7 @@ def record_delta_rule(
     """Record `prepare` for q, k and gates, `scan` for the tokens, and `keep` if a step can have draft tokens.
 
     Args:
-        recorder: recorder of the plan.
         given: q, k, v, a and b.
-        out: the result.
         gates, cache: gates and cache of the layer.
         scale, normed: see the contract in the package.
     """

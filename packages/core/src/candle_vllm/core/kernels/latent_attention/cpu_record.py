@@ -49,11 +49,10 @@ def record_latent(
     """Record rotation, the write to the cache, and attention.
 
     Args:
-        recorder: recorder of the plan.
         q: rows of H heads [nope | rope].
         kv: rows [latent | rope].
         parts: weights and tables of the layer.
-        cache: cache of the layer, in the shape of `cpu_write.cache_shape`.
+        cache: cache of the layer, see `cpu_write.py`.
         out: rows of the result [T, H * V].
         scale: factor of the scores.
     """

@@ -34,8 +34,6 @@ class Joining:
     """Recorder of adapters at one adapter site of a plan; its memory lives as long as the object.
 
     Args:
-        recorder: recorder of the plan.
-        place: the adapter site.
         rows_from: the `StepNumber` that is the number of rows that the layer computes.
 
     Attributes:

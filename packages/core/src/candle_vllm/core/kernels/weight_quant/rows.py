@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Quantise plain rows to ggml's blocks at load, in chunks and on several threads.
 
-`ggml_blocks.py` describes the blocks; `kernels/weight_quant` has the algorithms.
+`quantization/ggml_blocks.py` describes the blocks; `kernels/weight_quant` has the algorithms.
 """
 
 from __future__ import annotations
