@@ -25,7 +25,7 @@ class RowForm(enum.IntEnum):
 
     @property
     def bytes(self) -> int:
-        """Bytes of a number."""
+        """Bytes of an element."""
         return 2 if self is RowForm.BF16 else 4
 
 
@@ -36,7 +36,7 @@ class WordForm(enum.IntEnum):
 
     @property
     def bytes(self) -> int:
-        """Bytes of a number."""
+        """Bytes of an element."""
         return 2
 
 

@@ -36,7 +36,7 @@ MAX_COLUMNS = 1 << 16
 
 
 class PlainKind(enum.IntEnum):
-    """Number formats of plain weights."""
+    """Formats of plain weights."""
 
     BF16 = 0
     F16 = 1
@@ -69,7 +69,7 @@ class PlainMatrix:
     Attributes:
         rows: N, outputs.
         columns: K, inputs.
-        kind: the number format.
+        kind: format of the weights.
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes.
     """
 

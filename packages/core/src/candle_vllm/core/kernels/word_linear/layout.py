@@ -37,7 +37,7 @@ _CHUNK = 1 << 19  # weights per round
 
 
 class WordKind(enum.IntEnum):
-    """The one layout."""
+    """Layouts of 14-bit weights, of which there is only one."""
 
     I16 = 0
 
