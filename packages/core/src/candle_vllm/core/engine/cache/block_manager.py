@@ -70,7 +70,6 @@ class BlockManager:
         return len(self._free)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Return how many blocks `num_tokens` positions need."""
         return -(-num_tokens // self.block_size)
 
     def lookup(self, hashes: Sequence[bytes]) -> list[int]:
@@ -85,7 +84,6 @@ class BlockManager:
         return found
 
     def num_free_after_sharing(self, blocks: Sequence[int]) -> int:
-        """Return how many blocks stay free after `share(blocks)`."""
         return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:

@@ -30,7 +30,6 @@ def load_square(e: Emitter, register: int, address: Any, stride: Any) -> None:
 
 
 def store_square(e: Emitter, register: int, address: Any, stride: int) -> None:
-    """Store a register's rows, `stride` bytes apart."""
     square_call(e, "tilestored64", register, e.b.inttoptr(address, I8.as_pointer()), e.int64(stride))
 
 

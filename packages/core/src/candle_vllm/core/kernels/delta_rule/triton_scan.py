@@ -297,7 +297,6 @@ def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[st
 
 
 def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
-    """Return the compile-time constants of a layer."""
     return {
         "HK": key_heads,
         "HV": heads,

@@ -236,7 +236,6 @@ def first_bit(_: Any, bits: Any) -> Any:
 
 @intrinsic
 def count_bits(_: Any, bits: Any) -> Any:
-    """Return how many bits of an int64 are 1."""
     signature = types.int64(types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
