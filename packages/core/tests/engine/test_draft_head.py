@@ -53,7 +53,15 @@ from packages.core.tests.engine.toy_heads import (
     write_head,
 )
 from packages.core.tests.kernels.lora_field import fitted, low_rank
-from packages.core.tests.models.families import DEEPSEEK, GLM_MOE, QWEN3_NEXT, QWEN35, QWEN_MOE
+from packages.core.tests.models.families import (
+    DEEPSEEK,
+    DEEPSEEK_INDEX,
+    GLM_INDEX,
+    GLM_MOE,
+    QWEN3_NEXT,
+    QWEN35,
+    QWEN_MOE,
+)
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import write_tiny
 from packages.core.tests.toy_gguf import write_toy_gguf
@@ -217,6 +225,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "GLM-4.5": ("glm4_moe", "behind", {"head_dim": 32} | GLM_MOE),
     "DeepSeek-V3": ("deepseek_v3", "behind", DEEPSEEK),
+    "DeepSeek-V3.2": ("deepseek_v32", "behind", DEEPSEEK_INDEX),
+    "GLM-5": ("glm_moe_dsa", "behind", GLM_INDEX),
     "Qwen3.5": ("qwen3_5_text", "mtp", QWEN35),
     "Qwen3.5-MoE": ("qwen3_5_moe_text", "mtp", QWEN35 | QWEN_MOE),
     "Qwen3-Next": ("qwen3_next", "mtp", QWEN3_NEXT | QWEN_MOE),

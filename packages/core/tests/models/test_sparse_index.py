@@ -129,7 +129,7 @@ INDEX = {"index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048, "q_lora
         ({}, range(10)),
         ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, (0, 1, 2, 6)),
         ({"index_topk_pattern": "FSFSSSSSSF"}, (0, 2, 9)),
-        ({"indexer_types": ["full"] + ["shared"] * 9}, (0,)),
+        ({"indexer_types": ["full"] + ["shared"] * 10}, (0,)),  # one for the layer that predicts further tokens
     ],
 )
 def test_layers_with_an_index(keys: dict[str, Any], full: tuple[int, ...]) -> None:
@@ -150,6 +150,9 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     shared = ["shared", "full", "full"]
     with pytest.raises(InvalidFileError, match="the index of the layers is incomplete"):
         sparse_index.from_hf(Fields(INDEX | {"indexer_types": shared}, Path("config.json")), "glm_moe_dsa", 3, 64)
+    turned = Fields(INDEX | {"indexer_rope_interleave": True}, Path("config.json"))
+    with pytest.raises(UnsupportedModelError, match="indexer_rope_interleave other than False"):
+        sparse_index.from_hf(turned, "deepseek_v32", 3, 64)
     with pytest.raises(UnsupportedModelError, match="an index without q_lora_rank"):
         load(changed(folder, tmp_path / "m", q_lora_rank=None))
 

@@ -77,8 +77,11 @@ def from_hf(fields: Fields, model_type: str, layers: int, rope: int) -> dict[str
         full = [max(layer - first + 1, 0) % every == 0 for layer in range(layers)]
         letters = fields.values.get("index_topk_pattern")
         kinds = fields.values.get("indexer_types") or ({"F": "full", "S": "shared"}.get(x, x) for x in letters or ())
-        full = [kind == "full" for kind in kinds] or full
-    return _checked(fields, sizes, rope, full, layers, model_type == "glm_moe_dsa")
+        full = [kind != "shared" for kind in kinds][:layers] or full
+    pairs = model_type == "glm_moe_dsa"
+    if fields.get("indexer_rope_interleave", bool, pairs) is not pairs:
+        raise UnsupportedModelError(f"{fields.path}: indexer_rope_interleave other than {pairs} is not implemented")
+    return _checked(fields, sizes, rope, full, layers, pairs)
 
 
 def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def from_gguf(fields: Fields, architecture: str, layers: int, rope: int) -> dict
     shares = glm and fields.count("context_length") >= _LONG
     full = [not shares or layer < 2 or layer % 4 == 2 for layer in range(layers)]
     kinds = fields.get(at + "types", list, []) if glm else []
-    return _checked(fields, sizes, rope, [bool(kind) for kind in kinds][:layers] or full, layers, glm)
+    return _checked(fields, sizes, rope, [kind in (1, "full") for kind in kinds][:layers] or full, layers, glm)
 
 
 def _checked(fields: Fields, sizes: list[int], rope: int, full: list[bool], layers: int, pairs: bool) -> dict[str, Any]:

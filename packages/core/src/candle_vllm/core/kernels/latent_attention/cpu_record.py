@@ -82,10 +82,11 @@ def record_choice(
     """Record for an index: rotation, the write of its keys to its cache, and the choice of positions; see the package.
 
     Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
-    matrices, and `nope` equals `latent`. Return positions [T * top], which only tokens at position `top` or later have.
+    matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; only tokens
+    at position `top` or later have positions.
     """
     sizes, limits = parts.sizes, recorder.limits
-    width = sizes.rope + sizes.latent
+    width, top = sizes.rope + sizes.latent, min(top, limits.table_width * limits.block_size)
     queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
     recorder.add(operation(_PREPARE, 2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
     score_bytes = 4 * limits.table_width * limits.block_size

@@ -10,6 +10,8 @@ import torch
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
+SCORES = 1 << 25
+"""Scores of an index at a time, float32, of all its heads; more if one query has more."""
 
 
 def latent_attention(
@@ -44,10 +46,11 @@ def choose(
         start, end = rows.query_start[row], rows.query_start[row + 1]
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context].float()
         places = torch.arange(context, device=q.device)
-        for first in range(start, end, _QUERIES):
-            last = min(first + _QUERIES, end)
+        most = max(1, min(_QUERIES, SCORES // max(1, q.shape[1] * context)))
+        for first in range(start, end, most):
+            last = min(first + most, end)
             at = places[context - (end - first) : context - (end - last), None]
-            scores = torch.matmul(q[first:last].float(), keys.T).relu() * weights[first:last, :, None].float()
+            scores = torch.matmul(q[first:last].float(), keys.T).relu_().mul_(weights[first:last, :, None].float())
             scores = scores.sum(1).masked_fill_(places > at, float("-inf"))
             best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top].sort(-1).values
             best = torch.nn.functional.pad(best, (0, top - best.shape[1]), value=context)
