@@ -71,7 +71,9 @@ def build_on_gpu(
         logger.info("attention by %s: %s", backend.name, backend.note)
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
     if config.cuda_graphs and not backend.capturable:
-        logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
+        logger.warning(
+            "steps are not captured as CUDA graphs: %s", backend.note or f"attention by {backend.name} cannot be"
+        )
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
             "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "

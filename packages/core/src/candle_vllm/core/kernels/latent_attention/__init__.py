@@ -16,7 +16,8 @@ of two and at least 16, and the conditions of `kernels/attention` for `DeviceRow
 
 Sparse attention: an index, with H queries [D] and H weights for each token and a key [D] for each position, scores the
 positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, of equal scores the lower
-position. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
+position. In torch, bits of a token then depend on whether the step has a context longer than `top`. Source:
+DeepSeek-AI, 2025, DeepSeek-V3.2.
 
     score(j) = sum over h of weights[h] * relu(q[h] . key[j])
 

@@ -82,8 +82,8 @@ def record_choice(
     """Record for an index: rotation, the write of its keys to its cache, and the choice of positions; see the package.
 
     Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
-    matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; only tokens
-    at position `top` or later have positions.
+    matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; only
+    tokens at position `top` or later have positions.
     """
     sizes, limits = parts.sizes, recorder.limits
     width, top = sizes.rope + sizes.latent, min(top, limits.table_width * limits.block_size)
