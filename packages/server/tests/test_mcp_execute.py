@@ -366,7 +366,7 @@ def test_many_at_the_same_time(start_mcp: Start, web: Any, seen: Seen) -> None:
 
 
 def test_what_was_guessed_and_predicted_is_added_up_over_the_turns() -> None:
-    state = ExecutionState(ToolRegistry(), reasons=False, told=Told(predicted=True, guesses=True))
+    state = ExecutionState(ToolRegistry(), reasons=False, told=Told(predicted=True, drafts=True))
     counts = {"draft_tokens": 5, "accepted_draft_tokens": 2, "predicted_tokens": 9, "accepted_predicted_tokens": 4}
     usage = ConversationUsage(prompt_tokens=3, completion_tokens=8, **counts)
     for number in (1, 2):
