@@ -237,6 +237,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path, name: str, eager: bool) -> None:
     model_type, layout, fields = MODELS[name]
+    if not eager and "index_topk" in fields:  # all positions: bf16 keys change a choice among scores that are alike
+        fields = fields | {"index_topk": 128}
     source = write_tiny(tmp_path / "source", model_type, **fields)
     layer = NextTokens(source, layout)
     written = layer.write(tmp_path / "model", source, **({} if layout == "mtp" else {"num_nextn_predict_layers": 1}))
