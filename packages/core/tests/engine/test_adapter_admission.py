@@ -152,7 +152,7 @@ def test_a_preempted_sequence_keeps_what_it_began_with() -> None:
         engine.step()
         engine.load()
     assert not engine.scheduler.waiting
-    assert engine.store._held
+    assert engine.store._in_memory
 
 
 @pytest.mark.parametrize(("most", "memory"), [(4, None), (4, 4), (64, 4)])

@@ -355,7 +355,7 @@ def test_an_adapter_that_is_not_loaded_in_time_is_told(
 ) -> None:
     monkeypatch.setattr("candle_vllm.core.engine.adapters.adapter_store.PATIENCE", 0.01)
     gate.open.clear()
-    with pytest.raises(EngineOverloadedError, match="adapter 'a0' was not loaded within"):
+    with pytest.raises(EngineOverloadedError, match="adapter 'a0' was not loaded within 0 s; try again later"):
         engine.add_lora(adapter(folder, "a0"))
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from candle_vllm.core.engine.adapters import adapter_store as module
-from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries, Entry
+from candle_vllm.core.engine.adapters.adapter_store import AdapterCall, AdapterStore, Entries, Entry
 from candle_vllm.core.engine.requests import AdapterUse
-from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
+from candle_vllm.core.errors import AdapterError, EngineDeadError, EngineOverloadedError, InvalidParameterError
 from tests.waiting import PATIENCE, wait_for
 
 from .adapter_fakes import Loads
@@ -93,7 +93,7 @@ def test_memory_is_bounded_by_bytes_and_what_is_too_large_alone_is_refused() -> 
     store.close()
 
 
-def test_leases_and_pins_keep_their_adapters() -> None:
+def test_leases_and_pins_keep_their_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     store = AdapterStore(Loads(), most=2)
     lease = leased(store, store.find(use("a")))
     assert store.pin(store.find(use("b")).name, PATIENCE).pinned
@@ -101,6 +101,9 @@ def test_leases_and_pins_keep_their_adapters() -> None:
     store.want([c])
     wait_for(lambda: c.crowded)
     assert store.lease(((c, 1.0),)) is None
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    with pytest.raises(EngineOverloadedError, match="within 0 s: requests and pinned adapters need the memory"):
+        store.call(AdapterCall("add", use("c")))
     store.release(lease)
     wait_for(lambda: c.state == "ready")
     assert [each.name for each in store.infos() if each.state == "ready"] == ["b", "c"]
@@ -412,11 +415,11 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
         in_use = {entry for entries, _ in leases for entry, _ in entries}
         assert held <= max(most, len(in_use))
         assert nbytes <= max(most_bytes, 100 * len(in_use))
-        assert nbytes == sum(entry.nbytes for entry in store._held)
-        assert all((entry.state == "ready") == (entry in store._held) for entry in store._entries.values())
+        assert nbytes == sum(entry.nbytes for entry in store._in_memory)
+        assert all((entry.state == "ready") == (entry in store._in_memory) for entry in store._entries.values())
         for entries, packed in leases:  # what began with an adapter has it to the end
             assert [entry.loaded and entry.loaded.packed for entry, _ in entries] == [each for each, _ in packed]  # type: ignore[misc]
-        assert {entry.name for entry in store._held if store._entries.get(entry.name) is not entry} <= {
+        assert {each.name for each in store._in_memory if store._entries.get(each.name) is not each} <= {
             *(entry.name for entry in in_use), *(entry.name for entry in (*store._wanted, *store._expected))
         }  # fmt: skip
         assert known <= 7
@@ -424,5 +427,5 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
         store.release(entries)
     store.want(())
     with store._change:
-        assert all(entry.leases == 0 for entry in store._held)
+        assert all(entry.leases == 0 for entry in store._in_memory)
     store.close()

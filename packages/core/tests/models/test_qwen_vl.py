@@ -474,7 +474,7 @@ def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
                 {"prompt": ONE, "multi_modal_data": {"image": np.zeros((2, 401, 3), np.uint8)}},
                 "401 x 2 pixels",
             ),
-            ({"prompt": ONE * 2, "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 2 marks"),
+            ({"prompt": ONE * 2, "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 2 placeholders"),
         ):
             with pytest.raises(InvalidParameterError, match=message):
                 engine.generate(prompt, GREEDY, use_tqdm=False)
@@ -518,7 +518,7 @@ def test_marks_of_a_picture_stand_side_by_side(folder: Path) -> None:
     request = request_of(loaded, PICTURES[:1], ONE)
     ids = list(request.prompt_token_ids)
     ids[2:2] = [5]
-    with pytest.raises(InvalidParameterError, match="must stand side by side"):
+    with pytest.raises(InvalidParameterError, match="must be consecutive"):
         preparation_for(loaded, 512).prepare(msgspec.structs.replace(request, prompt_token_ids=ids))
 
 

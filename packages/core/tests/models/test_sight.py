@@ -176,9 +176,9 @@ def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ({"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 0 marks"),
-        ({"prompt": "<image><image>", "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 2 marks"),
-        ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 pictures; a prompt may have 64"),
+        ({"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 0 placeholders"),
+        ({"prompt": "<image><image>", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 2 placeholders"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 images; a prompt may have 64"),
         ({"prompt": "<image>", "multi_modal_data": {"image": "x.png"}}, "a picture is a PIL.Image"),
         ({"prompt": "<image>", "multi_modal_data": {"video": 1}}, "multi_modal_data has 'video'"),
         ({"prompt": "<image>", "multi_modal_data": []}, "multi_modal_data must be an object"),
@@ -380,7 +380,7 @@ def test_texts_alone_may_be_asked_for(folder: Path) -> None:
             engine.generate(PROMPT, GREEDY, use_tqdm=False)
     with (
         InferenceEngine(folder, max_images=1) as engine,
-        pytest.raises(InvalidParameterError, match="2 pictures; a prompt may have 1"),
+        pytest.raises(InvalidParameterError, match="2 images; a prompt may have 1"),
     ):
         engine.generate(PROMPT, GREEDY, use_tqdm=False)
 
@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -
     with InferenceEngine(folder, max_model_len=128) as engine:
         prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}
         with pytest.raises(
-            PromptTooLongError, match=r"\d+ tokens and more; this model's maximum context length is 128"
+            PromptTooLongError, match=r"at least \d+ tokens; this model's maximum context length is 128"
         ):
             engine.generate(prompt, GREEDY, use_tqdm=False)
 
@@ -399,6 +399,6 @@ def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -
     parts = VisionDescription(family="siglip", rule=tile_rule(Fields(said, Path("p.json"))), mark=1, asks=1, cell=1)
     vision = VisionInput(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
     with pytest.raises(
-        PromptTooLongError, match="16777217 tokens and more; this model's maximum context length is 128"
+        PromptTooLongError, match="at least 16777217 tokens; this model's maximum context length is 128"
     ):
         vision.look([1], [PICTURES[1]], most_tokens=128)

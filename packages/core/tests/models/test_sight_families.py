@@ -735,7 +735,7 @@ def test_marks_that_nobody_asked_for_are_refused(folders: Callable[[str], Path])
         with InferenceEngine(folders(name)) as engine:
             asked = prompt(name, PICTURES[0])
             asked["prompt"] += text
-            with pytest.raises(InvalidParameterError, match=r"and \d+ marks for them"):
+            with pytest.raises(InvalidParameterError, match=r"and \d+ placeholders"):
                 engine.generate(asked, SamplingParams(max_tokens=1), use_tqdm=False)
 
 

@@ -134,7 +134,7 @@ def test_what_is_not_implemented_of_falcon_h1(change: dict[str, Any], message: s
 def test_architectures_that_are_not_built_name_the_page() -> None:
     text = PAGE.read_text()
     assert [name for name in NOT_BUILT if f"`{name}`" not in text] == []
-    with pytest.raises(UnsupportedModelError, match=r"docs/models\.md says what it would need; implemented:"):
+    with pytest.raises(UnsupportedModelError, match=r"docs/models\.md lists what is missing; implemented:"):
         read({"architectures": ["DeepseekV4ForCausalLM"]})
 
 

@@ -16,7 +16,7 @@ from candle_vllm.responses.api import background as module
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.outliving import EncodedEvent, Pieces, Work
+from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Work
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
@@ -380,7 +380,9 @@ async def test_events_are_kept_for_a_bounded_number_of_responses(
 
 
 async def test_the_oldest_pieces_go_where_there_are_too_many() -> None:
-    pieces = Pieces[int](max_bytes=100)
+    pieces = Chunks[int](max_bytes=100)
+    with pytest.raises(InvalidParameterError, match="not 0; there is no event so far"):
+        pieces.check(0)
     for number in range(10):
         pieces.add(number, 30)
     assert (pieces.size, list(pieces), pieces.next_number) == (90, [7, 8, 9], 10)
@@ -400,7 +402,7 @@ async def test_the_oldest_pieces_go_where_there_are_too_many() -> None:
 
 
 async def test_readers_get_the_failure_at_their_end() -> None:
-    pieces = Pieces[int]()
+    pieces = Chunks[int]()
     pieces.add(0)
     early = pieces.read()
     assert await anext(early) == 0

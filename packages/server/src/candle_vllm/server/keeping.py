@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.protocol.generation import StreamOptions
-from candle_vllm.responses.api.outliving import Failure, Pieces, Work
+from candle_vllm.responses.api.outliving import Chunks, Failure, Work
 from candle_vllm.server.http.body import disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode, refuse_headers
@@ -113,7 +113,7 @@ class Keeper:
         model = turn.model.entry.names[0]
         answer = OutlivingAnswer(self._mailbox, wish, form, model, deadline)
 
-        async def end(failure: Failure) -> None:
+        async def end(failure: Failure | None) -> None:
             turn.release()
             kept = await answer.finish(failure)
             if kept is not None:
@@ -147,8 +147,8 @@ class OutlivingAnswer:
         self._id = form.prefix + wish.request_id
         self._model = model
         self._deadline = deadline
-        self._pieces = Pieces[Any]()
-        self._reader = self._pieces.read()
+        self._chunks = Chunks[Any]()
+        self._reader = self._chunks.read()
         self._made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._delivered = False
         self._gone = asyncio.Event()  # set when the client leaves before it has everything
@@ -190,9 +190,9 @@ class OutlivingAnswer:
 
     async def take(self, chunk: Any) -> None:
         """Add a chunk, which the client can read at once."""
-        self._pieces.add(chunk)
+        self._chunks.add(chunk)
 
-    async def finish(self, failure: Failure) -> bool | None:
+    async def finish(self, failure: Failure | None) -> bool | None:
         """End the answer for client and mailbox; return whether it was stored, or None if it need not be.
 
         If that depends on whether the client got the answer, wait for the client until the deadline or a cancellation.
@@ -201,7 +201,7 @@ class OutlivingAnswer:
         self._noting.cancel()
         made = await self._result(failure)
         self._made.set_result(made)
-        self._pieces.finish(made if isinstance(made, Exception) else None)
+        self._chunks.finish(made if isinstance(made, Exception) else None)
         wish = self._wish
         if wish.asks_for(Mode.ON_DISCONNECT):
             with contextlib.suppress(TimeoutError, asyncio.CancelledError):
@@ -212,7 +212,7 @@ class OutlivingAnswer:
         wanted = wish.policy.mailbox.applies(gone) or wish.policy.webhook.applies(gone)
         return kept if wanted else None
 
-    async def _result(self, failure: Failure) -> msgspec.Struct | Exception:
+    async def _result(self, failure: Failure | None) -> msgspec.Struct | Exception:
         if isinstance(failure, asyncio.CancelledError):
             await self.aclose()  # the client is not waited for any more
             return RequestAbortedError("The server was stopped before the answer was complete.")
@@ -221,7 +221,7 @@ class OutlivingAnswer:
         if failure is not None:
             return failure
         try:
-            return self._join(list(self._pieces))
+            return self._join(list(self._chunks))
         except Exception as broken:
             return broken
 

@@ -19,10 +19,10 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class HeadMatrices:
-    """A plain (not quantised) matrix [O, I] for every head; part "weight" [H, O, I].
+    """A plain (not quantised) matrix [O, I] for every head; its parameter is `weight` [H, O, I].
 
     Quantised matrices are decoded, in bfloat16 on the CPU, because they are small compared to a layer's other matrices.
-    They are not adapter sites: attention applies them to queries and results instead of to the cached latent rows.
+    LoRA is not applied to them, because the projection of latent rows is absorbed into queries and outputs.
     """
 
     sections = 1
@@ -46,7 +46,7 @@ class HeadMatrices:
         with naming_tensor(stored):
             self.numbers = placement.backend().numbers(stored)
         kept_elsewhere = placement.recorded or placement.keeps_quantised
-        return "matrices of single heads are plain numbers" if stored.quantised and kept_elsewhere else None
+        return "per-head matrices have no kernel for quantised weights" if stored.quantised and kept_elsewhere else None
 
 
 class LatentAttention:
@@ -70,8 +70,8 @@ class LatentAttention:
         self.values = HeadMatrices(sizes.heads, sizes.value, sizes.latent, placement)
 
     def __call__(self, q: Value, kv: Value, step: StepInput, chosen: Any = None) -> Value:
-        """q is [T, H * (nope + R)] with heads [nope | rope]; kv is [T, L + R], latent rows and the rotated key part.
-        Tokens attend to the positions that an index has `chosen`; None for all."""
+        """q is [T, H * (nope + R)] with heads [nope | rope]; kv is [T, L + R], latent rows and the key part to rotate.
+        Tokens attend to the positions that a sparse-attention indexer has `chosen`; None for all."""
         cache, sizes = step.caches[self.layer].keys, self.sizes
         heads = self.rotary.scaled(q.unflatten(-1, (-1, sizes.nope + sizes.rope)), step.positions)
         if isinstance(q, Recorded):

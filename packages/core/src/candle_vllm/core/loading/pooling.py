@@ -52,7 +52,7 @@ def read_pooling(
         files: the model's files.
         metadata: metadata of a GGUF file; empty for other formats.
         size: size of a hidden state.
-        default: the pooling for files without a pooling setting.
+        default: the pooling for files without a pooling setting, and for GGUF files whose setting is 0 (none).
         config: `config.json`, if it exists.
 
     Raises:
@@ -72,15 +72,15 @@ def read_pooling(
 def _prompts(path: Path) -> dict[str, str]:
     """Read the prompts (prefixes of texts) of a sentence-transformers folder."""
     found = Fields(read_json(path), path).get("prompts", dict, {}) if path.is_file() else {}
-    if len(found) > MAX_PROMPTS or not all(
-        isinstance(text, str) and len(name) < 256 and len(text) < MAX_PROMPT for name, text in found.items()
-    ):
-        raise InvalidFileError(f"{path}: prompts must be up to {MAX_PROMPTS} texts below {MAX_PROMPT} characters")
+    fit = all(isinstance(text, str) and len(name) < 256 and len(text) < MAX_PROMPT for name, text in found.items())
+    if len(found) > MAX_PROMPTS or not fit:
+        said = f"prompts must be up to {MAX_PROMPTS} texts below {MAX_PROMPT} characters, with names below 256"
+        raise InvalidFileError(f"{path}: {said}")
     return dict(found)
 
 
 def longest_text(folder: Path) -> int | None:
-    """Return the maximum number of tokens of a text by a sentence-transformers folder; None without a limit."""
+    """Return the maximum number of tokens of a text that a sentence-transformers folder sets; None without a limit."""
     path = folder / "sentence_bert_config.json"
     return Fields(read_json(path), path).count("max_seq_length", None) if path.is_file() else None
 
@@ -100,7 +100,8 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
     lengths = config.get("matryoshka_dimensions", list, [])
     if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= min(size, MAX_DIMENSIONS) for n in lengths):
         raise InvalidFileError(
-            f"{config.path}: matryoshka_dimensions is {lengths!r:.80}, not a list of whole numbers from 1 to {size}"
+            f"{config.path}: matryoshka_dimensions is {lengths!r:.80}, not a list of whole numbers from 1 to "
+            f"{min(size, MAX_DIMENSIONS)}"
         )
     return config.get("is_matryoshka", bool, bool(lengths)), tuple(lengths)
 
@@ -108,7 +109,7 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read the kind of pooling, and whether vectors are normalised, from the list of modules.
 
-    Without a pooling each token has an embedding (PyLate's ColBERT); SPLADE's embedding has the vocabulary's size.
+    With a Transformer and only Dense layers each token has an embedding (ColBERT); SPLADE's has the vocabulary's size.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]
@@ -160,7 +161,7 @@ def _dense(folder: Path) -> Dense:
         sizes = fields.count("out_features", most=MAX_DIMENSIONS), fields.count("in_features", most=MAX_DIMENSIONS)
         if weight is None or tuple(weight.shape) != sizes or (bias is not None and tuple(bias.shape) != sizes[:1]):
             raise InvalidFileError(
-                f"{folder}: linear.weight must be there with shape {list(sizes)}, its bias with {sizes[0]}"
+                f"{folder}: linear.weight must have shape {list(sizes)}, and the optional linear.bias {list(sizes[:1])}"
             )
         own = None if bias is None else np.array(bias.load("F32"))
         return Dense(weight=_matrix(weight), bias=own, activation=kinds[kind])
@@ -168,9 +169,8 @@ def _dense(folder: Path) -> Dense:
 
 def _matrix(stored: StoredTensor) -> NDArray[np.float32]:
     if len(stored.shape) != 2 or max(stored.shape) > MAX_DIMENSIONS:
-        raise InvalidFileError(
-            f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}, not that of a matrix"
-        )
+        said = f"tensor {stored.name} has shape {list(stored.shape)}"
+        raise InvalidFileError(f"{stored.path}: {said}; it must be a matrix with sides up to {MAX_DIMENSIONS}")
     return np.array(stored.load("F32"))
 
 
@@ -178,9 +178,8 @@ def _part(entry: object, path: Path) -> tuple[str, str]:
     """Return class name and folder of one module."""
     kind, folder = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
     if not isinstance(kind, str) or not isinstance(folder, str) or (folder and not _PART_FOLDER.fullmatch(folder)):
-        raise InvalidFileError(
-            f"{path}: each entry must have a type, and as path a folder beside it, not {entry!r:.80}"
-        )
+        said = "each entry must have a type, and a path that is empty or a folder beside this file"
+        raise InvalidFileError(f"{path}: {said}, not {entry!r:.80}")
     return kind.rpartition(".")[2], folder
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix to one tensor.
 
-`quantization/` has a file for each format. The stored tensors determine which layers are quantised, so lists of
-exceptions in a config need not be read. A layer may have its own bits or groups (GPTQModel's `dynamic`, several
-`config_groups`): of all schemes in the config, the first that fits its tensors is used, and patterns in a config are
-never evaluated. Unused parts stay in the checkpoint, where the loader reports them.
+`METHODS` in `quantised_layers.py` has a function for each method, and `quantization/` a file for each format. The
+stored tensors determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may
+have its own bits or groups (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first
+that fits its tensors is used, and layers are not matched with a config's patterns. Unused parts stay in the checkpoint,
+where the loader reports them.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
     r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
 )
-"""Names of scales of quantised activations and caches, which are not used: here both have a higher precision."""
+"""Names of scales that are not used: activations keep a precision at least as high, and the scales of a float8 cache
+are taken before, by `assembly/cache_scales.py`."""
 
-_CODES = (*NUMBERS, "I8", "U8", "I32")
+_CODES = (*NUMBERS, "I8", "U8", "I32")  # types that are codes, if a `weight` has one of them
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -67,21 +69,17 @@ def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path
     if _quantises_activations(fields):
         logger.info("%s asks for quantised activations: here they keep a precision at least as high", path)
     if not logical:
-        logger.warning("%s says its weights are quantised by %s, and none are", path, method)
+        logger.warning("%s names the method %s, and no weight is quantised", path, method)
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in taken}
     _check_plain(rest)
     scales = {name for name in rest if ACTIVATION_SCALES.fullmatch(name)}
     if scales:
-        logger.info(
-            "%s: %d scales of activations or of a quantised cache are left out: both keep their precision here",
-            path,
-            len(scales),
-        )
+        logger.info("%s: %d scales of activations or of a quantised cache are not used", path, len(scales))
     idle = {name for name in rest if _is_idle(checkpoint, name)} if method == "compressed-tensors" else set[str]()
     if idle:
-        logger.info("%s: %d scales of weights that are stored plain are left out", path, len(idle))
+        logger.info("%s: %d scales, zero points or group indices of plain weights are not used", path, len(idle))
     kept = {name: tensor for name, tensor in rest.items() if name not in scales | idle}
-    # Old AutoGPTQ stored a bias for every layer: zeros in a model without biases.
+    # Old AutoGPTQ stored a bias of zeros for every layer of a model without biases: the loader may ignore it.
     biases = {f"{name.removesuffix('.weight')}.bias" for name in logical} & kept.keys()
     idle_biases = {name: spare(kept[name]) for name in biases if not kept[name].load().any()}
     return checkpoint.with_tensors(kept | idle_biases | logical)
@@ -98,8 +96,8 @@ def _check_plain(tensors: Mapping[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(".weight") and tensor.type_name in _CODES:
             raise InvalidFileError(
-                f"{tensor.path}: tensor {name} is {tensor.type_name}, and nothing beside it says what that means: "
-                "its scales are missing, or the file is incomplete"
+                f"{tensor.path}: tensor {name} is {tensor.type_name}, and the checkpoint has no scales for it: the "
+                "file is incomplete, or its format is not implemented"
             )
 
 
@@ -113,7 +111,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # modelopt writes the contents of its own file here, or their inner section
+            nested = "quantization" in own  # ModelOpt writes its own file's contents here, or only the section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own

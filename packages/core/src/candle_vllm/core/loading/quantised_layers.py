@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Find the quantised layers of each method of a `quantization_config`, and check their schemes against their parts."""
+"""`METHODS`: for each `quant_method`, a function that finds the quantised layers and the schemes of their parts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from candle_vllm.core.quantization.gptq import GptqScheme, gptq_tensor
 from candle_vllm.core.quantization.marlin import marlin_tensor
 from candle_vllm.core.quantization.stored import FLOATS, LayerTensors, QuantisedTensor
 
-Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]
+Found: TypeAlias = Iterator[tuple[LayerTensors, QuantisedTensor]]  # the parts of each layer, and its weight
 
 
 def _layers(checkpoint: Checkpoint, *ends: str) -> Iterator[str]:
-    """Return the layers that have a tensor whose name ends with one of these suffixes."""
+    """Yield the names of layers that have a tensor whose name ends with one of these suffixes."""
     seen: set[str] = set()
     for name in checkpoint.tensors:
         end = next((end for end in ends if name.endswith(end)), None)
@@ -56,7 +56,7 @@ def _gptq(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Read layers by the config's scheme, or by one of the settings `own` that the config has for some layers."""
+    """Read layers by the config's scheme, or by its scheme for some layers; `own` has the settings of these schemes."""
     bits, group = _gptq_bits(fields, None), _group(fields)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:
@@ -178,4 +178,4 @@ METHODS: Mapping[str, Callable[[Fields, Checkpoint], Found]] = MappingProxyType(
         "modelopt_fp4": _modelopt,
     }
 )
-"""Functions that find the layers of each `quant_method`."""
+"""The function of each `quant_method`, which yields the parts and the weight of each quantised layer."""

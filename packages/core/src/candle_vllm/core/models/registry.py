@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Which family serves which architecture. A new family is one file in this folder and one name in `FAMILIES`."""
+"""Which family serves which architecture.
+
+A new family is a file in this folder, a name in `FAMILIES`, and a row in `core/conversion/gguf_architectures.py`, or in
+a test's table of families without GGUF: see "Adding a dense family" in docs/architecture.md.
+"""
 
 from __future__ import annotations
 
@@ -89,13 +93,8 @@ most common families come first."""
 
 NOT_BUILT = frozenset(
     {"DeepseekV4ForCausalLM", "deepseek4", "Glm5NextForConditionalGeneration", "glm5-next"}
-    | {
-        "KimiK3ForConditionalGeneration",
-        "kimi-k3",
-        "Qwen4ExpForCausalLM",
-        "Qwen4ExpForConditionalGeneration",
-        "qwen4exp",
-    }
+    | {"KimiK3ForConditionalGeneration", "kimi-k3"}
+    | {"Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration", "qwen4exp"}
     | {"MiniMaxM3VLForCausalLM", "MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "minimax-m3"}
 )
 """Architectures for which docs/models.md lists what is missing."""
@@ -184,7 +183,7 @@ GGUF_ENCODERS = ByName(EncoderFamily, "gguf")
 
 
 def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamily, EncoderConfig] | None:
-    """The family and config for a `config.json`, if it describes an encoder."""
+    """The family and config for a `config.json`; None if it does not describe an encoder."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     base = base_class(name, config, HF_ENCODERS) if isinstance(name, str) else None
@@ -193,7 +192,7 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
         return None
     model_type, scores = family.hf[base]
     if model_type == "gemma3_text" and config.get("use_bidirectional_attention") is not True:
-        return None  # a decoder without its head
+        return None  # Gemma 3 itself: a decoder that is stored without its head
     fields = Fields(config, path)
     return with_head(name, family, family.config_from_hf(fields, model_type, scores=scores), fields)
 
@@ -201,7 +200,7 @@ def encoder_from_hf(config: Mapping[str, Any], path: Path) -> tuple[EncoderFamil
 def encoder_from_gguf(
     metadata: Mapping[str, Any], checkpoint: Checkpoint
 ) -> tuple[EncoderFamily, EncoderConfig] | None:
-    """The family and config for GGUF metadata, if it describes an encoder."""
+    """The family and config for GGUF metadata; None if it does not describe an encoder."""
     name = metadata.get("general.architecture")
     family = GGUF_ENCODERS.get(name) if isinstance(name, str) else None
     if family is None or family.config_from_gguf is None:
@@ -254,7 +253,7 @@ def _has_transformers() -> bool:
 
 
 def _any_architecture() -> Any:
-    """The package of models that transformers wires."""
+    """The module that makes families of models that run transformers' module code."""
     if not _has_transformers():
         raise ConfigError(f"model_impl='transformers' needs transformers: {_INSTALL}", "model_impl")
     return import_module(f"{__package__}.any_architecture.family")
@@ -263,7 +262,7 @@ def _any_architecture() -> Any:
 def _family_of_transformers(
     config: Mapping[str, Any], path: Path, tensors: Mapping[str, StoredTensor] | None
 ) -> tuple[Family, ModelConfig]:
-    """The family of a model that transformers wires, or of a multimodal model's text model."""
+    """The family of a model that runs transformers' module code, or of a multimodal model's text model."""
     names = config.get("architectures")
     if isinstance(names, list) and len(names) == 1 and names[0] in TOWERS:
         name, fields = text_fields(names[0], config, path, tensors)
@@ -283,10 +282,10 @@ def family_from_gguf(
         if impl == "transformers" or module.gguf.reads_gguf(name):
             return module.family_of_gguf(name, checkpoint)
     if name == "llama" and Fields(metadata, checkpoint.path, "llama.").get("expert_count", int, 0):
-        from candle_vllm.core.models.mixtral import FAMILY as family  # its files have Llama's architecture
+        from candle_vllm.core.models.mixtral import FAMILY as family  # Mixtral's files have Llama's architecture
     else:
         family = _find(name, GGUF_FAMILIES, checkpoint.path, GGUF_ENCODERS)
-    assert family.config_from_gguf is not None, "a family that is found by its metadata reads it"
+    assert family.config_from_gguf is not None, "a family with GGUF architectures reads their metadata"
     return family, family.config_from_gguf(Fields(metadata, checkpoint.path, prefix=f"{name}."), checkpoint)
 
 
@@ -298,7 +297,7 @@ def _find(name: str, families: Mapping[str, Row], path: Path, others: Iterable[s
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (the nearest is {near[0]})" if near else ""
     way = "" if path.suffix == ".gguf" else f"; transformers may have it: {_INSTALL}, or set model_impl='transformers'"
-    way += "; docs/models.md says what it would need" if name in NOT_BUILT else ""
+    way += "; docs/models.md lists what is missing" if name in NOT_BUILT else ""
     raise UnsupportedModelError(
         f"{path}: architecture {name!r:.80} is not implemented{hint}{way}; implemented: {', '.join(known)}"
     )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Stage:
     """A pipeline stage: some of a model's layers. Stages form a ring: the last one returns hidden states to the first.
 
-    Stages exchange x [T, E] as its two summands, so that results have the same bits as without stages. If later layers
-    add vectors of given rows (`GivenRows`), these vectors are exchanged too.
+    Stages exchange x and the residual separately, as [2, T, E], so that results have the same bits as without stages.
+    If later layers add image vectors (DeepStack, `GivenRows`), these vectors are exchanged too.
 
     Attributes:
         line: communication with the other stages.
@@ -57,11 +57,11 @@ class Stage:
         return tokens, self.size
 
     def vectors_arrive(self, width: int) -> bool:
-        """Whether the previous stage sends vectors with `width` elements."""
+        """Whether the previous stage sends vectors: `width` (E, plus E per layer that adds one) reaches this stage."""
         return not self.is_first and width > (self.layers.start + 1) * self.size
 
     def vectors_leave(self, width: int) -> bool:
-        """Whether the next stage needs vectors with `width` elements."""
+        """Whether the next stage needs vectors: `width`, as in `vectors_arrive`, reaches it or later stages."""
         return not self.is_last and width > (self.layers.stop + 1) * self.size
 
     def take(self, x: Value) -> Value:
@@ -83,8 +83,8 @@ class DecoderStack:
     Attributes:
         embed: embedding table, which is also the head if `head` is None.
         rotary: rotary embedding of the layers.
-        layers: each maps x [T, E], as x and residual (None at first), to x and residual, or to their sum and None; None
-            for a layer of another stage.
+        layers: each maps (x, residual or None) to (x, residual) or (sum, None), all [T, E]; None for a layer of another
+            stage.
         norm: norm after the last layer; None without a last norm.
         stage: the pipeline stage, if the model has only some of the layers; None if it has all.
         shares: divides the tokens of a layer among ranks; None if each rank has all tokens.
@@ -111,7 +111,7 @@ class DecoderStack:
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] after the last norm, in a model with all layers."""
-        assert self.stage is None, "a stage gives `part`"
+        assert self.stage is None, "call `part` on a model with a stage"
         return self._normed(*self._through(token_ids, step, None))
 
     def begun(self, token_ids: Value, x: Value, step: StepInput) -> StepInput:
@@ -123,8 +123,8 @@ class DecoderStack:
         """Compute the output of a stage, in the shape of `Stage.leaves`.
 
         Args:
-            token_ids, step: see `forward`; stages after the first use only the number of ids. `step.given` has the
-                    vectors that arrived.
+            token_ids: token ids [T], of which stages after the first use only the number.
+            step: the step's tensors; `step.given` has the vectors that arrived.
             arrived: x [2, T, E] from the previous stage; None on the first stage.
             left: memory for the result; None for any.
         """
@@ -138,7 +138,7 @@ class DecoderStack:
         return both
 
     def _normed(self, x: Value, residual: Value | None) -> Value:
-        """The hidden states [T, E] after the last layer."""
+        """The hidden states [T, E] after the last norm, if the model has one."""
         if self.norm is None:
             return x if residual is None else residual + x
         return self.norm.add(x, residual)[0]

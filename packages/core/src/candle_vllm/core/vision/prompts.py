@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
+from candle_vllm.core.vision.pictures import LIMITS, Picture, picture_of
 from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
@@ -62,9 +62,8 @@ class VisionInput:
 
     Attributes:
         parts: description of its vision encoder.
-        words: returns the tokens of an image, given its grid of tiles.
+        words: returns the tokens that replace the placeholder of an image, given its grid of tiles.
         breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
-        limits: limits of files and images.
         most: maximum number of images of a prompt.
         one_at_a_time: lock that is held while an image is decoded.
     """
@@ -72,7 +71,6 @@ class VisionInput:
     parts: VisionDescription
     words: Callable[[Cut], Sequence[int]]
     breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    limits: PictureLimits = LIMITS
     most: int = 64
     one_at_a_time: threading.Lock = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
 
@@ -90,15 +88,15 @@ class VisionInput:
             most_tokens: context length; a longer prompt is refused before the next image is decoded.
 
         Raises:
-            InvalidParameterError: an image cannot be used, or the prompt has another number of placeholders.
+            InvalidParameterError: too many images, an unusable image, or another number of placeholders than images.
             PromptTooLongError: the expanded prompt does not fit into the context.
         """
         if len(images) > self.most:
-            raise InvalidParameterError(f"image: {len(images)} pictures; a prompt may have {self.most}", "image")
+            raise InvalidParameterError(f"image: {len(images)} images; a prompt may have {self.most}", "image")
         marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
             raise InvalidParameterError(
-                f"image: {len(images)} pictures, and {marks} marks for them in the prompt; a picture needs one each",
+                f"image: {len(images)} images, and {marks} placeholders in the prompt; each image needs one",
                 "image",
             )
         expanded: list[int] = []
@@ -110,14 +108,14 @@ class VisionInput:
             self._join(expanded, ids[begin:end])
             begin = end + 1
             with self.one_at_a_time:
-                picture = picture_of(image, self.limits, name)
+                picture = picture_of(image, LIMITS, name)
                 cut = self.parts.rule.cut(picture.height, picture.width)
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # otherwise the prompt is refused below
                     self._join(expanded, self.words(cut))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
-                    said = f"{name}: with it the prompt has {least} tokens and more"
+                    said = f"{name}: with this image the prompt has at least {least} tokens"
                     raise PromptTooLongError(
                         f"{said}; this model's maximum context length is {most_tokens} tokens", name
                     )
@@ -128,7 +126,7 @@ class VisionInput:
         return expanded, tuple(inputs)
 
     def _join(self, ids: list[int], more: Sequence[int]) -> None:
-        """Append `more` to `ids`; line breaks where they meet become the tokens that they have within one text."""
+        """Append `more` to `ids`; line breaks at the border become the tokens that they are in one text."""
         count, place, breaks = 0, 0, self.breaks
         if ids and more and ids[-1] in breaks and more[0] in breaks:
             while ids and ids[-1] in breaks:
@@ -164,9 +162,9 @@ class VisionInput:
         counts = [image.shape[0] * (image.shape[1] // cell) * (image.shape[2] // cell) for image in images]
         if len(marks) != sum(counts):
             raise InvalidParameterError(
-                f"image: {sum(counts)} embeddings of {len(images)} pictures, and {len(marks)} marks for them", "image"
+                f"image: {sum(counts)} embeddings of {len(images)} images, and {len(marks)} placeholders", "image"
             )
         found = np.split(marks, np.cumsum(counts)[:-1])
         if self.parts.turned and any(len(each) and each[-1] - each[0] >= len(each) for each in found):
-            raise InvalidParameterError("image: the marks of a picture must stand side by side in the prompt", "image")
+            raise InvalidParameterError("image: the placeholders of an image must be consecutive", "image")
         return found

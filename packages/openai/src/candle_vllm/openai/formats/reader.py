@@ -68,7 +68,7 @@ class Reader:
         text, at: the received text, and the offset up to which it is consumed.
         ended: whether all text has arrived.
         lenient: whether the parser may add text that is missing at the end; if not, finished text counts as truncated.
-        begun: the beginning of a marker at the end of truncated text, if it was left out.
+        begun: the beginning of a marker at the end of truncated text, which `until` did not pass to its sink.
     """
 
     __slots__ = ("_done", "_from", "_kept", "at", "begun", "ended", "lenient", "text")
@@ -95,7 +95,7 @@ class Reader:
 
     @property
     def whole(self) -> bool:
-        """Whether the text ended because the model had finished, not because it was truncated."""
+        """Whether the text ended because the model had finished, not by truncation; False if not `lenient`."""
         return self._done and self.lenient
 
     def mark(self) -> None:
@@ -123,7 +123,7 @@ class Reader:
         self._kept = None
 
     def put_back(self, text: str) -> None:
-        """Move back by the length of the text that was consumed last, but not to before a mark."""
+        """Move back by the length of `text`, consumed last; the caller must not move back beyond a mark."""
         gone = len(text) - self.at  # number of characters that are no longer in `text`
         if gone <= 0:
             self.at -= len(text)

@@ -18,7 +18,7 @@ import msgspec
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.responses.api.outliving import EncodedEvent, Failure, Pieces, Work, close
+from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Failure, Work, close
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
@@ -42,7 +42,7 @@ class _Run:
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
         self.name: Name = (entry.owner, entry.id)
-        self.events = Pieces[EncodedEvent](MAX_BYTES)
+        self.events = Chunks[EncodedEvent](MAX_BYTES)
         self.latest = entry.body  # the response object, as JSON
         self.ended_elsewhere = False
         self.work: Work[StreamEvent] | None = None  # None until the record is stored
@@ -60,7 +60,7 @@ class Background:
         self._kept = kept
         self._max_running = max_running
         self._running: dict[Name, _Run] = {}
-        self._ended: OrderedDict[Name, Pieces[EncodedEvent]] = OrderedDict()
+        self._ended: OrderedDict[Name, Chunks[EncodedEvent]] = OrderedDict()
         self._renewing: Upkeep | None = None
         self._closed = False
 
@@ -137,7 +137,7 @@ class Background:
         await self.stop(owner, response_id, forget=True)
         return ResponseDeleted(id=response_id)
 
-    def events(self, owner: str, response_id: str) -> Pieces[EncodedEvent] | None:
+    def events(self, owner: str, response_id: str) -> Chunks[EncodedEvent] | None:
         """Return the events of a response that runs here, or ended here not long ago; otherwise None."""
         run = self._running.get((owner, response_id))
         return run.events if run is not None else self._ended.get((owner, response_id))
@@ -193,7 +193,7 @@ class Background:
                 raise
             logger.warning("how far a response is could not be kept: %s", error.__cause__ or error)
 
-    async def _end(self, run: _Run, failure: Failure) -> None:
+    async def _end(self, run: _Run, failure: Failure | None) -> None:
         try:
             if isinstance(failure, asyncio.CancelledError):
                 if not run.ended_elsewhere:

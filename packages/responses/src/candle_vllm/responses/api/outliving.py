@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 from candle_vllm.core.errors import InvalidParameterError
 
 T = TypeVar("T")
-Failure = Exception | asyncio.CancelledError | None
+Failure = Exception | asyncio.CancelledError
 
 
 class EncodedEvent(NamedTuple):
@@ -26,7 +26,7 @@ class EncodedEvent(NamedTuple):
     data: bytes
 
 
-class Pieces(Generic[T]):
+class Chunks(Generic[T]):
     """Buffer of an answer's chunks, for readers that disconnect and come back.
 
     Beyond `max_bytes`, the oldest chunks are dropped; None means no limit.
@@ -39,7 +39,7 @@ class Pieces(Generic[T]):
 
     def __init__(self, max_bytes: int | None = None) -> None:
         self._max_bytes = max_bytes
-        self._pieces: deque[T] = deque()
+        self._chunks: deque[T] = deque()
         self._sizes: deque[int] = deque()
         self._news = asyncio.Event()
         self._failure: Exception | None = None
@@ -47,13 +47,13 @@ class Pieces(Generic[T]):
         self.finished = False
         self.next_number = 0
 
-    def add(self, piece: T, size: int = 0, *, last: bool = False) -> None:
+    def add(self, chunk: T, size: int = 0, *, last: bool = False) -> None:
         self.next_number += 1
-        self._pieces.append(piece)
+        self._chunks.append(chunk)
         self._sizes.append(size)
         self.size += size
-        while self._max_bytes is not None and self.size > self._max_bytes and len(self._pieces) > 1:
-            self._pieces.popleft()
+        while self._max_bytes is not None and self.size > self._max_bytes and len(self._chunks) > 1:
+            self._chunks.popleft()
             self.size -= self._sizes.popleft()
         self.finished = self.finished or last
         self._wake()
@@ -69,12 +69,11 @@ class Pieces(Generic[T]):
         Raises InvalidParameterError with `param` starting_after.
         """
         if after >= self.next_number:
+            last = f"the last one so far is {self.next_number - 1}" if self.next_number else "there is no event so far"
             raise InvalidParameterError(
-                f"starting_after must be the number of an event that there was, not {after}; the last one so far is "
-                f"{self.next_number - 1}",
-                "starting_after",
+                f"starting_after must be the number of an event, not {after}; {last}", "starting_after"
             )
-        first = self.next_number - len(self._pieces)
+        first = self.next_number - len(self._chunks)
         if after + 1 < first:
             raise InvalidParameterError(
                 f"starting_after must be at least {first - 1}, not {after}: earlier events are not kept any more",
@@ -83,7 +82,7 @@ class Pieces(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Iterate over the buffered chunks."""
-        return iter(self._pieces)
+        return iter(self._chunks)
 
     async def read(self, after: int = -1) -> AsyncGenerator[T, None]:
         """Yield the chunks after number `after`, including future ones."""
@@ -92,7 +91,7 @@ class Pieces(Generic[T]):
             news = self._news
             if wanted < self.next_number:
                 self.check(wanted - 1)
-                yield self._pieces[wanted - self.next_number]
+                yield self._chunks[wanted - self.next_number]
                 wanted += 1
             elif not self.finished:
                 await news.wait()
@@ -102,16 +101,16 @@ class Pieces(Generic[T]):
                 return
 
     def _wake(self) -> None:
-        """Wake all readers; each of them waits for the event that it saw last."""
+        """Wake all readers; each waits for the `asyncio.Event` that was current when it looked for chunks."""
         self._news.set()
         self._news = asyncio.Event()
 
 
 class Work(Generic[T]):
-    """A task that reads an answer to its end; it begins at once, and a client's disconnect does not cancel it.
+    """A task that reads an answer to its end; it is scheduled at once, and a client's disconnect does not cancel it.
 
     Args:
-        pieces: chunks of the answer; closed at the end.
+        chunks: chunks of the answer; closed at the end.
         seconds: time limit of the task.
         take: called with each chunk.
         end: called after the chunks were closed, with None or the exception that ended them: TimeoutError after the
@@ -120,13 +119,14 @@ class Work(Generic[T]):
 
     def __init__(
         self,
-        pieces: AsyncIterator[T],
+        chunks: AsyncIterator[T],
         seconds: float,
         take: Callable[[T], Awaitable[None]],
-        end: Callable[[Failure], Awaitable[None]],
+        end: Callable[[Failure | None], Awaitable[None]],
     ) -> None:
-        self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `pieces`
-        self.task = asyncio.create_task(self._run(pieces, seconds, take, end))  # only the task refers to the arguments
+        self._started = asyncio.Event()  # a task that is cancelled before it begins would not close `chunks`
+        # The arguments are not attributes, so that they are freed when the task ends.
+        self.task = asyncio.create_task(self._run(chunks, seconds, take, end))
 
     async def cancel(self) -> None:
         """Cancel the task, and wait until it has ended."""
@@ -136,26 +136,26 @@ class Work(Generic[T]):
 
     async def _run(
         self,
-        pieces: AsyncIterator[T],
+        chunks: AsyncIterator[T],
         seconds: float,
         take: Callable[[T], Awaitable[None]],
-        end: Callable[[Failure], Awaitable[None]],
+        end: Callable[[Failure | None], Awaitable[None]],
     ) -> None:
         self._started.set()
-        failure: Failure = None
+        failure: Failure | None = None
         try:
             async with asyncio.timeout(seconds):
-                async for piece in pieces:
-                    await take(piece)
+                async for chunk in chunks:
+                    await take(chunk)
         except (Exception, asyncio.CancelledError) as ended:
             failure = ended
-        await close(pieces)
+        await close(chunks)
         await end(failure)
 
 
-async def close(pieces: AsyncIterator[object]) -> None:
+async def close(chunks: AsyncIterator[object]) -> None:
     """Close an iterator, if it can be closed."""
-    closing = getattr(pieces, "aclose", None)
+    closing = getattr(chunks, "aclose", None)
     if closing is not None:
         with contextlib.suppress(Exception):
             await closing()

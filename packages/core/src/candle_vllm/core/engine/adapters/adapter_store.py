@@ -44,6 +44,7 @@ MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
 """Maximum number of names that only requests have registered; the least recently used are forgotten."""
 _SHOWN_NAMES = 10
+_CROWDED = "requests and pinned adapters need the memory (lora_memory, max_cpu_loras)"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
 
@@ -89,11 +90,12 @@ class Entry:
         name, path: the name and path that it was registered with.
         loaded: the loaded adapter; None if it is not in memory.
         error: why it could not be loaded; None if it could.
-        crowded: whether it waits for memory that leased adapters occupy.
+        crowded: whether it waits for memory that leased, pinned or more urgent adapters occupy.
+        attempts: number of loads that have ended, also those that failed.
     """
 
     __slots__ = (
-        "crowded", "error", "info", "leases", "loaded", "loads", "name", "nbytes", "path", "pinned", "retry_at",
+        "attempts", "crowded", "error", "info", "leases", "loaded", "name", "nbytes", "path", "pinned", "retry_at",
         "state",
     )  # fmt: skip
 
@@ -103,7 +105,7 @@ class Entry:
         self.loaded: LoadedAdapter | None = None
         self.error: str | None = None
         self.crowded = self.pinned = False
-        self.leases = self.loads = self.nbytes = 0
+        self.attempts = self.leases = self.nbytes = 0
         self.retry_at = 0.0
         self.info = AdapterInfo(name=name, path=path)
 
@@ -155,7 +157,7 @@ class AdapterStore:
         self._entries: dict[str, Entry] = {}
         self._loose: dict[str, None] = {}  # names that only requests have registered, least recently used first
         self._coming: dict[str, Entry] = {}  # new entries of known names, whose files are not loaded yet
-        self._held: dict[Entry, None] = {}  # in memory, least recently used first
+        self._in_memory: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
         self._wanted: tuple[Entry, ...] = ()  # entries of waiting sequences, most urgent first
         self._expected: tuple[Entry, ...] = ()  # entries of requests that are not queued yet, until `want` is called
@@ -226,11 +228,9 @@ class AdapterStore:
             return (AdapterInfo(name=name, path=""),) if self.remove(name) else ()
         try:
             return (self.add(call.adapter, PATIENCE) if call.what == "add" else self.pin(name, PATIENCE),)
-        except TimeoutError:
-            raise EngineOverloadedError(
-                f"adapter {name!r:.80} was not loaded within {PATIENCE:.0f} s: requests need the memory; try again "
-                "later, or give adapters more (lora_memory, max_cpu_loras)"
-            ) from None
+        except TimeoutError as error:
+            said = f"adapter {name!r:.80} was not loaded within {PATIENCE:.0f} s" + (f": {error}" if str(error) else "")
+            raise EngineOverloadedError(f"{said}; try again later") from None
 
     def add(self, use: AdapterUse, timeout: float) -> AdapterInfo:
         """Register a name and load its adapter, or load a known adapter.
@@ -294,7 +294,7 @@ class AdapterStore:
     @property
     def numbers(self) -> tuple[int, int, int]:
         """The number of known adapters, the number of adapters in memory, and the bytes of the adapters in memory."""
-        return len(self._entries), len(self._held), self._bytes
+        return len(self._entries), len(self._in_memory), self._bytes
 
     # ---- called for sequences ----------------------------------------------------------------------------------------
 
@@ -329,8 +329,8 @@ class AdapterStore:
                 packed.append((entry.loaded.packed, scale))
             for entry, _ in entries:
                 entry.leases += 1
-                del self._held[entry]
-                self._held[entry] = None
+                del self._in_memory[entry]
+                self._in_memory[entry] = None
         return tuple(packed)
 
     def release(self, entries: Entries) -> None:
@@ -356,9 +356,9 @@ class AdapterStore:
         if thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSING)
         with self._change:
-            for entry in self._held:
+            for entry in self._in_memory:
                 entry.loaded = None
-            self._held.clear()
+            self._in_memory.clear()
 
     # ---- with the lock held ------------------------------------------------------------------------------------------
 
@@ -368,12 +368,12 @@ class AdapterStore:
         if coming is not None and coming.path == path and coming.state == "cold":
             return coming
         if len(self._entries) >= MAX_NAMES and before is None:
-            raise InvalidParameterError(f"{MAX_NAMES} adapters are known, and may be: remove some", "lora_request")
+            raise InvalidParameterError(f"the maximum of {MAX_NAMES} adapters is reached: remove some", "lora_request")
         if before is None:
             self._entries[name] = entry = Entry(name, path)
             self._forget_loose()
             self._loose[name] = None
-        elif before.path == path and before.state == "cold" and not before.loads:
+        elif before.path == path and before.state == "cold" and not before.attempts:
             entry = before  # it has not been read yet
         else:
             self._coming[name] = entry = Entry(name, path)
@@ -401,21 +401,21 @@ class AdapterStore:
         with self._change:
             self._asked[entry] += 1
             self._begin()
-            before = entry.loads
+            before = entry.attempts
             try:
                 self._change.wait_for(
-                    lambda: self._closed or entry.state in ("ready", "failed") or entry.loads > before, timeout
+                    lambda: self._closed or entry.state in ("ready", "failed") or entry.attempts > before, timeout
                 )
             finally:
                 self._asked[entry] -= 1
                 self._asked += Counter()  # drops entries with a count of 0
             if self._closed:
                 raise EngineDeadError("the engine is closed")
-            tried_in_vain = entry.loads > before and entry.state != "ready" and entry.error is not None
+            tried_in_vain = entry.attempts > before and entry.state != "ready" and entry.error is not None
             if entry.state == "failed" or tried_in_vain:  # another caller may have reset the state since
                 raise AdapterError(f"adapter {entry.name!r:.80} cannot be used: {entry.error}")
-            if entry.state != "ready" and entry.loads == before:
-                raise TimeoutError
+            if entry.state != "ready" and entry.attempts == before:
+                raise TimeoutError(_CROWDED if entry.crowded else "")
             return _info(entry)
 
     def _begin(self) -> None:
@@ -427,7 +427,7 @@ class AdapterStore:
 
     def _drop_forgotten(self) -> None:
         """Evict adapters whose name was removed and that no sequence or caller leases or waits for."""
-        for entry in [each for each in self._held if not each.leases and not self._is_known(each)]:
+        for entry in [each for each in self._in_memory if not each.leases and not self._is_known(each)]:
             if entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
 
@@ -435,12 +435,12 @@ class AdapterStore:
         return self._entries.get(entry.name) is entry
 
     def _let_go(self, entry: Entry) -> None:
-        del self._held[entry]
+        del self._in_memory[entry]
         self._bytes -= entry.nbytes
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Return the entries to load: callers' before sequences' or after them, in turn; sequences' if in both."""
+        """Entries to load. Operators' calls and sequences are first in turn; an entry of both is a sequence's."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
@@ -471,10 +471,10 @@ class AdapterStore:
 
     def _estimate_bytes(self, entry: Entry) -> int:
         """Estimate an entry's bytes: its earlier size, or the smallest in memory; `_loaded` evicts more if too low."""
-        return entry.nbytes or min((each.nbytes for each in self._held), default=0)
+        return entry.nbytes or min((each.nbytes for each in self._in_memory), default=0)
 
     def _is_pinned_full(self, entry: Entry) -> bool:
-        pinned = [each for each in self._held if each.pinned]
+        pinned = [each for each in self._in_memory if each.pinned]
         room = self._most_bytes - sum(each.nbytes for each in pinned)
         return len(pinned) >= self._most or room < self._estimate_bytes(entry)
 
@@ -485,11 +485,11 @@ class AdapterStore:
             nbytes, count: bytes and number of the adapters that need memory.
             before, behind: entries that are needed sooner (never evicted), and later (evicted last).
         """
-        stays = {entry for entry in self._held if entry.leases or entry.pinned}.union(before)
-        later = dict.fromkeys(entry for entry in reversed(behind) if entry in self._held)
-        leaving = [entry for entry in self._held if entry not in stays and entry not in later]
+        stays = {entry for entry in self._in_memory if entry.leases or entry.pinned}.union(before)
+        later = dict.fromkeys(entry for entry in reversed(behind) if entry in self._in_memory)
+        leaving = [entry for entry in self._in_memory if entry not in stays and entry not in later]
         leaving += [entry for entry in later if entry not in stays]
-        gone, number, size = 0, len(self._held) + count, self._bytes + nbytes
+        gone, number, size = 0, len(self._in_memory) + count, self._bytes + nbytes
         while number > self._most or size > self._most_bytes:
             if gone == len(leaving):
                 return False
@@ -522,7 +522,7 @@ class AdapterStore:
             delta_norm=packed.norm, base=loaded.base, notes=loaded.notes,
         )  # fmt: skip
         self.counts.loads += 1
-        self._held[entry] = None
+        self._in_memory[entry] = None
         self._bytes += entry.nbytes
         if self._coming.get(entry.name) is entry:
             del self._coming[entry.name]
@@ -565,7 +565,7 @@ class AdapterStore:
             said = f"{type(error).__name__}: {error}"
         with self._change:
             self.counts.seconds += time.perf_counter() - began
-            entry.loads += 1
+            entry.attempts += 1
             if self._closed:
                 return
             if loaded is None:

@@ -35,7 +35,7 @@ class AnyDecoder:
         named: the layers with weights, by transformers' names.
         experts: the layers among them that are matrices of experts.
         stored_shapes: shapes of transformers' own parameters, by their names.
-        upside_down: names of the layers whose matrices transformers stores transposed.
+        transposed: names of the layers whose matrices transformers stores transposed.
         targets: where the table of weight names finds each layer: `embed`, `head`, or an index of `parts`.
         narrows: see `DecoderStack`.
     """
@@ -49,7 +49,7 @@ class AnyDecoder:
         tables = {self.model.get_input_embeddings(): "embed", self.model.get_output_embeddings(): "head"}
         at = {name: tables[module] for name, module in self.model.named_modules() if module in tables}
         self.stored_shapes = {name: tuple(each.shape) for name, each in self.model.state_dict().items()}
-        self.upside_down = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
+        self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
         products = Products(placement.product_threads) if placement.product_threads else None
         tied = self.model.all_tied_weights_keys
         self.named, self.experts = replace_products(self.model, placement, tied, products)

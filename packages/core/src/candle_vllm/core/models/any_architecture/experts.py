@@ -24,12 +24,12 @@ class Experts:
         linear: the matrices; its parts are stored under the names of `stored_part`.
         count: number of experts.
         pieces: names of the parts of a matrix [N, K], whose rows follow each other.
-        upside_down: whether transformers' tensor is [X, K, N].
+        transposed: whether transformers' tensor is [X, K, N].
     """
 
     def __init__(self, module: Any, name: str, placement: Placement) -> None:
         self.count, rows, columns = getattr(module, name).shape
-        self.upside_down = module.is_transposed
+        self.transposed = module.is_transposed
         rows, columns = (columns, rows) if module.is_transposed else (rows, columns)
         halves = name == "gate_up_proj" and module.is_concatenated
         self.pieces: Sequence[str] = ("gate", "up") if halves else ("all",)
@@ -59,7 +59,7 @@ class Experts:
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
         """Name single experts' tensors [N, K]; `each` has a list for each piece, or one; None if they do not fit."""
-        if self.upside_down or any(len(of) != self.count for of in each):
+        if self.transposed or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):
             stored = zip(self.pieces, each, strict=True)
@@ -69,9 +69,9 @@ class Experts:
         return None
 
     def _pieces_of(self, name: str, expert: int, stored: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
-        upright = transposed(stored, None) if self.upside_down and len(stored.shape) == 2 else stored
+        matrix = transposed(stored, None) if self.transposed and len(stored.shape) == 2 else stored
         for index, piece in enumerate(self.pieces):
-            yield f"{name}.{expert}.{piece}", row_part(index, len(self.pieces))(upright, None)
+            yield f"{name}.{expert}.{piece}", row_part(index, len(self.pieces))(matrix, None)
 
 
 def stored_part(name: str, part: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The family of one model that transformers wires: its config, its layers, and the names of its weights."""
+"""The family of a model that runs transformers' module code: config, this engine's layers, names of weights."""
 
 from __future__ import annotations
 
@@ -61,14 +61,15 @@ def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
                 names: Any = stored_part(name, part)
             else:
                 stored = name if part == "tensor" else f"{name}.{part}"
-                tied = decoder.model.all_tied_weights_keys.get(stored)  # a tied head with a bias has its own copy
+                # A tied head with a bias is a layer of its own here: its matrix is loaded under the table's name.
+                tied = decoder.model.all_tied_weights_keys.get(stored)
                 names = stored if tied is None else (tied, stored)
-            view = _upright if part == "weight" and name in decoder.upside_down else None
+            view = _as_rows if part == "weight" and name in decoder.transposed else None
             yield WeightName(f"{decoder.targets[name]}:{part}", names, names, view)
 
 
-def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
-    """A matrix that transformers stores transposed; quantised checkpoints store it as [N, K]."""
+def _as_rows(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Return a matrix [N, K] that transformers stores as [K, N]; quantised checkpoints store it as [N, K]."""
     return stored if stored.quantised else transposed(stored, config)
 
 
