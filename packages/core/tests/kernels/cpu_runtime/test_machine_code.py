@@ -101,10 +101,19 @@ def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
     assert level_of(arm.flags, "x86_64") is level_of(best.flags, "aarch64") is None
 
 
-@pytest.mark.parametrize(("vendor", "ahead"), [("GenuineIntel", 2048), ("AuthenticAMD", 0), ("", 0)])
-def test_weights_are_asked_for_ahead_where_the_cpu_does_not(vendor, ahead, monkeypatch):
+@pytest.mark.parametrize(
+    ("vendor", "flags", "ahead"),
+    [
+        ("GenuineIntel", "fma avx512f", 2048),
+        ("AuthenticAMD", "fma", 2048),
+        ("AuthenticAMD", "fma avx512f", 0),
+        ("", "fma", 0),
+    ],
+)
+def test_weights_are_asked_for_ahead_where_the_cpu_does_not(vendor, flags, ahead, monkeypatch):
+    facts = f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: {flags}"
     monkeypatch.setattr(level, "machine", lambda: "x86_64")
-    monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fma")
+    monkeypatch.setattr(level.Path, "read_text", lambda path: facts)
     assert level.bytes_ahead.__wrapped__() == ahead
 
 
