@@ -73,9 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def find_units(config: pytest.Config) -> list[str]:
-    """What the arguments of a run name, as files, node ids and folders of `TOGETHER`, longest first.
+    """Return what the arguments of a run name, as files, node ids and folders of `TOGETHER`, longest first.
 
-    Before them comes the longest of `APART`, so that its worker, which mostly waits, starts with the others."""
+    Before them comes the longest of `APART`, so that its worker, which mostly waits, starts with the others.
+    """
     times: dict[str, float] = json.loads(TIMES.read_text())
     files: dict[str, None] = {}
     for argument in config.args:
@@ -93,7 +94,8 @@ def find_units(config: pytest.Config) -> list[str]:
         if len(inside) > 1:
             units[folder] = sum(units.pop(file) for file in inside)
     longest = sorted(units, key=lambda unit: units[unit], reverse=True)
-    return sorted(longest, key=lambda unit: unit != next(filter(is_apart, longest), None))
+    begins = next(filter(is_apart, longest), None)
+    return sorted(longest, key=lambda unit: unit != begins)
 
 
 # ---- a worker --------------------------------------------------------------------------------------------------------

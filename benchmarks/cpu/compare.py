@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,26 +121,33 @@ def ours(model: str, deep: bool) -> Row:
     return row
 
 
+def llama_rates(bench: str, model: str, *arguments: str, repeat: int = 3) -> list[float]:
+    """Tokens a second of each row of llama-bench's table."""
+    text = output_of(bench, "-m", model, "-t", str(physical_cores()), "-r", str(repeat), *arguments)
+    return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± +[\d.]+ \|", text)]
+
+
+def llama_streams(batched: str, model: str, prompt: int, output: int, streams: int, *more: str) -> float:
+    """Output tokens a second of llama-batched-bench, over the whole time; `more` are switches without a value."""
+    threads = str(physical_cores())
+    text = output_of(
+        *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
+        *("-npp", str(prompt), "-ntg", str(output), "-npl", str(streams), *more),
+    )
+    found = re.findall(rf"^\|\s+{prompt} \|\s+{output} \|\s+{streams} \|.*$", text, re.MULTILINE)
+    return streams * output / float(found[0].split("|")[9])
+
+
 def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int], list[str]], *more: str) -> Row:
     """llama-bench and llama-batched-bench; `depth` gives the arguments that measure 64 tokens at a depth.
 
     `more` are arguments of the other measurements.
     """
-    threads = str(physical_cores())
-
-    def rates(*arguments: str) -> list[float]:
-        text = output_of(bench, "-m", model, "-t", threads, "-r", "3", *arguments)
-        return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± [\d.]+ \|", text)]
-
+    threads, rates = str(physical_cores()), partial(llama_rates, bench, model)
     prefill, short = rates("-p", "1024", "-n", "128", *more)
     _, memory = run(bench, "-m", model, "-t", threads, "-r", "1", *depth(1024))
-    text = output_of(
-        *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "8192", "-b", "2048", "-ub", "512"),
-        *("-npp", "64", "-ntg", "64", "-npl", "32", *more[:1]),  # a switch there, with a value in the other tool
-    )
-    cells = re.findall(r"^\|\s+64 \|\s+64 \|\s+32 \|.*$", text, re.MULTILINE)[0].split("|")
     row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}
-    row |= {"batch32": 32 * 64 / float(cells[9]), "peak_rss_mb": memory}
+    row |= {"batch32": llama_streams(batched, model, 64, 64, 32, *more[:1]), "peak_rss_mb": memory}
     if deep:
         row["decode_7000"] = rates(*depth(7000))[0]
     return row

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare import output_of
+from compare import llama_rates, llama_streams, output_of
 
 from candle_vllm.core.threads import physical_cores
 
@@ -54,7 +53,7 @@ SIZES = {
 }
 
 OURS = """
-import json, sys, time
+import json, statistics, sys, time
 import numpy as np
 from candle_vllm.core import InferenceEngine, SamplingParams
 
@@ -74,10 +73,7 @@ def seconds(prompts, count):
 def decode(depth):
     prompt = prompts(1, depth)
     seconds(prompt, 1)  # the prefix cache keeps it
-    return steps / middle([seconds(prompt, steps + 1) - seconds(prompt, 1) for _ in range(3)])
-
-def middle(values):
-    return sorted(values)[len(values) // 2]
+    return steps / statistics.median([seconds(prompt, steps + 1) - seconds(prompt, 1) for _ in range(3)])
 
 seconds(prompts(1, 64), 8)
 for name in asked:
@@ -126,30 +122,24 @@ def llama(bench: str, batched: str, *, ik: bool) -> Engine:
         return {name: (min if name == "start" else max)(row[name] for row in rows if name in row) for name in rows[0]}
 
     def once(model: str, columns: list[str], mode: tuple[str, ...]) -> Row:
-        threads = str(physical_cores())
-
-        def rates(*arguments: str) -> list[float]:
-            text = output_of(bench, "-m", model, "-t", threads, *arguments, *mode)
-            return [float(rate) for rate in re.findall(r"\|\s+([\d.]+) ± +[\d.]+ \|", text)]
+        def rate(*arguments: str, repeat: int = 1) -> float:
+            return llama_rates(bench, model, *arguments, *mode, repeat=repeat)[0]
 
         row: Row = {}
         for name in columns:
             kind, _, number = name.partition("_")
             if kind == "prompt":
-                row[name] = rates("-p", number, "-n", "0", "-r", "1")[0]
+                row[name] = rate("-p", number, "-n", "0")
             elif kind == "decode" and ik:
-                row[name] = rates("-p", "0", "-n", "0", "-gp", f"{number},{STEPS}", "-r", "1")[0]
+                row[name] = rate("-p", "0", "-n", "0", "-gp", f"{number},{STEPS}")
             elif kind == "decode":
-                row[name] = rates("-p", "0", "-n", str(STEPS), "-d", number, "-r", "3")[0]
+                row[name] = rate("-p", "0", "-n", str(STEPS), "-d", number, repeat=3)
             elif kind == "streams":
-                text = output_of(
-                    *(batched, "-m", model, "-t", threads, "-tb", threads, "-c", "4096", "-b", "2048", "-ub", "512"),
-                    *("-npp", "128", "-ntg", str(STEPS), "-npl", number, *mode[:1]),
-                )
-                cells = re.findall(rf"^\|\s+128 \|\s+{STEPS} \|\s+{number} \|.*$", text, re.MULTILINE)[0].split("|")
-                row[name] = STREAMS * STEPS / float(cells[9])
+                row[name] = llama_streams(batched, model, 128, STEPS, STREAMS, *mode[:1])
             else:
-                row[name] = timed(bench, "-m", model, "-t", threads, "-p", "0", "-n", "1", "-r", "1", *mode)
+                row[name] = timed(
+                    bench, "-m", model, "-t", str(physical_cores()), "-p", "0", "-n", "1", "-r", "1", *mode
+                )
         return row
 
     return measure

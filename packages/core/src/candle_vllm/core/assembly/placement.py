@@ -238,7 +238,7 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if model.latent is not None:
         if not latent_supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
-        index = getattr(model, "index", None)
+        index = model.index
         if index is not None and (index.heads % 16 or index.latent % 16):
             return f"an index of {index} has no kernel"
         return None

@@ -81,7 +81,7 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
             f"{config.num_layers} or less",
             "pipeline_parallel_size",
         )
-    if any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or getattr(config, "shared_choices", ()):
+    if any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs) or config.shared_choices:
         raise ConfigError(
             f"some layers of {name} read keys, values or chosen positions of other layers, which may be on another "
             "stage: leave pipeline_parallel_size out",

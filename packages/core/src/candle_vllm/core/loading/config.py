@@ -8,7 +8,7 @@ family turns them into one `ModelConfig`, or into a subclass of it (see `models/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -61,6 +61,7 @@ class ModelConfig:
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
         eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
+        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without one.
     """
 
     model_type: str
@@ -83,6 +84,7 @@ class ModelConfig:
     interleaved_rotary: bool = False
     has_head: bool = True
     eos_token_ids: tuple[int, ...] = ()
+    index: LatentSizes | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -120,6 +122,11 @@ class ModelConfig:
     def latent(self) -> LatentSizes | None:
         """Sizes of latent attention; None for a model with plain keys and values."""
         return None
+
+    @property
+    def shared_choices(self) -> Sequence[int]:
+        """Layers that attend to the positions that the index of an earlier layer has chosen."""
+        return ()
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:

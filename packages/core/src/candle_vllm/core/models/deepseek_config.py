@@ -38,8 +38,7 @@ class DeepseekConfig(ModelConfig):
         dense_layers: number of first layers without experts.
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
-        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without one.
-        index_top: number of positions that it chooses.
+        index_top: number of positions that the index chooses.
         index_layers: the layers with an index.
         index_interleaved: rows of the index that rotate are stored in interleaved pairs.
     """
@@ -52,7 +51,6 @@ class DeepseekConfig(ModelConfig):
     dense_layers: int
     mixture: Mixture | None
     extra_layers: int = 0
-    index: LatentSizes | None = None
     index_top: int = 0
     index_layers: frozenset[int] = frozenset()
     index_interleaved: bool = False

@@ -65,15 +65,13 @@ def build_on_gpu(
     _refuse_indeterminate(config, loaded)
     select = choose if model.latent is None else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
-    if getattr(model, "index", None) is not None:  # whose choice waits for the host
+    if model.index is not None:  # whose choice waits for the host
         backend = dataclasses.replace(backend, capturable=False, note="an index chooses positions in torch")
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
     if config.cuda_graphs and not backend.capturable:
-        logger.warning(
-            "steps are not captured as CUDA graphs: %s", backend.note or f"attention by {backend.name} cannot be"
-        )
+        logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
             "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "
@@ -113,7 +111,7 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
-    if getattr(model, "index", None) is not None:  # the measured prompt has one query at the end of the longest context
+    if model.index is not None:  # the measured prompt has one query at the end of the longest context
         aside += 2 * 4 * SCORES
     if loaded.tower is not None:
         aside += loaded.tower.tower.config.step_bytes(1)  # encoding the largest image
@@ -146,7 +144,7 @@ def build_on_gpu(
 
 
 def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
-    if getattr(loaded.config, "index", None) is not None and config.deterministic:
+    if loaded.decoder.config.index is not None and config.deterministic:
         raise ConfigError(
             f"deterministic: on a GPU, sums of the index of {loaded.name} depend on the prompt's chunks: leave it out",
             "deterministic",
