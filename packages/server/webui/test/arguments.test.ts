@@ -73,7 +73,7 @@ test("references within the schema", () => {
 });
 
 test("hostile schemas and arguments end soon, and are let through", () => {
-  const started = performance.now();
+  const before = process.cpuUsage();
   const circle = { $ref: "#" };
   assert.deepEqual(readArguments('{"a": 1}', circle), { a: 1 });
   const doubling = { $defs: { d: { anyOf: [{ $ref: "#/$defs/d" }, { $ref: "#/$defs/d" }] } }, $ref: "#/$defs/d" };
@@ -84,7 +84,7 @@ test("hostile schemas and arguments end soon, and are let through", () => {
   assert.deepEqual(readArguments(JSON.stringify({ v: long }), { properties: { v: { anyOf: Array.from({ length: 10_000 }, () => ({ maxLength: 5 })) } } }), { v: long });
   const deep = `${'{"a":'.repeat(20_000)}1${"}".repeat(20_000)}`;
   assert.equal(typeof readArguments(deep, { additionalProperties: { $ref: "#" } }), "object");
-  assert.ok(performance.now() - started < 3000);
+  assert.ok(process.cpuUsage(before).user < 3e6); // microseconds of CPU; the clock would count other processes
 });
 
 test("the values of a fault are short", () => {
