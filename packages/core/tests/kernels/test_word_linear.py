@@ -24,6 +24,7 @@ from packages.core.tests.kernels.linear_field import error, multiply_in_field, r
 
 RANDOM = np.random.default_rng(5)
 ODD = 301
+NAMES = {np.float16: "F16", np.float32: "F32"}
 
 
 @functools.cache
@@ -32,7 +33,7 @@ def weights(rows: int, columns: int) -> np.ndarray:
 
 
 def packed(numbers: np.ndarray) -> WordMatrix:
-    made = pack(numbers.view(np.uint8).reshape(-1), *numbers.shape)
+    made = pack(numbers.view(np.uint8).reshape(-1), NAMES[numbers.dtype.type], *numbers.shape)
     assert made is not None
     return made
 
@@ -87,7 +88,7 @@ def test_numbers_that_are_not_finite_have_no_such_layout() -> None:
     for value in (np.inf, np.nan):
         numbers = weights(17, 31).copy()
         numbers[16, 3] = value
-        assert pack(numbers.view(np.uint8).reshape(-1), 17, 31) is None
+        assert pack(numbers.view(np.uint8).reshape(-1), "F16", 17, 31) is None
     assert not unpack(packed(np.zeros((3, 40), np.float16))).any()
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, choose_device, fitting, is_amd, means_gpus, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, PackedKind, host_kind, packed_kind
@@ -146,16 +147,25 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
 
 
 def encoder_placement(
-    config: EngineConfig, device: Device, checkpoint: Checkpoint, obstacle: str | None = None
+    config: EngineConfig,
+    device: Device,
+    checkpoint: Checkpoint,
+    obstacle: str | None = None,
+    words: tuple[str, ...] = ("F16",),
 ) -> Placement:
     """Choose the placement of an encoder, whose matrices are plain in torch; errors as `choose_placement`.
 
-    `obstacle` is why the model's steps cannot be recorded; None if they can.
+    Args:
+        config, device, checkpoint: settings of the engine, device, and stored tensors.
+        obstacle: why the model's steps cannot be recorded; None if they can.
+        words: see `Placement`, for CPUs that multiply 16-bit integers twice as fast as floats.
     """
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
         return _in_torch(config, in_torch, "enforce_eager is set" if config.enforce_eager else f"{device} is a GPU")
-    return _recorded(config, in_torch, obstacle or matrix_obstacle(checkpoint))
+    # Many tokens are multiplied at a time, so compute is the limit, not memory bandwidth as in a decoder's steps.
+    made = _recorded(config, in_torch, obstacle or matrix_obstacle(checkpoint))
+    return dataclasses.replace(made, words=words if made.recorded and host_isa() & Isa.VNNI else ())
 
 
 def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:

@@ -16,7 +16,6 @@ from candle_vllm.core.assembly.placement import encoder_placement, memory_of, ro
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -124,11 +123,7 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
 
 def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
     """Return the placement of a tower's weights, given the text model's placement."""
-    if not text.recorded:
-        return text
-    # Many patches are multiplied at a time, so compute is the limit, not memory bandwidth as in a text model's steps.
-    fast = bool(host_isa() & Isa.VNNI)
-    return dataclasses.replace(encoder_placement(config, text.device, stored), words=fast)
+    return encoder_placement(config, text.device, stored) if text.recorded else text
 
 
 def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:

@@ -48,7 +48,7 @@ class Embedding:
         self.scale, self.logit_scale, self.softcap, self._wide = scale, logit_scale, softcap, wide
         self.bias = placement.empty(vocab_size) if bias else None
         self._placement = placement
-        self.table = Linear(size, vocab_size, replace(placement, words=False), kept=False)
+        self.table = Linear(size, vocab_size, replace(placement, words=()), kept=False)
         self.place: Place | None = None
         self.share: VocabularyShare | None = None
         self._gathered: Value | None = None

@@ -37,7 +37,8 @@ class Placement:
         dtype: type of matrices and activations if steps are not recorded, by its name in `quantization/plain.py`.
         weight_memory: memory for matrices in the layouts of the compiled CPU kernels; None if torch multiplies.
         plain_kind: type of plain matrices in recorded steps; None keeps the stored types.
-        words: recorded steps multiply F16 matrices as integers of 14 bits (`kernels/word_linear`).
+        words: stored types ("F16", "F32") whose matrices recorded steps multiply as integers of 14 bits
+            (`kernels/word_linear`), unless `plain_kind` is set.
         keeps_quantised: if steps are not recorded, quantised matrices stay quantised, in the layouts of the GPU's
             kernels; otherwise they are decoded to `dtype`.
         invariant: a token's result has the same bits whatever else is in the step, which costs some speed.
@@ -50,7 +51,7 @@ class Placement:
     dtype: str
     weight_memory: WeightMemory | None = None
     plain_kind: PlainKind | None = None
-    words: bool = False
+    words: tuple[str, ...] = ()
     keeps_quantised: bool = False
     invariant: bool = False
     shapes_only: bool = False

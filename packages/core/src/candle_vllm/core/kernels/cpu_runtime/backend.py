@@ -30,14 +30,14 @@ class RecordedBackend:
         kind: type of plain matrices; None keeps the stored types.
         groups: whether the layer reorders its input for a matrix.
         floats_kept: whether the layer supports small floats with scales; otherwise they are decoded.
-        words: convert F16 matrices to 14-bit integers.
+        words: see `Placement`.
     """
 
     memory: WeightMemory
     kind: PlainKind | None
     groups: bool
     floats_kept: bool
-    words: bool = False
+    words: tuple[str, ...] = ()
 
     def plain(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
         """See `Backend.plain`."""
@@ -45,10 +45,10 @@ class RecordedBackend:
 
         assert stored.dtype is not None
         rows, columns = stored.shape
-        if self.words and stored.dtype == "F16" and self.kind is None:
+        if stored.dtype in self.words and self.kind is None:
             from candle_vllm.core.kernels import word_linear
 
-            if (made := word_linear.pack(stored.raw(), rows, columns, self.memory)) is not None:
+            if (made := word_linear.pack(stored.raw(), stored.dtype, rows, columns, self.memory)) is not None:
                 return made, None
         return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
 

@@ -75,7 +75,7 @@ class PackedFile:
         self._parts[part] += 1  # one thread loads a part
         self._memories.add(memory)
         settings = [None if backend.kind is None else backend.kind.name, backend.groups, backend.floats_kept]
-        made_of = [stored.name, stored.type_name, list(stored.shape), *settings, backend.words]
+        made_of = [stored.name, stored.type_name, list(stored.shape), *settings, list(backend.words)]
         found: tuple[Any, str | None] | None = memory.mapped.get(key) or self._find(key, made_of, memory)
         if found is None:
             found = stored.pack_for(backend)

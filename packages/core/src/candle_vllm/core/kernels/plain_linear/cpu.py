@@ -34,7 +34,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, fill_panels, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums, fill_panel, fill_panels, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
@@ -129,6 +129,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 values = float32_at(sums)
                 for index in range(256 * blocks):
                     values[index] = 0.0
+                ask_tiles(given.out + row * row_bytes, row_bytes, count, tile, width)
                 for begin in range(0, runs, PART):
                     some, part = min(PART, runs - begin), at + begin * run_bytes
                     block = 0

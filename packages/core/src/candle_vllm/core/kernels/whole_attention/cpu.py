@@ -30,7 +30,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, TurnArguments, WholeArguments
 
@@ -66,13 +67,25 @@ def _text_panels(start: int, text: int, heads: int, dim: int) -> int:
 
 
 @njit
-def _lay_panel(k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int, values: int, panel_bytes: int) -> None:
+def _lay_panel(
+    k: int, row_bytes: int, tokens: int, dim: int, v: int, keys: int, values: int, panel_bytes: int, addresses: int
+) -> None:
     """Copy keys and values of up to 8 tokens of a head to panels.
 
     k and v are addresses of the first token, and tokens are `row_bytes` apart. `keys` is the address of the panel, and
     `values` the tokens' address in the first panel of values; the next panels of values are `panel_bytes` apart.
+    `addresses` is scratch memory for int64 [8].
     """
     filled = (dim + 7) & -8
+    if tokens >= PANEL and dim & 15 == 0:  # in vectors, four times as fast
+        for token in range(PANEL):
+            int64_at(addresses)[token] = k + token * row_bytes
+            for panel in range(dim >> 3):
+                to, value = float32_at(values + 32 * token + panel * panel_bytes), float32_at(v + token * row_bytes)
+                for d in range(8):
+                    to[d] = value[8 * panel + d]
+        fill_panel(8, keys, addresses, dim >> 4)
+        return
     to_keys = float32_at(keys)
     for token in range(8):
         to_values = float32_at(values + 32 * token)
@@ -111,6 +124,7 @@ def lay_out(row, thread, threads):
     first, last = total * heads * thread // threads, total * heads * (thread + 1) // threads
     before = 0  # panels of keys of earlier texts
     filled = (dim + 7) & -8
+    addresses = stack_bytes(64)
     for r in range(sequences):
         start = starts[r]
         length = starts[r + 1] - start
@@ -130,6 +144,7 @@ def lay_out(row, thread, threads):
                 given.keys + own + 32 * filled * panel,
                 given.values + own + 256 * panel,
                 256 * panels,
+                addresses,
             )
         before += panels * heads
 

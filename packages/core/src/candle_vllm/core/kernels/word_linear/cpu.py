@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, fill_panels, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, ask_tiles, fill_panels, write_tiles
 from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS
 
 _CACHED_BYTES = 384 << 10
@@ -29,7 +29,7 @@ _CACHED_BYTES = 384 << 10
 _PANELS = 8  # maximum number of these panels
 _PART = 11  # groups of columns in a part of K: 24 KiB of two tiles
 _HEIGHT = 8  # rows of a panel
-_TURN = 4  # steps of a loop iteration
+_TURN = 1  # steps of a loop iteration; of several, LLVM makes two instructions of each vpdpwssd but the first
 
 
 @intrinsic(prefer_literal=True)
@@ -108,6 +108,7 @@ def make_linear(ISA: int) -> Any:
                 width = 2 if last - tile >= 2 else 1
                 for index in range(256 * blocks):
                     values[index] = 0.0
+                ask_tiles(given.out + row * given.row_bytes, given.row_bytes, count, tile, width)
                 for begin in range(0, groups, PART):
                     some, part = min(PART, groups - begin), at + begin * GROUP
                     for block in range(blocks):

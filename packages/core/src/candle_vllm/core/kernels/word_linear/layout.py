@@ -82,21 +82,23 @@ class WordMatrix:
         return self.data.nbytes
 
 
-def pack(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
-    """Pack a matrix of F16 weights; return None if a weight is not finite.
+def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
+    """Pack a matrix of F16 or F32 weights; return None if a weight is not finite.
 
     Args:
         raw: the weights' bytes, uint8, contiguous; need not be aligned.
+        dtype: "F16" or "F32".
         rows, columns: N and K.
         memory: memory of the result; None allocates new memory.
     """
-    stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, 2 * columns)
+    kind = {"F16": np.float16, "F32": np.float32}[dtype]
+    stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, -1)
     tiles, groups = -(-rows // ROWS), -(-columns // GROUP)
     step = max(1, _CHUNK // (ROWS * columns))
     places = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
 
     def numbers(first: int, last: int) -> np.ndarray:
-        return np.ascontiguousarray(stored[first * ROWS : last * ROWS]).view(np.float16)
+        return np.ascontiguousarray(stored[first * ROWS : last * ROWS]).view(kind)
 
     with ThreadPoolExecutor(max(1, min(loading_threads(), len(places)))) as pool:
         if not all(pool.map(lambda place: bool(np.isfinite(numbers(*place)).all()), places)):
@@ -107,7 +109,7 @@ def pack(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None =
 
 
 def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:
-    """Write rows of F16 weights to their tiles, uint8 [tiles, bytes]."""
+    """Write rows of weights to their tiles, uint8 [tiles, bytes]."""
     groups = tiles.shape[1] // GROUP_BYTES
     whole = np.zeros((len(tiles) * ROWS, groups * GROUP), np.float32)
     whole[: numbers.shape[0], : numbers.shape[1]] = numbers
