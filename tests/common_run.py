@@ -6,8 +6,9 @@
     @pytest.mark.parametrize("size", [16, 256])
 
 has three cases in the common run instead of six: case i has value i of every `parametrize`, the shorter lists again and
-again, each turned further every time, so that two short lists do not walk in step. `few` names the common cases of one
-list. `docs/checks.md` says when the others run.
+again, each turned further every time, so that two short lists do not walk in step. `one_of_each(2)` leaves at most two
+of them, evenly spread over the longest list. `few` names the common cases of one list. `docs/checks.md` says when the
+others run.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def _param(case: Any, marks: list[pytest.MarkDecorator]) -> Any:
     return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
 
 
-def is_common(item: pytest.Function) -> bool:
-    """Whether the common run has this case of a test with the marker `one_of_each`."""
+def is_common(item: pytest.Function, most: int | None = None) -> bool:
+    """Whether the common run has this case of a test with the marker `one_of_each`, of which it has at most `most`."""
     places = []
     for mark in item.iter_markers("parametrize"):
         names, values = mark.args[:2]
@@ -43,15 +44,23 @@ def is_common(item: pytest.Function) -> bool:
         places.append((place, len(values)))
     longest = max(length for _, length in places)
     turns = list(enumerate(places))
+    cases = range(longest) if most is None else [n * longest // most for n in range(most)]
     return any(
-        all(place == (case + nth * (case // length)) % length for nth, (place, length) in turns)
-        for case in range(longest)
+        all(place == (case + nth * (case // length)) % length for nth, (place, length) in turns) for case in cases
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Function]] = {}
     for item in items:
-        marked = isinstance(item, pytest.Function) and item.get_closest_marker("one_of_each")
-        if marked and not is_common(item):
-            item.add_marker("every_case")
+        if isinstance(item, pytest.Function) and item.get_closest_marker("one_of_each"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for each in cases.values():
+        marker = each[0].get_closest_marker("one_of_each")
+        most = marker.args[0] if marker and marker.args else None
+        by_fixture = next(each[0].iter_markers("parametrize"), None) is None
+        first = {n * len(each) // most for n in range(most)} if most else range(len(each))
+        for number, item in enumerate(each):
+            if not (number in first if by_fixture else is_common(item, most)):
+                item.add_marker("every_case")

@@ -124,6 +124,7 @@ def test_a_stream_and_chat_have_it_too(client: httpx.Client) -> None:
         assert '"model":"a1"' in streamed.read().decode()
 
 
+@pytest.mark.every_case
 def test_run_batch_answers_with_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each line with the one that it names, and one that is not there is its line's error."""
     monkeypatch.chdir(tmp_path)

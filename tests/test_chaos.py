@@ -266,6 +266,7 @@ SWITCHING = Scale(clients=90, changes=3, kills=0, seed=1, elsewhere=0.002)
 KILLING = Scale(clients=130, changes=0, kills=1, seed=2, elsewhere=0.6)
 
 
+@pytest.mark.every_case
 def test_a_server_that_switches_models(tmp_path: Path) -> None:
     besiege(tmp_path, SWITCHING, "--max-loaded-models", "1")
 

@@ -59,6 +59,7 @@ def test_a_question_is_one_request(start: Start) -> None:
     assert server.counted == [(usage["input_tokens"], usage["output_tokens"])]
 
 
+@pytest.mark.every_case
 def test_it_writes_the_file_that_the_model_writes(start: Start, tmp_path: Path) -> None:
     note, text = tmp_path / "work" / "note.txt", 'A "quoted" line – ü\n</tool_call> in a string\n'
     write = tool_call("Write", file_path=str(note), content=text)
@@ -75,6 +76,7 @@ def test_it_writes_the_file_that_the_model_writes(start: Start, tmp_path: Path) 
     assert second.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
+@pytest.mark.every_case
 def test_a_chain_of_tools_and_thoughts(start: Start, tmp_path: Path) -> None:
     one, two = tmp_path / "work" / "one.txt", tmp_path / "work" / "two.txt"
     both = (
@@ -106,6 +108,7 @@ def test_a_chain_of_tools_and_thoughts(start: Start, tmp_path: Path) -> None:
     assert [block.get("is_error", False) for block in results] == [False, True, False, False]
 
 
+@pytest.mark.every_case
 def test_a_conversation_goes_on_in_a_second_run(start: Start) -> None:
     server, claude = start({"And of Spain": "Madrid.", "capital of France": ["<think>Easy.</think>\n\n", "Paris."]})
     assert claude.run("The capital of France?").result["result"] == "Paris."
@@ -115,6 +118,7 @@ def test_a_conversation_goes_on_in_a_second_run(start: Start) -> None:
     assert server.prompts[1].startswith(server.prompts[0])
 
 
+@pytest.mark.every_case
 def test_an_answer_that_was_cut_off_goes_on(start: Start) -> None:
     server, claude = start({"Output token limit hit": "The end.", "Tell": ["word "] * 2000})
     run = claude.run("Tell a story", environment={"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "1024"})
@@ -137,6 +141,7 @@ def test_it_reads_and_changes_a_file(start: Start, tmp_path: Path) -> None:
     assert server.answered(3) == [(ASKED, 200)] * 3
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "key",
     [{"ANTHROPIC_AUTH_TOKEN": "right"}, {"ANTHROPIC_AUTH_TOKEN": "", "ANTHROPIC_API_KEY": "right"}],
@@ -148,6 +153,7 @@ def test_either_header_carries_the_key(start: Start, key: dict[str, str]) -> Non
     assert server.answered(1) == [(ASKED, 200)]
 
 
+@pytest.mark.every_case
 def test_a_wrong_key_is_not_tried_again(start: Start) -> None:
     server, claude = start({}, "--api-key", "right")
     run = claude.run("Hi")
@@ -156,6 +162,7 @@ def test_a_wrong_key_is_not_tried_again(start: Start) -> None:
     assert server.answered(1) == [(ASKED, 401)]
 
 
+@pytest.mark.every_case
 def test_a_prompt_beyond_the_context_is_understood(start: Start) -> None:
     server, claude = start({}, max_model_len=4096)
     run = claude.run("Hi")
@@ -163,6 +170,7 @@ def test_a_prompt_beyond_the_context_is_understood(start: Start) -> None:
     assert server.answered(1) == [(ASKED, 400)]
 
 
+@pytest.mark.every_case
 def test_a_stream_that_fails_is_asked_for_again(start: Start) -> None:
     server, claude = start({"Hi": ["Hello ", "there."]}, fail_after=1)
     run = claude.run("Hi", environment={"CLAUDE_CODE_MAX_RETRIES": "1"})

@@ -75,6 +75,7 @@ def test_a_command_and_an_answer(start: Start, tmp_path: Path) -> None:
     assert second.startswith(first)  # so the prefix cache holds all of it
 
 
+@pytest.mark.every_case
 def test_two_commands_at_once(start: Start) -> None:
     both = tool_call("exec_command", cmd="echo one-of-two") + "\n" + tool_call("exec_command", cmd="echo two-of-two")
     server, client = start({"two-of-two\n": "Both.", "Do both": both})
@@ -87,6 +88,7 @@ def test_two_commands_at_once(start: Start) -> None:
     assert server.answered(2) == [(ASKED, 200)] * 2
 
 
+@pytest.mark.every_case
 def test_a_tool_of_a_namespace_comes_back_under_its_own_name(start: Start) -> None:
     """The model is shown `multi_agent_v1__close_agent`; Codex knows the tool only with its namespace apart."""
     server, client = start(
@@ -99,6 +101,7 @@ def test_a_tool_of_a_namespace_comes_back_under_its_own_name(start: Start) -> No
     assert "unsupported call" not in result
 
 
+@pytest.mark.every_case
 def test_a_conversation_goes_on_in_a_second_run(start: Start) -> None:
     server, client = start({"And of Spain": "Madrid.", "capital of France": ["<think>Easy.</think>\n\n", "Paris."]})
     assert client.run("The capital of France?").words == ["Paris."]
@@ -107,6 +110,7 @@ def test_a_conversation_goes_on_in_a_second_run(start: Start) -> None:
     assert server.answered(2) == [(ASKED, 200)] * 2
 
 
+@pytest.mark.every_case
 def test_a_wrong_key_is_told(start: Start) -> None:
     server, client = start({}, "--api-key", "right")
     run = client.run("Hi")
@@ -116,6 +120,7 @@ def test_a_wrong_key_is_told(start: Start) -> None:
     assert client.run("Hi", key="right").status == 0
 
 
+@pytest.mark.every_case
 def test_a_stream_that_fails_is_told(start: Start) -> None:
     server, client = start({"Hi": ["Hello ", "there."]}, fail_after=1)
     run = client.run("Hi")

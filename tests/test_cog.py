@@ -312,6 +312,7 @@ def state(client: httpx.Client) -> str:
 LONG = {"prompt": "Count to a thousand", "max_tokens": 6000, "min_tokens": 6000}
 
 
+@pytest.mark.every_case
 def test_many_at_once_none_too_many_cancelled_and_a_dead_worker(
     server: tuple[httpx.Client, subprocess.Popen[bytes]],
 ) -> None:

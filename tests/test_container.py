@@ -102,6 +102,7 @@ def image_running(
         server.wait()
 
 
+@pytest.mark.every_case
 def test_a_first_start_asks_and_serves(prepared: tuple[Path, dict[str, str]]) -> None:
     folder, given = prepared
     for mark in (folder / "cache" / "candle-vllm").glob("prewarmed-*"):
@@ -152,6 +153,7 @@ def test_a_read_only_root_serves_asks_nothing_again_and_drains(prepared: tuple[P
     assert "prompt of" not in (folder / "log").read_text()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("words", "given", "said"),
     [

@@ -100,6 +100,7 @@ def validate(objects: list[dict[str, Any]], tmp_path: Path) -> None:
     tool("kubernetes-validate==1.37.0", "kubernetes-validate", "--strict", "--quiet", tmp_path / "all.yaml")
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("overlay", ["cpu", "gpu"])
 def test_kubernetes(overlay: str, tmp_path: Path) -> None:
     made = {each["kind"]: each for each in rendered(overlay, tmp_path)}

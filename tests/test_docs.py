@@ -47,6 +47,7 @@ def python_blocks() -> list[Any]:
     return found
 
 
+@pytest.mark.one_of_each(9)
 @pytest.mark.parametrize(("name", "line", "code"), python_blocks())
 def test_python_runs(name: str, line: int, code: str, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A toy checkpoint stands for the model, and a scripted server for the one at port 2000."""

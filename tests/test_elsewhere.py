@@ -57,6 +57,7 @@ LIFE = textwrap.dedent(
 PROMPTS = ["Once upon a time", "The sky is"]
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_module_is_imported_and_an_engine_answers_as_here(system: str, toy_model: Path, tmp_path: Path) -> None:
     code = f"MODEL, PROMPTS = {str(toy_model)!r}, {PROMPTS!r}\n{LIFE}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 import yaml
 
 from tests.live_server import ServerProcess
@@ -45,6 +46,7 @@ def test_the_variables_boot_together(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.every_case
 def test_the_models_boot_in_turn(tmp_path: Path, toy_model: Path) -> None:
     content = yaml.safe_load((ROOT / "example.models.yaml").read_text())
     for model in content["models"]:

@@ -53,6 +53,7 @@ def test_every_example_has_a_test() -> None:
     }
 
 
+@pytest.mark.one_of_each(8)
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_without_a_model_or_a_server_it_is_a_sentence(name: str, run: Callable[..., str]) -> None:
     client = name.endswith("_client")

@@ -116,6 +116,7 @@ def read(api: str, made: list[dict[str, Any]]) -> tuple[str, int, int]:
     return text, prompt, completion
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_api_shows_a_model_the_same(family: str, tmp_path: Path) -> None:
     with InferenceEngine(write(tmp_path / "model", family)) as engine:

@@ -27,6 +27,7 @@ def said(output: ToolOutput) -> str:
     return "\n".join(part.text or "" for part in output.content)
 
 
+@pytest.mark.every_case
 async def test_time() -> None:
     async with McpLink(python_server("mcp-server-time")) as link:
         assert link.protocol_version == "2026-07-28"
@@ -40,6 +41,7 @@ async def test_time() -> None:
         assert "Nowhere/Town" in said(wrong)
 
 
+@pytest.mark.every_case
 async def test_git(tmp_path: Path) -> None:
     identity = ("-c", "user.name=Test", "-c", "user.email=test@example.invalid")
     (tmp_path / "note.txt").write_text("one\n")
@@ -79,6 +81,7 @@ def page() -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.every_case
 async def test_fetch(page: str) -> None:
     async with McpLink(python_server("mcp-server-fetch", "--allow-private-ips", "--ignore-robots-txt")) as link:
         assert link.protocol_version == "2026-07-28"
@@ -109,6 +112,8 @@ def everything(transport: str) -> Iterator[McpServerConfig]:
             yield McpServerConfig(name="test", url=url)
 
 
+@pytest.mark.one_of_each(2)
+@pytest.mark.every_case
 @pytest.mark.parametrize("transport", ["stdio", "streamableHttp", "sse"])
 async def test_everything(transport: str) -> None:
     with everything(transport) as config:
@@ -135,6 +140,7 @@ async def test_everything(transport: str) -> None:
             assert link.reconnects == 0
 
 
+@pytest.mark.every_case
 async def test_a_session_of_the_older_era_is_made_anew(tmp_path: Path) -> None:
     """The SDK alone never does that: each call after the restart would fail."""
     with everything_over_http("streamableHttp") as url:
@@ -150,6 +156,7 @@ async def test_a_session_of_the_older_era_is_made_anew(tmp_path: Path) -> None:
     await link.aclose()
 
 
+@pytest.mark.every_case
 async def test_a_fleet_of_both_eras(tmp_path: Path) -> None:
     configs = [
         python_server("mcp-server-time", label="time"),

@@ -64,6 +64,7 @@ def started(folder: Path, command: str) -> ServerProcess:
     return ServerProcess(folder, *flags, command=("env", f"PATH={PATH}", COMMAND))
 
 
+@pytest.mark.every_case
 def test_the_server_by_hand_and_by_itself(folder: Path) -> None:
     plain, executing = re.findall(r"^uv run candle-vllm --api-key.*$", "\n".join(blocks("sh")), re.MULTILINE)
     servers, tools, call, chat = requests()

@@ -321,6 +321,7 @@ def test_it_says_its_version(light: Installed) -> None:
     assert light.python("import candle_vllm\nprint(candle_vllm.__version__)") == f"{version}\n"
 
 
+@pytest.mark.every_case
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")
 def test_generate_finds_the_demo_model_and_tells_a_terminal_why_it_waits(light: Installed) -> None:
     import termios
@@ -432,6 +433,7 @@ def lightest(wheels: dict[str, Path], light: Installed, tmp_path_factory: pytest
     return made
 
 
+@pytest.mark.every_case
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="elsewhere nothing travels")
 def test_code_that_travels_needs_no_compiler(
     lightest: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -488,6 +490,7 @@ def test_what_needs_torch_is_refused_in_one_line(flags: list[str], line: str, li
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"candle-vllm: error: {line}\n")
 
 
+@pytest.mark.every_case
 def test_an_encoder_computes_and_is_refused_op_by_op(light: Installed, tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path / "encoder")
     code = (

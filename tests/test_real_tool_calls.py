@@ -77,6 +77,7 @@ async def streamed(adapter: OpenAIAdapter, number: int) -> tuple[str, str, str]:
     return "".join(names), "".join(arguments), reason
 
 
+@pytest.mark.every_case
 @pytest.mark.peer
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(

@@ -93,6 +93,7 @@ def test_links_stand_by_themselves(text: str, base: str, wanted: str) -> None:
     assert release.absolute(text, "packages/q", base) == wanted
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("version", few(release.SUPPORTED, f"3.{sys.version_info.minor}"))
 def test_a_trial_from_an_empty_environment(version: str, made: list[Path], tmp_path: Path) -> None:
     program = dict(release.pythons([version])).get(version)

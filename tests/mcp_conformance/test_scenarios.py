@@ -12,6 +12,7 @@ from tests.mcp_conformance.run import ALIKE, FAILING, PASSING, run_scenarios
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "scenarios",
     [[one for one in PASSING if one not in ALIKE], pytest.param(ALIKE, marks=pytest.mark.every_case)],

@@ -99,6 +99,7 @@ def alone(toy_model: Path) -> list[tuple[int, ...]]:
         return [engine.generate([prompt], params(i), use_tqdm=False)[0].token_ids for i, prompt in enumerate(prompts())]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "settings",
     [

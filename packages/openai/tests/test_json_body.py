@@ -121,6 +121,7 @@ class Measured:
         return match
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("inner", ["a", "\\[", "aaa[:,", "9"], ids=repr)
 @pytest.mark.parametrize("more", [0, 1])
 def test_long_texts_are_looked_through_in_pieces(monkeypatch: pytest.MonkeyPatch, inner: str, more: int) -> None:

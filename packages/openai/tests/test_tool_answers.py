@@ -63,6 +63,7 @@ def cut(text: str) -> list[str]:
 BEGUN = [sample for sample in SAMPLES if not sample.prefilled or sample.reasoning == "think"]
 
 
+@pytest.mark.one_of_each(74)
 @pytest.mark.parametrize("sample", BEGUN, ids=lambda sample: sample.tools)
 async def test_every_format_streams_what_it_gives_whole(sample: Sample) -> None:
     text = f"<think>{sample.text}" if sample.prefilled else sample.text

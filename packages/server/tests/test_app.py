@@ -459,6 +459,7 @@ class SlowTokens(PacedEngine):
 LONG = "x" * 1_000_000
 
 
+@pytest.mark.one_of_each(5)
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -234,7 +234,7 @@ WHOLE = [
 ]
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("source", WHOLE, ids=range(len(WHOLE)))
 @pytest.mark.parametrize("size", [1, 7, 5000])
 def test_no_letter_is_lost_or_shown_twice(

@@ -265,6 +265,7 @@ def test_generate_reads_standard_input_and_applies_the_template(
     ]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("command", "why"),
     [

@@ -215,6 +215,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
 ]
 
 
+@pytest.mark.one_of_each(18)
 @pytest.mark.parametrize(("path", "body", "param"), WRONG, ids=range(len(WRONG)))
 def test_wrong_bodies(client: openai.OpenAI, running: Running, path: str, body: Any, param: str | None) -> None:
     items: Any = [{**USER, "id": "msg_there"}]

@@ -110,6 +110,7 @@ def _held(server: Running, names: list[str]) -> set[str]:
         gc.enable()
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("sees", [False, True])
 def test_refused_bodies_are_in_no_cycle(start: Callable[..., Running], sees: bool) -> None:
     """None stays until the collector runs, for each API, kind of refusal and way to answer."""

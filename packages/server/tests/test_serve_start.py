@@ -84,6 +84,7 @@ def test_a_signal_while_the_model_loads_ends_the_server_in_peace(tmp_path: Path,
     assert out == ""
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -127,6 +128,7 @@ sys.exit(main())
 STARTED = "candle-vllm: stopped while it started\n"
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize(
     ("module", "command", "said"),
     [
@@ -156,6 +158,7 @@ def toy(tmp_path: Path) -> Path:
     return write_toy_model(tmp_path / "toy")
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [

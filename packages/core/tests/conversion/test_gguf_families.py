@@ -50,6 +50,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("name", cases(COMPARED))
 def test_keys_and_tensors_are_those_of_another_converter(name: str, tmp_path: Path, words: Path) -> None:
     folder, architecture = made(name, tmp_path / "m"), ROWS[name].gguf
@@ -248,6 +249,7 @@ def dat(entries: dict[str, np.ndarray]) -> bytes:
     return b"".join(parts)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", ["Qwen3-MoE"])
 def test_an_importance_matrix_means_the_same_at_load_and_in_a_file(name: str, tmp_path: Path, words: Path) -> None:
     """Of every matrix, those of experts with a row for each: the file's blocks are those that a load makes."""

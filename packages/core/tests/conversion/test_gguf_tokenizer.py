@@ -23,6 +23,7 @@ from tests.common_run import few
 NAMES = ["llama-spm", "llama-bpe", "qwen2", "gpt-2", "starcoder", "deepseek-coder", "deepseek-llm", "falcon"]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", few(NAMES, "llama-spm", "gpt-2", "deepseek-coder"))
 def test_texts_have_the_same_tokens_afterwards(name: str, llama_cpp_models: Path) -> None:
     file = llama_cpp_models / f"ggml-vocab-{name}.gguf"
@@ -38,6 +39,7 @@ def test_texts_have_the_same_tokens_afterwards(name: str, llama_cpp_models: Path
     assert after.bos_token_id == before.bos_token_id or before.bos_token_id is None
 
 
+@pytest.mark.one_of_each(27)
 @pytest.mark.parametrize("name", sorted(name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level))
 def test_a_named_cut_is_found(name: str) -> None:
     """Where several cut the probe alike, the first of them: they differ in texts that hardly occur."""

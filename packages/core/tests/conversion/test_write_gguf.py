@@ -73,6 +73,7 @@ def logits(source: Path, **settings: Any) -> torch.Tensor:
     return eager_logits(source, TOKENS, [len(TOKENS)], **settings)
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize(
     "name", few(WRITTEN, *(name for name in first_rows() if name in WRITTEN and ROWS[name].common))
 )
@@ -95,6 +96,7 @@ def test_every_family_has_its_row() -> None:
     assert known | told_by_rope | told_by_experts == set(ARCHITECTURES)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k"])
 def test_the_compiled_kernels_run_what_was_written(isq: str, tmp_path: Path, words: Path) -> None:
     """Rows of 256 take the type; a file and a model that is quantised while it is loaded have the same blocks."""

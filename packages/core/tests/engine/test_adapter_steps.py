@@ -213,6 +213,7 @@ def in_8_bits(adapter: FittedAdapter) -> FittedAdapter:
     return fitted(deltas)
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("eager", [False, True], ids=["recorded", "op by op"])
 def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_path: Path, eager: bool) -> None:
     """Of products, tables and experts; and they are within two hundredths of those of the file's numbers."""
@@ -395,6 +396,7 @@ def test_adapters_of_experts(tmp_path: Path) -> None:
                 assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("settings", [{}, {"lora_dtype": "bf16"}], ids=str)
 def test_quantised_models_and_tables_with_a_scale(tmp_path: Path, settings: dict[str, Any]) -> None:
     """The decoded model with the adapter in it, in fp32, is what they come near to."""

@@ -97,6 +97,7 @@ def test_ranks_change_no_bit(write: Callable[[Path], Path], folder: Path) -> Non
         assert numbers(model, threads=threads, cpu_ranks=count) == alone, (threads, count)
 
 
+@pytest.mark.every_case
 def test_quantised_caches_of_ranks(folder: Path) -> None:
     kinds = {"key_cache_dtype": "q8_0", "value_cache_dtype": "q5_1"}
     model = _written(gguf, folder)

@@ -181,6 +181,7 @@ def expected(loaded: LoadedModel) -> dict[str, Any]:
     return stepwise(loaded, EVERYTHING)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("graphs", "prompts", "every"), [(True, 0, 0), (True, 0, 3), (False, 0, 2), (True, 64, 0), (True, 40, 1)]
 )
@@ -243,7 +244,7 @@ FORMED = [
 ]
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("params", [EVERYTHING, RARE, FORMED], ids=["everything", "rare", "formed"])
 def test_drafts_change_no_answer(
@@ -294,6 +295,7 @@ LONG = [
 ]
 
 
+@pytest.mark.every_case
 def test_memory_for_few(loaded: LoadedModel) -> None:
     """Preempted sequences come back with the same answers; reproducible scheduling preempts nobody."""
     expected = stepwise(loaded, LONG)

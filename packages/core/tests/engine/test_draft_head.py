@@ -233,6 +233,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path, name: str, eager: bool) -> None:
@@ -254,6 +255,7 @@ def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path
     )  # between experts that are alike, others are chosen
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [("GLM-4.5", "glm4moe"), ("Qwen3.5", "qwen35"), ("Qwen3.5-MoE", "qwen35moe"), ("Qwen3-Next", "qwen3next")],

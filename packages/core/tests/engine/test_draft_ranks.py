@@ -45,6 +45,7 @@ def texts(engine: InferenceEngine) -> list[Any]:
     return [(tokens, text, *ends) for tokens, text, _, *ends in answers(engine, 3)]
 
 
+@pytest.mark.every_case
 def test_a_model_drafts(folder: Path, right: list[Any]) -> None:
     """It is whole on the first rank, and right as often as it is the same model."""
     drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 4}
@@ -80,6 +81,7 @@ def test_a_head_drafts(folder: Path, right: list[Any], tmp_path: Path) -> None:
             assert max(apart(row, wanted(*given)) for *given, row in random.Random(1).sample(seen, 6)) < 1e-4
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", few(MODELS, "Qwen3"))
 def test_a_layer_for_further_tokens_drafts(name: str, tmp_path: Path) -> None:
     """With embedding and head of its own, or those of the model."""

@@ -131,6 +131,7 @@ EAGER = [(name, "eager", size) for name, size in zip(MODELS, SIZES, strict=True)
 COMPILED = [(name, "compiled", size) for name in MODELS for size in SIZES]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("name", "kind", "size"),
     few([*EAGER, *COMPILED], EAGER[0], *((name, "compiled", size) for name, size in zip(MODELS, reversed(SIZES)))),
@@ -164,7 +165,7 @@ def test_ranks_change_no_answer(counting: Callable[[str, float], Path]) -> None:
         assert drafting.stats().accepted_draft_tokens > 20
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", HOW)
 def test_a_head_that_knows_the_model_is_always_right(

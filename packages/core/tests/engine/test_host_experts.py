@@ -104,6 +104,7 @@ def runner_of() -> Iterator[Callable[..., Made]]:
         runner.close()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("name", few(WITH_EXPERTS, *KINDS))
 def test_logits_are_those_of_the_whole_model(name: str, tmp_path: Path, runner_of: Callable[..., Made]) -> None:

@@ -76,6 +76,7 @@ def cached(engine: Engine) -> int:
     return engine.stats().cached_prompt_tokens
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "settings",
     [{}, {"kv_cache_dtype": "q8_0"}, {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"}, {"enforce_eager": True}],

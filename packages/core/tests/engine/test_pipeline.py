@@ -53,6 +53,7 @@ def answers(engine: InferenceEngine, params: SamplingParams, **options: Any) -> 
     return [[each.token_ids for each in output.outputs] for output in outputs]
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_request(kind: str, whole: InferenceEngine, staged: InferenceEngine) -> None:
     assert answers(staged, KINDS[kind]) == answers(whole, KINDS[kind])

@@ -440,6 +440,7 @@ def _require(is_there: bytes, wanted: bytes) -> None:
     assert is_there == wanted
 
 
+@pytest.mark.every_case
 def test_parts_of_other_divisions_have_other_names(model: Path) -> None:
     from candle_vllm.core.assembly.model import load_model
     from candle_vllm.core.devices import CPU

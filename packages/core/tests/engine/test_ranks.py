@@ -169,6 +169,7 @@ DRAWS = [
 ]
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(
     ("size", "settings"),
     [(3, {"kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}), (2, {"speculative_config": {"method": "suffix"}})],
@@ -183,6 +184,7 @@ def test_few_blocks_and_guesses(size: int, settings: dict[str, Any], model: Path
     until_gone(found)
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(("busy", "size"), [(True, 3), (False, 2)])
 def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool, size: int) -> None:
     """The last rank, beside another one that waits for it, and alone with the first one."""
@@ -240,6 +242,7 @@ def test_ranks_end_with_the_first_one(model: Path) -> None:
     until_gone(found)
 
 
+@pytest.mark.every_case
 def test_what_a_rank_cannot_load_is_said(tmp_path: Path) -> None:
     """The first rank's own refusal, and no rank is left."""
     narrow = write_toy_model(tmp_path, toy_config())
@@ -256,6 +259,7 @@ def test_a_rank_that_cannot_begin_is_named(model: Path, monkeypatch: pytest.Monk
         engine_of(model, 2)
 
 
+@pytest.mark.every_case
 def test_a_rank_that_ends_while_steps_are_made_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done together fails in the first rank too, by words of the library below."""
     loaded = Ranks.all_loaded
@@ -313,6 +317,7 @@ sys.exit(rank.main(sys.argv[3]))
 """
 
 
+@pytest.mark.every_case
 @LINUX
 @pytest.mark.parametrize(
     ("does", "seconds", "allowed"),
@@ -508,6 +513,7 @@ def test_adapters_that_come_and_go_between_steps_are_forgotten() -> None:
     assert told == [each for pair in zip(loads, forgets) for each in pair] + [LoadAdapter(5, "b")]
 
 
+@pytest.mark.every_case
 def test_adapters(model: Path, tmp_path: Path) -> None:
     """Each rank has its part of those that are asked for, and forgets what is unloaded; a broken one hurts its own."""
     config = read_json(model / "config.json")

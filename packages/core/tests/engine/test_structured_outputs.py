@@ -153,6 +153,7 @@ def test_random_weights_write_valid_json(expected: dict[str, tuple[CompletionOut
     assert 3 <= len(digits.text) <= 12
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("seed", range(5))
 def test_many_seeds(engine: Engine, seed: int) -> None:
     forms = [StructuredOutputsParams(json=schema, disable_any_whitespace=seed > 0) for schema in SCHEMAS]
@@ -186,6 +187,7 @@ def test_preempted_sequences_go_on_where_they_were(loaded: LoadedModel) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("graphs", "prompts"), [(True, 0), (True, 64), (False, 0)])
 def test_steps_on_a_late_device(loaded: LoadedModel, expected: dict[str, Any], graphs: bool, prompts: int) -> None:
     limits = DeviceLimits(64, 16, -(-CONTEXT // SIZE), SIZE)

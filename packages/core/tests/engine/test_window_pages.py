@@ -156,6 +156,7 @@ class Pretended:
         raise AssertionError("somebody never ends")
 
 
+@pytest.mark.one_of_each(23)
 @pytest.mark.parametrize("seed", range(120))
 def test_every_row_finds_what_its_window_sees(seed: int) -> None:
     chance = random.Random(seed)

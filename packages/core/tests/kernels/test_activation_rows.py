@@ -57,6 +57,7 @@ def data(rows: int, columns: int) -> np.ndarray:
     return np.random.default_rng(rows).standard_normal((rows, columns)).astype(np.float32) * 3
 
 
+@pytest.mark.one_of_each(57)
 @pytest.mark.parametrize("form", list(RowForm), ids=lambda form: form.name)
 @pytest.mark.parametrize("prologue", list(Prologue), ids=lambda prologue: prologue.name)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 31), (7, 45), (1, 96), (5, 576)])

@@ -348,6 +348,7 @@ def test_head_ratios(teams: dict[int, ThreadTeam], heads: tuple[int, int], threa
     check(model, teams[threads], [33, 300, 70], [1, 40, 70])
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("dim", few([16, 18, 32, 64, 72, 80, 96, 112, 128, 160, 256, 512], 16, 18, 64, 72, 128))
 def test_head_sizes(teams: dict[int, ThreadTeam], dim: int) -> None:
     check(Model(dim=dim, heads=4, kv_heads=2), teams[2], [130, 41], [1, 23])
@@ -402,6 +403,7 @@ def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> No
     assert (got[:, 2].norm(dim=-1) < plain[:, 2].norm(dim=-1)).all()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("isa", sorted({Isa.GENERIC, Isa.VNNI, host_isa() & ~Isa.AMX, host_isa()}), ids=repr)
 @pytest.mark.parametrize("window", [0, 50])
 def test_instruction_sets(teams: dict[int, ThreadTeam], isa: Isa, window: int) -> None:
@@ -421,6 +423,7 @@ def looking_ahead(count: int, spans: list[tuple[int, int]]) -> np.ndarray:
     return ahead
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("window", [0, 5, 60, -48])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kinds", [(CacheKind.BF16, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q8_0)])
@@ -588,6 +591,7 @@ USUAL = [(CacheKind.Q8_0, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q5_1)]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED], *QUANTISED))
 @pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256, 512], 64))
 def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, dim: int) -> None:
@@ -650,6 +654,7 @@ def test_what_all_keys_have_in_common_is_not_rounded(
     assert off[0] < 0.03 * off[1]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kind", [kind for kind, _ in QUANTISED])
 @pytest.mark.parametrize("block", [16, 32, 128])
 def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kind: CacheKind, block: int) -> None:

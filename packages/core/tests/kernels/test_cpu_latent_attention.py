@@ -108,6 +108,7 @@ def rounded(layer: Layer) -> Layer:
     return layer
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("name", "isa"),
     [

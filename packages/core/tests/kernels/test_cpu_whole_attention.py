@@ -71,6 +71,7 @@ def error(got: np.ndarray, wanted: torch.Tensor) -> float:
     return float(np.sqrt(np.square(got - wanted.numpy()).mean() / np.square(wanted.numpy()).mean()))
 
 
+@pytest.mark.one_of_each(34)
 @pytest.mark.parametrize("isa", [None, Isa.GENERIC], ids=["host", "generic"])
 @pytest.mark.parametrize("dim", [1, 8, 20, 32, 64, 80, 256])
 @pytest.mark.parametrize("lengths", [[1], [7, 8, 9, 1, 16], [33, 17, 100], [545]], ids=str)
@@ -108,7 +109,7 @@ def literally_turned(x: torch.Tensor, places: torch.Tensor, cos: torch.Tensor, s
     return y
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("isa", [None, Isa.GENERIC], ids=["host", "generic"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("biased", [0, 1, None], ids=["no bias", "one bias", "a bias for each head"])

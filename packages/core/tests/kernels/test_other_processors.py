@@ -128,6 +128,7 @@ def check_packed(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> Non
         assert same_bits(multiply(processor, function, matrix, packed_layout, rows, **given), wanted)
 
 
+@pytest.mark.one_of_each(2)
 def test_products_have_the_same_bits(processor: Emulated, team: ThreadTeam) -> None:
     check_packed(processor, team, PackedKind.Q4_1)
 
@@ -170,6 +171,7 @@ def test_products_of_every_type_have_the_same_bits(processor: Emulated, team: Th
     check_packed(processor, team, kind)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", ["neon-bf16", pytest.param("neon", marks=pytest.mark.every_case)])
 def test_plain_products_do_not_depend_on_the_rows_beside(name: str) -> None:
     processor, random = started(name), np.random.default_rng(3)
@@ -209,6 +211,7 @@ def run_there(processor: Emulated, made: Compiled, functions: list[int]) -> list
     return [x.copy() for x in there[: 2 + len(recorder.allocated)]]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kernel", ["delta_rule", "short_conv", "gated short_conv"])
 def test_states_have_the_same_bits(processor: Emulated, kernel: str) -> None:
     """And results, and kept rows: in two steps, the second of which begins with what the first one kept."""

@@ -163,6 +163,7 @@ def test_packing_keeps_every_number(kind, rows, columns):
     assert rows % 16 or kind in IN_CODES or matrix.nbytes <= 1.04 * raw.nbytes
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("columns", [1280, 5120], ids=["few groups", "fewer panels at once"])
 @pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "IQ3_S", "TQ1_0"])
 def test_a_row_has_the_bits_that_it_has_alone(name, columns, lone_thread):
@@ -297,6 +298,7 @@ def test_every_scale_of_eight_bits(name, lone_thread):
 # ---- multiplying -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each(3)
 @each_compiled
 @pytest.mark.parametrize("outputs", [1, 17, 63])
 def test_linear_matches_the_reference(kind, outputs, team):
@@ -349,6 +351,7 @@ def test_codes_have_the_bits_of_grids(kind, team):
     assert same_bits(read_rows(team, in_codes, ids), read_rows(team, in_grids, ids))
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS", "IQ2_S_CODES"])
 def test_codes_are_looked_up_alike_on_other_processors(name, lone_thread):
     matrix, inputs = packed(PackedKind[name], 17, 256), activations(5, 256)
@@ -372,7 +375,7 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     assert same_bits(multiply(lone_thread, matrix, inputs), whole)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("prologue", [Prologue.SILU, Prologue.GELU_GATE], ids=lambda prologue: prologue.name)
 @pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q4_K, PackedKind.Q8_0], ids=lambda kind: kind.name)
 def test_gated_products_are_quantised_where_they_are_made(kind, prologue, team, lone_thread):
@@ -458,6 +461,7 @@ def test_extreme_codes_do_not_overflow(lone_thread):
 # ---- embedding rows --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each(20)
 @each_compiled
 def test_embedding_rows_are_exact(kind, team):
     matrix = packed(kind, 63, 512)

@@ -154,6 +154,7 @@ def test_kv_write_touches_its_slots_only() -> None:
         assert int(cache.isnan().all(-1).all(-1).sum()) == 4 * 8 - 3
 
 
+@pytest.mark.one_of_each(16)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 1, 5, 64, -1, -7])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])

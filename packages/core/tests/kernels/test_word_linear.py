@@ -105,6 +105,7 @@ def test_rows_are_rounded_to_the_nearest(columns: int, teams: list[ThreadTeam]) 
     assert (np.abs(found * scales[..., None].astype(np.float64) - padded) <= 0.501 * scales[..., None]).all()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 31), (33, ODD), (63, 800)])
 def test_products_are_those_of_the_reference(rows: int, columns: int, teams: list[ThreadTeam]) -> None:
     matrix, bias = packed(weights(rows, columns)), RANDOM.standard_normal(rows).astype(np.float32)

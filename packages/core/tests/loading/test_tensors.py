@@ -56,6 +56,7 @@ def test_a_file_that_cannot_be_mapped(tmp_path: Path) -> None:
 WANTED = [name for name in ELEMENTS if not name.startswith("F8")]
 
 
+@pytest.mark.one_of_each(11)
 @pytest.mark.parametrize("stored", ELEMENTS)
 @pytest.mark.parametrize("read", ["numpy", "torch"])
 def test_every_type_loads_as_itself_and_as_what_torch_makes_of_it(

@@ -72,6 +72,7 @@ def _cases(names: list[str], *common: str) -> list[Any]:
     return [name if name in common else pytest.param(name, marks=_MORE) for name in names]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "name", _cases(IN_BATCHES, "arcee", "gpt_neox", "gemma2", "mixtral", "cwm", "nemotron")
 )  # fused q, k and v; windows, soft caps, a tied head; experts that are stored one by one
@@ -151,6 +152,7 @@ def _matrices(loaded: LoadedModel) -> list[Any]:
     return [piece for layer in layers if isinstance(layer, Linear) for piece in layer.pieces.values()]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", ["arcee", "mixtral", "gpt2", "gpt_oss"])
 def test_compiled_kernels_multiply_what_is_quantised_in_situ(name: str, tmp_path: Path) -> None:
     """Experts and matrices that are stored transposed included; the plain model's logits are transformers'."""

@@ -53,6 +53,7 @@ def test_logits_equal_transformers(
         assert error(eager_logits(folder, tokens, chunks), theirs) < 1e-4, chunks
 
 
+@pytest.mark.one_of_each(16)
 @pytest.mark.parametrize("name", cases(name for name, row in ROWS.items() if row.recorded))
 def test_compiled_steps_are_close(
     name: str, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -119,6 +120,7 @@ def test_what_is_compiled_needs_no_torch(
     assert beside.stdout == alone.stdout
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("name", cases(name for name, row in ROWS.items() if row.gguf))
 def test_gguf_equals_safetensors(
     name: str, folders: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

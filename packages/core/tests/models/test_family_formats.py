@@ -34,7 +34,7 @@ def folder_of(name: str, folders: dict[str, Path]) -> Path:
     return folders[name]
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", cases(first_rows()))
 def test_logits_are_those_of_the_numbers(name: str, format: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_numbers(name: str, format: str, folders: dict[s
         assert typical_spread(recorded_logits(stored, TOKENS, CUT), wanted) < 0.05
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(5)
 @pytest.mark.parametrize("kind", ISQ_TYPES)
 @pytest.mark.parametrize("name", cases(first_rows()))
 def test_in_situ_quantisation(name: str, kind: str, folders: dict[str, Path]) -> None:

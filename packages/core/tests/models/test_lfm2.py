@@ -52,7 +52,7 @@ def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder:
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -82,6 +82,7 @@ def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], fol
     assert bool(built.stats().accepted_draft_tokens) == ("drafts" in more)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("name", "kind"), few(KINDS, *KINDS[::4], *KINDS[3::4]))
 def test_adapters_are_as_merged_weights(name: str, kind: str, folder: Callable[[str], Path]) -> None:
     """On every product: convolutions' projections, attention, feed-forward layers, routers and experts."""

@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     folder, tokens = write_toy_model(tmp_path, VARIANTS[name]), some_tokens()

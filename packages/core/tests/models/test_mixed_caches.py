@@ -213,7 +213,7 @@ def with_all_pages(source: Path, given: list[list[int]], settings: dict[str, Any
 FEATURES = ("hits", "chunks", "guesses", "preemption", "several answers", "a folder", "ranks")
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("second", FEATURES)
 @pytest.mark.parametrize("first", FEATURES)
 def test_every_pair(mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str) -> None:

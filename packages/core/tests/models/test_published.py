@@ -124,6 +124,7 @@ def test_a_published_config_is_read(name: str) -> None:
     assert found.max_position >= config["max_position_embeddings"]
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("name", few(KNOWN, *CONFIGS))
 def test_a_published_checkpoint_gives_transformers_logits(name: str, tmp_path: Path) -> None:
     theirs = write_published(tmp_path, shrunk(KNOWN[name]))

@@ -60,6 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 # ---- states ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("cuts", few(CUTS, CUTS[0]), ids=["some", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder: Callable[[str], Path]) -> None:
@@ -70,7 +71,7 @@ def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder:
     assert spread(eager_logits(folder(name), tokens, [1] * 20), theirs) < 1e-5
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize(
     ("name", "more"),
@@ -94,6 +95,7 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
     assert counts.accepted_draft_tokens or more is not DRAFTS
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     ("name", "more"),
     few(
@@ -112,6 +114,7 @@ def test_the_runner_of_a_gpu_gives_the_same(name: str, more: dict[str, Any], fol
     assert bool(counts.preemptions) == ("blocks" in more)
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize(("name", "kind"), few(KINDS, *KINDS[::4], *KINDS[3::4]))
 def test_adapters_are_as_merged_weights(name: str, kind: str, folder: Callable[[str], Path]) -> None:
     """On every product: projections of delta nets and attention, feed-forward layers, routers and experts."""

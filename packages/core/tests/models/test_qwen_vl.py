@@ -208,6 +208,7 @@ def loaded_from(folder: Path, **settings: Any) -> LoadedModel:
     return loaded
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("eager", [True, False])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     loaded = loaded_from(folder, enforce_eager=eager)
@@ -270,7 +271,7 @@ def test_positions_are_those_of_transformers(chunks: list[int], text: str, folde
     assert np.array_equal(ours[:, length:], np.repeat([np.arange(length, total) + delta.item()], 3, 0))
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("tokens", [512, 23])
 def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
@@ -335,6 +336,7 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert answers(engine, PROMPTS[-1:]) == alone[-1:]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("folder", HYBRIDS, indirect=True)
 def test_states_behind_a_picture_are_not_those_behind_another(folder: Path, eager: bool) -> None:
@@ -365,6 +367,7 @@ def test_pictures_need_no_torch(folder: Path) -> None:
         assert answers_without_torch([(folder, ASK, PICTURES[:2])]) == answers(engine, [PROMPT])
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("folder", "eager"),
     few(
@@ -558,6 +561,7 @@ def published(config: dict[str, Any]) -> None:
     config["vision_config"]["model_type"] = config["model_type"]
 
 
+@pytest.mark.one_of_each(3)
 def test_published_configs_and_names_of_both_layouts_are_read(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
@@ -760,6 +764,7 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
         assert answers(engine, PROMPTS) == alone
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("folder", "joined"), few(JOINED, *JOINED[::3]), indirect=["folder"])
 def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) -> None:
     """In its file, or as it is loaded: it gives what one of the numbers that its blocks stand for gives; where those
@@ -795,6 +800,7 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
         team.close()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_a_text_model_that_is_quantised_has_pictures(folder: Path) -> None:
     with InferenceEngine(folder, isq="q8_0", enable_prefix_caching=False) as engine:
@@ -815,6 +821,7 @@ def adapted(folder: Path, made: Path, targets: str) -> Any:
     return model.eval()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("folder", few(KINDS, *SOME), indirect=True)
 def test_adapters_change_the_text_model_of_a_prompt_with_pictures(folder: Path, tmp_path: Path) -> None:
     theirs = adapted(folder, tmp_path / "a", r".*language_model.*\.(q_proj|v_proj)")
@@ -863,6 +870,7 @@ def test_a_text_model_must_have_the_layers_that_a_tower_adds_to(tmp_path: Path) 
         InferenceEngine(made)
 
 
+@pytest.mark.one_of_each(2)
 def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
     numbers = iter(range(99))
 

@@ -221,6 +221,7 @@ def test_smollm2_equals_transformers(smollm2_oracle: Forward, prompts: int, toke
         check_logits(engine, smollm2_oracle, engine.tokenize(text))
 
 
+@pytest.mark.every_case
 def test_packed_weights_keep_the_perplexity() -> None:
     """8-bit activations and a bfloat16 cache against fp32: within half a per cent."""
     found = {}

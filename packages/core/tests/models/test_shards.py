@@ -73,6 +73,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
 WHOLE = ("OLMo", "MiniMax")
 
 
+@pytest.mark.one_of_each(8)
 @pytest.mark.parametrize("name", cases(name for name in ROWS if not name.startswith(WHOLE) and name != "Gemma-3n"))
 def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
@@ -100,6 +101,7 @@ UNEVEN = {  # of three ranks
 }
 
 
+@pytest.mark.one_of_each(5)
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("name", UNEVEN)
 def test_more_ranks(name: str, size: int, tmp_path: Path) -> None:
@@ -118,6 +120,7 @@ def test_numbers_that_work_are_named(tmp_path: Path) -> None:
         logits_of(tmp_path, 5, [LENGTH])
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("isq", ["q8_0", "q4k"])
 def test_blocks_stay_whole(isq: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of 256 among two ranks are two and one; what is quantised is what a rank has, and nothing else."""
@@ -313,6 +316,7 @@ def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -
     assert raised.value.setting == "all2all_backend"
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -329,6 +333,7 @@ def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
     assert error(logits_of(stored, 2, [LENGTH])[1], whole) < 1e-5
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize(
     ("name", "config"),
     [

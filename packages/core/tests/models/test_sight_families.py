@@ -265,6 +265,7 @@ def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint
     return found[0].reshape(-1, 64).numpy()
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("name", ROWS)
 def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
@@ -325,6 +326,7 @@ def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": {"image": list(pictures)}}
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
@@ -459,6 +461,7 @@ def test_answers_survive_preemption(name: str, folders: Callable[[str], Path]) -
         assert engine.stats().preemptions
 
 
+@pytest.mark.every_case
 def test_conversations_have_pictures_here_and_in_another_process(folders: Callable[[str], Path]) -> None:
     part = {"type": "image", "image": PICTURES[0]}
     ask = {"role": "user", "content": [{"type": "text", "text": "What is "}, part]}

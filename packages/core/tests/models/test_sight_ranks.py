@@ -58,6 +58,7 @@ def prompts(name: str) -> list[tuple[str, Any]]:
 CASES = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1, 2), (2, 2))]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("name", "size", "stages"), few(CASES, ("Gemma 3", 2, 1), ("qwen3_vl", 2, 1), ("qwen2_vl", 1, 2))
 )

@@ -54,6 +54,7 @@ def changed(folder: Path, to: Path, *, without: str = "", **keys: Any) -> Path:
 # ---- logits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("cut", few(range(1, LENGTH), 1, TOP - 1, TOP, TOP + 1, LENGTH - 17, LENGTH - 1))
 def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     tokens = some_tokens()

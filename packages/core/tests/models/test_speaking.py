@@ -91,6 +91,7 @@ def test_perplexity_is_that_of_transformers(name: str, kind: str) -> None:
         assert perplexity(step_logits(ours, tokens, chunks), tokens) == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 @pytest.mark.parametrize("name", MODELS)
 def test_damaged_states_raise_the_perplexity(name: str, kind: str) -> None:

@@ -125,6 +125,7 @@ def test_a_stage_reads_its_part_of_a_file(tmp_path: Path, monkeypatch: pytest.Mo
         assert {*first} | {*last} == {*checkpoint.tensors}
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantised_files(format: str, tmp_path: Path) -> None:
     write_tiny(tmp_path / "model", "llama", hidden_size=128, intermediate_size=384, head_dim=64)

@@ -113,6 +113,7 @@ def test_answers_are_those_of_the_definition(hybrid: Path, how: dict[str, Any]) 
         assert ask(whole, [tokens], 8) == [[tuple(expected[37:])]]
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize(
     "more",
     [
@@ -259,6 +260,7 @@ def on_device(
 DEVICE = [{}, {"graphs": False}, {"captured": 40}, {"drafts": 12}, {"drafts": 12, "captured": 40}, {"blocks": 14}]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "more",
     few(DEVICE, *DEVICE[2:4], DEVICE[5]),

@@ -101,6 +101,7 @@ def their_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
         return model(torch.tensor([tokens])).logits[0].float()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_text_towers_equal_transformers(name: str, folders: Callable[[str], Path]) -> None:
     folder, tokens = folders(name), some_tokens()

@@ -123,7 +123,7 @@ def vectors(engine: InferenceEngine, params: PoolingParams | None = None) -> np.
     return np.array([output.embedding for output in engine.embed(TEXTS, params, use_tqdm=False)], np.float64)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(5)
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
 def test_vectors_equal_transformers(row: Row, eager: bool, tmp_path: Path) -> None:

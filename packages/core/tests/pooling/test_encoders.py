@@ -76,6 +76,7 @@ def scores(engine: InferenceEngine, pairs: list[tuple[str, str]]) -> np.ndarray:
     return np.array([output.score for output in engine.score(pairs, use_tqdm=False)])
 
 
+@pytest.mark.one_of_each(5)
 @pytest.mark.parametrize("architecture", ENCODERS)
 @pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu", "layer_norm_eps": 1e-5}])
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
@@ -137,6 +138,7 @@ def engine(folder: Path) -> Iterator[InferenceEngine]:
         yield made
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
 @pytest.mark.parametrize("dtype", ["auto", "bf16"])
 def test_a_batch_gives_what_its_texts_give_alone(folder: Path, eager: bool, dtype: Any) -> None:

@@ -73,6 +73,7 @@ def test_answers_are_those_of_a_gguf_file_of_the_same_type(family: str, eager: b
     assert ours[2] == theirs[2]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "name", few(ISQ_NAMES, *(name for name in ISQ_NAMES if name not in ("iq4_nl", "q2k", "q3k", "q5k")))
 )
@@ -83,6 +84,7 @@ def test_every_type_loads_and_its_kernels_agree_with_the_decoded_weights(name: s
     assert abs(compiled[1][0] - decoded[1][0]).max() < 0.2  # the compiled kernels have 8-bit activations
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("name", few(ISQ_NAMES, *(name for name in ISQ_NAMES if name not in ("q8_0", "q4k", "iq4_xs"))))
 @pytest.mark.parametrize("weighed", [False, True])
 def test_a_part_is_quantised_as_the_whole_is(name: str, weighed: bool, tmp_path: Path) -> None:
@@ -261,6 +263,7 @@ def write_wide_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+@pytest.mark.every_case
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process's peak")
 def test_loading_takes_little_more_than_the_quantised_weights(tmp_path: Path) -> None:
     small = write_toy_model(tmp_path / "small", toy_config(**BIG))

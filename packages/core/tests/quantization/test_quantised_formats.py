@@ -74,6 +74,7 @@ def open_layer(written: Written, folder: Path, name: str = "l", **config: Any) -
     return found
 
 
+@pytest.mark.one_of_each(62)
 @pytest.mark.parametrize(("rows", "columns"), [(24, 96), (8, 32), (72, 224)])
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_number_is_exact(

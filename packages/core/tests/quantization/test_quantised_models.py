@@ -98,6 +98,7 @@ def device_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor
     return step_logits(EagerRunner(loaded.decoder, -(-len(TOKENS) // BLOCK), BLOCK, CPU, torch.float32), TOKENS, CHUNKS)
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_decoded_weights(name: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, decoded = folders(name)

@@ -95,6 +95,7 @@ def test_an_interrupt_while_it_loads_ends_the_child() -> None:
     process.close()
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("script", "message"),
     [

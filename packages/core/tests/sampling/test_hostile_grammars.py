@@ -185,6 +185,7 @@ def check(backend: LlguidanceBackend, make: Callable[[], StructuredOutputsParams
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
 
 
+@pytest.mark.one_of_each(10)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schemas(backend: LlguidanceBackend, name: str) -> None:
     check(backend, lambda: StructuredOutputsParams(json=SCHEMAS[name]()))
@@ -250,6 +251,7 @@ def test_a_trial_changes_nothing(backend: LlguidanceBackend) -> None:
         backend.compile(StructuredOutputsParams(grammar="start: T\nT: /a{2,3/ & /(b{1,2}/"))
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(backend: LlguidanceBackend, name: str) -> None:
     check(backend, lambda: StructuredOutputsParams(**OTHERS[name]()))

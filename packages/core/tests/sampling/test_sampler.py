@@ -217,6 +217,7 @@ DRAWS = 4000
 CHI_SQUARE_999 = {0: 0.0, 1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32, 8: 26.12, 9: 27.88}
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     "params",
     [

@@ -145,6 +145,7 @@ SCHEMAS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
 def test_whatever_is_said_nothing_is_said_twice(schema: Any, backend: LlguidanceBackend, words: Words) -> None:
     validator = jsonschema.Draft202012Validator(schema)

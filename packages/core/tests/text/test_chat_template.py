@@ -253,6 +253,7 @@ BOMBS = {
 }  # fmt: skip
 
 
+@pytest.mark.one_of_each(12)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_soon_and_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name != "loops":  # which takes what is given in earnest

@@ -36,6 +36,7 @@ def cases(folder: Path, name: str) -> list[tuple[str, list[int]]]:
     return [(text, [int(word) for word in line.split()]) for text, line in zip(texts, lines)]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", WITH_REFERENCE)
 def test_same_ids_as_llama_cpp_and_back(llama_cpp_models: Path, name: str) -> None:
     tokenizer = load(llama_cpp_models, name)
@@ -49,6 +50,7 @@ def test_same_ids_as_llama_cpp_and_back(llama_cpp_models: Path, name: str) -> No
         assert shown == text or name == "bert-bge"  # BERT's normaliser drops case, accents and spaces
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", WITHOUT_REFERENCE)
 def test_vocabularies_without_a_pre_tokenizer_name_load(llama_cpp_models: Path, name: str) -> None:
     tokenizer = load(llama_cpp_models, name)

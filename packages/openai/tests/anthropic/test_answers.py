@@ -145,6 +145,7 @@ async def test_text_behind_a_call_opens_a_block() -> None:
     assert [block.get("text", block["type"]) for block in message["content"]] == ["a", "tool_use", "b", "tool_use"]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("text", "fields"),
     [

@@ -62,7 +62,7 @@ def test_it_is_a_call(tools: str, way: str) -> None:
         assert [call[3] for call in parsed.calls] == [True]
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(31)
 @in_every_way
 @in_every_format
 def test_elsewhere_or_of_no_tool_or_without_its_end_it_is_what_it_was(tools: str, way: str) -> None:

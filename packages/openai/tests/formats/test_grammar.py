@@ -188,6 +188,7 @@ def _reasoning(name: str) -> ReasoningFormat:
     return THOUGHTS.get(name) or THINK
 
 
+@pytest.mark.one_of_each(12)
 @pytest.mark.parametrize("walks", WALKS)
 @pytest.mark.parametrize("kind", ["text", "special", "own"])
 @pytest.mark.parametrize("name", ROWS)
@@ -276,6 +277,7 @@ CUSTOM = [  # any text at all, with marks of the formats in it; and one of a few
 ]  # fmt: skip
 
 
+@pytest.mark.one_of_each(38)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize("name", ROWS)
 def test_the_input_of_a_custom_tool_follows_its_grammar(name: str, bound: bool) -> None:
@@ -332,6 +334,7 @@ def _begins(part: Parsed, whole: Parsed) -> bool:
     return True
 
 
+@pytest.mark.one_of_each(14)
 @pytest.mark.parametrize("walks", WALKS)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize("name", ROWS)
@@ -424,6 +427,7 @@ def test_what_models_write_is_accepted(mode: Literal["required", "auto"], sample
     assert ends, vocab.text(vocab.whole(ids[:taken]))
 
 
+@pytest.mark.one_of_each(13)
 @pytest.mark.parametrize("name", ROWS)
 def test_a_text_is_accepted_however_tokens_cut_it(name: str) -> None:
     """Tokens reach over the edges of marks, as byte-pair encoding makes them."""
@@ -451,6 +455,7 @@ def test_nothing_is_constrained_where_no_tool_is_strict() -> None:
     assert _grammar([TOOLSET[0]._replace(strict=False)], mode="auto") is None
 
 
+@pytest.mark.one_of_each(29)
 @pytest.mark.parametrize("name", [row.name for row in TOOL_FORMATS if row.flow is None])
 def test_free_text_may_be_anything_but_special_tokens(name: str) -> None:
     form, reasoning = ROWS[name], _reasoning(name)

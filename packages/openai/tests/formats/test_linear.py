@@ -42,6 +42,7 @@ def test_a_long_argument(sample: Sample) -> None:
     assert parse(of(sample.tools)(), [before + long + after]).values == [("f2", {"city": long})]
 
 
+@pytest.mark.one_of_each(31)
 @by_format
 def test_many_calls(sample: Sample) -> None:
     head, ok, call = sample.text.rpartition("Ok") if "Ok" in sample.text else ("", "", sample.text)
@@ -49,6 +50,7 @@ def test_many_calls(sample: Sample) -> None:
     assert len(parse(of(sample.tools)(), head + ok + (call + "\n") * 50).calls) == 50
 
 
+@pytest.mark.one_of_each(30)
 @by_format
 def test_long_content_and_reasoning(sample: Sample) -> None:
     head = sample.text.partition("Ok")[0] if "Ok" in sample.text else ""
@@ -57,6 +59,7 @@ def test_long_content_and_reasoning(sample: Sample) -> None:
     check_linear(of(sample.tools), lambda size: "<think>" + words(size))
 
 
+@pytest.mark.one_of_each(33)
 @pytest.mark.parametrize("form", [row for row in TOOL_FORMATS if row.flow is None], ids=lambda row: row.name)
 @pytest.mark.parametrize("text", ["", "f2", ' {"arguments": {"a": ', ' {"args": [1, \''])
 def test_marks_that_begin_no_call(form: ToolFormat, text: str) -> None:

@@ -38,6 +38,7 @@ def test_a_sample_says_what_it_says(sample: Sample) -> None:
         assert tuple(call[0] for call in parsed.calls) == sample.ids
 
 
+@pytest.mark.one_of_each(23)
 @by_text
 def test_no_cut_changes_a_sample(sample: Sample) -> None:
     text = sample.text
@@ -60,6 +61,7 @@ def test_no_pair_of_cuts_changes_a_sample(sample: Sample) -> None:
         assert read(sample, cut(text, places)) == whole, places
 
 
+@pytest.mark.one_of_each(31)
 @by_text
 def test_a_sample_that_is_cut_off_invents_nothing(sample: Sample) -> None:
     whole = read(sample, [sample.text])
@@ -124,6 +126,7 @@ NOISE = ["a", "f2", "now", "city", " ", "\n", '"', "'", "`", "```", "{", "}", "[
 NOISE += ["\\", "\\u12", "<", "</", "é", "<think>", "</think>", '{"name": "f2", "arguments": {', '"city": "x"', "true"]
 
 
+@pytest.mark.one_of_each(10)
 @pytest.mark.parametrize("form", TOOL_FORMATS, ids=FORMATS)
 def test_any_text_is_read_in_one_way(form: ToolFormat) -> None:
     """Whether marks are special tokens or not, the model done or cut off; and of less text comes a part of it."""

@@ -100,6 +100,7 @@ def compiled(vocabulary: Vocabulary, spec: StructuredOutputsParams) -> Callable[
     return lambda: backend.compile(spec)
 
 
+@pytest.mark.one_of_each(13)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize("offered", [False, True], ids=["alone", "tools"])
 @pytest.mark.parametrize(("tools", "reasoning"), PAIRS)
@@ -168,6 +169,7 @@ TAKEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_of_each(24)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize(("tools", "reasoning", "text", "thoughts"), TAKEN)
 def test_the_marks_of_a_format_may_stand_around_a_form(

@@ -47,6 +47,7 @@ def parts_of(text: str, size: int) -> list[str]:
     return sorted(one for one in found if one == one.strip())
 
 
+@pytest.mark.one_of_each(73)
 @pytest.mark.parametrize("size", few([1, 2, 3, 7], 1))
 @pytest.mark.parametrize("sample", samples(UNTOLD))
 def test_stops_beside_the_answer_are_not_found(sample: Sample, size: int) -> None:

@@ -272,6 +272,7 @@ CONVERSATIONS: dict[str, list[Said]] = {
 }
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("name", CONVERSATIONS)
 async def test_four_spellings_are_one_prompt(models: list[Model], name: str) -> None:
     said = CONVERSATIONS[name]
@@ -581,6 +582,7 @@ ABORTED = {
 ENDS = [*ANSWERS.items(), *ABORTED.items()]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("api", "answer"), ENDS, ids=[made.__name__ for _, made in ENDS])
 async def test_an_answer_that_ended_anywhere_is_taken_back(
     models: list[Model], api: str, answer: Callable[[Model, int], Awaitable[Back]]

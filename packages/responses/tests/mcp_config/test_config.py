@@ -353,6 +353,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_mcp_config(path, environ={}, workspace=tmp_path)
 
 
+@pytest.mark.one_of_each(7)
 @pytest.mark.parametrize("piece", ["/*", "//", '"', ",", ", ", "${", "\\", '/*"*/', "[,"])
 def test_hostile_text_takes_no_time(load: Load, piece: str) -> None:
     with pytest.raises(ConfigError):

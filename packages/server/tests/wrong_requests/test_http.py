@@ -70,6 +70,7 @@ BROKEN: list[tuple[str, Callable[[bytes], bytes], str]] = [
 ]
 
 
+@pytest.mark.one_of_each(8)
 @pytest.mark.parametrize("path", BODIES)
 def test_broken_bodies(client: httpx.Client, path: str) -> None:
     for name, breaks, said in BROKEN:
@@ -87,6 +88,7 @@ TYPES: list[str | None] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_of_each(16)
 @pytest.mark.parametrize("path", BODIES)
 def test_other_content_types(client: httpx.Client, path: str) -> None:
     for kind in TYPES:

@@ -202,6 +202,7 @@ def send(port: int, path: str, body: bytes) -> int:
         return client.post(path, content=body, headers={"content-type": "application/json"}).status_code
 
 
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_neighbour_does_not_notice(server: Servers, neighbour: Neighbour, name: str) -> None:
     path, body = HOSTILE[name]

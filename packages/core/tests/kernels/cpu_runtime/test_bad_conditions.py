@@ -61,6 +61,7 @@ def gap(scores: list[dict[int, float]], exact: list[dict[int, float]]) -> float:
     return float(np.sqrt(np.mean(np.square(gaps)) / np.mean(np.square(sizes))))
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("isa", [Isa.GENERIC, Isa.VNNI, Isa.BF16, Isa.VNNI | Isa.BF16, ~Isa.GENERIC], ids=repr)
 def test_every_set_of_instructions_gives_the_model(
     isa: Isa, model: Path, exact: tuple[list[int], list[dict[int, float]]], monkeypatch: pytest.MonkeyPatch

@@ -383,6 +383,7 @@ print(*names)
 """
 
 
+@pytest.mark.every_case
 def test_a_changed_kernel_is_compiled_anew_and_no_other(copy: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(copy.parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
 

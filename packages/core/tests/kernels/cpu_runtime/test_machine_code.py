@@ -187,6 +187,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.every_case
 def test_code_for_every_level_is_made_anywhere(few: Path) -> None:
     assert {path.name for path in few.iterdir()} == {entry.name for entry in LEVELS} | {"imports"}
     for entry in LEVELS:

@@ -158,6 +158,7 @@ def on_device(
     return found, stream, added
 
 
+@pytest.mark.every_case
 def test_adapters_of_products_are_in_captured_steps(loaded: LoadedModel, expected: Any) -> None:
     """Several ranks, DoRA and biases among them, beside rows without; more of them than slots, in turns."""
     places = number_places(loaded.decoder)

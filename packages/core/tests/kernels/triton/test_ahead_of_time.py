@@ -27,9 +27,7 @@ if importlib.util.find_spec("triton") is None:
 Form = tuple[str, int]  # a module's name and the place in its table
 
 USUAL = 90
-"""One form of each kernel and format of numbers is compiled for this capability. For the others one of each kernel that
-has products, which every GPU makes in a way of its own, and of the other kernels one for the oldest GPU; the rest is
-marked."""
+"""One form of each kernel is compiled for this capability; the rest is marked."""
 
 FEW_BYTES = {("finish_kernel[64-SEARCH]", 75): 8, ("linear_kernel[e2m1-128parts-16-split]", 120): 8}
 """Bytes of a thread that spill where no other form is worth its lines."""
@@ -57,23 +55,14 @@ def kind(name: str, build: Any) -> str:
     return ":".join(parts)
 
 
-def multiplies(kernel: Any) -> bool:
-    """Whether a kernel, or a function that it calls or is given, has a product of matrices."""
-    called = (kernel.fn.__globals__.get(name) for name in re.findall(r"(\w+)\(", kernel.src))
-    others = {id(one): one for one in called if hasattr(one, "src") and one is not kernel}
-    return "tl.dot(" in kernel.src or "PRODUCT(" in kernel.src or any(map(multiplies, others.values()))
-
-
 def builds() -> Iterator[Any]:
     seen = set()
     for name, module in modules().items():
         for place, build in enumerate(module.AOT):
-            wanted = build.capabilities if multiplies(build.kernel) else build.capabilities[:1]
             for capability in build.capabilities:
-                numbers = re.match(r"Q\d_[01K]|\w*", build.label)[0] if capability == USUAL else ""
-                key = (kind(name, build), capability, numbers)
-                common = (capability == USUAL or capability in wanted) and key not in seen
-                seen.add(key)
+                common = capability == USUAL and kind(name, build) not in seen
+                if common:
+                    seen.add(kind(name, build))
                 marks = [] if common else [pytest.mark.every_form]
                 yield pytest.param((name, place), capability, id=f"{name}:{build}-sm{capability}", marks=marks)
 

@@ -92,7 +92,7 @@ def check(step: Step, decodes: int | None = None, **options) -> torch.Tensor:
     return got
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (5, 1, 16), (8, 1, 512)])
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
@@ -104,6 +104,7 @@ def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_h
     check(step, decodes=0)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.float16), (80, torch.float32), (256, torch.float16)])
 @pytest.mark.usefixtures("turing")
 def test_without_tensor_cores(device: torch.device, dim: int, dtype: torch.dtype) -> None:
@@ -128,7 +129,7 @@ def test_window_and_soft_cap(device: torch.device, window: int, softcap: float |
     check(step, window=window, softcap=softcap)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # a sink above all scores is meant to become inf
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 2.0)])
 @pytest.mark.parametrize("decodes", [None, 0])
@@ -221,7 +222,7 @@ def scaled(step: Step, kind: torch.dtype) -> Step:
     return replace(step, key_cache=caches[0], value_cache=caches[1])
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("kind", SCALED)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(6, 2, 80, 16), (2, 2, 64, 32)])
@@ -356,7 +357,7 @@ MIXES = {
 }
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("fillers", [(0, 0), (3, 21)])
 @pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}])
@@ -431,7 +432,7 @@ def test_one_captured_launch_serves_every_mix(device: torch.device) -> None:
 LONG = (7, 300, 1, 600, 3, 20, 257, 8, 30)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("options", [{}, {"window": 30, "softcap": 2.0, "sinks": torch.ones(2)}, {"window": 400}])
 @pytest.mark.parametrize("decoding", [None, 0, 3, 8])
 def test_items_may_be_listed_once_a_step(

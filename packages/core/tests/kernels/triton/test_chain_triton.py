@@ -58,6 +58,7 @@ KINDS = {
 }
 
 
+@pytest.mark.one_of_each(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_chain_is_the_references(device: torch.device, kind: str) -> None:
     """Every case is a row of one batch, with a row between that is not asked for."""

@@ -122,6 +122,7 @@ def wholes(
     return found
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("seed", few(range(4), 0))
 @pytest.mark.parametrize(
     ("sizes", "strength"), [(SMALL, 1.0), (SMALL, 0.0), (SMALL._replace(channels=True), 1.0)], ids=str

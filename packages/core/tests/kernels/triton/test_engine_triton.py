@@ -132,6 +132,7 @@ def test_a_cache_whose_rows_have_scales(
         check(got, plain, 1e-6)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("invariant", few([False, True], True))  # families have the other on the way to their logits
 def test_quantised_weights(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invariant: bool

@@ -76,6 +76,7 @@ def written(name: str, folder: Path) -> Path:
     return write_tiny(folder / "model", ROWS[name].model_type, **ROWS[name].config)
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("name", few([name for name, row in ROWS.items() if row.interpreted], *KINDS))
 def test_steps_equal_torch(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(name, tmp_path)
@@ -92,6 +93,7 @@ def test_an_index_chooses(device: torch.device, tmp_path: Path, monkeypatch: pyt
     assert error(found[3:], reference(source, "f32", monkeypatch)[3:]) > 1e-3
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", few([name for name in first_rows() if ROWS[name].gguf], "gpt-oss"))
 def test_gguf(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised matrices as they are, activations in bf16, against the decoded weights in fp32."""
@@ -99,6 +101,7 @@ def test_gguf(name: str, device: torch.device, tmp_path: Path, monkeypatch: pyte
     assert typical_spread(logits(path, device, "bf16", monkeypatch), reference(path, "bf16", monkeypatch)) < 0.05
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", few(CUDA_ISQ, "Mixtral"))
 def test_in_situ_quantisation(name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = written(name, tmp_path)
@@ -106,6 +109,7 @@ def test_in_situ_quantisation(name: str, device: torch.device, tmp_path: Path, m
     assert typical_spread(ours, reference(source, "bf16", monkeypatch, isq="q8_0")) < 0.05
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(
     ("name", "format"), few(in_formats(), *((cuda_rows(format)[-1], format) for format in FORMATS))
 )

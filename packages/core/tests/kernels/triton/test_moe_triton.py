@@ -324,7 +324,7 @@ def float_experts(
     return pack_floats(ScaledCodes(numbers, codes.numpy(), scales.numpy(), span, groups), x.device)
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(3)
 @pytest.mark.parametrize("tokens", [5, 40])
 @pytest.mark.parametrize(
     ("hidden", "inner", "group", "numbers"),

@@ -131,6 +131,7 @@ def test_what_cannot_be_packed_is_refused(device: torch.device) -> None:
         pack(np.zeros(10, np.uint8), GgmlType.Q8_0, 1, 32, device)
 
 
+@pytest.mark.one_of_each(3)
 @each_form
 def test_few_rows(kind: PackedKind, device: torch.device) -> None:
     for columns, rows in zip(widths(kind), (77, 19)):
@@ -139,6 +140,7 @@ def test_few_rows(kind: PackedKind, device: torch.device) -> None:
         assert ratio(triton.linear_exact(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
+@pytest.mark.one_of_each(7)
 @each_form
 def test_few_rows_are_exact_but_for_fp32(kind: PackedKind, device: torch.device) -> None:
     """Whole numbers, whose sums are rounded nowhere, show every error of a code, a scale or an offset."""
@@ -206,6 +208,7 @@ def test_a_row_does_not_depend_on_the_others(kind: PackedKind, device: torch.dev
         assert torch.equal(multiply(other, matrix)[0], multiply(x, matrix)[0])
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q8_0, PackedKind.Q3_K], ids=lambda kind: kind.name)
 def test_bits_of_a_row_for_any_number_of_rows(
     kind: PackedKind, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -264,6 +267,7 @@ def test_matrices_write_side_by_side(device: torch.device) -> None:
         assert whole[:, start:].isnan().all()
 
 
+@pytest.mark.one_of_each(5)
 @each_form
 def test_embedding_rows(kind: PackedKind, device: torch.device) -> None:
     ids = torch.tensor([5, 0, 5], device=device)

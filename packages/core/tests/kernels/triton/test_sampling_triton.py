@@ -75,6 +75,7 @@ SIZES = [(1, "equal")] + [(123, kind) for kind in LOGITS] + [(4321, "usual"), (4
 COMMON = [(1, "equal"), (123, "usual"), (123, "ties"), (123, "mostly masked"), (123, "both zeros"), (4321, "usual")]
 
 
+@pytest.mark.one_of_each(2)
 @pytest.mark.parametrize(("vocabulary", "kind"), few(SIZES, *COMMON))
 def test_draws_equal_the_references(device: torch.device, kind: str, vocabulary: int) -> None:
     logits = LOGITS[kind](vocabulary)

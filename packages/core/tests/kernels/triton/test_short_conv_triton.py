@@ -74,7 +74,7 @@ def test_a_text(
         assert np.array_equal(ours.state(token), theirs.state(token))
 
 
-@pytest.mark.one_of_each
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize(("seed", "gated"), few([(0, False), (1, True), (2, False), (3, True)], (0, False), (1, True)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_texts_are_cut(device: torch.device, dtype: torch.dtype, seed: int, gated: bool) -> None:
