@@ -102,8 +102,9 @@ class ServerProcess:
         reader.join(PATIENCE)
         addresses = [line.split()[1] for line in self.banner if line.startswith("address")]
         if not addresses:
+            kind = TimeoutError if reader.is_alive() else AssertionError  # a busy machine, or the server has ended
             self.stop()
-            raise AssertionError(f"the server did not start: {(folder / 'server.log').read_text()}")
+            raise kind(f"the server did not start: {(folder / 'server.log').read_text()}")
         self.url = addresses[0]
 
     @property

@@ -171,10 +171,12 @@ def test_a_message_that_is_no_text_or_too_large_ends_the_connection(start: Calla
     server = start(PacedEngine("OK."), max_body_mb=1)
     for message, code in ((b"{}", None), ("x" * (2 << 20), 1009)):
         with opened(server) as socket:
-            socket.send(message)
-            with pytest.raises(ConnectionClosed) as closed:
+            # The server may reset the connection while the client is still sending.
+            with pytest.raises((ConnectionClosed, ConnectionError)) as closed:
+                socket.send(message)
                 socket.recv(timeout=60)
-            assert code is None or closed.value.rcvd is None or closed.value.rcvd.code == code
+            received = closed.value.rcvd if isinstance(closed.value, ConnectionClosed) else None
+            assert code is None or received is None or received.code == code
     with opened(server) as socket:
         ask(socket)
 
