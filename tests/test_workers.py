@@ -25,12 +25,13 @@ INI = """
 addopts = -ra --import-mode=importlib -m 'not every_case'
 markers =
     every_case: left out
+    one_of_each: some cases
     restless: all of them
 """
 CONFTEST = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-pytest_plugins = ["tests.slowest_tests", "tests.restless", "tests.workers"]
+pytest_plugins = ["tests.common_run", "tests.slowest_tests", "tests.restless", "tests.workers"]
 from tests import workers
 from pathlib import Path
 workers.FLAKY = Path(__file__).parent / "flaky.txt"
@@ -196,6 +197,21 @@ def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: P
     done = run(tmp_path, "-m", "restless", "--switch-interval", "0.125", test_a=text, test_b="def test_other(): pass\n")
     assert done.returncode == 0, done.stdout
     assert "2 passed, 1 deselected" in done.stdout.splitlines()[-1]
+
+
+def test_the_common_run_has_some_cases_of_each_list(tmp_path: Path) -> None:
+    text = "A = pytest.mark.parametrize('a', range(6))\nB = pytest.mark.parametrize('b', 'xyz')\n"
+    text += "@pytest.fixture(params='pqrs')\ndef f(request): return request.param\n"
+    text += "@pytest.mark.one_of_each\n@A\n@B\ndef test_each(a, b): pass\n"
+    text += "@pytest.mark.one_of_each(2)\n@A\n@B\ndef test_two(a, b): pass\n"
+    text += "@pytest.mark.one_of_each(9)\n@B\ndef test_few(b): pass\n"
+    text += "@pytest.mark.one_of_each(1)\ndef test_fixture(f): pass\n"
+    done = run(tmp_path, "--workers", "0", "-v", test_a=text)
+    ran = [line.split()[0].partition("::")[2] for line in done.stdout.splitlines() if " PASSED" in line]
+    for name, cases in {"each": 6, "two": 2, "few": 3, "fixture": 1}.items():
+        assert sum(each.startswith(f"test_{name}[") for each in ran) == cases, ran
+    values = [each.partition("[")[2].rstrip("]").split("-") for each in ran if each.startswith("test_each")]
+    assert {letter for pair in values for letter in pair} == {*"012345xyz"}
 
 
 def test_a_stopped_process_is_woken_before_anybody_waits_for_it() -> None:
