@@ -14,12 +14,16 @@ from packages.core.tests.kernels.latent_layer import SIZES, Layer, error, random
 
 pytest.importorskip("numba")
 
-from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from numba import njit
+
+from candle_vllm.core.kernels.attention.cpu_cache import HEADER, partial_floats
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.latent_attention import cpu
 from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_choice
-from candle_vllm.core.kernels.latent_attention.layout import LatentParts, cache_shape
+from candle_vllm.core.kernels.latent_attention.layout import LatentParts, cache_shape, scratch_per_thread
 from candle_vllm.core.loading.config import LatentSizes
 from packages.core.tests.kernels.test_cpu_latent_attention import BLOCK, TOLERANCE, Recorded, rounded
 
@@ -139,3 +143,50 @@ def test_attention_to_chosen_positions(name: str) -> None:
     team.close()
     assert torch.equal(found[0][:top], everything[:top])
     assert error(found[0][top:], everything[top:]) > 10 * TOLERANCE
+
+
+def test_scores_of_any_bits() -> None:
+    """The largest integers in the order of the bits; of equal ones the first. Scores alike, far apart and not finite."""
+
+    @njit
+    def choose_in(scores: int, count: int, top: int, to: int) -> None:
+        cpu._choose(scores, count, top, to)
+
+    draw = np.random.default_rng(1)
+    for n in range(600):
+        count = int(draw.integers(2, 300))
+        top = int(draw.integers(1, count))
+        spread = [lambda: draw.normal(size=count), lambda: 10 + 1e-3 * draw.normal(size=count), lambda: np.ones(count),
+                  lambda: draw.integers(-4, 5, count), lambda: -1e-40 * draw.random(count)][n % 5]  # fmt: skip
+        scores = spread().astype(np.float32)
+        bits = draw.integers(-(1 << 31), 1 << 31, count).astype(np.int32) if n % 6 == 0 else scores.view(np.int32)
+        keys = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+        found, work = np.full(top + 1, -1, np.int32), bits.copy()
+        choose_in(address_of(work), count, top, address_of(found))
+        assert found[:top].tolist() == sorted(np.argsort(-keys, kind="stable")[:top]), (n, count, top)
+        assert found[top] == -1
+
+
+def test_work_is_split_by_the_chosen_positions() -> None:
+    """A short sequence beside a long one that attends to as many positions: threads share both."""
+    layer, top, long, threads = rounded(Layer(SIZES["odd"])), 100, 4000, 3
+    latent, width = layer.sizes.latent, layer.sizes.rope + layer.sizes.latent
+    chosen, found = np.zeros((8, top), np.int32), []
+    chosen[:2] = np.arange(0, long - 2, 39)[:top]
+    q, kv = layer.inputs(3, seed=9)
+    step = [(list(range(250)), long - 2, q[:2], kv[:2]), (list(range(260, 267)), top - 1, q[2:], kv[2:])]
+    for count, blocks in ((1, 300), (threads, 300), (threads, 600)):
+        recorded = Recorded(layer, tokens=8, blocks=blocks, threads=count, chosen=chosen)
+        recorded.cache[:5, 1] = random(5, 64, BLOCK, width).bfloat16().view(torch.int16).numpy()
+        team = ThreadTeam(count)
+        found.append((recorded.run(team, step), recorded.recorder._scratch))
+        team.close()
+    (alone, _), (shared, scratch), (_, wider) = found
+    assert torch.equal(alone, shared)
+    assert scratch is not None
+    assert wider is not None
+    assert scratch.nbytes == wider.nbytes, "partial results grow with the context"
+    partials = scratch[HEADER + threads * scratch_per_thread(latent) :].view(np.float32)
+    size, written = partial_floats(latent), 2 * 2 * LANES + 2 * LANES  # of 2 chunks and all heads of 3 tokens
+    there = np.isfinite(partials[: size * (written + 1)].reshape(-1, size)[:, :latent]).all(1)
+    assert there.tolist() == [True] * written + [False]

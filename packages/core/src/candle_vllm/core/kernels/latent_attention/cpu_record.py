@@ -152,22 +152,24 @@ def _multiplied(recorder: Recorder, matrices: tuple[PlainMatrix, ...], inputs: _
 def _attend(
     recorder: Recorder, queries: int, mixed: _Inputs, parts: LatentParts, cache: np.ndarray, form: RowForm
 ) -> None:
-    limits, sizes = recorder.limits, parts.sizes
+    limits, sizes, chosen = recorder.limits, parts.sizes, parts.chosen
+    longest = limits.table_width * limits.block_size
+    top = longest if chosen is None else chosen.size // limits.tokens
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
         heads=sizes.heads,
         latent=sizes.latent,
-        max_context=limits.table_width * limits.block_size,
+        max_context=min(longest, top),
         threads=limits.threads,
     )
-    copied = 0 if parts.chosen is None else limits.threads * 2 * CHUNK * (sizes.rope + sizes.latent)
+    copied = 0 if chosen is None else limits.threads * 2 * CHUNK * (sizes.rope + sizes.latent)
     attended = _over_cache(recorder, queries, parts, cache, size + copied)._replace(
         out=mixed.address, head_bytes=mixed.head_bytes, row_bytes=mixed.row_bytes, scratch_size=size
     )
-    if parts.chosen is not None:
-        chosen, tile = address_of(parts.chosen), LANES * math.gcd(attended.parts, GROUPS)
-        attended = attended._replace(chosen=chosen, top=parts.chosen.size // limits.tokens, tile=tile)
+    if chosen is not None:
+        tile = LANES * math.gcd(attended.parts, GROUPS)
+        attended = attended._replace(chosen=address_of(chosen), top=top, tile=tile)
     constants = sizes.rope, sizes.latent, form, recorder.isa.bf16
     recorder.add(operation("latent_attention.cpu:make_attend", *constants), attended)
     recorder.add(operation("latent_attention.cpu:make_merge", sizes.latent, form), attended)
