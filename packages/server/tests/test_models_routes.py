@@ -90,9 +90,11 @@ def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
         loader.engines[0]._info = msgspec.structs.replace(
             loader.engines[0].model_info, num_parameters=135_000_000, quantization="Q4_1", dtype="f32", device="cpu",
             weight_bytes=92 << 20, kv_cache_bytes=640 << 20, state_bytes=64 << 20,
+            index_bytes=16 << 20,
         )  # fmt: skip
-        states = {each["id"]: each["state_bytes"] for each in client.get("/v1/models/status").json()["models"]}
-        assert (states["org/large"], states["small"]) == (64 << 20, 0)
+        for field, size in (("state_bytes", 64 << 20), ("index_bytes", 16 << 20)):
+            found = {each["id"]: each[field] for each in client.get("/v1/models/status").json()["models"]}
+            assert (found["org/large"], found["small"]) == (size, 0)
         card = client.get("/v1/models/org/large").json()
         wanted = {"architecture": "scripted", "num_parameters": 135_000_000, "quantization": "Q4_1", "dtype": "f32"}
         assert wanted.items() <= card.items()

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
+from candle_vllm.core.assembly.placement import recording_obstacle
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
 from candle_vllm.core.kernels.latent_attention.reference import choose
@@ -23,7 +27,12 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.latent_attention import cpu
 from candle_vllm.core.kernels.latent_attention.cpu_record import Place, record_choice
-from candle_vllm.core.kernels.latent_attention.layout import LatentParts, cache_shape, scratch_per_thread
+from candle_vllm.core.kernels.latent_attention.layout import (
+    LatentParts,
+    cache_shape,
+    choice_supported,
+    scratch_per_thread,
+)
 from candle_vllm.core.loading.config import LatentSizes
 from packages.core.tests.kernels.test_cpu_latent_attention import BLOCK, TOLERANCE, Recorded, rounded
 
@@ -145,8 +154,22 @@ def test_attention_to_chosen_positions(name: str) -> None:
     assert error(found[0][top:], everything[top:]) > 10 * TOLERANCE
 
 
+def test_sizes_with_a_kernel() -> None:
+    for heads, nope, rope, has_kernel in (
+        (16, 48, 16, True),
+        (24, 48, 16, False),
+        (16, 40, 16, False),
+        (16, 48, 5, False),
+    ):
+        index = LatentSizes(heads=heads, nope=nope, rope=rope, latent=nope, value=0)
+        assert choice_supported(index) is has_kernel, index
+        model: Any = mock.Mock(latent=SIZES["small"], index=index)
+        obstacle = recording_obstacle(mock.Mock(tensors={}), model, BLOCK)
+        assert obstacle == (None if has_kernel else f"an index of {index} has no kernel")
+
+
 def test_scores_of_any_bits() -> None:
-    """The largest integers in the order of the bits; of equal ones the first. Scores alike, far apart and not finite."""
+    """The largest integers in the order of the bits, of equal ones the first: scores alike, far apart, not finite."""
 
     @njit
     def choose_in(scores: int, count: int, top: int, to: int) -> None:
@@ -156,10 +179,11 @@ def test_scores_of_any_bits() -> None:
     for n in range(600):
         count = int(draw.integers(2, 300))
         top = int(draw.integers(1, count))
-        spread = [lambda: draw.normal(size=count), lambda: 10 + 1e-3 * draw.normal(size=count), lambda: np.ones(count),
-                  lambda: draw.integers(-4, 5, count), lambda: -1e-40 * draw.random(count)][n % 5]  # fmt: skip
-        scores = spread().astype(np.float32)
-        bits = draw.integers(-(1 << 31), 1 << 31, count).astype(np.int32) if n % 6 == 0 else scores.view(np.int32)
+        drawn = draw.normal(size=count)
+        scores = [drawn, 10 + 1e-3 * drawn, 0 * drawn + 1, np.round(drawn), -1e-40 * np.abs(drawn)][n % 5]
+        bits = scores.astype(np.float32).view(np.int32)
+        if n % 6 == 0:
+            bits = draw.integers(-(1 << 31), 1 << 31, count).astype(np.int32)
         keys = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
         found, work = np.full(top + 1, -1, np.int32), bits.copy()
         choose_in(address_of(work), count, top, address_of(found))

@@ -4,28 +4,46 @@
 from __future__ import annotations
 
 import json
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, InvalidFileError, SamplingParams
+from candle_vllm.core import (
+    ConfigError,
+    EngineConfig,
+    InferenceEngine,
+    InvalidFileError,
+    LoRARequest,
+    SamplingParams,
+    memory,
+)
 from candle_vllm.core.assembly.stages import stage_of
+from candle_vllm.core.engine import build
+from candle_vllm.core.engine.runners.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.latent_attention import reference
 from candle_vllm.core.memory import Room, plan_cache
 from candle_vllm.core.models import deepseek, sparse_index
 from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.peft_adapters import trained
 from packages.core.tests.models.tiny import (
+    BLOCK,
     LENGTH,
     eager_logits,
+    eager_runner,
     error,
     load,
     recorded_logits,
     some_tokens,
+    step_logits,
     their_logits,
     write_tiny,
 )
@@ -64,10 +82,10 @@ def test_every_cut_of_the_prompt(cut: int, folder: Path) -> None:
     assert torch.equal(recorded_logits(folder, tokens, [cut, LENGTH - cut]), recorded_logits(folder, tokens, [LENGTH]))
 
 
-def changed_top(folder: Path) -> Path:
+def changed_top(folder: Path, top: int = LENGTH) -> Path:
     """The same model that attends to every position."""
-    to = folder.with_name(folder.name + "-all")
-    return to if to.exists() else changed(folder, to, index_topk=LENGTH)
+    to = folder.with_name(f"{folder.name}-{top}")
+    return to if to.exists() else changed(folder, to, index_topk=top)
 
 
 def test_few_tokens_are_plain_latent_attention(folder: Path, tmp_path: Path) -> None:
@@ -117,6 +135,135 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     small, preemptions = run(kv_cache_memory=block * 9, max_model_len=96, max_num_batched_tokens=48, max_num_seqs=6)
     assert small == alone
     assert preemptions > 0
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
+def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
+    """Also the status; with as many positions as the context has, there is no choice."""
+    settings: dict[str, Any] = {"block_size": 16, "threads": 2, "max_num_batched_tokens": 64, "enforce_eager": eager}
+    free = 16 << 20 if eager else 1 << 20
+
+    def planned(source: Path) -> memory.CachePlan:
+        model = load(source, **settings)
+        with mock.patch.object(memory, "tightest_limit", return_value=memory.Limit(free, "this machine")):
+            return build._plan_on_cpu(EngineConfig(model=str(source), **settings), model, 64, 0.5)
+
+    def bounded(plan: memory.CachePlan) -> None:
+        budget = (free - plan.index_bytes) // 2
+        assert budget - plan.block_bytes < plan.page_bytes <= budget
+
+    plan, heads, context = planned(folder), 16, 512
+    scores = 2 * 4 * 64 * heads * context if eager else 16 * 4 * context  # of 64 queries in torch, else of 16 tokens
+    positions = (8 if eager else 4) * 64 * TOP
+    assert scores + positions <= plan.index_bytes < scores + positions + (1 << 18)
+    assert "for the choice of positions" in plan.message
+    bounded(plan)
+    everything = changed_top(folder, 512)
+    assert planned(everything).index_bytes == 0
+    bounded(planned(everything))
+    with InferenceEngine(str(folder), **settings) as engine:
+        assert engine.model_info.index_bytes == plan.index_bytes
+
+
+def test_the_memory_of_a_choice_is_free_after_the_step(folder: Path) -> None:
+    """In torch as soon as a later layer chooses; in a recorded step one array serves all layers and all plans."""
+    found, chosen, choose = list[weakref.ref[Any]](), 0, reference.choose
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal chosen
+        assert not [ref for ref in found if ref() is not None], "the last choice still takes memory"
+        positions = choose(*arguments)
+        found.append(weakref.ref(positions))
+        chosen += 1
+        return positions
+
+    tokens, loaded = some_tokens(), load(folder, enforce_eager=True)
+    runner = eager_runner(loaded, -(-LENGTH // BLOCK))
+    with mock.patch.object(reference, "choose", watched):
+        step_logits(runner, tokens, [LENGTH])
+    assert chosen == len(loaded.decoder.config.index_layers)
+    assert not [ref for ref in found if ref() is not None]
+    loaded = load(folder, block_size=BLOCK)
+    limits = StepLimits(tokens=80, sequences=4, logit_rows=64, table_width=8, block_size=BLOCK, threads=1)
+    recorded = RecordedRunner(loaded.decoder, 8, limits)
+    try:
+        logits = step_logits(recorded, tokens, [LENGTH])
+        positions = [x for x in recorded._recorder.allocated if (x.dtype, x.size) == (np.int32, 80 * TOP)]
+        assert len(positions) == 1
+        if sys.platform == "linux":
+            whole = [x for x in recorded._recorder.allocated if x.nbytes >= 8192 and x.any()]
+            recorded.drop_cache()
+            assert whole
+            assert not [x for x in whole if x.view(np.uint8)[4096:-4096].any()], "their pages stay"
+        assert torch.equal(step_logits(recorded, tokens, [LENGTH]), logits)
+    finally:
+        recorded.close()
+
+
+# ---- tiers, sleep, adapters ------------------------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {"threads": 1, "block_size": 16, "kv_cache_memory": 4 << 20}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=1)
+OF_INDEX = ["wq_b", "wk", "weights_proj"]
+both = pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
+
+
+def answers(engine: InferenceEngine, adapter: Path | None = None) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and logprobs of two prompts that are longer than a choice."""
+    prompts = [some_tokens(), [9, *some_tokens(50)]]
+    lora = None if adapter is None else LoRARequest("one", lora_path=str(adapter))
+    found = [each.outputs[0] for each in engine.generate(prompts, GREEDY, lora_request=lora, use_tqdm=False)]
+    tokens = [list(each.token_ids) for each in found]
+    return tokens, [[entry.chosen.logprob for entry in each.logprobs or ()] for each in found]
+
+
+@both
+def test_blocks_on_disk_have_index_keys(eager: bool, folder: Path, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "enforce_eager": eager}
+    with InferenceEngine(folder, **settings) as engine:
+        right = answers(engine)
+    for read in (0, 4 + 3):
+        with InferenceEngine(folder, prompt_cache_path=tmp_path / "blocks", **settings) as engine:
+            tokens, logprobs = answers(engine)
+            assert engine.stats().kept_blocks_read == read
+        assert tokens == right[0]  # in torch, sums depend on where a prompt begins
+        assert np.allclose(logprobs, right[1], rtol=0, atol=1e-4) if eager else logprobs == right[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an engine on the CPU does not sleep")
+@both
+def test_answers_are_the_same_after_sleep(eager: bool, folder: Path) -> None:
+    with InferenceEngine(folder, enforce_eager=eager, **SETTINGS) as engine:
+        right = answers(engine)
+        for level in (1, 2):
+            engine.sleep(level)
+            engine.wake_up()
+            assert answers(engine) == right
+
+
+@both
+def test_adapters_of_an_index(eager: bool, tmp_path: Path) -> None:
+    """As PEFT merges them; they change what is chosen alone, and nothing where every position is."""
+    made = trained(tmp_path, "GLM-5", target_modules=OF_INDEX)
+    merged = tmp_path / "merged"
+    made.peft.merge_and_unload().save_pretrained(merged)
+    (merged / "tokenizer.json").write_bytes((made.model / "tokenizer.json").read_bytes())
+    settings = {**SETTINGS, "enforce_eager": eager}
+
+    def run(model: Path, adapter: Path | None = None) -> tuple[list[list[int]], list[list[float]]]:
+        with InferenceEngine(model, enable_lora=True, **settings) as engine:
+            return answers(engine, adapter)
+
+    (tokens, logprobs), (wanted, likely) = run(made.model, made.adapter), run(merged)
+    assert tokens == wanted
+    assert np.allclose(logprobs, likely, rtol=0, atol=1e-4 if eager else 2e-2)
+    plain = run(made.model)
+    assert not np.allclose(logprobs, plain[1], rtol=0, atol=0.1)
+    everything = changed(made.model, tmp_path / "everything", index_topk=LENGTH + 20)
+    assert run(everything, made.adapter) == run(everything)
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ class CachePlan:
         state_bytes: bytes of all states.
         windows: the page pools of layers with a window, one for each window.
         window_bytes: bytes of all page pools.
+        index_bytes: bytes beside the cache for what an index of sparse attention computes in a step.
     """
 
     num_blocks: int
@@ -74,6 +75,7 @@ class CachePlan:
     state_bytes: int = 0
     windows: tuple[WindowRoom, ...] = ()
     window_bytes: int = 0
+    index_bytes: int = 0
 
     @property
     def page_bytes(self) -> int:

@@ -243,15 +243,13 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if obstacle is not None:
         return obstacle
     from candle_vllm.core.kernels.attention.cpu_cache import supported
-    from candle_vllm.core.kernels.latent_attention.layout import supported as latent_supported
+    from candle_vllm.core.kernels.latent_attention import layout
 
     if model.latent is not None:
-        if not latent_supported(model.latent, block_size):
+        if not layout.supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
-        index = model.index
-        if index is not None and (index.heads % 16 or index.latent % 16):
-            return f"an index of {index} has no kernel"
-        return None
+        has_kernel = model.index is None or layout.choice_supported(model.index)
+        return None if has_kernel else f"an index of {model.index} has no kernel"
     for dim in {spec.key_dim for spec in paged(model.cache_specs)}:
         if not supported(dim, block_size):
             return f"heads of {dim} with blocks of {block_size} tokens (`block_size`) have no kernel"

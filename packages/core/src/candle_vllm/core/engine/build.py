@@ -36,8 +36,10 @@ from candle_vllm.core.engine.step.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.latent_attention.layout import choice_scratch
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.cache_specs import paged, states
+from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import (
     MIB,
     CachePlan,
@@ -168,6 +170,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
     engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
+    engine.index_bytes = plan.index_bytes
     return engine
 
 
@@ -418,15 +421,31 @@ def _plan_on_cpu(
     threads = config.threads or default_threads()
     if isinstance(model, LoadedModel) and model.tower is not None:
         weights += model.tower.tower.config.step_bytes(threads)
-    room = main_room(threads, share, weights)
+    # With pipeline parallelism, one step runs on each stage; each has its own rows.
+    rows = step_size(config, placement.device, model.config.max_position)[1] * config.pipeline_parallel_size
+    index = _index_bytes(model.config, rows, threads, placement.recorded)
+    room = main_room(threads, share, weights + index)
+    if index:
+        room = dataclasses.replace(room, kept=f"{room.kept} beside {-(-index // MIB)} MiB for the choice of positions")
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
     layers = model.layers if isinstance(model, LoadedModel) else None
     drafts = _most_drafts(config, placement.recorded)
-    # With pipeline parallelism, one step runs on each stage; each has its own rows.
-    rows = step_size(config, placement.device, model.config.max_position)[1] * config.pipeline_parallel_size
     sizes = _element_bytes(model, kinds), sequences, room, beside, layers, drafts, rows
-    return agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
+    plan = agreed_plan(lambda pools: plan_cache(config, model.config, *sizes, pools), ranks)
+    return dataclasses.replace(plan, index_bytes=index)
+
+
+def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) -> int:
+    """Return the bytes of an index's scores, and of the positions that it chooses, in a step of `tokens` tokens."""
+    context, index = model.max_position, model.index
+    if index is None or context <= model.index_top:
+        return 0
+    if recorded:
+        return choice_scratch(context, threads) + 4 * tokens * model.index_top
+    from candle_vllm.core.kernels.latent_attention.reference import score_bytes
+
+    return score_bytes(index.heads, context) + 8 * tokens * model.index_top
 
 
 def _most_drafts(config: EngineConfig, recorded: bool) -> int:
@@ -656,4 +675,5 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,
         state_bytes=engine.state_bytes,
+        index_bytes=engine.index_bytes,
     )

@@ -64,6 +64,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         max_num_seqs: maximum number of sequences in one step.
         kv_cache_bytes: size of the KV cache, states of layers included; on a CPU, memory is allocated as it fills.
         state_bytes: the part of the cache for states of layers and their checkpoints.
+        index_bytes: memory beside the cache for the scores of an index of sparse attention, and its chosen positions.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(
@@ -77,6 +78,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "max_num_seqs",
             "kv_cache_bytes",
             "state_bytes",
+            "index_bytes",
             "model_sampling",
             "max_images",
             "image_text",
@@ -111,3 +113,4 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0
     state_bytes: int = 0
+    index_bytes: int = 0

@@ -103,6 +103,7 @@ class StepInput:
         layer_inputs: [T, P] for each layer, its input besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
         windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
+        shared: what a layer computes for later layers of the step, by a name: the positions that an index chose.
     """
 
     positions: Value
@@ -119,6 +120,7 @@ class StepInput:
     states: StateRows | None = None
     windowed: Sequence[tuple[Value, AttentionRows | DeviceRows]] = ()
     layer_inputs: tuple[Value, ...] = ()
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class PagedAttention:

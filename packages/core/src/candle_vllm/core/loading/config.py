@@ -62,6 +62,7 @@ class ModelConfig:
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
         eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
         index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without one.
+        index_top: number of positions that the index chooses.
     """
 
     model_type: str
@@ -85,6 +86,7 @@ class ModelConfig:
     has_head: bool = True
     eos_token_ids: tuple[int, ...] = ()
     index: LatentSizes | None = None
+    index_top: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

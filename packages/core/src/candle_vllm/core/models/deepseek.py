@@ -37,12 +37,6 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 _LATENT_EPS = 1e-6  # in norms of latent vectors; the models' own code ignores rms_norm_eps there
 
 
-class Choice:
-    """The positions that the last layer with an index chose, for it and for the next layers; None without an index."""
-
-    positions: Any = None
-
-
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +54,6 @@ class Attention:
         results = config.num_heads * config.value_dim
         self.output = Linear(results, hidden, placement, bias=config.attention_bias)
         self.index = Index(config, layer, rotary, placement) if layer in config.index_layers else None
-        self.choice = Choice()
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         q, kv = self.down(x).split(self.sizes, dim=-1)
@@ -68,8 +61,9 @@ class Attention:
             normed = self.q_norm(q)
             q = self.q_up(normed)
             if self.index is not None:
-                self.choice.positions = self.index(x, normed, step)
-        return self.output(self.attend(q, kv, step, self.choice.positions))
+                step.shared.pop("positions", None)  # so that their memory is used again
+                step.shared["positions"] = self.index(x, normed, step)
+        return self.output(self.attend(q, kv, step, step.shared.get("positions")))
 
     def parameters(self) -> Mapping[str, Parameter]:
         """No parameters besides those of its parts."""
@@ -110,10 +104,6 @@ class Deepseek(DecoderStack):
         self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
         self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
-        choice = Choice()
-        for block in self.layers if config.index is not None else ():
-            assert isinstance(block.attention, Attention)
-            block.attention.choice = choice
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)

@@ -38,7 +38,6 @@ class DeepseekConfig(ModelConfig):
         dense_layers: number of first layers without experts.
         mixture: experts of the other layers.
         extra_layers: number of multi-token prediction layers after the last layer, which are not loaded.
-        index_top: number of positions that the index chooses.
         index_layers: the layers with an index.
         index_interleaved: rows of the index that rotate are stored in interleaved pairs.
     """
@@ -51,7 +50,6 @@ class DeepseekConfig(ModelConfig):
     dense_layers: int
     mixture: Mixture | None
     extra_layers: int = 0
-    index_top: int = 0
     index_layers: frozenset[int] = frozenset()
     index_interleaved: bool = False
 

@@ -173,6 +173,7 @@ class Fleet:
             max_num_seqs=sum(info.max_num_seqs for info in infos),
             kv_cache_bytes=sum(info.kv_cache_bytes for info in infos),
             state_bytes=sum(info.state_bytes for info in infos),
+            index_bytes=sum(info.index_bytes for info in infos),
         )
         self._writer = self._replicas[0].writer(self.info)
         self._router = Router([replica.room for replica in self._replicas])

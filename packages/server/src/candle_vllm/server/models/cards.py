@@ -147,7 +147,8 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
         loaded_at: Unix time in seconds.
         load_seconds: duration of loading, including the time in which other models were unloaded.
         idle_seconds: seconds since its last use; null while it is in use or not loaded.
-        memory_bytes, state_bytes: size of weights, full cache and recurrent states; and of recurrent states alone.
+        memory_bytes: size of weights, full cache, recurrent states, and an index's scores and choices.
+        state_bytes, index_bytes: the parts of recurrent states, and of an index of sparse attention.
         error: reason why the model could not be loaded, or why its engine died.
     """
 
@@ -162,6 +163,7 @@ class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     idle_seconds: float | None
     memory_bytes: int
     state_bytes: int
+    index_bytes: int
     error: str | None
     loading: LoadProgress | None
 
@@ -255,6 +257,7 @@ def slot_status(slot: ModelSlot) -> SlotStatus:
         idle_seconds=time.monotonic() - slot.last_used if slot.model and not slot.in_flight else None,
         memory_bytes=slot.model.memory if slot.model else 0,
         state_bytes=slot.model.engine.model_info.state_bytes if slot.model else 0,
+        index_bytes=slot.model.engine.model_info.index_bytes if slot.model else 0,
         error=str(slot.error)[:MAX_ERROR] if slot.error else None,
         loading=load_progress(slot),
     )

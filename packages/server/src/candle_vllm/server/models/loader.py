@@ -130,7 +130,7 @@ def serve_engine(
         messages=MessagesAdapter(adapter, sampling_defaults=settings.default_sampling),
         ollama=OllamaAdapter(adapter, sampling_defaults=settings.default_sampling),
         admission=admission,
-        memory=info.weight_bytes + info.kv_cache_bytes,
+        memory=info.weight_bytes + info.kv_cache_bytes + info.index_bytes,
     )
 
 
@@ -206,7 +206,8 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     device = choose_device(config.device)
     copies = _copies(config, device)
     weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
-    promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
+    infos = [] if device.type == "cuda" else [model.engine.model_info for model in beside]
+    promised = sum(info.kv_cache_bytes + info.index_bytes for info in infos)
     free = free_memory(device) - promised
     need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
     if need > free:

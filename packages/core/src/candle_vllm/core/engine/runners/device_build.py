@@ -24,7 +24,7 @@ from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
-from candle_vllm.core.kernels.latent_attention.reference import SCORES
+from candle_vllm.core.kernels.latent_attention.reference import score_bytes
 from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
@@ -111,8 +111,9 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
-    if model.index is not None:  # the measured prompt has one query at the end of the longest context
-        aside += 2 * 4 * SCORES
+    # The measured prompt has one query at the end of the longest context.
+    scores = 0 if model.index is None else score_bytes(model.index.heads, model.max_position)
+    aside += scores
     if loaded.tower is not None:
         aside += loaded.tower.tower.config.step_bytes(1)  # encoding the largest image
     free, total = torch.cuda.mem_get_info(device)
@@ -128,6 +129,7 @@ def build_on_gpu(
     plan = agreed_plan(
         lambda pools: plan_cache(config, model, element_bytes, sequences, room, pools=pools, **beside), ranks
     )
+    plan = dataclasses.replace(plan, index_bytes=scores)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)

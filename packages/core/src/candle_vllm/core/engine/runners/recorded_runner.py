@@ -161,7 +161,7 @@ class RecordedRunner(StepwiseRunner):
         recorder.begin(adapted)
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
-        step = dataclasses.replace(self._step, positions=step_tokens(recorder, recorder.arrays.positions))
+        step = dataclasses.replace(self._step, positions=step_tokens(recorder, recorder.arrays.positions), shared={})
         if narrows:
             step = dataclasses.replace(step, **{"narrowed" if self._readers else "narrows": self._narrows_at})
         hidden = self._layers(self._decoder, recorder, step)
@@ -300,7 +300,7 @@ class RecordedRunner(StepwiseRunner):
     def drop_cache(self) -> None:
         caches: list[PagedCache | StateCache] = [*self._own, *self._states]
         parts = [part for cache in caches for part in cache if part is not None]
-        for memory in {id(part.base): part.base for part in parts}.values():
+        for memory in (*{id(part.base): part.base for part in parts}.values(), *self._recorder.allocated):
             assert memory is not None
             drop_pages(memory)
 

@@ -94,6 +94,7 @@ class Engine:
         self.sleeper = sleeper
         self.cache_bytes = 0  # size of the KV cache; 0 if unknown
         self.state_bytes = 0  # part of the cache for layers' states
+        self.index_bytes = 0  # see `CachePlan`
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0

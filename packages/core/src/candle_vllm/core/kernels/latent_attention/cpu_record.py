@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
-from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, HEADER, ROW_TILE
+from candle_vllm.core.kernels.attention.cpu_cache import CHUNK, ROW_TILE
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs, linear_call
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation, plan_row
 from candle_vllm.core.kernels.latent_attention.layout import (
-    CHOICE_BYTES,
-    FEW_TOKENS,
     GROUPS,
+    choice_scratch,
     groups_of,
     scratch_bytes,
     stretch_step,
@@ -86,13 +85,12 @@ def record_choice(
     tokens at position `top` or later have positions.
     """
     sizes, limits = parts.sizes, recorder.limits
-    width, top = sizes.rope + sizes.latent, min(top, limits.table_width * limits.block_size)
+    longest = limits.table_width * limits.block_size
+    width, top = sizes.rope + sizes.latent, min(top, longest)
     queries, positions = recorder.memory(sizes.heads * width, np.int16), recorder.memory(top, np.int32)
     recorder.add(operation(_PREPARE, 2), _prepared(recorder, q, key, parts, cache, address_of(queries), 1.0))
-    score_bytes = 4 * limits.table_width * limits.block_size
-    size = HEADER + limits.threads * CHOICE_BYTES + max(FEW_TOKENS, limits.threads) * score_bytes
-    given = _over_cache(recorder, address_of(queries), parts, cache, size)
-    given = given._replace(out=weights.address, row_bytes=4 * weights.stride, head_bytes=score_bytes)
+    given = _over_cache(recorder, address_of(queries), parts, cache, choice_scratch(longest, limits.threads))
+    given = given._replace(out=weights.address, row_bytes=4 * weights.stride, head_bytes=4 * longest)
     for chooses in (False, True):
         made = operation("latent_attention.cpu:make_choose", width, recorder.isa.bf16, chooses)
         recorder.add(made, given._replace(chosen=address_of(positions), top=top))

@@ -99,6 +99,16 @@ FEW_TOKENS = 16  # of so many tokens of a step, or fewer, threads share the inde
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
 
 
+def choice_supported(index: LatentSizes) -> bool:
+    """Whether the kernels support an index: H % 16 == 0, R even, L % 16 == 0, with L elements that do not rotate."""
+    return index.heads % LANES == 0 and index.rope % 2 == 0 and index.latent % LANES == 0
+
+
+def choice_scratch(max_context: int, threads: int) -> int:
+    """Return the scratch memory of a choice: of each thread, and the scores of the tokens that are computed at once."""
+    return HEADER + threads * CHOICE_BYTES + max(FEW_TOKENS, threads) * 4 * max_context
+
+
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, latent: int, max_context: int, threads: int) -> int:
     """Return the size of the scratch memory that all layers share; see `attention.cpu_split.scratch_bytes`."""
     chunks = chunk_of(max_context) + 1

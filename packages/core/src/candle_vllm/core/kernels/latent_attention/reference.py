@@ -10,8 +10,7 @@ import torch
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
-SCORES = 1 << 25
-"""Scores of an index at a time, float32, of all its heads; more if one query has more."""
+_SCORES = 1 << 25  # scores of an index at a time, float32, of all its heads; more if one query has more
 
 
 def latent_attention(
@@ -35,6 +34,16 @@ def latent_attention(
     return out
 
 
+def _queries(scores: int) -> int:
+    """Return the number of queries whose index scores, `scores` of each, are computed at a time."""
+    return max(1, min(_QUERIES, _SCORES // max(1, scores)))
+
+
+def score_bytes(heads: int, context: int) -> int:
+    """Return the memory of `choose` for scores: products, and a copy with another function applied."""
+    return 2 * 4 * heads * context * _queries(heads * context)
+
+
 def choose(
     q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
 ) -> torch.Tensor | None:
@@ -46,7 +55,7 @@ def choose(
         start, end = rows.query_start[row], rows.query_start[row + 1]
         keys = cache[rows.block_tables[row, : -(-context // cache.shape[1])]].flatten(0, 2)[:context].float()
         places = torch.arange(context, device=q.device)
-        most = max(1, min(_QUERIES, SCORES // max(1, q.shape[1] * context)))
+        most = _queries(q.shape[1] * context)
         for first in range(start, end, most):
             last = min(first + most, end)
             at = places[context - (end - first) : context - (end - last), None]
