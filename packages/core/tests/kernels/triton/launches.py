@@ -168,11 +168,12 @@ def other_threads_and_errors(watch: Watch) -> None:
         raise AssertionError("it compiled")
 
 
-def serve(loaded: LoadedModel, watch: Watch, captured_prompts: int) -> None:
-    """Starts an engine and answers requests of every kind; tokens mean nothing."""
+def serve(loaded: LoadedModel, watch: Watch, captured_prompts: int, *, graphs: bool = True, grows: int = 0) -> None:
+    """Starts an engine and answers requests of every kind; tokens mean nothing. Each prompt has `grows` tokens more
+    than the one before it, and 9."""
     stream, limits = LazyStream(), DeviceLimits(128, 8, CONTEXT // SIZE, SIZE)
     runner = DeviceRunner(
-        loaded.decoder, limits, stream, loaded.placement.torch_dtype, captured_prompts=captured_prompts
+        loaded.decoder, limits, stream, loaded.placement.torch_dtype, captured_prompts=captured_prompts, graphs=graphs
     )
     steps = runner.largest_steps()
     watch.together(lambda: run(steps, stream))
@@ -194,7 +195,7 @@ def serve(loaded: LoadedModel, watch: Watch, captured_prompts: int) -> None:
         params = SamplingParams(
             max_tokens=5 + index, ignore_eos=True, temperature=0.9 * (index % 2), top_p=0.95, **more
         )
-        prompt = [5 + index, *range(40, 42 + 9 * index)]
+        prompt = [5 + index, *range(40, 42 + 9 * index), *[7] * grows * index]
         engine.add(engine.prepare(GenerationRequest(request_id=str(index), prompt_token_ids=prompt, params=params)))
     while engine.has_work:
         for piece in engine.step():
@@ -207,16 +208,22 @@ def run(steps: Sequence[Work], stream: DeviceStream) -> None:
     stream.mark().wait()
 
 
-def main() -> None:
-    """Quantised weights of several types, and plain ones with norms of heads."""
+def begin() -> Watch:
+    """Puts both in place, for tensors on the CPU."""
     gpu = Hopper()
     driver.set_active(gpu)  # type: ignore[arg-type]
     watch = Watch(gpu)
     triton.compiler.compile = watch.compile  # type: ignore[assignment]
     jit.JITFunction.run = lambda kernel, *args, **options: watch.run(kernel, *args, **options)  # type: ignore[method-assign]
-    other_threads_and_errors(watch)
     dispatch.interpreted = lambda: True  # type: ignore[assignment]  # tensors on the CPU go to Triton
     device_sampler.SampledRows.tokens = drawn  # type: ignore[method-assign]
+    return watch
+
+
+def main() -> None:
+    """Quantised weights of several types, and plain ones with norms of heads."""
+    watch = begin()
+    other_threads_and_errors(watch)
     folder, device = Path(tempfile.mkdtemp()), torch.device("cpu")
     sizes = {"head_dim": 64, "hidden_size": 256, "intermediate_size": 512}
     others = {"attn_v": "Q8_0", "ffn_down": "F16"}

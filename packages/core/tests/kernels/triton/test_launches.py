@@ -13,18 +13,25 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.triton_build import compile_together
+from tests.common_run import few
+
+KERNELS = {
+    "launches.py": {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "linear_kernel"},
+    "launches_of_an_index.py": {"latent_decode_kernel", "latent_prefill_kernel", "latent_write_kernel"},
+}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("file", ["launches.py"])
-def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, background: Any) -> None:
-    done = background.files[file, False].result()
+@pytest.mark.parametrize(("file", "kernels"), few(KERNELS.items(), ("launches.py", KERNELS["launches.py"])))
+def test_what_an_engine_launches_is_compiled_when_it_starts(
+    file: str, kernels: set[str], background: Any, request: pytest.FixtureRequest
+) -> None:
+    every_case = request.node.get_closest_marker("every_case") is not None
+    done = background.files[file, every_case].result()
     assert done.returncode == 0, done.stderr[-4000:]
     forms = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {"decode_kernel", "prefill_kernel", "rotary_write_kernel", "linear_kernel"} <= {
-        form["kernel"] for form in forms
-    }
+    assert kernels <= {form["kernel"] for form in forms}
     assert [form for form in forms if form["fault"]] == []
     assert {form["phase"] for form in forms} == {"together"}, "a start, or a request, would wait for a compiler"
     assert max(form["others"] for form in forms) > 0 or os.cpu_count() == 1, "forms are compiled one after another"
