@@ -7,7 +7,7 @@ import json
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -181,10 +181,10 @@ def test_the_memory_of_a_choice_is_free_after_the_step(folder: Path) -> None:
         return positions
 
     tokens, loaded = some_tokens(), load(folder, enforce_eager=True)
-    runner = eager_runner(loaded, -(-LENGTH // BLOCK))
+    runner, config = eager_runner(loaded, -(-LENGTH // BLOCK)), cast(Any, loaded.decoder.config)
     with mock.patch.object(reference, "choose", watched):
         step_logits(runner, tokens, [LENGTH])
-    assert chosen == len(loaded.decoder.config.index_layers)
+    assert chosen == len(config.index_layers)
     assert not [ref for ref in found if ref() is not None]
     loaded = load(folder, block_size=BLOCK)
     limits = StepLimits(tokens=80, sequences=4, logit_rows=64, table_width=8, block_size=BLOCK, threads=1)

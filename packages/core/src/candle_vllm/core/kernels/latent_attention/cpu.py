@@ -258,7 +258,7 @@ def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> N
 
 
 @njit(inline="always")
-def _count(keys, start: int, end: int, least: int) -> int:
+def _count(keys, start: int, end: int, least: int) -> np.int32:
     """Count the int32 keys that are at least `least`, in 32 bits, which doubles the keys of a vector."""
     count, bound = np.int32(0), np.int32(least)
     for i in range(start, end):

@@ -46,6 +46,11 @@ def supported(sizes: LatentSizes, block_size: int) -> bool:
     return whole and block_size >= LANES and block_size.bit_count() == 1
 
 
+def choice_supported(index: LatentSizes) -> bool:
+    """Whether the kernels support an index: H % 16 == 0, R even, L % 16 == 0, with L elements that do not rotate."""
+    return index.heads % LANES == 0 and index.rope % 2 == 0 and index.latent % LANES == 0
+
+
 def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
     """Shape of the cache of all layers, 16-bit elements; operations read [:, n], the part of layer n."""
     blocks = max(1, STRETCH // block_size)
@@ -58,30 +63,16 @@ def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
 
 
 GROUPS = 4  # groups of a tile, whose heads share the loads of keys
-
-
 BLOCK = 32  # dimensions whose values are summed at a time
-
-
 OCTET = 8  # rows that share the loads of values
-
-
 SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
-
-
 PROBABILITY_BYTES = SCORE_BYTES // 2
-
-
 STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
-
-
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
-
-
 _MOST_PARTIALS = 32 << 20  # maximum bytes, unless one sequence needs more
-
-
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
+FEW_TOKENS = 16  # of so many tokens of a step, or fewer, threads share the index scores of each
+CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
 
 
 def groups_of(heads: int) -> int:
@@ -93,15 +84,6 @@ def scratch_per_thread(latent: int) -> int:
     """Return the scratch memory of a thread: tile addresses, states and partials of a tile, scores, probabilities."""
     rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
     return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
-
-
-FEW_TOKENS = 16  # of so many tokens of a step, or fewer, threads share the index scores of each
-CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
-
-
-def choice_supported(index: LatentSizes) -> bool:
-    """Whether the kernels support an index: H % 16 == 0, R even, L % 16 == 0, with L elements that do not rotate."""
-    return index.heads % LANES == 0 and index.rope % 2 == 0 and index.latent % LANES == 0
 
 
 def choice_scratch(max_context: int, threads: int) -> int:
