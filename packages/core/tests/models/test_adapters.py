@@ -58,6 +58,7 @@ CASES = [
         *[("Mixtral", EXPERTS | {"target_parameters": [f"experts.{name}"]}) for name in ("gate_up_proj", "down_proj")],
         ("DeepSeek-V2", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
         ("DeepSeek-V2 Lite", {"target_modules": ["q_proj", "kv_a_proj_with_mqa"]}),
+        *[(name, {"target_modules": ["wq_b", "wk", "weights_proj"]}) for name in ("DeepSeek-V3.2", "GLM-5")],
         ("Qwen2", {"bias": "lora_only"}),
         ("Phi-2", {"lora_bias": True}),
         ("Phi-2", {"use_dora": True, "bias": "lora_only"}),

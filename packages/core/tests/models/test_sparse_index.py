@@ -137,10 +137,14 @@ def test_what_is_around_a_sequence_changes_nothing(folder: Path) -> None:
     assert preemptions > 0
 
 
+both = pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
+with_shared_choices = pytest.mark.parametrize("folder", few(NAMES, "GLM-5"), indirect=True)
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
+@both
+@with_shared_choices
 def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
     """Also the status; with as many positions as the context has, there is no choice."""
     settings: dict[str, Any] = {"block_size": 16, "threads": 2, "max_num_batched_tokens": 64, "enforce_eager": eager}
@@ -168,6 +172,7 @@ def test_the_plan_counts_what_a_choice_takes(eager: bool, folder: Path) -> None:
         assert engine.model_info.index_bytes == plan.index_bytes
 
 
+@with_shared_choices
 def test_the_memory_of_a_choice_is_free_after_the_step(folder: Path) -> None:
     """In torch as soon as a later layer chooses; in a recorded step one array serves all layers and all plans."""
     found, chosen, choose = list[weakref.ref[Any]](), 0, reference.choose
@@ -208,7 +213,6 @@ def test_the_memory_of_a_choice_is_free_after_the_step(folder: Path) -> None:
 SETTINGS: dict[str, Any] = {"threads": 1, "block_size": 16, "kv_cache_memory": 4 << 20}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=1)
 OF_INDEX = ["wq_b", "wk", "weights_proj"]
-both = pytest.mark.parametrize("eager", [False, True], ids=["recorded", "eager"])
 
 
 def answers(engine: InferenceEngine, adapter: Path | None = None) -> tuple[list[list[int]], list[list[float]]]:
@@ -221,6 +225,7 @@ def answers(engine: InferenceEngine, adapter: Path | None = None) -> tuple[list[
 
 
 @both
+@with_shared_choices
 def test_blocks_on_disk_have_index_keys(eager: bool, folder: Path, tmp_path: Path) -> None:
     settings = {**SETTINGS, "enforce_eager": eager}
     with InferenceEngine(folder, **settings) as engine:
@@ -235,6 +240,7 @@ def test_blocks_on_disk_have_index_keys(eager: bool, folder: Path, tmp_path: Pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere an engine on the CPU does not sleep")
 @both
+@with_shared_choices
 def test_answers_are_the_same_after_sleep(eager: bool, folder: Path) -> None:
     with InferenceEngine(folder, enforce_eager=eager, **SETTINGS) as engine:
         right = answers(engine)
