@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from candle_vllm.openai.events import Reason
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.tools.approval import Approval
@@ -257,7 +257,9 @@ def test_what_a_tool_says_cannot_move_the_cursor(capsys: pytest.CaptureFixture[s
     display.show(events.ToolProgressed(call_id="c", progress=ToolProgress(progress=1, total=4, message="a\nb")))
     display.show(events.ReasoningDelta(text="hidden where no terminal is"))
     message = {"role": "assistant", "content": ""}
-    display.show(events.TurnFinished(number=1, message=message, finish_reason=Reason.STOP, usage=ConversationUsage()))
+    display.show(
+        events.TurnFinished(number=1, message=message, finish_reason=FinishReason.STOP, usage=ConversationUsage())
+    )
     out, err = capsys.readouterr()
     assert out == ""
     assert "\x1b" not in err

@@ -13,8 +13,8 @@ from typing import Any
 import openai
 import pytest
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.chat_answers import Told
-from candle_vllm.openai.events import Reason
 from candle_vllm.openai.protocol.usage import CompletionTokensDetails
 from candle_vllm.responses.conversation.events import TurnFinished
 from candle_vllm.responses.conversation.options import ConversationUsage
@@ -370,7 +370,7 @@ def test_what_was_guessed_and_predicted_is_added_up_over_the_turns() -> None:
     counts = {"draft_tokens": 5, "accepted_draft_tokens": 2, "predicted_tokens": 9, "accepted_predicted_tokens": 4}
     usage = ConversationUsage(prompt_tokens=3, completion_tokens=8, **counts)
     for number in (1, 2):
-        state.add(TurnFinished(number=number, message={}, finish_reason=Reason.STOP, usage=usage))
+        state.add(TurnFinished(number=number, message={}, finish_reason=FinishReason.STOP, usage=usage))
     details = state.usage.completion_tokens_details
     assert details == CompletionTokensDetails(
         0, accepted_prediction_tokens=8, rejected_prediction_tokens=10, draft_tokens=10, accepted_draft_tokens=4

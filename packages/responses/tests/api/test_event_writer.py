@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.events import Reason
 from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.task import Choice
 from candle_vllm.responses.api.echo import begin_response
@@ -52,14 +52,14 @@ def begin(name: str, index: int = 0, arguments: str = "{}") -> list[said.Event]:
     ]
 
 
-def turn(*events: said.Event, reason: Reason = Reason.STOP) -> list[said.Event]:
+def turn(*events: said.Event, reason: FinishReason = FinishReason.STOP) -> list[said.Event]:
     finished = said.TurnFinished(number=1, message={"role": "assistant"}, finish_reason=reason, usage=USAGE)
     return [said.TurnStarted(number=1), *events, finished]
 
 
-def end(reason: StopReason = "stop") -> said.Event:
+def end(reason: StopReason = FinishReason.STOP) -> said.Event:
     result = ConversationResult(
-        final_message="", turns_taken=1, completed=reason == "stop", stop_reason=reason, usage=USAGE
+        final_message="", turns_taken=1, completed=reason is FinishReason.STOP, stop_reason=reason, usage=USAGE
     )
     return said.ConversationFinished(result=result, messages=())
 
@@ -131,7 +131,7 @@ def test_counts_of_guesses_are_told_where_they_are_asked_for() -> None:
 
 def test_thoughts_text_and_calls_follow_each_other() -> None:
     events = [*thoughts("Hm", "."), *text("\n\n", "I call", ".", "\n"), *begin("f", 0, '{"a": 1}'), *begin("n__g", 1)]
-    _, response = written(*turn(*events, reason=Reason.TOOL_CALLS), end("client_tools"))
+    _, response = written(*turn(*events, reason=FinishReason.TOOL_CALLS), end("client_tools"))
     assert [item["type"] for item in response["output"]] == ["reasoning", "message", "function_call", "function_call"]
     first, second = response["output"][2:]
     assert (first["name"], first["arguments"], first["call_id"]) == ("f", '{"a": 1}', "call_f_0")
@@ -163,7 +163,7 @@ COMMENTARY, FINAL, OPEN = (None, "commentary"), (None, "final_answer"), (None, N
         (turn(*begin("f"), *text("I wait.")), [COMMENTARY]),
         (turn(*text("Hm."), *thoughts("so"), *text("Yes")), [COMMENTARY, FINAL]),
         (turn(*text("Looking."), *begin("s__t")) + turn(*text("Found")), [COMMENTARY, FINAL]),
-        (turn(*text("Ye"), reason=Reason.LENGTH), [OPEN]),
+        (turn(*text("Ye"), reason=FinishReason.LENGTH), [OPEN]),
     ],
 )
 def test_messages_say_whether_they_are_the_answer(events: list[said.Event], expected: list[Any]) -> None:
@@ -174,12 +174,12 @@ def test_where_nothing_can_be_called_a_message_is_the_answer_from_its_beginning(
     told = ("final_answer", "final_answer")
     for plan in (ToolPlan(), ToolPlan(by_name=PLAN.by_name, choice=Choice("none"))):
         assert phases(*turn(*text("Yes")), end(), plan=plan) == [told]
-        assert phases(*turn(*text("Ye"), reason=Reason.LENGTH), end("length"), plan=plan) == [told]
+        assert phases(*turn(*text("Ye"), reason=FinishReason.LENGTH), end(FinishReason.LENGTH), plan=plan) == [told]
 
 
 def test_white_space_between_items_is_no_item() -> None:
     _, response = written(
-        *turn(*thoughts("Hm"), *text("\n", "\n"), *begin("f"), reason=Reason.TOOL_CALLS), end("client_tools")
+        *turn(*thoughts("Hm"), *text("\n", "\n"), *begin("f"), reason=FinishReason.TOOL_CALLS), end("client_tools")
     )
     assert [item["type"] for item in response["output"]] == ["reasoning", "function_call"]
     _, response = written(*turn(*text(" \n")), end())
@@ -195,7 +195,9 @@ def test_thoughts_come_encoded_where_they_are_asked_for() -> None:
 
 
 def test_custom_tools_get_their_text() -> None:
-    _, response = written(*turn(*begin("c", 0, '{"input": "a\\nb"}'), reason=Reason.TOOL_CALLS), end("client_tools"))
+    _, response = written(
+        *turn(*begin("c", 0, '{"input": "a\\nb"}'), reason=FinishReason.TOOL_CALLS), end("client_tools")
+    )
     item = response["output"][0]
     assert (item["type"], item["input"], item["call_id"]) == ("custom_tool_call", "a\nb", "call_c_0")
     for arguments, given in [
@@ -207,7 +209,7 @@ def test_custom_tools_get_their_text() -> None:
 
 def test_calls_that_run_here() -> None:
     events = [
-        *turn(*begin("s__t", 0), *begin("s__t", 1), reason=Reason.TOOL_CALLS),
+        *turn(*begin("s__t", 0), *begin("s__t", 1), reason=FinishReason.TOOL_CALLS),
         started("s__t", 0), started("s__t", 1), finished("s__t", 1, "failed", "no"), finished("s__t", 0),
         *turn(*text("Done.")), end(),
     ]  # fmt: skip
@@ -223,7 +225,7 @@ def test_calls_that_run_here() -> None:
 
 def test_a_call_that_waits_for_agreement() -> None:
     asked = said.ApprovalRequested(call=tool_call("s__u"), definition=ToolDefinition(name="s__u"))
-    _, response = written(*turn(*begin("s__u"), reason=Reason.TOOL_CALLS), asked, end("approval"))
+    _, response = written(*turn(*begin("s__u"), reason=FinishReason.TOOL_CALLS), asked, end("approval"))
     assert [item["type"] for item in response["output"]] == ["mcp_approval_request"]
     assert response["status"] == "completed"
 
@@ -236,7 +238,7 @@ def test_a_call_that_was_agreed_to_before() -> None:
 
 def test_wrong_arguments_of_a_call_that_needs_agreement() -> None:
     _, response = written(
-        *turn(*begin("s__u"), reason=Reason.TOOL_CALLS),
+        *turn(*begin("s__u"), reason=FinishReason.TOOL_CALLS),
         finished("s__u", 0, "invalid_arguments", "no"),
         *turn(*text("x")),
         end(),
@@ -247,7 +249,7 @@ def test_wrong_arguments_of_a_call_that_needs_agreement() -> None:
 
 def test_a_tool_that_the_model_made_up_is_between_it_and_the_loop() -> None:
     _, response = written(
-        *turn(*begin("made_up"), reason=Reason.TOOL_CALLS),
+        *turn(*begin("made_up"), reason=FinishReason.TOOL_CALLS),
         finished("made_up", 0, "unknown"),
         *turn(*text("Sorry.")),
         end(),
@@ -265,21 +267,21 @@ def test_a_tool_that_the_model_made_up_is_between_it_and_the_loop() -> None:
     ],
 )
 def test_an_answer_that_was_cut(events: list[said.Event], expected: list[tuple[str, str]]) -> None:
-    _, response = written(*turn(*events, reason=Reason.LENGTH), end("length"))
+    _, response = written(*turn(*events, reason=FinishReason.LENGTH), end(FinishReason.LENGTH))
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert kinds(response) == expected
 
 
 def test_a_call_that_was_cut_before_it_could_run() -> None:
-    events = turn(*begin("s__t", 0), *begin("s__t", 1, '{"'), reason=Reason.LENGTH)
+    events = turn(*begin("s__t", 0), *begin("s__t", 1, '{"'), reason=FinishReason.LENGTH)
     refused = [finished("s__t", index, "invalid_arguments", "cut") for index in (0, 1)]
-    _, response = written(*events, *refused, end("length"))
+    _, response = written(*events, *refused, end(FinishReason.LENGTH))
     assert kinds(response) == [("mcp_call", "failed"), ("mcp_call", "incomplete")]
 
 
 @pytest.mark.parametrize("reason", ["max_tool_calls", "max_turns", "timeout", "loop"])
 def test_limits(reason: StopReason) -> None:
-    _, response = written(*turn(*begin("s__t"), reason=Reason.TOOL_CALLS), end(reason))
+    _, response = written(*turn(*begin("s__t"), reason=FinishReason.TOOL_CALLS), end(reason))
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": reason})
     assert kinds(response) == [("mcp_call", "incomplete")]
 

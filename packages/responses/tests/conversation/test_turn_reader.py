@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import events as answer
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
@@ -159,10 +160,10 @@ def test_each_of_several_choices_is_read() -> None:
     events += reader.end()
     assert finished == [False, False, False, True]
     assert [event for event in events if event.choice == 0][1:] == [
-        answer.Text(0, "a"), answer.Text(0, "b"), answer.Ended(0, answer.Reason.STOP),
+        answer.Text(0, "a"), answer.Text(0, "b"), answer.Ended(0, FinishReason.STOP),
     ]  # fmt: skip
     assert [event for event in events if event.choice == 1][1:] == [
-        answer.CallBegun(1, 0, "c", "f"), answer.CallText(1, 0, "{}"), answer.Ended(1, answer.Reason.TOOL_CALLS),
+        answer.CallBegun(1, 0, "c", "f"), answer.CallText(1, 0, "{}"), answer.Ended(1, FinishReason.TOOL_CALLS),
     ]  # fmt: skip
     with pytest.raises(CandleVllmError, match="more than 128 answers"):
         read(*(chunk(index=number) for number in range(200)))

@@ -11,7 +11,7 @@ from typing import Any
 from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
 from candle_vllm.openai.formats import events as found
 from candle_vllm.openai.formats.layout import BoundLayout, SpecialText
 from candle_vllm.openai.formats.parser import OutputParser
@@ -108,13 +108,14 @@ class ChoiceReader:
     def end(self, output: TokenOutput) -> Ended:
         """Return the end of the choice, which this output finishes.
 
-        A truncated text is `length`, also with calls; if a stop string ended its last call early, it is `stop`.
+        A truncated text keeps its reason, also with calls; if a stop string ended its last call early, it is STOP.
         """
-        stopped = output.finish_reason is FinishReason.STOP
+        reason = output.finish_reason
+        assert reason is not None
         called = self._parser is not None and self._parser.num_calls > 0
-        if called and stopped and (output.stop_reason is None or self._last_call_is_whole):
-            return Ended(self._choice, Reason.TOOL_CALLS, output.stop_reason)
-        return Ended(self._choice, Reason.STOP if stopped else Reason.LENGTH, output.stop_reason)
+        if called and reason is FinishReason.STOP and (output.stop_reason is None or self._last_call_is_whole):
+            reason = FinishReason.TOOL_CALLS
+        return Ended(self._choice, reason, output.stop_reason)
 
     def _parsed(self, parser: OutputParser, output: TokenOutput) -> list[found.Event]:
         text = output.text if self._special is None else self._special.add(output.text, output.special_tokens)
@@ -256,7 +257,7 @@ class AnswerReader:
         events += news
         if output.finish_reason is not None:
             self._unfinished -= 1
-            events.append(Ended(choice, Reason.LENGTH) if self._scored_only else reader.end(output))
+            events.append(Ended(choice, FinishReason.LENGTH) if self._scored_only else reader.end(output))
         for held in self._held.pop(prompt, ()) if self._held else ():
             events += self.add(prompt, held)
         return events

@@ -9,43 +9,12 @@ stream. A whole answer is joined from the same events.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 
-from candle_vllm.core.engine.outputs import PositionLogprobs
-
-
-class Reason(enum.StrEnum):
-    """Why an answer ended; the value is OpenAI's finish reason.
-
-    Attributes:
-        anthropic, ollama, llama_server: reasons in these APIs, except for a stop string and Anthropic's full context.
-        responses: the Responses API's reason why an answer is incomplete.
-    """
-
-    STOP = "stop", "end_turn", "stop", "eos"
-    LENGTH = "length", "max_tokens", "length", "limit", "max_output_tokens"
-    TOOL_CALLS = "tool_calls", "tool_use", "stop", "eos"
-
-    anthropic: str
-    ollama: str
-    llama_server: str
-    responses: str
-
-    def __new__(cls, value: str, anthropic: str, ollama: str, llama_server: str, responses: str = "") -> Self:
-        reason = str.__new__(cls, value)
-        reason._value_ = value
-        reason.anthropic, reason.ollama = anthropic, ollama
-        reason.llama_server, reason.responses = llama_server, responses
-        return reason
-
-    @property
-    def cut(self) -> bool:
-        """Whether the answer was truncated: its text or its last call may be incomplete."""
-        return self is Reason.LENGTH
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs
 
 
 class Head(NamedTuple):
@@ -119,11 +88,11 @@ class Ended(_OfChoice, frozen=True):
     """A choice ends.
 
     Attributes:
-        reason: `length` if the output was truncated, also within a call; `tool_calls` if it ended with calls.
+        reason: one that cuts if the output was truncated, also within a call; TOOL_CALLS if it ended with calls.
         stop: the stop string or token id that ended the choice; None for the model's end-of-sequence token.
     """
 
-    reason: Reason
+    reason: FinishReason
     stop: str | int | None = None
 
 

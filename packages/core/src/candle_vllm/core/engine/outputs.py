@@ -11,7 +11,7 @@ import builtins
 import enum
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import msgspec
 
@@ -25,22 +25,57 @@ else:
 
 
 class FinishReason(enum.StrEnum):
-    """Reason for which a sequence ended."""
+    """Reason for which an answer ended, and how each API spells it.
 
-    STOP = "stop"  # end-of-sequence token, stop token or stop string
-    LENGTH = "length"  # max_tokens or the context length
-    ABORT = "abort"  # the caller went away, or the engine shut down
-    ERROR = "error"  # the engine failed on this request
+    The value is the reason in OpenAI's chat and completions, in vLLM's classes, in metrics and in the request log.
+
+    Attributes:
+        anthropic, ollama, llama_server: reasons in these APIs, except for a stop string and Anthropic's full context.
+        responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
+        limit: what cut the answer, in words; "" for an answer that was not cut.
+    """
+
+    STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
+    LENGTH = "length", "max_tokens", "length", "limit", "max_output_tokens", "its token limit"  # or the context length
+    TOOL_CALLS = "tool_calls", "tool_use", "stop", "eos"  # STOP of the engine, after an answer that ends with calls
+    ABORT = "abort"  # the caller went away, or the engine shut down; in the APIs an error
+    ERROR = "error"  # the engine failed on this request; in the APIs an error
+
+    anthropic: str
+    ollama: str
+    llama_server: str
+    responses: str
+    limit: str
+
+    def __new__(cls, value: str, *spelled: str) -> Self:
+        reason = str.__new__(cls, value)
+        reason._value_ = value
+        spelled += ("",) * (5 - len(spelled))
+        reason.anthropic, reason.ollama, reason.llama_server, reason.responses, reason.limit = spelled
+        return reason
 
     @property
     def cut(self) -> bool:
-        """Whether the text was cut off by the length limit."""
-        return self is FinishReason.LENGTH
+        """Whether the answer was truncated: its text or its last call may be incomplete."""
+        return bool(self.limit)
 
     @property
     def complete(self) -> bool:
-        """Whether the sequence ended by itself or by its length limit, and not by an abort or an error."""
-        return self in (FinishReason.STOP, FinishReason.LENGTH)
+        """Whether the answer ended by itself or by a limit, and not by an abort or an error."""
+        return self not in (FinishReason.ABORT, FinishReason.ERROR)
+
+    @classmethod
+    def read(cls, spelled: str) -> FinishReason | None:
+        """Return the reason that an API spells so, in any case of its letters; None for an unknown spelling."""
+        return _SPELLED.get(spelled.lower())
+
+
+_SPELLED = {"function_call": FinishReason.TOOL_CALLS} | {  # that was OpenAI's reason before `tool_calls`
+    name: reason
+    for reason in reversed(FinishReason)  # the first one has a name that several share
+    if reason.complete
+    for name in (reason.llama_server, reason.ollama, reason.anthropic, reason.value)
+}
 
 
 class TokenLogprob(ShownStruct, frozen=True):

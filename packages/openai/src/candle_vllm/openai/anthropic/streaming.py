@@ -11,9 +11,10 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.anthropic import answers
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought
 from candle_vllm.openai.events import Usage as Counts
 
 _Kind = Literal["text", "thinking"]
@@ -71,7 +72,7 @@ class EventWriter:
                 return [] if self._begun else self.start(event.head, self._counts)
             case Ended():
                 self._stop = self._stopped(event)
-                return self._close(cut=event.reason is not Reason.TOOL_CALLS)
+                return self._close(cut=event.reason is not FinishReason.TOOL_CALLS)
             case Counts():
                 self._counts = event
                 if not event.final:
@@ -126,9 +127,9 @@ class EventWriter:
         return [*events, answers.ContentBlockStop(index=self._index)]
 
     def _stopped(self, ended: Ended) -> answers.StopDelta:
-        if ended.reason is Reason.STOP and isinstance(ended.stop, str):
+        if ended.reason is FinishReason.STOP and isinstance(ended.stop, str):
             return answers.StopDelta(stop_reason="stop_sequence", stop_sequence=ended.stop)
-        bound = ended.reason.cut and self._context_bound
+        bound = ended.reason is FinishReason.LENGTH and self._context_bound
         return answers.StopDelta(stop_reason="model_context_window_exceeded" if bound else ended.reason.anthropic)
 
 

@@ -15,8 +15,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Reason, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought, Usage
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 
@@ -181,7 +182,7 @@ class LineWriter:
                 return self._say(logprobs)
             case Ended():
                 self._ended = event
-                return self._called(cut=event.reason is not Reason.TOOL_CALLS)
+                return self._called(cut=event.reason is not FinishReason.TOOL_CALLS)
             case Usage():
                 return [self._last(event)] if event.final else []
 

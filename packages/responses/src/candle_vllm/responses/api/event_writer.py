@@ -7,16 +7,16 @@ The final response is made of the items that the events have sent, so whole and 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from candle_vllm.openai.events import Reason
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.api.turn_items import MAX_SHOWN, TurnItems
 from candle_vllm.responses.conversation import events as said
-from candle_vllm.responses.conversation.options import ConversationUsage, StopReason
+from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import (
     IncompleteDetails,
@@ -30,8 +30,6 @@ from candle_vllm.responses.protocol.response import (
 )
 from candle_vllm.responses.tools.tool import ToolDefinition
 
-_REASONS: Mapping[str, str] = {Reason.LENGTH: Reason.LENGTH.responses}
-_ENDED: frozenset[StopReason] = frozenset({"stop", "client_tools", "approval"})
 _LAST = {"completed": wire.ResponseCompleted, "incomplete": wire.ResponseIncomplete}
 
 
@@ -122,7 +120,10 @@ class EventWriter:
             case said.ConversationFinished():
                 self._usage = event.result.usage
                 reason = event.result.stop_reason
-                self._end(None if reason in _ENDED else _REASONS.get(reason, reason))
+                if isinstance(reason, FinishReason):
+                    self._end(reason.responses or None)
+                else:
+                    self._end(None if reason in ("client_tools", "approval") else reason)
         return self._log.take()
 
     def cut(self, reason: str) -> list[wire.StreamEvent]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -238,7 +239,7 @@ class Responder:
                         stream.begun()
                     await stream.put(writer.add(event))
         except TokensSpentError:
-            await stream.put(writer.cut("max_output_tokens"))
+            await stream.put(writer.cut(FinishReason.LENGTH.responses))
         stream.begun()
         if keep is not None and self._kept is not None:
             await self._kept.keep(await apart(entry_of, keep, writer.response, stream.input_items))

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.openai.events import Reason
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.openai.task import Part
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress, ToolResult
@@ -59,7 +59,7 @@ class TurnFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     number: int
     message: dict[str, Any]
-    finish_reason: Reason
+    finish_reason: FinishReason
     usage: ConversationUsage
 
 

@@ -14,22 +14,13 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs, TokenLogprob
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.params import MAX_SEQUENCES
-from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Reason, Text, Thought, Usage
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
 from candle_vllm.openai.protocol.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
-
-_REASONS: Mapping[str, Reason] = {
-    "stop": Reason.STOP,
-    "length": Reason.LENGTH,
-    "max_tokens": Reason.LENGTH,
-    "tool_calls": Reason.TOOL_CALLS,
-    "function_call": Reason.TOOL_CALLS,
-    "tool_use": Reason.TOOL_CALLS,
-}
 
 
 class _Call:
@@ -99,15 +90,15 @@ class _Choice:
     def end(self) -> list[Event]:
         """Return the last events: calls whose name never came, and the finish reason.
 
-        Servers have many finish reasons for a natural end (`STOP`, `eos_token`, `end_turn`, or no reason).
-        If there are calls, the last of which may be incomplete, an unknown reason counts as "length".
+        Servers have many finish reasons for a natural end (`eos_token`, `complete`, or no reason). If there are calls,
+        the last of which may be incomplete, an unknown reason counts as LENGTH.
         """
-        unknown = Reason.LENGTH if self._calls and self.reason else Reason.STOP
+        unknown = FinishReason.LENGTH if self._calls and self.reason else FinishReason.STOP
         events: list[Event] = []
         for number, call in enumerate(self._calls):
             if not call.begun:
                 events += self._name(number, "")
-        return [*events, Ended(self._number, _REASONS.get(self.reason.lower(), unknown))]
+        return [*events, Ended(self._number, FinishReason.read(self.reason) or unknown)]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
         """Return the events of this answer's part of a chunk."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from functools import partial
 from typing import Any, Protocol
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
@@ -31,8 +32,8 @@ from candle_vllm.responses.tools.execution import parsed_arguments
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition, ToolResult
 
-CUT = "The answer was cut at its token limit within this call. It did not run."
-WHOLE = "The answer was cut at its token limit behind this call, so it did not run."
+CUT = "The answer was cut at {} within this call. It did not run."
+WHOLE = "The answer was cut at {} behind this call, so it did not run."
 
 
 class Ask(Protocol):
@@ -204,7 +205,7 @@ class _Conversation:
             final_message=self._words,
             tool_calls=self._calls.results,
             turns_taken=self._turns,
-            completed=reason == "stop",
+            completed=reason is FinishReason.STOP,
             stop_reason=reason,
             pending=self._transcript.open_calls,
             usage=self._usage,
@@ -218,15 +219,15 @@ class _Conversation:
             if self._turns >= self._options.max_turns:
                 return "max_turns"
             turn = await self._take_turn()
-            if turn.finish_reason.cut:
+            if (ended := turn.finish_reason).cut:
                 for call in self._transcript.open_calls:
                     if call.arguments.strip() and isinstance(parsed_arguments(call.arguments), dict):
-                        await self._calls.refuse(call, "not_run", WHOLE)
+                        await self._calls.refuse(call, "not_run", WHOLE.format(ended.limit))
                     else:
-                        await self._calls.refuse(call, "invalid_arguments", CUT)
-                return "length"
+                        await self._calls.refuse(call, "invalid_arguments", CUT.format(ended.limit))
+                return ended
             if not self._transcript.open_calls:
-                return "stop"
+                return FinishReason.STOP
             reason = await self._run_calls()
         return reason
 

@@ -10,22 +10,19 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.structured import format_of
 from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
-StopReason = Literal[
-    "stop",  # the model ended its answer
-    "length",  # max_tokens or the context length ended an answer
-    "max_turns",
-    "max_tool_calls",
-    "timeout",
+StopReason = (  # STOP, what cut the last answer, or
+    FinishReason | Literal["max_turns", "max_tool_calls", "timeout",
     "loop",  # the model repeated the same calls, with the same results
     "client_tools",  # the caller must run tools and return their results
     "approval",  # calls wait for approval
-]
+])  # fmt: skip
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
 
@@ -139,7 +136,7 @@ class ConversationResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         final_message: text of the model's last turn.
         tool_calls: results in the order of the calls; beyond 64 MB of output, only with the text that the model saw.
-        completed: whether `stop_reason` is "stop".
+        completed: whether `stop_reason` is STOP.
         pending: calls without a result: calls that the caller runs, that wait for an approval, or that exceed a limit.
     """
 

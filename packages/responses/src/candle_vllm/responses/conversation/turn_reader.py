@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.outputs import DRAFT_COUNTS, PositionLogprobs
+from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason, PositionLogprobs
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import events as answer
 from candle_vllm.openai.logprobs import chat_logprobs
@@ -41,7 +41,7 @@ class TurnReader:
         self._thoughts: list[str] = []
         self._calls: dict[int, _Growing] = {}
         self._size = 0
-        self._cut = False
+        self._ended = FinishReason.STOP
         self._usage = ConversationUsage()
 
     def read(self, event: answer.Event) -> list[events.Event]:
@@ -54,11 +54,11 @@ class TurnReader:
 
     def finish(self) -> events.TurnFinished:
         """Return the whole turn."""
-        reason = answer.Reason.TOOL_CALLS if self._calls else answer.Reason.STOP
+        whole = FinishReason.TOOL_CALLS if self._calls else FinishReason.STOP
         return events.TurnFinished(
             number=self._number,
             message=chat_message(self.message()),
-            finish_reason=answer.Reason.LENGTH if self._cut else reason,
+            finish_reason=self._ended if self._ended.cut else whole,
             usage=self._usage,
         )
 
@@ -79,7 +79,7 @@ class TurnReader:
             case answer.CallBegun():
                 return [*_alone(event.logprobs), self._begin(event)]
             case answer.Ended():
-                self._cut = event.reason.cut
+                self._ended = event.reason
         return []
 
     def _begin(self, event: answer.CallBegun) -> events.CallStarted:

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses import ConversationOptions, ResponsesSession
@@ -38,7 +39,7 @@ from candle_vllm.responses.tools.names import SEPARATOR, matches
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.commands.changes import changes
 from candle_vllm.server.commands.interactive import answer_display, has_colour
-from candle_vllm.server.commands.terminal import CUT, Said, conversation, read_stdin
+from candle_vllm.server.commands.terminal import Said, conversation, read_stdin, unfinished
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import in_flags, load_engine, thinking_settings
 from candle_vllm.server.settings.options import UsageError
@@ -234,7 +235,6 @@ async def _read_console_line(question: str) -> str | None:
 _MOST = 300  # characters of arguments or of a result on one line
 
 _ENDS = {
-    "length": CUT,
     "max_turns": "the model has had all its turns (--max-turns)",
     "loop": "the model asked for the same again and again",
     "timeout": "the time was over",
@@ -270,7 +270,8 @@ class AgentDisplay:
             self._end_line()
             if not event.result.completed:
                 reason = event.result.stop_reason
-                note(f"not finished: {_ENDS.get(reason, reason)}")
+                cut = isinstance(reason, FinishReason)
+                note(unfinished(reason) if cut else f"not finished: {_ENDS.get(reason, reason)}")
 
     def close(self) -> None:
         """End the current output line, if the conversation ended within it."""

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from candle_vllm.core import InferenceEngine
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.vision.pictures import LIMITS, decode_picture
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
-from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe
+from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe, unfinished
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.adapters import read_specs
@@ -201,17 +202,17 @@ class Chat:
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         parts: list[str] = []
-        cut = False
+        ended = None
         try:
             try:
-                cut = self._runner.run(self._answer(self._engine, self._sent(messages), self._max_tokens, parts))
+                ended = self._runner.run(self._answer(self._engine, self._sent(messages), self._max_tokens, parts))
             except PromptTooLongError:
                 sent, most = self._fitting(self._engine, messages)
-                cut = self._runner.run(self._answer(self._engine, sent, most, parts))
+                ended = self._runner.run(self._answer(self._engine, sent, most, parts))
         except KeyboardInterrupt:
             self.say("(stopped)")
-        if cut:
-            self.say("(not finished: the answer was cut at max_tokens, which /set changes, or at the context's end)")
+        if text := unfinished(ended, "max_tokens, which /set changes, or at the context's end"):
+            self.say(f"({text})")
         self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
 
     def _sent(self, messages: list[Message]) -> list[Message]:
@@ -252,10 +253,10 @@ class Chat:
 
     async def _answer(
         self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
-    ) -> bool:
-        """Print an answer and append its text to `parts`; return whether it was truncated at its limit."""
+    ) -> FinishReason | None:
+        """Print an answer and append its text to `parts`; return why it ended."""
         first: float | None = None
-        cut = False
+        ended = None
         answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._lora)
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
@@ -263,13 +264,13 @@ class Chat:
                     first = first or time.perf_counter()
                     if piece.text:
                         no_more()
-                    cut = piece.cut
+                    ended = piece.ended
                     if not piece.thought:
                         parts.append(piece.text)
                     display.show(piece)
                     if piece.tokens is not None:
                         display.tell_rate(piece.tokens, time.perf_counter() - first)
-        return cut
+        return ended
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
-from candle_vllm.server.commands.terminal import CUT, Display, Said, answer_pieces, conversation, read_stdin
+from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation, read_stdin, unfinished
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
@@ -54,18 +54,18 @@ async def _continuation(
         async for piece in stream:
             if piece.error is not None:
                 raise CandleVllmError(f"the engine failed on this prompt: {piece.error}")
-            yield Said(piece.text, cut=piece.finish_reason is not None and piece.finish_reason.cut)
+            yield Said(piece.text, ended=piece.finish_reason)
     finally:
         await stream.aclose()
 
 
 async def _write(pieces: AsyncGenerator[Said, None]) -> None:
-    display, cut = Display(), False
+    display, ended = Display(), None
     async with contextlib.aclosing(pieces) as said:
         async for piece in said:
             display.show(piece)
-            cut = piece.cut
+            ended = piece.ended
     sys.stdout.write("\n")
     sys.stdout.flush()
-    if cut:
-        sys.stderr.write(f"not finished: {CUT}\n")
+    if text := unfinished(ended):
+        sys.stderr.write(f"{text}\n")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import thinking_settings
 from candle_vllm.server.settings.options import UsageError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 64 << 20  # bytes read from standard input
 
-CUT = "the answer was cut at its token limit (--max-tokens, or the model's context)"
+OWN_LIMITS = "its token limit (--max-tokens, or the model's context)"
 
 Message = dict[str, Any]
 
@@ -29,13 +30,21 @@ def conversation(system: str | None, text: str) -> list[Message]:
     return [*start, {"role": "user", "content": text}]
 
 
+def unfinished(reason: FinishReason | None, at: str = OWN_LIMITS) -> str:
+    """Return that the answer was cut, and at which limit; "" for an answer that was not."""
+    if reason is None or not reason.cut:
+        return ""
+    limit = at if reason is FinishReason.LENGTH else reason.limit
+    return f"not finished: the answer was cut at {limit}"
+
+
 class Said(NamedTuple):
     """A delta of an answer, or of the reasoning before it."""
 
     text: str
     thought: bool = False
     tokens: int | None = None  # tokens of the whole answer with its reasoning, in the last delta
-    cut: bool = False  # the answer is truncated at its limit
+    ended: FinishReason | None = None  # in the last delta
 
 
 async def answer_pieces(
@@ -64,15 +73,15 @@ async def answer_pieces(
     if stop:
         wire["stop"] = list(stop)
     answer = await adapter.chat_events(wire)
-    cut = False
+    ended = None
     try:
         async for event in answer:
             if isinstance(event, Thought | Text):
                 yield Said(event.text, thought=isinstance(event, Thought))
             elif isinstance(event, Ended):
-                cut = event.reason.cut
+                ended = event.reason
             elif isinstance(event, Usage) and event.final:
-                yield Said("", tokens=event.completion_tokens, cut=cut)
+                yield Said("", tokens=event.completion_tokens, ended=ended)
     finally:
         await answer.aclose()
 

@@ -18,11 +18,12 @@ from msgspec import UNSET
 from msgspec.structs import replace
 from starlette.types import Scope
 
+from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import told_of
 from candle_vllm.openai.conversation import images_of
-from candle_vllm.openai.events import Begun, Head, Reason
+from candle_vllm.openai.events import Begun, Head
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
 from candle_vllm.openai.protocol.tools import function_of, read_choice
@@ -149,12 +150,12 @@ class Execution:
         try:
             event = await (_next(self._events) if pending is None else pending)
         except TokensSpentError:
-            self.state.end(Reason.LENGTH)
+            self.state.end(FinishReason.LENGTH)
             raise StopAsyncIteration from None
         except PromptTooLongError:
             if not self.state.turns:
                 raise
-            self.state.end(Reason.LENGTH, limit=CONTEXT)  # the outputs of tools filled the context, not the client
+            self.state.end(FinishReason.LENGTH, limit=CONTEXT)  # tools' outputs filled the context, not the client
             raise StopAsyncIteration from None
         finally:
             del pending  # its exception refers to this frame

@@ -8,9 +8,8 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from candle_vllm.core.engine.outputs import DRAFT_COUNTS
+from candle_vllm.core.engine.outputs import DRAFT_COUNTS, FinishReason
 from candle_vllm.openai.chat_answers import Told, wire_usage
-from candle_vllm.openai.events import Reason
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import ServerToolCall
 from candle_vllm.openai.protocol.usage import Usage
@@ -69,14 +68,14 @@ class ExecutionState:
                 self._note(result.call, result.status, result.seconds, result.server)
             case events.ConversationFinished():
                 reason = event.result.stop_reason
-                if reason in (Reason.STOP, Reason.LENGTH):
-                    self.end(Reason(reason))
+                if isinstance(reason, FinishReason):
+                    self.end(reason)
                 else:
-                    self.end(Reason.LENGTH, limit=reason)
+                    self.end(FinishReason.LENGTH, limit=reason)
             case _:
                 pass
 
-    def end(self, reason: Reason, limit: str | UnsetType = UNSET) -> None:
+    def end(self, reason: FinishReason, limit: str | UnsetType = UNSET) -> None:
         """End the conversation."""
         self.finish_reason, self.limit = reason.value, limit
 

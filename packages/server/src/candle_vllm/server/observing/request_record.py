@@ -47,7 +47,7 @@ class FinishedRequest:
     cached_tokens: int
     tokens: tuple[int, ...]
     sequence_times: tuple[RequestMetrics | None, ...]
-    finish_reasons: tuple[str, ...]
+    finish_reasons: tuple[FinishReason, ...]
     failure: str | None = None
 
     @property
@@ -58,9 +58,9 @@ class FinishedRequest:
     @property
     def status(self) -> str:
         """Status: "failed" or "aborted" if a sequence is, in this order; otherwise "ok"."""
-        if FinishReason.ERROR.value in self.finish_reasons:
+        if FinishReason.ERROR in self.finish_reasons:
             return "failed"
-        return "ok" if all(FinishReason(reason).complete for reason in self.finish_reasons) else "aborted"
+        return "ok" if all(reason.complete for reason in self.finish_reasons) else "aborted"
 
 
 class Counts(Protocol):
@@ -123,7 +123,7 @@ class RequestRecord:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.tokens = [0] * info.count
-        self.reasons: list[str | None] = [None] * info.count
+        self.reasons: list[FinishReason | None] = [None] * info.count
         self.metrics: list[RequestMetrics | None] = [None] * info.count
         self.gaps = Histogram(model.gap_bounds)
         self.failure: str | None = None
@@ -205,7 +205,7 @@ class RequestRecord:
             cached_tokens=self.cached_tokens,
             tokens=tuple(self.tokens),
             sequence_times=tuple(self.metrics),
-            finish_reasons=tuple(reason or FinishReason.ABORT.value for reason in self.reasons),
+            finish_reasons=tuple(reason or FinishReason.ABORT for reason in self.reasons),
             failure=self.failure,
         )
 
@@ -236,7 +236,7 @@ class RequestRecord:
     def _finish(self, piece: TokenOutput) -> None:
         if self.ended is not None or self.reasons[piece.index] is not None or piece.finish_reason is None:
             return
-        self.reasons[piece.index] = piece.finish_reason.value
+        self.reasons[piece.index] = piece.finish_reason
         self.metrics[piece.index] = piece.metrics
         self.failure = self.failure or piece.error
         self._unfinished -= 1
@@ -249,7 +249,7 @@ class RequestRecord:
         self.model.refused(reason, self)
 
     def _end(self, reason: FinishReason) -> None:
-        self.reasons = [known or reason.value for known in self.reasons]
+        self.reasons = [known or reason for known in self.reasons]
         self.ended = time.monotonic()
         self.model.ended.append(self)
 

@@ -19,7 +19,7 @@ from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageRow
 
-FINISH_REASONS = tuple(reason.value for reason in FinishReason)
+FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.TOOL_CALLS)
 MODEL = ("model_name", "engine")
 ENGINE = "0"
 """Value of the label `engine`: every model has one engine."""
