@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from typing import Any
 
 import msgspec
@@ -13,6 +14,8 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import (
+    BIAS,
+    BOUNDS,
     DEFAULT_SAMPLING,
     MAX_ALLOWED_TOKENS,
     MAX_BREAKER_LENGTH,
@@ -28,7 +31,6 @@ from candle_vllm.core.sampling.params import (
     MAX_STOP_STRINGS,
     MAX_TOKEN_LIST,
     MAX_TOKENS,
-    MAX_TOP_K,
     RequestOutputKind,
     SamplingParams,
 )
@@ -40,7 +42,7 @@ GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],
     "temperature": [0, 0.0, 1, 100.0],
     "top_p": [1e-9, 1, 1.0],
-    "top_k": [-1, 0, 1, MAX_TOP_K],
+    "top_k": [-1, 0, 1, (1 << 24)],
     "min_p": [0, 1, 0.5],
     "presence_penalty": [-2, 0, 2.0],
     "frequency_penalty": [-2.0, 2],
@@ -96,7 +98,7 @@ BAD: dict[str, list[Any]] = {
     "n": [0, MAX_SEQUENCES + 1, *NO_INTEGER],
     "temperature": [-0.01, 100.01, *NO_NUMBER],
     "top_p": [0, 0.0, -0.1, 1.0001, *NO_NUMBER],
-    "top_k": [-2, MAX_TOP_K + 1, *NO_INTEGER],
+    "top_k": [-2, (1 << 24) + 1, *NO_INTEGER],
     "min_p": [-0.1, 1.1, *NO_NUMBER],
     "presence_penalty": [-2.1, 2.1, *NO_NUMBER],
     "frequency_penalty": [-2.1, 2.1, *NO_NUMBER],
@@ -146,6 +148,15 @@ BAD: dict[str, list[Any]] = {
 
 def _cases(table: dict[str, list[Any]]) -> list[Any]:
     return [pytest.param(name, value, id=f"{name}-{repr(value)[:30]}") for name, row in table.items() for value in row]
+
+
+def test_the_documented_bounds_are_those_of_the_table() -> None:
+    text = " " + " ".join((SamplingParams.__doc__ or "").partition("Attributes:")[2].split())
+    said = re.findall(r" (\w+): (?:(?! \w+: ).)*?([\[(])(-?\d+), (-?\d+)\]", text)
+    assert len(said) > 18
+    for name, mark, low, high in said:
+        kind = BOUNDS.get(name, BIAS)
+        assert (int(low), int(high), mark == "(") == (kind.low, kind.high, getattr(kind, "open_low", False)), name
 
 
 def test_every_field_is_covered() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.openai.ollama import ADVISORY_OPTIONS, ChatRequest, Options, ollama_parser
 from candle_vllm.openai.ollama.adapter import read_messages
 from candle_vllm.openai.ollama.request import seconds_of
+from candle_vllm.openai.protocol.generation import SamplerFields
 
 ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 parse = ollama_parser(ChatRequest)
@@ -88,10 +88,7 @@ def test_wrong_fields_are_named(change: dict[str, Any], param: str) -> None:
 
 
 def test_every_option_has_an_effect_or_a_reason() -> None:
-    acting = {
-        "num_predict", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "repeat_penalty", "repeat_last_n",
-        "presence_penalty", "frequency_penalty", *SAMPLER_FIELDS,
-    }  # fmt: skip
+    acting = {"num_predict", "repeat_penalty", *SamplerFields.wire_names()}
     assert Options.wire_names() == acting | set(ADVISORY_OPTIONS)
 
 

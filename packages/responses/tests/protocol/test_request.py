@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ from openai.types.responses.response_create_params import ResponseCreateParamsSt
 from openresponses_types.types import CreateResponseBody
 
 from candle_vllm.core.errors import InvalidParameterError, RequestError
+from candle_vllm.core.sampling.params import BOUNDS
+from candle_vllm.openai.anthropic.request import MessagesRequest
 from candle_vllm.openai.errors import UnknownParameterError, UnsupportedParameterError
+from candle_vllm.openai.fim import FimRequest
+from candle_vllm.openai.llama_server import LlamaCompletionRequest
+from candle_vllm.openai.ollama import Options
+from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.responses.protocol.fields import ADVISORY_RESPONSES_FIELDS
 from candle_vllm.responses.protocol.request import (
     InputTokensRequest,
@@ -34,6 +42,40 @@ def test_every_official_field_is_known() -> None:
     assert not {*CreateResponseBody.model_fields} - known
     counted = {*InputTokensRequest.wire_names(), *InputTokensRequest.refused_fields}
     assert not {*InputTokenCountParams.__annotations__} - counted
+
+
+OWN = {  # bounds that an API defines itself, and names under which it has a field of `SamplingParams`
+    (ResponsesRequest, "temperature"): {"le": 2}, (MessagesRequest, "temperature"): {"le": 1},
+    (MessagesRequest, "top_k"): {"ge": 0}, (CompletionRequest, "max_tokens"): {"ge": 0},
+}  # fmt: skip
+RENAMED = {
+    "best_of": "n", "repeat_penalty": "repetition_penalty", "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens", "top_logprobs": "logprobs", "n_probs": "logprobs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("request_type", [
+    ChatCompletionRequest, CompletionRequest, MessagesRequest, Options, LlamaCompletionRequest, FimRequest,
+    ResponsesRequest,
+])  # fmt: skip
+def test_every_number_has_the_bounds_of_the_table(request_type: Any) -> None:
+    seen = 0
+    for name, field in request_type.model_fields.items():
+        kind = BOUNDS.get(RENAMED.get(name, name))
+        given = {key: value for key in ("gt", "ge", "lt", "le") for value in _bounds(field, key)}
+        if kind is None or not given:  # another field, such as the switch `logprobs` of a chat
+            continue
+        low = "gt" if getattr(kind, "open_low", False) else "ge"
+        assert given == {low: kind.low, "le": kind.high, **OWN.get((request_type, name), {})}, name
+        seen += 1
+    assert seen > 2
+
+
+def _bounds(field: Any, key: str) -> list[Any]:
+    arguments = [each for each in typing.get_args(field.annotation) if each is not type(None)]
+    marks = [*field.metadata, *(mark for each in arguments for mark in getattr(each, "__metadata__", ()))]
+    marks = [inner for mark in marks for inner in getattr(mark, "metadata", [mark])]
+    return [value for mark in marks if (value := getattr(mark, key, None)) is not None]
 
 
 def test_fields_without_effect_exist() -> None:

@@ -11,15 +11,13 @@ from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 from msgspec import UNSET, UnsetType
-from pydantic import Field
 
-from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.chat_answers import join_chat, wire_usage
 from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
 from candle_vllm.openai.protocol import usage as wire
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatDelta, ChunkChoice
-from candle_vllm.openai.protocol.fields import ModelName, Refusal, WireModel
+from candle_vllm.openai.protocol.fields import ModelName, Refusal, WireModel, bounded
 from candle_vllm.openai.protocol.generation import MaxTokens, Stop, sampling_values
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import Paths, Task
@@ -42,13 +40,13 @@ class FimRequest(WireModel):
     model: ModelName | None = None
     prompt: str
     suffix: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[float, bounded("temperature")] | None = None
+    top_p: Annotated[float, bounded("top_p")] | None = None
     max_tokens: MaxTokens | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=caps.MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, bounded("min_tokens")] | None = None
     stream: bool = False
     stop: Stop | None = None
-    random_seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
+    random_seed: Annotated[int, bounded("seed", ge=0)] | None = None
     metadata: dict[str, Any] | None = None
 
     def task(self, defaults: Mapping[str, Any]) -> Task:

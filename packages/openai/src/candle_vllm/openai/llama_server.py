@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
-from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.sampling.params import BIAS, MAX_TOKEN_ID
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.chat_answers import RunningTimings, wire_timings
@@ -68,12 +68,11 @@ def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
     if isinstance(pair, (list, tuple)) and len(pair) == 2:
         name, value = pair
         name = int(name) if named and name.isdecimal() and len(name) <= 10 else name
-        known = isinstance(name, str) or (type(name) is int and 0 <= name < 1 << 31)
-        if known and (value is False or (type(value) in (int, float) and -100 <= value <= 100)):
-            return name, -100.0 if value is False else float(value)
-    raise fields.invalid(
-        "", f"pairs a token id or a text with a number from -100 to 100, or with false; not so {pair!r:.60}"
-    )
+        known = isinstance(name, str) or (type(name) is int and 0 <= name <= MAX_TOKEN_ID)
+        if known and (value is False or (type(value) in (int, float) and BIAS.low <= value <= BIAS.high)):
+            return name, float(BIAS.low) if value is False else float(value)
+    said = f"a number from {BIAS.low} to {BIAS.high}, or with false"
+    raise fields.invalid("", f"pairs a token id or a text with {said}; not so {pair!r:.60}")
 
 
 class _Asked(LlamaFields, LlamaForms):
@@ -94,7 +93,7 @@ class _Asked(LlamaFields, LlamaForms):
 
     model: fields.ModelName | None = None
     stream: bool = False
-    n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
+    n_predict: Annotated[int, fields.bounded("max_tokens", ge=-2)] | None = None
     ignore_eos: bool | None = None
     lora: LoraScales | None = None
     n_probs: Logprobs | None = None

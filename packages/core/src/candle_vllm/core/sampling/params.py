@@ -7,8 +7,8 @@ import enum
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from types import MappingProxyType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_origin, get_type_hints
 
 from msgspec.structs import force_setattr, replace
 
@@ -16,6 +16,7 @@ from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
+from candle_vllm.core.setting_kinds import Integer, Number
 from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
@@ -25,14 +26,18 @@ MAX_LOGPROBS = 20  # alternatives reported per token
 MAX_NAMED_LOGPROBS = 128  # entries of logprob_token_ids, as in vLLM
 MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
 MAX_ALLOWED_TOKENS = 1_000_000
+MAX_TOKEN_ID = (1 << 31) - 1
 MAX_TOKENS = 1 << 24
-MAX_TOP_K = 1 << 24
 MAX_LOOKBACK = 1 << 24  # tokens of `repeat_last_n` and `dry_penalty_last_n`
 MAX_BREAKERS = 16  # maximum number of `dry_sequence_breakers`
 MAX_BREAKER_LENGTH = 40  # maximum characters of a breaker, as in llama.cpp
 MAX_PROCESSORS = 16
 MAX_DRAFT_TOKENS = 128  # maximum of `num_speculative_tokens`
 MAX_PREDICTION = 1 << 20  # maximum characters of `prediction`
+MAX_SALT = 256  # maximum characters of `cache_salt`
+
+BIAS = Number(-100, 100)
+"""Bounds of a value of `logit_bias`."""
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """Default sequence breakers of DRY, as in llama.cpp."""
@@ -86,8 +91,8 @@ class SamplingParams(
     omit fields with their default, so that fields that were not given remain so.
 
     Attributes:
-        n: sequences generated for the prompt, 1 to 128.
-        temperature: 0 is greedy; up to 100.
+        n: sequences generated for the prompt, [1, 128].
+        temperature: 0 is greedy; [0, 100].
         top_p: keep the smallest set of tokens whose probability reaches it, (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than `min_p` times the likeliest, [0, 1].
@@ -128,7 +133,7 @@ class SamplingParams(
         skip_special_tokens: leave special tokens out of the text.
         continues_prompt: if the prompt ends within a UTF-8 character, begin the text with this whole character; for
             callers that show prompt and text as one text.
-        logprobs: report the log-probability of each sampled token and of this many likeliest ones, 0 to 20.
+        logprobs: report the log-probability of each sampled token and of this many likeliest ones, [0, 20].
         prompt_logprobs: the same for the tokens of the prompt.
         logprob_token_ids: report these tokens, at most 128, and the sampled one instead of the likeliest; `logprobs` is
             then 0 if it was not given.
@@ -143,40 +148,40 @@ class SamplingParams(
             (`<think>`); refused for a vocabulary without them. -1 is no limit.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even if cached blocks exist.
-        num_speculative_tokens: maximum draft tokens of a step, 0 to 128, in an engine with speculation; the engine's
+        num_speculative_tokens: maximum draft tokens of a step, [0, 128], in an engine with speculation; the engine's
             limit applies too. 0 turns speculation off. The generated tokens stay the same.
         prediction: the text that most of the output will equal, up to 2 ** 20 characters; draft tokens are also taken
             from it. The generated tokens stay the same.
         output_kind: only for `AsyncLLM.generate`; other methods define whether they return deltas or whole outputs.
     """
 
-    n: int = 1
-    temperature: float = _Open(1.0)
-    top_p: float = _Open(1.0)
-    top_k: int = _OpenCount(0)
-    min_p: float = _Open(0.0)
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = _Open(1.0)
-    repeat_last_n: int = -1
-    top_n_sigma: float = 0.0
-    typical_p: float = _Open(1.0)
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    dynatemp_range: float = 0.0
-    dynatemp_exponent: float = 1.0
-    mirostat: int = 0
-    mirostat_tau: float = 5.0
-    mirostat_eta: float = 0.1
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    dry_penalty_last_n: int = -1
+    n: Annotated[int, Integer(1, MAX_SEQUENCES)] = 1
+    temperature: Annotated[float, Number(0, 100)] = _Open(1.0)
+    top_p: Annotated[float, Number(0, 1, open_low=True)] = _Open(1.0)
+    top_k: Annotated[int, Integer(-1, 1 << 24)] = _OpenCount(0)
+    min_p: Annotated[float, Number(0, 1)] = _Open(0.0)
+    presence_penalty: Annotated[float, Number(-2, 2)] = 0.0
+    frequency_penalty: Annotated[float, Number(-2, 2)] = 0.0
+    repetition_penalty: Annotated[float, Number(0, 100, open_low=True)] = _Open(1.0)
+    repeat_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK)] = -1
+    top_n_sigma: Annotated[float, Number(-1, 100)] = 0.0
+    typical_p: Annotated[float, Number(0, 1, open_low=True)] = _Open(1.0)
+    xtc_probability: Annotated[float, Number(0, 1)] = 0.0
+    xtc_threshold: Annotated[float, Number(0, 1)] = 0.1
+    dynatemp_range: Annotated[float, Number(0, 100)] = 0.0
+    dynatemp_exponent: Annotated[float, Number(0, 100)] = 1.0
+    mirostat: Annotated[int, Integer(0, 2)] = 0
+    mirostat_tau: Annotated[float, Number(0, 100)] = 5.0
+    mirostat_eta: Annotated[float, Number(0, 10)] = 0.1
+    dry_multiplier: Annotated[float, Number(0, 1000)] = 0.0
+    dry_base: Annotated[float, Number(1, 1000)] = 1.75
+    dry_allowed_length: Annotated[int, Integer(1, MAX_LOOKBACK)] = 2
+    dry_penalty_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK)] = -1
     dry_sequence_breakers: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
-    seed: int | None = None
-    max_tokens: int | None = _OpenCount(16)
-    min_tokens: int = 0
+    seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1)] = None
+    max_tokens: Annotated[int | None, Integer(1, MAX_TOKENS)] = _OpenCount(16)
+    min_tokens: Annotated[int, Integer(0, MAX_TOKENS)] = 0
     stop: str | Sequence[str] | None = None
     stop_marks: StopMarks | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -184,18 +189,18 @@ class SamplingParams(
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     continues_prompt: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: Annotated[int | None, Integer(0, MAX_LOGPROBS)] = None
+    prompt_logprobs: Annotated[int | None, Integer(0, MAX_LOGPROBS)] = None
     logprob_token_ids: Sequence[int] | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     thoughts: ThoughtBudget | None = None
-    thinking_token_budget: int | None = None
+    thinking_token_budget: Annotated[int | None, Integer(-1, MAX_BUDGET)] = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
-    num_speculative_tokens: int = MAX_DRAFT_TOKENS
+    num_speculative_tokens: Annotated[int, Integer(0, MAX_DRAFT_TOKENS)] = MAX_DRAFT_TOKENS
     prediction: str | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
@@ -223,35 +228,20 @@ class SamplingParams(
         self._check_lists()
 
     def _check_numbers(self) -> None:
-        _integer("n", self.n, 1, MAX_SEQUENCES)
-        _number("temperature", self.temperature, 0, 100)
-        _number("top_p", self.top_p, 0, 1, above_low=True)
-        _integer("top_k", self.top_k, -1, MAX_TOP_K)
-        _number("min_p", self.min_p, 0, 1)
-        _number("presence_penalty", self.presence_penalty, -2, 2)
-        _number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _number("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
-        for name, (low, high) in _NUMBERS.items():
-            _number(name, getattr(self, name), low, high, above_low=name == "typical_p")
-        for name, (least, most) in _COUNTS.items():
-            _integer(name, getattr(self, name), least, most)
-        if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        if self.thinking_token_budget is not None:
-            _integer("thinking_token_budget", self.thinking_token_budget, -1, MAX_BUDGET)
-            if self.thoughts is not None and self.thinking_token_budget >= 0:
-                said = "thinking_token_budget and thoughts are two budgets for the same thoughts: give one"
-                raise InvalidParameterError(said, "thinking_token_budget")
-        _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
+        for name, kind in BOUNDS.items():
+            if (value := getattr(self, name)) is None and name in _OPTIONAL:
+                continue
+            if isinstance(kind, Integer):
+                _integer(name, value, kind.low, kind.high)
+            else:
+                _number(name, value, kind)
+        if self.thoughts is not None and self.thinking_token_budget is not None and self.thinking_token_budget >= 0:
+            said = "thinking_token_budget and thoughts are two budgets for the same thoughts: give one"
+            raise InvalidParameterError(said, "thinking_token_budget")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", "min_tokens"
             )
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false", name)
@@ -295,7 +285,7 @@ class SamplingParams(
                     raise InvalidParameterError(said, "logit_bias")
             _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
             for value in self.logit_bias.values():
-                _number("logit_bias", value, -100, 100)
+                _number("logit_bias", value, BIAS)
         if not isinstance(self.output_kind, RequestOutputKind):
             raise InvalidParameterError("output_kind must be a RequestOutputKind", "output_kind")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
@@ -304,8 +294,9 @@ class SamplingParams(
             raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
         if not isinstance(self.stop_marks, (StopMarks, type(None))):
             raise InvalidParameterError("stop_marks must be StopMarks", "stop_marks")
-        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
-            raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT):
+            raise InvalidParameterError(f"cache_salt must be a text of 1 to {MAX_SALT} characters", "cache_salt")
         if self.prediction is not None and not (
             isinstance(self.prediction, str) and len(self.prediction) <= MAX_PREDICTION
         ):
@@ -367,33 +358,14 @@ def without_cuts(defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _CUTS = ("top_k", "top_p", "min_p", "typical_p")
-_NUMBERS: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "top_n_sigma": (-1, 100),
-        "typical_p": (0, 1),
-        "xtc_probability": (0, 1),
-        "xtc_threshold": (0, 1),
-        "dynatemp_range": (0, 100),
-        "dynatemp_exponent": (0, 100),
-        "mirostat_tau": (0, 100),
-        "mirostat_eta": (0, 10),
-        "dry_multiplier": (0, 1000),
-        "dry_base": (1, 1000),
-    }
+_HINTS = get_type_hints(SamplingParams, include_extras=True)
+BOUNDS: Mapping[str, Integer | Number] = MappingProxyType(
+    {name: hint.__metadata__[0] for name, hint in _HINTS.items() if get_origin(hint) is Annotated}
 )
+"""Bounds of the numbers of `SamplingParams`; requests of every API and the settings of a server have them from here."""
+_OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
              "skip_reading_prefix_cache")  # fmt: skip
-_COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "repeat_last_n": (-1, MAX_LOOKBACK),
-        "mirostat": (0, 2),
-        "dry_allowed_length": (1, MAX_LOOKBACK),
-        "dry_penalty_last_n": (-1, MAX_LOOKBACK),
-        "num_speculative_tokens": (0, MAX_DRAFT_TOKENS),
-    }
-)
-SAMPLER_FIELDS = (*_NUMBERS, *_COUNTS, "dry_sequence_breakers")
-"""The fields of llama.cpp's samplers and of speculation, which have the same names in requests of every API."""
 
 
 def _is_open(value: object) -> bool:
@@ -407,11 +379,12 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
         raise InvalidParameterError(f"{name} must be between {low} and {high}, not {_shown(value)}", name)
 
 
-def _number(name: str, value: Any, low: float, high: float, *, above_low: bool = False) -> None:
+def _number(name: str, value: Any, kind: Number) -> None:
+    low, high = kind.low, kind.high
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidParameterError(f"{name} must be a number, not {value!r:.60}", name)
-    if not low <= value <= high or (above_low and value == low):  # NaN is not within either
-        bound = "above" if above_low else "at least"
+    if not low <= value <= high or (kind.open_low and value == low):  # NaN is not within either
+        bound = "above" if kind.open_low else "at least"
         raise InvalidParameterError(f"{name} must be {bound} {low} and at most {high}, not {_shown(value)}", name)
 
 
@@ -440,7 +413,7 @@ def _token_ids(name: str, values: Any, most: int) -> None:
         raise InvalidParameterError(f"{name} must be a list of token ids", name)
     _count(name, values, most)
     for value in values:
-        _integer(name, value, 0, (1 << 31) - 1)
+        _integer(name, value, 0, MAX_TOKEN_ID)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from candle_vllm.core.sampling import params as caps
 from candle_vllm.openai.anthropic.blocks import CacheControl, SystemContent, one_of, type_of
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.anthropic.tools import AnyTool, Tool, ToolChoice
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, invalid
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, WireModel, bounded, invalid
 from candle_vllm.openai.protocol.generation import MaxTokens, Text
 from candle_vllm.openai.protocol.tools import Schema, check_tools
 from candle_vllm.openai.validation import parse_body
@@ -83,7 +83,7 @@ class ThinkingOn(WireModel):
     """
 
     type: Literal["enabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=MIN_BUDGET, le=caps.MAX_TOKENS)] | None = None
+    budget_tokens: Annotated[int, bounded("max_tokens", ge=MIN_BUDGET)] | None = None
     display: _Display | None = None
     block_binding: dict[str, Any] | None = None
 
@@ -183,9 +183,9 @@ class MessagesRequest(PromptRequest):
     max_tokens: MaxTokens
     stream: bool | None = None
     stop_sequences: Annotated[list[Text], Field(max_length=caps.MAX_STOP_STRINGS, fail_fast=True)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=caps.MAX_TOP_K)] | None = None
+    temperature: Annotated[float, bounded("temperature", le=1)] | None = None
+    top_p: Annotated[float, bounded("top_p")] | None = None
+    top_k: Annotated[int, bounded("top_k", ge=0)] | None = None
 
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

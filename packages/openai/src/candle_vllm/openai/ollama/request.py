@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJs
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
-from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
@@ -147,7 +146,7 @@ class Options(LlamaFields):
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = REFUSED_OPTIONS
 
-    num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
+    num_predict: Annotated[int, fields.bounded("max_tokens", ge=-2)] | None = None
 
     # ADVISORY_OPTIONS, without effect
     num_ctx: Annotated[int, Field(ge=1, le=1 << 31)] | None = None

@@ -10,7 +10,6 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.core.sampling.params import MAX_TOKENS
 from candle_vllm.openai.protocol import fields
 from candle_vllm.openai.protocol.chat import PromptLogprobs
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs
@@ -38,7 +37,7 @@ class CompletionRequest(GenerationFields):
 
     prompt: Prompt
     suffix: str | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, fields.bounded("max_tokens", ge=0)] | None = None
     logprobs: Logprobs | None = None
 
     @field_validator("logprobs", mode="before")

@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.setting_kinds import Number
 from candle_vllm.openai.remarks import remark, unknown_fields_pass
 from candle_vllm.openai.task import Cut
 
@@ -33,7 +35,17 @@ MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 1 << 18  # log-probabilities of an answer: tokens x n x (logprobs + 1), of the prompt or generated
 MAX_PRIORITY = (1 << 31) - 1
 
-TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
+
+def bounded(name: str, *, ge: float | None = None, le: float | None = None) -> Any:
+    """Return the bounds of a field of `SamplingParams`; `ge` and `le` are an API's own, which replace them."""
+    kind = caps.BOUNDS[name]
+    above = kind.low if isinstance(kind, Number) and kind.open_low else None
+    least = None if above is not None else kind.low if ge is None else ge
+    return Field(gt=above, ge=least, le=kind.high if le is None else le)
+
+
+TokenId = Annotated[int, Field(ge=0, le=caps.MAX_TOKEN_ID)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=caps.MAX_SALT)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # may be empty: some clients have no model name to send

@@ -25,20 +25,20 @@ from candle_vllm.openai.protocol.structured import (
 )
 
 Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
-MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
-Logprobs = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
+MaxTokens = Annotated[int, fields.bounded("max_tokens")]
+Logprobs = Annotated[int, fields.bounded("logprobs")]
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def _token_id_keys(bias: Any) -> Any:
     for key in bias if isinstance(bias, dict) else ():
-        if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
+        if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > caps.MAX_TOKEN_ID:
             raise fields.invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
     return bias
 
 
 _Bias = Annotated[
-    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    dict[str, Annotated[float, Field(ge=caps.BIAS.low, le=caps.BIAS.high)]],
     BeforeValidator(_token_id_keys),
     fields.few_entries(fields.MAX_LOGIT_BIAS),
 ]
@@ -92,22 +92,31 @@ def sampling_values(request: fields.WireModel) -> dict[str, Any]:
 
 
 class SamplerFields(fields.WireModel):
-    """llama.cpp's samplers by its names, and the number of draft tokens. `SamplingParams` documents the fields."""
+    """How tokens are sampled, by names that OpenAI, vLLM and llama.cpp share. `SamplingParams` documents the fields."""
 
-    repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
-    top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
-    xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
-    dynatemp_range: Annotated[float, Field(ge=0, le=100)] | None = None
-    dynatemp_exponent: Annotated[float, Field(ge=0, le=100)] | None = None
-    mirostat: Annotated[int, Field(ge=0, le=2)] | None = None
-    mirostat_tau: Annotated[float, Field(ge=0, le=100)] | None = None
-    mirostat_eta: Annotated[float, Field(ge=0, le=10)] | None = None
-    dry_multiplier: Annotated[float, Field(ge=0, le=1000)] | None = None
-    dry_base: Annotated[float, Field(ge=1, le=1000)] | None = None
-    dry_allowed_length: Annotated[int, Field(ge=1, le=caps.MAX_LOOKBACK)] | None = None
-    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
+    temperature: Annotated[float, fields.bounded("temperature")] | None = None
+    top_p: Annotated[float, fields.bounded("top_p")] | None = None
+    top_k: Annotated[int, fields.bounded("top_k")] | None = None
+    min_p: Annotated[float, fields.bounded("min_p")] | None = None
+    presence_penalty: Annotated[float, fields.bounded("presence_penalty")] | None = None
+    frequency_penalty: Annotated[float, fields.bounded("frequency_penalty")] | None = None
+    seed: Annotated[int, fields.bounded("seed")] | None = None
+    repeat_last_n: Annotated[int, fields.bounded("repeat_last_n")] | None = None
+    top_n_sigma: Annotated[float, fields.bounded("top_n_sigma")] | None = None
+    typical_p: Annotated[float, fields.bounded("typical_p")] | None = None
+    xtc_probability: Annotated[float, fields.bounded("xtc_probability")] | None = None
+    xtc_threshold: Annotated[float, fields.bounded("xtc_threshold")] | None = None
+    dynatemp_range: Annotated[float, fields.bounded("dynatemp_range")] | None = None
+    dynatemp_exponent: Annotated[float, fields.bounded("dynatemp_exponent")] | None = None
+    mirostat: Annotated[int, fields.bounded("mirostat")] | None = None
+    mirostat_tau: Annotated[float, fields.bounded("mirostat_tau")] | None = None
+    mirostat_eta: Annotated[float, fields.bounded("mirostat_eta")] | None = None
+    dry_multiplier: Annotated[float, fields.bounded("dry_multiplier")] | None = None
+    dry_base: Annotated[float, fields.bounded("dry_base")] | None = None
+    dry_allowed_length: Annotated[int, fields.bounded("dry_allowed_length")] | None = None
+    dry_penalty_last_n: Annotated[int, fields.bounded("dry_penalty_last_n")] | None = None
+    num_speculative_tokens: Annotated[int, fields.bounded("num_speculative_tokens")] | None = None
+    stop: Stop | None = None
     dry_sequence_breakers: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=caps.MAX_BREAKER_LENGTH)]],
@@ -115,7 +124,6 @@ class SamplerFields(fields.WireModel):
         ]
         | None
     ) = None
-    num_speculative_tokens: Annotated[int, Field(ge=0, le=caps.MAX_DRAFT_TOKENS)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -151,15 +159,7 @@ class LlamaFields(SamplerFields):
         repeat_penalty: `repetition_penalty` of other APIs.
     """
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
-    stop: Stop | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repeat_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
 
     def drawing(self) -> dict[str, Any]:
         """Return the fields that are set, by their names in `SamplingParams`."""
@@ -201,21 +201,13 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.REFUSED_FIELDS
 
-    n: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
+    n: Annotated[int, fields.bounded("n")] | None = None
+    best_of: Annotated[int, fields.bounded("n")] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=caps.MAX_TOKENS)] | None = None
-    stop: Stop | None = None
+    repetition_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
+    min_tokens: Annotated[int, fields.bounded("min_tokens")] | None = None
     stop_token_ids: Annotated[list[fields.TokenId], Field(max_length=caps.MAX_TOKEN_LIST, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -229,7 +221,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
         Annotated[list[fields.TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
     ) = None
     bad_words: Annotated[list[Text], Field(max_length=fields.MAX_BAD_WORDS, fail_fast=True)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    cache_salt: fields.CacheSalt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 

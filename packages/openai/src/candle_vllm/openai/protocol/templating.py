@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
+from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.text.chat_template import MAX_TEMPLATE
-from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, invalid
+from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, bounded, invalid
 from candle_vllm.openai.task import ThinkingLimit
 
 # Names that the renderer itself sets for a template, so `chat_template_kwargs` must not set them.
@@ -20,7 +20,7 @@ _TEMPLATE_ARGUMENTS = frozenset({
 })  # fmt: skip
 
 
-Budget = Annotated[int, Field(ge=-1, le=MAX_BUDGET)]
+Budget = Annotated[int, bounded("thinking_token_budget")]
 # vLLM's name first, then llama.cpp's.
 _BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
 
@@ -29,7 +29,7 @@ class ThinkingSwitch(WireModel):
     """The thinking switch and the token budget in Anthropic's form."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
+    budget_tokens: Annotated[int, bounded("thinking_token_budget", ge=0)] | None = None
 
     @model_validator(mode="after")
     def _budget_of_its_kind(self) -> Self:

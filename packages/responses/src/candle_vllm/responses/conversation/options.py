@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -12,6 +12,7 @@ from msgspec.structs import force_setattr
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import Integer, Number
 from candle_vllm.openai.protocol.structured import format_of
 from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
@@ -27,35 +28,16 @@ StopReason = (  # STOP, what cut the last answer, or
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
 
 
-class _Limit(NamedTuple):
-    name: str
-    low: int
-    high: int
-    kind: type = int
-    optional: bool = False
-
-    def check(self, value: object) -> None:
-        if value is None and self.optional:
-            return
-        kinds = (int, float) if self.kind is float else (int,)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            what = "a number" if self.kind is float else "a whole number"
-            raise InvalidParameterError(f"{self.name} must be {what}, not {value!r:.40}", self.name)
-        if not self.low <= value <= self.high:
-            raise InvalidParameterError(
-                f"{self.name} must lie between {self.low} and {self.high}, not {value!r:.40}", self.name
-            )
-
-
-_LIMITS = (
-    _Limit("max_turns", 1, 1000),
-    _Limit("max_tool_calls", 0, 10_000, optional=True),
-    _Limit("timeout", 0, 86_400, float, optional=True),
-    _Limit("parallel_tools", 1, 64),
-    _Limit("tool_timeout", 0, 86_400, float, optional=True),
-    _Limit("max_result_chars", 1, 10_000_000),
-    _Limit("max_repeats", 2, 100),
-)
+_LIMITS: Mapping[str, Integer | Number] = {
+    "max_turns": Integer(1, 1000),
+    "max_tool_calls": Integer(0, 10_000),
+    "timeout": Number(0, 86_400),
+    "parallel_tools": Integer(1, 64),
+    "tool_timeout": Number(0, 86_400),
+    "max_result_chars": Integer(1, 10_000_000),
+    "max_repeats": Integer(2, 100),
+}
+_UNLIMITED = ("max_tool_calls", "timeout", "tool_timeout")  # None sets no limit
 
 
 class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
@@ -87,8 +69,16 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
     request: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for limit in _LIMITS:
-            limit.check(getattr(self, limit.name))
+        for name, kind in _LIMITS.items():
+            value, whole = getattr(self, name), isinstance(kind, Integer)
+            if value is None and name in _UNLIMITED:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                what = "a whole number" if whole else "a number"
+                raise InvalidParameterError(f"{name} must be {what}, not {value!r:.40}", name)
+            if not kind.low <= value <= kind.high:
+                said = f"{name} must lie between {kind.low} and {kind.high}, not {value!r:.40}"
+                raise InvalidParameterError(said, name)
         if not isinstance(self.request, Mapping):
             raise InvalidParameterError(f"request must be an object, not {self.request!r:.40}", "request")
         form = self.request.get("response_format")

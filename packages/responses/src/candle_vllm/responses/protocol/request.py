@@ -8,10 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from candle_vllm.core.sampling import params as caps
-from candle_vllm.core.sampling.thoughts import MAX_BUDGET
 from candle_vllm.openai.protocol import fields
-from candle_vllm.openai.protocol.generation import MaxTokens, SamplerFields, Stop
+from candle_vllm.openai.protocol.generation import Logprobs, MaxTokens, SamplerFields
 from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.protocol.fields import (
@@ -98,7 +96,7 @@ class ReasoningConfig(fields.WireModel):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
     mode: Annotated[str, Field(max_length=64)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
+    max_tokens: Annotated[int, fields.bounded("thinking_token_budget", ge=0)] | None = None
 
 
 class ConversationReference(fields.WireModel):
@@ -171,20 +169,13 @@ class ResponsesRequest(PromptFields, SamplerFields):
     include: Annotated[list[Include], Field(max_length=32, fail_fast=True)] | None = None
     max_output_tokens: MaxTokens | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)] | None = None
+    temperature: Annotated[float, fields.bounded("temperature", le=2)] | None = None
+    top_logprobs: Logprobs | None = None
     metadata: Metadata | None = None
 
     # vLLM's extra fields
-    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
-    stop: Stop | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    repetition_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
+    cache_salt: fields.CacheSalt | None = None
     priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
     return_draft_counts: bool | None = None
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.setting_kinds import (
     Boolean,
     Choice,
@@ -41,7 +42,7 @@ _CHAT_EPILOG = """\
 On a pipe every line is a message or a command, and what stands between \"\"\" and \"\"\" is one message of several
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
-_TOKENS = Integer(1, 1 << 24)
+_TOKENS = BOUNDS["max_tokens"]
 _SPACED = ("serve", "config", "bench serve")  # these commands accept several values after one flag, as vLLM does
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands with a text argument
 
@@ -106,9 +107,9 @@ _ARRIVING = (
     _own("max_concurrency", Integer(1, 100_000), "most requests at a time", "N"),
     _own("num_warmups", Integer(0, 1000), "warm-up requests, which are not counted", "N"),
     _switch("ignore_eos", "answers go on to their length; random prompts have it always"),
-    _own("temperature", Number(0, 100), "of every request", "X"),
-    _own("top_p", Number(0, 1, open_low=True), "of every request", "X"),
-    _own("top_k", Integer(-1, 1 << 24), "of every request", "K"),
+    _own("temperature", BOUNDS["temperature"], "of every request", "X"),
+    _own("top_p", BOUNDS["top_p"], "of every request", "X"),
+    _own("top_k", BOUNDS["top_k"], "of every request", "K"),
     _own("extra_body", FreeText(), "further fields of every request", "JSON"),
 )
 _FIGURES = (

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from candle_vllm.core.config import ISQ_NAMES
-from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
+from candle_vllm.core.sampling.params import BOUNDS
+from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
@@ -105,7 +106,7 @@ class Settings:
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
         commands=_WITH_TEXT)] = None
     reasoning_budget: Annotated[int | None, own(MODEL,
-        Integer(-1, MAX_BUDGET), "default limit of reasoning tokens; -1 is no limit", "N",
+        BOUNDS["thinking_token_budget"], "default limit of reasoning tokens; -1 is no limit", "N",
         in_yaml=True, commands=_WITH_TEXT)] = None
     reasoning_budget_message: Annotated[str | None, own(MODEL,
         Text(MAX_MESSAGE), "text that ends the reasoning when its budget is used up", "TEXT", in_yaml=True,
@@ -210,21 +211,21 @@ class Settings:
     lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", commands=_WITH_ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", commands=_SERVE)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
-    temperature: Annotated[float | None, own(SAMPLING, Number(0, 100), "0 is greedy", "X", in_yaml=True)] = None
+    temperature: Annotated[float | None, own(SAMPLING, BOUNDS["temperature"], "0 is greedy", "X", in_yaml=True)] = None
     top_p: Annotated[float | None, own(SAMPLING,
-        Number(0, 1, open_low=True), "keep the most likely tokens up to this sum of "
+        BOUNDS["top_p"], "keep the most likely tokens up to this sum of "
         "probabilities", "X", in_yaml=True)] = None
     top_k: Annotated[int | None, own(SAMPLING,
-        Integer(-1, 1 << 24), "keep the K most likely tokens; 0 or -1 keeps all", "K", in_yaml=True)] = None
+        BOUNDS["top_k"], "keep the K most likely tokens; 0 or -1 keeps all", "K", in_yaml=True)] = None
     min_p: Annotated[float | None, own(SAMPLING,
-        Number(0, 1), "drop tokens whose probability is below this share of the most "
+        BOUNDS["min_p"], "drop tokens whose probability is below this share of the most "
         "likely token's", "X", in_yaml=True)] = None
     frequency_penalty: Annotated[float | None, own(SAMPLING,
-        Number(-2, 2), "penalty for each earlier occurrence of a token", "X", in_yaml=True)] = None
+        BOUNDS["frequency_penalty"], "penalty for each earlier occurrence of a token", "X", in_yaml=True)] = None
     presence_penalty: Annotated[float | None, own(SAMPLING,
-        Number(-2, 2), "penalty for tokens that have occurred", "X", in_yaml=True)] = None
+        BOUNDS["presence_penalty"], "penalty for tokens that have occurred", "X", in_yaml=True)] = None
     repetition_penalty: Annotated[float | None, own(SAMPLING,
-        Number(0, 100, open_low=True), "divides the odds of tokens that have occurred; 1 turns it off", "X",
+        BOUNDS["repetition_penalty"], "divides the odds of tokens that have occurred; 1 turns it off", "X",
         in_yaml=True)] = None
     max_loaded_models: Annotated[int | None, own(MODELS,
         Integer(1, 1024), "most models in memory; default: as many as fit", "N")] = None
