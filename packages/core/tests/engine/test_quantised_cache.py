@@ -7,10 +7,11 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from tests.common_run import few
@@ -18,6 +19,8 @@ from tests.common_run import few
 pytest.importorskip("numba")
 
 from candle_vllm.core import ConfigError, InferenceEngine, LoRARequest, SamplingParams
+from candle_vllm.core.config import CACHE_TYPES, KvCacheDType
+from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_adapter import write_adapter
 
@@ -36,6 +39,17 @@ PROMPTS = [list(SHARED + _RNG.randbytes(length)) for length in (90, 7, 33)]
 PROJECTIONS = {
     f"model.layers.{n}.self_attn.{name}_proj": (256 if name == "q" else 128, 64) for n in (0, 1) for name in "qk"
 }
+
+
+def test_every_type_has_a_row_and_what_stores_it() -> None:
+    assert tuple(CACHE_TYPES) == get_args(KvCacheDType)
+    on_cpu = {name for name, kind in CACHE_TYPES.items() if kind.device == "cpu"}
+    assert {kind.name.lower() for kind in CacheKind} == on_cpu | {"bf16"}
+    for name, kind in CACHE_TYPES.items():
+        assert (kind.device == "cuda") == bool(kind.element), name
+        assert not kind.element or getattr(torch, kind.element).itemsize == 1, name
+    others = [other for kind in CACHE_TYPES.values() for other in kind.names]
+    assert len({*others, *CACHE_TYPES}) == len(others) + len(CACHE_TYPES)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get
 from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.setting_kinds import (
+    SEED,
     Boolean,
     Choice,
     Device,
@@ -49,6 +50,41 @@ CpuLevel = Literal[
 ]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
+
+class CacheType(NamedTuple):
+    """A type of keys and values. How the CPU stores one is a `CacheKind` of its kernels.
+
+    Attributes:
+        device: device with kernels for it, "cpu" or "cuda"; "" for the type of activations, which both have.
+        element: torch's name of the type of an element on a GPU.
+        row_scales: whether each token and head has a scale on a GPU; otherwise a layer has one, which a checkpoint may
+            contain.
+        capability: least compute capability of a GPU.
+        names: its names in vLLM and the Rust candle-vllm, whose bf16 means auto and whose turbo types are rotated, too.
+    """
+
+    device: str = ""
+    element: str = ""
+    row_scales: bool = False
+    capability: tuple[int, int] = (0, 0)
+    names: tuple[str, ...] = ()
+
+
+CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
+    "auto": CacheType(names=("bf16", "bfloat16")),
+    "fp8": CacheType("cuda", "float8_e4m3fn", capability=(8, 9), names=("fp8_e4m3", "e4m3")),
+    "fp8_per_token_head": CacheType("cuda", "float8_e4m3fn", row_scales=True),
+    "int8_per_token_head": CacheType("cuda", "int8", row_scales=True, names=("int8",)),
+    "q8_0": CacheType("cpu", names=("turbo8", "k8v4")),
+    "q5_1": CacheType("cpu"),
+    "q4_0": CacheType("cpu", names=("turbo4", "4bit")),
+})  # fmt: skip
+"""Values of `kv_cache_dtype`; what a type needs, allows and refuses is asked here."""
+CACHE_ALIASES = {"k3v4": "turbo3"} | {other: name for name, kind in CACHE_TYPES.items() for other in kind.names}
+_CACHE = Choice(tuple(CACHE_TYPES), absent={
+    "turbo3": "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
+    "fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more",
+})  # fmt: skip
 _MIN_KEY_LENGTH = 16  # characters of a cluster's key
 _DTYPES = ("auto", "f32", "bf16", "f16")
 _DTYPE_ALIASES = MappingProxyType({
@@ -334,22 +370,20 @@ class EngineConfig(ExplainedSettings):
                                  "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
                                  '"torch_flash" is the FlashAttention inside torch, "flash_attn" the package of that '
                                  'name, "torch" the reference.'] = "auto"
-    kv_cache_dtype: Annotated[KvCacheDType, Choice(get_args(KvCacheDType)), "type of keys and values: auto (that of "
-                              "activations); on the CPU q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or "
-                              "fp8_per_token_head, with a scale for each token and head, or fp8, scaled as the "
-                              "checkpoint says, else by 1",
+    kv_cache_dtype: Annotated[KvCacheDType, _CACHE, "type of keys and values: auto (that of activations); on the CPU "
+                              "q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or fp8_per_token_head, with a scale "
+                              "for each token and head, or fp8, scaled as the checkpoint says, else by 1",
                               '"auto" is bf16 on the CPU, where 32 elements of a head take 34 bytes in q8_0, 24 in '
                               'q5_1 and 18 in q4_0; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on; '
                               "in the per_token_head types D elements of a head take D + 4 bytes, on any GPU. To save "
                               "memory on the CPU, use q8_0 for keys and q5_1 or q4_0 for values: SmolLM2-135M's "
                               "perplexity is 1.000 or 1.007 times that of bf16, but 1.015 or 1.061 times with q5_1 or "
                               "q4_0 for both."] = "auto"
-    key_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of the keys only, on the "
-                               "CPU: q8_0 to save memory, because keys lose more quality than values",
-                               "None is kv_cache_dtype."] = None
-    value_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of the values only, on the "
-                                 "CPU: q5_1 or q4_0 to save memory, with keys in q8_0 (perplexity 1.000 and 1.007 "
-                                 "times that of bf16)", "None is kv_cache_dtype."] = None
+    key_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the keys only, on the CPU: q8_0 to save memory, "
+                               "because keys lose more quality than values", "None is kv_cache_dtype."] = None
+    value_cache_dtype: Annotated[KvCacheDType | None, _CACHE, "type of the values only, on the CPU: q5_1 or q4_0 to "
+                                 "save memory, with keys in q8_0 (perplexity 1.000 and 1.007 times that of bf16)",
+                                 "None is kv_cache_dtype."] = None
     cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)",
                            "Steps of up to 512 sequences are captured."] = True
     max_cudagraph_capture_size: Annotated[int, Integer(0, 16384), "on a GPU, also capture steps with prompts of up to "
@@ -447,8 +481,7 @@ class EngineConfig(ExplainedSettings):
                          "Default: the best one of this CPU that the kernels know. It applies to the whole process "
                          "(docs/kernels.md)."
                          ] = None
-    seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
-                    "makes requests without a seed reproducible, in order of arrival"] = None
+    seed: Annotated[int | None, SEED, "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on
 
     def __post_init__(self) -> None:

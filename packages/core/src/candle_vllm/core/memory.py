@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import CACHE_TYPES, EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.collectives import Collective
@@ -324,10 +324,9 @@ def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementB
 
 def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
     """Return the bytes of an element in a GPU's cache; `plain` are the bytes of an element of activations."""
-    if config.kv_cache_dtype == "auto":
-        return lambda _: plain
-    if config.kv_cache_dtype == "fp8":
-        return lambda _: 1
+    kind = CACHE_TYPES[config.kv_cache_dtype]
+    if not kind.row_scales:
+        return lambda _: 1 if kind.element else plain
     from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 
     return lambda key_dim: 1 + SCALE / key_dim

@@ -207,6 +207,9 @@ class Integer:
         return " (4096, 4k = 4000, 4K = 4096)" if self.units else ""
 
 
+SEED = Integer(-(1 << 63), (1 << 64) - 1)
+
+
 @dataclass(frozen=True)
 class Number:
     """A number in a range; `open_low` and `open_high` exclude the ends, `said` describes the range in errors."""

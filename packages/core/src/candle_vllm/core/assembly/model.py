@@ -29,7 +29,7 @@ from candle_vllm.core.assembly.packed_cache import packed_weights
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
-from candle_vllm.core.config import All2AllBackend, EngineConfig, ModelImpl
+from candle_vllm.core.config import CACHE_TYPES, All2AllBackend, EngineConfig, ModelImpl
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
@@ -234,7 +234,7 @@ def load_model(
                 fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
             if shard is not None:
                 shard.join(decoder)
-            if config.kv_cache_dtype == "fp8":
+            if (cache := CACHE_TYPES[config.kv_cache_dtype]).element and not cache.row_scales:
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)

@@ -15,7 +15,7 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel, fit_settings
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.assembly.tower import LoadedTower
-from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
+from candle_vllm.core.config import CACHE_TYPES, WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapters.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.adapters.adapter_loading import adapter_limits, adapter_loader
@@ -482,7 +482,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         given = getattr(config, name)
         name, dtype = (name, given) if given is not None else ("kv_cache_dtype", config.kv_cache_dtype)
         asked = f"{name}={dtype!r}"
-        if dtype in ("fp8", "fp8_per_token_head", "int8_per_token_head"):
+        if CACHE_TYPES[dtype].device == "cuda":
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
         if dtype != "auto" and not model.placement.recorded:

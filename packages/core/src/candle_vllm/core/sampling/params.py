@@ -16,7 +16,7 @@ from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
-from candle_vllm.core.setting_kinds import Integer, Number
+from candle_vllm.core.setting_kinds import SEED, Integer, Number
 from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
@@ -179,7 +179,7 @@ class SamplingParams(
     dry_penalty_last_n: Annotated[int, Integer(-1, MAX_LOOKBACK)] = -1
     dry_sequence_breakers: Sequence[str] | None = None
     logits_processors: Sequence[Any] | None = None
-    seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1)] = None
+    seed: Annotated[int | None, SEED] = None
     max_tokens: Annotated[int | None, Integer(1, MAX_TOKENS)] = _OpenCount(16)
     min_tokens: Annotated[int, Integer(0, MAX_TOKENS)] = 0
     stop: str | Sequence[str] | None = None

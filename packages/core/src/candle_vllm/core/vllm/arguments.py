@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from candle_vllm.core.assembly.model import sampling_defaults
-from candle_vllm.core.config import SETTINGS, EngineConfig
+from candle_vllm.core.config import CACHE_ALIASES, SETTINGS, EngineConfig
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
 
-_CACHE_DTYPES = {"fp8_e4m3": "fp8"}
 _ATTENTION = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn", "TORCH_SDPA": "torch"}
 _LOAD_FORMATS = {"hf": "auto", "safetensors": "auto", "fastsafetensors": "auto", "gguf": "auto"}
 _POOLINGS = {"MEAN": "mean", "CLS": "cls", "LAST": "last"}
@@ -213,7 +212,7 @@ def _template(value: Any) -> dict[str, Any]:
 
 _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "dtype": _by("dtype", {}),
-    "kv_cache_dtype": _by("kv_cache_dtype", _CACHE_DTYPES),
+    "kv_cache_dtype": _by("kv_cache_dtype", CACHE_ALIASES),
     "attention_backend": _by("attention_backend", _ATTENTION),
     "load_format": _by("load_format", _LOAD_FORMATS),
     "enforce_eager": _eager,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
 from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
@@ -56,15 +56,7 @@ _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 _REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
 _CALLING = ("serve", "agent", "run-batch", "config")  # commands whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
-_CACHE_ALIASES = {  # names of the Rust candle-vllm, whose bf16 means auto and whose turbo types are rotated, too
-    "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto", "int8": "int8_per_token_head",
-    "turbo8": "q8_0", "k8v4": "q8_0", "turbo4": "q4_0", "4bit": "q4_0", "k3v4": "turbo3",
-}  # fmt: skip
-_NO_CACHE = {
-    "turbo3": "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
-    "fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more",
-}
-_CACHE = {"aliases": _CACHE_ALIASES, "absent": _NO_CACHE}
+_CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 

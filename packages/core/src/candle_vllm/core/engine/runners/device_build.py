@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.config import EngineConfig, draft_settings
+from candle_vllm.core.config import CACHE_TYPES, EngineConfig, draft_settings
 from candle_vllm.core.devices import Device, give_back, leave_cores_to_others
 from candle_vllm.core.engine.runners.device_inputs import DeviceLimits
 from candle_vllm.core.engine.runners.device_runner import MOST_CAPTURED, DeviceRunner
@@ -160,7 +160,7 @@ def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
 
 
 def _refuse_cache_of_cpu(config: EngineConfig) -> None:
-    if config.kv_cache_dtype in ("q8_0", "q5_1", "q4_0"):
+    if CACHE_TYPES[config.kv_cache_dtype].device == "cpu":
         raise ConfigError(
             f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'int8_per_token_head', which has "
             "the size of q8_0, or leave it out",
@@ -175,13 +175,11 @@ def _refuse_cache_of_cpu(config: EngineConfig) -> None:
 
 def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:
     """Return the element type of the cache, and whether each row has its own scales."""
-    if config.kv_cache_dtype == "auto":
-        return loaded.placement.torch_dtype, False
-    if config.kv_cache_dtype == "int8_per_token_head":
-        return torch.int8, True
-    if config.kv_cache_dtype == "fp8_per_token_head":
-        return torch.float8_e4m3fn if capability(loaded.placement.device) >= 89 else torch.uint8, True
-    return torch.float8_e4m3fn, False
+    kind = CACHE_TYPES[config.kv_cache_dtype]
+    dtype = getattr(torch, kind.element) if kind.element else loaded.placement.torch_dtype
+    if kind.row_scales and dtype == torch.float8_e4m3fn and capability(loaded.placement.device) < 89:
+        dtype = torch.uint8  # the bits of the floats, where the GPU has no such type
+    return dtype, kind.row_scales
 
 
 def adapter_slots(config: EngineConfig) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol, Unpack
 
 import torch
 
+from candle_vllm.core.config import CACHE_TYPES
 from candle_vllm.core.kernels.attention.rows import DeviceRows, ScoreOptions
 
 
@@ -134,9 +135,9 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
         return "the Triton kernels need compute capability 8.0 for heads of more than 256 numbers"
     if needs.block_size < 16:
         return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
-    if needs.cache_dtype == "fp8" and needs.capability < (8, 9):
-        return (
-            "kv_cache_dtype='fp8' needs an NVIDIA GPU of compute capability 8.9, 'fp8_per_token_head' and "
-            "'int8_per_token_head' do not"
-        )
+    major, minor = least = CACHE_TYPES[needs.cache_dtype].capability
+    if needs.capability < least:
+        others = " and ".join(repr(name) for name, kind in CACHE_TYPES.items() if kind.row_scales)
+        given = f"kv_cache_dtype={needs.cache_dtype!r}"
+        return f"{given} needs an NVIDIA GPU of compute capability {major}.{minor}, {others} do not"
     return None

@@ -39,6 +39,11 @@ class CacheKind(enum.IntEnum):
     Q5_1 = 3
 
     @property
+    def bits(self) -> int:
+        """Bits of an element's code."""
+        return {CacheKind.BF16: 16, CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 5}[self]
+
+    @property
     def has_minima(self) -> bool:
         """Whether a block has a minimum in addition to its scale."""
         return self is CacheKind.Q5_1
@@ -54,8 +59,7 @@ PLAIN = (CacheKind.BF16, CacheKind.BF16)
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
     """Return the bytes of a slot's codes, without scales and minima."""
-    bits = {CacheKind.BF16: 16, CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 5}[kind]
-    return bits * head_dim // 8
+    return kind.bits * head_dim // 8
 
 
 def key_bytes(kind: CacheKind, head_dim: int) -> int:

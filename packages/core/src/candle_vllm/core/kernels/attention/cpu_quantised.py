@@ -53,7 +53,6 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
-_LARGEST_CODE = {CacheKind.Q8_0: 255, CacheKind.Q4_0: 15, CacheKind.Q5_1: 31}
 _BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # bits of a code; fifth bits are stored separately
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
@@ -101,7 +100,7 @@ def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: Cach
     """total[lane] += all products of the lane's bytes of codes and of words, at most four of each."""
     if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI):
         for code, word in zip(codes, words):
-            total = e.dot_u8_i8(total, code, word, isa, largest=_LARGEST_CODE[kind])
+            total = e.dot_u8_i8(total, code, word, isa, largest=(1 << kind.bits) - 1)
         return total
     products = [e.pairs_u8_i8(*both, isa) for both in zip(codes, words)]  # sums of four stay below 2^15
     return e.dot_i16(total, e.b.bitcast(reduce(e.b.add, products), vector(I32)), e.constant(I32, 0x00010001), isa)
@@ -161,7 +160,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
                 totals = [
-                    e.dot_u8_i8(totals[TILES * row + n], keys[n][part], rows[row], isa, largest=_LARGEST_CODE[kind])
+                    e.dot_u8_i8(totals[TILES * row + n], keys[n][part], rows[row], isa, largest=(1 << kind.bits) - 1)
                     for row in range(m)
                     for n in range(TILES)
                 ]
@@ -307,7 +306,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
                 for place, start in places:
                     word = e.splat(e.load(at, I32, start + 4 * group))
                     for n, part in enumerate(parts):
-                        found = e.dot_u8_i8(totals[place + n], part, word, isa, largest=_LARGEST_CODE[kind])
+                        found = e.dot_u8_i8(totals[place + n], part, word, isa, largest=(1 << kind.bits) - 1)
                         totals[place + n] = found
             return totals
 
