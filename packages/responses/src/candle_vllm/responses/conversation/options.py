@@ -18,12 +18,15 @@ from candle_vllm.openai.validation import rules_below
 from candle_vllm.responses.tools.approval import ApprovalPolicy, policy_fault
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
-StopReason = (  # STOP, what cut the last answer, or
-    FinishReason | Literal["max_turns", "max_tool_calls", "timeout",
+_LoopEnd = Literal[
+    "max_turns",
+    "max_tool_calls",
+    "timeout",
     "loop",  # the model repeated the same calls, with the same results
     "client_tools",  # the caller must run tools and return their results
     "approval",  # calls wait for approval
-])  # fmt: skip
+]
+StopReason = FinishReason | _LoopEnd  # of the last answer, STOP or a reason that cut it; otherwise of the conversation
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
 
