@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from msgspec import UNSET
 from msgspec.structs import replace
@@ -87,6 +88,7 @@ def test_a_conversation_on_the_server_has_the_value(reason: FinishReason) -> Non
     result = ConversationResult(
         final_message="", turns_taken=1, completed=not reason.cut, stop_reason=reason, usage=ConversationUsage()
     )
+    assert msgspec.json.decode(msgspec.json.encode(result), type=ConversationResult) == result
     state.add(ConversationFinished(result=result, messages=()))
     assert (state.finish_reason, state.limit) == (reason.value, UNSET)
 

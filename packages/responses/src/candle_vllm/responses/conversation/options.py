@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -26,7 +26,10 @@ _LoopEnd = Literal[
     "client_tools",  # the caller must run tools and return their results
     "approval",  # calls wait for approval
 ]
-StopReason = FinishReason | _LoopEnd  # of the last answer, STOP or a reason that cut it; otherwise of the conversation
+if TYPE_CHECKING:
+    StopReason = FinishReason | _LoopEnd  # of the last answer, STOP or a reason that cut it; else of the conversation
+else:
+    StopReason = str  # msgspec decodes no union of texts; a decoded reason equals the member
 
 OWN_FIELDS = frozenset({"messages", "stream", "stream_options", "n", "tools"})
 
