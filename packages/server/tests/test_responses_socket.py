@@ -41,6 +41,12 @@ def send(socket: ClientConnection, text: str | list[Any] = "Hi", **fields: Any) 
     socket.send(json.dumps({"type": "response.create", "model": "scripted", "input": text, "store": False, **fields}))
 
 
+def exchange(socket: ClientConnection, message: str | bytes) -> None:
+    """Send a message and wait for another; the server may reset the connection while the client is still sending."""
+    socket.send(message)
+    socket.recv(timeout=60)
+
+
 def answer(socket: ClientConnection) -> list[dict[str, Any]]:
     """The events up to the last of one response."""
     events: list[dict[str, Any]] = []
@@ -171,10 +177,8 @@ def test_a_message_that_is_no_text_or_too_large_ends_the_connection(start: Calla
     server = start(PacedEngine("OK."), max_body_mb=1)
     for message, code in ((b"{}", None), ("x" * (2 << 20), 1009)):
         with opened(server) as socket:
-            # The server may reset the connection while the client is still sending.
             with pytest.raises((ConnectionClosed, ConnectionError)) as closed:
-                socket.send(message)
-                socket.recv(timeout=60)
+                exchange(socket, message)
             received = closed.value.rcvd if isinstance(closed.value, ConnectionClosed) else None
             assert code is None or received is None or received.code == code
     with opened(server) as socket:

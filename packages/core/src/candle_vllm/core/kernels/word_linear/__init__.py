@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with F16 or F32 weights as 14-bit integers, on the CPU; step 6 of a request's life.
 
-It is for many rows (a vision tower's patches, an encoder's texts), on CPUs that multiply 16-bit integers twice as fast as floats. Contract.
+It is for many rows (a vision tower's patches, an encoder's texts), on CPUs that multiply 16-bit integers twice as fast
+as floats. Contract.
 Activations x [T, K] from `kernels/activation_rows` in `WordForm`: in each group of 32 columns integers of at most 8191,
 and a float32 scale. Weights [N, K], 16 rows interleaved (`layout.py`): in each group of 32 columns integers of at most
 8192, and a scale that is a power of two. The result is float32:
