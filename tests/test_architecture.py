@@ -93,6 +93,18 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
 
 
+def test_seven_modules_of_the_server_take_all_settings() -> None:
+    """The other modules take the options of their part, a base of `Settings`; imports for types count."""
+    found = set[str]()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = isinstance(node, ast.ImportFrom) and any(each.name == "Settings" for each in node.names)
+            if imported or (isinstance(node, ast.Attribute) and node.attr == "Settings"):
+                found.add(name)
+    own = {"__init__", "app", "routes/ollama_library", "serve", "settings/__init__", "settings/catalogue"}
+    assert found == {f"server/{name}.py" for name in own | {"settings/configuration"}}
+
+
 def tracked() -> list[Path]:
     """Files that git tracks, or would with the next `git add`."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]

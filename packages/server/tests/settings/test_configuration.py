@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from candle_vllm.server.settings.configuration import Configuration, load_config
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError, shown
 from candle_vllm.server.settings.sources import SettingsSource
-from candle_vllm.server.settings.table import BY_NAME, OPTIONS
+from candle_vllm.server.settings.table import BY_NAME, OPTIONS, AccessOptions, ListenerOptions
 
 MODELS = """
 default_model: small
@@ -301,6 +302,17 @@ def test_hugging_face_token(load, tmp_path: Path) -> None:
     assert load(env={"HF_TOKEN": "plain"}).hf_token == "plain"
     (tmp_path / "token").write_text("in_file\n")
     assert load(f"--hf-token-path {tmp_path / 'token'}").hf_token == "in_file"
+
+
+def test_options_of_a_part_are_checked_and_hide_secrets_as_settings_do() -> None:
+    options = AccessOptions(api_key=("open-sesame",), host="unix:///tmp/x")
+    assert repr(options) == f"AccessOptions(host='unix:///tmp/x', api_key={[HIDDEN]})"
+    assert options.is_local
+    with pytest.raises(UsageError, match="ssl_cert_reqs must be between 0 and 2, not 9"):
+        ListenerOptions(ssl_cert_reqs=9)
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in Settings.__mro__[1:-2]]
+    assert set().union(*names) == set(BY_NAME)
+    assert all(len(each) < len(BY_NAME) for each in names)
 
 
 def test_settings_made_in_python_are_checked_too() -> None:

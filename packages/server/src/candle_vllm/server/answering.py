@@ -29,20 +29,19 @@ from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
-from candle_vllm.server.settings import Settings
 
 JSON = "application/json"
 
 
-def with_defaults(wire: Any, settings: Settings) -> Any:
+def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
     """Return the request with the operator's values for sampling settings that it omits."""
-    absent = {name: value for name, value in settings.default_sampling.items() if getattr(wire, name) is None}
+    absent = {name: value for name, value in values.items() if getattr(wire, name) is None}
     return wire.model_copy(update=absent) if absent else wire
 
 
-def with_usage(wire: Any, settings: Settings) -> Any:
-    """Return the request, with token counts at the end of its stream if the operator wants them in all streams."""
-    if not (settings.enable_force_include_usage and isinstance(wire, GenerationFields) and wire.stream):
+def with_usage(wire: Any) -> Any:
+    """Return the request with token counts at the end of its stream."""
+    if not (isinstance(wire, GenerationFields) and wire.stream):
         return wire
     options = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
     return wire.model_copy(update={"stream_options": options})
@@ -58,7 +57,7 @@ class GenerationApi:
         event: encodes a chunk of a streamed answer as an event.
         error_event: encodes the error that ends a failed stream.
         done: last bytes of a stream that did not fail.
-        defaults: adds the model's sampling defaults that a request omits.
+        defaults: whether a request gets the operator's sampling values that it omits before the model answers it.
         kept: how answers are stored for clients that disconnected; None if they are not stored.
         stream: response class of streams.
         silence: makes the event that fills a silence, if the API has such an event.
@@ -70,7 +69,7 @@ class GenerationApi:
     event: Callable[[Any], bytes]
     error_event: Callable[[Exception], bytes]
     done: bytes = DONE
-    defaults: Callable[[Any, Settings], Any] = with_defaults
+    defaults: bool = True
     kept: KeptForm | None = None
     stream: type[EventStream] = EventStream
     silence: Callable[[], bytes] | None = None
@@ -92,14 +91,14 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     keeper: Keeper = request.app.state.keeper
     streams = bool(wire.stream)
-    wire = with_usage(wire, request.app.state.settings)
+    wire = with_usage(wire) if request.app.state.settings.enable_force_include_usage else wire
     _permit_mix(request, wire)
     wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
     async with in_time(deadline, request):
         taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
         turn = await unless_disconnected(taken, request.receive, Turn.release)
         try:
-            wire = api.defaults(wire, turn.model.entry.settings)
+            wire = with_defaults(wire, turn.model.entry.settings.default_sampling) if api.defaults else wire
             if not wire.stream:
                 made = await unless_disconnected(api.whole(turn.model, wire), request.receive)
                 turn.release()

@@ -131,7 +131,9 @@ def create_app(
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called
         app.state.metrics.watch_mcp_servers(mcp.states)
-    app.state.responders = responses.Responders(app.state.kept, response_servers(mcp, settings))
+    app.state.responders = responses.Responders(
+        app.state.kept, response_servers(mcp, settings, keys=settings.has_api_keys)
+    )
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
@@ -153,7 +155,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
     names = settings.served_model_name or (engine.model_info.name,)
     entry = ModelEntry(names[0], settings, names)
     metrics = Observation(settings).metrics
-    known = open_adapters(settings, metrics.adapter_looked_for)
+    known = open_adapters(settings, settings, metrics.adapter_looked_for)
     return ModelManager.of_loaded(serve_engine(engine, entry, metrics, known), metrics, known)
 
 

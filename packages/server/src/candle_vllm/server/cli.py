@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from candle_vllm.server.settings import Settings
     from candle_vllm.server.settings.configuration import Configuration
+    from candle_vllm.server.settings.table import LoggingOptions
 
 EXIT_USAGE = 2
 EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIGPIPE ended
@@ -169,7 +169,7 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
             logging.getLogger(loud).setLevel(logging.CRITICAL)
 
 
-def _quiet(given: Any, settings: Settings) -> str:
+def _quiet(given: Any, settings: LoggingOptions) -> str:
     """Return the log level of commands that write to the terminal: "warning", unless another level was given."""
     return settings.log_level if "log_level" in given or settings.log_level != "info" else "warning"
 

@@ -97,7 +97,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         observation = Observation(settings)
-        adapters = open_adapters(settings, observation.metrics.adapter_looked_for)
+        adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
         images = image_sources(settings, stored_image, observation.metrics.image_fetched)
         load = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
         manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics, adapters)
@@ -133,8 +133,7 @@ def with_fetched(configuration: Configuration) -> Catalogue:
 
     given = (name for entry in catalogue.entries for name in (*entry.names, entry.settings.model) if name)
     names = {named_model(name).casefold() for name in given}
-    base = dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
-    found = [served_entry(base, local) for local in downloaded(settings) if local.name.casefold() not in names]
+    found = [served_entry(settings, local) for local in downloaded(settings) if local.name.casefold() not in names]
     return Catalogue([*catalogue.entries, *found], catalogue.default.name)
 
 

@@ -19,7 +19,7 @@ from candle_vllm.server.adapters import sources
 from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking, cut_off, sum_of
 from candle_vllm.server.models.downloads import refused_by_hub
-from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.table import HubOptions
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class HubSource(FetchedSource):
 
     kind = "hf"
 
-    def __init__(self, pattern: str, settings: Settings, cache: DiskCache, limits: sources.Limits) -> None:
+    def __init__(self, pattern: str, settings: HubOptions, cache: DiskCache, limits: sources.Limits) -> None:
         super().__init__(cache, limits)
         self._pattern = pattern + "*" if pattern.endswith("/") else pattern
         self._settings = settings

@@ -14,15 +14,15 @@ from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.hub import HubSource
 from candle_vllm.server.adapters.registry import Adapters
 from candle_vllm.server.adapters.sources import Limits, LocalSource, Source
-from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import AccessOptions, AdapterOptions, HubOptions
 
 
-def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> Adapters:
+def open_adapters(settings: AdapterOptions, access: AccessOptions, looked: Callable[[str, str], object]) -> Adapters:
     """Build the adapter registry of a server with the sources in its settings.
 
-    `looked` is called after each lookup with the kind of the source and the outcome.
+    `access` says who may call the server. `looked` is called after each lookup with the kind of the source and the
+    outcome.
 
     Raises:
         UsageError: a source is invalid, or unauthenticated clients could make the server fetch any repository.
@@ -37,17 +37,17 @@ def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> A
     )
     cache = DiskCache(cache_folder(settings), settings.lora_cache_bytes)
     sources = [read_source(spec, settings, cache, limits) for spec in settings.lora_resolver]
-    if any(isinstance(source, HubSource) and source.takes_all for source in sources) and not may_change(settings):
+    if any(isinstance(source, HubSource) and source.takes_all for source in sources) and not access.is_guarded:
         raise UsageError(
             "--lora-resolver hf lets clients fetch every repository, and everybody who reaches "
-            f"{settings.host} may be one: say whose (hf=org/*), give the server keys (--api-key), or let it listen at "
+            f"{access.host} may be one: say whose (hf=org/*), give the server keys (--api-key), or let it listen at "
             "127.0.0.1"
         )
     cache.clear_left()
     return Adapters(sources, cache, looked)
 
 
-def cache_folder(settings: Settings) -> Path:
+def cache_folder(settings: AdapterOptions) -> Path:
     """Return the folder of the cache of fetched adapters."""
     if settings.lora_cache_dir is not None:
         return settings.lora_cache_dir.expanduser()
@@ -56,7 +56,7 @@ def cache_folder(settings: Settings) -> Path:
     return Path.home() / ".cache" / "candle-vllm" / "adapters"
 
 
-def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits) -> Source:
+def read_source(spec: str, settings: HubOptions, cache: DiskCache, limits: Limits) -> Source:
     """Parse one `--lora-resolver`: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER or tar=ADDRESS; raises `UsageError`."""
     kind, equals, place = spec.partition("=")
     shown = without_secrets(spec, alone=True)

@@ -23,9 +23,9 @@ import numpy as np
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.engine.outputs import GenerationOutput
 from candle_vllm.server.bench.datasets import Shape, make_samples
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ModelOptions
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
@@ -53,7 +53,7 @@ class EngineWords:
 
 
 def bench_throughput(
-    settings: Settings,
+    settings: ModelOptions,
     dataset_name: str = "random",
     dataset_path: Path | None = None,
     num_prompts: int = 1000,
@@ -92,7 +92,7 @@ def bench_throughput(
 
 
 def bench_latency(
-    settings: Settings,
+    settings: ModelOptions,
     input_len: int = 32,
     output_len: int = 128,
     batch_size: int = 8,
@@ -130,7 +130,7 @@ def bench_latency(
 
 
 def bench_speculation(
-    settings: Settings,
+    settings: ModelOptions,
     dataset_name: str = "custom",
     dataset_path: Path | None = None,
     num_prompts: int = 10,

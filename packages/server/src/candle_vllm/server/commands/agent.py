@@ -40,15 +40,15 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgr
 from candle_vllm.server.commands.changes import changes
 from candle_vllm.server.commands.interactive import answer_display, has_colour
 from candle_vllm.server.commands.terminal import Said, conversation, read_stdin, unfinished
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import in_flags, load_engine, thinking_settings
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import AgentOptions, ModelOptions
 
 EXIT_UNFINISHED = 1
 
 
 def agent(
-    settings: Settings,
+    settings: AgentOptions,
     prompt: str,
     base_url: str | None = None,
     api_key: str | None = None,
@@ -78,7 +78,7 @@ def agent(
 
 
 @contextlib.contextmanager
-def _model(settings: Settings, base_url: str | None) -> Iterator[ModelSource]:
+def _model(settings: ModelOptions, base_url: str | None) -> Iterator[ModelSource]:
     if base_url is not None:
         yield base_url
         return

@@ -34,9 +34,9 @@ import psutil
 
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.threads import usable_cpus
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ModelOptions
 
 _PROBE_TOKENS = 8  # prompt length of the request for start_s
 
@@ -52,7 +52,7 @@ class _Times:
 
 
 def bench(
-    settings: Settings,
+    settings: ModelOptions,
     prompt_tokens: int = 1024,
     output_tokens: int = 128,
     concurrency: int = 1,

@@ -31,12 +31,11 @@ from candle_vllm.core.vision.pictures import LIMITS, decode_picture
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe, unfinished
 from candle_vllm.server.loop_threads import run_stoppable
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.command_line import MAX_TOKENS
 from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.table import OPTIONS, AdapterOptions
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
 EXIT_FAILED = 1
 
 
-def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
+def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | None = None) -> int:
     """Run a conversation until /exit or the end of input; without a terminal, Ctrl+C between answers also ends it.
 
     Returns 1 if standard input is not a terminal and a line of the input failed, else 0.
@@ -92,7 +91,7 @@ class Chat:
         max_tokens: maximum number of tokens of an answer.
     """
 
-    def __init__(self, settings: Settings, system: str | None, max_tokens: int | None) -> None:
+    def __init__(self, settings: AdapterOptions, system: str | None, max_tokens: int | None) -> None:
         self.failed = False
         self._runner = asyncio.Runner()
         self._settings = settings
@@ -369,7 +368,7 @@ class Chat:
                 return True
         return False
 
-    def _bring(self, settings: Settings) -> str | None:
+    def _bring(self, settings: AdapterOptions) -> str | None:
         """Replace the current model; return the error if no model is loaded afterwards."""
         old, self._engine = self._engine, None
 

@@ -38,12 +38,11 @@ from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.reloading import warn_of_missing
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
 from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
 from candle_vllm.server.settings.sources import origins
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
 DEFAULT = "default"
 
@@ -228,7 +227,7 @@ def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePl
     return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
 
 
-def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
+def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
     """Return values from a model's files; the weights are not read."""
     own = Derived("the model's own", f"derived from {files.name}")
     if is_encoder(files):

@@ -12,15 +12,15 @@ from typing import Any
 
 from candle_vllm.core import CandleVllmError, InferenceEngine, SamplingParams
 from candle_vllm.server.commands.terminal import Display, Said, answer_pieces, conversation, read_stdin, unfinished
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ModelOptions
 
 DEFAULT_MAX_TOKENS = 256
 
 
 def generate(
-    settings: Settings,
+    settings: ModelOptions,
     prompt: str,
     chat: bool = False,
     system: str | None = None,
@@ -45,7 +45,7 @@ def generate(
 
 
 async def _continuation(
-    engine: InferenceEngine, prompt: str, settings: Settings, max_tokens: int, stop: tuple[str, ...]
+    engine: InferenceEngine, prompt: str, settings: ModelOptions, max_tokens: int, stop: tuple[str, ...]
 ) -> AsyncGenerator[Said, None]:
     sampling: dict[str, Any] = {**engine.model_info.default_sampling, **settings.default_sampling}
     sampling |= {"max_tokens": max_tokens, "stop": stop or None}

@@ -20,22 +20,22 @@ from candle_vllm.core.progress import progress_bar
 from candle_vllm.server.models.downloads import Local, downloaded, find_downloaded, plan_pull, remove, room_of
 from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.models.pulls import fetch
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import source_name
 from candle_vllm.server.settings.derived import model_source, refuse_missing
 from candle_vllm.server.settings.model_names import KNOWN, named_model, read_name
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import AdapterOptions, HubOptions, ListenerOptions, ModelOptions
 
 _PATIENCE = 10.0  # seconds until the timeout of the request to the server
 
 
-def pull(settings: Settings, name: str) -> int:
+def pull(settings: ModelOptions, name: str) -> int:
     """Print the size of a model and whether it fits, download it, and verify it with the hub's checksums."""
     _pulled(settings, name)
     return 0
 
 
-def _file(settings: Settings, name: str) -> Settings | None:
+def _file(settings: AdapterOptions, name: str) -> AdapterOptions | None:
     """Return the settings of a model that is not on the hub (the demo model, a file, a folder, a URL), else None."""
     path = name.endswith(".gguf") or name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
     if not (path or is_demo(name) or "://" in named_model(name)):
@@ -46,7 +46,7 @@ def _file(settings: Settings, name: str) -> Settings | None:
     return chosen
 
 
-def _pulled(settings: Settings, name: str) -> Local:
+def _pulled(settings: ModelOptions, name: str) -> Local:
     if is_demo(name):
         raise UsageError(f"the demo model comes with a package: {demo_command()}")
     plan = plan_pull(settings, name)
@@ -59,7 +59,7 @@ def _pulled(settings: Settings, name: str) -> Local:
     return local
 
 
-def list_models(settings: Settings, known: bool = False) -> int:
+def list_models(settings: HubOptions, known: bool = False) -> int:
     """Print the downloaded models, or the short names with their memory needs."""
     if known:
         rows = [(name, str(read_name(name)), f"{row.mib:,} MiB") for name, row in KNOWN.items()]
@@ -70,14 +70,14 @@ def list_models(settings: Settings, known: bool = False) -> int:
     return 0
 
 
-def rm(settings: Settings, name: str) -> int:
+def rm(settings: HubOptions, name: str) -> int:
     """Remove a downloaded model."""
     local = find_downloaded(settings, name)
     _say(f"removed {local.name}: {size(remove(settings, local))} are free again")
     return 0
 
 
-def show(settings: Settings, name: str) -> int:
+def show(settings: AdapterOptions, name: str) -> int:
     """Print the properties of a model: from its files if it is downloaded, else from the hub."""
     rows: list[tuple[str, str]] = []
     if (chosen := _file(settings, name)) is not None:
@@ -101,7 +101,7 @@ def show(settings: Settings, name: str) -> int:
     return _shown(local.settings(settings), rows)
 
 
-def _shown(chosen: Settings, rows: list[tuple[str, str]]) -> int:
+def _shown(chosen: ModelOptions, rows: list[tuple[str, str]]) -> int:
     try:
         known = describe(chosen)
     except CandleVllmError as error:
@@ -117,7 +117,7 @@ def _shown(chosen: Settings, rows: list[tuple[str, str]]) -> int:
 
 
 def run(
-    settings: Settings,
+    settings: AdapterOptions,
     name: str,
     prompt: str | None = None,
     system: str | None = None,
@@ -140,7 +140,7 @@ def run(
     return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens or DEFAULT_MAX_TOKENS)
 
 
-def ps(settings: Settings) -> int:
+def ps(settings: ListenerOptions) -> int:
     """Print the models that a running server has in memory."""
     import httpx
 

@@ -17,10 +17,9 @@ from candle_vllm.core.conversion.write import check_target
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.perplexity import perplexity as measure
 from candle_vllm.core.progress import progress_bar
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config, load_engine
 from candle_vllm.server.settings.options import UsageError
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
 _STRANGE = ("weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cache_dtype", "key_cache_dtype",
             "value_cache_dtype", "enforce_eager")  # fmt: skip
@@ -28,7 +27,7 @@ _STRANGE = ("weight_path", "weight_file", "revision", "isq", "imatrix", "kv_cach
 
 
 def perplexity(
-    settings: Settings, file: Path | None = None, reference: str | None = None, as_json: bool = False, **cut: int
+    settings: ModelOptions, file: Path | None = None, reference: str | None = None, as_json: bool = False, **cut: int
 ) -> int:
     """Measure, and print one JSON object or a table."""
     text = _text(file)
@@ -43,14 +42,14 @@ def perplexity(
     return 0
 
 
-def _measured(settings: Settings, text: str, window: int = 1024, **options: Any) -> dict[str, Any]:
+def _measured(settings: ModelOptions, text: str, window: int = 1024, **options: Any) -> dict[str, Any]:
     changes: dict[str, Any] = {"max_model_len": window, "max_num_seqs": 1, "enable_prefix_caching": False}
     with progress_bar(), _cutting(window), load_engine(settings, **changes) as engine:
         return {"model": engine.model_info.name, "window": window} | measure(engine, text, window=window, **options)
 
 
 def imatrix(
-    settings: Settings, file: Path | None = None, out: Path | None = None, force: bool = False, **options: int
+    settings: ModelOptions, file: Path | None = None, out: Path | None = None, force: bool = False, **options: int
 ) -> int:
     """Measure, write the importance matrix, and print the file's size and its number of entries."""
     text, threads = _text(file), options.pop("threads", None) or settings.threads

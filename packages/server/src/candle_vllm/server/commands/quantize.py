@@ -12,15 +12,15 @@ from typing import Any
 from candle_vllm.core.conversion import write_gguf, write_gguf_adapter
 from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.threads import LOADING_THREADS
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ModelOptions
 
 _MOST = 1000.0  # maximum scale of an adapter
 
 
 def quantize(
-    settings: Settings,
+    settings: ModelOptions,
     out: Path | None = None,
     force: bool = False,
     dtype: str | None = None,

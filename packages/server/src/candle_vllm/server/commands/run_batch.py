@@ -162,7 +162,7 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
     )  # fmt: skip
     observation = Observation(settings)
-    adapters = open_adapters(settings, observation.metrics.adapter_looked_for)
+    adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
     images = image_sources(settings, stored_image, observation.metrics.image_fetched)
     loader = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
     manager = ModelManager(configuration.catalogue, loader, limits_of(settings), observation.metrics, adapters)

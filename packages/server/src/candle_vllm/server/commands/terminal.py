@@ -9,9 +9,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.core.engine.outputs import FinishReason
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import thinking_settings
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ModelOptions
 
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
@@ -50,7 +50,7 @@ class Said(NamedTuple):
 async def answer_pieces(
     engine: InferenceEngine,
     messages: Sequence[Message],
-    settings: Settings,
+    settings: ModelOptions,
     max_tokens: int | None,
     stop: Sequence[str] = (),
     lora: LoRARequest | None = None,

@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.setting_kinds import Integer, Secret
 from candle_vllm.server.http.routing import NOBODY, Caller, Limits
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import Section, UsageError, known_keys, line_of, mapping
 from candle_vllm.server.settings.sources import read_yaml
-from candle_vllm.server.settings.table import BY_NAME
+from candle_vllm.server.settings.table import BY_NAME, AccessOptions
 
 MAX_KEYS = 10_000
 LOOK_SECONDS = 1.0  # seconds between two checks of the files
@@ -66,7 +65,7 @@ class Keyring:
         UsageError: a file of keys cannot be read, or is invalid.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: AccessOptions) -> None:
         self._settings = settings
         self._paths = [path for path in (settings.api_keys_file, settings.api_key_file) if path is not None]
         self._read_at = self._stamp()

@@ -12,15 +12,15 @@ import os
 import ssl
 from pathlib import Path
 
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ListenerOptions
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0  # seconds between two looks at the files
 
 
-def tls_context(settings: Settings) -> ssl.SSLContext | None:
+def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
     """Return the context for TLS 1.2 and later with the operator's files, or None for a server without TLS.
 
     Raises:
@@ -51,7 +51,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def load_chain(context: ssl.SSLContext, settings: Settings) -> None:
+def load_chain(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     """Load certificate and key; if that raises a UsageError, the previous ones stay in use."""
     certificate, key = settings.ssl_certfile, settings.ssl_keyfile
     assert certificate is not None
@@ -75,7 +75,7 @@ def _reason(error: OSError) -> str:
     return "it is not PEM, there is no private key in it (ssl_keyfile names its file), or the key has a password"
 
 
-async def refresh(context: ssl.SSLContext, settings: Settings) -> None:
+async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:
     """Load certificate and key again when one of the files was replaced; later connections use them."""
     paths = [path for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None]
     known = _states(paths)

@@ -12,19 +12,18 @@ from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServ
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolDefinition
-from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.table import ToolOptions
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 
-def response_servers(service: McpService | None, settings: Settings) -> McpSource | None:
-    """Return the operator's servers and allowed URLs; None without either."""
+def response_servers(service: McpService | None, settings: ToolOptions, *, keys: bool) -> McpSource | None:
+    """Return the operator's servers and allowed URLs, None without either; `keys` as in `ConfiguredServers`."""
     urls = settings.mcp_allow_urls
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None
     servers = McpServers(service.registry, service.errors, allowed_urls=urls)
-    keys = settings.has_api_keys
     return ConfiguredServers(servers, keys=keys, approved=service.auto_approves if settings.mcp_execute else None)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from candle_vllm.responses.mcp.config import load_mcp_config
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import ToolOptions
 
 DEFAULT = "default"  # name of the server that --mcp-command starts, as in the Rust candle-vllm
 
@@ -38,7 +38,7 @@ class McpOptions:
     max_tool_calls: int = 32
 
 
-def mcp_options(settings: Settings) -> McpOptions | None:
+def mcp_options(settings: ToolOptions) -> McpOptions | None:
     """Return the options, or None without MCP servers; raises `ConfigError` if mcp.json or a setting is wrong."""
     config = load_mcp_config(settings.mcp_config)
     servers = (*config.servers, *_command_server(settings))
@@ -54,7 +54,7 @@ def mcp_options(settings: Settings) -> McpOptions | None:
     return McpOptions(servers, settings.mcp_execute, settings.mcp_max_turns, settings.mcp_max_tool_calls)
 
 
-def _command_server(settings: Settings) -> Iterator[McpServerConfig]:
+def _command_server(settings: ToolOptions) -> Iterator[McpServerConfig]:
     if settings.mcp_command is not None:
         arguments = () if settings.mcp_args is None else split_arguments(settings.mcp_args)
         yield McpServerConfig(name=DEFAULT, command=settings.mcp_command, args=arguments)

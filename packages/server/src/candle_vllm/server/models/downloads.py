@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -28,15 +28,16 @@ from candle_vllm.core.loading.source import (
     wanted_files,
 )
 from candle_vllm.core.setting_kinds import nearest
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import cache_folder
 from candle_vllm.server.settings.model_names import Named, PullError, read_name
+from candle_vllm.server.settings.table import HubOptions, ModelOptions
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
     from huggingface_hub.hf_api import RepoSibling
 
 MIB = 1 << 20
+_Options = TypeVar("_Options", bound=ModelOptions)
 
 
 def choose_file(names: Sequence[str], named: Named) -> str | None:
@@ -105,7 +106,7 @@ def full_name(repo: str, weight_file: str | None) -> str:
     return repo if weight_file is None else f"{repo}:{tag_of(weight_file)}"
 
 
-def plan_pull(settings: Settings, name: str) -> Plan:
+def plan_pull(settings: HubOptions, name: str) -> Plan:
     """Ask the hub for the files of a model; download nothing.
 
     Raises:
@@ -136,7 +137,7 @@ def plan_pull(settings: Settings, name: str) -> Plan:
     return Plan(named=named, weight_file=first, files=files, weight_bytes=size, commit=info.sha)
 
 
-def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError | None:
+def refused_by_hub(settings: HubOptions, repo: str, error: Exception) -> PullError | None:
     """Convert an error response of the hub to a PullError; None if the hub did not respond."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
@@ -170,7 +171,7 @@ class Room(NamedTuple):
         return f"{fits}: needs at least {self.needed / MIB:,.0f} MiB of memory, {self.free / MIB:,.0f} MiB are free"
 
 
-def room_of(settings: Settings, weight_bytes: int, to_fetch: int = 0) -> Room:
+def room_of(settings: ModelOptions, weight_bytes: int, to_fetch: int = 0) -> Room:
     """Compare the needs of a model of this size, with the smallest KV cache, to this machine's memory and disk."""
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
@@ -203,18 +204,18 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
     modified: float
     digest: str | None
 
-    def settings(self, settings: Settings) -> Settings:
+    def settings(self, settings: _Options) -> _Options:
         """Return the settings to serve this model."""
         changes: dict[str, Any] = {"model": self.repo, "weight_path": None, "weight_file": self.weight_file}
         return dataclasses.replace(settings, **changes, served_model_name=())
 
 
-def downloaded(settings: Settings) -> list[Local]:
+def downloaded(settings: HubOptions) -> list[Local]:
     """Return the models in the cache, sorted by name."""
     return sorted((local for repo in _repos(settings) for local in _models_of(repo)), key=lambda local: local.name)
 
 
-def find_downloaded(settings: Settings, name: str) -> Local:
+def find_downloaded(settings: HubOptions, name: str) -> Local:
     """Return the downloaded model of a name; ModelNotFoundError if it is not on this machine."""
     return find_among(downloaded(settings), name)
 
@@ -234,7 +235,7 @@ def find_among(locals_: Sequence[Local], name: str) -> Local:
     raise ModelNotFoundError(f"{named} is not on this machine{others}: candle-vllm pull {named} fetches it")
 
 
-def remove(settings: Settings, local: Local) -> int:
+def remove(settings: HubOptions, local: Local) -> int:
     """Remove a model's files from the cache; return the number of bytes that were freed."""
     repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
     if all(other.name == local.name for other in _models_of(repo)):
@@ -251,7 +252,7 @@ def remove(settings: Settings, local: Local) -> int:
     return freed
 
 
-def _repos(settings: Settings) -> Iterator[CachedRepoInfo]:
+def _repos(settings: HubOptions) -> Iterator[CachedRepoInfo]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:

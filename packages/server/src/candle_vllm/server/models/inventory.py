@@ -14,8 +14,8 @@ from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE, held_by
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, failure_code
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.model_names import KNOWN, read_name
+from candle_vllm.server.settings.table import ModelOptions
 
 
 class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ class Inventory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def take_stock(
-    manager: ModelManager, slots: Sequence[ModelSlot], settings: Settings, pulls: Sequence[Pull], *, changes: bool
+    manager: ModelManager, slots: Sequence[ModelSlot], settings: ModelOptions, pulls: Sequence[Pull], *, changes: bool
 ) -> Inventory:
     """Return the inventory; `slots` are the served models in order, `changes` is whether clients may change them."""
     room = room_of(settings, 0)

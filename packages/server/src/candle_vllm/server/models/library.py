@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
+from candle_vllm.server.settings.table import ModelOptions
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +45,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Mapping[str, Any] = {}
 
 
-def file_bytes(settings: Settings) -> int:
+def file_bytes(settings: ModelOptions) -> int:
     """Return the size of a model's weight files in bytes; 0 if they are not on this machine."""
     from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.errors import CandleVllmError
@@ -56,7 +56,7 @@ def file_bytes(settings: Settings) -> int:
         return 0
 
 
-def describe(settings: Settings) -> Description:
+def describe(settings: ModelOptions) -> Description:
     """Describe a model from its files; nothing is downloaded.
 
     Raises:

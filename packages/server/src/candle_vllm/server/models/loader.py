@@ -24,9 +24,9 @@ from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import ModelEntry, source_name
 from candle_vllm.server.settings.derived import engine_config, image_sources, thinking_settings, told_in_flags
+from candle_vllm.server.settings.table import ModelOptions, SourceOptions
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
@@ -155,13 +155,13 @@ def replicated_engine(config: EngineConfig) -> ServedEngine:
     return ReplicatedEngine(config)
 
 
-def _starter(settings: Settings) -> Callable[[EngineConfig], ServedEngine]:
+def _starter(settings: ModelOptions) -> Callable[[EngineConfig], ServedEngine]:
     if (settings.data_parallel_size or 1) > 1:
         return replicated_engine
     return remote_engine if settings.engine_process else local_engine
 
 
-def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
+def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
     """Raise the errors that can be found without reading the weights, before other models are unloaded for this one."""
     from candle_vllm.core.assembly.draft import find_draft
     from candle_vllm.core.assembly.opening import model_files, open_model
@@ -191,7 +191,7 @@ def held_by(models: Sequence[ServedModel]) -> int:
     return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
 
 
-def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:
+def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[str, Any]:
     """Return changes of a model's engine configuration by which it fits beside the loaded models, or NoRoomError.
 
     A CPU allocates caches only as they fill, so the full sizes of the other models' caches are subtracted from the free
@@ -227,7 +227,7 @@ def _copies(config: EngineConfig, device: Device) -> int:
     return config.data_parallel_size if device.type == "cpu" else 1
 
 
-def _called(settings: Settings) -> str:
+def _called(settings: SourceOptions) -> str:
     return source_name(settings, demo_model())
 
 

@@ -22,9 +22,9 @@ from candle_vllm.core.loading.source import resolve
 from candle_vllm.core.progress import Progress, heard_by, tell
 from candle_vllm.server.loop_threads import call_in, in_thread
 from candle_vllm.server.models import downloads
-from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import cache_folder
 from candle_vllm.server.settings.model_names import PullError
+from candle_vllm.server.settings.table import HubOptions, ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _MAX_ENDED = 16  # maximum number of listed unsuccessful downloads
 # ---- one model, in a thread ------------------------------------------------------------------------------------------
 
 
-def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
+def fetch(settings: ModelOptions, plan: downloads.Plan) -> downloads.Local:
     """Download the missing files, resume partial ones, and verify the weights with the hub's checksums.
 
     Progress is reported to `candle_vllm.core.progress`.
@@ -70,13 +70,13 @@ def fetch(settings: Settings, plan: downloads.Plan) -> downloads.Local:
     return next(local for local in downloads.downloaded(settings) if local.name == plan.name)
 
 
-def discard(settings: Settings, plan: downloads.Plan) -> None:
+def discard(settings: HubOptions, plan: downloads.Plan) -> None:
     """Remove the partial files of a download."""
     for path in _partials(settings, plan):
         path.unlink(missing_ok=True)
 
 
-def _fetch_weights(settings: Settings, plan: downloads.Plan) -> None:
+def _fetch_weights(settings: HubOptions, plan: downloads.Plan) -> None:
     """Download the large files into the hub cache, under the names that huggingface_hub expects."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.errors import HTTPError
@@ -136,7 +136,7 @@ def _bar(what: str, before: int, total: int) -> Any:
     return Bar
 
 
-def _blobs(settings: Settings, plan: downloads.Plan) -> Path:
+def _blobs(settings: HubOptions, plan: downloads.Plan) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     return cache_folder(settings) / repo_folder_name(repo_id=plan.named.repo, repo_type="model") / "blobs"
@@ -146,7 +146,7 @@ def _partial(blobs: Path, file: downloads.HubFile) -> Path:
     return blobs / f"{file.sha256}.incomplete"
 
 
-def _partials(settings: Settings, plan: downloads.Plan) -> Iterator[Path]:
+def _partials(settings: HubOptions, plan: downloads.Plan) -> Iterator[Path]:
     blobs = _blobs(settings, plan)
     return (_partial(blobs, file) for file in plan.files if file.sha256 is not None)
 
@@ -261,11 +261,11 @@ class Pulls:
     """The downloads of one server, which run one at a time. Not thread-safe: it belongs to one event loop.
 
     Args:
-        settings: settings of the server, without a model.
+        settings: how models are downloaded, and the device that they must fit.
         fetched: called with a successful download and its model.
     """
 
-    def __init__(self, settings: Settings, fetched: Callable[[Pull, downloads.Local], object]) -> None:
+    def __init__(self, settings: ModelOptions, fetched: Callable[[Pull, downloads.Local], object]) -> None:
         self._settings = settings
         self._fetched = fetched
         self._pulls: dict[str, Pull] = {}

@@ -23,7 +23,7 @@ from candle_vllm.server.observing.request_log import RequestLog
 from candle_vllm.server.observing.series import Series
 from candle_vllm.server.observing.tally import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
 from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
-from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.table import LoggingOptions
 
 
 class Rejection(enum.StrEnum):
@@ -158,7 +158,7 @@ class Metrics:
 class Observation:
     """The observers of one application, with its metrics."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LoggingOptions) -> None:
         """Raises UsageError if traces are configured, but OpenTelemetry is not installed."""
         self._tracing: Tracing | None = otlp_tracing(settings.otlp_endpoint) if settings.otlp_endpoint else None
         observers: list[Observer] = []

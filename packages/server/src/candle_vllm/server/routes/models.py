@@ -6,7 +6,6 @@ Step 1 of a request's life.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +40,6 @@ from candle_vllm.server.models.cards import (
 from candle_vllm.server.models.inventory import Inventory, take_stock
 from candle_vllm.server.models.manager import Changes, ModelManager
 from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
-from candle_vllm.server.routes.ollama_library import may_change
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -85,8 +83,8 @@ async def models_inventory(request: Request) -> Response:
     """Sizes of models and whether they fit, known names, and downloads."""
     state, manager = request.app.state, request.app.state.manager
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
-    settings = dataclasses.replace(state.settings, model=None, weight_path=None, weight_file=None)
-    changes = state.settings.allow_model_changes and may_change(state.settings)
+    settings = state.settings
+    changes = settings.allow_model_changes and settings.is_guarded
     found = await in_thread(lambda: take_stock(manager, slots, settings, state.pulls.all, changes=changes), "inventory")
     return json_answer(found)
 

@@ -32,7 +32,6 @@ from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
@@ -41,18 +40,15 @@ route = routing(router, functools.partial(Operation, tag="ollama", error=Failure
 
 def refuse_open_changes(settings: Settings) -> None:
     """Raise UsageError if everybody who reaches the server could download and delete models, or load adapters."""
-    if settings.allow_model_changes and not may_change(settings):
-        raise UsageError(
-            "--allow-model-changes lets clients fetch and delete models, and everybody who reaches "
-            f"{settings.host} may be one: give the server keys (--api-key, --management-key), or let it listen at "
-            "127.0.0.1"
-        )
-    if settings.allow_runtime_lora and not may_change(settings):
-        raise UsageError(
-            "--allow-runtime-lora lets clients have files of this machine loaded, and everybody who reaches "
-            f"{settings.host} may be one: give the server keys (--api-key, --management-key), or let it listen at "
-            "127.0.0.1"
-        )
+    for flag, is_set, what in (
+        ("--allow-model-changes", settings.allow_model_changes, "fetch and delete models"),
+        ("--allow-runtime-lora", settings.allow_runtime_lora, "have files of this machine loaded"),
+    ):
+        if is_set and not settings.is_guarded:
+            raise UsageError(
+                f"{flag} lets clients {what}, and everybody who reaches {settings.host} may be one: give the server "
+                "keys (--api-key, --management-key), or let it listen at 127.0.0.1"
+            )
 
 
 class _OfModel(WireModel):
@@ -180,7 +176,7 @@ async def ollama_delete(request: Request) -> Response:
     A copy loses its name; a fetched model is forgotten, and its files are removed.
     """
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
-    manager, settings, name = _manager(request), _base(request.app.state.settings), wire.named
+    manager, settings, name = _manager(request), request.app.state.settings, wire.named
     entry = manager.find(name, exact=True).entry
     if name != entry.name and len(entry.names) > 1:
         left = tuple(each for each in entry.names if each != name)
@@ -224,8 +220,7 @@ async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
 
 def pulls_of(manager: ModelManager, settings: Settings) -> Pulls:
     """Return the service that downloads models and adds them to the served ones."""
-    base = _base(settings)
-    return Pulls(base, lambda pull, local: _serve(manager, base, local, pull.asked))
+    return Pulls(settings, lambda pull, local: _serve(manager, settings, local, pull.asked))
 
 
 def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
@@ -253,15 +248,10 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     """Return the validated body; HttpError 403 if the operator does not let clients change models."""
     settings: Settings = request.app.state.settings
     wire = await parsed(request, ollama_parser(kind), typed=False)
-    if not settings.allow_model_changes or not may_change(settings):
+    if not settings.allow_model_changes or not settings.is_guarded:
         message = "This server's models are not changed by clients, unless it is started with --allow-model-changes."
         raise HttpError(403, message, "model_changes_not_allowed")
     return wire
-
-
-def _base(settings: Settings) -> Settings:
-    """Return the settings for downloaded models: the process's settings without its model."""
-    return dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
 
 
 def _manager(request: Request) -> ModelManager:

@@ -379,7 +379,7 @@ def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
         event=data_event,
         error_event=error_event,
         done=b"",
-        defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
+        defaults=False,  # they are given above
     )
 
 
@@ -389,7 +389,7 @@ FIM = answering.GenerationApi(
     streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
     event=data_event,
     error_event=error_event,
-    defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
+    defaults=False,  # they are given above
 )
 
 

@@ -168,7 +168,7 @@ class _Exchange:
             streamed=self._streamed,
             event=self._events.write,
             error_event=self._error_events,
-            defaults=lambda wire, settings: wire,  # its responder fills them in  # noqa: ARG005
+            defaults=False,  # its responder fills them in
             silence=self._events.silence,
         )
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from candle_vllm.server.http.page_files import PageFile, page_headers
-from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.table import AccessOptions
 
 _ROOT = files("candle_vllm.server") / "static"
 _POLICY: Mapping[str, str] = {
@@ -68,7 +68,7 @@ def read_bundle() -> dict[str, PageFile]:
     return bundle
 
 
-def new_page_key(settings: Settings, has_tools: bool) -> str | None:
+def new_page_key(settings: AccessOptions, has_tools: bool) -> str | None:
     """Return a random key for the printed address, with which the page may call tools, or None if it needs no key.
 
     It needs one if the page is served, there are tools (`has_tools`: MCP servers), and clients have no API keys.

@@ -11,7 +11,7 @@ from candle_vllm.core.config import DEMO, DEMO_NAME, is_demo
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import MODEL, UsageError
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.table import OPTIONS, SourceOptions
 
 ANY_MODEL = "default"  # this name always selects the default model
 
@@ -84,7 +84,7 @@ class Catalogue:
         return self.default
 
 
-def source_name(settings: Settings, demo: Path | None) -> str:
+def source_name(settings: SourceOptions, demo: Path | None) -> str:
     """Return the name of a model outside models.yaml, from its files or its source."""
     if settings.model is None and settings.weight_path is None and settings.weight_file is None:
         return "default" if demo is None else demo.stem

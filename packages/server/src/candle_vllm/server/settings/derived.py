@@ -7,6 +7,7 @@ reported before that slow import; the mailbox is imported only if it is used.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -21,11 +22,18 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
-from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.foreign_variables import is_loopback
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.table import (
+    BY_NAME,
+    OPTIONS,
+    FormatOptions,
+    HubOptions,
+    ModelOptions,
+    RequestOptions,
+    SourceOptions,
+    StorageOptions,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
@@ -54,13 +62,7 @@ MIB = 1 << 20
 logger = logging.getLogger(__name__)
 
 
-def may_change(settings: Settings) -> bool:
-    """Whether clients may change models: only if they need keys, or can connect only from this machine."""
-    keyed = settings.has_api_keys or bool(settings.management_key)
-    return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
-
-
-def model_source(settings: Settings, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
+def model_source(settings: HubOptions, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
     """Return the model and its weight file for `EngineConfig`.
 
     With `fetch`, a model at a URL is downloaded; without, its folder or its URL is returned. `offline` allows only
@@ -98,14 +100,14 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
     return str(demo), None
 
 
-def cache_folder(settings: Settings) -> Path:
+def cache_folder(settings: HubOptions) -> Path:
     """Return the folder of downloaded models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
-def refuse_missing(settings: Settings) -> None:
+def refuse_missing(settings: SourceOptions) -> None:
     """Raise ModelNotFoundError, with a similar name, for a model path that does not exist, before slow imports."""
     model = settings.model or ""
     is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
@@ -115,7 +117,7 @@ def refuse_missing(settings: Settings) -> None:
         resolve(model)
 
 
-def refuse_wrong_formats(settings: Settings) -> None:
+def refuse_wrong_formats(settings: FormatOptions) -> None:
     """Raise ConfigError for unknown tool and reasoning parsers, before a model is loaded."""
     if settings.tool_parser is None and settings.reasoning_parser is None:
         return  # also avoids the import of the parsers
@@ -124,14 +126,14 @@ def refuse_wrong_formats(settings: Settings) -> None:
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
 
 
-def thinking_settings(settings: Settings) -> dict[str, Any]:
+def thinking_settings(settings: FormatOptions) -> dict[str, Any]:
     """Return the limit on reasoning as arguments of an API adapter."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
 
 def image_sources(
-    settings: Settings, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
+    settings: RequestOptions, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
 ) -> ImageSources:
     """Return the allowed sources of images; ConfigError if the folder does not exist.
 
@@ -144,7 +146,7 @@ def image_sources(
     return ImageSources(domains, settings.allowed_local_media_path, stored, count, asker.get)
 
 
-def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> EngineConfig:
+def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any) -> EngineConfig:
     """Return the engine's configuration; settings without a value keep the defaults of `EngineConfig`.
 
     `fetch` is as in `model_source`; `changes` are fields that replace the settings' values.
@@ -154,7 +156,8 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
     model, weight_file = model_source(settings, fetch=fetch, offline=bool(changes.get("offline")))
     if settings.revision is not None and os.path.exists(os.path.expanduser(model)):
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
-    values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
+    options = [BY_NAME[field.name] for field in dataclasses.fields(settings)]
+    values = {option.engine: getattr(settings, option.name) for option in options if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
     alone = (settings.tensor_parallel_size or 1) == 1  # tensor parallelism reports a missing torch itself
     if settings.enforce_eager and alone and importlib.util.find_spec("torch") is None:
@@ -166,7 +169,7 @@ def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> 
     return EngineConfig(model=model, **{name: value for name, value in values.items() if value is not None})
 
 
-def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
+def load_engine(settings: ModelOptions, **changes: Any) -> InferenceEngine:
     """Load the model; `changes` replace fields of `EngineConfig`."""
     from candle_vllm.core.progress import Progress, heard_by
 
@@ -244,7 +247,7 @@ def _template(path: Path | None) -> str | None:
     return text
 
 
-def store_options(settings: Settings) -> StoreOptions | None:
+def store_options(settings: StorageOptions) -> StoreOptions | None:
     """Return the options of the response store, or None if it is off; no UsageError contains an invalid URL."""
     url = settings.responses_store
     if url == OFF:
@@ -262,7 +265,7 @@ def store_options(settings: Settings) -> StoreOptions | None:
 
 
 def mailbox_options(
-    settings: Settings,
+    settings: StorageOptions,
     section: Mapping[str, Any] | None,
     variables: Mapping[str, str],
     *,

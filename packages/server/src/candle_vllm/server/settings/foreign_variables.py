@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import Any
 
 from candle_vllm.core.foreign_names import foreign_tables
-from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert
+from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert, is_loopback
 from candle_vllm.server.settings.sources import SettingsSource
-from candle_vllm.server.settings.table import BY_NAME, Settings
+from candle_vllm.server.settings.table import BY_NAME, AccessOptions
 
 _ROWS = foreign_tables()["Variables"]
 DEPLOYMENTS: Mapping[str, str] = {name: setting for name, setting, _ in _ROWS if setting}
@@ -152,23 +152,13 @@ def _rust_level(text: str) -> str | None:
     return levels.get("own", levels.get(""))
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address of `--host` can be reached only from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def key_remarks(settings: Settings, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Iterator[str]:
+def key_remarks(settings: AccessOptions, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Iterator[str]:
     """Yield warnings of names that look like an API key, if the server has no key."""
     if settings.has_api_keys:
         return
-    address = settings.address
-    reached = address.unix_path is None and not is_loopback(address.host)
     for title, variables in (("the environment", environ), (".env", dotenv)):
         for name, text in variables.items():
             plain = name.upper().replace("-", "_")
-            looks = _KEY_LIKE.fullmatch(plain) or (reached and plain == _CLIENTS_KEY)
+            looks = _KEY_LIKE.fullmatch(plain) or (not settings.is_local and plain == _CLIENTS_KEY)
             if looks and text.strip() and not (variables is environ and name in DEPLOYMENTS):
                 yield f"{name:.80} in {title} is no API key of this server, which has none: {ENV_PREFIX}API_KEY is"

@@ -40,6 +40,7 @@ from candle_vllm.server.settings.options import (
     Option,
     UsageError,
     engine,
+    is_loopback,
     own,
     parse_address,
     shown,
@@ -60,14 +61,33 @@ _CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Settings:
-    """The settings of `docs/configuration.md`; each field is checked when the object is created (UsageError).
+class _Checked:
+    """Base of the options of one part; each value is checked when the object is created (UsageError)."""
 
-    A field whose default is None leaves the choice to the engine, the model or the machine.
-    """
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            option, value = BY_NAME[field.name], getattr(self, field.name)
+            if value is None or value == option.default:
+                continue
+            try:
+                for single in value if option.repeat else (value,):
+                    option.kind.check(single)
+            except ValueError as error:
+                raise UsageError(f"{option.name} {error}") from None
 
-    # fmt: off
+    def __repr__(self) -> str:
+        """Show the values that differ from the defaults, without secrets."""
+        given = [(BY_NAME[field.name], getattr(self, field.name)) for field in dataclasses.fields(self)]
+        told = [f"{each.name}={shown(each, value)!r:.200}" for each, value in given if value != each.default]
+        return f"{type(self).__name__}({', '.join(told)})"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SourceOptions(_Checked):
+    """Which model, and which of its files."""
+
     model: Annotated[str | None, own(MODEL,
         Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo (default)", "MODEL",
         flags=("--m", "--model"), rivals="model source")] = None
@@ -78,6 +98,12 @@ class Settings:
         Text(), "weight file inside the model's folder or repository; alone, a .gguf file", "FILE",
         flags=("--f", "--weight-file"))] = None
     revision: Annotated[str | None, engine(MODEL, "REV")] = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class FormatOptions(_Checked):
+    """Names of a model, and the format of its conversations and images."""
+
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
     chat_template: Annotated[Path | None, own(MODEL,
         FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
@@ -111,6 +137,12 @@ class Settings:
         commands=_SERVE)] = False
     models_config: Annotated[Path | None, own(MODEL,
         FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HubOptions(SourceOptions):
+    """Which model, and how it is downloaded."""
+
     hf_token: Annotated[str | None, own(MODEL,
         Secret(), "name of the environment variable that holds the Hugging Face token, or the token itself (hf_...)",
         "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token")] = None
@@ -118,8 +150,13 @@ class Settings:
         FilePath(), "file that holds the Hugging Face token", "FILE", rivals="Hugging Face token")] = None
     download_dir: Annotated[Path | None, engine(MODEL, "DIR")] = None
     offline: Annotated[bool, engine(MODEL, in_yaml=False)] = False
-    isq: Annotated[str | None, engine(MODEL,
-        "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelOptions(HubOptions, FormatOptions, SourceOptions):
+    """Options of an engine and its model, and the sampling defaults."""
+
+    isq: Annotated[str | None, engine(MODEL, "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
     packed_cache: Annotated[str | None, engine(MODEL, "DIR", commands=_LOADING)] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
@@ -127,8 +164,7 @@ class Settings:
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
         "DEVICE", text="auto, cpu, cuda, cuda:N, or just N for a GPU; a model is divided among several (0,1); --cpu is "
-        "--device cpu", reading={"several": True},
-        flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
+        "--device cpu", reading={"several": True}, flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
     tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     pipeline_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     nnodes: Annotated[int | None, engine(DEVICE, "N")] = None
@@ -198,8 +234,7 @@ class Settings:
     max_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
     max_lora_rank: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
     max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
-    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
-        commands=_WITH_ADAPTERS)] = None
+    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", commands=_WITH_ADAPTERS)] = None
     lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", commands=_WITH_ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", commands=_SERVE)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
@@ -219,6 +254,23 @@ class Settings:
     repetition_penalty: Annotated[float | None, own(SAMPLING,
         BOUNDS["repetition_penalty"], "divides the odds of tokens that have occurred; 1 turns it off", "X",
         in_yaml=True)] = None
+
+    @property
+    def has_own_process(self) -> bool:
+        """Whether the model's engine, or each replica, runs in its own process and is restarted automatically."""
+        return self.engine_process or (self.data_parallel_size or 1) > 1
+
+    @property
+    def default_sampling(self) -> dict[str, float | int]:
+        """The sampling settings that are set, by their names in requests."""
+        names = [option.name for option in OPTIONS if option.group == SAMPLING]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ManagerOptions(_Checked):
+    """Limits on several models, and whether clients may change them."""
+
     max_loaded_models: Annotated[int | None, own(MODELS,
         Integer(1, 1024), "most models in memory; default: as many as fit", "N")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
@@ -235,6 +287,12 @@ class Settings:
         Boolean(), "serve downloaded models, let clients pull, copy and delete models (/api/pull, /api/copy, "
         "/api/delete), and let operators add, remove and reload them (/v1/models/add, remove, reload)",
         commands=_SERVE)] = False
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AdapterOptions(ModelOptions):
+    """Options of a model with its LoRA adapters, and where further adapters are downloaded from."""
+
     lora_modules: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(), "LoRA adapter to serve (docs/lora.md): name=path, or JSON with name, path, pinned and scale; "
         "repeatable", "NAME=PATH", in_yaml=True)] = ()
@@ -258,16 +316,19 @@ class Settings:
         Integer(1, 86400), "how long the download of an adapter may take", "SECONDS", commands=_SERVING_ADAPTERS)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
         FilePath(), "folder for downloaded adapters; default: adapters in --download-dir, or "
-        "~/.cache/candle-vllm/adapters",
-        "DIR", commands=_SERVING_ADAPTERS)] = None
+        "~/.cache/candle-vllm/adapters", "DIR", commands=_SERVING_ADAPTERS)] = None
     lora_cache_bytes: Annotated[int, own(ADAPTERS,
         Integer(1 << 20, 1 << 50), "most bytes of downloaded adapters on disk; the least recently used are deleted; 4G "
-        "is 4 * 2^30",
-        "BYTES", commands=_SERVING_ADAPTERS)] = 10 << 30
+        "is 4 * 2^30", "BYTES", commands=_SERVING_ADAPTERS)] = 10 << 30
     allow_runtime_lora: Annotated[bool, own(ADAPTERS,
         Boolean(), "let operators load adapters from this machine's files, and unload them, while the server runs "
-        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)",
-        commands=("serve", "config"))] = False
+        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)", commands=("serve", "config"))] = False
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StorageOptions(_Checked):
+    """Where answers, responses, conversations and files are stored, and for how long."""
+
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = None
@@ -293,6 +354,12 @@ class Settings:
         "deleted; with several keys, one key may have half", "MB")] = 256
     file_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ToolOptions(_Checked):
+    """MCP servers, and the limits on their tools."""
+
     mcp_config: Annotated[Path | None, own(TOOLS,
         FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
         "FILE")] = None
@@ -314,6 +381,12 @@ class Settings:
     mcp_allow_urls: Annotated[tuple[str, ...], own(TOOLS,
         Text(2048), "MCP server that requests to /v1/responses may name: https://host/path, * for any characters; "
         "repeatable", "PATTERN", commands=_SERVE)] = ()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AccessOptions(_Checked):
+    """Where the server listens, who may call it, and how often."""
+
     host: Annotated[str, own(HTTP,
         Text(512), "address to listen on: host, host:port, [v6]:port, tcp://, http:// or unix:///path", "HOST",
         flags=("--h", "--host"))] = "127.0.0.1"
@@ -324,8 +397,7 @@ class Settings:
         commands=_SERVE)] = None
     ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /", commands=_SERVE)] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
-        Secret(), "key that clients must send as `Authorization: Bearer`; repeatable",
-        "KEY")] = ()
+        Secret(), "key that clients must send as `Authorization: Bearer`; repeatable", "KEY")] = ()
     api_key_file: Annotated[Path | None, own(HTTP, FilePath(), "file with one API key per line", "FILE")] = None
     api_keys_file: Annotated[Path | None, own(HTTP,
         FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
@@ -348,6 +420,28 @@ class Settings:
         Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
     root_path: Annotated[str | None, own(HTTP,
         Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH", commands=_SERVE)] = None
+
+    @property
+    def has_api_keys(self) -> bool:
+        """Whether clients need a key."""
+        return bool(self.api_key or self.api_key_file or self.api_keys_file)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether clients can connect only from this machine."""
+        address = parse_address(self.host, self.port)
+        return address.unix_path is not None or is_loopback(address.host)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether clients may change models: only if they need keys, or can connect only from this machine."""
+        return self.has_api_keys or bool(self.management_key) or self.is_local
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ListenerOptions(AccessOptions):
+    """Access to the server, over HTTP or HTTPS."""
+
     ssl_certfile: Annotated[Path | None, own(HTTP,
         FilePath(), "certificate chain in PEM, for HTTPS", "FILE", commands=_SERVE)] = None
     ssl_keyfile: Annotated[Path | None, own(HTTP,
@@ -362,6 +456,17 @@ class Settings:
         Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
     enable_ssl_refresh: Annotated[bool, own(HTTP,
         Boolean(), "reload certificate and key when their files change", commands=_SERVE)] = False
+
+    @property
+    def address(self) -> Address:
+        """Address to listen on, from `host` and `port`."""
+        return dataclasses.replace(parse_address(self.host, self.port), tls=self.ssl_certfile is not None)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RequestOptions(_Checked):
+    """What requests may contain, how large they may be, and how long a shutdown waits for them."""
+
     unknown_fields: Annotated[str, own(HTTP,
         Choice(("refuse", "warn")), "unknown fields of a request: refuse it, or warn (leave them out and name them in "
         "the header x-warning)", commands=_SERVE)] = "refuse"
@@ -381,12 +486,17 @@ class Settings:
         Boolean(), "let clients send their own chat template (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
         Integer(0, 86400), "seconds for running requests to finish on shutdown", "SECONDS")] = 30
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LoggingOptions(_Checked):
+    """Logs and traces."""
+
     log_requests: Annotated[bool, own(LOGGING,
         Boolean(), "log one line per HTTP request and one per generation, without its content",
         commands=_SERVE)] = False
     log_prompts: Annotated[bool, own(LOGGING,
-        Boolean(), "also log the beginning of each prompt (needs --log-requests)",
-        commands=_SERVE)] = False
+        Boolean(), "also log the beginning of each prompt (needs --log-requests)", commands=_SERVE)] = False
     log_format: Annotated[str, own(LOGGING,
         Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
     log_file: Annotated[Path | None, own(LOGGING,
@@ -396,50 +506,31 @@ class Settings:
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
         "candle-vllm[telemetry]", "URL", commands=_SERVE)] = None
     log_level: Annotated[str, own(LOGGING, _LEVELS, "debug, info, warning or error", "LEVEL")] = "info"
-    # fmt: on
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class AgentOptions(ToolOptions, ModelOptions):
+    """Options of the command `agent`."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Settings(
+    LoggingOptions, RequestOptions, ListenerOptions, AgentOptions, ToolOptions, StorageOptions, AdapterOptions,
+    ManagerOptions, ModelOptions,
+):  # fmt: skip
+    """The settings of `docs/configuration.md`: the options of all parts, in the reverse order of these bases.
+
+    A field whose default is None leaves the choice to the engine, the model or the machine.
+    """
 
     def __post_init__(self) -> None:
-        for option in OPTIONS:
-            value = getattr(self, option.name)
-            if value is None or value == option.default:
-                continue
-            try:
-                for single in value if option.repeat else (value,):
-                    option.kind.check(single)
-            except ValueError as error:
-                raise UsageError(f"{option.name} {error}") from None
+        super().__post_init__()
         if self.log_prompts and not self.log_requests:
             raise UsageError("log_prompts adds to the request log, which is off: set log_requests as well")
         parse_address(self.host, self.port)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise UsageError(f"root_path {self.root_path!r} must begin with a slash and end without one: /models/a")
-
-    def __repr__(self) -> str:
-        """Show the values that differ from the defaults, without secrets."""
-        given = [(each, getattr(self, each.name)) for each in OPTIONS]
-        told = [f"{each.name}={shown(each, value)!r:.200}" for each, value in given if value != each.default]
-        return f"Settings({', '.join(told)})"
-
-    @property
-    def address(self) -> Address:
-        """Address to listen on, from `host` and `port`."""
-        return dataclasses.replace(parse_address(self.host, self.port), tls=self.ssl_certfile is not None)
-
-    @property
-    def has_api_keys(self) -> bool:
-        """Whether clients need a key."""
-        return bool(self.api_key or self.api_key_file or self.api_keys_file)
-
-    @property
-    def has_own_process(self) -> bool:
-        """Whether the model's engine, or each replica, runs in its own process and is restarted automatically."""
-        return self.engine_process or (self.data_parallel_size or 1) > 1
-
-    @property
-    def default_sampling(self) -> dict[str, float | int]:
-        """The sampling settings that are set, by their names in requests."""
-        names = [option.name for option in OPTIONS if option.group == SAMPLING]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def _options() -> tuple[Option, ...]:
