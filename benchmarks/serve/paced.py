@@ -21,9 +21,9 @@ import msgspec
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.engine.step.stream import RequestSink, TokenStream
 from candle_vllm.core.engine.step.thread import EngineThread
-from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.text.prompts import read_prompt

@@ -21,8 +21,8 @@ from prometheus_client import generate_latest
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.step.request_watchers import RequestInfo, watched_submit
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream
-from candle_vllm.core.engine.step.watching import RequestInfo, watched_submit
 from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,

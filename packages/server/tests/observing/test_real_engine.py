@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.engine.step.watching import RequestInfo
+from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.observing.metrics import Metrics

@@ -32,11 +32,8 @@ from candle_vllm.core.engine.requests import (
 )
 from candle_vllm.core.engine.runners.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.admission import check_encoder_task
 from candle_vllm.core.engine.step.pooling_calls import MAX_TEXT, Pair, PoolingCalls
-from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole
-from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.engine.step.watching import (
+from candle_vllm.core.engine.step.request_watchers import (
     Operation,
     PoolingOptions,
     RequestInfo,
@@ -46,6 +43,9 @@ from candle_vllm.core.engine.step.watching import (
     watched_pooling,
     watched_submit,
 )
+from candle_vllm.core.engine.step.stream import Bar, RequestSink, TokenIterator, TokenStream, run_all, whole
+from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
+from candle_vllm.core.engine.step.validation import check_encoder_task
 from candle_vllm.core.errors import (
     ChatTemplateError,
     EngineDeadError,

@@ -26,9 +26,9 @@ from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.ranks.ranks import Ranks
 from candle_vllm.core.engine.step.engine import Engine
 from candle_vllm.core.engine.step.pooled import Reader, ScoredText
+from candle_vllm.core.engine.step.request_watchers import TextOptions
 from candle_vllm.core.engine.step.stream import raise_failure
 from candle_vllm.core.engine.step.thread import SLEEPS, EngineThread
-from candle_vllm.core.engine.step.watching import TextOptions
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level

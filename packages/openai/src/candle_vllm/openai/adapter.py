@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.engine.model_info import ModelInfo
-from candle_vllm.core.engine.step.watching import RequestWatcher
+from candle_vllm.core.engine.step.request_watchers import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.vision.fetching import ImageSources

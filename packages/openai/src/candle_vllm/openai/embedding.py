@@ -22,7 +22,7 @@ from msgspec import UNSET
 
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput
-from candle_vllm.core.engine.step.watching import RequestWatcher
+from candle_vllm.core.engine.step.request_watchers import RequestWatcher
 from candle_vllm.core.errors import (
     CandleVllmError,
     ConfigError,

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeAlias
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import TokenOutput
 from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.step.request_watchers import RequestWatcher
 from candle_vllm.core.engine.step.stream import PushStream
-from candle_vllm.core.engine.step.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from fastapi import Request
@@ -182,6 +183,16 @@ async def answer_parsed_with(
         made = await unless_disconnected(work(), request.receive)
     # in a thread if large: thousands of embeddings are many megabytes of JSON
     return Response(await apart(to_json_bytes, made), media_type=JSON)
+
+
+async def answer_about(request: Request, describe: Callable[[ServedModel], Any]) -> Response:
+    """Answer with a description of the model that `?model=` names, which is loaded for it if necessary."""
+
+    async def described(model: ServedModel, _: Any) -> Any:
+        return describe(model)
+
+    named = SimpleNamespace(model=request.query_params.get("model") or None)
+    return await answer_parsed_with(request, named, described, deadline_of(request), queued=False)
 
 
 async def _unqueued(request: Request, name: str | None) -> Lease:

@@ -55,17 +55,18 @@ from candle_vllm.server.routes import (
     embeddings,
     files,
     generation,
+    llama_server,
     messages,
     models,
     ollama,
     ollama_library,
     ollama_models,
-    relatives,
     responses,
     responses_socket,
     status,
     stored_responses,
     tokenizing,
+    vllm,
 )
 from candle_vllm.server.routes import mailbox as mailbox_routes
 from candle_vllm.server.routes import mcp as mcp_routes
@@ -81,7 +82,7 @@ if TYPE_CHECKING:
 _MODULES = (
     generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
     tokenizing, models, adapters,
-    mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, relatives, docs,
+    mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, vllm, llama_server, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 OPERATIONS = operations_of(ROUTERS)

@@ -21,10 +21,10 @@ from candle_vllm.core.engine.outputs import GenerationOutput, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, LoRARequest
 from candle_vllm.core.engine.runners.sleeping import TAGS, check_sleep, read_tags
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.admission import check_encoder_task
+from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatch, RequestWatcher, watched_submit
 from candle_vllm.core.engine.step.stream import Receiver, RequestSink, TokenStream, whole
 from candle_vllm.core.engine.step.thread import SLEEPS
-from candle_vllm.core.engine.step.watching import RequestInfo, RequestWatch, RequestWatcher, watched_submit
+from candle_vllm.core.engine.step.validation import check_encoder_task
 from candle_vllm.core.errors import ChatTemplateError, EngineSleepingError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams

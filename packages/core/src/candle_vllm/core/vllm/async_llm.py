@@ -13,8 +13,8 @@ from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.outputs import FinishReason, TokenOutput
 from candle_vllm.core.engine.requests import LoraChoice, LoRARequest
+from candle_vllm.core.engine.step.request_watchers import PoolingOptions
 from candle_vllm.core.engine.step.stream import TokenStream, raise_failure
-from candle_vllm.core.engine.step.watching import PoolingOptions
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams

@@ -15,7 +15,7 @@ from typing import Protocol
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.engine.stats import EngineStats
-from candle_vllm.core.engine.step.watching import RequestInfo
+from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
 from candle_vllm.server.http.request_context import NO_KEY, current_request

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
-from candle_vllm.core.engine.step.watching import Pooled, RequestInfo
+from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
 from candle_vllm.server.http.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/v1/chat/completions` and `/v1/completions`: steps 1 and 10 of a request's life."""
+"""`/v1/chat/completions`, `/v1/completions` and Mistral's `/v1/fim/completions`: steps 1 and 10 of a request's life."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from candle_vllm.openai import (
 )
 from candle_vllm.openai.chat_answers import join_chat
 from candle_vllm.openai.completion_answers import join_completion
+from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
+from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
@@ -60,6 +62,18 @@ async def create_completion(request: Request) -> Response:
     return await answer(request, COMPLETIONS)
 
 
+@route(
+    "POST /v1/fim/completions",
+    body=FimRequest,
+    example={"prompt": "def add(a, b):\n    ", "suffix": "", "max_tokens": 32},
+    answer=ChatCompletion,
+    events=(ChatCompletionChunk, ErrorEnvelope),
+)
+async def create_fim_completion(request: Request) -> Response:
+    """Fill a gap in a text, in Mistral's form."""
+    return await answer(request, FIM)
+
+
 CHAT = GenerationApi(
     parse=parse_chat_request,
     whole=lambda model, wire: model.adapter.chat(wire),
@@ -75,4 +89,12 @@ COMPLETIONS = GenerationApi(
     event=data_event,
     error_event=error_event,
     kept=KeptForm("cmpl-", join_completion),
+)
+FIM = GenerationApi(
+    parse=lambda body: parse_body(FimRequest, body),
+    whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
+    streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
+    event=data_event,
+    error_event=error_event,
+    defaults=False,  # they are given above
 )

@@ -20,9 +20,9 @@ import numpy as np
 from candle_vllm.core.engine.model_info import ModelInfo
 from candle_vllm.core.engine.outputs import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.engine.requests import AdapterUse, LoraChoice, PoolingRequest, each_adapter_uses
+from candle_vllm.core.engine.step.request_watchers import Apart
 from candle_vllm.core.engine.step.stream import Bar, Entry, Window
 from candle_vllm.core.engine.step.thread import PreparingEngine, RequestRunner
-from candle_vllm.core.engine.step.watching import Apart
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, prompt_pictures, read_prompt

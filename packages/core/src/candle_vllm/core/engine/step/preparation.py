@@ -11,16 +11,16 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entries
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
-from candle_vllm.core.engine.step.admission import (
+from candle_vllm.core.engine.step.live import Live, LiveSequence
+from candle_vllm.core.engine.step.pooled import PooledText
+from candle_vllm.core.engine.step.prediction import Prediction
+from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
+from candle_vllm.core.engine.step.validation import (
     check_encoder_task,
     check_pooling_request,
     check_request,
     pooling_tasks,
 )
-from candle_vllm.core.engine.step.live import Live, LiveSequence
-from candle_vllm.core.engine.step.pooled import PooledText
-from candle_vllm.core.engine.step.prediction import Prediction
-from candle_vllm.core.engine.step.sequence import PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.pooled_head import PooledHead

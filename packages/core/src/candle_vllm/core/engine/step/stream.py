@@ -20,8 +20,8 @@ from typing import Any, Generic, NoReturn, Protocol, Self, TypeVar
 
 from candle_vllm.core.engine.outputs import FinishReason, GenerationOutput, OutputCollector, TokenOutput
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
+from candle_vllm.core.engine.step.request_watchers import RequestWatch
 from candle_vllm.core.engine.step.thread import Delivery, RequestRunner, Sink
-from candle_vllm.core.engine.step.watching import RequestWatch
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, RequestAbortedError, RequestError
 
 MAX_UNREAD = 1 << 16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Observers of requests, for metrics, logs and traces: notified of begin, outputs and end (beside steps 3 to 10)."""
+"""Observers of requests for metrics, logs and traces, and the options of a call, which may name one (steps 3 to 10)."""
 
 from __future__ import annotations
 

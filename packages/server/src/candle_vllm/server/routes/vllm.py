@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Routes of vLLM, llama.cpp's server and Mistral's API besides OpenAI's: state, tokenizer, sleep, completions.
+"""Routes of vLLM's server beside OpenAI's: load, settings, tokenizer, sleep, pooling and classes.
 
-Outside the ten steps, except for routes with a body such as `/completion` and `/infill`. If several models are served,
-`?model=` or the body's `model` selects one.
+Outside the ten steps, except for `/pooling` and `/classify`. If several models are served, `?model=` or the body's
+`model` selects one.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -19,24 +17,15 @@ from starlette.responses import JSONResponse, Response
 
 from candle_vllm.core.engine.runners.sleeping import MODES, TAGS
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
-from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ErrorEnvelope, llama_server
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
-from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
-from candle_vllm.openai.protocol.tokenizing import RenderedPrompt
-from candle_vllm.openai.requests import parse_chat_request
-from candle_vllm.openai.task import MEDIA_MARK
-from candle_vllm.openai.validation import parse_body
 from candle_vllm.server import answering
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.failures import error_event
-from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.observing.model_metrics import ServedEngine
-from candle_vllm.server.openapi.operation import COUNTED, MODEL_ERRORS, QUESTION, QUEUED, WHICH, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, QUEUED, WHICH, Operation, routing
 from candle_vllm.server.routes.status import Standing, health
 from candle_vllm.server.settings.options import shown
 from candle_vllm.server.settings.table import OPTIONS
@@ -45,9 +34,6 @@ router = APIRouter()
 route = routing(router, Operation)
 
 _EACH = {"model": {"type": "string", "description": "A served name; without it every loaded model."}}
-
-_SAMPLING = SamplingParams().filled(DEFAULT_SAMPLING)
-_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -88,67 +74,6 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     chat_template: str | None = None
 
 
-class GenerationSettings(msgspec.Struct, frozen=True):
-    """Defaults of llama.cpp's requests: the context length, and sampling settings."""
-
-    n_ctx: int
-    params: dict[str, float | int]
-
-
-class Modalities(msgspec.Struct, frozen=True):
-    """The inputs of a model besides text."""
-
-    vision: bool = False
-    video: bool = False
-    audio: bool = False
-
-
-class Properties(msgspec.Struct, frozen=True, kw_only=True):
-    """The properties that llama.cpp's clients read first.
-
-    Attributes:
-        total_slots: maximum number of sequences in one step.
-        model_path: the model's name; the path of its files stays private.
-        media_marker: placeholder of an image in the `prompt_string` of `/completion`.
-    """
-
-    default_generation_settings: GenerationSettings
-    total_slots: int
-    model_alias: str
-    model_path: str
-    chat_template: str
-    bos_token: str
-    eos_token: str
-    modalities: Modalities
-    media_marker: str
-    build_info: str
-
-
-class Slot(msgspec.Struct, frozen=True):
-    """One of the sequences that may run at the same time. Unlike in llama.cpp, a slot does not belong to a request."""
-
-    id: int
-    n_ctx: int
-    is_processing: bool
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request without a body, which may name a model in its query."""
-
-    model: str | None
-
-
-async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) -> Response:
-    """Respond with a description of a model, which is loaded for it if necessary."""
-
-    async def described(model: ServedModel, _: _Asked) -> Any:
-        return describe(model)
-
-    asked = _Asked(request.query_params.get("model") or None)
-    return await answering.answer_parsed_with(request, asked, described, answering.deadline_of(request), queued=False)
-
-
 @route("GET /ping", tag="server", answer=Standing, statuses=(200, 503), public=True)
 async def ping(request: Request) -> JSONResponse:
     """The same as /health."""
@@ -177,7 +102,13 @@ async def server_info(request: Request) -> Response:
 @route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)
 async def tokenizer_info(request: Request) -> Response:
     """What is known of the model's tokenizer."""
-    return await _of_model(request, _tokenizer)
+    return await answering.answer_about(request, _tokenizer)
+
+
+def template_of(model: ServedModel) -> str | None:
+    """Return the chat template of a model; the default one of several."""
+    source = model.engine.chat_conventions.chat_template
+    return source if source is None or isinstance(source, str) else source.get("default")
 
 
 def _tokenizer(model: ServedModel) -> TokenizerInfo:
@@ -187,50 +118,9 @@ def _tokenizer(model: ServedModel) -> TokenizerInfo:
         model_max_length=info.max_model_len,
         vocab_size=info.vocab_size,
         special_tokens=dict(conventions.special_tokens),
-        chat_template=_template(model),
+        chat_template=template_of(model),
         **names,
     )
-
-
-def _template(model: ServedModel) -> str | None:
-    source = model.engine.chat_conventions.chat_template
-    return source if source is None or isinstance(source, str) else source.get("default")
-
-
-@route("GET /props", tag="server", answer=Properties, errors=(*MODEL_ERRORS, 504), query=WHICH)
-async def props(request: Request) -> Response:
-    """The model and its defaults, as llama.cpp's clients ask for them."""
-    return await _of_model(request, _properties)
-
-
-def _properties(model: ServedModel) -> Properties:
-    info, names = model.engine.model_info, model.engine.chat_conventions.token_names
-    counts = {**{name: getattr(_SAMPLING, name) for name in _SHOWN}, **info.default_sampling}
-    return Properties(
-        default_generation_settings=GenerationSettings(
-            info.max_model_len, counts | model.entry.settings.default_sampling
-        ),
-        total_slots=info.max_num_seqs,
-        model_alias=model.entry.names[0],
-        model_path=info.name,
-        chat_template=_template(model) or "",
-        bos_token=names.get("bos_token", ""),
-        eos_token=names.get("eos_token", ""),
-        modalities=Modalities(vision="image" in info.modalities),
-        media_marker=MEDIA_MARK,
-        build_info=f"candle-vllm {version('candle-vllm-server')}",
-    )
-
-
-@route("GET /slots", tag="server", answer=Slot, errors=(*MODEL_ERRORS, 504), query=WHICH, bare=True)
-async def slots(request: Request) -> Response:
-    """The sequences that may run at the same time, as llama.cpp's clients ask for them."""
-    return await _of_model(request, _slots)
-
-
-def _slots(model: ServedModel) -> list[Slot]:
-    info, running = model.engine.model_info, model.engine.stats().num_running
-    return [Slot(place, info.max_model_len, place < running) for place in range(info.max_num_seqs)]
 
 
 @route("POST /reset_prefix_cache", tag="operators", statuses=(204,), manages=True)
@@ -326,21 +216,6 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
 
 
 @route(
-    "POST /apply-template",
-    tag="tokens",
-    body=ChatCompletionRequest,
-    example={"messages": QUESTION},
-    answer=RenderedPrompt,
-    errors=COUNTED,
-)
-async def apply_template(request: Request) -> Response:
-    """Render the prompt of a chat request with the same fields."""
-    return await answering.answer_with(
-        request, parse_chat_request, lambda model, wire: model.adapter.apply_template(wire), queued=False
-    )
-
-
-@route(
     "POST /pooling",
     tag="vectors and scores",
     body=PoolingRequest,
@@ -366,76 +241,3 @@ async def classify(request: Request) -> Response:
     return await answering.answer_with(
         request, parse_classify_request, lambda model, wire: model.adapter.classify(wire)
     )
-
-
-def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
-    """Return the API of llama.cpp's completions, whole or streamed."""
-    return answering.GenerationApi(
-        parse=lambda body: parse_body(kind, body),
-        whole=lambda model, wire: llama_server.llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
-        streamed=lambda model, wire: llama_server.llama_stream(
-            model.adapter, wire, model.entry.settings.default_sampling
-        ),
-        event=data_event,
-        error_event=error_event,
-        done=b"",
-        defaults=False,  # they are given above
-    )
-
-
-FIM = answering.GenerationApi(
-    parse=lambda body: parse_body(FimRequest, body),
-    whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
-    streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
-    event=data_event,
-    error_event=error_event,
-    defaults=False,  # they are given above
-)
-
-
-@route(
-    "POST /v1/fim/completions",
-    tag="generation",
-    body=FimRequest,
-    example={"prompt": "def add(a, b):\n    ", "suffix": "", "max_tokens": 32},
-    answer=ChatCompletion,
-    events=(ChatCompletionChunk, ErrorEnvelope),
-    errors=QUEUED,
-)
-async def create_fim_completion(request: Request) -> Response:
-    """Fill a gap in a text, in Mistral's form."""
-    return await answering.answer(request, FIM)
-
-
-COMPLETION, INFILL = _api(llama_server.LlamaCompletionRequest), _api(llama_server.InfillRequest)
-_completion = functools.partial(
-    route,
-    tag="generation",
-    body=llama_server.LlamaCompletionRequest,
-    example={"prompt": "Once upon a time", "n_predict": 32},
-    answer=llama_server.LlamaText,
-    one_or_more=True,
-    events=(llama_server.LlamaText, ErrorEnvelope),
-    errors=QUEUED,
-)
-
-
-@_completion("POST /completion")
-@_completion("POST /completions", id="llama_completions", summary="The same as `/completion`")
-async def llama_completion(request: Request) -> Response:
-    """Continue a text, perhaps one with images, in llama.cpp's form."""
-    return await answering.answer(request, COMPLETION)
-
-
-@route(
-    "POST /infill",
-    tag="generation",
-    body=llama_server.InfillRequest,
-    example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
-    answer=llama_server.LlamaText,
-    events=(llama_server.LlamaText, ErrorEnvelope),
-    errors=QUEUED,
-)
-async def llama_infill(request: Request) -> Response:
-    """Fill a gap in a text, in llama.cpp's form."""
-    return await answering.answer(request, INFILL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Before step 4: check a request against the model's tasks, vocabulary and context. This module imports no torch."""
+"""Validation of a request against the model's tasks, vocabulary and context (before step 4); imports no torch."""
 
 from __future__ import annotations
 
