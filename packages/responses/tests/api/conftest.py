@@ -11,21 +11,21 @@ import pytest
 import pytest_asyncio
 
 from candle_vllm.responses.api.background import Background
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.response import ConversationOut, MessageOut, OutputText, Response
 from candle_vllm.responses.store.options import StoreOptions
 
 
 @pytest_asyncio.fixture
-async def kept() -> AsyncIterator[KeptResponses]:
-    made = KeptResponses(StoreOptions())
+async def kept() -> AsyncIterator[ResponseStore]:
+    made = ResponseStore(StoreOptions())
     await made.start()
     yield made
     await made.close()
 
 
 @pytest_asyncio.fixture
-async def background(kept: KeptResponses) -> AsyncIterator[Background]:
+async def background(kept: ResponseStore) -> AsyncIterator[Background]:
     made = Background(kept)
     yield made
     await made.close()

@@ -15,8 +15,8 @@ from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
-from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Work
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
@@ -72,13 +72,13 @@ async def begin(background: Background, answer: Answer, seconds: float = 10.0) -
     return await background.begin(entry(answer.queued), answer.events(), seconds)
 
 
-async def status(kept: KeptResponses, name: str = "resp_1") -> str:
+async def status(kept: ResponseStore, name: str = "resp_1") -> str:
     found = await kept.get("a", name)
     assert found.status == msgspec.json.decode(found.body)["status"]
     return found.status
 
 
-async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, background: Background, answered: Make) -> None:
+async def test_it_runs_to_its_end_without_a_reader(kept: ResponseStore, background: Background, answered: Make) -> None:
     answer = Answer(answered)
     await begin(background, answer)
     await until(lambda: background.events("a", "resp_1").next_number == 3)
@@ -93,7 +93,7 @@ async def test_it_runs_to_its_end_without_a_reader(kept: KeptResponses, backgrou
 
 
 async def test_readers_read_along_leave_and_come_back(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
     first = await begin(background, answer)
@@ -123,7 +123,7 @@ async def _all(events: AsyncIterator[EncodedEvent]) -> list[EncodedEvent]:
     return [event async for event in events]
 
 
-async def test_a_cancelled_one_stops(kept: KeptResponses, background: Background, answered: Make) -> None:
+async def test_a_cancelled_one_stops(kept: ResponseStore, background: Background, answered: Make) -> None:
     answer = Answer(answered)
     reader = asyncio.create_task(_all(await begin(background, answer)))
     await until(lambda: background.events("a", "resp_1").next_number == 3)
@@ -139,7 +139,7 @@ async def test_a_cancelled_one_stops(kept: KeptResponses, background: Background
 
 
 async def test_only_background_responses_are_cancelled_or_streamed(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     await kept.keep(entry(answered()))
     with pytest.raises(InvalidParameterError, match="background: true can be cancelled"):
@@ -153,7 +153,7 @@ async def test_only_background_responses_are_cancelled_or_streamed(
 
 
 async def test_a_finished_one_stays_as_it_is_when_it_is_cancelled(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     await begin(background, Answer(answered, open_gate=True))
     await until(lambda: not background.busy)
@@ -161,7 +161,7 @@ async def test_a_finished_one_stays_as_it_is_when_it_is_cancelled(
 
 
 async def test_one_that_is_deleted_in_mid_run_is_ended_and_does_not_come_back(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
     await begin(background, answer)
@@ -175,7 +175,7 @@ async def test_one_that_is_deleted_in_mid_run_is_ended_and_does_not_come_back(
 
 
 async def test_one_that_was_deleted_behind_its_back_ends_with_its_next_word(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
     await begin(background, answer)
@@ -187,7 +187,7 @@ async def test_one_that_was_deleted_behind_its_back_ends_with_its_next_word(
         await kept.get("a", "resp_1")
 
 
-async def test_a_failure_is_told_and_kept(kept: KeptResponses, background: Background, answered: Make, caplog) -> None:
+async def test_a_failure_is_told_and_kept(kept: ResponseStore, background: Background, answered: Make, caplog) -> None:
     events = await _all(await begin(background, Answer(answered, open_gate=True, fail=ValueError("a secret path"))))
     assert [event.number for event in events] == list(range(7))
     last = msgspec.json.decode(events[-1].data)
@@ -198,7 +198,7 @@ async def test_a_failure_is_told_and_kept(kept: KeptResponses, background: Backg
     caplog.clear()
 
 
-async def test_one_that_takes_too_long_fails(kept: KeptResponses, background: Background, answered: Make) -> None:
+async def test_one_that_takes_too_long_fails(kept: ResponseStore, background: Background, answered: Make) -> None:
     answer = Answer(answered)
     events = await _all(await begin(background, answer, seconds=0.05))
     assert msgspec.json.decode(events[-1].data)["response"]["error"]["message"] == module.TOO_LONG
@@ -207,7 +207,7 @@ async def test_one_that_takes_too_long_fails(kept: KeptResponses, background: Ba
 
 
 async def test_events_that_end_without_a_result_are_a_failure(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     async def nothing() -> AsyncIterator[wire.StreamEvent]:
         return
@@ -220,7 +220,7 @@ async def test_events_that_end_without_a_result_are_a_failure(
 
 async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp_path: Path) -> None:
     options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
-    kept = KeptResponses(options)
+    kept = ResponseStore(options)
     first = Background(kept)
     answer = Answer(answered)
     events = asyncio.create_task(_all(await begin(first, answer)))
@@ -231,7 +231,7 @@ async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp
     assert answer.closed
     with pytest.raises((EngineOverloadedError, StoreUnavailableError)):
         await begin(first, Answer(answered, "resp_2"))
-    second = KeptResponses(options)
+    second = ResponseStore(options)
     assert await status(second) == "failed"
     body = msgspec.json.decode((await second.get("a", "resp_1")).body)
     assert "stopped" in body["error"]["message"]
@@ -243,7 +243,7 @@ async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp
 async def test_another_server_cancels(answered: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RENEW_SECONDS", 0.02)
     options = StoreOptions(url=f"sqlite:///{tmp_path}/r.sqlite")
-    stores = KeptResponses(options), KeptResponses(options)
+    stores = ResponseStore(options), ResponseStore(options)
     first, second = (Background(each) for each in stores)
     answer = Answer(answered)
     await begin(first, answer)
@@ -256,7 +256,7 @@ async def test_another_server_cancels(answered: Make, tmp_path: Path, monkeypatc
         await each.close()
 
 
-async def test_too_many_are_refused_and_leave_nothing(kept: KeptResponses, answered: Make) -> None:
+async def test_too_many_are_refused_and_leave_nothing(kept: ResponseStore, answered: Make) -> None:
     background = Background(kept, max_running=4)
     answers = [Answer(answered, f"resp_{number}") for number in range(3)]
     for answer in answers[:2]:
@@ -275,7 +275,7 @@ async def test_too_many_are_refused_and_leave_nothing(kept: KeptResponses, answe
 
 
 async def test_a_store_that_is_gone_at_the_end_fails_the_response(
-    kept: KeptResponses, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch, caplog
+    kept: ResponseStore, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch, caplog
 ) -> None:
     answer = Answer(answered)
     events = await begin(background, answer)
@@ -284,7 +284,7 @@ async def test_a_store_that_is_gone_at_the_end_fails_the_response(
     async def gone(*_: Any, **__: Any) -> bool:
         raise StoreUnavailableError("gone")
 
-    monkeypatch.setattr(await kept.store(), "change", gone)
+    monkeypatch.setattr(await kept.backend(), "change", gone)
     answer.gate.set()
     last = (await _all(events))[-1]
     assert last.name == "response.failed"
@@ -294,7 +294,7 @@ async def test_a_store_that_is_gone_at_the_end_fails_the_response(
 
 
 async def test_a_result_that_is_too_large_is_a_failure(answered: Make, caplog) -> None:
-    kept = KeptResponses(StoreOptions(max_record_bytes=3000))
+    kept = ResponseStore(StoreOptions(max_record_bytes=3000))
     background = Background(kept)
     answer = Answer(answered, open_gate=True, metadata={"k": "x" * 500})
     answer._more["text"] = "x"
@@ -314,7 +314,7 @@ async def test_a_result_that_is_too_large_is_a_failure(answered: Make, caplog) -
 
 
 async def test_the_end_is_added_to_its_conversation(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     name = (await Conversations(kept).create("a", ConversationCreateRequest())).id
     events = await begin(background, Answer(answered, open_gate=True, conversation=name))
@@ -327,7 +327,7 @@ async def test_the_end_is_added_to_its_conversation(
 
 
 async def test_a_failure_adds_nothing_to_its_conversation(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     conversation = (await Conversations(kept).create("a", ConversationCreateRequest())).id
     queued = answered("resp_1", status="queued", background=True, conversation=conversation)
@@ -344,7 +344,7 @@ async def test_a_failure_adds_nothing_to_its_conversation(
 
 
 async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered)
     await begin(background, answer)  # its task has not run yet
@@ -353,7 +353,7 @@ async def test_one_that_is_stopped_before_it_has_begun_leaves_nothing(
 
 
 async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_another_server(
-    kept: KeptResponses, background: Background, answered: Make
+    kept: ResponseStore, background: Background, answered: Make
 ) -> None:
     answer = Answer(answered, open_gate=True)
 
@@ -369,7 +369,7 @@ async def test_a_responder_that_keeps_the_response_itself_is_not_taken_for_anoth
 
 
 async def test_events_are_kept_for_a_bounded_number_of_responses(
-    kept: KeptResponses, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
+    kept: ResponseStore, background: Background, answered: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_ENDED", 2)
     for number in range(4):

@@ -20,9 +20,9 @@ from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.responses.api import turn_items
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
-from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.mcp_source import OpenServer
 from candle_vllm.responses.api.responder import Responder
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.options import StoreOptions
@@ -62,13 +62,13 @@ class Server:
 class Bench:
     """Answers over a store, by a model that calls the tool once."""
 
-    def __init__(self, kept: KeptResponses | None, *, sees: bool = True) -> None:
+    def __init__(self, kept: ResponseStore | None, *, sees: bool = True) -> None:
         self.engine = ScriptedEngine(
             lambda prompt: "Red." if "tool\n" in prompt else CALL,
             chat_template="{{ tools }}<tool_call>", sees=sees, max_model_len=100_000,
         )  # fmt: skip
         self._responder = Responder(
-            InProcessModel(OpenAIAdapter(self.engine, tool_parser="hermes")), servers=Server(), kept=kept
+            InProcessModel(OpenAIAdapter(self.engine, tool_parser="hermes")), servers=Server(), store=kept
         )
 
     async def ask(self, approval: str = "never", **request: Any) -> dict[str, Any]:
@@ -88,14 +88,14 @@ def ran(made: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def kept(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[KeptResponses]:
-    made = KeptResponses(StoreOptions(url="memory" if request.param == "memory" else f"sqlite:///{tmp_path}/k.sqlite"))
+async def kept(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ResponseStore]:
+    made = ResponseStore(StoreOptions(url="memory" if request.param == "memory" else f"sqlite:///{tmp_path}/k.sqlite"))
     await made.start()
     yield made
     await made.close()
 
 
-async def test_a_response_that_follows_shows_them_again(kept: KeptResponses) -> None:
+async def test_a_response_that_follows_shows_them_again(kept: ResponseStore) -> None:
     bench = Bench(kept)
     first = await bench.ask()
     assert (ran(first)["content"], ran(first)["output"], bench.result) == (SHOWN, TEXT, RENDERED)
@@ -114,7 +114,7 @@ async def test_a_response_that_follows_shows_them_again(kept: KeptResponses) -> 
         assert bench.result == RENDERED
 
 
-async def test_conversations_and_calls_that_were_agreed_to_have_them_too(kept: KeptResponses) -> None:
+async def test_conversations_and_calls_that_were_agreed_to_have_them_too(kept: ResponseStore) -> None:
     bench = Bench(kept)
     name = (await Conversations(kept).create("", ConversationCreateRequest())).id
     asked = (await bench.ask("always", conversation=name))["output"][-1]
@@ -126,7 +126,7 @@ async def test_conversations_and_calls_that_were_agreed_to_have_them_too(kept: K
     assert (bench.result, len(bench.engine.requests[-1].images)) == (RENDERED, 1)
 
 
-async def test_where_they_cannot_be_shown_their_text_stands(kept: KeptResponses) -> None:
+async def test_where_they_cannot_be_shown_their_text_stands(kept: ResponseStore) -> None:
     first = await Bench(kept).ask()
     blind = Bench(kept, sees=False)
     await blind.ask(input="Sure?", previous_response_id=first["id"])
@@ -142,7 +142,7 @@ async def test_where_they_cannot_be_shown_their_text_stands(kept: KeptResponses)
         await bench.ask(input=[broken, {"role": "user", "content": "Sure?"}])
 
 
-async def test_there_is_room_for_so_many_of_them(kept: KeptResponses, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_there_is_room_for_so_many_of_them(kept: ResponseStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turn_items, "MAX_SHOWN_OF_ITEM", len(URL) - 1)
     bench = Bench(kept)
     first = await bench.ask()
@@ -150,7 +150,7 @@ async def test_there_is_room_for_so_many_of_them(kept: KeptResponses, monkeypatc
     assert "content" not in ran(first)
     await bench.ask(input="Sure?", previous_response_id=first["id"])
     assert bench.result == TEXT
-    small = KeptResponses(StoreOptions(max_bytes=2 * len(URL)))  # half of it is for what else the answer has
+    small = ResponseStore(StoreOptions(max_bytes=2 * len(URL)))  # half of it is for what else the answer has
     monkeypatch.undo()
     assert "content" not in ran(await Bench(small).ask())
     await small.close()

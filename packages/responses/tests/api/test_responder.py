@@ -24,9 +24,9 @@ from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_byt
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
-from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.mcp_source import McpServers, OpenServer
 from candle_vllm.responses.api.responder import Responder, ResponderOptions
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.tools import McpTool
@@ -86,7 +86,7 @@ class Servers:
             self.open_now -= 1
 
 
-async def conversation(kept: KeptResponses) -> str:
+async def conversation(kept: ResponseStore) -> str:
     """A new one without items, of nobody."""
     return (await Conversations(kept).create("", ConversationCreateRequest())).id
 
@@ -390,9 +390,9 @@ async def test_old_turns_are_left_out_where_that_is_asked_for() -> None:
         await answering.create({"input": "x" * 400, "truncation": "auto"})
 
 
-async def test_responses_follow_each_other(kept: KeptResponses) -> None:
+async def test_responses_follow_each_other(kept: ResponseStore) -> None:
     scripted = engine(lambda prompt: f"answer {prompt.count('user')}")
-    answering = responder(scripted, kept=kept)
+    answering = responder(scripted, store=kept)
     first = await answering.create({"input": "one", "instructions": "Only now."}, owner="a")
     second = await answering.create({"input": "two", "previous_response_id": first.id}, owner="a")
     third = await answering.create({"input": "three", "previous_response_id": second.id, "store": False}, owner="a")
@@ -409,9 +409,9 @@ async def test_responses_follow_each_other(kept: KeptResponses) -> None:
     assert given["id"].startswith("msg_")
 
 
-async def test_conversations_and_references(kept: KeptResponses) -> None:
+async def test_conversations_and_references(kept: ResponseStore) -> None:
     scripted, name = engine("ok"), await conversation(kept)
-    answering = responder(scripted, kept=kept)
+    answering = responder(scripted, store=kept)
     first = await answering.create({"input": "one", "conversation": name})
     assert first.conversation is not None
     await answering.create({"input": "two", "conversation": {"id": name}})
@@ -427,11 +427,11 @@ async def test_conversations_and_references(kept: KeptResponses) -> None:
 
 
 async def test_what_cannot_be_kept_is_told() -> None:
-    class Full(KeptResponses):
+    class Full(ResponseStore):
         async def keep(self, entry: Entry) -> None:
             raise CandleVllmError("no room")
 
-    answering = responder(engine(), kept=Full(StoreOptions()))
+    answering = responder(engine(), store=Full(StoreOptions()))
     events, made = await streamed(answering, {"input": "Hi"})
     assert (made["status"], events[-2]["type"]) == ("failed", "error")
     with pytest.raises(CandleVllmError, match="no room"):
@@ -451,9 +451,9 @@ async def test_tokens_are_counted_without_an_answer() -> None:
         await Responder(InProcessModel(OpenAIAdapter(scripted))).count_input_tokens(request)
 
 
-async def test_more_messages_than_a_model_is_shown(kept: KeptResponses) -> None:
+async def test_more_messages_than_a_model_is_shown(kept: ResponseStore) -> None:
     scripted, name = engine("ok", max_model_len=1 << 20), await conversation(kept)
-    answering = responder(scripted, kept=kept)
+    answering = responder(scripted, store=kept)
     many = [{"id": f"msg_{n}", "type": "message", "role": "user" if n % 2 else "assistant", "content": "x"}
             for n in range(MAX_MESSAGES + 9)]  # fmt: skip
     await kept.append("", name, many)
@@ -484,7 +484,7 @@ async def test_an_agreement_to_a_call_that_cannot_run_is_refused() -> None:
     assert clock.runs == 0
 
 
-async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: KeptResponses) -> None:
+async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: ResponseStore) -> None:
     """Neither for its conversation's turn nor for servers; what is wrong from there on is told in events."""
     opened = asyncio.Event()
 
@@ -496,7 +496,7 @@ async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: KeptRes
                 yield server
 
     name, servers = await conversation(kept), Hanging(Clock())
-    answering = responder(engine("ok"), kept=kept, servers=servers)
+    answering = responder(engine("ok"), store=kept, servers=servers)
     asked = {"input": "Hi", "conversation": name, "background": True, "tools": [SERVER]}
     async with asyncio.timeout(60):
         stream = await answering.prepare(asked, at_once=True)
@@ -526,7 +526,7 @@ async def test_a_queued_response_waits_for_nothing_that_takes_time(kept: KeptRes
 
 async def test_nobody_works_on_a_background_response_that_is_only_created() -> None:
     with pytest.raises(UnsupportedParameterError) as refusal:
-        await responder(engine(), kept=KeptResponses(StoreOptions())).create({"input": "Hi", "background": True})
+        await responder(engine(), store=ResponseStore(StoreOptions())).create({"input": "Hi", "background": True})
     assert refusal.value.param == "background"
 
 
@@ -534,12 +534,12 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
     """Its last event has not been sent: it says what became of the response."""
     keeping = asyncio.Event()
 
-    class Slow(KeptResponses):
+    class Slow(ResponseStore):
         async def keep(self, entry: Entry) -> None:
             keeping.set()
             await asyncio.sleep(60)
 
-    stream = await responder(engine("ok"), kept=Slow(StoreOptions())).create_stream({"input": "Hi"})
+    stream = await responder(engine("ok"), store=Slow(StoreOptions())).create_stream({"input": "Hi"})
     events: list[Any] = []
 
     async def read() -> None:

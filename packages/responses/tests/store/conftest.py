@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.store.options import StoreOptions
 from tests.postgres_server import new_database, postgres_server
 
@@ -56,12 +56,12 @@ def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest_asyncio.fixture
 async def opener(clock: Clock) -> AsyncIterator[Any]:
     """Opens stores that end with the test: `await opener(url, max_records=3)`."""
-    stores: list[KeptResponses] = []
+    stores: list[ResponseStore] = []
 
-    async def opener(url: str, **options: Any) -> KeptResponses:
-        store = KeptResponses(StoreOptions(url=url, **options), clock)
+    async def opener(url: str, **options: Any) -> ResponseStore:
+        store = ResponseStore(StoreOptions(url=url, **options), clock)
         stores.append(store)
-        await store.store()
+        await store.backend()
         assert store._purging is not None
         await store._purging.close()  # it is purged when a test says so
         return store

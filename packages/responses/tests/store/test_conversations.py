@@ -11,7 +11,7 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api.conversations import Conversations, ConversationUpdateRequest
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest
 from candle_vllm.responses.api.turns import TURN_MS
 from candle_vllm.responses.store.backend import Backend, Held, Order
@@ -23,13 +23,13 @@ def message(name: str | None, text: str = "Hi") -> dict[str, Any]:
     return made if name is None else {"id": name, **made}
 
 
-async def begin(store: KeptResponses, name: str = "conv_1", *items: dict[str, Any], owner: str = "a") -> None:
-    backend = await store.store()
+async def begin(store: ResponseStore, name: str = "conv_1", *items: dict[str, Any], owner: str = "a") -> None:
+    backend = await store.backend()
     made = Entry(kind=CONVERSATION, owner=owner, id=name, created=backend.now, body=b'{"k":"v"}')
     await backend.put(made, parts=parts_of(items, store.options.max_item_bytes))
 
 
-async def ids(store: KeptResponses, name: str = "conv_1", owner: str = "a") -> list[str]:
+async def ids(store: ResponseStore, name: str = "conv_1", owner: str = "a") -> list[str]:
     return [item["id"] for item in await store.conversation_items(owner, name)]
 
 
@@ -208,7 +208,7 @@ async def test_conversations_do_not_expire(opener, store_url: str, clock) -> Non
 async def test_one_holder_at_a_time_answers_in_a_conversation(opener, shared_url: str, clock) -> None:
     first = await opener(shared_url)
     await begin(first)
-    one, other = await first.store(), await (await opener(shared_url)).store()
+    one, other = await first.backend(), await (await opener(shared_url)).backend()
     assert await take(one, Held("a", "conv_1", "dead"))
     assert not await take(other, Held("a", "conv_1", "next"))
     clock.now += 19
@@ -232,7 +232,7 @@ async def test_one_holder_at_a_time_answers_in_a_conversation(opener, shared_url
 async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
     opened = [await opener(shared_url) for _ in range(3)]
     await begin(opened[0])
-    stores = [await each.store() for each in opened]
+    stores = [await each.backend() for each in opened]
     taken = await asyncio.gather(*(take(store, Held("a", "conv_1", f"h{n}")) for n, store in enumerate(stores * 4)))
     assert sum(taken) == 1
 
@@ -240,7 +240,7 @@ async def test_only_one_of_many_gets_the_turn(opener, shared_url: str) -> None:
 async def test_a_conversation_that_is_being_answered_makes_no_room(opener, shared_url: str) -> None:
     store = await opener(shared_url, max_records=2)
     await begin(store, "conv_1", message("msg_1"))
-    assert await take(await store.store(), Held("a", "conv_1", "h"))
+    assert await take(await store.backend(), Held("a", "conv_1", "h"))
     for name in ("conv_2", "conv_3", "conv_4"):
         await begin(store, name)
     assert await ids(store) == ["msg_1"]

@@ -17,7 +17,7 @@ from sqlalchemy import delete, func, select, update
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.fair_threads import asker
-from candle_vllm.responses.api.kept import LEASE_MS, KeptResponses
+from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
 from candle_vllm.responses.store.backend import Bounds, Place
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import (
@@ -55,12 +55,12 @@ def record(name: str, owner: str = "a", *, text: str = "Hi", output: Any = None,
     return msgspec.structs.replace(made, **fields)
 
 
-async def status_of(store: KeptResponses, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
+async def status_of(store: ResponseStore, name: str, owner: str = "a") -> tuple[str, dict[str, Any]]:
     found = await store.get(owner, name)
     return found.status, msgspec.json.decode(found.body)
 
 
-async def has(store: KeptResponses, name: str, owner: str = "a") -> bool:
+async def has(store: ResponseStore, name: str, owner: str = "a") -> bool:
     try:
         await store.get(owner, name)
     except NotStoredError:
@@ -392,7 +392,7 @@ async def test_a_closed_store_says_so(opener, store_url: str) -> None:
 async def test_keys_take_turns_at_the_database(opener, store_url: str) -> None:
     """However much one key asks for, what another key asks for comes next."""
     store = await opener(store_url)
-    database, order, may_end = (await store.store()).database, list[str](), threading.Event()
+    database, order, may_end = (await store.backend()).database, list[str](), threading.Event()
 
     def work(_: object, who: str) -> None:
         order.append(who)
@@ -413,7 +413,7 @@ async def test_keys_take_turns_at_the_database(opener, store_url: str) -> None:
 
 async def test_a_password_is_never_in_a_message() -> None:
     options = StoreOptions(url="postgresql://u:hunter2@127.0.0.1:1/d")
-    store = KeptResponses(options)
+    store = ResponseStore(options)
     with pytest.raises(ConfigError, match="cannot open the store of responses") as refusal:
         await store.start()
     await store.close()
@@ -422,7 +422,7 @@ async def test_a_password_is_never_in_a_message() -> None:
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://h/d", "nothing", ""])
 async def test_other_urls_are_refused(url: str) -> None:
-    store = KeptResponses(StoreOptions(url=url))
+    store = ResponseStore(StoreOptions(url=url))
     with pytest.raises(ConfigError, match="responses_store must"):
         await store.start()
     await store.close()
@@ -462,7 +462,7 @@ async def test_deleting_rows_behind_its_back_is_no_error(opener, shared_url: str
 
 
 async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url: str) -> None:
-    store = await (await opener(store_url)).store()
+    store = await (await opener(store_url)).backend()
     begun = Entry(kind="results", owner="a", id="file_1", created=store.now, status="in_progress")
     await store.put(begun)
     await store.append("results", "a", "file_1", [EntryItem(id=str(n), body=b"x" * 1000) for n in range(3)])
@@ -474,7 +474,7 @@ async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url
 
 async def test_a_full_disk_is_said_in_one_line(opener, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = await opener(f"sqlite:///{tmp_path}/responses.sqlite")
-    database = (await store.store()).database
+    database = (await store.backend()).database
     await database.run(lambda connection: connection.exec_driver_sql("PRAGMA max_page_count = 1").close())
 
     async def fill() -> None:

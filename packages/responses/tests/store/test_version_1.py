@@ -177,7 +177,7 @@ async def test_responses_and_conversations(opener, shared_url: str, clock) -> No
     running = await first.get("a", "resp_2")
     assert (running.status, running.follows, running.about["background"]) == ("in_progress", "resp_1", True)
     assert await second.renew([("a", "resp_2")]) == set()
-    conversation = await (await first.store()).get(CONVERSATION, "a", "conv_1")
+    conversation = await (await first.backend()).get(CONVERSATION, "a", "conv_1")
     assert conversation is not None
     assert (conversation.kind, conversation.body, conversation.expires) == (CONVERSATION, b'{"a":"b"}', None)
     assert [item["id"] for item in await first.conversation_items("a", "conv_1")] == ["msg_2", "msg_1"]

@@ -49,7 +49,7 @@ def all_events(metrics: Metrics) -> None:
     metrics.model_unloaded("scripted")
     metrics.model_waited_for("scripted", 3.0)
     for outcome in Outcome:
-        metrics.answer_kept(outcome)
+        metrics.answer_stored(outcome)
         metrics.webhook_sent(outcome)
         metrics.adapter_looked_for("hf", "found")
     metrics.image_fetched("fetched")

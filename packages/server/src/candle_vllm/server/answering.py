@@ -27,9 +27,9 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
-from candle_vllm.server.keeping import Keeper, KeptForm
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
+from candle_vllm.server.outliving import MailboxWriter, StoredForm
 
 JSON = "application/json"
 
@@ -59,7 +59,7 @@ class GenerationApi:
         error_event: encodes the error that ends a failed stream.
         done: last bytes of a stream that did not fail.
         defaults: whether a request gets the operator's sampling values that it omits before the model answers it.
-        kept: how answers are stored for clients that disconnected; None if they are not stored.
+        stored: how answers are stored for clients that disconnected; None if they are not stored.
         stream: response class of streams.
         silence: makes the event that fills a silence, if the API has such an event.
     """
@@ -71,7 +71,7 @@ class GenerationApi:
     error_event: Callable[[Exception], bytes]
     done: bytes = DONE
     defaults: bool = True
-    kept: KeptForm | None = None
+    stored: StoredForm | None = None
     stream: type[EventStream] = EventStream
     silence: Callable[[], bytes] | None = None
 
@@ -90,11 +90,11 @@ def json_answer(made: Any, status: int = 200, headers: Mapping[str, str] | None 
 async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadline: float) -> Response:
     """Answer a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
-    keeper: Keeper = request.app.state.keeper
+    mailbox_writer: MailboxWriter = request.app.state.mailbox_writer
     streams = bool(wire.stream)
     wire = with_usage(wire) if request.app.state.settings.enable_force_include_usage else wire
     _permit_mix(request, wire)
-    wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
+    wish, wire = mailbox_writer.wish(request.scope, wire, possible=api.stored is not None)
     async with in_time(deadline, request):
         taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
         turn = await unless_disconnected(taken, request.receive, Turn.release)
@@ -110,12 +110,14 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
         except BaseException:
             turn.release()
             raise
-        if wish is None or api.kept is None:
+        if wish is None or api.stored is None:
             return _stream(api, chunks, deadline, turn.release)
-        kept = keeper.keep(wish, chunks, api.kept, turn, deadline)
+        outliving = mailbox_writer.keep(wish, chunks, api.stored, turn, deadline)
         if streams:
-            return _stream(api, kept, deadline)
-        return await unless_disconnected(kept.response(to_json_bytes), request.receive, lambda _: kept.aclose())
+            return _stream(api, outliving, deadline)
+        return await unless_disconnected(
+            outliving.response(to_json_bytes), request.receive, lambda _: outliving.aclose()
+        )
 
 
 def _permit_mix(request: Request, wire: Any) -> None:

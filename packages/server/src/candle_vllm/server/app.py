@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.background import Background
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
@@ -37,7 +37,6 @@ from candle_vllm.server.http.routing import (
     PrefixMiddleware,
     UnversionedMiddleware,
 )
-from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
@@ -47,6 +46,7 @@ from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.observing.request_id import RequestIdMiddleware
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS, ApiDocument
 from candle_vllm.server.openapi.operation import Access, operations_of
+from candle_vllm.server.outliving import MailboxWriter
 from candle_vllm.server.routes import (
     adapters,
     batches,
@@ -125,17 +125,17 @@ def create_app(
     if mailbox is not None:
         _count_pushes(mailbox, app.state.metrics)
     options = store_options(settings)
-    app.state.kept = None if options is None else KeptResponses(options)
+    app.state.response_store = None if options is None else ResponseStore(options)
     app.state.batches = None if options is None else _batches(app, options.url, settings)
-    app.state.background = None if app.state.kept is None else Background(app.state.kept)
+    app.state.background = None if app.state.response_store is None else Background(app.state.response_store)
     app.state.mcp = mcp
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called
         app.state.metrics.watch_mcp_servers(mcp.states)
     app.state.responders = responses.Responders(
-        app.state.kept, response_servers(mcp, settings, keys=settings.has_api_keys)
+        app.state.response_store, response_servers(mcp, settings, keys=settings.has_api_keys)
     )
-    app.state.keeper = Keeper(mailbox, app.state.metrics)
+    app.state.mailbox_writer = MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
     app.state.reloader = None  # reads settings files again; `serve` sets it if the server was started with files
@@ -164,27 +164,27 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     """Yield the state for the server: a drain waits while `busy` tells of work for clients that disconnected."""
     mailbox: Mailbox | None = app.state.mailbox
-    kept: KeptResponses | None = app.state.kept
+    store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background
     mcp: McpService | None = app.state.mcp
-    kept_batches: Batches | None = app.state.batches
+    batch_service: Batches | None = app.state.batches
     watch = asyncio.create_task(app.state.keys.watch(), name="key-files")
     try:
-        for each in (mailbox, kept, kept_batches):
+        for each in (mailbox, store, batch_service):
             if each is not None:
                 await _start(app, each)
         if mcp is not None:
             await mcp.start()
-        yield {"busy": lambda: app.state.keeper.busy or (background is not None and background.busy)}
+        yield {"busy": lambda: app.state.mailbox_writer.busy or (background is not None and background.busy)}
     finally:
         watch.cancel()
-        if kept_batches is not None:
-            await kept_batches.close()
-        await app.state.keeper.close()
+        if batch_service is not None:
+            await batch_service.close()
+        await app.state.mailbox_writer.close()
         if background is not None:
             await background.close()
-        if kept is not None:
-            await kept.close()
+        if store is not None:
+            await store.close()
         if mcp is not None:
             await mcp.close()
         await app.state.manager.close()
@@ -211,7 +211,7 @@ def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
     return Batches(options, app.state.keys.callers, settings.max_body_mb << 20, places, app)
 
 
-async def _start(app: FastAPI, store: Mailbox | KeptResponses | Batches) -> None:
+async def _start(app: FastAPI, store: Mailbox | ResponseStore | Batches) -> None:
     try:
         await store.start()
     except Exception as failure:

@@ -137,7 +137,7 @@ def _is_mix(given: object) -> bool:
     )  # fmt: skip
 
 
-def serving_rank(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
+def serving_key(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
     """Return the sort key by which the scheduler and a server's admission queue choose the next request.
 
     Args:

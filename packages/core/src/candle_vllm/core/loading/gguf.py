@@ -54,7 +54,7 @@ _NUMBERS = MappingProxyType(
     | {10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8")}
 )
 _SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
-_SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, rank, one dimension, type, offset
+_SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, dimension count, one dimension, type, offset
 _OTHER_KINDS = MappingProxyType(
     {
         "imatrix": ("imatrix", "an importance matrix: use --imatrix"),
@@ -318,10 +318,10 @@ def _read_tensors(header: _Header, count: int, alignment: int) -> dict[str, File
 
 def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     name = header.name(f"the name of tensor {index}", MAX_TENSOR_NAME_BYTES)
-    rank = header.u32(f"the number of dimensions of {name!r}")
-    if not 1 <= rank <= MAX_DIMENSIONS:
-        raise header.error(f"tensor {name!r} has {rank} dimensions, allowed are 1 to {MAX_DIMENSIONS}")
-    dimensions = struct.unpack(f"<{rank}Q", header.take(8 * rank, f"the shape of {name!r}"))
+    count = header.u32(f"the number of dimensions of {name!r}")
+    if not 1 <= count <= MAX_DIMENSIONS:
+        raise header.error(f"tensor {name!r} has {count} dimensions, allowed are 1 to {MAX_DIMENSIONS}")
+    dimensions = struct.unpack(f"<{count}Q", header.take(8 * count, f"the shape of {name!r}"))
     if math.prod(max(size, 1) for size in dimensions) > MAX_ELEMENTS:
         raise header.error(
             f"tensor {name!r} has the dimensions {dimensions}: at most {MAX_ELEMENTS} elements are allowed"

@@ -17,8 +17,8 @@ import msgspec
 
 from candle_vllm.core.errors import CandleVllmError, EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai import to_error, to_json_bytes
-from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import Chunks, EncodedEvent, Failure, Work, close
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.protocol.events import LifecycleEvent, ResponseFailed, StreamEvent
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import ACTIVE, STOPPED, Entry, NotStoredError, StoreUnavailableError, settled
@@ -56,8 +56,8 @@ class _Run:
 class Background:
     """All responses that run in the background of this process; one owner may have half of `max_running`."""
 
-    def __init__(self, kept: KeptResponses, max_running: int = MAX_RUNNING) -> None:
-        self._kept = kept
+    def __init__(self, store: ResponseStore, max_running: int = MAX_RUNNING) -> None:
+        self._store = store
         self._max_running = max_running
         self._running: dict[Name, _Run] = {}
         self._ended: OrderedDict[Name, Chunks[EncodedEvent]] = OrderedDict()
@@ -86,7 +86,7 @@ class Background:
         try:
             self._check_room(entry.owner)
             self._running[run.name] = run  # reserves its slot while the store is awaited
-            await self._kept.put(entry)
+            await self._store.put(entry)
         except BaseException:
             self._running.pop(run.name, None)
             await close(events)
@@ -103,7 +103,7 @@ class Background:
             InvalidParameterError: the response does not run in the background, or its events are no longer held.
             NotStoredError: there is no such response; also in `cancel` and `delete`.
         """
-        entry = await self._kept.get(owner, response_id)
+        entry = await self._store.get(owner, response_id)
         if not entry.about["background"]:
             raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
         events = self.events(owner, response_id)
@@ -120,20 +120,20 @@ class Background:
 
         Raises InvalidParameterError if it is no background response.
         """
-        if not (await self._kept.get(owner, response_id)).about["background"]:
+        if not (await self._store.get(owner, response_id)).about["background"]:
             raise InvalidParameterError(
                 "Only responses that were made with background: true can be cancelled; close the connection to end "
                 "another.",
                 "response_id",
             )
-        cancelled = await self._kept.cancel(owner, response_id)
+        cancelled = await self._store.cancel(owner, response_id)
         if cancelled.status == "cancelled":
             await self.stop(owner, response_id)
         return cancelled.body
 
     async def delete(self, owner: str, response_id: str) -> ResponseDeleted:
         """Delete a response, in the background or not, and end the task that generates it."""
-        await self._kept.delete(owner, response_id)
+        await self._store.delete(owner, response_id)
         await self.stop(owner, response_id, forget=True)
         return ResponseDeleted(id=response_id)
 
@@ -180,12 +180,12 @@ class Background:
     async def _note(self, run: _Run, response: Response, finished: bool) -> None:
         body = to_json_bytes(response)
         try:
-            if await self._kept.change(*run.name, response.status, body):
+            if await self._store.change(*run.name, response.status, body):
                 run.latest = body
                 if finished and response.status != "failed":  # a partial answer would spoil the conversation
                     made = {"status": response.status, "body": body}
-                    await self._kept.add_to_conversation(msgspec.structs.replace(run.entry, **made))
-            elif not await self._is_kept(run.name, response.status):  # cancelled or deleted, perhaps by another server
+                    await self._store.add_to_conversation(msgspec.structs.replace(run.entry, **made))
+            elif not await self._is_stored(run.name, response.status):  # cancelled or deleted, maybe by another server
                 run.ended_elsewhere = True
                 raise asyncio.CancelledError
         except StoreUnavailableError as error:
@@ -211,7 +211,7 @@ class Background:
     async def _fail(self, run: _Run, message: str) -> None:
         body = settled(run.latest, "failed", ("server_error", message))
         try:
-            await self._kept.change(*run.name, "failed", body)
+            await self._store.change(*run.name, "failed", body)
         except CandleVllmError as error:  # its lease will expire, and then it has failed
             logger.error("the end of a response could not be kept: %s", error.__cause__ or error)
         if not run.events.finished:
@@ -232,12 +232,12 @@ class Background:
     async def _renew(self) -> None:
         names = [name for name, run in self._running.items() if run.work is not None]
         if names:
-            ended = await self._kept.renew(names)
+            ended = await self._store.renew(names)
             await asyncio.gather(*(self.stop(*name) for name in ended))
 
-    async def _is_kept(self, name: Name, status: str) -> bool:
+    async def _is_stored(self, name: Name, status: str) -> bool:
         """Whether the store has this status already, because the task of the response has written it."""
         try:
-            return (await self._kept.get(*name)).status == status
+            return (await self._store.get(*name)).status == status
         except NotStoredError:
             return False

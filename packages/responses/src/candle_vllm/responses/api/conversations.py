@@ -11,7 +11,7 @@ from pydantic import Field
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.fields import WireModel
-from candle_vllm.responses.api.kept import KeptResponses, note_dropped
+from candle_vllm.responses.api.response_store import ResponseStore, note_dropped
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, item_list, stored_item
 from candle_vllm.responses.protocol.fields import Metadata
 from candle_vllm.responses.protocol.items import InputItem
@@ -75,15 +75,15 @@ class ConversationDeleted(msgspec.Struct, frozen=True, kw_only=True):
 class Conversations:
     """Conversations of a store; methods raise NotStoredError if the owner has no such conversation."""
 
-    def __init__(self, kept: KeptResponses) -> None:
-        self._kept = kept
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
 
     async def create(self, owner: str, request: ConversationCreateRequest) -> Conversation:
-        store, metadata = await self._kept.store(), msgspec.json.encode(request.metadata or {})
+        store, metadata = await self._store.backend(), msgspec.json.encode(request.metadata or {})
         made = entries.Entry(
             kind=entries.CONVERSATION, owner=owner, id=entries.new_id("conv"), created=store.now, body=metadata
         )
-        parts = entries.parts_of(_stored(request.items or ()), self._kept.options.max_item_bytes)
+        parts = entries.parts_of(_stored(request.items or ()), self._store.options.max_item_bytes)
         note_dropped(await store.put(made, parts=parts))
         return _shown(made)
 
@@ -121,8 +121,8 @@ class Conversations:
 
     async def add_items(self, owner: str, name: str, request: ItemsCreateRequest) -> ItemList:
         """Add items once no response is being generated in the conversation, and return them."""
-        async with self._kept.turn(owner, name, "conversation_id"):
-            return _page(await self._kept.append(owner, name, _stored(request.items)), has_more=False)
+        async with self._store.turn(owner, name, "conversation_id"):
+            return _page(await self._store.append(owner, name, _stored(request.items)), has_more=False)
 
     async def item(self, owner: str, name: str, item_id: str) -> bytes:
         """Return one item as JSON."""
@@ -143,7 +143,7 @@ class Conversations:
 
     async def _find(self, name: str) -> tuple[Backend, str]:
         """Return the store and the checked id of a conversation."""
-        return await self._kept.store(), entries.checked_id("Conversation", name)
+        return await self._store.backend(), entries.checked_id("Conversation", name)
 
 
 def _page(parts: Sequence[entries.EntryItem], *, has_more: bool) -> ItemList:

@@ -46,7 +46,7 @@ from candle_vllm.responses.protocol.response import CompactedResponse, InputToke
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
-    from candle_vllm.responses.api.kept import KeptResponses
+    from candle_vllm.responses.api.response_store import ResponseStore
     from candle_vllm.responses.store.options import StoreOptions
 
 Fields = Mapping[str, Any]  # a request as a plain object, which is checked on use
@@ -81,7 +81,7 @@ class Responder:
         model: answers tasks.
         count: counts the tokens of a task's prompt; None if they cannot be counted.
         servers: source of MCP servers; None allows no server.
-        kept: store of responses; None stores nothing.
+        store: store of responses; None stores nothing.
         memory: memory of the client's connection, for responses that are not stored; None remembers nothing.
         options: limits and defaults.
     """
@@ -92,13 +92,13 @@ class Responder:
         *,
         count: Callable[[Callable[[], Task]], Awaitable[int]] | None = None,
         servers: McpSource | None = None,
-        kept: KeptResponses | None = None,
+        store: ResponseStore | None = None,
         memory: ConnectionMemory | None = None,
         options: ResponderOptions | None = None,
     ) -> None:
         self._model = model
         self._count = count
-        self._kept = kept
+        self._store = store
         self._memory = memory
         self._options = options or ResponderOptions()
         self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
@@ -141,7 +141,7 @@ class Responder:
         late = at_once and (parsed.conversation_id is not None or has_servers(parsed))
         async with AsyncExitStack() as stack:
             if late:
-                prepared, items = None, await gather_items(parsed, self._kept, owner, self._memory)
+                prepared, items = None, await gather_items(parsed, self._store, owner, self._memory)
             else:
                 prepared, items = await self._ready(parsed, owner, stack, check=at_once)
             defaults = {**self._options.model_defaults, **self._options.sampling_defaults}
@@ -151,8 +151,8 @@ class Responder:
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             given = await apart(_given, items) if stored or self._memory is not None else ()
             room = MAX_SHOWN
-            if self._kept is not None and stored and has_servers(parsed):
-                room = await apart(_room, self._kept.options, given)
+            if self._store is not None and stored and has_servers(parsed):
+                room = await apart(_room, self._store.options, given)
             writer = EventWriter(
                 response,
                 encoded=parsed.wants_encrypted,
@@ -172,7 +172,7 @@ class Responder:
         """Return a conversation in a shorter form: the users' messages, and the model's summary of everything."""
         parsed = request if isinstance(request, CompactRequest) else parse_compact_request(request)
         asked = summary_request(parsed)
-        items = await gather_items(asked, self._kept, owner, self._memory)
+        items = await gather_items(asked, self._store, owner, self._memory)
         limited = asked.model_copy(update={"max_output_tokens": summary_limit(items[:-1])})
         try:
             response = await self.create(limited, owner=owner)
@@ -189,7 +189,7 @@ class Responder:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
         self._task_maker.check_servers(parsed)
         async with AsyncExitStack() as stack:
-            items = await gather_items(parsed, self._kept, owner, self._memory)
+            items = await gather_items(parsed, self._store, owner, self._memory)
             prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
             task = await apart(prepared.task)
             if prepared.made.approved:  # the results of these calls would be part of the prompt
@@ -198,7 +198,7 @@ class Responder:
             return InputTokens(input_tokens=await self._count(lambda: task))
 
     def _is_stored(self, request: ResponsesRequest) -> bool:
-        if self._kept is None:
+        if self._store is None:
             for field in ("store", "background"):
                 if getattr(request, field):
                     raise UnsupportedParameterError(f"{field} is not supported: this server keeps no responses", field)
@@ -209,9 +209,9 @@ class Responder:
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
     ) -> tuple[Prepared, Sequence[Placed]]:
         """Wait for the conversation's turn, read the history, and open the servers, all of which the stack releases."""
-        if request.conversation_id is not None and self._kept is not None:
-            await stack.enter_async_context(self._kept.turn(owner, request.conversation_id))
-        items = await gather_items(request, self._kept, owner, self._memory)
+        if request.conversation_id is not None and self._store is not None:
+            await stack.enter_async_context(self._store.turn(owner, request.conversation_id))
+        items = await gather_items(request, self._store, owner, self._memory)
         return await self._task_maker.prepare(request, items, stack, check=check), items
 
     async def _answer(
@@ -241,8 +241,8 @@ class Responder:
         except TokensSpentError:
             await stream.put(writer.cut(FinishReason.LENGTH.responses))
         stream.begun()
-        if keep is not None and self._kept is not None:
-            await self._kept.keep(await apart(entry_of, keep, writer.response, stream.input_items))
+        if keep is not None and self._store is not None:
+            await self._store.keep(await apart(entry_of, keep, writer.response, stream.input_items))
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

@@ -35,7 +35,7 @@ from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.entries import Item, NotStoredError
 
 if TYPE_CHECKING:
-    from candle_vllm.responses.api.kept import KeptResponses
+    from candle_vllm.responses.api.response_store import ResponseStore
 
 _ITEM = TypeAdapter[InputItem](InputItem)
 _PIXEL = base64.b64decode(
@@ -184,7 +184,7 @@ class TaskMaker:
 
 
 async def gather_items(
-    request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None = None
+    request: PromptFields, store: ResponseStore | None, owner: str, memory: ConnectionMemory | None = None
 ) -> list[Placed]:
     """Return the history and the input of a request; references to items of the history are left out.
 
@@ -194,14 +194,14 @@ async def gather_items(
     given = request.input or []
     if isinstance(given, str):
         given = [_ITEM.validate_python({"type": "message", "role": "user", "content": given})]
-    history = await _history(request, kept, owner, memory)
+    history = await _history(request, store, owner, memory)
     known = {item.id for item, _ in history}  # references to these are redundant
     wanted = {
         item.id: f"input.{number}.id"
         for number, item in enumerate(given)
         if isinstance(item, ItemReference) and item.id not in known
     }
-    found = await kept.find_items(owner, list(wanted)) if wanted and kept is not None else {}
+    found = await store.find_items(owner, list(wanted)) if wanted and store is not None else {}
     for item_id, path in wanted.items():
         if item_id not in found:
             raise InvalidParameterError(f"{path}: there is no item {item_id!r:.80} here; send the item itself", path)
@@ -215,7 +215,7 @@ async def gather_items(
 
 
 async def _history(
-    request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None
+    request: PromptFields, store: ResponseStore | None, owner: str, memory: ConnectionMemory | None
 ) -> list[Placed]:
     field = "previous_response_id" if request.previous_response_id is not None else "conversation"
     if getattr(request, field) is None:
@@ -226,17 +226,17 @@ async def _history(
         recent, before = await memory.history(previous)
         if before is None:
             return await apart(lambda: [Placed(_checked(item, field), field) for item in recent])
-        if kept is None:
+        if store is None:
             raise NotStoredError("Previous response", before, field)
         previous = before
-    if kept is None:
+    if store is None:
         raise UnsupportedParameterError(
             f"{field} is not supported: this server keeps no responses; send the whole conversation as input", field
         )
     if previous is not None:
-        items = [*await kept.history(owner, previous), *recent]
+        items = [*await store.history(owner, previous), *recent]
     else:
-        items = await kept.conversation_items(owner, request.conversation_id or "")
+        items = await store.conversation_items(owner, request.conversation_id or "")
     return await apart(lambda: [Placed(_checked(item, field), field) for item in items])
 
 

@@ -2,7 +2,7 @@
 """The protocol of a store: what its users call, and what a backend implements.
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each entry belongs to an
-owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`KeptResponses`, and the
+owner, the hash of an API key, and has an id that is unique for this owner. Users of a store (`ResponseStore`, and the
 server's mailbox) define the kinds of entries; a backend does not read their contents. Times are milliseconds since
 1970.
 

@@ -70,7 +70,7 @@ async def _answer(
         if request.app.state.mailbox is not None:
             refuse_headers(request.scope["headers"], _NOT_TOGETHER)
         chat = _Executed(offer, service, request)
-        api = replace(api, kept=None)
+        api = replace(api, stored=None)
     api = replace(api, whole=chat.whole(api.whole), streamed=chat.streamed(api.streamed))
     return await answer_parsed(request, api, wire, deadline)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from candle_vllm.core.engine.requests import serving_rank
+from candle_vllm.core.engine.requests import serving_key
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import NO_KEY, current_request
@@ -200,7 +200,7 @@ class Admission:
     def _admit(self) -> None:
         """Fill free places. No smaller request overtakes the first request in line, even if it would fit."""
         while self._queues:
-            first = min(self._queues, key=lambda each: serving_rank(each[0], running=self._running[each[1]]))
+            first = min(self._queues, key=lambda each: serving_key(each[0], running=self._running[each[1]]))
             waiting = self._queues[first][0]
             if not waiting.entered.cancelled():
                 if not self._fits(waiting.sequences):

@@ -120,7 +120,7 @@ class Metrics:
         """Record how long a request waited for its model to be loaded or switched to."""
         self._observe(series.WAIT_SECONDS, seconds, model)
 
-    def answer_kept(self, outcome: Outcome) -> None:
+    def answer_stored(self, outcome: Outcome) -> None:
         """Count an answer that the mailbox stored, or could not store."""
         self._count(series.ANSWERS_KEPT, outcome)
 

@@ -12,9 +12,9 @@ from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.batches.records import Batch, BatchList, BatchRequest
 from candle_vllm.server.http.body import parse_request
-from candle_vllm.server.kept_access import AFTER, limit_and_after, page_of, query_of
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 from candle_vllm.server.routes.files import batches_and_owner
+from candle_vllm.server.store_access import AFTER, limit_and_after, page_of, query_of
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))

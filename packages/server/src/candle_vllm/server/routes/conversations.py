@@ -22,8 +22,8 @@ from candle_vllm.responses.api.conversations import (
 from candle_vllm.responses.api.stored_items import AnyItem, ItemList
 from candle_vllm.server.answering import in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
-from candle_vllm.server.kept_access import INCLUDE, ITEM_PAGE, kept_and_owner, page_request, query_of
 from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
+from candle_vllm.server.store_access import INCLUDE, ITEM_PAGE, page_request, query_of, store_and_owner
 
 router = APIRouter()
 route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES, errors=KEPT))
@@ -109,9 +109,9 @@ async def delete_conversation_item(request: Request, conversation_id: str, item_
 
 
 async def _conversations(request: Request, *known: str) -> tuple[Conversations, str]:
-    kept, owner = await kept_and_owner(request)
+    store, owner = await store_and_owner(request)
     query_of(request, *known)
-    return Conversations(kept), owner
+    return Conversations(store), owner
 
 
 async def _body(request: Request, kind: type[Any]) -> Any:

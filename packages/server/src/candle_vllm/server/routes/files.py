@@ -25,8 +25,8 @@ from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.kept_access import AFTER, limit_and_after, number_of, page_of, query_of
 from candle_vllm.server.openapi.operation import KEPT, Operation, routing
+from candle_vllm.server.store_access import AFTER, limit_and_after, number_of, page_of, query_of
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))

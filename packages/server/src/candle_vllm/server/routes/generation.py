@@ -26,9 +26,9 @@ from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import GenerationApi, answer
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
-from candle_vllm.server.keeping import KeptForm
 from candle_vllm.server.mcp.chat_tools import answer_with_tools
 from candle_vllm.server.openapi.operation import QUESTION, QUEUED, Operation, routing
+from candle_vllm.server.outliving import StoredForm
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
@@ -80,7 +80,7 @@ CHAT = GenerationApi(
     streamed=lambda model, wire: model.adapter.chat_stream(wire),
     event=data_event,
     error_event=error_event,
-    kept=KeptForm("chatcmpl-", join_chat),
+    stored=StoredForm("chatcmpl-", join_chat),
 )
 COMPLETIONS = GenerationApi(
     parse=parse_completion_request,
@@ -88,7 +88,7 @@ COMPLETIONS = GenerationApi(
     streamed=lambda model, wire: model.adapter.complete_stream(wire),
     event=data_event,
     error_event=error_event,
-    kept=KeptForm("cmpl-", join_completion),
+    stored=StoredForm("cmpl-", join_completion),
 )
 FIM = GenerationApi(
     parse=lambda body: parse_body(FimRequest, body),

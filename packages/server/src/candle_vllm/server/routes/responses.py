@@ -35,18 +35,18 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE
-from candle_vllm.server.keeping import NOT_HERE
-from candle_vllm.server.kept_access import ResponseEvents, event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, QUEUED, RESPONSES, Operation, routing
+from candle_vllm.server.outliving import NOT_HERE
+from candle_vllm.server.store_access import ResponseEvents, event_stream
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.connection import ConnectionMemory
-    from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.responses.api.mcp_source import McpSource
     from candle_vllm.responses.api.responder import Responder
+    from candle_vllm.responses.api.response_store import ResponseStore
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
@@ -56,12 +56,12 @@ class Responders:
     """Makes a responder for each request.
 
     Args:
-        kept: the store of responses; None stores nothing.
+        store: the store of responses; None stores nothing.
         servers: source of the MCP servers of requests; None allows no server.
     """
 
-    def __init__(self, kept: KeptResponses | None, servers: McpSource | None = None) -> None:
-        self.kept = kept
+    def __init__(self, store: ResponseStore | None, servers: McpSource | None = None) -> None:
+        self.store = store
         self.servers = servers
 
     def of(self, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
@@ -87,7 +87,7 @@ class Responders:
             InProcessModel(adapter),
             count=adapter.count_tokens,
             servers=self.servers,
-            kept=self.kept,
+            store=self.store,
             memory=memory,
             options=options,
         )
@@ -252,6 +252,6 @@ async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest)
     given = wire.input if isinstance(wire.input, list) else ()
     refers = wire.previous_response_id is not None or getattr(wire, "conversation", None) is not None
     refers = refers or any(isinstance(item, ItemReference) for item in given)
-    if responders.kept is None or not (stored or refers):
+    if responders.store is None or not (stored or refers):
         return ""
-    return await responders.kept.owner(caller_of(request.scope).key)
+    return await responders.store.owner(caller_of(request.scope).key)

@@ -15,7 +15,7 @@ from candle_vllm.responses.api.stored_items import ItemList
 from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.response import Response as AnyResponse
 from candle_vllm.responses.protocol.response import ResponseDeleted
-from candle_vllm.server import kept_access
+from candle_vllm.server import store_access
 from candle_vllm.server.answering import json_answer
 from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 
@@ -31,7 +31,7 @@ _MAX_EVENT = 999_999_999
     answer=AnyResponse,
     events=get_args(ResponseEvent),
     query={
-        **kept_access.INCLUDE,
+        **store_access.INCLUDE,
         "stream": {"enum": ["true", "false"], "default": "false", "description": "Send the events."},
         "starting_after": {
             "type": "integer",
@@ -44,42 +44,42 @@ _MAX_EVENT = 999_999_999
 )
 async def get_response(request: Request, response_id: str) -> Response:
     """A response, or the events of one that runs in the background."""
-    kept, owner = await kept_access.kept_and_owner(request)
-    query = kept_access.query_of(request, "stream", "starting_after", "include", "include_obfuscation")
-    if kept_access.switch_of(query, "include_obfuscation"):
+    store, owner = await store_access.store_and_owner(request)
+    query = store_access.query_of(request, "stream", "starting_after", "include", "include_obfuscation")
+    if store_access.switch_of(query, "include_obfuscation"):
         raise InvalidParameterError(
             "include_obfuscation must be false: events are never padded with random characters", "include_obfuscation"
         )
     after = query.get("starting_after")
-    number = -1 if after is None else kept_access.number_of("starting_after", after, 0, _MAX_EVENT)
-    if not kept_access.switch_of(query, "stream"):
+    number = -1 if after is None else store_access.number_of("starting_after", after, 0, _MAX_EVENT)
+    if not store_access.switch_of(query, "stream"):
         if after is not None:
             raise InvalidParameterError("starting_after needs stream=true", "starting_after")
-        return Response((await kept.get(owner, response_id)).body, media_type=JSON)
-    return kept_access.event_stream(await _background(request).stream(owner, response_id, number))
+        return Response((await store.get(owner, response_id)).body, media_type=JSON)
+    return store_access.event_stream(await _background(request).stream(owner, response_id, number))
 
 
 @route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response; a running response is ended."""
-    _, owner = await kept_access.kept_and_owner(request)
-    kept_access.query_of(request)
+    _, owner = await store_access.store_and_owner(request)
+    store_access.query_of(request)
     return json_answer(await _background(request).delete(owner, response_id))
 
 
 @route("POST /v1/responses/{response_id}/cancel", answer=AnyResponse)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a response that runs in the background."""
-    _, owner = await kept_access.kept_and_owner(request)
-    kept_access.query_of(request)
+    _, owner = await store_access.store_and_owner(request)
+    store_access.query_of(request)
     return Response(await _background(request).cancel(owner, response_id), media_type=JSON)
 
 
-@route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=kept_access.ITEM_PAGE)
+@route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=store_access.ITEM_PAGE)
 async def list_input_items(request: Request, response_id: str) -> Response:
     """The items in the request of a response."""
-    kept, owner = await kept_access.kept_and_owner(request)
-    page = await kept.input_items(owner, response_id, kept_access.page_request(request))
+    store, owner = await store_access.store_and_owner(request)
+    page = await store.input_items(owner, response_id, store_access.page_request(request))
     return json_answer(page)
 
 

@@ -199,10 +199,10 @@ def _choose_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> N
     name, inner = split_host(merged["host"])
     if inner is None or inner == merged["port"]:
         return
-    rank = {key: next(i for i, source in enumerate(sources) if key in source.values) for key in ("host", "port")}
-    if rank["host"] == rank["port"]:
+    place = {key: next(i for i, source in enumerate(sources) if key in source.values) for key in ("host", "port")}
+    if place["host"] == place["port"]:
         raise UsageError(f"host {merged['host']!r} and port {merged['port']} name two ports: give one")
-    if rank["port"] < rank["host"]:
+    if place["port"] < place["host"]:
         merged["host"] = f"[{name}]" if ":" in name else name
 
 

@@ -130,7 +130,7 @@ class Scheduler:
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # whether a running sequence has drafts
-        self.running: list[Sequence] = []  # in order of rank, like `waiting`
+        self.running: list[Sequence] = []  # in serving order, like `waiting`
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # by hash, number of running sequences that will publish the block
@@ -640,7 +640,7 @@ class WholeTexts:
                 self.adapters.look(())
 
     def schedule(self) -> Step:
-        """Return runs of the first texts in order of rank that the budget allows, sorted by length."""
+        """Return runs of the first texts in serving order that the budget allows, sorted by length."""
         adapters, taken, room, held = self.adapters, list[Sequence](), self.max_num_batched_tokens, 0
         if adapters is not None:
             adapters.look(self.waiting)
@@ -666,4 +666,4 @@ class WholeTexts:
 
 
 def _insert(queue: list[Sequence], sequence: Sequence) -> None:
-    bisect.insort(queue, sequence, key=lambda entry: entry.rank)
+    bisect.insort(queue, sequence, key=lambda entry: entry.serving_key)

@@ -13,7 +13,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.cache.block_manager import block_hashes
-from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_key
 from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62
@@ -170,9 +170,9 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         self._hashes: list[bytes] = []
 
     @property
-    def rank(self) -> tuple[int, int, int]:
+    def serving_key(self) -> tuple[int, int, int]:
         """Sort key; the lowest runs first."""
-        return serving_rank(self.request.priority, arrival=self.order)
+        return serving_key(self.request.priority, arrival=self.order)
 
     @property
     def num_tokens(self) -> int:

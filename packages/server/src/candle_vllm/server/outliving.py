@@ -37,7 +37,7 @@ NOT_HERE = "is for chat and text completions: answers of this route are not kept
 
 
 @dataclass(frozen=True)
-class KeptForm:
+class StoredForm:
     """How answers of one API are stored: the prefix of their ids, and a function that joins chunks to an answer."""
 
     prefix: str
@@ -65,7 +65,7 @@ class Wish:
         return mode in (self.policy.mailbox, self.policy.webhook)
 
 
-class Keeper:
+class MailboxWriter:
     """Reads answers to their end for the mailbox; without a mailbox, it refuses requests that ask for one."""
 
     def __init__(self, mailbox: Mailbox | None, metrics: Metrics) -> None:
@@ -98,7 +98,7 @@ class Keeper:
         return Wish(policy, owner, changes["request_id"], hidden), wire.model_copy(update=changes)
 
     def keep(
-        self, wish: Wish, chunks: AsyncIterator[Any], form: KeptForm, turn: Turn, deadline: float
+        self, wish: Wish, chunks: AsyncIterator[Any], form: StoredForm, turn: Turn, deadline: float
     ) -> OutlivingAnswer:
         """Begin to read an answer; the client may read or close the returned object.
 
@@ -115,9 +115,9 @@ class Keeper:
 
         async def end(failure: Failure | None) -> None:
             turn.release()
-            kept = await answer.finish(failure)
-            if kept is not None:
-                self._metrics.answer_kept(Outcome.OK if kept else Outcome.FAILED)
+            stored = await answer.finish(failure)
+            if stored is not None:
+                self._metrics.answer_stored(Outcome.OK if stored else Outcome.FAILED)
 
         work = Work(chunks, max(0.0, deadline - time.monotonic()), answer.take, end)
         self._works.add(work)
@@ -140,7 +140,7 @@ class OutlivingAnswer:
     `deadline` is the `time.monotonic()` until which `finish` waits for the client.
     """
 
-    def __init__(self, mailbox: Mailbox, wish: Wish, form: KeptForm, model: str, deadline: float) -> None:
+    def __init__(self, mailbox: Mailbox, wish: Wish, form: StoredForm, model: str, deadline: float) -> None:
         self._mailbox = mailbox
         self._wish = wish
         self._join = form.join
@@ -186,7 +186,7 @@ class OutlivingAnswer:
         with contextlib.suppress(RuntimeError):  # it is being read now
             await self._reader.aclose()
 
-    # ---- for the keeper ----------------------------------------------------------------------------------------------
+    # ---- for the mailbox ---------------------------------------------------------------------------------------------
 
     async def take(self, chunk: Any) -> None:
         """Add a chunk, which the client can read at once."""
@@ -208,9 +208,9 @@ class OutlivingAnswer:
                 async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                     await self._over.wait()
         gone = not self._delivered
-        kept = await self._mailbox.keep(wish.policy, wish.owner, self._id, self._model, made, disconnected=gone)
+        stored = await self._mailbox.keep(wish.policy, wish.owner, self._id, self._model, made, disconnected=gone)
         wanted = wish.policy.mailbox.applies(gone) or wish.policy.webhook.applies(gone)
-        return kept if wanted else None
+        return stored if wanted else None
 
     async def _result(self, failure: Failure | None) -> msgspec.Struct | Exception:
         if isinstance(failure, asyncio.CancelledError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""KeptResponses: stored responses and conversations, for the code that answers and for later requests.
+"""ResponseStore: stored responses and conversations, for the code that answers and for later requests.
 
 Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
 store is a `StoreUnavailableError`.
@@ -30,7 +30,7 @@ _PREVIOUS = "previous_response_id"
 logger = logging.getLogger(__name__)
 
 
-class KeptResponses:
+class ResponseStore:
     """A store of responses and conversations; opened, used and closed in one event loop.
 
     A store in memory is opened on first use, because importing SQLAlchemy takes time. `clock` returns seconds since
@@ -42,7 +42,7 @@ class KeptResponses:
 
     def __init__(self, options: StoreOptions, clock: Callable[[], float] = time.time) -> None:
         self.options = options
-        self.turn = ConversationTurns(None if options.url == MEMORY else self.store).turn
+        self.turn = ConversationTurns(None if options.url == MEMORY else self.backend).turn
         self._clock = clock
         self._opening = asyncio.Lock()
         self._store: Backend | None = None
@@ -52,7 +52,7 @@ class KeptResponses:
     async def start(self) -> None:
         """Open a store that is not in memory; ConfigError if it cannot be opened."""
         if self.options.url != MEMORY:
-            await self.store()
+            await self.backend()
 
     async def close(self) -> None:
         self._closed = True
@@ -61,7 +61,7 @@ class KeptResponses:
         if self._store is not None:
             await self._store.close()
 
-    async def store(self) -> Backend:
+    async def backend(self) -> Backend:
         """Return the backend, opened."""
         if self._store is None:
             async with self._opening:
@@ -71,7 +71,7 @@ class KeptResponses:
 
     async def owner(self, key: str) -> str:
         """Return the owner of an API key's data; without keys (""), all share one owner."""
-        return (await self.store()).owner(key)
+        return (await self.backend()).owner(key)
 
     # ---- responses ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class KeptResponses:
 
         Raises StoreLimitError if the response exceeds the limit of one response, or of the store.
         """
-        store = await self.store()
+        store = await self.backend()
         expires = entry.expires or entry.created + self.options.retention_days * 86_400_000
         lease = {"lease": store.now + LEASE_MS, "holder": entry.id} if entry.active else {}
         names = await apart(_names, entry.body, entry.given, size=entry.size)
@@ -99,7 +99,7 @@ class KeptResponses:
 
     async def get(self, owner: str, response_id: str) -> stored.Entry:
         """Return a response; here and in all methods below, NotStoredError if this owner has no such response."""
-        store, found = await self.store(), None
+        store, found = await self.backend(), None
         if stored.is_id(response_id):
             found = await store.get(stored.RESPONSE, owner, response_id)
             if found is not None and await self._fail_lapsed(found):
@@ -115,7 +115,7 @@ class KeptResponses:
 
     async def delete(self, owner: str, response_id: str) -> None:
         """Delete a response; the task that generates it is not notified."""
-        store = await self.store()
+        store = await self.backend()
         if not stored.is_id(response_id) or not await store.delete(stored.RESPONSE, owner, response_id):
             raise stored.NotStoredError("Response", response_id, "response_id")
 
@@ -127,7 +127,7 @@ class KeptResponses:
             status: status of the response object.
             response: response object as JSON.
         """
-        store, what = await self.store(), (stored.RESPONSE, owner, response_id, response)
+        store, what = await self.backend(), (stored.RESPONSE, owner, response_id, response)
         if status in stored.ACTIVE:
             return await store.change(*what, status=status, lease=store.now + LEASE_MS)
         return await store.change(*what, status=status, names=await apart(_names, response, size=len(response)))
@@ -142,7 +142,7 @@ class KeptResponses:
 
     async def renew(self, names: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
         """Renew the leases of running responses (owner, id); return the responses that somebody else ended."""
-        store, held = await self.store(), [Held(owner, name, name) for owner, name in names]
+        store, held = await self.backend(), [Held(owner, name, name) for owner, name in names]
         return {(each.owner, each.id) for each in await store.move(held, store.now + LEASE_MS)}
 
     async def history(self, owner: str, response_id: str) -> list[stored.Item]:
@@ -152,7 +152,7 @@ class KeptResponses:
             NotStoredError: the response, or one before it, is not stored; `param` is previous_response_id.
             StoreLimitError: the response is still running, or the history is too large.
         """
-        store, what = await self.store(), stored.checked_id("Previous response", response_id, _PREVIOUS)
+        store, what = await self.backend(), stored.checked_id("Previous response", response_id, _PREVIOUS)
         most, most_size = self.options.max_chain, self.options.max_chain_bytes
         chain = await store.chain(stored.RESPONSE, owner, what, most, most_size)
         while chain and await self._fail_lapsed(chain[-1]):
@@ -180,7 +180,7 @@ class KeptResponses:
     async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, stored.Item]:
         """Return the items with these ids in the owner's responses and conversations; missing items are left out."""
         known = [name for name in dict.fromkeys(names) if stored.is_id(name)]
-        parts, entries = await (await self.store()).find(owner, known)
+        parts, entries = await (await self.backend()).find(owner, known)
         this_request().add(sum(each.size for each in (*parts, *entries)))
         return await apart(_found, set(known), parts, entries)
 
@@ -192,7 +192,7 @@ class KeptResponses:
         Raises NotStoredError if this owner has no such conversation, and StoreLimitError if it is too full for an
         answer.
         """
-        store = await self.store()
+        store = await self.backend()
         with blaming("conversation"):
             name = stored.checked_id("Conversation", conversation_id)
             parts = await store.parts(stored.CONVERSATION, owner, name) or []
@@ -212,7 +212,7 @@ class KeptResponses:
         """
         more = stored.parts_of(items, self.options.max_item_bytes)
         if more:
-            store, name = await self.store(), stored.checked_id("Conversation", name)
+            store, name = await self.backend(), stored.checked_id("Conversation", name)
             note_dropped(await store.append(stored.CONVERSATION, owner, name, more, skip_known=skip_known))
         return more
 
@@ -230,14 +230,14 @@ class KeptResponses:
 
     async def purge(self) -> int:
         """Delete expired entries, and end responses whose server has died; return the number of deleted entries."""
-        store = await self.store()
+        store = await self.backend()
         for entry in await store.lapsed():
             await self._fail_lapsed(entry)
         return await store.expire()
 
     async def _fail_lapsed(self, entry: stored.Entry) -> bool:
         """End a response if its server has died; return whether it had died."""
-        store = await self.store()
+        store = await self.backend()
         if not entry.active or entry.lease is None or entry.lease > store.now:
             return False
         body = stored.settled(entry.body, "failed", ("server_error", stored.STOPPED))

@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from candle_vllm.server import Settings
-from candle_vllm.server.keeping import KeptForm, OutlivingAnswer, Wish
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.service import Mailbox
+from candle_vllm.server.outliving import OutlivingAnswer, StoredForm, Wish
 from candle_vllm.server.serve import bind
 from candle_vllm.server.settings import Address
 from packages.server.tests import running_server
@@ -262,7 +262,7 @@ class Notes:
 
 def _answer(notes: Any, mode: Mode = Mode.ON_DISCONNECT, seconds: float = 5.0) -> OutlivingAnswer:
     wish = Wish(DeliveryPolicy(mode, Mode.NEVER), "", "1")
-    form = KeptForm("chatcmpl-", lambda chunks: {"all": "".join(chunks)})
+    form = StoredForm("chatcmpl-", lambda chunks: {"all": "".join(chunks)})
     return OutlivingAnswer(notes, wish, form, "m", time.monotonic() + seconds)
 
 

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.api.outliving import EncodedEvent
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.response_stream import error_detail
 from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, PageRequest
 from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
@@ -46,12 +46,12 @@ _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write
 _MAX_NUMBER = 9  # digits
 
 
-async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
+async def store_and_owner(request: Request) -> tuple[ResponseStore, str]:
     """Return the store of responses, and the caller as an owner in it; HttpError 404 if nothing is stored."""
-    kept: KeptResponses | None = request.app.state.kept
-    if kept is None:
+    store: ResponseStore | None = request.app.state.response_store
+    if store is None:
         raise HttpError(404, "This server keeps no responses: it was started with --responses-store off.", "store_off")
-    return kept, await kept.owner(caller_of(request.scope).key)
+    return store, await store.owner(caller_of(request.scope).key)
 
 
 def query_of(request: Request, *known: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.api import turns as conversation_turns
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations, ItemsCreateRequest
-from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.responses.api.response_store import ResponseStore
 from candle_vllm.responses.api.stored_items import PageRequest, entry_of, page_of, stored_items
 from candle_vllm.responses.api.turns import ConversationTurns
 from candle_vllm.responses.protocol.items import InputItem
@@ -65,7 +65,7 @@ async def test_too_many_in_one_conversation_are_refused(monkeypatch: pytest.Monk
     await answer()
 
 
-async def test_items_are_added_behind_an_answer_that_is_being_made(kept: KeptResponses) -> None:
+async def test_items_are_added_behind_an_answer_that_is_being_made(kept: ResponseStore) -> None:
     conversations = Conversations(kept)
     name = (await conversations.create("a", ConversationCreateRequest())).id
     async with kept.turn("a", name):
@@ -79,7 +79,7 @@ async def test_items_are_added_behind_an_answer_that_is_being_made(kept: KeptRes
 
 
 async def test_a_response_whose_conversation_is_gone_is_kept(
-    kept: KeptResponses, answered: Callable[..., Response], caplog: pytest.LogCaptureFixture
+    kept: ResponseStore, answered: Callable[..., Response], caplog: pytest.LogCaptureFixture
 ) -> None:
     await kept.keep(entry_of("a", answered(conversation="conv_gone"), []))
     assert b"Hello!" in (await kept.get("a", "resp_1")).body
@@ -87,7 +87,7 @@ async def test_a_response_whose_conversation_is_gone_is_kept(
     caplog.clear()
 
 
-async def test_what_is_not_there_is_blamed_on_the_field(kept: KeptResponses) -> None:
+async def test_what_is_not_there_is_blamed_on_the_field(kept: ResponseStore) -> None:
     with pytest.raises(NotStoredError) as error:
         await kept.conversation_items("a", "conv_gone")
     assert error.value.param == "conversation"
@@ -97,7 +97,7 @@ async def test_what_is_not_there_is_blamed_on_the_field(kept: KeptResponses) -> 
 
 
 async def test_a_store_in_memory_is_opened_once_when_it_is_needed() -> None:
-    kept = KeptResponses(StoreOptions())
+    kept = ResponseStore(StoreOptions())
     await kept.start()
     assert kept._store is None
     owners = await asyncio.gather(*(kept.owner("key") for _ in range(5)))
@@ -108,7 +108,7 @@ async def test_a_store_in_memory_is_opened_once_when_it_is_needed() -> None:
 
 
 async def test_one_that_was_never_opened_is_not_opened_at_the_end() -> None:
-    kept = KeptResponses(StoreOptions())
+    kept = ResponseStore(StoreOptions())
     await kept.close()
     with pytest.raises(StoreUnavailableError, match="stopping"):
         await kept.owner("key")
@@ -151,12 +151,12 @@ def test_items_are_kept_with_id_type_status_and_parts() -> None:
 async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation_turns, "POLL_SECONDS", 0.01)
     options = StoreOptions(url=f"sqlite:///{tmp_path / 'r.sqlite'}")
-    one, other = KeptResponses(options), KeptResponses(options)
+    one, other = ResponseStore(options), ResponseStore(options)
     try:
         name = (await Conversations(one).create("a", ConversationCreateRequest())).id
         inside, log = asyncio.Event(), list[str]()
 
-        async def answer(kept: KeptResponses, label: str) -> None:
+        async def answer(kept: ResponseStore, label: str) -> None:
             async with kept.turn("a", name):
                 log.append(f"+{label}")
                 inside.set()
@@ -178,7 +178,7 @@ async def test_servers_of_one_store_answer_in_turn(tmp_path: Path, monkeypatch: 
 
 async def test_nothing_is_answered_in_a_conversation_that_is_full() -> None:
     """The answer could not be added to it, and would be lost."""
-    kept = KeptResponses(StoreOptions(max_items=2))
+    kept = ResponseStore(StoreOptions(max_items=2))
     try:
         request = ConversationCreateRequest.model_validate({"items": [USER, USER]})
         name = (await Conversations(kept).create("a", request)).id
