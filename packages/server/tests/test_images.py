@@ -331,7 +331,7 @@ def test_images_may_be_kept_files_of_ones_own(start: Callable[..., Any], tmp_pat
         assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
         assert len(engine.pictures) == 3
         begun = {"input_file_id": kept["id"], "endpoint": "/v1/responses", "completion_window": "24h"}
-        assert "was kept for vision" in client.post("/v1/batches", json=begun, headers=mine).text
+        assert "was stored for vision" in client.post("/v1/batches", json=begun, headers=mine).text
     with start(PacedEngine("Again.", sees=True), api_key=("one",), responses_store=store).http(headers=mine) as client:
         path, body, _ = asked(kept["id"])[0]
         assert client.post(path, json=body).status_code == 200  # it outlives the server
@@ -341,7 +341,7 @@ def test_images_may_be_kept_files_of_ones_own(start: Callable[..., Any], tmp_pat
         path, body, _ = asked(text["id"])[0]
         assert "no picture" in client.post(path, json=body).text
     with start(PacedEngine(sees=True), responses_store="off").http() as client:
-        assert "keeps no files" in client.post(*asked("file-1")[0][:1], json=asked("file-1")[0][1]).text
+        assert "stores no files" in client.post(*asked("file-1")[0][:1], json=asked("file-1")[0][1]).text
 
 
 @pytest.mark.parametrize("part", [{}, {"file_id": "f", "image_url": URL}, {"file_id": ""}, {"image_url": None}])

@@ -475,7 +475,7 @@ async def test_kept_files_are_of_who_asks() -> None:
     with pytest.raises(InvalidParameterError, match="no file file-2"):
         async with sources.had([ImageAddress("file-2", path="p0", stored=True)]):
             pass
-    with pytest.raises(UnsupportedParameterError, match="files are not kept here"):
+    with pytest.raises(UnsupportedParameterError, match="files are not stored here"):
         ImageSources().begin(ImageAddress("file-1", path="p0", stored=True))
 
 

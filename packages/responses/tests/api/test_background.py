@@ -235,7 +235,7 @@ async def test_what_runs_at_the_end_of_the_server_has_failed(answered: Make, tmp
     assert await status(second) == "failed"
     body = msgspec.json.decode((await second.get("a", "resp_1")).body)
     assert "stopped" in body["error"]["message"]
-    with pytest.raises(InvalidParameterError, match="not kept any more; it is failed"):
+    with pytest.raises(InvalidParameterError, match="not held any more; it is failed"):
         await Background(second).stream("a", "resp_1")
     await second.close()
 
@@ -289,7 +289,7 @@ async def test_a_store_that_is_gone_at_the_end_fails_the_response(
     last = (await _all(events))[-1]
     assert last.name == "response.failed"
     assert msgspec.json.decode(last.data)["response"]["error"]["code"] == "server_error"
-    assert "could not be kept" in caplog.text
+    assert "could not be stored" in caplog.text
     caplog.clear()
 
 
@@ -395,7 +395,7 @@ async def test_the_oldest_pieces_go_where_there_are_too_many() -> None:
     assert await anext(slow) == 7
     for number in range(10, 13):
         pieces.add(number, 30)
-    with pytest.raises(InvalidParameterError, match="not kept any more"):
+    with pytest.raises(InvalidParameterError, match="not held any more"):
         await anext(slow)
     pieces.add(13, 500, last=True)
     assert [piece async for piece in pieces.read(12)] == [13]

@@ -267,7 +267,7 @@ async def test_a_store_that_fails_costs_the_answer_and_not_the_request(open_mail
     mailbox = await open_mailbox()
     await mailbox.store.close()
     assert await _keep(mailbox, DeliveryPolicy(ALWAYS, NEVER)) is False
-    assert "could not be kept" in caplog.text
+    assert "could not be stored" in caplog.text
 
 
 async def test_a_failure_that_nobody_foresaw_does_not_end_the_pushing(

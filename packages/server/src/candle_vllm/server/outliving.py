@@ -33,7 +33,7 @@ from candle_vllm.server.observing.metrics import Metrics, Outcome
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
 
-NOT_HERE = "is for chat and text completions: answers of this route are not kept"
+NOT_HERE = "is for chat and text completions: answers of this route are not stored"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ async def store_and_owner(request: Request) -> tuple[ResponseStore, str]:
     """Return the store of responses, and the caller as an owner in it; HttpError 404 if nothing is stored."""
     store: ResponseStore | None = request.app.state.response_store
     if store is None:
-        raise HttpError(404, "This server keeps no responses: it was started with --responses-store off.", "store_off")
+        raise HttpError(404, "This server stores no responses: it was started with --responses-store off.", "store_off")
     return store, await store.owner(caller_of(request.scope).key)
 
 

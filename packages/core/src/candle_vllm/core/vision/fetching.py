@@ -123,7 +123,7 @@ class ImageSources:
         """
         if image.stored:
             if self._stored is None:
-                said = f"{image.path}: files are not kept here: send the image as a data URL"
+                said = f"{image.path}: files are not stored here: send the image as a data URL"
                 raise UnsupportedParameterError(said, image.path)
             return image
         scheme = image.source[:8].partition(":")[0].lower()

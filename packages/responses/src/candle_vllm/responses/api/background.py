@@ -109,7 +109,7 @@ class Background:
         events = self.events(owner, response_id)
         if events is None:
             raise InvalidParameterError(
-                f"stream: the events of this response are not kept any more; it is {entry.status}, ask without stream",
+                f"stream: the events of this response are not held any more; it is {entry.status}, ask without stream",
                 "stream",
             )
         events.check(after)
@@ -191,7 +191,7 @@ class Background:
         except StoreUnavailableError as error:
             if finished:
                 raise
-            logger.warning("how far a response is could not be kept: %s", error.__cause__ or error)
+            logger.warning("how far a response is could not be stored: %s", error.__cause__ or error)
 
     async def _end(self, run: _Run, failure: Failure | None) -> None:
         try:
@@ -213,7 +213,7 @@ class Background:
         try:
             await self._store.change(*run.name, "failed", body)
         except CandleVllmError as error:  # its lease will expire, and then it has failed
-            logger.error("the end of a response could not be kept: %s", error.__cause__ or error)
+            logger.error("the end of a response could not be stored: %s", error.__cause__ or error)
         if not run.events.finished:
             name = str(ResponseFailed.__struct_config__.tag)
             number = run.events.next_number

@@ -201,7 +201,7 @@ class Responder:
         if self._store is None:
             for field in ("store", "background"):
                 if getattr(request, field):
-                    raise UnsupportedParameterError(f"{field} is not supported: this server keeps no responses", field)
+                    raise UnsupportedParameterError(f"{field} is not supported: this server stores no responses", field)
             return False
         return request.store is not False
 

@@ -231,7 +231,7 @@ async def _history(
         previous = before
     if store is None:
         raise UnsupportedParameterError(
-            f"{field} is not supported: this server keeps no responses; send the whole conversation as input", field
+            f"{field} is not supported: this server stores no responses; send the whole conversation as input", field
         )
     if previous is not None:
         items = [*await store.history(owner, previous), *recent]

@@ -155,7 +155,7 @@ def parts_of(items: Iterable[Item], max_size: int) -> list[EntryItem]:
         body = msgspec.json.encode({**item, "id": name})
         if len(body) > max_size:
             raise StoreLimitError(
-                f"items.{index} has {len(body)} bytes as JSON; at most {max_size} are kept of one item.",
+                f"items.{index} has {len(body)} bytes as JSON; at most {max_size} are stored of one item.",
                 f"items.{index}",
             )
         made.append(EntryItem(id=name, body=body))

@@ -74,7 +74,7 @@ class Room:
         size = sum(each.size for each in more)
         if count + len(more) > bounds.parts or int(held) + size > bounds.parts_size:
             raise StoreLimitError(
-                f"The conversation is full: at most {bounds.parts} items and {bounds.parts_size} bytes are kept of "
+                f"The conversation is full: at most {bounds.parts} items and {bounds.parts_size} bytes are stored of "
                 "one. Delete items of it, or begin another.",
                 "conversation",
             )

@@ -370,7 +370,7 @@ class SqlBackend:
         most = self._bounds.entry_size
         if most is not None and size - OVERHEAD > most:
             raise StoreLimitError(
-                f"The {kind} has {size - OVERHEAD} bytes with its input, and the store keeps at most {most} of one. "
+                f"The {kind} has {size - OVERHEAD} bytes with its input, and the store holds at most {most} of one. "
                 "Send less, or ask with store: false.",
                 "input",
             )

@@ -76,7 +76,7 @@ class BatchRun:
         self._record = await self._store.batch(owner, self.held.id)
         if self.record.batch.cancelling_at is not None:
             self.cancelled.set()
-        keeping = asyncio.create_task(self._keep())
+        renewing = asyncio.create_task(self._renew_lease())
         try:
             if caller is None:
                 await self._fail([BatchError(code="invalid_api_key", message="Its API key is none of this server's.")])
@@ -94,8 +94,8 @@ class BatchRun:
             except StoreLimitError as error:
                 await self._fail([BatchError(code="store_limit", message=str(error))])
         finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
 
     async def give_back(self) -> None:
         """Write the results so far, and release the lease, so that another server can continue."""
@@ -113,7 +113,7 @@ class BatchRun:
         with contextlib.suppress(CandleVllmError, AssertionError):
             await self._fail([BatchError(code="server_error", message="The server failed; its log says why.")])
 
-    async def _keep(self) -> None:
+    async def _renew_lease(self) -> None:
         """Renew the lease, and watch for a cancellation; stop if another server has taken over the batch."""
         while True:
             await asyncio.sleep(self._pause)

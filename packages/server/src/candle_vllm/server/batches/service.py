@@ -108,7 +108,7 @@ class Batches:
         """Create a batch, which begins soon; NotStoredError if its input file does not exist."""
         given = await self.store.file(owner, wire.input_file_id, "input_file_id")
         if given.purpose in SEEN:
-            said = f"input_file_id: the file was kept for {given.purpose}; a batch needs one for {BATCH}"
+            said = f"input_file_id: the file was stored for {given.purpose}; a batch needs one for {BATCH}"
             raise InvalidParameterError(said, "input_file_id")
         now = (await self.store.backend()).now // 1000
         batch = Batch(
@@ -239,7 +239,7 @@ async def stored_image(file_id: str, path: str) -> bytes:
     app = None if context is None else context.scope.get("app")
     batches: Batches | None = None if app is None else app.state.batches
     if context is None or batches is None:
-        said = f"{path}: this server keeps no files: it was started with --responses-store off"
+        said = f"{path}: this server stores no files: it was started with --responses-store off"
         raise InvalidParameterError(said, path)
     try:
         owner = await batches.store.owner(caller_of(context.scope).key)

@@ -110,15 +110,15 @@ class Mailbox:
             return False
         status, data = settled(answer, self.options.max_record_bytes)
         expires = self.store.now + self.options.retention_secs * 1000
-        kept = await self._put(
+        stored = await self._put(
             StoredAnswer(
                 owner, request_id, model, status, data, expires, listed, push,
                 policy.url if push else None, policy.bearer if push else None,
             )
         )  # fmt: skip
-        if kept and push:
+        if stored and push:
             self._deliverer.wake()
-        return kept
+        return stored
 
     async def push(
         self, owner: str, request_id: str, url: str | None, bearer: str | None, headers: Mapping[str, str]
@@ -179,7 +179,7 @@ class Mailbox:
         try:
             dropped = await self.store.put(answer)
         except StoreUnavailableError as error:
-            logger.error("the answer %s could not be kept: %s", answer.request_id, error.__cause__ or error)
+            logger.error("the answer %s could not be stored: %s", answer.request_id, error.__cause__ or error)
             return False
         if dropped:
             logger.warning("the mailbox was full: %d of its oldest records made room", dropped)

@@ -162,7 +162,7 @@ async def batches_and_owner(request: Request) -> tuple[Batches, str]:
     """Return the service of files and batches, and the caller as an owner in it; 404 if nothing is stored."""
     batches: Batches | None = request.app.state.batches
     if batches is None:
-        raise HttpError(404, "This server keeps no files: it was started with --responses-store off.", "store_off")
+        raise HttpError(404, "This server stores no files: it was started with --responses-store off.", "store_off")
     return batches, await batches.store.owner(caller_of(request.scope).key)
 
 
@@ -173,8 +173,8 @@ def _one_of(names: Sequence[str]) -> str:
 def safe_name(name: str) -> str:
     """Return a file's name without folders and without unprintable characters."""
     last = re.split(r"[/\\]", name)[-1]
-    kept = "".join(character for character in last if character.isprintable()).strip(" .")
-    return kept[:_NAME] or "file.jsonl"
+    name = "".join(character for character in last if character.isprintable()).strip(" .")
+    return name[:_NAME] or "file.jsonl"
 
 
 def _seconds(form: FormData) -> int | None:
