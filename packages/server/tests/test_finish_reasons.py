@@ -19,7 +19,7 @@ from candle_vllm.core.vllm.outputs import _completion
 from candle_vllm.responses.conversation.events import ConversationFinished
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage
 from candle_vllm.responses.tools.registry import ToolRegistry
-from candle_vllm.server.mcp.execution_state import ExecutionState
+from candle_vllm.server.mcp.chat_execution import ExecutionState
 from packages.server.tests.observing.conftest import Samples
 from packages.server.tests.server_fakes import PacedEngine
 

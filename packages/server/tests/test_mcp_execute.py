@@ -21,7 +21,7 @@ from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
-from candle_vllm.server.mcp.execution_state import ExecutionState
+from candle_vllm.server.mcp.chat_execution import ExecutionState
 from packages.server.tests.mcp_fakes import Seen, call_text, stdio_config, turns
 from packages.server.tests.server_fakes import PacedEngine
 from tests.waiting import wait_for

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions, webhook_options
-from candle_vllm.server.mailbox.signing import WebhookAuth
+from candle_vllm.server.mailbox.options import MailboxOptions, WebhookAuth, WebhookOptions, webhook_options
 from candle_vllm.server.settings.options import UsageError
 
 VARIABLES = {"TOKEN": "t0ken", "EMPTY": ""}

@@ -37,7 +37,6 @@ from candle_vllm.server.http.routing import (
     PrefixMiddleware,
     UnversionedMiddleware,
 )
-from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
@@ -132,9 +131,8 @@ def create_app(
     if mcp is not None:
         mcp.called = app.state.metrics.tool_called
         app.state.metrics.watch_mcp_servers(mcp.states)
-    app.state.responders = responses.Responders(
-        app.state.response_store, response_servers(mcp, settings, keys=settings.has_api_keys)
-    )
+    servers = responses.response_servers(mcp, settings, keys=settings.has_api_keys)
+    app.state.responders = responses.Responders(app.state.response_store, servers)
     app.state.mailbox_writer = MailboxWriter(mailbox, app.state.metrics)
     app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False

@@ -12,21 +12,22 @@ import functools
 import hmac
 import logging
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, WireModel
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
-from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+from candle_vllm.responses.tools.tool import ContentPart, ToolCall, ToolResult
 from candle_vllm.server.answering import deadline_of, in_time, json_answer, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
 from candle_vllm.server.openapi.operation import Operation, routing
 
 if TYPE_CHECKING:
@@ -39,6 +40,91 @@ _LINES = 50  # last lines of a server's log that are shown
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="mcp"))
 logger = logging.getLogger(__name__)
+
+
+class McpCallRequest(WireModel):
+    """A call of a tool.
+
+    Attributes:
+        name: the tool's name in `/v1/mcp/tools`.
+        arguments: arguments that are valid by the tool's schema.
+        approved: whether somebody has approved this call.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
+    arguments: dict[str, Any] | None = None
+    approved: bool | None = None
+
+
+class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The current state of an MCP server.
+
+    Attributes:
+        name: its name in mcp.json.
+        transport: stdio, http or sse.
+        state: connecting, ready, failed (the connection is tried again), closed or disabled.
+        error: why there is no connection, or null.
+        protocol_version: the negotiated version, or null.
+        tools_count: number of its tools.
+        reconnects: number of connections after the first.
+        log: the last lines of its log.
+    """
+
+    name: str
+    transport: str
+    state: str
+    error: str | None
+    protocol_version: str | None
+    tools_count: int
+    reconnects: int
+    log: tuple[str, ...]
+
+
+class McpFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool in the form of a chat request; `parameters` is a JSON schema."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+class McpToolInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool of an MCP server.
+
+    Attributes:
+        function: the function as models get it.
+        server: name of its server in mcp.json.
+        original_name: the tool's name at its server.
+        read_only: whether its server declares it read-only.
+        auto_approve: whether mcp.json lets it run without approval.
+    """
+
+    type: str = "function"
+    function: McpFunction
+    server: str
+    original_name: str
+    read_only: bool
+    auto_approve: bool
+
+
+class McpCallResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of a call.
+
+    Attributes:
+        status: completed; failed if the tool reports an error; invalid_arguments, timed_out or unavailable.
+        content: the parts of the output.
+        structured: structured content, or null.
+        is_error: whether the tool failed or did not run.
+        text: the output as a model sees it.
+        seconds: duration of the call.
+    """
+
+    status: str
+    content: tuple[ContentPart, ...]
+    structured: Any
+    is_error: bool
+    text: str
+    seconds: float
 
 
 @route("GET /v1/mcp/servers", answer=McpServerInfo, errors=(404,), listed=True)

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: MIT
 """`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
 
-The routes of `stored_responses` fetch stored responses. `Responders` makes the object that answers with a model.
+The routes of `stored_responses` fetch stored responses. `Responders` makes the object that answers with a model,
+`response_servers` the source of the MCP servers that requests may name.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
+from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
+from candle_vllm.responses.api.mcp_source import McpServers, McpSource, OpenServer
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol.events import ErrorDetail, ResponseEvent, StreamEvent
@@ -29,6 +33,9 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
+from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.tools.registry import ToolRegistry
+from candle_vllm.responses.tools.tool import ToolDefinition
 from candle_vllm.server import answering
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
@@ -40,13 +47,14 @@ from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.openapi.operation import COUNTED, QUEUED, RESPONSES, Operation, routing
 from candle_vllm.server.outliving import NOT_HERE
+from candle_vllm.server.settings.table import ToolOptions
 from candle_vllm.server.store_access import ResponseEvents, event_stream
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.connection import ConnectionMemory
-    from candle_vllm.responses.api.mcp_source import McpSource
     from candle_vllm.responses.api.responder import Responder
     from candle_vllm.responses.api.response_store import ResponseStore
+    from candle_vllm.server.mcp.service import McpService
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="responses", naming=RESPONSES))
@@ -255,3 +263,54 @@ async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest)
     if responders.store is None or not (stored or refers):
         return ""
     return await responders.store.owner(caller_of(request.scope).key)
+
+
+def response_servers(service: McpService | None, settings: ToolOptions, *, keys: bool) -> McpSource | None:
+    """Return the operator's servers and allowed URLs, None without either; `keys` as in `ConfiguredServers`."""
+    urls = settings.mcp_allow_urls
+    if service is None:
+        return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None
+    servers = McpServers(service.registry, service.errors, allowed_urls=urls)
+    return ConfiguredServers(servers, keys=keys, approved=service.auto_approves if settings.mcp_execute else None)
+
+
+class ConfiguredServers:
+    """Gives clients access to the operator's servers.
+
+    With API keys, a client may use all tools, because its request sets which calls need approval. Without keys, it may
+    use only the tools that mcp.json approves, and only with `--mcp-execute`.
+
+    Args:
+        servers: the operator's servers, and allowed URLs.
+        keys: whether clients need an API key.
+        approved: returns whether mcp.json approves a tool; None without `--mcp-execute`.
+    """
+
+    def __init__(self, servers: McpServers, *, keys: bool, approved: Callable[[ToolDefinition], bool] | None) -> None:
+        self._servers = servers
+        self._keys = keys
+        self._approved = approved
+
+    def check(self, tool: McpTool, path: str) -> None:
+        """See `McpSource.check`."""
+        if tool.server_url is None and not self._keys and self._approved is None:
+            field = f"{path}.server_label"
+            raise UnsupportedParameterError(
+                f"{field} is not supported: this server runs tools of its MCP servers for clients with a key "
+                "(--api-key), or those that mcp.json approves (--mcp-execute)",
+                field,
+            )
+        self._servers.check(tool, path)
+
+    @asynccontextmanager
+    async def open(self, tool: McpTool) -> AsyncGenerator[OpenServer]:
+        """See `McpSource.open`."""
+        async with self._servers.open(tool) as server:
+            yield self._approved_part(server) if tool.server_url is None and not self._keys else server
+
+    def _approved_part(self, server: OpenServer) -> OpenServer:
+        approved = self._approved
+        tools = [tool for tool in server.tools if approved is not None and approved(tool.definition)]
+        if server.tools and not tools:
+            return server._replace(tools=(), error="mcp.json approves none of its tools, and there is no API key")
+        return server._replace(tools=tools)
