@@ -23,8 +23,8 @@ from candle_vllm.openai.embedding import parse_embedding_request
 from candle_vllm.server.http.request_context import begin_generation
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.exposition import render
-from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.middleware import HttpMetricsMiddleware
 from candle_vllm.server.observing.request_record import FinishedRequest
 from packages.server.tests.server_fakes import PacedEngine, watched
 from tests.trusted import trusted

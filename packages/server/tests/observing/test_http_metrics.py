@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from candle_vllm.server.http.request_context import RequestContext, begin_generation, current_request
 from candle_vllm.server.http.routing import Caller
-from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.middleware import HttpMetricsMiddleware
 from packages.server.tests.server_fakes import PacedEngine
 from tests.waiting import until
 

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from candle_vllm.openai.remarks import MAX_REMARKS, remark
-from candle_vllm.server.observing.request_id import MAX_WARNING, MAX_WARNINGS, RequestIdMiddleware
+from candle_vllm.server.observing.middleware import MAX_WARNING, MAX_WARNINGS, RequestIdMiddleware
 
 
 @pytest.mark.parametrize("text", ["plain", "x" * 200_000, "\U0001f642" * 9_000, "a\r\nset-cookie: a=b\x00\x7f"])

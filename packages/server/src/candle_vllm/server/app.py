@@ -39,10 +39,9 @@ from candle_vllm.server.http.routing import (
 )
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
-from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
+from candle_vllm.server.observing.middleware import HttpMetricsMiddleware, RequestIdMiddleware
 from candle_vllm.server.observing.model_metrics import ServedEngine
-from candle_vllm.server.observing.request_id import RequestIdMiddleware
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS, ApiDocument
 from candle_vllm.server.openapi.operation import Access, operations_of
 from candle_vllm.server.outliving import MailboxWriter

@@ -41,11 +41,10 @@ COMMANDS = {
     "perplexity": "measure how well the model predicts a text, and how far it is from a reference",
     "config": "show every setting, and where its value comes from",
 }
-MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
+GROUPS = MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
     "model", "device and memory", "scheduling", "default sampling", "several models", "adapters",
     "mailbox and webhooks", "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING)
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "serve": GROUPS,
     "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Request ids, the log of HTTP requests, and warnings for the client (`x-warning`): the outermost ASGI layer.
+"""ASGI layers: request ids, the log of HTTP requests and warnings (`x-warning`) outermost, then HTTP metrics.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if all its characters are safe. The log has
-method, path, status, time, id, the client's address and its key's label, never content or headers.
+method, path, status, time, id, the client's address and its key's label, never content or headers. Labels of metrics
+come from small sets: the template of the route, never the path, and the methods of HTTP.
 """
 
 from __future__ import annotations
@@ -13,16 +14,24 @@ import time
 import uuid
 from collections.abc import Awaitable, Iterable, Iterator
 
+from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.openai.remarks import collect_remarks
+from candle_vllm.server.http.request_context import RequestContext, current_request
 from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.observing.exposition import EventCollector
+from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_log import FIELDS
+from candle_vllm.server.observing.series import HTTP
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies accept 4 KB of headers
 _PROBES = ("/health", "/ready", "/ping", "/metrics")
 _PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+OTHER_METHOD = "other"
+NO_STATUS = "none"
 
 logger = logging.getLogger("candle_vllm.server.requests")
 
@@ -90,3 +99,43 @@ def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
         scope["method"][:20], scope["path"][:200], status or "no answer", seconds, request_id, client,
         f" with key {key}" if key else "", extra={FIELDS: fields},
     )  # fmt: skip
+
+
+class HttpMetricsMiddleware:
+    """Counts requests and their durations, and sets the `RequestContext` for the code that observes an engine."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        total, duration, running = HTTP
+        self._requests = Counter(total.name, total.help, total.labels, registry=None)
+        self._seconds = Histogram(
+            duration.name, duration.help, duration.labels, registry=None, buckets=duration.buckets
+        )
+        self._running = Gauge(running.name, running.help, running.labels, registry=None)
+        metrics.registry.register(EventCollector((self._requests, self._seconds, self._running)))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = NO_STATUS
+
+        def note_status(message: Message) -> Awaitable[None]:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = f"{message['status'] // 100}xx"
+            return send(message)
+
+        context = RequestContext(scope)
+        method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
+        running = self._running.labels(method)
+        token = current_request.set(context)
+        start = time.perf_counter()
+        running.inc()
+        try:
+            await self._app(scope, receive, note_status)
+        finally:
+            current_request.reset(token)
+            running.dec()
+            self._seconds.labels(method, context.route).observe(time.perf_counter() - start)
+            self._requests.labels(method, context.route, status).inc()
