@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.server import serve
 from candle_vllm.server.adapters import fetching
 from candle_vllm.server.batches.lines import (
     PRIORITY,
@@ -38,7 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(
-        module, "ModelLoader", lambda metrics, **_: lambda entry, _beside: serve_engine(engine, entry, metrics)
+        serve, "ModelLoader", lambda metrics, **_: lambda entry, _beside: serve_engine(engine, entry, metrics)
     )
     return engine
 
@@ -97,7 +98,7 @@ def test_lines_name_adapters_as_requests_to_a_server_do(
 ) -> None:
     monkeypatch.setenv("CANDLE_VLLM_HOST", "0.0.0.0")  # nobody listens: whose requests they are is known
     monkeypatch.setattr(
-        module,
+        serve,
         "ModelLoader",
         lambda metrics, adapters, **_: lambda entry, _beside: serve_engine(engine, entry, metrics, adapters),
     )

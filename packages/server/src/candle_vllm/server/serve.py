@@ -96,11 +96,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     warn_of_missing(configuration.catalogue)
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        observation = Observation(settings)
-        adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
-        images = image_sources(settings, stored_image, observation.metrics.image_fetched)
-        load = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
-        manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics, adapters)
+        manager, observation = open_manager(with_fetched(configuration), settings, load)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
         server = make_server(app, settings, tls)
@@ -170,15 +166,26 @@ def open_mcp(settings: Settings) -> McpService | None:
     return McpService(options)
 
 
-def limits_of(settings: Settings) -> ManagerLimits:
-    """Return the limits of the model manager."""
-    return ManagerLimits(
+def open_manager(
+    catalogue: Catalogue, settings: Settings, load: Load | None = None
+) -> tuple[ModelManager, Observation]:
+    """Return the manager of the catalogue's models, and its observers, which the caller closes; `load` as in `serve`.
+
+    Raises:
+        ConfigError: a source of adapters or images is invalid, or OpenTelemetry is not installed.
+    """
+    observation = Observation(settings)
+    adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
+    images = image_sources(settings, stored_image, observation.metrics.image_fetched)
+    limits = ManagerLimits(
         max_loaded=settings.max_loaded_models,
         max_waiting=settings.queue_size,
         patience=settings.model_wait_timeout,
         drain_seconds=settings.model_drain_timeout,
         idle_seconds=settings.idle_unload_secs,
     )
+    load = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
+    return ModelManager(catalogue, load, limits, observation.metrics, adapters), observation
 
 
 class Start:

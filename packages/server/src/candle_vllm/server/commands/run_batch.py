@@ -24,18 +24,13 @@ import httpx
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters.fetching import steadily
-from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
-from candle_vllm.server.batches.service import stored_image
-from candle_vllm.server.models.loader import ModelLoader
-from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.switcher import Load
-from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.reloading import warn_of_missing
-from candle_vllm.server.serve import limits_of
+from candle_vllm.server.serve import open_manager
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import image_sources, refuse_wrong_formats
+from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 MAX_LINE_MB = 64
@@ -161,11 +156,7 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         requests_per_minute=None, tokens_per_minute=None, max_queued_per_key=None,
         max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
     )  # fmt: skip
-    observation = Observation(settings)
-    adapters = open_adapters(settings, settings, observation.metrics.adapter_looked_for)
-    images = image_sources(settings, stored_image, observation.metrics.image_fetched)
-    loader = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
-    manager = ModelManager(configuration.catalogue, loader, limits_of(settings), observation.metrics, adapters)
+    manager, observation = open_manager(configuration.catalogue, settings, load)
     app = create_app(manager, settings)
     async with app.router.lifespan_context(app), asked_here(app) as application:
         slot = await manager.start()
