@@ -91,7 +91,7 @@ def parse_target(text: str, *, trusted: bool = True) -> Target:
     port = _PORTS[url.scheme] if url.port is None else url.port
     if not 1 <= port <= 65535:
         raise ForbiddenTarget("must have a port between 1 and 65535")
-    return Target(url, _canonical(host), port, trusted)
+    return Target(url, canonical(host), port, trusted)
 
 
 def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> Target:
@@ -137,11 +137,8 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
 
 def is_allowed(text: str, private: bool) -> bool:
     """Whether an address is public, or private if `private`; never link-local, multicast or reserved."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:  # an address with a zone, or no address
-        return False
-    if any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
+    address = ip_address(text)
+    if address is None or any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
         return False
     if any(address in network for network in _PRIVATE):
         return private
@@ -153,9 +150,7 @@ def is_host(host: str) -> bool:
     """Whether a text in lower case is a name without a final dot, or an address in its usual spelling."""
     if len(host) > 253:
         return False
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+    if ip_address(host) is None:
         # A name whose last part is a number is an address in an old spelling (127.1, 0x7f000001).
         last = host.rpartition(".")[2]
         return _NAME.fullmatch(host) is not None and re.fullmatch(r"\d+|0x[0-9a-f]*", last, re.ASCII) is None
@@ -168,7 +163,21 @@ def look_up(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def _canonical(host: str) -> str:
+def ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return a host as an IP address; None for a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host can be reached only from this machine: localhost, or a loopback address."""
+    address = ip_address(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def canonical(host: str) -> str:
     """Return an IPv6 address in its shortest spelling; a name unchanged."""
     return ipaddress.ip_address(host).compressed if ":" in host else host
 
@@ -178,5 +187,5 @@ def _matches(pattern: str, target: Target) -> bool:
     assert match is not None
     if target.port not in ((int(match["port"]),) if match["port"] else _PORTS.values()):
         return False
-    host = _canonical(match["host"].strip("[]"))
+    host = canonical(match["host"].strip("[]"))
     return target.host.endswith("." + host) if match["any"] else target.host == host

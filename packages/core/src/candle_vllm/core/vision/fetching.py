@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import ipaddress
 import os
 import re
 import stat
@@ -32,7 +31,7 @@ from candle_vllm.core.errors import (
     RequestError,
     UnsupportedParameterError,
 )
-from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
+from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, check_pattern, ip_address, resolve
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, from_data_url
 
@@ -272,7 +271,7 @@ class ImageSources:
     def _allowed(self, url: str) -> Target:
         """Check a URL. A private host must be listed by IP address, because a name could later resolve differently."""
         target = allowed_target(url, self._domains, True)
-        return dataclasses.replace(target, private=target.private and _is_address(target.host))
+        return dataclasses.replace(target, private=target.private and ip_address(target.host) is not None)
 
     async def _fetch(self, image: ImageAddress, room: _Room) -> bytes:
         """Fetch an image by URL. Errors name only the URL's host: a query may contain a secret."""
@@ -462,11 +461,3 @@ def _failed(path: str, target: Target, why: str) -> InvalidParameterError:
 
 def _too_large(path: str, where: str) -> InvalidParameterError:
     return InvalidParameterError(f"{path}: {where} has more than the {LIMITS.nbytes >> 20} MB of a picture", path)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

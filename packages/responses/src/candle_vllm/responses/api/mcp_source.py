@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError
-from candle_vllm.core.targets import is_host
+from candle_vllm.core.targets import canonical, is_host, is_loopback
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.tools.names import matches
@@ -69,11 +68,11 @@ class ServerUrls:
                 f"{field} must be an https URL in ASCII without a user name, spaces, a fragment, or .. in its path",
                 field,
             )
-        if parts.scheme == "http" and not _is_loopback(parts.host):
+        if parts.scheme == "http" and not is_loopback(parts.host):
             raise InvalidParameterError(f"{field} must be an https URL: what is sent to it may be secret", field)
         fitting = [pattern for pattern in self._patterns if _fits(pattern, parts)]
         named = any(pattern.names_host for pattern in fitting)
-        if named or ((fitting or self._any) and not _is_loopback(parts.host)):
+        if named or ((fitting or self._any) and not is_loopback(parts.host)):
             return named
         raise UnsupportedParameterError(
             f"{field} is not supported: the operator has not allowed the URL with --mcp-allow-urls; name one of this "
@@ -109,23 +108,12 @@ def _parts(url: str, *, pattern: bool = False) -> _Parts | None:
     if {".", ".."} & {each.partition(";")[0] for each in re.split(r"[/\\]", unquote(parts.path))}:
         return None
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return _Parts(parts.scheme, _canonical(host), port, path)
+    return _Parts(parts.scheme, canonical(host), port, path)
 
 
 def _fits(pattern: _Parts, given: _Parts) -> bool:
     same = pattern.scheme == given.scheme and pattern.port in (given.port, ANY)
     return same and matches([pattern.host], given.host) and matches([pattern.path], given.path)
-
-
-def _canonical(host: str) -> str:
-    return ipaddress.ip_address(host).compressed if ":" in host else host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # Headers that the connection sets itself; with others, a client could redirect the request or make it ambiguous.

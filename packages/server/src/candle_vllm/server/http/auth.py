@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import ipaddress
 import logging
 import re
 import socket
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from candle_vllm.core.targets import ip_address
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
@@ -300,11 +300,7 @@ def _addresses(scope: Scope) -> Iterator[str]:
     if port is None:  # a Unix socket has no origin
         return
     names = [host]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    else:
+    if (address := ip_address(host)) is not None:
         names = [f"[{host}]" if address.version == 6 else host]
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
@@ -321,8 +317,4 @@ def _scheme(scope: Scope) -> str:
 def _is_number(authority: str) -> bool:
     """Whether a Host header has an IP address instead of a name, with or without a port."""
     host = re.sub(r":[0-9]{1,5}$", "", authority)
-    try:
-        ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-    except ValueError:
-        return False
-    return True
+    return ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host) is not None

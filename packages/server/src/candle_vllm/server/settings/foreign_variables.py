@@ -8,14 +8,14 @@ that looks like an API key but is not one of this server's causes a warning, so 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from candle_vllm.core.foreign_names import foreign_tables
-from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert, is_loopback
+from candle_vllm.core.targets import ip_address, is_loopback
+from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert
 from candle_vllm.server.settings.sources import SettingsSource
 from candle_vllm.server.settings.table import BY_NAME, AccessOptions
 
@@ -94,7 +94,9 @@ def deployment_source(
 def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
     spelled = f"{name} in the environment"
     if setting == "host":
-        return text if _is_address(text) else None  # some shells set HOST to the name of the machine
+        return (
+            text if text == "localhost" or ip_address(text) is not None else None
+        )  # some shells set HOST to the name of the machine
     if setting == "log_level":
         return _rust_level(text)
     if name == "HF_HOME":
@@ -129,16 +131,6 @@ def hub_token_source(*places: tuple[str, Mapping[str, str]]) -> SettingsSource:
             if variables.get(name):
                 return SettingsSource(title, {"hf_token": variables[name]}, {"hf_token": name})
     return SettingsSource("nowhere")
-
-
-def _is_address(text: str) -> bool:
-    if text == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _rust_level(text: str) -> str | None:

@@ -7,7 +7,6 @@ Read before step 1 of a request's life. The engine's settings are defined in the
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -262,14 +261,6 @@ def parse_address(host: str, port: int) -> Address:
         return Address("", 0, path)
     name, inner = split_host(host)
     return Address(name, port if inner is None else inner)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address of `--host` can be reached only from this machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def split_host(host: str) -> tuple[str, int | None]:

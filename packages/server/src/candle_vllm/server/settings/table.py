@@ -19,6 +19,7 @@ from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
 from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
 from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
+from candle_vllm.core.targets import is_loopback
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
     ADAPTERS,
@@ -40,7 +41,6 @@ from candle_vllm.server.settings.options import (
     Option,
     UsageError,
     engine,
-    is_loopback,
     own,
     parse_address,
     shown,
