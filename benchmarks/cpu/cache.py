@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument("--texts", type=int, default=3, help="with needles")
     parser.add_argument("--url", help="of Redis, in the place of a folder")
     parser.add_argument("--cold", action="store_true", help="from the disk, not from the system's memory")
-    parser.add_argument("--folder", metavar="DIR", help="where blocks are kept meanwhile, in the place of /tmp")
+    parser.add_argument("--folder", metavar="DIR", help="where blocks are offloaded to meanwhile, in the place of /tmp")
     options = parser.parse_args()
     if options.what == "disk":
         for cache in options.cache:

@@ -114,7 +114,7 @@ def test_what_is_found_further_away_comes_nearer(tmp_path: Path, caplog: pytest.
     near, far = HostBlocks(5000, 1000), BlockFolder(tmp_path / "kept", "a", 1 << 20, 1000)
     tiers: BlockStore = Tiers([near, Failing(5000, 1000), far])
     tiers.write(DIGESTS[0], bytes(1000))  # somebody took it
-    assert "in one place of several: full" in caplog.text
+    assert "to one place of several: full" in caplog.text
     with pytest.raises(OSError, match="full"):
         Tiers([Failing(5000, 1000)]).write(DIGESTS[0], bytes(1000))
     assert (near.has(DIGESTS[0]), far.has(DIGESTS[0]), tiers.has(DIGESTS[0])) == (True, True, False)
@@ -167,8 +167,8 @@ def test_blocks_of_a_device_come_back_from_main_memory(model: Path, tmp_path: Pa
         engine = on_a_device(loaded, Tiers([HostBlocks(1 << 20, host._block_bytes), folder]), graphs)
         assert answer(engine) == right
         engine.close()
-    assert engine.kept is not None
-    assert engine.kept.num_read == 5
+    assert engine.offloaded is not None
+    assert engine.offloaded.num_read == 5
 
 
 def on_a_device(loaded: LoadedModel, store: BlockStore, graphs: bool) -> Engine:
@@ -178,7 +178,7 @@ def on_a_device(loaded: LoadedModel, store: BlockStore, graphs: bool) -> Engine:
     runner.allocate(16)
     blocks = BlockManager(16, SIZE)
     kept = OffloadedBlocks(store, runner, blocks)
-    return Engine(runner, Scheduler(blocks, 4, 64, kept=kept), preparation_for(loaded, 192), kept=kept)
+    return Engine(runner, Scheduler(blocks, 4, 64, offloaded=kept), preparation_for(loaded, 192), offloaded=kept)
 
 
 def _request() -> GenerationRequest:
@@ -342,8 +342,8 @@ def test_a_redis_that_hangs_or_goes_costs_a_second_once(
         read = RedisBlocks.read
         monkeypatch.setattr(RedisBlocks, "read", lambda store, digest: reads.append(digest) or read(store, digest))
         monkeypatch.setattr(redis_blocks, "QUIET", math.inf)
-        assert engine.kept is not None
-        pool = engine.kept._own._store._client.connection_pool  # type: ignore[attr-defined]
+        assert engine.offloaded is not None
+        pool = engine.offloaded._own._store._client.connection_pool  # type: ignore[attr-defined]
         pool.connection_kwargs["socket_timeout"] = 1.0
         pool.disconnect()
         began = time.monotonic()

@@ -52,8 +52,8 @@ class Kept:
     @property
     def store(self) -> OffloadedBlocks:
         assert self.engine._engine is not None
-        assert self.engine._engine.kept is not None
-        return self.engine._engine.kept
+        assert self.engine._engine.offloaded is not None
+        return self.engine._engine.offloaded
 
     def stats(self) -> EngineStats:
         return self.engine.stats()

@@ -283,7 +283,7 @@ def test_what_a_step_under_way_fills_has_its_pages_when_it_is_published() -> Non
         def __getattr__(self, name: str) -> object:
             return lambda *_: name == "is_ready"
 
-    model.scheduler.kept = Kept()  # type: ignore[assignment]
+    model.scheduler.offloaded = Kept()  # type: ignore[assignment]
     sequence = model.add([*range(64)], 0, max_tokens=2)
     flights = []
     for _ in range(4):

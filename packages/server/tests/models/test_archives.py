@@ -362,7 +362,7 @@ def test_addresses_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelNotFoundError, match=r"'ftp://weights.example/a.tar' is no address of a model"):
         model_at("ftp://user:secret@weights.example/a.tar", tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(ModelNotFoundError, match=r"cannot be kept in .*: Not a directory"):
+    with pytest.raises(ModelNotFoundError, match=r"cannot be stored in .*: Not a directory"):
         model_at("https://weights.example/a.tar", tmp_path / "file")
 
     def to_plain(request: httpx.Request) -> httpx.Response:

@@ -147,7 +147,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         RankedParts(ranks, runner.broadcast_pages) if isinstance(runner, RankedRunner) and ranks is not None else None
     )
     pool = _state_pool(config, plan)
-    kept = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
+    offloaded = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
         blocks,
         sequences,
@@ -156,7 +156,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         draft_rows=rows,
         adapters=admission,
         images=images,
-        kept=kept,
+        offloaded=offloaded,
         in_flight=runner.in_flight,
         states=pool,
     )
@@ -168,7 +168,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         drafter = Drafter(drafts, rows, model)
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store, open_objects=config.open_objects)
     sleeper.runners = [runner] if draft is None else [runner, draft]
-    engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
+    engine = Engine(runner, scheduler, preparation, drafter, images, offloaded, sleeper)
     engine.cache_bytes, engine.state_bytes = plan.page_bytes + plan.state_bytes, plan.state_bytes
     engine.index_bytes = plan.index_bytes
     return engine

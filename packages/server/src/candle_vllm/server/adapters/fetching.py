@@ -90,7 +90,7 @@ class FetchedSource:
         try:
             path = self._cache.put(key, asked, fill)
         except OSError as error:
-            raise Unavailable(f"{key.name} cannot be kept in the cache: {error.strerror or error}") from None
+            raise Unavailable(f"{key.name} cannot be stored in the cache: {error.strerror or error}") from None
         return Found(path, f"{key.name}@{key.revision}", key.revision, base)
 
     def _here(self, key: Key) -> Found | None:

@@ -105,15 +105,15 @@ class Archive(NamedTuple):
     def _mark(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()[:8]
 
-    def kept_in(self, root: Path) -> Path:
+    def folder_in(self, root: Path) -> Path:
         """Return the model's folder below `root`, existing or not; it has a suffix if another model has the name."""
         folder = root / self.name
         marker = _read_marker(folder)
         return folder if marker is None or self._is(marker) else root / f"{self.name}-{(self.sha256 or self._mark)[:8]}"
 
-    def is_kept_in(self, root: Path) -> bool:
+    def is_in(self, root: Path) -> bool:
         """Whether the complete model is stored below `root`."""
-        marker = _read_marker(self.kept_in(root))
+        marker = _read_marker(self.folder_in(root))
         return marker is not None and self._is(marker)
 
     def _is(self, marker: dict[str, Any]) -> bool:
@@ -130,12 +130,12 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
         InvalidFileError: the archive does not match its checksum, cannot be unpacked, or has no model.
         OSError: the folder cannot be written.
     """
-    if archive.is_kept_in(root):  # also works on a read-only file system
-        return model_folder(archive.kept_in(root))
+    if archive.is_in(root):  # also works on a read-only file system
+        return model_folder(archive.folder_in(root))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root / f".{archive.name}.lock"):
-        folder = archive.kept_in(root)
-        if not archive.is_kept_in(root):
+        folder = archive.folder_in(root)
+        if not archive.is_in(root):
             if folder.exists() and any(folder.iterdir()):
                 raise InvalidFileError(
                     f"{folder} has files and no {MARKER}, so somebody else put them there, or was cut off: remove the "
@@ -194,7 +194,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
             f"{without_secrets(address, alone=True)!r:.200} is no address of a model: it begins with https://"
         )
     root = cache / "archives"
-    if not archive.is_kept_in(root):
+    if not archive.is_in(root):
         if offline:
             raise ModelNotFoundError(f"{archive.source} is not in {root}, and nothing is fetched: leave out --offline")
         if archive.sha256 is None and archive.address.startswith("http:"):
@@ -205,7 +205,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
     try:
         return fetch_archive(archive, root)
     except OSError as error:
-        raise ModelNotFoundError(f"{archive.source} cannot be kept in {root}: {error.strerror or error}") from None
+        raise ModelNotFoundError(f"{archive.source} cannot be stored in {root}: {error.strerror or error}") from None
 
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
@@ -241,10 +241,10 @@ def _checked(archive: Archive, file: Path) -> str:
     return found
 
 
-def kept_at(address: str, cache: Path) -> Path | None:
+def folder_at(address: str, cache: Path) -> Path | None:
     """Return the folder of `model_at` if the model is stored already; otherwise None."""
     archive, root = Archive.of(address), cache / "archives"
-    return model_folder(archive.kept_in(root)) if archive is not None and archive.is_kept_in(root) else None
+    return model_folder(archive.folder_in(root)) if archive is not None and archive.is_in(root) else None
 
 
 def _take_gguf(file: Path, target: Path) -> None:

@@ -77,12 +77,12 @@ def model_source(settings: HubOptions, *, fetch: bool = True, offline: bool = Fa
             return str(demo), settings.weight_file
         named = named_model(settings.model)
         if "://" in named:
-            from candle_vllm.server.models.archives import kept_at, model_at
+            from candle_vllm.server.models.archives import folder_at, model_at
 
             cache = cache_folder(settings)
             if not fetch:
                 return str(
-                    kept_at(settings.model, cache) or without_secrets(settings.model, alone=True)
+                    folder_at(settings.model, cache) or without_secrets(settings.model, alone=True)
                 ), settings.weight_file
             return str(model_at(settings.model, cache, offline=offline or settings.offline)), settings.weight_file
         return named, settings.weight_file

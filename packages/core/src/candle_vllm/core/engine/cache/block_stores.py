@@ -358,7 +358,7 @@ class Tiers:
                 failure = error
                 if time.monotonic() >= self._told_until:
                     self._told_until = time.monotonic() + _SILENCE
-                    logger.warning("blocks of the KV cache cannot be kept in one place of several: %s", error)
+                    logger.warning("blocks of the KV cache cannot be offloaded to one place of several: %s", error)
         if not taken:
             raise failure
 

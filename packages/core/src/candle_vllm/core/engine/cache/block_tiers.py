@@ -350,7 +350,9 @@ class BlockParts:
                 with self._wake:
                     self.num_failed += 1
                 self._quiet_until = time.monotonic() + _SILENCE
-                logger.warning("blocks of the KV cache cannot be kept, for %.0f s none is written: %s", _SILENCE, error)
+                logger.warning(
+                    "blocks of the KV cache cannot be offloaded, for %.0f s none is written: %s", _SILENCE, error
+                )
             self._writing = None
             with self._wake:
                 forgotten = self._to_write.get(digest) is not copied
@@ -678,13 +680,13 @@ def keep_blocks(
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
     if store is None:
         return None
-    kept = OffloadedBlocks(store, memory, blocks, others)
+    offloaded = OffloadedBlocks(store, memory, blocks, others)
     if pool is None:
-        return kept
+        return offloaded
     checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
     assert checkpoints is not None
     keeps = OffloadedBlocks(checkpoints, memory, pool, state=True)
-    return OffloadedPrefixes(kept, keeps, pool, getattr(checkpoints, "look", None))
+    return OffloadedPrefixes(offloaded, keeps, pool, getattr(checkpoints, "look", None))
 
 
 def keep_parts(
@@ -726,7 +728,7 @@ def _store(
     stores = list[BlockStore]()
     if config.kv_offloading_size:
         stores.append(HostBlocks(int(config.kv_offloading_size * (1 << 30)) // config.ranks, size))
-        logger.info("blocks are kept in main memory: at most %g GiB", config.kv_offloading_size)
+        logger.info("blocks are offloaded to main memory: at most %g GiB", config.kv_offloading_size)
     if outliving is not None:
         refused = "models that draft" if drafts else "random weights" if not loaded.files else ""
         if refused:
@@ -734,7 +736,7 @@ def _store(
         name = _fingerprint(config, loaded, rank) + what
         if config.prompt_cache_path is not None:
             folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)
-            logger.info("blocks are kept in %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)
+            logger.info("blocks are offloaded to %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)
             stores.append(folder)
         if config.prompt_cache_url is not None:
             from candle_vllm.core.engine.cache.redis_blocks import RedisBlocks

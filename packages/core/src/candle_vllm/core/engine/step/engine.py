@@ -67,7 +67,7 @@ class Engine:
     Attributes:
         adapters: the adapters that requests may name; None without LoRA.
         images: encodes images and holds their embeddings; None for a text-only model.
-        kept: the offloaded blocks (KV tiers); None without KV offloading.
+        offloaded: the offloaded blocks (KV tiers); None without KV offloading.
         sleeper: frees memory and loads it again; None if the model was not loaded from files.
         draft_failures: first message of each exception type that drafting raised; answers continue without drafts.
     """
@@ -79,7 +79,7 @@ class Engine:
         preparation: Preparation,
         drafter: Drafter | None = None,
         images: ImageStore | None = None,
-        kept: OffloadedBlocks | OffloadedPrefixes | None = None,
+        offloaded: OffloadedBlocks | OffloadedPrefixes | None = None,
         sleeper: Sleeper | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
@@ -90,7 +90,7 @@ class Engine:
         self.max_model_len = preparation.max_model_len
         self.adapters: AdapterStore | None = preparation.adapters
         self.images = images
-        self.kept = kept
+        self.offloaded = offloaded
         self.sleeper = sleeper
         self.cache_bytes = 0  # size of the KV cache; 0 if unknown
         self.state_bytes = 0  # part of the cache for layers' states
@@ -161,8 +161,8 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache, offloaded blocks included; running sequences keep their blocks."""
         self.scheduler.blocks.reset_prefix_cache()
-        if self.kept is not None:
-            self.kept.reset()
+        if self.offloaded is not None:
+            self.offloaded.reset()
 
     def sleep(self, level: int) -> list[TokenOutput]:
         """Free memory; see `Sleeper`. Abort all requests and return their last outputs.
@@ -177,8 +177,8 @@ class Engine:
         while self._flights:
             outputs += self._collect()
         self.scheduler.blocks.reset_prefix_cache()
-        if self.kept is not None:
-            self.kept.rest()
+        if self.offloaded is not None:
+            self.offloaded.rest()
         self.sleeper.sleep(level)
         return outputs
 
@@ -211,14 +211,14 @@ class Engine:
         outputs: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
             outputs += self._encode(self.images)
-        if self.kept is not None:
-            self.kept.take()
+        if self.offloaded is not None:
+            self.offloaded.take()
         began = time.perf_counter()
         changes = -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(outputs)
         idle = flight is None and not self._flights and bool(self._live)
-        if idle and self.kept is not None and self.kept.reads:
-            self.kept.wait(_BLOCK_WAIT)
+        if idle and self.offloaded is not None and self.offloaded.reads:
+            self.offloaded.wait(_BLOCK_WAIT)
             idle = False
         self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
         if self.runner.in_flight > 1:
@@ -333,14 +333,14 @@ class Engine:
         }
 
     def _offload_counts(self) -> dict[str, Any]:
-        if self.kept is None:
+        if self.offloaded is None:
             return {}
         return {
-            "kept_block_bytes": self.kept.num_bytes,
-            "kept_blocks_read": self.kept.num_read,
-            "kept_blocks_written": self.kept.num_written,
-            "kept_blocks_skipped": self.kept.num_skipped,
-            "kept_block_failures": self.kept.num_failed,
+            "kept_block_bytes": self.offloaded.num_bytes,
+            "kept_blocks_read": self.offloaded.num_read,
+            "kept_blocks_written": self.offloaded.num_written,
+            "kept_blocks_skipped": self.offloaded.num_skipped,
+            "kept_block_failures": self.offloaded.num_failed,
         }
 
     def _image_counts(self) -> dict[str, Any]:
@@ -543,8 +543,8 @@ class Engine:
             self._drafter.close()
         if self.adapters is not None:
             self.adapters.close()
-        if self.kept is not None:
-            self.kept.close()
+        if self.offloaded is not None:
+            self.offloaded.close()
         self.runner.close()
         self._preparation.close()
 

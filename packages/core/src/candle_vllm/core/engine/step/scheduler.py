@@ -96,7 +96,7 @@ class Scheduler:
         draft_rows: maximum number of draft tokens in one step.
         adapters: admits sequences with adapters; None without LoRA.
         images: encodes images; None for a text-only model.
-        kept: the offloaded blocks (KV tiers); None without KV offloading.
+        offloaded: the offloaded blocks (KV tiers); None without KV offloading.
         in_flight: maximum number of steps that run at once; see the module's docstring.
         states: slots of layers' states; None if no layer keeps a state.
     """
@@ -111,7 +111,7 @@ class Scheduler:
         draft_rows: int = 0,
         adapters: AdapterAdmission | None = None,
         images: ImageAdmission | None = None,
-        kept: OffloadedAdmission | None = None,
+        offloaded: OffloadedAdmission | None = None,
         in_flight: int = 1,
         states: StatePool | None = None,
     ) -> None:
@@ -123,7 +123,7 @@ class Scheduler:
         self.draft_rows = draft_rows
         self.adapters = adapters
         self.images = images
-        self.kept = kept
+        self.offloaded = offloaded
         self.in_flight = in_flight
         self.states = states
         self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # None without sliding windows
@@ -151,8 +151,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         if self.images is not None:
             self.images.ended(sequence)
-        if self.kept is not None:
-            self.kept.left(sequence)
+        if self.offloaded is not None:
+            self.offloaded.left(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence)
@@ -282,8 +282,8 @@ class Scheduler:
             if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
                 block = sequence.block_table[position]
-                if self.kept is not None and (self.windows is None or self.windows.has_pages(block)):
-                    self.kept.offer(block, hashes[position])
+                if self.offloaded is not None and (self.windows is None or self.windows.has_pages(block)):
+                    self.offloaded.offer(block, hashes[position])
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
@@ -411,10 +411,10 @@ class Scheduler:
                 continue
             hashes = self._shareable(sequence)
             needed = self.blocks.blocks_for(sequence.num_tokens)
-            if self.kept is not None:
+            if self.offloaded is not None:
                 if self.windows is not None:
-                    self.windows.renew(hashes, self.kept.may_have)
-                if not self.kept.is_ready(sequence, hashes, needed):
+                    self.windows.renew(hashes, self.offloaded.may_have)
+                if not self.offloaded.is_ready(sequence, hashes, needed):
                     deferred += 1
                     continue
             shared = self.blocks.lookup(hashes)
@@ -524,8 +524,8 @@ class Scheduler:
             sequence.num_cached_tokens = cached
         _insert(self.running, sequence)
         self._going = None
-        if self.kept is not None:
-            self.kept.left(sequence)
+        if self.offloaded is not None:
+            self.offloaded.left(sequence)
         if self.adapters is not None:
             self.adapters.began(sequence)
         if self.blocks.enable_prefix_caching:
