@@ -138,16 +138,20 @@ def llama_streams(batched: str, model: str, prompt: int, output: int, streams: i
     return streams * output / float(found[0].split("|")[9])
 
 
-def llama(model: str, deep: bool, bench: str, batched: str, depth: Callable[[int], list[str]], *more: str) -> Row:
-    """llama-bench and llama-batched-bench; `depth` gives the arguments that measure 64 tokens at a depth.
+def llama(
+    model: str, deep: bool, bench: str, batched: str | None, depth: Callable[[int], list[str]], *more: str
+) -> Row:
+    """llama-bench and, if its path is given, llama-batched-bench.
 
-    `more` are arguments of the other measurements.
+    `depth` gives the arguments that measure 64 tokens at a depth; `more` are arguments of the other measurements.
     """
     threads, rates = str(physical_cores()), partial(llama_rates, bench, model)
     prefill, short = rates("-p", "1024", "-n", "128", *more)
     _, memory = run(bench, "-m", model, "-t", threads, "-r", "1", *depth(1024))
     row = {"prefill_1024": prefill, "decode_128": short, "decode_1024": rates(*depth(1024))[0]}
-    row |= {"batch32": llama_streams(batched, model, 64, 64, 32, *more[:1]), "peak_rss_mb": memory}
+    if batched:
+        row["batch32"] = llama_streams(batched, model, 64, 64, 32, *more[:1])
+    row["peak_rss_mb"] = memory
     if deep:
         row["decode_7000"] = rates(*depth(7000))[0]
     return row
