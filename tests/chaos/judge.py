@@ -15,7 +15,7 @@ from tests.chaos.wire import Answer
 MAX_FAULTS = 20  # that are kept
 _TOO_MANY = re.compile(r"(\d+) sequences are running or waiting and (\d+) may be")
 _TOO_MANY_OF_KEY = re.compile(r"This key has (\d+) sequences running or waiting and may have (\d+)")
-_TOO_MANY_WAIT = re.compile(r"(\d+) requests wait for the model")
+_TOO_MANY_WAIT = re.compile(r"(\d+) of at most (\d+) requests( of this API key)? wait for the model")
 _DEAD = "The engine has stopped"
 _REFUSING = (503, 529)  # the second one is Anthropic's
 
@@ -125,7 +125,8 @@ class Judge:
             asked_for = total + sample.sequences > most == self.limits.sequences
             return "queue" if asked_for and self._retry_after(answer) else None
         if status in _REFUSING and (found := _TOO_MANY_WAIT.search(message)):
-            return "waiting" if int(found[1]) >= self.limits.waiting and self._retry_after(answer) else None
+            asked_for = int(found[1]) >= int(found[2]) == self.limits.waiting // (2 if found[3] else 1)
+            return "waiting" if asked_for and self._retry_after(answer) else None
         if status == 429 and (found := _TOO_MANY_OF_KEY.search(message)):
             own, most = int(found[1]), int(found[2])
             asked_for = own + sample.sequences > most == self.limits.sequences_per_key

@@ -200,11 +200,13 @@ async def test_one_key_has_half_of_the_queue_for_a_model() -> None:
 
     waiting = [asyncio.create_task(ask(label)) for label in ("alice", "alice")]
     await until(lambda: len(manager.slots["a"].waiters) == 2)
-    with pytest.raises(HttpError, match="2 requests wait") as refusal:
+    with pytest.raises(HttpError, match="2 of at most 2 requests of this API key wait for the model 'a'") as refusal:
         await asyncio.wait_for(ask("alice"), PATIENCE)
     assert refusal.value.status == 503
-    waiting += [asyncio.create_task(ask("bob"))]
-    await until(lambda: len(manager.slots["a"].waiters) == 3)
+    waiting += [asyncio.create_task(ask(label)) for label in ("bob", "carol")]
+    await until(lambda: len(manager.slots["a"].waiters) == 4)
+    with pytest.raises(HttpError, match="4 of at most 4 requests wait for the model 'a'"):
+        await asyncio.wait_for(ask("bob"), PATIENCE)
     loader.gate.set()
     await asyncio.gather(*waiting)
 
@@ -215,7 +217,7 @@ async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     manager = _manager(loader, max_waiting=2, patience=30)
     waiting = [asyncio.create_task(manager.acquire("a")) for _ in range(2)]
     await asyncio.sleep(0)
-    with pytest.raises(HttpError, match="2 requests wait") as refusal:
+    with pytest.raises(HttpError, match="2 of at most 2 requests wait") as refusal:
         await manager.acquire("a")
     assert refusal.value.status == 503
     await skip(30)

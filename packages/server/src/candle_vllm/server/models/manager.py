@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The model manager: gives each request a loaded model, and then a place in the model's engine.
 
-Step 1 of a request's life, after the name in `model` is read. Requests for the same model share one load, and its
-failure. The switcher loads and unloads the models. A turn is one request's right to use a model; it ends when the
-response is complete or the client has disconnected.
+Runs in step 1 of a request's life, after the request's field `model` has been read. Requests for the same model share
+one load, and its failure. The switcher loads and unloads the models. A turn is one request's right to use a model; it
+ends when the response is complete or the client has disconnected.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from candle_vllm.server.settings.catalogue import Catalogue
 
 logger = logging.getLogger(__name__)
 
-DEATH_WINDOW = 300.0  # seconds for which the death of an engine counts
+DEATH_WINDOW = 300.0  # seconds in which an engine may die MAX_DEATHS times before it is no longer restarted by itself
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -118,7 +118,7 @@ class ModelManager:
     async def reach(self, name: str | None, caller: Caller) -> None:
         """Check that the caller may use a name, and fetch the adapters that the request needs.
 
-        An unknown adapter is looked up in the sources; the lookup counts as a request in the rate limits.
+        An unknown adapter is looked up (`--lora-resolver`); the lookup counts as one more request in the rate limits.
 
         Raises:
             HttpError: 403 if the API key may not use the name; also as `Adapters.reach` and `RateLimits.admit`.
@@ -192,11 +192,13 @@ class ModelManager:
         if failed_at is not None and time.monotonic() - failed_at < self._limits.retry_seconds:
             self.metrics.refused(name, Rejection.MODEL_NOT_READY)
             raise load_failed(slot, self._limits.retry_seconds)
-        key, most = Queued.now().key, self._limits.max_waiting
-        mine = sum(each.key == key for each in slot.arrivals.values()) if asker.get() else 0
-        if len(slot.waiters) >= most or mine >= max(1, most // 2):
+        key, most, count, of_key = Queued.now().key, self._limits.max_waiting, len(slot.waiters), ""
+        if asker.get() and count < most:
+            most, of_key = max(1, most // 2), " of this API key"
+            count = sum(each.key == key for each in slot.arrivals.values())
+        if count >= most:
             self.metrics.refused(name, Rejection.QUEUE_FULL)
-            message = f"{mine or len(slot.waiters)} requests wait for the model {slot.entry.name!r}, and no more may."
+            message = f"{count} of at most {most} requests{of_key} wait for the model {slot.entry.name!r}."
             raise HttpError(503, message, "overloaded", {"retry-after": "5"})
 
     async def _wait(self, slot: ModelSlot, patience: float | None) -> Lease:
@@ -342,11 +344,11 @@ class ModelManager:
             try:
                 adapter = await self.adapters.reach(name)
                 if adapter is None:
-                    raise AdapterError("nobody has it")
+                    raise AdapterError("no adapter source has an adapter of this name")
                 if model is not None:
                     await asyncio.to_thread(_load_adapter, model, adapter, name in [each.name for each in pinned])
             except (CandleVllmError, HttpError) as error:
-                logger.error("the adapter %s of %s could not be loaded beforehand: %s", name, slot.entry.name, error)
+                logger.error("the adapter %s of %s could not be preloaded: %s", name, slot.entry.name, error)
 
     def _settled(self, slot: ModelSlot) -> None:
         if slot.state is ModelState.READY and slot.entry.settings.enable_lora:
@@ -371,8 +373,8 @@ def _load_adapter(model: ServedModel, adapter: Adapter, pinned: bool) -> None:
 
 
 def _not_allowed(name: str | None) -> HttpError:
-    which = "the default model" if name is None else f"the model {name!r:.200}"  # only repeats the sender's text
-    message = f"This API key may not use {which}: this server's operator says which it may."
+    which = "the default model" if name is None else f"the model {name!r:.200}"  # reveals no name but the request's
+    message = f"This API key may not use {which}; the server's operator sets which models it may use."
     return HttpError(403, message, "model_not_allowed", param="model")
 
 
@@ -406,7 +408,7 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
         scope: ASGI scope of the request, whose body has been read.
         name: the model name in the request.
         sequences: number of the request's sequences.
-        priority: requests with a lower value run first, if the operator allows priorities.
+        priority: requests with a lower value run first; unless the operator allows priorities, a negative one is 0.
 
     Raises:
         ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.reach`, `ModelManager.acquire`,
@@ -431,6 +433,6 @@ async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, prior
 
 
 async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:
-    """Wait for a place in a model's engine; only operators who allow priorities let requests precede others."""
+    """Wait for a place in a model's engine. Unless the operator allows priorities, a priority below 0 counts as 0."""
     allowed = lease.model.entry.settings.enable_request_priority
     return await lease.model.admission.enter(caller.label, sequences, priority if allowed else max(priority, 0))
