@@ -163,7 +163,8 @@ def test_what_does_not_fit_an_encoder_is_refused_by_name(tmp_path: Path) -> None
     base = AutoModel.from_pretrained(folder, dtype=torch.float32)
     fitted(tmp_path, base, "norm", 1, target_modules=["query"], modules_to_save=["LayerNorm"])
     with InferenceEngine(str(folder), enable_lora=True, threads=1) as engine:
-        for name, said in (("labels", r"gives 3 numbers of \[32\], the base's head 1"), ("norm", "changes a norm")):
+        head = r"shape is \[3, 32\], and the base's head has \[1, 32\]: merge it into the model with PEFT's"
+        for name, said in (("labels", head), ("norm", "changes a norm.*served: merge it into the model with PEFT's")):
             with pytest.raises(RequestError, match=said):
                 engine.score(
                     [("a", "b")], use_tqdm=False, lora_request=LoRARequest(name, lora_path=str(tmp_path / name))

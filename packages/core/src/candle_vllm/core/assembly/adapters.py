@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Fit an adapter to a model: its tensors become a `Delta` for each matrix, or an error names a tensor without a site.
+"""Fit an adapter to a model: its tensors become a `Delta` for each matrix of the model.
 
-Every tensor is used. If the model fuses, splits or reorders matrices, each gets its own rows of B. Tensors are loaded
-only when they are read, except that DoRA's norms of the model's own weights are computed here.
+An error names the tensor that belongs to no matrix of the model; modules that are not computed are skipped and noted.
+If the model fuses, splits or reorders matrices, each of its matrices gets the rows of B that belong to it. A and B are
+views of the file; biases, magnitudes and trained token rows are copied, and DoRA's norms are computed here.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from candle_vllm.core.loading.views import entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 
-_MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
+_PEFT = "merge it into the model with PEFT's merge_and_unload, and serve that"
+_MERGE = _PEFT.replace("PEFT's", "`candle-vllm quantize --lora` or PEFT's")
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
 _SCORES = ("head", "score")  # attribute paths of an encoder's head
-_LEAST, _MOST = 1e-9, 1e6  # bounds of the scale of B A; below the lower bound it has no effect
-_CANCELLED = 0.01  # fraction of the summands below which a squared norm is computed from the summed matrix instead
+_LEAST, _MOST = 1e-9, 1e6  # allowed range of the scale of B A; a smaller scale would have no effect
+_CANCELLED = 0.01  # below this fraction of ||w||^2 + ||b A||^2, the sum of the inner products is inexact (cancellation)
 _SAMPLE = 64  # number of rows of a table's copy that are compared with the base's table
 
 
@@ -49,7 +51,7 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
         AdapterError: a tensor has no site, a wrong shape or infinite elements, or needs an unsupported feature.
     """
     with ExitStack() as opened:
-        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # read only once
+        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # counts the cores only once
         fit = _Fit(stored, base, opened, merging)
         fit.run()
         return fit.result()
@@ -68,6 +70,7 @@ class _Fit:
 
     def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack, merging: bool) -> None:
         self._stored, self._base, self._opened, self._merging = stored, base, opened, merging
+        self._merge = _PEFT if merging or isinstance(base.config, EncoderConfig) else _MERGE
         self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
@@ -128,7 +131,7 @@ class _Fit:
             self._notes.append(f"{module} is not computed by {self._base.name}, so that nothing comes of its adapter")
             return
         if not spots and of_tower(module):
-            self._refuse(first.name, "it belongs to what the model sees by, and adapters change its text model alone")
+            self._refuse(first.name, "it is not part of the text model, and adapters may change only the text model")
         self._check_place(first, module, spots, vectors=self._merging and kinds <= {"full", "bias"})
         for kind, tensor in parts.items():
             if kind == "copy":
@@ -147,13 +150,10 @@ class _Fit:
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
-            self._refuse(
-                tensor.name,
-                "keys and values of latent attention are absorbed into other products: merge it into the model with "
-                "PEFT's merge_and_unload, and serve that",
-            )
+            self._refuse(tensor.name, f"keys and values of latent attention are absorbed into other products: {_PEFT}")
         if not vectors and not all(spot.is_matrix for spot in spots):
-            self._refuse(tensor.name, f"it changes a norm or another vector, which is served unchanged: {_MERGE}")
+            why = "it changes a norm or another vector, and adapters can change only matrices when they are served"
+            self._refuse(tensor.name, f"{why}: {self._merge}")
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class _Fit:
         for rows in orders:
             seen[rows] += 1
         if not (seen == 1).all():
-            self._refuse(tensor.name, f"of its {total} rows the model has not each once")
+            self._refuse(tensor.name, f"each of its {total} rows must belong to exactly one row of the base's matrices")
         return orders
 
     def _check_columns(self, a: StoredTensor, spot: Spot) -> None:
@@ -250,7 +250,7 @@ class _Fit:
     def _table(self, module: str, parts: Parts, spots: Sequence[Spot]) -> None:
         """Fit an embedding's A [r, V] and B [E, r]: the delta of a table row is its row of A^T times B^T."""
         if "magnitude" in parts:
-            self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not served: {_MERGE}")
+            self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not supported: {_PEFT}")
         if "table a" not in parts or "table b" not in parts:
             self._refuse(next(iter(parts.values())).name, f"the other half of {module!r:.200} is missing")
         a, b = parts["table a"], parts["table b"]
@@ -264,22 +264,24 @@ class _Fit:
             self._put(a, spot, _Change(Delta(a=turned(b), b=turned(a), scale=scale)))
 
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
-        """Fit a matrix that replaces the base's: a head or a table."""
+        """Fit a tensor that replaces the base's: a head or a table; when merging, any parameter."""
         for spot in spots:
             is_score = isinstance(self._base.config, EncoderConfig) and spot.path in _SCORES
             if self._merging and spot.path not in _TABLES:
                 self._replace(tensor, spot)
                 continue
             if spot.path not in _TABLES and not is_score:
-                self._refuse(tensor.name, f"it replaces {spot.path}; heads and embedding tables are replaced: {_MERGE}")
+                why = f"it replaces {spot.path}, and only heads and embedding tables can be replaced"
+                self._refuse(tensor.name, f"{why}: {self._merge}")
             if is_score and tensor.shape != spot.shape:
-                said = f"it gives {tensor.shape[0]} numbers of {list(tensor.shape[1:])}, the base's head"
-                self._refuse(tensor.name, f"{said} {spot.shape[0]} of {list(spot.shape[1:])}: {_MERGE}")
+                why = f"its shape is {list(tensor.shape)}, and the base's head has {list(spot.shape)}"
+                self._refuse(tensor.name, f"{why}: {_PEFT}")
             if tensor.shape[1:] == spot.shape[1:] and tensor.shape[0] != spot.shape[0]:
                 self._refuse(
                     tensor.name,
                     f"it has a vocabulary of {tensor.shape[0]} tokens, the base {self._base.name} one of "
-                    f"{spot.shape[0]}: {_MERGE} with the adapter's tokenizer",
+                    f"{spot.shape[0]}: resize the base with transformers' resize_token_embeddings, merge the adapter "
+                    "into it with PEFT's merge_and_unload, and serve that with the adapter's tokenizer",
                 )
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
@@ -315,7 +317,8 @@ class _Fit:
         ids = np.array(said[names[0]] if names else said.get("", ()), np.int64)
         for spot in spots:
             if spot.path not in _TABLES:
-                self._refuse(tensor.name, f"tokens belong to a table, and {spot.path} is none")
+                why = f"trainable_token_indices needs the embedding table or the head, and {spot.path} is neither"
+                self._refuse(tensor.name, why)
             if tensor.shape != (len(ids), spot.shape[1]):
                 self._refuse(
                     tensor.name,
@@ -328,7 +331,7 @@ class _Fit:
             self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
 
     def _tie(self) -> None:
-        """Apply trained rows of a tied embedding table to the head too, and all its deltas if the adapter says that."""
+        """Apply trained rows of a tied embedding table to the head too; with `ensure_weight_tying`, all its changes."""
         if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
             return
         table = self._changes["embed"].get("") if "embed" in self._changes else None
@@ -343,10 +346,10 @@ class _Fit:
     # ---- experts -----------------------------------------------------------------------------------------------------
 
     def _experts(self, module: str, parts: Parts) -> None:
-        """Fit tensors of all experts: A [X * r, in] expert by expert, B [out, r * X] rank by rank."""
+        """Fit A [X * r, in], with r consecutive rows per expert, and B [out, r * X], every X-th column per expert."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
-            self._refuse(first.name, "such a part of an adapter of experts is not known here")
+            self._refuse(first.name, "an adapter of expert weights may have only lora_A and lora_B")
         plain, depth = module, 0
         while plain.endswith(".base_layer"):
             plain, depth = plain.removesuffix(".base_layer"), depth + 1
@@ -357,12 +360,12 @@ class _Fit:
             for name in names
             if not wanted or any(name == target or name.endswith(f".{target}") for target in wanted)
         ]
-        layers = self._wrapped[plain]
-        if len(names) != layers or depth >= len(names):
+        wrappers = self._wrapped[plain]
+        if len(names) != wrappers or depth >= len(names):
             self._refuse(
                 first.name,
-                f"{layers} adapters of parameters of {plain!r:.200} are there; target_parameters names "
-                f"{len(names)} that the base has",
+                f"the adapter has {wrappers} LoRA pairs for parameters of {plain!r:.200}, and target_parameters names "
+                f"{len(names)} parameters of the base there",
             )
         name = names[len(names) - 1 - depth]  # the first name is wrapped first, so it is innermost
         spots = self._base.places.find(name, "safetensors")
@@ -395,11 +398,11 @@ class _Fit:
         spots: Sequence[Spot],
         scale: float,
     ) -> None:
-        kinds: dict[int, list[Spot]] = {}
+        by_expert: dict[int, list[Spot]] = {}
         for spot in spots:
             assert spot.expert is not None
-            kinds.setdefault(spot.expert, []).append(spot)
-        for expert, each in kinds.items():
+            by_expert.setdefault(spot.expert, []).append(spot)
+        for expert, each in by_expert.items():
             orders = self._orders(tensor, each, of_b[expert].shape[0])
             for spot, rows in zip(each, orders, strict=True):
                 self._check_columns(of_a[expert], spot)
@@ -411,7 +414,7 @@ class _Fit:
         """Fit `lora_a` and `lora_b` of a tensor of the base; for the embedding table, A is transposed."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
-            self._refuse(first.name, "a GGUF adapter has .lora_a and .lora_b of each tensor alone")
+            self._refuse(first.name, "a GGUF adapter may contain only tensors that end in .lora_a or .lora_b")
         spots = self._base.places.find(name, "gguf")
         self._check_place(first, name, spots)
         if len(parts) < 2:
@@ -448,15 +451,15 @@ class _Fit:
         assert delta.b is not None
         a, b = delta.a.load("F32"), delta.b.load("F32") * np.float32(delta.scale)
         norms = np.empty(len(b), np.float32)
-        across, turned = np.einsum("rk,sk->rs", a, a, dtype=np.float64), np.ascontiguousarray(a.T)
+        across, a_transposed = np.einsum("rk,sk->rs", a, a, dtype=np.float64), np.ascontiguousarray(a.T)
         for first, rows in decoded(weight):
-            norms[first : first + len(rows)] = norms_with(rows, a, b[first : first + len(rows)], turned, across)
+            norms[first : first + len(rows)] = norms_with(rows, a, b[first : first + len(rows)], a_transposed, across)
         if not norms.all():
-            self._refuse(delta.b.name, "a row of the base with it is zero, and DoRA divides by its norm")
+            self._refuse(delta.b.name, "a row of W + s B A is zero, and DoRA divides by its norm")
         with np.errstate(over="ignore"):
             scale = magnitude / norms
         if not np.isfinite(scale).all():
-            self._refuse(delta.b.name, "its magnitudes over the norms of the base with it are not finite")
+            self._refuse(delta.b.name, "DoRA's magnitudes divided by the row norms of W + s B A are not finite")
         return scale
 
     # ---- ends --------------------------------------------------------------------------------------------------------
@@ -485,16 +488,16 @@ def norms_with(
     rows: NDArray[np.float32],
     a: NDArray[np.float32],
     b: NDArray[np.float32],
-    turned: NDArray[np.float32],
+    a_transposed: NDArray[np.float32],
     across: NDArray[np.float64],
 ) -> NDArray[np.float32]:
-    """Return ||w + b A|| for rows w [n, K] and b [n, r], from products of the summands.
+    """Return ||w + b A|| for rows w [n, K] and b [n, r], from the inner products ||w||^2, w . b A and ||b A||^2.
 
-    B A, which is as large as W, is computed only for rows whose summands nearly cancel. turned: A^T, across: A A^T.
+    B A, which is as large as W, is computed only for rows whose summands nearly cancel. `across` is A A^T.
     """
     own = np.einsum("nk,nk->n", rows, rows).astype(np.float64)
     added = np.einsum("nr,nr->n", b @ across, b)
-    squares = own + 2 * np.einsum("nr,nr->n", rows @ turned, b, dtype=np.float64) + added
+    squares = own + 2 * np.einsum("nr,nr->n", rows @ a_transposed, b, dtype=np.float64) + added
     few = np.flatnonzero(squares < _CANCELLED * (own + added))
     if len(few):
         whole = rows[few] + b[few] @ a
