@@ -135,7 +135,7 @@ def bytes_of(normaliser: Any = None, cut: Any = FROM_THE_CUT, ignore_merges: boo
     bytes_of(cut=pre_tokenizers.ByteLevel(add_prefix_space=True)),
 ], ids=["lowercase", "nfkc", "whole words", "space"])  # fmt: skip
 def test_byte_pairs_that_gguf_would_cut_otherwise(before: ours.Tokenizer) -> None:
-    with pytest.raises(UnsupportedModelError, match="GGUF's gpt2 tokenizer cuts texts otherwise"):
+    with pytest.raises(UnsupportedModelError, match="GGUF's gpt2 tokenizer splits texts differently"):
         tokenizer_metadata(before, before.vocab_size, ())
 
 
@@ -170,7 +170,7 @@ def test_a_cut_before_sentencepieces_merges() -> None:
     after = ours.Tokenizer.from_gguf(tokenizer_metadata(before, before.vocab_size, ()))
     for text in ("the 12 théy", " 1212 "):
         assert after.encode(text, False) == before.encode(text, False)
-    with pytest.raises(UnsupportedModelError, match="GGUF's llama tokenizer cuts texts otherwise"):
+    with pytest.raises(UnsupportedModelError, match="GGUF's llama tokenizer splits texts differently"):
         tokenizer_metadata(sentencepiece(pre_tokenizers.Digits(individual_digits=True)), before.vocab_size, ())
 
 
@@ -254,7 +254,7 @@ def test_word_pieces_come_back(lowercase: bool, accents: bool | None) -> None:
 
 
 def test_pieces_that_gguf_would_cut_otherwise() -> None:
-    with pytest.raises(UnsupportedModelError, match="GGUF's bert tokenizer cuts texts otherwise"):
+    with pytest.raises(UnsupportedModelError, match="GGUF's bert tokenizer splits texts differently"):
         tokenizer_metadata(pieces(True, None, prefix="@@"), 60, ())
 
 
@@ -288,7 +288,7 @@ def test_a_unigram_model_comes_back() -> None:
     found = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     assert (found["model"], found["scores"][5], found["scores"][-1]) == ("t5", -3.0, -10000.0)
     assert (found["padding_token_id"], found["unknown_token_id"], found["token_type"][3]) == (1, 3, 2)
-    with pytest.raises(UnsupportedModelError, match="GGUF's t5 tokenizer cuts texts otherwise"):
+    with pytest.raises(UnsupportedModelError, match="GGUF's t5 tokenizer splits texts differently"):
         tokenizer_metadata(sentences(cut_first=True), 30, ())
 
 

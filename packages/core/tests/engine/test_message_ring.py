@@ -152,7 +152,7 @@ def test_what_is_not_read_is_not_overwritten(others: Callable[[int], Others]) ->
     told.tell(*messages[:-1])
     assert all(told.far[0].receive(ToRank) == message for message in messages[:-1])
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match="rank 2 has not read on"):
+    with pytest.raises(TimeoutError, match="rank 2 has not read the messages sent to it"):
         told.tell(messages[-1], patience=0.2)
     assert time.monotonic() - began >= 0.2
     with ThreadPoolExecutor(1) as pool:
@@ -269,10 +269,10 @@ def test_what_is_no_message_is_refused(others: Callable[[int], Others]) -> None:
         told.far[0].receive(Go)
     ring = told.ring._ring
     for head, following, said in (
-        ((PIECE + 1, 0), None, "announced"),
-        ((10, 2**31), None, "announced"),
-        ((10, 20), (10, 5), "20 of a message are missing"),
-        ((10, 20), (0, 20), "20 of a message are missing"),
+        ((PIECE + 1, 0), None, f"announces {PIECE + 1} bytes and 0 more; at most {PIECE},"),
+        ((10, 2**31), None, f"announces 10 bytes and {2**31} more; at most"),
+        ((10, 20), (10, 5), "10 bytes and announces 5 more; 20 were expected"),
+        ((10, 20), (0, 20), "0 bytes and announces 20 more; 20 were expected"),
     ):
         for each in filter(None, (head, following)):
             ring.set_head(ring.count(0) % SLOTS, *each)

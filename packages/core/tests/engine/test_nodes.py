@@ -394,8 +394,8 @@ def test_a_rank_joins_when_files_may_be_opened_again(door: RankListener, caplog:
     far = [_connect(invitation(door), side=side) for side in (False, True)]
     joined = door.everyone()[1]
     assert full.refused[2] - full.refused[0] > 1.9 * nodes._GLANCE  # it waits, and does not ask as fast as it can
-    assert [record.getMessage() for record in caplog.records if "let in" in record.getMessage()] == [
-        f"who wants to join as a rank cannot be let in: [Errno {errno.EMFILE}] {os.strerror(errno.EMFILE)}"
+    assert [record.getMessage() for record in caplog.records if "accepted" in record.getMessage()] == [
+        f"connections of ranks cannot be accepted: [Errno {errno.EMFILE}] {os.strerror(errno.EMFILE)}"
     ]
     for each in (*far, joined.line, joined.side):
         each.socket.close()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Layers after the pooling, which compute a vector, or the scores or classes of a head.
 
-They are a few products with one vector per text, or one vector per token, and numpy computes them in float32.
+They are a few products with one vector per text, or one vector per token. numpy computes the products in float32, and
+biases, activations and norms in float64.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Dense:
     """norm(act(W x + b)): vectors x [..., K] become [..., N].
 
     Attributes:
-        weight, bias: float32 [N, K] and [N]; no bias is None.
+        weight, bias: float32 [N, K] and [N]; bias is None for a layer without a bias.
         activation: the function act.
         norm, eps: float32 weight [N] and epsilon of a LayerNorm; None without a norm.
         norm_bias: bias of the LayerNorm, if it has one.

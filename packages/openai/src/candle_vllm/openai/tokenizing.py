@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """TokenizingAdapter: texts and conversations to token ids and back, without HTTP (steps 2 and 3 of a request's life).
 
-A conversation is prepared exactly as a chat request with the same fields, so the count is that request's.
+A conversation is prepared exactly as a chat request with the same fields, so both have the same number of tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
 from candle_vllm.openai.validation import parse_body
 
-_PLAIN = "a"  # a text whose tokens are whole characters
+_PLAIN = "a"  # put before a token, whose leading space is dropped otherwise; its own tokens are whole characters
 
 
 def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
@@ -30,8 +30,9 @@ def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.Tokeni
     if not isinstance(value, Mapping):
         raise InvalidBodyError("The body must be one JSON object.")
     if value.get("messages") is None:
-        llama = "content" in value and "prompt" not in value
-        return parse_body(tokenizing.TokenizeContentRequest if llama else tokenizing.TokenizeTextRequest, value)
+        is_llama_server_form = "content" in value and "prompt" not in value
+        kind = tokenizing.TokenizeContentRequest if is_llama_server_form else tokenizing.TokenizeTextRequest
+        return parse_body(kind, value)
     request = parse_body(tokenizing.TokenizeChatRequest, value)
     parse_chat_request(request.chat_fields())  # checks the rules between fields
     return request

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Load an encoder from resolved files, or a decoder if the files contain a decoder."""
+"""Load the model that a config names: an encoder, or a decoder."""
 
 from __future__ import annotations
 
@@ -149,9 +149,10 @@ def _load_encoder(
     elif not model.scores:
         pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
-    # Rounding to 14 bits changes a vector's direction by less than 1e-5; scores and vectors of tokens stay in fp32.
-    words = ("F16", "F32") if head is None and not model.scores else ()
-    placement = encoder_placement(config, device, checkpoint, family.in_torch, words)
+    # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
+    # above 0.99999. Models with scores or with layers after the pooling keep floats.
+    word_types = ("F16", "F32") if head is None and not model.scores else ()
+    placement = encoder_placement(config, device, checkpoint, family.in_torch, word_types)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
     weight_bytes = sum(tensor.nbytes for tensor in tensors)

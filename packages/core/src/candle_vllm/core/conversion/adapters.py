@@ -27,11 +27,11 @@ from candle_vllm.core.models.family import Family
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 
-Uses: TypeAlias = Sequence[tuple[Path, float]]
+AdapterFactors: TypeAlias = Sequence[tuple[Path, float]]
 """Adapters, each with its factor."""
 
 ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40, copied=False)
-"""Limits without a bound: only one matrix is in memory at a time."""
+"""Limits that no adapter reaches: merging needs none, because only one matrix is in memory at a time."""
 _Changes: TypeAlias = list[tuple[Delta, float]]
 
 
@@ -41,20 +41,20 @@ def merge(
     family: Family,
     model: ModelConfig,
     checkpoint: Checkpoint,
-    adapters: Uses,
+    adapters: AdapterFactors,
     opened: ExitStack,
 ) -> tuple[ModelConfig, Checkpoint]:
     """Return a model and its tensors with adapters merged into them; each matrix is computed when it is requested.
 
     Args:
-        config: settings of the written file. If it names a type, merged matrices are float32 before they are converted
-            to that type; otherwise they are converted to the base's own type.
+        config: settings of the written file. If it names a type, or the base's matrix is quantised, a merged matrix is
+            float32 here, and is converted when it is written; otherwise it has the base's own type.
         files, family, model, checkpoint: the base model.
         adapters: the adapters to merge, each with its factor.
         opened: holds the adapters' files open while the tensors are read.
 
     Returns:
-        The model, whose head is no longer tied to the embedding table if only one of them changes; and the tensors.
+        The model, whose head is no longer tied to the embedding table if their changes differ; and the tensors.
 
     Raises:
         ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`.
@@ -65,7 +65,7 @@ def merge(
         stored = opened.enter_context(read_adapter(path, ANY_SIZE))
         if stored.alora is not None:
             raise AdapterError(
-                f"{path}: an adapter with alora_invocation_tokens acts on a part of a text, unlike a model"
+                f"{path}: an adapter with alora_invocation_tokens acts only on a part of a text, so it cannot be merged"
             )
         for target, delta in _targets(fit_adapter(stored, base, merging=True)).items():
             if target not in base.shapes:

@@ -47,7 +47,7 @@ def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     return {
         "model": "bert",
         "pre": "default",
-        "tokens": [text if kind in named else _phantom(text) for text, kind in zip(texts, kinds)],
+        "tokens": [text if kind in named else _with_word_mark(text) for text, kind in zip(texts, kinds)],
         "token_type": kinds,
         "unknown_token_id": unknown,
         "normalizer.lowercase": lowercase,
@@ -55,7 +55,7 @@ def wordpiece(data: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _phantom(text: str) -> str:
+def _with_word_mark(text: str) -> str:
     inside = text.startswith(_INSIDE) and text != _INSIDE
     return text.removeprefix(_INSIDE) if inside else SPACE + text
 
@@ -116,13 +116,13 @@ def check_pieces(
         raise UnsupportedModelError(f"GGUF has no form for this tokenizer: {error}") from error
     if not same:
         raise UnsupportedModelError(
-            f"GGUF's {metadata[PREFIX + 'model']} tokenizer cuts texts otherwise than this one does: use the folder as "
-            "it is"
+            f"GGUF's {metadata[PREFIX + 'model']} tokenizer splits texts differently from this one: serve the model "
+            "from its safetensors folder instead"
         )
 
 
-def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool) -> dict[str, Any]:
-    """Check the metadata of a byte-pair tokenizer, under the name of its pre-tokenizer that most readers know.
+def check_byte_pair(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ignore_merges: bool) -> dict[str, Any]:
+    """Check and return a byte-pair tokenizer's metadata, with an older pre-tokenizer name if it gives the same tokens.
 
     A normaliser that composes characters (Qwen's) cannot be stored in GGUF and is left out. If the name implies another
     value of `ignore_merges`, the text of every token is tried, not only the probe.
@@ -139,18 +139,18 @@ def checked_words(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, ig
     texts, pre = [probe, probe.lower(), *probe.split(" ")], metadata[_PRE]
     if (older := _OLDER.get(pre)) is not None:
         try:
-            check_pieces(tokenizer, metadata | {_PRE: older}, [*texts, *_words(tokenizer)], framed=False)
+            check_pieces(tokenizer, metadata | {_PRE: older}, [*texts, *_token_texts(tokenizer)], framed=False)
         except UnsupportedModelError:
-            logger.warning("the file names the cut %s, which older readers do not know", pre)
+            logger.warning("the file names the pre-tokenizer %s, which older readers do not know", pre)
         else:
             return metadata | {_PRE: older}
     elif metadata[f"{PREFIX}model"] == "gpt2" and PRE_TOKENIZERS[pre].ignore_merges != ignore_merges:
-        texts += _words(tokenizer)
+        texts += _token_texts(tokenizer)
     check_pieces(tokenizer, metadata, texts, framed=False)
     return metadata
 
 
-def _words(tokenizer: Tokenizer) -> list[str]:
+def _token_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the text of every token."""
     texts = tokenizer.backend.decode_batch([[index] for index in tokenizer.backend.get_vocab().values()])
     return [unicodedata.normalize("NFC", text) for text in texts]

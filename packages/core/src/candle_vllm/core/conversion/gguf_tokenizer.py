@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from candle_vllm.core.conversion.gguf_pieces import check_pieces, checked_words, unigram, wordpiece
+from candle_vllm.core.conversion.gguf_pieces import check_byte_pair, check_pieces, unigram, wordpiece
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import SPACE
 from candle_vllm.core.text.gguf_vocab import BYTE, CONTROL, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
@@ -76,7 +76,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     found |= {"tokens": tokens, "token_type": types}
     found |= _special(tokenizer, tokens, ends)
     metadata = {PREFIX + key: value for key, value in found.items()}
-    metadata = checked_words(tokenizer, metadata, PROBE, bool(model.get("ignore_merges")))
+    metadata = check_byte_pair(tokenizer, metadata, PROBE, bool(model.get("ignore_merges")))
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         metadata |= {f"tokenizer.chat_template.{name}": text for name, text in template.items() if name != "default"}

@@ -18,7 +18,7 @@ from gguf import LlamaFileType
 from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, stays_plain
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.conversion.adapters import Uses, merge
+from candle_vllm.core.conversion.adapters import AdapterFactors, merge
 from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
@@ -74,7 +74,7 @@ def write_gguf(
     config: EngineConfig,
     out: Path | str,
     *,
-    adapters: Uses = (),
+    adapters: AdapterFactors = (),
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> WrittenFile:
@@ -151,7 +151,7 @@ def _check_room(out: Path, count: int) -> None:
 
 
 def _plan(
-    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: Uses, opened: ExitStack
+    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: AdapterFactors, opened: ExitStack
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
     """Return the tensors to write, and the metadata."""
     if files.config is None:
@@ -193,7 +193,7 @@ def _plan(
     return plans, metadata
 
 
-def _check_copied(config: EngineConfig, adapters: Uses) -> None:
+def _check_copied(config: EngineConfig, adapters: AdapterFactors) -> None:
     """Raise ConfigError for settings that the copy of a GGUF file cannot apply."""
     if adapters:
         raise ConfigError("adapters are merged into safetensors weights, not into a GGUF file: name the folder", "lora")

@@ -19,7 +19,7 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
         digest: SHA-256 of its files, as hexadecimal digits; empty until it was read.
         rank: the highest rank of its matrices.
         modules: number of the model's matrices that it changes.
-        delta_norm: Frobenius norm of all its deltas.
+        delta_norm: Frobenius norm of all s B A together; replaced matrices, token rows and biases do not count.
         nbytes: bytes in memory, now or when it was in memory last.
         state: "cold" (only on disk), "loading", "ready" (in memory) or "failed".
         pinned: whether it stays in memory.
@@ -49,7 +49,8 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         default_sampling: values of sampling parameters that a request leaves out, without "max_tokens".
-        model_sampling: the part of these defaults that is in the model's own files, with "max_tokens".
+        model_sampling: the defaults in the model's own files, including "max_tokens"; `default_sampling` adds the
+            engine's defaults and omits "max_tokens".
         tasks: what the model can do: "generate", "embed", "score", "classify".
         modalities: input types: "text", and "image" for a model with vision.
         max_images: maximum number of images of a prompt; 0 for a text-only model.
@@ -63,8 +64,8 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             if these layers keep a cache of their own.
         max_num_seqs: maximum number of sequences in one step.
         kv_cache_bytes: size of the KV cache, states of layers included; on a CPU, memory is allocated as it fills.
-        state_bytes: the part of the cache for states of layers and their checkpoints.
-        index_bytes: memory beside the cache for the scores of an index of sparse attention, and its chosen positions.
+        state_bytes: the part of the cache for recurrent states: of running sequences, and saved ones for prefix reuse.
+        index_bytes: memory outside the cache for the indexer of sparse attention: its scores and chosen positions.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(

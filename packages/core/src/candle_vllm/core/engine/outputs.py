@@ -30,7 +30,8 @@ class FinishReason(enum.StrEnum):
     The value is the reason in OpenAI's chat and completions, in vLLM's classes, in metrics and in the request log.
 
     Attributes:
-        anthropic, ollama, llama_server: reasons in these APIs, except for a stop string and Anthropic's full context.
+        anthropic, ollama, llama_server: the reason's name in these APIs; Anthropic and llama-server have other names
+            for a stop string, and Anthropic for a full context window.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
         limit: what cut the answer, in words; "" for an answer that was not cut.
     """
@@ -72,7 +73,7 @@ class FinishReason(enum.StrEnum):
 
 _SPELLED = {"function_call": FinishReason.TOOL_CALLS} | {  # that was OpenAI's reason before `tool_calls`
     name: reason
-    for reason in reversed(FinishReason)  # the first one has a name that several share
+    for reason in reversed(FinishReason)  # a name that several reasons share means the first of them
     if reason.complete
     for name in (reason.llama_server, reason.ollama, reason.anthropic, reason.value)
 }

@@ -4,8 +4,8 @@
 `METHODS` in `quantised_layers.py` has a function for each method, and `quantization/` a file for each format. The
 stored tensors determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may
 have its own bits or groups (GPTQModel's `dynamic`, several `config_groups`): of all schemes in the config, the first
-that fits its tensors is used, and layers are not matched with a config's patterns. Unused parts stay in the checkpoint,
-where the loader reports them.
+that fits its tensors is used, and layers are not matched with a config's patterns. Unused scales, zero points and group
+indices are removed and logged; other unused parts stay in the checkpoint, where the loader reports them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ ACTIVATION_SCALES = re.compile(
     r".*\.(input_scale|input_scale_inv|input_zero_point|input_global_scale|input_scale_ub|output_scale"
     r"|output_zero_point|activation_scale|[qkv]_scale|[qkv]_zero_point|kv_scale|prob_scale)"
 )
-"""Names of scales that are not used: activations keep a precision at least as high, and the scales of a float8 cache
-are taken before, by `assembly/cache_scales.py`."""
+"""Names of scales that are not used: activations are not quantised with the checkpoint's scales, and
+`assembly/cache_scales.py` has already removed those scales of a float8 KV cache that are used."""
 
-_CODES = (*NUMBERS, "I8", "U8", "I32")  # types that are codes, if a `weight` has one of them
+_CODES = (*NUMBERS, "I8", "U8", "I32")  # a tensor `....weight` of one of these types holds quantised codes
 
 
 def read_quantised(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Checkpoint:
@@ -111,7 +111,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # ModelOpt writes its own file's contents here, or only the section
+            nested = "quantization" in own  # ModelOpt writes all of hf_quant_config.json here, or only this section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own

@@ -96,7 +96,7 @@ WEIGHTS = [
 
 
 def gguf_names(config: Any) -> Sequence[str]:
-    """Prefixes of tensor names in GGUF; the only norm of a block is attn_norm."""
+    """Return parts of names that choose among a tensor's GGUF names; the norm of a block with one norm is attn_norm."""
     return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
 
 

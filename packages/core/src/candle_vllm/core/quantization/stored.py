@@ -30,7 +30,7 @@ FLOATS = ("F16", "BF16", "F32")
 """Types of stored scales."""
 
 CHUNK = 1 << 19
-"""Weights per round: the data of a round stays in the cache."""
+"""Weights in a chunk of rows, so that a chunk's data stays in the CPU cache."""
 
 
 class WeightSource(ABC, Generic[Codes]):
@@ -39,7 +39,7 @@ class WeightSource(ABC, Generic[Codes]):
     Attributes:
         parts: the stored tensors.
         align: reads begin and end at multiples of this row number (or at the last row).
-        span: number of columns that share a scale of small floats, K for one scale per row; None for integer codes.
+        span: number of columns that share an fp32 scale (FP8, NVFP4), K for one scale per row; None for other codes.
     """
 
     parts: tuple[StoredTensor, ...]
@@ -156,12 +156,12 @@ class QuantisedTensor(StoredTensor):
         """
         found = self.blocks()
         if found is None or found.order is not None:
-            raise UnsupportedModelError(f"{self.path}: {self.type_name} tensor {self.name} has no blocks")
+            raise UnsupportedModelError(f"{self.path}: {self.type_name} tensor {self.name} fits no ggml type exactly")
         return found.raw
 
     def blocks(self) -> Blocks | None:
-        """Convert the rows to blocks of a ggml type with kernels; None if no type represents them exactly."""
-        if self.span is not None:  # no ggml type represents small floats
+        """Convert the rows to blocks of a ggml type that has kernels; None if no such type represents them exactly."""
+        if self.span is not None:  # FP8 and NVFP4 with fp32 scales are not converted to ggml blocks
             return None
         found: dict[int, Blocks | None] = {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check a request in the caller's process, and serialise it for the engine's process (between steps 3 and 4).
+"""Check a request in the caller's process, and serialise it for the engine's (after step 3 of a request's life).
 
 Errors that follow from the request, the vocabulary and the context are raised here, before anything is sent. Other
 errors, such as a grammar that does not compile, are raised by the engine.
@@ -40,7 +40,7 @@ class RequestWriter:
 
     Args:
         info: information about the model.
-        pooling: how vectors are pooled; None for a model that computes its head itself.
+        pooling: how vectors are pooled; None for an encoder whose model computes scores (`EncoderConfig.scores`).
         seed: seed that makes requests without a seed reproducible, in order of preparation.
     """
 

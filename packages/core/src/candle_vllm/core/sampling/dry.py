@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DRY ("don't repeat yourself"): penalties of tokens that would continue a repetition (step 7 of ten).
+"""DRY ("don't repeat yourself"): penalties of tokens that would continue a repetition (step 7 of a request's life).
 
 As in llama.cpp: if the last n tokens occurred before and were followed by token t, the logit of t is reduced by
 multiplier * base ** (n - allowed length). n is the length of the longest such match, and at least the allowed length.

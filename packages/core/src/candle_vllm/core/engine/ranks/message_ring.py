@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A ring in shared memory over which the first rank broadcasts messages to all ranks of its machine, written once.
+"""A ring in shared memory: the first rank writes each message once, and all other ranks of its machine read it.
 
 The ring has slots, and for each process a count of slots that it has written or read; a message that is longer than a
 slot takes several. Counts are changed by futex calls only, which order them after earlier memory accesses on any
@@ -94,11 +94,11 @@ class _Ring:
         """Wake `how_many` processes that wait for a count, even if it has not changed."""
         self._calling(self._number, self._at + which * _APART, _WAKE, how_many, 0, 0, 0)
 
-    def has_moved(self, which: int, seen: int, seconds: float) -> bool:
+    def wait_for_change(self, which: int, seen: int, seconds: float) -> bool:
         """Wait until a count differs from `seen`, at most `seconds`; return whether it does.
 
-        Memory accesses before the change are visible then: a system call follows the read of the count, because a read
-        alone is no barrier on some processors."""
+        If it returns True, memory accesses that preceded the change are visible: reading the count is no barrier on
+        some processors, but the futex call is."""
         wait, at = _Time(int(seconds), int(seconds % 1 * 1e9)), self._at + which * _APART
         if self._waiting(self._number, at, _WAIT, seen, ctypes.addressof(wait), 0, 0):
             return ctypes.get_errno() == errno.EAGAIN  # changed already; else a timeout or a signal
@@ -114,7 +114,7 @@ def made_ring(readers: int) -> MessageRing | None:
     try:
         return MessageRing(readers)
     except OSError as error:
-        logger.warning("each rank is told by itself, which takes longer: the system has no ring for it (%s)", error)
+        logger.warning("messages are sent to each rank separately, which is slower: no shared-memory ring (%s)", error)
         return None
 
 
@@ -140,7 +140,7 @@ class MessageRing:
         try:
             self._ring = _Ring(self.memory)
             self._ring.add(trial)
-            if self._ring.count(trial) != 1 or not self._ring.has_moved(trial, 0, 0):
+            if self._ring.count(trial) != 1 or not self._ring.wait_for_change(trial, 0, 0):
                 raise OSError(errno.ENOSYS, "futex(2) does not do what it should")
         except OSError:
             self.memory.close()
@@ -179,8 +179,8 @@ class MessageRing:
                 if self._ended:
                     raise BrokenPipeError(errno.EPIPE, "the ring has ended")
                 if time.monotonic() > until:
-                    raise TimeoutError(f"rank {rank} has not read on what it was told for {patience:.0f} s")
-                self._ring.has_moved(rank, count, LOOK)
+                    raise TimeoutError(f"rank {rank} has not read the messages sent to it for {patience:.0f} s")
+                self._ring.wait_for_change(rank, count, LOOK)
             most = max(most, behind)
         self._room_until = (number + SLOTS - most) & _ALL
 
@@ -222,7 +222,7 @@ class RingLine(Line):
             while left:
                 data, more = self._piece()
                 if not data or len(data) + more != left:
-                    raise ValueError(f"{len(data)} bytes and {more} more come where {left} of a message are missing")
+                    raise ValueError(f"a slot has {len(data)} bytes and announces {more} more; {left} were expected")
                 pieces.append(data)
                 left = more
             data = b"".join(pieces)
@@ -231,13 +231,13 @@ class RingLine(Line):
     def _piece(self) -> tuple[bytes, int]:
         """Return the next slot's bytes, and how many bytes of the message are in later slots."""
         ring, number = self._ring, self._ring.count(self._rank)
-        while not ring.has_moved(0, number, LOOK):
-            if self._is_over() and not ring.has_moved(0, number, 0):  # arrived messages can still be read
+        while not ring.wait_for_change(0, number, LOOK):
+            if self._is_over() and not ring.wait_for_change(0, number, 0):  # arrived messages can still be read
                 raise EOFError("the other end of the line has gone")
         slot = number % SLOTS
         here, more = ring.head(slot)
         if here > PIECE or here + more > MOST_BYTES:
-            raise ValueError(f"a message of {here + more} bytes is announced, {here} of them in a slot")
+            raise ValueError(f"a slot announces {here} bytes and {more} more; at most {PIECE}, and {MOST_BYTES} in all")
         at = slot * SLOT_BYTES + _HEAD
         data = bytes(ring.bytes[at : at + here])
         ring.add(self._rank)

@@ -88,7 +88,7 @@ class Invitation(msgspec.Struct, frozen=True):
 
 
 class Joined(NamedTuple):
-    """A rank of another machine: its line for steps, its side line, and its address."""
+    """A rank of another machine: its line for steps, its side line (heartbeats, see `rank_line`), and its address."""
 
     line: Line
     side: Line
@@ -141,7 +141,7 @@ class RankListener:
             except (OSError, RuntimeError) as error:  # out of files or threads, maybe repeatedly
                 if str(error) != said:
                     said = str(error)
-                    logger.warning("who wants to join as a rank cannot be let in: %s", said)
+                    logger.warning("connections of ranks cannot be accepted: %s", said)
                 time.sleep(_GLANCE)
         self._listener.close()
 
@@ -156,7 +156,7 @@ class RankListener:
         try:
             looking.start()
         except RuntimeError:
-            self._is_stranger_no_more(connection)
+            self._remove_stranger(connection)
             connection.close()
             raise
 
@@ -168,7 +168,7 @@ class RankListener:
         with contextlib.suppress(OSError):
             first.shutdown(socket.SHUT_RDWR)  # its thread closes it
 
-    def _is_stranger_no_more(self, connection: socket.socket) -> bool:
+    def _remove_stranger(self, connection: socket.socket) -> bool:
         """Remove a connection from the unproved ones; return False if it was dropped before."""
         with self._changed:
             return self._strangers.pop(connection, None) is not None
@@ -181,7 +181,7 @@ class RankListener:
                 logger.warning("%s cannot join as a rank: %s", connection.getpeername()[0], error)
             connection.close()
         finally:
-            self._is_stranger_no_more(connection)
+            self._remove_stranger(connection)
 
     def _shake_hands(self, connection: socket.socket, until: float) -> None:
         connection.settimeout(time_left(until))
@@ -191,7 +191,7 @@ class RankListener:
         if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(self._key, b"hello", nonce, said)):
             connection.sendall(_frame(b"") + bytes(32))  # an invalid proof, after which the rank does not try again
             raise ValueError("it does not know the key of this cluster (cluster_key)")
-        if not self._is_stranger_no_more(connection):
+        if not self._remove_stranger(connection):
             raise EOFError("too many others came meanwhile")
         hello = msgspec.msgpack.decode(said, type=Hello)
         refusal = self._refusal(hello)
@@ -199,7 +199,7 @@ class RankListener:
         connection.sendall(_frame(verdict) + _mac(self._key, b"verdict", nonce, said, verdict))
         if refusal:
             raise ValueError(refusal)
-        _keep(connection)
+        _set_keepalive(connection)
         line = Line(connection, _keys(self._key, nonce, said))
         with self._changed:
             if self._closed:
@@ -239,7 +239,7 @@ class RankListener:
         with self._changed:
             while missing := self._missing():
                 if self._closed:
-                    raise EngineDeadError("a rank has ended before all were there")
+                    raise EngineDeadError("the engine was closed, or a rank ended, before all ranks had joined")
                 if time.monotonic() > until:
                     raise ConfigError(
                         f"ranks {_listed(missing)} have not joined at {self.host} port {self.port} within "
@@ -268,7 +268,7 @@ class RankListener:
 
 
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
-    """Join the first node as a rank of another machine; return the line for steps, the side line and the invitation.
+    """Join the first node as a rank of another machine; return both lines of `Joined` and the invitation.
 
     Args:
         given: the stream of the invitation; its end ends this process.
@@ -302,7 +302,7 @@ def _connect(invitation: Invitation, *, side: bool) -> Line:
             return _introduce(connection, invitation, side)
         except (EOFError, OSError) as error:  # the first node is just ending
             connection.close()
-            logger.info("the first node let this rank go: %s; it asks again", error)
+            logger.info("the connection to the first node was lost before this rank had joined: %s; it retries", error)
             time.sleep(_AGAIN)
         except ValueError as error:
             connection.close()
@@ -335,7 +335,7 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     refusal = msgspec.msgpack.decode(verdict, type=Verdict).refusal
     if refusal:
         raise ValueError(f"the first node refuses this rank: {refusal}")
-    _keep(connection)
+    _set_keepalive(connection)
     here, there = _keys(key, nonce, hello)
     return Line(connection, (there, here))
 
@@ -360,11 +360,11 @@ def _frame(data: bytes) -> bytes:
 def _take(connection: socket.socket, until: float | None = None) -> bytearray:
     size = int.from_bytes(read_exactly(connection, 2, until), "little")
     if size > _MOST_HELLO:
-        raise ValueError("what it says is too long")
+        raise ValueError(f"the other end announces a handshake message of more than {_MOST_HELLO} bytes")
     return read_exactly(connection, size, until)
 
 
-def _keep(connection: socket.socket) -> None:
+def _set_keepalive(connection: socket.socket) -> None:
     """Send without delay, and let the system notice a broken link even while a process is too busy for heartbeats."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

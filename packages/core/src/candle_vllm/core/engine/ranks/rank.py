@@ -57,7 +57,7 @@ def main(given: str) -> int:
         if given == "join":
             return _join()
         line, side, ring, memory = given.split(",")
-        return _run(_descriptor(line), _descriptor(side), None, _shared(ring), _shared(memory))
+        return _run(_line_of(line), _line_of(side), None, _shared(ring), _shared(memory))
     except (EOFError, ConnectionError):
         logger.debug("the first rank has gone", exc_info=True)
         return 0
@@ -66,7 +66,7 @@ def main(given: str) -> int:
         return 1
 
 
-def _descriptor(number: str) -> rank_line.Line:
+def _line_of(number: str) -> rank_line.Line:
     line = rank_line.Line(socket.socket(fileno=int(number)))
     line.socket.set_inheritable(False)
     return line
@@ -118,7 +118,7 @@ def _run(
         host = begin.host or line.socket.getsockname()[0]
         stages = config.pipeline_parallel_size
         ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
-        runner, sleeper, load, parts = _loaded(config, ranks, begin.rank, line, side, theirs=invitation is not None)
+        runner, sleeper, load, parts = _loaded(config, ranks, begin.rank, line, side, own_files=invitation is not None)
     except EngineDeadError:
         return 0
     except CandleVllmError as error:
@@ -129,17 +129,18 @@ def _run(
 
 
 def _loaded(
-    config: EngineConfig, ranks: Collective, rank: int, line: rank_line.Line, side: rank_line.Side, *, theirs: bool
+    config: EngineConfig, ranks: Collective, rank: int, line: rank_line.Line, side: rank_line.Side, *, own_files: bool
 ) -> tuple[ModelRunner, Sleeper, Load | None, BlockParts | None]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
-    line.send(rank_line.Ready(1, files_mark(loaded.files, times=False) if theirs else None))
+    line.send(rank_line.Ready(1, files_mark(loaded.files, times=False) if own_files else None))
     line.receive(rank_line.Go)
     runner, sleeper = build_rank(config, loaded, ranks)
     load = None
     if config.enable_lora:
-        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first decides
+        # This only limits the file's size: the first rank decides which adapters stay in memory.
+        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())
     parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(rank_line.BlockRead(*said)))
     if parts is not None:
         side.read_by(functools.partial(_read_blocks, parts))
@@ -208,7 +209,7 @@ def _serve(
             parts.close()
             side.tell(rank_line.BlocksClosed())
         else:
-            raise ValueError(f"a rank at work is told {type(message).__name__}")
+            raise ValueError(f"a running rank cannot handle the message {type(message).__name__}")
 
 
 if __name__ == "__main__":

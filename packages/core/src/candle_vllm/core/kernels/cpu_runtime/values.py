@@ -2,8 +2,8 @@
 """Record a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
 
 Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
-with the input form of the matrices that read it (`matrices.py`). A matrix's result is added directly to the residual or
-to another product; so is a norm of it. Adding a value to a norm first computes the norm as a separate value.
+with the input format of the matrices that read it, such as int8 groups (`matrices.py`). A product is added directly to
+the residual or to another product; a norm, to the residual. Adding to a norm first computes the norm as a value.
 
 A value records the version of its buffer. The use of a value after its buffer was overwritten is an error in the
 model's code and fails at once.
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
-    """Return the step's token ids, with which a recording begins, or other `numbers` of the recorder, one per token."""
+    """Return the step's token ids, with which a recording begins, or other `numbers` per token (`arrays.positions`)."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
@@ -82,7 +82,7 @@ def put_value(value: Recorded, target: Buffer) -> None:
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
-    """Return all columns of a buffer as a value: its contents at the start of the step or after the rows so far."""
+    """Return all columns of a buffer: as a step finds them, or as the operations recorded so far have written them."""
     return _Value(recorder, buffer, 0, buffer.width)
 
 
@@ -151,7 +151,7 @@ class _Value(Recorded):
         return _Value(self.recorder, self.buffer, self.column + first, width, head_dim, self.rows_from)
 
     def __add__(self, other: Recorded) -> Recorded:
-        assert isinstance(other, (_Pending, _Prepared)), "only what is not made yet can be added to a value"
+        assert isinstance(other, (_Pending, _Prepared)), "only a value that is not computed yet can be added"
         assert (self.column, self.width) == (0, self.buffer.width)
         target = self.buffer
         if self.rows_from is not other.rows_from:
@@ -178,7 +178,7 @@ class _Value(Recorded):
 
     def _changed(self, kind: int, factor: float, cap: float) -> Recorded:
         buffer, counted, end = self.buffer, self.rows_from, self.column + self.width
-        assert self.column % 16 == 0 == (end % 16 if end < buffer.width else 0), "lines of other columns change too"
+        assert self.column % 16 == 0 == (end % 16 if end < buffer.width else 0), "whole lines of 16 floats change"
         row = scale_cap_arguments(
             x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
         )
@@ -221,13 +221,13 @@ class _Value(Recorded):
 
     def rms_norm(self, weight: Floats, eps: float) -> Recorded:
         if self.head_dim is None:
-            assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
+            assert not isinstance(self, _Prepared), "a norm's input must be computed: copy it by `side_by_side` first"
             return _Prepared(self, Prologue.NORM, self.width, weight, eps)
         return self._norm_heads(self.head_dim, weight, eps, layer=False)
 
     def layer_norm(self, weight: Floats, bias: Floats | None, eps: float) -> Recorded:
         if self.head_dim is None:
-            assert not isinstance(self, _Prepared), "a norm reads what is made: see `side_by_side`"
+            assert not isinstance(self, _Prepared), "a norm's input must be computed: copy it by `side_by_side` first"
             both = np.concatenate([weight, np.zeros_like(weight) if bias is None else bias])
             return _Prepared(self, Prologue.LAYER_NORM, self.width, both, eps)
         assert bias is None
@@ -431,7 +431,7 @@ class _Value(Recorded):
 
     def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
         del bias, scale, cap
-        raise AssertionError("logits are a product of wanted rows")
+        raise AssertionError("`logits` needs the product of a matrix with the rows of `wanted()`")
 
     def rows(self, wanted: NDArray[np.int64]) -> Floats:
         whole = self.buffer.array.reshape(-1, self.buffer.stride)
@@ -447,7 +447,7 @@ class _Wrapper(_Value):
 
 
 class _Prepared(_Wrapper):
-    """Input of matrices: a norm or gate. Each input form that is needed is computed once, at its first use."""
+    """Input of matrices: a value, unchanged or after a norm, gate or activation. Each form of it is computed once."""
 
     def __init__(
         self,
@@ -551,7 +551,7 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value that is not computed yet; later it fills its own buffer or is added to a residual, with other terms."""
+    """A value to compute into its own buffer or add to a residual, together with the pending values added to it."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
@@ -707,7 +707,7 @@ class _Gated(_Value):
 
     @property
     def buffer(self) -> Buffer:
-        raise AssertionError("a gated product is for matrices alone")
+        raise AssertionError("a gated product can only be the input of matrices; it has no buffer")
 
     def linear(self, matrices: Sequence[Matrix], bias: Floats | None, place: Place | None = None) -> Recorded:
         forms = {matrix.input_form for matrix in matrices}
@@ -722,7 +722,8 @@ class _Gated(_Value):
 
 
 class _PairRows(RecordedRows):
-    """Results of experts' matrices; with an activation, gate and up, which the next matrices' input form combines."""
+    """Rows of experts' matrices, one per pair of token and expert. With an activation, they are gate and up (only up if
+    ungated), and the activation is fused with the input conversion of the next matrices."""
 
     def __init__(self, recorder: Recorder, results: Results, activation: ExpertActivation | None) -> None:
         self._recorder, self._results = recorder, results
@@ -795,7 +796,7 @@ class _Rotated(_Wrapper):
 
         dim, arrays = self.head_dim, self.recorder.arrays
         assert dim is not None
-        assert arrays.turns is None, "positions of images"
+        assert arrays.turns is None, "M-RoPE positions are not supported when the norm follows the rotation"
         heads = WholeHeads(self.address, self.buffer.stride, self.width // dim, 0, dim)
         record_turn(self.recorder, heads, arrays.positions, self.tables)
         return self.source.rms_norm(weight, eps)
