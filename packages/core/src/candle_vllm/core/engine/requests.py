@@ -21,7 +21,7 @@ MAX_ADAPTER_PATH = 4096
 MAX_ADAPTERS = 16
 """Maximum number of adapters of one request."""
 MAX_ADAPTER_SCALE = 1000.0
-MAX_PRIORITY = 1 << 31
+MAX_PRIORITY = (1 << 31) - 1
 
 
 class LoRARequest(ShownStruct, frozen=True):

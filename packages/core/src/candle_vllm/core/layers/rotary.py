@@ -220,6 +220,7 @@ def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
         return plain / np.array(
             rope.long_factor if max_position > rope.original_max_position else rope.short_factor, np.float32
         )
+    assert rope.kind in ("default", "dynamic"), f"no frequencies of {rope.kind}"
     return plain
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, ca
 import msgspec
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingParams
+from candle_vllm.core.pooling import MAX_DIMENSIONS, PoolingKind, PoolingParams
 from candle_vllm.openai.protocol.fields import CutFields, Refusal, TokenIds, WireModel, invalid, prompt_form
 from candle_vllm.openai.protocol.messages import Messages
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, POOLING_REFUSED_FIELDS, PoolingFields, PoolingUsage, Words
@@ -19,7 +19,6 @@ from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.task import Cut
 
 TaskName = Annotated[str, Field(min_length=1, max_length=64)]
-PoolingName = Literal["mean", "last", "cls", "all", "sparse"]
 
 
 def _without(refused: Mapping[str, Refusal], *names: str) -> dict[str, Refusal]:
@@ -65,8 +64,8 @@ class EmbeddingRequest(CutFields, PoolingFields):
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
-    pooling: PoolingName | None = None
-    embedding_type: PoolingName | None = None
+    pooling: PoolingKind | None = None
+    embedding_type: PoolingKind | None = None
     normalize: bool | None = None
     normalized: bool | None = None
     add_special_tokens: bool | None = None

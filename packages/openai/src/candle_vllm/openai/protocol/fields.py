@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from candle_vllm.core.engine.requests import MAX_PRIORITY
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.setting_kinds import Number
 from candle_vllm.openai.remarks import remark, unknown_fields_pass
@@ -33,7 +34,7 @@ MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 1 << 18  # log-probabilities of an answer: tokens x n x (logprobs + 1), of the prompt or generated
-MAX_PRIORITY = (1 << 31) - 1
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
 
 def bounded(name: str, *, ge: float | None = None, le: float | None = None) -> Any:

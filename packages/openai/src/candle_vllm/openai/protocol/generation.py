@@ -231,7 +231,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     return_tokens_as_token_ids: bool | None = None
     return_draft_counts: bool | None = None
     lora: LoraScales | None = None
-    priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
+    priority: fields.Priority | None = None
     request_id: fields.RequestId | None = None
 
     # ADVISORY_FIELDS: validated, without effect.

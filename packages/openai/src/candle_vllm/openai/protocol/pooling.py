@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from pydantic import Field
 
-from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelFields, Refusal, RequestId
+from candle_vllm.openai.protocol.fields import ModelFields, Priority, Refusal, RequestId
 
 MAX_INPUTS = 2048  # texts of one embedding request; OpenAI's limit
 MAX_PAIRS = 2048  # pairs of texts of one score request
@@ -45,7 +45,7 @@ class PoolingFields(ModelFields):
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = POOLING_REFUSED_FIELDS
 
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    priority: Priority | None = None
     request_id: RequestId | None = None
     user: str | None = None
 

@@ -176,7 +176,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     # vLLM's extra fields
     repetition_penalty: Annotated[float, fields.bounded("repetition_penalty")] | None = None
     cache_salt: fields.CacheSalt | None = None
-    priority: Annotated[int, Field(ge=-fields.MAX_PRIORITY, le=fields.MAX_PRIORITY)] | None = None
+    priority: fields.Priority | None = None
     return_draft_counts: bool | None = None
 
     # ADVISORY_RESPONSES_FIELDS, without effect
