@@ -99,8 +99,8 @@ def resolve_weights(weights: str) -> str:
         if archive is not None:
             roots = [VOLUME / "vllm", CHECKPOINTS] if VOLUME.is_dir() else [CHECKPOINTS]
             for root in roots:
-                if archive.is_kept_in(root):
-                    return str(model_folder(archive.kept_in(root)))
+                if archive.is_in(root):
+                    return str(model_folder(archive.folder_in(root)))
             return str(fetch_archive(archive, writable(roots)))
         path = Path(weights)
         if path.is_dir():
