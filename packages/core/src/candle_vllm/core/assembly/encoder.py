@@ -150,8 +150,9 @@ def _load_encoder(
         pooling, head = pooling_of(files, checkpoint, opened.metadata, model.hidden_size, "mean", tokenizer)
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
     # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
-    # above 0.99999. Models with scores or with layers after the pooling keep floats.
-    word_types = ("F16", "F32") if head is None and not model.scores else ()
+    # above 0.99999. Scores, classes and vectors of tokens are computed in floats.
+    is_vector = pooling is not None and not model.labels and pooling.pooling != "all" and not pooling.sizes
+    word_types = ("F16", "F32") if is_vector else ()
     placement = encoder_placement(config, device, checkpoint, family.in_torch, word_types)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     tensors = checkpoint.tensors.values()
