@@ -241,7 +241,7 @@ def test_an_archive_is_fetched_once_to_the_volume_or_beside_it(
             asked.append(self.path)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder / "site"))) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/tiny/model.tar"
         assert Path(predict.resolve_weights(url)) == Path("checkpoints/tiny")
         first = len(asked)
