@@ -68,7 +68,8 @@ def test_classes_and_rewards_equal_transformers(family: str, labels: int, tmp_pa
         spread = float(wanted.abs().max())
         assert np.abs(np.array([each.probs for each in raw]) - wanted.numpy()).max() < 1e-4 * max(spread, 1)
         again = np.array([each.probs for each in engine.classify(TEXTS, use_tqdm=False)])
-        assert np.array_equal(again, found), "a cached prefix changes nothing"
+        # Heads of 8 are computed op by op in torch, whose last bit depends on how many texts are in a step.
+        assert np.abs(again - found).max() < 1e-6, "a cached prefix changes nothing"
         if labels == 1:
             ids, _ = tokenizer.encode_pair("what is it", "a fox")
             score = engine.score([("what is it", "a fox")], use_tqdm=False)[0].score
