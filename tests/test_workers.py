@@ -214,6 +214,16 @@ def test_the_common_run_has_some_cases_of_each_list(tmp_path: Path) -> None:
     assert {letter for pair in values for letter in pair} == {*"012345xyz"}
 
 
+def test_a_worker_that_a_thread_keeps_is_ended_and_named(tmp_path: Path) -> None:
+    text = "import threading\nfrom tests import workers\nworkers.end_at_last.__defaults__ = (0.5,)\n"
+    text += "def left_alone(): time.sleep(60)\ndef test_leaves(): threading.Thread(target=left_alone).start()\n"
+    done = run(tmp_path, "--workers", "1", test_a=text)
+    assert done.returncode == 1, done.stdout
+    assert "behind the last test" in done.stdout
+    assert "ended with status 70" in done.stdout
+    assert "in left_alone" in done.stdout
+
+
 def test_a_stopped_process_is_woken_before_anybody_waits_for_it() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         pauses, found = restless.Pauses(seed=0), psutil.Process(process.pid)

@@ -18,12 +18,14 @@ Messages between the processes are JSON objects over a pair of pipes, `multiproc
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -101,6 +103,13 @@ def find_units(config: pytest.Config) -> list[str]:
 # ---- a worker --------------------------------------------------------------------------------------------------------
 
 
+def end_at_last(seconds: float = 120) -> None:
+    """End a process with status 70 if it has not ended by then: threads that tests have left would keep it for ever."""
+    time.sleep(seconds)
+    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    os._exit(70)
+
+
 class Worker:
     """The session of a worker process: it runs what it is given, and reports."""
 
@@ -156,6 +165,7 @@ class Worker:
                 self._tell(kind="end", test=str(item.nodeid))
             items = following
         self._tell(kind="rows", rows=slowest_tests.rows())
+        threading.Thread(target=end_at_last, daemon=True).start()
         return True
 
     @pytest.hookimpl(wrapper=True)
