@@ -60,7 +60,7 @@ class CacheType(NamedTuple):
         row_scales: whether each token and head has a scale on a GPU; otherwise a layer has one, which a checkpoint may
             contain.
         capability: least compute capability of a GPU.
-        names: its names in vLLM and the Rust candle-vllm, whose bf16 means auto and whose turbo types are rotated, too.
+        names: its names in vLLM and in the Rust candle-vllm.
     """
 
     device: str = ""

@@ -29,7 +29,6 @@ _CACHED_BYTES = 384 << 10
 _PANELS = 8  # maximum number of these panels
 _PART = 11  # groups of columns in a part of K: 24 KiB of two tiles
 _HEIGHT = 8  # rows of a panel
-_TURN = 1  # steps of a loop iteration; of several, LLVM makes two instructions of each vpdpwssd but the first
 
 
 @intrinsic(prefer_literal=True)
@@ -50,20 +49,18 @@ def _multiply(
             own = [b.add(base, offset) for base in bases]
             x = b.add(at_panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
 
-            def turn(number: Any, totals: list[Any]) -> list[Any]:
-                totals = list(totals)
-                along = [b.add(each, b.mul(number, e.int64(_TURN * VECTOR_BYTES))) for each in own]
-                across = b.add(x, b.mul(number, e.int64(_TURN * _HEIGHT * 4)))
-                for step in range(_TURN):
-                    loaded = [e.load(each, vector(I32), step * VECTOR_BYTES) for each in along]
-                    for row in range(_HEIGHT):
-                        splat = e.splat(e.load(across, I32, 4 * (step * _HEIGHT + row)))
-                        for tile, words in enumerate(loaded):
-                            at = tile * _HEIGHT + row
-                            totals[at] = e.dot_i16(totals[at], splat, words, features)
+            # One step each turn: where a turn has several, LLVM makes two instructions of each vpdpwssd but the first.
+            def step(number: Any, totals: list[Any]) -> list[Any]:
+                loaded = [e.load(b.add(each, b.mul(number, e.int64(VECTOR_BYTES))), vector(I32)) for each in own]
+                across, totals = b.add(x, b.mul(number, e.int64(_HEIGHT * 4))), list(totals)
+                for row in range(_HEIGHT):
+                    splat = e.splat(e.load(across, I32, 4 * row))
+                    for tile, words in enumerate(loaded):
+                        at = tile * _HEIGHT + row
+                        totals[at] = e.dot_i16(totals[at], splat, words, features)
                 return totals
 
-            totals = e.loop(e.int64(STEPS // _TURN), [e.zeros(I32) for _ in places], turn)
+            totals = e.loop(e.int64(STEPS), [e.zeros(I32) for _ in places], step)
             factors = [e.load(each, vector(F32), SCALES) for each in own]
             given = b.add(at_scales, b.mul(index, e.int64(_HEIGHT * 4)))
             for (tile, row), total in zip(places, totals):
