@@ -21,6 +21,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ TOGETHER = (
 APART = ROOT / "tests" / "web"  # Playwright keeps an event loop in the main thread, so a worker runs nothing else
 NEVER_AGAIN = ("kernels", "security")
 VARIABLE = "CANDLE_VLLM_TEST_WORKER"  # two file descriptors: what a worker reads from, and writes to
+_AT = re.compile(r"^(?!/)(\S+\.py:\d+): ", re.MULTILINE)  # each frame of a failure's traceback, where the file is ours
 Message = dict[str, Any]
 
 
@@ -439,7 +441,8 @@ class Division:
                     report.passing = ""
                     self._count(report)
             else:
-                line = f"{test}  {reports[0].passing}"
+                where = [at for at in _AT.findall(reports[0].longreprtext) if "site-packages" not in at]
+                line = "  ".join([test, reports[0].passing, *where])
                 self._flaky[line] = reports[0].sections
         if self._flaky:
             stamp = time.strftime("%Y-%m-%d %H:%M")
