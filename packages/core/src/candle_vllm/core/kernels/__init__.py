@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Step 6, innermost: one folder per operation, with its contract and dispatch, its reference, and its backends."""
+"""The operations of layers and samplers: a folder each, with contract and dispatch, reference, and backends."""

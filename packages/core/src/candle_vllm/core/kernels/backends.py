@@ -26,7 +26,7 @@ class PlainBackend:
 
     Attributes:
         device: device of the matrices.
-        dtype: of plain matrices and of activations.
+        dtype: element type of plain matrices and of activations.
     """
 
     device: torch.device | Device
@@ -72,7 +72,8 @@ class DeviceBackend(PlainBackend):
     """The kernels of a GPU; on the CPU their references in torch, for tests.
 
     Attributes:
-        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks, or plain.
+        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks or plain
+            elements.
         floats_kept: whether the layer has kernels for small floats with scales; otherwise they are decoded.
     """
 

@@ -95,7 +95,8 @@ class HostWeights:
         self._used = 0  # bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move all tensors of layers or matrices to this memory, each to its own place; they must be filled."""
+        """Move all tensors of layers or matrices to this memory, each to its own place; the tensors must have their
+        values already."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
@@ -112,7 +113,7 @@ class HostWeights:
         return sum(piece.numel() for _, piece in self._pieces)
 
     def drop(self) -> None:
-        """Release the memory; it is freed once no tensor is in it."""
+        """Release the memory; it is freed once no tensor uses it."""
         self._pieces, self._used = [], 0
 
     def become(self, other: HostWeights) -> None:
@@ -159,7 +160,7 @@ class OffloadedWeights:
 
     Args:
         tensors: tensors of the loaded model.
-        stays: the memory of those that are always in host memory; None if all are on the device.
+        stays: memory of the tensors that are always in host memory; None if all tensors are on the device.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:

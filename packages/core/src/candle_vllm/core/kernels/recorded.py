@@ -90,9 +90,9 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """Return the sum with `other`: a matrix's result, a table's rows or a norm, not computed yet.
+        """Return the sum with `other`, which is a matrix's result, a table's rows or a norm, and not computed yet.
 
-        This value is overwritten by the sum. If it is a norm, or such a result itself, the sum has its own memory.
+        The sum overwrites this value, unless this value is itself a norm or such a result: then it has its own memory.
         """
 
     @abstractmethod
@@ -194,8 +194,8 @@ class Recorded(ABC):
     @abstractmethod
     def attend(self, k: Recorded | None, v: Recorded | None, cache: PagedCache, **scores: Any) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, `scores` are the fields of
-        `attention/cpu_record.Scores`. Without k and v nothing is written. If it `narrows`, the result has only the rows
-        whose logits are wanted."""
+        `attention/cpu_record.Scores`. Without k and v nothing is written. If `narrows` is set, the result has only the
+        rows whose logits are wanted."""
 
     @abstractmethod
     def attend_whole(
@@ -256,7 +256,7 @@ class RecordedTokens(ABC):
     """The token ids of a step while it is recorded, or other row numbers of its tokens in a table.
 
     Attributes:
-        numbers: the array that has them when the step runs.
+        numbers: the array that holds the numbers when the step runs.
     """
 
     numbers: NDArray[np.int64]

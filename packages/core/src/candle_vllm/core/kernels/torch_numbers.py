@@ -125,8 +125,7 @@ def fill(tensor: torch.Tensor, stored: StoredTensor) -> None:
 def convert(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy a flat tensor to one of another dtype, in the calling thread.
 
-    The pieces are so small that torch does not divide them among threads, whose barrier takes more time than it saves,
-    on a busy machine a hundred times as much.
+    The pieces are so small that torch does not divide them among threads, whose barrier takes more time than it saves.
     """
     for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
         part.copy_(piece)
@@ -136,7 +135,7 @@ def check_range(stored: StoredTensor, values: torch.Tensor) -> None:
     """Raise UnsupportedModelError for weights that became infinite because they were converted to float16."""
     if values.dtype != torch.float16 or stored.dtype == "F16":
         return
-    # In pieces, because the check needs half as much memory again.
+    # In pieces, because the check allocates a byte for each element.
     if any(bool(piece.isinf().any()) for piece in values.flatten().split(_LOOKED_AT)):
         raise UnsupportedModelError(
             f"{stored.path}: tensor {stored.name}: weights are beyond the range of f16, which ends at 65504: set "

@@ -62,8 +62,8 @@ _AMD_USAGE = re.compile(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)")
 
 
 def capability(device: torch.device | Device) -> int:
-    """Return a GPU's compute capability, 90 for 9.0, also under the interpreter. All AMD GPUs have `AMD`, because their
-    numbers have another meaning."""
+    """Return a GPU's compute capability (90 is 9.0), and 90 for the CPU, on which Triton interprets kernels. For AMD
+    GPUs return `AMD`: their numbers have another meaning."""
     if device.type != "cuda":
         return 90
     return AMD if torch.version.hip else _nvidia_capability(device)

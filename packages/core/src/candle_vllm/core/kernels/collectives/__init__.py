@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECTING = 10.0  # seconds in which ranks that have found each other must be connected
 _ABANDONED: list[Any] = []
-_LOOK = datetime.timedelta(seconds=0.5)  # time between two checks of a waiting rank whether the others live
+_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks that the others live
 SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
 FIRST_SLOT = 4096  # offset of a rank's slots in its block, after its counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
@@ -72,7 +72,8 @@ class Sums(Protocol):
     """Sums the parts of a result over ranks."""
 
     def sum(self, x: Value) -> Value:
-        """Sum x [T, ...] over all ranks; return all rows, or in a divided step only this rank's rows."""
+        """Sum x [T, ...] over all ranks; return all rows, or only this rank's rows in a step that `TokenShares`
+        divides."""
         ...
 
 
@@ -118,7 +119,7 @@ class Collective(Protocol):
 
 
 def is_first(ranks: Collective) -> bool:
-    """Whether this is the engine's own rank, the first one of the first stage."""
+    """Return whether this is the engine's own rank, the first one of the first stage."""
     return ranks.rank == 0 and (ranks.stages is None or ranks.stages.rank == 0)
 
 
@@ -129,7 +130,7 @@ class VocabularyShare(NamedTuple):
         collective: the ranks.
         first: this rank's first row.
         most: rows of each rank but the last, which may have fewer.
-        total: V.
+        total: V, the rows of the whole table.
     """
 
     collective: Collective
@@ -221,7 +222,7 @@ class _SharedMemory:
     """Collectives of this machine's ranks in shared memory: float32 sums in the order of the ranks, and gathers.
 
     Args:
-        first: the block of the group's first rank.
+        first: index of the block of the group's first rank.
         rank, size, patience: see `ProcessGroup`.
         gone: set when another rank has ended.
 
@@ -253,7 +254,7 @@ class _SharedMemory:
             self._do(self._add_up, address + 4 * start, min(most, count - start))
 
     def put_together(self, address: int, count: int, out: int) -> None:
-        """Gather `count` elements of 4 bytes of each rank, in the order of the ranks.
+        """Gather `count` elements of 4 bytes of each rank to address `out`, in the order of the ranks.
 
         Raises:
             RuntimeError: as `add`.
@@ -296,7 +297,7 @@ class ProcessGroup:
         device: device of the tensors.
         notes: store through which the ranks find each other.
         name: name of the group in the store.
-        patience: seconds that a rank waits for the others within a step; connecting may take `_CONNECTING`.
+        patience: seconds that a rank waits for the others within a step; connecting may take `_CONNECTING` seconds.
         host: the address at which Gloo listens for the others.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
@@ -452,9 +453,9 @@ class ProcessGroup:
 
     def close(self) -> None:
         if self._gone.is_set():
-            _ABANDONED.append((self._host, self._store))  # a call still waits in it, and its destructor would wait too
+            _ABANDONED.append((self._host, self._store))  # its destructor would wait for the call that still waits
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
-            end = getattr(group, "abort", None)  # NCCL has it, and it does not wait for other ranks
+            end = getattr(group, "abort", None)  # only NCCL has `abort`, which does not wait for other ranks
             if end is not None:
                 end()
         self._group = self._back = self._host = None

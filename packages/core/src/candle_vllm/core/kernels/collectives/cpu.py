@@ -34,8 +34,8 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
         x: address of this rank's part, float32, which the sum overwrites.
         count: number of elements; they fit a slot.
         turns: maximum number of polls of each rank's counter.
-        state: address of an int64: 0 before the first call, 1 after this rank's part is written, 2 after the sum is.
-            The caller repeats the call until it is 2.
+        state: address of an int64: 0 before the first call, 1 after this rank's part is written, 2 after the sum is
+            written. The caller repeats the call until the state is 2.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES
     out = float32_at(x)

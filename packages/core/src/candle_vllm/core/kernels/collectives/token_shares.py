@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Expert parallelism: divide a step's tokens among ranks, and send them to the ranks of their experts; inside step 6.
+"""Expert parallelism: divide a step's tokens among ranks, and send them to the ranks of their experts (step 6 of a
+request's life).
 
 From attention's sum to the end of a layer, a rank computes only its share of a step's T tokens:
 
@@ -61,7 +62,7 @@ class TokenShares:
     Args:
         collective: the ranks.
         held: number of experts of each rank; experts are numbered rank by rank.
-        least: least bytes of a step's rows for which it is divided, if it may be and has a row for each rank.
+        least: bytes of a step's rows from which on a step is divided, if it may be and has a row for each rank.
     """
 
     def __init__(self, collective: Collective, held: Sequence[int], least: float) -> None:

@@ -28,7 +28,7 @@ class RecordedBackend:
     Attributes:
         memory: memory of the matrices.
         kind: type of plain matrices; None keeps the stored types.
-        groups: whether the layer reorders its input for a matrix.
+        groups: whether the layer can reorder its input as a matrix requires.
         floats_kept: whether the layer supports small floats with scales; otherwise they are decoded.
         words: see `Placement`.
     """
@@ -85,7 +85,8 @@ class RecordedBackend:
             return self._decoded(stored, str(error))
 
     def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
-        """Return plain matrices [N, K] of a stored [..., N, K]; decoded elements become bfloat16, or `kind`."""
+        """Return the plain matrices [N, K] of a stored tensor [..., N, K]; decoded elements become bfloat16, or
+        `kind`."""
         from candle_vllm.core.kernels import plain_linear
 
         *outer, rows, columns = stored.shape

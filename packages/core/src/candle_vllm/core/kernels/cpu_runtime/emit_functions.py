@@ -98,7 +98,7 @@ def emit_quick_gelu(e: Emitter, x: Any) -> Any:
 
 
 def emit_softplus(e: Emitter, x: Any) -> Any:
-    """log(1 + exp(x)) of 16 floats: max(x, 0) + log(1 + u) with u = exp(-|x|), which is at most 1.
+    """log(1 + exp(x)) of 16 floats, finite for NaN: max(x, 0) + log(1 + u) with u = exp(-|x|), which is at most 1.
 
     With s = u / (2 + u), which is at most 1/3, log(1 + u) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
     """

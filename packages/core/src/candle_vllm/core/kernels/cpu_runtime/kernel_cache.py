@@ -135,7 +135,7 @@ def is_missing(name: str) -> bool:
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     """Return the address of a compiled function: precompiled, from the cache on disk, or compiled now.
 
-    After a damaged file or on a full disk it is compiled again, with a warning.
+    A damaged file is compiled again, and on a full disk the code is not stored; both log a warning.
 
     Args:
         name: "folder.module.function" below `kernels`, then the constants; the file name is this name and the key.

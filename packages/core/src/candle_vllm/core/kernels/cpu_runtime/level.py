@@ -24,7 +24,7 @@ LANES = 16
 
 
 class Isa(enum.IntFlag):
-    """Instruction sets beyond the baseline; tests pass other sets."""
+    """Instruction sets beyond the baseline; tests pass other sets than this CPU's."""
 
     GENERIC = 0
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed in groups of four
@@ -166,8 +166,8 @@ def level_of(flags: frozenset[str], named: str = "") -> Level | None:
 def bytes_ahead() -> int:
     """Return the prefetch distance of the kernels for quantised weights, in bytes; 0 leaves prefetching to the CPU.
 
-    The hardware prefetchers of a Xeon with AMX and of a Zen 3 are too late: with software prefetch a product takes
-    seven to nine tenths of the time, for one row and for 32. On Zen 4 a single row becomes slower.
+    The hardware prefetchers of a Xeon with AMX and of a Zen 3 load too late. On Zen 4, software prefetches make the
+    product of a single row slower.
     """
     vendor, flags = _cpu_facts("vendor_id"), _cpu_facts("flags")
     return 2048 if "GenuineIntel" in vendor or ("AuthenticAMD" in vendor and "avx512f" not in flags) else 0

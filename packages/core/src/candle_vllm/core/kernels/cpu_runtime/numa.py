@@ -103,7 +103,7 @@ class CpuRanks:
         return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
 
     def borders(self, units: int) -> list[int]:
-        """Return the first of `units` units of each rank, as threads divide them, and at the end their number."""
+        """Return the index of each rank's first unit when the threads divide `units` units, and `units` at the end."""
         return [units * start // self.threads for start in self.starts]
 
     def divides(self, heads: int) -> bool:

@@ -56,7 +56,7 @@ class StepNumber(enum.IntEnum):
     SEQUENCES = 1  # R
     LOGIT_ROWS = 2  # number of rows whose logits are wanted
     PAIRS = 3  # pairs of tokens and experts in the current mixture of experts; written by the plan itself
-    ADAPTERS = 4  # groups of rows, one for each adapter
+    ADAPTERS = 4  # number of groups of rows, one for each adapter
     LOGIT_ADAPTERS = 5  # the same groups of the rows whose logits are wanted
     COUNT = 6
 
@@ -275,7 +275,7 @@ class LinearArguments(NamedTuple):
         x: address of the activations, in the input form of the weight format.
         x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
         scales, sums: addresses of scales and sums of quantised activations.
-        span: iterations of a span, whose columns share a scale, for small floats.
+        span: for small floats: iterations over a span, whose columns share a scale.
         ahead: prefetch distance of quantised weights, in bytes.
         beside: address of lists of other memory that each thread prefetches meanwhile, `RUNS_BYTES` apart; or 0. Only
             products of quantised weights use it.
@@ -317,7 +317,7 @@ def linear_arguments(
     picked: int = 0,
     rows_from: StepNumber = StepNumber.TOKENS,
 ) -> LinearArguments:
-    """Return the arguments for a matrix; the caller keeps all memory alive. See `LinearArguments`, except for
+    """Return the arguments for a matrix; the caller keeps all memory alive. For other parameters see `LinearArguments`.
 
     Args:
         out, column: address of the result, and its first column that is written.

@@ -47,7 +47,7 @@ SUFFIX = ".weights"
 MOST_BYTES = 20 * 10**9  # of all files in a folder, and at most half of the disk's free space
 _MAGIC: Final = b"candle-vllm weights 1\n"
 _HEAD = struct.Struct("<22s2xQ32s")  # magic, bytes of the table, SHA-256 of the table
-_HUGE = 2 << 20  # matrices begin at a multiple of it
+_HUGE = 2 << 20  # the first matrix begins at a multiple
 _WRITTEN = 32 << 20  # bytes of a write: Linux holds them in huge pages
 _SUMMED = 1 << 17  # 64-bit words that are summed together
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
@@ -56,14 +56,14 @@ _PATIENCE = 10  # seconds that the end of a process waits for a file
 
 
 class PackedFile:
-    """The packed matrices of one load: those of a file, if `about` is its key, and those that it lacks."""
+    """The packed matrices of one load: matrices of a file, if `about` is the file's key, and matrices that it lacks."""
 
     def __init__(self, path: Path, about: str) -> None:
         self._path, self._about = path, about
         self._table: Mapping[str, Any] = {}
         self._data, self._huge = np.empty(0, np.uint8), False
         self._parts: Counter[object] = Counter()
-        self._all: dict[str, tuple[Any, Any, str | None]] = {}  # what a matrix is made of, the matrix, and why decoded
+        self._all: dict[str, tuple[Any, Any, str | None]] = {}  # source, matrix, why it was decoded
         self._memories: set[WeightMemory] = set()
         self._lacking, self._ends = False, False
         self._open()
@@ -153,7 +153,7 @@ class PackedFile:
         thread.join()
 
     def _write(self, size: int) -> None:
-        """Write the file atomically; on any error there is no file, which costs a warning."""
+        """Write the file atomically; on an error, log a warning and leave no file."""
         if sys.platform == "linux":
             with suppress(OSError):  # this thread only
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -75,7 +75,8 @@ class StepArrays:
 
     Attributes:
         wanted_start: [sequences + 1] offset of each sequence's logit rows, and their total number.
-        moved_on: the arrays already describe the next step, whose inputs are the tokens sampled in the last step.
+        moved_on: whether the arrays already describe the next step, whose inputs are the tokens sampled in the last
+            step.
         turns: [tokens] offset from a position's row to the token's row in rotary tables; None if no plan needs it.
         states: the step's use of states, see `kernels/states.py`; empty if no layer has a state.
         page_tables, page_slots: block tables and slots of each page pool.
@@ -292,7 +293,7 @@ def row_stride(width: int) -> int:
     """Return the row stride in floats: an odd number of whole cache lines.
 
     Kernels write the same columns of several rows. With a power of two as stride, these map to the same few cache sets
-    and evict each other: a head for 49,152 tokens took 1.6 times as long.
+    and evict each other.
     """
     return (-(-width // 16) | 1) * 16
 

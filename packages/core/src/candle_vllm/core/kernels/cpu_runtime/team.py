@@ -113,9 +113,10 @@ class ThreadTeam:
         self._take_part(known[1], rows, self._shared, 0, self.threads)
 
     def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
-        """Run the parts `first`..`last` of the first operation of a plan, divided into `parts` consecutive parts.
+        """Run the parts `first` to `last` - 1 of the first operation of a plan, divided into `parts` consecutive parts.
 
-        Each part is the share of one whole team among `parts` teams, so the results are the same as of one run.
+        The operation is divided as among `parts` teams, and a part is the share of one team; results equal those of
+        `run`.
         """
         if self._parts is None:
             given = PartArguments(0, 0, 0, 1)

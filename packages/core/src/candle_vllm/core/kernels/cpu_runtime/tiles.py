@@ -86,7 +86,8 @@ def _copy_16(_: Any, target: Any, source: Any) -> Any:
 
 @njit
 def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Write the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus bias, plus `out`."""
+    """Write the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus the bias at address
+    `bias` if it is not 0, plus the old values if `accumulate` is not 0."""
     for row in range(rows):
         source, target = sums + row * 4 * ROWS, out + row * row_bytes
         if lanes == ROWS:

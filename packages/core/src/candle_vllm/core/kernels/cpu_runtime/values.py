@@ -3,7 +3,8 @@
 
 Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
 with the input format of the matrices that read it, such as int8 groups (`matrices.py`). A product is added directly to
-the residual or to another product; a norm, to the residual. Adding to a norm first computes the norm as a value.
+the residual or to another product, and a norm directly to the residual. A norm to which a value is added is computed
+before.
 
 A value records the version of its buffer. The use of a value after its buffer was overwritten is an error in the
 model's code and fails at once.
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
-    """Return the step's token ids, with which a recording begins, or other `numbers` per token (`arrays.positions`)."""
+    """Return the step's token ids, with which a recording begins, or other `numbers`, one for each token."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
@@ -551,7 +552,7 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value to compute into its own buffer or add to a residual, together with the pending values added to it."""
+    """A value that is computed later, into its own buffer or onto a residual, with the pending values added to it."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
@@ -631,7 +632,7 @@ class _LookedUp(_Pending):
 
 
 class _Product(_Pending):
-    """Result of a product with fused matrices."""
+    """Products of an input with several matrices, concatenated."""
 
     def __init__(
         self,

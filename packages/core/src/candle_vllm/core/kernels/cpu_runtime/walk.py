@@ -100,7 +100,8 @@ def _wake(shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _claim(word: int, number: int, count: int) -> int:
-    """Claim the next free one of `count` pieces of row `number`; -1 if all are claimed, or the row has ended."""
+    """Claim the next free one of `count` pieces of row `number` and return its index; -1 if all are claimed, or the row
+    has ended."""
     while True:
         found = load_acquire(word)
         if found >> _TAKEN_BITS > number:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
 
-A step with one row of activations reads all weights once, at the speed of the memory. That needs huge pages: from pages
-of 4 KiB, weights were read up to a third slower. Numpy asks for huge pages for arrays from 4 MiB on, and most
-matrices of a small model are smaller than that, so several matrices share one piece.
+A step with one row of activations reads all weights once, at the speed of the memory. That needs huge pages. Numpy asks
+for huge pages for arrays from 4 MiB on, and most matrices of a small model are smaller than that, so several matrices
+share one piece.
 
 The memory of a model's matrices can be returned to the system while its addresses stay reserved. Loading the model
 again fills it again, so a recorded step, which contains only addresses, reads the same numbers as before.
@@ -62,7 +62,8 @@ def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
 
 
 def new_memory(ranks: Callable[[], CpuRanks | None] = lambda: None) -> WeightMemory:
-    """Memory for the weights of a model, or of a part that is loaded by itself; `ranks` is called for new memory."""
+    """Return memory for the weights of a model, or of a part that is loaded by itself; `ranks` is called for new
+    memory."""
     again, made = _AGAIN.get(), _MADE.get()
     memory = WeightMemory(ranks=ranks()) if again is None else next(again)
     if made is not None:
@@ -107,7 +108,7 @@ class WeightMemory:
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
         self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
-        self.mapped: dict[str, tuple[Any, str | None]] = {}  # by `packed_file`: matrices that are in a mapped file
+        self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
 
     def take(self, count: int, tiles: int = 1) -> np.ndarray:

@@ -8,10 +8,10 @@ ranges of one tensor; it must not overlap the other arguments. Products are summ
 once. With at most `SMALL` rows x is multiplied by the exact codes, and the scales are applied to the sums in fp32; with
 more rows, weights are first rounded to x's dtype, like the weights of a dequantised file.
 
-With at most `SMALL` rows, and also above, a row's result depends only on the row and the matrix, whose shape determines
-how sums are split along K. With `invariant=True` on a GPU, a result is identical for any number of rows, because codes
-are exact for all of them (see `triton.py`). On the CPU the reference computes each row separately. Rows of an embedding
-are exact except for the rounding to their dtype.
+Among calls with at most `SMALL` rows, and among calls with more, a row's result depends only on the row and the matrix,
+whose shape determines how sums are split along K. With `invariant=True` on a GPU, a result is identical for any number
+of rows, because codes are exact for all of them (see `triton.py`). On the CPU the reference computes each row
+separately. Rows of an embedding are exact except for the rounding to their dtype.
 
 `pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a
 CPU engine uses `kernels/packed_linear`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The quantised linear layer in plain torch (step 6), literal enough to check by eye; the reference of tests."""
+"""The quantised linear layer in plain torch, literal enough to check by eye; the reference of tests."""
 
 from __future__ import annotations
 

@@ -33,8 +33,9 @@ from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability
 
 # By the number of weights that share a scale: the first tile that is wide enough, else the last. Chosen by counting
-# instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers; with more
-# tokens sharing x pays, and with the most tokens a block takes long enough that prefetching one hides the latency.
+# instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers. With more
+# tokens, several warps share x; with the most tokens, a block takes so long that prefetching a single one hides the
+# latency.
 TILES = MappingProxyType(
     {
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),

@@ -16,10 +16,10 @@ dtype, contiguous rows and any row stride, and must not overlap the other argume
 the result is rounded once. With at most `SMALL` rows x is multiplied by the exact codes, and scales are applied to the
 sums in fp32 (inner scales to the floats, exactly); with more rows, weights are first rounded to x's dtype.
 
-With at most `SMALL` rows, and also above, a row's result depends only on the row and the matrix; with `invariant=True`
-its bits are the same for any number of rows. Tensors on the CPU are computed by `reference.py`, for tests.
-Source: Frantar et al., 2022, arXiv:2210.17323; Lin et al., 2023, arXiv:2306.00978; Micikevicius et al., 2022,
-arXiv:2209.05433; NVIDIA's modelopt.
+Among calls with at most `SMALL` rows, and among calls with more, a row's result depends only on the row and the matrix;
+with `invariant=True` it has the same bits for any number of rows. Tensors on the CPU are computed by `reference.py`,
+for tests. Source: Frantar et al., 2022, arXiv:2210.17323; Lin et al., 2023, arXiv:2306.00978; Micikevicius et al.,
+2022, arXiv:2209.05433; NVIDIA's modelopt.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class GroupMatrix:
 
     @property
     def unit(self) -> int:
-        """Largest number of parts of a step, 1, 2 or 4, of which all weights share a scale."""
+        """Largest number of adjacent parts of a step, 1, 2 or 4, whose weights always share a scale."""
         if self.group == self.columns:
             return self.parts
         return next(unit for unit in (4, 2, 1) if unit <= self.parts and self.group % (unit * PART) == 0)

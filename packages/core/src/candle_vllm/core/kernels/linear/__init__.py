@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with a plain weight; step 6 of a request's life.
 
-Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] of the same or None. y [T, O] = x weight^T + bias has
-x's dtype, in new memory or in `out`: x's dtype, shape [T, O], contiguous elements in a row, rows at any distance, so
-that several layers write side by side into one tensor. `out` shares no memory with the inputs. Sums are at least fp32.
-On a GPU, the rows of the weight and the bias are contiguous too.
+Contract: x [T, I] and weight [O, I] have one float dtype, and bias [O] has the same dtype or is None. y [T, O] = x
+weight^T + bias has x's dtype, in new memory or in `out`. `out` [T, O] has x's dtype, contiguous rows and any row
+stride, so that several layers can write to column ranges of one tensor, and shares no memory with the inputs. Sums are
+at least fp32. On a GPU, the rows of the weight and the bias are contiguous too.
 
 `invariant=True` guarantees on a GPU that a row's bits depend on this row and the matrix alone: not on T, other rows,
 `out` or x's strides (`triton.py` names the assumptions). It supports float32, bfloat16 and float16. On the CPU the

@@ -3,17 +3,18 @@
 
 One kernel serves any number of rows of x and every storage format of a matrix; a function of `triton_products.py`
 defines the product. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
-decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. K is divided into
-stretches by the matrix's shape alone, whose sums are added to 0 in order, in fp32. A single program computes and adds
-them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them in the same way.
+decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape
+alone determines how K is divided into stretches; their sums are added to 0 in order, in fp32. A single program computes
+and adds them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them in the same
+way.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
 and one depth (16 products), which each GPU always uses here: m64nXk16 of `wgmma` on Hopper, `tcgen05` on server
-Blackwell, m16n8k16 of `mma.sync` on the others, and for codes everywhere. Tests look for them in the compiled code and
-compare bits on a GPU. Therefore no tile of a plain matrix is smaller than these instructions need (on Hopper 64 rows
-for each four warps), and no tile of codes is that large. float32 is multiplied without tensor cores, in the order of K;
-so is float16 on GPUs where Triton uses no tensor cores.
+Blackwell, m16n8k16 of `mma.sync` on the others, and for codes everywhere. Tests search the compiled code for these
+instructions and compare bits on a GPU. Therefore no tile of a plain matrix is smaller than these instructions need (on
+Hopper 64 rows for each four warps), and no tile of codes is that large. float32 is multiplied without tensor cores, in
+the order of K; so is float16 on GPUs where Triton uses no tensor cores.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -31,7 +31,8 @@ import triton.language as tl
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codec:
-    """Functions that read a matrix of codes. One object for each kind of matrix: compiled kernels are found by it.
+    """Functions that read a matrix of codes. Each kind of matrix has one object, which is part of the key of its
+    compiled kernels.
 
     In the device functions, g is a part of a step, and `planes` is (low, high, scales, supers).
 

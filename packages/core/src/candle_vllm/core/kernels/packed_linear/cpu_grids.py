@@ -88,7 +88,7 @@ class GridGroup:
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
-        """Return an index's word of IQ1: magnitudes, and the sign of the eighth."""
+        """Return an index's word of IQ1: magnitudes, and the sign of the eighth that is added."""
         found = gather(self.e, self._table, self._index(index), self.isa)
         moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)

@@ -50,7 +50,7 @@ def most_panels(isa: Isa, layout: AnyLayout) -> int:
 
 @njit
 def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> tuple[int, int]:
-    """Return the rows of the next panels, and their number, for the remaining rows.
+    """Return the number of rows in each of the next panels, and the number of these panels, for `left` remaining rows.
 
     `full` are the rows of a full panel, `group_bytes` its bytes for a group, and `most` is `most_panels`.
     """

@@ -4,14 +4,14 @@
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
 - AVX2, AVX-512: pairs of products are added in 16 bits with saturation (vpmaddubsw). A code has at most 6 bits, or its
   magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. Quads are
-  added in 16 bits while the sum is below 2^15 for any values, and are then widened; if the values have a zero, all
-  quads of a scale are added in 16 bits (`are_centred`).
+  added in 16 bits while the sum is below 2^15 for any values, and are then widened; if values are codes minus a zero,
+  all quads of a scale are added in 16 bits (`are_centred`).
 - NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: four of them to 32 bits, with
   one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
   for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-An 8-bit code is signed in all of these: its zero is subtracted, and sums begin at 0. The values of tables with a range
-of more than 127 steps are signed too (IQ4, and grids). Other tables are stored as steps from the lowest value
+Except with VNNI, an 8-bit code is signed: its zero is subtracted, and sums begin at 0. The values of tables with a
+range of more than 127 steps are signed too (IQ4, and grids). Other tables are stored as steps from the lowest value
 (`Steps`), which are unsigned; if the steps equal the codes, there is no lookup.
 """
 

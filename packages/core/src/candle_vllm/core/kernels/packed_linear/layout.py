@@ -29,9 +29,9 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
                   n of five digits, the first digit highest, as in TQ1_0                   (13 vectors for eight groups)
 
 A type with several of these stores them in order, high bits first: the kernel then reads memory sequentially, which the
-hardware prefetcher needs (with the fifth bits after the nibbles, reading Q5_1 was a third slower). A code is unsigned;
-a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL, IQ4_XS,
-MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up first; there a weight is scale * value.
+hardware prefetcher needs. A code is unsigned; a weight is scale * (code - zero) for the types without a minimum,
+otherwise scale * code + minimum. IQ4_NL, IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked
+up first; there a weight is scale * value.
 
 The other IQ types have two layouts. That of `grids.py` has the indices of the file; it is used if the CPU can look up
 64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the

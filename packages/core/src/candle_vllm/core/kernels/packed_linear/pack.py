@@ -36,7 +36,7 @@ from candle_vllm.core.threads import loading_threads
 logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1 << 16
-"""Maximum elements of a row, because the operations keep 8 rows of activations on the stack."""
+"""Maximum elements of a row, because the operations keep a panel of up to 16 rows of activations on the stack."""
 
 CHUNK = 1 << 19
 """Weights per round: the data of a round stays in the cache."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The packed linear layer in plain numpy: the readable reference (step 6), with which tests compare the kernels."""
+"""The packed linear layer in plain numpy: the readable reference, with which tests compare the kernels."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
     assert isinstance(layout, TileLayout)
     floats = [part for place in contents.floats for part in _floats(blocks, place, contents)]
     if layout.nested and layout.minimum:
-        floats[1] = floats[1] ^ np.uint16(0x8000)  # the kernels add
+        floats[1] = floats[1] ^ np.uint16(0x8000)  # the kernels add the minimum
     codes = _codes(blocks, contents, layout) if contents.codes else _digits(blocks, contents)
     return ChunkCodes(codes, floats, _small(blocks, contents, layout))
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Shared code of linear layers with activations in rows (step 6): activation panels, tiles times a panel, results.
+"""Shared code of linear layers with activations in rows: activation panels, tiles times a panel, results.
 
 A block's rows are copied into a **panel** on the stack with rows interleaved: element 0 of all rows, element 1 of all
 rows, and so on, because each step of the weights reads one element of every row. A CPU without AVX-512 has 16 vector
 registers of half the size. There, one tile is multiplied by 4 rows at a time, or by 6 of several panels, so that the
-sums stay in registers (8 rows: half as fast, measured on Zen 3).
+sums stay in registers.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -27,7 +27,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 VECTOR_BYTES = 4 * LANES
 
 _AHEAD = 3072
-"""Prefetch distance in bytes of weights, for 8 rows only: 2 to 6 % faster on Zen 4, no gain for a single row."""
+"""Prefetch distance in bytes of weights, for 8 rows only, because a single row gains nothing."""
 
 
 # ---- the panel of activations ----------------------------------------------------------------------------------------
@@ -176,8 +176,6 @@ def _block_sums(
 @njit
 def ask_tiles(out: int, row_bytes: int, rows: int, tile: int, count: int) -> None:
     """Prefetch the lines of the result that `write_tiles` will write: a product of many columns waits for them.
-
-    With it a product with 1536 columns is 1.12 times as fast on Zen 4, and one with 384 as fast.
     """
     for row in range(rows):
         for index in range(tile, tile + count):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with small-float weights and scales (FP8, NVFP4) on the CPU (step 6).
+"""Linear layer with small-float weights and scales (FP8, NVFP4) on the CPU (step 6 of a request's life).
 
 Contract. Activations x [T, K] are bfloat16 rows of `kernels/activation_rows`, zero beyond K. Weights [N, K] are e4m3,
 e5m2, or e2m1 with one e4m3 scale for each 16 elements of a row. K is divided into spans of at most 256 columns; each
