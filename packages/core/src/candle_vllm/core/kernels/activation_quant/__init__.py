@@ -11,9 +11,9 @@ Contract: for x float32 [T, C], first a prologue computes y [T, K]:
     SILU_7, SILU_16   SILU with a limit (see `kernels/silu_mul`)
     SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
-Then each group of 32 adjacent elements of a row becomes 32 signed bytes q = round(y / s), to nearest even, with one
-scale s = max|y| / 127; q is 0 if s is 0. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T, K/32],
-which weights with an offset need. The arithmetic is fp32. GGML calls this format Q8_1.
+Then each group of 32 adjacent elements of a row becomes 32 signed bytes q = round(y * (1 / s)), to nearest even, with
+one scale s = max|y| / 127; q is 0 if s is 0. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T,
+K/32], which weights with an offset need. The arithmetic is fp32. GGML calls this format Q8_1.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def delta_rule(
     """Return each token's result; the states and kept rows of `cache` are changed.
 
     Args:
-        q, k, v, a, b: see above; the elements of a row are contiguous.
+        q, k, v, a, b, positions: see above; the elements of a row are contiguous.
         gates: gates of the layer.
         cache: cache of the layer, float32.
         rows: the step's use of states; recorded steps have rows of their own.

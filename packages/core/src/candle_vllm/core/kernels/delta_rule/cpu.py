@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them (step 6 of ten).
+"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them.
 
-The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state,
-16 KB) through all tokens that a step has of a sequence, so the columns stay in the L1 cache for any number of tokens.
+The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state, 16
+KB for Dk = 128) for all tokens of a sequence in a step, so the columns stay in the L1 cache for any number of tokens.
 Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with q
 S. If the state after a token is to be stored, the token writes it to its slot, where the next token reads it.
 

@@ -47,7 +47,8 @@ def latent_attention(
 ) -> torch.Tensor:
     """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous.
 
-    Tokens attend to `chosen` positions [T, top]: ascending, and anything behind a token's own position.
+    Tokens attend to `chosen` positions [T, top], ascending; a token at position p reads only the first p + 1 of its
+    row.
     """
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])

@@ -283,7 +283,7 @@ def _choose(scores: int, count: int, top: int, to: int) -> None:
     while ((low ^ high) & 0xFFFFFFFF) >> bits:
         bits += 1
     least = -(1 << 31) if bits == 32 else low >> bits << bits  # at least `top` keys reach it
-    reached, above = count, 0  # keys that reach `least`, and the least higher bound that fewer than `top` keys reach
+    reached, above = count, 0  # number of keys that reach `least`, and, below `top`, the next higher bound
     while bits > 0 and reached > top:
         bits -= 1
         further = _count(keys, 0, count, least + (1 << bits))

@@ -52,13 +52,13 @@ def choice_supported(index: LatentSizes) -> bool:
 
 
 def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tuple[int, ...]:
-    """Shape of the cache of all layers, 16-bit elements; operations read [:, n], the part of layer n."""
+    """Return the shape of the cache of all layers, 16-bit elements; operations read [:, n], the part of layer n."""
     blocks = max(1, STRETCH // block_size)
     return (-(-num_blocks // blocks), layers, blocks, block_size, width)
 
 
 def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
-    """Slots from one stretch to the next, computed from the strides of a layer's cache in bytes."""
+    """Return the slots from one stretch to the next, from the strides of a layer's cache in bytes."""
     return layer_strides[0] // (2 * width)
 
 
@@ -71,7 +71,7 @@ STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
-FEW_TOKENS = 16  # of so many tokens of a step, or fewer, threads share the index scores of each
+FEW_TOKENS = 16  # maximum number of tokens of a step for which threads share the index scores of each token
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
 
 

@@ -40,14 +40,15 @@ def _queries(scores: int) -> int:
 
 
 def score_bytes(heads: int, context: int) -> int:
-    """Return the memory of `choose` for scores: products, and a copy with another function applied."""
+    """Return the bytes that `choose` needs for scores: the products, and a copy of them."""
     return 2 * 4 * heads * context * _queries(heads * context)
 
 
 def choose(
     q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
 ) -> torch.Tensor | None:
-    """Positions [T, top] for `latent_attention`, of q [T, H, D], weights [T, H] and keys [B, S, 1, D]; None for all."""
+    """Return positions [T, top] for `latent_attention`, from q [T, H, D], weights [T, H] and keys [B, S, 1, D]; None
+    for all positions."""
     rows, found = rows.on_host() if isinstance(rows, DeviceRows) else rows, list[torch.Tensor]()
     if max(rows.context_lens, default=0) <= top:
         return None
@@ -70,7 +71,8 @@ def choose(
 def chosen_rows(
     cache: torch.Tensor, rows: AttentionRows | DeviceRows, chosen: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
-    """Copy the rows at chosen positions [T, top], for some tokens at a time: these, the copies, their rows."""
+    """Copy the rows at chosen positions [T, top], for some tokens at a time: yield the tokens, the copies as a cache,
+    and its `AttentionRows`."""
     rows, size = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
     seen = [context - n + i + 1 for context, n in zip(rows.context_lens, counts) for i in range(n)]

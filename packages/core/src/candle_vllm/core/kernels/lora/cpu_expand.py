@@ -2,9 +2,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
 
-It hardly waits: a thread adds to those columns of the model's product that it computed itself. If other threads have
-not finished `shrink` shortly after, it computes their part again, and writes the same values. Threads divide columns,
-so a row's adapters are added in order, and a sum in the order of the ranks. Step 6 of a request's life.
+It hardly waits: a thread adds to the columns of the model's product that it computed itself. If another thread has not
+finished `shrink` shortly after, this thread computes that part again, and writes the same values. Threads divide
+columns, so a row's adapters are added in order, and a sum in the order of the ranks. Step 6 of a request's life.
 """
 
 from __future__ import annotations

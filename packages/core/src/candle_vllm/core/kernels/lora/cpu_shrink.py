@@ -50,7 +50,7 @@ def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> l
     """Load a vector of weights: F32 as <16 x float>, BF16 pairs as two of them, I8 as <32 x i16>.
 
     Products of floats are fused multiply-adds of unrounded float32 numbers: every CPU has the same sums. On a Xeon with
-    AMX, the instruction for pairs of bfloat16 takes three times as long as a fused multiply-add.
+    AMX, the instruction for pairs of bfloat16 is slower than a fused multiply-add.
     """
     if form is layout.NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
@@ -379,7 +379,7 @@ def make_fold(FORM: int) -> Any:
 def are_shared(entries: int, threads: int) -> bool:
     """Whether threads divide a step's entries, so that `shrink` writes the factors of B in place of the sums.
 
-    They are written as a part's ranks, 4 bytes each; `FOLDED` bytes after all ranks are the parts' scales.
+    There are 4 bytes for each rank; `FOLDED` bytes after all ranks are the parts' scales.
     """
     return entries >= 4 * threads
 

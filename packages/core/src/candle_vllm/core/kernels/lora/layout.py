@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Memory layout of an adapter for the compiled CPU operations: `pack.py` writes what they read.
+"""Memory layout of an adapter for the compiled CPU operations, which `pack.py` writes.
 
 An adapter has its own size, and is not padded to the size of a slot. Every adapter has a **table** with a number for
-each adapter site: 0, or the address of its description (for experts, of an array with the addresses of all experts'):
+each adapter site: 0, or the address of its description (for experts, of an array with the addresses of their
+descriptions):
 
     [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
 
@@ -13,7 +14,7 @@ of 64 bytes, [g ranks][64 / g bytes of neighbouring columns], so that a step is 
 the sum of a rank and a share of its columns. **B** consists of panels of 64 rows, the last one padded: each is a run of
 steps of 256 bytes, [r][64] of floats, or [r / 2][64][2] of bfloat16.
 
-With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; the 16 scales of its lanes, in bfloat16, stand
+With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; the 16 scales of its lanes, in bfloat16, are
 before each quarter of a block. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. Matrices other than A
 and B, and tables that are looked up, are BF16 then.
 

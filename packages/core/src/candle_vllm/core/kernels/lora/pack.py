@@ -113,7 +113,7 @@ class CompiledAdapter:
         address: address of its table.
         nbytes: size of all its memory in bytes.
         dtype: type in which it is multiplied.
-        memory: arrays that hold it.
+        memory: arrays that hold the table and the matrices.
     """
 
     address: int
@@ -280,7 +280,7 @@ class Packing:
 
 
 def quantise(numbers: np.ndarray, target: NDArray[np.uint8], matrices: NDArray[np.int64]) -> None:
-    """Quantise matrices within an array of float32 numbers, or of the bits of bfloat16, as `cpu_quantise` says."""
+    """Quantise matrices within an array of float32 numbers, or of the bits of bfloat16, see `cpu_quantise`."""
     assert numbers.flags.c_contiguous
     assert matrices.flags.c_contiguous
     form = lay.NumberForm.BF16 if numbers.dtype == np.uint16 else lay.NumberForm.F32

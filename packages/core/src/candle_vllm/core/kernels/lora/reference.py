@@ -124,7 +124,8 @@ class TorchAdapter:
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return what `delta` adds to the model's own products [n, N] of inputs [n, K], in fp32, at a scale of 1."""
+        """Return the term that `delta` adds to the model's products `own` [n, N] of inputs [n, K], in fp32, at scale
+        1."""
         rounded = x.to(self.dtype).float()
         total = torch.zeros_like(own)
         if delta.full is not None:
@@ -150,7 +151,7 @@ class TorchAdapter:
         return (h * delta.scale).to(self.dtype).float()
 
     def looked_up(self, delta: TorchDelta, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return what `delta` adds to a table's rows [n, K] with the numbers `ids`."""
+        """Return the term that `delta` adds to a table's rows `own` [n, K] with the numbers `ids`."""
         total = torch.zeros_like(own)
         if delta.full is not None:
             return delta.full[ids].float() - own

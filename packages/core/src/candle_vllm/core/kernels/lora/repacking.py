@@ -152,7 +152,7 @@ class Repacking:
         words: index and value of each int64 of descriptions and tables, and which of them are addresses.
         copies: as in `_Watching`.
         size: number of stored indices.
-        products: offsets of A [r, K] and B [N, r] in the file, and their scales, for each r, K and N.
+        products: offsets of A [r, K] and B [N, r] in the file, and their scales, by (r, K, N).
         matrices: for I8, arguments of `cpu_quantise`, whose results then replace the file's elements.
     """
 

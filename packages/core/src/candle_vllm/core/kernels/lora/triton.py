@@ -3,8 +3,8 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Add adapters to a product on a GPU (step 6 of a request's life): two launches for any mix of adapters in a step.
 
-Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is divided into stretches, by its length
-alone, whose sums are stored separately. `expand` adds these in order, and adds the contract's terms to y in place. The
+Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is divided into stretches that depend on K
+alone; their sums are stored separately. `expand` adds these in order, and adds the contract's terms to y in place. The
 addresses of an adapter's matrices are read from a table, so a captured step works for every adapter at its own rank: a
 program that has no work because of a smaller rank ends at once.
 

@@ -25,7 +25,7 @@ gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 
 act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has only up
 rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
 Without an activation x is such a result, with a row for each pair, and the result is down[e] x. A bias [X, N] (or
-[X, 2 N]) is added to the products. Only these functions know the order of the results [T * k, N]; results of pairs
+[X, 2 N]) is added to the products. The order of the results [T * k, N] is private to these functions; results of pairs
 without an expert are undefined.
 
 `combine`: y[t], in new memory, is the sum over j of weights[t, j] times the jth result of token t. The experts of a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Experts that the CPU computes within the steps of a GPU (CPU offloading of experts): step 6.
+"""Experts that the CPU computes within the steps of a GPU (CPU offloading of experts).
 
 Their matrices are in main memory, in the layout of the CPU's compiled kernels. For all tokens of a step the GPU copies
 a layer's input and the router's logits to pinned memory. The CPU routes the tokens, multiplies, and writes the weighted

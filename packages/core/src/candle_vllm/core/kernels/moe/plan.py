@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Recording a mixture of experts: the operations of `cpu.py`, in order, and the memory between them; step 6.
+"""Recording a mixture of experts: the operations of `cpu.py`, in order, and the memory between them.
 
 A plan may run any step up to its limits, so its memory has k rows for each token of the largest step. With one token,
 only the chosen experts' matrices are read.
@@ -137,7 +137,7 @@ def record_products(
         matrices: lists with one matrix of every expert.
         inputs: the rows, in the forms that the matrices read.
         bias: [X, width] or None.
-        picked: address of the row number that each place reads.
+        picked: int64 [T * k], the number of the row that each place reads.
     """
     count, width = len(matrices[0]), sum(of_experts[0].rows for of_experts in matrices)
     rows, stride = recorder.rows(width, pairs.top_k)

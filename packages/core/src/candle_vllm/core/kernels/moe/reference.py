@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts in plain torch, literal enough to check by reading: step 6; the reference of the tests."""
+"""Mixture of experts in plain torch, literal enough to check by reading; the reference of the tests."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def expert_linear(
     activation: Activation | None,
     invariant: bool,
 ) -> torch.Tensor:
-    """See the contract in the package. Results are in the pairs' order, but of many pairs with an activation, in the
-    experts' order."""
+    """See the contract in the package. Results are in the order of the pairs, or, for many pairs with an activation, in
+    the order of the experts."""
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert x.stride(1) == 1 or x.shape[1] == 1, "the elements of a row must be contiguous"
     assert pairs.experts.is_contiguous()

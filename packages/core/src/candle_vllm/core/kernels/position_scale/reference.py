@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Heads times a number of their position in plain torch."""
+"""Heads times the factor of their position in plain torch."""
 
 from __future__ import annotations
 

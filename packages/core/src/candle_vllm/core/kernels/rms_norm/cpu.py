@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Norms as operations of their own on the CPU: of each head in place, and of rows, added to other rows (a residual).
+"""Separate operations for norms on the CPU: of each head in place, and of rows, added to other rows (a residual).
 
 The norm of whole rows before a matrix is part of `kernels/activation_quant` and `kernels/activation_rows`. LAYER is 1
 for LayerNorm (`kernels/layer_norm`), 0 for RMSNorm.

@@ -14,8 +14,8 @@ Contract, with R rows of V logits in float32. The parameters of a row are five f
     token of weight 0 is never sampled;
   - the other rows of a batch do not change a single bit of a row's result.
 
-`reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if Numba is
-installed. `triton.py` is used on GPUs.
+`reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if it is
+precompiled or Numba is installed. `triton.py` is used on GPUs.
 
 The functions whose names end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and
 never wait for it, so that a step that calls them can be captured. On the CPU the reference implements them.

@@ -116,7 +116,7 @@ def z_lengths(text: list[int]) -> list[int]:
 
 
 def narrow_in_numpy(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
-    """Do what `narrow` does: the reference, which machines without Numba use too."""
+    """Do what `narrow` does: the reference, and the function of a CPU without compiled functions."""
     sigma, top_k, typical_p, top_p, min_p, xtc, temperature, low, high, exponent, mirostat, mu = numbers.tolist()
     if not np.isfinite(row.max()):
         return

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Sampling as compiled functions: two or three passes over a row's memory, without sorting (step 7 of ten).
+"""Sampling as compiled functions: two or three passes over a row's memory, without sorting (step 7 of a request's
+life).
 
 A row's result does not depend on the other rows, because rows are processed separately. The functions do not hold the
 GIL. `draw_rows` is an operation whose rows are divided among a team's threads; the others use the caller's thread.

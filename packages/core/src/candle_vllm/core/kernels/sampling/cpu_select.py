@@ -64,7 +64,7 @@ def survey(row, vocabulary, work):
 
 @cpu_chunks.inner
 def first_at(row, chunks, work, low, high, skip):
-    """Return the id of a logit in [low, high) that must exist: skip `skip` such logits, and take the next one."""
+    """Skip the first `skip` logits in [low, high), and return the id of the next one, which must exist."""
     for number in range(chunks):
         if cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, low):
             at = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number)

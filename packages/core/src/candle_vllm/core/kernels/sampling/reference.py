@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and what machines without Numba use.
+"""Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and the sampler of a CPU without compiled
+functions.
 
 Every step works on the whole vocabulary in float64, so that it can be checked by eye. Only copying the result to the
 host waits for the device.

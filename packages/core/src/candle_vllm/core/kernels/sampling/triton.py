@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Sampling on a GPU (step 7 of ten), in four modules: sampling a token, its rank, edits, and llama.cpp's chain."""
+"""Sampling on a GPU (step 7 of a request's life), in four modules: sampling a token, its rank, edits, and llama.cpp's
+chain."""
 
 from __future__ import annotations
 

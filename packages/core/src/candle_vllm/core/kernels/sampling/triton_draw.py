@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-"""Sampling one token per row on a GPU (step 7 of ten): up to five launches, without sorting or waiting.
+"""Sampling one token per row on a GPU (step 7 of a request's life): up to five launches, without sorting or waiting.
 
     survey   the largest logits of chunks and of groups within them
     plan     the row's largest logit; the greedy token; edges: logits that may bound the list of candidates from below
@@ -67,7 +67,8 @@ def _min_p_floor(min_p, largest, temperature):
 
 @triton.jit
 def _plan_edges(group_maxima, groups, filled, top_k, largest, plan):
-    """Choose edges by rank among the groups' maxima: at least r logits, and rarely many more, reach that of rank r.
+    """Choose edges by rank among the groups' maxima: at least r logits, and rarely many more, reach the maximum of rank
+    r.
 
     filled: number of groups that have a logit.
     """
@@ -176,7 +177,8 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """Return the highest edge that keeps all needed logits, but not too many (else _EDGES); their number; all mass."""
+    """Return the highest edge that keeps all needed logits, but not too many (else _EDGES); their number; the row's
+    whole mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)

@@ -21,7 +21,7 @@ from candle_vllm.core.kernels.triton_build import cdiv, next_power_of_2
 
 CHUNK = tl.constexpr(4096)  # logits of a program
 GROUPS = tl.constexpr(64)  # groups of each chunk: every 64th logit
-BLOCK = tl.constexpr(1024)  # logits that a program which searches a row has at a time
+BLOCK = tl.constexpr(1024)  # logits that a program loads at a time when it searches a row
 WAYS = tl.constexpr(8)  # number of parts into which that program divides a range of keys
 BUFFER = tl.constexpr(8192)  # maximum number of logits that are gathered of a row
 MOST_LOGITS = 1 << 19
@@ -106,7 +106,8 @@ def survey_kernel(
     V,
     C,
 ):
-    """Find the largest logits of each chunk and of its groups. A row's k-th largest is at least that of these."""
+    """Find the largest logits of each chunk and of its groups. A row's k-th largest logit is at least the k-th largest
+    of these maxima."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tl.arange(0, GROUPS)
     at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]

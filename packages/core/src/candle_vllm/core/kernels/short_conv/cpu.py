@@ -2,10 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The convolution with a state on the CPU (step 6 of a request's life).
 
-Threads divide the channels, at least 16 each, and process them for all sequences, so no other thread writes what a
-thread reads of a sequence's state and kept rows. A list has the address of a token's input for each tap, and moves on
-by one with each token. Inputs before the step's first token are copied first, because their slots may be overwritten.
-Gates are fused: g * x overwrites x when x is first read, and h multiplies the result.
+Threads divide the channels, at least 16 each, and process them for all sequences, so no thread writes states or kept
+rows that another thread reads. A list has the address of a token's input for each tap, and is shifted by one for each
+token. Inputs before the step's first token are copied first, because their slots may be overwritten. Gates are fused: g
+* x overwrites x when x is first read, and h multiplies the result.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def _input(
     states,
     kept,  # at the first kept row of the sequence
     begin,  # the sequence's first row in the step
-    number,  # index of the input: those of the step are 0, 1, ...; all [TOKENS, 1]
+    number,  # index of the input, 0 for the first row of the step; this and the next three are [TOKENS, 1]
     replays,
     source,
     there,

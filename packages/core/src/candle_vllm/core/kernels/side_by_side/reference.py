@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rows side by side, in plain torch; on every device."""
+"""Concatenation of columns in plain torch, on every device."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 def mix_streams(
     x: torch.Tensor, table: torch.Tensor, gates: torch.Tensor | None, scale: torch.Tensor | None, least: float | None
 ) -> torch.Tensor:
-    """See the contract in the package; `least` of the mean square, or None without `level`."""
+    """See the contract in the package; `least` is the lower bound of the mean square, None without `level`."""
     streams = x.float().unflatten(1, (table.shape[2], -1))  # [T, N, E]
     if least is not None:
         squares = streams.square().mean(-1, keepdim=True)

@@ -421,7 +421,7 @@ def make_quantise(KIND: int) -> Callable[..., None]:
     """Return the function of a type, which quantises `count` blocks from address x to `out`.
 
     Its other arguments: address of an int64, which becomes 1 if all elements can be quantised; address of the columns'
-    importance, or 0; and the number of blocks that these columns make.
+    importance, or 0; and the number of blocks in a row of these columns.
     """
     kind = GGMLQuantizationType(KIND)
     blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))

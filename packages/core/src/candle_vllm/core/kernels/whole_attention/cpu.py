@@ -77,7 +77,7 @@ def _lay_panel(
     `addresses` is scratch memory for int64 [8].
     """
     filled = (dim + 7) & -8
-    if tokens >= PANEL and dim & 15 == 0:  # in vectors, four times as fast
+    if tokens >= PANEL and dim & 15 == 0:  # in vectors, which is faster
         for token in range(PANEL):
             int64_at(addresses)[token] = k + token * row_bytes
             for panel in range(dim >> 3):

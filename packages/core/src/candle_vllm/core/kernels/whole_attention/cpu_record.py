@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record the attention of encoders: the operations of `cpu.py`, and the memory between them (step 6 of ten)."""
+"""Record the attention of encoders: the operations of `cpu.py`, and the memory between them."""
 
 from __future__ import annotations
 
