@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choose the attention backend, once when the engine starts (for step 6).
+"""Choose the attention backend, once when the engine starts.
 
     triton       our own Triton kernels; "auto" selects them on a GPU
     torch_flash  the FlashAttention in torch, from 2.13 on; needs no other package
@@ -104,7 +104,8 @@ MOST_LATENT = 640
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """Check the backend for latent attention. Its layers do not call the result, because they have only one kernel.
+    """Check the backend for latent attention. The layers do not call the returned backend, because they have only one
+    kernel.
 
     `needs.head_dim` is the number of elements of a cache row.
 

@@ -102,9 +102,9 @@ class DeviceRows:
             others may have any number of tokens.
         most_tokens: maximum tokens of a sequence in this step, or in all replays of a captured one; None for no limit.
         most_context: maximum context of a sequence, in the same steps.
-        host: copy on the host; None for a captured step, or if the host does not know the values.
-        decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if only the
-            device knows it; `decodes` is then the maximum for the launch. None if `decodes` is that number. Only for
+        host: copy on the host; None for a captured step, or if the values are only on the device.
+        decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if it is
+            only on the device; `decodes` is then the maximum for the launch. None if `decodes` is that number. Only for
             backends that are `mixed`, see `Backend`.
         lists: work lists that kernels compute once a step, for the calls of all layers. So an object is used for only
             one step, or one captured step, and its tensors are rewritten only between replays.

@@ -5,8 +5,8 @@ From torch 2.13 on it reads pages. FlashAttention 2 needs a multiple of 256 toke
 and 4 (Blackwell) read any pages, and are used instead if their package is installed and torch supports it.
 
 cuDNN's attention, which torch would prefer, is disabled: it has no windows, and only some versions support single
-tokens, so the same token might be computed by either of the two.
-Sources: torch/nn/attention/varlen.py of 2.15; https://github.com/pytorch/torchtitan/issues/3235.
+tokens, so a token might be computed by cuDNN in one step and by FlashAttention in another. Sources:
+torch/nn/attention/varlen.py of 2.15; https://github.com/pytorch/torchtitan/issues/3235.
 """
 
 from __future__ import annotations

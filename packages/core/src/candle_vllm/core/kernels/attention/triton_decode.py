@@ -368,7 +368,7 @@ def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> in
     """Return the bytes of an element for `splits`.
 
     A cache of 8 bits has wider tiles, except with fp32 queries, because the tiles are then computed in fp32, and with
-    scales and small heads, for which some compilers run out of registers.
+    row scales and heads of at most 128 elements, for which some compilers run out of registers.
     """
     return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 

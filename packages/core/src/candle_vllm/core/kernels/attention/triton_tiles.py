@@ -90,7 +90,7 @@ def load_scales(
 
 @triton.jit
 def key_unit(dtype: tl.constexpr):
-    """Return the factor by which `as_queries` makes elements of this type too small."""
+    """Return the factor by which elements of this type are too small after `as_queries`."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 
