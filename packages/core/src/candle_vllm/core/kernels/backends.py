@@ -72,9 +72,8 @@ class DeviceBackend(PlainBackend):
     """The kernels of a GPU; on the CPU their references in torch, for tests.
 
     Attributes:
-        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks or plain
-            elements.
-        floats_kept: whether the layer has kernels for small floats with scales; otherwise they are decoded.
+        groups: whether the layer has kernels for integer codes in groups; otherwise they become GGUF blocks or plain.
+        floats_kept: whether the layer has kernels for small floats (FP8, FP4) with scales; otherwise they are decoded.
     """
 
     groups: bool

@@ -95,8 +95,7 @@ class HostWeights:
         self._used = 0  # bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move all tensors of layers or matrices to this memory, each to its own place; the tensors must have their
-        values already."""
+        """Move all (filled) tensors of layers or matrices to this memory, each to its own place."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))

@@ -3,7 +3,7 @@
 
 When the layers run on `Recorded` values instead of tensors, each kernel appends an operation to a plan instead of
 computing; later steps replay the plan. Kernels and layers use only this interface; `kernels/cpu_runtime/values.py`
-implements it, and decides what is fused.
+implements it, and decides which operations are fused.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ Contract of every kernel with a state. A step has T rows of R sequences. For seq
 
 The state after a draft token is not stored; its inputs are. The state after the last row before drafts is stored in the
 sequence's own slot, or in the slot of a checkpoint with which the next step begins. No slot that one sequence stores in
-a step is the source of another. Tokens are applied one by one and in fp32, so the bits of a state do not depend on the
-division of a text into steps; on a GPU a kernel may compute whole chunks between absolute multiples of 64.
+a step is the source of another sequence. Tokens are applied one by one and in fp32, so the bits of a state do not
+depend on the division of a text into steps; a GPU kernel may compute whole chunks between multiples of 64.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Compile Triton kernels ahead of time, for GPUs that need not be present (step 6 of a request's life).
 
-The module of a Triton kernel lists the forms that it launches in `AOT`, one `Build` each; `modules` finds these
-modules. `compile_build` compiles a form for one compute capability and returns its resource usage. So a kernel that no
-longer compiles, spills, or needs more shared memory than an SM has is found on a machine without a GPU. Triton is
-imported only when something is compiled.
+The module of a Triton kernel lists the forms (specialisations) that it launches in `AOT`, one `Build` each; `modules`
+finds these modules. `compile_build` compiles a form for one compute capability and returns its resource usage. So a
+kernel that no longer compiles, spills, or needs more shared memory than an SM has is found on a machine without a GPU.
+Triton is imported only when something is compiled.
 
 `compile_together` is for the GPU that is present: it compiles the forms that a start needs in parallel.
 """

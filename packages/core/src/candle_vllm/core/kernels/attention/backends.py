@@ -104,8 +104,7 @@ MOST_LATENT = 640
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """Check the backend for latent attention. The layers do not call the returned backend, because they have only one
-    kernel.
+    """Check the backend for latent attention. Layers do not call the result, because they have only one kernel.
 
     `needs.head_dim` is the number of elements of a cache row.
 

@@ -2,8 +2,7 @@
 """Split paged attention into units of work on the CPU, with their scratch memory (step 6 of a request's life).
 
 The chunks of a sequence depend only on positions, so that a row's result is always the sum of the same parts. Which
-sequences are split among threads depends on the whole step; both operations of `cpu.py` compute the split by these
-functions.
+sequences are split among threads depends on the whole step; both operations of `cpu.py` use these functions.
 """
 
 from __future__ import annotations

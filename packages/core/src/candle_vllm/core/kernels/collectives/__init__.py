@@ -35,14 +35,14 @@ SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
 FIRST_SLOT = 4096  # offset of a rank's slots in its block, after its counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
 _TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
-_NAPS = 50e-6, 1e-3  # seconds of its first sleep, and of its longest
+_NAPS = 50e-6, 1e-3  # seconds of a waiting rank's first sleep, and of its longest
 
 
 class Stages(Protocol):
     """Pipeline stages of a model whose layers are divided: one rank's connections to its peers in the other stages.
 
     Tensors arrive in the order in which they were sent. Results of the last stage return to the first one over their
-    own connection, so that they do not wait for activations between these two.
+    own connection, so that they do not wait for activations between these two stages.
 
     Attributes:
         rank, size: this rank's stage, from 0 on, and the number of stages.
@@ -69,11 +69,10 @@ class Stages(Protocol):
 
 
 class Sums(Protocol):
-    """Sums the parts of a result over ranks."""
+    """Sum of partial results over ranks."""
 
     def sum(self, x: Value) -> Value:
-        """Sum x [T, ...] over all ranks; return all rows, or only this rank's rows in a step that `TokenShares`
-        divides."""
+        """Sum x [T, ...] over all ranks; return all rows, or in a step that `TokenShares` divides this rank's."""
         ...
 
 
@@ -290,7 +289,7 @@ class ProcessGroup:
 
     CPU ranks of one machine use shared memory instead, if `memory` is given.
 
-    No global group is created, so that a process may have several groups, and torch groups of its own.
+    No global group is created, so that a process may have several such groups, and use torch.distributed itself.
 
     Args:
         rank, size: see `Collective`.

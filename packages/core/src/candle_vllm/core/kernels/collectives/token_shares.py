@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Expert parallelism: divide a step's tokens among ranks, and send them to the ranks of their experts (step 6 of a
-request's life).
+"""Expert parallelism: divide a step's tokens among ranks, and send them to the ranks of their experts.
 
 From attention's sum to the end of a layer, a rank computes only its share of a step's T tokens:
 
@@ -12,8 +11,8 @@ From attention's sum to the end of a layer, a rank computes only its share of a 
 5. the rows' owner adds up sums in the order of the ranks, then the shared expert; an all-gather distributes all rows.
 
 Alternatively, every rank keeps all T rows, and two all-reduces add up all rows. Both ways add the same numbers in the
-same order of ranks, except on GPUs, where NCCL has its own order. No result depends on the owner of a token, which
-depends on the other tokens of a step.
+same order of ranks, except on GPUs, where NCCL has its own order. The owner of a token depends on the other tokens of a
+step; no result depends on the owner.
 
 Source: Lepikhin et al., 2020, arXiv:2006.16668 (all to all); Korthikanti et al., 2022, arXiv:2205.05198 (sums, norms).
 
@@ -135,7 +134,7 @@ class TokenShares:
         return added_up(parts.unflatten(0, (size, own)))
 
     def whole(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return a layer's two summands; in a divided step their sum, gathered to all rows [T, E], and None."""
+        """Return x and residual; in a divided step return their sum, gathered to all rows [T, E], and None."""
         if not self._apart:
             return x, residual
         self._apart = False

@@ -85,8 +85,7 @@ class RecordedBackend:
             return self._decoded(stored, str(error))
 
     def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
-        """Return the plain matrices [N, K] of a stored tensor [..., N, K]; decoded elements become bfloat16, or
-        `kind`."""
+        """Return the matrices [N, K] of a stored tensor [..., N, K]; decoded elements become bfloat16, or `kind`."""
         from candle_vllm.core.kernels import plain_linear
 
         *outer, rows, columns = stored.shape

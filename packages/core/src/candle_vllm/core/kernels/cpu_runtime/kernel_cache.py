@@ -97,10 +97,9 @@ def can_compile() -> bool:
 
 
 def is_first_start() -> bool:
-    """Whether several kernels must be compiled, by the list of kernels that the last such start requested.
-
-    Without this list, it is the first start. The kernels that this start needs are known only after a plan is recorded,
-    which would take too long here. Listed kernels that only another version of this package has do not count.
+    """Return whether several kernels must be compiled, according to the list that the last such start stored. Without a
+    list, this is the first start. The kernels that this start needs are known only after a plan is recorded, which
+    would take too long here. Listed kernels that only another version of this package has do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
@@ -282,9 +281,9 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     These are the kernel's own module, this module (which imports the compiler), and every module of `candle_vllm.core`
     that they import, directly or indirectly. Modules outside `kernels` count because they define values in the code,
     above all the layouts and code tables of `candle_vllm.core.quantization`. Imports in functions count, imports under
-    TYPE_CHECKING do not. Of a package that contains an imported module, its text counts and its imports do not, because
-    the importing module gets no name from it. Triton's modules do not count, because no CPU kernel calls them. A kernel
-    must not import a module by a computed name, which is not found.
+    TYPE_CHECKING do not. The text of a package that contains an imported module counts; the package's imports do not,
+    because the importing module gets no name from it. Triton's modules do not count, because no CPU kernel calls them.
+    A kernel must not import a module by a computed name, because it is not found.
 
     Args:
         module: "folder.module" below `kernels`.

@@ -2,7 +2,7 @@
 """Linking and loading of machine code on Linux without LLVM (x86-64, ARM64): from an object file to an image.
 
 An image is text and constants, already linked. It can be mapped at any page. Calls to the C library go through slots at
-its end, which are filled when the image is loaded. Sources: the System V ABI's ELF-64 object files, its AMD64
+the image's end, which are filled when the image is loaded. Sources: the System V ABI's ELF-64 object files, its AMD64
 supplement, and ELF for the Arm 64-bit Architecture (AAELF64).
 """
 

@@ -174,12 +174,12 @@ def plan_ranks(
 ) -> CpuRanks | None:
     """Divide threads among the nodes whose CPUs this process may use; None for a single rank.
 
-    Fewer ranks than nodes combine adjacent nodes, first those of a socket; more ranks than nodes share a node's CPUs.
+    With fewer ranks than nodes, a rank has adjacent nodes, if possible of one socket; with more, ranks share CPUs.
 
     Args:
         asked: number of ranks; None for one per node, at most as many as threads.
         threads: number of threads of the team.
-        cpus: usable CPUs; None asks the system.
+        cpus: usable CPUs; None for the CPUs that the system allows.
         root: root of the file system.
 
     Raises:

@@ -3,7 +3,8 @@
 
 An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address; [1] flags
 and the row's length in bytes (shifted by 8); [2] the address of the step's numbers (`StepNumber`); from [3] on its
-arguments: addresses and sizes. Every thread of a team calls it with its number and computes its share; it never waits.
+arguments: addresses and sizes. Every thread of a team calls it with its number and computes its share; operations never
+wait.
 
 **Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
 The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`. To the
@@ -104,7 +105,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     """Compile missing operations in two processes, at the first start with these sources; see `is_first_start`.
 
     The processes start at opposite ends of the list, so at most one operation is compiled twice. The second process is
-    optional: it may not start, or fail. At later starts it compiles those of `later` that are still missing.
+    optional: it may not start, or fail. At later starts it compiles operations of `later` that are still missing.
 
     Args:
         ask: requests operations as usual, but gets 0 for every address.

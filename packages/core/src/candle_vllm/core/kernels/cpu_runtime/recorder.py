@@ -75,8 +75,7 @@ class StepArrays:
 
     Attributes:
         wanted_start: [sequences + 1] offset of each sequence's logit rows, and their total number.
-        moved_on: whether the arrays already describe the next step, whose inputs are the tokens sampled in the last
-            step.
+        moved_on: whether the arrays describe the next step, whose inputs are the tokens sampled in the last step.
         turns: [tokens] offset from a position's row to the token's row in rotary tables; None if no plan needs it.
         states: the step's use of states, see `kernels/states.py`; empty if no layer has a state.
         page_tables, page_slots: block tables and slots of each page pool.

@@ -2,7 +2,7 @@
 """Thread team: one pool of threads for a whole plan, which share the work of its operations.
 
 A step enters the pool once. Waiting threads spin for microseconds (between steps for a fraction of a millisecond) and
-then sleep. Others wait for a thread that the system does not schedule only if it has begun a piece (`walk.py`). The
+then sleep. The others wait for an unscheduled thread only if that thread has begun a piece of work (`walk.py`). The
 caller's thread is number 0. The GIL is released while a plan runs.
 """
 
@@ -115,8 +115,7 @@ class ThreadTeam:
     def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
         """Run the parts `first` to `last` - 1 of the first operation of a plan, divided into `parts` consecutive parts.
 
-        The operation is divided as among `parts` teams, and a part is the share of one team; results equal those of
-        `run`.
+        A part is the share of one team if `parts` teams divide the operation; the results are the same as by `run`.
         """
         if self._parts is None:
             given = PartArguments(0, 0, 0, 1)

@@ -86,8 +86,7 @@ def _copy_16(_: Any, target: Any, source: Any) -> Any:
 
 @njit
 def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Write the sums float32 [rows, 16] of a tile to `out`: the first `lanes` of each row, plus the bias at address
-    `bias` if it is not 0, plus the old values if `accumulate` is not 0."""
+    """Write the first `lanes` of each row of float32 sums [rows, 16] to `out`, plus a bias and old values if wanted."""
     for row in range(rows):
         source, target = sums + row * 4 * ROWS, out + row * row_bytes
         if lanes == ROWS:

@@ -3,8 +3,7 @@
 
 Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
 with the input format of the matrices that read it, such as int8 groups (`matrices.py`). A product is added directly to
-the residual or to another product, and a norm directly to the residual. A norm to which a value is added is computed
-before.
+the residual or to another product; a norm, to the residual. A norm that is added to is computed first.
 
 A value records the version of its buffer. The use of a value after its buffer was overwritten is an error in the
 model's code and fails at once.

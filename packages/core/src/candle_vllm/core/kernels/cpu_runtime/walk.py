@@ -2,11 +2,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled code of the thread team: run a plan, divide its operations, wait; and the main loop of a helper.
 
-**Pieces.** A row is divided into one piece per thread. Piece n belongs to thread n, but a thread without work may take
-a free piece of another thread. So on a busy machine, others wait for an unscheduled thread only if it has begun a
-piece. Pieces of another rank (`numa.py`), whose weights are in remote memory, are taken only after they have been free
-for a longer time. A thread claims a piece by incrementing its owner's claim, which contains the row's number. Rows are
-numbered over the team's life, so a late thread finds higher numbers and cannot claim a piece of an old row.
+**Pieces.** A row (an operation) is divided into one piece per thread. Piece n belongs to thread n, but a thread without
+work may take a free piece of another thread. So on a busy machine, others wait for an unscheduled thread only if it has
+begun a piece. Pieces of another rank (`numa.py`), whose weights are in remote memory, are taken only after they have
+been free for a longer time. A thread claims a piece by incrementing its owner's claim, which contains the row's number.
+Rows are numbered over the team's life, so a late thread finds higher numbers and cannot claim a piece of an old row.
 
 **Groups.** Rows up to a barrier are a group. Threads add the number of pieces that they have done to DONE, once per
 group; the thread that completes it opens the next group by incrementing GROUPS. A group, and so the job, cannot end
@@ -100,8 +100,7 @@ def _wake(shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _claim(word: int, number: int, count: int) -> int:
-    """Claim the next free one of `count` pieces of row `number` and return its index; -1 if all are claimed, or the row
-    has ended."""
+    """Claim one of `count` pieces of row `number` and return its index; -1 if all are claimed, or the row has ended."""
     while True:
         found = load_acquire(word)
         if found >> _TAKEN_BITS > number:

@@ -62,8 +62,7 @@ def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
 
 
 def new_memory(ranks: Callable[[], CpuRanks | None] = lambda: None) -> WeightMemory:
-    """Return memory for the weights of a model, or of a part that is loaded by itself; `ranks` is called for new
-    memory."""
+    """Return memory for the weights of a model or of a separately loaded part; `ranks` is called for new memory."""
     again, made = _AGAIN.get(), _MADE.get()
     memory = WeightMemory(ranks=ranks()) if again is None else next(again)
     if made is not None:

@@ -2,9 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule of prompts on a GPU: chunks of 64 tokens at multiples of 64 at once, other tokens one by one.
 
-D[i, j] is the product of the decays of a chunk's tokens j + 1 .. i for j <= i; P[i] is the product of the decays up to
-token i, E[i] of the decays after it; B[i] is the strength of token i, and S is the state before the chunk. The
-correction of each token is
+D[i, j] is the product of the decays of a chunk's tokens j + 1 .. i for j <= i; P[i] is the product of those up to token
+i, E[i] of those after token i; B are the strengths, S is the state before the chunk. The correction of each token is
 
     U = inverse(I + tril(B K K^T D, -1)) B (V - P K S)
 

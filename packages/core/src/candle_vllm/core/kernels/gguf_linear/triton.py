@@ -2,11 +2,11 @@
 """Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
 `linear_exact` multiplies codes by x exactly, for few rows (decoding), and for any number of rows with `invariant`.
-With many rows it is slower than rounding weights first: each group of 32 weights costs two fused operations for each
-result, by count about as long as the tensor cores take. With `invariant` it still serves all numbers of rows: rounding
-a weight costs about three slow instructions, but at the speed of an H200's memory there is time for two, so rounding
-would slow decoding; and exact codes lose no precision. Invariance relies on the instruction m16n8k16, which every tile
-uses here, on Hopper too, because no tile gives four warps 64 rows.
+With many rows, rounding weights first is faster: here each group of 32 weights costs two fused operations for each
+result, about as long as the tensor cores take. With `invariant` it serves all numbers of rows nevertheless: rounding a
+weight costs about three slow instructions, and an H200's memory leaves time for two, so rounding would slow decoding.
+Invariance relies on the instruction m16n8k16, which every tile uses here, on Hopper too, because no tile gives four
+warps 64 rows.
 
 `linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores torch uses but Triton does
 not, parts of the matrix are decoded, and torch multiplies.
@@ -34,8 +34,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TE
 
 # By the number of weights that share a scale: the first tile that is wide enough, else the last. Chosen by counting
 # instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers. With more
-# tokens, several warps share x; with the most tokens, a block takes so long that prefetching a single one hides the
-# latency.
+# tokens, warps share x; with the most tokens, a block takes so long that prefetching one block hides the latency.
 TILES = MappingProxyType(
     {
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),

@@ -77,7 +77,7 @@ def halves_of(word):
 
 @triton.jit
 def float_halves(words, p: tl.constexpr, FLOATS: tl.constexpr):
-    """Return the two floats of part p in each element, exactly, as float16; divided as the module's docstring says."""
+    """Return the two floats of part p in each element, exactly, as float16 (divided as the module's docstring says)."""
     if FLOATS == 3:
         word = moved(words, 4 * p, 9) & 0x0E000E00 | moved(words, 4 * p + 3, 15) & -0x7FFF8000
     elif FLOATS == 2:

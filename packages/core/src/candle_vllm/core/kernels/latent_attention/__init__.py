@@ -47,8 +47,7 @@ def latent_attention(
 ) -> torch.Tensor:
     """Return the weighted latent vectors [T, H, L] of every head; the last dimension of the queries is contiguous.
 
-    Tokens attend to `chosen` positions [T, top], ascending; a token at position p reads only the first p + 1 of its
-    row.
+    Tokens attend to `chosen` positions [T, top], ascending; at position p only the first p + 1 count.
     """
     assert q_rope.shape[:2] == q_latent.shape[:2]
     assert cache.shape[2:] == (1, q_rope.shape[2] + q_latent.shape[2])

@@ -47,8 +47,7 @@ def score_bytes(heads: int, context: int) -> int:
 def choose(
     q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, rows: AttentionRows | DeviceRows, top: int
 ) -> torch.Tensor | None:
-    """Return positions [T, top] for `latent_attention`, from q [T, H, D], weights [T, H] and keys [B, S, 1, D]; None
-    for all positions."""
+    """Return the `chosen` positions [T, top] for q [T, H, D], weights [T, H] and keys [B, S, 1, D]; None for all."""
     rows, found = rows.on_host() if isinstance(rows, DeviceRows) else rows, list[torch.Tensor]()
     if max(rows.context_lens, default=0) <= top:
         return None
@@ -71,8 +70,7 @@ def choose(
 def chosen_rows(
     cache: torch.Tensor, rows: AttentionRows | DeviceRows, chosen: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
-    """Copy the rows at chosen positions [T, top], for some tokens at a time: yield the tokens, the copies as a cache,
-    and its `AttentionRows`."""
+    """Copy rows at chosen positions [T, top]; yield some tokens at a time, the copies as a cache, and its rows."""
     rows, size = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
     seen = [context - n + i + 1 for context, n in zip(rows.context_lens, counts) for i in range(n)]

@@ -4,9 +4,8 @@
 One kernel serves any number of rows of x and every storage format of a matrix; a function of `triton_products.py`
 defines the product. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
 decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape
-alone determines how K is divided into stretches; their sums are added to 0 in order, in fp32. A single program computes
-and adds them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them in the same
-way.
+alone determines the stretches of K, whose sums are added to 0 in order, in fp32. A single program computes and adds
+them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them alike.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family

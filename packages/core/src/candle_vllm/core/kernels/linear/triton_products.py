@@ -31,8 +31,7 @@ import triton.language as tl
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Codec:
-    """Functions that read a matrix of codes. Each kind of matrix has one object, which is part of the key of its
-    compiled kernels.
+    """Functions that read a matrix of codes. One object per kind of matrix: it is part of a kernel's cache key.
 
     In the device functions, g is a part of a step, and `planes` is (low, high, scales, supers).
 

@@ -2,8 +2,7 @@
 """Memory layout of an adapter for the compiled CPU operations, which `pack.py` writes.
 
 An adapter has its own size, and is not padded to the size of a slot. Every adapter has a **table** with a number for
-each adapter site: 0, or the address of its description (for experts, of an array with the addresses of their
-descriptions):
+each adapter site: 0, or the address of its description (for experts, of an array of such addresses):
 
     [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
 

@@ -124,8 +124,7 @@ class TorchAdapter:
         self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Return the term that `delta` adds to the model's products `own` [n, N] of inputs [n, K], in fp32, at scale
-        1."""
+        """Return the term that `delta` adds to the model's products `own` [n, N] of x [n, K], in fp32, at scale 1."""
         rounded = x.to(self.dtype).float()
         total = torch.zeros_like(own)
         if delta.full is not None:

@@ -117,8 +117,7 @@ class RouteArguments(NamedTuple):
         bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
         finished: address of an int64 counter, which is 0 between operations.
-        starts: address of the result int64 [X + 1]: expert x has places starts[x] to starts[x + 1] - 1; X scratch
-            elements follow.
+        starts: address of int64 [X + 1]: expert x has places starts[x] to starts[x + 1] - 1; X scratch elements follow.
         token_of, place_of: addresses of the results int64 [T * k]: the token of each place, and the place of each pair.
     """
 

@@ -89,7 +89,7 @@ def _quad(
 ) -> Any:
     """Load quad `quad` of group `group` of a block: 4 bytes in each lane, signed if `takes_signed`.
 
-    For one lane the bytes are code + zero; for 16 lanes they are the factors of `emit_sums`.
+    For one lane the bytes are the weights' integers plus zero; for 16 lanes they are the factors of `emit_sums`.
 
     `codes` is the address that `_block_of` returns.
     """

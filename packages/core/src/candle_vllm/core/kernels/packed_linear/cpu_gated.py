@@ -48,8 +48,7 @@ def _gate_rows(
     sums: Any,
     group_bytes: Any,
 ) -> Any:
-    """Gate and quantise `together` rows of a unit, one or four, from row `first` on; rows after `last` repeat it and
-    are written to its place.
+    """Gate and quantise `together` rows of a unit, one or four, from `first` on; rows after `last` are copies of it.
 
     `gate` and `other` are the addresses of the sums of two tiles each, `tile_sums` bytes apart. q, scales and sums are
     the addresses of row 0's results, with row strides of `row_bytes` and `group_bytes`. `prologue` and `together` are

@@ -10,12 +10,11 @@ by all panels of a group, one part of K at a time, which stays in the first-leve
 memory.
 
 With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 sums in registers needs 2 loads of weights and 8
-of activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other,
-because two streams of weights are read more slowly than one.
+of activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other:
+two streams of weights are slower than one.
 
 With AVX2 alone, three panels of a group are multiplied by one tile in four blocks of 6 rows (not with BF16, whose pairs
-need registers). Such a block has 12 vectors of sums; with the 8 vectors of a block of 4 rows, multiplications would
-wait for each other.
+need registers). A block has 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
 
 Every variant adds a sum's products in the order of K.
 """

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Sampling as compiled functions: two or three passes over a row's memory, without sorting (step 7 of a request's
-life).
+"""Sampling as compiled functions (step 7 of a request's life): two or three passes over a row, without sorting.
 
 A row's result does not depend on the other rows, because rows are processed separately. The functions do not hold the
 GIL. `draw_rows` is an operation whose rows are divided among a team's threads; the others use the caller's thread.

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and the sampler of a CPU without compiled
-functions.
+"""Sampling in plain torch: the reference, and the sampler of a CPU without compiled functions.
 
 Every step works on the whole vocabulary in float64, so that it can be checked by eye. Only copying the result to the
 host waits for the device.
@@ -62,7 +61,7 @@ def stand(
 
 
 def add_bias(logits: torch.Tensor, bias_ids: torch.Tensor, bias: torch.Tensor) -> None:
-    """See `edit_tensors` and `DeviceEdits` in `kernels/sampling`; so too for the functions below."""
+    """See `edit_tensors` and `DeviceEdits` in `kernels/sampling`, also for the functions below."""
     rows, at = (bias_ids >= 0).nonzero(as_tuple=True)
     logits[rows, bias_ids[rows, at].long()] += bias[rows, at]
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampling on a GPU (step 7 of a request's life), in four modules: sampling a token, its rank, edits, and llama.cpp's
-chain."""
+"""Sampling on a GPU (step 7 of a request's life), in four modules: tokens, ranks, edits, llama.cpp's chain."""
 
 from __future__ import annotations
 

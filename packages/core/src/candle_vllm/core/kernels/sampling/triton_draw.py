@@ -67,8 +67,7 @@ def _min_p_floor(min_p, largest, temperature):
 
 @triton.jit
 def _plan_edges(group_maxima, groups, filled, top_k, largest, plan):
-    """Choose edges by rank among the groups' maxima: at least r logits, and rarely many more, reach the maximum of rank
-    r.
+    """Choose edges by rank among the groups' maxima: at least r logits, rarely many more, reach the r-th maximum.
 
     filled: number of groups that have a logit.
     """
@@ -177,8 +176,7 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """Return the highest edge that keeps all needed logits, but not too many (else _EDGES); their number; the row's
-    whole mass."""
+    """Return the highest edge that keeps the needed logits, but not too many (else _EDGES); their number; all mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)

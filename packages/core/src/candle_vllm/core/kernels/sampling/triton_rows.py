@@ -106,8 +106,7 @@ def survey_kernel(
     V,
     C,
 ):
-    """Find the largest logits of each chunk and of its groups. A row's k-th largest logit is at least the k-th largest
-    of these maxima."""
+    """Find the largest logits of chunks and groups. A row's k-th largest is at least the k-th largest of these."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tl.arange(0, GROUPS)
     at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
-"""Ranks of tokens among the logits of their rows, and top logits, on a GPU (step 7 of a request's life): five launches,
-no sort.
+"""Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): five launches, no sort.
 
     survey   the largest logits of chunks and of groups within them
     edge     the row's largest logit, and a logit that is at most the last of the requested largest ones

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with weights of small floats as a compiled CPU operation (step 6 of a request's life).
 
-Threads and panels are as in `plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. For
-a single row, or 4 rows in bfloat16, the sums of both spans of a pair are computed at once: a sum is a chain of
-dependent instructions, and the chains of one span are too few to keep up with memory. For more rows, as many tiles as
-fit the second-level cache are converted to bfloat16 once, and multiplied by the rows in blocks. Every variant adds a
-span's products in the same order.
+Threads and panels are as in `plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. A
+single row, or 4 rows in bfloat16, compute both spans of a pair at once: a sum is a chain of dependent instructions, and
+the chains of one span are too few to keep up with memory. For more rows, as many tiles as fit the second-level cache
+are converted to bfloat16 once, and multiplied by the rows in blocks. All add a span's products in the same order.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
