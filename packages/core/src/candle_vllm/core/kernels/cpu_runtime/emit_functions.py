@@ -63,7 +63,7 @@ def emit_tanh(e: Emitter, x: Any) -> Any:
 
 
 def emit_sigmoid_times(e: Emitter, x: Any, inner: Any) -> Any:
-    """x * sigmoid(inner)."""
+    """x * sigmoid(inner), finite if only `inner` is NaN."""
     return e.b.fdiv(x, e.b.fadd(e.constant(F32, 1.0), emit_exp(e, e.b.fneg(inner))))
 
 

@@ -32,8 +32,8 @@ def pack(
 ) -> GgufMatrix:
     """Copy a quantised matrix to a device.
 
-    A type with its own layout stays exact, and so does MXFP4, as Q5_0. Any other type is decoded and rounded to 8 bits
-    with a scale for each 32 weights, which is logged.
+    A type with its own layout stays exact, and so does MXFP4, as Q5_0, if float16 holds its scales. Any other matrix is
+    decoded and rounded to 8 bits with a scale for each 32 weights; this is logged.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.

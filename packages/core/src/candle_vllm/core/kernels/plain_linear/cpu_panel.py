@@ -175,8 +175,7 @@ def _block_sums(
 
 @njit
 def ask_tiles(out: int, row_bytes: int, rows: int, tile: int, count: int) -> None:
-    """Prefetch the lines of the result that `write_tiles` will write: a product of many columns waits for them.
-    """
+    """Prefetch the lines of the result that `write_tiles` will write: a product of many columns waits for them."""
     for row in range(rows):
         for index in range(tile, tile + count):
             ask_line(out + row * row_bytes + index * 64)
