@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_FOR_IMAGES = 256 * MIB  # maximum bytes of cached image embeddings that no live request uses
+_MOST_FOR_IMAGES = 256 * MIB  # total size of image embeddings above which embeddings without a request are evicted
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
 
 
 def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
-    """Build the engine for a loaded model; `ranks` are the other ranks of a divided model.
+    """Build the engine for a loaded model; `ranks` runs the other ranks' parts of a divided model.
 
     Raises:
         ConfigError: the settings do not fit each other, this model or the memory.
@@ -289,9 +289,9 @@ def _draft_model(
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
-    """Return the maximum sequences and tokens of a decoder's step; raise ConfigError if there are more sequences.
+    """Return the maximum sequences and tokens of a decoder's step; raise ConfigError if there are fewer tokens.
 
-    `longest` is the longest prompt: with `max_num_batched_tokens=0`, a step holds it whole.
+    `longest` is the length of the longest prompt: with `max_num_batched_tokens=0`, a step can run all of it.
     """
     defaults = DEFAULTS[device.type]
     sequences = config.max_num_seqs or defaults.sequences
@@ -437,7 +437,7 @@ def _plan_on_cpu(
 
 
 def _index_bytes(model: ModelConfig, tokens: int, threads: int, recorded: bool) -> int:
-    """Return the bytes of an index's scores, and of the positions that it chooses, in a step of `tokens` tokens."""
+    """Return the bytes that an indexer's scores and chosen positions take in a step of `tokens` tokens."""
     context, index = model.max_position, model.index
     if index is None or context <= model.index_top:
         return 0
@@ -464,7 +464,7 @@ def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:
 def _element_bytes(
     model: LoadedModel | LoadedHead | Described | DescribedHead, kinds: tuple[CacheKind, CacheKind]
 ) -> ElementBytes:
-    """Return the bytes of a cache row on the CPU; plain elements are bfloat16 with the compiled kernels."""
+    """Return the `ElementBytes` of a cache on the CPU; plain elements are bfloat16 with the compiled kernels."""
     if kinds != PLAIN:
         return lambda key_dim: number_bytes(key_dim, kinds)
     size = 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
@@ -552,7 +552,7 @@ def _runner_on_cpu(
 ) -> StepwiseRunner | HeadRunner:
     """Build the runner of a model or a draft head; at most `rows` rows of a step have logits.
 
-    `adapters` are fields of `StepLimits`; `beside` is the runner of the target model.
+    `adapters` are fields of `StepLimits`; `beside` is the target model's runner if `loaded` drafts for it.
     """
     placement, blocks = loaded.placement, plan.num_blocks
     # A draft model has a page for each block, also outside its windows, unless it reads the target's caches.

@@ -16,10 +16,10 @@ class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         name, path: the name and path that it was registered with.
-        digest: SHA-256 of its files, as hexadecimal digits; empty until it was read.
+        digest: SHA-256 of its files, as hexadecimal digits; empty until they were read.
         rank: the highest rank of its matrices.
         modules: number of the model's matrices that it changes.
-        delta_norm: Frobenius norm of all s B A together; replaced matrices, token rows and biases do not count.
+        delta_norm: Frobenius norm of all products s B A; replaced matrices, token rows and biases do not count.
         nbytes: bytes in memory, now or when it was in memory last.
         state: "cold" (only on disk), "loading", "ready" (in memory) or "failed".
         pinned: whether it stays in memory.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Outputs of the engine: small frozen structs that may cross from its process.
+"""Outputs of the engine: small frozen structs that can be sent from an engine's process.
 
-The engine returns one `TokenOutput` for each sequence and step with new tokens or an end. `OutputCollector` joins them
-to a `GenerationOutput`. A `PoolingRequest` has one output, with a vector in place of tokens.
+After each step, the engine returns one `TokenOutput` for each sequence that got tokens or ended. `OutputCollector`
+joins them to a `GenerationOutput`. A `PoolingRequest` has one output, with a vector in place of tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FinishReason(enum.StrEnum):
         anthropic, ollama, llama_server: the reason's name in these APIs; Anthropic and llama-server have other names
             for a stop string, and Anthropic for a full context window.
         responses: the Responses API's reason why an answer is incomplete; "" for an answer that was not cut.
-        limit: what cut the answer, in words; "" for an answer that was not cut.
+        limit: a phrase for the limit that cut the answer; "" for an answer that was not cut.
     """
 
     STOP = "stop", "end_turn", "stop", "eos"  # end-of-sequence token, stop token or stop string
@@ -67,13 +67,13 @@ class FinishReason(enum.StrEnum):
 
     @classmethod
     def read(cls, spelled: str) -> FinishReason | None:
-        """Return the reason that an API spells so, in any case of its letters; None for an unknown spelling."""
+        """Return the reason of an API's spelling, ignoring case; None for an unknown spelling."""
         return _SPELLED.get(spelled.lower())
 
 
 _SPELLED = {"function_call": FinishReason.TOOL_CALLS} | {  # that was OpenAI's reason before `tool_calls`
     name: reason
-    for reason in reversed(FinishReason)  # a name that several reasons share means the first of them
+    for reason in reversed(FinishReason)  # a spelling of several reasons stands for the first of them
     if reason.complete
     for name in (reason.llama_server, reason.ollama, reason.anthropic, reason.value)
 }
@@ -100,7 +100,7 @@ class TokenLogprob(ShownStruct, frozen=True):
 class PositionLogprobs(ShownStruct, frozen=True):
     """Log-probabilities at one position: the chosen token, and the likeliest tokens in descending order.
 
-    If the request names tokens (`SamplingParams.logprob_token_ids`), `top` has the chosen token and those.
+    If the request names tokens (`SamplingParams.logprob_token_ids`), `top` has the chosen token and the named tokens.
     """
 
     chosen: TokenLogprob
@@ -138,7 +138,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         special_tokens: (offset, id) of new special tokens whose names are part of the text, if they are not skipped;
             offsets are in characters of the sequence's whole text, which may not be that long yet.
         logprobs: one entry per new token, if the request asks for logprobs.
-        prompt_logprobs: on the first output of sequence 0, if asked for; one per prompt token, None for the first.
+        prompt_logprobs: on the first output of sequence 0, if requested; one per prompt token, None for the first.
         finish_reason: set on the last output of the sequence.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
         num_cached_tokens: prompt tokens that came from the prefix cache.
@@ -146,7 +146,7 @@ class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
         error: the message if `finish_reason` is ERROR.
         error_kind: "request" if the request's own parameters led to the error, "engine" otherwise.
         error_param: the parameter that led to the error, if it was a parameter.
-        pooled: on the only output of a `PoolingRequest`: its vector, or its score as the only element; float32.
+        pooled: on the only output of a `PoolingRequest`: its vector, its score, or its probabilities; float32.
         vectors: number of vectors concatenated in `pooled`, if each token has a vector; else None.
     """
 
@@ -319,11 +319,11 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
     """The similarity of two texts.
 
     Attributes:
-        score: the output of a cross-encoder's head, or the cosine similarity of the texts' vectors.
+        score: the output of a cross-encoder's head, or the similarity of the texts' vectors: cosine, MaxSim for several
+            vectors of a text, or the dot product of sparse vectors.
         num_tokens: number of tokens that were run for the pair. An embedding model runs a text of several pairs once,
             and its tokens count in the first pair.
-        prompt_token_ids: the tokens of both texts, including tokens that the tokenizer adds; empty for a cosine
-            similarity from `ascore`.
+        prompt_token_ids: the tokens of both texts, with added special tokens; empty in `ascore` for a similarity.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"prompt_token_ids"})

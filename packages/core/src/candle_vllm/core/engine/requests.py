@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Requests to the engine and their adapters: small frozen structs that may cross to its process."""
+"""Requests to the engine and their adapters: small frozen structs that can be sent to an engine's process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_PRIORITY = (1 << 31) - 1
 
 
 class LoRARequest(ShownStruct, frozen=True):
-    """An adapter by its name, with vLLM's fields.
+    """An adapter that a call names, with vLLM's fields.
 
     Attributes:
         lora_name: the adapter's name; requests with equal names use the same adapter.
@@ -53,7 +53,7 @@ class LoRARequest(ShownStruct, frozen=True):
         return hash(self.lora_name)
 
     def use(self, scale: float = 1.0) -> AdapterUse:
-        """Return the use of this adapter by a request."""
+        """Return this adapter as an `AdapterUse` with a scale."""
         return AdapterUse(
             name=self.lora_name, path=str(self.lora_path), scale=scale, load_inplace=bool(self.load_inplace)
         )
@@ -141,9 +141,9 @@ def serving_key(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[i
     """Return the sort key by which the scheduler and a server's admission queue choose the next request.
 
     Args:
-        priority: the request's priority; the lowest number is served first.
-        running: number of sequences in the engine with the same API key, if keys share it; the fewest go first.
-        arrival: number in order of arrival, in the scheduler; the queue passes its candidates in order of arrival.
+        priority: the request's priority. The lowest numbers are served first, also of the following arguments.
+        running: number of sequences in the engine with the request's API key, if several keys share the engine.
+        arrival: number in order of arrival; only the scheduler passes it, because the queue's candidates are in order.
     """
     return priority, running, arrival
 
@@ -197,7 +197,7 @@ class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
     Attributes:
         pooling: pooling parameters.
         task: "embed" for a vector, "score" for a cross-encoder's score, "classify" for a classifier's probabilities.
-        token_type_ids: 0 or 1 for each token, the text of a pair that it belongs to; None for all 0.
+        token_type_ids: for each token, 0 or 1 for the first or second text of a pair; None for all 0.
     """
 
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)

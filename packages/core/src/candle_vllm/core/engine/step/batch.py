@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 5: the scheduled runs as arrays."""
+"""Arrays of a step's scheduled runs (step 5 of a request's life)."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
     """The adapters of a step's rows: N pairs of a row and an adapter, grouped by adapter in order of serial numbers.
 
     Attributes:
-        rows: [N] int64, the row of each pair: of the step, or of the rows selected by `among`.
+        rows: [N] int64, index of each pair's row in the step, or in `wanted` if `among` selected the pairs.
         scales: [N] float32, the scale of the adapter in that row.
-        starts: [G + 1] offsets of the groups into N.
+        starts: [G + 1] int64, offsets of the G groups into the N pairs.
         adapters: [G] the adapter of each group.
-        sources: [N] the row of the step.
+        sources: [N] int64, index of each pair's row in the step.
     """
 
     rows: Ints
@@ -59,7 +59,7 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
     sources: Ints
 
     def among(self, wanted: Ints) -> AdapterRows | None:
-        """Return the pairs of the `wanted` rows of the step, with `rows` as indices into `wanted`."""
+        """Return the pairs of the step's `wanted` rows, or None without pairs; `rows` are indices into `wanted`."""
         places = np.full(max(int(wanted.max(initial=-1)), int(self.sources.max())) + 1, -1)
         places[wanted] = np.arange(len(wanted))
         found = places[self.sources]
@@ -108,9 +108,9 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
     """Rows of a step that read image embeddings instead of the embedding table.
 
     Attributes:
-        rows: [N] int64, their indices in the step.
-        vectors: [N, V * E] float32: the embedding [E] of each row, then the V - 1 vectors [E] that are added to the
-            outputs of the first V - 1 layers.
+        rows: [N] int64, indices of these rows in the step.
+        vectors: [N, V * E] float32: the embedding [E] of each row, then V - 1 vectors [E] that are added to the outputs
+            of the first V - 1 layers.
     """
 
     rows: Ints
@@ -118,7 +118,7 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
 
 def embedded_rows(scheduled: Seq[Run], query_start: Ints, token_ids: Ints) -> EmbeddedRows | None:
-    """Return the image embeddings of a step's rows, and set their `token_ids` to `blank`; None without image rows."""
+    """Return the image rows of a step, or None without them; replace their `token_ids` by their image's `blank`."""
     rows: list[Ints] = []
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
@@ -192,7 +192,7 @@ def rotary_positions(scheduled: Seq[Run], query_start: Ints) -> RotaryPositions 
 
 
 def turns(turned: RotaryPositions, positions: Ints, first: int) -> Ints:
-    """Return each row's offset from its position to its rotary table row; rows of images are from `first` on."""
+    """Return [T] rotary table row minus position of each row; the table rows of image rows begin at `first`."""
     turns = turned.shifts.copy()
     turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
     return turns
@@ -226,7 +226,7 @@ def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None)
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
-    """The arrays of one step, all int64; they are valid until it has run, or the next one is built.
+    """The arrays of one step, all int64; they are valid until the step has run or the next batch is built.
 
     Attributes:
         tokens: [4, T] `token_ids`, `positions`, `slots` and `sources`, one below the other.
@@ -234,7 +234,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         context_lens: [R] tokens of each sequence, the new ones included.
         block_tables: [R, maximum blocks]; entries after the end of a sequence's context are not read.
         tables_version: the same object as in the previous step if the tables are the same.
-        num_decodes: number of leading runs that are one generated token each.
+        num_decodes: number of decoding runs, which are first and have one row each.
         runs: the scheduled runs.
         drawing: the runs for which tokens are sampled.
         drafted: whether any run has drafts.
@@ -244,7 +244,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         embedded: rows of images; None without image rows.
         ahead: [T] numbers of later positions that each row attends to; None if every row is causal.
         turned: rotary positions of rows in and after images with grids; None if all rows rotate by their positions.
-        ends_alone: whether only the rows in `sampled_rows` are read from the model's output.
+        ends_alone: whether only the rows in `sampled_rows` of the model's output are read.
         begun: if the step goes on, the new entries of the tables: row, column and block.
         states: state slots that the step reads and writes; None if no layer keeps a state.
     """
@@ -290,7 +290,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
 
 def in_pages(batch: Batch, page_of: Ints, block_size: int) -> tuple[Ints, Ints]:
-    """Return slots [G, T] and block tables [G, R, W] for G pools of pages; block n is page `page_of[g, n]`."""
+    """Return slots [G, T] and block tables [G, R, blocks] for G page pools; block n has page `page_of[g, n]`."""
     blocks = batch.slots // block_size
     return batch.slots + (page_of[:, blocks] - blocks) * block_size, page_of[:, batch.block_tables]
 
@@ -312,7 +312,7 @@ class BatchBuilder:
     new or have begun a block are written. If a step goes on, the arrays of the previous step are incremented in place.
 
     Args:
-        block_size: tokens of a block; 0 without a cache: there are no slots and tables then.
+        block_size: tokens of a block; 0 without a cache, so without slots and tables.
         memory: memory for the arrays; None to allocate them.
         images: whether image embeddings replace image tokens.
     """
@@ -330,12 +330,12 @@ class BatchBuilder:
         self._moving = self._tables  # positions and slots of the previous step
 
     def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
-        """Concatenate the scheduled tokens of all sequences.
+        """Return the batch of a step.
 
         Args:
             scheduled: the runs, decoding sequences first.
             before: runs of the previous step whose sampled tokens are not known yet, in sampling order.
-        """
+            ends_alone: see `Batch`."""
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):
             return self._next(last, scheduled, before)
@@ -382,7 +382,7 @@ class BatchBuilder:
         return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
 
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
-        """Lay out a step with numpy; `whole` is whether every run wants a token."""
+        """Lay out a step with numpy; `whole` is whether a token is sampled for every run."""
         count, size = len(scheduled), self._block_size
         positions = np.array([run.start for run in scheduled])
         if scheduled[-1].decodes:  # decoding runs are first, so all runs decode
@@ -437,7 +437,7 @@ class BatchBuilder:
         return batch
 
     def _begin_blocks(self, step: Step, last: Batch) -> tuple[Ints, Seq[tuple[int, int, int]]]:
-        """Write the blocks that sequences of a step begin, and their slots; return the tables and the new entries."""
+        """Write the blocks and slots of the sequences that begin a block; return the tables and the new entries."""
         self._version = object()
         tables, slots, begun = self._tables, last.slots, list[tuple[int, int, int]]()
         for row in step.begins:
@@ -484,7 +484,7 @@ class BatchBuilder:
         return self._tables[: len(rows), :most]
 
     def _widen(self, most: int) -> Ints:
-        """Widen the tables to at least `most` blocks a row; only without given memory."""
+        """Widen the tables to at least `most` blocks a row; only for tables that the builder allocated."""
         assert self._memory is None
         rows, width = self._tables.shape
         wider = np.zeros((rows, max(most, 2 * width)), np.int64)

@@ -45,7 +45,7 @@ _MAX_ADAPTERS = 64  # maximum number of adapters in `EngineStats`
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A launched step that is not committed yet; it samples for `lives`. With `ahead`, their `num_ahead` counts it."""
+    """A launched step that samples for `lives` and is not committed yet; if `ahead`, their `num_ahead` includes it."""
 
     step: Step
     batch: Batch
@@ -59,7 +59,7 @@ class Engine:
     """Scheduler, model and the live sequences.
 
     Args:
-        runner: runs the model. With a drafter its steps do not overlap.
+        runner: runs the model; its steps must not overlap if there is a drafter.
         scheduler: the queues, and the blocks of the cache.
         preparation: turns requests into sequences.
         drafter: proposes draft tokens; None without speculative decoding.
@@ -205,8 +205,8 @@ class Engine:
         sampling of a token needs the previous token (a grammar), the previous step is committed after this step's model
         kernels are launched, and before it samples.
 
-        If several steps may be in flight, it launches one more, and commits the oldest if there are `in_flight` or no
-        step was launched.
+        If several steps may be in flight (pipeline parallelism), it launches one more, and commits the oldest step if
+        `in_flight` steps are in flight or no step was launched.
         """
         outputs: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
@@ -387,7 +387,7 @@ class Engine:
             raise
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(scheduled))
-            outputs += self._collect()  # the earlier step is not lost
+            outputs += self._collect()  # the earlier step has not failed
             outputs += [self._fail(item.sequence, error) for item in scheduled if item.sequence in self._live]
             return None
         ahead = self.runner.overlaps or not batch.goes_on  # else the step is committed before the next one is scheduled
@@ -469,7 +469,7 @@ class Engine:
             return _failed(live, error)
 
     def _advance_run(self, run: Run, live: LiveSequence, sampled: Seq[Token]) -> TokenOutput:
-        """Append a run's tokens up to the sequence's end; its cache drops the rows of other draft tokens."""
+        """Append a run's sampled tokens up to the sequence's end; drop the cache rows of the other draft tokens."""
         live.draft_tokens += len(run.drafts)
         outputs: list[TokenOutput] = []
         for token in sampled:

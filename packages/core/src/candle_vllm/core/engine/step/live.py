@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps 8 and 9 for one sequence: append the sampled token, decide whether it ends, and turn it into text."""
+"""Append a sequence's sampled tokens, find its end, and convert tokens to text (steps 8 and 9 of a request's life)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Live(ABC):
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
-        self.is_over = False  # the engine has removed it
+        self.is_over = False  # whether the engine has removed it
         self.first_scheduled_time: float | None = None
         self.first_token_time: float | None = None
 
     @property
     def request(self) -> GenerationRequest:
-        """The request it belongs to."""
+        """The request of the sequence."""
         return self.sequence.request
 
     def scheduled(self, now: float) -> None:
@@ -55,7 +55,7 @@ class Live(ABC):
 
     @abstractmethod
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
-        """Read prompt logprobs or hidden states from the step that was launched last, if the request wants them.
+        """Read prompt logprobs or hidden states from the step that was launched last, if the request needs them.
 
         Args:
             run: the sequence's run in the step.
@@ -63,7 +63,7 @@ class Live(ABC):
             runner: the runner that has the rows.
 
         Raises:
-            RequestError: the rows cannot give what the request asked for.
+            RequestError: these values cannot be computed from the rows.
         """
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
@@ -100,8 +100,8 @@ class LiveSequence(Live):
     Args:
         sequence: the scheduler's view.
         tokenizer: converts tokens to text, also for log-probabilities.
-        eos_token_ids: tokens that end it, unless the request ignores them.
-        max_length: total length, prompt included, at which it ends.
+        eos_token_ids: tokens that end the sequence, unless the request sets `ignore_eos` and has no grammar.
+        max_length: total length in tokens, prompt included, at which the sequence ends.
         prediction: the request's predicted output; None without one.
 
     Attributes:
@@ -149,7 +149,7 @@ class LiveSequence(Live):
         self.state = state
         self.tokenizer = tokenizer
         self._max_length = max_length
-        # After an end token a grammar accepts nothing else, so `ignore_eos` only delays the end.
+        # A grammar accepts no token after an end token, so `ignore_eos` only delays the end token.
         ends = not params.ignore_eos or state.grammar is not None
         self.eos_token_ids = frozenset(eos_token_ids) if ends else frozenset()
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
@@ -159,7 +159,7 @@ class LiveSequence(Live):
         sequence.tokens = state.tokens  # both use the same list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
         # `accept` reads these for nearly every token: close together, because a step evicts them from the CPU caches.
-        self._only_appends = False  # the sampling state only appends a token; False before the first token
+        self._only_appends = False  # whether `SamplingState.append` changes only `tokens`; False before the first token
         self._is_plain = False  # `Detokenizer.is_plain`
         self._request_id, self._index = sequence.request.request_id, sequence.index
         self._num_prompt_tokens, self._num_cached_tokens = sequence.num_prompt_tokens, 0
@@ -269,7 +269,7 @@ class LiveSequence(Live):
             self.prompt_logprobs += [self.describe(row) for row in scored]
 
     def describe(self, row: LogprobRow, *, named: bool = False) -> PositionLogprobs:
-        """Convert one row of log-probabilities, with the texts of its tokens; `named` ones have no rank."""
+        """Convert one row of log-probabilities, with the texts of its tokens; if `named`, top tokens have no rank."""
         top = tuple(
             self._logprob(token, value, rank if not named else row.rank if token == row.token_id else 0)
             for rank, (token, value) in enumerate(zip(row.top_ids, row.top_logprobs, strict=True), 1)

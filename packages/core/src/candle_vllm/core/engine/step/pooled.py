@@ -69,7 +69,7 @@ class PooledText(Live):
 
 
 class ScoredText(PooledText):
-    """A text that is not pooled: `read` gets the logits of positions from `first` on; None only runs the text."""
+    """A text that is not pooled: `read`, if given, gets the logits of the positions from `first` on."""
 
     def __init__(self, token_ids: Seq[int], read: Reader | None, first: int) -> None:
         params = SamplingParams(seed=0, skip_reading_prefix_cache=True)
@@ -110,7 +110,7 @@ class Pooler:
         return self._next >= self._end
 
     def wanted(self, start: int, end: int) -> range:
-        """Return the needed positions in `start:end` that were not added yet; a preempted text is run again."""
+        """Return the needed positions in `start:end` that were not added yet: a preempted text is run again."""
         missing = range(max(start, self._next), min(end, self._end))
         assert not missing or missing.start == self._next, "a position that counts was left out"
         return missing

@@ -30,7 +30,7 @@ from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
 
 MAX_TEXT = 1 << 22
-"""Characters that any encoder's text may have: more than a context holds, because one token may be many characters."""
+"""Characters that a text for an encoder may always have, because one unknown token may stand for many characters."""
 
 Pair = tuple[str, str]
 
@@ -199,7 +199,7 @@ class PoolingCalls:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_size(self, characters: int) -> None:
-        """Refuse a text with more characters than the context can hold, before it is tokenized."""
+        """Refuse a text that is too long for the context by its number of characters, before it is tokenized."""
         most = self._info.max_model_len * self._tokenizer.longest_token
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if characters > most:
@@ -235,7 +235,7 @@ def _numbered(request_id: str, number: int, count: int) -> str:
 
 @contextmanager
 def _blaming(number: int, count: int, side: int | None = None) -> Iterator[None]:
-    """Add to an error's message the index of the input if there are several, and which text of a pair it is."""
+    """Add the index of the input to an error's message if there are several, and which text of a pair is wrong."""
     try:
         yield
     except RequestError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Predicted output of a request: a source of draft tokens; its accepted tokens are counted at the end of the answer."""
+"""Predicted output of a request: a source of draft tokens. Its tokens that occur in the answer are also counted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Prediction:
             self._pairs[pair].append(place)
 
     def found_in(self, answer: Sequence[int]) -> int:
-        """Count predicted tokens that occur in an answer, in passages of at least two tokens or from the beginning on.
+        """Count the predicted tokens in passages that the answer shares: at its beginning, or of two tokens or more.
 
         The answer is matched along the prediction. After a mismatch, matching resumes at the next occurrence of the
         answer's last two tokens in the prediction, or else at their last earlier occurrence.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check a request and make its sequences and sampling states, before step 4; may run in any thread."""
+"""Check a request and make its sequences and sampling states (before step 4 of a request's life), in any thread."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Preparation(ABC):
         """
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the grammar of structured outputs, as for a request; it is cached.
+        """Compile and cache the grammar of structured outputs, as for a request.
 
         Raises:
             InvalidParameterError: the schema or grammar is not valid or not supported.
@@ -77,7 +77,7 @@ class Preparation(ABC):
         return entries
 
     def close(self) -> None:  # noqa: B027  # most subclasses have no threads
-        """End threads."""
+        """End the preparation's threads."""
 
 
 class EncoderPreparation(Preparation):
@@ -140,11 +140,11 @@ class DecoderPreparation(Preparation):
         eos_token_ids: the model's end-of-sequence tokens.
         vocab_size: V, the width of the logits.
         max_model_len: see `Preparation`.
-        pooling: pools hidden states to vectors; None refuses pooling requests.
+        pooling: pools hidden states to vectors; None to refuse pooling requests.
         head: layers after the pooling; None without such layers.
-        seed: seeds requests without a seed, in order of preparation; None for random seeds.
+        seed: seed of the generator from which requests without a seed get theirs; None for random seeds.
         adapters: see `Preparation`.
-        images: how images become tokens of the prompt; None for a text-only model.
+        images: finds the positions of images in a prompt; None for a text-only model.
         open_objects: see `LlguidanceBackend`.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Observers of requests for metrics, logs and traces, and the options of a call, which may name one (steps 3 to 10)."""
+"""Options of calls, and observers of requests for metrics, logs and traces (steps 3 to 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class RequestWatcher(Protocol):
 
 @contextmanager
 def watched_submit(watcher: RequestWatcher | None, info: RequestInfo) -> Iterator[RequestWatch | None]:
-    """Notify the watcher of a generation, and of its refusal; the stream notifies the yielded watch of all else."""
+    """Notify the watcher of a generation and of its refusal; the stream notifies the yielded watch of later events."""
     watch = None if watcher is None else watcher.begin(info)
     try:
         yield watch

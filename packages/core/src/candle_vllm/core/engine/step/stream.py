@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Delivery of outputs to callers: pushed to the next stage, iterated over, or collected until the end (step 8).
+"""Deliver outputs to callers: push, iterate, or collect them until the end (step 8 of a request's life).
 
 In an event loop, every output goes from the engine thread through a `RequestSink` and a chain of `Receiver`s; the last
-one is `Unread` if the consumer iterates.
+receiver is an `Unread` if the consumer iterates.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class PushStream(ABC, AsyncIterator[T]):
 
     @abstractmethod
     def hold(self, held: bool) -> None:
-        """Queue items in the sink, for a receiver that is too slow, or push them again."""
+        """Queue items in the sink if `held`, for a receiver that is too slow; otherwise push them again."""
 
     @abstractmethod
     def close(self) -> None:
@@ -192,7 +192,7 @@ class RequestSink:
         self.hold(False)
 
     def hold(self, held: bool) -> None:
-        """Queue outputs, as before `start`, or push the queued outputs and all later ones."""
+        """Queue outputs if `held`, as before `start`; otherwise push the queued outputs and all later ones."""
         self._held = held
         if not held:
             self._kept.pour(self._receiver, lambda: self._held)
@@ -304,7 +304,7 @@ class TokenIterator(Iterator[TokenOutput]):
 def run_all(
     thread: RequestRunner, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
-    """Run requests, as many at once as the engine's queue accepts; yield the index and output of each that ends.
+    """Run requests, as many at once as the engine's queue accepts; yield index and output of each when it ends.
 
     Raises:
         RequestAbortedError: the engine was closed before all requests had ended.
@@ -331,7 +331,7 @@ def run_all(
 
 @contextmanager
 def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
-    """Show a progress bar if `shown`; yield a function that advances it by one."""
+    """Show a progress bar by `shown`, see `Bar`; yield a function that advances it by one."""
     if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
         return
@@ -406,14 +406,14 @@ MAX_UNDER_WAY = 256
 """Maximum number of requests of one call in the engine."""
 
 STEPS_UNDER_WAY = 2
-"""Steps for which the engine has tokens of one call: one that runs, and the next; other callers wait no longer."""
+"""Number of steps that the tokens of one call may fill: other callers wait for the running step and the next one."""
 
 _PAUSE = 0.01  # seconds between attempts while other callers fill the queue
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A pooling request, and its prepared sequence."""
+    """A pooling request and its prepared sequence."""
 
     request: PoolingRequest
     prepared: Sequence[Any]
@@ -497,7 +497,7 @@ class Window:
         return bool(self._under_way) or self._next < len(self._entries)
 
     def _has_room(self, entry: Entry) -> bool:
-        """Return whether another request may run; a single request of any length may."""
+        """Return whether another request may run; a request of any length may run if no other runs."""
         if not self._under_way:
             return True
         return len(self._under_way) < MAX_UNDER_WAY and self._tokens + entry.length <= self._max_tokens

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SLEEPS = "the engine sleeps: wake it up (`wake_up`, POST /wake_up), or try again later"
 _LOOK = 0.01  # seconds between two checks whether all requests have ended
 
-BATCH = 8  # readers that are woken before the event loop polls its sockets
+BATCH = 8  # number of items that are passed to sinks before the event loop polls its sockets
 
 Delivery = TokenOutput | CandleVllmError
 """What a caller gets: an output, or the error that ends its request."""
@@ -179,9 +179,9 @@ class EngineThread:
         self._live_sequences = 0
         self._commands: list[Callable[[], None]] = []
         self._couriers: dict[asyncio.AbstractEventLoop, OutputQueue] = {}  # used by this thread only
-        self._lock = threading.RLock()  # guards the attributes above that callers use
+        self._lock = threading.RLock()  # guards the attributes that callers and the engine's thread use
         self._wake = threading.Condition(self._lock)
-        self._asleep: frozenset[str] = frozenset()  # with any tag, requests are refused
+        self._asleep: frozenset[str] = frozenset()  # tags of freed memory; requests are refused unless it is empty
         self._answers: set[Future[None]] = set()
         self._nights = threading.Lock()  # serialises `sleep` and `wake_up`
         self._closing = False
@@ -250,7 +250,7 @@ class EngineThread:
         return bool(self._asleep)
 
     def sleep(self, level: int, mode: str) -> None:
-        """Refuse new requests, free memory when no request runs any more, then return.
+        """Refuse new requests, abort the others or wait until they end, then free memory.
 
         Args:
             level, mode: see `InferenceEngine.sleep`.
@@ -272,7 +272,7 @@ class EngineThread:
                 raise
 
     def wake_up(self, tags: frozenset[str]) -> None:
-        """Restore the memory of these tags; requests are accepted when no tag sleeps. Raises as `sleep`."""
+        """Restore the memory of these tags; requests are accepted when all tags are restored. Raises as `sleep`."""
         with self._nights:
             self._engine_wake_up(tags)
             with self._wake:

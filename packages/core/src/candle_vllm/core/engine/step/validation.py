@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Validation of a request against the model's tasks, vocabulary and context (before step 4); imports no torch."""
+"""Check requests against the model's tasks, vocabulary and context (before step 4 of a request's life); no torch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
 
 
 def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, ...]:
-    """Return `ModelInfo.tasks` of a model that generates nothing.
+    """Return `ModelInfo.tasks` of a model that generates no text.
 
     Args:
         labels: the labels of its head; empty without a head.
