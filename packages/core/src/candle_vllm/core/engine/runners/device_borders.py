@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 6 of a pipeline stage on a GPU: transfer activations to and from other stages while steps are computed.
+"""Transfer activations between pipeline stages on GPUs while steps are computed (step 6 of a request's life).
 
 Transfers have their own streams (incoming, outgoing and returning), and each step has its own buffers. So a step is
 computed while the previous one is sent and the next one is received. Layers read and write these buffers, or, if they
@@ -78,7 +78,7 @@ class _Places:
 
 
 class DeviceBorders:
-    """The transfers of a stage.
+    """Transfers of activations to and from a pipeline stage.
 
     Args:
         stream: the stream that computes its steps.

@@ -65,7 +65,7 @@ def build_on_gpu(
     _refuse_indeterminate(config, loaded)
     select = choose if model.latent is None else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
-    if model.index is not None:  # whose choice waits for the host
+    if model.index is not None:  # the host waits for chosen positions, so such a step cannot be captured
         backend = dataclasses.replace(backend, capturable=False, note="an index chooses positions in torch")
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
@@ -209,7 +209,7 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
 
 
 def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
-    """Build the computation of experts in main memory, and connect their layers to it; return None without these."""
+    """Build the computation of experts in main memory, and connect their layers to it; None without such experts."""
     if loaded.split is None or loaded.split.host is None:
         return None
     decoder: Any = loaded.decoder

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Step 5 on a GPU: the arrays of a step, in the device memory from which its kernels read them.
+"""Arrays of a step in the device memory from which its kernels read them (step 5 of a request's life).
 
-Their addresses never change, because captured steps contain them.
+The addresses of these arrays never change, because captured steps contain them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Steps 5 to 7 on a GPU: launch a step, and prepare the next one while it runs.
+"""Launch steps on a GPU, each while the previous one runs (steps 5 to 7 of a request's life).
 
 The host writes a step's arrays into staged memory, and one copy transfers them. Tokens that the previous step sampled
-are read on the device, so the host need not know them. A step that only decodes replays a captured CUDA graph. There is
-a graph for each batch size of `bucket_sizes`; its remaining rows are padding. A step with prompts is launched operation
+are read on the device, so the host need not wait for them. A step that only decodes replays a captured CUDA graph, one
+for each batch size of `bucket_sizes`; rows beyond the step's own are padding. A step with prompts is launched operation
 by operation, or replays a graph too if it has few enough tokens. Sampled tokens are copied to the host, followed by a
 mark (an event) to wait for.
 
@@ -62,7 +62,7 @@ MOST_CAPTURED = 512
 
 
 def bucket_sizes(sequences: int) -> list[int]:
-    """Return the batch sizes of captured steps: 1, 2, 4; multiples of 8 up to 64, of 16 up to 256, then of 32."""
+    """Return the batch sizes of captured steps: 1, 2, 4; multiples of 8 to 64, of 16 to 256, of 32; the maximum."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MOST_CAPTURED + 1, 32)]
     most = min(sequences, MOST_CAPTURED)
     return [*(size for size in sizes if size < most), most]
@@ -92,7 +92,7 @@ class DeviceRunner:
             decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
-        state_dtype: type of activations, if layers keep states.
+        turning, state_dtype: see `RecordedRunner`; type of activations, if layers keep states.
 
     Attributes:
         adapters: applies adapters in the decoder's layers; None without LoRA.
@@ -256,7 +256,7 @@ class DeviceRunner:
 
     @contextlib.contextmanager
     def _over_if_it_fails(self) -> Iterator[None]:
-        """After a failure, wait for the stream: nothing else waits for this step, but its copies read staged memory."""
+        """After a failure, wait for the stream: no one collects this step, but its copies still read staged memory."""
         try:
             yield
         except Exception:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps 6 and 7 in torch, one operation after the other: any decoder or encoder on any device."""
+"""Run any decoder or encoder on any device in torch, operation by operation (steps 6 and 7 of a request's life)."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ class StageRunner(EagerRunner):
 
     @torch.inference_mode()
     def collect(self) -> None:
-        """See `RankedRunner.draw`."""
+        """See `ModelRunner`; does nothing on a stage after the first."""
         if self._stage.is_first:
             step, stage = self._begun.popleft(), self._stage
             self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
@@ -291,7 +291,7 @@ class EagerTower:
 
     @contextlib.contextmanager
     def _there(self) -> Iterator[None]:
-        """Set device and inference mode for one part, because steps run between the parts."""
+        """Set device and inference mode for one part of the encoding; engine steps run between the parts."""
         where = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
         with where, torch.inference_mode():
             yield

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Encode the images of waiting requests (before step 4): once each, in parts between steps, with a cache.
+"""Encode and cache the images of waiting requests, in parts between steps (before step 4 of a request's life).
 
-A sequence with images is admitted when all its images are encoded; until then, others are admitted before it.
-Embeddings are identified by the pixels: requests with the same image share them, also later ones while they are cached.
+A sequence with images is admitted when all its images are encoded; until then, other sequences are admitted before it.
+Embeddings are cached by the image's pixels, so requests with the same image share them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class TowerRunner(Protocol):
     """See `ModelRunner`."""
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """Encode tiles [N, h, w, 3] to [N * count, text size]; yields between parts, so that steps can run."""
+        """Encode tiles [N, h, w, 3] to [N * count, V * E] (`EmbeddedRows`); yields between parts, so steps can run."""
         ...
 
 
@@ -37,7 +37,7 @@ class ImageStore:
 
     Args:
         runner: encodes images.
-        most_bytes: bytes of all embeddings above which unused ones are evicted.
+        most_bytes: bytes of all embeddings above which embeddings without a sequence are evicted.
     """
 
     def __init__(self, runner: TowerRunner, most_bytes: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Steps 6 and 7: run the model, with its KV cache if it has one, and sample. A batch goes in, tokens come out."""
+"""Run the model over a batch, with its KV cache if it has one, and sample (steps 6 and 7 of a request's life)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ModelRunner(Protocol):
         """Start sampling for the step that `forward` started last; must be called after `forward`.
 
         Args:
-            states: the same sampling states; a state with `reads_tokens` now has all earlier tokens.
+            states: the sampling states that `forward` got; a state with `reads_tokens` now has all earlier tokens.
         """
         ...
 

@@ -64,7 +64,7 @@ class RecordedRunner(StepwiseRunner):
         num_blocks: blocks of the cache.
         limits: the largest step.
         isa: instruction sets that the kernels may use; None for all that the CPU has.
-        team: threads of another runner, which closes them; None to start threads. (Two teams would share the CPUs.)
+        team: threads of another runner, which closes them; None to start threads. Two teams would compete for the CPUs.
         taps: layers whose inputs are `hidden_rows`; None for the output of the last norm.
         images: vectors of an image row: its embedding, and one per layer that adds a vector; 0 for a text-only model.
         whole: whether `hidden_rows` may be called for any row of any step.
@@ -310,7 +310,7 @@ class RecordedRunner(StepwiseRunner):
             self.team.close()
 
     def _plan_of(self, adapted: Adapted, *, narrows: bool = False) -> _Plan:
-        """Return the plan for steps with adapters, or for steps that narrow; record it when it is first needed."""
+        """Return the plan for steps with or without adapters and `narrows`, see `_record`; record it at first use."""
         which = adapted, narrows
         if which not in self._plans:
             hidden, *ends = self._record(self._recorder, adapted, narrows=narrows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A vision tower that is recorded once and replayed, a tile at a time, in parts between steps (before step 4)."""
+"""Record a vision tower and replay it for each tile, in parts between steps (before step 4 of a request's life)."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def _piece(recorder: Recorder, first: int, last: int, windowed: bool, work: tupl
 
 
 class _Clock:
-    """Measures the time since steps last could run."""
+    """Measures the time since the last pause of encoding, in which engine steps could run."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()

@@ -2,8 +2,8 @@
 """Engine sleep: free memory, and later fill it again with the same contents.
 
 Level 1 frees the KV cache; weights on a GPU are moved to host memory, weights on the CPU stay. Level 2 also drops the
-weights, which are read from the model's files again. At both levels the engine keeps memory whose address is part of
-captured or recorded steps, adapters, and the objects that prepare requests.
+weights, which are read from the model's files again. At both levels the engine keeps adapters and the objects that
+prepare requests. On the CPU addresses stay the same, for recorded plans; on a GPU steps are captured again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODES: Final = ("abort", "wait")
 
 
 def read_tags(tags: Sequence[str] | None) -> frozenset[str]:
-    """Return the tags to wake up; None is all tags.
+    """Return the tags to wake up; None or an empty list stands for all tags.
 
     Raises:
         InvalidParameterError: `tags` contains an unknown tag.
@@ -121,7 +121,7 @@ class Sleeper:
         logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
     def wake_up(self, tags: Iterable[str]) -> None:
-        """Restore freed memory; raise CandleVllmError if that is impossible, after which its tags stay asleep."""
+        """Restore the freed memory of these tags; a tag whose memory raises CandleVllmError stays asleep."""
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
         if asked:
             self.tell(asked)
