@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 4, with adapters: decide which waiting sequences may be admitted, depending on their adapters.
+"""Decide which waiting sequences may be admitted, depending on their adapters (step 4 of a request's life).
 
 A sequence is admitted when its adapters are in memory and the step has LoRA slots for them (`max_loras` different
 adapters). Until then later sequences overtake it, and may take the slots or the memory that it waits for. So after

@@ -43,8 +43,8 @@ Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | Non
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
     """Return the fields of `StepLimits` for adapters; `lora_dtype` sets the type of their products.
 
-    "auto" means int8 if the base model's compiled kernels use int8 products too, whose error is many times larger than
-    the error of an int8 adapter; float32 if the model's matrices are float32; else bfloat16.
+    "auto" means int8 if the base model's compiled kernels use int8 products too, because the error of these products is
+    many times larger than an int8 adapter's; float32 if the model's matrices are float32; else bfloat16.
     """
     dtype = config.lora_dtype.upper()
     if dtype == "F16":

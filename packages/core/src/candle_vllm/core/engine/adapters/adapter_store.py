@@ -440,7 +440,7 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Entries to load. Operators' calls and sequences are first in turn; an entry of both is a sequence's."""
+        """Return the entries to load: those of callers, then of sequences, or the reverse in turn; no entry twice."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Step 4: allocate KV-cache blocks to sequences. This module imports no torch: a block is its number.
+"""Allocate KV-cache blocks to sequences (step 4 of a request's life). No torch is imported: a block is its number.
 
 The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its
-blocks in order. The hash of a full block is chained over everything before it (salt, then the tokens of each block), so
-equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference count and are
-never written: only full blocks are published, and a sequence writes only after its last full block.
+blocks in order. The hash of a full block is chained over everything up to its end (salt, tokens, marks of adapters and
+images), so equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference
+count and are never written: only full blocks are published, and a sequence writes only after its last full block.
 
-When its reference count is 0, a block enters the free queue: a published one at the end, where its contents and hash
-stay until it is allocated again, any other at the front.
+When its reference count is 0, a block enters the free queue: a published block at the end, where its contents and hash
+stay until it is allocated again, any other block at the front.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class BlockManager:
         return len(self._free) - sum(self._owners[block] == 0 for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Add an owner to each published block."""
+        """Add an owner to each of these published blocks."""
         for block in blocks:
             if self._owners[block] == 0:
                 del self._free[block]

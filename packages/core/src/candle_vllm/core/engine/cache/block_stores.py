@@ -69,7 +69,7 @@ class BlockStore(Protocol):
         ...
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """Store a block's bytes; raises OSError if it cannot."""
+        """Store a block's bytes; raises OSError if the store fails."""
         ...
 
     def forget(self, digest: bytes) -> None:
@@ -309,11 +309,11 @@ class HostBlocks:
 
 
 class Tiers:
-    """A `BlockStore` over several, fastest first: a block is written to all, and copied from slow ones to fast ones."""
+    """Several stores as a `BlockStore`, fastest first: blocks are written to all, and copied to faster ones if read."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
         self._stores, self._told_until = stores, 0.0
-        self.look = getattr(stores[-1], "look", None)  # only Redis has it, which is the last store
+        self.look = getattr(stores[-1], "look", None)  # a method of `RedisBlocks` only, which is the last store
 
     @property
     def num_bytes(self) -> int:

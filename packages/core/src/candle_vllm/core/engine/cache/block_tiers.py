@@ -35,7 +35,7 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
-"""Limit of the bytes that wait to be written, and of bytes that wait to enter the cache; at least one block each."""
+"""Limit of the bytes that wait to be written, and of bytes that wait to be copied to the cache; a block may always."""
 _Look = Callable[[Sequence[bytes]], None]
 _PATIENCE = 1.0  # seconds without a new block, after which a sequence no longer waits
 _SILENCE = 60.0  # seconds after a failure during which nothing is written and no other failure is logged
@@ -290,7 +290,7 @@ class BlockParts:
                     data = written.bytes()
                 elif self._store.may_have(digest):  # only the first rank has asked its store already
                     data = self._store.read(digest)
-            except Exception as error:  # a store may raise anything
+            except Exception as error:  # a store may raise any exception
                 failed = True
                 self._tell("a block of the KV cache cannot be read: %s", error)
             with self._wake:
@@ -346,7 +346,7 @@ class BlockParts:
             try:
                 self._store.write(digest, copied.bytes())
                 self.num_written += 1
-            except Exception as error:  # a store may raise anything
+            except Exception as error:  # a store may raise any exception
                 with self._wake:
                     self.num_failed += 1
                 self._quiet_until = time.monotonic() + _SILENCE
@@ -363,7 +363,7 @@ class BlockParts:
 
 
 class _Reading:
-    """Blocks that a sequence waits for. By rank: `found` counts the read blocks, `ended` is whether reading ended."""
+    """Blocks that a sequence waits for; by rank, the number `found` of read blocks, and whether reading has `ended`."""
 
     def __init__(self, number: int, digests: Sequence[bytes], ranks: int) -> None:
         self.number, self.digests = number, digests
@@ -701,7 +701,7 @@ def keep_parts(
 def _store(
     config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
 ) -> BlockStore | None:
-    """Return the store of a rank's parts of blocks of `size` bytes; None without KV tiers. `what` ends its name."""
+    """Return the store of a rank's parts of blocks, `size` bytes each, or None; `what` is added to its fingerprint."""
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(

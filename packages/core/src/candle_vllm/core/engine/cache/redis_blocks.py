@@ -33,7 +33,7 @@ _OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
 class RedisBlocks:
-    """See `BlockStore`.
+    """A `BlockStore` in Redis.
 
     Args:
         url: redis://[user:password@]host[:port][/db], rediss:// for TLS, unix://path; the query may name certificate
@@ -71,7 +71,7 @@ class RedisBlocks:
         return digest in self._known and not self._to_clear
 
     def may_have(self, digest: bytes) -> bool:
-        """Whether Redis may have the block: any, because other servers write too, unless `listed` or Redis fails."""
+        """True for any block unless `listed`, because other servers write too; False while Redis is not used."""
         answers = not self._to_clear and time.monotonic() >= self._quiet_until
         return answers and (not self._listed or digest in self._known)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Allocate state slots (with step 4) for layers that keep a state of fixed size. This module imports no torch.
+"""Allocate state slots for layers that keep a state of fixed size, without torch (step 4 of a request's life).
 
 Unlike cached keys, such a state cannot be truncated to fewer tokens. So each running sequence has its own slot, and a
 later prompt with the same prefix starts from a checkpoint: a slot that is never written again, identified by the hash

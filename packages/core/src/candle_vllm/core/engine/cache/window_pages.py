@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Allocate pages of sliding-window layers to blocks (with step 4). This module imports no torch.
+"""Allocate pages of sliding-window layers to blocks, without torch (step 4 of a request's life).
 
 The layers with the same window size share one pool of pages, which has fewer pages than the cache has blocks. A block
 has a page of a pool while a running sequence may read or write it there. When the block has left the window, or no
@@ -24,7 +24,7 @@ class PagePool:
 
     Args:
         room: number of pages; at least `WindowRoom.blocks`, and page 0, which is never used.
-        page_of: [num_blocks] zeros, filled with the page of each block, which steps read; 0 for a block without a page.
+        page_of: [num_blocks] page of each block, which steps read; 0 for a block without a page, so all 0 at first.
         hash_of: [num_blocks] the hash of each published block; None for other blocks.
         block_size: tokens of a block.
     """
