@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Drafts by layers that read the target's hidden states: EAGLE-3 heads and multi-token prediction (after step 9).
+"""Drafts by layers that read the target's hidden states: EAGLE-3 heads, multi-token prediction (after a step's commit).
 
 At position p the layer reads token p + 1 and the target's hidden state of position p. So it reads the rows of each
 target step (a prompt chunk, a token, accepted drafts) after that step's tokens are sampled. For further draft tokens it
@@ -36,7 +36,7 @@ from candle_vllm.core.kernels.recorded import Value
 
 
 class _Tail:
-    """The sequence that the layer runs: the target's from block `first` on. Its runs pass their tokens as drafts."""
+    """The layer's part of a target sequence, from block `first` on. Its runs have their tokens in `Run.drafts`."""
 
     __slots__ = ("begin", "first", "table", "tokens")
     adapters = ()  # adapters change the target's hidden states, but not the layer's weights
@@ -159,7 +159,7 @@ class DraftingHead(DraftModel):
     # ---- its steps ---------------------------------------------------------------------------------------------------
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return runs of the target's unread rows, and the `asked` sequences among them; without these, run at once."""
+        """Return runs of the target's unread rows, and their `asked` sequences; without these, run the rows at once."""
         del lives
         asking = {each.live: each for each in asked}
         runs: list[Run] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draft tokens from a small draft model with the target's vocabulary, run only if it saves time (after step 9).
+"""Draft tokens from a draft model with the target's vocabulary, run only if it saves time (after a step's commit).
 
 The draft model's cache has the target's block numbers: both use the same block table of a sequence. Draft tokens are
 compared with the tokens that the target samples, so the contents of this cache decide how many draft tokens are
@@ -265,7 +265,7 @@ class DraftModel:
         return length - own.done
 
     def _prices(self, lives: int, rows: int, active: int, target: Seconds) -> list[float]:
-        """Return what each further draft token of a sequence costs (draft step and target row), in plain-step tokens.
+        """Return the cost of each further draft token of a sequence (draft step, target row), in tokens of plain steps.
 
         Args:
             lives: number of sequences of the next step.
@@ -466,7 +466,7 @@ class DraftModel:
         return tokens.tolist()
 
     def _controls(self, each: Asked) -> tuple[float, ...]:
-        """Return the request's sampling controls at that position that depend only on the position."""
+        """Return the request's sampling controls at the next draft token's position, without penalties and bias."""
         state, ahead = each.live.state, len(each.candidates)
         temperature, min_p, top_k, top_p = state.controls
         uniform = 0.5 if state.params.greedy else state.uniforms(ahead + 1)[ahead]
@@ -494,8 +494,8 @@ def _best(chance: float, typical: float, prices: list[float], worth: float) -> t
 
     Args:
         chance: the chance that all draft tokens before them are accepted.
-        typical: the chance of each further one.
-        prices: the cost of each, in tokens of plain steps.
+        typical: the acceptance chance of each further draft token.
+        prices: the cost of each further draft token, in tokens of plain steps.
         worth: factor of the prices.
     """
     saved = cost = 0.0

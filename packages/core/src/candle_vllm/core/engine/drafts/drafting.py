@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draft tokens without a draft model, and how many of them a step tries (after step 9).
+"""Draft tokens without a draft model, and how many of them a step tries (after a step's commit).
 
 A step reads the weights once for all of its rows, so checking a few draft tokens costs little more than a plain step,
 and each accepted token saves a step. Draft tokens are tokens that a grammar forces, and the text that followed the same
@@ -207,7 +207,7 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
 
 @dataclasses.dataclass
 class DraftCounts:
-    """Counts since the start: drafts (one per sequence and step), draft tokens, accepted ones, these by position."""
+    """Counts since the start: drafts (one per sequence and step), draft tokens, accepted tokens, also by position."""
 
     drafts: int = 0
     draft_tokens: int = 0
@@ -216,7 +216,7 @@ class DraftCounts:
 
 
 class Drafter:
-    """Proposes draft tokens for an engine's sequences, and writes those to try into `Sequence.drafts`.
+    """Proposes draft tokens for an engine's sequences, and writes the tokens to try to `Sequence.drafts`.
 
     Attributes:
         times: returns the measured step times for a number of sequences.
@@ -504,7 +504,7 @@ class Drafter:
     def _offer(
         self, live: LiveSequence, record: _Record, match: _Match, least: float
     ) -> tuple[list[int], list[float]] | None:
-        """Return draft tokens, each with the probability that all up to it are accepted; None if the first's is low."""
+        """Return draft tokens with the probabilities that each and all before it are accepted; None without tokens."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)

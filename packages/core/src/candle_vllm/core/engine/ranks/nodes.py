@@ -161,7 +161,7 @@ class RankListener:
             raise
 
     def _send_one_away(self) -> None:
-        """Drop the oldest unproved connection of the address with the most; a rank with the key needs only a moment."""
+        """Drop the oldest unproved connection of the address that has the most; a rank proves its key in a moment."""
         ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
         first = next(each for each, address in self._strangers.items() if address == crowd)
         del self._strangers[first]

@@ -2,8 +2,8 @@
 """A rank's process: load a part of the model, and run that part of every step that the first rank sends.
 
 `Ranks` starts it as `python -m candle_vllm.core.engine.ranks.rank LINE,SIDE,RING,MEMORY`, with the descriptors of its
-two connections, of the ring that broadcasts messages within a machine, and of the shared memory in which ranks sum
-("" without one). `... rank join`, with an `Invitation` on the standard input, starts a rank on another machine.
+two connections, of the ring that broadcasts messages within a machine, and of the shared memory in which ranks sum; ""
+stands for no ring or memory. `... rank join`, with an `Invitation` on stdin, starts a rank on another machine.
 """
 
 from __future__ import annotations

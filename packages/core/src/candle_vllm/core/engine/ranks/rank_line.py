@@ -513,7 +513,7 @@ class Side:
             raise EngineDeadError("the ranks did not find each other") from None
 
     def tell(self, message: BlockRead | BlocksClosed) -> None:
-        """Send to the first rank, unless it has gone."""
+        """Send a message to the first rank, unless it has gone."""
         with contextlib.suppress(OSError):
             self._line.send(message)
 

@@ -326,7 +326,7 @@ class Ranks:
         return None
 
     def dead(self, here: str = "") -> EngineDeadError:
-        """End all ranks, because one has gone; return an error that says which rank, and how it ended.
+        """End all ranks, because one has gone; return an error that names the rank and how it ended.
 
         Args:
             here: the failure of a collective operation in this rank, reported if no rank is known to have gone.
@@ -557,13 +557,13 @@ class RankedRunner:
         self._together(message, lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """See `ModelRunner`. With several steps in flight, tokens are sampled only when they are taken."""
+        """See `ModelRunner`. With several steps in flight, tokens are sampled only when `Launched.tokens` is called."""
         if self.in_flight > 1:
             return _InFlight(self._collect, states)
         return self._runner.draw(states)
 
     def collect(self) -> None:
-        """See `ModelRunner`; done when the tokens are taken."""
+        """See `ModelRunner`; does nothing, because `Launched.tokens` collects the step."""
 
     def _collect(self, states: Sequence[SamplingState]) -> Sequence[SampledTokens]:
         """Collect the oldest step in flight, and return its sampled tokens."""
