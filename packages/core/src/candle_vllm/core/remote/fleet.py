@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fleet: several engine processes with the same model, used as one engine (steps 3 to 10).
+"""Fleet: several engine processes with the same model, used as one engine (steps 3 to 10 of a request's life).
 
 Each replica is a `RemoteEngine` with a thread of its own in this process. The fleet routes requests, gives all replicas
 the same adapters, restarts replicas that have died, and aggregates statistics.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""The connection between the processes: the start message, limits of sockets, and a bell. Both processes use it.
+"""The connection between the processes: the start message, limits of sockets, and a bell (before step 1 of a request).
 
-The start message goes over the child's standard input: how to connect to the parent, and what to load. None of this is
-on a command line, which other users of the machine can read. Used before step 1 of a request's life.
+Both processes use this module. The start message, sent over the child's standard input, has the address of the parent
+and the settings. None of this is on a command line, which other users of the machine can read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The caller's end of the connection to an engine in another process, and the thread that drives it (steps 3 to 10).
+"""The caller's connection to an engine in another process, and its thread (steps 3 to 10 of a request's life).
 
 `RemoteThread` drives a `RemoteLink` as `EngineThread` drives `Engine`: `add` and `abort` send messages, `step` waits
 for messages. Only that thread uses the socket.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Check a request in the caller's process, and serialise it for the engine's (after step 3 of a request's life).
+"""Check a request in the caller's process, and serialise it for the engine's process (after step 3 of its life).
 
 Errors that follow from the request, the vocabulary and the context are raised here, before anything is sent. Other
 errors, such as a grammar that does not compile, are raised by the engine.

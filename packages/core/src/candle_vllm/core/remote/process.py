@@ -171,7 +171,7 @@ class EngineProcess:
             self._popen.wait(wire.PATIENCE)
 
     def close(self, *, kill: bool = False) -> None:
-        """Ask the child to end, kill it after a timeout, and free all resources; may be called twice."""
+        """Notify the child to end, kill it after a timeout, and free all resources; may be called twice."""
         with self._ending:
             if self._ended:
                 return

@@ -2,8 +2,8 @@
 """Router: choose the replica for a request (between steps 3 and 4 of its life).
 
 The router tracks what it has sent to each replica: prompt tokens that are not computed yet, running sequences, and the
-hashes of the latest prompt blocks, as many as the replica's cache holds. It does not ask an engine, so it does not know
-of blocks that an engine has evicted or read from a KV tier; the cost is that a prompt is computed again.
+hashes of the latest prompt blocks, up to the size of the replica's cache. It sends no queries to engines, so it does
+not track blocks that an engine has evicted or read from a KV tier; the cost is that a prompt is computed again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Room:
 
 @dataclasses.dataclass
 class _Given:
-    """A request that was routed to a replica and has not ended."""
+    """A request that was routed to a replica and has not ended; `to_run`: prompt tokens that are not computed yet."""
 
     replica: int
     length: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""In the engine's process: receive requests, run them on the engine, and send outputs (steps 4 to 9).
+"""In the engine's process: receive requests, run them, and send outputs (steps 4 to 9 of a request's life).
 
 `RequestDesk` has one socket, in the main thread; `Outbox` has the other one, in the engine's thread. Slow work, such as
 compiling a grammar, runs in other threads.
@@ -147,10 +147,10 @@ class ChildEngine(InferenceEngine):
 
 logger = logging.getLogger(__name__)
 
-_WORKERS: Final = 4
-_CALLERS: Final = 16
-_MAX_AT_ONCE: Final = 64
-_LOOK_UP: Final = 10_000  # ms
+_WORKERS: Final = 4  # number of threads that prepare requests with grammars
+_CALLERS: Final = 16  # number of threads for calls that wait, such as adapter loads
+_MAX_AT_ONCE: Final = 64  # maximum number of messages that are handled between two polls
+_LOOK_UP: Final = 10_000  # ms that a poll waits
 
 
 class RequestDesk:
