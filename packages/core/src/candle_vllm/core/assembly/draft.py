@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Load a draft model, a draft head (EAGLE-3, Gemma 4), or the model's own layer for multi-token prediction.
 
-It is loaded after the target model, and refused if it was trained for another model or has another vocabulary.
+The draft is loaded after the target model, and refused if it was trained for another model or has another vocabulary.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class DescribedHead:
     """A draft head before its weights are read.
 
     Attributes:
-        name, placement, config, `vocab_size`, meant: see `LoadedHead`.
+        name, placement, config, vocab_size, meant: see `LoadedHead`.
         stored: its stored tensors.
         weights, ignored: its table of weight names, and patterns of names that are not loaded.
         build: builds the head, for a placement and a target model.

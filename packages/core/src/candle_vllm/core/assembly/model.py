@@ -141,7 +141,7 @@ class LoadedModel(Loaded):
     """A decoder with its weights; the context length in `config` is limited by the settings.
 
     Attributes:
-        draft: its draft model or draft head, if the settings ask for one; only on the first rank.
+        draft: its draft model or draft head, if the settings have one; only on the first rank.
         tower: its vision tower, if it has one; only on the first rank.
         shard: the part of the model that this rank has; None for the whole model.
     """
@@ -162,7 +162,7 @@ class LoadedModel(Loaded):
         return None if self.tower is None else self.tower.vision
 
     def turning(self, tokens: int) -> Rotary | None:
-        """Return the rotary embedding for M-RoPE, with table rows for `tokens` image tokens of a step; otherwise None.
+        """Return the rotary embedding with table rows for `tokens` image tokens; None without M-RoPE or images.
 
         Its tables are newly allocated, so this must be called before a runner uses them.
         """
@@ -256,7 +256,7 @@ def load_model(
 
 
 def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
-    """Return how tokens are sent to whole experts; "auto" sums on the CPU, where fewer bytes save no time."""
+    """Return how tokens are sent to whole experts; "auto" sums outputs on the CPU, where fewer bytes save no time."""
     asked = config.all2all_backend
     if asked == "all_to_all" and placement.invariant:
         raise ConfigError(
@@ -344,7 +344,7 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
     """Adapt the settings to a model: layers of transformers have no CUDA graphs, and some run one sequence at a time.
 
     Raises:
-        ConfigError: the settings divide a model of transformers, or enable drafts for a model with its own cache.
+        ConfigError: the settings divide a model of transformers, or enable drafts or LoRA for one with its own cache.
     """
     if not isinstance(model, ModelConfig) or model.implementation == "native":
         return config

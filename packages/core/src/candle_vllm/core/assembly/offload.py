@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Offload parts of a model from its GPU: experts that the CPU computes, and layers that are read over the PCIe bus.
 
-The settings determine the amount; otherwise only what does not fit is offloaded.
+The settings determine the amount; without them, only the weights that do not fit into GPU memory are offloaded.
 """
 
 from __future__ import annotations

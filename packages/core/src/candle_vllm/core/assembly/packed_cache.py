@@ -23,7 +23,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-LEAST_BYTES = 64 << 20  # of weights that are kept: less is packed in a fifth of a second
+LEAST_BYTES = 64 << 20  # minimum bytes of weights for a file: fewer are packed in a fifth of a second
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def packed_weights(
 ) -> Iterator[None]:
     """Context for loading a model's weights, in which packed matrices come from a file, or are written to one.
 
-    `paths` are the files that determine the weights, none if no matrix is packed for the CPU. `build` is the family's
-    function: families of other packages are not kept. `part` determines the loaded part of a divided model.
+    `paths` are the files that determine the weights; empty if no matrix is packed for the CPU. `build` is the family's
+    function: weights of other packages' families are not kept. `part` identifies the loaded part of a divided model.
     """
     size = sum(tensor.nbytes for tensor in stored.tensors.values())
     ours = (build.__module__ or "").startswith("candle_vllm.core.")

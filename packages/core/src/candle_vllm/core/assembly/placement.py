@@ -110,7 +110,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
 
 
 def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint, model: ModelConfig) -> Placement:
-    """Choose recorded steps on the CPU, unless the settings ask for torch or an obstacle, which is logged, requires it.
+    """Choose recorded steps on the CPU, unless the settings or an obstacle (which is logged) require torch.
 
     Raises:
         ConfigError: the GPU's kernels cannot multiply these weights in this dtype.
@@ -291,7 +291,7 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 def room_for_weights(
     name: str, placement: Placement, checkpoint: Checkpoint, elsewhere: Set[str] = frozenset(), host_bytes: int = 0
 ) -> Iterator[None]:
-    """Enclose loading weights: if memory runs out, a ConfigError says which memory, and what would fit.
+    """Enclose loading weights: if memory runs out, raise a NoMemoryError with the memory and a setting that would fit.
 
     The tensors with names in `elsewhere` take `host_bytes` of main memory, while the rest goes to a GPU.
     """
