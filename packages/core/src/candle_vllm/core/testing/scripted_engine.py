@@ -220,7 +220,7 @@ class ScriptedEngine(ScriptedVectors):
         return text + ("<|im_start|>assistant\n" if options.get("add_generation_prompt", True) else "")
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Compile the form for the byte tokenizer, and raise the engine's errors; scripts are not constrained by it."""
+        """Compile the grammar for the byte tokenizer; raise the engine's errors. Scripts are not constrained by it."""
         self._grammars.compile(params)
 
     def stream(

@@ -43,8 +43,8 @@ class PoolingCall(NamedTuple):
 class ScriptedVectors:
     """The part of `ScriptedEngine` that returns vectors and scores.
 
-    A vector counts tokens by their id modulo `SIZE`; it may be truncated. A score is the cosine of two vectors; that of
-    a cross-encoder (`tasks=("score",)`) is the share of the second text's tokens that are in the first.
+    A vector counts tokens by their id modulo `SIZE`; it may be truncated. A score is the cosine of two vectors, or for
+    a cross-encoder (`tasks=("score",)`) the share of the second text's tokens that are in the first.
 
     Attributes:
         pooling_calls: every call, in order.

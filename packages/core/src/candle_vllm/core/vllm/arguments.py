@@ -2,7 +2,7 @@
 """Translate the arguments of vLLM's `LLM`, `EngineArgs` and `AsyncLLM` to settings of an engine.
 
 Three kinds of names are accepted: fields of `EngineConfig`, unchanged or translated below; names in the tables of
-`core/arguments.py`, if their values change nothing; and defaults of requests. All other names are refused.
+`core/foreign_names.md`, if their values change nothing; and defaults of requests. All other names are refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Translated:
         config: settings of the engine.
         pooling: default pooling parameters of a call.
         quantization: given quantization method of the checkpoint; None if not given.
-        generation: defaults of requests that replace those of the model's files; None leaves these.
-        sampling: defaults that override both.
+        generation: defaults of requests that replace the defaults in the model's files; None to keep these.
+        sampling: defaults of requests that override all others.
     """
 
     config: EngineConfig

@@ -49,8 +49,8 @@ class Defaults:
 
     Args:
         engine: engine whose model's files have defaults.
-        generation: defaults that replace those of the files; None leaves these.
-        sampling: values that override both.
+        generation: defaults that replace the defaults of the files; None to keep these.
+        sampling: values that override all other defaults.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Opened:
     """Engine and defaults of an `LLM` or `AsyncLLM`.
 
     Attributes:
-        owned: whether the engine was created here; it is then closed with its holder.
+        owned: whether the engine was created here; it is then closed with the `LLM` or `AsyncLLM`.
         pooling: default pooling parameters of a call.
     """
 
@@ -163,7 +163,7 @@ class LLM(ExplainedAttributes):
                 each.
             priority: one priority for all prompts, or one for each; lower values run first.
             tokenization_kwargs: may have `add_special_tokens`.
-            mm_processor_kwargs: refused: images are prepared as the model's files define.
+            mm_processor_kwargs: refused: the model's files and the engine's settings define how images are prepared.
 
         Raises:
             RequestError: a prompt or parameter is invalid; its index is given in a list; no prompt has run then.
@@ -356,7 +356,7 @@ class LLM(ExplainedAttributes):
     ) -> list[ScoringRequestOutput]:
         """Compute similarity scores of pairs of texts: one with one, one with each of many, or many with as many.
 
-        A cross-encoder reads both texts at once; with other models, the score is the cosine of their embeddings.
+        A cross-encoder reads both texts at once; other models compare their embeddings, see `EngineFront.score`.
 
         Raises:
             InvalidParameterError: an input is not a text, or the numbers of texts do not match.

@@ -85,7 +85,7 @@ class RequestOutput:
 
 @dataclasses.dataclass
 class PoolingOutput:
-    """Pooled output of one text, float32: an embedding [E], or the probabilities of its classes [L]."""
+    """Pooled output of one text, float32: an embedding [E] or class probabilities [L], or a row of these per token."""
 
     data: NDArray[np.float32]
 
