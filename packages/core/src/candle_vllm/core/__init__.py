@@ -2,7 +2,7 @@
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
 Engines and vLLM's names are imported when they are first used, because computing modules take long to import, and the
-settings, errors and request types do not need it.
+settings, errors and request types do not need them.
 """
 
 from types import MappingProxyType

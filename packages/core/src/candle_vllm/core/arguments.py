@@ -28,9 +28,9 @@ R = TypeVar("R")
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
-    """Return the answer for each unknown name of a class with a table or, for any other owner, of a method.
+    """Return an answer for each name that `owner` (a class with a table, or any method) lacks and other libraries have.
 
-    The answer begins with the equivalent name of this library, if it has one.
+    An answer begins with the equivalent name of this library, if there is one.
     """
     return {name: row[2] for row in _rows(owner) for name in row[0].split()}
 
@@ -73,8 +73,8 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
 def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
     """Return the exception of a package's `__getattr__` for an unknown name.
 
-    For `from module import name` Python discards the text of an `AttributeError`. If there is a hint, that statement,
-    which first looks the name up in a function of importlib, gets its own exception.
+    For `from module import name` Python discards the text of an `AttributeError`. So if there is a hint, an ImportError
+    is returned for this statement, which is recognised by the calling function of importlib.
 
     Args:
         module: the package.

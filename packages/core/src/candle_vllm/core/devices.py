@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Choose the device that an engine computes on, and explain why a GPU cannot be used (before step 1 of a request).
+"""Choose the device that an engine computes on, or report why a GPU cannot be used (before step 1 of a request's life).
 
 torch is imported only if a GPU is requested, or if the setting is "auto" and a driver reports a GPU.
 """
@@ -148,7 +148,7 @@ def gpu_memory(device: Device) -> tuple[int, int]:
 
 @contextmanager
 def fitting(device: Device, what: str, size: int) -> Iterator[None]:
-    """Name what did not fit when a GPU's memory is exhausted within the context.
+    """Report the allocation that did not fit if a GPU's memory is exhausted within the context.
 
     Args:
         device: device whose memory is allocated.

@@ -105,7 +105,7 @@ class EngineFront(ABC):
     config: EngineConfig
     image_sources: ImageSources
     _info: ModelInfo
-    _owner: int  # the process that made it
+    _owner: int  # id of the process that created the engine
 
     # ---- the loaded model --------------------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ class EngineFront(ABC):
         """Fetch the images of a conversation, before `achat_stream`; `chat`, `chat_stream` and `achat` do this.
 
         Images at `https://`, `http://` and `file://` URLs are fetched if `allowed_media_domains` and
-        `allowed_local_media_path` allow it, checked at every redirect, with 20 MB and 10 s each and 64 MB in all.
+        `allowed_local_media_path` allow every address, redirects included. Limits: 20 MB and 10 s each, 64 MB in all.
 
         Raises:
             UnsupportedParameterError: the settings allow no images from URLs.
@@ -293,12 +293,12 @@ class EngineFront(ABC):
                 from the model's files at `wake_up`.
             mode: "abort" ends running and waiting requests, as `abort` does; "wait" lets them end first.
 
-        The prefix cache is cleared, except for blocks on disk. Adapters stay. A sleeping engine may be put to sleep at
-        the other level; level 2 is left only by `wake_up`.
+        The prefix cache is cleared, except for offloaded blocks. Adapters stay. A sleeping engine may be put to sleep
+        at the other level; level 2 is left only by `wake_up`.
 
         Raises:
-            CandleVllmError: no sleep at this level, nothing has changed: random weights at level 2, or a CPU without
-                Linux.
+            CandleVllmError: the engine cannot sleep at this level (random weights at level 2, or a CPU without Linux);
+                nothing has changed.
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -309,7 +309,7 @@ class EngineFront(ABC):
         """Allocate memory again; later answers equal those before `sleep` bit for bit. Does nothing if no tag sleeps.
 
         Args:
-            tags: "weights", "kv_cache" or both; None is both. Requests are accepted once both are awake.
+            tags: "weights", "kv_cache" or both; None means both. Requests are accepted once both are awake.
 
         Raises:
             CandleVllmError: the weights cannot be read again, or there is too little memory: the engine stays asleep.
@@ -352,7 +352,7 @@ class EngineFront(ABC):
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
         """Register an adapter under its name and load it; wait for the load, while requests go on.
 
-        Thread-safe, like the next three methods. `load_inplace` reads the files again; running requests keep the old.
+        Thread-safe, like the next three methods. With `load_inplace` files are read again, for later requests only.
 
         Raises:
             AdapterError: the adapter cannot be used, because of its files or because the model does not fit it.
@@ -367,7 +367,7 @@ class EngineFront(ABC):
 
     @explained()
     def remove_lora(self, lora_name: str) -> bool:
-        """Remove an adapter; return False if the name is unknown. Accepted requests go on to their ends.
+        """Remove an adapter; return False if the name is unknown. Accepted requests continue.
 
         Raises:
             InvalidParameterError, EngineDeadError: see `add_lora`.
@@ -556,11 +556,11 @@ class EngineFront(ABC):
     def score(
         self, pairs: Sequence[Pair], *, use_tqdm: Bar = True, lora_request: LoraChoice = None
     ) -> list[ScoreOutput]:
-        """Return the similarity of the two texts of each pair.
+        """Return the similarity of the two texts of each pair; raises as `embed`.
 
         A cross-encoder reads both texts at once, and the output of its head is the score (mapped to 0..1 by a sigmoid,
         unless the model's config says otherwise). For other models the score is the cosine similarity of the texts'
-        vectors, -1..1. Raises as `embed`.
+        vectors, -1..1; MaxSim for several vectors of a text, or the dot product of sparse vectors.
         """
         return self._pooling(lora_request=lora_request).score(pairs, use_tqdm=use_tqdm)
 
@@ -568,7 +568,7 @@ class EngineFront(ABC):
     async def ascore(self, pairs: Sequence[Pair], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
         """`score` in an event loop. Cancelling it aborts the unfinished pairs.
 
-        Cosine similarities have no token ids, which would repeat a text in each of its pairs.
+        Similarities of vectors have no token ids, which would repeat a text in each of its pairs.
         """
         return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 

@@ -3,7 +3,7 @@
 
     CandleVllmError
     ├── ConfigError              an impossible setting: names the setting and a value that works
-    │   └── NoMemoryError        the request does not fit into the available memory
+    │   └── NoMemoryError        the model, its cache or its steps do not fit into the available memory
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
     ├── ModelLoadError           the files exist but cannot be used
     │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file

@@ -41,11 +41,11 @@ _FOR_STEPS = 64 * MIB
 _FOR_A_SERVER = 128 * MIB
 """Bytes of a control group that cache and weights leave free, since exceeding the limit ends the process: with the
 smallest models a start takes 70 MiB after the cache was planned, and six concurrent requests take 30 MiB more."""
-_SHORT = 96 * MIB  # memory that a library may need
+_SHORT = 96 * MIB  # bytes that loading a library may need
 
 
 def _size(count: float) -> str:
-    """Format bytes for people."""
+    """Format a number of bytes as MiB or KiB."""
     return f"{count / MIB:.0f} MiB" if count >= 10 * MIB else f"{count / 1024:.0f} KiB"
 
 
@@ -57,13 +57,13 @@ class CachePlan:
         num_blocks: blocks in the cache.
         block_bytes: bytes of one block: keys and values of all layers without a page pool in `windows`.
         max_model_len: longest prompt plus output, in tokens; it always fits.
-        message: the arithmetic, for the log.
-        warning: says that the model's context was reduced, and what memory the full context needs; otherwise empty.
+        message: how the size was computed, for the log.
+        warning: the reduced context, and the memory that the full context needs; empty if it was not reduced.
         states: size of the pool of layer states.
         state_bytes: bytes of all states.
         windows: the page pools of layers with a window, one for each window.
         window_bytes: bytes of all page pools.
-        index_bytes: bytes beside the cache for what an index of sparse attention computes in a step.
+        index_bytes: bytes outside the cache for the scores and positions of a sparse-attention index in a step.
     """
 
     num_blocks: int
@@ -96,7 +96,7 @@ class Room:
 
     Attributes:
         available: free bytes on the device after loading the weights, without the reserve for a step.
-        share: fraction of it that the cache may take, unless `kv_fraction` is set.
+        share: fraction of `available` that the cache may take, unless `kv_fraction` is set.
         kept: description of the reserve, for the message; may be empty.
         limit: the user's setting that bounds the memory, if any.
         as_it_fills: the cache takes memory only as it fills.
@@ -195,7 +195,7 @@ def plan_cache(
     specs = [spec for spec in specs if pool_of(spec, windows) is None]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
-    affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # names alone
+    affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # without memory
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
@@ -253,9 +253,9 @@ def _plan_windows(
 ) -> tuple[WindowRoom, ...]:
     """Compute the pages of each pool within `budget` bytes; no pool if a page for each block takes no more memory.
 
-    Pools get the pages that all sequences read and write, and the pages that they read once more for cached prefixes.
-    But one sequence of full length, `per_sequence` blocks, has priority if its length was set; otherwise pools get
-    half. `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
+    Pools get the pages that all sequences read and write, and as many for cached prefixes. But one sequence of full
+    length, `per_sequence` blocks, has priority if its length was set; otherwise pools get at least half of the budget.
+    `sizes` are the bytes of a page of each pool, and of a block of the layers without a pool.
     """
     (pages, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
     most, least, wanted = per_sequence * sequences, list[int](), list[int]()
@@ -314,7 +314,7 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
 
 
 ElementBytes: TypeAlias = Callable[[int], float]
-"""Bytes of a cache element, with its share of a scale, for keys with this number of elements per head."""
+"""Function from the elements of a key per head to the bytes of a cache element, with its share of a scale."""
 
 
 def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
@@ -323,7 +323,7 @@ def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementB
 
 
 def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
-    """Return the bytes of an element in a GPU's cache; `plain` are the bytes of an element of activations."""
+    """Return the `ElementBytes` of a GPU's cache; `plain` are the bytes of an element of activations."""
     kind = CACHE_TYPES[config.kv_cache_dtype]
     if not kind.row_scales:
         return lambda _: 1 if kind.element else plain
@@ -440,7 +440,7 @@ def _free_of_windows() -> int:
 
 
 def _process_limits(root: Path) -> Iterator[Limit]:
-    """Return limits of addresses and data (`ulimit -v`, `ulimit -d`), which count reserved memory, used or not."""
+    """Yield limits of addresses and data (`ulimit -v`, `ulimit -d`), which count reserved memory, used or not."""
     if sys.platform == "win32":
         return
     import resource
@@ -456,7 +456,7 @@ def _process_limits(root: Path) -> Iterator[Limit]:
 
 
 def _group_limits(root: Path) -> Iterator[Limit]:
-    """Return limits of control groups; the page cache of files that are not open does not count as used."""
+    """Yield limits of control groups; inactive pages of the file cache do not count as used."""
     for group in control_groups("memory", root):
         for limit, used, cached in (
             ("memory.max", "memory.current", "inactive_file"),

@@ -45,7 +45,7 @@ def perplexity(
     save: BinaryIO | None = None,
     reference: BinaryIO | None = None,
 ) -> dict[str, Any]:
-    """Return the figures of a model on the first `tokens` tokens of a text; those of a comparison with a reference.
+    """Return a model's figures on the first `tokens` tokens of a text, and their comparison with a reference, if given.
 
     Log-probabilities, 4 bytes for each scored token and token of the vocabulary, go to the file `save`; `reference` is
     such a file. Raises ConfigError if there is no token to score, or the reference scores other tokens.
@@ -86,7 +86,7 @@ def perplexity(
 
 
 def _figures(parts: list[NDArray[np.float64]]) -> dict[str, Any]:
-    """Return the figures of the windows' columns. Errors are standard errors, by the differences between windows."""
+    """Return the figures of the windows' columns; errors are standard errors, from the differences between windows."""
     columns, count = np.concatenate(parts, 1), len(parts)
     found: dict[str, Any] = {"tokens": columns.shape[1], "windows": count}
     for name, weights in {"perplexity": [-1], "ratio": [-1, 1], "kl": [0, 0, 1]}.items():

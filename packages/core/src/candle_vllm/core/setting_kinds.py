@@ -45,11 +45,11 @@ class Kind(Protocol):
     """Type of a setting, which reads and checks values."""
 
     def from_text(self, text: str) -> Any:
-        """Parse a text; raises ValueError for an invalid one."""
+        """Parse a text; raises ValueError for an invalid text."""
         ...
 
     def check(self, value: Any) -> Any:
-        """Return an allowed value; raises ValueError otherwise."""
+        """Return the value in its usual form; raises ValueError if it is not allowed."""
         ...
 
 
@@ -57,7 +57,7 @@ class EngineKind(Kind, Protocol):
     """Type of an engine's settings."""
 
     def taken(self, value: Any) -> Any:
-        """Convert a typed value to the engine's form; the ValueError says what the value is not."""
+        """Convert a typed value to the engine's form; raises ValueError for an invalid value."""
         ...
 
 
