@@ -289,7 +289,7 @@ def _draft_model(
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
-    """Return the maximum sequences and tokens of a decoder's step; raise ConfigError if there are fewer tokens.
+    """Return the maximum sequences and tokens of a decoder's step; raise ConfigError for fewer tokens than sequences.
 
     `longest` is the length of the longest prompt: with `max_num_batched_tokens=0`, a step can run all of it.
     """

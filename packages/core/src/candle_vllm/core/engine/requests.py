@@ -138,10 +138,10 @@ def _is_mix(given: object) -> bool:
 
 
 def serving_key(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
-    """Return the sort key by which the scheduler and a server's admission queue choose the next request.
+    """Return the key by which the scheduler and a server's admission queue choose the next request: the lowest first.
 
     Args:
-        priority: the request's priority. The lowest numbers are served first, also of the following arguments.
+        priority: the request's priority.
         running: number of sequences in the engine with the request's API key, if several keys share the engine.
         arrival: number in order of arrival; only the scheduler passes it, because the queue's candidates are in order.
     """

@@ -202,7 +202,7 @@ class BlockFolder:
         """Do nothing: no file is open."""
 
     def clear(self) -> None:
-        """See `BlockStore`; also deletes blocks of other engines, if the folder can be listed."""
+        """See `BlockStore`; includes the blocks that other engines have written, if the folder can be listed."""
         with suppress(OSError):
             self._look()
         with self._lock:

@@ -35,7 +35,7 @@ from candle_vllm.core.threads import default_threads
 logger = logging.getLogger(__name__)
 
 _WAITING_BYTES = 64 << 20
-"""Limit of the bytes that wait to be written, and of bytes that wait to be copied to the cache; a block may always."""
+"""Limit of the bytes that wait to be written, and of read bytes that wait for the cache; one block may always wait."""
 _Look = Callable[[Sequence[bytes]], None]
 _PATIENCE = 1.0  # seconds without a new block, after which a sequence no longer waits
 _SILENCE = 60.0  # seconds after a failure during which nothing is written and no other failure is logged
@@ -288,7 +288,7 @@ class BlockParts:
             try:
                 if written is not None:
                     data = written.bytes()
-                elif self._store.may_have(digest):  # only the first rank has asked its store already
+                elif self._store.may_have(digest):  # only the first rank has checked this before
                     data = self._store.read(digest)
             except Exception as error:  # a store may raise any exception
                 failed = True
@@ -564,7 +564,7 @@ class OffloadedBlocks:
             time.sleep(_LOOK)
 
     def _tell_of_offers(self) -> None:
-        """Send the offered blocks to the other ranks in one message, because many might fill the pipe during a step."""
+        """Send the offered blocks to the other ranks in one message: many messages might fill a line during a step."""
         if self._offered and self._others is not None:
             self._others.offer(self._offered)
             self._offered = []

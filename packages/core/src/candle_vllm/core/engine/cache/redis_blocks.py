@@ -23,7 +23,7 @@ from candle_vllm.core.errors import ConfigError, with_extra
 logger = logging.getLogger(__name__)
 
 TIMEOUT: Final = 1.0  # seconds to connect, and for each read of an answer
-_SLOWEST: Final = 8 << 20  # bytes per second: a whole answer has TIMEOUT plus the time of its maximum size at this rate
+_SLOWEST: Final = 8 << 20  # bytes per second: an answer may take TIMEOUT plus the time of its maximum size at this rate
 _SPARE: Final = 1 << 16  # maximum bytes of an answer beyond a block; 500 hashes take 20,000
 QUIET: Final = 10.0  # seconds after a failure in which Redis is not used
 UNUSED: Final = 7 * 24 * 3600  # seconds after which an unused block is deleted
@@ -149,7 +149,7 @@ class RedisBlocks:
             self._client.close()
 
     def _look(self) -> None:
-        """Count the blocks in Redis and log their size; runs in a thread, for which the start waits only `TIMEOUT`."""
+        """Count the blocks in Redis and log their size, in a thread: the constructor waits at most `TIMEOUT` for it."""
         try:
             self.num_bytes = int(self._client.zcard(self._index)) * (self._size + HEADER)
         except Exception as error:  # a malformed answer may raise any exception

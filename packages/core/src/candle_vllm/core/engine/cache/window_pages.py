@@ -138,14 +138,14 @@ class WindowedBlocks(BlockManager):
         return all(pool.has_room(shared, needed, reserve) for pool in self.pools)
 
     def begin(self, sequence: Sequence, cached: int) -> None:
-        """Start a sequence after this number of shared blocks."""
+        """Start a sequence after `cached` shared blocks; it uses the pages of the blocks in its windows."""
         sequence.windowed = [(pool.first(cached * self.block_size), cached) for pool in self.pools]
         for pool, (first, last) in zip(self.pools, sequence.windowed):
             for block in sequence.block_table[first:last]:
                 pool.take(block)
 
     def advance(self, sequence: Sequence, start: int, end: int, spare: int = 0) -> int:
-        """Release the pages before the windows of a token, and allocate pages for the positions up to `end`.
+        """Release the pages before the windows of position `start`, and allocate pages for the positions up to `end`.
 
         Args:
             sequence: the sequence. Blocks that a running step fills are not published yet and keep their page.
@@ -153,7 +153,7 @@ class WindowedBlocks(BlockManager):
             spare: pages that must stay free.
 
         Returns:
-            The position up to which it has pages, at most `end`.
+            The position up to which the sequence has pages, at most `end`.
         """
         table, needed, reached = sequence.block_table, -(-end // self.block_size), end
         for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
@@ -171,7 +171,7 @@ class WindowedBlocks(BlockManager):
         return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
-        """Keep this number of blocks of a sequence's table; 0 if it no longer runs."""
+        """Release the pages after the first `blocks` blocks of a sequence's table; 0 if the sequence no longer runs."""
         for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
             pool.leave(sequence.block_table[max(first, blocks) : last])
             sequence.windowed[number] = min(first, blocks), min(last, blocks)

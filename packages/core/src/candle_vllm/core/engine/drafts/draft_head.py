@@ -200,7 +200,7 @@ class DraftingHead(DraftModel):
     def _logits(self, batch: Batch, ready: list[Asked]) -> Value:
         if self._words < self._target_words:
             np.minimum(batch.tokens[0], self._words - 1, out=batch.tokens[0])
-        batch.tokens[1] += self._shares  # it attends to the rows before the last token, and rotates by its position
+        batch.tokens[1] += self._shares  # attends to rows before the last token, but rotates by the last position
         states, self._states = self._states, None
         given = np.stack([self._back[each.live] for each in ready]) if states is None else states
         logits = self._head.run_on(batch, given, fused=states is None)

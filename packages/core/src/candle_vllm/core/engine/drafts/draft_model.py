@@ -288,7 +288,7 @@ class DraftModel:
     # ---- acceptance --------------------------------------------------------------------------------------------------
 
     def _follow(self, live: LiveSequence) -> Own:
-        """Compare a sequence's last draft tokens with its new tokens, and update how much of it is cached."""
+        """Compare a sequence's last draft tokens with its new tokens, and update how many of its tokens are cached."""
         own = self._owns.get(live)
         if own is None:
             own = self._owns[live] = Own()
@@ -378,7 +378,7 @@ class DraftModel:
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
     def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
-        """Return the first step's runs, which read the last unread tokens, and the sequences that get drafts by it."""
+        """Return the runs of the first step, which read the last unread tokens, and the sequences it drafts for."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
         ready: list[Asked] = []

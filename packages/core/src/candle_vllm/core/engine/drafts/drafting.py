@@ -151,7 +151,7 @@ class StepTimes:
         self._known = [1 + drafts / (FIXED + lives) for drafts in range(most + 1)]
         self._curve = self._known[:]
         self._plain: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=9))
-        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain step after
+        self._drafted: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=5))  # by drafts; 0: plain, after them
 
     def plain(self, lives: int) -> float:
         """Return the seconds of a plain step with this number of sequences; 0 before three were measured."""
@@ -241,7 +241,7 @@ class Drafter:
         self._idle = 0
         self._seen: dict[int, StepTimes] = {}  # by the bit length of the number of sequences
         self._before = 0, False  # the last step: its sequences (0 if it had a prompt), and whether it had drafts
-        self._rest = self._rested = self._resting = 0  # the rest: steps left, all its steps, its sequences
+        self._rest = self._rested = self._resting = 0  # current rest: steps left, all steps, number of sequences
         self._unplain = 0  # steps since two plain steps in a row
         self._right: list[int] = []  # accepted draft tokens of each sequence in the last step
         self._hits = [hits for hits, _ in _PRIOR]

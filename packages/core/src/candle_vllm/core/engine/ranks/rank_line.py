@@ -72,7 +72,7 @@ class Adapters(msgspec.Struct, frozen=True):
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """The image rows of a step, and the elements of their vectors, which only the first rank has."""
+    """The image rows of a step, and the number of elements of each row's vectors, which only the first rank has."""
 
     rows: bytes
     width: int
@@ -329,7 +329,7 @@ def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
 
 @functools.cache
 def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    """Return the decoder for messages of these types; cached, because making one takes longer than decoding."""
+    """Return the decoder for messages of these types; cached, because making it takes longer than decoding."""
     return msgspec.msgpack.Decoder(kind)
 
 

@@ -53,7 +53,7 @@ _FATE_SECONDS = 3.0
 _LAST_WORDS = 0.5  # seconds that the last messages of an ended rank may take to arrive
 _ENDING = 5.0  # seconds that a rank may take to end
 _LOADING = 30  # ticks without a heartbeat while a rank loads, because one operation may hold the GIL for long
-_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # are not sent
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # not sent to other nodes
 _LOOK = 0.1  # seconds between two checks of whether all ranks live
 _STOPPED = "Tt"  # states of a process that was stopped, by a signal or a debugger
 _COMPUTES = 0.1  # seconds of CPU time a second above which a process counts as computing
@@ -281,7 +281,7 @@ class Ranks:
         return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[rank_line.AdapterLoaded]:
-        """Wait until the other ranks have loaded an adapter or failed; one is loaded at a time, by one thread.
+        """Wait until the other ranks have loaded an adapter or failed; called in one thread, for one adapter at a time.
 
         Raises:
             EngineDeadError: a rank has gone.
@@ -353,7 +353,7 @@ class Ranks:
             self._collective.abort()
 
     def _gone(self) -> str | None:
-        """Return which rank has ended; None after `_FATE_SECONDS`.
+        """Return which rank has ended, and how; None if no rank is known to have ended after `_FATE_SECONDS`.
 
         Collective operations fail at once when a rank has ended, but the report of its end may arrive later: over a
         network, or from a busy machine.

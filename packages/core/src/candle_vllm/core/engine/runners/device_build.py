@@ -97,7 +97,7 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
-            # only the first rank samples; if the host computes experts, no step is launched ahead
+            # ranks that do not sample need the sampled tokens; a host that computes experts is busy within a step
             overlaps=not draft_rows and ranks is None and host is None,
             adapters=adapters,
             host=host,
@@ -178,7 +178,7 @@ def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype,
     kind = CACHE_TYPES[config.kv_cache_dtype]
     dtype = getattr(torch, kind.element) if kind.element else loaded.placement.torch_dtype
     if kind.row_scales and dtype == torch.float8_e4m3fn and capability(loaded.placement.device) < 89:
-        dtype = torch.uint8  # the bits of the floats, where the GPU has no such type
+        dtype = torch.uint8  # the bits of the floats, because the GPU has no float8 type
     return dtype, kind.row_scales
 
 

@@ -302,12 +302,12 @@ class DeviceInputs:
         return self._of_tokens(1, tokens), self._of_tokens(2, tokens)
 
     def token_ids(self, tokens: int, drawn: torch.Tensor) -> torch.Tensor:
-        """Return token ids, [T] int32; unknown ones are among the previous step's sampled tokens. Runs as `Work`."""
+        """Return token ids, [T] int32; unknown tokens are read from the last sampled ones, `drawn`. Runs as `Work`."""
         sources = self._of_tokens(3, tokens)
         return torch.where(sources >= 0, drawn[sources.clamp(min=0)].to(torch.int32), self._of_tokens(0, tokens))
 
     def sample_rows(self, count: int) -> torch.Tensor:
-        """Return, [count] int32, the rows whose next token is sampled."""
+        """Return the rows whose next token is sampled, [count] int32."""
         return self._there["sample_rows"][:count]
 
 

@@ -92,7 +92,8 @@ class DeviceRunner:
             decoding, whose drafts depend on these tokens. Then `limits.sequences` includes the draft tokens of a step.
         host: computes the experts that are in main memory; None without such experts. It is closed with the runner.
         row_scales: whether each row of the cache has its own scales, see `kernels/kv_write/scaled_rows`.
-        turning, state_dtype: see `RecordedRunner`; type of activations, if layers keep states.
+        turning: see `RecordedRunner`.
+        state_dtype: type of activations, if layers keep states.
 
     Attributes:
         adapters: applies adapters in the decoder's layers; None without LoRA.
@@ -213,7 +214,7 @@ class DeviceRunner:
             self._begun.append(_Begun(size, batch.sampled_rows, entries))
 
     def _turn(self, batch: Batch) -> Ints | None:
-        """Write rotary table rows for image rows; return each row's offset from its position to its table row."""
+        """Write rotary table rows for image rows; return `batch.turns`, or None without M-RoPE or images."""
         turned = batch.turned
         if turned is None or self._turning is None:
             return None
@@ -237,7 +238,7 @@ class DeviceRunner:
             return self._sampler.launch(states, self._asks, self._padded_rows(len(states)))
 
     def _padded_rows(self, count: int) -> int | None:
-        """Return the rows of the captured sampling graph for `count` rows; None without one."""
+        """Return the number of rows of the captured sampling graph for `count` rows; None without a graph."""
         return None if self._size is None else next((s.rows for s in self._buckets if s.rows >= count), None)
 
     def _sample_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> SampledStep:
@@ -387,8 +388,7 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """Maximum number of graphs: one step of each size, and for each decoding size three kinds of sampling and, with
-        LoRA, a step with adapters."""
+        """Maximum number of graphs: a step of each size; for each decoding size 3 samplings, and a step with LoRA."""
         return (4 + (self.adapters is not None)) * len(self._buckets) + len(self._mixed)
 
     @property

@@ -37,7 +37,7 @@ class ModelRunner(Protocol):
 
     in_flight: int
     """Maximum number of steps in flight, whose sequences are disjoint. If it is above 1, a step's tokens are sampled
-    when the step is collected, and its rows may be read from then on."""
+    when the step is collected, and its rows may be read only after that."""
 
     fatal: tuple[type[Exception], ...]
     """Errors after which the contents of the device's memory cannot be trusted."""

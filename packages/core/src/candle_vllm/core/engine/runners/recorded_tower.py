@@ -34,7 +34,7 @@ class RecordedTower:
     """Replays a vision tower on the CPU, a tile at a time; see `TowerRunner`.
 
     The time of an operation is predicted from the same operation in the previous layer or for an earlier image. An
-    operation that takes longer than steps should wait runs in parts.
+    operation that would delay steps for too long runs in parts.
 
     Args:
         tower: the model, its matrices in the layouts of the compiled kernels.
@@ -74,7 +74,7 @@ class RecordedTower:
         start = recorder.buffer(config.hidden_size) if config.learned else None
         begins = None if start is None else buffer_value(recorder, start)
         self._patches, self._start = given.rows, None if start is None else start.rows
-        self._deep = dict[int, NDArray[np.float32]]()  # outputs of these layers
+        self._deep = dict[int, NDArray[np.float32]]()  # outputs of the layers in `config.deep`
         step = TowerStep(step_tokens(recorder, recorder.arrays.positions), start=begins)
         x = tower.begin(buffer_value(recorder, given), step)
         ends = [0]
@@ -161,7 +161,7 @@ class RecordedTower:
         target: NDArray[np.float32],
         clock: _Clock,
     ) -> Iterator[None]:
-        """Write the columns of a tile's embeddings that projection `number` computes from the rows of `rows_of`."""
+        """Write the columns of a tile's embeddings that projection `number` computes from the result of `rows_of`."""
         config, join = self._config, self._joins[number]
         size, most = config.text_size, self._cells.limits.tokens
         columns = target[:, number * size : (number + 1) * size]

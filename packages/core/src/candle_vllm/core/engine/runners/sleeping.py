@@ -3,7 +3,7 @@
 
 Level 1 frees the KV cache; weights on a GPU are moved to host memory, weights on the CPU stay. Level 2 also drops the
 weights, which are read from the model's files again. At both levels the engine keeps adapters and the objects that
-prepare requests. On the CPU addresses stay the same, for recorded plans; on a GPU steps are captured again.
+prepare requests. On the CPU memory keeps its addresses, which recorded plans have; on a GPU steps are captured again.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Sleeper:
         logger.info("asleep at level %d after %.2f s", level, time.perf_counter() - began)
 
     def wake_up(self, tags: Iterable[str]) -> None:
-        """Restore the freed memory of these tags; a tag whose memory raises CandleVllmError stays asleep."""
+        """Restore the freed memory of these tags; if that fails, raise CandleVllmError and leave the tag asleep."""
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
         if asked:
             self.tell(asked)

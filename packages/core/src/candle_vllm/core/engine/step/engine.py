@@ -45,7 +45,7 @@ _MAX_ADAPTERS = 64  # maximum number of adapters in `EngineStats`
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A launched step that samples for `lives` and is not committed yet; if `ahead`, their `num_ahead` includes it."""
+    """A launched, uncommitted step that samples tokens for `lives`; `ahead`: whether their `num_ahead` counts these."""
 
     step: Step
     batch: Batch
@@ -93,13 +93,13 @@ class Engine:
         self.offloaded = offloaded
         self.sleeper = sleeper
         self.cache_bytes = 0  # size of the KV cache; 0 if unknown
-        self.state_bytes = 0  # part of the cache for layers' states
+        self.state_bytes = 0  # part of `cache_bytes` for states of layers
         self.index_bytes = 0  # see `CachePlan`
         self._preparation = preparation
         self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(block_size, runner.step_memory)
-        self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # of the last step
+        self._sampling: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # sequences of the last step
         self._flights: deque[_Flight] = deque()  # in launch order
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
@@ -184,7 +184,7 @@ class Engine:
 
     @property
     def is_sleeping(self) -> bool:
-        """Whether memory that a step needs is freed."""
+        """Whether memory that a step needs was freed."""
         return self.sleeper is not None and bool(self.sleeper.asleep)
 
     def wake_up(self, tags: Seq[str]) -> None:

@@ -27,7 +27,7 @@ class Live(ABC):
     """One sequence of a request from admission to its last output.
 
     Args:
-        sequence: the scheduler's view.
+        sequence: the scheduler's view of the sequence.
     """
 
     __slots__ = ("first_scheduled_time", "first_token_time", "is_over", "sequence")
@@ -67,7 +67,7 @@ class Live(ABC):
         """
 
     def end(self, reason: FinishReason, failure: RequestError | str | None = None) -> TokenOutput:
-        """Return the last output of a sequence that ends without a new token; a `str` is an error of the engine."""
+        """Return the last output of a sequence that ends without a new token; a `failure` of `str` is the engine's."""
         return TokenOutput(
             request_id=self.request.request_id,
             index=self.sequence.index,

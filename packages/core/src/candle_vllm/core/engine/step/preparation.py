@@ -126,7 +126,7 @@ class EncoderPreparation(Preparation):
         return [PooledText(sequence, plan)]
 
     def _logits_plan(self, request: PoolingRequest) -> PoolingPlan:
-        """Return the plan for a model that computes its head, so that `EncoderRunner` returns logits."""
+        """Return the pooling plan for a model that computes its head itself: `EncoderRunner` then returns logits."""
         head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
         count = len(self._config.labels)
         return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)

@@ -403,10 +403,10 @@ def raise_failure(output: TokenOutput) -> None:
 
 
 MAX_UNDER_WAY = 256
-"""Maximum number of requests of one call in the engine."""
+"""Maximum number of requests that one call has in the engine at a time."""
 
 STEPS_UNDER_WAY = 2
-"""Number of steps that the tokens of one call may fill: other callers wait for the running step and the next one."""
+"""Number of steps whose tokens one call may have in the engine, so that other callers wait two steps at most."""
 
 _PAUSE = 0.01  # seconds between attempts while other callers fill the queue
 
