@@ -45,7 +45,7 @@ def split_cache_scales(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[str, St
 def give_cache_scales(
     decoder: object, scales: Mapping[str, StoredTensor], config: Counted, placement: Placement
 ) -> None:
-    """Set the stored scales in the layers of `decoder`; layers without stored scales use those of the step.
+    """Set the stored scales in the layers of `decoder`; layers without stored scales use the step's scales.
 
     Raises:
         InvalidFileError: a scale is not a single finite number above 0.

@@ -94,7 +94,7 @@ def quantised_in_situ(
     has_place: Callable[[str], bool] = lambda _: True,
     imatrix: Imatrix | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint with its matrices quantised to a type; their names are their targets in the model.
+    """Return a checkpoint with matrices quantised to a type, whose tensors are named by their targets in the model.
 
     Args:
         name: one of `ISQ_TYPES`.
@@ -189,7 +189,7 @@ def _is_table(target: str) -> bool:
 
 
 def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, target: str, stored: StoredTensor) -> str:
-    """Return the log line in which a tensor is counted."""
+    """Return the group of the log line in which a tensor is counted."""
     if chosen is None:
         return "" if stays_plain(target, stored) else "plain, as their rows fit no block"
     if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):

@@ -276,7 +276,7 @@ def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
-    """Raise InvalidFileError if a tower adds to more layers than the text model has, or than its metadata says."""
+    """Raise InvalidFileError if the text model has fewer layers than a tower adds to, or its metadata differs."""
     said = getattr(model, "deep", 0)
     if deep > model.num_layers:
         raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")

@@ -92,7 +92,7 @@ class _Layers(NamedTuple):
 def plan_split(
     config: EngineConfig, device: Device, placement: Placement, family: Family, model: ModelConfig, stored: Checkpoint
 ) -> Split | None:
-    """Plan what is in main memory; return None if the whole model is in one place.
+    """Plan which weights are in main memory; return None if the whole model is in one place.
 
     Raises:
         ConfigError: the settings cannot be applied to this model.
@@ -189,7 +189,7 @@ def _how_many(
 ) -> tuple[int, int, str]:
     """Return the number of layers whose experts the CPU computes, the first layer that is read over the bus, and why.
 
-    Without settings, only what does not fit is offloaded: experts first, because a token needs only a few of them.
+    Without settings, only weights that do not fit are offloaded: experts first, since a token needs only a few of them.
     """
     last = model.num_layers
     experts, layers, chosen = min(config.cpu_experts or 0, last), last, False

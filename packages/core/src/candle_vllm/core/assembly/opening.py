@@ -69,7 +69,7 @@ def config_file(files: ModelFiles) -> Path:
 
 @contextmanager
 def naming(source: object, *others: object) -> Iterator[None]:
-    """Add `source` to the message of a loading error, unless that names `source` or one of `others`."""
+    """Add `source` to the message of a loading error, unless the message names `source` or one of `others`."""
     try:
         yield
     except ModelLoadError as error:
@@ -81,7 +81,7 @@ def naming(source: object, *others: object) -> Iterator[None]:
 def open_model(files: ModelFiles, device: Device) -> Opened:
     """Open the files that `model_files` found; raises like `load_model`.
 
-    The modules for other formats are not imported for a GGUF file, which makes its start faster.
+    For a GGUF file the modules for other formats are not imported, so that it loads faster.
     """
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CHILD = (sys.executable, "-P", "-m", "candle_vllm.core.remote.child")
 _LONGEST_FOLDER = 80  # bytes; a socket's path may have 107
 _MAX_STRANGERS = 10  # maximum number of warnings about messages of other processes
-_LOOK_UP = 1000  # ms
+_LOOK_UP = 1000  # ms that a poll waits
 _LAST_WORDS = 20  # ms to wait for the last messages of an ended child
 
 
