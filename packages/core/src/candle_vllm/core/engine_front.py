@@ -150,7 +150,7 @@ class EngineFront(ABC):
         """Call `callback` once, when the engine dies without `close`; at once if it has died already."""
 
     def stats(self) -> EngineStats:
-        """Return counters since the start and present gauges."""
+        """Return counters since the start and current values of gauges."""
         return self._working().stats()
 
     @explained()
@@ -297,8 +297,8 @@ class EngineFront(ABC):
         at the other level; level 2 is left only by `wake_up`.
 
         Raises:
-            CandleVllmError: the engine cannot sleep at this level (random weights at level 2, or a CPU without Linux);
-                nothing has changed.
+            CandleVllmError: the engine cannot sleep at this level (random weights at level 2, or on the CPU of a system
+                other than Linux); nothing has changed.
             EngineDeadError: the engine has stopped.
         """
         check_sleep(level, mode)
@@ -306,7 +306,7 @@ class EngineFront(ABC):
 
     @explained()
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Allocate memory again; later answers equal those before `sleep` bit for bit. Does nothing if no tag sleeps.
+        """Allocate memory again; later answers equal those before `sleep` bit for bit. If awake, do nothing.
 
         Args:
             tags: "weights", "kv_cache" or both; None means both. Requests are accepted once both are awake.
@@ -355,8 +355,8 @@ class EngineFront(ABC):
         Thread-safe, like the next three methods. With `load_inplace` files are read again, for later requests only.
 
         Raises:
-            AdapterError: the adapter cannot be used, because of its files or because the model does not fit it.
-            InvalidParameterError: LoRA is off (`enable_lora`), or the name has another path.
+            AdapterError: the adapter's files cannot be used, or do not fit the model.
+            InvalidParameterError: LoRA is off (`enable_lora`), or the name is registered with another path.
             EngineOverloadedError: it was not loaded in time, because other adapters need the memory.
             EngineDeadError: the engine has stopped.
         """
@@ -411,7 +411,7 @@ class EngineFront(ABC):
             priority: one for all prompts, or one for each; a lower number runs first.
             add_special_tokens: add the tokenizer's special tokens, such as BOS, to texts.
             lora_request: the adapter of all prompts (`enable_lora`), pairs of adapters and scales for a mix, or one of
-                these or None for each prompt. A path is read when its name is first used.
+                these or None for each prompt. An adapter's files are read when its name is first used.
 
         Raises:
             RequestError: a prompt or its parameters are wrong; the message has its position (`prompts[50]`). No prompt
@@ -568,7 +568,7 @@ class EngineFront(ABC):
     async def ascore(self, pairs: Sequence[Pair], **call: Unpack[ScoreOptions]) -> list[ScoreOutput]:
         """`score` in an event loop. Cancelling it aborts the unfinished pairs.
 
-        Similarities of vectors have no token ids, which would repeat a text in each of its pairs.
+        Outputs that compare vectors have no token ids: these would be repeated in each pair with the same text.
         """
         return await self._watched("score", pairs, call, lambda calls: calls.ascore(pairs))
 
@@ -806,7 +806,7 @@ class EngineFront(ABC):
         priority: int | Sequence[int] = 0,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
-        """Make and check the requests; for several prompts, an error names the wrong one as an index of `field`."""
+        """Return checked requests, with their prepared sequences; errors name one of several prompts as `field[i]`."""
         engine = self._working()
         if params is None or isinstance(params, SamplingParams):
             each: list[SamplingParams | None] = [params] * len(prompts)

@@ -102,7 +102,7 @@ class InferenceEngine(ExplainedAttributes, EngineFront):
         self._thread: EngineThread | None = None
         self._manual, self._ranks = False, ranks
         self._ended: list[TokenOutput] = []  # last outputs of requests that were aborted between steps
-        self._lock = threading.Lock()  # guards how the engine is driven
+        self._lock = threading.Lock()  # guards the start of the thread, the choice of `step` instead, and closing
         self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
         self._info = model_info(loaded, self._engine)
 

@@ -195,7 +195,7 @@ def plan_cache(
     specs = [spec for spec in specs if pool_of(spec, windows) is None]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
-    affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # without memory
+    affordable = (budget - window_bytes) // block_bytes if block_bytes else max(per_sequence, 1 << 17)  # 0-byte blocks
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
@@ -333,7 +333,7 @@ def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
 
 
 def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
-    """Describe the elements of a token, keys and values or only keys, with a term for each shape."""
+    """Return the formula of a token's bytes for the log, with a term for each shape of keys and values."""
     terms: list[str] = []
     for (heads, keys, values), count in Counter(spec.shape for spec in specs).items():
         kept = f"2 x {count} layers x {heads} heads x {keys}"

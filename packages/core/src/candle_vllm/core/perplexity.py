@@ -47,8 +47,8 @@ def perplexity(
 ) -> dict[str, Any]:
     """Return a model's figures on the first `tokens` tokens of a text, and their comparison with a reference, if given.
 
-    Log-probabilities, 4 bytes for each scored token and token of the vocabulary, go to the file `save`; `reference` is
-    such a file. Raises ConfigError if there is no token to score, or the reference scores other tokens.
+    The file `save` gets the log-probabilities, 4 bytes for each scored token and token of the vocabulary; `reference`
+    is such a file. Raises ConfigError if there is no token to score, or the reference scores other tokens.
     """
     before, windows = cut(engine, text, window, tokens)
     first, size = max(1, len(before)), engine.model_info.vocab_size
@@ -62,7 +62,7 @@ def perplexity(
     parts: list[list[NDArray[np.float64]]] = []
 
     def read(logits: NDArray[np.float32]) -> None:
-        """Append columns of log p(token), and with a reference its log p, the KL, and whether the tops are equal."""
+        """Append columns: log p of the text's tokens; with a reference its log p, KL, and if the best tokens agree."""
         wanted = np.array([*itertools.islice(rest, len(logits))], np.int64)
         shifted = logits[: len(wanted)] - logits[: len(wanted)].max(1, keepdims=True)
         own = shifted - np.log(np.exp(shifted).sum(1, dtype=np.float64, keepdims=True)).astype(np.float32)

@@ -2,8 +2,8 @@
 """Types of settings: one class for each type of value, for the engine's settings and a server's.
 
 `EngineConfig` reads typed values of programs by `taken`. Texts of command lines, environment variables and files are
-read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`, whose text continues a
-name and a value if `taken` raised it, and otherwise a name alone.
+read by `from_text`, typed values of files by `check`. An invalid value raises a `ValueError`. In messages its text
+follows the setting's name, and after `taken` also the value.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class ScriptedEngine(ScriptedVectors):
         return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
 
     def reset_prefix_cache(self) -> None:
-        """Count the calls."""
+        """Count the call in `prefix_cache_resets`; there is no cache."""
         self.prefix_cache_resets += 1
 
     @property

@@ -167,7 +167,7 @@ def _value(text: str) -> Any:
 
 
 def _by(name: str, names: Mapping[str, str]) -> Callable[[Any], dict[str, Any]]:
-    """Return a translation of a setting's values by a table; types of torch become their names."""
+    """Return a function that translates a setting's values by a table; a torch dtype is replaced by its name."""
 
     def translate(value: Any) -> dict[str, Any]:
         if value is None:

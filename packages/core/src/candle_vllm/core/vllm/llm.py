@@ -48,7 +48,7 @@ class Defaults:
     """Default sampling parameters of `LLM` and `AsyncLLM`.
 
     Args:
-        engine: engine whose model's files have defaults.
+        engine: the engine; its model's files may have defaults.
         generation: defaults that replace the defaults of the files; None to keep these.
         sampling: values that override all other defaults.
     """
