@@ -145,7 +145,7 @@ class Fleet:
     def __init__(self, config: EngineConfig) -> None:
         self._configs = replica_configs(config)
         self._most = config.max_queued_requests
-        self._lock = threading.RLock()  # guards the following attributes
+        self._lock = threading.RLock()  # guards the replicas' state and their statistics
         self._closed = threading.Event()
         self._dead: EngineDeadError | None = None
         self._callbacks: list[Callable[[], None]] = []
@@ -203,7 +203,7 @@ class Fleet:
 
     @property
     def is_alive(self) -> bool:
-        """Whether any replica accepts requests."""
+        """False once the fleet is closed or the last replica has died."""
         return self._dead is None and not self._closed.is_set()
 
     @property

@@ -243,7 +243,7 @@ class Drafter:
         self._before = 0, False  # the last step: its sequences (0 if it had a prompt), and whether it had drafts
         self._rest = self._rested = self._resting = 0  # current rest: steps left, all steps, number of sequences
         self._unplain = 0  # steps since two plain steps in a row
-        self._right: list[int] = []  # accepted draft tokens of each sequence in the last step
+        self._right: list[int] = []  # number of accepted draft tokens of each sequence in the last step
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 

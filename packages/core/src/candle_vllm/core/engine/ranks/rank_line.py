@@ -94,7 +94,7 @@ class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
 
 
 class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
-    """Drop adapters that no later step has."""
+    """Drop adapters that no later step uses."""
 
     numbers: tuple[int, ...]
 

@@ -634,4 +634,4 @@ _ONE = StepSize(1, 1, False)
 
 
 def _nothing() -> None:
-    """Do nothing, because the step has run already."""
+    """Work that does nothing."""
