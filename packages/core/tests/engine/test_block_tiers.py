@@ -186,7 +186,7 @@ def _request() -> GenerationRequest:
 
 
 def test_main_memory_behind_the_cache_is_of_a_gpu(model: Path) -> None:
-    with pytest.raises(ConfigError, match="is of a GPU") as caught, running(model, None, kv_offloading_size=1):
+    with pytest.raises(ConfigError, match="is for a GPU") as caught, running(model, None, kv_offloading_size=1):
         pass
     assert caught.value.setting == "kv_offloading_size"
 

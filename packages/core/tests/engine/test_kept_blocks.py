@@ -286,7 +286,7 @@ def test_a_folder_that_others_can_read_is_refused(model: Path, tmp_path: Path) -
 def test_settings_that_set_nothing_are_told(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with running(model, tmp_path / "kept", enable_prefix_caching=False) as engine:
         assert engine.offloaded is None
-    assert "prompt_cache_path sets nothing where nothing is kept in memory" in caplog.text
+    assert "prompt_cache_path has no effect without enable_prefix_caching" in caplog.text
     assert not (tmp_path / "kept").exists()
     with pytest.raises(ConfigError, match="random weights"), running(model, tmp_path / "kept", load_format="dummy"):
         pass

@@ -63,7 +63,6 @@ class AdapterUse(ShownStruct, frozen=True, kw_only=True):
     """An adapter of a request.
 
     Attributes:
-        name: the adapter's name.
         path: path of its files; empty for an adapter that the engine knows already.
         scale: factor of the adapter's output, in addition to the adapter's own scale.
         load_inplace: read the files again.
@@ -80,7 +79,8 @@ class AdapterUse(ShownStruct, frozen=True, kw_only=True):
                 f"an adapter's name must have 1 to {MAX_ADAPTER_NAME} printable characters", "lora_request"
             )
         if not isinstance(self.path, str) or len(self.path) > MAX_ADAPTER_PATH or "\0" in self.path:
-            raise InvalidParameterError(f"adapter {self.name!r:.80}: the path is none", "lora_request")
+            most = f"a text of at most {MAX_ADAPTER_PATH} characters without NUL"
+            raise InvalidParameterError(f"adapter {self.name!r:.80}: the path must be {most}", "lora_request")
         wrong = isinstance(self.scale, bool) or not isinstance(self.scale, (int, float))
         if wrong or not abs(self.scale) <= MAX_ADAPTER_SCALE:
             raise InvalidParameterError(

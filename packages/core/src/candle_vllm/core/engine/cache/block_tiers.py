@@ -705,8 +705,8 @@ def _store(
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(
-            "kv_offloading_size is of a GPU, behind whose cache it puts main memory: on the CPU the cache is there "
-            "already, and kv_cache_memory makes it larger",
+            "kv_offloading_size is for a GPU, whose cache it offloads to main memory: on the CPU the cache is in main "
+            "memory already, and kv_cache_memory makes it larger",
             "kv_offloading_size",
         )
     set_to_outlive = (name for name in ("prompt_cache_path", "prompt_cache_url") if getattr(config, name) is not None)
@@ -723,7 +723,7 @@ def _store(
                 outliving,
             )
     if not config.enable_prefix_caching:
-        logger.warning("%s sets nothing where nothing is kept in memory", outliving or "kv_offloading_size")
+        logger.warning("%s has no effect without enable_prefix_caching", outliving or "kv_offloading_size")
         return None
     stores = list[BlockStore]()
     if config.kv_offloading_size:
