@@ -58,10 +58,10 @@ class AdapterConfig:
         alpha: returns alpha of a module by its name; 0 means a scale of 1.
         rslora: the scale is alpha / sqrt(r), not alpha / r.
         bias: which biases were trained: "none", "all" or "lora_only".
-        dora: magnitudes are stored.
+        dora: the adapter also has magnitude vectors (DoRA).
         tied: changes of the embedding table also apply to an output layer that shares it.
         trained_tokens: trained rows of tables, by the module's name; "" is the embedding table.
-        targets: parameters that are no modules, named as in `target_parameters`.
+        targets: trained parameters that are not modules, named as in `target_parameters`.
         architecture: architecture of the base model in GGUF files; "" if unknown.
     """
 
@@ -76,7 +76,7 @@ class AdapterConfig:
     architecture: str = ""
 
     def scale(self, name: str, rank: int) -> float:
-        """Return the scale of the module `name`, whose A has `rank` rows."""
+        """Return the scale of the module `name`, whose matrix A has `rank` rows."""
         alpha = self.alpha(name)
         return alpha / (math.sqrt(rank) if self.rslora else rank) if alpha else 1.0
 
@@ -99,7 +99,7 @@ class ReadConfig:
 
 
 def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
-    """Parse the bytes of a file.
+    """Parse the bytes of an `adapter_config.json`.
 
     Args:
         data: the file's bytes, at most `MAX_CONFIG_BYTES`.
@@ -107,7 +107,7 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
         max_rank: the largest allowed r.
 
     Raises:
-        AdapterError: a key has an unsupported value.
+        AdapterError: the bytes are not JSON, or a key has an unsupported value.
     """
     try:
         values = json.loads(data)
@@ -133,7 +133,7 @@ class _Keys(Fields):
         return self.get(key, bool, False)
 
     def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
-        """Return a lookup in a section of patterns and numbers; with `most`, these are integers from 1 to `most`."""
+        """Return a lookup in a section of patterns and numbers; with `most`, numbers are integers from 1 to `most`."""
         section = self.section(key)
         for name in section.values:
             section.count(name, most=most) if most is not None else section.get(name, float)
@@ -178,7 +178,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         trained_tokens=_trained_tokens(keys),
         targets=_texts(keys, "target_parameters"),
     )
-    for key in ("lora_bias", "fan_in_fan_out"):  # tensors show the first; A and B do not depend on the second
+    for key in ("lora_bias", "fan_in_fan_out"):  # validated only: the tensors show the first, A and B ignore the second
         keys.flag(key)
     alora = invocation_of(keys, "alora_invocation_tokens")
     base = keys.get(_BASE, str, None)
@@ -187,7 +187,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
 
 
 def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:
-    """Return the invocation tokens of activated LoRA, which are searched in prompts; empty for other adapters."""
+    """Return the invocation tokens of activated LoRA, for which prompts are searched; empty for other adapters."""
     tokens = keys.token_ids(key)
     if len(tokens) > _MOST_INVOKING:
         raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; {_MOST_INVOKING} are allowed")

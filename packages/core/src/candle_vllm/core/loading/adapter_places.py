@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Map an adapter's tensors to the layers of a model, by the family's table of weight names.
 
-A table defines how a stored matrix W becomes the matrices that the model multiplies: by selecting rows of W in some
-order, perhaps after a transposition. An adapter adds B A to W. B has the rows of W and A its columns, so a view selects
-the same rows of B, which are found by applying the view to row numbers, once for each kind of matrix. An adapter may
-use the names of either format, whatever the model's format; each name is treated as in its own format.
+A table's views define how a stored matrix W [N, K] becomes the matrices that the model multiplies: by selecting rows of
+W in some order, perhaps after a transposition. An adapter adds B A to W, with B [N, r] and A [r, K], so a view selects
+the same rows of B. These rows are found by applying the view to row numbers, once for each kind of matrix. An adapter
+may use the names of either format, whatever the model's format; the views of the name's format are applied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Format: TypeAlias = Literal["safetensors", "gguf"]
 
 _PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mixtral", "smollm3", "internlm3")
 _PAIRS_IN_GGUF += ("internlm2", "granite", "granitemoe", "granite_swa", "muse_glimmer_text")
-"""Models whose queries and keys are stored in interleaved pairs in GGUF files, and in halves by Hugging Face."""
+"""Models whose query and key rows have interleaved rotary order in GGUF files, and half-split order in safetensors."""
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
 """Prefixes of a text model's names, if it was trained as a part of a larger model."""
@@ -56,7 +56,7 @@ class Spot:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a matrix of a `Linear`, or a table."""
+        """Whether the parameter is a matrix of a `Linear`, or an embedding table."""
         return self.kind == "weight" and len(self.shape) == 2
 
 
@@ -106,7 +106,7 @@ class AdapterPlaces:
 
     @functools.cached_property
     def _parameters(self) -> Mapping[str, list[str]]:
-        """Names of tensors with all experts, by the module that holds them, in its order."""
+        """By module name, the names of its tensors that hold all experts, in the table's order."""
         found: dict[str, list[str]] = {}
         for name, spots in self._hf.items():
             if spots[0].expert is not None and spots[0].kind == "weight":
@@ -120,7 +120,7 @@ class AdapterPlaces:
     def module(self, name: str) -> tuple[str, Sequence[Spot]]:
         """Return the table's name of a Hugging Face module, and the spots of its matrix or parameter.
 
-        A prefix is corrected that differs because the base model had no head, or was a part of a larger model.
+        A prefix that differs because the base model had no head, or was a part of a larger model, is corrected.
         """
         index = self._hf
         for known in _spellings(name):
@@ -145,14 +145,14 @@ class AdapterPlaces:
         return stored if spot.view is None else spot.view(stored, self._configs[format])
 
     def rows(self, spot: Spot, total: int, format: Format) -> np.ndarray:
-        """Return the rows of B that a spot uses, in its order, int64 [N].
+        """Return the numbers of the rows of B that a spot uses, in the spot's order, int64.
 
         Args:
             total: number of rows of the whole B.
             format: format of the tensor's name.
 
         Raises:
-            WeightsError: the spot's view does not select rows of such a matrix.
+            WeightsError: the spot's view does not select rows of a matrix with `total` rows.
         """
         key = (spot.view, format, total)
         if key not in self._orders:

@@ -56,7 +56,7 @@ class AdapterLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """Adapter in its files.
+    """Adapter as stored in its files.
 
     Attributes:
         format: "peft" or "gguf", the format of the tensors' names.
@@ -89,7 +89,7 @@ class StoredAdapter:
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        """Bytes of the weights of a file with a `kind`: everything after its header."""
+        """Bytes of the weights, for an adapter with a `kind`: everything after the file's header."""
         begins = 8 + (header_bytes(self.file) or 0)
         return self.file.view(begins, self.file.size - begins)
 

@@ -16,8 +16,8 @@ class PagedSpec:
 
     Attributes:
         kv_heads, key_dim: K and D, the shape of a token's keys.
-        value_dim: size of a head's values. In latent attention, where values are a part of the keys: size of a token's
-            index key in their place, so that no code but the kernels needs to know of index keys; 0 without an index.
+        value_dim: size of a head's values. In latent attention the values are a part of the keys, and a token's index
+            key (sparse attention) is stored in the values' place: this is the index key's size, 0 without an index.
         window: number of positions that a token attends to, including itself; None for all.
     """
 
@@ -108,7 +108,7 @@ class WindowRoom:
 
     Attributes:
         window: window of these layers in tokens, including the query.
-        rows: maximum number of rows of one sequence in all steps that overlap.
+        rows: maximum number of rows of one sequence in all steps that are in flight at the same time.
         pages: number of pages of each of these layers; page 0 is unused.
     """
 

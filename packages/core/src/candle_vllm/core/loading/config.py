@@ -2,7 +2,7 @@
 """Model configuration, read once and strictly into frozen dataclasses.
 
 `config.json` and GGUF metadata are read through `Fields`, which names the file and the key in every error. Each model
-family turns them into one `ModelConfig`, or into a subclass of it (see `models/`); the files are not read again.
+family makes a `ModelConfig` or a subclass from the fields (see `models/`); the files are not read again.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class ModelConfig:
         sliding_windows: per layer, number of last tokens that a query attends to, including itself; None for all.
         attention_softcap: soft cap of attention scores in every layer; None without a cap.
         attention_sinks: whether heads have sinks, see `kernels/attention`.
-        slopes: ALiBi slope of each head, subtracted from a score per position of distance; empty without ALiBi.
+        slopes: ALiBi slope of each head: slope times distance is subtracted from a score; empty without ALiBi.
         num_experts: number of experts of a layer; 0 for a model without experts.
         interleaved_rotary: q and k rows are stored in interleaved pairs, and are reordered to half-split order.
         has_head: the model generates text; otherwise it has no output layer, and only computes embeddings.
         eos_token_ids: ids in the config; -1 for a vocabulary without such a token.
-        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without one.
-        index_top: number of positions that the index chooses.
+        index: sizes of the index of sparse attention, with equal `nope` and `latent`; None without sparse attention.
+        index_top: number of positions that the index chooses for a query.
     """
 
     model_type: str
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def one_at_a_time(self) -> str | None:
-        """Why the model runs one sequence at a time: its state is in no cache of this engine; None for other models."""
+        """Reason why the model runs one sequence at a time (the engine cannot cache its state), or None."""
         return None
 
     @property

@@ -259,8 +259,8 @@ def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, Me
 def file_kind(path: Path) -> str:
     """Return the kind of a GGUF file: "model", "imatrix", "adapter" or "mmproj".
 
-    It reads only the metadata before the vocabulary: `general.type`, or in files of old tools, which lack this key,
-    `general.architecture`.
+    Only the metadata before the vocabulary is read: `general.architecture`, which alone shows the kind in files of old
+    tools, and `general.type`.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `GgufFile.open`.
@@ -379,7 +379,7 @@ def split_names(name: str) -> tuple[str, ...]:
 def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
     """Open a GGUF model: one file, or all parts of a split model, given any part.
 
-    `copied` and `max_header` are as for `GgufFile.open`. The metadata is that of the first part, which has all of it.
+    `copied` and `max_header` are as for `GgufFile.open`. The metadata of the first part is used; it is complete.
 
     Raises:
         ModelNotFoundError: a file or a part is missing; the message names it.

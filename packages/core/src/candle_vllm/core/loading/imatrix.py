@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Importance matrices of llama.cpp: importance of each input of a matrix on some texts, for quantisation.
+"""Importance matrices of llama.cpp: the importance of each input of a weight matrix, measured on calibration texts.
 
-An entry has a tensor's name in GGUF files and, for each column, the sum of the squares of the column's inputs; tensors
-of experts have a row for each expert. Two formats are read:
+An entry has a tensor's GGUF name and, for each column, the sum of the squares of the column's inputs; the entry of a
+tensor that holds all experts has a row for each expert. Two formats are read:
 
     GGUF   tensors `NAME.in_sum2` F32 [experts, columns] and `NAME.counts` F32 [experts], the number of inputs
     .dat   int32 entries; for each: int32 length of the name, the name, int32 calls, int32 N, N float32 numbers
@@ -45,7 +45,7 @@ class Imatrix:
         self.entries: Mapping[str, np.ndarray] = MappingProxyType(dict(entries))
 
     def of(self, name: str, columns: int, experts: int = 1) -> np.ndarray | None:
-        """Return the importance of a tensor's columns, float32 [experts, columns] about 1; None without an entry.
+        """Return the importance of a tensor's columns, float32 [experts, columns], divided by each row's mean, or None.
 
         Raises:
             WeightsError: the entry has another shape.

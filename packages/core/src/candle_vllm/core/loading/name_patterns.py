@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Match patterns of module names, in an adapter's rank_pattern and alpha_pattern, in time linear in the name.
+"""Match the patterns in an adapter's rank_pattern and alpha_pattern with module names, in time linear in the name.
 
 PEFT treats a key as a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is an untrusted file, so a pattern
 is compiled to an automaton here: sets of positions, one step for each letter. Features beyond letters, classes, groups,

@@ -109,7 +109,8 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read the kind of pooling, and whether vectors are normalised, from the list of modules.
 
-    With a Transformer and only Dense layers each token has an embedding (ColBERT); SPLADE's has the vocabulary's size.
+    A Transformer with only Dense layers computes an embedding for each token (ColBERT). An embedding of SPLADE has an
+    element for each token of the vocabulary.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix to one tensor.
+"""Quantised safetensors: read a config's `quantization_config`, and combine the parts of a matrix into one tensor.
 
 `METHODS` in `quantised_layers.py` has a function for each method, and `quantization/` a file for each format. The
 stored tensors determine which layers are quantised, so a config's lists of exceptions need not be read. A layer may
@@ -111,7 +111,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # ModelOpt writes all of hf_quant_config.json here, or only this section
+            nested = "quantization" in own  # ModelOpt writes all of hf_quant_config.json here, or its section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own

@@ -56,7 +56,7 @@ def _gptq(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Read layers by the config's scheme, or by its scheme for some layers; `own` has the settings of these schemes."""
+    """Read layers by the config's main scheme, or by a scheme for some layers, whose settings are in `own`."""
     bits, group = _gptq_bits(fields, None), _group(fields)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:

@@ -173,7 +173,7 @@ def _beside(model: str) -> str:
 
 
 def _in_cache(model: str, cache_dir: Path | None = None) -> str:
-    """Return the hint of `_beside` with the repositories in the hub's cache."""
+    """Return the same hint as `_beside`, with the most similar repository in the hub's cache, or ""."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     with suppress(OSError):
@@ -273,8 +273,8 @@ def choose_weights(
 def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
     """Map the first part of every GGUF model to all its parts.
 
-    Vision projectors, importance matrices, adapters and draft models are left out: by the file's metadata if `folder`
-    is given, otherwise by the name, as in a repository's listing.
+    With `folder`, vision projectors, importance matrices and adapters are left out by their metadata; without it (a
+    repository's listing), projectors and importance matrices by their names. Draft models are left out by their names.
     """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -388,7 +388,7 @@ def _download(
 def _told_bar(what: str) -> type[Any]:
     """Make a class of invisible progress bars for the hub, which report bytes to `progress`.
 
-    The hub has one bar for bytes received, one for bytes written, and updates them in its own threads.
+    The hub's library has one bar for bytes received, one for bytes written, and updates them in its own threads.
     """
     import io
 
@@ -412,7 +412,7 @@ def _told_bar(what: str) -> type[Any]:
 
 
 def _listing(model: str, revision: str | None, token: str | None) -> list[str] | None:
-    """List the repository's files; None if the hub does not answer."""
+    """List the repository's files; None if the hub cannot be reached, or answers with an error of its own."""
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
@@ -454,7 +454,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
 
 
 def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
-    """Return the error for the hub's answer; None if there was no answer."""
+    """Return the error for the hub's answer; None without an answer, or for status 429 or 500 and above."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
@@ -483,7 +483,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # The pattern of one file: the cache holds the files that were requested, never the whole repository.
+        # Only one file is required, because the cache holds the files that were requested, not the whole repository.
         folder = huggingface_hub.snapshot_download(
             model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
         )
@@ -496,7 +496,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
 
 
 def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
-    """Hash each weight file's size, modification time (if `times`) and samples, instead of all its bytes."""
+    """Return a SHA-256 of each file's size, modification time (if `times`) and samples, instead of all its bytes."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -143,7 +143,7 @@ _OTHER = re.compile(rf"(?:model\.)?((?:{_PARTS})\..*)")
 def text_fields(
     architecture: str, config: Mapping[str, Any], path: Path, tensors: Collection[str] | None = None
 ) -> tuple[str, Fields]:
-    """Return architecture and fields of a model, or of its text model, whose keys are `text_config.*` in messages.
+    """Return architecture and fields of the text model; a model that is not multimodal is its own text model.
 
     Args:
         architecture: the architecture in `config`.
@@ -181,9 +181,9 @@ def text_fields(
 
 
 def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
-    """Split a checkpoint into the text model's tensors, under a text model's names, and vision's, without "model.".
+    """Split a checkpoint into the text model's tensors, named as in a text-only model, and the vision tensors.
 
-    A checkpoint that is not multimodal is returned unchanged, with None.
+    Vision names lose the prefix "model.". A checkpoint that is not multimodal is returned unchanged, with None.
 
     Raises:
         InvalidFileError: two tensors would get the same name.

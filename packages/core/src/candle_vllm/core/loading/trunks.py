@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Output layer of a decoder: whether it exists, and whether it shares the embedding table.
 
-Many embedding models are published without an output layer: such a checkpoint was saved from the base model, whose
-class config.json may name (`Qwen3Model`), its tensors lack the prefix `model.`, and `lm_head` is missing. For a
-checkpoint with an output layer, config.json and the tensors may contradict each other.
+Many embedding models are published without an output layer. Such a checkpoint was saved from the base model:
+config.json may name the base model's class (`Qwen3Model`), the tensors lack the prefix `model.`, and `lm_head` is
+missing. For a checkpoint with an output layer, config.json and the tensors may contradict each other.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_headed(names: object) -> bool:
 
 
 def prefixed(checkpoint: Checkpoint) -> Checkpoint:
-    """Rename the tensors of a base model as in the model with output layer; other checkpoints stay unchanged."""
+    """Rename a base model's tensors as in the model with an output layer; other checkpoints are returned unchanged."""
     if "embed_tokens.weight" not in checkpoint.tensors:
         return checkpoint
     kept = (_PREFIX, "lm_head.", *(f"{name}." for name in SCORES))
@@ -57,7 +57,7 @@ def prefixed(checkpoint: Checkpoint) -> Checkpoint:
 def without_head(
     name: str, config: ModelConfig, known: Collection[str], tensors: Mapping[str, StoredTensor] | None
 ) -> ModelConfig:
-    """Mark the config of an embedding model without an output layer; other configs stay unchanged.
+    """Set `has_head` to False for an embedding model without an output layer; return other configs unchanged.
 
     Args:
         name: the class that config.json names.
@@ -73,7 +73,7 @@ def without_head(
 
 
 def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | None, path: Path) -> ModelConfig:
-    """Correct the config by the stored output layer: if `tie_word_embeddings` contradicts the tensors, these win.
+    """Correct `tie_embeddings` if config.json's `tie_word_embeddings` contradicts the stored tensors.
 
     Args:
         config: the configuration that was read from config.json.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Views of stored tensors: select and reorder rows, columns and experts of a file's tensors for a model.
 
-A family's table of names assigns views to tensors (`WeightName`). Data is read only when the view is read; quantised
-rows stay quantised. Letters in shapes: R rows, C columns, X experts, H heads, D head size.
+A family's table of names assigns views to tensors (`WeightName`). A view returns a tensor that reads the file only when
+its own data is requested; quantised rows stay quantised. Letters in shapes: R rows, C columns, X experts, H heads, D
+head size.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def qkv_rows(part: str, *, grouped: bool = False) -> View:
 
 
 def every_other(first: int) -> View:
-    """Select rows first, first + 2, ...: gate or up of a fused tensor in which they alternate."""
+    """Select rows first, first + 2, ...: gate or up of a fused tensor whose gate and up rows alternate."""
 
     def view(stored: StoredTensor, config: Any) -> StoredTensor:
         del config
@@ -124,7 +125,7 @@ def half_split(heads: str) -> View:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class _InColumnOrder(Viewed):
-    """A matrix of blocks, unchanged, whose column i is multiplied by element `order[i]` of an input."""
+    """A quantised matrix as stored, whose column i is multiplied by element `order[i]` of an input."""
 
     order: np.ndarray
 
@@ -167,7 +168,7 @@ class ColumnOrder:
         return computed(stored, stored.shape, lambda values: values[:, np.argsort(order)])
 
     def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
-        """Return a plain matrix in the stored order of columns."""
+        """Undo the view: return a plain matrix with its columns in the stored order."""
         order = self._order(config)
         return computed(stored, stored.shape, lambda values: values[:, order])
 

@@ -123,7 +123,7 @@ class Line:
     expert: int | None
 
     def find(self, tensors: Mapping[str, StoredTensor]) -> str | None:
-        """Return the first name that is in `tensors`; a tensor that comes from no file is named by its target."""
+        """Return the first name that is in `tensors`; a tensor that is in no file has the target as its name."""
         return next((name for name in (self.target, *map(self._spelled, self.names)) if name in tensors), None)
 
     def look(self, stored: StoredTensor, name: str, config: Counted) -> StoredTensor:
@@ -319,7 +319,7 @@ def parameters_of(model: object, table: Iterable[WeightName], config: Counted, f
 
 
 def places(model: object) -> Callable[[str], bool]:
-    """Return a predicate: whether the model has a target; some lines of a table are for some models only."""
+    """Return a predicate that tests whether the model has the parameter of a table line's target."""
     known: dict[str, Mapping[str, Parameter]] = {}
 
     def has(target: str) -> bool:
