@@ -17,9 +17,9 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         chat_template: the template in use, several by name, or None.
         special_tokens: name -> id of the tokens that structure a text and are not part of it.
-        mark_ids: name -> id of the tokens that a model writes as marks, although they are part of the text.
+        mark_ids: name -> id of the tokens in brackets, such as `<tool_call>`, that are part of the text.
         token_names: texts of `bos_token`, `eos_token` and so on, for templates.
-        response_template: form of an answer in the tokenizer's configuration (transformers 5.13).
+        response_template: key of tokenizer_config.json (transformers 5.13): how the model formats an answer; or None.
     """
 
     chat_template: ChatTemplateSource | None = None
@@ -30,7 +30,7 @@ class ChatConventions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def chat_conventions(tokenizer: Tokenizer, chat_template: ChatTemplateSource | None) -> ChatConventions:
-    """Return a tokenizer's conventions, with the template that replaces its own."""
+    """Return a tokenizer's conventions, with `chat_template` in place of the tokenizer's own template."""
     return ChatConventions(
         chat_template=chat_template,
         special_tokens=tokenizer.special_token_ids,

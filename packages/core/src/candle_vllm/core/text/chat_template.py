@@ -37,7 +37,7 @@ class ChatTemplate:
         supports_tools: the template reads `tools`.
         source: the template's text, or texts by name.
         roles: roles that the template compares messages with.
-        words: keys of messages and parts that the template may read, and every other text in its code.
+        words: every attribute name and string in the template's code, among them the keys that it reads.
 
     Raises:
         UnsupportedModelError: a template is too long or has a syntax error.
@@ -204,7 +204,7 @@ def _is_role(side: nodes.Node) -> bool:
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Copy messages for the template: plain data, with reasoning under every name in use.
+    """Copy messages for the template: plain data, with reasoning as both `reasoning_content` and `thinking`.
 
     Keys without a value are left out except `content`: some templates test whether it is None.
     """
@@ -247,7 +247,7 @@ def _plain(name: str, value: Any, depth: int = 0) -> Any:
 
 
 def _mark_ending(conversation: list[dict[str, Any]], template: str) -> str:
-    """Append a tag to the last message's text and return that text."""
+    """Append a tag to the last message's text; return the text without the tag."""
     last = conversation[-1]
     content = last.get("content")
     if isinstance(content, list):

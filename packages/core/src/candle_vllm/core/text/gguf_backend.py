@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Build a `tokenizers.Tokenizer` from a GGUF vocabulary (loading, before step 3 of a request can run).
 
-Each kind of model gives the same token ids as llama.cpp:
+Each kind of tokenizer (`tokenizer.ggml.model`) gives the same token ids as llama.cpp:
 
 - gpt2: byte-pair merges over GPT-2's byte alphabet, after the pre-tokenizer in `tokenizer.ggml.pre`;
 - gemma4: byte-pair merges over UTF-8 with U+2581 for spaces and <0xNN> for missing characters;
@@ -68,7 +68,7 @@ def refusing_panics(what: str) -> Iterator[None]:
 
 
 def marked_texts(vocab: gguf_vocab.GgufVocab) -> dict[str, int]:
-    """Return text -> id of all tokens except `</s>` as the HTML tag: Qwen's vocabulary has it as plain text."""
+    """Return text -> id of all tokens, without a `</s>` that is the HTML tag, as in Qwen's vocabulary."""
     html = vocab.numbers.get("</s>")
     if html is None or vocab.types[html] != gguf_vocab.NORMAL:
         return vocab.numbers
@@ -111,7 +111,7 @@ def set_frame(
 
     With `again`, `before` also precedes the second text of a pair, as in transformers.
     """
-    # The template's grammar splits at spaces and colons, so placeholders stand for the tokens.
+    # `TemplateProcessing` splits its texts at spaces and colons, so placeholders stand for the tokens.
     head = [f"HEAD{i}" for i in range(len(before))]
     tail = [f"TAIL{i}" for i in range(len(behind))]
     tokens = [

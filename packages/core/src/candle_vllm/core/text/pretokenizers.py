@@ -58,7 +58,7 @@ _JAIS2 = (
 
 
 def _cased(numbers: str, contraction: str = "", without: str = "", tail: str = r"[\r\n/]*") -> str:
-    """Return GPT-4o's pattern: a word is capitals, then small letters; `without` excludes characters of both."""
+    """Return GPT-4o's pattern: a word is capitals, then small letters; `without` excludes characters from both."""
     upper = rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]"
     lower = rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{without}]"
     head = r"[^\r\n\p{L}\p{N}]?"

@@ -197,7 +197,7 @@ def prompt_texts(
 
     Args:
         method: name of the called method, to which `options` were given.
-        within: other owners of arguments, as for `unknown_name`.
+        within: names of fields by the class that has them, for errors; see `unknown_name`.
 
     Raises:
         TypeError: an option is unknown, and is not a variable of the template.
@@ -214,7 +214,7 @@ def prompt_texts(
         raise InvalidParameterError(
             f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
         )
-    # A caller of `apply_chat_template` sees that the prompt lacks the tools, and may constrain answers to calls anyway.
+    # `apply_chat_template` returns the prompt, so its caller sees that tools are missing, and may force calls anyway.
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made, needs = [template_messages(each) for each in conversations], needs_of(template)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Vocabulary of a SentencePiece file, tokenizer.model (loading, before step 3 of a request can run).
 
-The file is a protocol buffer (`ModelProto` of sentencepiece_model.proto). It is read into the metadata
-keys of a GGUF file with such a vocabulary, which are then checked like those of a GGUF file.
+The file is a protocol buffer (`ModelProto` of sentencepiece_model.proto). Its values are converted to the metadata of a
+GGUF file with a SentencePiece vocabulary, which `gguf_vocab` checks.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def read_sentencepiece(path: Path) -> GgufVocab:
 
     Raises:
         InvalidFileError: the file is damaged.
-        UnsupportedModelError: the file is not a byte-pair model.
+        UnsupportedModelError: the file is not a byte-pair model, or it normalises texts.
     """
     try:
         metadata = _metadata(memoryview(path.read_bytes()), path)
         vocab = read_gguf_vocab(metadata)
     except InvalidFileError as error:
         raise InvalidFileError(f"{path} is not a SentencePiece model: {error}") from None
-    # In a GGUF file a missing BOS id means Llama's; here -1 means a vocabulary without BOS.
+    # In a GGUF file a missing BOS id means Llama's BOS; here -1 means a vocabulary without BOS.
     ids = {name: index for name, index in vocab.ids.items() if metadata.get(f"{PREFIX}{name}_token_id") != -1}
     return replace(vocab, ids=ids, add_bos="bos" in ids)
 
@@ -59,7 +59,7 @@ def _metadata(data: memoryview, path: Path) -> dict[str, object]:
     if not tokens:
         raise InvalidFileError("it has no pieces")
     plain = not normalizer.get(_CHARSMAP) and not _int(normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1))
-    if not plain or _int(trainer.get(_MODEL_TYPE, 1)) != _BPE:  # models with a unigram vocabulary shift its ids
+    if not plain or _int(trainer.get(_MODEL_TYPE, 1)) != _BPE:  # ids of unigram models differ from the file's
         raise UnsupportedModelError(
             f"{path} (SentencePiece) has no byte-pair model of texts as they are, and there is no tokenizer.json; "
             "convert it once with transformers (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or use "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Find the tokens that end a turn and the tokens that are never shown (step 3 and 9 of a request).
+"""Find the tokens that end a turn and the tokens that are never shown (steps 3 and 9 of a request).
 
-Files name one end-of-sequence token; chat models also stop at others. Texts and exceptions are llama.cpp's.
+Files name one end-of-sequence token; chat models also stop at others. The lists and exceptions follow llama.cpp.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_field
         states: state -> mark that ends it -> the next state. A state without marks lasts to the end of the text.
         fresh: mark -> the next state, for marks that count only at the beginning of a part in the state "".
         first: the state at the beginning of the text.
-        behind: the prompt ends in another state, to which whitespace at the beginning of the text belongs.
+        behind: the prompt ends directly after another state, so leading whitespace is not searched for stop strings.
     """
 
     states: Mapping[str, Mapping[str, str]]

@@ -63,7 +63,7 @@ class Budget:
             self.check_time()
 
     def measure(self, value: object) -> int:
-        """Estimate the characters of `value` as text (at least half of them); raise an error above `MAX_TEXT`."""
+        """Estimate the length of `value` as text, at least half the true length; raise an error above `MAX_TEXT`."""
         return _measure(value, MAX_TEXT, self)
 
 

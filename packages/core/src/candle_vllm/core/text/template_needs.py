@@ -20,7 +20,7 @@ from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import MAX_DEPTH, ChatTemplate
 
 INVALID = "INVALID_JSON"
-"""The only key of arguments that are no object, so that no tool mistakes truncated arguments for complete ones."""
+"""The only key of an object that replaces truncated arguments, so that no tool mistakes them for complete ones."""
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -67,7 +67,7 @@ class Written:
     """Rendering of an assistant's message.
 
     Attributes:
-        head: the text before the message, which a prompt for an answer has too.
+        head: the text before the message, which is also the text of a prompt for an answer.
         text: the message, and the template's text after it.
     """
 
@@ -244,7 +244,7 @@ class TemplateNeeds:
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     """Find a template's features by about twenty renderings of small conversations.
 
-    If a template does not even write a user's message, nothing can be found this way.
+    If a template does not even write a user's message, only its support of tools can be tested.
     """
     as_parts = probe.wants_parts()
     prompts = [text for text in (probe.prompt, probe.plain_prompt) if text is not None]
@@ -491,7 +491,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
             made.append(message)
             continue
         calls = list(calls)
-        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, for their images
+        while calls or (left and left[-1]["role"] == "tool"):  # results keep their order, and so their images
             result = left.pop() if left and left[-1]["role"] == "tool" else None
             wanted = None if result is None else result.get("tool_call_id")
             own = next((n for n, one in enumerate(calls) if result is None or one.get("id") == wanted), None)
@@ -504,7 +504,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 
 
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Add the content of a message with calls as a message before it, or to such a message if a turn may have only one.
+    """Add the content of a message with calls as a message before it, or, with `roles_in_turn`, to one in the turn.
 
     Args:
         left: the messages after this one, in reverse order.

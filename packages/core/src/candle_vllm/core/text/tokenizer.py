@@ -90,10 +90,10 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Load the tokenizer of a model folder: tokenizer.json, or Kimi's tiktoken.model, and the files beside it.
+        """Load the tokenizer of a model folder; see `tokenizer_folder` for the files.
 
         Raises:
-            UnsupportedModelError: the folder has neither, or the file has unsupported parts.
+            UnsupportedModelError: the folder has no tokenizer file, or the file has unsupported parts.
             InvalidFileError: a file is damaged.
         """
         from candle_vllm.core.text.tokenizer_folder import load_folder

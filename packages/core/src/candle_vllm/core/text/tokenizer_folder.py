@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Load a tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-tokenizer.json has the vocabulary and its rules; without it SentencePiece's tokenizer.model has them (sentencepiece.py).
-tokenizer_config.json, special_tokens_map.json and added_tokens.json define the special tokens and the roles of tokens
-(docs/models.md: which file wins). The chat template is in one of four files, the newest first: chat_template.jinja with
-additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json belongs to the model, not
-to the tokenizer: assembly/model.py reads it.
+The vocabulary and its rules are in tokenizer.json, otherwise in Kimi's tiktoken.model, otherwise in SentencePiece's
+tokenizer.model (sentencepiece.py). tokenizer_config.json, special_tokens_map.json and added_tokens.json define the
+special tokens and the roles of tokens (docs/models.md: which file wins). The chat template is in the first of
+chat_template.jinja with additional_chat_templates/, chat_template.json and tokenizer_config.json.
+generation_config.json belongs to the model, not to the tokenizer: assembly/model.py reads it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _response_template(config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[str, str]]:
-    """Load tokenizer.json, or tokenizer.model; also return the names that tokenizer.model gives to tokens."""
+    """Load the file with the vocabulary; also return the tokens that tokenizer.model names, such as `bos_token`."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / "tiktoken.model").is_file():
@@ -107,7 +107,8 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
 def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
 
-    Of all adjacent pairs, the pair that forms the token of lowest rank is merged; so every split of a token is a merge.
+    Of all adjacent pairs, the pair that forms the token of lowest rank is merged; so every split of a token into two
+    tokens is a merge.
     The ids after the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
     """
     path = folder / "tiktoken.model"
