@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""DeviceSampler: sample one token per sequence of a batch without waiting for the device (step 7 of ten).
+"""DeviceSampler: sample one token per sequence of a batch without waiting for the device (step 7 of a request's life).
 
 It does the work of `Sampler` with the functions of `kernels/sampling` whose arguments and results stay on the device.
 The tokens on the device are the input of the next step. The host gets them when it waits for the step, with the largest
@@ -66,7 +66,7 @@ class DeviceSampler:
         """Launch sampling of the first len(states) rows; earlier work of the stream writes their logits and controls.
 
         Args:
-            asks: `kernels.asks` of their controls.
+            asks: whether a row has a temperature, and whether a row has top_k or top_p; see `kernels.asks`.
             padded: rows of the captured graph, at least R; None if the step is not captured.
         """
         random, search = asks
@@ -90,7 +90,7 @@ class DeviceSampler:
         return self._landed(states, logprobs, surprises)
 
     def forget_counts(self, states: Sequence[SamplingState]) -> None:
-        """Recount the tokens of these sequences before their next edit, because they got tokens not sampled here."""
+        """Recount the tokens of these sequences before their next edit: some were not sampled by this sampler."""
         self._occurrences.outdated.update(state for state in states if state.counts is not None)
 
     def warm_up(self, rows: int) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Grammars: interface of structured output backends, and the grammar state of a sequence (step 7 of ten).
+"""Grammars: interface of structured output backends, and the grammar state of a sequence (step 7 of a request's life).
 
-A backend knows the vocabulary. A grammar has a position in a text and determines which tokens may follow. A mask
-depends only on the tokens before it. So a thread of the backend begins to compute it when the last token is known, and
-the engine waits for it only before logits are masked.
+A backend compiles grammars for one vocabulary. A grammar has a position in a text and determines which tokens may
+follow: the mask. The next mask depends only on the tokens so far, so a thread of the backend begins to compute it when
+the last token is known, and the engine waits for the mask only before logits are masked.
 """
 
 from __future__ import annotations

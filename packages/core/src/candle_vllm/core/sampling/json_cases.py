@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rewrite JSON schemas to the keywords that llguidance supports; other keywords become alternatives.
 
-`if`, `dependentRequired` and similar keywords become alternatives; `contains` becomes one for each index of the match;
+`if`, `dependentRequired` and similar keywords become alternatives, `contains` one for each choice of matching indices;
 `oneOf` becomes an `anyOf` of schemas that exclude each other, if necessary by the opposites of the other schemas
 (`json_opposites`). The result accepts the same values, or an error with the keyword's name is raised; if the result
 accepts fewer values, there is a remark for the user. Constraints of such a keyword are written after the schema that
@@ -41,11 +41,13 @@ class _Written(str):
 
 
 def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = False) -> tuple[Schema, bool]:
-    """Return the schema in llguidance's keywords, with references `#`, `#/$defs/...` or `#/definitions/...`.
+    """Return the schema in llguidance's keywords, and whether array elements must be compared during generation.
+
+    References in the result have the forms `#`, `#/$defs/...` and `#/definitions/...`.
 
     Args:
         remarks: collects remarks for the user.
-        may_compare: array elements may be compared during generation; also returned is whether they must be.
+        may_compare: array elements may be compared during generation.
 
     Raises:
         InvalidParameterError: the schema is invalid, or a constraint cannot be guaranteed.
@@ -178,7 +180,7 @@ class _Cases:
 
 
 def _together(schema: Schema) -> Schema:
-    """Move `patternProperties` and dependent keywords to one schema, because llguidance would separate them."""
+    """Move the keywords of properties to a schema of their own, because llguidance would separate them."""
     if "patternProperties" not in schema or not schema.keys() & _APPLIED:
         return schema
     names = [name for name in schema if name in ("properties", "patternProperties", "additionalProperties")]

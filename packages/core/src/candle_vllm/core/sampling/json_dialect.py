@@ -6,8 +6,8 @@ their meaning. Unknown keywords and formats that are not enforced are annotation
 remark for each that resembles a known one.
 
 llguidance's date formats accept the 29th of February in every year, and a leap second in any minute. So this module
-defines the formats: a leap second is the last second of a day in UTC, which is a different time of day in other time
-zones, whose offsets are multiples of a quarter of an hour.
+defines these formats: a leap second is 23:59:60 UTC, or the same moment in a time zone whose offset is a multiple of 15
+minutes.
 """
 
 from __future__ import annotations

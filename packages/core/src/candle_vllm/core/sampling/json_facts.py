@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Facts about JSON schemas without compiling them: types, values, and which schemas exclude each other."""
+"""Facts about JSON schemas that need no compiling: types, values, and which schemas exclude each other."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Facts:
         return none[:1] or found
 
     def domain(self, place: Place) -> tuple[list[Any], bool] | None:
-        """Return all values of a schema and whether all of them are certainly valid; None if they are not few."""
+        """Return all values of a schema, and whether all of them are certainly valid; None if there are too many."""
         parts = self.parts(place)
         for schema, _ in parts:
             if schema is False:

@@ -248,7 +248,7 @@ def _no_names(at: At) -> Exception:
 
 
 def _one_of(cases: Cases, own: Schema, at: At) -> Any:
-    """Rewrite `oneOf` to `anyOf`, with options that exclude the others if necessary; llguidance decides if too many."""
+    """Rewrite `oneOf` to `anyOf`, with options that exclude each other; too many options are left to llguidance."""
     options = own["oneOf"]
     beside = cases.facts.parts(
         json_facts.Place({name: value for name, value in own.items() if name != "oneOf"}, at.base)

@@ -20,7 +20,7 @@ from candle_vllm.core.sampling.json_facts import NAMES
 from candle_vllm.core.sampling.json_references import LISTED_PARTS, NAMED_PARTS, SINGLE_PARTS, References, children
 from candle_vllm.core.sampling.structured import refused
 
-MAX_MEETING = 8  # maximum number of patterns on one text: 12 take 0.4 s, 15 take half a minute
+MAX_MEETING = 8  # maximum number of patterns on one text
 MAX_VISITS = 200_000  # maximum number of visits of schemas, counted for each place
 
 Schema = dict[str, Any]

@@ -26,7 +26,7 @@ from candle_vllm.core.sampling.structured import Schema, parsed_json, refused
 MAX_SUBSCHEMAS = 10_000
 MAX_LEVELS = 600  # sum of the nesting of the schema and of its definitions, because the compiler recurses
 MAX_PROPERTIES = 4_000
-MAX_OPTIONAL = 480  # optional properties of an object: each is four items of a parser that has 2,000 for one place
+MAX_OPTIONAL = 480  # optional properties of an object: each takes four of the parser's 2,000 items per position
 MAX_COUNTED_OPTIONAL = 64  # optional properties of an object with minProperties or maxProperties
 MAX_PATTERNS = 1_000
 MAX_PATTERN_PROPERTIES = 64
@@ -76,7 +76,7 @@ class Compilable(NamedTuple):
 
     Attributes:
         schema: the schema in llguidance's keywords.
-        any_escape: whether texts may have `\\u`: any character, or a control character where a pattern applies.
+        any_escape: whether texts may have `\\u` escapes: of any character, or with a pattern of control characters.
         remarks: remarks for the user.
     """
 
@@ -299,7 +299,7 @@ class _Check:
             self.waiting.append((pointer, self.targets[pointer]))
 
     def check_multiples(self) -> None:
-        """Limit remainders, which llguidance enumerates; for two values in `allOf`, those of the common multiple."""
+        """Limit `multipleOf`, whose remainders llguidance enumerates, and the common multiple of values in `allOf`."""
         together = Fraction(1)
         for place, value in enumerate(self.multiples):
             together = _common_multiple(together, value) if place else value

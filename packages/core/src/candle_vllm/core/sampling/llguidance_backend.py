@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammar backend with llguidance, over the tokenizer's token bytes (step 7 of ten).
+"""Grammar backend with llguidance, over the tokenizer's token bytes (step 7 of a request's life).
 
 The vocabulary's trie is built once, for the first grammar. Compiled grammars are cached, and copied for each text.
 """

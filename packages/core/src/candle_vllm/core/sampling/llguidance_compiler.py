@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Compile the form of a text to llguidance's matcher (step 7 of ten).
+"""Compile the form of a text to llguidance's matcher (step 7 of a request's life).
 
-A form is a list of named grammars: the grammar of the form, the grammars that it refers to, one for the text around it,
-and before them one for the free text of the reasoning. llguidance uses only bytes: it must not force the tokenizer's
-canonical tokenization, which would call Python for every mask.
+The matcher is made from a list of named grammars: "top", with the free text of the reasoning; the grammar of the form;
+the grammars that it refers to; and one for the text around it. llguidance uses only bytes: it must not force the
+tokenizer's canonical tokenization, which would call Python for every mask.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""State of one text in a grammar of llguidance (step 7 of ten).
+"""State of one text in a grammar of llguidance (step 7 of a request's life).
 
 Copies of a matcher share one lexer and its states, which makes later masks fast, and its limits. An exhausted lexer is
 unusable for every copy, and llguidance cannot copy a matcher with a separate lexer. So a text whose lexer is exhausted
@@ -223,9 +223,9 @@ class LlguidanceGrammar:
         """See `Grammar`. The last token is excluded if the following text might change the tokenization."""
         if self.exhausted:
             return []
-        # A copy is asked: after this call, a matcher at a forced special token refuses to compute its next mask.
+        # On a copy: after this call, a matcher at a forced special token cannot compute its next mask.
         data = self._text.matcher.deep_copy().compute_ff_bytes()[:_MOST_FORCED]
-        if not data:  # the usual case; tokenizing an empty text would take ten times as long as the rest
+        if not data:  # the usual case, which needs no tokenizing
             return []
         tokens = list(self._trie.written(data))
         return tokens[: self._text.matcher.validate_tokens(tokens)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Limits of llguidance's work for one form (step 7 of ten)."""
+"""Limits of llguidance's work for one form (step 7 of a request's life)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LIMITS: Mapping[str, Any] = MappingProxyType(
 )
 MOST_COMPILING = 10
 """Maximum seconds that llguidance may take for one form."""
-_FEW = 1024  # characters of a text without counts that always compiles in time
+_FEW = 1024  # a grammar of at most this many characters, without counted repetitions, compiles in time
 _COUNTED = re.compile(r"\{\d")
 _TOKEN = re.compile(r"<\[[\d,^-]+\]>")
 _TRIAL = """
@@ -70,7 +70,7 @@ def _ends_in_time(text: str) -> bool:
     """
     if getattr(sys, "frozen", False):  # `sys.executable` is not Python
         return True
-    known = _TOKEN.sub("<[256]>", text)  # a special token of that vocabulary
+    known = _TOKEN.sub("<[256]>", text)  # a special token of the trial's vocabulary of bytes
     program = [sys.executable, "-P", "-c", _TRIAL, json.dumps(dict(_LIMITS)), str(MOST_COMPILING)]
     try:
         tried = subprocess.run(program, input=known.encode(), timeout=MOST_COMPILING, capture_output=True, check=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Edits of logits before sampling: processors, masks, bias, penalties, llama.cpp's chain (step 7 of ten).
+"""Edits of logits before sampling: processors, masks, bias, penalties, llama.cpp's chain (step 7 of a request's life).
 
 The order: the request's own logits_processors first, so that they cannot undo a mask; then as in vLLM
 structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
@@ -89,7 +89,7 @@ def _adjustment(state: SamplingState) -> kernels.Adjustment:
     params, counts, masked = state.params, state.counts, state.masks_tokens
     return kernels.Adjustment(
         masked=masked,
-        allowed=state.allowed if masked and state.grammar is None and not state.is_due else None,  # else in that mask
+        allowed=state.allowed if masked and state.grammar is None and not state.is_due else None,  # else in `mask_bits`
         forbidden=state.forbidden_ids() if masked else _NO_IDS,
         bias_ids=state.bias_ids,
         bias=state.bias_values,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Counter-based random numbers: one uniform per (seed, sequence, position), with no state to save (step 7 of ten).
+"""Random numbers (step 7 of a request's life): a uniform per (seed, sequence, position), with no state to save.
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Its output is
 a pure function of a 128-bit counter and a 64-bit key, so that a request's random numbers do not depend on the rest of

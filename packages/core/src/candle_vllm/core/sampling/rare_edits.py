@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rarely used edits of logits: a request's own logits processors, DRY and llama.cpp's sampler chain (step 7 of ten).
+"""Rarely used edits of logits (step 7 of a request's life): own logits processors, DRY and llama.cpp's sampler chain.
 
 Shapes: V vocabulary.
 """

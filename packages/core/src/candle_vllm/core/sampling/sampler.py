@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sampler: sample one token per sequence from the logits of a batch (step 7 of ten).
+"""Sampler: sample one token per sequence from the logits of a batch (step 7 of a request's life).
 
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, sample
 
@@ -72,7 +72,7 @@ class LogprobRow(msgspec.Struct, frozen=True):
 
 
 def named_tokens(params: SamplingParams, token_id: int) -> list[int]:
-    """Return the tokens whose log-probabilities a request names, after the sampled one; empty if it names none."""
+    """Return the sampled token and the tokens of `logprob_token_ids`; empty for a request without this list."""
     return list(dict.fromkeys((token_id, *params.logprob_token_ids))) if params.logprob_token_ids else []
 
 
@@ -212,7 +212,7 @@ class Sampler:
         return self._rows
 
     def sample(self, logits: Value, states: Sequence[SamplingState]) -> list[Token]:
-        """Sample the next token of each sequence. The caller appends it to the state.
+        """Sample the next token of each sequence. The caller appends the tokens to the states.
 
         Args:
             logits: [R, V] float32, an array or a tensor on any device; may be overwritten.
@@ -478,7 +478,7 @@ def settles(state: SamplingState) -> bool:
 
 
 def commit_sampled(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
-    """Pass the sampled tokens' surprise to mirostat; replace the tokens of rows whose logits processor failed."""
+    """Pass the tokens' surprise to mirostat; replace the tokens of rows whose logits processor failed by errors."""
     for row in rows:
         state, token = states[row], tokens[row]
         if state.failure is not None:

@@ -125,7 +125,7 @@ class _Writer:
         return f"@{name}"
 
     def _sequence(self, elements: list[Any], depth: int) -> str:
-        """Return a sequence. After free text there must be a fixed text, which ends the free text, or nothing."""
+        """Return a sequence. Free text must be followed by a fixed text, which ends it, or be the last element."""
         found, waiting = [], False
         for part in elements:
             free = isinstance(part, dict) and part.get("type") == "any_text"
@@ -144,7 +144,7 @@ class _Writer:
         return self._rule(" ".join(found))
 
     def _rest_of_tag(self, tag: dict[str, Any], depth: int) -> str:
-        """Return the expression of a tag without its begin."""
+        """Return the expression of a tag's content and end, without its begin mark."""
         content, end = tag["content"], tag["end"]
         ends = end if isinstance(end, list) else [end]
         if not ends or not all(isinstance(text, str) and len(text) <= MAX_MARK for text in ends):

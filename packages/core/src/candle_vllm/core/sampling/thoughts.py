@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Reasoning budget: count a model's reasoning tokens, and force the end of reasoning at a limit (step 7 of ten).
+"""Reasoning budget (step 7 of a request's life): count reasoning tokens, and force the end of reasoning at a limit.
 
 Reasoning is between two marks of the model's own format. Tokens between them are counted; when the budget is reached,
 the closing mark is forced, token by token, and the answer continues after it. A mark that is the name of a special

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Vocabulary for llguidance: a trie of the bytes of all tokens, and the special tokens (step 7).
 
-It is built once for each model, in a second for 150,000 tokens.
+The trie is built once for each model.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class TokenTrie:
 
     @cached_property
     def written(self) -> Callable[[bytes], tuple[int, ...]]:
-        """Return the tokens of a text without the last token; cached, because the names in a grammar repeat."""
+        """Function that tokenizes a text and drops the last token; cached, because the names in a grammar repeat."""
         return lru_cache(_KEPT)(self._as_written)
 
     @cached_property
@@ -115,8 +115,8 @@ class TokenTrie:
 class _LlguidanceVocabulary:
     """Vocabulary with the interface that llguidance expects.
 
-    It must not refer to the trie, which holds llguidance's object, which holds this one: the garbage collector does not
-    see such a cycle, so it would never be freed.
+    It must not refer to the trie: the trie holds llguidance's object, which holds this one, and the garbage collector
+    does not see this cycle, so it would never be freed.
     """
 
     bos_token_id = None

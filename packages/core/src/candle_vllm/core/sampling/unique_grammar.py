@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammar of llguidance with arrays of unique elements (step 7 of ten); see `unique_items`."""
+"""Grammar of llguidance with arrays of unique elements (step 7 of a request's life); see `unique_items`."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Reasoning:
 
 
 class ComparedGrammar:
-    """See `Grammar`.
+    """Grammar that also forbids tokens that would repeat an element of an array; see `Grammar`.
 
     Args:
         compared: the array elements that must differ.

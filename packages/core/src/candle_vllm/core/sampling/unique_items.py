@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`uniqueItems` of open values: find the tokens that would repeat an element of an array (step 7 of ten).
+"""`uniqueItems` (step 7 of a request's life): find the tokens that would repeat an element of an array.
 
 A grammar does not remember earlier elements, so this module reads the text too. The schemas that apply at each place
 determine which arrays must have unique elements; the elements of such an array are stored as a trie of bytes
@@ -233,7 +233,7 @@ class Unrepeated:
             elements.enter(self._place, self._ways())
 
     def _ways(self, before: bool = False) -> int:
-        """Return how many bytes may come next: that begin an element, or continue or end the current one."""
+        """Return the number of bytes that may begin an element, or continue the current one (all ends count as 1)."""
         bits = np.zeros(_TWIN_WORDS, np.int32)
         if not self._twin.fill_mask(bits):
             raise cannot_go_on(self._twin.matcher)

@@ -50,7 +50,7 @@ class Neighbours:
 
     Attributes:
         whole: the span of all tokens in their order.
-        leading: the whitespace (or b"") before the begin of an element or a comma in tokens, also after a comma.
+        leading: the whitespace, or b"", that tokens have before an element or a comma.
     """
 
     def __init__(self, tokens: Sequence[bytes], special: Iterable[int], words: int) -> None:
