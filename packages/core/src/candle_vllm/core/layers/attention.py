@@ -56,7 +56,7 @@ class Taps:
         self.values: dict[int, Value] = {}
 
     def keep(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
-        """Return a layer's input, and store a copy of its sum for the chosen layers."""
+        """Return a layer's input; before a chosen layer, store a copy of residual + x and return it as x."""
         if layer not in self.layers:
             return x, residual
         total = x if residual is None else residual + x
@@ -96,14 +96,14 @@ class StepInput:
         taps: stores hidden states before some layers; None if they are not needed.
         given: rows of image embeddings; None without images.
         may_divide: ranks may divide the tokens among themselves; see `TokenShares.begin`.
-        narrows: in a recorded step, the layer after whose cache write only rows whose next token is sampled are
-            computed; None for all rows.
-        narrowed: the layer before which all other rows are dropped, if it and all later layers read the caches of
-            earlier layers; None for all rows.
-        layer_inputs: [T, P] for each layer, its input besides x; empty for families without such inputs.
+        narrows: number of the layer after whose cache write a recorded step computes only the rows whose next token is
+            sampled; None if all layers compute all rows.
+        narrowed: number of the layer before which the other rows are dropped, because it and all later layers only
+            read the caches of earlier layers; None if no rows are dropped.
+        layer_inputs: [T, P] for each layer, P elements besides x; empty for families without such inputs.
         states: the step's use of layers' states, see `kernels/states`; None without states, and in a recorded step.
         windowed: slots and rows of each page pool of layers with a `WindowedCache`; empty in a recorded step.
-        shared: what a layer computes for later layers of the step, by a name: the positions that an index chose.
+        shared: values that a layer computes for later layers, by name, such as the positions that an index chose.
     """
 
     positions: Value

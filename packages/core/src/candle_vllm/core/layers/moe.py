@@ -86,7 +86,7 @@ class Mixture:
 
 
 HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
-"""Function of x, logits and another function to run meanwhile; returns the experts' sums, and that one's result."""
+"""Function of x, logits and another function to run meanwhile; returns the experts' sums, and the other's result."""
 
 
 _SAME = ("top_k", "scoring", "renormalise", "groups", "top_groups", "scale", "jitter")  # fields of a `Routing`

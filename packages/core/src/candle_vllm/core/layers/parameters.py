@@ -44,7 +44,7 @@ class Placement:
         invariant: a token's result has the same bits whatever else is in the step, which costs some speed.
         shapes_only: `empty` returns shapes without memory, and nothing is loaded.
         product_threads: threads of compiled kernels that multiply for layers that run op by op in torch, as in models
-            that transformers wires; 0 if the layers are recorded or torch multiplies.
+            whose modules transformers builds; 0 if the layers are recorded or torch multiplies.
     """
 
     device: Device
