@@ -109,8 +109,7 @@ def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:
 def _folder_pooling(path: Path) -> tuple[PoolingKind, bool]:
     """Read the kind of pooling, and whether vectors are normalised, from the list of modules.
 
-    A Transformer with only Dense layers computes an embedding for each token (ColBERT). An embedding of SPLADE has an
-    element for each token of the vocabulary.
+    A Transformer with only Dense layers embeds each token (ColBERT). SPLADE's embedding has the size of the vocabulary.
     """
     parts = [_part(entry, path) for entry in _read_list(path)]
     kinds = [kind for kind, _ in parts]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Views of stored tensors: select and reorder rows, columns and experts of a file's tensors for a model.
 
-A family's table of names assigns views to tensors (`WeightName`). A view returns a tensor that reads the file only when
-its own data is requested; quantised rows stay quantised. Letters in shapes: R rows, C columns, X experts, H heads, D
-head size.
+A family's table of names assigns views to tensors (`WeightName`). A view reads the file when the resulting tensor is
+read; quantised rows stay quantised. Letters in shapes: R rows, C columns, X experts, H heads, D head size.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Apertus: the Llama wiring (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
+"""Apertus: Llama's layers (`llama.py`) with a norm on every head of q and k, and an MLP with the activation xIELU.
 
 The MLP has no gate: down(xielu(up(x))). xIELU has two trained parameters in each layer, tensors in safetensors and
 metadata in GGUF files. Sources: Swiss AI Initiative, 2025, arXiv:2509.14233; arXiv:2411.13010 (xIELU).
@@ -83,7 +83,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> ApertusConfig:
 
 
 def xielu(x: Value, numbers: Any) -> Value:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta; recorded steps change x."""
+    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` are p, n, beta. Recorded: in place."""
     if isinstance(x, Recorded):
         return x.xielu(numbers)
     wide, (p, n, beta) = x.float(), numbers

@@ -101,13 +101,13 @@ def also_named(lines: Iterable[WeightName], names: Mapping[str, str | Seen]) -> 
 
 
 def window_keys(config: ModelConfig) -> dict[str, Any]:
-    """The window that all layers share; a file of a model with another pattern is refused when it is read again."""
+    """The GGUF key of the window, if a layer has one. A file whose windows this key cannot express is refused later."""
     windows = [window for window in config.sliding_windows if window is not None]
     return {"attention.sliding_window": windows[0]} if windows else {}
 
 
 def local_keys(config: Any) -> dict[str, Any]:
-    """Which layers have a window. In OLMo 3 all layers have one rotary base; only those without a window extend it.
+    """The GGUF keys of layers with a window. OLMo 3 has one rotary base, which layers without a window extend.
 
     llama.cpp supports windows in EXAONE 4 only for 64 layers.
     """
@@ -120,7 +120,7 @@ def local_keys(config: Any) -> dict[str, Any]:
 
 
 def axes_keys(config: Any) -> dict[str, Any]:
-    """The number of frequencies rotated by time, height and width; llama.cpp's list has a fourth axis."""
+    """The GGUF keys of M-RoPE: how many frequencies time, height and width rotate; llama.cpp has a fourth axis."""
     keys: dict[str, Any] = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
     deep = getattr(config, "deep", 0)
     return window_keys(config) | keys | ({"n_deepstack_layers": deep} if deep else {})

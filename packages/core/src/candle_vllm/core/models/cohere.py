@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Cohere's Command R, Aya and Command A: LayerNorm without bias, and a block whose two sublayers share one norm.
 
-Each block is x + attention(norm(x)) + mlp(norm(x)); rotary pairs are neighbours, and logits are scaled. Command R+
+Each block is x + attention(norm(x)) + mlp(norm(x)); rotary pairs are interleaved; logits are scaled. Command R+
 normalises each head of q and k with weights of its own. Three of four layers of Cohere 2 have a sliding window; the
 others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes: see `llama.py`.
 """

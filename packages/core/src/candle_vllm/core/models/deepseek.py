@@ -113,7 +113,7 @@ class Deepseek(DecoderStack):
 
 
 def _half_split(first: int, config: DeepseekConfig) -> np.ndarray:
-    """Indices of rows 0 .. first + R - 1; the last R are reordered from pairs of neighbours to two halves."""
+    """Indices of rows 0 .. first + R - 1; the last R are reordered from interleaved pairs to half-split order."""
     rotated = np.arange(first, first + config.rope_dim)
     return np.concatenate([np.arange(first), rotated[::2], rotated[1::2]])
 
@@ -221,8 +221,8 @@ WEIGHTS = [
 
 
 def ignored(config: DeepseekConfig) -> list[str]:
-    """Names of stored tensors without use: multi-token prediction layers, second copies of matrices, indices
-    of layers that use the choice of another layer."""
+    """Names of stored tensors without use: multi-token prediction layers, second copies of matrices, indexers
+    of layers that use the positions chosen by another layer."""
     last = range(config.num_layers, config.num_layers + config.extra_layers)
     extra = [rf"(model\.layers|blk)\.{layer}\..*" for layer in last]
     extra += [rf"(model\.layers|blk)\.{layer}\.(self_attn\.)?indexer\..*" for layer in config.shared_choices]

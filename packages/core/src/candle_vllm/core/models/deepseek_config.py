@@ -81,7 +81,7 @@ class DeepseekConfig(ModelConfig):
 
     @property
     def shared_choices(self) -> Sequence[int]:
-        """The layers without an index in a model with one: they use the last choice of an earlier layer."""
+        """The layers without an index, which use the positions that the last index before them has chosen."""
         return () if self.index is None else sorted(set(range(self.num_layers)) - self.index_layers)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ERNIE 4.5, dense and with experts: the Llama wiring (`llama.py`) with rotary pairs of neighbours.
+"""ERNIE 4.5, dense and with experts: Llama's layers (`llama.py`) with interleaved rotary pairs.
 
 Experts are scored by a softmax and chosen with a correction bias, and the chosen scores are normalised to sum to 1; a
 shared expert is added. Multi-token prediction layers are not loaded. Source: Baidu, 2025, "ERNIE 4.5 Technical Report".

@@ -352,7 +352,7 @@ class TowerFamily:
         asks: the token that a chat template writes for an image; empty if it is `mark`.
         written: the whole text that a chat template writes for an image; empty if it is `asks`.
         words_around: an image's placeholder in a prompt, from how it was cut, and a tile's rows and columns of cells.
-        turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/batch.py`.
+        turned: the text model has M-RoPE: embeddings rotate by time, row and column; see `engine/step/batch.py`.
     """
 
     name: str
@@ -379,8 +379,8 @@ class Family:
     Attributes:
         hf: `architectures` of config.json, each with the model_type by which its config is read.
         gguf: `general.architecture` of GGUF files.
-        config_from_hf, config_from_gguf: read a model's config strictly. `config` parameters below are what they
-            return: `ModelConfig`, or the family's subclass of it.
+        config_from_hf, config_from_gguf: read a model's config strictly. The functions below are called with this
+            config, a `ModelConfig` or the family's subclass of it.
         build: makes the model without its weights.
         weights: the table of weight names.
         ignored: patterns of names of stored tensors without use.

@@ -23,7 +23,7 @@ from candle_vllm.core.quantization.plain import rounded
 
 MOST_STREAMS = 8
 _PERIOD = 5  # every fifth layer has no window, if a config does not list the layers
-_SPARSE = 10, 1.6448533535003662  # first layers with a 5 % sparse gate, and its cutoff in standard deviations
+_SPARSE = 10, 1.6448533535003662  # number of first layers that keep 5 % of gate elements; cutoff in standard deviations
 _OWNERS = 20  # layers with their own keys and values, if a GGUF file does not say
 
 
@@ -126,7 +126,7 @@ def _one_width(fields: Fields, key: str, widths: Sequence[int]) -> Fields:
 
 
 def _deviations(fields: Fields, layers: int) -> tuple[float | None, ...]:
-    """The cutoffs by each layer's share of zeroed elements; the default is 95 % in the first ten of more layers."""
+    """The cutoffs by each layer's share of zeroed elements; the default is 95 % in the first ten of over ten layers."""
     key = "activation_sparsity_pattern"
     count = _SPARSE[0] * (layers > _SPARSE[0])
     shares = fields.get(key, list, [0.95] * count + [0.0] * (layers - count))

@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class StreamNorm(RMSNorm):
-    """The norm of a router's input, divided by its size."""
+    """The norm of a router's input, divided by the input's size."""
 
     def finish(self) -> None:
         """See `Finishes`."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """EmbeddingGemma: the layers of Gemma 3 with attention in both directions, in most layers within a window.
 
-Dense layers after the pooling are in `pooling.PooledHead`. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
+Dense layers after the pooling are in a `PooledHead`. Source: Schechter Vera et al., 2025, arXiv:2509.20354.
 Shapes: T tokens, E hidden, H heads, K key-value heads, D head size.
 """
 

@@ -129,7 +129,7 @@ class LayerScale:
 
 
 class RouterNorm(RMSNorm):
-    """The norm of a router's input, divided by the root of its size."""
+    """The norm of a router's input, divided by the root of the input's size."""
 
     def finish(self) -> None:
         """See `Finishes`."""

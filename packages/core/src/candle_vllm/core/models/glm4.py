@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The GLM-4 wiring: half of each head rotates, in pairs of neighbours; gate and up are one matrix.
+"""GLM-4's layers: half of each head rotates, in interleaved pairs; gate and up are one matrix.
 
 GLM-4-0414 also normalises the outputs of attention and of the feed-forward layer; GLM-4-9B-Chat does not.
 Source: Team GLM, 2024, arXiv:2406.12793.

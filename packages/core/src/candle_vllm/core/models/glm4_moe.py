@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air) and Solar-Open: the Llama wiring, part of each head rotated, and experts.
+"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air) and Solar-Open: Llama's layers, part of each head rotated, and experts.
 
 Experts are scored by sigmoids and chosen with a correction bias, within groups, as in DeepSeek-V3; a shared expert is
 added. Multi-token prediction layers, which follow the last layer, are not loaded.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The wiring of the LayerNorm decoders of 2019 to 2024, which differ in flags: GPT-2, GPT-NeoX, Falcon and others.
+"""The layers of the LayerNorm decoders of 2019 to 2024, which differ in flags: GPT-2, GPT-NeoX, Falcon and others.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)), the MLP without a gate; a parallel block is
 x + attention(norm(x)) + mlp(norm(x)). Positions are rotary, or rows of a table that are added to the embedding, or a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GPT-J: a parallel block with one norm, rotary positions of neighbouring rows, and a bias of the logits.
+"""GPT-J: a parallel block with one norm, interleaved rotary pairs, and a bias of the logits.
 
 Source: Wang and Komatsuzaki, 2021, "GPT-J-6B", github.com/kingoflolz/mesh-transformer-jax.
 """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
+"""IBM Granite 3 and 4, dense and with experts: Llama's layers (`llama.py`) with four factors.
 
-They scale embeddings, attention scores, outputs of attention and MLP, and logits. Granite SWA has windows in three of
-four layers, and sinks. Granite 4 is in `granite_hybrid.py`; its MLP is the shared expert.
+The factors scale embeddings, attention scores, outputs of attention and MLP, and logits. Granite SWA has windows in
+three of four layers, and sinks. Granite 4 is in `granite_hybrid.py`; its MLP is the shared expert.
 Source: IBM, 2024, "Granite 3.0 Language Models".
 """
 
@@ -127,7 +127,7 @@ def gguf_keys(config: Any) -> dict[str, Any]:
 
 
 def swa_keys(config: Any) -> dict[str, Any]:
-    """The keys of `gguf_keys`, and which layers rotate; llama.cpp has no tensor for the shared expert's gate alone."""
+    """The keys of `gguf_keys`, and the layers with a window and with a rotary embedding."""
     rotates = [layer not in config.unrotated_layers for layer in range(config.num_layers)]
     return gguf_keys(config) | local_keys(config) | {"attention.rope_pattern": rotates}
 

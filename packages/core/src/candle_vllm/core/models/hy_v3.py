@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hunyuan 3 (Hy3): the Llama wiring (`llama.py`) with QK norms, and experts in most layers.
+"""Hunyuan 3 (Hy3): Llama's layers (`llama.py`) with QK norms, and experts in most layers.
 
 Experts are scored by sigmoids and chosen with a correction bias, as in DeepSeek-V3; a shared expert is added.
 Multi-token prediction layers are not loaded. Source: Tencent, 2026, the model card of Hy3.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Laguna: the Llama wiring (`llama.py`) with a gate on attention's output, windows in most layers, and experts.
+"""Laguna: Llama's layers (`llama.py`) with a gate on attention's output, windows in most layers, and experts.
 
 The gate is softplus of a projection of the layer's input, for each head (XS.2) or each element (M.1). Layers with a
 window have more query heads and their own rotary settings. Experts are scored by sigmoids and chosen with a

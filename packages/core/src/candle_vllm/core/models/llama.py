@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Llama wiring, and the families that differ from it by flags.
+"""The layers of Llama, and the families that differ from Llama by flags.
 
 Llama 1 to 3.x, InternLM 3, SmolLM and Yi are unchanged; Seed-OSS and Qwen2 have biases on q, k, v; Mistral has a
 sliding window, Ministral in some layers only; in Ministral 3 queries grow with their position; Qwen3 has a norm on

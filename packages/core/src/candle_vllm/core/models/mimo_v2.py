@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MiMo V2 Flash: the Llama wiring (`llama.py`) with values shorter than keys, windows with sinks, and experts.
+"""MiMo V2 Flash: Llama's layers (`llama.py`) with values shorter than keys, windows with sinks, and experts.
 
 Layers with a window have twice the key-value heads, sinks, and their own rotary base. Caches hold values padded to the
 size of keys: the missing elements repeat the first ones, and are dropped from attention's output. Experts are scored by

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""MiniMax M2 to M2.7: the Llama wiring (`llama.py`), half of each head rotated, and experts in all layers.
+"""MiniMax M2 to M2.7: Llama's layers (`llama.py`), half of each head rotated, and experts in all layers.
 
 Norms of q and k are over all heads at once, as in OLMoE; experts are scored by sigmoids and chosen with a correction
 bias, as in DeepSeek-V3. Multi-token prediction layers are not loaded. Source: MiniMax, 2025, the model cards.

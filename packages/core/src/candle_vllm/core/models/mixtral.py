@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixtral: the Llama wiring (`llama.py`) with experts in every layer; the weights of a token's k experts sum to 1.
+"""Mixtral: Llama's layers (`llama.py`) with experts in every layer; the weights of a token's k experts sum to 1.
 
 GGUF files of Mixtral have the architecture llama; the number of experts distinguishes them (`registry.py`).
 """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """NVIDIA Nemotron-H, Nemotron Nano 2 and Nemotron 3, dense and with experts: each layer has one kind of sublayer.
 
-A layer is Mamba 2, attention without positions, a feed-forward layer with a squared ReLU, or experts with one.
+A layer is Mamba 2, attention without positions, or a feed-forward layer or experts with a squared ReLU.
 Source: NVIDIA, 2025, arXiv:2504.03624.
 """
 

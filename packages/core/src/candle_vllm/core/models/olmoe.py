@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OLMoE: the Llama wiring (`llama.py`) with norms over all heads of q and of k at once, and experts in all layers.
+"""OLMoE: Llama's layers (`llama.py`) with norms over all heads of q and of k at once, and experts in all layers.
 
 The chosen experts' scores are their weights, without normalisation. Source: Muennighoff et al., 2024, arXiv:2409.02060.
 """

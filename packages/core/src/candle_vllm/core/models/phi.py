@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Phi-2 wiring (Phi-1, Phi-1.5, Phi-2): LayerNorm, biases everywhere, and a block whose two layers share one norm.
+"""Phi-2's layers (Phi-1, Phi-1.5, Phi-2): LayerNorm, biases everywhere, and a block whose two layers share one norm.
 
 Each block is x + attention(norm(x)) + mlp(norm(x)); a part of each head rotates.
 Source: Gunasekar et al., 2023, arXiv:2306.11644.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Phi-3, Phi-3.5 and Phi-4: the Llama wiring (`llama.py`) with fused matrices and long-rope.
+"""Phi-3, Phi-3.5 and Phi-4: Llama's layers (`llama.py`) with fused matrices and long-rope.
 
 q, k and v are stored as one matrix, gate and up as another; Phi-4-mini rotates a part of each head. Models of 128k
 tokens divide their frequencies by one of two sets of factors, for short and for long contexts; the context that is

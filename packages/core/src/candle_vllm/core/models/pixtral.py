@@ -255,7 +255,7 @@ class Pixtral:
 
 
 def adjacent(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Rows of queries or keys with rotary pairs in two halves; llama.cpp's converter leaves the pairs as neighbours."""
+    """Rows of queries or keys reordered from interleaved pairs to half-split order; GGUF files have the pairs too."""
     if stored.shape[:1] != (config.hidden_size,):
         return stored  # the loader reports the wrong shape
     heads = np.arange(config.hidden_size).reshape(config.num_heads, -1, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Qwen2-MoE and Qwen3-MoE: the wiring of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
+"""Qwen2-MoE and Qwen3-MoE: the layers of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
 
 Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a shared expert, weighted by a sigmoid of the token, and uses the chosen
 experts' scores without normalisation. Qwen3-MoE and the text model of Qwen3-VL-MoE have no shared expert, and normalise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""SmolLM3: the Llama wiring (`llama.py`) without rotary embedding in every fourth layer.
+"""SmolLM3: Llama's layers (`llama.py`) without rotary embedding in every fourth layer.
 
 Source: Yang et al., 2025, arXiv:2501.18795 (RNoPE).
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The StableLM wiring: LayerNorm, SwiGLU, and a partial rotary embedding.
+"""StableLM's layers: LayerNorm, SwiGLU, and a partial rotary embedding.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); StableLM-2-12B instead has one norm for both, and a norm
 of q and k with a separate weight for each head.

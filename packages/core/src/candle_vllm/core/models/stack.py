@@ -88,7 +88,7 @@ class DecoderStack:
         norm: norm after the last layer; None without a last norm.
         stage: the pipeline stage, if the model has only some of the layers; None if it has all.
         shares: divides the tokens of a layer among ranks; None if each rank has all tokens.
-        narrows: whether the layers after the last cache write may compute only the rows whose next token is wanted.
+        narrows: whether the layers after the last cache write may compute only the rows whose next token is sampled.
     """
 
     embed: Embedding

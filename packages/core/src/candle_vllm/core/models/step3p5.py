@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Step 3.5 and 3.7 Flash: the Llama wiring (`llama.py`) with a sigmoid gate for each head, windows, and experts.
+"""Step 3.5 and 3.7 Flash: Llama's layers (`llama.py`) with a sigmoid gate for each head, windows, and experts.
 
 Layers with a window have more query heads and their own rotary settings. Experts are Laguna's (`laguna.py`). Some
 layers clamp both factors of SwiGLU. Multi-token prediction layers, which follow the last layer, are not loaded.

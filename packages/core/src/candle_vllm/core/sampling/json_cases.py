@@ -43,8 +43,6 @@ class _Written(str):
 def in_known_keywords(root: Schema, remarks: Remarks, *, may_compare: bool = False) -> tuple[Schema, bool]:
     """Return the schema in llguidance's keywords, and whether array elements must be compared during generation.
 
-    References in the result have the forms `#`, `#/$defs/...` and `#/definitions/...`.
-
     Args:
         remarks: collects remarks for the user.
         may_compare: array elements may be compared during generation.

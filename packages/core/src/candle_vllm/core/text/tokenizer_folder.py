@@ -107,8 +107,7 @@ def _load_backend(folder: Path, config: dict[str, Any]) -> tuple[Backend, dict[s
 def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
     """Load tiktoken.model of Kimi K2.5: a line for each token, its bytes in base64 and its rank.
 
-    Of all adjacent pairs, the pair that forms the token of lowest rank is merged; so every split of a token into two
-    tokens is a merge.
+    The adjacent pair that forms the token of lowest rank is merged; so every split of a token into two is a merge.
     The ids after the ranks are those of tokenizer_config.json, or reserved. Source: Kimi's `TikTokenTokenizer`.
     """
     path = folder / "tiktoken.model"

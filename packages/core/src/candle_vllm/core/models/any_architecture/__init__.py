@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Architectures without a file of their own: transformers wires the layers; attention and products are this engine's.
+"""Architectures without a file of their own: transformers' module code, with this engine's attention and products.
 
 This is the only package that imports transformers, which is optional: `pip install 'candle-vllm[transformers]'`.
 """

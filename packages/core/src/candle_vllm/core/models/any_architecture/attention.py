@@ -25,7 +25,7 @@ class NotPagedError(Exception):
     """The model needs a kind of attention that the paged cache does not support; the message says which.
 
     Args:
-        message: what it asks for, and where.
+        message: the attention that the model needs, and the module that needs it.
         causal: no token's result depends on later tokens, so the model may still run with a cache of transformers.
     """
 
@@ -149,9 +149,9 @@ def _attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 
 
 def _mask(q_length: int, mask_function: Callable[..., Any], local_size: int | None = None, **_: Any) -> torch.Tensor:
-    """A mask [1, 1, T, T] without memory; its `window` is that of `mask_function`, or the error if it has another form.
+    """A mask [1, 1, T, T] without memory; its attribute `window` is the window of `mask_function`, or an error.
 
-    The error is not raised here, because models also make masks that no layer uses.
+    The error for an unsupported mask is not raised here, because models also make masks that no layer uses.
     """
     mask: Any = torch.empty(1, 1, q_length, q_length, device=torch.device("meta"))
     try:

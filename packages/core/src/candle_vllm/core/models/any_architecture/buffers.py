@@ -21,7 +21,7 @@ def first_position(model: Any) -> int:
 def make_buffers(model: Any, placement: Placement, longest: int) -> None:
     """Compute the buffers that no checkpoint stores, such as rotary frequencies, by each class's own rules."""
     models = [each for each in model.named_modules() if isinstance(each[1], transformers.PreTrainedModel)]
-    for name, module in reversed(list(model.named_modules())):  # a model fills buffers of its layers last
+    for name, module in reversed(list(model.named_modules())):  # layers before their model, which may override
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
         plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
         for part in mine:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The config of a model that transformers wires, from its `config.json`."""
+"""The config of a model that runs transformers' module code, from its `config.json`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_la
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnyConfig(ModelConfig):
-    """Config of a model that transformers wires, and of the caches of its layers.
+    """Config of a model that runs transformers' module code, and of the caches of its layers.
 
     Attributes:
         described: the model's config object of transformers.

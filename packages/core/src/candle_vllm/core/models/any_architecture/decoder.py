@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A decoder that transformers wires, with this engine's caches and matrix products."""
+"""A decoder that runs transformers' module code, with this engine's caches and matrix products."""
 
 from __future__ import annotations
 

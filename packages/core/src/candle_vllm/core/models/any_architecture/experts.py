@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""This engine's products for the experts of a layer, which transformers stores as one tensor of all experts."""
+"""This engine's matrix products for a layer's experts, which transformers stores as one tensor of all experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Experts:
             yield from self._pieces_of(name, expert, entry(stored, expert))
 
     def whole(self, name: str, each: Sequence[Sequence[StoredTensor]]) -> Iterator[tuple[str, StoredTensor]] | None:
-        """Name single experts' tensors [N, K]; `each` has a list for each piece, or one; None if they do not fit."""
+        """Name experts' tensors [N, K], a list of all experts for each piece or one list; None if they do not fit."""
         if self.transposed or any(len(of) != self.count for of in each):
             return None
         if len(each) == len(self.pieces):

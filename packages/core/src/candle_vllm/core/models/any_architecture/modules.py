@@ -143,7 +143,7 @@ class OwnEmbedding(_Own, torch.nn.Embedding):  # type: ignore[misc]
 
 
 class PlainTensor:
-    """A parameter or buffer `name` that stays in its module and keeps its type, as a layer with one part, ""."""
+    """A parameter or buffer `name` that stays in its module and keeps its type, as a layer with one part, "tensor"."""
 
     def __init__(self, module: torch.nn.Module, name: str, placement: Placement) -> None:
         tensor = getattr(module, name)
@@ -156,7 +156,7 @@ class PlainTensor:
         self._tensor = tensor
 
     def parameters(self) -> Mapping[str, Parameter]:
-        """The only part, by its name ""."""
+        """The only part."""
         return {"tensor": _PlainParameter(self._tensor.detach())}
 
 
@@ -190,8 +190,8 @@ def replace_products(
     """Replace linear layers, embedding tables and experts of a model on the meta device by layers of this engine.
 
     `tied` has for each tied parameter the name of the parameter that it shares; `products` is None if torch computes.
-    Returns every layer with parameters by its module's name, the parameters of modules that stay, and matrices of
-    experts as "module.parameter"; and of these the matrices of experts alone.
+    The first result has every layer with parameters by its module's name, and the parameters of other modules and the
+    matrices of experts as "module.parameter"; the second has only the matrices of experts.
     """
     parts: dict[str, Loadable] = {}
     experts: dict[str, Experts] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Products by the CPU's compiled kernels for layers that run op by op in torch: one recorded plan for each product.
+"""Matrix products by compiled CPU kernels for layers that run op by op in torch: a recorded plan for each product.
 
 Layers of transformers run Python code between their products. All plans of a width share a buffer.
 """
@@ -38,9 +38,9 @@ class Products:
         self.ready: tuple[torch.Tensor | None, dict[Any, torch.Tensor]] = None, {}
 
     def group(self, layer: Any, x: torch.Tensor) -> list[Any]:
-        """The layers of a module that multiply the same tensor, by the first of them; found when each first runs.
+        """The layers of a module that multiply the same tensor as its first `layer`; found in their first run.
 
-        They are then one product: `ready` has the results for x of the layers that have not run yet.
+        Later they are one product: `ready` has the results for x of the layers that have not run yet.
         """
         group = self._groups.get(layer)
         if group is None:
