@@ -115,7 +115,7 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
 
 
 def _alpha(fitted: FittedAdapter) -> float:
-    """Return the alpha that most tensors have unscaled, in float32."""
+    """Return the alpha with which most tensors need no scaling, in float32."""
     counts = Counter(
         float(np.float32(delta.scale * delta.rank)) for each in fitted.deltas.values() for delta in each.values()
     )

@@ -198,7 +198,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "lfm2_moe": Architecture(name="lfm2moe", more=lfm2_config.gguf_keys, unread=_CONVOLVED, square=True),
     }
 )
-"""By Hugging Face's model_type."""
+"""Rows by Hugging Face's model_type."""
 
 
 def architecture(config: ModelConfig, path: Path) -> Architecture:

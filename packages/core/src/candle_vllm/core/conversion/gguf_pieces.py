@@ -108,7 +108,7 @@ def check_pieces(
         framed: compare the special tokens around a text too.
 
     Raises:
-        UnsupportedModelError: they differ.
+        UnsupportedModelError: the tokens differ, or GGUF has no form for the tokenizer.
     """
     try:
         same = Tokenizer.from_gguf(metadata).encode_batch(texts, framed) == tokenizer.encode_batch(texts, framed)

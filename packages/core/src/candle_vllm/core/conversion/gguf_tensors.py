@@ -2,8 +2,8 @@
 """Tensors of a GGUF file, found by reading a family's table of names in reverse.
 
 The table defines how a stored tensor of either format becomes the model's tensor. The tensor for the GGUF file is the
-one whose view gives the model's tensor: if the view selects and orders rows, it is applied to row numbers, and the rows
-are written at the numbers it returns. Experts in MXFP4 stay MXFP4: their codes are put in the order of GGUF's blocks.
+one whose view gives the model's tensor: if the view selects and orders rows, it is applied to row numbers, which gives
+the numbers at which to write the rows. Experts in MXFP4 stay MXFP4: their codes are put in the order of GGUF's blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the model's tensor
+_Piece = tuple[Line, StoredTensor]  # a line of the table for GGUF, and the model's tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -2,9 +2,9 @@
 """Convert a tokenizer to GGUF metadata: from a `tokenizer.json` to `tokenizer.ggml.*`.
 
 Byte-pair models have two forms in GGUF, and encoders have one each (`gguf_pieces.py`). Merges over GPT-2's byte
-alphabet are "gpt2", with the name of the pre-tokenizer; it is found by splitting a text that distinguishes the
-pre-tokenizers. SentencePiece's byte-pair model is "llama": the file has a score for each token instead of merges: the
-rank of the merge that makes it. The result is read again, and must split texts like the original.
+alphabet are "gpt2", with the name of the pre-tokenizer, which is found by splitting a text that distinguishes the
+pre-tokenizers. SentencePiece's byte-pair model is "llama": instead of merges, the file has a score for each token,
+minus the rank of the merge that forms it. The result is read again, and must split texts like the original.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
 
 
 def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
-    """Return which tokens are added around a text; GGUF knows one token before it and the end token after it.
+    """Return which tokens are added around a text; GGUF allows one token before it, and the end token after it.
 
-    Further tokens before it are left out if the chat template writes them, as in llama.cpp's converter for GLM-4.
+    If there are several before it and the chat template writes them, all are left out, as in llama.cpp for GLM-4.
     """
     before, behind = _around(tokenizer)
     if len(before) > 1 and (start := "".join(map(tokenizer.token_text, before))) in _templates(tokenizer):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Measure and write an importance matrix in llama.cpp's GGUF format; `loading/imatrix.py` reads it.
 
-A text is run op by op in float32, and each matrix product sums the squares of its inputs by column, and counts them;
-experts count the tokens that are routed to them. The head is left out, as by `llama-imatrix`, whose format it is.
+The model runs a text op by op in float32. Each matrix product sums the squares of its inputs by column, and counts its
+inputs; experts count the tokens that are routed to them. The head is left out, as by `llama-imatrix`.
 """
 
 from __future__ import annotations

@@ -295,7 +295,7 @@ def _words(config: EngineConfig, files: ModelFiles, model: ModelConfig) -> dict[
         metadata[SUPPRESSED] = list(banned)
     if config.chat_template is None:
         return metadata
-    kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # nor named ones
+    kept = {key: value for key, value in metadata.items() if not key.startswith(_TEMPLATE)}  # without named templates
     return kept | {_TEMPLATE: config.chat_template}
 
 

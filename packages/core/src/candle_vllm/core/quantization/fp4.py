@@ -111,7 +111,7 @@ class Nvfp4Source(FloatSource):
 
 
 def mxfp4_experts(parts: LayerTensors) -> QuantisedTensor:
-    """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] to [X, R, K], whose rows are outputs.
+    """Combine gpt-oss's `_blocks` [X, R, K / 32, 16] and `_scales` [X, R, K / 32] into [X, R, K]; rows are outputs.
 
     Raises:
         InvalidFileError: parts are missing or do not fit together.

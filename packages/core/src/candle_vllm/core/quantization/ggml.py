@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """ggml's tensor types: their block sizes, and their conversion to floats.
 
-Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. The common types are
-decoded by `ggml_blocks.py`, several times as fast as by the `gguf` package; other types go to `gguf.quants`, and the
-tests compare with it bit for bit. This is numpy in threads that never wait for each other: torch's operations wait at a
-barrier each, which makes them slow on a busy machine.
+Used before step 1 of a request's life: the loader dequantises what no kernel reads directly. `ggml_blocks.py` decodes
+the common types, faster than the `gguf` package; other types are decoded by `gguf.quants`. The tests compare both bit
+for bit. The work is done by numpy in threads that never wait for each other: each of torch's operations waits for all
+its threads, which is slow on a busy machine.
 
 Shapes: N blocks. A block's elements are computed in float32 in ggml's order of operations, without fused multiply-adds.
 """

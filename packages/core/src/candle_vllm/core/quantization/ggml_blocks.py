@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Contents of a block of ggml's common types: one description per type, for all code that takes blocks apart.
 
-`take_apart` reads it byte by byte, for numpy and torch; `kernels/packed_linear/split.py` reads it word by word.
+`take_apart` decodes blocks byte by byte, in numpy or torch; `kernels/packed_linear/split.py` decodes word by word.
 Layouts: ggml's `ggml-common.h` and `ggml-quants.c`.
 
 A block has **codes** and the **floats** that they are multiplied with. A weight is scale * code, plus the minimum if
@@ -231,19 +231,19 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
     ):  # same as below, where numpy would process byte by byte
         found = np.unpackbits(data, axis=-1, bitorder="little")
     else:
-        runs = data.reshape(-1).reshape(*data.shape[:-1], -1, fields.width)  # contiguous: several times as fast
+        runs = data.reshape(-1).reshape(*data.shape[:-1], -1, fields.width)  # contiguous runs are faster
         shape = (*runs.shape[:-1], len(fields.places), fields.width)
         found = library.empty(shape, dtype=blocks.dtype, device=blocks.device)
         for index, place in enumerate(fields.places):
             found[..., index, :] = runs >> place & (1 << fields.bits) - 1
         found = found.reshape(*data.shape[:-1], -1)
     if fields.shift:
-        found *= 1 << fields.shift  # numpy's left shift takes ten times as long
+        found *= 1 << fields.shift  # numpy's left shift is slower
     return found
 
 
 def _trits(blocks: Any) -> Any:
-    """Return TQ1_0's codes, uint8 [..., 256]: a byte is a fraction of 256; times 3, it has a digit above the byte."""
+    """Return TQ1_0's codes, uint8 [..., 256]: a byte / 256 is a fraction in base 3, whose digits are the codes."""
     moved = [blocks[..., a:b] * np.uint8(3**digit) for a, b, count in _TRITS for digit in range(count)]
     return (np.concatenate(moved, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
 

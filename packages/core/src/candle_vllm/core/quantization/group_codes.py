@@ -6,8 +6,8 @@ significant bits.
 
 If the groups allow it, the weights are converted exactly to blocks of a ggml type, which CPU and GPU kernels multiply:
 symmetric codes of 4 bits become Q4_0, of 8 bits Q8_0, and asymmetric codes of 4 bits become Q5_0, because code - zero
-is in -15..15. (Q4_1 would take 5.0 bits instead of 5.5, but rounds scale * zero to float16: on normal weights in
-groups of 128 an error of 4.4e-4 of the weights, 4.4e-3 of the quantisation error, the same for a whole group.)
+is in -15..15. (Q4_1 would take 5.0 bits per weight instead of 5.5, but would round scale * zero to float16, with the
+same error for all weights of a group.)
 Shapes: R rows, K columns, G groups.
 """
 

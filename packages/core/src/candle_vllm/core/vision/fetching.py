@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Load images that a request names by URL, file path or file id (before step 3).
 
-Images are fetched from listed hosts, read from a folder, or read from stored files; for requests of a server and for
-conversations of the library. Each connection goes to the IP address that was checked, see `targets`; redirects are
-checked like the first URL. Bytes, time and number are limited before a file is parsed; its bytes show the format.
+Server and library fetch images from listed hosts, or read them from a folder or from stored files. Each connection
+goes to the IP address that was checked, see `targets`; redirects are checked like the first URL. Bytes, time and number
+are limited before a file is parsed. Its format is determined from its bytes.
 """
 
 from __future__ import annotations
@@ -340,7 +340,7 @@ class ImageSources:
 
 
 def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> None:
-    """Count bytes of a client: any number if no other client has bytes, otherwise at most half of `most`."""
+    """Count bytes: any number at first, then at most `most` in all, and half of it for a client that has bytes."""
     total = counted.total()
     if size > 0 and total and (total + size > most or (who and counted[who] and counted[who] + size > most // 2)):
         raise EngineOverloadedError(f"{what} take {total >> 20} MB: try again later")

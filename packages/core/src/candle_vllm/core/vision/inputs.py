@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Preprocessed image in the form that the engine gets. Without numpy, because the scheduler's sequences have images."""
+"""Preprocessed image as the engine gets it. The module imports no numpy: the scheduler's sequences refer to images."""
 
 from __future__ import annotations
 

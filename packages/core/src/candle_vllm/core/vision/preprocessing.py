@@ -368,7 +368,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def over(fields: Fields, said: Mapping[str, Any]) -> Fields:
-    """Override `preprocessor_config.json` with an operator's `mm_processor_kwargs`; then error messages name these."""
+    """Override `preprocessor_config.json` with an operator's `mm_processor_kwargs`, which error messages then name."""
     if not said:
         return fields
     values = dict(fields.values)
@@ -447,7 +447,7 @@ def stretch_rule(fields: Fields) -> StretchRule:
 
 
 def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
-    """Read `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL; an image becomes no larger than `most` pixels.
+    """Read `preprocessor_config.json` of Qwen's vision models; an image becomes no larger than `most` pixels.
 
     Raises:
         InvalidFileError, UnsupportedModelError: as `tile_rule`.

@@ -61,7 +61,7 @@ class VisionInput:
     """Expands the image placeholders in a model's prompts, and preprocesses the images.
 
     Attributes:
-        parts: description of its vision encoder.
+        parts: description of the model's vision encoder.
         words: returns the tokens that replace the placeholder of an image, given its grid of tiles.
         breaks: tokens that consist of line breaks, with their number of line breaks; empty if no token is one break.
         most: maximum number of images of a prompt.
