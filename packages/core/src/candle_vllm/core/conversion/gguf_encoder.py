@@ -29,7 +29,7 @@ _POSITIONS = "position_embd.weight"
 def encoder_tensors(
     family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint, path: Path
 ) -> list[tuple[str, str, StoredTensor]]:
-    """Return the file's name, the parameter in the model, and the tensor, for all tensors of the file.
+    """Return the name in the file, the parameter in the model, and the tensor, for all tensors of the file.
 
     RoBERTa's table of positions begins with rows that no text uses; a BERT's begins with the first position.
 

@@ -84,7 +84,7 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
         return {DIVISORS: np.where(turns, config.rope.factor, 1e30).astype(np.float32)}
     if config.rope.kind == "llama3":
         plain = _frequencies(dataclasses.replace(config.rope, kind="default"), config)
-        local = getattr(config, "local_rope", None) or config.rope  # llama.cpp needs one per pair of the widest head
+        local = getattr(config, "local_rope", None) or config.rope  # a divisor per pair of the widest head
         more = max(0, (local.dim - config.rope.dim) // 2)
         return {DIVISORS: np.pad(plain / _frequencies(config.rope, config), (0, more), constant_values=1)}
     if config.rope.kind == "longrope":
@@ -94,7 +94,7 @@ def computed_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
-    """Return the keys of how the model pools hidden states to embeddings, without the architecture's prefix.
+    """Return the metadata of the model's pooling, keys without the architecture's prefix.
 
     Args:
         files: the model's folder.

@@ -206,7 +206,7 @@ def phi3_name(metadata: Mapping[str, Any]) -> str:
     return name if "phi-3" in name.lower() or not roles <= set(tokens) else f"Phi-3 {name}"
 
 
-# ---- the cut ---------------------------------------------------------------------------------------------------------
+# ---- the pre-tokenizer -----------------------------------------------------------------------------------------------
 
 
 def cut_name(backend: Backend, ignore_merges: bool) -> str:

@@ -6,7 +6,7 @@ For a layer [N, K] with G groups of inputs, or one scale per row or tensor:
     weight_packed      int32 [N, K * bits / 32, rounded up]   code of (n, k) at bit bits * (k % (32 / bits))
     weight             int8 [N, K]                            alternative: code - 2^(bits - 1)
     weight_scale       float [N, G], [N, 1] or one number
-    weight_zero_point  int32 [N * bits / 32, rounded up, G], packed along N; or int8 [N, G], minus the middle
+    weight_zero_point  int32 [N * bits / 32, rounded up, G], packed along N; or int8 [N, G], less 2^(bits - 1)
     weight_shape       [N, K], only with packed codes
     weight_g_idx       int32 [K], the group of each input (actorder "group")
 

@@ -25,7 +25,7 @@ Array = TypeVar("Array")  # numpy's or torch's
 
 
 Float: TypeAlias = Literal["f16", "f32", "e8m0", "e4m3"]
-"""Stored types of scales. The last two have one byte: half a power of two, and half of a float without a sign."""
+"""Stored types of scales. The last two have one byte; the scale is half of that e8m0, or of that e4m3 without sign."""
 
 
 class Fields(NamedTuple):
@@ -249,7 +249,7 @@ def _trits(blocks: Any) -> Any:
 
 
 def scale_numbers(data: np.ndarray, kind: Float) -> np.ndarray:
-    """Convert the floats of blocks, uint8 [N, bytes], to float32 [N, count] as ggml does: 2^-128 is not 0 in e8m0."""
+    """Convert the floats of blocks, uint8 [N, bytes], to float32 [N, count] as ggml does; byte 0 of e8m0 is 2^-128."""
     if kind == "e8m0":
         return np.ldexp(np.float32(1), data.astype(np.int32) - 128)
     if kind == "e4m3":
@@ -259,7 +259,7 @@ def scale_numbers(data: np.ndarray, kind: Float) -> np.ndarray:
 
 
 def e4m3_codes(data: np.ndarray) -> np.ndarray:
-    """Convert bytes of e4m3 to NVFP4's meaning: without the sign, and 0 for NaN."""
+    """Convert bytes of e4m3 as in ggml's NVFP4: 0x7F (NaN) means 0, and the sign is ignored."""
     return np.where(data == 0x7F, 0, data & 0x7F).astype(np.uint8)
 
 

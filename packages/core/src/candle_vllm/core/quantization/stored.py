@@ -94,7 +94,7 @@ class _Columns(WeightSource[Codes]):
         return self._source.read(first, last).cut(self._first, self._last)
 
     def decode(self, first: int, last: int) -> np.ndarray:
-        # By the whole matrix's decoder, so that scales are combined as in the whole matrix.
+        # The whole matrix's decoder combines scales in the order that its format requires.
         return self._source.decode(first, last)[:, self._first : self._last]
 
     def pack_for(self, backend: Backend[Packed], tensor: QuantisedTensor) -> Packed:

@@ -3,7 +3,7 @@
 
 Server and library fetch images from listed hosts, or read them from a folder or from stored files. Each connection
 goes to the IP address that was checked, see `targets`; redirects are checked like the first URL. Bytes, time and number
-are limited before a file is parsed. Its format is determined from its bytes.
+of images are limited before any is parsed. The format of a file is determined from its bytes.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class ImageSources:
     async def had(self, images: Sequence[bytes | ImageAddress]) -> AsyncIterator[list[bytes]]:
         """Load the bytes of all images of a request, each URL once; count them as held until the context ends.
 
-        Then the list is cleared, so that an abandoned worker thread keeps no files in memory.
+        The end of the context clears the list, so that an abandoned worker thread keeps no files in memory.
 
         Raises:
             InvalidParameterError: an image could not be loaded; the message says why.
@@ -169,7 +169,7 @@ class ImageSources:
             for job in jobs.values():
                 job.cancel()
             await asyncio.gather(*jobs.values(), return_exceptions=True)
-            jobs.clear()  # the errors refer to this frame
+            jobs.clear()  # errors refer to this frame, and would keep the files in memory
             room.leave()
 
     async def files(self, images: Sequence[ImageAddress]) -> list[bytes]:
@@ -387,7 +387,7 @@ class _Room:
             self._size += size
 
     def hold(self, size: int) -> None:
-        """Count files that the request contains; the size limit of its body bounds them."""
+        """Count files that are part of the request's body, whose size limit bounds them."""
         self._sources.count(size, self.who)
         self._given = size
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Check image files of requests and decode them to pixels (before step 3).
 
-An untrusted file is parsed once before Pillow reads it. This checks its format, its size and its scans, and removes
+An untrusted file is parsed here before Pillow reads it: this checks its format, its size and its scans, and removes
 everything but the pixels: EXIF, ICC profiles, texts, comments and control blocks of further frames. So Pillow parses no
 metadata, and the cost of a file is bounded by its bytes and its pixels. Pillow's message about a damaged file may
 contain memory addresses and is not returned. Source of the limits: docs/vision.md (CVE-2026-22778 and others).

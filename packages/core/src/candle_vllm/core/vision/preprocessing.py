@@ -307,14 +307,14 @@ class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class CanvasRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Rule of Llama 4: tiles of a canvas on which the image stands at the top left, followed by the whole image.
 
-    The image is scaled to fit its canvas: of all canvases, the one that enlarges the image least, or that reduces it
-    least if all are too small; of several, the one with the fewest tiles. A side below a tile may grow to a
-    tile. An image whose canvas is one tile has only that tile.
+    The scale of a canvas is the factor by which the image would fill it. The canvas with the smallest scale of at
+    least 1 is used, otherwise the one with the largest scale; of several, the one with the fewest tiles. The image is
+    not enlarged, except to a side of one tile. An image whose canvas is one tile has only that tile.
 
     Attributes:
         tile: pixels of a tile's side.
         most: maximum number of tiles of a canvas.
-        grows: choose the canvas on which the image grows most, and enlarge the image to it.
+        grows: use the canvas with the largest scale, and enlarge the image to it.
         resample: Pillow's code of the resampling filter.
         normalisation: normalisation of the pixels.
     """
