@@ -89,7 +89,7 @@ class StepInput:
         positions: [T] int64, each token's position in its sequence, or, for a model with M-RoPE, its row of the rotary
             tables; on a GPU int32. In a recorded step `RecordedTokens`, by which a table of positions is read.
         slots: [T] int64, the cache slot of each token's key and value; on a GPU int32, -1 for no slot.
-        rows: the tokens' sequences.
+        rows: the sequences to which the tokens belong, with their lengths and block tables.
         caches: the cache of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
         cache_scales: scales of keys and values in float8 caches, for layers without their own (`kernels/kv_write`).
         attend: attention function; see `kernels/attention`.

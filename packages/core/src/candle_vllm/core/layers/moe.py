@@ -209,7 +209,7 @@ class SparseMLP:
         return moe.weighted(x, pairs) if self._mixture.scales_input else (x, pairs)
 
     def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
-        """Combine the results of this rank's experts, for pairs with all experts, and of the shared expert."""
+        """Sum the weighted results of this rank's experts and of the shared expert; `pairs` may name other experts."""
         if self._mixture.here < self._mixture.experts:
             pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype

@@ -47,7 +47,7 @@ class ModelConfig:
 
     Attributes:
         model_type: Hugging Face's name of the model family.
-        vocab_size: rows of the embedding table (the tokenizer may know fewer).
+        vocab_size: rows of the embedding table (the tokenizer may have fewer tokens).
         intermediate_size: inner size of dense feed-forward layers.
         max_position: maximum context length, scaling included.
         norm_eps: epsilon of every norm.

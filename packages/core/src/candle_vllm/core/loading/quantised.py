@@ -111,7 +111,7 @@ def _settings(config: Mapping[str, Any], path: Path) -> tuple[str, Fields] | Non
     for key in ("quantization_config", "compression_config"):
         if fields.get(key, dict, {}):
             own = fields.section(key)
-            nested = "quantization" in own  # ModelOpt writes all of hf_quant_config.json here, or its section
+            nested = "quantization" in own  # the whole hf_quant_config.json, not only its section
             default = "modelopt" if nested or "quant_algo" in own else ""
             method = own.get("quant_method", str, default or ("compressed-tensors" if "config_groups" in own else ""))
             method, own = method.lower(), own.section("quantization") if nested else own

@@ -57,11 +57,11 @@ class Stage:
         return tokens, self.size
 
     def vectors_arrive(self, width: int) -> bool:
-        """Whether the previous stage sends vectors: `width` (E, plus E per layer that adds one) reaches this stage."""
+        """Whether the previous stage sends image vectors; `width` is E, plus E for each layer that adds a vector."""
         return not self.is_first and width > (self.layers.start + 1) * self.size
 
     def vectors_leave(self, width: int) -> bool:
-        """Whether the next stage needs vectors: `width`, as in `vectors_arrive`, reaches it or later stages."""
+        """Whether layers of later stages add image vectors, so that they are sent on; see `vectors_arrive`."""
         return not self.is_last and width > (self.layers.stop + 1) * self.size
 
     def take(self, x: Value) -> Value:

@@ -504,7 +504,7 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
 
 
 def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Add the content of a message with calls as a message before it, or, with `roles_in_turn`, to one in the turn.
+    """Move the content of a message with calls to a message before it, or to one of its turn with `roles_in_turn`.
 
     Args:
         left: the messages after this one, in reverse order.

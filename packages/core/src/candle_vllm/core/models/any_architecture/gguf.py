@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """GGUF files by transformers' own tables: a config from the metadata, and tensors under the names of parameters.
 
-A table says how the values of a tensor differ from those of the parameter. If only the order of rows differs, the
+A table defines how the values of a tensor differ from those of the parameter. If only the order of rows differs, the
 tensor stays quantised; a table that changes values or the order of columns is applied to decoded values.
 """
 

@@ -37,7 +37,7 @@ def class_of(described: Any) -> Any:
 
 
 def calls_of(model: Any) -> tuple[AttentionCall, ...]:
-    """Record the attention calls of a short pass; raises NotPagedError if the model has memory besides these calls."""
+    """Record the attention calls of a short pass; raises NotPagedError if anything else mixes tokens or keeps state."""
     if not model._supports_attention_backend:
         lines = inspect.getsource(inspect.getmodule(type(model))).splitlines()  # type: ignore[arg-type]
         asks = any("config.is_decoder" in line and ">>>" not in line for line in lines)
