@@ -74,7 +74,7 @@ def test_digits_that_are_cut_by_another_step() -> None:
 def test_an_unknown_cut_is_refused() -> None:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Split("e", "isolated")
-    with pytest.raises(UnsupportedModelError, match=r"as none of GGUF's named cuts does.*`isq`"):
+    with pytest.raises(UnsupportedModelError, match=r"like none of the pre-tokenizers that GGUF has names for.*`isq`"):
         cut_name(backend, False)
 
 

@@ -101,7 +101,7 @@ def test_a_published_config_is_read() -> None:
         ({"altup_active_idx": 4}, InvalidFileError, "stream 4 of 4 is the active one"),
         ({"altup_num_inputs": 9}, InvalidFileError, "stream 0 of 9"),
         ({"hidden_size": 2056}, UnsupportedModelError, "hidden_size 2056 is not implemented: it must divide by 16"),
-        ({"num_kv_shared_layers": 32}, InvalidFileError, "leaves a kind of layer none"),
+        ({"num_kv_shared_layers": 32}, InvalidFileError, "some have no layer to share with"),
     ],
 )
 def test_wrong_configs_are_named(changes: dict[str, Any], kind: type[Exception], message: str) -> None:

@@ -114,7 +114,7 @@ def test_defaults_are_those_of_transformers() -> None:
         ({"hidden_activation": "silu"}, UnsupportedModelError, "hidden_activation is 'silu'"),
         ({"vocab_size_per_layer_input": 1000}, UnsupportedModelError, "vocab_size_per_layer_input"),
         ({"num_kv_shared_layers": 35}, InvalidFileError, "35 of 35 layers share keys"),
-        ({"num_kv_shared_layers": 32}, InvalidFileError, "leaves a kind of layer none"),
+        ({"num_kv_shared_layers": 32}, InvalidFileError, "some have no layer to share with"),
         ({"num_kv_shared_layers": -1}, InvalidFileError, "-1 of 35 layers"),
         ({"num_key_value_heads": 3}, InvalidFileError, "8 heads cannot share 3 key-value heads"),
         ({"per_layer_config": {"4": {"head_dim": 0}}}, InvalidFileError, "head_dim is 0"),

@@ -220,7 +220,7 @@ def cut_name(backend: Backend, ignore_merges: bool) -> str:
     alike = [name for name, entry in PRE_TOKENIZERS.items() if entry.byte_level and _cuts(entry) == wanted]
     if not alike:
         raise UnsupportedModelError(
-            "this byte-pair tokenizer cuts texts into words as none of GGUF's named cuts does; "
+            "this byte-pair tokenizer splits texts into words like none of the pre-tokenizers that GGUF has names for; "
             "such a model can be served from its folder, with `isq` where that is wanted"
         )
     same = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]

@@ -159,7 +159,7 @@ class AdapterPlaces:
             self._orders[key] = self._order(spot, total, self._configs[format])
         order = self._orders[key]
         if order is None:
-            raise WeightsError(f"{total} rows are none of which {spot.path} is made")
+            raise WeightsError(f"{spot.path} cannot be made from {total} rows")
         return order
 
     def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:

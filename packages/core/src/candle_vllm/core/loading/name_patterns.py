@@ -153,7 +153,7 @@ class NamePattern:
                 return found
         self._take("?")  # a lazy quantifier: only whether there is a match matters
         if self._text[self._at : self._at + 1] in ("*", "+", "{"):
-            raise ValueError(f"what repeats is repeated at character {self._at}")
+            raise ValueError(f"a quantifier follows another one at character {self._at}")
         return found
 
     def _numbers(self) -> tuple[int, int | None]:
@@ -211,7 +211,7 @@ class NamePattern:
                 self._at += 1
                 end = self._member() if self._at < len(self._text) else frozenset[int]()
                 if len(end) != 1 or min(end) < min(letters):
-                    raise ValueError("a class has a range that is none")
+                    raise ValueError("a class has an invalid range")
                 if max(end) - min(letters) > 1024:
                     raise ValueError("a class has a range of more than 1024 letters")
                 letters = frozenset(range(min(letters), max(end) + 1))

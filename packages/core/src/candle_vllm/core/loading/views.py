@@ -130,8 +130,8 @@ class _InColumnOrder(Viewed):
 
     def raw(self) -> np.ndarray:
         raise UnsupportedModelError(
-            f"{self.path}: {self.type_name} tensor {self.name} has columns in another order than its inputs: no run of "
-            "bytes has them in theirs"
+            f"{self.path}: {self.type_name} tensor {self.name} has columns in another order than its inputs, and its "
+            "blocks cannot be reordered"
         )
 
     def load(self, dtype: str | None = "F32") -> np.ndarray:

@@ -106,7 +106,7 @@ def sources_of(windows: Sequence[int | None], shared: int, fields: Fields) -> tu
     last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
         raise InvalidFileError(
-            f"{fields.path}: {shared} of {len(windows)} layers share keys and values, which leaves a kind of layer none"
+            f"{fields.path}: {shared} of {len(windows)} layers share keys and values: some have no layer to share with"
         )
     return (*range(first), *(last[window is None] for window in windows[first:]))
 

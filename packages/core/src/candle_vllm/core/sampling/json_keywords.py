@@ -243,7 +243,7 @@ def _one_pattern(schema: Schema, at: At) -> str:
 def _no_names(at: At) -> Exception:
     return refused(
         f"the JSON schema keyword 'propertyNames' is not supported here (at {at.place}): it can be guaranteed for an "
-        "enum, a pattern or lengths alone, without patternProperties, and properties beside a schema of others"
+        "enum, a pattern or lengths alone, without patternProperties, or properties beside additionalProperties"
     )
 
 

@@ -61,7 +61,7 @@ def _metadata(data: memoryview, path: Path) -> dict[str, object]:
     plain = not normalizer.get(_CHARSMAP) and not _int(normalizer.get(_REMOVE_EXTRA_WHITESPACES, 1))
     if not plain or _int(trainer.get(_MODEL_TYPE, 1)) != _BPE:  # ids of unigram models differ from the file's
         raise UnsupportedModelError(
-            f"{path} (SentencePiece) has no byte-pair model of texts as they are, and there is no tokenizer.json; "
+            f"{path} (SentencePiece) is no byte-pair model, or normalises texts, and there is no tokenizer.json; "
             "convert it once with transformers (AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or use "
             "a GGUF file"
         )
