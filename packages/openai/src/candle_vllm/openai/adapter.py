@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OpenAIAdapter: answers OpenAI's requests with an engine, whole or streamed, without HTTP.
 
-It performs steps 2, 3 and 10 of a request's life and calls the engine for the steps between.
+It performs steps 2, 3 and 10 of a request's life; the engine performs the steps between.
 """
 
 from __future__ import annotations
@@ -94,11 +94,12 @@ class OpenAIAdapter(ExplainedAttributes):
             engine: a loaded engine.
             served_model_names: names of the model, by default its own; the first is for requests without a name.
             strict_model_names: whether a request with an unknown name is refused instead of answered.
-            allow_priority: whether requests may precede others by their priority; False if clients are not trusted.
+            allow_priority: whether requests may have a priority below 0 and so overtake others; False for untrusted
+                clients.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None uses the model's own.
             reasoning_budget: default for the maximum number of reasoning tokens; -1 means no limit.
-            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model makers' own.
+            reasoning_budget_message: text inserted when a budget ends the reasoning; None uses the model's own.
             default_chat_template_kwargs: default values of chat template variables.
             watcher: is notified of every request that is submitted to the engine.
             salted: converts a request's `cache_salt` to one that no other caller can send; None keeps it as it is.
@@ -106,7 +107,7 @@ class OpenAIAdapter(ExplainedAttributes):
             images: allowed sources of images; None allows only images inside the request.
 
         Raises:
-            ConfigError: no format has that name, or the model's sampling defaults are invalid.
+            ConfigError: no format has the name of a parser, or a default of the model or of its template is invalid.
         """
         info = engine.model_info
         self._engine = engine
@@ -266,7 +267,7 @@ class OpenAIAdapter(ExplainedAttributes):
         return await self._embedding.score(parsed)
 
     async def rerank(self, request: RerankRequest | Fields) -> Ranking:
-        """Return documents ranked by their relevance to a query. Cancelling aborts the ones that are not scored yet."""
+        """Return documents ranked by relevance to a query. Cancelling aborts the documents that are not scored yet."""
         parsed = request if isinstance(request, RerankRequest) else parse_rerank_request(request)
         return await self._embedding.rerank(parsed)
 
@@ -387,7 +388,7 @@ _STREAMED = "stream is true, and {0} gives the answer when it is whole: call {0}
 
 
 async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:
-    """Join chunks to the whole answer; many chunks are joined in a thread, because they would block the event loop."""
+    """Join chunks to the whole answer; many are joined in a thread, to keep the event loop free."""
     return await apart(join, chunks) if len(chunks) > _MANY_CHUNKS else join(chunks)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How the answers of one request are parsed, and the parsing: outputs of the engine -> events (step 10)."""
+"""Outputs of the engine -> events of a request's answers, parsed by a plan (step 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ class AnswerPlan:
     Attributes:
         bound: layout of the model's output; None if the text needs no parsing.
         tools: tools that may be called: name -> schema of the arguments; None if the text is not searched for calls.
-        held: a grammar constrains the calls.
-        lazy: the grammar applies from the beginning of a call.
-        most_calls: maximum number of calls, further ones are left out; None means no limit.
-        in_reasoning: the prompt has opened the reasoning.
-        behind_reasoning: the prompt has closed the reasoning; white space at the beginning belongs to it.
-        show_reasoning: reasoning is part of the answer.
-        show_special_tokens: names of special tokens are part of the text.
-        special_tokens: the engine's text contains the names of special tokens.
+        held: whether a grammar constrains the calls.
+        lazy: whether the grammar applies only from the beginning of a call.
+        most_calls: maximum number of calls; further calls are left out. None means no limit.
+        in_reasoning: whether the prompt has opened the reasoning.
+        behind_reasoning: whether the prompt has closed the reasoning, to which white space at the answer's beginning
+            belongs.
+        show_reasoning: whether the reasoning is part of the answer.
+        show_special_tokens: whether the names of special tokens are part of the answer's text.
+        special_tokens: whether the engine's text contains the names of special tokens.
     """
 
     bound: BoundLayout | None = None
@@ -88,7 +89,7 @@ class ChoiceReader:
                 self._special = SpecialText(plan.bound, keep=plan.show_special_tokens)
 
     def read(self, output: TokenOutput) -> list[Event]:
-        """Return the new events; the first one has the ids and log-probabilities, also if there is no text yet."""
+        """Return the output's events; the first has its ids and log-probabilities, and may be an empty `Text`."""
         ids = output.token_ids if self._tell_ids else None
         parser = self._parser
         if parser is None:
@@ -106,9 +107,9 @@ class ChoiceReader:
         return events
 
     def end(self, output: TokenOutput) -> Ended:
-        """Return the end of the choice, which this output finishes.
+        """Return the end of the choice, whose last output is `output`.
 
-        A truncated text keeps its reason, also with calls; if a stop string ended its last call early, it is STOP.
+        For an answer with calls, STOP becomes TOOL_CALLS, unless a stop string or token ended the last call early.
         """
         reason = output.finish_reason
         assert reason is not None
@@ -167,7 +168,7 @@ class TokenCounts:
     def add(self, prompt: int, output: TokenOutput, new_tokens: int) -> None:
         """Add the counts of one output."""
         self._prompts[prompt] = output.num_prompt_tokens
-        if output.index == 0:  # the other sequences share its prompt and find it in the cache
+        if output.index == 0:  # the prompt's other sequences find it in the cache
             self._cached.setdefault(prompt, output.num_cached_tokens)
         self.completion += new_tokens
         if (times := output.metrics) is not None:
@@ -229,7 +230,7 @@ class AnswerReader:
         """Convert one output of prompt number `prompt` to events.
 
         Raises:
-            RequestError: the request left no token that can be sampled.
+            RequestError: the engine aborted the sequence because of the request.
             GenerationFailedError, RequestAbortedError: the engine aborted the sequence.
         """
         if output.finish_reason is not None:
@@ -278,7 +279,7 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
     if output.finish_reason is FinishReason.ERROR:
         if output.error_kind == "request":
             with paths.blamed():
-                field = "model" if output.error_param == "lora_request" else output.error_param  # it names an adapter
+                field = "model" if output.error_param == "lora_request" else output.error_param  # an adapter's name
                 raise RequestError(output.error or "the request cannot be continued", field)
         raise GenerationFailedError(output.error or "the engine gave no reason")
     if output.finish_reason is FinishReason.ABORT:

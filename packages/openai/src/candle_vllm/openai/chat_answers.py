@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events -> chunks of a chat answer, and chunks -> the whole answer (step 10).
+"""Events -> chunks of a chat answer, and chunks -> the whole answer (step 10 of a request's life).
 
 A whole answer is joined from the chunks of a stream, so the two cannot differ.
 """
@@ -24,14 +24,14 @@ Chunk = TypeVar("Chunk")
 
 
 class Told(NamedTuple):
-    """Extra counts of the final usage: of tokens of a predicted answer, and of draft tokens."""
+    """Whether the final usage also counts the tokens of a predicted answer, and draft tokens."""
 
     predicted: bool = False
     drafts: bool = False
 
 
 class AnswerWriter(ABC, Generic[Chunk]):
-    """Base of the writers of chat and completion chunks: head of the answer, and token counts.
+    """Base of the writers of chat and completion chunks; it adds the answer's head and the token counts.
 
     Args:
         make: creates a chunk from its fields.
@@ -48,7 +48,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._head: Head | None = None
         self._told = Told(drafts=bool(request.return_draft_counts))
         self._timings: RunningTimings | None = None
-        self._beside: dict[str, Any] = {}  # further fields of every chunk of a choice
+        self._beside: dict[str, Any] = {}  # further fields of the chunks that have a choice
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """Convert events to chunks."""
@@ -160,7 +160,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
         return self._counts(event)
 
     def _held(self, event: CallText) -> chat.ChatCompletionChunk | None:
-        """Collect the arguments of a custom call until its input can be read from them; report tokens at once."""
+        """Collect the arguments of a custom call until its input can be read from them; report token ids at once."""
         number, parts = self._inputs[event.choice]
         parts.append(event.text)
         if event.ids is None and event.logprobs is None:
@@ -194,7 +194,7 @@ class ChatWriter(AnswerWriter[chat.ChatCompletionChunk]):
 
 
 def told_of(request: chat.ChatCompletionRequest) -> Told:
-    """Return the extra counts that a chat request asks for."""
+    """Return the extra counts that a chat request selects."""
     return Told(predicted=request.prediction is not None, drafts=bool(request.return_draft_counts))
 
 

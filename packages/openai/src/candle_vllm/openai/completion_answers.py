@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers of `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10)."""
+"""Answers of `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10 of a request's life)."""
 
 from __future__ import annotations
 

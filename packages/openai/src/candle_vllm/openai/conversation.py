@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Messages of a task -> the dictionaries that chat templates expect (step 3)."""
+"""Messages of a task -> the dictionaries that chat templates expect (step 3 of a request's life)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""EmbeddingAdapter: embeddings, classes, scores and rankings from one engine, without HTTP (steps 2, 3 and 10).
+"""EmbeddingAdapter: embeddings, classes, scores and rankings from one engine (steps 2, 3 and 10 of a request's life).
 
 The score of a pair is the logit of a cross-encoder, after a sigmoid unless the model's config names another activation;
 with an embedding model, it is the cosine similarity of the two embeddings.
@@ -98,7 +98,7 @@ class EmbeddingAdapter:
         adapters: AdapterNames | None = None,
         work: WorkerThreads | None = None,
     ) -> None:
-        """The arguments are as in `OpenAIAdapter`; `work` are its threads."""
+        """The arguments are as in `OpenAIAdapter`; `work` are the threads for work that would block the event loop."""
         self._engine = engine
         self._work = work or WorkerThreads()
         self._watcher = watcher
@@ -257,7 +257,7 @@ class EmbeddingAdapter:
         return Ranking(id=request_id, model=name, results=tuple(results), usage=_usage(outputs))
 
     def _more(self, request: PoolingFields, request_id: str) -> dict[str, Any]:
-        """Return the engine's arguments for all requests."""
+        """Return the engine arguments that requests of every kind need."""
         return {
             "request_id": request_id,
             "priority": request.priority or 0,
@@ -305,7 +305,7 @@ class EmbeddingAdapter:
         return found
 
     def _check_size(self, tokens: int, texts: int, kind: str | None, field: str) -> None:
-        """Refuse a request whose response would be too large, before it runs."""
+        """Refuse a request before it runs if its response would be too large."""
         info, kind = self._engine.model_info, kind or self._engine.model_info.pooling
         width = len(info.labels) or info.embedding_size
         count = {"all": tokens * width, "sparse": texts * info.vocab_size}.get(kind, 0)
@@ -318,7 +318,7 @@ class EmbeddingAdapter:
         return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
-        """Refuse pairs that have too many tokens together, before they run."""
+        """Refuse pairs before they run if they have too many tokens together."""
         reads_once = "embed" in self._engine.model_info.tasks  # a cross-encoder reads a text again in every pair
         total, lengths = 0, dict[str, int]()
         for number, pair in enumerate(pairs):
@@ -390,7 +390,7 @@ def _check_total(tokens: int, field: str, number: int) -> None:
 
 @contextmanager
 def _blamed(number: int, count: int, param: str | None = None, *, field: str = "input") -> Iterator[None]:
-    """Context manager that prefixes errors with the text's number, and names `param`, or this text of `field`."""
+    """Context manager that sets `param`, or the path of text `number` in `field`, as the field of a `RequestError`."""
     try:
         yield
     except RequestError as error:

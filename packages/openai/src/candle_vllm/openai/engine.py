@@ -24,7 +24,7 @@ TokenStream: TypeAlias = PushStream[TokenOutput]
 
 
 class EngineLike(EmbeddingEngineLike, Protocol):
-    """An engine. `stream` is called in the event loop's thread, and methods that only compute in any thread."""
+    """An engine. `stream` is called in the event loop's thread; methods that only compute are called in any thread."""
 
     @property
     def model_info(self) -> ModelInfo: ...
@@ -33,7 +33,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
     def chat_conventions(self) -> ChatConventions: ...
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
-        """Raise the error that a request with these parameters would raise."""
+        """Raise `RequestError` if a request with these parameters would fail."""
         ...
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...

@@ -108,7 +108,7 @@ _TABLE = (
 def to_error(exception: Exception) -> ErrorResponse:
     """Convert the exception that ended a request to a response.
 
-    A row with a `public_message` replaces the exception's own, which may contain paths, addresses or data of other
+    A row's `public_message` replaces the exception's message, which may contain paths, addresses or data of other
     users. Log the exception before it is converted.
     """
     row = next(row for row in _TABLE if isinstance(exception, row.exception))

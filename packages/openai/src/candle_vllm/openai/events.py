@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Events of an answer, independent of any API (step 10); the code of each API converts them to chunks.
+"""Events of an answer, independent of any API (step 10 of a request's life).
 
-A request has one choice or several, whose events interleave; each event has the index of its choice. A choice begins
-(`Begun`), has reasoning, text and calls, and ends (`Ended`). A `Usage` has the token counts so far: it precedes the
-first choice and, if requested, every further output; the last one is `final`. A failure is an exception from the
-stream. A whole answer is joined from the same events.
+The code of each API converts the events to chunks. A request has one choice or several, whose events interleave; each
+event has the index of its choice. A choice begins (`Begun`), has reasoning, text and calls, and ends (`Ended`). A
+`Usage` has the token counts so far: it precedes the first choice and, if requested, every further output; the last one
+is `final`. A failure is an exception from the stream.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Thought(_OfChoice, frozen=True):
     """Delta of the reasoning.
 
     Attributes:
-        ids: token ids of the engine's output, if requested; only in the first event that is made of an output.
+        ids: token ids of one engine output, if requested; only the first event of each output has them.
         logprobs: log-probabilities of these tokens, likewise.
     """
 
@@ -58,7 +58,7 @@ class Thought(_OfChoice, frozen=True):
 
 
 class Text(_OfChoice, frozen=True):
-    """Delta of the answer's text; `ids` and `logprobs` as in `Thought`. The text may be empty if they are there."""
+    """Delta of the answer's text; `ids` and `logprobs` as in `Thought`. The text may be empty if they are set."""
 
     text: str
     ids: tuple[int, ...] | None = None
@@ -88,7 +88,7 @@ class Ended(_OfChoice, frozen=True):
     """A choice ends.
 
     Attributes:
-        reason: one that cuts if the output was truncated, also within a call; TOOL_CALLS if it ended with calls.
+        reason: LENGTH if the output was truncated, even within a call; TOOL_CALLS if it ended with calls.
         stop: the stop string or token id that ended the choice; None for the model's end-of-sequence token.
     """
 
@@ -102,11 +102,11 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         cached_tokens: prompt tokens that were found in the prefix cache.
         reasoning_tokens: output tokens of the reasoning and its markers; None if the model has no reasoning.
-        prompt_ms, completion_ms: time until the first token, and from the first to the last; in the final `Usage`, if
-            known.
+        prompt_ms, completion_ms: milliseconds from the first step to the first token, and from the first to the last
+            token; in the final `Usage`, if known.
         draft_tokens, accepted_draft_tokens: draft tokens that were verified and accepted; in the final `Usage`.
-        predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction`, and accepted ones, of all
-            choices.
+        predicted_tokens, accepted_predicted_tokens: tokens of the client's `prediction` that were verified and
+            accepted, in all choices.
         final: whether this is the last event.
     """
 

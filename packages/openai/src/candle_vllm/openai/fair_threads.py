@@ -31,7 +31,7 @@ asker: ContextVar[str] = ContextVar("asker", default="")
 
 
 class RequestBytes:
-    """Bytes of a request, and of the stored responses that it continues, until the prompt is tokenized.
+    """Counts the bytes of a request, and of the stored responses that it continues, until its prompt is tokenized.
 
     Attributes:
         size: all bytes; at first, the bytes of the body.
@@ -43,14 +43,14 @@ class RequestBytes:
         self._counted = 0
 
     def add(self, size: int) -> None:
-        """Add the bytes of a stored response that the request continues; raises as `hold`."""
+        """Add the bytes of a stored response that the request continues; raises what `count` of `hold` raises."""
         self.size += size
         self._count_all()
 
     def hold(self, count: Callable[[int], object]) -> None:
-        """Report the bytes beyond `BIG` to `count`, now and when they grow, until `release` reports them as negative.
+        """Pass the bytes beyond `BIG` to `count`, now and when they grow; `release` passes their negative sum.
 
-        If `count` raises, nothing is counted.
+        Bytes for which `count` raises are not counted.
         """
         if self._count is None:
             self._count = count
@@ -128,7 +128,7 @@ class _Job(NamedTuple):
 
 
 class FairThreads:
-    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of several threads.
+    """A few threads, and a queue of jobs in which askers take turns; one asker uses at most half of them, or one.
 
     A thread is busy until its job ends, even if nobody waits for the result any more.
 
@@ -214,7 +214,7 @@ class FairThreads:
         return not who or self._running[who] < max(1, self._most // 2)
 
     def _run(self, taken: list[_Job]) -> None:
-        job = taken.pop()  # an exception keeps the frames of its thread alive, and frames keep their arguments
+        job = taken.pop()  # taken from a list, so that the frame of an exception does not keep the job alive
         who = job.asker
         try:
             job.result.set_result(job.work())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fill-in-the-middle in the form of Mistral's API, `/v1/fim/completions`, without HTTP (steps 2 and 10).
+"""Fill-in-the-middle in the form of Mistral's `/v1/fim/completions`, without HTTP (steps 2 and 10 of a request's life).
 
 A request is converted to a task that an `OpenAIAdapter` answers; the response has the form of a chat completion.
 """
@@ -73,7 +73,7 @@ async def fim_stream(
 ) -> FimStream:
     """Submit the request and stream its chunks; raises what the adapter's methods raise.
 
-    `defaults` are by name in `SamplingParams`, and take precedence over the model's own.
+    `defaults` are sampling values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """
     return FimStream(await adapter.continued(request.task(defaults or {})), _Writer())
 

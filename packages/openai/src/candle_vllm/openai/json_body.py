@@ -23,7 +23,7 @@ MAX_CONTAINERS = 100_000  # arrays and objects
 MAX_NAMES = 100_000  # names in all objects together
 
 
-_STEPS, _RUN = 1 << 13, 64  # number of escapes or runs of a string that one match consumes; characters of a run
+_STEPS, _RUN = 1 << 13, 64  # escapes or runs of a string that one match consumes; characters of a run
 _INSIDE = rf'(?:[^"\\]{{1,{_RUN}}}+|\\(?:.|\Z)){{0,{_STEPS}}}+(?:"|\Z|())'
 _REST = re.compile(_INSIDE, re.DOTALL)  # the next part of a string; group 1 matches if the string continues after it
 
@@ -31,8 +31,8 @@ _REST = re.compile(_INSIDE, re.DOTALL)  # the next part of a string; group 1 mat
 def _next(structural: str) -> re.Pattern[str]:
     """Return a pattern that matches up to the end of the next string, or up to the next `structural` character.
 
-    Group 1 is that character; group 2 is set if the match ends inside its string. It matches at every position, also in
-    invalid JSON, and never backtracks, so a scan is linear; matches are short, because `re` blocks other threads.
+    Group 1 is that character; group 2 is set if the match ends inside its string. The pattern matches anywhere, also in
+    invalid JSON, and never backtracks, so a scan is linear. Matches are short, because `re` blocks other threads.
     """
     return re.compile(rf'[^"{structural}]{{0,{_RUN * _STEPS}}}+(?:([{structural}])|"{_INSIDE}|)', re.DOTALL)
 
@@ -106,7 +106,7 @@ def _decode_utf8(body: bytes) -> str:
 
 
 def _check_size(text: str, name: str) -> None:
-    """Check limits before the text is parsed; strings are only recognised if a plain count exceeds a limit."""
+    """Check limits before the text is parsed; strings are skipped only if a plain count exceeds a limit."""
     for characters, pattern, most, what in _LIMITS:
         if sum(map(text.count, characters)) <= most:
             continue

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Completions of llama.cpp's server, without HTTP (steps 2 and 10): `/completion`, also with images, and `/infill`.
+"""`/completion` and `/infill` of llama.cpp's server, without HTTP (steps 2 and 10 of a request's life).
 
 A request becomes a task for an `OpenAIAdapter`; the events of the answer become llama.cpp's chunks.
 """
@@ -55,7 +55,7 @@ _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
 
 def _biases(given: Any) -> Any:
-    """Validate pairs of a logit bias and its token, an id or a text."""
+    """Validate pairs of a token, given as its id or as a text, and its logit bias."""
     if given is None:
         return None
     pairs = list(given.items()) if isinstance(given, dict) else given
@@ -81,12 +81,13 @@ class _Asked(LlamaFields, LlamaForms):
     Attributes:
         n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only processes the prompt.
         n_probs: number of likeliest tokens reported at each position; 0 reports no probabilities.
-        logit_bias: pairs, or an object, of a token id, or a text for all its tokens, and a bias; false means -100.
+        logit_bias: pairs, or an object, of a token id and its bias; a text in place of the id means all of its tokens,
+            and a bias of false means -100.
         return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
         timings_per_token: whether every chunk has timings.
         response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.
-        cache_prompt, id_slot, n_keep, n_discard: no effect: beginnings of prompts are always cached, there are no
-            slots, and prompts are never truncated.
+        cache_prompt, id_slot, n_keep, n_discard: no effect: prefixes of prompts are always cached, there are no slots,
+            and prompts are never truncated.
     """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = _REFUSED
@@ -261,14 +262,14 @@ def _probabilities(entries: Sequence[PositionLogprobs]) -> tuple[TokenProbabilit
 
 
 class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
-    """A chunk of a streamed answer, of which the last has `stop`; or a whole answer.
+    """A chunk of a streamed answer, or a whole answer; `stop` is true for the last chunk and for a whole answer.
 
     Attributes:
         tokens: token ids of the chunk; of a whole answer if `return_tokens` requests them.
         completion_probabilities: log-probabilities, if `n_probs` requests them.
         prompt: the prompt, if it was a text.
         generation_settings: sampling values of the answer, under llama.cpp's names.
-        stop_type: eos, limit or word, which means that the stop string `stopping_word` ended the answer.
+        stop_type: `eos`, `limit`, or `word` if the stop string `stopping_word` ended the answer.
         truncated: always false, because prompts are not truncated.
     """
 
@@ -291,7 +292,7 @@ class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Answered = LlamaText | dict[str, Any]
-"""A chunk or an answer; an object if `response_fields` selects fields of it."""
+"""A chunk or a whole answer; a dict if `response_fields` selects fields."""
 
 
 class LlamaStream(ChunkStream[Answered]):
@@ -303,7 +304,7 @@ async def llama_stream(
 ) -> LlamaStream:
     """Submit a request with one prompt, and stream its chunks; raises as the methods of the adapter.
 
-    `defaults` are defaults by name in `SamplingParams`, which precede the model's own.
+    `defaults` are sampling values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """
     (task,) = await _tasks(adapter, request, defaults)
     writer = _Writer(request, task, _settings(adapter, request, task))
@@ -369,7 +370,7 @@ async def llama_answer(
 ) -> Answered | list[Answered]:
     """Return the whole answer, or the answers to several prompts, which run at the same time.
 
-    Each is joined from a stream's chunks. Cancelling this coroutine aborts the request.
+    Each answer is joined from a stream's chunks. Cancelling this coroutine aborts the request.
     """
     answers: list[Answered] = []
     async with AsyncExitStack() as streams:

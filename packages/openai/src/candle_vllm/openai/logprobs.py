@@ -24,7 +24,7 @@ def prompt_logprobs(entries: Sequence[PositionLogprobs | None], top: int) -> Pro
 
 
 class CompletionLogprobsWriter:
-    """Writes the older form for one choice, in parts; holds the offset in the text between the parts."""
+    """Writes the completions form for one choice, part by part, and counts the offset in the choice's text."""
 
     def __init__(self, top: int, *, by_id: bool = False) -> None:
         self._top = top
@@ -46,7 +46,7 @@ class CompletionLogprobsWriter:
         )
 
     def skip(self, characters: int, begun: bytes = b"") -> None:
-        """Continue after the echoed prompt, which another writer has written and which ended with the bytes `begun`."""
+        """Continue after the echoed prompt, which ends with `begun`, the bytes of an incomplete character."""
         self._offset += characters
         self._decoder.decode(begun)
 
@@ -63,10 +63,10 @@ class CompletionLogprobsWriter:
 def echoed_logprobs(
     first: str, entries: Sequence[PositionLogprobs], text: str, top: int, first_id: int | None = None
 ) -> tuple[CompletionLogprobs, bytes]:
-    """Return the echoed prompt `text`: its first token, which has no log-probability, and the others.
+    """Return the log-probabilities of the echoed prompt `text`; the first token's is None.
 
-    The second result is the incomplete character at the end of the prompt. If `first_id`, the id of the first token, is
-    given, tokens are named by their ids.
+    The second result is the bytes of an incomplete character at the end of the prompt. If `first_id`, the id of the
+    first token, is given, tokens are named by their ids.
     """
     writer = CompletionLogprobsWriter(top, by_id=first_id is not None)
     writer.skip(len(first) if text.startswith(first) else 0)
@@ -101,7 +101,7 @@ def _finite(logprob: float) -> float:
 
 
 def _unique_text(token: TokenLogprob) -> str:
-    """Return the token's text, or its bytes if it is only a part of a character: such texts would all be the same."""
+    """Return the token's text, or its bytes if it is a part of a character: the texts of all such tokens are equal."""
     try:
         return token.bytes.decode("utf-8")
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How the answers of a chat request are parsed and constrained: formats, tools and structured output (step 2).
+"""How the answers of a chat request are parsed and constrained (step 2 of a request's life).
 
-The formats are chosen once per model, from its files; a plan is made for each request, when its prompt is known. One
+The formats are chosen once per model, from its files. A plan is made for each request after its prompt is rendered. One
 grammar covers the reasoning, and then structured output and tool calls.
 """
 
@@ -50,7 +50,7 @@ class AnswerPlanner:
 
     Args:
         conventions: the chat conventions that the model was trained with.
-        model_type: its architecture.
+        model_type: the model's architecture.
         tool_parser, reasoning_parser: names of formats; None uses the model's own.
         thinking: default for the limit on reasoning, and the message that ends it; below 0 means no limit.
 
@@ -80,9 +80,9 @@ class AnswerPlanner:
         logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
         self._special, self._marks = conventions.special_tokens, conventions.mark_ids
         self._model_type, self._thinking = model_type, thinking
-        frame = tools if tools is not None and tools.flow is not None else None  # for answers without calls too
+        frame = tools if tools is not None and tools.flow is not None else None  # also parses answers without calls
         leads = reasoning.pairs if reasoning is not None else {}
-        self._bound = {  # keyed by the mark that the prompt opened the reasoning with; "" if it did not
+        self._bound = {  # keyed by the mark by which the prompt opened the reasoning; "" if it did not
             opening: (bind(Layout(row, tools, COMMON), self._special), bind(Layout(row, frame), self._special))
             for opening, row in {"": reasoning, **{one: reasoning and reasoning.led_by(one) for one in leads}}.items()
         }
@@ -214,7 +214,7 @@ _BARE_OBJECTS = tuple(
 
 
 def _calling(mark: str, form: ToolFormat) -> tuple[str, ...]:
-    """Return the texts by which a mark begins a call; a mark that is also a word needs the beginning of its body."""
+    """Return the texts that begin a call by this mark; if it is also a word, the beginning of a body must follow."""
     if form.line_start:
         return (f"{mark} ```json", f"{mark}\n```json")
     return (f"{mark}[",) if mark.isalpha() else (mark,)
@@ -241,7 +241,7 @@ def constrain(
         structured: constraint on the content, if there is one.
         form: the model's tool-call format, even if no tool is offered; None if it is unknown.
         use: the tools and the tool choice.
-        reasoning: format of the reasoning that may precede the answer; None if there cannot be any.
+        reasoning: format of the reasoning that may precede the answer; None if no reasoning can.
         in_reasoning: whether the prompt has already opened the reasoning.
         special: special tokens of the vocabulary, by name.
         own: other tokens that marks consist of, by name.

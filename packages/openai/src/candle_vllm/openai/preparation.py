@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Preparation of a request (steps 2 and 3): `Task` -> prompt tokens, sampling parameters, and how answers are parsed.
+"""`Task` -> prompt tokens, sampling parameters and plan of the answers (steps 2 and 3 of a request's life).
 
 Rendering a template, tokenizing a long prompt and compiling a grammar would block all streams of an event loop, so
 these methods run in other threads (`WorkerThreads`).
@@ -83,12 +83,12 @@ class PreparedPrompts(NamedTuple):
 
 
 class TaskPreparation:
-    """Prepares requests for one engine; ConfigError if a template default cannot be a variable.
+    """Prepares requests for one engine; ConfigError if a template default or a sampling default is invalid.
 
     Args:
         engine: has the tokenizer, template and vocabulary.
         planner: plans the answers to chat requests.
-        allow_priority: whether requests may precede others.
+        allow_priority: whether requests may have a priority below 0, which lets them overtake others.
         allow_chat_template: whether requests may bring a template.
         template_defaults: default values of template variables.
         images: allowed sources of images.
@@ -109,7 +109,8 @@ class TaskPreparation:
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
         """Prepare a conversation, without its images, which `see` reads; RequestError names the request's fields.
 
-        With `bounded`, a prompt longer than the context is refused early; without, its tokens may be only counted.
+        With `bounded`, a prompt longer than the context is refused before all of it is tokenized. Without `bounded`, it
+        may be longer, as for requests that only count its tokens.
         """
         with task.paths.blamed():
             self._check(task)
@@ -131,7 +132,7 @@ class TaskPreparation:
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
-        """Read the images of a conversation from their sources, and add them; raises `RequestError`."""
+        """Read the images of a conversation from their sources, and add them to `prepared`; raises `RequestError`."""
         if prepared.unseen is None:
             return prepared
         prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work)
@@ -173,7 +174,7 @@ class TaskPreparation:
         self._engine.look(prompt, [data], ["the image"])
 
     def _without_results_images(self, task: Task) -> Task:
-        """Replace images in results of tools if the model reads text only, because an agent cannot remove them."""
+        """Replace images in tool results by a notice if the model reads text only: an agent cannot remove them."""
         info, results = self._engine.model_info, [one for one in task.messages if one.role == "tool"]
         if "image" in info.modalities or not images_of(results):
             return task
@@ -222,7 +223,7 @@ class TaskPreparation:
         """
         with task.paths.blamed():
             asked, form = task.form, prepared.params.structured_outputs
-            # With required calls, the answer has no content that it could constrain, but it must be valid.
+            # With required calls, the answer has no content to constrain, but an invalid constraint is still refused.
             if asked is not None and task.tools.mode == "required":
                 self._engine.check_structured_outputs(asked)
             self._check_grammars(task)
@@ -275,7 +276,7 @@ class TaskPreparation:
             return self._planner.plan(task, text, loose=loose)
 
     def _loose(self, task: Task, text: str) -> frozenset[str]:
-        """Return the tools that are not strict and whose schema cannot be enforced; all such tools if there are many.
+        """Return the non-strict tools whose schema cannot be enforced; all non-strict tools beyond `_MOST_TRIED` tools.
 
         Raises InvalidParameterError if the schema of a strict tool cannot be enforced.
         """
@@ -420,7 +421,7 @@ class TaskPreparation:
         return prompt
 
     def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Tokenize a prompt. If it follows the tokens of `before`, it has no beginning-of-sequence token."""
+        """Tokenize a prompt and put the tokens of `before` first; the text then has no beginning-of-sequence token."""
         if not task.before:
             return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
         self._check_known(task.before, "context")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""OpenAI's requests: bytes -> a validated request -> a task and sampling parameters (step 2).
+"""OpenAI's requests: bytes -> a validated request -> a task and sampling parameters (step 2 of a request's life).
 
 Precedence of sampling values: the request's, then the model's defaults, then those of `SamplingParams`.
 """
@@ -146,7 +146,7 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
 
 
 def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: str) -> str:
-    """Return the path of the constraint on an answer; `otherwise` if only its calls have a grammar."""
+    """Return the path of the field that constrains the content; `otherwise` if the request has no such field."""
     return otherwise if request.structured() is None else request.structured_field
 
 

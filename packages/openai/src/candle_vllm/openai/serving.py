@@ -75,7 +75,7 @@ class ServedNames:
         self.adapters = adapters
 
     def served(self, name: str | None) -> str:
-        """Return the name to answer with, of the model or of an adapter; raises `ModelNotServedError`."""
+        """Return the name of the model or adapter that answers; raises `ModelNotServedError`."""
         if name is not None and (name in self.all or (name == DEMO and DEMO_NAME in self.all)):
             return name
         if name is not None and self.adapters is not None and self.adapters.is_known(name):
@@ -90,7 +90,7 @@ class ServedNames:
         """Return the engine's argument for LoRA adapters; empty if no adapter applies.
 
         Args:
-            name: the model name in the request, with `adapter` joined to it.
+            name: the model name in the request, followed by the name of `adapter` if the request has one.
             scales: scales of adapters by id.
             adapter: the request's own field for the adapter.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stages of an answer: tokens -> events -> chunks (step 10), each forwarded in the loop's tick in which it arrives."""
+"""Stages of an answer, run when an output arrives: tokens -> events -> chunks (step 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ChunkStream(PushStream[ChunkT]):
     Args:
         events: events of the answer.
         writer: converts events to chunks.
-        worded: context manager that rewords errors for the API.
+        worded: returns a context manager that rewords errors for the API.
         first: chunks to send before the first token.
     """
 
@@ -96,7 +96,7 @@ class _Reading:
         number: index of the prompt.
         reader: reader for all prompts.
         receiver: receives the events of all prompts.
-        unended: indices of the prompts that have not ended; shared by all stages.
+        unended: indices of the prompts whose engine stream has not ended; shared by all stages.
     """
 
     def __init__(self, number: int, reader: AnswerReader, receiver: Receiver[Event], unended: set[int]) -> None:

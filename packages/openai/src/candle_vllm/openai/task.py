@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The `Task` of a request: what the request asks for, independent of any API (step 2).
+"""The `Task` of a request: what the request asks for, independent of any API (step 2 of a request's life).
 
 Each API validates its requests and converts them to a `Task`, from which prompts, parameters, grammars and plans are
 made. Errors found later name fields of the task; `Paths` translates these names to the request's.
@@ -25,7 +25,7 @@ class TextPart(NamedTuple):
 
 
 class ImagePart(NamedTuple):
-    """An image in a message; its address is not read yet.
+    """An image in a message; its bytes are not loaded yet.
 
     Attributes:
         source: address of the image, or a data URL.
@@ -60,7 +60,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         parts: content; consecutive texts are joined by line breaks.
         thoughts, calls: reasoning and tool calls of an assistant message.
-        call_id: id of the call whose result a tool message has.
+        call_id: id of the call that a tool message answers.
         name: name of the participant, or of the function that was called.
     """
 
@@ -152,7 +152,7 @@ class ThinkingLimit(NamedTuple):
     """Limit on the reasoning of an answer.
 
     Attributes:
-        tokens: maximum number of reasoning tokens.
+        tokens: maximum number of reasoning tokens; below 0 means no limit.
         message: text inserted when the limit ends the reasoning; None uses the text that the model's makers recommend.
         required: whether the request fails if the markers around the model's reasoning are unknown.
     """
@@ -190,7 +190,7 @@ class Paths(NamedTuple):
     """Names of a task's fields in its request, for errors.
 
     Attributes:
-        fields: names in the request of the fields that the task or the engine names differently.
+        fields: the request's names of fields that the task or the engine names differently.
         schemas: path of each shown tool's schema.
         words: for names in `fields` that no message may contain, the text that replaces the name in the message.
     """
@@ -236,7 +236,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         documents: documents for the chat template.
         chat_template: replaces the model's template.
         add_special_tokens: whether special tokens are added to the rendered text or the prompts.
-        thinking: limit on the reasoning; None uses the server's.
+        thinking: limit on the reasoning; None uses the server's limit.
         show_thoughts: whether the reasoning is part of the answer.
         echo: text that every choice begins with.
         echo_prompts: whether every choice repeats its prompt, with log-probabilities if they are requested.

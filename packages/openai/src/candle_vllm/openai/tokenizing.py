@@ -21,7 +21,7 @@ from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.task import Task
 from candle_vllm.openai.validation import parse_body
 
-_PLAIN = "a"  # put before a token, whose leading space is dropped otherwise; its own tokens are whole characters
+_PLAIN = "a"  # detokenized before a token, whose leading space some tokenizers would drop
 
 
 def parse_tokenize_request(body: bytes | Mapping[str, Any]) -> tokenizing.TokenizeRequest:
@@ -107,7 +107,7 @@ class TokenizingAdapter:
         )
 
     def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:
-        """Return the text of each token, detokenized after another one: some tokenizers drop a leading space."""
+        """Return the text of each token, detokenized after `_PLAIN`, because some tokenizers drop a leading space."""
         first = self._engine.tokenize(_PLAIN, add_special_tokens=False)
         start = len(self._engine.detokenize(first, skip_special_tokens=False))
         texts = {token: self._engine.detokenize([*first, token], skip_special_tokens=False)[start:] for token in {*ids}}

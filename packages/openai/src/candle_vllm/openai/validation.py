@@ -59,7 +59,7 @@ def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Reques
 
 @contextmanager
 def rules_below(path: str) -> Iterator[None]:
-    """Context manager for rules of wire types; their errors get paths below `path`, where "" is the request."""
+    """Context manager that converts errors of wire types' rules; their paths begin with `path`, "" for a request."""
     try:
         yield
     except PydanticCustomError as refusal:

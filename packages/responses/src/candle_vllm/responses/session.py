@@ -40,7 +40,7 @@ class ResponsesSession(ExplainedAttributes):
         mcp_servers: servers whose tools the model may call as well: one or several configurations, or the path of an
             mcp.json, whose variables are read from this process's environment.
         api_key, model_name: API key and model name for a base URL.
-        strict_servers: whether a server that cannot be reached at the start is an error of the session.
+        strict_servers: whether the session fails to start if an MCP server cannot be reached.
 
     Raises:
         ConfigError: a URL, key or server configuration is invalid.
@@ -146,14 +146,13 @@ class ResponsesSession(ExplainedAttributes):
         *,
         client_tools: Sequence[Mapping[str, Any]] = (),
     ) -> AsyncGenerator[Event, None]:
-        """Run as `run_conversation`, and yield events until `ConversationFinished`. Closing the iterator ends it.
+        """Run as `run_conversation`, and yield events until `ConversationFinished`. Close the iterator to end it.
 
         Without messages, the conversation continues where it ended: open calls first, then the model's next turn.
 
-        The transcript grows by what happened: `messages`, whole turns, and results of calls. If a turn fails or is
-        cancelled before the transcript has grown, `messages` are not added either, so that the caller can try again. A
-        tool call that was interrupted has a result that says so, and is not run again; a call that had not begun
-        remains open.
+        The transcript grows by `messages`, by whole turns and by results of calls. If a turn fails or is cancelled
+        before the transcript has grown, `messages` are not added either, so that the caller can try again. A tool call
+        that was interrupted has a result that says so, and is not run again; a call that had not begun remains open.
 
         Args:
             messages: messages in OpenAI's format, also `tool` messages with the results of the caller's own tools.
@@ -219,13 +218,13 @@ class ResponsesSession(ExplainedAttributes):
 
         Args:
             server: label of the MCP server; None for a Python function.
-            tool: name of the tool there.
-            arguments: arguments, which are checked against its schema.
+            tool: name of the tool on that server, or of the function.
+            arguments: arguments, which are checked against the tool's schema.
             timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
         Raises:
             InvalidParameterError: the tool is unknown, the arguments are no mapping of JSON values, or the timeout is
-                invalid. The result has all other errors, also of arguments that do not match the schema.
+                invalid. All other errors are in the result, also arguments that do not match the schema.
         """
         self._check_open()
         return await call_directly(self._tools, server, tool, arguments, timeout=timeout)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """MessagesAdapter: Anthropic's Messages API, answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-Requests are converted to tasks, and the events of the answer to Anthropic's events (steps 2 and 10).
+Requests become tasks, and the events of the answer become Anthropic's events (steps 2 and 10 of a request's life).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's answers and stream events (step 10)."""
+"""Anthropic's answers and stream events (step 10 of a request's life)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Content blocks of Anthropic's requests (step 2).
+"""Content blocks of Anthropic's requests (step 2 of a request's life).
 
 Text, images, reasoning, tool calls and their results are accepted; the error for any other type names it.
 """
@@ -95,7 +95,7 @@ class ToolUseBlock(WireModel):
 
 
 class Base64Source(WireModel):
-    """Data of an image; its bytes tell its type, not `media_type`."""
+    """Data of an image; its type is detected from the bytes, not read from `media_type`."""
 
     type: Literal["base64"]
     media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
@@ -208,7 +208,7 @@ class ToolReferenceBlock(WireModel):
 
 
 def type_of(value: Any) -> str:
-    """Return the `type` of an object; pydantic's error for an object without `type`."""
+    """Return the `type` of an object; raises an error that pydantic reports if the object has no `type`."""
     if isinstance(value, WireModel):
         return str(getattr(value, "type", ""))
     if not isinstance(value, dict):

@@ -14,7 +14,7 @@ import msgspec
 from candle_vllm.openai.errors import to_error
 
 OVERLOADED = 529  # Anthropic's status for overload, which its clients know and retry
-_FINAL = (401, 403)  # not retried: Claude Code would retry a wrong key for minutes, as Anthropic's tokens are renewed
+_FINAL = (401, 403)  # clients must not retry these: Claude Code would retry a wrong key for minutes
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",

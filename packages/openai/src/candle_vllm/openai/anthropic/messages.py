@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of the messages in Anthropic's requests, and the rules that connect calls to their results (step 2)."""
+"""Wire types of the messages in Anthropic's requests, and the rules between them (step 2 of a request's life)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events of an answer -> Anthropic's events, and Anthropic's events -> the whole message (step 10).
+"""Events of an answer -> Anthropic's events -> the whole message (step 10 of a request's life).
 
 A whole message is joined from the events of a stream, so the two cannot differ.
 """

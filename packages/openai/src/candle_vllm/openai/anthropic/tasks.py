@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's requests -> tasks, and errors in the wording that Anthropic's clients expect (step 2)."""
+"""Anthropic's requests -> tasks, and errors worded as Anthropic's clients expect (step 2 of a request's life)."""
 
 from __future__ import annotations
 

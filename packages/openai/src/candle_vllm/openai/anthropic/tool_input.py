@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Streamed arguments of a call -> JSON text of an object that is valid so far at every moment (step 10).
+"""Streamed arguments of a call -> JSON text of an object, valid at every moment (step 10 of a request's life).
 
 Anthropic's clients parse a call's input while it streams, and fail on invalid JSON, which models may generate. So names
 and strings at the top level of the object are sent as they arrive, and every other value when it is complete. If the
@@ -60,7 +60,7 @@ class ToolInput:
         return "".join(parts)
 
     def finish(self, *, cut: bool) -> str:
-        """End the call, and return the rest. A call that was `cut` stays incomplete if it was valid so far."""
+        """End the call, and return the rest of its text. A call that was `cut` while valid stays incomplete."""
         raw = "".join(self._raw)
         if self._complete or (not self._broken and (cut or not raw.strip())):
             return ""
@@ -170,7 +170,7 @@ class ToolInput:
 
 
 class _Scan:
-    """Searches the end of a name or a value; continues at its position when there is more text."""
+    """Searches for the end of a name or value; continues at its position when more text arrives."""
 
     def __init__(self) -> None:
         self.place = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of the tools in Anthropic's requests, and of the tool choice (step 2)."""
+"""Wire types of the tools in Anthropic's requests, and of the tool choice (step 2 of a request's life)."""
 
 from __future__ import annotations
 

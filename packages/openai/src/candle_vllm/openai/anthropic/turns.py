@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's messages -> a task's messages (step 2). Consecutive messages of one role are merged."""
+"""Anthropic's messages -> a task's messages, merged if consecutive ones have one role (step 2 of a request's life)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ERROR_WORDS = ("error", "<error", "<tool_use_error")  # beginnings of tool resu
 
 
 class Turn(NamedTuple):
-    """A message of a task, and the path of the first request message in it."""
+    """A message of a task, and the path of the first request message that it was made from."""
 
     message: TaskMessage
     source: str

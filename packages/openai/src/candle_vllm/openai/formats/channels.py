@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Formats in which a message consists of parts, each with a header that tells its kind."""
+"""Formats in which a message consists of parts, each with a header that names its kind."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Harmony:
         return self._unended(begun, text)
 
     def _unended(self, begun: str, text: str) -> _Header:
-        """Return the header for text without the mark after a header; the rest is the beginning of the part's text."""
+        """Return the header from a text without the mark that ends headers; text behind the header is its `lead`."""
         if begun == _TO:
             return _Header(role=self.role, lead=begun + text)
         _, channel, rest = (begun + text).rpartition(self.channel or begun)
@@ -161,8 +161,8 @@ class Harmony:
 class Headed:
     """Functionary 3.2: parts that begin with `>>>`, a name and a line break; the name `all` marks the answer.
 
-    The prompt ends with the first part's `>>>`. Another part may begin within a line, as templates write it, but not in
-    code, and only with the name of an offered tool and its arguments.
+    The prompt ends with the first part's `>>>`. A later part may begin within a line, as templates write it, but not in
+    code, and it needs the name of an offered tool and arguments.
     """
 
     mark: str = ">>>"
@@ -236,7 +236,7 @@ class _Parts:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
     def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
-        """Parse text up to the next part; within text (`code`, or `inside` an argument), a call needs arguments."""
+        """Parse text up to the next part; after an answer (`code`) or `inside` an argument, a call must have arguments."""
         reader, last = self._reader, ""
 
         def text(part: str) -> None:

@@ -134,7 +134,7 @@ def _first(
     by_template: _ByTemplate[_Row],
     kind: str,
 ) -> tuple[_Row | None, str]:
-    """Return the format that is found first, and the reason; an empty reason without a format."""
+    """Return the format that is found first, and the reason; the reason is empty if no source decides."""
     if option is not None and _plain(option) != _AUTO:
         return _named(option, setting, names), f"{setting} is {option!r}"
     note = ""

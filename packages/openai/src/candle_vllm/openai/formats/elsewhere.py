@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Calls in the formats of other models, at the beginning of an answer: complete calls of offered tools (step 10)."""
+"""Complete calls in the formats of other models, at the beginning of an answer (step 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _alike(body: Body, other: Body) -> bool:
 
 
 class _Kept(CallSink):
-    """Collects the calls of one message, because it may turn out to be text."""
+    """Collects the calls of a text, which may turn out not to be calls."""
 
     def __init__(self, tools: Schemas) -> None:
         super().__init__(nowhere, tools, call_id)

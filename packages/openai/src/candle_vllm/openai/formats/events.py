@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Events of a parser (step 10): pieces of content, of reasoning, and of tool calls in a model's text.
+"""Events of a parser: deltas of content, reasoning and tool calls in a model's text (step 10 of a request's life).
 
-Consecutive pieces of one kind may be split anywhere; their concatenation does not depend on the splits.
+Consecutive deltas of one kind may be split anywhere; the text that they add up to does not depend on the splits.
 """
 
 from __future__ import annotations

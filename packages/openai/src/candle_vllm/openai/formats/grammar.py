@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Grammar of messages with tool calls, from a row of `table`: exactly what a model may write (step 2).
+"""Grammar of the messages with tool calls that a model may write, from a row of `table` (step 2 of a request's life).
 
 In mode "required" a message is reasoning and calls. In mode "auto" it is free text, in which a call must follow the
 format after its opening mark. White space is allowed where models usually write it. `grammars` has the call formats.
@@ -60,7 +60,7 @@ def tool_grammar(
     """Return the grammar of a message, in llguidance's dialect of Lark.
 
     Args:
-        form: the model's tool-call format; its first body after its first mark is used.
+        form: the model's tool-call format; the grammar writes calls in its first body.
         tools: tools that may be called; at least one.
         mode: whether a call is required.
         parallel: whether more than one call is allowed.
@@ -69,8 +69,8 @@ def tool_grammar(
         special: texts of the vocabulary's special tokens -> their ids.
         own: texts of ordinary tokens -> their ids; forced marks consist of these tokens, so that the next prompt, which
             has the same tokens, finds this answer in the cache.
-        loose: tools whose arguments may be any object; in mode "auto" also tools that are not strict and without
-            grammar.
+        loose: tools whose arguments may be any object; in mode "auto", so may the arguments of tools that are neither
+            strict nor have a grammar.
         always: whether calls are constrained in mode "auto" even if no tool is strict.
 
     Returns:
@@ -111,7 +111,7 @@ def answer_grammar(
 ) -> str | None:
     """Return the grammar of a message that is either calls or text that follows a constraint (`@form` in the grammar).
 
-    None if only reasoning may accompany the constrained text. Arguments are as in `tool_grammar`.
+    The result is None if only reasoning may accompany the constrained text. Arguments are as in `tool_grammar`.
     """
     row = form or ToolFormat("none")
     if reasoning is not None:
@@ -148,7 +148,7 @@ _block.register(Nested, nested)
 
 
 def _message(flow: Any, context: Context, *, required: bool, in_reasoning: bool) -> str:
-    """Return the grammar of a message in a format that is more than text with marks."""
+    """Return the grammar of a message whose format `flow` is more than text with marks."""
     if isinstance(flow, Harmony):
         return harmony(flow, context, _one_call(flow, context), required=required, in_reasoning=in_reasoning)
     if isinstance(flow, Headed):
@@ -179,7 +179,7 @@ class _Message:
 
     def required(self) -> str:
         """Return an expression of reasoning followed by calls."""
-        return sequence(self._thoughts(), self._calls(), SPACE)  # many models end a line behind the last call
+        return sequence(self._thoughts(), self._calls(), SPACE)  # many models write a line break after the last call
 
     def answer(self) -> str:
         """Return an expression of reasoning followed by constrained text, perhaps between marks, or by calls."""
@@ -266,7 +266,7 @@ class _Message:
         return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
 
     def _text(self, parts: Sequence[str], body: str) -> str:
-        """Return an expression of text with these parts, up to its end; reasoning at its end need not be closed."""
+        """Return an expression of text with these parts, up to the message's end, where reasoning need not be closed."""
         ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
         lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))

@@ -104,7 +104,7 @@ def skip_closers(reader: Reader, closers: tuple[str, ...]) -> Need[None]:
         yield from _skip_brackets(reader, closers)
     while closers:
         yield from reader.skip_space()
-        if (yield from reader.take(*closers)) in ("", _FENCE):  # after a fence, another one opens the next block
+        if (yield from reader.take(*closers)) in ("", _FENCE):  # after a fence, another fence opens the next block
             break
     reader.drop_begun(*closers)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Repair of JSON in complete texts, and parsing of JSON inside a JSON string (step 10)."""
+"""Repair of JSON in complete texts, and parsing of JSON inside a JSON string (step 10 of a request's life)."""
 
 from __future__ import annotations
 

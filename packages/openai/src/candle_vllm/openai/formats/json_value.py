@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One JSON value, passed on while it is received (step 10).
+"""One JSON value, passed on while it is received (step 10 of a request's life).
 
 Valid JSON is passed on byte for byte. Mistakes of models that have only one meaning are repaired: raw control
 characters and unknown escapes in strings, single quotes, Python's True, False and None, numbers and words that JSON

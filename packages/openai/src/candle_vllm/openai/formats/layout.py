@@ -47,7 +47,7 @@ class ReasoningFormat:
     Attributes:
         name: name of the format.
         open, close: the marks.
-        others: further pairs of marks with the same meaning.
+        others: further pairs of opening and closing marks.
         strays: marks without meaning if they occur alone; the answer omits them.
         answer: strays before and after the text of an answer.
         flow: the format, if messages are not text with marks.
@@ -73,7 +73,9 @@ class ReasoningFormat:
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
 
     def led_by(self, opening: str) -> ReasoningFormat:
-        """Return the format with the pair of `opening` first; a prompt may open the reasoning with this mark."""
+        """Return the format with the pair of `opening`, a mark that the prompt opened the reasoning with, as the first
+        pair.
+        """
         if opening == self.open or opening not in self.pairs:
             return self
         closing = self.pairs[opening]
@@ -91,17 +93,18 @@ class ToolFormat:
         bodies: call formats that may follow such a mark; the first that matches is used.
         names: marks that begin both calls and their body, such as a function's tag without an enclosing tag.
         named: the format after `names`, instead of `bodies`; it is stricter, because text may mention such a tag.
-        ends_thoughts: models write calls in unclosed reasoning; a call of an offered tool ends the reasoning.
-        line_start: marks in `opens` that are not special tokens begin calls only at the beginning of a line.
-        on_lines: in reasoning, a call begins only at the beginning of a line.
+        ends_thoughts: whether a call of an offered tool ends unclosed reasoning, because models write calls in it.
+        line_start: whether marks in `opens` that are not special tokens begin calls only at the beginning of a line.
+        on_lines: whether a call in reasoning begins only at the beginning of a line.
         bare: format of calls without an opening mark; only at the beginning of a message.
-        unmarked: like `bare`, but grammars never write it: models omit the mark by mistake.
+        unmarked: like `bare`, for models that omit the mark by mistake; grammars never write this format.
         bare_starts: first characters of calls without an opening mark.
         fenced: format of calls that some models write in a JSON code block instead.
         strays: marks without meaning if they occur alone; the answer omits them.
         answer: strays before and after the text of an answer.
         flow: the format, if messages are not text with marks.
-        argument_tags: an argument is a tag with its name, such as `<path>`; special tokens of this form are text.
+        argument_tags: whether an argument is a tag with its name, such as `<path>`; special tokens of this form are
+            text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
@@ -132,7 +135,7 @@ class ToolFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a message may contain; either format may be None.
+    """Formats of the reasoning and the calls in a message; either may be None.
 
     Attributes:
         reasoning, tools: the formats.
@@ -201,7 +204,7 @@ class SpecialText:
         self._tokens: deque[tuple[int, int]] = deque()
 
     def add(self, text: str, special_tokens: Iterable[tuple[int, int]]) -> str:
-        """Add text and its special tokens, (offset in the sequence's whole text, id); return what is complete."""
+        """Add text and its special tokens, (offset in the sequence's whole text, id); return the text that is complete."""
         self._tokens.extend(special_tokens)
         if not self._tokens and not self._text:
             self._offset += len(text)

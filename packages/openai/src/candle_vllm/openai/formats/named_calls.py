@@ -209,7 +209,7 @@ class RawCode:
     def read(self, reader: Reader, calls: CallSink) -> Need[bool]:
         """Parse code after the opening mark; return False if no such tool is offered, or if it is not code.
 
-        Text that was truncated before it is clear whether it is a call in another format is no call.
+        Text that was truncated is no call, because it could be the beginning of a call in another format.
         """
         name = next((name for name in self.names if name in calls.tools), "")
         unclear = reader.ended and not reader.whole

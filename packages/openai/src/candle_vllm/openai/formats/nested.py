@@ -67,7 +67,7 @@ class _Arguments:
         return (yield from self._entries(self._schema, 1))
 
     def _entries(self, schema: Mapping[str, Any], depth: int, listed: bool = False, first: str = "") -> Need[bool]:
-        """Parse tags up to the tag that closes the enclosing one; the name of the `first` tag was already read.
+        """Parse tags up to the one that closes the enclosing tag; `first` is the name of a tag that was already read.
 
         A repeated member of an object is ignored.
         """

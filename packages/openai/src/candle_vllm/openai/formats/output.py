@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Joins the text and tool calls that a parser finds in one message to events (step 10)."""
+"""Joins the text and tool calls that a parser finds in one message to events (step 10 of a request's life)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Incremental parser of reasoning and tool calls, for all formats (step 10).
+"""Incremental parser of reasoning and tool calls, for all formats (step 10 of a request's life).
 
-It receives a model's text in parts, and holds back only what may be the beginning of a mark. However the text is split,
-the events add up to the same message.
+It receives a model's text in parts, and holds back only text that may be the beginning of a mark. However the text is
+split, the events add up to the same message.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class OutputParser:
         layout: what the message may contain.
         tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
         in_reasoning: whether the prompt has opened the reasoning, with the layout's first pair of marks.
-        behind_reasoning: whether the prompt has closed it; white space at the beginning then belongs to it.
+        behind_reasoning: whether the prompt has closed the reasoning, to which white space at the beginning then
+            belongs.
         held: whether a grammar constrains calls.
-        lazy: whether the grammar begins with a call; text that it does not constrain is not a call.
+        lazy: whether the grammar applies only from the beginning of a call; unconstrained text is then no call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         make_id: creates ids of calls without an id; None uses the format's function.
         shown: texts of the special tokens to show, by the characters that stand for them.

@@ -34,7 +34,7 @@ class Pythonic:
 
     Attributes:
         closers: marks that may follow the calls.
-        known_only: only names of the request's tools are calls; for calls without an opening mark.
+        known_only: whether only names of the request's tools are calls; for calls without an opening mark.
         listed: whether the grammar writes calls in a list.
     """
 
@@ -114,7 +114,9 @@ class _Arguments:
         return next((key for key in self._order if key not in self._keys), f"argument_{len(self._keys)}")
 
     def _piece(self, inside: bool = False) -> Need[tuple[str, str]]:
-        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return both."""
+        """Parse text up to a comma, a closing bracket, or (unless `inside` a value) an equals sign; return text and
+        mark.
+        """
         reader, parts, stack = self._reader, list[str](), list[str]()
         while True:
             yield from reader.match(_PLAIN, parts.append)

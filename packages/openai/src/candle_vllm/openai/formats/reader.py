@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Streamed text, for parsers that are written as if all of it were present; and detection of code in it.
+"""Streamed text, for parsers that are written as if all of it were present; and detection of Markdown code.
 
 A parser is a generator: it `yield`s when it needs more text, and is resumed when more has arrived. Its decisions depend
 on the text and on whether the text has ended, never on how it was split; so every split gives the same result.
@@ -104,7 +104,7 @@ class Reader:
         self._kept = []
 
     def unread(self) -> int:
-        """Return to the mark; the result is the number of characters between."""
+        """Move back to the mark; return the number of characters between."""
         assert self._kept is not None
         size = sum(map(len, self._kept)) + self.at - self._from
         if self._kept:
@@ -123,7 +123,7 @@ class Reader:
         self._kept = None
 
     def put_back(self, text: str) -> None:
-        """Move back by the length of `text`, consumed last; the caller must not move back beyond a mark."""
+        """Move back by the length of `text`, the text consumed last; the caller must not move back beyond a mark."""
         gone = len(text) - self.at  # number of characters that are no longer in `text`
         if gone <= 0:
             self.at -= len(text)
@@ -225,7 +225,7 @@ class Reader:
         return self.ended and not self.whole and self.at == len(self.text)
 
     def name(self, ends: Markers, most: int = 256) -> Need[tuple[str, str]]:
-        """Consume and return a short text and the marker that ends it; the marker is "" if it is not within `most`."""
+        """Consume and return a short text and the marker that ends it; the marker is "" if the text exceeds `most`."""
         parts: list[str] = []
         size = 0
         while True:

@@ -141,7 +141,7 @@ def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued:
     """Return the mark with which a prompt opens the reasoning, so that the answer begins in it; "" without such a mark.
 
     Args:
-        prompt_tail: end of the prompt, which includes everything after the answer's beginning.
+        prompt_tail: end of the prompt, long enough to contain the beginning of the answer.
         continued: whether the prompt ends with the beginning of an answer, which may contain reasoning.
     """
     found, last = "", -1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The table of tool formats: one row for each form of calls. `reasoning_table` has the reasoning formats.
 
-Tests check the samples in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.
+`docs/tool-calling.md` shows the table; `packages/openai/tests/formats/samples.py` has an example of each format.
 """
 
 from __future__ import annotations

@@ -25,19 +25,20 @@ class Tagged:
 
     Attributes:
         name_open, name_end: marks around the name; if `name_open` is "", the name follows the opening mark.
-        name_head: pattern of attributes of the name's tag; its group is `name`.
+        name_head: pattern of the attributes in the name's tag; its group `name` is the name.
         key_open, key_end: marks around the key.
         value_open: mark between key and value.
         type_open, type_end: marks around the value's JSON type, which may precede `value_open`.
         value_end: mark after the value; valid only before another key, the end of the call, or the end of the text.
         call_end: mark after the last value.
         closers: marks that may follow the calls.
-        head: pattern of attributes of the key's tag; its groups are `key`, and `text`, "true" if the value is a string
-            and "false" if it is JSON, or `type`, a JSON type.
-        newlines: a line break before and one after a value are not part of it; the second is if the first is missing.
+        head: pattern of the attributes in the key's tag; its groups are `key` and either `text` ("true" for a string,
+            "false" for JSON) or `type` (a JSON type).
+        newlines: whether line breaks before and after a value do not belong to it; without the first, the second does.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
-        known_only: a call must name an offered tool, and arguments or the end of the call must follow. For formats
+        known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. For
+            formats
             without an opening mark: `std::function<function=f>` is text.
     """
 
@@ -178,7 +179,7 @@ class _Arguments:
         return (yield from self._text(sink) if kinds.is_string else self._other(sink, kinds))
 
     def _may_wrap(self, key: str) -> bool:
-        """Whether an argument that the tool does not have may be an object of all its arguments, by its key."""
+        """Whether the argument `key`, which the tool does not have, may be an object of all of the tool's arguments."""
         properties = self._schema.get("properties")
         return key in ARGUMENT_KEYS and isinstance(properties, Mapping) and bool(properties) and key not in properties
 
@@ -265,7 +266,8 @@ class _Arguments:
     def _value(self, inner: _Inner, *, short: bool) -> Need[bool]:
         """Parse text up to the end of the value; False if the text was truncated inside.
 
-        A text may contain tags, so an end mark counts only before the expected next mark; a `short` value has no tags.
+        A text may contain tags, so an end mark counts only before a mark that may follow it; a `short` value has no
+        tags.
         """
         marked = yield from self._until_end(inner, short)
         if marked is None:
@@ -334,7 +336,7 @@ class _Inner:
     """A value without the line breaks around it.
 
     Attributes:
-        ended: the text was truncated after what is probably the whole value.
+        ended: whether the text was truncated after what is probably the whole value.
     """
 
     def __init__(self, sink: Sink, shape: Tagged) -> None:

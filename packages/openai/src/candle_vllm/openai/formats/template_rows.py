@@ -31,7 +31,7 @@ _SHORT = 3  # minimum length of a text that distinguishes calls
 
 
 def writer_of_calls(probe: template_needs.TemplateProbe, *, as_text: bool) -> ToolFormat | None:
-    """Return the first row that parses the call in the template's output; rows are tried by their marks' order."""
+    """Return the first row that parses the call in the template's output; rows are tried in their marks' order there."""
     written = probe.calls(as_text=as_text)
     if written is None:
         return None
@@ -85,7 +85,7 @@ def _own_first(rows: Iterable[ReasoningFormat]) -> Iterator[ReasoningFormat]:
 
 
 def _first_mark(row: ToolFormat, text: str) -> int:
-    """Return the offset of a row's first mark, or -1. So the mark that encloses others has the smallest offset."""
+    """Return the offset of a row's first mark, or -1; a mark that encloses other marks has the smallest offset."""
     return min((text.find(mark) for mark in (*row.opens, *row.names) if mark in text), default=-1)
 
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Messages that are text with marks: where reasoning and calls begin and end (step 10).
+"""Messages that are text with marks: where reasoning and calls begin and end (step 10 of a request's life).
 
-A mark is valid only where it makes sense. Text that was wrongly taken for a call is parsed again as text, up to a
-limit.
+A mark in quotes or in code is text. Text that was wrongly taken for a call is parsed again as text, up to a limit.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from candle_vllm.openai.formats.reader import SPACES, CodeSpans, Markers, Need, 
 
 FENCE = "```json"
 _QUOTES = "`\"'"
-# Beginnings of calls without a mark in a grammar (`grammars.json_bodies`, `grammars.pythonic`).
+# Beginnings of calls without a mark in a grammar (`grammars.json_bodies`, `grammars.literals`).
 _HELD = re.compile(
     r"""[ \n]{0,4}(?:\[[ \n]{0,4})?\{[ \n]{0,4}(?:"type":[ ]?"function",[ ]?)?"name":[ \n]{0,4}"[^"]*","""
     r"""[ \n]{0,4}"(?:arguments|parameters)":\s*|[ \n]{0,4}\[[\w.\-]+\("""
@@ -54,10 +53,11 @@ class TextFlow:
             layout: what the message may contain.
             form: tool-call format; None if calls are not parsed.
             reader: has the text.
-            output: receives what is found.
+            output: receives reasoning, content and calls.
             in_reasoning: whether the prompt has already opened the reasoning.
-            held: whether a grammar constrains calls, so that only its own mark ends the reasoning.
-            lazy: whether the grammar begins with a call; calls without marks must then begin as in the grammar.
+            held: whether a grammar constrains calls; a mark of calls that is not a special token then ends no
+                reasoning.
+            lazy: whether the grammar applies only from the beginning of a call; unmarked calls must begin as in it.
         """
         self._reader = reader
         self._output = output
@@ -138,7 +138,7 @@ class TextFlow:
         self._spelt = False
 
     def _no_calls(self, read: int, text: str = "") -> None:
-        """Treat as text what was wrongly taken for calls.
+        """Treat as text the characters that were wrongly taken for calls.
 
         Marks are searched again in the `read` characters that are unread now, up to a limit: otherwise a text that
         consists of beginnings of calls would be parsed to its end from each of them.
@@ -178,7 +178,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Parse calls after a mark, which is text without calls; return whether they had another model's format."""
+        """Parse calls after a mark; without a call, the mark is text. Return whether another model's format was found."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:
@@ -235,7 +235,7 @@ class TextFlow:
         return (form.named,) if mark in form.names and form.named else form.bodies
 
     def _repeated(self, *marks: str) -> Need[str]:
-        """Consume repetitions of the mark that was read, the first of these; models may repeat an opening mark."""
+        """Consume the marks that follow `marks[0]`, and return all as text; models may repeat an opening mark."""
         reader, parts = self._reader, [marks[0]]
         while True:
             spaces: list[str] = []
@@ -247,7 +247,7 @@ class TextFlow:
             parts += [*spaces, again]
 
     def _reasoning(self, opened: str) -> Need[None]:
-        """Parse reasoning up to its closing mark, or up to a call, which models begin without closing it."""
+        """Parse reasoning up to its closing mark, or up to a call, before which models omit the closing mark."""
         reader, output, code = self._reader, self._output, CodeSpans()
         output.thinking = True
         yield from reader.skip_space()
@@ -274,7 +274,7 @@ class TextFlow:
         self._output.reasoning(self._output.spelt(text, self._silent))
 
     def _no_call_in_thoughts(self, mark: str, code: CodeSpans) -> Need[str]:
-        """Return the text of a mark; "" if it begins a call of an offered tool, of which nothing is consumed."""
+        """Return a mark as text; "" if it begins a call of an offered tool, which is then not consumed."""
         form, reader = self._form, self._reader
         if not mark or form is None:
             return ""

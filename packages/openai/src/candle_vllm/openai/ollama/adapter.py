@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """OllamaAdapter: answers Ollama's requests with an `OpenAIAdapter`, whole or streamed, without HTTP.
 
-Requests become tasks, and the events of the answer become Ollama's lines (steps 2 and 10).
+Requests become tasks, and the events of the answer become Ollama's lines (steps 2 and 10 of a request's life).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SPELLED = {
     "logprobs": "top_logprobs",
     **{name: f"options.{name}" for name in sampling_names(Options)},
 }
-"""Names in a request of the engine's parameters."""
+"""The request's names of the engine's parameters."""
 
 
 class LineStream(ChunkStream[answers.Line]):
@@ -54,7 +54,7 @@ class LineStream(ChunkStream[answers.Line]):
 class OllamaAdapter:
     """Answers Ollama's requests; every method raises what `OpenAIAdapter` raises.
 
-    `sampling_defaults` are defaults by name in `SamplingParams`, which precede the model's own.
+    `sampling_defaults` are values, by name in `SamplingParams`, that take precedence over the model's defaults.
     """
 
     def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Mapping[str, Any] | None = None) -> None:
@@ -199,7 +199,7 @@ class OllamaAdapter:
         }
 
     def _thinking(self, request: _Generating) -> dict[str, Any]:
-        """Return the template's thinking variables; as in Ollama, a model that does not think is an error."""
+        """Return the template's thinking variables; as in Ollama, `think` for a model without reasoning is an error."""
         think, variables = request.think, dict[str, Any]()
         if think is None:
             return variables
@@ -243,7 +243,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
 
 
 def _answered(pending: deque[Call], message: Message) -> Call | None:
-    """Return the pending call whose result a tool message has, and remove it from `pending`."""
+    """Return the pending call that a tool message answers, and remove it from `pending`."""
     for call in pending:
         if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
             pending.remove(call)

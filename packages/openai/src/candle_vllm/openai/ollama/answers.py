@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ollama's answers: events -> lines of a stream, and lines -> the whole answer (step 10).
+"""Ollama's answers: events -> lines of a stream, and lines -> the whole answer (step 10 of a request's life).
 
 A whole answer is joined from the lines of a stream, so the two cannot differ. Durations are in nanoseconds.
 """
@@ -21,7 +21,7 @@ from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, 
 from candle_vllm.openai.logprobs import chat_logprobs
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 
-_MS = 1_000_000  # nanoseconds
+_MS = 1_000_000  # nanoseconds in a millisecond
 
 
 class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +141,7 @@ def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLin
 class LineWriter:
     """Writes the lines of one answer, as `chat` lines or generate lines.
 
-    `context` has the prompt tokens if the last line must have the tokens of prompt and answer as `context`.
+    `context` are the prompt's tokens if the last line must have a `context`, the tokens of prompt and answer.
     """
 
     def __init__(self, times: Times, *, chat: bool, context: Sequence[int] | None = None) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ollama's requests: bytes -> a validated object (step 2)."""
+"""Ollama's requests: bytes -> a validated object (step 2 of a request's life)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
 _FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
-# Options of Ollama that configure how a model runs: validated, but without effect. The values tell why.
+# Options of Ollama that configure how a model runs: validated, but without effect. The values are the reasons.
 ADVISORY_OPTIONS: Mapping[str, str] = {
     "num_ctx": "the context is the operator's (--max-model-len); a larger one is remarked on in x-warning",
     "num_keep": "says what stays when a conversation is cut; prompts are never cut",
@@ -290,7 +290,7 @@ class Message(fields.WireModel):
 
     Attributes:
         images: images in base64; they precede the text.
-        tool_name, tool_call_id: the call whose result a tool message has; without both, the first that has no result.
+        tool_name, tool_call_id: the call that a tool message answers; without both, the first call without a result.
     """
 
     role: Literal["system", "user", "assistant", "tool"]

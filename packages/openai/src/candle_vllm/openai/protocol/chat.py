@@ -76,7 +76,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; without both, the context is the limit.
     `include_reasoning: false` leaves the reasoning out of the answer; it is still generated and counted. With a
     `prediction`, usage counts the predicted tokens that are part of the answer. With `timings_per_token`, an answer and
-    every chunk have llama.cpp's `timings`; in the last chunk, the engine measures. `conversation_id` and `resource_id`
+    every chunk have llama.cpp's `timings`; the engine measures the last chunk's. `conversation_id` and `resource_id`
     are the client's labels, which the answer, or a stream's first chunk, repeats.
     """
 
@@ -164,7 +164,7 @@ class FunctionCallOut(msgspec.Struct, frozen=True):
 
 
 class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function"):
-    """A call that the model asks for; the result refers to its `id`."""
+    """A call that the model generated; the result refers to its `id`."""
 
     id: str
     function: FunctionCallOut
@@ -243,7 +243,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PromptLogprob(msgspec.Struct, frozen=True):
-    """Log-probability of a prompt token in vLLM's form, which is an object by token id."""
+    """Log-probability of a prompt token; vLLM's form has an object of these by token id for each position."""
 
     logprob: float
     rank: int

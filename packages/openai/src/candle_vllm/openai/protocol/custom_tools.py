@@ -65,7 +65,7 @@ def custom_input(arguments: str) -> str:
 
 
 def type_of(value: Any) -> Any:
-    """Return the `type` of an object, validated or a plain dict."""
+    """Return the `type` of a validated object or of a plain dict."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 

@@ -53,12 +53,12 @@ ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # may be empty: some cli
 
 
 class Refusal(NamedTuple):
-    """How a field is handled that another server defines, and that has no effect here.
+    """Treatment of a field that another server defines and that has no effect here.
 
     Attributes:
         reason: why the field has no effect.
         neutral: values that are accepted, because they ask for nothing.
-        idle: whether other values are ignored with a warning, because the answer is right without them, or refused.
+        idle: whether other values are ignored with a warning, because the answer is right without them; else refused.
     """
 
     reason: str
@@ -202,7 +202,7 @@ def invalid(field: str, text: str) -> PydanticCustomError:
 
 
 def few_entries(most: int) -> BeforeValidator:
-    """Refuse an object of more than `most` entries before validating them: listing a million errors takes seconds."""
+    """Return a validator that refuses objects of more than `most` entries: listing a million errors takes seconds."""
 
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
@@ -327,7 +327,7 @@ class CutFields(WireModel):
     """vLLM's fields that truncate prompts that are too long; without them such prompts are refused.
 
     Attributes:
-        truncate_prompt_tokens: maximum number of prompt tokens; -1 for as many as the model takes.
+        truncate_prompt_tokens: maximum number of prompt tokens; -1 for the model's maximum.
         truncation_side: the side from which tokens are removed.
     """
 

@@ -87,7 +87,7 @@ def sampling_names(request: type[fields.WireModel]) -> tuple[str, ...]:
 
 
 def sampling_values(request: fields.WireModel) -> dict[str, Any]:
-    """Return the values that a request sets for these fields."""
+    """Return the values that a request sets for the fields of `sampling_names`."""
     return {name: value for name in sampling_names(type(request)) if (value := getattr(request, name)) is not None}
 
 
@@ -266,7 +266,9 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
-        given = getattr(self, "logprobs", None)  # of completions, where 0 asks for the sampled token's, or of chat
+        given = getattr(
+            self, "logprobs", None
+        )  # a number in completion requests, where 0 is valid; a boolean in chat requests
         if self.logprob_token_ids and (given is None or given is False):
             raise fields.invalid("logprob_token_ids", "needs logprobs")
         self.structured()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The messages of a chat request, and the rules that tie tool calls to their results."""
+"""The messages of a chat request, and the rules that connect tool calls to their results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Raise an error that names the part's type, if the server cannot read it."""
+        """Raise an error that names the part's type, if the server cannot read such parts."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of structured output: OpenAI's `response_format` and vLLM's `structured_outputs` (step 2).
+"""Wire types of OpenAI's `response_format` and vLLM's `structured_outputs` (step 2 of a request's life).
 
 Both are converted to core's `StructuredOutputsParams`, which checks limits and compiles the grammar.
 """
@@ -144,7 +144,8 @@ class StructuredOutputs(WireModel):
     """vLLM's constraint on an answer: exactly one of `KINDS`.
 
     Attributes:
-        json_value: a JSON schema, as an object or as JSON text; as a library, also a class that has a schema.
+        json_value: a JSON schema, as an object or as JSON text; a library caller may also pass a class that has a
+            schema.
         disable_fallback: no effect, because there is only one backend.
     """
 

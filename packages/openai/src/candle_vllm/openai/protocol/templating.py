@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fields of a chat request that are variables of the chat template (step 3), and the limit on reasoning."""
+"""A chat request's variables of the chat template, and its limit on reasoning (step 3 of a request's life)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class TemplateFields(WireModel):
         chat_template: a template that replaces the model's template; the adapter decides whether it is allowed.
         thinking: template variable with two names, `thinking` and `enable_thinking`; or an object that also has a
             budget.
-        thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. Other `..._budget...` are aliases.
+        thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. `reasoning_budget`,
+            `reasoning_budget_tokens` and `thinking_budget_tokens` are its aliases.
         reasoning_budget_message: text that is inserted when the budget ends the reasoning.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of functions, custom tools and the tool choice, and their conversion to `ToolUse` (step 2)."""
+"""Wire types of functions, custom tools and the tool choice -> `ToolUse` (step 2 of a request's life)."""
 
 from __future__ import annotations
 

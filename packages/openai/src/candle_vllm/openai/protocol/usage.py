@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """`cached_tokens` of the prompt were in the prefix cache."""
+    """`cached_tokens`: prompt tokens that were found in the prefix cache."""
 
     cached_tokens: int
 
@@ -35,7 +35,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the whole request: each prompt is counted once, the output of every choice is counted.
 
     Attributes:
-        completion_tokens_details: present if it has at least one count.
+        completion_tokens_details: present if at least one of its counts is known.
         prompt_time_costs: milliseconds from the first work on the prompt to the first token; only in final counts.
         completion_time_costs: milliseconds from the first token to the last; only in final counts.
     """

@@ -87,7 +87,7 @@ class ToolProgressed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A call has a result, also if it did not run (unknown tool, invalid arguments, denied).
 
-    `shown` is what the model sees in place of the result's text, if the result has images.
+    `shown` are the parts that the model sees in place of the result's text, if the result has images.
     """
 
     result: ToolResult

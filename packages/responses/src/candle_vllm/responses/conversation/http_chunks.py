@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Convert the JSON chunks of a chat stream to events, and tolerate the differences of OpenAI-compatible servers.
 
-It accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk or in
-every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage without
-details. A missing value gets a neutral default.
+The reader accepts: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls in one chunk
+or in every chunk, whole calls in one chunk, several calls with one index, calls without index, id or name, usage
+without details. A missing value gets a neutral default.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _token(entry: ChatTokenLogprob | TopLogprob) -> TokenLogprob:
 
 
 def _with_bytes(value: Any) -> Any:
-    """Replace null by an empty list as `bytes`; it is null for tokens that are not valid text."""
+    """Replace a null `bytes` by an empty list; servers send null for tokens that are not valid text."""
     if isinstance(value, dict):
         return {key: [] if key == "bytes" and item is None else _with_bytes(item) for key, item in value.items()}
     return [_with_bytes(item) for item in value] if isinstance(value, list) else value

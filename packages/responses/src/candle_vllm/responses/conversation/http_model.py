@@ -125,7 +125,7 @@ class HttpModel:
 
     Args:
         base_url: the URL before `/chat/completions`, such as `http://127.0.0.1:2000/v1`.
-        api_key: key that is sent as `Authorization: Bearer`; never in messages.
+        api_key: key that is sent as `Authorization: Bearer`; error messages never contain it.
         model: model name in the requests; None uses the first model that the server lists.
         connect_timeout: timeout of a connection in seconds.
         read_timeout: seconds to wait for the first byte of the answer, and for each following byte.

@@ -46,7 +46,9 @@ _Round = tuple[tuple[str, str, str, str], ...]
 
 
 class RepeatWatch:
-    """Counts consecutive turns with equal calls and equal results, in any order and with any ids; `most` are a loop."""
+    """Counts consecutive turns with equal calls and equal results, in any order and with any ids; `most` such turns are
+    a loop.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -107,7 +109,7 @@ class ConversationLoop:
         call applies to the first turn; after that, the model chooses.
 
         Closing the iterator, or cancelling the task that reads it, ends the model's answer and all running tools before
-        it returns (`contextlib.aclosing` closes it in time).
+        the close returns; use `contextlib.aclosing`.
 
         Args:
             messages: messages in OpenAI's format; a `ChatTranscript` gets the new ones, even if the run ends early.

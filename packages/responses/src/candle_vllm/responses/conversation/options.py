@@ -27,7 +27,7 @@ _LoopEnd = Literal[
     "approval",  # calls wait for approval
 ]
 if TYPE_CHECKING:
-    StopReason = FinishReason | _LoopEnd  # of the last answer, STOP or a reason that cut it; else of the conversation
+    StopReason = FinishReason | _LoopEnd  # a `FinishReason` of the last answer, or the loop's own reason
 else:
     StopReason = str  # msgspec decodes no union of texts; a decoded reason equals the member
 

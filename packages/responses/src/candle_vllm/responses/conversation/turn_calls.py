@@ -27,7 +27,7 @@ from candle_vllm.responses.tools.execution import Checked, check, denied, run, u
 from candle_vllm.responses.tools.registry import ToolRegistry
 
 MAX_PICTURES = 64 << 20  # base64 characters of all images that a model sees in one conversation
-MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they have only what the model saw
+MAX_KEPT = 64 << 20  # characters of output in the results; further results have only the text that the model saw
 
 
 class Decisions(NamedTuple):

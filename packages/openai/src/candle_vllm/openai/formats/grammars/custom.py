@@ -38,7 +38,7 @@ _IMPORT = re.compile(r"%import\s+common\s*(?:\.\s*(\w+)(?:\s*->\s*(\w+))?|\(([\w
 
 
 def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
-    """Return a grammar of a text that follows `definition`, escaped in a JSON string: its name and lines.
+    """Return a grammar of a text that follows `definition`, escaped in a JSON string: start rule's name, and lines.
 
     A grammar without recursion becomes one terminal. With several terminals, the longest match would decide where one
     ends, and the backslash of an escaped line break could also belong to the text before it.
@@ -110,7 +110,7 @@ def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex:
 
 
 class _Names:
-    """New names of a user's rules, distinct from this grammar's own; `single` makes all of them terminals."""
+    """New names of a user's rules, distinct from the other rules' names; `single` makes all of them terminals."""
 
     def __init__(self, prefix: str, *, single: bool) -> None:
         self.single = single

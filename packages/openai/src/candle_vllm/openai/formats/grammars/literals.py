@@ -78,7 +78,7 @@ class Values:
         return " | ".join(map(self._branch, self._root.branches(schema)))
 
     def items(self, schema: Any, key: Callable[[str], str], free_key: Callable[[list[str]], str]) -> str:
-        """Return an expression of an object's entries, separated by commas; additional entries follow the schema's."""
+        """Return an expression of an object's entries, separated by commas; additional entries come last."""
         known, others = entries(self._root, schema)
         if self._notation.ordered:
             known = sorted(known, key=lambda entry: entry[0].lower())

@@ -51,7 +51,7 @@ class Branch(NamedTuple):
     """One type that a value may have.
 
     Attributes:
-        type: its JSON type.
+        type: JSON type of the value.
         schema: further constraints; only keywords of this type.
         values: the allowed values, if not None.
     """
@@ -66,7 +66,7 @@ class Root:
 
     Args:
         tool: the tool.
-        schema: schema of its arguments; references in it are relative to it.
+        schema: schema of the tool's arguments; references in it are relative to the whole schema.
         grammar: a user's Lark grammar that every string in the arguments must follow.
 
     Raises:

@@ -20,7 +20,7 @@ _SEVERAL = ("anyOf", "oneOf", "allOf")
 
 
 class Guard:
-    """Changes schemas so that no string in a value contains a given mark.
+    """Changes schemas so that no string in a value contains one of the given marks.
 
     Keys that a schema does not name are plain names; an object with named properties has no other keys.
 
@@ -108,7 +108,7 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multi
 
 
 def avoiding(mark: str) -> str:
-    """Return a regular expression of texts without `mark`, whose first character must occur in it only once."""
+    """Return a regular expression of texts without `mark`; the mark's first character must occur in it only once."""
     first = re.escape(mark[0])
     within = [re.escape(mark[1:end]) for end in range(1, len(mark))]
     again = "|".join(f"{begun}{first}" for begun in within)
@@ -139,13 +139,13 @@ _FORMATS = {  # core writes patterns of the formats date, time and date-time
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
-_EMPTY = ("array", "object")  # types of an empty text in `Nested`
+_EMPTY = ("array", "object")  # types whose empty value `Nested` writes as an empty text
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
-    """Return the terminal of the characters of a string, which `branch` describes.
+    """Return a terminal of the text of a string, without quotes; `branch` describes the string.
 
-    `unlike` are types of which the text must not be taken for one; `root` is the schema that contains the branch.
+    `unlike` are JSON types that the parser must not read in the text; `root` is the schema that contains the branch.
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
@@ -185,7 +185,7 @@ def json_value(writer: Writer, root: Root, branch: Branch, guard: Guard | None =
 
 
 def edged(writer: Writer, body: str) -> str:
-    """Return a text that may have a line break before it, and then another after it, which are not part of it."""
+    """Return a terminal of `body` with optional line breaks around it: one before it, and then maybe one after it."""
     if body == "TEXT":
         return body
     bare = writer.terminal(rf"{body} & ~/\n(?s:.*)/")

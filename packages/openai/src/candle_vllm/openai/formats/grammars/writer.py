@@ -139,7 +139,7 @@ class Writer:
         return sequence(self.terminal(f"{self.without(body, others)} {first}"), *rest)
 
     def thought(self, end: str) -> str:
-        """Return an expression of reasoning and its end mark, which does not end it directly after a quote."""
+        """Return an expression of reasoning and its end mark; an end mark directly after a quote is reasoning."""
         if not self.is_text(end):
             return self.until(end)
         body = self.terminal(f"{_UNQUOTED} & ~(TEXT /[`\"']/ {quoted(end)} TEXT)")
@@ -174,7 +174,7 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the grammars of one request share.
+    """Data that the grammars of one request share.
 
     Attributes:
         writer: receives the rules.
