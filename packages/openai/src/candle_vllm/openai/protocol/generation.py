@@ -266,9 +266,7 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
-        given = getattr(
-            self, "logprobs", None
-        )  # a number in completion requests, where 0 is valid; a boolean in chat requests
+        given = getattr(self, "logprobs", None)  # a number, also 0, for completions; a boolean for chat
         if self.logprob_token_ids and (given is None or given is False):
             raise fields.invalid("logprob_token_ids", "needs logprobs")
         self.structured()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Background responses: tasks of the application whose events are held for clients that come back.
+"""Background responses: each runs in a task of this process, and its events are held for clients that reconnect.
 
-The store has a lease of each of them, which is renewed while it runs. If this process dies, the response fails when its
-lease expires. If another process cancels or deletes a response, the task here ends.
+The store has a lease of each response, which is renewed while the response runs. If this process dies, the response
+fails when its lease expires. If another process cancels or deletes a response, the task here ends.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Background:
 
         Args:
             entry: entry with `background` and the status "queued".
-            events: events of the answer, numbered from 0; a task of their own reads them, and closes them at the end.
+            events: events of the answer, numbered from 0; a separate task reads and closes the iterator.
             seconds: time limit, after which the response fails.
 
         Raises:
@@ -143,7 +143,7 @@ class Background:
         return run.events if run is not None else self._ended.get((owner, response_id))
 
     async def stop(self, owner: str, response_id: str, *, forget: bool = False) -> None:
-        """End the task, if it runs here, of a response that ended in the store; `forget` also drops its events."""
+        """End the task of a response that ended in the store, if the task runs here; `forget` also drops its events."""
         run = self._running.get((owner, response_id))
         if run is not None:
             run.ended_elsewhere = True

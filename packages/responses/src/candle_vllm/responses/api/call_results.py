@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Results of a conversation's calls, and which calls wait for an approval or have one."""
+"""Results of a conversation's calls, and which calls are approved or wait for an approval."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Placed(NamedTuple):
 class CallResults:
     """Results of the calls by their ids, and the approved calls.
 
-    `max_images` is the maximum number of images in the prompt. An `mcp_call` item whose images would exceed it is
-    replaced by its text; with 0, all are.
+    `max_images` is the maximum number of images in the prompt. The result of an `mcp_call` item whose images would
+    exceed it is only its text; with 0, no result has images.
     """
 
     def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
@@ -77,7 +77,7 @@ class CallResults:
                 _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
 
     def take(self, call_id: str) -> tuple[Part, ...] | None:
-        """Return the result of a call; must be called once for each call, in their order."""
+        """Return the result of a call; must be called once for each call, in the calls' order."""
         earlier = self._earlier.get(call_id)
         return earlier.pop(0) if earlier else self.parts.get(call_id)
 

@@ -19,7 +19,7 @@ from candle_vllm.responses.protocol.response import CompactedResponse, MessageOu
 from candle_vllm.responses.store.entries import new_id, new_item_id
 
 MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
-_SHORTER = 8  # characters of a conversation per token of its summary, which so has about half its length
+_SHORTER = 8  # characters of a conversation per token of its summary: about half of its length
 _ASKED = (
     "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
     "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "
@@ -54,7 +54,7 @@ def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:
 
     Args:
         response: answer to `summary_request`.
-        items: history and input, without the question.
+        items: history and input, without the instruction to summarise.
     """
     assert response.usage is not None
     said = (item for item in response.output if isinstance(item, MessageOut))

@@ -25,7 +25,7 @@ def new_id(prefix: str) -> str:
 
 
 class ItemWriter:
-    """An item of the output: its `index` there, its id with a `prefix`, and `emit`, which receives its events."""
+    """The output item at `index`; its id begins with `prefix`, and `emit` receives its events."""
 
     def __init__(self, emit: Emit, index: int, prefix: str) -> None:
         self._emit_any = emit

@@ -52,7 +52,7 @@ class ServerUrls:
         self._patterns = [_pattern(pattern) for pattern in patterns if pattern != ANY]
 
     def check(self, url: str, field: str) -> bool:
-        """Return whether a pattern names the host without "*"; if not, its addresses must be public.
+        """Return whether a pattern names the host without "*"; if not, the host's addresses must be public.
 
         Args:
             url: URL of a request.
@@ -116,7 +116,7 @@ def _fits(pattern: _Parts, given: _Parts) -> bool:
     return same and matches([pattern.host], given.host) and matches([pattern.path], given.path)
 
 
-# Headers that the connection sets itself; with others, a client could redirect the request or make it ambiguous.
+# Headers that the connection sets itself; a client that sets them could redirect the request or make it ambiguous.
 _OWN_HEADERS = frozenset({
     "accept", "accept-encoding", "connection", "content-encoding", "content-length", "content-type", "expect", "host",
     "keep-alive", "te", "trailer", "transfer-encoding", "upgrade",

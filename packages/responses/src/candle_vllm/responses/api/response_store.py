@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStore: stored responses and conversations, for the code that answers and for later requests.
+"""ResponseStore: stored responses and conversations, for the code that generates responses and for later requests.
 
 Entries are found by the hash of an API key and their id; for any other key they do not exist. Every failure of the
 store is a `StoreUnavailableError`.

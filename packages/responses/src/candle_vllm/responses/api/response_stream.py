@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ResponseStream: events of one response, made by a task of its own until the response ends or its reader leaves."""
+"""ResponseStream: events of one response, made by a separate task until the response ends or its reader leaves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ResponseStream:
         self._news = asyncio.Event()
         self._room = asyncio.Event()
         self._taken = False  # whether the model has accepted the request
-        self._decided = asyncio.Event()  # set when it is accepted, or never will be
+        self._decided = asyncio.Event()  # set when the request is accepted, or the task has ended
         self._last: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -70,7 +70,7 @@ class ResponseStream:
         return opening
 
     async def start(self) -> None:
-        """Start the response, and return when the model has accepted the request; raise an earlier error here."""
+        """Start the response, and return when the model has accepted the request; an earlier error is raised here."""
         self._last = asyncio.create_task(self._run(), name="response")
         try:
             await self._decided.wait()

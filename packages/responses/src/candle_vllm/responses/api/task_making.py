@@ -135,7 +135,7 @@ class TaskMaker:
     async def prepare(
         self, request: PromptFields, items: Sequence[Placed], stack: AsyncExitStack, *, check: bool
     ) -> Prepared:
-        """Open the MCP servers of a request that was checked, and translate it; raises `RequestError`.
+        """Open the MCP servers of a checked request, and translate the request; raises `RequestError`.
 
         Args:
             request: the request.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The tools of a request: what the model is shown, what runs here, and by which names."""
+"""The tools of a request: which the model is shown, which run here, and their names."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def _add_server(plan: ToolPlan, tool: wire_tools.McpTool, server: OpenServer, pa
             )
         try:
             plan.registry.add(one)
-        except InvalidParameterError as fault:  # the operator's servers are treated alike
+        except InvalidParameterError as fault:  # as for the operator's servers
             logger.warning("a tool of the MCP server %.100r is left out: %s", server.label, fault)
             continue
         offered.append(definition)

@@ -31,7 +31,7 @@ class _Queue:
 
 
 class ConversationTurns:
-    """The right to add items to a conversation.
+    """Grants one response at a time the right to add items to a conversation.
 
     `store` opens the store of the conversations; None means that no other process can use it.
     """
@@ -45,11 +45,12 @@ class ConversationTurns:
         """Wait until no other response is in progress in the conversation, and hold it until the context exits.
 
         Args:
-            conversation_id: id of the conversation, which need not exist.
+            conversation_id: id of the conversation; only a shared store requires that it exists.
             param: parameter that the error names if the conversation does not exist.
 
         Raises:
             ConversationBusyError: too many responses wait for this conversation.
+            NotStoredError: a shared store has no such conversation.
         """
         name = owner, conversation_id
         queue = self._queues.setdefault(name, _Queue())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """mcp.json: where it is found, its formats, and the servers in it.
 
-It may have `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), or `servers` as
-a list (candle-vllm); or it is the object or list of servers itself. See docs/mcp.md.
+The file may have `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), or
+`servers` as a list (candle-vllm); or the file is the object or list of servers itself. See docs/mcp.md.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _no_configuration(given: object) -> ConfigError:
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
     """Return the configuration file to use, if any; ConfigError if a named file does not exist.
 
-    It is the first of these: `flag` (the value of --mcp-config), the value of CANDLE_VLLM_MCP_CONFIG, the file
+    The file is the first of these: `flag` (the value of --mcp-config), the value of CANDLE_VLLM_MCP_CONFIG, the file
     `.candle-vllm/mcp.json` in the home folder (HOME), and `mcp.json` in `folder`. An empty variable counts as unset.
     Relative paths are relative to `folder`.
     """
@@ -129,7 +129,7 @@ def load_mcp_config(
     Args:
         path: path of the file; None searches for one (`find_mcp_config`), and without a file there are no servers.
         environ: environment for `${NAME}` and `MCP_INPUT_<ID>`; None uses this process's environment.
-        workspace: value of `${workspaceFolder}`, and where a file is searched; None means the working folder.
+        workspace: value of `${workspaceFolder}`, and the folder to search for a file; None means the working folder.
         inputs: answers to `${input:id}`: a mapping, or a function that is called once for each id.
 
     Raises:

@@ -21,7 +21,7 @@ from candle_vllm.responses.mcp.processes import to_the_end
 from candle_vllm.responses.mcp.transports import CLOSED, Kind, Opening
 
 _END_SECONDS = 1.0  # wait for the owner task to set `why`
-_CANCEL_SECONDS = 1.0  # wait of a cancelled caller for the notification of the server, which then goes on
+_CANCEL_SECONDS = 1.0  # maximum wait of a cancelled caller until the server is notified
 _REQUEST_SECONDS = 6.0  # wait for requests after the connection ended; the SDK takes up to 5 s to notify the server
 _CLOSE_SECONDS = 10.0  # wait for the end of a connection, before its owner task is cancelled
 _T = TypeVar("_T")

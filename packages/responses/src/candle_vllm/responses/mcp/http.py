@@ -55,8 +55,8 @@ def bare_address(url: str) -> str:
 def http_auth(config: McpServerConfig) -> httpx2.Auth | None:
     """Return the credentials of a server's requests besides its headers, or None.
 
-    They are the Basic ones of its address, or an OAuth token, which is requested when the server asks for one, and
-    again when it has expired.
+    They are the user and password in its address (Basic), or an OAuth token, which is requested when the server asks
+    for one, and again when it has expired.
     """
     if not config.url:
         return None
@@ -191,8 +191,8 @@ class _BoundedStream(httpx2.AsyncByteStream):
 class PublicTransport(httpx2.AsyncBaseTransport):
     """Sends requests only to public addresses; refuses a host with any other address.
 
-    It is for servers that somebody else than the operator has named. A name is looked up once, and the connection goes
-    to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
+    It is used for servers that a client and not the operator has named. A name is looked up once, and the connection
+    goes to the address that was checked, so that a name that changes a moment later cannot lead elsewhere.
 
     Args:
         inner: makes the connections; None uses a transport without proxies, which would look the name up again.
@@ -214,7 +214,7 @@ class PublicTransport(httpx2.AsyncBaseTransport):
         return await self._send(request, url, last)
 
     async def _send(self, request: httpx2.Request, url: httpx2.URL, address: str) -> httpx2.Response:
-        """Connect to the address; Host and TLS use the name, and the request has it again afterwards."""
+        """Connect to the address; Host and TLS use the name, and the request's URL has the name again afterwards."""
         request.url = url.copy_with(host=address)
         try:
             return await self._inner.handle_async_request(request)

@@ -85,7 +85,7 @@ class McpLink:
 
     @property
     def tools(self) -> dict[str, Tool]:
-        """The server's tools by its own names; without a connection, the tools of the last one."""
+        """Tools by the server's names for them; without a connection, the tools of the last connection."""
         return dict(self._supervisor.listed.tools) if self._supervisor.listed else {}
 
     @property

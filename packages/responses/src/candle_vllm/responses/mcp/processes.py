@@ -44,7 +44,7 @@ def inherited_secrets() -> list[str]:
 
 
 async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Await work that must not be interrupted; raise a cancellation in the meantime afterwards."""
+    """Await work that must not be interrupted; a cancellation that arrives in the meantime is raised afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
@@ -63,9 +63,11 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
 async def start_process(
     command: str, arguments: Sequence[str], *, environment: Mapping[str, str], folder: str | None
 ) -> Process:
-    """Start a process with three pipes, in a group and session of its own. It is ended if this call is cancelled.
+    """Start a process with three pipes, in a group and session of its own. The process is ended if this call is
+    cancelled.
 
-    Raises OSError if it cannot be started, and ValueError if the command, an argument or the environment has NUL.
+    Raises OSError if the process cannot be started, and ValueError if the command, an argument or the environment has
+    NUL.
     """
     spawning = asyncio.ensure_future(
         asyncio.create_subprocess_exec(

@@ -35,7 +35,7 @@ class McpServerConfig(ExplainedSettings):
         args: arguments of the command.
         env: environment variables of the program. It inherits only HOME, LOGNAME, PATH, SHELL, TERM, USER, and
             variables of proxies and certificates.
-        cwd: working folder of the program; None means this process's.
+        cwd: working folder of the program; None means the working folder of this process.
         url: http or https address; a user and password in it are sent as Basic credentials.
         headers: headers of each request.
         auth: a bearer token, an OAuth client, or a text with another scheme ("Basic ...") for the Authorization header.
@@ -145,7 +145,7 @@ class McpServerConfig(ExplainedSettings):
         return f"McpServerConfig({', '.join(f'{name}={value!r}' for name, value in self.masked().items())})"
 
     def _check_target(self, checks: server_values.Checks) -> None:
-        """Check that exactly one of `command` and `url` is set, and no setting that is only for the other."""
+        """Check that exactly one of `command` and `url` is set, and that no setting is only for the other one."""
         if (self.command is None) == (self.url is None):
             both = "and has both" if self.command is not None else "and has neither"
             checks.fail("command", f"or url must be given, not both: the server is a program or an address, {both}")

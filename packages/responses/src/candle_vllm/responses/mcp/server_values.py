@@ -229,7 +229,7 @@ def masked_arguments(arguments: Iterable[str]) -> list[str]:
 
 
 def redactor(secrets: Iterable[str]) -> Callable[[str], str]:
-    """Return a function that masks secrets in a text, their percent-decoded form, and their words."""
+    """Return a function that masks the secrets, their percent-decoded forms and their single words in a text."""
     values: set[str] = set()
     for value in secrets:
         values |= {value, unquote(value), *value.split()}

@@ -72,8 +72,8 @@ class StdioServer:
     def last_words(self) -> str:
         """Return what standard error says about a failure, to be appended to a sentence; "" without lines.
 
-        It is the last line that reports an error, because Node ends with its version, and a traceback has indented
-        frames; without such a line, it is the last line.
+        The result is the last unindented line that reports an error, because Node ends with its version and a traceback
+        has indented frames; without such a line, it is the last line.
         """
         lines = list(self._last_lines)
         telling = [line for line in lines if not line[0].isspace() and _ERROR.search(line)] or lines

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PAGES = 100
 MAX_TOOLS = 1000
-MAX_BYTES = 4 * 1024 * 1024  # of all definitions as JSON
+MAX_BYTES = 4 * 1024 * 1024  # bytes of all definitions as JSON
 _DEBOUNCE = 0.2  # seconds between a notification that the tools changed and their listing
 _MIN_BETWEEN_LISTS = 1.0
 _PING_SECONDS = 5.0

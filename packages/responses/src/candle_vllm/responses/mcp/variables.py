@@ -60,7 +60,7 @@ class Variables:
     Args:
         environ: environment variables.
         workspace: value of `${workspaceFolder}`.
-        inputs: answers, which precede the environment's `MCP_INPUT_<ID>` and the input's own default.
+        inputs: answers, which take precedence over the environment's `MCP_INPUT_<ID>` and the input's own default.
         declared: inputs that the file declares, by id.
     """
 

@@ -138,7 +138,7 @@ class CustomInputDone(_PlacedEvent, frozen=True, kw_only=True, tag="response.cus
 
 
 class McpListToolsInProgress(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.in_progress"):
-    """A server is asked for its tools."""
+    """The tools of a server are being listed."""
 
 
 class McpListToolsCompleted(_PlacedEvent, frozen=True, kw_only=True, tag="response.mcp_list_tools.completed"):

@@ -43,7 +43,7 @@ class TextPart(WireModel):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Refuse parts that are neither text nor image, by their type."""
+        """Refuse parts that are neither texts nor images; the error names the type."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
             raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
@@ -75,7 +75,7 @@ class RefusalPart(WireModel):
 
     @property
     def text(self) -> str:
-        """The text, by the name in other parts."""
+        """The refusal, under the name that the text has in other parts."""
         return self.refusal
 
 
@@ -119,7 +119,7 @@ def text_of(content: Any) -> str:
 
 
 def parts_of(content: Any, path: str) -> tuple[Part, ...]:
-    """Return the parts of a task: one text or, with images, several parts; `path` is the content's."""
+    """Return the parts of a task: one text or, with images, several parts; `path` is the path of the content."""
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return (TaskText(text_of(content)),)
     return tuple(
@@ -240,7 +240,7 @@ class ItemReference(WireModel):
 
 
 class McpListToolsItem(WireModel):
-    """Tools of an MCP server, which are then not listed again."""
+    """The listed tools of an MCP server; the response does not list them again."""
 
     type: Literal["mcp_list_tools"]
     id: ItemId | None = None
@@ -331,7 +331,7 @@ def _item_form(value: Any) -> str:
 
 
 def _known_kind(value: Any) -> Any:
-    """Refuse items of services that are not here by their type; for unknown types, list the known ones."""
+    """Refuse items of services that do not exist here; the error for an unknown type lists the known types."""
     if isinstance(value, WireModel):
         return value
     if not isinstance(value, dict):

@@ -60,7 +60,7 @@ class PlainFormat(TextFormat):
 
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
-        """Name the known formats in the error for another one."""
+        """Raise an error that lists the known formats, if the type is another one."""
         if data.get("type") != "text":
             raise fields.invalid("type", "must be one of text, json_object, json_schema")
 

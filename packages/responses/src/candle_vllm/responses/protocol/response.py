@@ -137,7 +137,7 @@ class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
     Attributes:
         status: `completed`, `failed`, or `incomplete` if it was not run.
         output: result as text; null if the call failed.
-        content: what the model saw of the result, if that included images.
+        content: the parts of the result that the model saw, if they include images.
         approval_request_id: id of the approval request that the client answered, if one was needed.
     """
 

@@ -216,7 +216,7 @@ class NamedToolChoice(fields.WireModel):
 
 
 class McpToolChoice(fields.WireModel):
-    """A call of one of this server's tools is required; with `name`, of this tool."""
+    """A call of one of this server's tools is required; with `name`, a call of the tool of this name."""
 
     type: Literal["mcp"]
     server_label: fields.Name

@@ -54,14 +54,15 @@ class Bounds:
 
     Attributes:
         entries: maximum number of entries of all owners.
-        owner_entries: maximum number of entries of one owner, whose own oldest are dropped.
+        owner_entries: maximum number of entries of one owner, whose oldest entries are then dropped.
         size: maximum bytes of all entries.
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
         spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; then each may use half of `entries` and `size` and drops its own.
+        several: whether there are several owners; each may then use half of `entries` and `size`, and drops its own
+            entries.
     """
 
     entries: int
@@ -110,7 +111,7 @@ class Backend(Protocol):
     # ---- entries -----------------------------------------------------------------------------------------------------
 
     async def put(self, entry: Entry, names: Collection[str] = (), parts: Sequence[EntryItem] = ()) -> int:
-        """Store an entry, or replace the one with its owner and id; return how many others were dropped to make room.
+        """Store an entry, or replace the one with its owner and id; return how many other entries were dropped.
 
         An active entry is replaced at its position in lists; any other is deleted first. `names` are names of the
         entry's contents, for `find`; `parts` are its first parts. StoreLimitError if a limit of one entry or of the
@@ -123,7 +124,9 @@ class Backend(Protocol):
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return up to `limit` entries without contents, newest first, older than `after`; None if that is unknown."""
+        """Return up to `limit` entries without contents, newest first, older than the id `after`; None if it is
+        unknown.
+        """
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
@@ -165,7 +168,7 @@ class Backend(Protocol):
     async def delete(
         self, kind: str, owner: str, name: str, *, status: str | None = None, holder: str | None = None
     ) -> bool:
-        """Delete an entry that `get` would find, with this status and this holder; return whether it existed."""
+        """Delete an entry that `get` would find and, if given, with this status and holder; return whether it existed."""
         ...
 
     async def expire(self) -> int:
@@ -192,7 +195,9 @@ class Backend(Protocol):
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return up to `limit` parts after `after`; None if that is unknown. Without a limit, the entry is used now."""
+        """Return up to `limit` parts behind the id `after`; None if it is unknown. Without a limit, the entry is used
+        now.
+        """
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:

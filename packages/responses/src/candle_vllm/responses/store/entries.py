@@ -74,7 +74,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         status: status; for a response, the status of the response object.
         expires: time of its expiry; None means never.
         lease, holder: end of the lease, and who has it; None means no lease.
-        follows: id of the response before it.
+        follows: id of the response that this response continues.
         about: summary, shown in lists; for a response, whether it runs in the `background`, and its `conversation`.
         body: JSON of the response object, metadata or answer; empty while an answer streams, and in lists.
         given: input; for a response, its request's items as a JSON list of items with ids.

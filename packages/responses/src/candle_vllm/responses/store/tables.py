@@ -35,7 +35,7 @@ class Tables:
         self.entries = sa.Table(
             f"{name}_entries",
             self.all,
-            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # lists are in its order
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # lists are in the order of this column
             sa.Column("owner", sa.String(64), nullable=False),
             sa.Column("id", sa.String(MAX_ID), nullable=False),
             sa.Column("kind", sa.String(20), nullable=False),
@@ -58,7 +58,7 @@ class Tables:
         self.parts = sa.Table(
             f"{name}_parts",
             self.all,
-            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # parts are in its order
+            sa.Column("number", _Key, primary_key=True, autoincrement=True),  # parts are in the order of this column
             sa.Column("entry", _Key, sa.ForeignKey(self.entries.c.number, ondelete="CASCADE"), nullable=False),
             sa.Column("id", sa.String(MAX_ID), nullable=False),
             sa.Column("size", sa.BigInteger, nullable=False),
@@ -117,7 +117,7 @@ def from_version_1(connection: sa.Connection, new: Tables) -> None:
             sa.insert(new.parts).from_select(["number", "entry", "id", "size", "body"], sa.select(_ITEMS))
         )
         connection.execute(sa.insert(new.names).from_select(["number", "entry", "name"], sa.select(_PLACES)))
-        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns end in 20 s
+        old = ("responses_turns", "responses_places", "responses_items", "responses_records")  # turns expire in 20 s
     else:
         _copy(connection, new, _ANSWERS.c.id, _answer)
         old = ("mailbox_records",)

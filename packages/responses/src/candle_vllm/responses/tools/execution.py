@@ -82,7 +82,7 @@ async def execute(
         report: receives the tool's progress.
 
     Returns:
-        The result, or a `Checked` if nobody could be asked: `run` it after the approval.
+        The result, or a `Checked` if the approval is pending: `run` it after the approval.
     """
     checked = await check(registry, call, max_chars=max_chars)
     if isinstance(checked, ToolResult):
@@ -212,8 +212,8 @@ async def call_directly(
     Args:
         registry: registry of the tools.
         server: label of the MCP server; None for a Python function.
-        tool: name of the tool there, or the name that a model uses.
-        arguments: arguments, which are checked against its schema.
+        tool: name of the tool on that server, or the name that a model uses.
+        arguments: arguments, which are checked against the tool's schema.
         timeout: timeout in seconds; None means the tool's own timeout, or 60.
 
     Raises:

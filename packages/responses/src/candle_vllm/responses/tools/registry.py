@@ -50,7 +50,7 @@ class ToolRegistry:
 
     @property
     def revision(self) -> int:
-        """Number of changes; as long as it is the same, so are the tools."""
+        """Number of changes; while it is the same, the tools are the same."""
         return self._revision
 
     def add(self, tool: Tool) -> ToolDefinition:

@@ -2,9 +2,9 @@
 """Checks arguments against a tool's JSON schema, which may come from an untrusted server.
 
 Nothing is fetched: references outside of the schema allow everything. The work is limited: a schema to `MAX_SCHEMA`
-bytes, a check to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. Not checked are patterns that this
-engine does not support (lookaround, back references), long patterns, long strings, `patternProperties` with the
-`additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
+bytes, a check to `CPU_SECONDS` of its thread. Patterns run in Rust's linear engine. These are not checked: patterns
+that this engine does not support (lookaround, back references), long patterns, long strings, `patternProperties` with
+the `additionalProperties` beside it, `unevaluatedItems`, `unevaluatedProperties`, `format`, and `uniqueItems` of long
 arrays. What is not checked is allowed: a tool must check its arguments itself.
 """
 

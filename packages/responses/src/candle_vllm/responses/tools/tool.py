@@ -31,7 +31,7 @@ class ToolDefinition(msgspec.Struct, frozen=True, kw_only=True):
         parameters: a JSON schema of an object.
         server: label of its MCP server; None for a Python function.
         original_name: name of the tool on its server, or of the Python function; empty means `name`.
-        read_only: whether its server declares that it changes nothing; this is only a hint.
+        read_only: whether its server declares that the tool changes nothing; this is only a hint.
     """
 
     name: str
@@ -154,7 +154,7 @@ class ToolUnavailableError(ToolError):
 
 
 class ToolTimedOutError(ToolError):
-    """The tool itself ended because its time was over."""
+    """The tool reports that a time limit of its own has passed."""
 
     status: ClassVar[ToolStatus] = "timed_out"
 
