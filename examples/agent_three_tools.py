@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A conversation that acts: the model looks something up, calculates, and takes a note, then answers.
+"""A conversation with three tools: the model looks a value up, converts it, takes a note, and answers.
 
     python examples/agent_three_tools.py MODEL [--free]
 
-MODEL is `demo`, a Hugging Face id, a folder or a .gguf file of a chat model. Small models seldom find the way by
-themselves, so the conversation is led: each step says which tool is called, and the arguments follow its schema. With
---free the model chooses, in one call of `run_conversation`.
+MODEL is `demo`, a Hugging Face id, a folder or a .gguf file of a chat model. Small models seldom choose the right tools
+by themselves, so each step forces one tool, and the arguments follow its schema. With --free the model chooses the
+tools, in one call of `run_conversation`.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ async def main(model: str, *flags: str) -> None:
             for name in ("look_up", "to_fahrenheit", "note"):
                 choice = {"type": "function", "function": {"name": name}}
                 show(await session.run_conversation(say, options(max_turns=1, tool_choice=choice)))
-                say = []  # the conversation goes on where it ended
+                say = []  # the conversation continues where it ended
             say = [{"role": "user", "content": "Now answer in one sentence."}]
             show(await session.run_conversation(say, options(tool_choice="none")))
     print(f"notes: {notes}")

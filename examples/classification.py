@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Ask a classifier what each text is.
+"""Classify texts.
 
     python examples/classification.py MODEL
 
-MODEL is a Hugging Face id or a folder of a model with a head for classes, such as a classifier of sentiments.
+MODEL is a Hugging Face id or a folder of a model with a classification head, such as a sentiment classifier.
 """
 
 import sys

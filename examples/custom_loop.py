@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Drive the engine step by step: requests that come and go between steps, one of them urgent, one aborted.
+"""Drive the engine step by step: between steps, an urgent request is added and another one aborted.
 
     python examples/custom_loop.py MODEL
 

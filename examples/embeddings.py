@@ -29,7 +29,7 @@ def main(model: str) -> None:
         for place in np.argsort(-nearness):
             print(f"{nearness[place]:.3f} {TEXTS[place]}")
 
-        # The same with one call, which a cross-encoder (bge-reranker, ms-marco-MiniLM) answers too:
+        # The same in one call, which also works with a cross-encoder (bge-reranker, ms-marco-MiniLM):
         scores = engine.score([(QUESTION, text) for text in TEXTS], use_tqdm=False)
         print("best:", max(zip(scores, TEXTS), key=lambda pair: pair[0].score)[1])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Show answers of a chat while they are made: two conversations at once in one event loop.
+"""Stream the answers of two conversations at once, in one event loop.
 
     python examples/library_stream.py MODEL
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Put documents in order by how well they answer a question.
+"""Rank documents by how well they answer a question.
 
     python examples/reranking.py MODEL
 
-MODEL is a Hugging Face id, a folder or a .gguf file: a cross-encoder (BAAI/bge-reranker-v2-m3), a reranker that answers
-by tokens, or an embedding model, whose score is the cosine of two vectors.
+MODEL is a Hugging Face id, a folder or a .gguf file: a cross-encoder (BAAI/bge-reranker-v2-m3), a reranker that scores
+by the logits of answer tokens, or an embedding model, whose score is the cosine of two vectors.
 """
 
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Let a reward model say which answer is the better one.
+"""Compare two answers with a reward model.
 
     python examples/reward.py MODEL
 
@@ -25,7 +25,7 @@ def main(model: str) -> None:
                 conversations.append(engine.apply_chat_template(messages, add_generation_prompt=False))
             else:
                 conversations.append(f"{QUESTION}\n{answer}")
-        # A reward is the logit itself, which no activation brings to 0..1.
+        # A reward is the logit itself, without an activation.
         rewards = engine.classify(conversations, PoolingParams(use_activation=False), use_tqdm=False)
         for reward, answer in sorted(((each.probs[0], answer) for each, answer in zip(rewards, ANSWERS)), reverse=True):
             print(f"{reward:.3f} {answer}")

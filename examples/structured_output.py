@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers in a given form: JSON by a schema, one of some words, a pattern.
+"""Structured output: JSON that follows a schema, one of several choices, a regular expression.
 
     python examples/structured_output.py MODEL
 
@@ -27,7 +27,7 @@ def main(model: str) -> None:
     with InferenceEngine(model) as engine:
 
         def ask(prompt: str, **form: Any) -> str:
-            # The form is checked when the request is made; what cannot be guaranteed is an InvalidParameterError.
+            # A constraint that cannot be guaranteed raises an InvalidParameterError.
             params = SamplingParams(max_tokens=100, seed=1, structured_outputs=StructuredOutputsParams(**form))
             return engine.generate([prompt], params, use_tqdm=False)[0].text
 

@@ -41,7 +41,7 @@ def request(messages: list[dict[str, Any]], tool_choice: str) -> dict[str, Any]:
 
 
 def results(call: Any) -> list[dict[str, Any]]:
-    """The call and its result, as the conversation goes on with them."""
+    """Return the messages that continue the conversation: the call and its result."""
     arguments = json.loads(call.function.arguments)  # valid by the schema, because the tool is strict
     print(f"{call.function.name}({arguments['a']}, {arguments['b']})")
     shown = {"id": call.id, "type": "function",
@@ -73,7 +73,7 @@ def ask_sync(adapter: SyncOpenAIAdapter) -> None:
 
 def main(model: str, *flags: str) -> None:
     with InferenceEngine(model) as engine:
-        adapter = OpenAIAdapter(engine)  # reads calls as the model writes them; tool_parser="..." says it instead
+        adapter = OpenAIAdapter(engine)  # detects the tool-call format; tool_parser="..." sets it
         if "--sync" in flags:
             with SyncOpenAIAdapter(adapter) as sync:
                 ask_sync(sync)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Copies what the server keeps (responses, conversations, files, answers in the mailbox) to a folder, while it runs:
+# Copy the server's stored data (responses, conversations, files, answers in the mailbox) to a folder, while it runs:
 #   backup.sh FOLDER [STORE ...]
-# A store is a file of SQLite or postgresql://...; without one, the files in ~/.candle-vllm. The seven newest of each stay.
+# A store is an SQLite file or postgresql://...; by default all files in ~/.candle-vllm. The seven newest copies are kept.
 set -euo pipefail
 
 [ $# -ge 1 ] || {
@@ -28,13 +28,13 @@ for store in "$@"; do
   case $store in
   postgres*://*)
     name=$(sed -E 's#.*/([^/?]+).*#\1#' <<<"$store")
-    pg_dump --format custom --file "$folder/.$name-$now" "${store/+psycopg:/:}" # which is the server's own way to say it
+    pg_dump --format custom --file "$folder/.$name-$now" "${store/+psycopg:/:}" # pg_dump does not know SQLAlchemy's driver name
     target=$folder/$name-$now.dump
     ;;
   *)
     store=${store#sqlite:///}
     name=$(basename "$store")
-    # SQLite's own copy of a database that is written meanwhile, and whether it is whole.
+    # SQLite's backup API copies a database that is being written; then check the copy.
     python3 - "$store" "$folder/.$name-$now" <<'PYTHON'
 import sqlite3, sys
 source, target = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True), sqlite3.connect(sys.argv[2])

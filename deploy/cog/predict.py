@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A model of candle-vllm as a Cog predictor: weights from anywhere, text as it is made, 32 requests at once."""
+"""Cog predictor of a model: weights from a folder, an archive or Hugging Face, streamed text, 32 requests at once."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CHECKPOINTS = Path("checkpoints")
 AT_ONCE = 32
 CODES = {
     "E1000": "GenericError",
-    "E1001": "",  # kept free: it never meant anything
+    "E1001": "",  # reserved, never used
     "E1002": "PromptTooLong",
     "E1003": "BadPromptTemplate",
     "E1004": "PromptTemplateError",
@@ -48,7 +48,7 @@ CODES = {
 
 
 class UserError(Exception):
-    """What a user can put right: a code of `CODES`, its name, and a sentence."""
+    """An error that a user can correct; the message has a code of `CODES`, its name, and a sentence."""
 
     def __init__(self, code: str, said: str) -> None:
         super().__init__(f"{code} {CODES[code]}: {said}")
@@ -56,11 +56,11 @@ class UserError(Exception):
 
 
 class PredictorConfig(NamedTuple):
-    """What `predictor_config.json` says.
+    """Contents of `predictor_config.json`.
 
     Attributes:
-        prompt_template: in the place of the tokenizer's; a text, or a name of `prompt_templates.NAMED`.
-        engine_args: vLLM's names, or those of `EngineConfig`.
+        prompt_template: replaces the model's chat template; a template, or a name in `prompt_templates.NAMED`.
+        engine_args: arguments of the engine, by the names of vLLM or of `EngineConfig`.
     """
 
     prompt_template: str | None = None
@@ -68,7 +68,7 @@ class PredictorConfig(NamedTuple):
 
     @classmethod
     def read(cls, folders: list[Path]) -> PredictorConfig:
-        """The first that is there; the weights' own comes before the working folder's."""
+        """Return the first configuration in `folders`, or the defaults without one; raises `UserError`."""
         for path in (folder / CONFIG for folder in folders):
             if path.is_file():
                 try:
@@ -88,9 +88,9 @@ class PredictorConfig(NamedTuple):
 
 
 def resolve_weights(weights: str) -> str:
-    """What the engine opens: a folder or a file of this machine, which an archive is brought to, or a Hugging Face id.
+    """Return the folder or file of the weights, to which an archive is unpacked, or a Hugging Face id.
 
-    An archive that is whole in the volume or in `checkpoints` is never fetched again.
+    An archive that is complete in the volume or in `checkpoints` is not fetched again.
     """
     if weights.startswith("file://"):
         weights = weights.removeprefix("file://")
@@ -117,7 +117,7 @@ def resolve_weights(weights: str) -> str:
 
 
 def gpus() -> int:
-    """How many GPUs this process may use; torch, which knows it, is imported only where there is a driver."""
+    """Return the number of GPUs that this process may use; torch is imported only if there is a driver."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return 0
     import torch
@@ -126,16 +126,16 @@ def gpus() -> int:
 
 
 class Runner(BaseRunner):
-    """One model; predictions share its steps."""
+    """One model; concurrent predictions share its batches."""
 
     async def setup(self, weights: Optional[str] = None) -> None:  # noqa: UP045  # as Cog reads it
-        """Brings the weights, loads them, and asks the model once.
+        """Fetch and load the weights, and generate a few tokens as a check.
 
         Args:
-            weights: `COG_WEIGHTS`: a folder, a file, a tar archive here or at an address, or a Hugging Face id.
+            weights: `COG_WEIGHTS`: a folder, a file, the path or address of a tar archive, or a Hugging Face id.
 
         Raises:
-            UserError: with a code of `CODES`.
+            UserError: the weights, the settings or the prompt template cannot be used.
         """
         given = str(weights or os.environ.get("COG_WEIGHTS") or "")
         if not given:
@@ -155,7 +155,7 @@ class Runner(BaseRunner):
         logger.info("the model answers: %r", "".join(said))
 
     def healthcheck(self) -> bool:
-        """Whether the engine runs; Cog asks it for `/health-check`."""
+        """Whether the engine runs; Cog calls this for `/health-check`."""
         return self.engine.is_alive
 
     def _load(self, source: str, engine_args: Mapping[str, Any]) -> InferenceEngine:
@@ -199,9 +199,9 @@ class Runner(BaseRunner):
         ),
         seed: Optional[int] = Input(description="The same again; without it, another each time.", ge=0, default=None),  # noqa: UP045
     ) -> AsyncConcatenateIterator[str]:
-        """The answer, as it is made."""
+        """Stream the answer."""
         asked = {name: value for name, value in locals().items() if name != "self"}
-        # Where it is called without Cog, what was not given is its description.
+        # In a call without Cog, an argument that is not given is its `Input` object.
         asked = {name: value.default if isinstance(value, cog.FieldInfo) else value for name, value in asked.items()}
         try:
             async for text in self._stream(**asked):
@@ -251,7 +251,7 @@ class Runner(BaseRunner):
         self.record_metric("output_token_count", made)
 
     def _prompt(self, prompt: str, system_prompt: str, template: str, image: Any) -> dict[str, Any]:
-        """Text, tokens and picture of a request; the template is the request's, the config's, the model's, or none."""
+        """Return the text, tokens and image of a prompt; the template is the request's, the config's or the model's."""
         pictures = []
         if image is not None:
             try:
@@ -282,7 +282,7 @@ class Runner(BaseRunner):
             raise UserError("E1004", f"{error}{hint}") from None
 
     def _conversation(self, prompt: str, system_prompt: str, pictures: list[bytes]) -> str:
-        """By the model's own template; where that has no place for a system prompt, it stands before the prompt."""
+        """Render with the model's template; if it refuses system messages, the system prompt precedes the prompt."""
 
         def messages(system: str, text: str) -> list[dict[str, Any]]:
             shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Prompt templates by name, and how a template becomes a prompt.
+"""Prompt templates by name, and the rendering of a template to a prompt.
 
-A template with `{{` or `{%` is Jinja, as a model's own chat template is: it reads `messages`, and `prompt` and
-`system_prompt` as well. Any other has `{prompt}` and, where it wants it, `{system_prompt}`.
+A template with `{{` or `{%` is Jinja, like a model's chat template; its variables are `messages`, `prompt` and
+`system_prompt`. Any other template has `{prompt}` and, optionally, `{system_prompt}`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 
 Jinja = Callable[[list[dict[str, Any]], str, dict[str, str]], str]
-"""Messages, a template's source and further variables as one text: `apply_chat_template` of an engine."""
+"""Renders messages with a template's source and further variables: `apply_chat_template` of an engine."""
 
-COMPLETION = "{prompt}"  # the tokenizer puts its own first token before it
+COMPLETION = "{prompt}"  # the tokenizer adds the beginning-of-sequence token
 LLAMA_3_INSTRUCT = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system_prompt}<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\n{prompt}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -42,14 +42,14 @@ class IgnoresPrompt(ValueError):
 
 
 def render(template: str, prompt: str, system_prompt: str, jinja: Jinja) -> str:
-    """The text that a model goes on with.
+    """Return the prompt.
 
     Args:
-        template: its text, or a name of `NAMED`.
-        jinja: renders a template in Jinja.
+        template: the template, or a name in `NAMED`.
+        jinja: renders a Jinja template.
 
     Raises:
-        IgnoresPrompt, BadTemplate: it cannot be used.
+        IgnoresPrompt, BadTemplate: the template cannot be used.
     """
     template = NAMED.get(template, template)
     if _SENTINEL not in _rendered(template, _SENTINEL, system_prompt, jinja):

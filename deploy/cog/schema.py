@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writes `.cog/openapi_schema.json` from the predictor's signature, so that its server runs without `cog build` too.
+"""Write `.cog/openapi_schema.json` from the predictor's signature, so that its server also runs without `cog build`.
 
 python schema.py
 """
@@ -18,7 +18,7 @@ _STATES = ["starting", "processing", "succeeded", "canceled", "failed"]
 
 
 def schema() -> dict[str, Any]:
-    """The OpenAPI document that `cog build` puts into an image, as far as its server reads it."""
+    """Return the parts of the OpenAPI document of `cog build` that Cog's server reads."""
     made = create_predictor("predict", "Runner")
     properties: dict[str, Any] = {}
     for name, field in sorted(made.inputs.items(), key=lambda item: item[1].order):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Starts the predictor's server without a container, asks it, and stops it. COG_WEIGHTS says what of (default: the demo
-# model); the environment that `python` is of must have candle-vllm and cog.
+# Start the predictor's server without a container, send predictions, and stop it. COG_WEIGHTS names the weights (by
+# default the demo model); the environment of `python` must have candle-vllm and cog.
 set -euo pipefail
 cd "$(dirname "$0")"
 port=${PORT:-5000}
@@ -24,7 +24,7 @@ fail() {
   exit 1
 }
 
-predict() { # INPUT [CURL'S FLAGS...]
+predict() { # INPUT [FLAGS OF CURL...]
   local input=$1
   shift
   curl -sS -X POST "$url/predictions" -H 'content-type: application/json' "$@" -d "{\"input\": $input}"

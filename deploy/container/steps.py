@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The steps of an image of candle-vllm, and of what runs in it; the Dockerfile calls them, and anybody in a folder may.
+"""Steps that build and run an image of candle-vllm; the Dockerfile calls them, and they also run without a container.
 
     steps.py install WHEELS INTO [--extras cuda] [--kernels LEVELS|all|none] [--demo]
-                               an environment of a release's wheels
-    steps.py fetch             the model of MODEL_NAME to the models' folder, with the token of the secret HF_TOKEN
-    steps.py prewarm           starts the server, asks it with a prompt of each length, stops it; or fails, with its log
-    steps.py serve [FLAGS]     the server in this process; behind it, where nobody has yet, a prompt of each length
-    steps.py health            status 0 where the model is ready and no prompts of `serve` run
+                               make an environment from a release's wheels
+    steps.py fetch             fetch the model MODEL_NAME to the models' folder, with the secret HF_TOKEN as its token
+    steps.py prewarm           start the server, send a prompt of each length, stop it; print its log if that fails
+    steps.py serve [FLAGS]     run the server in this process; send a prompt of each length, unless this was done before
+    steps.py health            exit with status 0 if the model is ready and no prompts of `serve` run
 
-Variables: MODEL_NAME, PORT, MAX_MODEL_LEN and all of the server's; SKIP_PREWARM=1 and VLLM_TORCH_COMPILE_LEVEL=0 leave
-out the prompts, PREWARM_LENGTHS (128,256,512,1024,2048) and PREWARM_SECONDS (300) say which and how long they may take.
-It needs Python alone.
+Variables: MODEL_NAME, PORT, MAX_MODEL_LEN and all variables of the server. SKIP_PREWARM=1 or VLLM_TORCH_COMPILE_LEVEL=0
+omits the prompts of `serve`. PREWARM_LENGTHS (128,256,512,1024,2048) are the lengths in tokens, and PREWARM_SECONDS
+(300) is the time limit. Only `fetch` of an address imports candle-vllm; the rest needs the standard library.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ SENTENCE = "Pack my box with five dozen liquor jugs, and tell me why the quick b
 
 
 class Failed(Exception):
-    """A step that did not work, in one sentence."""
+    """A step failed; the message is one sentence."""
 
 
 def say(text: str) -> None:
-    """A line for whoever builds or runs it."""
+    """Print a line for the person who builds or runs the image."""
     print(f"candle-vllm: {text}", file=sys.stderr, flush=True)
 
 
 def setting(name: str, default: str) -> str:
-    """A variable, or its default where it is empty."""
+    """Return a variable, or its default if it is empty."""
     return os.environ.get(name) or default
 
 
 def command() -> str:
-    """The server's program: beside this Python, else on the path."""
+    """Return the server's program: beside this Python, or else in PATH."""
     beside = Path(sys.executable).with_name("candle-vllm")
     return str(beside) if beside.exists() else "candle-vllm"
 
 
 def cache() -> Path:
-    """Where compiled kernels are kept, and what is noted of them."""
+    """Return the folder of compiled kernels and of the marks of `mark`."""
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(home, "candle-vllm")
 
@@ -68,13 +68,13 @@ def cache() -> Path:
 
 
 def install(wheels: Path, into: Path, extras: str, kernels: str, demo: bool) -> None:
-    """Makes an environment of a release's wheels, with its pins where they lie beside it.
+    """Make an environment from a release's wheels, with the pinned versions if these lie beside the wheels.
 
     Args:
-        extras: of `candle-vllm`, with commas between.
-        kernels: levels whose kernels are compiled here, with commas between, or "all"; then no compiler is left in it.
-            "none" leaves that to the first start.
-        demo: with the demo model.
+        extras: extras of `candle-vllm`, separated by commas.
+        kernels: levels for which kernels are compiled here, separated by commas, or "all"; the compiler is then
+            removed. "none" compiles kernels at the first start.
+        demo: whether to install the demo model.
     """
     run(sys.executable, "-m", "venv", into)
     python = into / "bin" / "python"
@@ -89,22 +89,22 @@ def install(wheels: Path, into: Path, extras: str, kernels: str, demo: bool) -> 
         levels = [] if kernels == "all" else kernels.split(",")
         run(python, "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", *levels)
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "candle-vllm", "numba", "llvmlite")
-        (into / "bin" / "candle-vllm").symlink_to("candle-vllm-server")  # the same command, of one of the parts
+        (into / "bin" / "candle-vllm").symlink_to("candle-vllm-server")  # the same command, from another wheel
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "pip", "setuptools")
-    # Bytecode that holds whatever a copy makes of files' times: without it a start compiles for most of a second.
+    # Bytecode that stays valid if a copy changes the files' times; without it, every start would compile the sources.
     by = ["compileall", "-q", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
-    subprocess.run([python, "-m", *by, into / "lib"])  # fails where a package has files for other versions
+    subprocess.run([python, "-m", *by, into / "lib"])  # fails if a package has files for other Python versions
 
 
 def run(*words: str | Path) -> None:
-    """Runs a command to its end."""
+    """Run a command; raises `Failed` unless its status is 0."""
     done = subprocess.run([str(word) for word in words])
     if done.returncode:
         raise Failed(f"{' '.join(map(str, words))}: status {done.returncode}")
 
 
 def fetch() -> None:
-    """Brings the model of MODEL_NAME, so that nothing is fetched later."""
+    """Fetch the model MODEL_NAME, so that nothing is fetched later."""
     name = os.environ.get("MODEL_NAME", "")
     if not name:
         raise Failed("MODEL_NAME is not set: a Hugging Face id, or the address of a tar archive or a GGUF file")
@@ -133,7 +133,7 @@ def fetch() -> None:
 
 
 def fetched() -> str | None:
-    """What is served as MODEL_NAME, where `fetch` has brought it."""
+    """Return the path or name of the model that `fetch` has fetched for MODEL_NAME; None without one."""
     try:
         told = json.loads(Path(setting("HF_HOME", "/models"), "fetched.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -142,8 +142,8 @@ def fetched() -> str | None:
 
 
 def prewarm() -> None:
-    """Starts the server on a port of its own, asks it with every length, and stops it."""
-    lengths()  # before anything is started
+    """Start the server on a free port, send a prompt of each length, and stop the server."""
+    lengths()  # checks the variable before anything is started
     seconds = float(setting("PREWARM_SECONDS", "300"))
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,7 +189,7 @@ class Asker:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def __call__(self, path: str, body: Any = None, seconds: float = 10) -> Any:
-        """The answer as JSON; 503 is one too."""
+        """Return the response as JSON, also for status 503; raises `Failed` for other errors."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self._headers)  # noqa: S310  # of this machine
         try:
@@ -205,7 +205,7 @@ class Asker:
 
 
 def ask_all(ask: Asker, end: float, seconds: float, alive: Callable[[], bool]) -> None:
-    """Waits until the model is ready, then asks with a prompt of each length; says how far it is."""
+    """Wait until the model is ready, then send a prompt of each length; print the progress."""
     shown = ""
     while True:
         if not alive():
@@ -228,7 +228,7 @@ def ask_all(ask: Asker, end: float, seconds: float, alive: Callable[[], bool]) -
     for number, length in enumerate(lengths()):
         cut = min(length, limit - 10)
         note = "" if cut == length else f", cut to the model's context: {cut}"
-        turned = ids[number % len(ids) :] + ids[: number % len(ids)]  # or one would begin as another, which is kept
+        turned = ids[number % len(ids) :] + ids[: number % len(ids)]  # no two prompts share a cached prefix
         left = end - time.monotonic()
         if left <= 0:
             raise Failed(f"prompts took more than {seconds:g} s")
@@ -239,7 +239,7 @@ def ask_all(ask: Asker, end: float, seconds: float, alive: Callable[[], bool]) -
 
 
 def lengths() -> list[int]:
-    """Of the prompts, in tokens."""
+    """Return the lengths of the prompts in tokens."""
     text = setting("PREWARM_LENGTHS", "128,256,512,1024,2048")
     try:
         found = [int(each) for each in text.split(",")]
@@ -254,7 +254,7 @@ def lengths() -> list[int]:
 
 
 def mark() -> Path:
-    """Where it is noted that prompts ran on this processor with this model; another one has kernels of its own."""
+    """Return the file that exists if prompts ran with this model on this processor, whose kernels are its own."""
     try:
         about = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
         flags = next((line for line in about.splitlines() if line.startswith(("flags", "Features"))), "")
@@ -266,7 +266,7 @@ def mark() -> Path:
 
 
 def note_done() -> None:
-    """Notes that the prompts ran; where it cannot, they run at the next start too."""
+    """Record that the prompts ran; if that fails, they run again at the next start."""
     try:
         mark().parent.mkdir(parents=True, exist_ok=True)
         mark().touch()
@@ -275,17 +275,17 @@ def note_done() -> None:
 
 
 def own_address() -> str:
-    """Where the server of this environment is asked from here; the server's own variable counts before PORT."""
+    """Return the address of this environment's server; CANDLE_VLLM_PORT takes precedence over PORT."""
     return f"http://127.0.0.1:{setting('CANDLE_VLLM_PORT', setting('PORT', '2000'))}"
 
 
 def running_mark() -> Path:
-    """Stands while prompts of `serve` run."""
+    """Return the file that exists while prompts of `serve` run."""
     return Path(tempfile.gettempdir(), f"candle-vllm-prewarm-{setting('PORT', '2000')}")
 
 
 def wanted() -> bool:
-    """Whether prompts run behind a start."""
+    """Whether `serve` sends prompts after the start."""
     level = setting("VLLM_TORCH_COMPILE_LEVEL", "1")
     if level not in ("0", "1", "2", "3"):
         raise Failed(f"VLLM_TORCH_COMPILE_LEVEL must be 0, 1, 2 or 3, not {level!r}")
@@ -293,7 +293,7 @@ def wanted() -> bool:
 
 
 def model_flags() -> list[str]:
-    """How the fetched model is named to the server; what else the environment says, it reads itself."""
+    """Return the flags for the fetched model; the server itself reads all other settings from the environment."""
     model = fetched()
     return [] if model is None else ["--m", model, "--offline", *_served(model)]
 
@@ -304,13 +304,13 @@ def _served(model: str) -> list[str]:
 
 
 def serve(flags: Sequence[str]) -> None:
-    """Becomes the server; a process behind it runs the prompts, and nothing depends on it."""
+    """Replace this process by the server; a separate process sends the prompts, and may fail without effect."""
     running_mark().unlink(missing_ok=True)
     if wanted():
         lengths()
         running_mark().touch()
         if os.fork() == 0:
-            if os.fork() == 0:  # whose end the server need not wait for
+            if os.fork() == 0:  # a grandchild, which the server need not reap
                 _behind()
             os._exit(0)
         os.wait()
@@ -327,7 +327,7 @@ def _behind() -> None:
         ask_all(server, time.monotonic() + seconds, seconds, lambda: True)
         note_done()
         say("all lengths have run")
-    except Exception as error:  # whatever it is, the server serves
+    except Exception as error:  # the server runs in any case
         say(f"prompts ahead of the first user's did not run: {error}")
     finally:
         running_mark().unlink(missing_ok=True)
@@ -335,7 +335,7 @@ def _behind() -> None:
 
 
 def health() -> None:
-    """Whether the model is ready and no prompts of `serve` run."""
+    """Raise `Failed` unless the model is ready and no prompts of `serve` run."""
     if Asker(own_address(), "")("/ready").get("status") != "ready":
         raise Failed("the model is not ready")
     if running_mark().exists():
@@ -343,7 +343,7 @@ def health() -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Runs one step; gives the exit status."""
+    """Run one step; return the exit status."""
     parser = argparse.ArgumentParser(description="steps of an image of candle-vllm")
     steps = parser.add_subparsers(dest="step", required=True)
     one = steps.add_parser("install")

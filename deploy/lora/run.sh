@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Serves a model with adapters by name, without a container. Settings are those of .env beside this script, then the
-# environment's, then these defaults; further words are flags of candle-vllm.
+# Serve a model with adapters by name, without a container. Settings come from the environment, then from .env beside
+# this script, then from the defaults below; the arguments are flags of candle-vllm.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 if [ -f .env ]; then
   while IFS='=' read -r name value || [ -n "$name" ]; do
     case $name in '' | '#'*) continue ;; esac
-    # What is empty in the file says nothing, and what the environment has counts.
+    # An empty value in the file is ignored, and the environment takes precedence.
     if [ -n "$value" ] && [ -z "${!name:-}" ]; then export "$name=$value"; fi
   done <.env
 fi

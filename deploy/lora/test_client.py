@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Asks a running server for what a service of adapters promises, and says what it finds; it needs Python alone.
+"""Check a running server that serves LoRA adapters, and print the results; only Python is needed.
 
     python test_client.py --base-url http://127.0.0.1:8000 [--api-key KEY] [--adapter NAME] [--model NAME]
 
-Status 0 where everything that was asked works. Any server with OpenAI's API may be asked.
+The exit status is 0 if all checks pass. Any server with OpenAI's API can be checked.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 
 class Wrong(Exception):
-    """What the server does not do."""
+    """A check failed; the message says why."""
 
 
 class Client:
-    """One server and a key for it."""
+    """A client of one server, with an API key."""
 
     def __init__(self, base_url: str, key: str | None, seconds: float) -> None:
         self._url, self._seconds = base_url.rstrip("/").removesuffix("/v1"), seconds
@@ -32,7 +32,7 @@ class Client:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(self, path: str, body: Any = None, keyless: bool = False) -> tuple[int, str]:
-        """Status and body of an answer."""
+        """Return the status and the body of a response."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json"} if keyless else self._headers
         request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310  # the operator's own
@@ -46,7 +46,7 @@ class Client:
             raise Wrong(f"{self._url} cannot be reached: {getattr(error, 'reason', error)}") from None
 
     def json(self, path: str, body: Any = None) -> Any:
-        """The body of an answer with status 200."""
+        """Return the JSON body of a response; raises `Wrong` unless its status is 200."""
         status, text = self.ask(path, body)
         if status != 200:
             raise Wrong(f"{path} answered {status}: {text[:300]}")
@@ -56,7 +56,7 @@ class Client:
 def checks(
     client: Client, model: str | None, adapter: str | None, key: str | None
 ) -> list[tuple[str, Callable[[], str]]]:
-    """What is asked, in order: a name and a call that tells what was found, or raises Wrong."""
+    """Return the checks in order: a name, and a function that returns what it found or raises `Wrong`."""
     state = {"model": model or ""}
 
     def healthy() -> str:
@@ -128,7 +128,7 @@ def checks(
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Asks all of it; gives the exit status."""
+    """Run all checks; return the exit status."""
     parser = argparse.ArgumentParser(description="asks a running server for what a service of adapters promises")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default=os.environ.get("API_KEY") or None)

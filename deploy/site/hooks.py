@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What the site has beside docs/: pages that stand elsewhere in the repository, and the reference, of docstrings.
+"""Hooks of MkDocs: add pages from outside of docs/, and the reference, which is made of docstrings.
 
-Links to pages of the site lead there; links to other files of the repository become words, for the site has none.
+Links to pages of the site lead there; links to other files of the repository become plain text.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_startup(*, command: str, dirty: bool) -> None:  # noqa: ARG001
-    """Lays the four packages beside each other: what reads docstrings takes the first of a namespace for the whole."""
+    """Copy the four packages into one folder, because mkdocstrings reads only the first part of a namespace."""
     folder = ROOT / ".site" / "sources" / "candle_vllm"
     shutil.rmtree(folder, ignore_errors=True)
     for package in PACKAGES:
         source = ROOT / "packages" / package / "src" / "candle_vllm" / package
         shutil.copytree(source, folder / package, ignore=shutil.ignore_patterns("static", "compiled", "__pycache__"))
-    (folder / "__init__.py").touch()  # or it is a namespace, of which only what is installed is looked at
+    (folder / "__init__.py").touch()  # in a namespace, only installed packages would be found
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages from elsewhere and the reference."""
+    """Add the pages from outside of docs/, and the reference."""
     for name, page in ELSEWHERE.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     for package in PACKAGES:
@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def reference(package: str) -> str:
-    """A page that asks for the docstrings of every public name of a package."""
+    """Return a page that includes the docstrings of all public names of a package."""
     tree = ast.parse((ROOT / f"packages/{package}/src/candle_vllm/{package}/__init__.py").read_text(encoding="utf-8"))
     homes = {
         alias.asname or alias.name
@@ -74,7 +74,7 @@ def reference(package: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
-    """Turns links to files of the repository into links of the site, or into words."""
+    """Convert links to files of the repository to links of the site, or to plain text."""
     here = page.file.src_uri
     own = next((name for name, made in ELSEWHERE.items() if made == here), f"docs/{here}")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Fill the tables of pages that repeat what the code reads: routes, foreign flags and variables, fields of requests.
+"""Fill the tables of pages from the code: routes, other programs' flags and variables, fields of requests.
 
 A table stands in a page between `<!-- table: NAME -->` and `<!-- end of table -->`. The fields of `EngineSettings`,
-which type checkers must find as source, are written from those of `EngineConfig` as well.
+which type checkers must find in the source, are generated from `EngineConfig`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def with_settings(source: str) -> str:
 
 
 def here(row: Row) -> str:
-    """Return what becomes of the flags of a row, as the pages say it."""
+    """Return the effect of a row's flags, in the words of the pages."""
     values = ", ".join(f"`{value}`" for value in row.becomes if value not in ("", ANY))
     if not row.becomes:
         return "refused"

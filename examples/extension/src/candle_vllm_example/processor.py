@@ -8,6 +8,6 @@ from numpy.typing import NDArray
 
 
 def no_repeat(tokens: Sequence[int], row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The logits [V] without the last token."""
+    """Return the logits [V: size of the vocabulary] with the last token excluded."""
     row[tokens[-1]] = -np.inf
     return row
