@@ -94,8 +94,7 @@ class OpenAIAdapter(ExplainedAttributes):
             engine: a loaded engine.
             served_model_names: names of the model, by default its own; the first is for requests without a name.
             strict_model_names: whether a request with an unknown name is refused instead of answered.
-            allow_priority: whether requests may have a priority below 0 and so overtake others; False for untrusted
-                clients.
+            allow_priority: whether requests may have a priority below 0 (overtake others); False for untrusted clients.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None uses the model's own.
             reasoning_budget: default for the maximum number of reasoning tokens; -1 means no limit.

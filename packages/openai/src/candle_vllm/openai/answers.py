@@ -29,8 +29,7 @@ class AnswerPlan:
         lazy: whether the grammar applies only from the beginning of a call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
         in_reasoning: whether the prompt has opened the reasoning.
-        behind_reasoning: whether the prompt has closed the reasoning, to which white space at the answer's beginning
-            belongs.
+        behind_reasoning: whether the prompt has closed the reasoning; leading white space belongs to it.
         show_reasoning: whether the reasoning is part of the answer.
         show_special_tokens: whether the names of special tokens are part of the answer's text.
         special_tokens: whether the engine's text contains the names of special tokens.

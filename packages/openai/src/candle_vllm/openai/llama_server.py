@@ -81,8 +81,7 @@ class _Asked(LlamaFields, LlamaForms):
     Attributes:
         n_predict: maximum number of tokens; -1 and -2 mean up to the end of the context, 0 only processes the prompt.
         n_probs: number of likeliest tokens reported at each position; 0 reports no probabilities.
-        logit_bias: pairs, or an object, of a token id and its bias; a text in place of the id means all of its tokens,
-            and a bias of false means -100.
+        logit_bias: pairs, or an object, of a token id (or a text, for all of its tokens) and a bias; false means -100.
         return_tokens: whether a whole answer has its token ids; chunks of a stream always have their ids.
         timings_per_token: whether every chunk has timings.
         response_fields: fields of the last chunk or the whole answer: names, or paths like `generation_settings/seed`.

@@ -109,8 +109,8 @@ class TaskPreparation:
     def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
         """Prepare a conversation, without its images, which `see` reads; RequestError names the request's fields.
 
-        With `bounded`, a prompt longer than the context is refused before all of it is tokenized. Without `bounded`, it
-        may be longer, as for requests that only count its tokens.
+        With `bounded`, a prompt longer than the context is refused early. Requests that only count tokens are not
+        `bounded`.
         """
         with task.paths.blamed():
             self._check(task)

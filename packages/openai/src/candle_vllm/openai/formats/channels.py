@@ -236,7 +236,7 @@ class _Parts:
         return text_argument(name, self._output.calls.tools.get(name, {}))
 
     def _until_part(self, sink: Sink, code: CodeSpans | None = None, *, inside: bool = False) -> Need[str]:
-        """Parse text up to the next part; after an answer (`code`) or `inside` an argument, a call must have arguments."""
+        """Parse text up to the next part; after an answer (`code`) or `inside` an argument, calls need arguments."""
         reader, last = self._reader, ""
 
         def text(part: str) -> None:

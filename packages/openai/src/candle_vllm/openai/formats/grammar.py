@@ -266,7 +266,7 @@ class _Message:
         return f"{sequence(writer.thought(self._open_close), main)} | TEXT" if self._open_close else main
 
     def _text(self, parts: Sequence[str], body: str) -> str:
-        """Return an expression of text with these parts, up to the message's end, where reasoning need not be closed."""
+        """Return an expression of text with these parts, up to the message's end; reasoning there may be unclosed."""
         ends = [body, *(self._writer.trigger(begin, "TEXT", body) for begin in self._pairs)]
         lead = self._writer.rule(" | ".join(parts)) + "*" if parts else ""
         return self._writer.rule(sequence(lead, self._writer.rule(" | ".join(ends))))

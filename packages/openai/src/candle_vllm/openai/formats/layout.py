@@ -73,9 +73,7 @@ class ReasoningFormat:
         return {self.open: self.close, **dict(self.others)} if self.flow is None else {}
 
     def led_by(self, opening: str) -> ReasoningFormat:
-        """Return the format with the pair of `opening`, a mark that the prompt opened the reasoning with, as the first
-        pair.
-        """
+        """Return the format with the pair of `opening`, by which a prompt may open the reasoning, as the first."""
         if opening == self.open or opening not in self.pairs:
             return self
         closing = self.pairs[opening]
@@ -103,8 +101,7 @@ class ToolFormat:
         strays: marks without meaning if they occur alone; the answer omits them.
         answer: strays before and after the text of an answer.
         flow: the format, if messages are not text with marks.
-        argument_tags: whether an argument is a tag with its name, such as `<path>`; special tokens of this form are
-            text.
+        argument_tags: whether an argument is a tag with its name, such as `<path>`; special tokens like it are text.
         make_id: creates ids of calls without an id.
         aliases: names of the format in other servers.
         hints: texts in a chat template that indicate the format if the template writes no calls itself.
@@ -204,7 +201,7 @@ class SpecialText:
         self._tokens: deque[tuple[int, int]] = deque()
 
     def add(self, text: str, special_tokens: Iterable[tuple[int, int]]) -> str:
-        """Add text and its special tokens, (offset in the sequence's whole text, id); return the text that is complete."""
+        """Add text and its special tokens, (offset in the sequence's whole text, id); return the complete part."""
         self._tokens.extend(special_tokens)
         if not self._tokens and not self._text:
             self._offset += len(text)

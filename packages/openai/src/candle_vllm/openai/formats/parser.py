@@ -23,8 +23,7 @@ class OutputParser:
         layout: what the message may contain.
         tools: tools of the request: name -> schema of the arguments; None if calls are not parsed.
         in_reasoning: whether the prompt has opened the reasoning, with the layout's first pair of marks.
-        behind_reasoning: whether the prompt has closed the reasoning, to which white space at the beginning then
-            belongs.
+        behind_reasoning: whether the prompt has closed the reasoning; leading white space then belongs to it.
         held: whether a grammar constrains calls.
         lazy: whether the grammar applies only from the beginning of a call; unconstrained text is then no call.
         most_calls: maximum number of calls; further calls are left out. None means no limit.

@@ -37,9 +37,8 @@ class Tagged:
         newlines: whether line breaks before and after a value do not belong to it; without the first, the second does.
         text_open, text_end: marks around a text that may contain tags (XML's CDATA).
         tight: spellings of `name_open` and `key_open` without a space, which models also write.
-        known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. For
-            formats
-            without an opening mark: `std::function<function=f>` is text.
+        known_only: whether a call must name an offered tool, and arguments or the end of the call must follow. This is
+            for formats without an opening mark; `std::function<function=f>` is text.
     """
 
     name_open: str
@@ -266,8 +265,7 @@ class _Arguments:
     def _value(self, inner: _Inner, *, short: bool) -> Need[bool]:
         """Parse text up to the end of the value; False if the text was truncated inside.
 
-        A text may contain tags, so an end mark counts only before a mark that may follow it; a `short` value has no
-        tags.
+        A text may contain tags, so an end mark counts only before a possible next mark; a `short` value has no tags.
         """
         marked = yield from self._until_end(inner, short)
         if marked is None:

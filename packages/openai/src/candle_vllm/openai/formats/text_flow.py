@@ -55,8 +55,7 @@ class TextFlow:
             reader: has the text.
             output: receives reasoning, content and calls.
             in_reasoning: whether the prompt has already opened the reasoning.
-            held: whether a grammar constrains calls; a mark of calls that is not a special token then ends no
-                reasoning.
+            held: whether a grammar constrains calls; a call's mark without special tokens then ends no reasoning.
             lazy: whether the grammar applies only from the beginning of a call; unmarked calls must begin as in it.
         """
         self._reader = reader
@@ -178,7 +177,7 @@ class TextFlow:
         return False
 
     def _calls(self, mark: str) -> Need[bool]:
-        """Parse calls after a mark; without a call, the mark is text. Return whether another model's format was found."""
+        """Parse calls after a mark, which is text without a call; return whether they had another model's format."""
         form, reader, calls = self._form, self._reader, self._output.calls
         assert form is not None
         if mark in form.names:

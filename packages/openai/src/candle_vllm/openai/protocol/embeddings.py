@@ -204,7 +204,7 @@ class ModerationRequest(PoolingFields):
 
 
 class Moderated(msgspec.Struct, frozen=True, kw_only=True):
-    """Scores of the classifier's labels for one text, without harmless labels; a category is true from a score of 0.5."""
+    """Scores of the classifier's labels for one text, without harmless labels; a category is true from 0.5 on."""
 
     flagged: bool
     categories: dict[str, bool]

@@ -144,8 +144,7 @@ class StructuredOutputs(WireModel):
     """vLLM's constraint on an answer: exactly one of `KINDS`.
 
     Attributes:
-        json_value: a JSON schema, as an object or as JSON text; a library caller may also pass a class that has a
-            schema.
+        json_value: a JSON schema, as an object or as JSON text; a Python caller may pass a class with a schema.
         disable_fallback: no effect, because there is only one backend.
     """
 

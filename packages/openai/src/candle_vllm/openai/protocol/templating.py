@@ -55,8 +55,7 @@ class TemplateFields(WireModel):
         chat_template: a template that replaces the model's template; the adapter decides whether it is allowed.
         thinking: template variable with two names, `thinking` and `enable_thinking`; or an object that also has a
             budget.
-        thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. `reasoning_budget`,
-            `reasoning_budget_tokens` and `thinking_budget_tokens` are its aliases.
+        thinking_token_budget: maximum number of reasoning tokens; -1 means no limit. The next three fields are aliases.
         reasoning_budget_message: text that is inserted when the budget ends the reasoning.
     """
 

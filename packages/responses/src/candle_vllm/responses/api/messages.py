@@ -37,8 +37,7 @@ class Translated(NamedTuple):
 
     Attributes:
         messages: messages of its task.
-        approved: ids of approved calls that end the conversation, with the fields of their approvals; these calls run
-            first.
+        approved: ids of approved calls that end the conversation, with their approvals' paths; these run first.
         listed: labels of the MCP servers whose tool lists are in the conversation already.
     """
 

@@ -104,8 +104,7 @@ class Responder:
         self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
-        """Return the whole response, as in the last event of `create_stream`. Cancelling the coroutine ends the
-        response.
+        """Return the whole response, as in the last event of `create_stream`. A cancelled call ends the response.
 
         Raises CandleVllmError also if the response fails after it has begun.
         """

@@ -76,7 +76,7 @@ class ResponseStore:
     # ---- responses ---------------------------------------------------------------------------------------------------
 
     async def put(self, entry: stored.Entry) -> None:
-        """Store a response; if the store is full, drop the oldest entries of the owner with the most data.
+        """Store a response; if the store is full, drop the least recently used entries of the fullest owner.
 
         Raises StoreLimitError if the response exceeds the limit of one response, or of the store.
         """

@@ -63,11 +63,9 @@ async def to_the_end(work: Coroutine[Any, Any, _T]) -> _T:
 async def start_process(
     command: str, arguments: Sequence[str], *, environment: Mapping[str, str], folder: str | None
 ) -> Process:
-    """Start a process with three pipes, in a group and session of its own. The process is ended if this call is
-    cancelled.
+    """Start a process with three pipes, in its own group and session. A cancelled call ends the process.
 
-    Raises OSError if the process cannot be started, and ValueError if the command, an argument or the environment has
-    NUL.
+    Raises OSError if the command cannot be started, and ValueError if it, an argument or the environment has NUL.
     """
     spawning = asyncio.ensure_future(
         asyncio.create_subprocess_exec(

@@ -40,7 +40,7 @@ class McpServerConfig(ExplainedSettings):
         headers: headers of each request.
         auth: a bearer token, an OAuth client, or a text with another scheme ("Basic ...") for the Authorization header.
         timeout: seconds for one call, at most 3600.
-        connect_timeout: seconds from the start until the tools are known, at most 600.
+        connect_timeout: seconds to connect, and to fetch one page of the tool list, at most 600.
         enabled: False means that the server is not connected.
         allowed_tools: patterns of the server's own tool names that may be used ("*" matches any text); None allows all.
         excluded_tools: patterns of tool names that may not be used, even if `allowed_tools` has them.

@@ -50,19 +50,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of a store. If they are exceeded, the oldest entries of the owner with the most data are dropped.
+    """Limits of a store. Beyond them, the least recently used entries of the owner with the most data are dropped.
 
     Attributes:
         entries: maximum number of entries of all owners.
-        owner_entries: maximum number of entries of one owner, whose oldest entries are then dropped.
+        owner_entries: maximum number of entries of one owner, whose least recently used entries are then dropped.
         size: maximum bytes of all entries.
         entry_size: maximum bytes of one entry without its parts.
         parts: maximum number of parts of one entry.
         parts_size: maximum bytes of the parts of one entry.
         spares_leased: whether to refuse new entries rather than drop leased ones, which are otherwise dropped last.
         advice: advice for the message about a full store.
-        several: whether there are several owners; each may then use half of `entries` and `size`, and drops its own
-            entries.
+        several: whether there are several owners; each then has half of `entries` and `size`, and drops its own.
     """
 
     entries: int
@@ -124,9 +123,7 @@ class Backend(Protocol):
         ...
 
     async def page(self, kind: str, owner: str, limit: int, after: str | None = None) -> list[Entry] | None:
-        """Return up to `limit` entries without contents, newest first, older than the id `after`; None if it is
-        unknown.
-        """
+        """Return up to `limit` entries without contents, newest first, older than `after`; None if it is unknown."""
         ...
 
     async def chain(self, kind: str, owner: str, name: str, most: int, most_size: int) -> list[Entry]:
@@ -168,7 +165,7 @@ class Backend(Protocol):
     async def delete(
         self, kind: str, owner: str, name: str, *, status: str | None = None, holder: str | None = None
     ) -> bool:
-        """Delete an entry that `get` would find and, if given, with this status and holder; return whether it existed."""
+        """Delete an entry that `get` would find, if its status and holder match (None: any); return whether it did."""
         ...
 
     async def expire(self) -> int:
@@ -195,9 +192,7 @@ class Backend(Protocol):
     async def parts(
         self, kind: str, owner: str, name: str, limit: int | None = None, order: Order = "asc", after: str | None = None
     ) -> list[EntryItem] | None:
-        """Return up to `limit` parts behind the id `after`; None if it is unknown. Without a limit, the entry is used
-        now.
-        """
+        """Return up to `limit` parts after `after`, None if it is unknown; without a limit, the entry is used now."""
         ...
 
     async def part(self, kind: str, owner: str, name: str, part: str) -> EntryItem | None:

@@ -22,8 +22,7 @@ class StoreOptions:
     Attributes:
         url: `memory` (ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
         retention_days: days after which a response is deleted; conversations have no such limit.
-        max_records: maximum number of responses and conversations; beyond it, the oldest of the key with the most are
-            deleted.
+        max_records: maximum number of responses and conversations; beyond it, the least recently used are deleted.
         max_bytes: maximum bytes of all responses and conversations, likewise.
         max_record_bytes: maximum bytes of one response, input and output together.
         max_item_bytes: maximum bytes of one item as JSON.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Enforces the limits of a store in tables: drops the oldest entries of the owner with the most data."""
+"""Enforces the limits of a store in tables: drops the least recently used entries of the fullest owner."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Tool(Protocol):
     async def run(self, arguments: Mapping[str, Any], report: Report) -> ToolOutput:
         """Run once with arguments that match the schema. Cancelling the coroutine ends the work.
 
-        The model sees the message of a `ToolError`; other exceptions are only logged.
+        The model sees the message of a `ToolError`; of other exceptions, it sees only the type.
         """
         ...
 
