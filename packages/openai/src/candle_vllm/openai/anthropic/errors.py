@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Table of errors in Anthropic's form: exception -> status, error body and headers.
 
-It is built from OpenAI's table, so both APIs agree on whose fault an error is, and on what a client may know.
+The table is built from OpenAI's table, so both APIs agree on whose fault an error is, and on what a client may know.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class ToolInput:
         self._state: Callable[[list[str]], bool] = self._begin
 
     def feed(self, text: str) -> str:
-        """Add a piece of the arguments; return the text that can be sent."""
+        """Add a delta of the arguments; return the text that can be sent."""
         self._raw.append(text)
         if self._broken or self._complete:
             return ""

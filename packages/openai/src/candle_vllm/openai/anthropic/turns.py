@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's messages -> a task's messages, merged if consecutive ones have one role (step 2 of a request's life)."""
+"""Anthropic's messages -> a task's messages; consecutive ones of one role are merged (step 2 of a request's life)."""
 
 from __future__ import annotations
 
