@@ -177,27 +177,27 @@ class Runner(BaseRunner):
     @cog.concurrent(max=32)
     async def run(
         self,
-        prompt: str = Input(description="What the model goes on with, or answers.", default=""),
-        image: Optional[cog.Path] = Input(description="A picture, for a model that sees.", default=None),  # noqa: B008, UP045
+        prompt: str = Input(description="Prompt that the model continues or answers.", default=""),
+        image: Optional[cog.Path] = Input(description="Image, for a vision model.", default=None),  # noqa: B008, UP045
         system_prompt: str = Input(
-            description="Said to the model first, where its template has a place for it.",
+            description="System prompt.",
             default="You are a helpful assistant.",
         ),
-        min_tokens: int = Input(description="Fewest tokens of the answer.", ge=0, default=0),
-        max_tokens: int = Input(description="Most tokens of the answer.", ge=1, default=512),
-        temperature: float = Input(description="0 is greedy; higher is more varied.", ge=0, le=5, default=0.6),
-        top_p: float = Input(description="Keep the likeliest tokens up to this sum.", ge=0.01, le=1, default=0.9),
-        top_k: int = Input(description="Keep so many of the likeliest tokens; 0 keeps all.", ge=0, default=50),
-        presence_penalty: float = Input(description="For having occurred.", ge=-2, le=2, default=0.0),
-        frequency_penalty: float = Input(description="For each occurrence.", ge=-2, le=2, default=0.0),
+        min_tokens: int = Input(description="Minimum number of tokens of the answer.", ge=0, default=0),
+        max_tokens: int = Input(description="Maximum number of tokens of the answer.", ge=1, default=512),
+        temperature: float = Input(description="Sampling temperature; 0 is greedy.", ge=0, le=5, default=0.6),
+        top_p: float = Input(description="Nucleus sampling: sum of probabilities.", ge=0.01, le=1, default=0.9),
+        top_k: int = Input(description="Number of likeliest tokens to sample from; 0: all.", ge=0, default=50),
+        presence_penalty: float = Input(description="Penalty for generated tokens.", ge=-2, le=2, default=0.0),
+        frequency_penalty: float = Input(description="The same, for each occurrence.", ge=-2, le=2, default=0.0),
         stop_sequences: str = Input(
-            description="Texts that end the answer, separated by commas; or a JSON list of them.", default=""
+            description="Texts that end the answer, separated by commas, or a JSON list of texts.", default=""
         ),
         prompt_template: str = Input(
-            description="In the place of the model's own: Jinja, a text with {prompt}, or a name such as COMPLETION.",
+            description="Replaces the model's template: Jinja, a text with {prompt}, or a name such as COMPLETION.",
             default="",
         ),
-        seed: Optional[int] = Input(description="The same again; without it, another each time.", ge=0, default=None),  # noqa: UP045
+        seed: Optional[int] = Input(description="Seed of the sampling; random if absent.", ge=0, default=None),  # noqa: UP045
     ) -> AsyncConcatenateIterator[str]:
         """Stream the answer."""
         asked = {name: value for name, value in locals().items() if name != "self"}

@@ -129,7 +129,7 @@ def checks(
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run all checks; return the exit status."""
-    parser = argparse.ArgumentParser(description="asks a running server for what a service of adapters promises")
+    parser = argparse.ArgumentParser(description="checks a running server that serves LoRA adapters")
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
     parser.add_argument("--api-key", default=os.environ.get("API_KEY") or None)
     parser.add_argument("--model", help="the base (default: the first of /v1/models)")
