@@ -58,7 +58,7 @@ class GenerationApi:
         event: encodes a chunk of a streamed answer as an event.
         error_event: encodes the error that ends a failed stream.
         done: last bytes of a stream that did not fail.
-        defaults: whether a request gets the operator's sampling values that it omits before the model answers it.
+        defaults: whether sampling settings that a request omits get the operator's values before `whole` or `streamed`.
         stored: how answers are stored for clients that disconnected; None if they are not stored.
         stream: response class of streams.
         silence: makes the event that fills a silence, if the API has such an event.
@@ -251,7 +251,7 @@ def sequences_of(wire: Any) -> int:
 async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[RequestBytes]:
     """Context manager that cancels work at the deadline (`time.monotonic()`), and raises the client's error.
 
-    The bytes of the request count until its prompt is made (`Held.waiting`).
+    The bytes of the request count in `Held` until its prompt is tokenized.
     """
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):

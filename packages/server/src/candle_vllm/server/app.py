@@ -97,7 +97,7 @@ def create_app(
 
     Args:
         served: a model manager, which the application closes at its end; or a loaded engine, which it does not close.
-        settings: API keys, CORS, body limit, default sampling; the address settings are for `serve`.
+        settings: API keys, CORS, body limit, default sampling and others; only `serve` binds the address.
         mailbox: stores answers for clients that ask for it; the application starts and closes it.
         mcp: MCP servers whose tools are offered to models; the application starts and closes them.
     """
@@ -159,7 +159,7 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the state for the server: a drain waits while `busy` tells of work for clients that disconnected."""
+    """Yield the state for the server: a drain waits while `busy()` is true: work for clients that disconnected."""
     mailbox: Mailbox | None = app.state.mailbox
     store: ResponseStore | None = app.state.response_store
     background: Background | None = app.state.background
@@ -224,7 +224,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outermost layer first: prefix, version, id, counts, CORS, drain, failures, origin, host, HEAD, key, limits."""
+    """Add the middleware, the innermost layer (rate limits) first, the outermost (path prefix) last."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         access = Access(OPERATIONS, public_paths() if settings.ui_server else frozenset())

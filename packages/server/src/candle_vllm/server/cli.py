@@ -25,10 +25,10 @@ EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIG
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 2 for a user's error, 130 after Ctrl+C.
+    """Run the command line and return the exit status: 0, 2 for a user's error, 130 after Ctrl+C, 141 if a pipe closed.
 
-    `agent` also returns 1 if the request was not carried out. Without `argv`, this call ends the process, even if
-    threads still run.
+    Some commands also return 1, such as `agent` if the request was not carried out. Without `argv`, this call ends the
+    process if daemon threads still run.
     """
     try:
         from candle_vllm.server.interrupts import leave
@@ -104,7 +104,7 @@ def _write_nowhere() -> None:
 
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
-    """Run one command; `own` are its own values."""
+    """Run one command; `own` are the values of flags that only this command has."""
     from candle_vllm.server.interrupts import leaving_at_once
 
     with leaving_at_once(lambda: "it started"):

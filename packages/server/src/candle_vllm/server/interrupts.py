@@ -21,10 +21,10 @@ EXIT_INTERRUPTED = 130
 def leaving_at_once(doing: Callable[[], object]) -> Iterator[None]:
     """Context manager in which Ctrl+C ends the process at once, with one line that says what was stopped.
 
-    An exception could be raised inside an import or a callback, which would swallow or print it, and threads that
-    compile would go on while the interpreter deletes the objects that they use. So the work in the context must leave
-    nothing half done outside the process. It has no effect outside the main thread, or if the parent process made this
-    one ignore Ctrl+C. `doing` returns what is being done, for the message.
+    An import or a callback could swallow or print a KeyboardInterrupt, and threads that compile would go on while the
+    interpreter deletes the objects that they use. The work in the context must leave nothing half done outside the
+    process. The context has no effect outside the main thread, or if the parent process made this one ignore Ctrl+C.
+    `doing` returns a text for the message that describes the current work.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) in (
         None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Answers that outlive their clients: a request that asked for it continues after its client has disconnected.
+"""Answers that outlive their clients: a request with mailbox headers continues after its client has disconnected.
 
 Between steps 2 and 10 of a request's life. A task reads the chunks of the answer. The client reads them from the task,
 or gets the whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted when
@@ -251,7 +251,7 @@ class OutlivingAnswer:
 
 
 class _WholeResponse(Response):
-    """A response that tells its answer whether all of it was sent."""
+    """A response that notifies its `OutlivingAnswer` when all of it was sent."""
 
     media_type = "application/json"
 

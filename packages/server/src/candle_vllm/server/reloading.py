@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read models.yaml and the files of API keys again while the server runs.
 
-Beside the ten steps: on SIGHUP, or when an operator's request asks for it. If a file is invalid, its previous content
-stays in use, and the log says where the error is.
+Not a step of a request's life: happens on SIGHUP, or by an operator's request. If a file is invalid, its previous
+content stays in use, and the log says where the error is.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Reloader:
         return changes
 
     async def add(self, section: Mapping[str, Any]) -> ModelSlot:
-        """Serve one more model, an entry of `models` in models.yaml, until the server ends; a request loads it.
+        """Serve one more model until the server ends; `section` has the form of an entry of `models` in models.yaml.
 
         Raises:
             UsageError: the entry is invalid, or another model has its name.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Code that the routes of stored responses and conversations share: owners, query parameters and events.
+"""Code that the routes of stored responses, conversations, files and batches share: owners, query parameters, events.
 
 Step 1 of a request's life; nothing is generated here.
 """
@@ -57,7 +57,7 @@ async def store_and_owner(request: Request) -> tuple[ResponseStore, str]:
 def query_of(request: Request, *known: str) -> dict[str, str]:
     """Return the query parameters, each known and given once; `include` may be repeated, but has no effect.
 
-    Parts that it can name are in the items if the request that made the items asked for them.
+    The parts that `include` can name are in the items if the request that made the items asked for these parts.
     """
     given: dict[str, str] = {}
     for name, value in request.query_params.multi_items():

@@ -130,7 +130,7 @@ def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
         raise sources.Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
 
 
-# ---- what is in one --------------------------------------------------------------------------------------------------
+# ---- unpacking -------------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, folder: Path, budget: sources.Budget) -> str | None:

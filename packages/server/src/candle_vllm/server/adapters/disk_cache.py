@@ -3,7 +3,7 @@
 
 An adapter is written to a staging folder, which is renamed at the end. Its bytes are reserved before they are written,
 so that complete and incomplete adapters together stay within the limit. A folder is named after the SHA-256 of source,
-name and revision, so that two adapters never share one. Several servers may share a cache.
+name and revision, so that two adapters never share a folder. Several servers may share a cache.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class DiskCache:
             self._make_room(room, least, most)
 
     def _make_room(self, room: Room, least: int, most: int, own: str = "") -> None:
-        """Reserve `most` bytes, or as many as are free, at least `least`; evict adapters to get these. Needs the lock.
+        """Reserve between `least` and `most` bytes; evict adapters if fewer than `least` are free. Needs the lock.
 
         The reservation replaces the previous one of `room`. `own` is a folder that is about to be replaced.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Registry of a server's LoRA adapters: the operator's, and adapters that requests name and a source has.
+"""Registry of a server's LoRA adapters: the operator's, and adapters that a request names and a source provides.
 
 Step 1 of a request's life, after the name in `model` is read. Requests for the same new adapter share one lookup. A
 name that no source has is remembered for a while; the base model never answers in its place.
@@ -50,7 +50,7 @@ class Adapter:
         scale: its scale in requests that name no adapter; 0 leaves it out.
         pinned: whether the engine keeps it in memory.
         kind: kind of its source, as in `Source`; "given" for files that the operator named.
-        asked: its name in the source, if the operator loaded it from a source; otherwise None.
+        asked: its name in the source, if the operator loaded it at run time from a source; otherwise None.
         plain: whether its name is valid without the prefix `base:`; False if requests used it only with the prefix.
         created: Unix time in seconds.
     """
@@ -130,7 +130,7 @@ class Adapters:
         return [entry for entry in entries if entry.settings.enable_lora]
 
     def find(self, text: str | None) -> Adapter | None:
-        """Return a registered adapter by `name` or `name@revision`, perhaps after `base:`; names of models win."""
+        """Return a registered adapter by `name` or `name@revision`, perhaps after `base:`; None for a model's name."""
         if text is None or self._catalogue is None or self._catalogue.has(text):
             return None
         base, name = self._split(text)

@@ -39,7 +39,7 @@ class Unavailable(Exception):
 
 
 class AdapterName(NamedTuple):
-    """Name of an adapter in a request: `name`, or `name@revision`; `told` if a source supplied the revision."""
+    """Name of an adapter in a request: `name` or `name@revision`; `told` is whether a source supplied the revision."""
 
     name: str
     revision: str | None = None

@@ -252,7 +252,7 @@ class BatchRun:
             await asyncio.gather(wish, answer, return_exceptions=True)
 
     async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
-        """Collect the running lines of a batch that ends: after a cancellation they fail at once, else they finish."""
+        """Collect the results of running lines: after a cancellation they fail at once, after expiry they finish."""
         if working:
             await asyncio.wait(working)
         self._unwritten += [(number, task.result()) for task, number in working.items()]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Access checks: API keys for every route but /health, /ping and /ready; no requests from web pages of other origins.
+"""Access checks: API keys, origins of web pages, and names in the Host header (step 1 of a request's life).
 
-Both are pure ASGI middleware, in step 1 of a request's life. The documentation pages need a key too. A browser cannot
-send a header from its address bar, so these pages also accept the key as the password of HTTP Basic.
+All are pure ASGI middleware. Only /health, /ping, /ready and the web UI's files need no key. A browser cannot send a
+header from its address bar, so the documentation pages also accept the key as the password of HTTP Basic.
 
 The check of keys uses only the ASGI path and two headers, never the Host header or the raw URL. It takes the same time
 for every key of any length. Routes of operators can have keys of their own.
@@ -269,7 +269,7 @@ class HostMiddleware:
         return private or _is_number(authority) or self._names.fullmatch(name) is not None
 
     def _may_pass(self, scope: Scope) -> bool:
-        """Whether any name may pass; no page can set `Sec-Fetch-Site`, and only trustworthy origins are sent it."""
+        """Whether every name passes. No page can set `Sec-Fetch-Site`; browsers send it only to trustworthy origins."""
         return (
             route_path(scope) in self._public
             or scope.get("scheme") in ("https", "wss")

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Held:
-    """Counts the bytes of requests without a prompt yet: bodies, WebSocket messages, and stored responses to continue.
+    """Counts the bytes of requests until they are tokenized: bodies, WebSocket messages, stored responses to continue.
 
     The first 64 KB of each do not count, so that a request of usual size is never refused because of other clients. One
     key may use half of `most`, the maximum number of bytes. Large bodies are parsed one at a time (`apart`), and keys
@@ -41,7 +41,7 @@ class Held:
         self.pieces = Pieces()
 
     def add(self, caller: Caller, size: int) -> None:
-        """Count bytes, or release -`size` bytes that were parsed or dropped; HttpError 503 if there are too many."""
+        """Count `size` bytes, or release bytes if `size` is negative; HttpError 503 if there are too many."""
         mine = self._by_key.get(caller.label, 0) + size
         if size > 0:
             total = sum(self._by_key.values()) + size
@@ -54,7 +54,7 @@ class Held:
 
     @contextmanager
     def waiting(self, scope: Scope) -> Iterator[RequestBytes]:
-        """Count the current request until its prompt is made; a parsed body takes at least as much memory as its bytes.
+        """Count the current request's bytes until its prompt is tokenized: a parsed body takes at least as much memory.
 
         Raises HttpError 503 if there are too many bytes, also later when the request adds bytes.
         """
@@ -66,7 +66,7 @@ class Held:
             mine.release()
 
     async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
-        """Parse a body whose bytes were counted, in a thread if it is large; they count until the parser has ended.
+        """Parse a body, in a thread if it is large; its bytes, counted before, stay counted until the parser has ended.
 
         The thread continues even if nobody waits for it any more. An expected error (CandleVllmError) does not refer to
         the body. Later code in the caller's task finds the size of the body in `this_request`.

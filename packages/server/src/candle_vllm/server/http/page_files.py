@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Files of the web pages: the HTTP headers of each file, and how long a browser may cache it.
 
-Outside the ten steps of a request. A page may load nothing from other hosts, may run only scripts that are files of
-this server, and may not be shown in a frame of another page.
+Not a step of a request's life. A page may load nothing from other hosts, may run only scripts that are files of this
+server, and may not be shown in a frame of another page.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
         def _make_place(self) -> None:
             """Close connections that were silent for `CROWDED_SECONDS`; beyond the limit, close one more.
 
-            It is the longest silent connection, else the longest idle one, else the new one.
+            The one more is the longest silent connection, else the longest idle one, else the new one.
             """
             patience = self.loop.time() - CROWDED_SECONDS
             while (oldest := next(iter(silent), self)) is not self and silent[oldest] < patience:
@@ -222,7 +222,7 @@ class _UnreadTransport(asyncio.Transport):
 
 
 def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
-    """Return why RFC 9112 (sections 2.3, 3.2 and 6.1) requires to refuse a request, although llhttp accepts it.
+    """Return why RFC 9112 (sections 2.3, 3.2 and 6.1) forbids a request that llhttp accepts; None for a valid one.
 
     Also refuses a body after an upgrade to a WebSocket or after CONNECT, which llhttp would parse as the next request.
     """
@@ -258,7 +258,7 @@ def _limited() -> type[HttpToolsProtocol]:
         _pieces = 0  # chunks of its body
         _ended = False  # whether a request ended in the current data
         _broken = False  # whether the last data was no valid request; further data is ignored
-        _fault: str | None = None  # why it was not valid
+        _fault: str | None = None  # why the last data was no valid request
         _keep_alive = False  # whether the connection stays open after the body of the last request
         _unread: _UnreadTransport
         _lingering: asyncio.TimerHandle | None = None
@@ -377,7 +377,7 @@ def _limited() -> type[HttpToolsProtocol]:
             """Refuse the last request; if earlier requests wait for answers, only end the connection after these."""
             self._broken = True
             before = self._unanswered()
-            broken = before.pop() if before and before[-1].more_body else None  # its body is broken, not the next head
+            broken = before.pop() if before and before[-1].more_body else None  # its body is invalid, not a new head
             if before:
                 before[-1].keep_alive = False
                 if broken is not None:
@@ -413,7 +413,7 @@ class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
     """Lets the route close a connection when the server stops, and limits what a client may send.
 
     Limits apply to the frames of a message, small frames per second, the bytes of incomplete messages (`Held`), and the
-    parts of large messages per iteration of the loop (`Pieces`). A client that does not read is not read from.
+    parts of large messages per iteration of the loop (`Pieces`). While a client does not read, no frame of it is read.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

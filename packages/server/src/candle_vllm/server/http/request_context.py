@@ -93,8 +93,8 @@ def owned_salt(salt: str) -> str:
     """Return a `cache_salt` that belongs to the API key of the current request.
 
     A client that sends the salt of another key does not find that key's blocks. The engine, its process and the blocks
-    on disk and in Redis have only the hash. It is the same after a restart, and for every key of a name. If the server
-    needs no key, the salt is returned unchanged.
+    on disk and in Redis have only the hash. The hash is the same after a restart, and for all keys of the same name. If
+    the server needs no key, the salt is returned unchanged.
     """
     context = current_request.get()
     key = "" if context is None else caller_of(context.scope).key

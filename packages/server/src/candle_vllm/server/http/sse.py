@@ -66,15 +66,15 @@ class EventStream(Response):
     they wait; beyond `MAX_BUFFERED` bytes, the sink of the request holds further outputs, up to `MAX_UNREAD`.
 
     Args:
-        chunks: a `PushStream` or an iterator. Its `aclose` is called however the stream ends; before that its
-            `delivered`, if it has one, once everything was sent to the client.
+        chunks: a `PushStream` or an iterator. Its `aclose` is called at the end of the stream. Its `delivered`, if it
+            has one, is called before that, if everything was sent to the client.
         encode: encodes a chunk as an event.
         error: encodes an exception of `chunks` as an event, the last one.
         done: the last event of a stream that does not fail.
         deadline: `time.monotonic()` at which the stream ends with `too_late`.
         released: called once nothing more is read from `chunks`.
         silence: makes the event that fills a silence; the default is a comment, which clients ignore.
-        keep_alive: seconds of silence before it is sent.
+        keep_alive: seconds of silence before that event is sent.
     """
 
     media_type = "text/event-stream"
@@ -107,7 +107,7 @@ class EventStream(Response):
         self._keep_alive = keep_alive
         self._pending: list[bytes] = []
         self._buffered = 0
-        self._idle: asyncio.Future[None] | None = None  # `_write` waits for it: for something to write, or the end
+        self._idle: asyncio.Future[None] | None = None  # done once `_write` has something to write, or at the end
         self._idle_since = 0.0  # time of the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._drained = asyncio.Event()  # set when an iterator may be read further

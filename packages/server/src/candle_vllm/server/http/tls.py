@@ -17,7 +17,7 @@ from candle_vllm.server.settings.table import ListenerOptions
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0  # seconds between two looks at the files
+LOOK_SECONDS = 5.0  # seconds between two checks of the files
 
 
 def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:

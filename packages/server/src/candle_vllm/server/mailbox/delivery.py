@@ -49,11 +49,11 @@ class Deliverer:
         self._pump: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, with the due pushes of earlier servers."""
+        """Start pushing, also the pushes that earlier servers left in the store."""
         self._pump = asyncio.create_task(self._work())
 
     def wake(self) -> None:
-        """Note that a push is due now."""
+        """Check the store now, because a push is due."""
         self._due.set()
 
     async def close(self) -> None:
@@ -96,7 +96,7 @@ class Deliverer:
 
     async def _seconds_to_next(self) -> float:
         if len(self._running) >= self._options.max_deliveries:
-            return POLL_SECONDS  # or when one of them ends
+            return POLL_SECONDS  # or earlier, when a running push ends
         due = await self._store.next_push(self._busy_owners())
         if due is None:
             return POLL_SECONDS

@@ -64,20 +64,20 @@ class Mailbox:
         await self.store.close()
 
     def policy(self, headers: Headers) -> DeliveryPolicy | None:
-        """Return what a request's headers ask for; None for a plain request, which ends with its client.
+        """Return the policy in a request's headers; None for a plain request, which is aborted when its client leaves.
 
         Raises HttpError 400, whose message names the invalid header.
         """
         return read_policy(headers, self.options)
 
     def owner(self, key: str) -> str:
-        """Return the owner of the answers to an API key; empty without keys, when all requests have the same owner."""
+        """Return the owner that an API key stands for; "" without keys: all requests then have the same owner."""
         return self.store.owner(key)
 
     async def begin(self, policy: DeliveryPolicy, owner: str, request_id: str, model: str, limit_secs: float) -> None:
-        """Show an answer as `streaming`: when its client has disconnected, or at once if it is always stored.
+        """List an answer as `streaming`; called when its client has disconnected, or at once if it is always stored.
 
-        `limit_secs` is the time limit of the request; if the server dies, the answer then becomes an error.
+        `limit_secs` is the time left for the request; if the server dies, the answer becomes an error after that time.
         """
         if policy.mailbox is Mode.NEVER:
             return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """One push: sends a record as a signed HTTP request to an address that was checked.
 
-The body is the one of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response matters.
+The body is the same as that of `GET /v1/mailbox/{request_id}`. Only the status of the receiver's response matters.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Message:
 
 
 class Sender:
-    """Sends messages, each over a new connection, so that a checked address is never another host's."""
+    """Sends messages, each over a new connection, because a connection to the same address may be another host's."""
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ CONTEXT = "context_length"
 
 
 class WatchedTurns:
-    """Passes turns on, and remembers the head of the first turn, which becomes the head of the whole answer.
+    """Passes turns on, and stores the head (id, time, model) of the first turn for the whole answer.
 
     Attributes:
         head: head of the first turn, once it has begun.
@@ -101,7 +101,7 @@ class WatchedTurns:
 
 
 class ExecutionState:
-    """The state, which is updated with each event of the conversation.
+    """The state of a conversation, updated with each of its events.
 
     Args:
         registry: knows the server of each tool.

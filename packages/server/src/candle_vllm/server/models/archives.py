@@ -167,7 +167,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the only folder with model files in `folder` (or `folder` itself); InvalidFileError if not one."""
+    """Return the only folder with model files, `folder` or one below it; InvalidFileError for none or several."""
     found = {path.parent for name in ("config.json", "*.gguf") for path in folder.rglob(name)}
     tops = [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
     if len(tops) != 1:

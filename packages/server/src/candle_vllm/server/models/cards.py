@@ -284,7 +284,7 @@ class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
         model: first name of the model.
         queued_at: Unix time in seconds.
         waits_for: "model" until the model is loaded, "place" until its engine has room for the sequences.
-        key: number of its API key; "none" on a server without keys.
+        key: label of its API key; "none" without a key.
         sequences: number of its sequences.
         priority: requests with a lower value run first.
     """

@@ -24,7 +24,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         quantization: quantization format, or data type of most weights.
         context: maximum number of tokens of a prompt and its answer together.
         file_bytes: size of the weight files.
-        tasks: "generate", or "embed" for an encoder, also one that only scores or classifies.
+        tasks: "generate", or "embed" for every encoder, even if it only scores or classifies.
         tools, thinks: whether its output is parsed for tool calls, and for reasoning.
         sees: whether it accepts images; known only after it is loaded.
         template: its Jinja chat template; None without a template, or with several.

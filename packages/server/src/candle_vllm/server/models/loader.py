@@ -186,13 +186,13 @@ def check_model(settings: ModelOptions, beside: Sequence[ServedModel]) -> None:
 
 
 def held_by(models: Sequence[ServedModel]) -> int:
-    """Return the bytes that unloading these models frees; KV caches on a CPU do not count, which grow as they fill."""
+    """Return the bytes that unloading these models frees; without KV caches on a CPU, which are allocated on demand."""
     infos = [(model, model.engine.model_info) for model in models]
     return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
 
 
 def room_beside(settings: ModelOptions, beside: Sequence[ServedModel]) -> dict[str, Any]:
-    """Return changes of a model's engine configuration by which it fits beside the loaded models, or NoRoomError.
+    """Return changes of a model's configuration by which it fits beside loaded models; NoRoomError if it cannot fit.
 
     A CPU allocates caches only as they fill, so the full sizes of the other models' caches are subtracted from the free
     memory. On a GPU they are allocated already.

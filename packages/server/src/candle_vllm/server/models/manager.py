@@ -42,7 +42,7 @@ class Changes(msgspec.Struct, frozen=True):
 
 
 class ModelManager:
-    """The models of a catalogue, some of them loaded. Not thread-safe: it belongs to one event loop.
+    """The models of a catalogue, some of them loaded. Not thread-safe: for one event loop.
 
     Args:
         catalogue: the models.
@@ -121,7 +121,7 @@ class ModelManager:
         An unknown adapter is looked up (`--lora-resolver`); the lookup counts as one more request in the rate limits.
 
         Raises:
-            HttpError: 403 if the API key may not use the name; also as `Adapters.reach` and `RateLimits.admit`.
+            HttpError: 403 if the API key may not use the name; and as `Adapters.reach` and `RateLimits.admit` raise it.
         """
         if name is None or not self.adapters.bases() or self._catalogue.has(name):
             self.permit(name, caller)

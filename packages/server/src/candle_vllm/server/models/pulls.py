@@ -219,7 +219,7 @@ class Pull:
         self._followers = set[asyncio.Queue[Progress | None]]()
 
     async def follow(self) -> AsyncIterator[Progress]:
-        """Yield the progress until the download ends, which does not need followers.
+        """Yield the progress until the download ends; the download continues if nobody follows it.
 
         Raises CandleVllmError if the download failed or was stopped.
         """
@@ -261,7 +261,7 @@ class Pulls:
     """The downloads of one server, which run one at a time. Not thread-safe: it belongs to one event loop.
 
     Args:
-        settings: how models are downloaded, and the device that they must fit.
+        settings: how models are downloaded, and the device for which `Room` compares sizes.
         fetched: called with a successful download and its model.
     """
 

@@ -77,7 +77,7 @@ class ModelSlot:
         awaited: whether the server's start waits for the model, and reports its failure itself.
         going: whether the model left the catalogue, so that it is unloaded when its last lease is released.
         timer: unloads the model after its idle time.
-        described: description from the model's files, once it was requested.
+        described: description from the model's files, read at the first request for it.
         keep_seconds: idle time that the latest request set; None is the manager's `idle_seconds`.
     """
 

@@ -112,7 +112,7 @@ class ModelSwitcher:
         self.closing = False
 
     def adopt(self, slots: Sequence[ModelSlot], gone: Sequence[ModelSlot]) -> None:
-        """Replace the slots; a loaded model without a new slot is unloaded after its last request."""
+        """Replace the slots; the models of the slots `gone` are unloaded after their last request."""
         for slot in gone:
             slot.going, slot.asked = True, False
         still = [slot for slot in self._slots if slot.going and _is_there(slot)]
@@ -174,7 +174,7 @@ class ModelSwitcher:
         self._leave(model)
 
     def _leave(self, model: ServedModel) -> asyncio.Task[None]:
-        """Begin to close an engine; this goes on even if a caller that waits for it is cancelled."""
+        """Begin to close an engine; the returned task continues even if a caller that waits for it is cancelled."""
         name = model.entry.name
 
         async def leave() -> None:
@@ -335,7 +335,7 @@ def _is_there(slot: ModelSlot) -> bool:
 
 
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
-    """Error for requests to a model that could not be loaded; it is not tried again before `retry_seconds`."""
+    """Return the error for requests to a model that failed to load, which is not tried again before `retry_seconds`."""
     left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
     message = f"The model {slot.entry.name!r} could not be loaded; the server's log says why."
     return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})

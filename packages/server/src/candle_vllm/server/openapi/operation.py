@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Declarations of routes: requests, answers, errors, and who may call them. Outside the ten steps."""
+"""Declarations of routes: requests, answers, errors, and who may call them (no step of a request's life)."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Operation:
         lines: types of a line, if the answer can be lines of JSON.
         error: type of an error's body.
         naming: names of these types in the document.
-        listed: whether the answer is OpenAI's list of objects of the types.
-        bare: whether the answer is an array of them.
-        one_or_more: whether the answer is one of them, or an array.
-        bare_body: whether the body is an array of them.
+        listed: whether the body of the answer is OpenAI's list object, with entries of the type `answer`.
+        bare: whether the body of the answer is an array with entries of the type `answer`.
+        one_or_more: whether the body of the answer is one `answer` or an array.
+        bare_body: whether the request's body is an array with entries of the type `body`.
         manages: whether the route is for operators.
         public: whether the route needs no key.
         query: the query parameters: a schema by name.

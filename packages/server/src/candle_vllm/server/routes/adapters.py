@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: LoRA adapters as in vLLM and llama.cpp.
 
-Beside step 1 of a request's life: the `model` of a request can name an adapter without any of these routes.
+Not a step of a request's life: the `model` of a request can name an adapter without any of these routes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LoadAdapterRequest(WireModel):
 
 
 class UnloadAdapterRequest(WireModel):
-    """Which adapter to unload, by its name; its number has no effect."""
+    """The name of the adapter to unload; `lora_int_id` has no effect."""
 
     lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
     lora_int_id: int | None = None
@@ -66,10 +66,10 @@ class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
     """An adapter as llama.cpp lists it.
 
     Attributes:
-        id: its number, for `lora` of a request.
+        id: its number, which the field `lora` of a request uses.
         path: name of its files, without their folder, which stays private.
         scale: its scale in requests that do not set one.
-        name: its name, for `model` of a request.
+        name: its name, which the field `model` of a request uses.
     """
 
     id: int
@@ -167,7 +167,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 
 def _changeable(request: Request) -> ModelManager:
-    """Return the manager of the models; HttpError if clients may not change adapters, or no model supports them."""
+    """Return the model manager; raises HttpError if clients may not change adapters, or no model supports adapters."""
     state = request.app.state
     if not state.settings.allow_runtime_lora:
         message = "This server's adapters stay as they are: it was started without --allow-runtime-lora."
@@ -179,7 +179,7 @@ def _changeable(request: Request) -> ModelManager:
 
 
 def _base(manager: ModelManager, name: str | None) -> ModelSlot:
-    """Return the model of this name; without a name, the first that supports adapters; HttpError 409 if it does not."""
+    """Return the model of this name, by default the first that supports adapters; HttpError 409 if it does not."""
     slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
     if not slot.entry.settings.enable_lora:
         raise HttpError(409, f"The model {slot.entry.names[0]!r} takes no adapters.", "adapters_off")

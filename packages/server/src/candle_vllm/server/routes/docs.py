@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`/openapi.json`, and `/docs`: a page that shows the document and sends requests (outside the ten steps).
+"""`/openapi.json`, and `/docs`: a page that shows the document and sends requests (no step of a request's life).
 
 Everything comes from this server: the page may load nothing from other hosts, may run only scripts that are files of
 this server, and may not be shown in a frame of another page.

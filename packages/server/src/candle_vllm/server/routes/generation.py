@@ -96,5 +96,5 @@ FIM = GenerationApi(
     streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
     event=data_event,
     error_event=error_event,
-    defaults=False,  # they are given above
+    defaults=False,  # `whole` and `streamed` pass the operator's sampling values themselves
 )

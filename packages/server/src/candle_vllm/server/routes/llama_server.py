@@ -140,7 +140,7 @@ def _api(kind: type[llama_server.LlamaRequest]) -> answering.GenerationApi:
         event=data_event,
         error_event=error_event,
         done=b"",
-        defaults=False,  # they are given above
+        defaults=False,  # `whole` and `streamed` pass the operator's sampling values themselves
     )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/v1/mailbox`: stored answers of clients that disconnected; their owner fetches, deletes or pushes them.
 
-Outside the ten steps: nothing is generated here. A caller sees only its own answers and gets a 404 for any other.
+Not a step of a request's life: nothing is generated here. A caller sees only its own answers; other ids get a 404.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def delete_record(request: Request, request_id: str) -> Response:
 async def push_record(request: Request, request_id: str) -> Response:
     """Push a stored answer to a webhook, once.
 
-    It is sent to the URL in the body, or to the operator's webhook. The response says whether it arrived.
+    The answer is sent to the URL in the body, or to the operator's webhook. A 502 reports that it was not delivered.
     """
     mailbox, owner = _mailbox(request)
     _query(request)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/v1/mcp`: the MCP servers, their tools, and calls that a client such as the web UI makes directly.
 
-Outside the ten steps: no model runs here.
+Not a step of a request's life: no model runs here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class McpServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The current state of an MCP server.
 
     Attributes:
-        name: its name in mcp.json.
+        name: the server's name in mcp.json.
         transport: stdio, http or sse.
         state: connecting, ready, failed (the connection is tried again), closed or disabled.
         error: why there is no connection, or null.

@@ -60,6 +60,6 @@ MESSAGES = GenerationApi(
     event=lambda event: named_event(event.event_name, to_json_bytes(event)),
     error_event=anthropic_error_event,
     done=b"",
-    defaults=False,  # its adapter fills them in
+    defaults=False,  # `MessagesAdapter` fills them in
     silence=lambda: named_event("ping", to_json_bytes(Ping())),
 )

@@ -68,7 +68,7 @@ async def list_models(request: Request) -> Response:
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
         return json_answer(anthropic_list(listed))
-    most = str(request.app.state.settings.max_body_mb << 20)  # the web UI keeps its images below it
+    most = str(request.app.state.settings.max_body_mb << 20)  # the web UI keeps its requests with images below this
     return json_answer({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
@@ -165,7 +165,7 @@ async def remove_model(request: Request) -> Response:
 
 
 def _reloader(request: Request) -> Reloader:
-    """Return the object that changes the models; HttpError if the operator does not allow it."""
+    """Return the object that changes the models; HttpError 403 if the operator does not allow it, 409 without one."""
     if not request.app.state.settings.allow_model_changes:
         message = "This server's models stay as they are: it was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")
@@ -177,7 +177,7 @@ def _reloader(request: Request) -> Reloader:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Context manager that converts an error in a file, or in a request for a model, to a 400."""
+    """Context manager that converts a UsageError, from a settings file or a request's body, to HttpError 400."""
     try:
         yield
     except UsageError as error:

@@ -134,7 +134,7 @@ CHAT = answering.GenerationApi(
     event=lambda line: to_json_bytes(line) + b"\n",
     error_event=ollama_error_line,
     done=b"",
-    defaults=False,  # its adapter fills them in
+    defaults=False,  # `OllamaAdapter` fills them in
     stream=LineStream,
 )
 GENERATE = answering.GenerationApi(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for downloading, naming and deleting models.
 
-Outside the ten steps. The operator must allow these routes, which are for clients with a key, or on this machine.
+Not a step of a request's life. The operator must allow these routes (`--allow-model-changes`), and the server must have
+API keys or listen only on this machine.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def refuse_open_changes(settings: Settings) -> None:
 
 
 class _OfModel(WireModel):
-    """Which model; `name` is the older name of the field."""
+    """The name of a model; `name` is the older name of the field."""
 
     model: Name | None = None
     name: Name | None = None
@@ -195,7 +196,7 @@ async def ollama_delete(request: Request) -> Response:
 
 
 def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
-    """Replace, add or remove a model of the catalogue; UsageError if another model has its name."""
+    """Replace, add or remove a model of the catalogue; raises UsageError if two models would have the same name."""
     catalogue = manager.catalogue
     entries = [new if each is old and new is not None else each for each in catalogue.entries]
     if old is None and new is not None:

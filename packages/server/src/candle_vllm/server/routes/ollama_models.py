@@ -136,7 +136,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
         parameters: its sampling settings, one per line.
         template: its chat template, in Jinja.
         model_info: properties with Ollama's names.
-        capabilities: completion, tools, thinking, embedding, rerank.
+        capabilities: completion, embedding, rerank, tools, thinking, vision.
     """
 
     modelfile: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
 
-The routes of `stored_responses` fetch stored responses. `Responders` makes the object that answers with a model,
-`response_servers` the source of the MCP servers that requests may name.
+The routes of `stored_responses` fetch stored responses. `Responders` makes the `Responder` that answers a request, and
+`response_servers` returns the MCP servers that requests may name.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Responders:
         """Return the object that answers with this model.
 
         Args:
-            model: a model on which the request has a turn, if it needs one.
+            model: the loaded model; a request that generates has taken its turn at this model.
             name: the name in the request, which may be an adapter's.
             memory: memory of the client's connection.
         """
@@ -176,7 +176,7 @@ class _Exchange:
             streamed=self._streamed,
             event=self._events.write,
             error_event=self._error_events,
-            defaults=False,  # its responder fills them in
+            defaults=False,  # `Responder` fills them in
             silence=self._events.silence,
         )
 
@@ -234,7 +234,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
 async def _work(
     stream: ResponseStream, lease: Lease, request: Request, priority: int, size: RequestBytes
 ) -> AsyncGenerator[StreamEvent, None]:
-    """Wait for a response's turn, and yield its events; its bytes count until its prompt is made."""
+    """Wait for a response's turn, and yield its events; `size` counts in `Held` until the prompt is tokenized."""
     request_bytes.set(size)
     try:
         for event in stream.opening():
@@ -266,7 +266,7 @@ async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest)
 
 
 def response_servers(service: McpService | None, settings: ToolOptions, *, keys: bool) -> McpSource | None:
-    """Return the operator's servers and allowed URLs, None without either; `keys` as in `ConfiguredServers`."""
+    """Return the operator's MCP servers and allowed URLs, None without both; `keys` as in `ConfiguredServers`."""
     urls = settings.mcp_allow_urls
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None

@@ -42,7 +42,7 @@ from candle_vllm.server.routes.responses import Responders, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
-MAX_WAITING = 16  # messages that wait until the responses before theirs end
+MAX_WAITING = 16  # messages that wait for the responses to earlier messages
 MAX_WAITING_BYTES = 16 << 20  # bytes of the waiting messages, if there are several
 MAX_SECONDS = 3600.0  # maximum age of a connection; a response that has begun by then is finished
 _CREATE = "response.create"

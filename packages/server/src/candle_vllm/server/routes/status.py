@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Health, readiness, metrics and usage of the server: `/health`, `/ready`, `/metrics` and similar routes.
 
-Outside the ten steps: for load balancers, Prometheus and people. `/health` and `/ready` need no key; without a valid
-key, they show only the status.
+Not a step of a request's life: for load balancers, Prometheus and people. `/health` and `/ready` need no key; without a
+valid key, they show only the status.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ async def health(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 while a request for the default model would be answered at once.
 
-    503 before and after, with the reason. Requests without a valid key, and keys that may not use the model, get only
-    the status, because the progress may have names of files in it.
+    Also 200 if the model was unloaded because it was idle: the next request loads it. Otherwise 503, with the reason.
+    Requests without a valid key, and keys that may not use the model, get only the status, because the progress may
+    contain names of files.
     """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
@@ -115,7 +116,6 @@ async def ready(request: Request) -> JSONResponse:
         if alive and slot.model.engine.is_sleeping:
             return JSONResponse({"status": "sleeping"}, status_code=503, headers={"retry-after": "1"})
         return JSONResponse({"status": "ready" if alive else "dead"}, status_code=200 if alive else 503)
-    # A model that was unloaded because nobody used it is loaded when a request needs it.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
     content: dict[str, object] = {"status": slot.state.value}
     told = not is_stranger(request.scope) and caller_of(request.scope).may_use(*slot.entry.names)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Routes of vLLM's server beside OpenAI's: load, settings, tokenizer, sleep, pooling and classes.
 
-Outside the ten steps, except for `/pooling` and `/classify`. If several models are served, `?model=` or the body's
-`model` selects one.
+Not a step of a request's life, except for `/pooling` and `/classify`. If several models are served, `?model=` or the
+body's `model` selects one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _EACH = {"model": {"type": "string", "description": "A served name; without it e
 
 
 class Load(msgspec.Struct, frozen=True):
-    """The load of the server: the sequences of all requests, also of requests that wait for a turn or a model."""
+    """The load of the server: sequences that run or wait in a queue, and requests that wait for a model to load."""
 
     server_load: int
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The web UI at `/`: the files of the bundle that `packages/server/webui` builds.
 
-Outside the ten steps. The files are the same in every installation and reveal nothing about this one, so they need no
-key; the requests of the page do. Only names in the bundle's manifest are served: no path is built from client input.
+Not a step of a request's life. The files are the same in every installation and reveal nothing about this one, so they
+need no key; the page's requests to the API do. Only names in the manifest are served: no path is made of client input.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PREVIEW_POLICY: Mapping[str, str] = {
     "frame-ancestors": "'self'",
     "sandbox": "allow-scripts",
 }
-"""What a model's code may do in a preview: run, but open no connection. Its frame in this document inherits this."""
+"""Policy of the document in which a preview runs a model's code: scripts run, but open no connection."""
 _NO_CONNECTIONS = {"connection-allowlist": "()"}  # also covers WebRTC and DNS lookups, unlike a content policy
 _CHECKED = "no-cache"  # cached, but revalidated for each use
-_FOREVER = "public, max-age=31536000, immutable"  # their names change with their content
+_FOREVER = "public, max-age=31536000, immutable"  # for files whose names change with their content
 _INDEX = "index.html"
 _PREVIEW = "preview.html"
 
@@ -101,7 +101,7 @@ def web_ui_router() -> APIRouter:
 
     @router.get("/preview.html", include_in_schema=False)
     async def preview(request: Request) -> Response:
-        """An empty document that shows code from the page, which can reach nothing."""
+        """An empty document in which the page runs a model's code without network access."""
         return bundle[_PREVIEW].answer(request)
 
     @router.get("/icon.svg", include_in_schema=False)
