@@ -69,7 +69,7 @@ class Shape:
     """Lengths of prompts and answers.
 
     Attributes:
-        input_len, output_len: lengths in tokens; None takes the data set's.
+        input_len, output_len: lengths in tokens; None keeps the lengths of the data set.
         prefix_len: number of tokens that all random prompts share at the start.
         range_ratio: random lengths are between (1 - ratio) and (1 + ratio) times `input_len` and `output_len`.
     """

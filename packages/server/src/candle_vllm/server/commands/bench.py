@@ -10,7 +10,7 @@ token ids, never repeated, and the prefix cache is off, so that no result is reu
     decode_tok_s    tokens of one stream after its first / time they took; median over the streams
     output_tok_s    output tokens of all streams / whole time of the round, prompts included
     load_s          creation of the engine: reading, repacking, compiling
-    start_s         from the start of this process to the first token of the short request (Linux; else null)
+    start_s         from the start of this process to the first token of the short request; null if unknown
     peak_rss_mb     largest resident memory of this process so far, in MB of 2^20 bytes
 """
 
@@ -146,7 +146,7 @@ def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
 
 
 def process_age() -> float | None:
-    """Return the seconds since the start of this process, with a resolution of 10 ms on Linux, or None if unknown."""
+    """Return the seconds since the start of this process (resolution 10 ms on Linux), or None if they are unknown."""
     if sys.platform != "linux":
         return time.time() - psutil.Process().create_time()
     try:

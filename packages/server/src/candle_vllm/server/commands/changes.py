@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Preview of the changes that a tool call would make, for the user who approves it.
 
-Tools that write files take a path and a text, or a text and its replacement, under the names below. Of other tools, the
-user only sees the arguments.
+Tools that write files take a path and a text, or a text and its replacement, under the names below. For other tools,
+the user only sees the arguments.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Chat:
         return [*self._start, *messages[len(self._start) + self._left_out :]]
 
     def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
-        """Return the messages that fit into the context, of which the answer gets a quarter, and `max_tokens`.
+        """Return the messages that fit into the context beside an answer of up to a quarter of it, and `max_tokens`.
 
         Raises UsageError if the last message alone is too long.
         """
@@ -244,7 +244,7 @@ class Chat:
 
     @staticmethod
     def _length(engine: InferenceEngine, messages: list[Message]) -> int:
-        """Return the number of tokens of the prompt."""
+        """Return the number of tokens of the prompt; 2^62 if the engine refuses it as too long."""
         try:
             return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
         except PromptTooLongError:
@@ -328,7 +328,7 @@ class Chat:
         self._messages = [*self._start, *turns]
 
     def _model(self, rest: str) -> None:
-        """Switch the model. The old one is unloaded first, because both may not fit; it is restored after a failure."""
+        """Switch the model. The old one is unloaded first, because both may not fit, and loaded again on a failure."""
         if not rest:
             self.say(self.name)
             return

@@ -34,7 +34,7 @@ def generate(
     if not text:
         raise UsageError("the prompt is empty")
     with load_engine(settings, max_num_seqs=1) as engine:
-        gc.freeze()  # the process ends soon: skip the cycle detection
+        gc.freeze()  # the process ends soon, so no garbage collection is needed
         if chat:
             messages = conversation(system, text)
             pieces = answer_pieces(engine, messages, settings, max_tokens, stop)

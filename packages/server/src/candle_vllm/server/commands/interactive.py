@@ -123,7 +123,7 @@ def keys_unseen() -> Iterator[None]:
 
 
 def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
-    """Return a function that reads a text, or None at the end of input; `home` holds the history, Tab completes."""
+    """Return a function that reads a text, or None at the end of input. The history is in `home`; Tab completes."""
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():

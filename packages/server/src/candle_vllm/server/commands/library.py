@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""`candle-vllm pull | list | rm | show | ps | run`: manages the models on this machine; `ps` lists those of a server.
+"""`candle-vllm pull | list | rm | show | ps | run`: manages the models on this machine; `ps` lists a server's models.
 
-Outside the life of a request, except for `run`, which downloads a model if necessary and then acts as `chat`, or
+Not a step of a request's life, except for `run`, which downloads a model if necessary and then acts as `chat`, or
 answers one prompt.
 """
 
@@ -30,7 +30,7 @@ _PATIENCE = 10.0  # seconds until the timeout of the request to the server
 
 
 def pull(settings: ModelOptions, name: str) -> int:
-    """Print the size of a model and whether it fits, download it, and verify it with the hub's checksums."""
+    """Print the size of a model and whether it fits into memory, download it, and verify the hub's checksums."""
     _pulled(settings, name)
     return 0
 

@@ -127,7 +127,7 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
 
 
 def _send(url: httpx.URL, path: Path) -> None:
-    """Upload the answers; if that fails, the error tells in which file they are."""
+    """Upload the answers; if that fails, the CandleVllmError names the file that has them."""
     why = ""
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)

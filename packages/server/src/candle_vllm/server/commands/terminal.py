@@ -31,7 +31,7 @@ def conversation(system: str | None, text: str) -> list[Message]:
 
 
 def unfinished(reason: FinishReason | None, at: str = OWN_LIMITS) -> str:
-    """Return that the answer was cut, and at which limit; "" for an answer that was not."""
+    """Return a text that names the limit at which an answer was cut; "" for an answer that was not cut."""
     if reason is None or not reason.cut:
         return ""
     limit = at if reason is FinishReason.LENGTH else reason.limit
@@ -128,7 +128,7 @@ class Display:
             self._rate = dimmed(f"({tokens} tokens{rate})") + "\n"
 
     def close(self) -> None:
-        """End the answer and its line, if there is one."""
+        """End the line of the answer, if an answer was printed, and print the token rate."""
         sys.stdout.write("\n" if self._begun else "")
         self._write_rate()
 

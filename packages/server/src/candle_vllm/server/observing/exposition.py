@@ -28,8 +28,8 @@ def render(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
     """
     if "openmetrics" not in choose_encoder(accept)[1]:
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
-    # The names need no escaping. But the encoder that is chosen for Prometheus 2 writes `vllm_x` for `vllm:x` in
-    # every sample, though not in the line that gives its type; this encoder does not change the names.
+    # The names need no escaping. But the encoder that `choose_encoder` selects for Prometheus 2 writes `vllm_x` for
+    # `vllm:x` in every sample, though not in the `# TYPE` line; the encoder below does not change the names.
     return openmetrics.generate_latest(registry, escaping=openmetrics.ALLOWUTF8), openmetrics.CONTENT_TYPE_LATEST
 
 

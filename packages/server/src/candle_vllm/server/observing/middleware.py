@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""ASGI layers: request ids, the log of HTTP requests and warnings (`x-warning`) outermost, then HTTP metrics.
+"""ASGI layers: the outer one for request ids, warnings (`x-warning`) and the log, the inner one for HTTP metrics.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is used if all its characters are safe. The log has
 method, path, status, time, id, the client's address and its key's label, never content or headers. Labels of metrics

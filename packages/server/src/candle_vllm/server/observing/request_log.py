@@ -87,7 +87,7 @@ class TextFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """The file of `--log-file`. If writing fails, standard error says so once, until a write succeeds."""
+    """The file of `--log-file`. If writes fail, one line on standard error reports it until a write succeeds."""
 
     _failed = _told = False
 

@@ -28,7 +28,7 @@ class FinishedRequest:
     Attributes:
         info: the request as the engine got it.
         context: the HTTP request, if there is one.
-        arrived, ended: `time.monotonic()` seconds, as its caller saw it.
+        arrived, ended: `time.monotonic()` at which the server got the request and finished it.
         first_token: time of its first token; None for an answer without tokens.
         times: the engine's own times, as far as it reported them.
         prompt_tokens, cached_tokens: token counts as in `usage`.

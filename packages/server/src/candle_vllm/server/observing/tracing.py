@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
+"""Tracing: a span in OpenTelemetry's terms for each engine request (after step 10 of a request's life).
 
-Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended, and
-put into a bounded queue, which drops them when it is full: a slow or missing collector delays no request.
+Off unless an endpoint is given; needs the extra `candle-vllm[telemetry]`. Spans are made when a request has ended. A
+bounded queue drops new spans while it is full, so that a slow or missing collector delays no request.
 """
 
 from __future__ import annotations

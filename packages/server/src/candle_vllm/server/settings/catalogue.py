@@ -22,7 +22,7 @@ class ModelEntry:
 
     Attributes:
         name: its name in the catalogue: from models.yaml, or derived from its files.
-        settings: settings of the process, with the model's own in their place.
+        settings: settings of the process; the model's own settings replace them.
         aliases: the names for clients; the API reports the first. Without aliases it reports `name`.
     """
 
@@ -36,7 +36,7 @@ class ModelEntry:
         return tuple(dict.fromkeys((*self.aliases, self.name)))
 
     def is_as(self, other: ModelEntry) -> bool:
-        """Whether a model that was loaded for this entry fits the other one; settings of the process do not count."""
+        """Whether a model that was loaded for this entry fits the other entry; settings of the process do not count."""
         own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
         mine, theirs = self.settings, other.settings
         return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)

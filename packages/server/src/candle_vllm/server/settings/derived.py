@@ -65,8 +65,8 @@ logger = logging.getLogger(__name__)
 def model_source(settings: HubOptions, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
     """Return the model and its weight file for `EngineConfig`.
 
-    With `fetch`, a model at a URL is downloaded; without, its folder or its URL is returned. `offline` allows only
-    models that are downloaded already.
+    With `fetch`, a model at a URL is downloaded; without `fetch`, its folder or its URL is returned. `offline` allows
+    only models that are downloaded already.
     """
     if settings.weight_path is not None:
         if not settings.weight_path.is_dir():
@@ -248,7 +248,7 @@ def _template(path: Path | None) -> str | None:
 
 
 def store_options(settings: StorageOptions) -> StoreOptions | None:
-    """Return the options of the response store, or None if it is off; no UsageError contains an invalid URL."""
+    """Return the options of the response store, or None if it is off; errors do not repeat a URL with a password."""
     url = settings.responses_store
     if url == OFF:
         return None
