@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for downloading, naming and deleting models.
 
-Not a step of a request's life. The operator must allow these routes (`--allow-model-changes`), and the server must have
-API keys or listen only on this machine.
+Not a step of a request's life. The operator must allow these routes, for clients with a key or on this machine only.
 """
 
 from __future__ import annotations
