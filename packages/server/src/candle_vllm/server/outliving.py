@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Answers that outlive their clients: a request with mailbox headers continues after its client has disconnected.
 
-Between steps 2 and 10 of a request's life. A task reads the chunks of the answer. The client reads them from the task,
-or gets the whole answer at the end, or leaves; the whole answer goes to the mailbox. Other requests are aborted when
-their client disconnects.
+Between steps 2 and 10 of a request's life. A task reads the chunks of the answer and stores the whole answer in the
+mailbox. The client reads the chunks from the task, or gets the whole answer at the end, or disconnects. Other requests
+are aborted when their client disconnects.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StoredForm:
 
 @dataclass(frozen=True)
 class Wish:
-    """What one request asked of the mailbox.
+    """The mailbox headers of one request, as a policy for its answer.
 
     Attributes:
         policy: when the answer is stored, and when it is pushed to a webhook.
@@ -135,7 +135,7 @@ class MailboxWriter:
 
 
 class OutlivingAnswer:
-    """The chunks of one answer for its client, which may leave; at the end the mailbox gets the whole answer.
+    """The chunks of one answer for its client, which may disconnect; at the end the mailbox gets the whole answer.
 
     `deadline` is the `time.monotonic()` until which `finish` waits for the client.
     """
@@ -151,8 +151,8 @@ class OutlivingAnswer:
         self._reader = self._chunks.read()
         self._made: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._delivered = False
-        self._gone = asyncio.Event()  # set when the client leaves before it has everything
-        self._over = asyncio.Event()  # set when the client has everything or has left
+        self._gone = asyncio.Event()  # set when the client disconnects before it has the whole answer
+        self._over = asyncio.Event()  # set when the client has the whole answer or has disconnected
         self._noting = asyncio.create_task(self._note())
 
     # ---- for the client ----------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class OutlivingAnswer:
     async def response(self, encode: Callable[[Any], bytes]) -> Response:
         """Return the whole answer as JSON, for a client that wants no stream; raises the exception of a failed answer.
 
-        Cancel it when the client leaves.
+        Cancel the coroutine when the client disconnects.
         """
         return _WholeResponse(encode(await self._whole()), self)
 

@@ -144,7 +144,7 @@ class ResponseEvents:
 
 
 def event_stream(events: AsyncIterator[EncodedEvent]) -> EventStream:
-    """Return the stream of a background response's events for one reader, which may leave."""
+    """Return the stream of a background response's events for one reader, which may disconnect."""
     written = ResponseEvents()
     return EventStream(events, written.write, _error_event, silence=written.silence)
 

@@ -149,8 +149,8 @@ class TerminalApproval:
     Args:
         approved: names of tools that are approved in advance, with their server (`files__read`) or without (`read`);
             "*" matches any characters.
-        read_line: asks a question and returns the line that answers it, None at the end of input. None uses standard
-            input, if it is a terminal.
+        read_line: shows a question and returns the user's line, or None at the end of input. By default standard input
+            is used, if it is a terminal.
     """
 
     def __init__(self, approved: Iterable[str] = (), read_line: ReadLine | None = None) -> None:

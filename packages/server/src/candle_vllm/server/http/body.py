@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Read a request's body with a limit, and wait for an answer while watching the connection.
 
-Step 1 of a request's life, and its end if the client leaves: a disconnect cancels the wait for the answer, which aborts
-the request in the engine.
+Step 1 of a request's life. If the client disconnects, the wait for the answer is cancelled, which aborts the request in
+the engine.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ async def parse_request(
 
     Raises:
         HttpError: 415 other content type, 400 invalid length, 413 too large, 408 too slow, 503 too many bytes (`Held`).
-        ClientGone: the client left while sending.
+        ClientGone: the client disconnected before the end of the body.
     """
     headers = dict(scope["headers"])
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()

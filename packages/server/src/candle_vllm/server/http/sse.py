@@ -3,8 +3,7 @@
 
 Step 10 of a request's life. Pure ASGI: chunks that are ready in one iteration of the event loop are sent in one write,
 keep-alives fill a silence, a failure in mid-stream is sent as an event, and a disconnect closes the chunks, which
-aborts the request in the engine. Slow clients, clients that leave, deadlines and the server's shutdown are handled
-here, for every API.
+aborts the request in the engine. Slow clients, deadlines and the server's shutdown are handled here, for every API.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class Mailbox:
     async def push(
         self, owner: str, request_id: str, url: str | None, bearer: str | None, headers: Mapping[str, str]
     ) -> None:
-        """Push an answer once, now, because its owner asks for it.
+        """Push an answer once, now, at the request of its owner.
 
         `url` is a client's URL, with `bearer` as its token; None means the operator's webhook. `headers` are further
         headers, whose names the operator must allow.

@@ -127,7 +127,7 @@ class ModelSwitcher:
         return [slot.model for slot in self._slots if slot.model is not None]
 
     def want(self, slot: ModelSlot, *, asked: bool = False) -> None:
-        """Queue a model for loading because requests wait for it, or because it is `asked` for without a request."""
+        """Queue a model for loading because requests wait for it, or, with `asked`, even if no request waits."""
         slot.asked = slot.asked or asked
         if slot not in self._wanted and slot.state is not ModelState.LOADING:
             if slot.state in (ModelState.UNLOADED, ModelState.FAILED):

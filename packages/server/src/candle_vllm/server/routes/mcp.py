@@ -48,7 +48,7 @@ class McpCallRequest(WireModel):
     Attributes:
         name: the tool's name in `/v1/mcp/tools`.
         arguments: arguments that are valid by the tool's schema.
-        approved: whether somebody has approved this call.
+        approved: whether the user has approved this call.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
@@ -171,7 +171,7 @@ async def list_mcp_tools(request: Request) -> Response:
     errors=(404, 429, 504),
 )
 async def call_mcp_tool(request: Request) -> Response:
-    """Call a tool once; needs an API key and somebody's approval."""
+    """Call a tool once; needs a key and the user's approval."""
     service = _service(request)
     _check_client(request, has_api_keys=request.app.state.settings.has_api_keys)
     deadline = deadline_of(request)
@@ -222,7 +222,7 @@ def _service(request: Request) -> McpService:
 
 
 def _check_client(request: Request, *, has_api_keys: bool) -> None:
-    """Refuse a call without a key: it may do anything that its tool can do, so the operator must know the client."""
+    """Refuse a client without a key, because a call may do anything that its tool can do; raises HttpError 403."""
     if not (has_api_keys or _has_page_key(request)):
         message = (
             "Only a client with a key may have tools called. In the web UI: open the address that the server printed at"
