@@ -247,9 +247,9 @@ def _limited() -> type[HttpToolsProtocol]:
     class LimitedHttpToolsProtocol(HttpToolsProtocol):
         """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-        It also closes a connection if a body has too many small chunks, or is incomplete when its answer begins. uvicorn
-        refers only to the last of several pipelined requests, this class to all of them. When the client disconnects,
-        the request that is being answered is notified, and no error is sent in place of its answer.
+        Also if a body has too many small chunks, or is incomplete when its answer begins. uvicorn has a reference only
+        to the last of several pipelined requests, this class to all of them. When the client disconnects, the request
+        that is being answered is notified, and no error is sent in place of its answer.
         """
 
         _piece = b""  # the data that is being parsed
