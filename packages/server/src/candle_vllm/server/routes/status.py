@@ -101,9 +101,9 @@ async def health(request: Request) -> JSONResponse:
 
 @route("GET /ready", answer=Readiness, statuses=(200, 503), public=True)
 async def ready(request: Request) -> JSONResponse:
-    """200 while a request for the default model would be answered at once.
+    """200 while the default model is loaded, or unloaded because it was idle.
 
-    Also 200 if the model was unloaded because it was idle: the next request loads it. Otherwise 503, with the reason.
+    The next request loads an idle model. Otherwise 503, with the reason.
     Requests without a valid key, and keys that may not use the model, get only the status, because the progress may
     contain names of files.
     """
