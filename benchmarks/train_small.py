@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from candle_vllm.core.testing.toy_model import SPECIAL_TOKENS, TOY_VOCAB_SIZE, write_toy_tokenizer
 

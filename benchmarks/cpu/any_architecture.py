@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.llama.configuration_llama import LlamaConfig
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.loading.gguf import open_gguf
@@ -45,7 +46,7 @@ def plain_model(path: Path) -> Any:
     with open_gguf(path) as file:
         vocabulary = file.tensors["token_embd.weight"].shape[0]
         found: dict[str, Any] = {name.removeprefix("llama."): value for name, value in file.metadata.items()}
-    config = transformers.LlamaConfig(
+    config = LlamaConfig(
         hidden_size=found["embedding_length"],
         intermediate_size=found["feed_forward_length"],
         num_hidden_layers=found["block_count"],
@@ -56,7 +57,7 @@ def plain_model(path: Path) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def plain_speed(model: Any, count: int, threads: int) -> float:

@@ -11,6 +11,7 @@ weights answer is noise; what a step costs is the same.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -117,14 +118,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def write_folder(folder: Path, shape: str, vocabulary: Path) -> None:
     """A Hugging Face folder with random weights in bfloat16 and the vocabulary's tokenizer."""
     import torch
-    import transformers
 
     from candle_vllm.core.loading.gguf import GgufFile
     from candle_vllm.core.text.tokenizer import Tokenizer
 
     name, fields = SHAPES[shape]
     torch.manual_seed(0)
-    family = getattr(transformers, name)
+    family = getattr(importlib.import_module("transformers"), name)
     config = family.config_class(**fields)
     tokenizer = Tokenizer.from_gguf(GgufFile.open(vocabulary).metadata)
     end = next(

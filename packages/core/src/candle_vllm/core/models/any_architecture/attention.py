@@ -11,8 +11,8 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.loading.cache_specs import PagedSpec

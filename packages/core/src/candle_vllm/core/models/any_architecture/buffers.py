@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import PreTrainedModel
 
 from candle_vllm.core.layers.parameters import Placement
 
@@ -20,7 +20,7 @@ def first_position(model: Any) -> int:
 
 def make_buffers(model: Any, placement: Placement, longest: int) -> None:
     """Compute the buffers that no checkpoint stores, such as rotary frequencies, by each class's own rules."""
-    models = [each for each in model.named_modules() if isinstance(each[1], transformers.PreTrainedModel)]
+    models = [each for each in model.named_modules() if isinstance(each[1], PreTrainedModel)]
     for name, module in reversed(list(model.named_modules())):  # layers before their model, which may override
         mine = [part for part in module._non_persistent_buffers_set if module._buffers.get(part) is not None]
         plain = [part for part, value in vars(module).items() if isinstance(value, torch.Tensor) and value.is_meta]
@@ -28,7 +28,7 @@ def make_buffers(model: Any, placement: Placement, longest: int) -> None:
             module._buffers[part] = torch.zeros_like(module.get_buffer(part), device=placement.device)
         for part in plain:
             setattr(module, part, torch.zeros_like(getattr(module, part), device=placement.device))
-        if mine or plain or isinstance(module, transformers.PreTrainedModel):
+        if mine or plain or isinstance(module, PreTrainedModel):
             owner = [each for own, each in models if not own or f"{name}.".startswith(f"{own}.")][-1]
             with torch.no_grad():
                 owner._init_weights(module)

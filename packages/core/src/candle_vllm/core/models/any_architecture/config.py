@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
@@ -19,6 +20,7 @@ from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.models.any_architecture.attention import PROBE, AttentionCall, NotPagedError
 from candle_vllm.core.models.any_architecture.trial import calls_of, class_of, without_memory
 
+_VERSION = version("transformers")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 
 
@@ -61,20 +63,18 @@ def config_from_hf(values: Mapping[str, Any], path: Path) -> AnyConfig:
     """
     _check_sizes(values, path)
     kind = Fields(values, path).get("model_type", str)
-    if kind not in transformers.CONFIG_MAPPING:
+    if kind not in CONFIG_MAPPING:
         code = "; code beside the weights is never run" if values.get("auto_map") else ""
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} has no model_type {kind!r:.80} either{code}"
-        )
+        raise UnsupportedModelError(f"{path}: transformers {_VERSION} has no model_type {kind!r:.80} either{code}")
     try:
-        described = transformers.CONFIG_MAPPING[kind].from_dict(_with_floats(values))
+        described = CONFIG_MAPPING[kind].from_dict(_with_floats(values))
         kind_of = class_of(described)
         if kind_of is None:
-            raise UnsupportedModelError(f"{path}: {kind} of transformers {transformers.__version__} is no decoder")
+            raise UnsupportedModelError(f"{path}: {kind} of transformers {_VERSION} is no decoder")
         declared = kind_of._supports_attention_backend
         model = without_memory(described, PROBE if declared else None, torch.float32)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-        raise InvalidFileError(f"{path}: transformers {transformers.__version__} refuses it: {error!s:.300}") from error
+        raise InvalidFileError(f"{path}: transformers {_VERSION} refuses it: {error!s:.300}") from error
     calls, obstacle = tuple[AttentionCall, ...](), None
     try:
         calls = calls_of(model)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import transformers
+from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from candle_vllm.core.kernels.recorded import Value
@@ -133,7 +133,7 @@ class _Head(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             found = getattr(self.__dict__["_base"][0], name)
-            return self if isinstance(found, transformers.PreTrainedModel) else found  # some heads call an inner model
+            return self if isinstance(found, PreTrainedModel) else found  # some heads call an inner model
 
     def forward(self, *_: Any, **__: Any) -> _Output:
         """Return the hidden states as the layers' result."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CONFIG_MAPPING
-from transformers import modeling_gguf_pytorch_utils as older
-from transformers.integrations import gguf as newer
+import transformers.integrations.gguf as newer
+import transformers.modeling_gguf_pytorch_utils as older
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint

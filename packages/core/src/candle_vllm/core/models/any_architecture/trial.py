@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -32,7 +32,8 @@ def class_of(described: Any) -> Any:
     if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(described)]
     name = (described.architectures or [""])[0]
-    found = getattr(transformers, name) if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() else None
+    listed = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    found = getattr(importlib.import_module("transformers"), name) if listed else None
     return found if found is not None and found.config_class is type(described) else None
 
 
