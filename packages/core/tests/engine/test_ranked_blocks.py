@@ -365,6 +365,7 @@ class Lines:
         return len(self._closed) == self.count
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_ranks_lack_and_however_late_they_are(seed: int) -> None:
     """Sequences that begin, wait, give up and take each other's blocks: what is found is right in every rank."""

@@ -478,6 +478,7 @@ def seeing(folder: Path, **settings: Any) -> list[Any]:
         return [[answer.outputs[0].token_ids for answer in answers] for answers in found]
 
 
+@pytest.mark.every_case
 def test_pictures(tmp_path: Path) -> None:
     """They are cut by steps of 40 tokens; what they became stands in the prefix cache of all ranks."""
     folder = write_toy_sight(tmp_path)

@@ -133,7 +133,7 @@ def test_sums_and_parts_side_by_side_are_those_of_numpy_and_the_same_on_each_ran
 SELDOM = pytest.param("abort in an exchange", marks=pytest.mark.every_case)
 
 
-@pytest.mark.one_of_each(2)
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("how", ["abort", "killed", "patience", "killed in an exchange", SELDOM])
 def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path) -> None:
     with shared_memory(3) or pytest.fail("there is no memory") as file:

@@ -211,7 +211,7 @@ def run_there(processor: Emulated, made: Compiled, functions: list[int]) -> list
     return [x.copy() for x in there[: 2 + len(recorder.allocated)]]
 
 
-@pytest.mark.one_of_each(2)
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("kernel", ["delta_rule", "short_conv", "gated short_conv"])
 def test_states_have_the_same_bits(processor: Emulated, kernel: str) -> None:
     """And results, and kept rows: in two steps, the second of which begins with what the first one kept."""

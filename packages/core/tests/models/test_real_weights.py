@@ -213,6 +213,7 @@ def smollm2_oracle() -> Iterator[Forward]:
     gc.collect()
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(("prompts", "tokens"), [SOME, MANY])
 def test_smollm2_equals_transformers(smollm2_oracle: Forward, prompts: int, tokens: int) -> None:
     with InferenceEngine(str(demo_model()), enforce_eager=True) as engine:

@@ -122,6 +122,7 @@ def decided(name: str, prompt: list[int], answer: tuple[int, ...]) -> tuple[bool
     return bool((best[:, 0] - best[:, 1]).min() > NEAR), rows.argmax(-1).tolist()
 
 
+@pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_sentences_go_on_as_those_of_transformers(name: str) -> None:
     """Token for token, in fp32, several at once; of the first ten on whose way transformers sees no tie."""

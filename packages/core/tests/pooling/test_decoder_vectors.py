@@ -186,8 +186,8 @@ def plain(loaded: LoadedModel) -> dict[str, Any]:
         return drive(loaded, EagerRunner(loaded.decoder, 400, 16, CPU, torch.float32), 400)[0]
 
 
-@pytest.mark.one_of_each(2)
-@pytest.mark.parametrize(("lazy", "blocks"), [(False, 16), (True, 400), (True, 16)])
+@pytest.mark.one_of_each(1)
+@pytest.mark.parametrize(("lazy", "blocks"), [(True, 16), (False, 16), (True, 400)])
 def test_the_same_on_a_late_device_and_after_preemption(
     loaded: LoadedModel,
     expected: dict[PoolingKind, np.ndarray],

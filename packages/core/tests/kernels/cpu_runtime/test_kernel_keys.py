@@ -50,9 +50,9 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def changing(path: Path, find: Callable[[], dict[str, dict[str, str]]]) -> set[str]:
-    """The names whose sources are found otherwise while a file ends with another line."""
-    before, text = find(), path.read_bytes()
+def changing(path: Path, before: dict[str, dict[str, str]], find: Callable[[], dict[str, dict[str, str]]]) -> set[str]:
+    """The names whose sources are found otherwise than `before` while a file ends with another line."""
+    text = path.read_bytes()
     path.write_bytes(text + b"\nCHANGED = 1\n")
     kernel_cache._source.cache_clear()
     try:
@@ -121,9 +121,14 @@ def dependants(core: Path) -> dict[str, set[str]]:
 def test_a_change_of_a_module_changes_the_keys_of_exactly_its_dependants(copy: Path) -> None:
     expected, found = dependants(copy), modules(copy)
     wrong = {}
+
+    def find() -> dict[str, dict[str, str]]:
+        return {kernel: sources(kernel, copy) for kernel in KERNELS}
+
+    before = find()
     for name, path in found.items():
         if name.startswith((f"{PACKAGE}.kernels", f"{PACKAGE}.quantization")) or name.count(".") == 2:
-            changed = changing(path, lambda: {kernel: sources(kernel, copy) for kernel in KERNELS})
+            changed = changing(path, before, find)
             if changed != expected.get(name, set()):
                 wrong[name] = changed ^ expected.get(name, set())
     assert wrong == {}
