@@ -266,7 +266,10 @@ def _stats(**numbers: Any) -> EngineStats:
 
 def test_gauges_are_the_engines_and_go_with_it(noted: Any) -> None:
     engine = _WithStats()
-    engine.numbers = _stats(num_running=3, num_waiting=2, num_blocks=10, num_free_blocks=4, preemptions=5, steps=9)
+    engine.numbers = _stats(
+        num_running=3, num_waiting=2, num_blocks=10, num_free_blocks=4, preemptions=5, steps=9,
+        accepted_per_position=(4, 0),
+    )  # fmt: skip
     setup = noted(engine, name="m", queued=lambda: 4)
     samples = setup.samples()
     labels = {"model_name": "m", "engine": "0"}
@@ -290,13 +293,17 @@ def test_gauges_are_the_engines_and_go_with_it(noted: Any) -> None:
     assert not samples.has("candle_vllm:engine_up")
     assert samples.sum("vllm:num_preemptions_total", **labels) == 5
     assert samples.sum("candle_vllm:engine_steps_total", **labels) == 9
+    accepted = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert [samples.sum(accepted, position=place, **labels) for place in "01"] == [4, 0]
+    assert samples.has(accepted, position="1")
 
 
 async def test_counters_go_on_when_a_model_is_loaded_again() -> None:
     metrics = Metrics()
     for load in (1, 2):
         engine = _WithStats("abc")
-        engine.numbers = _stats(preemptions=2, prompt_tokens=10, cached_prompt_tokens=4)
+        counts = {"preemptions": 2, "prompt_tokens": 10, "cached_prompt_tokens": 4}
+        engine.numbers = _stats(**counts, accepted_per_position=(3, 1, 0)[load - 1 :])
         watcher = watched(engine, metrics)
         await _read(engine.stream("prompt", FIVE, watcher=watcher))
         reading = metrics.models()[0].read()
@@ -307,6 +314,7 @@ async def test_counters_go_on_when_a_model_is_loaded_again() -> None:
     reading = metrics.models()[0].read()
     assert reading.engine is None
     assert reading.engine_sums["prompt_tokens"] == 20
+    assert reading.engine_sums["accepted_per_position"] == (4, 1, 0)
 
 
 async def test_a_new_engine_takes_the_place_of_one_that_was_not_closed() -> None:

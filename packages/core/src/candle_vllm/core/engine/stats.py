@@ -53,12 +53,14 @@ class Stat(NamedTuple):
         help: the help text of the counter.
         now: whether the field is a gauge, which ends with its engine; other fields count since the start.
         join: aggregates the values of replicas: `sum`, or `max` if all replicas have the same or a shared value.
+        label: the label of a counter with a sample for each element of the field: the element's index, from 0.
     """
 
     series: str = ""
     help: str = ""
     now: bool = False
     join: Callable[[Sequence[Any]], Any] = sum
+    label: str = ""
 
 
 class EngineStats(ShownStruct, frozen=True, kw_only=True):
@@ -114,7 +116,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         "vllm:spec_decode_num_draft_tokens_total", "Draft tokens that were tried.")] = 0
     accepted_draft_tokens: Annotated[int, Stat(
         "vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.")] = 0
-    accepted_per_position: Annotated[tuple[int, ...], Stat(join=_by_place)] = ()
+    accepted_per_position: Annotated[tuple[int, ...], Stat(
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total", "Accepted draft tokens, by position in the draft.",
+        join=_by_place, label="position")] = ()
     step_seconds: Annotated[tuple[float, ...], Stat(join=_first)] = ()
     steps: Annotated[int, Stat("candle_vllm:engine_steps_total", "Steps of the engine.")]
     adapters: Annotated[int, Stat(now=True, join=max)] = 0

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import LoRARequest
-from candle_vllm.core.engine.stats import EngineStats
+from candle_vllm.core.engine.stats import STATS, EngineStats
 from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
@@ -125,7 +125,7 @@ class ModelMetrics:
         buckets = token_buckets(max_model_len)
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
         self._engine: EngineWatcher | None = None
-        self._past: Counter[str] = Counter()
+        self._past: Mapping[str, Any] = {each.stat: STATS[each.stat].join([]) for each in ENGINE_COUNTERS}
         self.gap_bounds = self._histograms[INTER_TOKEN_LATENCY.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
@@ -137,14 +137,14 @@ class ModelMetrics:
             self._adapters.max_keys = max(self._adapters.max_keys, 0 if stats is None else stats.max_adapters)
             before, self._engine = self._engine, engine
             if before is not None:
-                self._past += _sums(before.read())
+                self._past = _sums(self._past, before.read())
 
     def detach(self, engine: EngineWatcher) -> None:
         """Remove the gauges of an engine before it closes; its counts stay."""
         with self._lock:
             if self._engine is engine:
                 self._engine = None
-                self._past += _sums(engine.read())
+                self._past = _sums(self._past, engine.read())
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class ModelMetrics:
                 histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
             histograms[TIME_PER_OUTPUT_TOKEN.name] = histograms[INTER_TOKEN_LATENCY.name]
             return ModelReading(
-                self.name, tokens, Counter(self._finished), histograms, self._past + _sums(engine), engine,
+                self.name, tokens, Counter(self._finished), histograms, _sums(self._past, engine), engine,
                 self._adapters.rows(),
             )  # fmt: skip
 
@@ -222,7 +222,9 @@ class ModelMetrics:
                 logger.warning("a request could not be reported", exc_info=True)
 
 
-def _sums(engine: EngineReading | None) -> Counter[str]:
-    """Return the counters of the engine itself."""
+def _sums(past: Mapping[str, Any], engine: EngineReading | None) -> Mapping[str, Any]:
+    """Return the sums of past engines' own counters and of this engine's."""
     stats = None if engine is None else engine.stats
-    return Counter() if stats is None else Counter({each.stat: getattr(stats, each.stat) for each in ENGINE_COUNTERS})
+    if stats is None:
+        return past
+    return {name: STATS[name].join([value, getattr(stats, name)]) for name, value in past.items()}

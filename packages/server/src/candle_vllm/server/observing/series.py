@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from candle_vllm.core.engine.outputs import FinishReason
 from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
@@ -51,7 +51,8 @@ class ModelReading:
     Attributes:
         finished: sequences and pooled texts by finish reason.
         histograms: histograms by name of the metric.
-        engine_sums: sums over all its engines, including the current one, by field of `EngineStats`.
+        engine_sums: sums over all its engines, including the current one, by field of `EngineStats`; a tuple of sums
+            for a counter with a label.
         engine: the loaded engine; None while the model is not loaded.
         adapters: ended requests and their tokens, by LoRA adapter.
     """
@@ -60,7 +61,7 @@ class ModelReading:
     tokens: UsageCounts
     finished: Counter[str]
     histograms: Mapping[str, Histogram]
-    engine_sums: Counter[str]
+    engine_sums: Mapping[str, Any]
     engine: EngineReading | None
     adapters: Sequence[UsageRow] = ()
 
@@ -144,7 +145,8 @@ def _named(counts: Mapping[str, int]) -> str:
 
 
 def _engine_sum(stat: str, model: ModelReading) -> Iterable[Row]:
-    return [((), model.engine_sums[stat])]
+    value = model.engine_sums[stat]
+    return [((str(index),), each) for index, each in enumerate(value)] if STATS[stat].label else [((), value)]
 
 
 def _tokens(name: str, text: str, value: Callable[[UsageCounts], float]) -> Series:
@@ -231,10 +233,11 @@ GAUGES: tuple[Series, ...] = (
 """Gauges of a loaded model, read at each scrape."""
 
 ENGINE_COUNTERS: tuple[Series, ...] = tuple(
-    Series(kind.series, "counter", MODEL, kind.help, stat=stat, read=partial(_engine_sum, stat))
+    Series(kind.series, "counter", (*MODEL, *filter(None, [kind.label])), kind.help, stat=stat,
+           read=partial(_engine_sum, stat))
     for stat, kind in STATS.items()
     if kind.series
-)
+)  # fmt: skip
 """Counters of the engine itself; their sums survive unloading."""
 
 REQUEST_COUNTERS: tuple[Series, ...] = (
