@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -137,15 +137,24 @@ def _is_mix(given: object) -> bool:
     )  # fmt: skip
 
 
-def serving_key(priority: int, *, running: int = 0, arrival: int = 0) -> tuple[int, int, int]:
-    """Return the key by which the scheduler and a server's admission queue choose the next request: the lowest first.
+class Ranked(Protocol):
+    """A request in a queue. `arrival_time` is in seconds, by the same clock for all requests of the queue."""
 
-    Args:
-        priority: the request's priority.
-        running: number of sequences in the engine with the request's API key, if several keys share the engine.
-        arrival: number in order of arrival; only the scheduler passes it, because the queue's candidates are in order.
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def arrival_time(self) -> float: ...
+
+
+def serving_rank(request: Ranked) -> int:
+    """Return the rank of a request: the lowest is served first, and may preempt running requests of a higher rank.
+
+    The server's admission queue, the scheduler's queues and preemption compare nothing else of a request. Of equal
+    ranks, the admission queue serves the API key with the fewest running sequences first, and the scheduler the oldest
+    request. A rank never changes, and of requests with one priority, a later one has no lower rank.
     """
-    return priority, running, arrival
+    return request.priority
 
 
 class GenerationRequest(ShownStruct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from candle_vllm.core.engine.requests import serving_key
+from candle_vllm.core.engine.requests import serving_rank
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import NO_KEY, current_request
@@ -49,14 +49,14 @@ class Queued(NamedTuple):
         key: label of its API key; "none" without a key.
         sequences: number of its sequences; 1 if the number does not matter for the queue.
         priority: requests with a lower value run first.
-        since: Unix time in seconds at which the wait began.
+        arrival_time: Unix time in seconds at which the wait began.
     """
 
     id: str
     key: str
     sequences: int
     priority: int
-    since: float
+    arrival_time: float
 
     @classmethod
     def now(cls, sequences: int = 1, priority: int = 0) -> Queued:
@@ -200,8 +200,8 @@ class Admission:
     def _admit(self) -> None:
         """Fill free places. No smaller request overtakes the first request in line, even if it would fit."""
         while self._queues:
-            first = min(self._queues, key=lambda each: serving_key(each[0], running=self._running[each[1]]))
-            waiting = self._queues[first][0]
+            heads = (queue[0] for queue in self._queues.values())
+            waiting = min(heads, key=lambda each: (serving_rank(each.queued), self._running[each.key]))
             if not waiting.entered.cancelled():
                 if not self._fits(waiting.sequences):
                     return

@@ -320,7 +320,7 @@ def queues(slots: Iterable[ModelSlot]) -> Queues:
             QueuedRequest(
                 id=each.id,
                 model=name,
-                queued_at=each.since,
+                queued_at=each.arrival_time,
                 waits_for=what,
                 key=each.key,
                 sequences=each.sequences,

@@ -2,17 +2,17 @@
 """Step 4: choose the sequences of the next step, and the number of tokens of each. This module imports no torch.
 
 Every step has a budget of rows. Decoding sequences come first with one row each, then running prompts, then waiting
-sequences in order of priority and arrival, each with as large a chunk of its prompt as the rest of the budget allows.
-A waiting prompt of a higher priority comes before running prompts. A decoding sequence has one more row for each draft
-token: the step then appends the accepted draft tokens and one sampled token.
+sequences in order of rank (`serving_rank`) and arrival, each with as large a chunk of its prompt as the rest of the
+budget allows. A waiting prompt of a lower rank comes before running prompts. A decoding sequence has one more row for
+each draft token: the step then appends the accepted draft tokens and one sampled token.
 
 - A prompt is admitted when the blocks for all of it are free, so a running prompt never waits for blocks.
 - A waiting prompt whose next block is being computed by a running one waits for that block and shares it, so the `n`
   sequences of one request, or a burst of requests with a common prefix, compute it once.
 - The `n` sequences of one request occupy at most half of `max_num_seqs` while another request waits.
-- When a decoding sequence needs a block and no block is free, the last running sequence (lowest priority, youngest) is
+- When a decoding sequence needs a block and no block is free, the last running sequence (highest rank, youngest) is
   preempted: its blocks are freed, and its prompt and generated tokens are recomputed later.
-- When a waiting sequence lacks blocks or the batch is full, running sequences of a lower priority are preempted, the
+- When a waiting sequence lacks blocks or the batch is full, running sequences of a higher rank are preempted, the
   last one in the order first.
 
 If steps overlap, a step is scheduled while the previous one still runs: `launched` counts its tokens in advance, and
@@ -192,7 +192,7 @@ class Scheduler:
     def _schedule(self) -> Step:
         """Schedule a step from the queues."""
         if self._is_outranked:
-            collections.deque(self._admit(self.running[-1].request.priority, preempts=True), maxlen=0)
+            collections.deque(self._admit(self.running[-1].rank, preempts=True), maxlen=0)
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in self._prompts_in_order(prompts) if budget else ():
@@ -376,10 +376,10 @@ class Scheduler:
         return True
 
     def _prompts_in_order(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yield running prompts, then newly admitted sequences; those of a higher priority come before a prompt."""
+        """Yield running prompts, then newly admitted sequences; those of a lower rank come before a prompt."""
         for prompt in prompts:
-            if self.waiting and self.waiting[0].request.priority < prompt.request.priority:
-                yield from self._admit(prompt.request.priority)
+            if self.waiting and self.waiting[0].rank < prompt.rank:
+                yield from self._admit(prompt.rank)
             yield prompt
         yield from self._admit()
 
@@ -387,15 +387,15 @@ class Scheduler:
         """Move waiting sequences to `running` in order, while blocks are free and the batch is not full; yield each.
 
         Args:
-            before: admit only sequences whose priority number is lower.
-            preempts: preempt running sequences of a lower priority for blocks, or if the batch is full.
+            before: admit only sequences whose rank is lower.
+            preempts: preempt running sequences of a higher rank for blocks, or if the batch is full.
         """
         deferred, held = 0, 0
         full: object = None  # a request that has its share of the batch
         changes = None if self.adapters is None else self.adapters.store.changes
         while len(self.waiting) > deferred and (preempts or len(self.running) < self.max_num_seqs):
             sequence = self.waiting[deferred]
-            if before is not None and sequence.request.priority >= before:
+            if before is not None and sequence.rank >= before:
                 return
             if sequence.request is full or self._has_its_share(sequence):
                 full = sequence.request
@@ -435,7 +435,7 @@ class Scheduler:
             fresh = needed - len(shared)
             while not self._fits(sequence, shared, fresh):
                 last = self.running[-1] if preempts and self.running else sequence
-                if last.request.priority <= sequence.request.priority:
+                if last.rank <= sequence.rank:
                     return
                 self._preempt(last)
             self.waiting.pop(deferred)
@@ -455,10 +455,10 @@ class Scheduler:
 
     @property
     def _is_outranked(self) -> bool:
-        """Whether the first waiting sequence has a higher priority than the last running one, and may preempt it."""
+        """Whether the first waiting sequence has a lower rank than the last running one, and may preempt it."""
         if self.reproducible or not self.waiting or not self.running:
             return False
-        return self.waiting[0].request.priority < self.running[-1].request.priority
+        return self.waiting[0].rank < self.running[-1].rank
 
     def _has_its_share(self, sequence: Sequence) -> bool:
         """Return whether a sequence's request has half of the batch while another request waits."""
@@ -666,4 +666,4 @@ class WholeTexts:
 
 
 def _insert(queue: list[Sequence], sequence: Sequence) -> None:
-    bisect.insort(queue, sequence, key=lambda entry: entry.serving_key)
+    bisect.insort(queue, sequence, key=lambda entry: (entry.rank, entry.order))

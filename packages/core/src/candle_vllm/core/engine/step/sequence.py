@@ -13,7 +13,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters.adapter_store import Adapter, Entries
 from candle_vllm.core.engine.cache.block_manager import block_hashes
-from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_key
+from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest, serving_rank
 from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62
@@ -98,7 +98,8 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
 
     Attributes:
         index: the sequence's index among the request's `n` sequences.
-        order: number of arrival, unique; breaks ties of priority.
+        rank: `serving_rank` of its request.
+        order: number of arrival, unique; breaks ties of rank.
         tokens: prompt and output tokens that are known.
         num_prompt_tokens: number of tokens of the prompt, which is the beginning of `tokens`.
         is_pooled: whether its hidden states are pooled and no token follows the prompt.
@@ -139,6 +140,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         "num_prompt_tokens",
         "num_uncomputed_tokens",
         "order",
+        "rank",
         "request",
         "state",
         "tokens",
@@ -148,6 +150,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
     def __init__(self, request: GenerationRequest, index: int, order: int) -> None:
         self.request = request
         self.index = index
+        self.rank = serving_rank(request)
         self.order = order
         self.tokens = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.tokens)
@@ -168,11 +171,6 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []
-
-    @property
-    def serving_key(self) -> tuple[int, int, int]:
-        """Sort key; the lowest runs first."""
-        return serving_key(self.request.priority, arrival=self.order)
 
     @property
     def num_tokens(self) -> int:
