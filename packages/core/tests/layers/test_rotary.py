@@ -12,8 +12,8 @@ import torch
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
-from candle_vllm.core.layers.rotary import Rotary, attention_scale, inverse_frequencies
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies
 
 CPU = Placement(torch.device("cpu"), "F32")
 NAN, INF = math.nan, math.inf
@@ -60,7 +60,7 @@ def test_ranges(settings: dict[str, Any], message: str) -> None:
         RopeConfig(**settings)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+@pytest.mark.parametrize("kind", [kind for kind, row in ROPE_KINDS.items() if "long_factor" not in row.needed])
 @pytest.mark.parametrize(
     "extreme",
     [

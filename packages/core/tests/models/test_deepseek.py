@@ -18,8 +18,7 @@ from candle_vllm.core import EngineConfig, InferenceEngine, InvalidFileError, Sa
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.kernels.offloading import tensors_of
-from candle_vllm.core.layers.rotary import attention_scale
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig, attention_scale
 from candle_vllm.core.memory import Room, plan_cache
 from packages.core.tests.models import family_formats, gguf_export
 from packages.core.tests.models.families import DEEPSEEK, DEEPSEEK_YARN

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
-from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
+from candle_vllm.core.loading.rope import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from packages.core.tests.models.dense_models import edited, folders, gguf_config

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from candle_vllm.core.layers.rotary import attention_scale
+from candle_vllm.core.loading.rope import attention_scale
 from packages.core.tests.models.dense_models import MODELS, edited, folders
 from packages.core.tests.models.gguf_export import CONVERTERS, export_gguf
 from packages.core.tests.models.tiny import (

@@ -20,7 +20,7 @@ from torch.nn import functional
 from candle_vllm.core import InferenceEngine, UnsupportedModelError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.layers.attention import alibi_slopes
-from candle_vllm.core.layers.rotary import inverse_frequencies
+from candle_vllm.core.loading.rope import inverse_frequencies
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.trunks import prefixed
 from candle_vllm.core.loading.weights import expand

@@ -19,10 +19,9 @@ import numpy as np
 from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf
@@ -56,7 +55,7 @@ def describe(config: ModelConfig, row: Architecture) -> Keys:
 def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
     """Return the keys of the rotary embedding; Llama 3's and longrope's scalings are tensors (`computed_tensors`)."""
     keys: Keys = {"rope.freq_base": float(rope.theta), "rope.dimension_count": rope.dim}
-    if rope.kind in ("linear", "yarn"):
+    if rope.kind != "default" and ROPE_KINDS[rope.kind].in_gguf:
         keys |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor)}
     if rope.kind == "yarn":
         keys |= {

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Rotary position embedding: frequencies of every scaling kind, and tables of cosines and sines."""
+"""Rotary position embedding: tables of cosines and sines."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from candle_vllm.core.kernels.position_scale import position_scale
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rotary import rotary, rotary_pair
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig, attention_scale, inverse_frequencies
 from candle_vllm.core.loading.weights import Parameter
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -173,73 +172,3 @@ def _check_angles(frequencies: np.ndarray, max_position: int, source: str) -> No
     """Check that the largest angles are finite, and therefore all cosines and sines."""
     if not ((frequencies >= 0).all() and np.isfinite(frequencies * np.float32(max_position)).all()):
         raise InvalidFileError(f"{source} gives rotary frequencies that are negative, infinite or not a number")
-
-
-def attention_scale(rope: RopeConfig) -> float:
-    """Return the factor of cos and sin: yarn's 0.1 ln(factor) + 1 without the scores' part; longrope's; otherwise 1."""
-    if rope.kind not in ("yarn", "longrope"):
-        return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.kind == "longrope":
-        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position))
-    if rope.mscale and rope.mscale_all_dim:
-        return yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
-    return yarn_scale(rope.factor)
-
-
-def yarn_scale(factor: float, mscale: float = 1.0) -> float:
-    """Return 0.1 mscale ln(factor) + 1, yarn's attention factor for a context extended by `factor`."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-@np.errstate(all="ignore")  # non-finite values are refused where they are used
-def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
-    """Return the angle per position [R/2] in fp32, for a context of `max_position` tokens.
-
-    Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023, always for the longest context, so that cached
-    keys stay valid as a sequence grows; llama3, Meta's reference code; yarn, Peng et al., arXiv:2309.00071; longrope,
-    Ding et al., arXiv:2402.13753: the divisors for long texts if `max_position` is beyond the original context,
-    otherwise those for short texts, the same for all texts.
-    """
-    theta = rope.theta
-    if rope.kind == "dynamic" and max_position > rope.original_max_position:
-        stretch = rope.factor * max_position / rope.original_max_position - (rope.factor - 1)
-        theta *= stretch ** (rope.dim / (rope.dim - 2))
-    exponents = (np.arange(0, rope.dim, 2, dtype=np.float32) / rope.dim).astype(np.float64)
-    plain = 1 / np.power(np.float64(np.float32(theta)), exponents).astype(np.float32)
-    if rope.kind == "linear":
-        return plain / rope.factor
-    if rope.kind == "proportional":
-        return np.where(np.arange(len(plain)) < rope.rotated // 2, plain / np.float32(rope.factor), np.float32(0))
-    if rope.kind == "llama3":
-        return _llama3(plain, rope)
-    if rope.kind == "yarn":
-        return _yarn(plain, rope)
-    if rope.kind == "longrope":
-        return plain / np.array(
-            rope.long_factor if max_position > rope.original_max_position else rope.short_factor, np.float32
-        )
-    assert rope.kind in ("default", "dynamic"), f"no frequencies of {rope.kind}"
-    return plain
-
-
-def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Interpolate slow dimensions, keep fast ones, and blend those between."""
-    turns = rope.original_max_position * plain / (2 * math.pi)
-    keep = ((turns - rope.low_freq_factor) / max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)).clip(0, 1)
-    return keep * plain + (1 - keep) * plain / rope.factor
-
-
-def _yarn(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Keep dimensions with over beta_fast rotations, interpolate those below beta_slow, and ramp in between."""
-
-    def dimension(turns: float) -> float:
-        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.dim - 1)
-    stretch = ((np.arange(rope.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)).clip(0, 1)
-    return plain * (1 - stretch) + plain / rope.factor * stretch

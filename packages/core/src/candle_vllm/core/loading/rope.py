@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Configuration of rotary position embedding: `rope_parameters` or `rope_scaling`, and GGUF's `rope.*`."""
+"""Rotary position embedding: the kinds of scaling, and their configuration in Hugging Face and GGUF files."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
@@ -18,7 +22,7 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies.
         dim: number of a head's dimensions that are rotated.
-        kind: default, linear, dynamic, llama3, yarn, longrope or proportional.
+        kind: name of the scaling, a key of `ROPE_KINDS`.
         rotated: for kind proportional, how many of the `dim` dimensions are rotated; the other frequencies are 0.
         factor: factor by which the context is extended.
         original_max_position: context length before scaling, in tokens.
@@ -53,13 +57,13 @@ class RopeConfig:
     axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        smallest = 4 if self.kind == "dynamic" else 2  # the exponent of dynamic scaling is dim / (dim - 2)
-        if not smallest <= self.dim <= 1024 or self.dim % 2:
+        row = ROPE_KINDS[self.kind]
+        if not row.least_dim <= self.dim <= 1024 or self.dim % 2:
             raise InvalidFileError(
                 f"{self.dim} rotary dimensions are not possible: {self.kind} rotary positions need an even number "
-                f"from {smallest} to 1024"
+                f"from {row.least_dim} to 1024"
             )
-        self._check("base (rope_theta)", self.theta, 1, 1e30)
+        self.check("base (rope_theta)", self.theta, 1, 1e30)
         if not 0 <= self.query_scale <= 1e6:
             raise InvalidFileError(f"the growth of queries (llama_4_scaling_beta) is {self.query_scale}, not 0 to 1e6")
         if not 1 <= self.factor <= MAX_COUNT:
@@ -68,37 +72,138 @@ class RopeConfig:
             raise InvalidFileError(
                 f"the context before stretching is {self.original_max_position} tokens; it must be 1 to {MAX_COUNT}"
             )
-        if self.kind == "llama3":
-            self._check("low_freq_factor", self.low_freq_factor, 0, 1e6)
-            if not self.low_freq_factor <= self.high_freq_factor <= 1e6:  # Llama 4's are equal
-                low, high = self.low_freq_factor, self.high_freq_factor
-                raise InvalidFileError(f"the rotary high_freq_factor is {high}; it must be between {low} and 1e6")
-        if self.kind == "yarn":
-            self._check("beta_slow", self.beta_slow, 0, 1e6)
-            if not self.beta_slow <= self.beta_fast <= 1e6:  # Kimi-K2's are equal
-                raise InvalidFileError(
-                    f"the rotary beta_fast is {self.beta_fast}; it must be beta_slow, {self.beta_slow:g}, to 1e6"
-                )
-            for name, value in (("mscale", self.mscale), ("mscale_all_dim", self.mscale_all_dim)):
-                if value is not None and not 0 <= value <= 1e6:
-                    raise InvalidFileError(f"the rotary {name} is {value}; it must be 0 to 1e6")
-        if self.kind == "longrope":
-            self._check("context before stretching", self.original_max_position, 1, MAX_COUNT)
-            self._check_divisors("short_factor", self.short_factor)
-            self._check_divisors("long_factor", self.long_factor)
-        if self.kind in ("yarn", "longrope") and self.attention_factor is not None:
-            self._check("attention_factor", self.attention_factor, 0, 1e6)
+        row.check(self)
+        if "attention_factor" in row.keys and self.attention_factor is not None:
+            self.check("attention_factor", self.attention_factor, 0, 1e6)
 
-    def _check(self, name: str, value: float, low: float, high: float) -> None:
-        if not low < value <= high:  # NaN is refused too
+    def check(self, name: str, value: float, low: float, high: float) -> None:
+        """Raise `InvalidFileError` unless low < value <= high; NaN is refused too."""
+        if not low < value <= high:
             raise InvalidFileError(f"the rotary {name} is {value}; it must be above {low:g} and at most {high:g}")
 
-    def _check_divisors(self, name: str, values: tuple[Any, ...]) -> None:
-        """Check longrope's divisors, which may have any type in a file."""
-        if len(values) != self.dim // 2:
+
+class RopeKind(NamedTuple):
+    """One kind of scaling.
+
+    Attributes:
+        frequencies: returns the angle per position [R/2] in fp32, from the configuration and the model's context.
+        keys: keys that only some kinds read from Hugging Face's rotary settings: fields of `RopeConfig`.
+        needed: those of its keys that have no default.
+        check: raises `InvalidFileError` if values are not possible for this kind.
+        scale: returns the factor of cos and sin.
+        context: returns the context length after scaling, from the configuration and the length in the config.
+        least_dim: smallest number of rotary dimensions.
+        names: other names of it in Hugging Face's files.
+        refused: keys that are not implemented.
+        by_context: whether the original context may be outside the rotary settings, as in Phi-3, and the factor is by
+            default the ratio of both contexts.
+        pads: whether all dimensions are rotated, those beyond `partial_rotary_factor` with a frequency of 0.
+        in_gguf: whether it is a value of GGUF's `rope.scaling.type`.
+    """
+
+    frequencies: Callable[[RopeConfig, int], np.ndarray]
+    keys: tuple[str, ...] = ("factor",)
+    needed: tuple[str, ...] = ()
+    check: Callable[[RopeConfig], None] = lambda _: None
+    scale: Callable[[RopeConfig], float] = lambda _: 1.0
+    context: Callable[[RopeConfig, int], int] = lambda _, length: length
+    least_dim: int = 2
+    names: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    by_context: bool = False
+    pads: bool = False
+    in_gguf: bool = False
+
+
+# ---- the kinds -------------------------------------------------------------------------------------------------------
+
+
+def _plain(rope: RopeConfig, theta: float | None = None) -> np.ndarray:
+    """Return theta^(-2 i / R), without scaling."""
+    exponents = (np.arange(0, rope.dim, 2, dtype=np.float32) / rope.dim).astype(np.float64)
+    return 1 / np.power(np.float64(np.float32(rope.theta if theta is None else theta)), exponents).astype(np.float32)
+
+
+def _dynamic(rope: RopeConfig, max_position: int) -> np.ndarray:
+    """Raise the base for the longest context, so that cached keys stay valid as a sequence grows."""
+    if max_position <= rope.original_max_position:
+        return _plain(rope)
+    stretch = rope.factor * max_position / rope.original_max_position - (rope.factor - 1)
+    return _plain(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2)))
+
+
+def _proportional(rope: RopeConfig, _: int) -> np.ndarray:
+    plain = _plain(rope)
+    return np.where(np.arange(len(plain)) < rope.rotated // 2, plain / np.float32(rope.factor), np.float32(0))
+
+
+def _llama3(rope: RopeConfig, _: int) -> np.ndarray:
+    """Interpolate slow dimensions, keep fast ones, and blend those between."""
+    plain = _plain(rope)
+    turns = rope.original_max_position * plain / (2 * math.pi)
+    keep = ((turns - rope.low_freq_factor) / max(rope.high_freq_factor - rope.low_freq_factor, 1e-9)).clip(0, 1)
+    return keep * plain + (1 - keep) * plain / rope.factor
+
+
+def _check_llama3(rope: RopeConfig) -> None:
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    rope.check("low_freq_factor", low, 0, 1e6)
+    if not low <= high <= 1e6:  # Llama 4's are equal
+        raise InvalidFileError(f"the rotary high_freq_factor is {high}; it must be between {low} and 1e6")
+
+
+def _yarn(rope: RopeConfig, _: int) -> np.ndarray:
+    """Keep dimensions with over beta_fast rotations, interpolate those below beta_slow, and ramp in between."""
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    plain, low, high = _plain(rope), dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    stretch = ((np.arange(rope.dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)).clip(0, 1)
+    return plain * (1 - stretch) + plain / rope.factor * stretch
+
+
+def _check_yarn(rope: RopeConfig) -> None:
+    rope.check("beta_slow", rope.beta_slow, 0, 1e6)
+    if not rope.beta_slow <= rope.beta_fast <= 1e6:  # Kimi-K2's are equal
+        raise InvalidFileError(
+            f"the rotary beta_fast is {rope.beta_fast}; it must be beta_slow, {rope.beta_slow:g}, to 1e6"
+        )
+    for name, value in (("mscale", rope.mscale), ("mscale_all_dim", rope.mscale_all_dim)):
+        if value is not None and not 0 <= value <= 1e6:
+            raise InvalidFileError(f"the rotary {name} is {value}; it must be 0 to 1e6")
+
+
+def yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    """Return 0.1 mscale ln(factor) + 1, yarn's attention factor for a context extended by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_attention(rope: RopeConfig) -> float:
+    """Return yarn's attention factor without the part that is applied to the scores."""
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_scale(rope.factor, rope.mscale) / yarn_scale(rope.factor, rope.mscale_all_dim)
+    return yarn_scale(rope.factor)
+
+
+def _longrope(rope: RopeConfig, max_position: int) -> np.ndarray:
+    """Divide by one list for all texts: the long one if the model's context is beyond the original one."""
+    long = max_position > rope.original_max_position
+    return _plain(rope) / np.array(rope.long_factor if long else rope.short_factor, np.float32)
+
+
+def _check_longrope(rope: RopeConfig) -> None:
+    """Check the divisors, which may have any type in a file, and what the attention factor is computed from."""
+    rope.check("context before stretching", rope.original_max_position, 1, MAX_COUNT)
+    divisors: dict[str, tuple[Any, ...]] = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
+    for name, values in divisors.items():
+        if len(values) != rope.dim // 2:
             raise InvalidFileError(
-                f"the rotary {name} has {len(values)} numbers; it must have {self.dim // 2}, one for each pair of the "
-                f"{self.dim} rotary dimensions"
+                f"the rotary {name} has {len(values)} numbers; it must have {rope.dim // 2}, one for each pair of the "
+                f"{rope.dim} rotary dimensions"
             )
         for value in values:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e6:
@@ -107,42 +212,103 @@ class RopeConfig:
                 )
 
 
+def _times_factor(rope: RopeConfig, length: int) -> int:
+    return int(length * rope.factor)
+
+
+ROPE_KINDS: Mapping[str, RopeKind] = MappingProxyType({
+    "default": RopeKind(lambda rope, _: _plain(rope), names=("mrope",), in_gguf=True),
+    "linear": RopeKind(
+        lambda rope, _: _plain(rope) / rope.factor, needed=("factor",), context=_times_factor, in_gguf=True
+    ),
+    "dynamic": RopeKind(
+        _dynamic, needed=("factor",), context=_times_factor, least_dim=4  # the base's exponent is dim / (dim - 2)
+    ),
+    "llama3": RopeKind(
+        _llama3, ("factor", "low_freq_factor", "high_freq_factor"), needed=("factor",), check=_check_llama3
+    ),
+    "yarn": RopeKind(
+        _yarn, ("factor", "beta_fast", "beta_slow", "attention_factor", "truncate"), needed=("factor",),
+        check=_check_yarn, scale=_yarn_attention, in_gguf=True,
+        context=lambda rope, length: max(length, int(rope.original_max_position * rope.factor)),
+    ),
+    "longrope": RopeKind(
+        _longrope, ("factor", "attention_factor", "short_factor", "long_factor"),
+        needed=("short_factor", "long_factor"), check=_check_longrope, names=("su",), by_context=True,
+        refused=("short_mscale", "long_mscale"),
+        scale=lambda rope: math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position)),
+    ),
+    "proportional": RopeKind(_proportional, pads=True),
+})  # fmt: skip
+"""Every kind of scaling by its name in `rope_type`.
+
+Sources: linear, kaiokendev 2023; dynamic (NTK-aware), bloc97 2023; llama3, Meta's reference code; yarn, Peng et al.,
+arXiv:2309.00071; longrope, Ding et al., arXiv:2402.13753.
+"""
+
+
+@np.errstate(all="ignore")  # non-finite values are refused where they are used
+def inverse_frequencies(rope: RopeConfig, max_position: int) -> np.ndarray:
+    """Return the angle per position [R/2] in fp32, for a context of `max_position` tokens."""
+    return ROPE_KINDS[rope.kind].frequencies(rope, max_position)
+
+
+def attention_scale(rope: RopeConfig) -> float:
+    """Return the factor of cos and sin."""
+    row = ROPE_KINDS[rope.kind]
+    given = rope.attention_factor if "attention_factor" in row.keys else None
+    return row.scale(rope) if given is None else given
+
+
+def stretched_context(rope: RopeConfig, max_position: int) -> int:
+    """Return the context length after scaling; configs of kinds other than linear, dynamic and yarn contain it."""
+    return ROPE_KINDS[rope.kind].context(rope, max_position)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
 def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
     """Read `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (earlier versions)."""
     nested = fields.section("rope_parameters") if "rope_parameters" in fields else fields.section("rope_scaling")
-    named = {"su": "longrope", "mrope": "default"}
-    kind = named.get(name := nested.get("rope_type", str, nested.get("type", str, "default")), name)
+    name = nested.get("rope_type", str, nested.get("type", str, "default"))
+    kind = next((kind for kind, row in ROPE_KINDS.items() if name in row.names), name)
     theta = nested.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     partial = nested.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
-    kinds = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
-    if kind not in kinds:
-        raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; implemented: {', '.join(kinds)}")
+    if kind not in ROPE_KINDS:
+        raise UnsupportedModelError(f"{fields.path}: rope_type is {kind!r}; implemented: {', '.join(ROPE_KINDS)}")
     if not 0 < partial <= 1:
         raise InvalidFileError(f"{fields.path}: partial_rotary_factor is {partial}; it must be above 0 and at most 1")
-    if kind == "longrope":
-        return _longrope(fields, nested, theta, int(head_dim * partial), max_position)
+    row, rotated, original = ROPE_KINDS[kind], int(head_dim * partial), "original_max_position_embeddings"
+    if refused := [key for key in row.refused if key in nested]:
+        raise UnsupportedModelError(f"{fields.path}: {refused[0]} in the rotary settings is not implemented")
+    if row.by_context:
+        context = fields.count(original, nested.count(original, max_position))
+        factor = max(1.0, max_position / context)
+    else:
+        context, factor = nested.get(original, int, max_position), 1.0
+    own: dict[str, Any] = {}
+    for key in row.keys:
+        default: Any = factor if key == "factor" else getattr(RopeConfig, key)
+        of_type = {tuple: list, bool: bool}.get(type(default), float)
+        value = nested.get(key, of_type, *([] if key in row.needed else [default]))
+        own[key] = tuple(value) if isinstance(value, list) else value
     return RopeConfig(
         theta=theta,
-        dim=head_dim if kind == "proportional" else int(head_dim * partial),
+        dim=head_dim if row.pads else rotated,
         kind=kind,
-        rotated=2 * int(head_dim * partial / 2) if kind == "proportional" else 0,
-        factor=nested.get("factor", float, *([1.0] if kind in ("default", "proportional") else [])),
-        original_max_position=nested.get("original_max_position_embeddings", int, max_position),
-        low_freq_factor=nested.get("low_freq_factor", float, 1.0),
-        high_freq_factor=nested.get("high_freq_factor", float, 4.0),
-        beta_fast=nested.get("beta_fast", float, 32.0),
-        beta_slow=nested.get("beta_slow", float, 1.0),
-        attention_factor=nested.get("attention_factor", float, None),
+        rotated=2 * int(head_dim * partial / 2) if row.pads else 0,
+        original_max_position=context,
         mscale=nested.get("mscale", float, None),
         mscale_all_dim=nested.get("mscale_all_dim", float, None),
-        truncate=nested.get("truncate", bool, True),
         query_scale=nested.get("llama_4_scaling_beta", float, 0.0),
         axes=_axes(
             fields,
             nested.get("mrope_section", list, []),
-            int(head_dim * partial),
+            rotated,
             interleaved=nested.get("mrope_interleaved", bool, False) or _interleaves(fields.get("model_type", str, "")),
         ),
+        **own,
     )
 
 
@@ -172,31 +338,12 @@ def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -
     return tuple(axis for axis, count in enumerate(counts) for _ in range(count))
 
 
-def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_position: int) -> RopeConfig:
-    """Read longrope. Its original context may be outside `rope_scaling`, as in Phi-3; the factor is their ratio."""
-    for key in ("short_mscale", "long_mscale"):
-        if key in nested:
-            raise UnsupportedModelError(f"{fields.path}: {key} in the rotary settings is not implemented")
-    key = "original_max_position_embeddings"
-    original = fields.count(key, nested.count(key, max_position))
-    return RopeConfig(
-        theta=theta,
-        dim=dim,
-        kind="longrope",
-        factor=nested.get("factor", float, max(1.0, max_position / original)),
-        original_max_position=original,
-        attention_factor=nested.get("attention_factor", float, None),
-        short_factor=tuple(nested.get("short_factor", list)),
-        long_factor=tuple(nested.get("long_factor", list)),
-    )
-
-
 def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
     """Read `<arch>.rope.*`. Llama 3's scaling is not included: GGUF files have it as the tensor `rope_freqs.weight`."""
     factor = fields.get("rope.scaling.factor", float, fields.get("rope.scale_linear", float, 0.0)) or 1.0
     name = fields.get("rope.scaling.type", str, "none" if factor == 1 else "linear")  # as llama.cpp reads old files
     kind = "default" if name in ("none", "longrope") else name  # longrope's divisors are tensors: see `models/phi3.py`
-    if kind not in ("default", "linear", "yarn"):
+    if kind not in ROPE_KINDS or not ROPE_KINDS[kind].in_gguf:
         raise UnsupportedModelError(f"{fields.path}: rope scaling {kind!r} is not implemented")
     sharpened, multiplier = (
         fields.get(f"rope.scaling.{key}", float, None) for key in ("attn_factor", "yarn_log_multiplier")
@@ -220,12 +367,3 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
             fields, fields.get("rope.dimension_sections", list, []), dim, interleaved=_interleaves(fields.prefix)
         ),
     )
-
-
-def stretched_context(rope: RopeConfig, max_position: int) -> int:
-    """Return the context length after scaling; configs of kinds other than linear, dynamic and yarn contain it."""
-    if rope.kind in ("linear", "dynamic"):
-        return int(max_position * rope.factor)
-    if rope.kind == "yarn":
-        return max(max_position, int(rope.original_max_position * rope.factor))
-    return max_position

@@ -14,9 +14,8 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
-from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
-from candle_vllm.core.loading.rope import RopeConfig
+from candle_vllm.core.loading.rope import RopeConfig, attention_scale
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import qkv_rows, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
