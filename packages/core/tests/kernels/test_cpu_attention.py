@@ -33,7 +33,6 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     supported,
     value_cache_shape,
 )
-from candle_vllm.core.kernels.attention.cpu_quantised import BIAS
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
@@ -88,17 +87,18 @@ def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     codes, scales = np.split(cache, [strip * code_bytes(kind, dim)], -1)
     codes = codes.reshape(*places, -1, strip, 4).swapaxes(-3, -2)  # [..., W, words, 4]
     halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).astype(np.float32)
-    if kind is CacheKind.Q5_1:
-        codes = codes.reshape(*places, strip, dim // 32, 5, 4)
-        bits = codes[..., 4:, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [..., W, blocks, 8, 4]
-        codes = np.stack([codes[..., :4, :] & 15, codes[..., :4, :] >> 4], -2).reshape(bits.shape) | bits << 4
-        scale, minimum = (halves[..., n, None] for n in range(2))
-        return torch.from_numpy((codes.reshape(*places, strip, -1, 32) * scale + minimum).reshape(*places, strip, dim))
-    if kind is CacheKind.Q4_0:
-        codes = np.stack([codes & 15, codes >> 4], -2)  # [..., W, words, half, 4]
-    codes = codes.reshape(*places, strip, dim).astype(np.float32) - BIAS[kind]
-    halves = halves.reshape(*places, strip, -1)
-    return torch.from_numpy(codes * halves[..., : dim // 32].repeat(32, -1))
+    if kind.has_halves:
+        words = codes.reshape(*places, strip, dim // 32, -1, 4)  # a block has a fifth word if codes have fifth bits
+        codes = np.stack([words[..., :4, :] & 15, words[..., :4, :] >> 4], -2)  # [..., W, blocks, 4, half, 4]
+        if kind.has_fifths:
+            bits = words[..., 4:, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [..., W, blocks, 8, 4]
+            codes = codes.reshape(bits.shape) | bits << 4
+    codes = codes.reshape(*places, strip, -1, 32).astype(np.float32) - kind.bias
+    if kind.has_minima:
+        numbers = codes * halves[..., :1] + halves[..., 1:]
+    else:
+        numbers = codes * halves.reshape(*places, strip, -1, 1)[..., : dim // 32, :]
+    return torch.from_numpy(numbers.reshape(*places, strip, dim))
 
 
 def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
@@ -107,15 +107,15 @@ def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor
     codes, scales = np.split(cache, [16 * code_bytes(kind, dim)], -1)
     halves = scales.copy().view(np.float16).reshape(*places, dim // 32, -1, 16, 1).astype(np.float32)
     codes = codes.reshape(*places, dim // 32, -1)
-    codes, bits = (codes[..., :256], codes[..., 256:]) if kind is CacheKind.Q5_1 else (codes, None)
+    codes, bits = (codes[..., :256], codes[..., 256:]) if kind.has_fifths else (codes, None)
     codes = codes.reshape(*places, dim // 32, 4, -1, 4)
-    if kind is not CacheKind.Q8_0:
+    if kind.has_halves:
         codes = np.concatenate([codes & 15, codes >> 4], -2)
     codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
     if bits is not None:
         codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << 4
-    numbers = (codes.astype(np.float32) - BIAS[kind]) * halves[..., 0, :, :]
-    if bits is not None:
+    numbers = (codes.astype(np.float32) - kind.bias) * halves[..., 0, :, :]
+    if kind.has_minima:
         numbers += halves[..., 1, :, :]
     return torch.from_numpy(np.moveaxis(numbers, -3, -2).reshape(*places, 16, dim))
 
@@ -143,7 +143,7 @@ class Model:
     def __post_init__(self) -> None:
         shape = (self.blocks, self.block, 1, self.kv_heads, self.dim)
         self.keys, self.values = (
-            np.full(shape_of(*shape, kind), *((0x7FC0, np.int16) if kind is CacheKind.BF16 else (0x7F, np.uint8)))
+            np.full(shape_of(*shape, kind), *(0x7F if kind.is_quantised else 0x7FC0, kind.dtype))
             for shape_of, kind in zip((key_cache_shape, value_cache_shape), self.kinds)
         )
         if not self.poison:
@@ -585,7 +585,7 @@ def test_supported() -> None:
 
 # ---- quantised keys and values ---------------------------------------------------------------------------------------
 
-QUANTISED = [(kind, kind) for kind in CacheKind if kind is not CacheKind.BF16]
+QUANTISED = [(kind, kind) for kind in CacheKind if kind.is_quantised]
 MIXED = [(keys, values) for keys in CacheKind for values in CacheKind if keys is not values]
 USUAL = [(CacheKind.Q8_0, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q5_1)]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
@@ -663,7 +663,7 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     table, qkv = Pages(model).table(77), random_qkv(model, 77, 4)
     wide = qkv.view(77, 15, 96)
     # A minimum is a half, which ends at 65504.
-    wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * (1e4 if kind is CacheKind.Q5_1 else 1e5)
+    wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * (1e4 if kind.has_minima else 1e5)
     _, q = Step([table], [0], [qkv]).run(model, teams[2])
     rotated = rotary_reference.rotary(wide[:, :10], torch.arange(77), model.cos, model.sin)
     queries = rotated[:, :5] * torch.tensor(model.scale, dtype=torch.float32)
@@ -674,5 +674,6 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
         reach = steps or {CacheKind.Q8_0: 127, CacheKind.Q4_0: 8, CacheKind.Q5_1: 15.5}[kind]
         off = (got - wanted).unflatten(-1, (3, 32)).abs() / (top + 1e-30)
         # A number as far from 0 as the farthest, on the other side, has no code of its own in q4_0.
-        assert off.max() <= (1.01 if kind is CacheKind.Q4_0 and not steps else 0.51) / reach
+        lacks = kind.has_halves and not kind.has_minima and not steps
+        assert off.max() <= (1.01 if lacks else 0.51) / reach
         assert off.square().mean().sqrt() < 0.35 / reach

@@ -490,7 +490,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             raise ConfigError(
                 f"{asked} is of the compiled kernels, which do not run this model: leave out {others}", name
             )
-        if kind is not CacheKind.BF16 and model.config.latent is not None:
+        if kind.is_quantised and model.config.latent is not None:
             raise ConfigError(
                 f"{asked} cannot be had with latent attention, whose cache is small already: leave it out", name
             )

@@ -276,16 +276,17 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
 
 def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
     """Compile `attend` for one head size, and one `CacheKind` of keys and of values."""
-    key_size, value_size = key_bytes(CacheKind(keys_as), head_dim), value_bytes(CacheKind(values_as), head_dim)
-    rotated = values_as != CacheKind.BF16
-    asks = keys_as != CacheKind.BF16 or rotated
-    squares = bool(isa & Isa.AMX) and fits(head_dim) and keys_as == values_as == CacheKind.BF16
+    keys_kind, values_kind = CacheKind(keys_as), CacheKind(values_as)
+    key_size, value_size = key_bytes(keys_kind, head_dim), value_bytes(values_kind, head_dim)
+    rotated = values_kind.is_quantised
+    asks = keys_kind.is_quantised or rotated
+    squares = bool(isa & Isa.AMX) and fits(head_dim) and not asks
     attend_block = _attend_square if squares else _attend_rows
     block = SQUARE if squares else ROWS
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
     query_bytes = 2 * head_dim
-    wide = int(in_floats(isa) and keys_as == CacheKind.BF16)
+    wide = int(in_floats(isa) and not keys_kind.is_quantised)
     row_query = query_bytes << wide  # bytes of a query row in a tile
 
     def attend(row, thread, threads):

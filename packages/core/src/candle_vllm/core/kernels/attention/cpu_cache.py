@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Self
 
 import numpy as np
 
@@ -31,30 +32,60 @@ BLOCK = 32
 
 
 class CacheKind(enum.IntEnum):
-    """How keys or values are stored."""
+    """How keys or values are stored; the name is the one in GGUF, and that of a row of `CACHE_TYPES` in `config.py`.
 
-    BF16 = 0
-    Q8_0 = 1
-    Q4_0 = 2
-    Q5_1 = 3
+    Attributes:
+        bits: bits of an element's code: 16, 8, or 4 and more, of which those beyond 4 are stored apart.
+        has_minima: whether an element is scale * code + minimum, instead of scale * (code - bias).
+    """
+
+    BF16 = 0, 16
+    Q8_0 = 1, 8
+    Q4_0 = 2, 4
+    Q5_1 = 3, 5, True
+
+    bits: int
+    has_minima: bool
+
+    def __new__(cls, value: int, bits: int, has_minima: bool = False) -> Self:
+        kind = int.__new__(cls, value)
+        kind._value_, kind.bits, kind.has_minima = value, bits, has_minima
+        return kind
 
     @property
-    def bits(self) -> int:
-        """Bits of an element's code."""
-        return {CacheKind.BF16: 16, CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 5}[self]
+    def is_quantised(self) -> bool:
+        """Whether elements are codes in blocks, of heads that were rotated."""
+        return self.bits < 16
 
     @property
-    def has_minima(self) -> bool:
-        """Whether a block has a minimum in addition to its scale."""
-        return self is CacheKind.Q5_1
+    def has_halves(self) -> bool:
+        """Whether a byte has the lowest 4 bits of two codes."""
+        return self.bits < 8
+
+    @property
+    def has_fifths(self) -> bool:
+        """Whether codes have a fifth bit, which is stored apart."""
+        return self.bits == 5
+
+    @property
+    def bias(self) -> int:
+        """What is added to signed codes before they are stored."""
+        return 0 if self.has_minima else 1 << self.bits - 1
+
+    @property
+    def dtype(self) -> type[np.int16 | np.uint8]:
+        """Type of the cache's array."""
+        return np.uint8 if self.is_quantised else np.int16
 
     def fits(self, head_dim: int) -> bool:
         """Whether heads of D elements can be stored in this kind."""
-        return self is CacheKind.BF16 or head_dim % BLOCK == 0
+        return not self.is_quantised or head_dim % BLOCK == 0
 
 
 PLAIN = (CacheKind.BF16, CacheKind.BF16)
 """Keys and values that are not quantised."""
+PRECOMPILED = [(k, v) for k in CacheKind for v in CacheKind if k is v or (k.bits == 8 and v.bits < 8)]
+"""Kinds of keys and values whose kernels wheels contain: equal ones, and smaller values beside keys of 8 bits."""
 
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
@@ -64,12 +95,12 @@ def code_bytes(kind: CacheKind, head_dim: int) -> int:
 
 def key_bytes(kind: CacheKind, head_dim: int) -> int:
     """Return the bytes of a slot's key. Scales of two blocks share a word, or the scale and minimum of one block do."""
-    words = 0 if kind is CacheKind.BF16 else -(-head_dim // (BLOCK if kind.has_minima else 2 * BLOCK))
+    words = -(-head_dim // (BLOCK if kind.has_minima else 2 * BLOCK)) if kind.is_quantised else 0
     return code_bytes(kind, head_dim) + 4 * words
 
 
 def value_bytes(kind: CacheKind, head_dim: int) -> int:
-    halves = 0 if kind is CacheKind.BF16 else head_dim // BLOCK * (2 if kind.has_minima else 1)
+    halves = head_dim // BLOCK * (1 + kind.has_minima) if kind.is_quantised else 0
     return code_bytes(kind, head_dim) + 2 * halves
 
 
@@ -98,9 +129,7 @@ def key_cache_shape(
     strip = min(block_size, STRIP)
     blocks = max(1, STRETCH // block_size)
     places = (-(-num_blocks // blocks), layers, kv_heads, blocks, block_size // strip)
-    return (
-        (*places, head_dim // 2, strip, 2) if kind is CacheKind.BF16 else (*places, strip * key_bytes(kind, head_dim))
-    )
+    return (*places, strip * key_bytes(kind, head_dim)) if kind.is_quantised else (*places, head_dim // 2, strip, 2)
 
 
 def value_cache_shape(
@@ -109,9 +138,9 @@ def value_cache_shape(
     """Return the shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, S / 16, bytes of a tile]. See `key_cache_shape`."""
     places = key_cache_shape(num_blocks, block_size, layers, kv_heads, head_dim)[:4]
-    if kind is CacheKind.BF16:
-        return (*places, block_size // 2, head_dim, 2)
-    return (*places, block_size // LANES, LANES * value_bytes(kind, head_dim))
+    if kind.is_quantised:
+        return (*places, block_size // LANES, LANES * value_bytes(kind, head_dim))
+    return (*places, block_size // 2, head_dim, 2)
 
 
 def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = CacheKind.BF16) -> int:

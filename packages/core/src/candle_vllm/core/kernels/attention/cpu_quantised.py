@@ -2,19 +2,20 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Emitted code for a quantised KV cache on the CPU: blocks of 32 elements are written, scored and summed as integers.
 
-An element is scale * (code - `BIAS`) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4
-bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum. The layout of
-the codes is made for an instruction that adds four products of bytes in each of 16 lanes:
+An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4
+bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see
+`CacheKind`. The layout of the codes is made for an instruction that adds four products of bytes in each of 16 lanes:
 
 - keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
   the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
 - values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or
   [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
-q5_1 has the layout of q4_0 and a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W], dimension
-4 k + j at bit 8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. Scale and minimum are one
-word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a query's codes.
-The values' minima times a row's probabilities are summed in order of position in each lane, then over the lanes.
+Codes of 5 bits have the layout of q4_0, and a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W],
+dimension 4 k + j at bit 8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. A scale and minimum
+are one word for keys, [D / 32, W], and [D / 32, 2, 16] for values. A key's minimum is multiplied by the sum of a
+query's codes. The values' minima times a row's probabilities are summed in order of position in each lane, then over
+the lanes.
 
 No two positions share a byte, because two threads may write them. A query is int8 [D], then a float32 scale and the
 int32 sum of its codes for each block. For each row, a chunk's probabilities times the scales of its values are rounded
@@ -52,20 +53,18 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I6
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
-BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
-_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # bits of a code; fifth bits are stored separately
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
 _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are treated as zeros
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
-    """Unpack words of codes to four codes in each lane. `fifths` are q5_1's fifth bits of both halves, in position."""
-    if kind is CacheKind.Q8_0:
+    """Unpack words of codes to four codes in each lane. `fifths` are the fifth bits of both halves, in position."""
+    if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
     halves = [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
-    return [b.or_(half, fifth) for half, fifth in zip(halves, fifths)] if kind is CacheKind.Q5_1 else halves
+    return [b.or_(half, fifth) for half, fifth in zip(halves, fifths)] if kind.has_fifths else halves
 
 
 def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
@@ -93,7 +92,7 @@ def _in_turn(kind: CacheKind, isa: Isa) -> bool:
 
     Codes of 8 bits are an exception: reading memory in that order makes them slower.
     """
-    return not isa.wide and kind is not CacheKind.Q8_0
+    return not isa.wide and kind.has_halves
 
 
 def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: CacheKind, isa: Isa) -> Any:
@@ -113,9 +112,9 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     """Emit `cpu_tiles.score_tiles` for quantised queries and keys."""
     b = e.b
     queries, tiles_at, coming_at, stride, scores = args
-    words = 8 * BLOCK * _BITS[kind] // 256  # words of a block
-    parts = 8 // words
-    lines = words + 1 if kind is CacheKind.Q5_1 else words
+    parts = 1 + kind.has_halves
+    words = BLOCK // (4 * parts)  # words of a block, without fifth bits
+    lines = words + kind.has_fifths
     scales = b.mul(stride, e.int64(d // BLOCK * lines))
     for row in range(m):
         for n in range(TILES):
@@ -126,7 +125,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
         of_block = b.add(queries, b.shl(number, e.int64(2)))
         sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
         place = number if kind.has_minima else b.lshr(number, e.int64(1))
-        return sums, [b.mul(each, e.constant(I32, -BIAS[kind])) for each in sums], b.add(scales, b.mul(place, stride))
+        return sums, [b.mul(each, e.constant(I32, -kind.bias)) for each in sums], b.add(scales, b.mul(place, stride))
 
     def add(number: Any, place: Any, tile: Any, target: Any, sums: list[Any], totals: list[Any]) -> None:
         """Add a block's totals to the scores of a tile."""
@@ -168,7 +167,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
         sums, begin, place = begins(number)
         last = b.mul(b.add(first, e.int64(words)), stride)
-        bits = [e.load(b.add(tile, last), vector(I32)) for tile in tiles] if kind is CacheKind.Q5_1 else []
+        bits = [e.load(b.add(tile, last), vector(I32)) for tile in tiles] if kind.has_fifths else []
         totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(TILES)] + bits, word)
         for tile in coming:
             e.prefetch(b.add(tile, place))
@@ -190,7 +189,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
                 codes = list[Any]()
                 for index in (start, start + 1):
                     fifths = list[Any]()
-                    if kind is CacheKind.Q5_1:
+                    if kind.has_fifths:
                         bits = e.load(b.add(tile, lines_at[-1]), vector(I32))
                         fifths = _fifths_of_keys(e, b.lshr(bits, e.constant(I32, 2 * index)))
                     codes += _halves(e, e.load(b.add(tile, lines_at[index]), vector(I32)), kind, fifths)
@@ -217,10 +216,10 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     b = e.b
     exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
-    whole_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block, without fifth bits
+    vectors = 1 if kind.has_halves else 2  # vectors of a group of four positions
+    whole_codes = 64 * (LANES // 4) * vectors  # bytes of a tile's block, without fifth bits
     tile_codes = LANES * code_bytes(kind, BLOCK)
     halves_of_block = 4 * LANES if kind.has_minima else 2 * LANES  # in bytes
-    vectors = 2 if kind is CacheKind.Q8_0 else 1  # vectors of a group of four positions
     scales = d // BLOCK * tile_codes
     shifter = e.constant(F32, SHIFTER)
 
@@ -275,7 +274,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
         minima = [e.zeros(F32)] * m
         if kind.has_minima:
             minima = [e.splat(e.sum_lanes(each)) for each in e.loop(count, minima, lowest)]
-        begin = [b.mul(e.splat(_sum_numbers(e, each)), e.constant(I32, -BIAS[kind])) for each in sums]
+        begin = [b.mul(e.splat(_sum_numbers(e, each)), e.constant(I32, -kind.bias)) for each in sums]
 
         def products(tile: Any, totals: list[Any]) -> list[Any]:
             codes, at = b.add(tile_at(tile), of_codes), b.add(weights, b.shl(tile, e.int64(4)))
@@ -287,7 +286,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             def unpacked(group: int) -> list[Any]:
                 """Load the codes of four positions, of dimensions 0 to 15 and of 16 to 31."""
                 fifths = list[Any]()
-                if kind is CacheKind.Q5_1:
+                if kind.has_fifths:
                     fifths = _fifths_of_values(e, b.add(codes, e.int64(whole_codes + LANES * group)))
                 loaded = [e.load(codes, vector(I32), 64 * (vectors * group + n)) for n in range(vectors)]
                 return [part for each in loaded for part in _halves(e, each, kind, fifths)]
@@ -367,28 +366,29 @@ def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
 
 
 def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[Any]]:
-    """Quantise 32 floats: return bits of the fp16 scale, and minimum in q5_1, and two vectors of unsigned codes."""
-    b = e.b
+    """Quantise 32 floats: return bits of the fp16 scale, and of a minimum, and two vectors of unsigned codes."""
+    b, most = e.b, float((1 << kind.bits) - 1)
     values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
-    if kind is CacheKind.Q5_1:
+    if kind.has_minima:
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         low, minimum = _to_half(e, b.fneg(below))
-        bits, scale = _to_half(e, b.fmul(b.fsub(above, minimum), e.constant(F32, 1 / 31)))
+        bits, scale = _to_half(e, b.fmul(b.fsub(above, minimum), e.constant(F32, 1 / most)))
         inverse = _inverse(e, scale)
         above_it = [b.fmul(b.fsub(value, minimum), inverse) for value in values]
-        return [bits, low], [_rounded(e, _limited(e, each, 0.0, 31.0)) for each in above_it]
-    if kind is CacheKind.Q8_0:
+        return [bits, low], [_rounded(e, _limited(e, each, 0.0, most)) for each in above_it]
+    low, high = -float(kind.bias), kind.bias - 1.0
+    if not kind.has_halves:
+        low = -high
         top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
-        scale = b.fmul(top, e.constant(F32, 1 / 127))
+        scale = b.fmul(top, e.constant(F32, 1 / high))
     else:
-        # The element with the largest magnitude becomes -8, the code without a positive counterpart.
+        # The element with the largest magnitude becomes the lowest code, which has no positive counterpart.
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
-        scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, -1 / 8))
+        scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, 1 / low))
     bits, scale = _to_half(e, scale)
     inverse = _inverse(e, scale)
-    ends = (-127.0, 127.0) if kind is CacheKind.Q8_0 else (-8.0, 7.0)
-    codes = [_rounded(e, _limited(e, b.fmul(value, inverse), *ends)) for value in values]
-    return [bits], [b.add(code, e.constant(I32, BIAS[kind])) for code in codes]
+    codes = [_rounded(e, _limited(e, b.fmul(value, inverse), low, high)) for value in values]
+    return [bits], [b.add(code, e.constant(I32, kind.bias)) for code in codes]
 
 
 @intrinsic
@@ -425,13 +425,13 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
         for each in codes:
             four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
             words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
-        if kind_ is CacheKind.Q5_1:
+        if kind_.has_fifths:
             every = ir.Constant(I32, 0)
             for k, word in enumerate(words):
                 fifth = b.and_(b.lshr(word, ir.Constant(I32, 4)), ir.Constant(I32, 0x01010101))
                 every = b.or_(every, b.shl(fifth, ir.Constant(I32, k)))
             words, fifths = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words], [every]
-        if kind_ is not CacheKind.Q8_0:
+        if kind_.has_halves:
             words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
         at = args[1]
         for word in words + fifths:
@@ -454,12 +454,12 @@ def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         halves, codes = _block_codes(e, args[0], kind_)
-        if kind_ is CacheKind.Q5_1:
+        if kind_.has_fifths:
             fives = [b.icmp_unsigned(">", code, e.constant(I32, 15)) for code in codes]
             low, high = (b.zext(b.bitcast(each, I16), I32) for each in fives)
             e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))))
             codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
-        if kind_ is not CacheKind.Q8_0:
+        if kind_.has_halves:
             codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
         spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
         mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)

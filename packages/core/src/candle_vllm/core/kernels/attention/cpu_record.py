@@ -164,7 +164,7 @@ def _record_write(
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),
         scale=scores.scale * LOG2E,
-        offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
+        offset=recorder.keep(scores.offset) if scores.offset is not None and keys.is_quantised else 0,
         turns=0 if arrays.turns is None else address_of(arrays.turns),
         head_gap=head_gap(cache.keys.strides, recorder.limits.block_size, qkv.head_dim, keys),
         picked=0 if every else address_of(arrays.logit_rows),
@@ -233,11 +233,11 @@ def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
     if (keys, values) == PLAIN:
         return isa.bf16
     used = isa & (Isa.VNNI | Isa.AVX_VNNI)
-    if not used and {keys, values} & {CacheKind.Q4_0, CacheKind.Q5_1}:
+    if not used and (keys.has_halves or values.has_halves):
         used = isa & (Isa.AVX512 | Isa.AVX2 | Isa.NEON)
-    return used | isa.bf16 & ~Isa.AMX if CacheKind.BF16 in (keys, values) else used
+    return used | isa.bf16 & ~Isa.AMX if not (keys.is_quantised and values.is_quantised) else used
 
 
 def merge_operation(head_dim: int, values: CacheKind = CacheKind.BF16) -> int:
     """Return the address of the compiled operation."""
-    return operation("attention.cpu:make_merge", head_dim, values is not CacheKind.BF16)
+    return operation("attention.cpu:make_merge", head_dim, values.is_quantised)

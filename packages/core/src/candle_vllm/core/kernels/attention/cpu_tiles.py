@@ -92,7 +92,7 @@ def score_tiles(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        if stored is not CacheKind.BF16:
+        if stored.is_quantised:
             emit_scores(e, args[:5], m, d, stored, features)
             return context.get_dummy_value()
         tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
@@ -198,7 +198,7 @@ def softmax_rows(
     """
     signature = types.void(*[types.int64] * 7, rows, dim, kind, isa)
     m, d, wide = rows.literal_value, dim.literal_value, in_floats(isa.literal_value)
-    exact = CacheKind(kind.literal_value) is not CacheKind.BF16
+    exact = CacheKind(kind.literal_value).is_quantised
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -329,7 +329,7 @@ def value_tiles(
     stored = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        if stored is not CacheKind.BF16:
+        if stored.is_quantised:
             emit_values(Emitter(b), args[:6], m, d, stored, features)
             return context.get_dummy_value()
         _values(Emitter(b), args[:6], m, d, features)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm, WordForm
-from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
+from candle_vllm.core.kernels.attention.cpu_cache import PRECOMPILED
 from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
@@ -92,8 +92,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "silu_mul.cpu:make_gated_rows", (flag, 0)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
         yield "latent_attention.cpu:make_choose", (INDEX_KEY, isa.bf16, flag)
-    mixed = ((CacheKind.Q8_0, values) for values in (CacheKind.Q4_0, CacheKind.Q5_1))
-    for keys, values in (*zip(CacheKind, CacheKind), *mixed):
+    for keys, values in PRECOMPILED:
         yield "kv_write.cpu:make_rotate_and_write", (keys, values)
         for head_dim in filter(keys.fits, HEAD_DIMS):
             yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values)

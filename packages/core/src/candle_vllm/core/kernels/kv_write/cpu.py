@@ -28,7 +28,6 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
 
 _QUERY, _KEY, _VALUE, _FLOATS = range(4)
-_WITH_MINIMA = int(CacheKind.Q5_1)
 
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
@@ -186,31 +185,36 @@ def _write_query_blocks(row: int, dim: int, to: int) -> None:
 
 
 @njit(inline="always")
-def _write_key_blocks(row: int, dim: int, cache: int, place: int, strip: int, size: int, codes: int, kind: int) -> None:
+def _write_key_blocks(
+    row: int, dim: int, cache: int, place: int, strip: int, size: int, codes: int, kind: int, minima: int
+) -> None:
     """Quantise a row of floats to the key of slot `place`; a key has `size` bytes, of which `codes` are codes."""
     within = place & (strip - 1)
     to = cache + size * (place & -strip) + 4 * within
     scales = to + codes * strip
     step = codes * strip // (dim // BLOCK)
     for n in range(dim // BLOCK):
-        scale = scales + (4 * strip * n if kind == _WITH_MINIMA else 4 * strip * (n >> 1) + 2 * (n & 1))
+        scale = scales + (4 * strip * n if minima else 4 * strip * (n >> 1) + 2 * (n & 1))
         quantise_key(row + 4 * BLOCK * n, to + step * n, 4 * strip, scale, kind)
 
 
 @njit(inline="always")
-def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int) -> None:
-    """Quantise a row of floats to the value of slot `place`; a value has `size` bytes, of which `codes` are codes."""
+def _write_value_blocks(
+    row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int, fifths: int, minima: int
+) -> None:
+    """Quantise a row of floats to the value of slot `place`; a value has `size` bytes, of which `codes` are codes.
+
+    `fifths` and `minima` are 1 if codes have a fifth bit, and if blocks have a minimum; otherwise 0.
+    """
     within = place & (LANES - 1)
     tile = cache + size * (place & -LANES)
     step = codes * LANES // (dim // BLOCK)
-    whole, halves = step, 1
-    if kind == _WITH_MINIMA:
-        whole, halves = step - 4 * LANES, 2  # the fifth bits follow the nibbles
+    whole = step - 4 * LANES * fifths  # the fifth bits follow the nibbles
     to = tile + (whole >> 2) * (within >> 2) + (within & 3)
     for n in range(dim // BLOCK):
-        scale = tile + codes * LANES + 2 * LANES * halves * n + 2 * within
-        fifths = tile + step * n + whole + 4 * within
-        quantise_value(row + 4 * BLOCK * n, to + step * n, fifths, scale, kind)
+        scale = tile + codes * LANES + 2 * LANES * (1 + minima) * n + 2 * within
+        fifths_at = tile + step * n + whole + 4 * within
+        quantise_value(row + 4 * BLOCK * n, to + step * n, fifths_at, scale, kind)
 
 
 @njit(inline="always")
@@ -225,12 +229,12 @@ def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
 def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     """Return the operation for one `CacheKind` of keys and of values."""
     keys, values = CacheKind(keys_as), CacheKind(values_as)
-    plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
+    plain_keys, plain_values = not keys.is_quantised, not values.is_quantised
     # Whether a thread prefetches the slot of its next token, if that does not follow the token's own slot.
     ASKS = plain_keys and plain_values
     # Bytes of the codes of 64 elements: the head size is known only when the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
-    key_minima, value_minima = int(keys.has_minima), int(values.has_minima)
+    key_minima, value_minima, fifths = int(keys.has_minima), int(values.has_minima), int(values.has_fifths)
 
     def rotate_and_write(row, thread, threads):
         given = read(WriteArguments, row)
@@ -285,7 +289,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                         rotate_row(floats, dim)
                         codes = key_codes * dim // 64
                         size = codes + 4 * (blocks if key_minima else (blocks + 1) // 2)
-                        _write_key_blocks(floats, dim, given.key_cache, place, strip, size, codes, keys_as)
+                        _write_key_blocks(floats, dim, given.key_cache, place, strip, size, codes, keys_as, key_minima)
                 else:
                     source = x + 4 * (given.v_column + head * dim)
                     if plain_values:
@@ -296,7 +300,9 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                         rotate_row(floats, dim)
                         codes = value_codes * dim // 64
                         size = codes + 2 * blocks * (1 + value_minima)
-                        _write_value_blocks(floats, dim, given.value_cache, place, size, codes, values_as)
+                        _write_value_blocks(
+                            floats, dim, given.value_cache, place, size, codes, values_as, fifths, value_minima
+                        )
             unit += 1
             h += 1
             if h == each:
