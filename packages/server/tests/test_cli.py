@@ -29,10 +29,11 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, derived
-from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse, split_command
+from candle_vllm.server.settings.command_line import parse, split_command
+from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.configuration import load_configuration
-from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
-from candle_vllm.server.settings.table import OPTIONS, settings_of
+from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import OPTIONS
 from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
 from packages.server.tests.server_fakes import PacedEngine
@@ -90,10 +91,10 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert ("--dtype" in text) == (command not in (*ONLY, "imatrix"))
+    assert ("--dtype" in text) == (not COMMANDS[command].only and command != "imatrix")
     if command == "serve":
-        assert all(flag in text for option in OPTIONS if "serve" in option.commands for flag in option.flags)
-    own = {flag for option in (*settings_of(command), *COMMAND_OPTIONS[command]) for flag in option.flags}
+        assert all(flag in text for option in OPTIONS for flag in option.flags)
+    own = {flag for option in COMMANDS[command].all_options for flag in option.flags}
     assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
     assert ("cuda:N" in text) == (command not in ("quantize", "imatrix", "list", "rm", "ps", "bench serve"))
 

@@ -14,10 +14,11 @@ from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings import foreign_flags as foreign_module
 from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
+from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
-from candle_vllm.server.settings.options import COMMANDS, UsageError
+from candle_vllm.server.settings.options import UsageError
 
 
 def test_what_exists_here_is_not_in_the_table() -> None:

@@ -106,35 +106,27 @@ def _write_nowhere() -> None:
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Run one command; `own` are the values of flags that only this command has."""
     from candle_vllm.server.interrupts import leaving_at_once
+    from candle_vllm.server.settings.commands import COMMANDS
 
+    takes = COMMANDS[command]
     with leaving_at_once(lambda: "it started"):
-        if command not in ("agent", "bench serve"):  # these commands may use the model of another server
+        if not takes.elsewhere:
             from candle_vllm.server.settings.derived import refuse_missing
 
             refuse_missing(configuration.settings)
-        program = _program(command)
-    return program(configuration if command in ("serve", "run-batch", "config") else configuration.settings, **own)
+        program = _program(takes.runs)
+    return program(configuration if takes.whole else configuration.settings, **own)
 
 
-_MODULES = {  # modules of the commands
-    "serve": "serve", "bench serve": "bench.serve", "bench": "commands.bench", "run-batch": "commands.run_batch",
-    **{name: f"commands.{name}" for name in ("agent", "chat", "config", "generate", "perplexity", "quantize")},
-    "imatrix": "commands.perplexity",
-    **dict.fromkeys(("bench throughput", "bench latency", "bench speculation"), "bench.offline"),
-    **dict.fromkeys(("pull", "list", "show", "rm", "ps", "run"), "commands.library"),
-}  # fmt: skip
-
-
-def _program(command: str) -> Callable[..., int]:
-    """Return the function of a command; its module, and with it the engine, is imported only here."""
+def _program(runs: str) -> Callable[..., int]:
+    """Return the function that a command runs; its module, and with it the engine, is imported only here."""
     from importlib import import_module
 
     from candle_vllm.core.threads import collector_paused
 
-    name = command.replace("-", "_").replace(" ", "_")
+    module, _, name = runs.partition(":")
     with collector_paused():  # modules are many objects, and none of them is garbage
-        module = import_module(f"candle_vllm.server.{_MODULES[command]}")
-    return getattr(module, "list_models" if name == "list" else name)
+        return getattr(import_module(f"candle_vllm.server.{module}"), name)
 
 
 def say(remarks: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ from candle_vllm.server.commands.interactive import answer_display, keys_unseen,
 from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe, unfinished
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings.adapters import read_specs
-from candle_vllm.server.settings.command_line import MAX_TOKENS
+from candle_vllm.server.settings.commands import MAX_TOKENS
 from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS, AdapterOptions

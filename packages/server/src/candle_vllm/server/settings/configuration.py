@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.core.config import is_demo
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry, source_name
+from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.foreign_variables import (
     HUB_TOKENS,
-    SERVING,
     deployment_source,
     dotenv_remarks,
     hub_token_source,
@@ -31,7 +31,6 @@ from candle_vllm.server.settings.foreign_variables import (
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file, model_entry
 from candle_vllm.server.settings.options import SOCKETS, UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
-from candle_vllm.server.settings.table import settings_of as settings_of_command
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.options import MailboxOptions
@@ -84,10 +83,10 @@ def load_configuration(
     Raises:
         UsageError: a source is invalid; the message names it.
     """
-    serving, remarks = command in SERVING, list[str]()
+    serving, remarks = COMMANDS[command].serves_models, list[str]()
     dotenv_path = folder / ".env"
     dotenv = read_dotenv(dotenv_path, None if serving else remarks)
-    known = None if serving else {option.name for option in settings_of_command(command)}
+    known = None if serving else {option.name for option in COMMANDS[command].settings}
     variables = {**dotenv, **environ}
     given = [command_line, environment_source(environ, "the environment")]
     own = environment_source(dotenv, str(dotenv_path), known)

@@ -15,7 +15,8 @@ from typing import Any
 
 from candle_vllm.core.foreign_names import foreign_tables
 from candle_vllm.core.targets import ip_address, is_loopback
-from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert
+from candle_vllm.server.settings.commands import COMMANDS
+from candle_vllm.server.settings.options import ENV_PREFIX, HTTP, UsageError, convert
 from candle_vllm.server.settings.sources import SettingsSource
 from candle_vllm.server.settings.table import BY_NAME, AccessOptions
 
@@ -28,9 +29,6 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 IDLE: Mapping[str, str] = {name: why for name, _, why in _ROWS if why and not name.startswith(ENV_PREFIX)}
 """Variables of the Rust candle-vllm, without its prefix, that have no effect; with the reason."""
 
-SERVING = frozenset({"serve", "config"})
-"""The commands that read variables of servers."""
-_WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
 _LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # each of them enables adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # for every command, not only for servers
 _KEY_LIKE = re.compile(
@@ -57,12 +55,13 @@ def deployment_source(
     Raises:
         UsageError: the value of a variable that is meant for this program is invalid.
     """
-    values: dict[str, Any] = {}
+    takes, values = COMMANDS[command], dict[str, Any]()
     given_as: dict[str, str] = {}
     remarks = idle_remarks(environ, "the environment")
     for name, setting in DEPLOYMENTS.items():
         text = environ.get(name, "")
-        if name not in environ or not (command in SERVING or name in (*_OTHERS, *_WHERE.get(command, ()))):
+        locates = HTTP in takes.uses and BY_NAME[setting].group == HTTP
+        if name not in environ or not (takes.serves_models or locates or name in _OTHERS):
             continue
         if name == "CACHE_DIR" and "MODEL_ID" not in environ:
             continue  # other programs use this name, too
@@ -82,7 +81,7 @@ def deployment_source(
         values = {key: value for key, value in values.items() if given_as[key] not in _LORA}
     if any(name in stronger for name in ("model", "weight_path", "weight_file")):
         values = {key: value for key, value in values.items() if key not in ("model", "served_model_name")}
-    source = SettingsSource("the environment", values, given_as, tuple(remarks) if command in SERVING else ())
+    source = SettingsSource("the environment", values, given_as, tuple(remarks) if takes.serves_models else ())
     host = values.get("host", "localhost")
     if keyed or "api_key" in values or "host" in stronger or is_loopback(host):
         return source

@@ -18,67 +18,14 @@ from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Secret, neare
 from candle_vllm.core.shown import HIDDEN, without_secrets
 
 ENV_PREFIX = "CANDLE_VLLM_"
-COMMANDS = {
-    "serve": "serve the model over HTTP (what happens without a command)",
-    "generate": "continue one prompt on the terminal",
-    "chat": "talk with the model on the terminal",
-    "agent": "carry out one request with the tools of MCP servers",
-    "bench": "measure the model on this machine",
-    "bench serve": "measure a server with OpenAI's API, as vllm bench serve does",
-    "bench throughput": "measure how fast the engine answers a data set",
-    "bench latency": "measure how long the engine takes for a batch",
-    "bench speculation": "measure the speedup by draft tokens on your own prompts",
-    "run-batch": "answer the requests of a file into another file",
-    "run": "talk with a model of Hugging Face, which is fetched where it is not here",
-    "pull": "fetch a model of Hugging Face: what it takes, whether it fits, then its files",
-    "list": "show the models that were fetched",
-    "show": "show what is known of a model",
-    "rm": "remove a model that was fetched",
-    "ps": "show what a running server has in memory",
-    "quantize": "write the model as a GGUF file, quantised or plain",
-    "imatrix": "measure on a text how much the inputs of each matrix matter, for quantize and --isq",
-    "perplexity": "measure how well the model predicts a text, and how far it is from a reference",
-    "config": "show every setting, and where its value comes from",
-}
 GROUPS = MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
     "model", "device and memory", "scheduling", "default sampling", "several models", "adapters",
     "mailbox and webhooks", "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "serve": GROUPS,
-    "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
-    "chat": (MODEL, DEVICE, LIMITS, SAMPLING, ADAPTERS, LOGGING),
-    "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
-    "bench": (MODEL, DEVICE, LIMITS, LOGGING),
-    "bench serve": (LOGGING,),
-    "bench throughput": (MODEL, DEVICE, LIMITS, LOGGING),
-    "bench latency": (MODEL, DEVICE, LIMITS, LOGGING),
-    "bench speculation": (MODEL, DEVICE, LIMITS, LOGGING),
-    "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, ADAPTERS, LOGGING),
-    "run": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
-    "pull": (MODEL, DEVICE, LOGGING),
-    "list": (MODEL, LOGGING),
-    "show": (MODEL, DEVICE, LOGGING),
-    "rm": (MODEL, LOGGING),
-    "ps": (HTTP, LOGGING),
-    "quantize": (MODEL, LOGGING),
-    "imatrix": (MODEL, LOGGING),
-    "perplexity": (MODEL, DEVICE, LOGGING),
-    "config": GROUPS,
-}
-
-_FETCHING = ("revision", "hf_token", "hf_token_path", "download_dir", "offline", "log_level")
-ONLY: Mapping[str, tuple[str, ...]] = {
-    "bench serve": ("log_level",),
-    "pull": (*_FETCHING, "device"),
-    "list": ("download_dir", "log_level"),
-    "show": (*_FETCHING, "device"),
-    "rm": ("download_dir", "log_level"),
-    "ps": ("host", "port", "api_key", "log_level"),
-}
-"""Commands that use only these of their groups' settings."""
-NAMING = ("run", "pull", "show", "rm")
-"""Commands that take the model as an argument."""
+# what a command does beside using groups of settings: settings for it have this need
+SERVES, BATCHES, REUSES, CALLS, TEMPLATES, LOADS = (
+    "serving", "batch size", "shared prefixes", "tool calls", "chat template", "loading",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +43,8 @@ class Option:
         repeat: whether the flag may be repeated; in the environment, values are separated by commas.
         in_yaml: whether it is allowed in `params` of a model in models.yaml.
         rivals: name of a set of settings of which one source may set only one.
-        commands: commands, among the ones with its group, that use the setting; the other commands reject its flags.
+        needs: what a command, among the ones with its group, must use as well (`Command.uses`) to use the setting: a
+            need or another group; the other commands reject its flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
         secret: whether its value is never shown.
@@ -112,7 +60,7 @@ class Option:
     repeat: bool = False
     in_yaml: bool = False
     rivals: str | None = None
-    commands: tuple[str, ...] = tuple(COMMANDS)
+    needs: str = ""
     default: Any = None
     engine: str | None = None
     secret: bool = False

@@ -23,19 +23,21 @@ from candle_vllm.core.targets import is_loopback
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
     ADAPTERS,
-    COMMAND_GROUPS,
-    COMMANDS,
+    BATCHES,
+    CALLS,
     DEVICE,
     HTTP,
     LIMITS,
+    LOADS,
     LOGGING,
     MAILBOX,
     MODEL,
     MODELS,
-    NAMING,
-    ONLY,
     RESPONSES,
+    REUSES,
     SAMPLING,
+    SERVES,
+    TEMPLATES,
     TOOLS,
     Address,
     Option,
@@ -46,16 +48,6 @@ from candle_vllm.server.settings.options import (
     shown,
 )  # fmt: skip
 
-_BATCHING = ("serve", "run-batch", "bench throughput", "config")
-_SERVE = ("serve", "run-batch", "config")  # bench sets the batch size, and a conversation has no batch
-_WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
-_SERVING_ADAPTERS = ("serve", "run-batch", "config")
-# commands whose requests have texts; bench uses token ids, and samples greedily
-_WITH_TEXT = ("serve", "generate", "chat", "run", "agent", "run-batch", "config")
-_LOADING = tuple(command for command in COMMANDS if command != "quantize")
-# commands whose requests may share prefixes
-_REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
-_CALLING = ("serve", "agent", "run-batch", "config")  # commands whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE = {"aliases": CACHE_ALIASES}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
@@ -107,34 +99,32 @@ class FormatOptions(_Checked):
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
     chat_template: Annotated[Path | None, own(MODEL,
         FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
-        commands=(*_WITH_TEXT, "quantize"))] = None
+        needs=TEMPLATES)] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
-        commands=_WITH_TEXT)] = None
-    max_images: Annotated[int | None, engine(MODEL, "N", commands=_WITH_TEXT)] = None
-    mm_processor_kwargs: Annotated[Mapping[str, Any] | None, engine(MODEL, "JSON", commands=_WITH_TEXT)] = None
+        needs=SAMPLING)] = None
+    max_images: Annotated[int | None, engine(MODEL, "N", needs=SAMPLING)] = None
+    mm_processor_kwargs: Annotated[Mapping[str, Any] | None, engine(MODEL, "JSON", needs=SAMPLING)] = None
     default_chat_template_kwargs: Annotated[dict[str, Any] | None, own(MODEL,
         JsonObject(), "variables of the chat template, as JSON, where a request does not set them "
-        """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, commands=_SERVE)] = None
+        """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, needs=SERVES)] = None
     tool_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
-        "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"),
-        commands=_CALLING)] = None
-    open_objects: Annotated[bool, engine(MODEL, commands=_CALLING)] = False
+        "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"), needs=CALLS)] = None
+    open_objects: Annotated[bool, engine(MODEL, needs=CALLS)] = False
     reasoning_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
-        commands=_WITH_TEXT)] = None
+        needs=SAMPLING)] = None
     reasoning_budget: Annotated[int | None, own(MODEL,
         BOUNDS["thinking_token_budget"], "default limit of reasoning tokens; -1 is no limit", "N",
-        in_yaml=True, commands=_WITH_TEXT)] = None
+        in_yaml=True, needs=SAMPLING)] = None
     reasoning_budget_message: Annotated[str | None, own(MODEL,
         Text(MAX_MESSAGE), "text that ends the reasoning when its budget is used up", "TEXT", in_yaml=True,
-        commands=_WITH_TEXT)] = None
+        needs=SAMPLING)] = None
     served_model_name: Annotated[tuple[str, ...], own(MODEL,
         Text(512), "name of the model for clients; repeatable, the first is reported", "NAME", in_yaml=True,
-        commands=_SERVE)] = ()
+        needs=SERVES)] = ()
     strict_model_names: Annotated[bool, own(MODEL,
-        Boolean(), "refuse requests that name another model, even if only one model is served",
-        commands=_SERVE)] = False
+        Boolean(), "refuse requests that name another model, even if only one model is served", needs=SERVES)] = False
     models_config: Annotated[Path | None, own(MODEL,
         FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
 
@@ -158,10 +148,10 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
 
     isq: Annotated[str | None, engine(MODEL, "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
-    packed_cache: Annotated[str | None, engine(MODEL, "DIR", commands=_LOADING)] = None
-    load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
-    model_impl: Annotated[str | None, engine(MODEL, "LAYERS", commands=_LOADING)] = None
-    enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
+    packed_cache: Annotated[str | None, engine(MODEL, "DIR", needs=LOADS)] = None
+    load_format: Annotated[str | None, engine(MODEL, "FORMAT", needs=LOADS)] = None
+    model_impl: Annotated[str | None, engine(MODEL, "LAYERS", needs=LOADS)] = None
+    enable_lora: Annotated[bool, engine(MODEL, needs=ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
         "DEVICE", text="auto, cpu, cuda, cuda:N, or just N for a GPU; a model is divided among several (0,1); --cpu is "
         "--device cpu", reading={"several": True}, flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
@@ -169,7 +159,7 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     pipeline_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     nnodes: Annotated[int | None, engine(DEVICE, "N")] = None
     node_rank: Annotated[int | None, engine(DEVICE, ""
-        "K", more="; the others have no HTTP server", commands=_SERVE)] = None
+        "K", more="; the others have no HTTP server", needs=SERVES)] = None
     master_addr: Annotated[str | None, engine(DEVICE, "HOST")] = None
     master_port: Annotated[int | None, engine(DEVICE, "PORT")] = None
     cluster_key: Annotated[str | None, own(DEVICE,
@@ -181,7 +171,7 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     all2all_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in its own process, on its own GPU or share of the CPU "
-        "threads (docs/scaling.md)", commands=_SERVE)] = None
+        "threads (docs/scaling.md)", needs=SERVES)] = None
     cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit; all: all layers",
         reading={"auto": True, "whole": True})] = None
     cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", more="; default: as much as does not fit")] = None
@@ -209,35 +199,34 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     block_size: Annotated[int | None, engine(DEVICE, "N")] = None
     engine_process: Annotated[bool, own(DEVICE,
         Boolean(), "run the engine in its own process, which is restarted when it dies", in_yaml=True,
-        commands=_SERVE)] = False
+        needs=SERVES)] = False
     threads: Annotated[int | None, engine(DEVICE, "N")] = None
     cpu_ranks: Annotated[int | None, engine(DEVICE, "N", more=", as with auto", reading={"auto": True})] = None
     cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL")] = None
     max_model_len: Annotated[int | None, engine(LIMITS,
         "N", more="; auto: as many as the model allows and memory holds", reading={"auto": True})] = None
     yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR")] = None
-    max_num_seqs: Annotated[int | None, engine(LIMITS, "N", commands=_BATCHING)] = None
+    max_num_seqs: Annotated[int | None, engine(LIMITS, "N", needs=BATCHES)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
-        off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
-    state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
-    kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
-    prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
+        off=("--disable-prefix-cache", "--no-enable-prefix-caching"), needs=REUSES)] = None
+    state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", needs=REUSES)] = None
+    kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", needs=REUSES)] = None
+    prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", needs=REUSES)] = None
     prompt_cache_url: Annotated[str | None, own(LIMITS,
         Secret(), "Redis to which full KV blocks are written, shared by all servers of a model: "
         "redis://user:password@host:port/db, or rediss:// for TLS", "URL", in_yaml=True,
-        engine="prompt_cache_url", commands=_REUSING)] = None
-    prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
-        commands=_REUSING)] = None
+        engine="prompt_cache_url", needs=REUSES)] = None
+    prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=REUSES)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
-    max_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
-    max_lora_rank: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
-    max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
-    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", commands=_WITH_ADAPTERS)] = None
-    lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", commands=_WITH_ADAPTERS)] = None
-    max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", commands=_SERVE)] = None
-    seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
+    max_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
+    max_lora_rank: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
+    max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
+    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=ADAPTERS)] = None
+    lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", needs=ADAPTERS)] = None
+    max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", needs=SERVES)] = None
+    seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING)] = None
     temperature: Annotated[float | None, own(SAMPLING, BOUNDS["temperature"], "0 is greedy", "X", in_yaml=True)] = None
     top_p: Annotated[float | None, own(SAMPLING,
         BOUNDS["top_p"], "keep the most likely tokens up to this sum of "
@@ -285,8 +274,7 @@ class ManagerOptions(_Checked):
         "room for another", "SECONDS")] = 120
     allow_model_changes: Annotated[bool, own(MODELS,
         Boolean(), "serve downloaded models, let clients pull, copy and delete models (/api/pull, /api/copy, "
-        "/api/delete), and let operators add, remove and reload them (/v1/models/add, remove, reload)",
-        commands=_SERVE)] = False
+        "/api/delete), and let operators add, remove and reload them (/v1/models/add, remove, reload)")] = False
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -298,31 +286,30 @@ class AdapterOptions(ModelOptions):
         "repeatable", "NAME=PATH", in_yaml=True)] = ()
     lora_init_without_apply: Annotated[bool, own(ADAPTERS,
         Boolean(), "apply adapters only to requests that name them, whatever their scale",
-        in_yaml=True, commands=_SERVING_ADAPTERS)] = False
+        in_yaml=True, needs=SERVES)] = False
     lora_warmup: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(512), "name of an adapter to load together with its model; repeatable", "NAME",
-        in_yaml=True, commands=_SERVING_ADAPTERS)] = ()
+        in_yaml=True, needs=SERVES)] = ()
     lora_resolver: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(), "where to look for an unknown adapter that a request names: local=DIR, hf=org/* (just hf is every "
         "repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
-        "SOURCE", commands=_SERVING_ADAPTERS)] = ()
+        "SOURCE", needs=SERVES)] = ()
     lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(512), "base model that the configuration of such an adapter must name, * for any characters; repeatable",
-        "PATTERN", commands=_SERVING_ADAPTERS)] = ()
+        "PATTERN", needs=SERVES)] = ()
     lora_max_mb: Annotated[int, own(ADAPTERS,
-        Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB",
-        commands=_SERVING_ADAPTERS)] = 1024
+        Integer(1, 1 << 20), "largest adapter to download, in MB of 2^20 bytes", "MB", needs=SERVES)] = 1024
     lora_fetch_timeout: Annotated[int, own(ADAPTERS,
-        Integer(1, 86400), "how long the download of an adapter may take", "SECONDS", commands=_SERVING_ADAPTERS)] = 120
+        Integer(1, 86400), "how long the download of an adapter may take", "SECONDS", needs=SERVES)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
         FilePath(), "folder for downloaded adapters; default: adapters in --download-dir, or "
-        "~/.cache/candle-vllm/adapters", "DIR", commands=_SERVING_ADAPTERS)] = None
+        "~/.cache/candle-vllm/adapters", "DIR", needs=SERVES)] = None
     lora_cache_bytes: Annotated[int, own(ADAPTERS,
         Integer(1 << 20, 1 << 50), "most bytes of downloaded adapters on disk; the least recently used are deleted; 4G "
-        "is 4 * 2^30", "BYTES", commands=_SERVING_ADAPTERS)] = 10 << 30
+        "is 4 * 2^30", "BYTES", needs=SERVES)] = 10 << 30
     allow_runtime_lora: Annotated[bool, own(ADAPTERS,
         Boolean(), "let operators load adapters from this machine's files, and unload them, while the server runs "
-        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)", commands=("serve", "config"))] = False
+        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)", needs=HTTP)] = False
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -364,23 +351,23 @@ class ToolOptions(_Checked):
         FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
         "FILE")] = None
     mcp_command: Annotated[str | None, own(TOOLS,
-        Text(), "program of an additional MCP server, called default", "PROGRAM", commands=_SERVE)] = None
+        Text(), "program of an additional MCP server, called default", "PROGRAM", needs=SERVES)] = None
     mcp_args: Annotated[str | None, own(TOOLS,
         Text(), "its arguments, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS",
-        commands=_SERVE, secret=True)] = None
+        needs=SERVES, secret=True)] = None
     mcp_execute: Annotated[bool, own(TOOLS,
         Boolean(), "in chat requests without tools, run the calls of tools that mcp.json approves",
-        commands=_SERVE)] = False
+        needs=SERVES)] = False
     mcp_max_turns: Annotated[int, own(TOOLS,
-        Integer(1, 1000), "most model turns in a chat request whose tools the server runs", "N", commands=_SERVE)] = 8
+        Integer(1, 1000), "most model turns in a chat request whose tools the server runs", "N", needs=SERVES)] = 8
     mcp_max_tool_calls: Annotated[int, own(TOOLS,
-        Integer(0, 10000), "most tool calls that the server runs in one chat request", "N", commands=_SERVE)] = 32
+        Integer(0, 10000), "most tool calls that the server runs in one chat request", "N", needs=SERVES)] = 32
     mcp_tool_timeout: Annotated[float | None, own(TOOLS,
         Number(0, 3600, open_low=True), "most seconds for one tool call, even if mcp.json allows more", "SECONDS",
-        commands=_SERVE)] = None
+        needs=SERVES)] = None
     mcp_allow_urls: Annotated[tuple[str, ...], own(TOOLS,
         Text(2048), "MCP server that requests to /v1/responses may name: https://host/path, * for any characters; "
-        "repeatable", "PATTERN", commands=_SERVE)] = ()
+        "repeatable", "PATTERN", needs=SERVES)] = ()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -393,9 +380,8 @@ class AccessOptions(_Checked):
     port: Annotated[int, own(HTTP,
         Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT", flags=("--p", "--port"))] = 2000
     ollama_port: Annotated[int | None, own(HTTP,
-        Integer(1, 65535, units=False), "second TCP port for Ollama's clients, which expect 11434", "PORT",
-        commands=_SERVE)] = None
-    ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /", commands=_SERVE)] = False
+        Integer(1, 65535, units=False), "second TCP port for Ollama's clients, which expect 11434", "PORT")] = None
+    ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /")] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key that clients must send as `Authorization: Bearer`; repeatable", "KEY")] = ()
     api_key_file: Annotated[Path | None, own(HTTP, FilePath(), "file with one API key per line", "FILE")] = None
@@ -419,7 +405,7 @@ class AccessOptions(_Checked):
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
         Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
     root_path: Annotated[str | None, own(HTTP,
-        Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH", commands=_SERVE)] = None
+        Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH")] = None
 
     @property
     def has_api_keys(self) -> bool:
@@ -443,19 +429,17 @@ class ListenerOptions(AccessOptions):
     """Access to the server, over HTTP or HTTPS."""
 
     ssl_certfile: Annotated[Path | None, own(HTTP,
-        FilePath(), "certificate chain in PEM, for HTTPS", "FILE", commands=_SERVE)] = None
+        FilePath(), "certificate chain in PEM, for HTTPS", "FILE")] = None
     ssl_keyfile: Annotated[Path | None, own(HTTP,
-        FilePath(), "its private key in PEM, without a password; may stand in the same file", "FILE",
-        commands=_SERVE)] = None
+        FilePath(), "its private key in PEM, without a password; may stand in the same file", "FILE")] = None
     ssl_ca_certs: Annotated[Path | None, own(HTTP,
-        FilePath(), "CA certificates in PEM that sign the certificates of clients", "FILE", commands=_SERVE)] = None
+        FilePath(), "CA certificates in PEM that sign the certificates of clients", "FILE")] = None
     ssl_cert_reqs: Annotated[int, own(HTTP,
-        Integer(0, 2, units=False), "whether clients need certificates: 0 no, 1 optional, 2 required",
-        "N", commands=_SERVE)] = 0
+        Integer(0, 2, units=False), "whether clients need certificates: 0 no, 1 optional, 2 required", "N")] = 0
     ssl_ciphers: Annotated[str | None, own(HTTP,
-        Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
+        Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS")] = None
     enable_ssl_refresh: Annotated[bool, own(HTTP,
-        Boolean(), "reload certificate and key when their files change", commands=_SERVE)] = False
+        Boolean(), "reload certificate and key when their files change")] = False
 
     @property
     def address(self) -> Address:
@@ -469,19 +453,19 @@ class RequestOptions(_Checked):
 
     unknown_fields: Annotated[str, own(HTTP,
         Choice(("refuse", "warn")), "unknown fields of a request: refuse it, or warn (leave them out and name them in "
-        "the header x-warning)", commands=_SERVE)] = "refuse"
+        "the header x-warning)")] = "refuse"
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     max_held_mb: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "most request bodies and messages in memory that are unparsed or whose requests wait, in "
         "MB of 2^20 bytes; one API key may have half; further requests are refused with 503", "MB")] = 512
     allowed_media_domains: Annotated[tuple[str, ...], engine(HTTP, "HOST", more="; several with commas; repeatable",
-        in_yaml=False, commands=_SERVE)] = ()
-    allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False, commands=_SERVE)] = None
+        in_yaml=False)] = ()
+    allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False)] = None
     enable_request_priority: Annotated[bool, own(HTTP,
         Boolean(), "let clients raise the priority of their requests (`priority`)")] = False
     enable_force_include_usage: Annotated[bool, own(HTTP,
-        Boolean(), "end every stream with its token counts, even if the request does not ask for it (`stream_options`)",
-        commands=_SERVE)] = False
+        Boolean(), "end every stream with its token counts, even if the request does not ask for it (`stream_options`)"
+        )] = False
     trust_request_chat_template: Annotated[bool, own(HTTP,
         Boolean(), "let clients send their own chat template (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
@@ -493,18 +477,17 @@ class LoggingOptions(_Checked):
     """Logs and traces."""
 
     log_requests: Annotated[bool, own(LOGGING,
-        Boolean(), "log one line per HTTP request and one per generation, without its content",
-        commands=_SERVE)] = False
+        Boolean(), "log one line per HTTP request and one per generation, without its content", needs=SERVES)] = False
     log_prompts: Annotated[bool, own(LOGGING,
-        Boolean(), "also log the beginning of each prompt (needs --log-requests)", commands=_SERVE)] = False
+        Boolean(), "also log the beginning of each prompt (needs --log-requests)", needs=SERVES)] = False
     log_format: Annotated[str, own(LOGGING,
-        Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
+        Choice(("text", "json")), "text, or json: one object per line", "FORMAT", needs=SERVES)] = "text"
     log_file: Annotated[Path | None, own(LOGGING,
         FilePath(), "file to which the log is appended as well; --log is candle-vllm.log",
-        "FILE", constants={"--log": Path("candle-vllm.log")}, commands=_SERVE)] = None
+        "FILE", constants={"--log": Path("candle-vllm.log")}, needs=SERVES)] = None
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
-        "candle-vllm[telemetry]", "URL", commands=_SERVE)] = None
+        "candle-vllm[telemetry]", "URL", needs=SERVES)] = None
     log_level: Annotated[str, own(LOGGING, _LEVELS, "debug, info, warning or error", "LEVEL")] = "info"
 # fmt: on
 
@@ -540,16 +523,3 @@ def _options() -> tuple[Option, ...]:
 
 OPTIONS = _options()
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
-
-
-def settings_of(command: str) -> tuple[Option, ...]:
-    """Return the settings that a command uses."""
-    groups, only = COMMAND_GROUPS[command], ONLY.get(command)
-    named = ("model", "weight_path", "weight_file") if command in NAMING else ()
-    return tuple(
-        option
-        for option in OPTIONS
-        if option.group in groups
-        and option.name not in named
-        and (command in option.commands if only is None else option.name in only)
-    )
