@@ -18,7 +18,6 @@ from starlette.testclient import TestClient
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http import keys
 from candle_vllm.server.http.keys import Keyring, read_named_keys
-from candle_vllm.server.http.routing import Limits
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import PacedEngine
 from tests.waiting import until
@@ -75,8 +74,9 @@ def test_operators_keys_apart(path: Path) -> None:
 
 
 def test_limits_are_their_own_or_those_of_all(path: Path) -> None:
-    found = {key.caller.label: key.caller.limits for key in read_named_keys(path, Limits(5, 1000))}
-    assert found == {"alice": Limits(60, 1000), "bob": Limits(5, None), "ops": Limits(5, 1000)}
+    limits = {"requests_per_minute": 5, "tokens_per_minute": 1000}
+    found = {key.caller.label: key.caller.limits for key in read_named_keys(path, limits)}
+    assert found == {"alice": {**limits, "requests_per_minute": 60}, "bob": {"requests_per_minute": 5}, "ops": limits}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_limits_are_their_own_or_those_of_all(path: Path) -> None:
 def test_when_they_end(tmp_path: Path, expires: str, seconds: float) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text(f"keys:\n- {{name: a, key: s, expires: {expires}}}\n".replace("{name", "\n    {name"))
-    assert [key.expires for key in read_named_keys(path, Limits())] == [seconds]
+    assert [key.expires for key in read_named_keys(path, {})] == [seconds]
 
 
 def test_a_key_whose_time_is_over_opens_nothing(path: Path) -> None:
@@ -133,7 +133,7 @@ def test_what_is_wrong_is_named_with_its_line_and_no_key(tmp_path: Path, text: s
     path = tmp_path / "keys.yaml"
     path.write_text(text)
     with pytest.raises(UsageError) as refusal:
-        read_named_keys(path, Limits())
+        read_named_keys(path, {})
     assert message in str(refusal.value)
     assert "SECRET" not in str(refusal.value)
 

@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits, duration
-from candle_vllm.server.http.routing import NOBODY, Caller, Limits
+from candle_vllm.server.http.routing import NOBODY, Caller
 from candle_vllm.server.openapi.document import RATE_LIMIT_HEADERS
+from candle_vllm.server.settings.options import Rate
+from candle_vllm.server.settings.table import RATES
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
 
@@ -35,8 +37,8 @@ class Clock:
         return self.now
 
 
-def _caller(requests: int | None = None, tokens: int | None = None, label: str = "a") -> Caller:
-    return Caller(label, "the key", Limits(requests, tokens))
+def _caller(label: str = "a", **limits: int) -> Caller:
+    return Caller(label, "the key", {f"{unit}_per_minute": limit for unit, limit in limits.items()})
 
 
 def test_requests_come_back_steadily() -> None:
@@ -59,7 +61,7 @@ def test_tokens_beyond_the_bucket_are_owed() -> None:
     limits, caller = RateLimits(clock=clock), _caller(tokens=60)
     meter = limits.meter(caller)
     assert meter is not None
-    meter.spend(100)
+    meter.spend("tokens", 100)
     with pytest.raises(HttpError, match="60 tokens per minute") as refusal:
         limits.admit(caller)
     assert refusal.value.headers == {"retry-after": "41"}
@@ -86,7 +88,7 @@ def test_never_more_than_a_minutes_worth_and_what_has_come_since(limit: int, pau
 
 
 def test_keys_do_not_share_and_callers_without_one_do() -> None:
-    limits = RateLimits(Limits(1, None))
+    limits = RateLimits({"requests_per_minute": 1})
     limits.admit(NOBODY)
     with pytest.raises(HttpError, match="This server allows 1 requests"):
         limits.admit(NOBODY)
@@ -94,6 +96,11 @@ def test_keys_do_not_share_and_callers_without_one_do() -> None:
         limits.admit(_caller(requests=1, label=label))
     for _ in range(3):
         limits.admit(_caller())  # a key without limits
+
+
+def test_only_limits_of_openai_have_names_without_their_window() -> None:
+    assert [rate.label for rate in RATES.values()] == ["requests", "tokens"]
+    assert Rate("tokens", "day", 86400.0).label == "tokens-day"
 
 
 def test_new_limits_of_a_name_begin_with_what_it_has_used() -> None:
@@ -114,7 +121,7 @@ def test_meters_of_keys_that_rest_are_let_go() -> None:
         limits.admit(_caller(requests=60, label=str(number)))
     assert len(limits._meters) <= 2048
     limits.admit(owing := _caller(tokens=1, label="owing"))
-    limits.meter(owing).spend(10**9)  # type: ignore[union-attr]
+    limits.meter(owing).spend("tokens", 10**9)  # type: ignore[union-attr]
     for number in range(20_000):
         clock.now += 1
         limits.admit(_caller(requests=60, label=str(number)))
@@ -210,7 +217,7 @@ def test_tokens_are_those_of_the_answers(limited: Running, name: str, url: str, 
     used = _until_used_up(limited, name, url, body)
     meter = limited.server.config.app.state.limits._meters[name]  # type: ignore[union-attr]
     assert used >= 12
-    bucket = meter.tokens
+    (bucket,) = (each for each in meter.buckets if each.rate.unit == "tokens")
     assert bucket.level(bucket._at) == pytest.approx(12 - used, abs=3)  # a fifth of a token comes back every second
 
 
@@ -260,6 +267,6 @@ def test_the_lines_of_a_batch_are_its_makers_requests(start, tmp_path: Path) -> 
     made = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
     running.wait_for(lambda: client.batches.retrieve(made.id).status == "completed")
     assert client.batches.retrieve(made.id).request_counts.completed == 3  # type: ignore[union-attr]
-    meter = limits._meters["alice"]
-    assert meter.requests._level == 60 - 4  # the lines and the upload of their file
-    assert meter.tokens._level < 9000
+    requests, tokens = limits._meters["alice"].buckets
+    assert requests._level == 60 - 4  # the lines and the upload of their file
+    assert tokens._level < 9000

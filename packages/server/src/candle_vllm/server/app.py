@@ -30,13 +30,7 @@ from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
-from candle_vllm.server.http.routing import (
-    GreetingMiddleware,
-    HeadMiddleware,
-    Limits,
-    PrefixMiddleware,
-    UnversionedMiddleware,
-)
+from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, PrefixMiddleware, UnversionedMiddleware
 from candle_vllm.server.models.loader import serve_engine
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
@@ -116,9 +110,7 @@ def create_app(
     app.state.settings = settings
     app.state.keys = Keyring(settings)
     app.state.held = Held(max(settings.max_held_mb, 2 * settings.max_body_mb) << 20)
-    app.state.manager.rates = app.state.limits = RateLimits(
-        Limits(settings.requests_per_minute, settings.tokens_per_minute), app.state.metrics.rate_limited
-    )
+    app.state.manager.rates = app.state.limits = RateLimits(settings.rates, app.state.metrics.rate_limited)
     app.state.mailbox = mailbox
     if mailbox is not None:
         _count_pushes(mailbox, app.state.metrics)

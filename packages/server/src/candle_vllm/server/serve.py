@@ -58,6 +58,7 @@ from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import RATES
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.model_info import ModelInfo
@@ -402,8 +403,7 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
     """Return the lines of the banner about what the operator turned on, by their names; "" for what is off."""
     drafts = draft_settings(model.speculative_config) if model.speculative_config else None
     limits = (
-        (settings.requests_per_minute, "requests a minute"),
-        (settings.tokens_per_minute, "tokens a minute"),
+        *((limit, f"{RATES[name].unit} a {RATES[name].window}") for name, limit in settings.rates.items()),
         (settings.max_queued_requests, "sequences that wait"),
         (settings.max_queued_per_key, "of them of one key"),
     )

@@ -42,7 +42,7 @@ from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
 from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
 from candle_vllm.server.settings.sources import origins
-from candle_vllm.server.settings.table import OPTIONS, ModelOptions
+from candle_vllm.server.settings.table import OPTIONS, RATES, ModelOptions
 
 DEFAULT = "default"
 
@@ -150,8 +150,7 @@ _UNSET = {  # meaning of an unset setting
     "otlp_endpoint": "off",
     "mcp_tool_timeout": "the timeout in mcp.json, or 60",
     "max_queued_per_key": "half of max_queued_requests",
-    "requests_per_minute": "no limit",
-    "tokens_per_minute": "no limit",
+    **dict.fromkeys(RATES, "no limit"),
     "management_key": "the API keys are accepted",
     "api_key": "none: clients need no key",
     "hf_token": "the token of `hf auth login`, if there is one",

@@ -32,6 +32,7 @@ from candle_vllm.server.serve import open_manager
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.table import RATES
 
 MAX_LINE_MB = 64
 MAX_INPUT_MB = 4096  # maximum size of a file from a URL
@@ -153,8 +154,7 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
     # There are no other clients, so no API keys and no limits are needed.
     settings = dataclasses.replace(
         configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
-        requests_per_minute=None, tokens_per_minute=None, max_queued_per_key=None,
-        max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
+        max_queued_per_key=None, max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE, **dict.fromkeys(RATES),
     )  # fmt: skip
     manager, observation = open_manager(configuration.catalogue, settings, load)
     app = create_app(manager, settings)

@@ -22,11 +22,11 @@ from candle_vllm.core.setting_kinds import Integer, Secret
 from candle_vllm.server.http.routing import NOBODY, Caller, Limits
 from candle_vllm.server.settings.options import Section, UsageError, known_keys, line_of, mapping
 from candle_vllm.server.settings.sources import read_yaml
-from candle_vllm.server.settings.table import BY_NAME, AccessOptions
+from candle_vllm.server.settings.table import BY_NAME, RATES, AccessOptions
 
 MAX_KEYS = 10_000
 LOOK_SECONDS = 1.0  # seconds between two checks of the files
-_ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "models", "notes")
+_ENTRY = ("name", "key", "sha256", "expires", *RATES, "manages", "models", "notes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _TAKEN = re.compile(r"m?[0-9]+|none|other")  # labels of unnamed keys, of no key, and (metrics) of further keys
 _MAX_PATTERNS, _MAX_PATTERN = 1000, 512
@@ -129,7 +129,7 @@ class Keyring:
     def _read(self) -> tuple[Key, ...]:
         settings = self._settings
         apart = bool(settings.management_key)  # operators have keys of their own
-        limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        limits = settings.rates
         named = [] if settings.api_keys_file is None else read_named_keys(settings.api_keys_file, limits)
         plain = settings.api_key + (() if settings.api_key_file is None else read_keys(settings.api_key_file))
         return (
@@ -233,9 +233,8 @@ def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
     manages = entry.get("manages", False)
     if not isinstance(manages, bool):
         raise wrong("manages", "must be true or false")
-    limits = Limits(
-        *(_limit(entry, field, default, wrong) for field, default in zip(Limits._fields, defaults, strict=True))
-    )
+    given = {field: _limit(entry, field, defaults.get(field), wrong) for field in RATES}
+    limits = {field: limit for field, limit in given.items() if limit is not None}
     caller = Caller(name, f"the name {name}", limits, _models(entry, wrong))  # no key has spaces
     expires = _expiry(entry["expires"], wrong) if "expires" in entry else None
     return [Key(digest, caller, manages=manages, expires=expires) for digest in digests]

@@ -1,26 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Rate limits: requests and tokens per minute of each API key, as token buckets.
+"""Rate limits of each API key, such as requests and tokens per minute, as token buckets.
 
 Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket for the amount of
-one minute, which fills at a constant rate. A request may begin if the bucket of requests and the bucket of tokens each
-have at least 1. Tokens are taken out as they are counted for `usage`, so nothing is estimated and no answer is
-truncated. If an answer takes more than the bucket has, the level becomes negative, and the key must wait.
+its window, which fills at a constant rate. A request may begin if each bucket has at least 1. Tokens are taken out as
+they are counted for `usage`, so nothing is estimated and no answer is truncated. If an answer takes more than a bucket
+has, the level becomes negative, and the key must wait.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Literal
+from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import UNLIMITED, Caller, Limits, caller_of
+from candle_vllm.server.http.routing import NOBODY, Caller, Limits, caller_of
+from candle_vllm.server.settings.options import Rate
+from candle_vllm.server.settings.table import RATES
 
-Kind = Literal["requests", "tokens"]
-MINUTE = 60.0
 ROUNDING = 1e-6  # seconds by which rounding may let a client be early that waited for Retry-After
 _SWEEP = 1024  # number of meters at which unused ones are deleted for the first time
 
@@ -28,18 +27,19 @@ _SWEEP = 1024  # number of meters at which unused ones are deleted for the first
 class Bucket:
     """The amount that may be used now; negative after too much was used.
 
-    `limit` is the amount that is added per minute, and the maximum level.
+    `limit` is the amount that is added in the rate's window, and the maximum level.
     """
 
-    __slots__ = ("_at", "_level", "limit")
+    __slots__ = ("_at", "_level", "limit", "rate")
 
-    def __init__(self, limit: int, now: float) -> None:
+    def __init__(self, rate: Rate, limit: int, now: float) -> None:
+        self.rate = rate
         self.limit = limit
         self._level = float(limit)
         self._at = now
 
     def level(self, now: float) -> float:
-        self._level = min(self.limit, self._level + max(0.0, now - self._at) * self.limit / MINUTE)
+        self._level = min(self.limit, self._level + max(0.0, now - self._at) * self.limit / self.rate.seconds)
         self._at = now
         return self._level
 
@@ -49,52 +49,45 @@ class Bucket:
 
     def until(self, wanted: float, now: float) -> float:
         """Return the seconds until the bucket has the wanted amount."""
-        return max(0.0, wanted - self.level(now)) * MINUTE / self.limit
+        return max(0.0, wanted - self.level(now)) * self.rate.seconds / self.limit
 
 
 class Meter:
-    """The buckets of one key; None for a limit that it does not have. For one event loop."""
+    """The buckets of one key, one for each limit that it has. For one event loop."""
 
     def __init__(self, limits: Limits, now: float) -> None:
-        self.requests: Bucket | None = None
-        self.tokens: Bucket | None = None
+        self.buckets: list[Bucket] = []
         self.change(limits, now)
 
     def change(self, limits: Limits, now: float) -> None:
         """Set other limits; the amounts that were used stay used."""
-        used = {kind: bucket.limit - bucket.level(now) for kind, bucket in self.buckets()}
+        used = {bucket.rate: bucket.limit - bucket.level(now) for bucket in self.buckets}
         self.limits = limits
-        requests, tokens = limits
-        self.requests = None if requests is None else Bucket(requests, now)
-        self.tokens = None if tokens is None else Bucket(tokens, now)
-        for kind, bucket in self.buckets():
-            bucket.take(used.get(kind, 0.0))
+        self.buckets = [Bucket(rate, limits[name], now) for name, rate in RATES.items() if name in limits]
+        for bucket in self.buckets:
+            bucket.take(used.get(bucket.rate, 0.0))
 
-    def spend(self, tokens: int) -> None:
-        if self.tokens is not None:
-            self.tokens.take(tokens)
+    def spend(self, unit: str, count: int) -> None:
+        """Take an amount out of the buckets of a unit."""
+        for bucket in self.buckets:
+            if bucket.rate.unit == unit:
+                bucket.take(count)
 
     def is_full(self, now: float) -> bool:
         """Whether all buckets are full, as in a new meter."""
-        return all(bucket.level(now) >= bucket.limit for _, bucket in self.buckets())
-
-    def buckets(self) -> Iterator[tuple[Kind, Bucket]]:
-        """The buckets of the limits that the key has."""
-        if self.requests is not None:
-            yield "requests", self.requests
-        if self.tokens is not None:
-            yield "tokens", self.tokens
+        return all(bucket.level(now) >= bucket.limit for bucket in self.buckets)
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """Return the response headers about the limits, with OpenAI's names."""
         told: list[tuple[bytes, bytes]] = []
-        for kind, bucket in self.buckets():
+        for bucket in self.buckets:
             values = {
                 "limit": str(bucket.limit),
                 "remaining": str(max(0, math.floor(bucket.level(now)))),
                 "reset": duration(bucket.until(bucket.limit, now)),
             }
-            told += [(f"x-ratelimit-{what}-{kind}".encode(), text.encode()) for what, text in values.items()]
+            label = bucket.rate.label
+            told += [(f"x-ratelimit-{what}-{label}".encode(), text.encode()) for what, text in values.items()]
         return told
 
 
@@ -103,14 +96,14 @@ class RateLimits:
 
     Args:
         default: limits of all callers without a key together.
-        refused: called with the key's label and the kind of limit when a request is refused.
+        refused: called with the key's label and the label of the limit when a request is refused.
         clock: a clock like `time.monotonic`.
     """
 
     def __init__(
         self,
-        default: Limits = UNLIMITED,
-        refused: Callable[[str, Kind], object] = lambda *_: None,
+        default: Limits = NOBODY.limits,
+        refused: Callable[[str, str], object] = lambda *_: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._default = default
@@ -122,7 +115,7 @@ class RateLimits:
     def meter(self, caller: Caller) -> Meter | None:
         """Return the meter of the caller's requests; None if the caller has no limits."""
         limits = caller.limits if caller.label else self._default
-        if limits == UNLIMITED:
+        if not limits:
             return None
         now, meter = self.clock(), self._meters.get(caller.label)
         if meter is None:
@@ -140,16 +133,17 @@ class RateLimits:
         if meter is None:
             return
         now = self.clock()
-        for kind, bucket in meter.buckets():
+        for bucket in meter.buckets:
             wait = bucket.until(1, now)
             if wait > ROUNDING:
-                self._refused(caller.label, kind)
+                rate = bucket.rate
+                self._refused(caller.label, rate.label)
                 seconds = max(1, math.ceil(wait))
                 whose = f"The key {caller.label!r}" if caller.label else "This server"
-                message = f"{whose} allows {bucket.limit} {kind} per minute, and they are used up: wait {seconds} s."
+                amount = f"{bucket.limit} {rate.unit} per {rate.window}"
+                message = f"{whose} allows {amount}, and they are used up: wait {seconds} s."
                 raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": str(seconds)})
-        if meter.requests is not None:
-            meter.requests.take(1)
+        meter.spend("requests", 1)
 
 
 class RateLimitMiddleware:

@@ -67,7 +67,7 @@ class RequestContext:
 
     @property
     def meter(self) -> Meter | None:
-        """The rate-limit meter that counts the request's tokens; None if its key has no limits."""
+        """The rate-limit meter that counts what the request uses; None if its key has no limits."""
         return self.state.get("meter")
 
     def first_of_request(self) -> bool:

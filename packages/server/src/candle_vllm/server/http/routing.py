@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import NamedTuple
 
 from starlette.responses import PlainTextResponse
@@ -87,14 +89,8 @@ class GreetingMiddleware:
             await self._app(scope, receive, send)
 
 
-class Limits(NamedTuple):
-    """The limits of one key per minute: requests, and tokens of prompts and answers together; None means no limit."""
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-
-
-UNLIMITED = Limits()
+Limits = Mapping[str, int]
+"""The limits of one key, by their settings in `RATES`."""
 
 
 class Caller(NamedTuple):
@@ -103,13 +99,13 @@ class Caller(NamedTuple):
     Attributes:
         label: its key's name, or "1" for the first unnamed key, "m1" for the first management key; not secret.
         key: the key itself, or a value that stands for its name; stores use its hash as the owner.
-        limits: limits per minute.
+        limits: limits on what it uses in a window of time.
         models: patterns of the names of models and adapters that it may use; None means all.
     """
 
     label: str = ""
     key: str = ""
-    limits: Limits = UNLIMITED
+    limits: Limits = MappingProxyType({})
     models: tuple[str, ...] | None = None
 
     def may_use(self, *names: str) -> bool:

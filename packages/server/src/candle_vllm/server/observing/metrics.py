@@ -95,7 +95,7 @@ class Metrics:
         self._count(series.REJECTIONS, model, Rejection(reason))
 
     def rate_limited(self, key: str, limit: str) -> None:
-        """Count a request whose key has used up a limit: `limit` is "requests" or "tokens"."""
+        """Count a request whose key has used up a limit: `limit` is the limit's label."""
         with self._lock:
             if len(self._limited) < MAX_KEYS:
                 self._limited.add(key)

@@ -149,7 +149,7 @@ class RequestRecord:
             self._last[index] = now
             self.tokens[index] += count * self._counted
             if self._meter is not None:
-                self._meter.spend(count * self._counted)
+                self._meter.spend("tokens", count * self._counted)
         if piece.finish_reason is not None:
             self._finish(piece)
 
@@ -231,7 +231,7 @@ class RequestRecord:
     def _count_prompt(self, tokens: int) -> None:
         self.prompt_tokens = tokens
         if self._meter is not None:
-            self._meter.spend(tokens)
+            self._meter.spend("tokens", tokens)
 
     def _finish(self, piece: TokenOutput) -> None:
         if self.ended is not None or self.reasons[piece.index] is not None or piece.finish_reason is None:

@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 
 from candle_vllm.server.openapi.components import Schema, as_list
 from candle_vllm.server.openapi.operation import Key, Operation, operations_of
+from candle_vllm.server.settings.table import RATES
 
 _MEANINGS: Mapping[int, str] = {
     200: "Success",
@@ -51,7 +52,7 @@ _DESCRIPTION = (
 _ID = {"$ref": "#/components/headers/RequestId"}
 _SECONDS = {"$ref": "#/components/headers/RetryAfter"}
 RATE_LIMIT_HEADERS = tuple(
-    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+    f"x-ratelimit-{what}-{rate.label}" for rate in RATES.values() for what in ("limit", "remaining", "reset")
 )
 _LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} for name in RATE_LIMIT_HEADERS}
 

@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import ConfigError
@@ -26,6 +26,19 @@ GROUPS = MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, 
 SERVES, BATCHES, REUSES, CALLS, TEMPLATES, LOADS = (
     "serving", "batch size", "shared prefixes", "tool calls", "chat template", "loading",
 )  # fmt: skip
+
+
+class Rate(NamedTuple):
+    """A limit of each API key: what is counted (`Meter.spend`), and in which time; a setting has the amount."""
+
+    unit: str
+    window: str
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """Name in headers and metrics; OpenAI's have no window."""
+        return self.unit if self.window == "minute" else f"{self.unit}-{self.window}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +61,7 @@ class Option:
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
         secret: whether its value is never shown.
+        rate: the limit of each API key whose amount it is.
     """
 
     name: str
@@ -64,6 +78,7 @@ class Option:
     default: Any = None
     engine: str | None = None
     secret: bool = False
+    rate: Rate | None = None
 
     @property
     def env(self) -> str:

@@ -41,6 +41,7 @@ from candle_vllm.server.settings.options import (
     TOOLS,
     Address,
     Option,
+    Rate,
     UsageError,
     engine,
     own,
@@ -396,9 +397,10 @@ class AccessOptions(_Checked):
         "refused with 429", "N")] = None
     requests_per_minute: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
-        "keys, of all clients together", "N")] = None
+        "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0))] = None
     tokens_per_minute: Annotated[int | None, own(HTTP,
-        Integer(1, 1 << 40), "most tokens of prompts and answers in a minute, likewise", "N")] = None
+        Integer(1, 1 << 40), "most tokens of prompts and answers in a minute, likewise", "N",
+        rate=Rate("tokens", "minute", 60.0))] = None
     request_timeout: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "seconds after which a request is aborted, its time in the "
         "queue included", "SECONDS")] = 3600
@@ -406,6 +408,11 @@ class AccessOptions(_Checked):
         Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
     root_path: Annotated[str | None, own(HTTP,
         Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH")] = None
+
+    @property
+    def rates(self) -> dict[str, int]:
+        """The limits of each API key that does not have its own, by their settings in `RATES`."""
+        return {name: value for name in RATES if (value := getattr(self, name)) is not None}
 
     @property
     def has_api_keys(self) -> bool:
@@ -523,3 +530,5 @@ def _options() -> tuple[Option, ...]:
 
 OPTIONS = _options()
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
+RATES: Mapping[str, Rate] = {option.name: option.rate for option in OPTIONS if option.rate is not None}
+"""The limits of API keys, by their settings, which are also keys of `--api-keys-file`."""
