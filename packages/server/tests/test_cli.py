@@ -32,7 +32,7 @@ from candle_vllm.server.settings import Settings, derived
 from candle_vllm.server.settings.command_line import parse, split_command
 from candle_vllm.server.settings.commands import COMMANDS
 from candle_vllm.server.settings.configuration import load_configuration
-from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.options import DEVICE, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 from packages.core.tests.toy_adapter import write_adapter
 from packages.core.tests.toy_sight import write_toy_sight
@@ -91,12 +91,13 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert ("--dtype" in text) == (not COMMANDS[command].only and command != "imatrix")
+    takes = COMMANDS[command]
+    assert ("--dtype" in text) == (command == "quantize" or (DEVICE in takes.uses and not takes.only))
     if command == "serve":
         assert all(flag in text for option in OPTIONS for flag in option.flags)
-    own = {flag for option in COMMANDS[command].all_options for flag in option.flags}
+    own = {flag for option in takes.all_options for flag in option.flags}
     assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
-    assert ("cuda:N" in text) == (command not in ("quantize", "imatrix", "list", "rm", "ps", "bench serve"))
+    assert ("cuda:N" in text) == (DEVICE in takes.uses)
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:
