@@ -7,8 +7,8 @@ This module does not import torch. The name `PoolingParams` and its `dimensions`
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
@@ -18,6 +18,25 @@ MAX_DIMENSIONS = 1 << 16
 PoolingKind = Literal["mean", "cls", "last", "all", "sparse"]
 """Pooling methods: the mean over all positions, the first position, the last position; a vector of each position
 (ColBERT); or a weight of each token of the vocabulary (SPLADE)."""
+
+
+class PoolingMethod(NamedTuple):
+    """What a pooling method reads and gives, and its names in files of sentence-transformers and in GGUF, if any."""
+
+    positions: Literal["every", "first", "last"] = "every"
+    divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
+    gives: Literal["vector", "vectors", "weights"] = "vector"  # one, one of each token, or of the vocabulary's tokens
+    mode: str | None = None
+    gguf: int | None = None
+
+
+POOLING_METHODS: Mapping[PoolingKind, PoolingMethod] = {
+    "cls": PoolingMethod("first", mode="cls", gguf=2),
+    "mean": PoolingMethod(divisor=float, mode="mean", gguf=1),
+    "last": PoolingMethod("last", mode="lasttoken", gguf=3),
+    "all": PoolingMethod(gives="vectors"),
+    "sparse": PoolingMethod(gives="weights"),
+}
 
 
 class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,7 +99,7 @@ class Behind(Protocol):
 class PoolingPlan:
     """`PoolingParams` of a request with all values resolved, and the layers after the pooling."""
 
-    pooling: PoolingKind
+    method: PoolingMethod
     normalize: bool
     dimensions: int
     head: Behind | None = None
@@ -89,12 +108,12 @@ class PoolingPlan:
     @property
     def needs_every_position(self) -> bool:
         """Whether hidden states of earlier positions are needed, so that no prefix may come from the prefix cache."""
-        return self.pooling != "last"
+        return self.method.positions != "last"
 
     @property
     def by_token(self) -> bool:
         """Whether the result has a row for every position instead of one vector."""
-        return self.pooling in ("all", "sparse")
+        return self.method.gives != "vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +150,16 @@ class ModelPooling:
             InvalidParameterError: the model cannot compute vectors of that length or kind.
         """
         kind = params.pooling or self.pooling
-        if kind == "sparse" and kind not in self.sizes:
+        method = POOLING_METHODS[kind]
+        weights = method.gives == "weights"
+        if weights and kind not in self.sizes:
             raise InvalidParameterError("the model has no head that gives a weight to each token", "pooling")
-        size, normal = self.length(kind), self.normalize and kind != "sparse"
+        size, normal = self.length(kind), self.normalize and not weights
         dimensions = size if params.dimensions is None else params.dimensions
         if dimensions != size:
-            self._check(dimensions, size, cut=self.matryoshka and kind != "sparse")
+            self._check(dimensions, size, cut=self.matryoshka and not weights)
         return PoolingPlan(
-            pooling=kind,
+            method=method,
             normalize=normal if params.normalize is None else params.normalize,
             dimensions=dimensions,
             head=None if head is None else head.of(kind),

@@ -13,7 +13,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
     from typing import Any
 
@@ -105,28 +105,22 @@ def _write_nowhere() -> None:
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:
     """Run one command; `own` are the values of flags that only this command has."""
+    from importlib import import_module
+
+    from candle_vllm.core.threads import collector_paused
     from candle_vllm.server.interrupts import leaving_at_once
     from candle_vllm.server.settings.commands import COMMANDS
 
     takes = COMMANDS[command]
+    module, _, name = takes.runs.partition(":")
     with leaving_at_once(lambda: "it started"):
         if not takes.elsewhere:
             from candle_vllm.server.settings.derived import refuse_missing
 
             refuse_missing(configuration.settings)
-        program = _program(takes.runs)
+        with collector_paused():  # the engine's modules are many objects, and none of them is garbage
+            program = getattr(import_module(f"candle_vllm.server.{module}"), name)
     return program(configuration if takes.whole else configuration.settings, **own)
-
-
-def _program(runs: str) -> Callable[..., int]:
-    """Return the function that a command runs; its module, and with it the engine, is imported only here."""
-    from importlib import import_module
-
-    from candle_vllm.core.threads import collector_paused
-
-    module, _, name = runs.partition(":")
-    with collector_paused():  # modules are many objects, and none of them is garbage
-        return getattr(import_module(f"candle_vllm.server.{module}"), name)
 
 
 def say(remarks: Sequence[str]) -> None:

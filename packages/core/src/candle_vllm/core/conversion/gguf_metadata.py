@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,9 @@ from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scal
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf
-from candle_vllm.core.pooling import PoolingKind
+from candle_vllm.core.pooling import POOLING_METHODS, PoolingKind
 
 logger = logging.getLogger(__name__)
-
-_POOLING: Mapping[PoolingKind, int] = MappingProxyType({"mean": 1, "cls": 2, "last": 3})
 
 
 def describe(config: ModelConfig, row: Architecture) -> Keys:
@@ -106,7 +102,9 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
         raise UnsupportedModelError(f"{files.folder}: GGUF files are not written for vectors with Dense layers")
     if not pooling.normalize:
         logger.warning("GGUF has no way to say that this model's vectors keep their length: readers make it 1")
-    return {"pooling_type": _POOLING[pooling.pooling]}
+    if (number := POOLING_METHODS[pooling.pooling].gguf) is None:
+        raise UnsupportedModelError(f"{files.folder}: GGUF has no pooling_type for pooling {pooling.pooling!r}")
+    return {"pooling_type": number}
 
 
 # ---- read again ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.pooled_head import Dense, DenseActivation
-from candle_vllm.core.pooling import MAX_DIMENSIONS, ModelPooling, PoolingKind
+from candle_vllm.core.pooling import MAX_DIMENSIONS, POOLING_METHODS, ModelPooling, PoolingKind
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_MODULES = 16
 MAX_PROMPTS, MAX_PROMPT = 256, 1 << 14
 _PART_FOLDER = re.compile(r"[\w-][\w.-]{0,63}", re.ASCII)  # a single folder below the model's own
-_MODES: Mapping[str, PoolingKind] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_MODES: Mapping[str, PoolingKind] = {row.mode: kind for kind, row in POOLING_METHODS.items() if row.mode is not None}
 _OLD_FLAGS: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -40,7 +40,9 @@ _OLD_FLAGS: Mapping[str, str] = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-_GGUF_KINDS: Mapping[int, PoolingKind | None] = {0: None, 1: "mean", 2: "cls", 3: "last"}
+_GGUF_KINDS: Mapping[int, PoolingKind] = {
+    row.gguf: kind for kind, row in POOLING_METHODS.items() if row.gguf is not None
+}
 
 
 def read_pooling(
@@ -88,12 +90,11 @@ def longest_text(folder: Path) -> int | None:
 def _gguf_pooling(files: ModelFiles, metadata: Mapping[str, Any]) -> PoolingKind | None:
     architecture = metadata.get("general.architecture")
     kind = Fields(metadata, files.weights[0], prefix=f"{architecture}.").get("pooling_type", int, 0)
-    if kind not in _GGUF_KINDS:
-        raise UnsupportedModelError(
-            f"{files.weights[0]}: {architecture}.pooling_type is {kind}; implemented: 0 (none), 1 (mean), 2 (cls), "
-            "3 (last)"
-        )
-    return _GGUF_KINDS[kind]
+    if kind and kind not in _GGUF_KINDS:
+        known = ", ".join(f"{number} ({name})" for number, name in sorted(_GGUF_KINDS.items()))
+        said = f"{architecture}.pooling_type is {kind}; implemented: 0 (none), {known}"
+        raise UnsupportedModelError(f"{files.weights[0]}: {said}")
+    return _GGUF_KINDS.get(kind)
 
 
 def _matryoshka(config: Fields, size: int) -> tuple[bool, tuple[int, ...]]:

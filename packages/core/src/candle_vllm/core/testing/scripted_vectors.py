@@ -23,7 +23,7 @@ from candle_vllm.core.engine.step.request_watchers import (
 )
 from candle_vllm.core.engine.step.validation import check_pooling_request
 from candle_vllm.core.errors import CandleVllmError, RequestError
-from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
+from candle_vllm.core.pooling import POOLING_METHODS, ModelPooling, PoolingParams, PoolingPlan
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 
 SIZE = 16
@@ -146,7 +146,7 @@ class ScriptedVectors:
         if "embed" in self.model_info.tasks:
             self._check_text(first, number, count, 0)
             self._check_text(second, number, count, 1)
-            plan = PoolingPlan("mean", True, SIZE)
+            plan = PoolingPlan(POOLING_METHODS["mean"], True, SIZE)
             score = math.fsum(a * b for a, b in zip(_vector(first, plan), _vector(second, plan)))
         else:
             self._check_text(first + second, number, count)

@@ -215,7 +215,7 @@ def flag_commands() -> dict[str, list[str]]:
     """Return the commands of each flag."""
     known: dict[str, list[str]] = {}
     for command, takes in COMMANDS.items():
-        for option in takes.all_options:
+        for option in (*takes.settings, *takes.options):
             for flag in (*option.flags, *option.constants):
                 known.setdefault(flag, []).append(command)
     return known
@@ -236,5 +236,5 @@ def _unknown(command: str, text: str) -> str:
     elsewhere = [option for option in OPTIONS if flag in (*option.flags, *option.constants)]
     if elsewhere:
         return f"{flag} does not apply to `candle-vllm {command}`"
-    known = [name for option in takes.all_options for name in (*option.flags, *option.constants)]
+    known = [name for option in (*takes.settings, *takes.options) for name in (*option.flags, *option.constants)]
     return f"unknown flag {flag[:60]}{nearest(flag, ['--help', '--version', *known])}; see candle-vllm --help"

@@ -91,11 +91,6 @@ class Command:
             and (option.name in self.only if self.only else option.needs in ("", *self.uses))
         )
 
-    @property
-    def all_options(self) -> tuple[Option, ...]:
-        """The settings that it uses, and its own options."""
-        return (*self.settings, *self.options)
-
 
 def _own(name: str, kind: Kind, text: str, metavar: str, **more: Any) -> Option:
     """Return an option of one command; its flag is derived from its name."""

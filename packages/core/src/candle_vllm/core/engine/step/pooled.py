@@ -64,7 +64,7 @@ class PooledText(Live):
             CandleVllmError: an element of the vector is not finite.
         """
         vector, plan = self.pooler.vector(), self.pooler.plan
-        vectors = len(vector) // plan.dimensions if plan.pooling == "all" else None
+        vectors = len(vector) // plan.dimensions if plan.method.gives == "vectors" else None
         return msgspec.structs.replace(self.end(FinishReason.STOP), pooled=vector, vectors=vectors)
 
 
@@ -100,8 +100,8 @@ class Pooler:
         self.token_ids = token_ids
         self.num_positions = num_positions = len(token_ids)
         self._rows: list[NDArray[np.float64]] = []
-        self._next = num_positions - 1 if plan.pooling == "last" else 0
-        self._end = 1 if plan.pooling == "cls" else num_positions
+        self._next = num_positions - 1 if plan.method.positions == "last" else 0
+        self._end = 1 if plan.method.positions == "first" else num_positions
         self._sum: NDArray[np.float64] | None = None
 
     @property
@@ -132,12 +132,12 @@ class Pooler:
         assert self.is_complete
         plan, head = self.plan, self.plan.head
         if plan.by_token:
-            pooled, sparse = np.concatenate(self._rows), plan.pooling == "sparse"
+            pooled, sparse = np.concatenate(self._rows), plan.method.gives == "weights"
             if head is not None:
                 pooled = head.by_token(pooled, self.token_ids, activate=plan.activate, sparse=sparse)
         else:
             assert self._sum is not None
-            pooled = self._sum / (self.num_positions if plan.pooling == "mean" else 1)
+            pooled = self._sum / plan.method.divisor(self.num_positions)
             if head is not None:
                 pooled = head(pooled, activate=plan.activate)
         pooled = pooled[..., : plan.dimensions]

@@ -24,7 +24,7 @@ from candle_vllm.core.engine.step.validation import (
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.pooled_head import PooledHead
-from candle_vllm.core.pooling import ModelPooling, PoolingPlan
+from candle_vllm.core.pooling import POOLING_METHODS, ModelPooling, PoolingPlan
 from candle_vllm.core.sampling.dry import BreakerTable, breakers_of
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
@@ -129,7 +129,7 @@ class EncoderPreparation(Preparation):
         """Return the pooling plan for a model that computes its head itself: `EncoderRunner` then returns logits."""
         head, activate = PooledHead(likelihood=self._config.likelihood), request.pooling.use_activation is not False
         count = len(self._config.labels)
-        return PoolingPlan("cls", normalize=False, dimensions=count, head=head, activate=activate)
+        return PoolingPlan(POOLING_METHODS["cls"], normalize=False, dimensions=count, head=head, activate=activate)
 
 
 class DecoderPreparation(Preparation):
