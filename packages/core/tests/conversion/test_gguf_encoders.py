@@ -92,6 +92,12 @@ def test_encoders_that_gguf_cannot_say(tmp_path: Path) -> None:
     relu = write_toy_encoder(tmp_path / "relu", toy_encoder_config(hidden_act="relu"))
     with pytest.raises(UnsupportedModelError, match=r"GGUF's bert has no way to say this model's activation$"):
         write(relu, tmp_path / "m.gguf")
+    splade = write_toy_encoder(tmp_path / "splade", toy_encoder_config())
+    parts = [{"type": "x.MLMTransformer", "path": ""}, {"type": "x.SpladePooling", "path": "1_Pooling"}]
+    (splade / "modules.json").write_text(json.dumps(parts))
+    (splade / "1_Pooling" / "config.json").write_text('{"pooling_strategy": "max"}')
+    with pytest.raises(UnsupportedModelError, match=r"splade: GGUF has no pooling_type for pooling 'sparse'$"):
+        write(splade, tmp_path / "m.gguf")
 
 
 def test_vectors_of_other_lengths_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
