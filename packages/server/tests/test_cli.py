@@ -92,12 +92,12 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     assert end.value.code == 0
     takes = COMMANDS[command]
-    assert ("--dtype" in text) == (command == "quantize" or (DEVICE in takes.uses and not takes.only))
+    assert ("--dtype" in text) == (command == "quantize" or DEVICE in takes.uses)
     if command == "serve":
         assert all(flag in text for option in OPTIONS for flag in option.flags)
     own = {flag for option in (*takes.settings, *takes.options) for flag in option.flags}
     assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
-    assert ("cuda:N" in text) == (DEVICE in takes.uses)
+    assert ("cuda:N" in text) == (DEVICE in takes.uses or "device" in takes.plus)
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:

@@ -19,20 +19,17 @@ from candle_vllm.server.settings.options import (
     CALLS,
     DEVICE,
     GROUPS,
-    HTTP,
     LIMITS,
-    LOADS,
     LOGGING,
     MODEL,
     MODELS,
     REUSES,
     SAMPLING,
     SERVES,
-    TEMPLATES,
     TOOLS,
     Option,
     switch,
-)  # fmt: skip
+)
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
 
@@ -45,7 +42,7 @@ class Command:
         runs: module below `candle_vllm.server`, and its function, which gets the settings, and the own options and
             arguments that were given by their names.
         uses: groups of settings, and further needs of settings (`Option.needs`), that it uses.
-        only: if not empty, the settings of these groups that it uses.
+        plus: further settings that it uses, by name.
         options: own options; they have no environment variable and no key in models.yaml.
         text: placeholder of its text, which is an argument; in brackets if the text may be left out, "" for no text.
         names_model: whether the model is an argument.
@@ -58,8 +55,8 @@ class Command:
 
     summary: str
     runs: str
-    uses: tuple[str, ...]
-    only: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    plus: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     text: str = ""
     names_model: bool = False
@@ -82,14 +79,10 @@ class Command:
     @property
     def settings(self) -> tuple[Option, ...]:
         """The settings that it uses."""
-        named = ("model", "weight_path", "weight_file") if self.names_model else ()
-        return tuple(
-            option
-            for option in OPTIONS
-            if option.group in self.uses
-            and option.name not in named
-            and (option.name in self.only if self.only else option.needs in ("", *self.uses))
-        )
+        left_out = ("model", "weight_path", "weight_file") if self.names_model else ()
+        groups = {option.name for option in OPTIONS if option.group in self.uses and option.needs in ("", *self.uses)}
+        names = {*groups, *self.plus}.difference(left_out)
+        return tuple(option for option in OPTIONS if option.name in names)
 
 
 def _own(name: str, kind: Kind, text: str, metavar: str, **more: Any) -> Option:
@@ -178,10 +171,9 @@ _CHAT_EPILOG = """\
 On a pipe every line is a message or a command, and what stands between \"\"\" and \"\"\" is one message of several
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
-_LOADED = (MODEL, LOADS, DEVICE, LOGGING)
-_BENCH = (*_LOADED, LIMITS)
-_ANSWERING = (*_BENCH, SAMPLING, TEMPLATES)
-_ALL = (*GROUPS, LOADS, TEMPLATES, REUSES, CALLS, BATCHES, SERVES)
+_BENCH = (MODEL, DEVICE, LIMITS, LOGGING)
+_ANSWERING = (*_BENCH, SAMPLING)
+_ALL = (*GROUPS, REUSES, CALLS, BATCHES, SERVES)
 _FETCHING = ("revision", "hf_token", "hf_token_path", "download_dir", "offline", "log_level")
 
 # fmt: off
@@ -218,7 +210,7 @@ COMMANDS: Mapping[str, Command] = {
         _AS_JSON,
     )),
     "bench serve": Command("measure a server with OpenAI's API, as vllm bench serve does", "bench.serve:bench_serve",
-        (LOGGING,), only=("log_level",), options=(*_MEASURED, *_DATA, *_ARRIVING, *_FIGURES),
+        plus=("log_level",), options=(*_MEASURED, *_DATA, *_ARRIVING, *_FIGURES),
         several=True, elsewhere=True),
     "bench throughput": Command("measure how fast the engine answers a data set", "bench.offline:bench_throughput",
         (*_BENCH, REUSES, BATCHES), options=(*_DATA, _N, _OUTPUT_JSON)),
@@ -252,18 +244,19 @@ COMMANDS: Mapping[str, Command] = {
     "run": Command("talk with a model of Hugging Face, which is fetched where it is not here", "commands.library:run",
         (*_ANSWERING, REUSES), names_model=True, text="[PROMPT]", options=(_SYSTEM, MAX_TOKENS)),
     "pull": Command("fetch a model of Hugging Face: what it takes, whether it fits, then its files",
-        "commands.library:pull", (MODEL, DEVICE, LOGGING), only=(*_FETCHING, "device"), names_model=True),
-    "list": Command("show the models that were fetched", "commands.library:list_models", (MODEL, LOGGING),
-        only=("download_dir", "log_level"),
+        "commands.library:pull", plus=(*_FETCHING, "device"), names_model=True),
+    "list": Command("show the models that were fetched", "commands.library:list_models",
+        plus=("download_dir", "log_level"),
         options=(_switch("known", "the names that are known, and what they take"),)),
-    "show": Command("show what is known of a model", "commands.library:show", (MODEL, DEVICE, LOGGING),
-        only=(*_FETCHING, "device"), names_model=True),
-    "rm": Command("remove a model that was fetched", "commands.library:rm", (MODEL, LOGGING),
-        only=("download_dir", "log_level"), names_model=True),
-    "ps": Command("show what a running server has in memory", "commands.library:ps", (HTTP, LOGGING),
-        only=("host", "port", "api_key", "log_level")),
+    "show": Command("show what is known of a model", "commands.library:show", plus=(*_FETCHING, "device"),
+        names_model=True),
+    "rm": Command("remove a model that was fetched", "commands.library:rm", plus=("download_dir", "log_level"),
+        names_model=True),
+    "ps": Command("show what a running server has in memory", "commands.library:ps",
+        plus=("host", "port", "api_key", "log_level")),
     "quantize": Command("write the model as a GGUF file, quantised or plain", "commands.quantize:quantize",
-        (MODEL, TEMPLATES, LOGGING), hint="candle-vllm quantize --m MODEL --isq q4k --out FILE.gguf", options=(
+        (MODEL, LOGGING), plus=("chat_template",), hint="candle-vllm quantize --m MODEL --isq q4k --out FILE.gguf",
+        options=(
             *_WRITTEN,
             _own("dtype", BY_NAME["dtype"].kind, "type of matrices without --isq: auto (as stored), f32, bf16, f16",
                  "TYPE"),
@@ -272,9 +265,10 @@ COMMANDS: Mapping[str, Command] = {
             _own("lora_to_gguf", FilePath(), "write this adapter for it as a GGUF file instead", "FOLDER"),
         )),
     "imatrix": Command("measure on a text how much the inputs of each matrix matter, for quantize and --isq",
-        "commands.perplexity:imatrix", (MODEL, LOADS, LOGGING), options=(*_TEXT, *_WRITTEN)),
+        "commands.perplexity:imatrix", (MODEL, LOGGING), plus=("packed_cache", "load_format", "model_impl"),
+        options=(*_TEXT, *_WRITTEN)),
     "perplexity": Command("measure how well the model predicts a text, and how far it is from a reference",
-        "commands.perplexity:perplexity", _LOADED, options=(
+        "commands.perplexity:perplexity", (MODEL, DEVICE, LOGGING), options=(
             *_TEXT, _own("reference", Text(), "model to compare with, which runs first", "MODEL"), _AS_JSON)),
     "config": Command("show every setting, and where its value comes from", "commands.config:config", _ALL,
         options=(_CONFIG, _AS_JSON), several=True, whole=True),

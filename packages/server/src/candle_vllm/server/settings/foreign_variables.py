@@ -60,7 +60,7 @@ def deployment_source(
     remarks = idle_remarks(environ, "the environment")
     for name, setting in DEPLOYMENTS.items():
         text = environ.get(name, "")
-        locates = HTTP in takes.uses and BY_NAME[setting].group == HTTP
+        locates = setting in takes.plus and BY_NAME[setting].group == HTTP
         if name not in environ or not (takes.serves_models or locates or name in _OTHERS):
             continue
         if name == "CACHE_DIR" and "MODEL_ID" not in environ:

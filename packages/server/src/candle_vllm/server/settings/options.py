@@ -22,10 +22,8 @@ GROUPS = MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, 
     "model", "device and memory", "scheduling", "default sampling", "several models", "adapters",
     "mailbox and webhooks", "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-# what a command does beside using groups of settings: settings for it have this need
-SERVES, BATCHES, REUSES, CALLS, TEMPLATES, LOADS = (
-    "serving", "batch size", "shared prefixes", "tool calls", "chat template", "loading",
-)  # fmt: skip
+# what a command does, beside the groups of settings that it uses (`Option.needs`)
+SERVES, BATCHES, REUSES, CALLS = "serving", "batch size", "shared prefixes", "tool calls"
 
 
 class Rate(NamedTuple):

@@ -28,7 +28,6 @@ from candle_vllm.server.settings.options import (
     DEVICE,
     HTTP,
     LIMITS,
-    LOADS,
     LOGGING,
     MAILBOX,
     MODEL,
@@ -37,7 +36,6 @@ from candle_vllm.server.settings.options import (
     REUSES,
     SAMPLING,
     SERVES,
-    TEMPLATES,
     TOOLS,
     Address,
     Option,
@@ -100,7 +98,7 @@ class FormatOptions(_Checked):
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
     chat_template: Annotated[Path | None, own(MODEL,
         FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
-        needs=TEMPLATES)] = None
+        needs=SAMPLING)] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         needs=SAMPLING)] = None
     max_images: Annotated[int | None, engine(MODEL, "N", needs=SAMPLING)] = None
@@ -149,9 +147,9 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
 
     isq: Annotated[str | None, engine(MODEL, "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
-    packed_cache: Annotated[str | None, engine(MODEL, "DIR", needs=LOADS)] = None
-    load_format: Annotated[str | None, engine(MODEL, "FORMAT", needs=LOADS)] = None
-    model_impl: Annotated[str | None, engine(MODEL, "LAYERS", needs=LOADS)] = None
+    packed_cache: Annotated[str | None, engine(MODEL, "DIR", needs=DEVICE)] = None
+    load_format: Annotated[str | None, engine(MODEL, "FORMAT", needs=DEVICE)] = None
+    model_impl: Annotated[str | None, engine(MODEL, "LAYERS", needs=DEVICE)] = None
     enable_lora: Annotated[bool, engine(MODEL, needs=ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
         "DEVICE", text="auto, cpu, cuda, cuda:N, or just N for a GPU; a model is divided among several (0,1); --cpu is "
