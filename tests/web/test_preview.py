@@ -173,7 +173,7 @@ def coding_site(browser: Any, outside: Outside) -> Iterator[Site]:
 def page(browser: Any, coding_site: Site) -> Iterator[Any]:
     """A page of that server; what fails in the frame fails there as it should."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
-    context.set_default_timeout(6_000)
+    context.set_default_timeout(60_000)
     opened = context.new_page()
     opened.goto(coding_site.url)
     yield opened

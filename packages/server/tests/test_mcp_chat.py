@@ -191,7 +191,7 @@ async def hurry():
     server = McpServerConfig(name="s", command=sys.executable, args=sys.argv[1:], connect_timeout=50.0)
     service = McpService(McpOptions((server,)))
     await service.start()
-    await service.settled()
+    await service.settled(100)
     assert service.states() == ["ready"]
     closing = asyncio.create_task(service.close())
     await asyncio.sleep(0.1)

@@ -145,10 +145,12 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
 
 def test_answers_survive_preemption(folder: Path, alone: list[tuple[int, ...]]) -> None:
     long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    several = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, n=6)  # which begin together
     with InferenceEngine(folder, kv_cache_memory=220_000, block_size=16, max_model_len=384) as engine:
         whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS[:3]]
-        found = engine.generate(PROMPTS[:3], long, use_tqdm=False)
-        assert [each.outputs[0].token_ids for each in found] == whole
+        found = engine.generate(PROMPTS[:3], several, use_tqdm=False)
+        for answers, right in zip(found, whole, strict=True):
+            assert [each.token_ids for each in answers.outputs] == [right] * 6
         assert engine.stats().preemptions
 
 

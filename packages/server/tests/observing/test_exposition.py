@@ -164,7 +164,7 @@ def test_the_example_for_prometheus_is_right(tmp_path: Path) -> None:
 
 
 class _Blocks(PacedEngine):
-    """An engine with a cache and some use of it, and with adapters."""
+    """An engine with a cache and some use of it, with adapters, and with drafts."""
 
     def stats(self) -> Any:
         stats, adapters = super().stats(), {"max_adapters": 4, "adapters": 2, "waiting_adapters": {"a": 1}}
@@ -172,7 +172,12 @@ class _Blocks(PacedEngine):
         each = ReplicaStats(alive=True, num_running=1, num_blocks=4, num_free_blocks=1)
         replicas = (each, ReplicaStats(alive=False, restarts=2))
         return msgspec.structs.replace(
-            stats, num_free_blocks=400, cached_prompt_tokens=cached, replicas=replicas, **adapters
+            stats,
+            num_free_blocks=400,
+            cached_prompt_tokens=cached,
+            accepted_per_position=(3, 1),
+            replicas=replicas,
+            **adapters,
         )
 
 

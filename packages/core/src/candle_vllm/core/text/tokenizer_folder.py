@@ -133,7 +133,7 @@ def _from_tiktoken(folder: Path, config: dict[str, Any]) -> Backend:
             token = AddedToken(f"<|reserved_token_{index}|>", special=True, normalized=False)
             backend.add_tokens([configured.get(index, token)])
             if backend.token_to_id(configured.get(index, token).content) != index:
-                raise InvalidFileError(f"{folder}: tokenizer_config.json gives token {index} the name of another one")
+                raise InvalidFileError(f"{folder}: tokenizer_config.json gives token {index} the name of another token")
     return backend
 
 
