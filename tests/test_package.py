@@ -513,6 +513,6 @@ def test_a_gpu_that_lies_idle_is_told(light: Installed) -> None:
         "assert devices.choose_device('auto') == devices.CPU"
     )
     assert light.python(code) == (
-        "WARNING a GPU lies idle, and this is computed on the CPU: torch is not installed: "
+        "WARNING a GPU was found but cannot be used, so the CPU is used: torch is not installed: "
         "in the clone `uv run --extra cuda candle-vllm`, with its wheels pip install 'candle-vllm[cuda]'\n"
     )

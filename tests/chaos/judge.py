@@ -13,7 +13,7 @@ from tests.chaos.samples import Sample
 from tests.chaos.wire import Answer
 
 MAX_FAULTS = 20  # that are kept
-_TOO_MANY = re.compile(r"(\d+) sequences are running or waiting and (\d+) may be")
+_TOO_MANY = re.compile(r"(\d+) sequences are running or waiting,? and (?:at most )?(\d+) (?:may be|are allowed)")
 _TOO_MANY_OF_KEY = re.compile(r"This key has (\d+) sequences running or waiting and may have (\d+)")
 _TOO_MANY_WAIT = re.compile(r"(\d+) of at most (\d+) requests( of this API key)? wait for the model")
 _DEAD = "The engine has stopped"

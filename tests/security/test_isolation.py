@@ -215,7 +215,7 @@ def test_names_of_a_schema_are_cut(real: Guarded, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO), real.http() as client:
         answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
-    assert "is held as" in answer.headers["x-warning"]
+    assert "is enforced as" in answer.headers["x-warning"]
     assert len(answer.headers["x-warning"]) < 500
     assert not any("nnnn" in record.getMessage() for record in caplog.records)
 

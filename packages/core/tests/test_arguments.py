@@ -66,7 +66,11 @@ def test_settings(make: Callable[..., object], name: str, said: str) -> None:
     ],
 )
 def test_parameters(make: Callable[..., object], name: str, said: str) -> None:
-    with pytest.raises(TypeError, match=rf"^{make.__name__} has no argument '{name}'.*{said}"):  # type: ignore[attr-defined]
+    with pytest.raises(
+        TypeError,
+        match=rf"^{make.__name__} has no argument "
+        f"'{name}'.*{said}",
+    ):  # type: ignore[attr-defined]
         make(**{name: 1})
 
 
@@ -96,8 +100,8 @@ def test_methods(engine: InferenceEngine, method: str, name: str, said: str) -> 
         ("max_new_tokens", "it is called max_tokens"),
         ("tool_choice", "calls are held to a choice"),
         ("functions", "it is called tools"),
-        ("reasoning_effort", "and the model's template does not read it; chat_template_kwargs may"),
-        ("foo", "and the model's template does not read it"),
+        ("reasoning_effort", "and the model's chat template does not read it; other variables go to"),
+        ("foo", "and the model's chat template does not read it"),
         ("chat_template_content_format", "parts of a content are always joined"),
         ("tokenize", "engine.tokenize"),
         ("add_generation_promt", "did you mean add_generation_prompt?"),
@@ -127,7 +131,7 @@ def test_a_priority_goes_where_one_is_taken(engine: InferenceEngine) -> None:
     with pytest.raises(TypeError, match="embed has no argument 'priority': agenerate, achat, stream"):
         engine.embed("hi", priority=3)  # type: ignore[call-arg]
     params = SamplingParams(temperature=0, max_tokens=2)
-    with pytest.raises(InvalidParameterError, match="2 prompts and 1 priorities"):
+    with pytest.raises(InvalidParameterError, match="2 prompts need as many priorities, not 1"):
         engine.generate(["a", "b"], params, priority=[1])
     with pytest.raises(InvalidParameterError, match=r"prompts\[1\]: priority must be a whole number"):
         engine.generate(["a", "b"], params, priority=[1, 1.5])  # type: ignore[list-item]

@@ -95,13 +95,13 @@ def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
         ("cuda:7", {"count": 4}, "there are 4 GPUs, cuda:0 to cuda:3"),
         ("cuda", {"fault": "The NVIDIA driver on your system is too old (found version 11040)."}, "driver is too old"),
         ("cuda", {"fault": "Found no NVIDIA driver on your system."}, "no NVIDIA driver"),
-        ("cuda", {"fault": "CUDA unknown error\nmore"}, "CUDA does not start: CUDA unknown error"),
+        ("cuda", {"fault": "CUDA unknown error\nmore"}, "CUDA cannot be initialised: CUDA unknown error"),
         (
             "cuda",
             {"capability": (7, 0)},
             "Pretended GPU has compute capability 7.0 and 7.5 is needed: torch for CUDA 13",
         ),
-        ("cuda", {"free": GB}, "its memory is taken: 1024 of 81920 MB are free"),
+        ("cuda", {"free": GB}, "its memory is in use: 1024 of 81920 MB are free"),
         ("cuda", {"memory_fault": "CUDA error: out of memory\nmore"}, "CUDA error: out of memory"),
         ("cuda", {"triton": False}, "triton is not installed"),
     ],
@@ -132,7 +132,7 @@ def test_a_compiler_that_triton_lacks(gpus: Gpus, monkeypatch: pytest.MonkeyPatc
             monkeypatch.setenv("CC", compiler)
         assert choose_device("cuda").type == "cuda"
     gpus.programs = ("gcc", "clang")
-    with pytest.raises(ConfigError, match="CC names one that is not there"):  # Triton looks for no other then
+    with pytest.raises(ConfigError, match="CC names a compiler that does not exist"):  # Triton looks for no other then
         choose_device("cuda")
 
 
@@ -217,7 +217,7 @@ def test_a_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch, caplog
     assert not caplog.records
     assert choose_device("auto") == CPU
     (record,) = caplog.records
-    assert re.fullmatch(f"a GPU lies idle, and this is computed on the CPU: {command}", record.getMessage())
+    assert re.fullmatch(f"a GPU was found but cannot be used, so the CPU is used: {command}", record.getMessage())
 
 
 def test_an_amd_gpu_without_torch(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -713,4 +713,4 @@ def test_a_share_of_a_gpu_is_said_to_count_for_nothing_on_the_cpu(
         pass
     (said,) = [record for record in caplog.records if "gpu_memory_utilization" in record.message]
     assert said.levelname == "WARNING"
-    assert "on the CPU it is `kv_fraction`" in said.message
+    assert "on the CPU set `kv_fraction`" in said.message

@@ -151,14 +151,14 @@ def test_whatever_runs_out_is_one_sentence(fail: Callable[[], None], words: str)
         room_for("the cake", 0, "kv_cache_memory", lambda left: f"{left // MIB}"),
     ):
         fail()
-    assert str(caught.value).startswith(f"there is no memory for {words}")
-    assert "100 MiB of the 512 MiB are left that the control group (container) allows; " in str(caught.value)
+    assert str(caught.value).startswith(f"not enough memory for {words}")
+    assert "100 MiB are left of the 512 MiB that the control group (container) allows; " in str(caught.value)
     assert "raise it to 768 MiB" in str(caught.value)
 
 
 @pytest.mark.usefixtures("limited")
 def test_what_cannot_fit_is_not_tried() -> None:
-    words = r"no memory for the cake \(300 MiB\): .*; eat 100 or raise it to 968 MiB$"
+    words = r"not enough memory for the cake \(300 MiB\): .*; eat 100 or raise it to 968 MiB$"
     with (
         pytest.raises(NoMemoryError, match=words),
         room_for("the cake", 300 * MIB, way=lambda left: f"eat {left // MIB}"),
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
 ) -> None:
     (tmp_path / "x").write_bytes(b"x" * 100)
     monkeypatch.setattr("candle_vllm.core.loading.tensors.mmap.mmap", _map_without_room)
-    with pytest.raises(NoMemoryError, match="there is no memory for the file"), room_for("the file", 0):
+    with pytest.raises(NoMemoryError, match="not enough memory for the file"), room_for("the file", 0):
         MappedFile(tmp_path / "x")
 
 
@@ -214,7 +214,7 @@ def test_a_thread_that_does_not_start_is_one_sentence(toy_model: Path, monkeypat
 
     with InferenceEngine(EngineConfig(model=str(toy_model), threads=1)) as engine:
         monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(NoMemoryError, match="no memory for one more thread for the engine"):
+        with pytest.raises(NoMemoryError, match="not enough memory for one more thread for the engine"):
             engine.generate([[1]], use_tqdm=False)
         monkeypatch.undo()
 
@@ -227,7 +227,7 @@ def test_the_cache_is_said_in_words_that_do_not_frighten(toy_model: Path, caplog
     (line,) = [message for message in caplog.messages if "KV cache" in message]
     assert f"room for {most * 64:,} tokens in blocks of 64; at most " in line
     assert f"all that 3 sequences of {info.max_model_len:,} tokens can need" in line
-    assert "reserved now and taken from the machine only as it fills" in line
+    assert "reserved now, and allocated only as it fills" in line
 
 
 def test_a_context_that_is_cut_is_a_warning_with_what_all_of_it_takes(
@@ -241,7 +241,7 @@ def test_a_context_that_is_cut_is_a_warning_with_what_all_of_it_takes(
     assert re.fullmatch(
         rf"the model's context of [\d,]+ tokens does not fit and is cut to {length:,}: all of it takes 1 MiB more "
         rf"than the 49 KiB that are free of the control group \(container\), 128 MiB "
-        rf"put aside; where that is meant, set max_model_len to {length} \(--max-model-len {length}\)",
+        rf"put aside; if that is intended, set max_model_len to {length} \(--max-model-len {length}\)",
         line,
     ), line
     caplog.clear()

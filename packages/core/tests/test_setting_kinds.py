@@ -69,7 +69,7 @@ def test_devices(text: str, value: str) -> None:
 @pytest.mark.parametrize("text", ["metal", "mps", "MPS"])
 def test_apple_s_gpu_is_refused_by_name_with_what_works(text: str) -> None:
     for read in (Device().from_text, Device().taken, Device(several=True).check):
-        with pytest.raises(ValueError, match=r"is Apple's GPU.*: cpu is what computes there, and what auto chooses"):
+        with pytest.raises(ValueError, match=r"is Apple's GPU.*: set cpu, which auto chooses there"):
             read(text)
 
 

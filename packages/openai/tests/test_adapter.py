@@ -372,7 +372,7 @@ async def test_served_names() -> None:
         assert (await adapter.chat(request)).model == "small"
         assert remarks == [f"the model {other!r} is not served here: 'small' answers"]
         strict = OpenAIAdapter(ScriptedEngine(), served_model_names=["small", "alias"], strict_model_names=True)
-        with pytest.raises(ModelNotServedError, match=f"'{other}' is not served here; served are: small, alias"):
+        with pytest.raises(ModelNotServedError, match=f"'{other}' is not served here; served models are: small, alias"):
             await strict.chat(request)
 
 

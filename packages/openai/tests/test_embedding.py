@@ -224,7 +224,9 @@ def test_a_body_is_one_object() -> None:
 
 async def test_errors_of_the_engine_name_the_input() -> None:
     engine = ScriptedEngine(max_model_len=8)
-    with pytest.raises(PromptTooLongError, match="input 1: the text has 10 tokens and the model takes 8") as caught:
+    with pytest.raises(
+        PromptTooLongError, match="input 1: the text has 10 tokens and the model takes at most 8"
+    ) as caught:
         await embed(engine, input=["a", "a" * 9])
     assert caught.value.param == "input.1"
     with pytest.raises(PromptTooLongError, match=r"^the text has 10 tokens") as caught:
@@ -386,7 +388,7 @@ async def test_models_are_served_by_name(name: str) -> None:
 
 async def test_names_of_models_may_be_strict() -> None:
     strict = EmbeddingAdapter(ScriptedEngine(), strict_model_names=True)
-    with pytest.raises(ModelNotServedError, match="'other' is not served here; served are: scripted"):
+    with pytest.raises(ModelNotServedError, match="'other' is not served here; served models are: scripted"):
         await strict.embed(parse_embedding_request({"input": "a", "model": "other"}))
 
 
@@ -554,15 +556,15 @@ async def test_vectors_of_tokens_have_a_limit(monkeypatch: pytest.MonkeyPatch) -
     engine = TokenVectors("embed", "score")
     engine.more["embedding_size"] = SIZE
     await pool(engine, input=["abc"])
-    with pytest.raises(InvalidParameterError, match="send less at once") as caught:
+    with pytest.raises(InvalidParameterError, match="send fewer texts at once") as caught:
         await pool(engine, input=["ab", "cd"])
     assert caught.value.param == "input"
-    with pytest.raises(InvalidParameterError, match="send less at once") as caught:
+    with pytest.raises(InvalidParameterError, match="send fewer texts at once") as caught:
         await score(engine, text_1="ab", text_2="cd")
     assert caught.value.param == "text_2"
     classes = TokenVectors("classify")
     classes.more["labels"] = ("person",) * 2 * SIZE
-    with pytest.raises(InvalidParameterError, match="send less at once"):
+    with pytest.raises(InvalidParameterError, match="send fewer texts at once"):
         await pool(classes, input=["ab"])
 
 
@@ -587,10 +589,10 @@ async def test_input_types_put_the_models_words_before_texts() -> None:
         await embed(engine, **given)
     first, second = engine.pooling_calls
     assert first.inputs == second.inputs
-    with pytest.raises(InvalidParameterError, match="the model's prompts are query, passage") as caught:
+    with pytest.raises(InvalidParameterError, match="is not a prompt of the model, which has query, passage") as caught:
         await embed(engine, input=["ab"], input_type="weather")
     assert caught.value.param == "input_type"
-    with pytest.raises(InvalidParameterError, match="this one is token ids"):
+    with pytest.raises(InvalidParameterError, match="this input is token ids"):
         await embed(engine, input=[1, 2], input_type="query")
     assert await embed(ScriptedEngine(), input=["ab"], input_type="query"), "a model without prompts wants no words"
 

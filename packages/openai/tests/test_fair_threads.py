@@ -111,7 +111,7 @@ async def test_few_wait(gate: Gate, monkeypatch: pytest.MonkeyPatch, kind: str, 
     work = getattr(WorkerThreads(), kind)
     alice = [asyncio.create_task(asked("alice", work(gate))) for _ in range(threads + 2)]
     await begun(gate, threads)
-    with pytest.raises(EngineOverloadedError, match=f"the {name} of 2 requests wait"):
+    with pytest.raises(EngineOverloadedError, match=rf"2 requests wait for a thread \({name}\)"):
         await asked("alice", work(gate))
     bob = asyncio.create_task(asked("bob", work(lambda: "taken")))
     await asyncio.sleep(0)

@@ -220,7 +220,7 @@ def test_fields_that_nobody_knows_are_refused_or_warned_of() -> None:
         remarks = collect_remarks(unknown_fields=True)
         assert chat(**asking) == chat(**{name: {} if isinstance(each, dict) else each for name, each in asking.items()
                                          if name != "made_up"})  # fmt: skip
-        assert remarks == ["the field 'made_up' has no effect: nobody knows it"]
+        assert remarks == ["the field 'made_up' is unknown and has no effect"]
     collect_remarks(unknown_fields=True)
     with pytest.raises(UnsupportedParameterError):  # a known name still says what is not there
         chat(audio={"voice": "alloy"})
@@ -427,7 +427,7 @@ def test_names_of_other_servers() -> None:
     assert (params.repetition_penalty, params.mirostat) == (1.3, 2)
     assert chat(repeat_penalty=1.3, repetition_penalty=1.3).repetition_penalty == 1.3
     assert refusal(chat, repeat_penalty=1.3, repetition_penalty=1.2)[0] == "repeat_penalty"
-    assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: there is no such sampler")
+    assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: this sampler is not implemented")
     breakers = chat(dry_sequence_breakers='"\\n", ":", "\\"", "*"').dry_sequence_breakers
     assert breakers == ["\n", ":", '"', "*"]
     assert chat(dry_sequence_breakers='["a"]').dry_sequence_breakers == ["a"]

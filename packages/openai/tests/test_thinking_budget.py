@@ -121,7 +121,7 @@ def test_wrong_budgets_are_refused_by_name(body: dict[str, Any], field: str) -> 
     ],
 )
 def test_a_budget_without_marks_is_refused(body: dict[str, Any], field: str) -> None:
-    with pytest.raises(RequestError, match=f"{field}: it cannot be honoured.*--reasoning-parser") as caught:
+    with pytest.raises(RequestError, match=f"{field}: it is not supported.*--reasoning-parser") as caught:
         asked(body, reasoning_parser="none")
     assert caught.value.param == field
 

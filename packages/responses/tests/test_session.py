@@ -254,7 +254,7 @@ class TestApprovals:
 
     async def test_wrong_answers(self) -> None:
         session, call_id = await self.stopped()
-        with pytest.raises(InvalidParameterError, match="is no open call; open are: " + call_id):
+        with pytest.raises(InvalidParameterError, match="is not a call without a result; these are: " + call_id):
             session.answer_approvals({"call_x": "allow"})
         with pytest.raises(InvalidParameterError, match="must be 'allow' or 'deny'"):
             session.answer_approvals({call_id: "pending"})
@@ -273,10 +273,10 @@ class TestApprovals:
     async def test_transcripts_that_refer_to_unknown_calls(self) -> None:
         session, call_id = await self.stopped()
         stray = {"role": "tool", "tool_call_id": "call_x", "content": "?"}
-        with pytest.raises(InvalidParameterError, match="'call_x' is not an open tool call"):
+        with pytest.raises(InvalidParameterError, match="'call_x' is not the id of a tool call without a result"):
             await session.run_conversation([{**stray, "tool_call_id": call_id}, stray])
         other = ResponsesSession(adapter_of("done"), [user("x"), stray])
-        with pytest.raises(InvalidParameterError, match="'call_x' is not an open tool call"):
+        with pytest.raises(InvalidParameterError, match="'call_x' is not the id of a tool call without a result"):
             await other.run_conversation()
 
 
@@ -406,13 +406,13 @@ async def test_a_session_with_connections_is_used_as_a_context() -> None:
 async def test_a_session_is_entered_once_and_closed_for_good(model: Any) -> None:
     session = ResponsesSession(model)
     async with session:
-        with pytest.raises(ConfigError, match="entered once"):
+        with pytest.raises(ConfigError, match="entered only once"):
             await session.__aenter__()
     with pytest.raises(ConfigError, match="the session is closed"):
         await session.run_conversation([user("x")])
     with pytest.raises(ConfigError, match="the session is closed"):
         await session.call_tool(None, "add", {})
-    with pytest.raises(ConfigError, match="entered once"):
+    with pytest.raises(ConfigError, match="entered only once"):
         await session.__aenter__()
 
 

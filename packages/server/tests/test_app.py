@@ -130,8 +130,8 @@ def test_fields_that_nobody_knows_are_refused_or_warned_of(start) -> None:
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 200
         assert answer.headers.get_list("x-warning") == [
-            "the field 'made_up' has no effect: nobody knows it",
-            "the field 'samplers' has no effect: samplers have one order",
+            "the field 'made_up' is unknown and has no effect",
+            "the field 'samplers' has no effect: samplers have a fixed order",
         ]
 
 
@@ -641,7 +641,11 @@ def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) 
         assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
         message = client.post("/v1/audio/transcriptions").json()["error"]["message"]
         assert message == "There is no route '/v1/audio/transcriptions' here."
-        assert client.get("/v1/chat/completions").json()["error"]["message"].endswith("does not take GET, but POST.")
+        assert (
+            client.get("/v1/chat/completions")
+            .json()["error"]["message"]
+            .endswith("does not support GET; it supports POST.")
+        )
         for field, said in (
             ("num_predict", "'max_tokens'"), ("options", "as max_tokens"),
             ("num_ctx", "--max-model-len"),

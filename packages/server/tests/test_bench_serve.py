@@ -315,7 +315,7 @@ async def test_events_are_read_however_they_are_cut(way: str, size: int) -> None
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", "cannot be read"),
         (b"HTTP/1.1 200 OK\r\n\r\ndata: {\n\n", "no JSON"),
         (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error":{"message":"died"}}\n\n', "died"),
-        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n', "without its end"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices":[{"text":"a"}]}\n\n', "before its last event"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (2 << 20), "an event without end"),
         (b"x" * (2 << 20), "a chunk without end"),
         (b"", "the connection was closed"),
@@ -336,7 +336,7 @@ async def test_answers_that_are_no_stream() -> None:
     good.data_received(b'HTTP/1.1 200 OK\r\ncontent-length: 29\r\n\r\n{"usage":{"prompt_tokens":7}}')
     wrong.data_received(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n{")
     assert (good.whole(), good.usage) == (True, {"prompt_tokens": 7})
-    assert (wrong.whole(), wrong.failure) == (False, "the answer is no JSON")
+    assert (wrong.whole(), wrong.failure) == (False, "the answer is not JSON")
 
 
 def test_a_server_without_usage_or_tokenizer_is_told_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -358,7 +358,7 @@ def test_a_server_without_usage_or_tokenizer_is_told_so(folder: Path, capsys: py
     try:
         assert main(["bench", "serve", "--base-url", url, "--model", "m", "--num-prompts", "2"]) == 2
         assert "name a tokenizer of this machine with --tokenizer" in capsys.readouterr().err
-        with pytest.raises(CandleVllmError, match="nobody can count"):
+        with pytest.raises(CandleVllmError, match="tokens cannot be counted"):
             serve._counted(Seen(0, 1, 0, 1, (0.5,), "four"), [])
         assert serve._counted(Seen(0, 1, 0, 1, (0.5,), "four"), [Letters()]).output_len == 4
         assert serve._counted(Seen(0, 1, 9, 1, (0.5,), "four"), [Letters()]).output_len == 9
@@ -455,7 +455,7 @@ def test_files(folder: Path) -> None:
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             make("sharegpt", path)
-    for text, message in (("", "has no request"), ("x", "line 1: it is no JSON"), ("\n{}", "line 2: ")):
+    for text, message in (("", "has no request"), ("x", "line 1: it is not JSON"), ("\n{}", "line 2: ")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):
             make("custom", path)

@@ -113,7 +113,7 @@ class TestOnATerminal:
     @pytest.mark.parametrize("end", [CTRL_C, "failure"])
     def test_keys_are_seen_again_behind_an_answer(self, end: str, tmp_path: Path) -> None:
         terminal = Terminal(tmp_path, ["chat"], *["word " * 2000] * (end == CTRL_C), pause=0.01)
-        terminal.wait_until(lambda: "/help says" in terminal.shown)
+        terminal.wait_until(lambda: "/help lists" in terminal.shown)
         terminal.wait_for_prompt()
         terminal.type("Go\r")
         if end == CTRL_C:
@@ -195,7 +195,7 @@ class TestOnATerminal:
 
     def test_a_dumb_terminal_gets_no_escapes_with_an_answer(self, tmp_path: Path) -> None:
         terminal = Terminal(tmp_path, ["chat"], "Some **bold** text.\n", environment={"TERM": "dumb"})
-        terminal.wait_for("/help says")
+        terminal.wait_for("/help lists")
         terminal.type("Go\r")
         terminal.wait_for("a second)")
         terminal.wait_for_prompt()
@@ -324,7 +324,7 @@ def test_tab_completes_commands_and_paths(tmp_path: Path) -> None:
     terminal.type(" ta\t")
     terminal.wait_for("/load talk.json")
     terminal.type("\r")
-    terminal.wait_for("talk.json is no conversation of /save")
+    terminal.wait_for("talk.json is not a conversation that /save wrote")
     terminal.wait_for_prompt()
     terminal.type(CTRL_D)
     assert terminal.end() == 0
@@ -344,8 +344,8 @@ class TestImages:
             monkeypatch, capsys, "/image a b.png", f"'{tmp_path}/c.PNG'", "What?", "And?", "/save s.json", "/clear",
             "/load s.json", "/image no.png", "/image none.png", "Still?",
         )  # fmt: skip
-        assert "(a b.png, 4 x 3: it goes with the next message)" in out
-        assert "(c.PNG, 4 x 3: it goes with the next message)" in out
+        assert "(a b.png, 4 x 3: it is sent with the next message)" in out
+        assert "(c.PNG, 4 x 3: it is sent with the next message)" in out
         assert "user: (image) (image) What?" in out
         assert "error: no.png: this is no picture" in out
         assert "cannot read none.png" in out
@@ -356,7 +356,7 @@ class TestImages:
     ) -> None:
         Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
         out = talk(monkeypatch, capsys, "/image a.png", "a.png")
-        assert "error: scripted reads text alone" in out
+        assert "error: scripted takes text only" in out
         assert asked(engine)[-1][-1] == "a.png"
 
     @pytest.mark.parametrize("content", [5, None, {}, [5], [{"type": "text"}], [{"type": "audio"}]])
@@ -461,7 +461,7 @@ class TestCommands:
         first, second = (request.params for request in engine.requests)
         assert (first.temperature, first.max_tokens) == (0.5, 7)
         assert second.temperature != 0.5
-        assert "no temprature (did you mean temperature?): there are temperature, top_p" in out
+        assert "no temprature (did you mean temperature?): it has temperature, top_p" in out
         assert "error: top_p must be" in out
         assert "/set top_k needs a value (keep the K most likely" in out
         assert "max_tokens 7" in out
@@ -568,17 +568,17 @@ class TestCommands:
         assert asked(engine)[-1] == ["S", "A", "Hello!", "B", "Hello!", "C"]
         assert (tmp_path / "t.json").stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "other.txt").read_text() == "mine"
-        assert "other.txt exists and is kept: name another file" in out
+        assert "other.txt exists and is not replaced: name another file" in out
         assert "/save needs the name of a file" in out
         assert "cannot read nowhere: No such file" in out
-        assert "other.txt is no conversation of /save" in out
+        assert "other.txt is not a conversation that /save wrote" in out
 
     def test_words_behind_a_command_that_takes_none(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         names = ["/help", "/clear", "/regenerate", "/exit", "/reset"]
         out = talk(monkeypatch, capsys, "A", *[f"{name} now" for name in names], "/?", "B", "/bye", "C")
-        assert all(f"error: {name} takes nothing behind it, such as 'now'" in out for name in names)
+        assert all(f"error: {name} takes no argument, but has 'now'" in out for name in names)
         assert "/regenerate             another answer" in out
         assert asked(engine)[1:] == [["S", "A", "Hello!", "B"]]
 

@@ -146,13 +146,13 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["bench", "--concurrency", "4097"], "between 1 and 4096"),
         (["quantize", "--m", "x"], "--out FILE.gguf is missing"),
         (["quantize", "--m", "x", "--out", "x.bin"], "x.bin does not end in .gguf"),
-        (["quantize", "--m", "x", "--out", "no/x.gguf"], "no is no folder"),
+        (["quantize", "--m", "x", "--out", "no/x.gguf"], "no is not a folder"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--isq", "q4"], "--isq must be one of q4_0"),
-        (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a:b"], "'b' is no scale"),
+        (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a:b"], "'b' is not a scale"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a", "--lora-to-gguf", "b"], "give one of them"),
         (["perplexity", "--m", "x"], "-f FILE is missing"),
         (["perplexity", "--m", "x", "-f", "none.txt"], "No such file or directory: none.txt"),
-        (["perplexity", "--m", "x", "-f", sys.executable], "is no text in UTF-8"),
+        (["perplexity", "--m", "x", "-f", sys.executable], "is not a text in UTF-8"),
         (["imatrix", "--m", "x", "-f", __file__], "-o FILE.gguf is missing"),
         (["imatrix", "--m", "x", "-f", __file__, "-o", "x.dat"], "x.dat does not end in .gguf"),
         (["quantize", "--device", "cpu"], "--device does not apply to `candle-vllm quantize`"),
@@ -534,7 +534,7 @@ def test_ranks_without_a_gpu_are_cpu_ranks(tmp_path: Path, no_gpu: None, capsys:
 
 
 _NODES = "--nnodes 2 -tp 2 --cluster-key 0123456789abcdef"
-_GPUS = "would divide the model among GPUs, and no GPU is used here"
+_GPUS = "would divide the model among GPUs, but no GPU is used"
 
 
 @pytest.mark.parametrize(
@@ -547,8 +547,8 @@ _GPUS = "would divide the model among GPUs, and no GPU is used here"
         (f"serve {_NODES} --node-rank 1", f"--nnodes 2 {_GPUS}"),
         ("serve -tp 2 --worker-use-ray", f"--distributed-executor-backend ray {_GPUS}"),
         ("generate hi -tp 2 -ep", f"--enable-expert-parallel {_GPUS}"),
-        ("serve -tp 2 -dp 2 --threads 3", "each rank of 2 replicas needs a thread, of which there are 3"),
-        ("generate hi -tp 2 --threads 1", "each rank needs a thread, of which there are 1"),
+        ("serve -tp 2 -dp 2 --threads 3", "each rank of 2 replicas needs a thread, and there are 3"),
+        ("generate hi -tp 2 --threads 1", "each rank needs a thread, and there are 1"),
         ("generate hi --d 0,1", "device 'cuda:0' cannot be used: no GPU was found"),
         ("config --d 0,1", "device 'cuda:0' cannot be used: no GPU was found"),
     ],
@@ -605,7 +605,7 @@ def test_config_says_what_does_not_fit_a_gpu(
     model = str(write_toy_model(tmp_path / "toy"))
     shown = _config(capsys, "--m", model, "--device", "cuda")
     assert (shown["cpu_experts"]["value"], shown["gpu_layers"]["value"]) == (0, 0)
-    assert "of 1024 MiB that are free on cuda:0, 1024 are kept for steps" in shown["gpu_layers"]["from"]
+    assert "of 1024 MiB that are free on cuda:0, 1024 MiB are reserved for activations" in shown["gpu_layers"]["from"]
     shown = _config(capsys, "--m", model, "--device", "cuda", "--cpu-offload-gb", "0")
     assert (shown["gpu_layers"]["value"], shown["cpu_offload_gb"]["from"][:16]) == (2, "the command line")
 
@@ -622,8 +622,8 @@ def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tool-parser", "hermez"], "tool_parser is 'hermez', which is no format"),
-        (["--reasoning-parser", "qwen99"], "reasoning_parser is 'qwen99', which is no format"),
+        (["--tool-parser", "hermez"], "tool_parser is 'hermez', which is not a known format"),
+        (["--reasoning-parser", "qwen99"], "reasoning_parser is 'qwen99', which is not a known format"),
         (["--block-size", "7"], "block_size 7 is not a power of two"),
         (["--prefill-chunk-size", "8"], "max_num_batched_tokens 8 is below max_num_seqs 64"),
         (["--kv-cache-dtype", "fp8"], "needs a GPU"),

@@ -112,8 +112,8 @@ def test_llama_cpps_prompts_have_images(start: Callable[..., Any]) -> None:
         for wrong, said in (
             ({"prompt_string": "What?"}, "Failed to tokenize prompt: 1 images, and <__media__> stands in the text 0"),
             ({"multimodal_data": [DATA, DATA]}, "Failed to tokenize prompt: 2 images"),
-            ({"multimodal_data": ["!"]}, "no base64"),
-            ({"multimodal_data": ["QUJD"]}, "no picture in a format that is read"),
+            ({"multimodal_data": ["!"]}, "not valid base64"),
+            ({"multimodal_data": ["QUJD"]}, "not an image in a supported format"),
         ):
             answer = client.post("/completions", json={"prompt": [{**asked, **wrong}]})
             error = answer.json()["error"]
@@ -258,7 +258,7 @@ def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[
                 assert answer.status_code == 200, answer.text
                 assert len(engine.pictures) == number
             assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
-            for url, why in ((f"http://{host}/b", "no picture"), ("http://b.example/", "operator does not allow")):
+            for url, why in ((f"http://{host}/b", "not an image"), ("http://b.example/", "operator does not allow")):
                 for path, body in asked(url):
                     answer = client.post(path, json=body)
                     assert answer.status_code == 400
@@ -339,7 +339,7 @@ def test_images_may_be_kept_files_of_ones_own(start: Callable[..., Any], tmp_pat
         assert client.post(path, json=body).status_code == 400
         text = client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("a", b"text")}).json()
         path, body, _ = asked(text["id"])[0]
-        assert "no picture" in client.post(path, json=body).text
+        assert "not an image" in client.post(path, json=body).text
     with start(PacedEngine(sees=True), responses_store="off").http() as client:
         assert "stores no files" in client.post(*asked("file-1")[0][:1], json=asked("file-1")[0][1]).text
 
@@ -407,10 +407,10 @@ def test_images_are_not_lost_where_there_is_no_template(start: Callable[..., Any
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("/completion", {"prompt": "a", "image_data": [{"id": 1, "data": DATA}]}, "images are those of the prompt"),
-        ("/v1/responses", {"model": "m", "input": "a", "image": {"url": URL}}, "send input_image"),
-        ("/v1/chat/completions", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),
-        ("/tokenize", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),
+        ("/completion", {"prompt": "a", "image_data": [{"id": 1, "data": DATA}]}, "send images in the prompt"),
+        ("/v1/responses", {"model": "m", "input": "a", "image": {"url": URL}}, "as input_image"),
+        ("/v1/chat/completions", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files define"),
+        ("/tokenize", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files define"),
     ],
 )
 def test_one_that_sees_says_where_images_stand(
@@ -433,7 +433,7 @@ def test_the_pixels_of_a_request_are_bounded(start: Callable[..., Any]) -> None:
             "/v1/chat/completions", json={"messages": [{"role": "user", "content": [small] + [large] * 4}]}
         )
         assert answer.status_code == 400
-        assert "the images of a request may have 268435456 pixels in all" in answer.text
+        assert "at most 268435456 are allowed" in answer.text
         assert not engine.pictures  # none was decoded
         assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200
 

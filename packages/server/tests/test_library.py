@@ -113,7 +113,7 @@ def test_one_of_several_files(tag: str | None, chosen: str) -> None:
 
 def test_a_file_that_there_is_not_is_told_the_others() -> None:
     for tag in ("Q2_K", "Q"):
-        with pytest.raises(ModelNotFoundError, match=r"name one behind a colon.*Q8_0"):
+        with pytest.raises(ModelNotFoundError, match=r"append one with a colon.*Q8_0"):
             choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], model_names.Named("org/m", tag))
     assert choose_file(["config.json", "model.safetensors"], model_names.Named("org/m", None)) is None
 
@@ -198,7 +198,9 @@ def test_what_is_told_late_does_not_bring_a_pull_back(hub: FakeHub, settings: Se
 def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: Settings) -> None:
     hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
     plan = plan_pull(settings, REPO)
-    with pytest.raises(InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M is not what the hub has"):
+    with pytest.raises(
+        InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M does not match the hub's checksum"
+    ):
         fetch(settings, plan)
     assert downloaded(settings) == []
 
@@ -269,7 +271,7 @@ def test_the_commands(command: Any) -> None:
     status, said, _ = command("pull", f"{REPO}:Q4_K_M")
     assert status == 0
     assert said.splitlines()[0] == f"{REPO}:Q4_K_M: 3 MB in 2 files"
-    assert said.splitlines()[-1].endswith(f"is what the hub has; candle-vllm --m {REPO}:Q4_K_M serves it")
+    assert said.splitlines()[-1].endswith(f"is the hub's current version; candle-vllm --m {REPO}:Q4_K_M serves it")
     assert f"{REPO}:Q4_K_M  3 MB" in command("list")[1]
     status, shown, _ = command("show", REPO)
     assert status == 0

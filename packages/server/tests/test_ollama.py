@@ -328,7 +328,7 @@ def test_a_model_is_pulled_asked_copied_and_deleted(changing: Callable[..., Any]
         with pytest.raises(ollama.ResponseError, match="not served") as gone:
             client.chat(names[0], HI)
         assert gone.value.status_code == 404
-        with pytest.raises(ollama.ResponseError, match="its files are the operator's"):
+        with pytest.raises(ollama.ResponseError, match="was not downloaded by this server"):
             client.delete("scripted")
 
 
@@ -340,12 +340,12 @@ def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any)
             ("org/other", 404, "the hub has no model"),
             (REPO + ":Q2_K", 404, "no file 'Q2_K'"),
             ("nothing", 404, "there is no model 'nothing'"),
-            (REPO, 502, "is not what the hub has"),
+            (REPO, 502, "does not match the hub's checksum"),
         ]:
             with pytest.raises(ollama.ResponseError, match=why) as refusal:
                 client.pull(name)
             assert refusal.value.status_code == status
-        with pytest.raises(ollama.ResponseError, match="is not what the hub has"):
+        with pytest.raises(ollama.ResponseError, match="does not match the hub's checksum"):
             list(client.pull(REPO, stream=True))
         assert len(client.list().models) == 1
 
@@ -415,7 +415,7 @@ def test_what_there_is_is_told_to_operators(changing: Callable[..., Any], fake_h
         assert (known["qwen3:8b"]["served"], known["qwen3:8b"]["needed"]) == (None, 5300 << 20)
         (failed,) = told["pulls"]
         assert (failed["state"], failed["failure"]) == ("failed", "damaged")
-        assert "is not what the hub has" in failed["error"]
+        assert "does not match the hub's checksum" in failed["error"]
         client.request("DELETE", "/api/pull", json={"model": failed["model"], "remove": True})
         assert client.get("/v1/models/inventory").json()["pulls"] == []
 

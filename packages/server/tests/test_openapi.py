@@ -149,7 +149,7 @@ def test_what_is_not_served_is_said_with_the_values_that_may_stand() -> None:
     assert field == {
         "enum": [None, False],
         "deprecated": True,
-        "description": "Not served: the server samples; LLM.beam_search of the library searches.",
+        "description": "Not served: the server has no beam search; use LLM.beam_search of the library.",
     }
 
 

@@ -165,14 +165,14 @@ async def test_a_broken_file_changes_nothing(
     with pytest.raises(UsageError, match=message):
         await served.change(old, new)
     await served.reloader.reload()
-    assert "the models from before stay" in caplog.text
+    assert "the models stay as they were" in caplog.text
     assert re.search(message, caplog.text)
     assert served.manager.slots == slots
 
 
 async def test_a_file_that_is_gone_changes_nothing(served: Served) -> None:
     served.path.unlink()
-    with pytest.raises(UsageError, match="is not there any more"):
+    with pytest.raises(UsageError, match="no longer exists"):
         await served.reloader.reload_models()
     assert list(served.manager.slots) == ["a", "b", "c"]
 
@@ -188,7 +188,7 @@ async def test_what_counts_from_the_next_start_is_said(served: Served, caplog: p
     slots = dict(served.manager.slots)
     await served.change("default_model: a", "default_model: a\nidle_unload_secs: 60")
     assert "idle_unload_secs in" in caplog.text
-    assert "from the next start on" in caplog.text
+    assert "takes effect at the next start" in caplog.text
     assert served.manager.slots == slots
 
 
@@ -243,10 +243,10 @@ WRONG = [
     ("add", {"name": "default", "hf_id": "x/d"}, 400, "always means default_model"),
     ("add", {"name": "d", "hf_id": "x/d", "params": {"temprature": 1}}, 400, "did you mean temperature?"),
     ("add", {"name": "d", "hf_id": "x/d", "params": {"temperature": "hot"}}, 400, "temperature must be a number"),
-    ("add", {"name": "d", "hf_id": "x/d", "params": {"tool_parser": "nothing"}}, 400, "is no format"),
+    ("add", {"name": "d", "hf_id": "x/d", "params": {"tool_parser": "nothing"}}, 400, "is not a known format"),
     ("add", {"name": "d", "hf_id": "x/d", "parms": {}}, 400, "parms"),
     ("add", {"name": 7, "hf_id": "x/d"}, 400, "name"),
-    ("remove", {"model": "a"}, 400, "the default one, which stays"),
+    ("remove", {"model": "a"}, 400, "the default model, which cannot be removed"),
     ("remove", {"model": "z"}, 404, "not served here"),
 ]
 

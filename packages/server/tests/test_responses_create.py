@@ -92,7 +92,8 @@ def test_what_the_sender_should_know_is_in_the_headers(start: Start, stream: boo
         ]
         plain = client.post("/v1/completions", json={"prompt": "Hi", "stream": stream})
     place = "#/properties/\\xe9\\u000a\\xdf"
-    told = f"the JSON schema has 'maxLenght' (at {place}), which says nothing: is 'maxLength' meant?"
+    told = f"the JSON schema has 'maxLenght' (at {place}), which is unknown and has no effect: "
+    told += "did you mean 'maxLength'?"
     assert [answer.headers.get("x-warning") for answer in answers] == [told] * 3
     assert "x-warning" not in plain.headers
 
@@ -110,7 +111,7 @@ def test_calls_of_other_services_are_kept_and_not_shown(start: Start) -> None:
         plain = client.post("/v1/responses", json={"input": [{"role": "user", "content": "Hi"}]})
         made = client.post("/v1/responses", json={"input": [search, {"role": "user", "content": "Hi"}, shell]})
         assert (made.status_code, "x-warning" in plain.headers) == (200, False)
-        assert made.headers["x-warning"].startswith("items of the type 'web_search_call' are not shown to the model")
+        assert made.headers["x-warning"].startswith("items of the type 'web_search_call' have no effect")
         kept = client.get(f"/v1/responses/{made.json()['id']}/input_items", params={"order": "asc"}).json()["data"]
         assert (kept[0], kept[2]["output"]) == (search, "secret")
         follow = {"input": "And?", "previous_response_id": made.json()["id"]}

@@ -88,7 +88,7 @@ def test_a_second_server_on_the_unix_socket_is_refused_while_the_first_one_loads
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(UsageError, match="cannot listen on"):
         bind(Settings(host="192.0.2.1").address)
-    with pytest.raises(UsageError, match="is no address of this machine"):
+    with pytest.raises(UsageError, match="is not an address of this machine"):
         bind(Settings(host="no-such-host.invalid").address)
 
 

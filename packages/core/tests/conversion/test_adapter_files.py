@@ -184,5 +184,5 @@ def test_what_gguf_adapters_have_no_place_for_is_refused(config: dict[str, Any],
 
 
 def test_adapters_are_not_quantised(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="plain numbers"):
+    with pytest.raises(ConfigError, match="written unquantised"):
         write_gguf_adapter(EngineConfig(model="x", isq="q4_0"), tmp_path, tmp_path / "adapter.gguf")

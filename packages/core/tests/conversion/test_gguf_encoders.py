@@ -90,7 +90,7 @@ def test_encoders_that_gguf_cannot_say(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"config\.json: GGUF files are not written for cross-encoders"):
         write(cross, tmp_path / "m.gguf")
     relu = write_toy_encoder(tmp_path / "relu", toy_encoder_config(hidden_act="relu"))
-    with pytest.raises(UnsupportedModelError, match=r"GGUF's bert has no way to say this model's activation$"):
+    with pytest.raises(UnsupportedModelError, match=r"GGUF's bert cannot express this model's activation$"):
         write(relu, tmp_path / "m.gguf")
     splade = write_toy_encoder(tmp_path / "splade", toy_encoder_config())
     parts = [{"type": "x.MLMTransformer", "path": ""}, {"type": "x.SpladePooling", "path": "1_Pooling"}]
@@ -105,7 +105,7 @@ def test_vectors_of_other_lengths_are_named(tmp_path: Path, caplog: pytest.LogCa
     modules = json.loads((folder / "modules.json").read_text())
     (folder / "modules.json").write_text(json.dumps(modules[:2]))
     write(folder, tmp_path / "m.gguf")
-    assert "no way to say that this model's vectors keep their length" in caplog.text
+    assert "cannot express that this model's vectors are not normalised" in caplog.text
 
 
 @pytest.mark.parametrize("headless", [False, True])

@@ -92,7 +92,7 @@ def test_tokens_before_every_text_that_a_template_writes(
     """GLM-4's tokenizers put two there; llama.cpp's converter leaves them out."""
     metadata = tokenizer_metadata(framed(template), 259, ())
     assert metadata["tokenizer.ggml.add_bos_token"] is False
-    assert "no way to put [gMASK]<sop> before every text" in caplog.text
+    assert "GGUF cannot add [gMASK]<sop> before every text" in caplog.text
     after = ours.Tokenizer.from_gguf(metadata)
     assert after.encode("[gMASK]<sop>a") == framed(template).encode("a")
 
@@ -148,7 +148,7 @@ def test_two_tokens_with_one_text() -> None:
     """A row without a token gets a name, which a token may have."""
     before = bytes_of()
     before.backend.add_tokens(["[PAD260]"])
-    with pytest.raises(UnsupportedModelError, match=r"no form for this tokenizer: .*'\[PAD260\]' twice"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot express this tokenizer: .*'\[PAD260\]' twice"):
         tokenizer_metadata(before, 261, ())
 
 
@@ -188,7 +188,7 @@ def test_the_name_that_more_readers_know(merges: bool, name: str, caplog: pytest
     metadata = tokenizer_metadata(before, before.vocab_size, ())
     assert metadata["tokenizer.ggml.pre"] == name
     assert ours.Tokenizer.from_gguf(metadata).encode("zqz zq") == before.encode("zqz zq")
-    assert ("older readers do not know" in caplog.text) is not merges
+    assert ("older programs do not know" in caplog.text) is not merges
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------

@@ -219,9 +219,9 @@ def test_nothing_is_left_of_a_file_that_failed(tmp_path: Path, words: Path) -> N
     ("out", "message"),
     [
         ("m.bin", r"m\.bin does not end in \.gguf"),
-        ("no/m.gguf", r"no is no folder"),
+        ("no/m.gguf", r"no is not a folder"),
         ("d.gguf", r"is a folder"),
-        ("m-00001-of-00002.gguf", "named like a part of several files"),
+        ("m-00001-of-00002.gguf", "named like one part of a split model"),
     ],
 )
 def test_places_where_no_file_can_be(out: str, message: str, tmp_path: Path, words: Path) -> None:
@@ -259,7 +259,7 @@ def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
     with pytest.raises(ConfigError, match=r"up_proj\.weight is FP8"):
         write(codes, tmp_path / "m.gguf", words)
     dynamic = toy_config(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    with pytest.raises(UnsupportedModelError, match=r"GGUF's llama has no way to say this model's .*rope"):
+    with pytest.raises(UnsupportedModelError, match=r"GGUF's llama cannot express this model's .*rope"):
         write(write_toy_model(tmp_path / "dynamic", dynamic), tmp_path / "m.gguf", words)
 
 
@@ -267,7 +267,7 @@ def test_models_that_cannot_be_written(tmp_path: Path, words: Path) -> None:
 def test_what_gguf_cannot_say_is_named(name: str, tmp_path: Path, words: Path) -> None:
     row = ROWS[name]
     folder = write_tiny(tmp_path / "model", row.model_type, **(dict(row.config) | CHANGES.get(name, {})))
-    with pytest.raises(UnsupportedModelError, match=rf"GGUF's .* has no way to say this model's {UNSAYABLE[name]}$"):
+    with pytest.raises(UnsupportedModelError, match=rf"GGUF's .* cannot express this model's {UNSAYABLE[name]}$"):
         write(folder, tmp_path / "m.gguf", words)
 
 

@@ -238,13 +238,13 @@ def test_what_cannot_be_is_refused_by_name(folder: Path, engine: InferenceEngine
     assert engine.list_loras() == ()
     with pytest.raises(InvalidParameterError, match="2 prompts and 3 lora_requests"):
         engine.generate(["a", "b"], lora_request=[None] * 3, use_tqdm=False)
-    with pytest.raises(InvalidParameterError, match="adapter 'a0' is there twice"):
+    with pytest.raises(InvalidParameterError, match="adapter 'a0' is named twice"):
         tokens(engine, [(adapter(folder, "a0"), 1.0)] * 2)  # type: ignore[arg-type]
     with pytest.raises(InvalidParameterError, match="the scale must be a number within"):
         tokens(engine, [(adapter(folder, "a0"), float("nan"))])  # type: ignore[arg-type]
     with open_engine(folder, max_loras=1) as single:
         mix: Any = [(adapter(folder, "a0"), 1.0), (adapter(folder, "a1"), 1.0)]
-        with pytest.raises(InvalidParameterError, match=r"2 adapters at once; a step may have 1 \(max_loras"):
+        with pytest.raises(InvalidParameterError, match=r"combines 2 adapters, and at most 1 are allowed \(max_loras"):
             tokens(single, mix)
 
 

@@ -102,7 +102,9 @@ def test_leases_and_pins_keep_their_adapters(monkeypatch: pytest.MonkeyPatch) ->
     wait_for(lambda: c.crowded)
     assert store.lease(((c, 1.0),)) is None
     monkeypatch.setattr(module, "PATIENCE", 0.01)
-    with pytest.raises(EngineOverloadedError, match="within 0 s: requests and pinned adapters need the memory"):
+    with pytest.raises(
+        EngineOverloadedError, match="within 0 s: running requests and pinned adapters use all the memory"
+    ):
         store.call(AdapterCall("add", use("c")))
     store.release(lease)
     wait_for(lambda: c.state == "ready")
@@ -114,7 +116,7 @@ def test_what_can_never_have_room_beside_pinned_ones_is_refused() -> None:
     store = AdapterStore(Loads(), most=1)
     store.find(use("a"))
     store.pin("a", PATIENCE)
-    with pytest.raises(AdapterError, match="taken by pinned ones: raise max_cpu_loras"):
+    with pytest.raises(AdapterError, match="pinned adapters use all the memory for adapters: raise max_cpu_loras"):
         store.add(use("b"), PATIENCE)
     store.remove("a")
     assert store.add(use("b"), PATIENCE).state == "ready"
@@ -216,7 +218,7 @@ def test_files_that_cannot_be_read_anew_leave_the_old_ones() -> None:
 def test_another_path_under_a_name_is_refused() -> None:
     store = AdapterStore(Loads())
     store.find(use("a"))
-    with pytest.raises(InvalidParameterError, match="'a' has other files now than the request names") as told:
+    with pytest.raises(InvalidParameterError, match="'a' was loaded from other files than the request names") as told:
         store.find(use("a", path="/elsewhere/deep"))
     assert "/" not in str(told.value)
     with pytest.raises(InvalidParameterError, match=r"no adapter 'aa' \(did you mean a\?\); there are a"):

@@ -92,7 +92,7 @@ def test_main_memory_is_bounded() -> None:
     assert store.num_bytes == 3000
     store.clear()
     assert store.num_bytes == 0
-    with pytest.raises(ConfigError, match="no room for one block") as caught:
+    with pytest.raises(ConfigError, match="is too small for one block") as caught:
         HostBlocks(999, 1000)
     assert caught.value.setting == "kv_offloading_size"
 
@@ -114,7 +114,7 @@ def test_what_is_found_further_away_comes_nearer(tmp_path: Path, caplog: pytest.
     near, far = HostBlocks(5000, 1000), BlockFolder(tmp_path / "kept", "a", 1 << 20, 1000)
     tiers: BlockStore = Tiers([near, Failing(5000, 1000), far])
     tiers.write(DIGESTS[0], bytes(1000))  # somebody took it
-    assert "to one place of several: full" in caplog.text
+    assert "to one of several tiers: full" in caplog.text
     with pytest.raises(OSError, match="full"):
         Tiers([Failing(5000, 1000)]).write(DIGESTS[0], bytes(1000))
     assert (near.has(DIGESTS[0]), far.has(DIGESTS[0]), tiers.has(DIGESTS[0])) == (True, True, False)
@@ -186,7 +186,7 @@ def _request() -> GenerationRequest:
 
 
 def test_main_memory_behind_the_cache_is_of_a_gpu(model: Path) -> None:
-    with pytest.raises(ConfigError, match="is for a GPU") as caught, running(model, None, kv_offloading_size=1):
+    with pytest.raises(ConfigError, match="is for GPUs") as caught, running(model, None, kv_offloading_size=1):
         pass
     assert caught.value.setting == "kv_offloading_size"
 
@@ -481,7 +481,7 @@ def test_wrong_addresses_are_refused(url: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
         RedisBlocks(url, "a", 1 << 20, 1000)
     assert caught.value.setting == "prompt_cache_url"
-    with pytest.raises(ConfigError, match="no room for one block"):
+    with pytest.raises(ConfigError, match="is too small for one block"):
         RedisBlocks("redis://h", "a", 1000, 1000)
 
 

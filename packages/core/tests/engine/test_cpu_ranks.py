@@ -213,7 +213,7 @@ def without_kernels(folder: Path) -> Path:
 def test_ranks_of_kernels_that_are_not_compiled_are_refused(
     write: Callable[[Path], Path], settings: dict[str, Any], reason: str, folder: Path
 ) -> None:
-    said = f"cpu_ranks=2 divides what the compiled CPU kernels do, and {reason}.*: leave out what sets it, cpu_ranks or"
+    said = f"cpu_ranks=2 needs the compiled CPU kernels, but {reason}.*: leave out cpu_ranks, or tensor_parallel_size"
     with pytest.raises(ConfigError, match=said):
         InferenceEngine(str(_written(write, folder)), device="cpu", threads=2, **settings)
 
@@ -281,7 +281,7 @@ def test_what_divides_among_gpus_alone_is_refused_before_anything_starts(case: s
     with pytest.raises(ConfigError) as refused:
         start(EngineConfig(model="/nowhere", **settings))
     assert str(refused.value) == (
-        f"{named} would divide the model among GPUs, and no GPU is used here: leave that out (docs/scaling.md)"
+        f"{named} would divide the model among GPUs, but no GPU is used: leave it out (docs/scaling.md)"
     )
     assert refused.value.setting == named.partition("=")[0]
     kept = resolve_ranks(EngineConfig(model="/nowhere", enforce_eager=True, **settings))  # processes, in torch
@@ -291,8 +291,8 @@ def test_what_divides_among_gpus_alone_is_refused_before_anything_starts(case: s
 @pytest.mark.parametrize(
     ("settings", "system", "message"),
     [
-        ({"threads": 2, "cpu_ranks": 3}, "linux", "cpu_ranks=3 says otherwise: leave one of them out"),
-        ({"threads": 1}, "linux", "each rank needs a thread, of which there are 1: .* threads=2 or more"),
+        ({"threads": 2, "cpu_ranks": 3}, "linux", "cpu_ranks=3 contradicts it: leave one of them out"),
+        ({"threads": 1}, "linux", "each rank needs a thread, and there are 1: .* threads=2 or more"),
         ({"threads": 3, "data_parallel_size": 2}, "linux", "each rank of 2 replicas .* are 3: .* threads=4 or more"),
         ({"threads": 2}, "darwin", "CPU ranks need Linux: leave it out"),
     ],
@@ -342,5 +342,5 @@ def test_a_gpu_that_cannot_be_used_is_as_none(no_gpu: None, monkeypatch: pytest.
     with pytest.raises(ConfigError, match="device 'cuda:0' cannot be used: torch is not installed"):
         InferenceEngine("/nowhere", device="cuda:0,cuda:1")
     node: dict[str, Any] = TWO_NODES | {"tensor_parallel_size": 4, "node_rank": 1}
-    with pytest.raises(ConfigError, match="device names one GPU, cuda:3, and 2 ranks are asked for"):
+    with pytest.raises(ConfigError, match="device names one GPU, cuda:3, but 2 ranks are configured"):
         run_node(EngineConfig(model="/nowhere", device="cuda:3", **node))

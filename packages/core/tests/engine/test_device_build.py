@@ -72,7 +72,7 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
     assert runner.edit_bytes == 3 * 8 * 272 * 4
     assert len(runner.caches[0].keys) == plan.num_blocks
     assert "0.01 of 72 MiB free beside 50 MiB of weights and 328 MiB for steps" in caplog.text
-    assert "attention by torch cannot be" in caplog.text, "the reference is not captured"
+    assert "the attention backend torch does not support it" in caplog.text, "the reference is not captured"
 
 
 def test_a_picture_has_its_memory_while_it_is_encoded(memory: Memory, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_it_answers(
         (
             {"capability": (8, 0)},
             {"kv_cache_dtype": "q4_0"},
-            r"kv_cache_dtype='q4_0' is of the CPU: on a GPU set 'int8_per_token_head'",
+            r"kv_cache_dtype='q4_0' is for the CPU: on a GPU set 'int8_per_token_head'",
         ),
         ({"capability": (8, 0)}, {"key_cache_dtype": "fp8"}, r"leave key_cache_dtype out, or set kv_cache_dtype"),
         ({}, {"kv_cache_memory": MIB, "max_model_len": 100000}, "beyond the model's context"),

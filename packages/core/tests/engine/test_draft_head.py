@@ -603,9 +603,9 @@ def test_a_heads_cache_is_planned_beside_the_models(folder: Path, head: Path, pl
 @pytest.mark.parametrize(
     ("config", "weights", "said"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, {}, "architecture .'LlamaForCausalLM'. is no EAGLE-3 head"),
+        ({"architectures": ["LlamaForCausalLM"]}, {}, "architecture .'LlamaForCausalLM'. is not an EAGLE-3 head"),
         ({"num_hidden_layers": 2}, {}, "a head of 2 layers is not implemented"),
-        ({"target_hidden_size": 32}, {}, "it reads hidden states of 32 numbers, and the model's have 64"),
+        ({"target_hidden_size": 32}, {}, "it reads hidden states of 32 elements, and the model's have 64"),
         ({"vocab_size": 9000}, {"embed_tokens.weight": (9000, 64)}, "it knows 9000 tokens, and the model 272"),
         ({"draft_vocab_size": 150}, {}, r"d2t is I64 \[200\]; it must be 150 whole numbers|lm_head.weight has shape"),
         ({}, {"d2t": "I32"}, "d2t makes token 100000 of the head's 3, and the model has 272 tokens"),
@@ -670,12 +670,12 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     gemma = write_tiny(tmp_path / "gemma", "gemma2", head_dim=32, query_pre_attn_scalar=16)
     with pytest.raises(ModelLoadError, match="layers for further tokens of gemma2 are not implemented"):
         loaded(gemma, {"method": "mtp"})
-    with pytest.raises(ModelLoadError, match="architecture 'llama' is no EAGLE-3 head"):
+    with pytest.raises(ModelLoadError, match="architecture 'llama' is not an EAGLE-3 head"):
         loaded(folder, {"method": "eagle3", "model": str(write_toy_gguf(tmp_path / "toy.gguf"))})
     words = (folder / "tokenizer.json").read_text().replace("<|im_start|>", "<|turn|>")
     other = shutil.copytree(head, tmp_path / "other")
     (other / "tokenizer.json").write_text(words)
-    with pytest.raises(ConfigError, match="other cannot draft for toy, for they have different vocabularies"):
+    with pytest.raises(ConfigError, match="other cannot draft for toy, because their vocabularies differ"):
         loaded(folder, {"method": "eagle3", "model": str(other)})
     with pytest.raises(ConfigError, match=r'is a head.*set "method": "eagle3"'):
         loaded(folder, {"model": str(head)})
@@ -687,7 +687,7 @@ def test_nothing_with_weights_drafts_on_a_gpu(folder: Path, method: dict[str, An
     assert isinstance(loaded, LoadedModel)
     there = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=Device("cuda:0")))
     config = EngineConfig(model=str(folder), speculative_config=method)
-    with pytest.raises(ConfigError, match="models and heads draft on the CPU alone") as caught:
+    with pytest.raises(ConfigError, match="draft models and draft heads run on the CPU only") as caught:
         build_engine(config, there)
     assert caught.value.setting == "speculative_config"
     assert load_draft(config, loaded, Device("cuda:0"), lambda *_: None) is None

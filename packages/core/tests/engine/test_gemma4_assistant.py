@@ -177,7 +177,7 @@ def test_a_drafter_of_another_model_is_refused(target: Path, tmp_path: Path) -> 
         assert "speculative_config" in str(caught.value)
     text, words = config["text_config"], {"vocab_size_per_layer_input": 272}
     for changes, message in (
-        ({"backbone_hidden_size": 100}, "hidden states of 100 numbers"),
+        ({"backbone_hidden_size": 100}, "hidden states of 100 elements"),
         ({"text_config": text | {"head_dim": 16}}, "layer 0 of the drafter fits no cache"),
         ({"text_config": text | {"sliding_window": 8}}, "layer 0 of the drafter fits no cache"),
         ({"text_config": text | {"hidden_size_per_layer_input": 8} | words}, "per-layer embeddings of a drafter"),

@@ -381,7 +381,7 @@ def test_as_many_go_as_do_not_fit(
     assert (loaded.split and loaded.split.experts) == layers
     if layers is not None:
         assert f"{layers * each // MIB} MiB, are in main memory, and the CPU computes them" in caplog.text
-        assert f"of {free // MIB} MiB that are free on cuda:0, 1024 are kept for steps" in caplog.text
+        assert f"of {free // MIB} MiB that are free on cuda:0, 1024 MiB are reserved for activations" in caplog.text
 
 
 def _weights(folder: Path) -> dict[str, Any]:
@@ -486,7 +486,7 @@ def test_what_does_not_fit_is_read_over_the_bus(
         split = load(source, experts, **given).split
         assert split is not None
         assert (split.experts, split.layers) == wanted
-        assert "are kept for steps" in split.message
+        assert "MiB are reserved for activations" in split.message
     assert load(mixture, 0, cpu_offload_gb=0).split is None
     assert load(toy_model, 0, gpu_layers=1024).split is None
 
@@ -499,12 +499,16 @@ def test_what_cannot_be_is_refused_by_name(
     with pytest.raises(ConfigError, match="both say how many layers are on the GPU: set one of them"):
         EngineConfig(model="m", cpu_offload_gb=1, gpu_layers=4)
     assert load(mixture, 3).split is None
-    assert "cpu_experts=3 sets nothing: the CPU computes, and everything is there" in caplog.text
+    assert "cpu_experts=3 has no effect: the model runs on the CPU, so all weights are in main memory" in caplog.text
     usual = loading.plan_split
     monkeypatch.setattr(loading, "plan_split", lambda config, device, *others: usual(config, GPU, *others))
     monkeypatch.setattr(offload, "gpu_memory", lambda _: (100 << 30, 100 << 30))
-    with pytest.raises(ConfigError, match="is for models with experts, and this one has none: leave it out"):
+    with pytest.raises(ConfigError, match="is for models with experts, and this model is dense: leave it out"):
         load(toy_model, 1)
     monkeypatch.setattr(offload, "matrix_obstacle", lambda _: "they are what they are")
-    with pytest.raises(ConfigError, match=r"the CPU cannot compute these experts, for they are .* set cpu_experts=0"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the CPU cannot compute these experts, because they are .* set "
+        r"cpu_experts=0",
+    ):
         load(mixture, 1)

@@ -273,13 +273,13 @@ def test_a_folder_that_others_can_read_is_refused(model: Path, tmp_path: Path) -
     folder = tmp_path / "open"
     folder.mkdir(mode=0o755)
     folder.chmod(0o755)
-    with pytest.raises(ConfigError, match="this user's alone") as caught, running(model, folder):
+    with pytest.raises(ConfigError, match="this user only") as caught, running(model, folder):
         pass
     assert caught.value.setting == "prompt_cache_path"
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="prompt_cache_path"), running(model, tmp_path / "file"):
         pass
-    with pytest.raises(ConfigError, match="no room for one block"):
+    with pytest.raises(ConfigError, match="is too small for one block"):
         BlockFolder(tmp_path / "small", "a", 1000, 1000)
 
 

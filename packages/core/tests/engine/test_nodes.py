@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks n
 
 KEY = "a key that all of the nodes know"
 USUAL: dict[str, Any] = ALONE | {"nnodes": 2, "cluster_key": KEY, "max_model_len": 512}
-SILENT = "rank 1 at 127.0.0.1 has ended (it has not been heard of for "
+SILENT = "rank 1 at 127.0.0.1 has ended (it has not responded for "
 NODE = (
     "import json, sys, logging\n"
     "from candle_vllm.core import EngineConfig\n"
@@ -464,7 +464,7 @@ def test_a_rank_that_was_started_again_takes_the_place_of_the_first(
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        ({"key": "another key than the nodes have"}, "do not know the same key"),
+        ({"key": "another key than the nodes have"}, "have different keys"),
         ({"rank": 2}, "waits for ranks 1 to 1 of 2"),
         ({"size": 4}, "same nnodes"),
         ({"nodes": 3}, "same nnodes"),
@@ -494,7 +494,7 @@ def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: RankListe
                 end.sendall(nodes._frame(b"\x81\xa7refusal\xa0") + bytes(32))
 
         threading.Thread(target=run, daemon=True).start()
-        with pytest.raises(ConfigError, match="do not know the same key"):
+        with pytest.raises(ConfigError, match="have different keys"):
             _connect(invitation(door, port=impostor.getsockname()[1]), side=False)
 
 

@@ -293,7 +293,7 @@ def test_a_rank_that_is_stopped_while_it_loads_is_named(
         whole(self, *given)
 
     monkeypatch.setattr(Ranks, name, work)
-    with pytest.raises(ModelLoadError, match=r"rank 1 has ended \(it has not been heard of for 8 s\)"):
+    with pytest.raises(ModelLoadError, match=r"rank 1 has ended \(it has not responded for 8 s\)"):
         engine_of(model, 2)
 
 
@@ -395,7 +395,7 @@ def test_a_rank_says_what_it_fails_by(
 
 
 def test_one_gpu_is_not_several(model: Path) -> None:
-    with pytest.raises(ConfigError, match="name as many") as raised:
+    with pytest.raises(ConfigError, match="name that many GPUs") as raised:
         engine_of(model, 2, device="cuda:3")
     assert raised.value.setting == "device"
 

@@ -232,7 +232,7 @@ def test_what_cannot_be_read_again_does_not_go(tmp_path: Path, model: Path) -> N
         right, data = answer(engine), weights.read_bytes()
         engine.sleep(2)
         weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        with pytest.raises(CandleVllmError, match="others than when it went to sleep"):
+        with pytest.raises(CandleVllmError, match="have changed since it went to sleep"):
             engine.wake_up()
         assert engine.is_sleeping
         before = weights.stat()

@@ -128,7 +128,11 @@ def test_a_budget_by_its_vllm_name_is_the_same_budget(thinker: InferenceEngine) 
 
 def test_a_budget_by_its_vllm_name_needs_tokens_around_thoughts(engine: InferenceEngine) -> None:
     assert len(run(engine, SamplingParams(max_tokens=2, thinking_token_budget=-1))[0]) <= 2
-    with pytest.raises(InvalidParameterError, match=r"no tokens of this model mark thoughts.*ThoughtBudget") as caught:
+    with pytest.raises(
+        InvalidParameterError,
+        match=r"this model has no tokens that mark its "
+        r"reasoning.*ThoughtBudget",
+    ) as caught:
         run(engine, SamplingParams(max_tokens=2, thinking_token_budget=3))
     assert caught.value.param == "thinking_token_budget"
     with pytest.raises(InvalidParameterError, match="two budgets") as caught:

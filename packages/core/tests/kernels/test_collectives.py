@@ -101,7 +101,7 @@ def _started(work: str, size: int, folder: Path, memory: str) -> list[subprocess
 @pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("size", [2, 3])
 def test_sums_and_parts_side_by_side_are_those_of_numpy_and_the_same_on_each_rank(size: int, tmp_path: Path) -> None:
-    with shared_memory(size + 1) or pytest.fail("there is no memory") as file:
+    with shared_memory(size + 1) or pytest.fail("not enough memory") as file:
         memory = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         others = _started("sums", size, tmp_path, memory)
         _sums(0, size, tmp_path, memory)
@@ -136,7 +136,7 @@ SELDOM = pytest.param("abort in an exchange", marks=pytest.mark.every_case)
 @pytest.mark.one_of_each(1)
 @pytest.mark.parametrize("how", ["abort", "killed", "patience", "killed in an exchange", SELDOM])
 def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path) -> None:
-    with shared_memory(3) or pytest.fail("there is no memory") as file:
+    with shared_memory(3) or pytest.fail("not enough memory") as file:
         memory = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         (other,) = _started("waits", 2, tmp_path, memory)
         group = _group(0, 2, tmp_path, memory, 0.5 if how == "patience" else 60.0)
@@ -165,7 +165,7 @@ def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path)
 
 
 def test_memory_has_no_name_and_keeps_its_size() -> None:
-    with shared_memory(2) or pytest.fail("there is no memory") as file:
+    with shared_memory(2) or pytest.fail("not enough memory") as file:
         assert os.fstat(file.fileno()).st_nlink == 0
         assert not os.get_inheritable(file.fileno())
         for size in (0, 1 << 30):

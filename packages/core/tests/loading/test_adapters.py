@@ -199,9 +199,9 @@ def test_names_of_trunks_and_of_larger_models_are_put_right(prefix: str, tmp_pat
 TENSORS: list[tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = [
     ({"model.layers.7.self_attn.q_proj.lora_A.weight": (8, 64)}, {}, "no module 'model.layers.7"),
     ({"visual.blocks.0.attn.qkv.lora_A.weight": (8, 64)}, {}, "not part of the text model"),
-    ({"model.layers.0.self_attn.k_proj.lora_A.weight": (8, 64)}, {}, "other half"),
-    ({"model.layers.0.self_attn.k_proj.lora_B.weight": (32, 8)}, {}, "other half"),
-    ({f"{Q}.lora_E": (8, 1)}, {}, "no part of an adapter"),
+    ({"model.layers.0.self_attn.k_proj.lora_A.weight": (8, 64)}, {}, "one of the two LoRA matrices"),
+    ({"model.layers.0.self_attn.k_proj.lora_B.weight": (32, 8)}, {}, "one of the two LoRA matrices"),
+    ({f"{Q}.lora_E": (8, 1)}, {}, "not a known part of an adapter"),
     ({"model.layers.0.input_layernorm.weight": (64,)}, {}, "norm.*quantize --lora.*merge_and_unload"),
     ({"model.layers.0.mlp.up_proj.weight": (96, 64)}, {}, "heads and embedding tables.*quantize --lora"),
     ({"model.embed_tokens.weight": (280, 64)}, {}, "vocabulary of 280 tokens.*272: resize.*merge_and_unload"),
@@ -209,7 +209,7 @@ TENSORS: list[tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = [
     ({"lm_head.weight": (272, 32)}, {}, r"shape is \[272, 32\]"),
     ({f"{Q}.lora_magnitude_vector": (64,)}, {}, "use_dora is not true"),
     ({f"{Q}.bias": (64,)}, {}, "bias is 'none'"),
-    ({f"{Q}.bias": (32,)}, {"bias": "all"}, "64 numbers are wanted"),
+    ({f"{Q}.bias": (32,)}, {"bias": "all"}, "64 elements are expected"),
     ({"model.embed_tokens.token_adapter.trainable_tokens_delta": (2, 64)}, {}, "trainable_token_indices"),
     (
         {"model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 64)},
@@ -241,7 +241,7 @@ def test_a_tensor_that_is_not_used_is_refused_by_name(
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({Q: (32, 64)}, "gives 32 rows to layers.0.attention.qkv, which has 64"),
+        ({Q: (32, 64)}, "has 32 rows for layers.0.attention.qkv, which has 64"),
         ({Q: (64, 32)}, "has 64 columns"),
         ({Q: (64, 64), "layers.0.self_attn.q_proj": (64, 64)}, "another tensor of the adapter"),
     ],
@@ -467,7 +467,7 @@ def test_a_gguf_adapter_without_alpha_has_the_scale_1(tmp_path: Path, base: Adap
         ({"texts": {"adapter.type": "control"}}, "adapter.type is 'control'"),
         ({"kind": "Q4_0"}, "type Q4_0; allowed are"),
         ({"tensors": {"blk.9.attn_q.weight": ((32, 64), (64, 32))}}, "no module 'blk.9"),
-        ({"tensors": {"blk.0.attn_q.weight": ((32, 64),)}}, "other half"),
+        ({"tensors": {"blk.0.attn_q.weight": ((32, 64),)}}, "one of the two LoRA matrices"),
         ({"tensors": {"blk.0.attn_norm.weight": ((32, 64), (64, 32))}}, "norm"),
         ({"tensors": {"blk.0.attn_q.weight": ((32, 64), (32, 32))}}, "gives 32 rows"),
     ],

@@ -155,7 +155,7 @@ def test_damaged_files_are_written_again(
     packings.clear()
     assert same(load(model, folder), right)
     assert packings
-    assert "made again" in caplog.text
+    assert "written again" in caplog.text
     assert kept(folder) == [file]
     assert file.read_bytes() == whole
     packings.clear()

@@ -473,7 +473,7 @@ def test_a_folder_that_takes_the_demo_models_name_is_said(tmp_path: Path, monkey
     (tmp_path / "demo").mkdir()
     with pytest.raises(ModelNotFoundError) as caught:
         resolve("demo")
-    assert f"{tmp_path / 'demo'} was taken, for it has the demo model's name" in str(caught.value)
+    assert f"{tmp_path / 'demo'} was used, because it has the demo model's name" in str(caught.value)
 
 
 def test_who_did_not_ask_to_be_offline_is_not_told_to_stop(hub: Hub) -> None:

@@ -114,7 +114,7 @@ def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
     assert "one sequence at a time" in caplog.text
     with pytest.raises(ConfigError, match="drafted"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", speculative_config={"method": "ngram"}))
-    with pytest.raises(ConfigError, match="takes no adapters"):
+    with pytest.raises(ConfigError, match="does not support LoRA adapters"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", enable_lora=True))
 
 
@@ -316,5 +316,5 @@ def test_ranks_are_refused(tmp_path: Path) -> None:
     settings = EngineConfig(model=str(folder), model_impl="transformers", tensor_parallel_size=2, enforce_eager=True)
     from candle_vllm.core.assembly.model import fit_settings
 
-    with pytest.raises(ConfigError, match="not divided among ranks"):
+    with pytest.raises(ConfigError, match="cannot divide it among ranks"):
         fit_settings(settings, load(folder, model_impl="transformers").config)

@@ -507,9 +507,12 @@ def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path
                 counts = [len(each.look([PAD], PICTURES[:1])[0]) for each in (vision, usual)]
                 assert counts[0] < counts[1]
     for said, message in (
-        ({"max_pixel": 640}, "'max_pixel' is not known to this model, which has min_pixels, max_pixels, size.shortest"),
+        (
+            {"max_pixel": 640},
+            "'max_pixel' is not a setting of this model, which has min_pixels, max_pixels, size.shortest",
+        ),
         ({"max_pixels": 1 + (16 << 16)}, "mm_processor_kwargs: max_pixels is 1048577; it must be 1 to 1048576"),
-        ({"max_pixels": 100}, "mm_processor_kwargs: pictures have 256 pixels at least and 100 at most"),
+        ({"max_pixels": 100}, "mm_processor_kwargs: images must have at least 256 pixels and at most 100"),
         ({"size": {"longest_edge": "x"}}, "mm_processor_kwargs: max_pixels is 'x', not a int"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -888,7 +891,7 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
 
     refused(InvalidFileError, "patch_size is 8; the tower's is 4", same, patch_size=8)
     refused(InvalidFileError, "merge_size is 4; the tower's is 2", same, merge_size=4)
-    refused(InvalidFileError, "pictures have 256 pixels at least and 100 at most", same, max_pixels=100)
+    refused(InvalidFileError, "images must have at least 256 pixels and at most 100", same, max_pixels=100)
     refused(UnsupportedModelError, "do_resize is false", same, do_resize=False)
     refused(UnsupportedModelError, r"vision_config\.temporal_patch_size is 1", tower(temporal_patch_size=1))
     refused(UnsupportedModelError, "hidden_act is 'relu'", tower(hidden_act="relu"))

@@ -174,7 +174,7 @@ def test_tokens_are_not_divided_where_ranks_compute_layers_whole(tmp_path: Path)
     """What a delta net gives is no part of a sum."""
     write_tiny(tmp_path, "qwen3_5_moe_text", **ROWS["Qwen3.5-MoE"].config)
     settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match=r"computes the layers of .* with a recurrent state for all tokens") as raised:
+    with pytest.raises(ConfigError, match=r"the layers of .* with a recurrent state need all tokens") as raised:
         logits_of(tmp_path, 2, [LENGTH], all2all_backend="all_to_all", **settings)
     assert raised.value.setting == "all2all_backend"
 
@@ -307,7 +307,7 @@ def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -
     sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
     sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
     write_tiny(tmp_path / "few", row.model_type, **{**row.config, **sizes})
-    with pytest.raises(ConfigError, match="its 2 experts come in units of 1"):
+    with pytest.raises(ConfigError, match="its 2 experts can only be divided in units of 1"):
         logits_of(tmp_path / "few", 4, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=4)
     with pytest.raises(ConfigError, match="set tensor_parallel_size"):
         EngineConfig(model="m", enable_expert_parallel=True)

@@ -180,8 +180,8 @@ def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -
     [
         ({"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 0 placeholders"),
         ({"prompt": "<image><image>", "multi_modal_data": {"image": PICTURES[0]}}, "1 images, and 2 placeholders"),
-        ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 images; a prompt may have 64"),
-        ({"prompt": "<image>", "multi_modal_data": {"image": "x.png"}}, "a picture is a PIL.Image"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 images; at most 64 are allowed"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": "x.png"}}, "an image must be a PIL.Image"),
         ({"prompt": "<image>", "multi_modal_data": {"video": 1}}, "multi_modal_data has 'video'"),
         ({"prompt": "<image>", "multi_modal_data": []}, "multi_modal_data must be an object"),
     ],
@@ -213,9 +213,9 @@ def test_without_pillow_a_model_reads_text_alone_and_says_so(
         monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level("WARNING"), InferenceEngine(folder) as engine:
         assert engine.generate("ab", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-        with pytest.raises(InvalidParameterError, match="text alone is read"):
+        with pytest.raises(InvalidParameterError, match="the model takes text only"):
             engine.generate(PROMPT, GREEDY, use_tqdm=False)
-    assert "reads text alone: pictures need Pillow" in caplog.text
+    assert "takes text only: images need Pillow" in caplog.text
 
 
 def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:
@@ -241,7 +241,7 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
     refused(UnsupportedModelError, "hidden_act", vision_config=vision | {"hidden_act": "swish"})
     made = changed(folder, tmp_path)
     (made / "preprocessor_config.json").unlink()
-    with pytest.raises(InvalidFileError, match="says how pictures are prepared"):
+    with pytest.raises(InvalidFileError, match="defines the preprocessing of images"):
         InferenceEngine(made)
 
 
@@ -316,7 +316,7 @@ def test_wrong_files_beside_a_model_are_named(folder: Path, tmp_path: Path) -> N
     right = write_towers(folder, tmp_path / "gguf")
     with pytest.raises(UnsupportedModelError, match="this is not a vision encoder file"):
         InferenceEngine(right["model"], mmproj=Path(right["model"]))
-    with pytest.raises(ConfigError, match="mmproj belongs to a GGUF model"):
+    with pytest.raises(ConfigError, match="mmproj is for GGUF models"):
         InferenceEngine(folder, mmproj=right["mmproj"])
     other = write_towers(folder, tmp_path / "other", kind="ldp")
     with pytest.raises(UnsupportedModelError, match=r"clip\.projector_type is 'ldp'; implemented: idefics3"):
@@ -345,14 +345,17 @@ def test_an_operator_says_how_pictures_are_prepared(folder: Path) -> None:
             counts.append(list(engine.generate(PROMPT, GREEDY, use_tqdm=False)[0].prompt_token_ids).count(260))
     assert counts[0] > counts[1] == counts[2] > 0
     for settings, message in (
-        ({"mm_processor_kwargs": {"size": {"width": 4}}}, "'size.width' is not known .* size.longest_edge, do_image"),
-        ({"mm_processor_kwargs": {"size": 4}}, "'size' is not known"),
+        (
+            {"mm_processor_kwargs": {"size": {"width": 4}}},
+            "'size.width' is not a setting .* size.longest_edge, do_image",
+        ),
+        ({"mm_processor_kwargs": {"size": 4}}, "'size' is not a setting"),
         (
             {"mm_processor_kwargs": {"do_image_splitting": 3}},
             "mm_processor_kwargs: do_image_splitting is 3, not a bool",
         ),
         ({"mm_processor_kwargs": {"size": {"longest_edge": 0}}}, "mm_processor_kwargs: longest_edge is 0"),
-        ({"mm_processor_kwargs": {"do_image_splitting": False}, "max_images": 0}, "reads text alone"),
+        ({"mm_processor_kwargs": {"do_image_splitting": False}, "max_images": 0}, "takes text only"),
     ):
         with pytest.raises(ConfigError, match=message):
             InferenceEngine(folder, **settings)
@@ -378,11 +381,11 @@ def test_memory_for_the_largest_picture_is_put_aside(folder: Path, monkeypatch: 
 def test_texts_alone_may_be_asked_for(folder: Path) -> None:
     with InferenceEngine(folder, max_images=0) as engine:
         assert engine.model_info.modalities == ("text",)
-        with pytest.raises(InvalidParameterError, match="text alone is read here"):
+        with pytest.raises(InvalidParameterError, match="the model takes text only"):
             engine.generate(PROMPT, GREEDY, use_tqdm=False)
     with (
         InferenceEngine(folder, max_images=1) as engine,
-        pytest.raises(InvalidParameterError, match="2 images; a prompt may have 1"),
+        pytest.raises(InvalidParameterError, match="2 images; at most 1 are allowed"),
     ):
         engine.generate(PROMPT, GREEDY, use_tqdm=False)
 

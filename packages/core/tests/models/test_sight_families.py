@@ -614,7 +614,7 @@ def test_an_operator_says_how_pictures_are_prepared(name: str, tmp_path: Path) -
         rule = vision.parts.rule
         assert {key: getattr(rule, key) for key in wanted} == wanted
         for other, message in (
-            ({"max_pixels": 4}, rf"'max_pixels' is not known to this model, which has {known}"),
+            ({"max_pixels": 4}, rf"'max_pixels' is not a setting of this model, which has {known}"),
             ({next(iter(said)): "x"}, "mm_processor_kwargs: "),
         ):
             with pytest.raises(ConfigError, match=message) as caught:
@@ -674,7 +674,8 @@ def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_pa
     }
     wrong(InvalidFileError, "less than pan_and_scan_max_num_crops, 4", processor={"do_pan_and_scan": True} | crops)
     with pytest.raises(
-        ConfigError, match="reads a picture's 16 tokens in one step, beside 20 of others: set max_num_b"
+        ConfigError,
+        match="needs the 16 tokens of an image in one step, beside 20 tokens of other sequences: set max_num_b",
     ):
         InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4)
     with InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4, max_images=0) as engine:

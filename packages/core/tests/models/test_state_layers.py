@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Layers that keep a state: whatever is found, cut, guessed or preempted, answers are those of a whole prompt."""
+"""Layers that have a recurrent state: whatever is found, cut, guessed or preempted, answers are those of a whole "
+"prompt."""
 
 from __future__ import annotations
 
@@ -190,7 +191,7 @@ def test_sleep_forgets_states(hybrid: Path, how: dict[str, Any]) -> None:
 
 
 def test_what_states_cannot_be_had_with_is_refused(hybrid: Path, how: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="keep a state"):
+    with pytest.raises(ConfigError, match="have a recurrent state"):
         engine(hybrid, **how, speculative_config={"method": "draft_model", "model": str(hybrid)})
     with pytest.raises(NoMemoryError, match=r"max_num_seqs=\d"):
         engine(hybrid, kv_cache_memory=300_000, **how, max_num_seqs=64)

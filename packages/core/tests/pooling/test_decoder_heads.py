@@ -170,5 +170,5 @@ def test_dense_layers_behind_the_pooling(activation: str, tmp_path: Path) -> Non
         assert engine.model_info.embedding_size == 24
         found = np.array([each.embedding for each in engine.embed(TEXTS, use_tqdm=False)])
     assert np.abs(found - wanted / np.linalg.norm(wanted, axis=1, keepdims=True)).max() < 1e-5
-    with pytest.raises(UnsupportedModelError, match="vectors with Dense layers"):
+    with pytest.raises(UnsupportedModelError, match="embedding models with Dense layers"):
         write_gguf(EngineConfig(model=str(folder)), tmp_path / "m.gguf")

@@ -132,7 +132,7 @@ def test_a_text_may_fill_the_whole_context(toy_model: Path) -> None:
     with InferenceEngine(str(toy_model), enforce_eager=True, max_model_len=64, block_size=16) as engine:
         for kind in KINDS:
             assert len(vectors(engine, [TEXTS[6]], PoolingParams(pooling=kind))[0]) == 64
-        with pytest.raises(PromptTooLongError, match="the text has 65 tokens and the model takes 64"):
+        with pytest.raises(PromptTooLongError, match="the text has 65 tokens and the model takes at most 64"):
             engine.embed([*TEXTS[6], 1], use_tqdm=False)
         with pytest.raises(PromptTooLongError, match="input 1: the text has 65 tokens") as caught:
             engine.embed([[1], [*TEXTS[6], 1]], use_tqdm=False)

@@ -222,7 +222,7 @@ def test_weights_that_are_quantised_already_are_refused(tmp_path: Path) -> None:
 
 def test_encoders_are_refused(tmp_path: Path) -> None:
     folder = write_toy_encoder(tmp_path)
-    with pytest.raises(ConfigError, match=r"isq q4k is for models that write text.*--dtype bf16"):
+    with pytest.raises(ConfigError, match=r"isq q4k is for models that generate text.*--dtype bf16"):
         InferenceEngine(str(folder), isq="q4k")
 
 

@@ -219,7 +219,7 @@ def test_another_shape_than_the_model_has_is_named(folders: Folders, tmp_path: P
 def test_quantised_weights_on_a_gpu_have_no_f32(folders: Folders) -> None:
     config = EngineConfig(model=str(folders("gptq")[0]), dtype="f32")
     opened = loading.open_model(loading.model_files(config), CPU)
-    with opened.checkpoint, pytest.raises(ConfigError, match="dtype f32 cannot be had with quantised weights"):
+    with opened.checkpoint, pytest.raises(ConfigError, match="dtype f32 is not supported with quantised weights"):
         choose_placement(config, torch.device("cuda"), opened.checkpoint, None)  # type: ignore[arg-type]
 
 

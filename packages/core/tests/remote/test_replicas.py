@@ -165,9 +165,9 @@ def test_adapters_are_in_all_replicas(made: Path, engine: ReplicatedEngine) -> N
         [conversation(n, 40) for n in range(4)] + [prompt], GREEDY, lora_request=LoRARequest("loose")
     )
     assert again[-1].outputs == first
-    with pytest.raises(InvalidParameterError, match="has other files"):
+    with pytest.raises(InvalidParameterError, match="was loaded from other files"):
         engine.generate(prompt, GREEDY, lora_request=LoRARequest("loose", lora_path=str(made / "a0")))
-    with pytest.raises(InvalidParameterError, match="reaches one of 2 replicas"):
+    with pytest.raises(InvalidParameterError, match="only one of 2 replicas"):
         engine.generate(prompt, GREEDY, lora_request=LoRARequest("a0", load_inplace=True))
     with pytest.raises(AdapterError, match="none"):
         engine.add_lora(LoRARequest("bad", lora_path=str(made / "none")))

@@ -70,7 +70,7 @@ from candle_vllm.core.sampling.json_schema import checked_schema, compilable_sch
         ({"properties": []}, "properties must be an object"),
         ({"anyOf": {}}, "anyOf must be a list"),
         ({"properties": {"a": 5}}, "must be an object or a boolean .at #/properties/a."),
-        ({"minProperties": 2}, "a key could be said twice"),
+        ({"minProperties": 2}, "a key could occur twice"),
         ({"minProperties": 1, "properties": {f"p{i}": {} for i in range(65)}}, "more than 64 optional"),
         (5, "must be an object or true"),
         (False, "must be an object or true"),
@@ -124,9 +124,9 @@ def test_recursion_with_an_end_is_not(schema: Any) -> None:
         (lambda: {"anyOf": [{"type": "string"}] * 10_001}, "more than 10000 subschemas"),
         (lambda: {"anyOf": [{"pattern": "a"}] * 1_001}, "more than 1000 patterns"),
         (lambda: {"allOf": [{"not": {"enum": [*"abc"]}}] * 20_000}, "more than 12000 subschemas"),
-        (lambda: {"not": {"const": [1] * 9_000}}, "no grammar holds what 'const' does not take"),
-        (lambda: {"not": {"prefixItems": [{"type": "null"}] * 5_000}}, "no grammar holds what 'prefixItems'"),
-        (lambda: {"not": {"enum": ["a" * 900_000]}}, "no grammar holds what 'enum'"),
+        (lambda: {"not": {"const": [1] * 9_000}}, "values that 'const' excludes"),
+        (lambda: {"not": {"prefixItems": [{"type": "null"}] * 5_000}}, "values that 'prefixItems' excludes"),
+        (lambda: {"not": {"enum": ["a" * 900_000]}}, "values that 'enum' excludes"),
         (lambda: {"$defs": {f"d{i}": {} for i in range(50_001)}}, "more than 50000 schemas in it"),
         (lambda: {"anyOf": [{"multipleOf": 49_999}] * 5}, "added up"),
         (
@@ -243,10 +243,11 @@ def test_what_nobody_holds_is_an_annotation_and_a_near_miss_is_remarked_on() -> 
     assert found.schema["type"] == "string"
     assert "format" not in found.schema
     assert found.remarks == [
-        "the JSON schema's format 'date-tme' (at #) is not held: is 'date-time' meant?",
-        "the JSON schema has 'minLenght' (at #), which says nothing: is 'minLength' meant?",
-        "the JSON schema has 'propertys' (at #/anyOf/0), which says nothing: is 'properties' meant?",
-        "the JSON schema's format 'color' (at #/anyOf/1) is not held",
+        "the JSON schema's format 'date-tme' (at #) is not enforced: did you mean 'date-time'?",
+        "the JSON schema has 'minLenght' (at #), which is unknown and has no effect: did you mean 'minLength'?",
+        "the JSON schema has 'propertys' (at #/anyOf/0), which is unknown and has no effect: did you mean "
+        "'properties'?",
+        "the JSON schema's format 'color' (at #/anyOf/1) is not enforced",
     ]
 
 

@@ -287,8 +287,8 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"regex": "(a"}, "regex is not supported or wrong: unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
         ({"regex": r"(a)\1"}, "backreferences are not supported"),
-        ({"regex": "a{0}"}, "but for the empty one"),
-        ({"regex": r"[^\s\S]"}, "no token may come here"),
+        ({"regex": "a{0}"}, "other than the empty text"),
+        ({"regex": r"[^\s\S]"}, "no token is allowed here"),
         (
             {"json": {"type": "string", "pattern": "(?=a)b"}},
             "JSON schema is not supported or wrong: look-around",
@@ -296,7 +296,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"json": {"type": "string", "minLength": 3, "maxLength": 2}}, "minLength .3. is greater than maxLength .2."),
         (
             {"json": {"oneOf": [{"pattern": "a+b"}, {"pattern": "b"}]}},
-            "'oneOf' .* what 'pattern' does not take",
+            "'oneOf' .* values that 'pattern' excludes",
         ),
         ({"json": {"patternProperties": {"^a": {}, "b$": {}}}}, "are not disjoint"),
         ({"json": {"required": ["a"], "properties": {"a": False}, "type": "object"}}, "'a' is unsatisfiable"),
@@ -607,7 +607,9 @@ print("main is over", flush=True)
 
 # A text behind x runs out of the lexer's fuel within a dozen tokens; a text of many ok does not.
 RUNS_OUT = 'start: ("ok ")* "done" | "x" T\nT: ' + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(5, 11))
-RAN_OUT = "the grammar cannot go on here: the text needs more of its regular expressions than one token may take"
+RAN_OUT = (
+    "the grammar cannot go on here: a token needs more states of the grammar's regular expressions than are allowed"
+)
 
 
 def run_out(grammar: LlguidanceGrammar) -> None:

@@ -156,11 +156,11 @@ def test_apples_form_of_png_is_refused_by_name() -> None:
 
 
 def test_limits_are_looked_at_before_pixels() -> None:
-    with pytest.raises(InvalidParameterError, match=r"image: 7 x 5 pixels; a picture may have 34"):
+    with pytest.raises(InvalidParameterError, match=r"image: 7 x 5 pixels; at most 34"):
         decode_picture(stored(), PictureLimits(pixels=34))
-    with pytest.raises(InvalidParameterError, match=r"bytes; a picture may have 20"):
+    with pytest.raises(InvalidParameterError, match=r"bytes; an image may have at most 20"):
         decode_picture(stored(), PictureLimits(nbytes=20))
-    with pytest.raises(InvalidParameterError, match=r"a picture may have 34"):
+    with pytest.raises(InvalidParameterError, match=r"at most 34"):
         picture_of(IMAGE, PictureLimits(pixels=34))
 
 
@@ -198,7 +198,7 @@ def test_base64_may_be_in_lines() -> None:
         assert from_base64(text) == data
         assert from_data_url(f"data:;base64,{text}", PictureLimits(nbytes=len(data))) == data
     for text in ("AA\u00a0AA", "AA\0AA", "AA-A", "AAA"):
-        with pytest.raises(InvalidParameterError, match="no base64"):
+        with pytest.raises(InvalidParameterError, match="not valid base64"):
             from_base64(text)
 
 
@@ -226,14 +226,14 @@ def test_of_very_large_ones_four_pixels_are_one(format: str, mode: str, monkeypa
 def test_only_base64_is_data(url: str) -> None:
     with pytest.raises(InvalidParameterError):
         from_data_url(url)
-    with pytest.raises(InvalidParameterError, match="may have 30 bytes"):
+    with pytest.raises(InvalidParameterError, match="has more than 30 bytes"):
         from_data_url("data:;base64," + "A" * 100, PictureLimits(nbytes=30))
 
 
 def test_without_pillow_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ConfigError, match=r"pictures need Pillow: .*vision"):
+    with pytest.raises(ConfigError, match=r"images need Pillow: .*vision"):
         require_pillow()
     assert picture_of(PIXELS).width == 7
 
@@ -284,11 +284,11 @@ CANVAS, MOVING = ((b"VP8X", bytes([kind]) + b"\0\0\0\6\0\0\4\0\0") for kind in (
 FRAME = (b"ANMF", bytes(6) + b"\6\0\0\4\0\0\1\0\0\0VP8L" + struct.pack("<I", len(LOSSLESS)) + LOSSLESS)
 MANY = pictures.MAX_PARTS + 1
 COSTLY: dict[str, tuple[Callable[[], bytes], str | None]] = {
-    "scans": (lambda: progressive(64, 101), "a JPEG may have 100 scans"),
+    "scans": (lambda: progressive(64, 101), "a JPEG may have at most 100 scans"),
     "scans, as many as may be": (lambda: progressive(64, 100), None),
     "scans of what has many pixels": (lambda: progressive(8192, 33), "8192 x 8192 pixels in 33 scans; a JPEG may"),
     "scans that refine": (lambda: progressive(2048, 30, refine=True), None),
-    "arithmetic code": (lambda: JPEG.replace(b"\xff\xc0", b"\xff\xc9"), "Huffman's code alone"),
+    "arithmetic code": (lambda: JPEG.replace(b"\xff\xc0", b"\xff\xc9"), "must be Huffman-coded"),
     "tables": (lambda: JPEG[:2] + segment(0xC4, bytes(17)) * MANY + JPEG[2:], "65536 segments"),
     "application segments": (lambda: JPEG[:2] + segment(0xE5) * MANY + JPEG[2:], "65536 segments"),
     "EXIF in a JPEG": (lambda: JPEG[:2] + segment(0xE1, b"Exif\0\0" + BOMB[:65_000]) * 40 + JPEG[2:], None),

@@ -139,7 +139,7 @@ def test_classes(tmp_path: Path, engine: InferenceEngine) -> None:
         assert output.prompt_token_ids == list(wanted.prompt_token_ids)
         with pytest.raises(InvalidParameterError, match="encode takes no pooling_params"):
             asyncio.run(classes(classifier, PoolingParams()))
-    with pytest.raises(InvalidParameterError, match="no scores or classes"):
+    with pytest.raises(InvalidParameterError, match="no head for scores or classes"):
         asyncio.run(classes(engine))
     (single,) = asyncio.run(classes(engine, task="token_embed"))
     assert single.outputs.data.shape == (len(single.prompt_token_ids), engine.model_info.embedding_size)
@@ -149,7 +149,7 @@ def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:
     for options, said in (
         ({"lora_request": object()}, "lora_request must be a LoRARequest, or pairs .*, not object"),
         ({"data_parallel_rank": 1}, "takes no data_parallel_rank"),
-        ({"tokenization_kwargs": {"truncation": True}}, "may have add_special_tokens"),
+        ({"tokenization_kwargs": {"truncation": True}}, "may only have add_special_tokens"),
     ):
         with pytest.raises(InvalidParameterError, match=said):
             asyncio.run(outputs(engine, "abc", None, **options))

@@ -127,7 +127,7 @@ def test_wrong_calls(engine: InferenceEngine) -> None:
     params = BeamSearchParams(beam_width=2, max_tokens=2, temperature=0.0)  # type: ignore[call-arg]
     with pytest.raises(InvalidParameterError, match="params must be BeamSearchParams, not dict"):
         LLM(engine).beam_search(["a"], {"beam_width": 2})  # type: ignore[arg-type]
-    with pytest.raises(InvalidParameterError, match="1 prompts and 2 priorities"):
+    with pytest.raises(InvalidParameterError, match="1 prompts need as many priorities, not 2"):
         LLM(engine).beam_search(["a"], params, priority=[1, 2])
     with pytest.raises(InvalidParameterError, match="concurrency_limit must be"):
         LLM(engine).beam_search(["a"], params, concurrency_limit=0)

@@ -158,7 +158,7 @@ def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
     assert llm.score("a", "b")[0].prompt_token_ids == engine.tokenize("a") + engine.tokenize("b")
     with pytest.raises(InvalidParameterError, match="not 2, 3"):
         llm.score(["a", "b"], ["c", "d", "e"])
-    with pytest.raises(InvalidParameterError, match="2 inputs and 1 params"):
+    with pytest.raises(InvalidParameterError, match="2 inputs need as many params, not 1"):
         llm.embed(["a", "b"], pooling_params=params[:1])
 
 
@@ -182,7 +182,7 @@ def test_classes(tmp_path: Path, llm: LLM) -> None:
         assert outputs[0].outputs.probs == list(classifier.engine.classify("a b")[0].probs)
         data = classifier.encode("a b", pooling_task="classify")[0].outputs.data
         assert data.tolist() == outputs[0].outputs.probs
-    with pytest.raises(InvalidParameterError, match="no scores or classes"):
+    with pytest.raises(InvalidParameterError, match="no head for scores or classes"):
         llm.classify("a")
 
 
@@ -243,11 +243,11 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
             lambda llm: llm.generate("a", mm_processor_kwargs={}),
             "takes no mm_processor_kwargs: images are read",
         ),
-        (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
+        (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may only have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
-        (lambda llm: llm.encode("a", pooling_task="score"), "scores are asked of pairs"),
+        (lambda llm: llm.encode("a", pooling_task="score"), "for pairs of texts use score"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
-        (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "text alone is read here"),
+        (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "the model takes text only"),
     ],
 )
 def test_what_there_is_not_is_refused_by_name(llm: LLM, call: Any, said: str) -> None:

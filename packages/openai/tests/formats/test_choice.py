@@ -88,7 +88,7 @@ def test_off_is_off(option: str) -> None:
 @pytest.mark.parametrize("setting", ["tool_parser", "reasoning_parser"])
 def test_an_unknown_name_is_refused_with_those_that_there_are(setting: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"'zzz9', which is no format; the formats are .* \(and auto, none\)"
+        ConfigError, match=r"'zzz9', which is not a known format; the formats are .* \(and auto, none\)"
     ) as raised:
         choose_layout(**cast(Any, {setting: "zzz9"}))
     assert raised.value.setting == setting
@@ -100,7 +100,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are(setting: str) -> N
     ("setting", "name", "near"), [("tool_parser", "hermess", "hermes"), ("reasoning_parser", "deepseek", "deepseek_r1")]
 )
 def test_of_an_unknown_name_the_nearest_are_said(setting: str, name: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=rf"which is no format; the nearest are .*\b{near}\b") as raised:
+    with pytest.raises(ConfigError, match=rf"which is not a known format; the nearest are .*\b{near}\b") as raised:
         choose_layout(**cast(Any, {setting: name}))
     assert len(str(raised.value)) < 160
 

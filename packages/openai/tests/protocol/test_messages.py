@@ -128,8 +128,9 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
         ([calls("x", "y"), result("x")], "messages", "'y'"),
         ([calls("x"), USER, result("x")], "messages.1.role", "'x'"),
         ([calls("x", "x"), result("x")], "messages.0.tool_calls.1.id", "already"),
-        ([result("x")], "messages.0.tool_call_id", "is not an open tool call"),
-        ([calls("x"), result("x"), result("x")], "messages.2.tool_call_id", "is not an open tool call"),
+        ([result("x")], "messages.0.tool_call_id", "is not the id of a tool call without a result"),
+        ([calls("x"), result("x"), result("x")], "messages.2.tool_call_id", "is not the id of a tool call without a "
+                                                                            "result"),
         ([calls("")], "messages.0.tool_calls.0.id", "must not be empty"),
         ([{**result("x"), "tool_calls": []}], "messages.0.tool_calls", "not a known field"),
         ([{"role": "tool", "content": "x"}], "messages.0.tool_call_id", "is required"),
@@ -179,7 +180,7 @@ def test_refusals_name_the_place(messages: list[Any], param: str, message: str) 
 @pytest.mark.parametrize("kind", ["input_audio", "file", "image_base64", "video_url"])
 def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://x"}}]
-    with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts cannot be read") as caught:
+    with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts are not supported") as caught:
         parse_chat_request({"messages": [{"role": "user", "content": parts}]})
     assert caught.value.param == "messages.0.content.1.type"
 

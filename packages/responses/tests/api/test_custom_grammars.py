@@ -51,7 +51,7 @@ async def test_a_grammar_that_a_format_cannot_hold_is_shown_and_the_client_told(
     tool = {"type": "custom", "name": "c", "format": {"type": "grammar", "syntax": "lark", "definition": nested}}
     responder = Responder(InProcessModel(OpenAIAdapter(engine, tool_parser="glm45")))
     await responder.create({"input": "x", "tools": [tool], "max_output_tokens": 4})
-    assert any("'c' is not held to its grammar" in text for text in told)
+    assert any("'c' is not constrained by its grammar" in text for text in told)
 
 
 @pytest.mark.parametrize("definition", ["start: (", "begin: /a/", 'start: "a" other'])

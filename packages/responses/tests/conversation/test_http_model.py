@@ -267,12 +267,12 @@ async def test_other_words_for_an_end_are_no_cut(reason: str) -> None:
 @pytest.mark.parametrize(
     ("stream", "words"),
     [
-        (sse(delta(content="x"), done=False), "ended its answer in the middle"),
+        (sse(delta(content="x"), done=False), "closed the connection before its answer was complete"),
         (sse(delta(content="x"), "data: {"), "not a JSON object"),
         (sse("data: [1]"), "not a JSON object"),
         (sse(delta(content="x"), {"error": {"message": f"boom {KEY}", "code": 500}}), "answered 500: boom ***"),
         (sse("data: " + "[" * 100_000), "not a JSON object"),
-        (sse(delta("", content="x"), done=False), "ended its answer in the middle"),
+        (sse(delta("", content="x"), done=False), "closed the connection before its answer was complete"),
     ],
 )
 async def test_broken_streams(stream: bytes, words: str) -> None:
@@ -580,7 +580,7 @@ async def test_what_has_no_words_is_refused(fields: dict[str, Any], param: str) 
     seen: list[httpx2.Request] = []
     model = answering(sse(delta("stop")), seen=seen)
     task = Task(paths=Paths({}), **{"messages": (Message(role="user", parts=(TextPart("Hi"),)),), **fields})
-    with pytest.raises(UnsupportedParameterError, match=f"{param} cannot be asked of another server") as refusal:
+    with pytest.raises(UnsupportedParameterError, match=f"{param} is not supported with another server") as refusal:
         async with model.stream(task):
             pass
     assert (refusal.value.param, seen) == (param, [])

@@ -80,11 +80,11 @@ async def test_a_model_that_reads_text_alone_is_told_of_them() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (base64.b64encode(b"no image").decode(), "it cannot be shown: this is no picture in a format that is read"),
+        (base64.b64encode(b"no image").decode(), "it cannot be shown: this is not an image in a supported format"),
         (png()[:60], "it cannot be shown: the picture is damaged"),
-        ("?" * 40, "it cannot be shown: its data are no base64"),
+        ("?" * 40, "it cannot be shown: its data is not valid base64"),
     ],
-    ids=["words", "cut", "no base64"],
+    ids=["words", "cut", "not valid base64"],
 )
 async def test_a_bad_one_costs_nothing_but_itself(data: str, reason: str) -> None:
     made = bench(image(data), text("words"), image(png(), "text/html"))

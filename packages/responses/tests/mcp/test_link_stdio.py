@@ -364,11 +364,11 @@ async def test_rubbish_between_messages(scripted: Scripted) -> None:
 
 
 async def test_nothing_but_rubbish(scripted: Scripted, notes: Any) -> None:
-    with pytest.raises(McpServerError, match="1000 things in a row that are no messages"):
+    with pytest.raises(McpServerError, match="1000 consecutive items that are not messages"):
         await McpLink(scripted("only-rubbish-at-start")).start()
     assert not notes.alive
     async with McpLink(scripted("only-rubbish")) as link:
-        with pytest.raises(ToolUnavailableError, match="1000 things in a row"):
+        with pytest.raises(ToolUnavailableError, match="1000 consecutive items"):
             await link.call("echo", {})
 
 

@@ -78,5 +78,5 @@ async def test_rubbish_ends_it_when_nothing_else_comes(monkeypatch: pytest.Monke
         send.send_nowait(item)
     async with send, WatchedStream(receive, ends.append, log.append) as stream:
         assert len([item async for item in stream]) == 5
-    assert ends == ["the server sent 3 things in a row that are no messages of the protocol"]
+    assert ends == ["the server sent 3 consecutive items that are not messages of the protocol"]
     assert log[0] == "not a message of the protocol: a"

@@ -104,7 +104,7 @@ def test_comments_and_trailing_commas(load: Load) -> None:
 def test_what_runs_a_program_is_no_transport(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """candle-vllm's files say "node" or "python" there."""
     assert load(one({"type": "node", "command": "x"})).servers[0].transport == "stdio"
-    assert "type 'node' is what runs it, and no transport" in caplog.text
+    assert "type 'node' is a program that runs the server, not a transport" in caplog.text
     with pytest.raises(ConfigError, match="the server has a url"):
         load(one({"type": "node", "url": "http://h/mcp"}))
 
@@ -264,7 +264,7 @@ WRONG: list[tuple[Any, str]] = [
     ("3", "there must be an object or a list"),
     ({"mcpServers": 3}, "there must be an object or a list"),
     ({"mcpServers": {}, "servers": {}}, 'both "mcpServers" and "servers"'),
-    ({"command": "x", "args": []}, "the servers must stand under their names"),
+    ({"command": "x", "args": []}, "the servers must be keyed by their names"),
     (["x"], 'server 1 of the list needs a "name"'),
     ([{"name": "a", **TIME}, {"name": "a", **TIME}], "two servers are named 'a'"),
     ({"a": 3}, "MCP server 'a' must be an object"),
@@ -273,7 +273,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"a": {"command": ""}}, "command must not be empty"),
     ({"a": {"command": ["x"]}}, "command must be a string, not a list"),
     ({"a": {"command": "x\0"}}, "NUL"),
-    ({"mcp_servers": {"a": {"command": "x"}}}, "the key 'mcp_servers' is not known, and holds servers: name it"),
+    ({"mcp_servers": {"a": {"command": "x"}}}, "the unknown key 'mcp_servers' contains servers: rename it"),
     ({"a": {"command": "x", **dict.fromkeys(map(str, range(256)))}}, "entry has 257 keys, and 256 are allowed"),
     ('{"a": {"command": "x", "timeout": 1' + "0" * 400 + "}}", "timeout must be more than 0 and at most 3600 seconds"),
     ({"a": {"command": "x", "args": "y"}}, "args must be a list of strings, not a string"),
@@ -317,7 +317,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"a": {"command": "${A"}}, "without a"),
     ({"a\nb": TIME}, "must be 1 to 256 characters on one line"),
     ({"": TIME}, "must be 1 to 256 characters"),
-    ({f"s{n}": TIME for n in range(65)}, "65 servers, and 64 are allowed"),
+    ({f"s{n}": TIME for n in range(65)}, "65 servers; at most 64 are allowed"),
     ({"servers": {}, "inputs": {}}, '"inputs" must be a list'),
     ({"servers": {}, "inputs": [{"id": "a"}, {"id": "a"}]}, 'input 2 needs an "id" of its own'),
 ]

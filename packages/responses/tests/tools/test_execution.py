@@ -245,7 +245,7 @@ async def test_what_is_no_output() -> None:
         return "a string"
 
     result = await done(doing(work), call())
-    assert (result.status, result.text) == ("failed", "The tool failed: what it returned is no tool output.")
+    assert (result.status, result.text) == ("failed", "The tool failed: it did not return a tool output.")
 
 
 async def test_floods() -> None:

@@ -226,7 +226,7 @@ async def async_generator() -> AsyncIterator[int]:
     [
         (variadic, r"'variadic' cannot be a tool: a model gives arguments by name, and \*values"),
         (keywords, r"\*\*values"),
-        (positional, "cannot be given so"),
+        (positional, "cannot be passed by name"),
         (unresolved, "annotations cannot be resolved .*Missing"),
         (callback, "its parameters have no JSON schema"),
         (opaque, "its parameters have no JSON schema"),
@@ -285,7 +285,7 @@ def circular() -> list[Any]:
 
 @pytest.mark.parametrize("function", [circular, lambda: object(), lambda: b"\xff", lambda: threading.Lock()])
 def test_values_that_are_no_json(function: Callable[[], Any]) -> None:
-    with pytest.raises(ToolError, match="which is no JSON"):
+    with pytest.raises(ToolError, match="which is not JSON"):
         run(function)
 
 

@@ -103,7 +103,7 @@ async def test_what_no_source_has_is_asked_for_once_in_a_while(source: FakeSourc
         assert refused.value.status == 400
     source.fails = Unavailable("secret address")
     for _ in range(2):
-        with pytest.raises(HttpError, match="cannot be had at the moment") as failed:
+        with pytest.raises(HttpError, match="cannot be fetched at the moment") as failed:
             await known.reach("acme/other")
         assert (failed.value.status, failed.value.headers["retry-after"]) == (503, "5")
     assert source.asked == ["acme/none", "acme/tone", "acme/other"]
@@ -216,7 +216,7 @@ async def test_no_more_look_than_may(source: FakeSource, monkeypatch: pytest.Mon
     source.gate.clear()
     looking = [asyncio.create_task(known.reach(f"acme/{n}")) for n in range(2)]
     await until(lambda: len(source.asked) == 2)
-    with pytest.raises(HttpError, match="Too many adapters") as refused:
+    with pytest.raises(HttpError, match="Too many searches for adapters") as refused:
         await known.reach("acme/tone")
     assert refused.value.status == 503
     source.gate.set()
@@ -230,7 +230,7 @@ async def test_one_source_that_fails_hides_none_that_has_it(source: FakeSource, 
     found = await known.reach("acme/tone")
     assert found is not None
     assert found.kind == "hf"
-    with pytest.raises(HttpError, match="cannot be had at the moment"):
+    with pytest.raises(HttpError, match="cannot be fetched at the moment"):
         await known.reach("acme/none")
 
 
@@ -265,7 +265,7 @@ async def test_a_models_own_name_is_never_an_adapters(source: FakeSource) -> Non
     known = adapters(source)
     assert known.find("base") is None
     assert known.find("default") is None
-    with pytest.raises(UsageError, match="called as a model is"):
+    with pytest.raises(UsageError, match="has the name of a model"):
         adapters(entries=(entry(lora_modules=("base=/x",)),))
 
 
@@ -384,7 +384,7 @@ async def test_a_numbered_adapter_of_a_resolver_keeps_its_files_and_gets_them_ag
     source.fails = Unavailable("down")
     await known.bring("base")  # it counts nothing where a request does not say so
     known.scale("base", {0: 1.0})
-    with pytest.raises(HttpError, match="cannot be had at the moment"):
+    with pytest.raises(HttpError, match="cannot be fetched at the moment"):
         await known.bring("base")
     known._lookout.ask_anew()
     source.fails = None
@@ -424,7 +424,7 @@ def test_what_an_operator_names_has_numbers_and_scales() -> None:
     assert names.uses(None, {}) == []
     with pytest.raises(InvalidParameterError, match="no adapter 2"):
         names.uses(None, {2: 1.0})
-    with pytest.raises(InvalidParameterError, match="names an adapter"):
+    with pytest.raises(InvalidParameterError, match="is an adapter"):
         names.uses("a", {0: 1.0})
     known.scale("base", {0: 1.5})
     assert [(each.lora_name, scale) for each, scale in names.uses(None, None)] == [("a", 1.5)]

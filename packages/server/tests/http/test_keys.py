@@ -62,7 +62,7 @@ def test_each_opens_what_it_may(path: Path) -> None:
 def test_who_may_not_manage_is_told_so(path: Path) -> None:
     with TestClient(create_app(PacedEngine(), Settings(api_keys_file=path))) as client:
         answer = client.get("/metrics", headers={"x-api-key": ALICE})
-    assert (answer.status_code, "'alice' is no management key" in answer.text) == (401, True)
+    assert (answer.status_code, "'alice' is not a management key" in answer.text) == (401, True)
 
 
 def test_operators_keys_apart(path: Path) -> None:

@@ -186,7 +186,7 @@ def test_the_address_is_https(files: Path) -> None:
         ({"ssl_certfile": "text.pem"}, "ssl_certfile .*text.pem with the key .* cannot be used"),
         ({"ssl_certfile": "locked.pem", "ssl_keyfile": "locked.key"}, "cannot be used"),
         ({"ssl_ca_certs": "text.pem"}, "ssl_ca_certs .*text.pem cannot be used"),
-        ({"ssl_cert_reqs": 2}, "ssl_ca_certs says whose they may be"),
+        ({"ssl_cert_reqs": 2}, "needs ssl_ca_certs"),
         ({"ssl_ciphers": "NONE-SUCH"}, "names no cipher"),
         ({"ssl_certfile": None}, "ssl_keyfile is for HTTPS, which needs a certificate"),
     ],
@@ -236,7 +236,7 @@ def test_a_certificate_that_was_replaced_is_read_again(
     with caplog.at_level(logging.INFO):
         asyncio.run(replaced("client.pem", "client.key", "was read again"))
         second = shown()
-        asyncio.run(replaced("text.pem", "client.key", "stays as it was"))
+        asyncio.run(replaced("text.pem", "client.key", "stays in use"))
     assert first != second
     assert shown() == second
 

@@ -136,7 +136,7 @@ def test_what_is_no_archive() -> None:
     assert Archive.of("/srv/models/tiny") is None
     with pytest.raises(InvalidFileError, match="must have 64 hexadecimal digits, not 'abc'"):
         Archive.of("https://weights.example/a.tar#sha256=abc")
-    with pytest.raises(InvalidFileError, match="is no address"):
+    with pytest.raises(InvalidFileError, match="is not a valid address"):
         Archive.of("https://[weights.example/a.tar")
 
 
@@ -164,7 +164,9 @@ def test_a_drip_is_left_and_what_came_is_kept(
     with monkeypatch.context() as patched:
         patched.setattr(fetching, "_BEGINNING", -1.0)
         patched.setattr(fetching, "_SLOWEST", 1 << 50)
-        with pytest.raises(ModelNotFoundError, match=r"cannot be had \(ReadTimeout\): what came of it is kept"):
+        with pytest.raises(
+            ModelNotFoundError, match=r"cannot be downloaded \(ReadTimeout\): the part that arrived is kept"
+        ):
             fetch_archive(Archive(place.url), tmp_path)
     assert (fetch_archive(Archive(place.url), tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -174,7 +176,7 @@ def test_an_endless_answer_does_not_fill_the_disk(
 ) -> None:
     place.ranges = place.tells = False
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 * len(MODEL) - 2))
-    with pytest.raises(ModelNotFoundError, match="takes half of what the disk has left"):
+    with pytest.raises(ModelNotFoundError, match="takes more than half of the free disk"):
         fetch_archive(Archive(place.url), tmp_path)
 
 
@@ -217,7 +219,7 @@ def test_a_file_that_takes_less_than_it_is_given(place: Place, tmp_path: Path, m
 
 def test_a_server_that_sends_another_range(place: Place, tmp_path: Path) -> None:
     place.moved = 1
-    with pytest.raises(ModelNotFoundError, match="sent other bytes than it was asked for"):
+    with pytest.raises(ModelNotFoundError, match="sent other bytes than were requested"):
         fetch_archive(Archive(place.url), tmp_path)
 
 
@@ -319,7 +321,7 @@ def test_the_first_root_that_can_be_written(tmp_path: Path) -> None:
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(ModelNotFoundError, match="cannot be had"):
+    with pytest.raises(ModelNotFoundError, match="cannot be downloaded"):
         fetch_archive(Archive("http://127.0.0.1:9/a/model.tar"), tmp_path)
 
 
@@ -346,7 +348,7 @@ def test_a_gguf_file_is_fetched_once_and_found_without_writing(
 @pytest.mark.parametrize(
     ("address", "content", "said"),
     [
-        ("tiny.gguf", b"<html>", "what came as tiny.gguf is no GGUF file"),
+        ("tiny.gguf", b"<html>", "the downloaded file tiny.gguf is not a GGUF file"),
         ("tiny-00001-of-00002.gguf", b"GGUF", "is a part of a model"),
         ("model.tar", b"GGUF", "cannot be unpacked"),
     ],
@@ -359,7 +361,7 @@ def test_what_is_no_model(address: str, content: bytes, said: str, place: Place,
 
 
 def test_addresses_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelNotFoundError, match=r"'ftp://weights.example/a.tar' is no address of a model"):
+    with pytest.raises(ModelNotFoundError, match=r"'ftp://weights.example/a.tar' is not the address of a model"):
         model_at("ftp://user:secret@weights.example/a.tar", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ModelNotFoundError, match=r"cannot be stored in .*: Not a directory"):
@@ -370,7 +372,7 @@ def test_addresses_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return httpx.Response(302, headers={"location": "http://weights.example/b.tar"})
 
     monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=httpx.MockTransport(to_plain)))
-    with pytest.raises(ModelNotFoundError, match="leads to an address without encryption"):
+    with pytest.raises(ModelNotFoundError, match="redirects to an address without encryption"):
         model_at("https://weights.example/a.tar", tmp_path)
 
 

@@ -88,7 +88,7 @@ def test_the_demo_model_is_called_demo_too() -> None:
     assert Catalogue([other, demo]).find("demo") is demo
     named = ModelEntry("demo", Settings())
     assert Catalogue([demo, named]).find("demo") is named
-    with pytest.raises(ModelNotServedError, match="is not served here; served are: a, demo"):
+    with pytest.raises(ModelNotServedError, match="is not served here; served models are: a, demo"):
         Catalogue([other, named]).find(DEMO_NAME)
 
 

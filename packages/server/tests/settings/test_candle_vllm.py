@@ -260,7 +260,7 @@ def test_its_environment_is_read_and_what_has_no_effect_is_named(load: Load) -> 
     assert made.settings.prompt_cache_path == Path("~/.candle-vllm/cache").expanduser()
     for name in ("BACKEND", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH"):
         assert f"CANDLE_VLLM_PROMPT_CACHE_{name}" in cache
-    assert "no effect, for what prompts begin with is kept in the KV cache itself" in cache
+    assert "no effect, for prompt prefixes are stored in the KV cache itself" in cache
     assert sorted(remark.split()[0] for remark in others) == ["KEEP_ALIVE_INTERVAL", "MCP_PROXY_PORT", "RUST_LOG"]
     quiet = load("--m demo", command="generate", prompt="hi", env_file=text, models="models: [{name: a, hf_id: b/c}]")
     assert quiet.remarks == ()
@@ -320,7 +320,7 @@ def test_its_files_of_mcp_servers_are_read(caplog: pytest.LogCaptureFixture) -> 
     assert (files.command, files.args, files.env) == ("npx", ("-y", "server-files", "/data"), {"LEVEL": "info"})
     assert (time.transport, time.timeout) == ("stdio", 10)
     assert (web.url, web.headers) == ("http://localhost:3000/web", {"X-Team": "a"})
-    assert caplog.text.count("is what runs it, and no transport") == 2
+    assert caplog.text.count("is a program that runs the server, not a transport") == 2
 
 
 # ---- what lies in the working folder ---------------------------------------------------------------------------------

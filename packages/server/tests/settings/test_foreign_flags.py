@@ -126,8 +126,11 @@ def test_a_flag_without_effect_is_named() -> None:
         ("--tensor-parallel-size", "--tensor-parallel-size: expected one argument"),
         ("-ngl some", "--gpu-layers/--n-gpu-layers must be a whole number, not 'some'"),
         ("--allowed-origins *", "--allowed-origins must be a JSON list, not '*'"),
-        ("""--override-generation-config '{"max_tokens": 5}'""", "'max_tokens' is none of the numbers temperature"),
-        ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is none of the numbers"),
+        (
+            """--override-generation-config '{"max_tokens": 5}'""",
+            "'max_tokens' is not one of these parameters with a number: temperature",
+        ),
+        ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is not one of these parameters with a number:"),
         ("--override-generation-config " + "[" * 99_999, "must be a JSON object"),
         ("--default-chat-template-kwargs []", "must be a JSON object, not []"),
         ("--default-chat-template-kwargs {a}", "must be a JSON object, not '{a}'"),
@@ -176,8 +179,8 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
         ("port: x", "serve.yaml: --p/--port must be a whole number"),
         ("decode-context-parallel-size: 2", "serve.yaml: --decode-context-parallel-size 2 is not taken"),
         ("trust-remote-code: false\nmax-loras: false", "serve.yaml: max-loras: leave it out"),
-        ("config: a.yaml", "serve.yaml: config stands on the command line alone"),
-        ("help: true", "serve.yaml: help stands on the command line alone"),
+        ("config: a.yaml", "serve.yaml: config can only be set on the command line"),
+        ("help: true", "serve.yaml: help can only be set on the command line"),
     ],
 )
 def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -62,7 +62,7 @@ def test_of_two_names_for_one_setting(load: Load) -> None:
     assert load(MODEL_NAME="org/name").settings.model == "org/name"
     made = load(API_KEY="a", VLLM_API_KEY="b")
     assert made.settings.api_key == ("b",)
-    assert made.remarks == ("API_KEY in the environment is not used: VLLM_API_KEY is the key",)
+    assert made.remarks == ("API_KEY in the environment is not used: VLLM_API_KEY sets the key",)
     assert load(API_KEY="a", VLLM_API_KEY="a").remarks == ()
 
 
@@ -100,7 +100,7 @@ def test_host_opens_no_server_without_a_key(load: Load, host: str) -> None:
 def test_an_empty_key_is_none_and_said_to_be(load: Load) -> None:
     made = load(API_KEY="", MODEL_ID="", PORT="")
     assert made.settings == load().settings
-    assert made.remarks == ("API_KEY in the environment is empty, and no key",)
+    assert made.remarks == ("API_KEY in the environment is empty and is not used as a key",)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_an_empty_key_is_none_and_said_to_be(load: Load) -> None:
 )  # fmt: skip
 def test_what_looks_like_a_key_and_is_none_is_warned_of(load: Load, name: str) -> None:
     (remark,) = load(**{name: "secret"}).remarks
-    assert remark == f"{name} in the environment is no API key of this server, which has none: CANDLE_VLLM_API_KEY is"
+    assert remark == f"{name} in the environment is not the server's API key, and none is set: use CANDLE_VLLM_API_KEY"
     assert load("--api-key k", **{name: "secret"}).remarks == ()
     assert load(**{name: "secret"}, command="bench").remarks == ()
 
 
 def test_keys_in_dotenv_are_warned_of_as_they_are_not_read(load: Load) -> None:
     (remark,) = load("", "API_KEY=secret\nGITHUB_TOKEN=x\n").remarks
-    assert remark == "API_KEY in .env is no API key of this server, which has none: CANDLE_VLLM_API_KEY is"
+    assert remark == "API_KEY in .env is not the server's API key, and none is set: use CANDLE_VLLM_API_KEY"
 
 
 def test_a_client_s_key_is_a_reason_to_warn_where_others_reach_the_server(load: Load) -> None:
@@ -176,7 +176,7 @@ def test_config_warns_and_shows_whence(
     assert re.search(r"port +8080 +the environment \(PORT\)", told.out)
     assert re.search(r'host +"127.0.0.1" +default', told.out)
     assert "HOST in the environment (0.0.0.0) is not used" in told.err
-    assert "APIKEY in the environment is no API key of this server" in told.err
+    assert "APIKEY in the environment is not the server's API key" in told.err
     assert "secret" not in told.out + told.err
 
 

@@ -58,7 +58,7 @@ def choose_device(wanted: str) -> Device:
         raise ConfigError(
             f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set device='cpu'", "device"
         )
-    logger.warning("a GPU lies idle, and this is computed on the CPU: %s", obstacle)
+    logger.warning("a GPU was found but cannot be used, so the CPU is used: %s", obstacle)
     return CPU
 
 
@@ -169,7 +169,7 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(device)
         raise NoMemoryError(
             f"{what} take about {size >> 20} MiB and {device} has {total >> 20} MiB, of which {free >> 20} are left: "
-            "take a model with fewer bits, another GPU (device='cuda:N') or device='cpu'",
+            "use a model with fewer bits, another GPU (device='cuda:N') or device='cpu'",
             "device",
         ) from error
 
@@ -189,7 +189,7 @@ def _driver_fault(message: str) -> str:
         return f"the NVIDIA driver is too old for torch {torch.__version__}: update it, or install an older torch"
     if "NVIDIA driver" in message or not message:
         return f"no GPU was found, or no {'NVIDIA' if torch.version.hip is None else 'AMD'} driver is installed"
-    return f"{'CUDA' if torch.version.hip is None else 'ROCm'} does not start: {_first_line(message)}"
+    return f"{'CUDA' if torch.version.hip is None else 'ROCm'} cannot be initialised: {_first_line(message)}"
 
 
 def _no_compiler() -> str | None:
@@ -211,7 +211,7 @@ def _no_compiler() -> str | None:
         return None
     given = os.environ.get("CC")
     if shutil.which(given or "gcc") is None and (given or shutil.which("clang") is None):
-        found = "CC names one that is not there" if given else "none was found"
+        found = "CC names a compiler that does not exist" if given else "none was found"
         return f"triton needs a C compiler and {found}: install one (apt install gcc python3-dev), or set CC to it"
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's scheme, which has no headers
@@ -228,9 +228,9 @@ def _taken(index: int) -> str | None:
     try:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
-        return f"its memory is taken or it does not answer: {_first_line(error)}"
+        return f"its memory is in use or it does not respond: {_first_line(error)}"
     if free < total // 50:
-        return f"its memory is taken: {free >> 20} of {total >> 20} MB are free"
+        return f"its memory is in use: {free >> 20} of {total >> 20} MB are free"
     return None
 
 

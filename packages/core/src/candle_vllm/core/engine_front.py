@@ -129,7 +129,7 @@ class EngineFront(ABC):
             raise _no_params(params)
         params = params or SamplingParams()
         if params.output_kind is not RequestOutputKind.CUMULATIVE:
-            said = "output_kind is for AsyncLLM: generate gives whole outputs, stream and generate_stream pieces"
+            said = "output_kind is for AsyncLLM: generate returns whole outputs, stream and generate_stream deltas"
             raise InvalidParameterError(said, "output_kind")
         return params.filled(self._info.default_sampling)
 
@@ -219,7 +219,7 @@ class EngineFront(ABC):
         if images and all(isinstance(image, ImageInput) for image in images):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
         if self._vision is None:
-            raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
+            raise InvalidParameterError(f"image: {self._info.name} takes text only", "image")
         return self._vision.look(token_ids, images, names, self._info.max_model_len)
 
     async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
@@ -725,8 +725,8 @@ class EngineFront(ABC):
         """
         if self._is_elsewhere:
             raise EngineDeadError(
-                f"the engine belongs to another process ({self._owner}), from which this one was forked without its "
-                "threads: make an engine here, or start processes by 'spawn'"
+                f"the engine belongs to another process ({self._owner}), and this process was forked from it without "
+                "its threads: create an engine here, or start processes with 'spawn'"
             )
         return self._require()[0]
 
@@ -816,7 +816,9 @@ class EngineFront(ABC):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
         orders = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
         if len(orders) != len(prompts):
-            raise InvalidParameterError(f"{len(prompts)} prompts and {len(orders)} priorities", "priority")
+            raise InvalidParameterError(
+                f"{len(prompts)} prompts need as many priorities, not {len(orders)}", "priority"
+            )
         adapters = each_lora_choice(lora_request, len(prompts))
         todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
         for number, (prompt, one, order, own) in enumerate(zip(prompts, each, orders, adapters)):

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file of at most 16 MiB."""
     value = read_any_json(path)
     if not isinstance(value, dict):
-        raise InvalidFileError(f"{path}: holds no JSON object")
+        raise InvalidFileError(f"{path}: must be a JSON object")
     return value
 
 

@@ -163,8 +163,8 @@ def plan_cache(
     available, share = room.available, config.kv_fraction or room.share
     if config.kv_cache_memory is not None and config.kv_cache_memory > available:
         raise NoMemoryError(
-            f"the KV cache was given {_size(config.kv_cache_memory)} and {_size(available)} are free: "
-            f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
+            f"kv_cache_memory is {_size(config.kv_cache_memory)}, but only {_size(available)} are free: set "
+            f"kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
     here = [each for n, each in enumerate(model.cache_specs) if layers is None or n % model.num_layers in layers]
@@ -211,7 +211,7 @@ def plan_cache(
     of_drafts = f" and {beside} B for drafts" if beside else ""
     terms = f"{_elements(specs, element_bytes)}{of_drafts}"
     of_token = f"; one token takes {terms} = {token_bytes} B" if token_bytes else ""
-    kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
+    kept = ", reserved now, and allocated only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "
@@ -221,13 +221,13 @@ def plan_cache(
     if context < model.max_position:
         whole_bytes = per_sequence * block_bytes + window_bytes
         if config.kv_cache_memory or of_whole:
-            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget)}"
+            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) instead of {_size(budget)}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
             more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
         cut = (
-            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
-            f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
+            f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; if "
+            f"that is intended, set max_model_len to {context} (--max-model-len {context})"
         )
     return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
 
@@ -291,15 +291,15 @@ def _plan_states(
     if running < (config.max_num_seqs or 1):
         fits = f"max_num_seqs={running} or " if running else ""
         raise NoMemoryError(
-            f"the states of {config.max_num_seqs or 1} sequences take {_size(whole)} each, and half of the cache's "
-            f"{_size(budget)} is theirs: set {fits}"
-            f"kv_cache_memory={-(-2 * whole * (config.max_num_seqs or 1) // MIB) * MIB} (bytes)",
+            f"the recurrent states of {config.max_num_seqs or 1} sequences take {_size(whole)} each, and may use half "
+            f"of the cache's {_size(budget)}: set "
+            f"{fits}kv_cache_memory={-(-2 * whole * (config.max_num_seqs or 1) // MIB) * MIB} (bytes)",
             "max_num_seqs" if running else "kv_cache_memory",
         )
     kept = budget // 4 if config.state_cache_gb is None else int(config.state_cache_gb * (1 << 30))
     blocks = sequences * -(-longest // config.block_size)  # each block may end at a checkpoint
     checkpoints = min(kept // state, blocks) if config.enable_prefix_caching else 0
-    said = f"; states: {running} of {_size(whole)} for what runs, and {checkpoints} checkpoints of {_size(state)}"
+    said = f"; states: {running} of {_size(whole)} for sequences, and {checkpoints} checkpoints of {_size(state)}"
     return StateRoom(running, checkpoints, drafts), running * whole + checkpoints * state, said
 
 
@@ -517,8 +517,8 @@ def _no_room(what: str, size: int, setting: str | None, way: Callable[[int], str
     ways = [] if way is None else [way(limit.left)]
     if limit.allowed:
         ways.append(limit.raised_by(max(size - limit.left, 0)))
-        bound = f"{_size(limit.left)} of the {_size(limit.allowed)} are left that {limit.name} allows"
+        bound = f"{_size(limit.left)} are left of the {_size(limit.allowed)} that {limit.name} allows"
     else:
         bound = f"{_size(limit.left)} are free on {limit.name}"
     takes = f" ({_size(size)})" if size else ""
-    return NoMemoryError(f"there is no memory for {what}{takes}: {bound}; {' or '.join(ways) or 'free some'}", setting)
+    return NoMemoryError(f"not enough memory for {what}{takes}: {bound}; {' or '.join(ways) or 'free some'}", setting)

@@ -58,7 +58,10 @@ def perplexity(
     if save is not None:
         save.write(head)
     if reference is not None and (theirs := reference.readline(len(head) + 9)) != head:
-        raise ConfigError(f"the reference cuts the text into other tokens: {theirs!r}, and here {head!r}", "reference")
+        raise ConfigError(
+            f"the reference tokenized the text differently: its tokens are {theirs!r}, and the model's are {head!r}",
+            "reference",
+        )
     parts: list[list[NDArray[np.float64]]] = []
 
     def read(logits: NDArray[np.float32]) -> None:

@@ -83,7 +83,7 @@ def test_kept_for_the_next_start_in_folders_of_the_user_alone(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert sum_of(3) == 3
-    assert "compiling the CPU kernels for this machine: once" in caplog.text
+    assert "compiling the CPU kernels for this machine" in caplog.text
     folder = kernel_cache()
     assert folder is not None
     for path in (root, root / "kernels", folder):

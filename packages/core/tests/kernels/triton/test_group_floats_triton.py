@@ -134,7 +134,7 @@ def test_few_rows_are_exact_but_for_fp32(span: int, numbers: Floats, device: tor
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("numbers", ["e4m3", "e2m1"])
-@pytest.mark.parametrize("form", ["one piece", "side by side", "folded"])
+@pytest.mark.parametrize("form", ["one piece", "in parallel", "folded"])
 def test_bias_and_cut_sums(form: str, numbers: Floats, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = packed(70, 1152, 128, numbers, device)
     x, bias = activations(9, 1152, torch.bfloat16, device), activations(1, 70, torch.bfloat16, device)[0] * 50

@@ -90,7 +90,7 @@ def test_few_rows_are_exact_but_for_fp32(bits: int, group: int, device: torch.de
     assert ratio(got, wanted) < 3e-4  # what rounding the result to float16 costs
 
 
-@pytest.mark.parametrize("form", ["one piece", "side by side", "folded"])
+@pytest.mark.parametrize("form", ["one piece", "in parallel", "folded"])
 def test_bias_and_cut_sums(form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = packed(70, 1152, 128, 4, device)
     x, bias = activations(9, 1152, torch.bfloat16, device), activations(1, 70, torch.bfloat16, device)[0] * 50

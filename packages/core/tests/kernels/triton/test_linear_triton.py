@@ -48,10 +48,10 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "torch", stand_in)
 
 
-@pytest.fixture(params=["side by side", "one after the other"])
+@pytest.fixture(params=["in parallel", "one after the other"])
 def stretches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short stretches, made in both ways whatever the number of tokens is."""
-    enough = 10**9 if request.param == "side by side" else 0
+    enough = 10**9 if request.param == "in parallel" else 0
     monkeypatch.setattr(triton, "CUT", triton.CUT._replace(least=1, enough=enough))
 
 

@@ -279,7 +279,7 @@ def _check_output(output: TokenOutput, paths: Paths) -> None:
         if output.error_kind == "request":
             with paths.blamed():
                 field = "model" if output.error_param == "lora_request" else output.error_param  # an adapter's name
-                raise RequestError(output.error or "the request cannot be continued", field)
+                raise RequestError(output.error or "the request was aborted and cannot be continued", field)
         raise GenerationFailedError(output.error or "the engine gave no reason")
     if output.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")

@@ -283,7 +283,7 @@ class EmbeddingAdapter:
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs), field=field):
                 if front and not isinstance(text, str):
-                    raise InvalidParameterError("input_type needs texts, and this one is token ids", field)
+                    raise InvalidParameterError("input_type needs texts, but this input is token ids", field)
                 ids = text if not isinstance(text, str) else self._tokenized(front + text, special, bounded=cut is None)
             if cut is not None:
                 ids = list(cut.of(ids, self._engine.model_info.max_model_len))
@@ -301,7 +301,9 @@ class EmbeddingAdapter:
         found = next((prompts[name] for name in names if name in prompts), None)
         if found is None:
             known = ", ".join(prompts)
-            raise InvalidParameterError(f"input_type {wanted!r:.60}: the model's prompts are {known}", "input_type")
+            raise InvalidParameterError(
+                f"input_type {wanted!r:.60} is not a prompt of the model, which has {known}", "input_type"
+            )
         return found
 
     def _check_size(self, tokens: int, texts: int, kind: str | None, field: str) -> None:
@@ -310,7 +312,11 @@ class EmbeddingAdapter:
         width = len(info.labels) or info.embedding_size
         count = {"all": tokens * width, "sparse": texts * info.vocab_size}.get(kind, 0)
         if count > MAX_NUMBERS:
-            raise InvalidParameterError(f"{field} gives {count} numbers, above {MAX_NUMBERS}: send less at once", field)
+            raise InvalidParameterError(
+                f"the answer to {field} would have {count} numbers, and at most {MAX_NUMBERS} are allowed: send fewer "
+                "texts at once",
+                field,
+            )
 
     def _tokenized(self, text: str, add_special_tokens: bool = True, *, bounded: bool = True) -> list[int]:
         if bounded:

@@ -84,7 +84,7 @@ class _Row(NamedTuple):
     public_message: str | None = None  # None uses the exception's own message, which is written for the client
 
 
-_DEAD = "The engine has stopped. Try again; where that does not help, the server has to be restarted."
+_DEAD = "The engine has stopped. Try again; if that does not help, the server must be restarted."
 
 # The first row whose class matches is used, so subclasses precede their bases.
 _TABLE = (

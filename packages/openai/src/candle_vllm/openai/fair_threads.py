@@ -193,7 +193,8 @@ class FairThreads:
         if self._closed or everyone >= self._most_waiting or mine >= self._most_waiting // 2:
             job.result.cancel()
             raise EngineOverloadedError(
-                f"the {self._name} of {mine or everyone} requests wait for a thread, and no more may: try again later"
+                f"{mine or everyone} requests wait for a thread ({self._name}), and no more are accepted: try again "
+                "later"
             )
         self._waiting.add(job.asker, job)
 

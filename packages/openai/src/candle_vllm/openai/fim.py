@@ -33,8 +33,8 @@ class FimRequest(WireModel):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "seed": Refusal("it is random_seed here"),
-        "n": Refusal("several answers are those of /v1/completions", (1,)),
+        "seed": Refusal("here it is called random_seed"),
+        "n": Refusal("for several answers use /v1/completions", (1,)),
     }
 
     model: ModelName | None = None

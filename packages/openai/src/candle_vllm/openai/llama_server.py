@@ -39,14 +39,14 @@ _REFUSED: Mapping[str, fields.Refusal] = {
     **fields.DRAFT_FIELDS,
     "min_keep": fields.Refusal("every sampler keeps at least one token", (0, 1)),
     "post_sampling_probs": fields.Refusal("log-probabilities are those before any sampler", (False,)),
-    "image_data": fields.Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),
-    "n_cmpl": fields.Refusal("several answers are those of /v1/completions (n)", (1,)),
+    "image_data": fields.Refusal("send images in the prompt: {prompt_string, multimodal_data}", ([],)),
+    "n_cmpl": fields.Refusal("for several answers use /v1/completions (n)", (1,)),
 }
 WITHOUT_EFFECT: Mapping[str, str] = {
     "t_max_prompt_ms": "a prompt is always read whole",
     "t_max_predict_ms": "n_predict bounds an answer",
     "n_indent": "stop ends an answer",
-    "samplers": "samplers have one order here",
+    "samplers": "samplers have a fixed order",
     "return_progress": "nothing is sent before the first token",
 }
 """Fields that are accepted without effect; the client gets a warning."""
@@ -72,7 +72,7 @@ def _bias_pair(pair: Any, named: bool) -> tuple[int | str, float]:
         if known and (value is False or (type(value) in (int, float) and BIAS.low <= value <= BIAS.high)):
             return name, float(BIAS.low) if value is False else float(value)
     said = f"a number from {BIAS.low} to {BIAS.high}, or with false"
-    raise fields.invalid("", f"pairs a token id or a text with {said}; not so {pair!r:.60}")
+    raise fields.invalid("", f"must pair a token id or a text with {said}, not {pair!r:.60}")
 
 
 class _Asked(LlamaFields, LlamaForms):
@@ -175,7 +175,7 @@ class LlamaCompletionRequest(_Asked):
     @model_validator(mode="after")
     def _one_is_streamed(self) -> Self:
         if self.stream and len(self.prompts) > 1:
-            raise fields.invalid("stream", "is for one prompt; the answers to several come whole")
+            raise fields.invalid("stream", "is for one prompt only; the answers to several prompts are not streamed")
         return self
 
     @property

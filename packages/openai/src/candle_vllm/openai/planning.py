@@ -145,8 +145,8 @@ class AnswerPlanner:
             if not limit.required:
                 return None
             raise UnsupportedParameterError(
-                "thinking_token_budget: it cannot be honoured: the server knows no marks of thoughts for this model; "
-                "start it with --reasoning-parser and the name of the format that the model writes",
+                "thinking_token_budget: it is not supported, because no reasoning format is known for this model; "
+                "start the server with --reasoning-parser and the name of its format",
                 "thinking_token_budget",
             )
         flow = reasoning.flow
@@ -254,8 +254,8 @@ def constrain(
     offered = use.tools if form is not None else ()
     if use.mode == "required" and not offered:
         raise UnsupportedParameterError(
-            "tool_choice cannot be honoured: the server looks for no tool calls in this model's answers; start it "
-            "with --tool-parser and the name of the format that the model writes",
+            "tool_choice is not supported: no format of tool calls is known for this model; start the server with "
+            "--tool-parser and the name of its format",
             "tool_choice",
         )
     if structured is not None and use.mode != "required":

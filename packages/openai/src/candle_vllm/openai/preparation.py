@@ -159,7 +159,8 @@ class TaskPreparation:
         with task.paths.blamed():
             if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
                 said = (
-                    f"{names[0]}: the images of a request may have {MAX_PIXELS} pixels in all, and these have {total}"
+                    f"{names[0]}: the images of a request have {total} pixels in all, and at most {MAX_PIXELS} are "
+                    "allowed"
                 )
                 raise InvalidParameterError(said, names[0])
             ids, images = self._engine.look(prompt, files, names)
@@ -492,7 +493,9 @@ def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
         found += schema_remarks(task.form.json)
     for tool in task.tools.tools:
         if tool.grammar is not None and tool.name in loose:
-            found.append(f"the input of {tool.name!r} is not held to its grammar, which cannot be guaranteed in a call")
+            found.append(
+                f"the input of {tool.name!r} is not constrained by its grammar, which cannot be guaranteed in a call"
+            )
         if (tool.strict or task.tools.mode == "required") and tool.name not in loose:
             found += [f"of the parameters of {tool.name!r}: {text}" for text in schema_remarks(tool.parameters)]
     return tuple(found)

@@ -56,8 +56,8 @@ def answered_by(name: str, served: Sequence[str], *, strict: bool) -> str:
     """
     if strict:
         shown = ", ".join(served[:_LISTED]) + (", ..." if len(served) > _LISTED else "")
-        raise ModelNotServedError(f"The model {name!r:.200} is not served here; served are: {shown}.", "model")
-    remark([f"the model {name!r:.100} is not served here: {served[0]!r:.100} answers"])
+        raise ModelNotServedError(f"The model {name!r:.200} is not served here; served models are: {shown}.", "model")
+    remark([f"the model {name!r:.100} is not served here: {served[0]!r:.100} answers instead"])
     return served[0]
 
 

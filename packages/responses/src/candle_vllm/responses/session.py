@@ -79,7 +79,7 @@ class ResponsesSession(ExplainedAttributes):
 
     async def __aenter__(self) -> Self:
         if self._entered or self._closed:
-            raise ConfigError("a session is entered once: make another one, with the messages of this one")
+            raise ConfigError("a session can be entered only once: create another one with the messages of this one")
         self._entered = True
         if self._servers:
             from candle_vllm.responses.mcp.fleet import McpFleet
@@ -201,7 +201,8 @@ class ResponsesSession(ExplainedAttributes):
         for call_id, answer in answers.items():
             if call_id not in known:
                 raise InvalidParameterError(
-                    f"{call_id!r:.80} is no open call; open are: {', '.join(known) or 'none'}", "answers"
+                    f"{call_id!r:.80} is not a call without a result; these are: {', '.join(known) or 'none'}",
+                    "answers",
                 )
             if answer not in (Approval.ALLOW, Approval.DENY):
                 raise InvalidParameterError(f"the answer must be 'allow' or 'deny', not {answer!r:.40}", "answers")
@@ -235,9 +236,9 @@ class ResponsesSession(ExplainedAttributes):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConfigError("the session is closed: make another one, with the messages of this one")
+            raise ConfigError("the session is closed: create another one with the messages of this one")
         if self._needs_context and not self._entered:
-            raise ConfigError("a session with MCP servers or a base URL is used inside `async with session:`")
+            raise ConfigError("a session with MCP servers or a base URL must be used inside `async with session:`")
 
     def _check_options(self, options: ConversationOptions | None) -> None:
         if not isinstance(options, (ConversationOptions, type(None))):
@@ -259,7 +260,7 @@ class ResponsesSession(ExplainedAttributes):
     def _check_ready(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._check_open()
         if self._loop is not None:
-            raise RequestError("a conversation of this session is running: wait for its end, or make another session")
+            raise RequestError("a conversation of this session is running: wait for its end, or create another session")
         answered = {message.get("tool_call_id") for message in messages if message.get("role") == "tool"}
         left = [call.id for call in self.open_calls if call.id not in answered]
         if left and any(message.get("role") != "tool" for message in messages):

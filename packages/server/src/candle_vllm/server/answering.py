@@ -130,7 +130,8 @@ def _permit_mix(request: Request, wire: Any) -> None:
     for adapter in manager.adapters.numbered(slot.entry.name):
         if adapter.number in wanted and not caller.may_use(*adapter.names):
             message = (
-                f"This API key may not use the adapter {adapter.number}: this server's operator says which it may."
+                f"This API key may not use the adapter {adapter.number}: the server's operator sets which adapters it "
+                "may use."
             )
             raise HttpError(403, message, "model_not_allowed", param="lora")  # the message must not reveal its name
 

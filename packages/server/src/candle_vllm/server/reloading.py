@@ -53,7 +53,7 @@ class Reloader:
         try:
             await self.reload_models()
         except CandleVllmError as error:
-            logger.error("%s; the models from before stay", error)
+            logger.error("%s; the models stay as they were", error)
 
     async def reload_models(self) -> Changes:
         """Read models.yaml again and serve its models; models that were added at run time stay.
@@ -73,7 +73,7 @@ class Reloader:
             if remark not in old.remarks:
                 logger.warning("%s", remark)
         for name in _of_the_process(old, new):
-            logger.warning("%s in %s counts from the next start on", name, new.models_file)
+            logger.warning("%s in %s takes effect at the next start", name, new.models_file)
         warn_of_missing(new.catalogue)
         told = ", ".join(
             f"{word} {', '.join(names)}" for word, names in zip(_WORDS, _lists(changes), strict=True) if names
@@ -107,7 +107,7 @@ class Reloader:
         async with self._lock:
             before, found = self._manager.catalogue, self._manager.find(name, exact=True).entry.name
             if found in (before.default.name, self._manager.active):
-                raise UsageError(f"the model {found!r} is the default one, which stays")
+                raise UsageError(f"the model {found!r} is the default model, which cannot be removed")
             rest = [entry for entry in before.entries if entry.name != found]
             changes = self._manager.adopt(Catalogue(rest, before.default.name))
         logger.info("the model %s was removed", found)
@@ -132,7 +132,7 @@ class Reloader:
 
 def _entry(configuration: Configuration, section: Mapping[str, Any], remarks: list[str]) -> ModelEntry:
     if configuration.entry_of is None:
-        raise UsageError("this server takes no further models")
+        raise UsageError("models cannot be added to this server")
     entry = configuration.entry_of(section, remarks)
     _check_formats(entry, "the request")
     return entry
@@ -157,9 +157,9 @@ def _read_again(old: Configuration) -> Configuration:
         raise UsageError("this server serves no models.yaml")
     new = old.again()
     if new.models_file != old.models_file:
-        raise UsageError(f"{old.models_file} is not there any more")
+        raise UsageError(f"{old.models_file} no longer exists")
     if not new.in_file:
-        raise UsageError(f"{new.models_file}: the model that the server was started with (--m) is not in it any more")
+        raise UsageError(f"{new.models_file}: the model that the server was started with (--m) is no longer in it")
     for entry in new.catalogue.entries:
         _check_formats(entry, new.models_file)
     return new

@@ -291,7 +291,7 @@ def bind(address: Address) -> socket.socket:
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
-        raise UsageError(f"host {address.host!r} is no address of this machine: {error}") from None
+        raise UsageError(f"host {address.host!r} is not an address of this machine: {error}") from None
     listener = socket.socket(family, kind, protocol)
     try:
         if sys.platform == "win32":  # there, SO_REUSEADDR lets two servers listen at one port

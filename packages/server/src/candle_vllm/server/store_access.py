@@ -69,7 +69,7 @@ def query_of(request: Request, *known: str) -> dict[str, str]:
         elif name not in known:
             raise InvalidParameterError(f"{name!r:.80} is not a query parameter of this route", name[:64])
         elif name in given:
-            raise InvalidParameterError(f"{name} stands twice in the query", name)
+            raise InvalidParameterError(f"{name} appears twice in the query", name)
         else:
             given[name] = value
     return given

@@ -45,10 +45,10 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
             plain = plain.replace(f"{marker}default", marker.rstrip("."))  # some tools save names in this form
         end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
         if not kind:
-            refuse(stored, name, "it is no part of an adapter that is known here")
+            refuse(stored, name, "it is not a known part of an adapter")
         module = plain.removesuffix(f".{end}")
         if kind in found[module]:
-            refuse(stored, name, "it is there twice")
+            refuse(stored, name, "it appears twice")
         found[module][kind] = tensor
     return dict(found)
 
@@ -59,7 +59,7 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
     total, last, products = 0.0, None, np.empty((0, 0))
     for delta in (delta for each in deltas.values() for delta in each.values()):
         if delta.full is not None and not _finite(delta.full):
-            refuse(stored, delta.full.name, "it has numbers that are not finite")
+            refuse(stored, delta.full.name, "it has elements that are not finite")
         if delta.a is None or delta.b is None:
             continue
         if delta.a is not last:
@@ -69,7 +69,7 @@ def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) ->
         of_b = b.T @ b
         for tensor, product in ((delta.a, products), (delta.b, of_b)):
             if not math.isfinite(float(np.trace(product))):
-                refuse(stored, tensor.name, "it has numbers that are not finite, or beyond 1e19")
+                refuse(stored, tensor.name, "it has elements that are not finite, or beyond 1e19")
         total += delta.scale**2 * float(np.vdot(products, of_b))
     return math.sqrt(max(total, 0.0))
 

@@ -86,8 +86,8 @@ class _Fit:
             )
         if self._stored.alora is not None and isinstance(self._base.config, EncoderConfig):
             raise AdapterError(
-                f"{self._stored.path}: it acts from its invocation tokens on (aLoRA), and {self._base.name} reads "
-                "texts whole and in both directions"
+                f"{self._stored.path}: it is an activated LoRA (aLoRA), which the encoder {self._base.name} cannot "
+                "apply"
             )
         for token in self._stored.alora or ():
             if token >= self._base.config.vocab_size:
@@ -105,7 +105,7 @@ class _Fit:
         """Return the fitted adapter."""
         deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
         if not deltas:
-            raise AdapterError(f"{self._stored.path}: nothing of it changes the model")
+            raise AdapterError(f"{self._stored.path}: none of its tensors changes the model")
         return FittedAdapter(
             digest=self._stored.digest,
             alora=self._stored.alora,
@@ -128,7 +128,9 @@ class _Fit:
             return
         _, spots = self._base.places.module(module)
         if not spots and any(re.fullmatch(pattern, f"{module}.weight") for pattern in self._base.unused):
-            self._notes.append(f"{module} is not computed by {self._base.name}, so that nothing comes of its adapter")
+            self._notes.append(
+                f"the adapter's tensors for {module} have no effect: {self._base.name} does not compute that module"
+            )
             return
         if not spots and of_tower(module):
             self._refuse(first.name, "it is not part of the text model, and adapters may change only the text model")
@@ -192,7 +194,7 @@ class _Fit:
         """Return A [r, ..] and B [.., r], after checking their ranks against each other, the config and the limits."""
         if first not in parts or second not in parts:
             there = next(iter(parts.values()))
-            self._refuse(there.name, f"the other half of {module!r:.200} is missing")
+            self._refuse(there.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
         a, b = parts[first], parts[second]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
@@ -204,12 +206,12 @@ class _Fit:
         if said is not None and rank != said:
             self._refuse(a.name, f"its rank is {rank}; adapter_config.json says {said}")
         if rank > most:
-            self._refuse(a.name, f"its rank is {rank}; {most} is allowed: raise max_lora_rank")
+            self._refuse(a.name, f"its rank is {rank}, and at most {most} is allowed: raise max_lora_rank")
 
     def _scale(self, module: str, a: StoredTensor, rank: int) -> float:
         scale = self._stored.config.scale(module, rank)
         if not _LEAST <= abs(scale) <= _MOST:
-            self._refuse(a.name, f"its scale is {scale:g}; {_LEAST:g} to {_MOST:g} is allowed: see lora_alpha")
+            self._refuse(a.name, f"its scale is {scale:g}, and must be {_LEAST:g} to {_MOST:g}: see lora_alpha")
         return scale
 
     def _orders(self, tensor: StoredTensor, spots: Sequence[Spot], total: int) -> list[NDArray[np.int64]]:
@@ -220,7 +222,7 @@ class _Fit:
             self._refuse(tensor.name, str(error))
         for spot, rows in zip(spots, orders, strict=True):
             if len(rows) != spot.shape[0]:
-                self._refuse(tensor.name, f"it gives {len(rows)} rows to {spot.path}, which has {spot.shape[0]}")
+                self._refuse(tensor.name, f"it has {len(rows)} rows for {spot.path}, which has {spot.shape[0]}")
         seen = np.zeros(total, np.int64)
         for rows in orders:
             seen[rows] += 1
@@ -234,10 +236,10 @@ class _Fit:
 
     def _vector(self, tensor: StoredTensor, total: int) -> NDArray[np.float32]:
         if tensor.numel != total:
-            self._refuse(tensor.name, f"its shape is {list(tensor.shape)}; {total} numbers are wanted")
+            self._refuse(tensor.name, f"its shape is {list(tensor.shape)}; {total} elements are expected")
         values = tensor.load("F32").reshape(-1)
         if not np.isfinite(values).all():
-            self._refuse(tensor.name, "it has numbers that are not finite")
+            self._refuse(tensor.name, "it has elements that are not finite")
         return values
 
     def _base_bias(self, spot: Spot) -> NDArray[np.float32] | float:
@@ -252,7 +254,7 @@ class _Fit:
         if "magnitude" in parts:
             self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not supported: {_PEFT}")
         if "table a" not in parts or "table b" not in parts:
-            self._refuse(next(iter(parts.values())).name, f"the other half of {module!r:.200} is missing")
+            self._refuse(next(iter(parts.values())).name, f"one of the two LoRA matrices of {module!r:.200} is missing")
         a, b = parts["table a"], parts["table b"]
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
             self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
@@ -308,7 +310,7 @@ class _Fit:
                 continue
             mine, theirs = (side.select(rows).load("F32") for side in (own, tensor))
             if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised weights differ slightly
-                self._refuse(tensor.name, f"it is the weight of another base than {self._base.name}")
+                self._refuse(tensor.name, f"it belongs to another base model than {self._base.name}")
 
     def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """Fit trained rows of a table."""
@@ -371,7 +373,7 @@ class _Fit:
         spots = self._base.places.find(name, "safetensors")
         pattern = plain + name.removeprefix(known)
         if "a" not in parts or "b" not in parts:
-            self._refuse(first.name, f"the other half of {module!r:.200} is missing")
+            self._refuse(first.name, f"one of the two LoRA matrices of {module!r:.200} is missing")
         self._stacked(pattern, parts["a"], parts["b"], spots)
 
     def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
@@ -418,7 +420,7 @@ class _Fit:
         spots = self._base.places.find(name, "gguf")
         self._check_place(first, name, spots)
         if len(parts) < 2:
-            self._refuse(first.name, f"the other half of {name!r:.200} is missing")
+            self._refuse(first.name, f"one of the two LoRA matrices of {name!r:.200} is missing")
         a, b = parts["a"], parts["b"]
         if spots[0].path == "embed":
             self._table(name, {"table a": turned(a), "table b": b}, spots)

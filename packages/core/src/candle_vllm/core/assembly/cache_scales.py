@@ -62,7 +62,7 @@ def give_cache_scales(
             attend.scale_cache(values.get("k", either), values.get("v", either), placement)
             given += 1
     if given:
-        logger.info("%d layers scale their cache as the checkpoint says", given)
+        logger.info("the KV cache of %d layers uses the scales of the checkpoint", given)
 
 
 def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, float]]:
@@ -72,8 +72,8 @@ def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, floa
         if not value or not math.isfinite(value[0]) or value[0] <= 0:
             said = f"it is {value[0]}" if value else f"it has shape {list(tensor.shape)}"
             raise InvalidFileError(
-                f"{tensor.path}: tensor {name}: the scale of a layer's cache is one finite number above 0, and {said}: "
-                "leave out kv_cache_dtype='fp8'"
+                f"{tensor.path}: tensor {name}: the scale of a layer's KV cache must be one finite number above 0, but "
+                f"{said}: leave out kv_cache_dtype='fp8'"
             )
         match = _NAME.fullmatch(name)
         assert match is not None

@@ -119,8 +119,8 @@ def load_draft(
     difference = vocabulary_difference(target.tokenizer, draft.tokenizer)
     if difference is not None:
         raise ConfigError(
-            f"speculative_config: {draft.name} cannot draft for {target.name}, for they have different vocabularies "
-            f"({difference}): take a smaller model of the same family",
+            f"speculative_config: {draft.name} cannot draft for {target.name}, because their vocabularies differ "
+            f"({difference}): use a smaller model of the same family",
             "speculative_config",
         )
     return draft
@@ -138,7 +138,9 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
     if method == "draft_model" or not _is_for_head(config) or files.format == "gguf":
         return open_model(files, device)
     if files.format != "safetensors" or files.config is None:
-        raise InvalidFileError(f"{files.folder}: a head is a folder with config.json and safetensors, or a GGUF file")
+        raise InvalidFileError(
+            f"{files.folder}: a draft head must be a folder with config.json and safetensors files, or a GGUF file"
+        )
     from candle_vllm.core.loading.quantised import read_quantised
     from candle_vllm.core.loading.safetensors import open_safetensors
 
@@ -207,8 +209,8 @@ def describe_head(
         placement = choose_placement(config, device, found.stored, found.config)
     if placement.recorded != target.placement.recorded:
         raise ConfigError(
-            f"{found.name} and {target.name} cannot be run alike: one of them has no compiled kernels, which a warning "
-            "says; set enforce_eager=True or leave speculative_config out",
+            f"{found.name} and {target.name} must both run on the compiled kernels or both in torch, and one of them "
+            "has no compiled kernels (see the warning above); set enforce_eager=True or leave speculative_config out",
             "speculative_config",
         )
     return dataclasses.replace(found, placement=placement)
@@ -226,14 +228,16 @@ def load_head(
     """Load a draft head; `whole` are the settings of the target model. Errors as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
         raise ConfigError(
-            f"speculative_config: {target.config.model_type} gives no hidden states, which the method {method} needs",
+            f"speculative_config: {target.config.model_type} does not provide the hidden states that the method "
+            f"{method} needs",
             "speculative_config",
         )
     found = describe_head(config, method, target, opened, device)
     stored = found.stored
     if target.shard is not None and not found.config.cache_specs:
         raise ConfigError(
-            f"speculative_config: {found.name} reads the whole cache of {target.name}, and each rank has a part of it",
+            f"speculative_config: {found.name} reads the whole KV cache of {target.name}, but each rank has only a "
+            "part of it",
             "speculative_config",
         )
     tables = None if target.shard is None else _whole_tables(whole, target, found, device)
@@ -286,7 +290,7 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
     if files.format == "gguf":
         name = Fields(opened.metadata, stored.path).get("general.architecture", str)
         if name != eagle3.GGUF_ARCHITECTURE:
-            raise UnsupportedModelError(f"{stored.path}: architecture {name!r:.80} is no EAGLE-3 head")
+            raise UnsupportedModelError(f"{stored.path}: the architecture {name!r:.80} is not an EAGLE-3 head")
         config = eagle3.config_from_gguf(Fields(opened.metadata, stored.path, f"{name}."), stored, model)
     else:
         assert files.config is not None
@@ -302,8 +306,8 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
     difference = None if words is None else vocabulary_difference(target.tokenizer, words)
     if difference is not None:
         raise ConfigError(
-            f"speculative_config: {files.name} cannot draft for {target.name}, for they have different vocabularies "
-            f"({difference}): take a head that was trained for this model",
+            f"speculative_config: {files.name} cannot draft for {target.name}, because their vocabularies differ "
+            f"({difference}): use a head that was trained for this model",
             "speculative_config",
         )
     return DescribedHead(
@@ -324,7 +328,7 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
     model, own = target.config, config.hidden_size
     wrong = None
     if config.target_size != model.hidden_size:
-        wrong = f"it reads hidden states of {config.target_size} numbers, and the model's have {model.hidden_size}"
+        wrong = f"it reads hidden states of {config.target_size} elements, and the model's have {model.hidden_size}"
     elif (head.own_embed is None or head.own_head is None) and own != model.hidden_size:
         wrong = (
             f"it has {own} numbers of a token and no embedding or head of its own; the model has {model.hidden_size}"
@@ -335,7 +339,7 @@ def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config,
         wrong = f"it has {config.draft_vocab_size} tokens without a head of its own, of the model's {model.vocab_size}"
     if wrong is not None:
         raise ConfigError(
-            f"speculative_config: {name} cannot draft for {target.name}: {wrong}; take a head that was trained for it",
+            f"speculative_config: {name} cannot draft for {target.name}: {wrong}; use a head that was trained for it",
             "speculative_config",
         )
 
@@ -402,7 +406,7 @@ def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
             return f"token {index} is {first[index]!r:.40} in one and {second[index]!r:.40} in the other"
     unshared = len(first.keys() ^ second.keys())
     if unshared > MOST_UNSHARED:
-        return f"{unshared} tokens are in one alone, of {len(first)} and {len(second)}"
+        return f"{unshared} tokens are in only one of them, of {len(first)} and {len(second)}"
     return None
 
 

@@ -98,8 +98,8 @@ def open_dummy(config: Path, device: Device) -> Checkpoint:
     for key in ("quantization_config", "compression_config"):
         if values.get(key):
             raise UnsupportedModelError(
-                f"{config}: load_format 'dummy' makes plain weights, and {key} asks for quantised ones: take the key "
-                "out to measure the plain model"
+                f"{config}: load_format 'dummy' makes unquantised weights, but {key} requires quantised ones: remove "
+                "the key to measure the unquantised model"
             )
     file = MappedFile(config)
     try:

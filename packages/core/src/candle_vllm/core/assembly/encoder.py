@@ -83,7 +83,7 @@ def _load_any_model(
         find_draft(config)
     found = _of_config(files)
     if found is not None and files.format == "dummy":
-        raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
+        raise ConfigError("load_format 'dummy' supports decoders only: leave it out for an encoder", "load_format")
     with collector_paused():
         opened = open_model(files, device)
     found = found or describe_encoder(files, opened)
@@ -96,7 +96,7 @@ def _load_any_model(
         _check_isq(config)
         if ranks is not None:
             raise ConfigError(
-                f"{files.name} reads texts whole, and is not divided among ranks: leave tensor_parallel_size and "
+                f"{files.name} is an encoder, which cannot be divided among ranks: leave tensor_parallel_size and "
                 "pipeline_parallel_size out",
                 "tensor_parallel_size",
             )
@@ -184,8 +184,8 @@ def _load_encoder(
 def _check_isq(config: EngineConfig) -> None:
     if config.isq is not None:
         raise ConfigError(
-            f"isq {config.isq} is for models that write text. Leave it out; --dtype bf16 halves the memory of an fp32 "
-            "encoder, and `candle-vllm quantize` writes one as a GGUF file",
+            f"isq {config.isq} is for models that generate text. Leave it out; --dtype bf16 halves the memory of an "
+            "fp32 encoder, and `candle-vllm quantize` writes one as a GGUF file",
             "isq",
         )
 

@@ -131,7 +131,7 @@ def quantised_in_situ(
 def check_used(imatrix: Imatrix, used: bool) -> None:
     """Raise WeightsError if no matrix has an entry in the importance matrix."""
     if not used:
-        raise WeightsError(f"{imatrix.path} has no entry of a matrix that is quantised by it: is it of another model?")
+        raise WeightsError(f"{imatrix.path} has no entry for any matrix to quantise: was it made for another model?")
 
 
 def check_plain(name: str, checkpoint: Checkpoint) -> None:
@@ -144,9 +144,9 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
     else:
         return
     raise ConfigError(
-        f"isq {name} quantises plain safetensors weights, and {checkpoint.path} is {held}: leave it out, take a GGUF "
-        f"file of the type that is wanted, or make one of the plain weights: candle-vllm quantize --m MODEL "
-        f"--isq {name} --out FILE.gguf",
+        f"isq {name} quantises plain safetensors weights, but {checkpoint.path} is {held}: leave it out, use a GGUF "
+        "file of the type that you want, or write one from the plain weights: candle-vllm quantize --m MODEL --isq "
+        f"{name} --out FILE.gguf",
         "isq",
     )
 

@@ -244,7 +244,7 @@ def load_model(
         if tower is not None and tower.vision.parts.turned and not model.config.rope.axes:
             raise InvalidFileError(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
-                "rope.dimension_sections), by which images have their places"
+                "rope.dimension_sections), which the positions of image tokens need"
             )
         if tower is not None:
             _check_depth(len(tower.tower.config.deep), model.config, config_file(files))
@@ -260,8 +260,8 @@ def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
     asked = config.all2all_backend
     if asked == "all_to_all" and placement.invariant:
         raise ConfigError(
-            "all2all_backend='all_to_all' divides steps with prompts and leaves captured ones whole, whose sums a GPU "
-            "takes in other orders: leave it out, or leave 'deterministic' out",
+            "all2all_backend='all_to_all' divides steps with prompts but not captured steps, so the order of sums "
+            "differs between them: leave it out, or leave 'deterministic' out",
             "all2all_backend",
         )
     if asked == "auto" and (placement.invariant or placement.device.type == "cpu"):
@@ -301,7 +301,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     refuse_longer(config, model_config)
     if model_config.one_at_a_time is not None:
         logger.warning(
-            "%s runs one sequence at a time, without prefix cache and drafts, on a cache of transformers: %s",
+            "%s runs one sequence at a time on a KV cache of transformers, without prefix caching or speculation: %s",
             files.name,
             model_config.one_at_a_time,
         )
@@ -350,8 +350,8 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
         return config
     if config.ranks > 1:
         raise ConfigError(
-            f"{model.model_type} runs by transformers, whose layers are not divided among ranks: leave "
-            "tensor_parallel_size and pipeline_parallel_size out, or set model_impl='native'",
+            f"{model.model_type} runs on transformers, which cannot divide it among ranks: leave tensor_parallel_size "
+            "and pipeline_parallel_size out, or set model_impl='native'",
             "tensor_parallel_size",
         )
     config = dataclasses.replace(config, cuda_graphs=False)
@@ -359,12 +359,14 @@ def fit_settings(config: EngineConfig, model: ModelConfig | EncoderConfig) -> En
         return config
     if config.speculative_config is not None:
         raise ConfigError(
-            f"{model.model_type} cannot be drafted for ({model.one_at_a_time}): leave speculative_config out",
+            f"{model.model_type} does not support speculative decoding ({model.one_at_a_time}): leave "
+            "speculative_config out",
             "speculative_config",
         )
     if config.enable_lora:
         raise ConfigError(
-            f"{model.model_type} takes no adapters ({model.one_at_a_time}): leave enable_lora out", "enable_lora"
+            f"{model.model_type} does not support LoRA adapters ({model.one_at_a_time}): leave enable_lora out",
+            "enable_lora",
         )
     return dataclasses.replace(config, max_num_seqs=1, max_num_batched_tokens=0, enable_prefix_caching=False)
 
@@ -448,5 +450,5 @@ def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     try:
         SamplingParams(**values)
     except InvalidParameterError as error:
-        raise InvalidFileError(f"{generation.path}: {error}; correct the file or take the key out") from error
+        raise InvalidFileError(f"{generation.path}: {error}; correct the file or remove the key") from error
     return values

@@ -100,13 +100,15 @@ def plan_split(
     if device.type == "cpu":
         for name in _SETTINGS:
             if given := getattr(config, name):
-                logger.warning("%s=%g sets nothing: the CPU computes, and everything is there", name, given)
+                logger.warning(
+                    "%s=%g has no effect: the model runs on the CPU, so all weights are in main memory", name, given
+                )
         return None
     found = _layers(family, model, stored)
     if config.cpu_experts and not found.experts:
         raise ConfigError(
-            f"cpu_experts={config.cpu_experts} is for models with experts, and this one has none: leave it out, or set "
-            "cpu_offload_gb",
+            f"cpu_experts={config.cpu_experts} is for models with experts, and this model is dense: leave it out, or "
+            "set cpu_offload_gb",
             "cpu_experts",
         )
     experts, layers, why = _how_many(config, device, placement, model, stored, found)
@@ -114,20 +116,20 @@ def plan_split(
     read = {name for number in range(layers, model.num_layers) for name in found.of(number)} - gone
     if config.cpu_experts and not gone:
         first = min(found.experts)
-        logger.warning("cpu_experts=%d sets nothing: layer %d is the first with experts", config.cpu_experts, first)
+        logger.warning("cpu_experts=%d has no effect: layer %d is the first with experts", config.cpu_experts, first)
     if not gone and not read:
         return None
     for name in _SETTINGS[1:] if read else ():
         if config.ranks > 1 and getattr(config, name) is not None:
-            raise ConfigError(f"{name} is not implemented for several ranks: leave it out, or take one GPU", name)
+            raise ConfigError(f"{name} is not implemented for several ranks: leave it out, or use one GPU", name)
     host, bus, size, over_bus, told = None, None, 0, 0, list[str]()
     if gone:
         host = _host(config)
         obstacle, size = matrix_obstacle(_among(stored, gone)), memory_of(host, _among(stored, gone))
         if obstacle is not None:
             raise ConfigError(
-                f"cpu_experts={config.cpu_experts or experts}: the CPU cannot compute these experts, for {obstacle}: "
-                "set cpu_experts=0, and cpu_offload_gb where the model does not fit",
+                f"cpu_experts={config.cpu_experts or experts}: the CPU cannot compute these experts, because "
+                f"{obstacle}: set cpu_experts=0, and cpu_offload_gb where the model does not fit",
                 "cpu_experts",
             )
         which = "all layers" if experts > max(found.experts) else f"the first {experts} of {model.num_layers} layers"
@@ -221,8 +223,8 @@ def _how_many(
         layers, chosen = layers - 1, True
         over -= _size(placement, stored, found, layers, experts)
     why = (
-        f"the weights take {weights // MIB} MiB, and of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} "
-        f"are kept for steps and {cache // MIB} for a KV cache"
+        f"the weights take {weights // MIB} MiB; of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} MiB "
+        f"are reserved for activations and {cache // MIB} MiB for a KV cache"
     )
     return experts, layers, why if chosen else "as it was set"
 

@@ -61,7 +61,7 @@ def _folder(setting: str) -> Path | None:
         root = cache_root() if setting == "on" else Path(setting).expanduser().resolve()
         return own_folder(root, root / "weights")[0]
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
-        logger.warning("weights are packed at every start: %s; packed_cache names another folder, or is off", error)
+        logger.warning("weights are packed at every start: %s; set packed_cache to another folder, or to off", error)
         return None
 
 

@@ -61,8 +61,8 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     here = config.ranks // config.nnodes
     if config.device not in ("auto", "cpu", "cuda") and "," not in config.device and here > 1:
         raise ConfigError(
-            f"device names one GPU, {config.device}, and {here} ranks are asked for (tensor_parallel_size, "
-            "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
+            f"device names one GPU, {config.device}, but {here} ranks are configured (tensor_parallel_size, "
+            "pipeline_parallel_size): name that many GPUs, or set device='cuda' for the first ones",
             "device",
         )
     replicas, ray = config.data_parallel_size, config.distributed_executor_backend == "ray"
@@ -84,25 +84,25 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     given = [name for name, is_given in refused.items() if is_given]
     if given:
         raise ConfigError(
-            f"{' and '.join(f'{name}={getattr(config, name)!r}' for name in given)} would divide the model among GPUs, "
-            "and no GPU is used here: leave that out (docs/scaling.md)",
+            f"{' and '.join(f'{name}={getattr(config, name)!r}' for name in given)} would divide the model among "
+            "GPUs, but no GPU is used: leave it out (docs/scaling.md)",
             given[0],
         )
     ranks, threads = config.tensor_parallel_size, config.threads or default_threads()
     obstacle = None
     if config.cpu_ranks not in (None, ranks):
-        obstacle = f"cpu_ranks={config.cpu_ranks} says otherwise: leave one of them out"
+        obstacle = f"cpu_ranks={config.cpu_ranks} contradicts it: leave one of them out"
     elif sys.platform != "linux":
         obstacle = "CPU ranks need Linux: leave it out"
     elif ranks * replicas > threads:
         each = "" if replicas == 1 else f" of {replicas} replicas"
         obstacle = (
-            f"each rank{each} needs a thread, of which there are {threads}: leave it out, or set "
-            f"threads={ranks * replicas} or more"
+            f"each rank{each} needs a thread, and there are {threads}: leave it out, or set threads={ranks * replicas} "
+            "or more"
         )
     if obstacle is not None:
         raise ConfigError(
-            f"tensor_parallel_size={ranks} means as many CPU ranks where no GPU is used, and {obstacle}",
+            f"tensor_parallel_size={ranks} means as many CPU ranks without a GPU, and {obstacle}",
             "tensor_parallel_size",
         )
     logger.info("no GPU is used: tensor_parallel_size=%d means cpu_ranks=%d (docs/scaling.md)", ranks, ranks)
@@ -121,8 +121,8 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
         dtype = _beyond_f16(config, device, model.model_type, kept=quantised and not config.enforce_eager)
     if config.deterministic and device.type == "cuda" and is_amd():
         raise ConfigError(
-            "deterministic cannot be had on an AMD GPU, whose tensor instructions sum in an order that was not "
-            "tested: leave --deterministic out",
+            "deterministic is not supported on AMD GPUs, because the order of sums in their matrix instructions was "
+            "not tested: leave --deterministic out",
             "deterministic",
         )
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
@@ -138,7 +138,7 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
-                "dtype f32 cannot be had with quantised weights on a GPU: set dtype='bf16' or dtype='f16', or "
+                "dtype f32 is not supported with quantised weights on a GPU: set dtype='bf16' or dtype='f16', or "
                 "enforce_eager=True",
                 "dtype",
             )
@@ -189,8 +189,8 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
     with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # the CPU may compute experts
     if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
         raise ConfigError(
-            f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave out what "
-            "sets it, cpu_ranks or tensor_parallel_size",
+            f"cpu_ranks={config.cpu_ranks} needs the compiled CPU kernels, but {reason}: leave out cpu_ranks, or "
+            "tensor_parallel_size where it sets cpu_ranks",
             "cpu_ranks",
         )
     require_torch(reason)
@@ -223,17 +223,19 @@ def device_dtype(config: EngineConfig, device: Device) -> str:
 
 def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool) -> str:
     """Return the type for a model that would get float16, but whose activations exceed its range."""
-    known = f"activations of {model} are known to leave the range of float16"
+    known = f"activations of {model} are known to exceed the range of float16"
     if config.dtype == "f16":
-        logger.warning("%s, and answers end in an error where they do: leave dtype out, or set bf16 or f32", known)
+        logger.warning(
+            "%s, and a request whose activations do ends with an error: leave dtype out, or set bf16 or f32", known
+        )
         return "F16"
     if kept:
         raise ConfigError(
-            f"{known}, {device} does not multiply bfloat16, and f32 cannot be had with quantised weights: set "
-            "device='cpu', or dtype='f16' to try it all the same",
+            f"{known}, {device} does not support bfloat16, and f32 is not supported with quantised weights: set "
+            "device='cpu', or dtype='f16' to try it anyway",
             "dtype",
         )
-    logger.warning("%s, and %s does not multiply bfloat16: the model computes in f32", known, device)
+    logger.warning("%s, and %s does not support bfloat16: the model runs in f32", known, device)
     return "F32"
 
 
@@ -262,7 +264,7 @@ def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
 
     if not can_compile():
         return (
-            "no machine code for the CPU travels with this package, and Numba, which makes it, is not installed (pip "
+            "this package has no precompiled CPU kernels, and Numba, which compiles them, is not installed (pip "
             "install 'candle-vllm-core[compile]')"
         )
     for tensor in checkpoint.tensors.values():

@@ -216,8 +216,8 @@ def shard_of(
     if getattr(config, "delta_layers", None) or getattr(config, "mamba_layers", None):  # not divided
         if exchanges == "all_to_all":
             raise ConfigError(
-                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the layers of {name} "
-                "with a recurrent state for all tokens: leave it out",
+                f"all2all_backend='all_to_all' divides tokens among ranks, but the layers of {name} with a recurrent "
+                "state need all tokens on each rank: leave it out",
                 "all2all_backend",
             )
         exchanges = "allgather_reducescatter"
@@ -365,7 +365,7 @@ class _Units(NamedTuple):
                 parts.append(("inner elements of the shared expert", mixture.shared_size, self.shared))
         for what, total, unit in parts:
             if -(-total // unit) < size:
-                return f"its {total} {what} come in units of {unit}, which are too few"
+                return f"its {total} {what} can only be divided in units of {unit}, which are too few"
         return None
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:

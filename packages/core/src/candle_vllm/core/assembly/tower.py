@@ -96,11 +96,11 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
-        raise ConfigError("mmproj belongs to a GGUF model: a folder has what the model sees by in it", "mmproj")
+        raise ConfigError("mmproj is for GGUF models: a safetensors folder contains its own vision encoder", "mmproj")
     if not config.max_images or (config.mmproj is None and opened.tower is None):
         if config.mm_processor_kwargs:
             raise ConfigError(
-                f"mm_processor_kwargs: {opened.files.name} reads text alone, so it sets nothing: leave it out",
+                f"mm_processor_kwargs: {opened.files.name} takes text only, so this has no effect: leave it out",
                 "mm_processor_kwargs",
             )
         yield None
@@ -110,7 +110,7 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
     except ConfigError as error:
         if config.mmproj is not None:
             raise ConfigError(f"mmproj: {error}, or leave it out", "mmproj") from None
-        logger.warning("%s reads text alone: %s", opened.files.name, error)
+        logger.warning("%s takes text only: %s", opened.files.name, error)
         yield None
         return
     if config.mmproj is None:
@@ -167,7 +167,7 @@ def _described(
     unknown = [name for name in _named(said) if name not in family.settings]
     if unknown:
         raise ConfigError(
-            f"mm_processor_kwargs: {unknown[0]!r:.60} is not known to this model, which has "
+            f"mm_processor_kwargs: {unknown[0]!r:.60} is not a setting of this model, which has "
             + ", ".join(family.settings),
             "mm_processor_kwargs",
         )
@@ -242,13 +242,13 @@ def _processor(folder: Path) -> Fields:
             fields = Fields(read_json(folder / name), folder / name)
             return fields if key is None else fields.section(key)
     raise InvalidFileError(
-        f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} says how pictures are prepared; for texts alone load the "
-        "model with max_images=0"
+        f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} defines the preprocessing of images; to use the model "
+        "without images, set max_images=0"
     )
 
 
 def _token(token: str, tokenizer: Tokenizer, path: Path) -> int:
     ids = tokenizer.encode(token, add_special_tokens=False, parse_special=True)
     if len(ids) != 1:
-        raise UnsupportedModelError(f"{path}: the tokenizer has no token {token!r}, which stands for a picture")
+        raise UnsupportedModelError(f"{path}: the tokenizer has no token {token!r}, the placeholder of an image")
     return ids[0]

@@ -70,7 +70,7 @@ def merge(
         for target, delta in _targets(fit_adapter(stored, base, merging=True)).items():
             if target not in base.shapes:
                 raise AdapterError(
-                    f"{path}: {target} of the adapter has no place in {base.name}, which has no bias there"
+                    f"{path}: {target} of the adapter cannot be merged into {base.name}, which has no bias there"
                 )
             changes.setdefault(target, []).append((delta, scale))
     weights, exact = stored_parts(family.weights, model, checkpoint), config.isq is not None or config.dtype != "auto"

@@ -63,7 +63,7 @@ def write_gguf_adapter(
     out = Path(out)
     check_target(out, overwrite)
     if config.isq is not None:
-        raise ConfigError("adapters are written in plain numbers: leave isq out, and choose among dtypes", "isq")
+        raise ConfigError("adapters are written unquantised: leave isq out, and choose a type with dtype", "isq")
     files = model_files(config)
     with read_adapter(adapter, ANY_SIZE) as stored, naming(config_file(files), stored.path):
         fitted = fit_adapter(stored, adapter_base(files, config))
@@ -109,7 +109,7 @@ def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str
             ):
                 if getattr(delta, part) is not None:
                     raise AdapterError(
-                        f"{stored.path}: it has {what} for {path}, which GGUF's adapters have no place for: {_MERGE}"
+                        f"{stored.path}: it has {what} for {path}, which GGUF adapters cannot store: {_MERGE}"
                     )
             yield f"{path}:{prefix}weight", delta
 

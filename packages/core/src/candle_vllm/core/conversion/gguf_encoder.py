@@ -85,7 +85,7 @@ def check_encoder(model: EncoderConfig, written: Checkpoint) -> None:
     ours, theirs = (_values(config) for config in (_stored(model), again[1]))
     different = [name for name, value in ours.items() if theirs[name] != value]
     if different:
-        raise UnsupportedModelError(f"GGUF's {_NAME} has no way to say this model's {', '.join(different)}")
+        raise UnsupportedModelError(f"GGUF's {_NAME} cannot express this model's {', '.join(different)}")
 
 
 def _values(config: EncoderConfig) -> Mapping[str, Any]:

@@ -114,7 +114,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     for number in value if isinstance(value, list) else [value]:
         large = isinstance(number, float) and _FLOAT32 < abs(number) < math.inf
         if large or (type(number) is int and not 0 <= number < 1 << 32):
-            raise UnsupportedModelError(f"GGUF's {key} has no place for the number {number}")
+            raise UnsupportedModelError(f"GGUF's {key} cannot store the number {number}")
     if isinstance(value, bytes):
         writer.add_key_value(key, value, GGUFValueType.ARRAY, sub_type=GGUFValueType.UINT8)
     elif not isinstance(value, list):
@@ -130,7 +130,9 @@ def _bytes(plan: PlannedTensor) -> np.ndarray:
     if plan.kind in ggml.PLAIN_TYPES:
         values = stored.load(plan.kind.name)
         if plan.kind.name == "F16" and not np.isfinite(values).all():
-            raise WeightsError(f"{stored.path}: tensor {stored.name} has numbers beyond float16: choose bf16 or f32")
+            raise WeightsError(
+                f"{stored.path}: tensor {stored.name} has values beyond the range of float16: choose bf16 or f32"
+            )
         return values.reshape(rows, -1).view(np.uint8)
     if stored.dtype is None:
         return mxfp4_blocks(stored) if stored.block_type is None else stored.raw()

@@ -99,9 +99,14 @@ def pooling_keys(files: ModelFiles, size: int, default: PoolingKind) -> Keys:
     config = None if files.config is None else Fields(read_json(files.config), files.config)
     pooling = read_pooling(files, {}, size, default, config)
     if (files.folder / "modules.json").is_file() and "Dense" in (files.folder / "modules.json").read_text():
-        raise UnsupportedModelError(f"{files.folder}: GGUF files are not written for vectors with Dense layers")
+        raise UnsupportedModelError(
+            f"{files.folder}: GGUF files are not written for embedding models with Dense layers"
+        )
     if not pooling.normalize:
-        logger.warning("GGUF has no way to say that this model's vectors keep their length: readers make it 1")
+        logger.warning(
+            "GGUF cannot express that this model's vectors are not normalised: programs that read the file would "
+            "normalise them"
+        )
     if (number := POOLING_METHODS[pooling.pooling].gguf) is None:
         raise UnsupportedModelError(f"{files.folder}: GGUF has no pooling_type for pooling {pooling.pooling!r}")
     return {"pooling_type": number}
@@ -128,7 +133,7 @@ def check_description(config: ModelConfig, written: Checkpoint) -> None:
     ]
     if different:
         raise UnsupportedModelError(
-            f"GGUF's {written.metadata['general.architecture']} has no way to say this model's {', '.join(different)}"
+            f"GGUF's {written.metadata['general.architecture']} cannot express this model's {', '.join(different)}"
         )
 
 

@@ -113,7 +113,7 @@ def check_pieces(
     try:
         same = Tokenizer.from_gguf(metadata).encode_batch(texts, framed) == tokenizer.encode_batch(texts, framed)
     except ModelLoadError as error:
-        raise UnsupportedModelError(f"GGUF has no form for this tokenizer: {error}") from error
+        raise UnsupportedModelError(f"GGUF cannot express this tokenizer: {error}") from error
     if not same:
         raise UnsupportedModelError(
             f"GGUF's {metadata[PREFIX + 'model']} tokenizer splits texts differently from this one: serve the model "
@@ -141,7 +141,7 @@ def check_byte_pair(tokenizer: Tokenizer, metadata: dict[str, Any], probe: str, 
         try:
             check_pieces(tokenizer, metadata | {_PRE: older}, [*texts, *_token_texts(tokenizer)], framed=False)
         except UnsupportedModelError:
-            logger.warning("the file names the pre-tokenizer %s, which older readers do not know", pre)
+            logger.warning("the file names the pre-tokenizer %s, which older programs do not know", pre)
         else:
             return metadata | {_PRE: older}
     elif metadata[f"{PREFIX}model"] == "gpt2" and PRE_TOKENIZERS[pre].ignore_merges != ignore_merges:

@@ -61,7 +61,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
             f"GGUF files are written with byte-pair, WordPiece and unigram tokenizers, and this is a {model['type']}"
         )
     if not model["merges"]:
-        raise UnsupportedModelError("GGUF has no form for a byte-pair tokenizer without merges")
+        raise UnsupportedModelError("GGUF cannot express a byte-pair tokenizer without merges")
     tokens = _texts(model["vocab"], added, rows)
     spm = bool(model.get("byte_fallback"))
     found: dict[str, Any] = {"model": "llama" if spm else "gpt2"}
@@ -165,7 +165,9 @@ def _special(tokenizer: Tokenizer, tokens: Sequence[str], ends: Sequence[int]) -
     found |= dict(zip(("eot_token_id", "eom_token_id"), others))
     if others[2:]:
         rest = ", ".join(tokens[index] for index in others[2:])
-        logger.warning("GGUF has places for three tokens that end a text, and this model has more: without %s", rest)
+        logger.warning(
+            "GGUF stores at most three tokens that end a text, and this model has more: %s are left out", rest
+        )
     return found | _frame(tokenizer, found)
 
 
@@ -176,7 +178,7 @@ def _frame(tokenizer: Tokenizer, named: Mapping[str, int]) -> dict[str, Any]:
     """
     before, behind = _around(tokenizer)
     if len(before) > 1 and (start := "".join(map(tokenizer.token_text, before))) in _templates(tokenizer):
-        logger.warning("GGUF has no way to put %s before every text: chats have it by their template alone", start)
+        logger.warning("GGUF cannot add %s before every text: only chats get it, from the chat template", start)
         before = []
     if len(before) > 1 or behind not in ([], [named.get("eos_token_id")]):
         raise UnsupportedModelError(

@@ -128,9 +128,11 @@ def check_target(out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
     if split_names(out.name) != (out.name,):
-        raise ConfigError(f"{out} is named like a part of several files, and one is written: name it otherwise", "out")
+        raise ConfigError(
+            f"{out} is named like one part of a split model, but one whole file is written: choose another name", "out"
+        )
     if not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is no folder: make it first", "out")
+        raise ConfigError(f"{out.parent} is not a folder: create it first", "out")
     if out.is_dir():
         raise ConfigError(f"{out} is a folder: name a file in it", "out")
     if out.exists() and not overwrite:
@@ -141,8 +143,8 @@ def _check_room(out: Path, count: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < count + _SLACK:
         raise ConfigError(
-            f"{out} takes about {(count + _SLACK) / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f} MB left: make "
-            "room, name a file elsewhere, or choose a smaller type",
+            f"{out} takes about {(count + _SLACK) / 1e6:,.0f} MB and {out.parent} has {free / 1e6:,.0f} MB left: free "
+            "some space, name a file elsewhere, or choose a smaller type",
             "out",
         )
 

@@ -179,7 +179,7 @@ def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
     room = plan.states
     if not room.running:
         if config.state_cache_gb is not None:
-            logger.warning("state_cache_gb sets nothing: no layer of this model keeps a state")
+            logger.warning("state_cache_gb has no effect: no layer of this model has a recurrent state")
         return None
     return StatePool(room.running, room.checkpoints, config.block_size)
 
@@ -213,7 +213,8 @@ def _build_runner(
         return _build_on_cpu(config, loaded, budget, sequences, rows, ranks)
     if drafts is not None and drafts.method in WITH_WEIGHTS:
         raise ConfigError(
-            "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
+            "speculative_config: draft models and draft heads run on the CPU only: on a GPU use the method suffix or "
+            "ngram",
             "speculative_config",
         )
     from candle_vllm.core.engine.runners.device_build import build_on_gpu
@@ -230,8 +231,9 @@ def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> N
     needed = others + config.patches // config.cell**2
     if budget < needed:
         raise ConfigError(
-            f"max_num_batched_tokens {budget}: {loaded.name} reads a picture's {needed - others} tokens in one step, "
-            f"beside {others} of others: set max_num_batched_tokens={needed}, or max_images=0",
+            f"max_num_batched_tokens {budget} is too small: {loaded.name} needs the {needed - others} tokens of an "
+            f"image in one step, beside {others} tokens of other sequences: set max_num_batched_tokens={needed}, or "
+            "max_images=0",
             "max_num_batched_tokens",
         )
 
@@ -244,9 +246,9 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
 
         assert isinstance(runner, RecordedRunner)
         size = tower.tower.config.step_bytes(runner.team.threads)
-        logger.info("the largest picture takes at most %.0f MB while it is encoded", size / 1e6)
-        way = "make pictures smaller with mm_processor_kwargs, or set max_images=0"
-        with room_for("the patches of the largest picture", size, "mm_processor_kwargs", lambda _: way):
+        logger.info("the largest image takes at most %.0f MB while it is encoded", size / 1e6)
+        way = "make images smaller with mm_processor_kwargs, or set max_images=0"
+        with room_for("the patches of the largest image", size, "mm_processor_kwargs", lambda _: way):
             return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
     from candle_vllm.core.engine.runners.eager_runner import EagerTower
 
@@ -257,7 +259,7 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
     """Return the maximum number of draft tokens of a step, in which every sequence also has one other row."""
     if budget == sequences:
         raise ConfigError(
-            f"speculative_config: max_num_batched_tokens {budget} has no rows for draft tokens beside max_num_seqs "
+            f"speculative_config: max_num_batched_tokens {budget} leaves no room for draft tokens beside max_num_seqs "
             f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
             "speculative_config",
         )
@@ -348,7 +350,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper
     for name, unset in _NOT_FOR_ENCODERS.items():
         if getattr(config, name) != unset:
             raise ConfigError(
-                f"{loaded.name} reads texts whole and generates none, so {name} sets nothing: leave it out", name
+                f"{loaded.name} is an encoder and generates no text, so {name} has no effect: leave it out", name
             )
     placement, defaults = loaded.placement, DEFAULTS[loaded.placement.device.type]
     sequences, budget = config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens
@@ -412,12 +414,12 @@ def _plan_on_cpu(
         raise ConfigError("`max_cudagraph_capture_size` needs a GPU: leave it out", "max_cudagraph_capture_size")
     if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
         raise ConfigError(
-            f"attention_backend={config.attention_backend!r} needs a GPU: on the CPU leave it out, or take torch "
+            f"attention_backend={config.attention_backend!r} needs a GPU: on the CPU leave it out, or set torch "
             "together with enforce_eager=True",
             "attention_backend",
         )
     if config.gpu_memory_utilization is not None:
-        logger.warning("gpu_memory_utilization counts on a GPU alone; on the CPU it is `kv_fraction`")
+        logger.warning("gpu_memory_utilization is for GPUs only; on the CPU set `kv_fraction`")
     threads = config.threads or default_threads()
     if isinstance(model, LoadedModel) and model.tower is not None:
         weights += model.tower.tower.config.step_bytes(threads)
@@ -488,17 +490,17 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         if dtype != "auto" and not model.placement.recorded:
             others = "enforce_eager, or key and value types" if config.enforce_eager else "it"
             raise ConfigError(
-                f"{asked} is of the compiled kernels, which do not run this model: leave out {others}", name
+                f"{asked} needs the compiled kernels, which do not run this model: leave out {others}", name
             )
         if kind.is_quantised and model.config.latent is not None:
             raise ConfigError(
-                f"{asked} cannot be had with latent attention, whose cache is small already: leave it out", name
+                f"{asked} is not supported with latent attention, whose KV cache is small already: leave it out", name
             )
         for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}:
             if not kind.fits(dim):
                 raise ConfigError(
-                    f"{asked} has blocks of {BLOCK} numbers, and this model heads of {dim}, which these do not divide: "
-                    "leave it out",
+                    f"{asked} stores blocks of {BLOCK} elements, and the head size of this model, {dim}, is not a "
+                    "multiple of that: leave it out",
                     name,
                 )
         found.append(kind)
@@ -530,8 +532,8 @@ def _build_on_cpu(
     if loaded.draft is not None:
         if states(loaded.draft.config.cache_specs):
             raise ConfigError(
-                f"speculative_config: {loaded.draft.name} cannot draft, for its layers keep a state: take another "
-                "model, or leave speculative_config out",
+                f"speculative_config: {loaded.draft.name} cannot draft, because its layers have a recurrent state: "
+                "use another model, or leave speculative_config out",
                 "speculative_config",
             )
         draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, runner)

@@ -193,11 +193,13 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
 
 def _check_adapters(uses: Sequence[AdapterUse]) -> None:
     if len(uses) > MAX_ADAPTERS:
-        raise InvalidParameterError(f"{len(uses)} adapters; one request may have {MAX_ADAPTERS}", "lora_request")
+        raise InvalidParameterError(
+            f"the request names {len(uses)} adapters; at most {MAX_ADAPTERS} are allowed", "lora_request"
+        )
     names = [use.name for use in uses]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InvalidParameterError(f"adapter {twice!r:.80} is there twice", "lora_request")
+        raise InvalidParameterError(f"adapter {twice!r:.80} is named twice", "lora_request")
 
 
 class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):

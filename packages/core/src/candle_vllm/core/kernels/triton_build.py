@@ -266,12 +266,12 @@ def compile_together(work: Callable[[], None], device: torch.device | Device) ->
             with _parsing_in_turn(JITCallable), compiling, mode:
                 work()
         except Exception:  # any error: the launches that follow raise it themselves
-            logger.debug("not all kernels could be compiled side by side", exc_info=True)
+            logger.debug("not all kernels could be compiled in parallel", exc_info=True)
         finally:
             active_mode.set(None)  # Triton 3.6 does not reset it after an interrupted wait
     if compilers.forms:
         took = time.perf_counter() - began
-        logger.info("made %d forms of kernels ready in %.1f s, %d at a time", compilers.forms, took, compilers.threads)
+        logger.info("compiled or loaded %d kernels in %.1f s, %d at a time", compilers.forms, took, compilers.threads)
     return compilers.forms
 
 

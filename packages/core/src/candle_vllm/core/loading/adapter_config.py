@@ -20,7 +20,8 @@ MAX_CONFIG_BYTES = 1 << 20
 """Maximum size of the file; usual files have a few thousand bytes."""
 _CONVERSION = (
     "such training changes the base's own weights: save the adapter with PEFT's save_pretrained(..., "
-    "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER BEFORE TRAINING), which makes a plain one of it"
+    "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER BEFORE TRAINING), which converts it to a plain "
+    "adapter"
 )
 _UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _MERGE = "merge it into the model with PEFT's merge_and_unload and serve that"
@@ -114,7 +115,7 @@ def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise AdapterError(f"{path}: holds no JSON object")
+        raise AdapterError(f"{path}: must be a JSON object")
     try:
         return _read(_Keys(values, path), max_rank)
     except InvalidFileError as error:
@@ -155,7 +156,7 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
     for value in (rank, *keys.section("rank_pattern").values.values()):
         if value > max_rank:
             key = "r" if value == rank else "rank_pattern"
-            keys.refuse(key, f"ranks up to {max_rank} are served: raise max_lora_rank to {value}")
+            keys.refuse(key, f"ranks up to {max_rank} are allowed: raise max_lora_rank to {value}")
     alpha, alphas = keys.get("lora_alpha", float, 8.0), keys.pattern("alpha_pattern", None)
     if not alpha or not all(keys.section("alpha_pattern").values.values()):
         keys.refuse("alpha_pattern" if alpha else "lora_alpha", "the adapter would do nothing; it must not be 0")
@@ -239,9 +240,9 @@ def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
     if unknown:
         shown = ", ".join(f"{key!r:.60}" for key in unknown[:_SHOWN])
         rest = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
-        found.append(f"keys of adapter_config.json that are not known here and have no effect: {shown}{rest}")
+        found.append(f"unknown keys of adapter_config.json have no effect: {shown}{rest}")
     if not base:
-        found.append("adapter_config.json does not name the base; the shapes alone were compared")
+        found.append("adapter_config.json does not name the base model; only shapes were compared")
     return tuple(found)
 
 

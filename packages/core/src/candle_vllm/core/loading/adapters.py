@@ -130,11 +130,11 @@ def open_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
     if path.is_dir():
         return _read_peft(path, limits)
     if not path.is_file():
-        raise ModelNotFoundError(f"{path} is no folder and no file; an adapter is a PEFT folder or a GGUF file")
+        raise ModelNotFoundError(f"{path} does not exist; an adapter is a PEFT folder or a GGUF file")
     if path.suffix == ".safetensors":
-        raise AdapterError(f"{path} is a file of weights; name its folder, which has the {CONFIG_FILE} too")
+        raise AdapterError(f"{path} is a weights file; name its folder, which must also contain {CONFIG_FILE}")
     if path.suffix != ".gguf":
-        raise AdapterError(f"{path} is no folder and no .gguf file; an adapter is a PEFT folder or a GGUF file")
+        raise AdapterError(f"{path} is neither a folder nor a .gguf file; an adapter is a PEFT folder or a GGUF file")
     return _read_gguf(path, limits)
 
 
@@ -153,7 +153,7 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
                 f"{folder / pickles[0]} is a pickle, which can run code when it is read, and is never opened: save the "
                 f"adapter as {WEIGHTS_FILE} (PEFT's save_pretrained with safe_serialization=True)"
             )
-        raise ModelNotFoundError(f"{weights} is missing: it lies beside {CONFIG_FILE} in an adapter's folder")
+        raise ModelNotFoundError(f"{weights} is missing: an adapter's folder needs it beside {CONFIG_FILE}")
     _check_size(weights, limits)
     with _as_adapter_error():
         file = MappedFile(weights, copied=limits.copied)
@@ -185,7 +185,7 @@ def _tensors_of(checkpoint: Checkpoint, path: Path) -> Mapping[str, StoredTensor
     for name, tensor in checkpoint.tensors.items():
         short = name.removeprefix(_PREFIX)
         if short in tensors:
-            raise AdapterError(f"{path}: {name!r:.200} is there with and without {_PREFIX!r}")
+            raise AdapterError(f"{path}: tensor {name!r:.200} appears both with and without {_PREFIX!r}")
         tensors[short] = tensor
     return tensors
 
@@ -234,7 +234,9 @@ def _config_bytes(path: Path) -> bytes:
 def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
     _check_size(path, limits)
     if len(split_names(path.name)) > 1:
-        raise AdapterError(f"{path} is a part of several; an adapter is one file: merge them with gguf-split")
+        raise AdapterError(
+            f"{path} is one part of a split file; an adapter must be one file: merge the parts with gguf-split"
+        )
     with _as_adapter_error():
         checkpoint = open_gguf(path, copied=limits.copied, max_header=MAX_HEADER_BYTES)
     try:
@@ -245,7 +247,7 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
             value = keys.get(key, str, "")
             if value != wanted:
-                raise AdapterError(f"{path}: {key} is {value!r:.80}; that of an adapter is {wanted!r}")
+                raise AdapterError(f"{path}: {key} is {value!r:.80}; an adapter needs {wanted!r}")
         alpha = keys.get("adapter.lora.alpha", float, 0.0)
         config = AdapterConfig(
             rank=lambda _: None, alpha=lambda _: alpha, architecture=keys.get("general.architecture", str)

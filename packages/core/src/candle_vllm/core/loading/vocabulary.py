@@ -73,8 +73,8 @@ def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Pa
     extra = {text: index for text, index in vocabulary.items() if index >= rows and text not in added}
     if extra:
         raise InvalidFileError(
-            f"{sizes}; {len(extra)} tokens of the vocabulary have none (the first is {min(extra.values())}): "
-            "the tokenizer belongs to another model"
+            f"{sizes}; {len(extra)} tokens of the vocabulary have no row (the first is {min(extra.values())}): the "
+            "tokenizer belongs to another model"
         )
     needed = [tokenizer.bos_token_id, *(backend.token_to_id(text) for text in _framing(tokenizer))]
     _check_rows([index for index in needed if index is not None], rows, f"{sizes}; a token that begins or ends texts")

@@ -64,7 +64,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
         devices = [f"cuda:{number}" for number in range(count * ranks)]
     threads = default_threads() if config.threads is None else config.threads
     if not gpus and threads < count:
-        logger.warning("%d replicas share %d threads: fewer would answer sooner", count, threads)
+        logger.warning("%d replicas share %d threads: fewer replicas would be faster", count, threads)
     made = []
     for number in range(count):
         changes: dict[str, Any] = {"data_parallel_size": 1, "device": "cpu"}
@@ -246,8 +246,8 @@ class Fleet:
         live = self._router.sequences
         if live and live + count > self._most:
             raise EngineOverloadedError(
-                f"{live} sequences are running or waiting and {self._most} may be (`max_queued_requests`): try again "
-                "later"
+                f"{live} sequences are running or waiting, and at most {self._most} are allowed "
+                "(`max_queued_requests`): try again later"
             )
         hashes, refused = self._hashes(request), set[int]()
         while True:
@@ -366,16 +366,16 @@ class Fleet:
         """Add the known path to an adapter's use: maybe only the replica of an earlier request knows the name."""
         if use.load_inplace:
             raise InvalidParameterError(
-                f"load_inplace: the request reaches one of {len(self._replicas)} replicas; have all read the files of "
-                f"{use.name!r:.80} anew by add_lora",
+                f"load_inplace would reload the adapter in only one of {len(self._replicas)} replicas: reload "
+                f"{use.name!r:.80} in all of them with add_lora",
                 "lora_request",
             )
         added = self._added.get(use.name)
         known = self._loose.get(use.name, "") if added is None else added.path
         if use.path and known and use.path != known:
             raise InvalidParameterError(
-                f"adapter {use.name!r:.80} has other files than the request names: ask by its name, or add the "
-                "request's files with add_lora and load_inplace=True",
+                f"adapter {use.name!r:.80} was loaded from other files than the request names: send the request with "
+                "its name only, or add the request's files with add_lora and load_inplace=True",
                 "lora_request",
             )
         if use.path and added is None:
@@ -458,7 +458,7 @@ class Fleet:
                 if len(deaths) > MAX_DEATHS:
                     logger.error("replica %d has died %d times and is not started again", number, len(deaths))
                     return
-                logger.warning("replica %d has died and is started again; the others go on", number)
+                logger.warning("replica %d has died and is restarted; the other replicas continue", number)
                 try:
                     self._bring_back(number, this)
                     return
@@ -503,7 +503,7 @@ class Fleet:
             replica.close()
             return
         self._watch(number, replica)
-        logger.info("replica %d is there again", number)
+        logger.info("replica %d is ready again", number)
 
 
 # ---- aggregation -----------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ class RemoteThread(EngineThread):
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
             if len(self._calls) >= self._max_sequences:
-                raise EngineOverloadedError(f"{len(self._calls)} questions to the engine wait: try again later")
+                raise EngineOverloadedError(f"{len(self._calls)} calls to the engine are waiting: try again later")
             self._calls.add(answer)
             self._commands.append(partial(self._link.call, number, data, answer))
         self._link.wake()

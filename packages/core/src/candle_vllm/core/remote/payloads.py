@@ -141,8 +141,8 @@ def _written(message: Submit | Pool | Check) -> bytes:
         if images:
             took = sum(len(image.tiles) for image in images) >> 20
             raise InvalidParameterError(
-                f"image: prepared, the {len(images)} images of the request take {took} MB, and an engine in a process "
-                f"of its own is sent {MAX_FRAME >> 20} MB at most: send fewer or smaller ones",
+                f"image: the {len(images)} images of the request take {took} MB after preprocessing, and an engine in "
+                f"its own process accepts at most {MAX_FRAME >> 20} MB: send fewer or smaller images",
                 "image",
             ) from None
         raise InvalidParameterError(f"the request is too large: {error}") from None

@@ -171,8 +171,8 @@ class _Cases:
             found = opposite(own, types)
         except OppositeUnknown as error:
             raise refused(
-                f"the JSON schema keyword {asking[0]!r} is not supported here (at {asking[1]}): no grammar holds what "
-                f"{error.keyword!r} does not take"
+                f"the JSON schema keyword {asking[0]!r} is not supported here (at {asking[1]}): values that "
+                f"{error.keyword!r} excludes cannot be expressed as a grammar"
             ) from None
         return {"anyOf": found} if found else False
 

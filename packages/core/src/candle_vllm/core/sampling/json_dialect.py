@@ -94,12 +94,15 @@ class Remarks:
             if name in KNOWN or name in _ANNOTATIONS or name.startswith("x-"):
                 continue
             if close := self._near(name, tuple(sorted(KNOWN))):
-                self.add(f"the JSON schema has {name!r:.80} (at {place:.120}), which says nothing: is {close!r} meant?")
+                self.add(
+                    f"the JSON schema has {name!r:.80} (at {place:.120}), which is unknown and has no effect: did you "
+                    f"mean {close!r}?"
+                )
 
     def format(self, name: str, place: str) -> None:
         """Add a remark about a format that is not enforced."""
-        meant = f": is {close!r} meant?" if (close := self._near(name, _HELD)) else ""
-        self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not held{meant}")
+        meant = f": did you mean {close!r}?" if (close := self._near(name, _HELD)) else ""
+        self.add(f"the JSON schema's format {name!r:.80} (at {place:.120}) is not enforced{meant}")
 
     def _near(self, name: str, known: tuple[str, ...]) -> str | None:
         """Return the most similar known name, if any. A comparison holds the GIL for a millisecond."""
@@ -117,7 +120,7 @@ def modernise(schema: dict[str, Any], place: str, remarks: Remarks) -> None:
     """
     draft = schema.pop("$schema", None)
     if draft is not None and not (isinstance(draft, str) and any(known in draft for known in _DRAFTS)):
-        raise refused(f"the JSON schema follows {draft!r:.80}; known are the drafts 4, 6, 7, 2019-09 and 2020-12")
+        raise refused(f"the JSON schema follows {draft!r:.80}; supported are the drafts 4, 6, 7, 2019-09 and 2020-12")
     for name in _REFUSED:
         if name in schema:
             raise refused(f"the JSON schema keyword {name!r} is not supported (at {place}); leave it out")

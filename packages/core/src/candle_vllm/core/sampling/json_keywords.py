@@ -117,7 +117,7 @@ def _contains(cases: Cases, own: Schema, at: At) -> Any:
         raise refused(f"minContains {least} is not supported (at {at.place}): the cases are too many")
     if places < longest:
         cases.remarks.add(
-            f"the JSON schema's 'contains' is looked for in the first {places} elements of an array (at {at.place})"
+            f"the JSON schema's 'contains' is enforced in the first {places} elements of an array only (at {at.place})"
         )
     found = list[Schema]()
     for count in counts:

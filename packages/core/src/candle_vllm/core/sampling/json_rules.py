@@ -110,7 +110,9 @@ def check_finite(nodes: Sequence[tuple[Schema, str]], targets: Mapping[str, Any]
             queue.extend(wanting.pop(id(schema), ()))
     endless = next((place for schema, place in nodes if id(schema) not in ends), None)
     if endless is not None:
-        raise refused(f"the JSON schema has no finite instance (at {endless}): it refers to itself wherever it goes")
+        raise refused(
+            f"the JSON schema has no finite instance (at {endless}): each of its alternatives refers back to it"
+        )
 
 
 def _ends(schema: Schema, known: Callable[[Any], bool], targets: Mapping[str, Any]) -> bool:

@@ -217,7 +217,7 @@ class _Check:
                 del node[opened]
                 node[plain] = sign * max(sign * held, sign * node.get(plain, held))
                 if not value:
-                    self.remarks.add(f"the JSON schema's bound 0 (at {place:.120}/{opened}) is held as {held}")
+                    self.remarks.add(f"the JSON schema's bound 0 (at {place:.120}/{opened}) is enforced as {held}")
 
     def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
         """Narrow a bound that llguidance would round: it converts bounds to floats, then to their shortest decimals.
@@ -244,7 +244,7 @@ class _Check:
             held = sign * int(bound if whole else Decimal(repr(bound)))
         schema[name] = held
         if held != value and not whole:
-            self.remarks.add(f"the JSON schema's bound {value!s:.40} (at {place:.120}) is held as {held}")
+            self.remarks.add(f"the JSON schema's bound {value!s:.40} (at {place:.120}) is enforced as {held}")
 
     def values(self, schema: dict[str, Any], place: str) -> None:
         listed = schema.get("enum", [])
@@ -283,7 +283,7 @@ class _Check:
         if least > 1 + len(set(required)):
             raise refused(
                 f"minProperties {least} with {len(set(required))} required properties is not supported (at {place}): a "
-                "key could be said twice; name the properties in required"
+                "key could occur twice; name the properties in required"
             )
         if (least or "maxProperties" in schema) and optional > MAX_COUNTED_OPTIONAL:
             raise refused(

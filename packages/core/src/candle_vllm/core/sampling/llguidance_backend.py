@@ -65,7 +65,7 @@ class LlguidanceBackend:
         """See `GrammarBackend`."""
         with self._lock:
             if self._closed:
-                raise EngineDeadError("the engine was closed and fills no more masks; make a new one")
+                raise EngineDeadError("the engine was closed; create a new one")
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "candle-vllm-grammar")
             return self._workers
@@ -139,7 +139,7 @@ def _awaited_at_the_end() -> Iterator[None]:
     work = object()
     with _CHANGED:
         if _OVER.is_set():
-            raise EngineDeadError("the program ends, and no grammar is compiled any more")
+            raise EngineDeadError("the program is ending, and grammars can no longer be compiled")
         _AT_WORK.add(work)
     try:
         yield

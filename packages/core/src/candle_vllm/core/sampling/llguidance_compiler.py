@@ -80,7 +80,7 @@ class Compiler:
         if warnings:
             raise refused(f"the {name} is not supported as it is: {shortened(' '.join(warnings))}")
         if not self._may_begin(matcher):
-            raise refused(f"no text that this model can write has the form of the {name}, but for the empty one")
+            raise refused(f"the {name} matches no text that this model can generate, other than the empty text")
         compared = self._compared(spec, grammars[1]) if budget.compared else None
         return Compiled(form, len(text) if compared is None else 2 * len(text), compared)
 

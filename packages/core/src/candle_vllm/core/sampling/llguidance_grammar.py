@@ -30,8 +30,8 @@ _MOST_FORCED = 256  # maximum number of forced bytes that are tokenized at a tim
 _MOST_RENEWING = 1.0  # maximum seconds of compiling a form's lexers again while answers wait
 _RAN_OUT = MappingProxyType(
     {
-        "too many expressions": "the text needs more of its regular expressions than one token may take",
-        "too many states": "the texts of this form have used up the states that its regular expressions may have",
+        "too many expressions": "a token needs more states of the grammar's regular expressions than are allowed",
+        "too many states": "the answers with this grammar have used all states that its regular expressions may have",
     }
 )
 MAX_ERROR = 300  # maximum characters of a message of the compiler
@@ -245,7 +245,7 @@ def shortened(error: str) -> str:
     """Shorten a message of the compiler to one line, without the text that it quotes."""
     if "oneOf constraints are not supported" in error:
         return "oneOf needs options that exclude each other for certain, as by a required const; use anyOf"
-    text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token may come here")
+    text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token is allowed here")
     if "\nerror: " in text:
         text = text[text.rindex("\nerror: ") + len("\nerror: ") :]
     if "lexer error: " in text:

@@ -78,8 +78,8 @@ def budget_in_tokens(
     found = {pair: (opening[0], end[0]) for pair, (opening, end) in ids.items() if len(opening) == len(end) == 1}
     if not found:
         raise InvalidParameterError(
-            "thinking_token_budget cannot be honoured: no tokens of this model mark thoughts; thoughts, a "
-            "ThoughtBudget with the marks around them, does the same for any text",
+            "thinking_token_budget is not supported: this model has no tokens that mark its reasoning; set thoughts "
+            "to a ThoughtBudget with the marks around the reasoning instead",
             "thinking_token_budget",
         )
     openings = {opening: pair[0] for pair, (opening, _) in found.items()}

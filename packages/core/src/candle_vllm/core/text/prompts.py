@@ -49,8 +49,8 @@ _WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinkin
 _OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
 _PROMPT_KEYS = {
     "cache_salt": "it is a field of SamplingParams",
-    "multi_modal_data": "text alone is read here",
-    "mm_processor_kwargs": "pictures are prepared as the model's files say",
+    "multi_modal_data": "the model takes text only",
+    "mm_processor_kwargs": "images are preprocessed as the model's files define",
     "prompt_embeds": "a prompt is a text or token ids",
 }
 
@@ -96,9 +96,7 @@ def prompt_pictures(prompt: Any) -> list[Any]:
         raise InvalidParameterError(f"multi_modal_data must be an object with image, not {_kind(data)}", "prompt")
     other = next((name for name in data if name != "image"), None)
     if other is not None:
-        raise InvalidParameterError(
-            f"multi_modal_data has {str(other)!r:.60}: models see pictures alone here", "prompt"
-        )
+        raise InvalidParameterError(f"multi_modal_data has {str(other)!r:.60}: only images are supported", "prompt")
     images = data.get("image")
     return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
 
@@ -354,9 +352,7 @@ def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], wo
     for key, value in given.items():
         if key not in known and key not in words and value is not None and value != []:
             name = str(key)[:60]
-            said = (
-                _OLD.get(name) or f"neither the API's messages nor the model's template have it{nearest(name, known)}"
-            )
+            said = _OLD.get(name) or f"neither the API nor the model's chat template has it{nearest(name, known)}"
             raise _wrong(f"{place}.{name}", f"a {what} has no {name!r}: {said}")
 
 
@@ -369,7 +365,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
     if sees and _is_picture(part):
         return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
-        raise _wrong(place, f"is of type {kind!r:.60}, and text alone is read here")
+        raise _wrong(place, f"is of type {kind!r:.60}, but only text is supported")
     if kind not in _TEXTS and kind not in words:
         raise _wrong(place, f"is of type {kind!r:.60}: parts are of type 'text'")
     name = "refusal" if kind == "refusal" else "text"

@@ -248,7 +248,7 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
     changed = [text for text, token in wanted.items() if repr(token) != repr(before.get(text))]
     if differing := [text for text in changed if text in before]:
         said = ", ".join(repr(wanted[text]) for text in differing[:5])
-        logger.info("%s: flags of %d tokens are not those of tokenizer.json: %s", folder, len(differing), said)
+        logger.info("%s: the flags of %d tokens differ from tokenizer.json: %s", folder, len(differing), said)
     with refusing_panics(str(path)):
         backend.add_tokens([wanted[text] for text in changed])
     ids = [(token.content, index, backend.token_to_id(token.content)) for index, token in configured]

@@ -122,7 +122,7 @@ class ImageSources:
         """
         if image.stored:
             if self._stored is None:
-                said = f"{image.path}: files are not stored here: send the image as a data URL"
+                said = f"{image.path}: this server stores no files: send the image as a data URL"
                 raise UnsupportedParameterError(said, image.path)
             return image
         scheme = image.source[:8].partition(":")[0].lower()
@@ -139,9 +139,9 @@ class ImageSources:
                 raise
             return image
         setting = "allowed-local-media-path" if scheme == "file" else "allowed-media-domains"
-        said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
+        said = f"{image.path}: images are not fetched from this URL: send the image as a data URL"
         if scheme in ("http", "https", "file"):
-            said += f" (the operator may allow some: --{setting}, in the library {setting.replace('-', '_')})"
+            said += f" (the operator can allow it with --{setting}, in the library with {setting.replace('-', '_')})"
         raise UnsupportedParameterError(said, image.path)
 
     @contextlib.asynccontextmanager
@@ -236,9 +236,11 @@ class ImageSources:
         except ValueError:
             path, parts = "", urlsplit("")
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not re.match("/(?!/)", path):
-            raise InvalidParameterError(f"{image.path}: must be file:// and the whole path of a file", image.path)
+            raise InvalidParameterError(
+                f"{image.path}: must be file:// followed by the absolute path of a file", image.path
+            )
         if "\0" in path or len(path) > 4096:
-            raise InvalidParameterError(f"{image.path}: is no path of a file", image.path)
+            raise InvalidParameterError(f"{image.path}: is not a valid path", image.path)
         return Path(path)
 
     def _read(self, image: ImageAddress, room: _Room) -> bytes:
@@ -287,7 +289,7 @@ class ImageSources:
                     target = self._next(target, answer, path)
                 raise _failed(path, target, f"it was redirected more than {MAX_REDIRECTS} times")
         except TimeoutError:
-            raise _failed(path, target, f"it was not there within {SECONDS:g} seconds") from None
+            raise _failed(path, target, f"it did not arrive within {SECONDS:g} seconds") from None
         except ForbiddenTarget as error:
             raise _failed(path, target, f"it {error}") from None
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -303,7 +305,7 @@ class ImageSources:
                 raise ForbiddenTarget("was redirected from https to another scheme")
             return self._allowed(str(url))
         except httpx.InvalidURL:
-            raise _failed(path, target, "it was redirected to what is no URL") from None
+            raise _failed(path, target, "it was redirected to an invalid URL") from None
         except ForbiddenTarget as error:
             raise _failed(path, target, f"it was redirected, and the new address {error}") from None
 
@@ -444,7 +446,7 @@ async def _body(answer: httpx.Response, target: Target, path: str, room: _Room) 
     if told.isascii() and told.isdigit() and (len(told) > 15 or int(told) > LIMITS.nbytes):
         raise _too_large(path, target.host)
     if answer.headers.get("content-encoding", "identity").lower() != "identity":
-        raise _failed(path, target, "it was sent compressed, which nobody asked for")
+        raise _failed(path, target, "the response is compressed, which was not requested")
     pieces, size = list[bytes](), 0
     async for piece in answer.aiter_raw():
         size += len(piece)
@@ -460,4 +462,6 @@ def _failed(path: str, target: Target, why: str) -> InvalidParameterError:
 
 
 def _too_large(path: str, where: str) -> InvalidParameterError:
-    return InvalidParameterError(f"{path}: {where} has more than the {LIMITS.nbytes >> 20} MB of a picture", path)
+    return InvalidParameterError(
+        f"{path}: {where} has more than {LIMITS.nbytes >> 20} MB, the most that an image may have", path
+    )

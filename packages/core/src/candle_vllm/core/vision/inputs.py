@@ -28,4 +28,4 @@ class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
 
     def __post_init__(self) -> None:
         if len(self.key) != 32 or min(self.shape) < 1 or 3 * math.prod(self.shape) != len(self.tiles):
-            raise InvalidParameterError(f"a picture of {list(self.shape)} has {len(self.tiles)} bytes", "image")
+            raise InvalidParameterError(f"an image of {list(self.shape)} has {len(self.tiles)} bytes", "image")

@@ -82,7 +82,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        said = f"pictures need Pillow: {with_extra('vision')}"
+        said = f"images need Pillow: {with_extra('vision')}"
         raise ConfigError(said, "max_images") from None
 
 
@@ -100,13 +100,13 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
     import PIL.Image
 
     if len(data) > limits.nbytes:
-        raise InvalidParameterError(f"{name}: {len(data)} bytes; a picture may have {limits.nbytes}", name)
+        raise InvalidParameterError(f"{name}: {len(data)} bytes; an image may have at most {limits.nbytes}", name)
     refused: Exception | None = None
     try:
         file = _bare(data)
         _check_size(file.width, file.height, limits, name)
         if file.scans * file.width * file.height > MAX_SCANNED:
-            said = f"{file.width} x {file.height} pixels in {file.scans} scans; a JPEG may have {MAX_SCANNED} in all"
+            said = f"{file.width} x {file.height} pixels in {file.scans} scans; {MAX_SCANNED} in all are allowed"
             raise _RefusedFile(said)
         with PIL.Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
             _check_size(*image.size, limits, name)  # again, because Pillow may read another size from the file
@@ -119,10 +119,10 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
     except InvalidParameterError:
         raise
     except PIL.UnidentifiedImageError:
-        said = f"{name}: this is no picture in a format that is read: PNG, JPEG, WebP or GIF"
+        said = f"{name}: this is not an image in a supported format: PNG, JPEG, WebP or GIF"
         refused = InvalidParameterError(said, name)
     except Exception:  # a decoder of hostile bytes may raise anything
-        refused = InvalidParameterError(f"{name}: the picture is damaged: it could not be decoded", name)
+        refused = InvalidParameterError(f"{name}: the image is damaged: it could not be decoded", name)
     raise refused
 
 
@@ -159,7 +159,7 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
             image.load()
             return _picture(image, image.getexif().get(_ORIENTATION, 1))  # the caller opened it, so EXIF is trusted
     raise InvalidParameterError(
-        f"{name}: a picture is a PIL.Image, an array [height, width, 3] of uint8, or a file's bytes, not "
+        f"{name}: an image must be a PIL.Image, an array [height, width, 3] of uint8, or the bytes of a file, not "
         f"{type(image).__name__}",
         name,
     )
@@ -173,10 +173,10 @@ def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image")
     """
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
-        raise InvalidParameterError(f"{name}: a data URL is data:image/png;base64, and the picture in base64", name)
+        raise InvalidParameterError(f"{name}: a data URL must be data:image/png;base64, and the base64 text", name)
     most = 4 * (limits.nbytes // 3 + 1)
     if len(data) > most and len(data) - sum(map(data.count, _BLANKS)) > most:
-        raise InvalidParameterError(f"{name}: a picture may have {limits.nbytes} bytes", name)
+        raise InvalidParameterError(f"{name}: the image has more than {limits.nbytes} bytes", name)
     return from_base64(data, name)
 
 
@@ -185,7 +185,7 @@ def from_base64(data: str, name: str = "image") -> bytes:
     try:
         return base64.b64decode(data.encode("ascii").translate(None, _BLANKS.encode()), validate=True)
     except (binascii.Error, ValueError):
-        raise InvalidParameterError(f"{name}: its data are no base64", name) from None
+        raise InvalidParameterError(f"{name}: its data is not valid base64", name) from None
 
 
 def part_picture(part: Mapping[str, Any], place: str) -> object:
@@ -201,7 +201,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
         part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
     ]
     if len(found) != 1:
-        raise InvalidParameterError(f"{place}: must have one picture: image_url, image, path or base64", place)
+        raise InvalidParameterError(f"{place}: must have one image: image_url, image, path or base64", place)
     given = found[0]
     if isinstance(given, Mapping):
         given = given.get("url")
@@ -217,8 +217,8 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     if given[:5].lower() == "data:":
         return from_data_url(given, name=place)
     raise InvalidParameterError(
-        f"{place}: an address is fetched by chat, chat_stream and achat alone; elsewhere fetch_images does it before: "
-        "await engine.fetch_images(messages)",
+        f"{place}: only chat, chat_stream and achat fetch images from URLs; elsewhere call fetch_images first: await "
+        "engine.fetch_images(messages)",
         place,
     )
 
@@ -235,7 +235,7 @@ def part_address(part: Mapping[str, Any]) -> str | None:
 
 def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> None:
     if not 0 < width <= _LONGEST_SIDE or not 0 < height <= _LONGEST_SIDE or width * height > limits.pixels:
-        said = f"{name}: {width} x {height} pixels; a picture may have {limits.pixels}, and {_LONGEST_SIDE} on a side"
+        said = f"{name}: {width} x {height} pixels; at most {limits.pixels}, and {_LONGEST_SIDE} on a side, are allowed"
         raise InvalidParameterError(said, name)
 
 
@@ -319,7 +319,7 @@ def _bare(data: bytes) -> _File:
 
 
 def _too_many(parts: str) -> _RefusedFile:
-    return _RefusedFile(f"a picture may have {MAX_PARTS} {parts}")
+    return _RefusedFile(f"an image may have at most {MAX_PARTS} {parts}")
 
 
 _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
@@ -328,7 +328,7 @@ _PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 def _bare_png(data: bytes) -> _File:
     """Keep critical chunks and transparency; Pillow handles truncated files. Source: PNG 3, 5.3 and 11."""
     if data[12:16] == b"CgBI":  # another order of colours and another compression
-        raise _RefusedFile("an Apple-optimised PNG (CgBI) is not read: convert it to a plain one")
+        raise _RefusedFile("an Apple-optimised PNG (CgBI) is not supported: convert it to a plain one")
     if data[12:16] != b"IHDR":
         raise ValueError
     kept, exif, at = [data[:8]], b"", 8
@@ -367,13 +367,13 @@ def _bare_jpeg(data: bytes) -> _File:
             height, width = struct.unpack_from(">HH", data, begin + 3)
             size = width, height
         elif marker < 0xD0 and marker not in _JPEG_PIXELS | _JPEG_DROPPED:
-            raise _RefusedFile("a JPEG is read in Huffman's code alone, and not lossless or hierarchical")
+            raise _RefusedFile("a JPEG must be Huffman-coded, and not lossless or hierarchical")
         elif marker not in _JPEG_PIXELS - _JPEG_FRAMES | _JPEG_DROPPED:
             raise ValueError
         elif marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", begin + 2):
             exif = data[begin + 2 : at]
         elif marker == 0xDA and (scans := scans + 1) > MAX_SCANS:
-            raise _RefusedFile(f"a JPEG may have {MAX_SCANS} scans")
+            raise _RefusedFile(f"a JPEG may have at most {MAX_SCANS} scans")
         if marker in _JPEG_PIXELS:
             kept.append(data[begin - 2 : at])
     raise _too_many("segments")

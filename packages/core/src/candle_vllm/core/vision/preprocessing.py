@@ -457,7 +457,7 @@ def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
     least = fields.count("min_pixels", size.count("shortest_edge", 56 * 56, most=most), most=most)
     largest = fields.count("max_pixels", size.count("longest_edge", 28 * 28 * 1280, most=1 << 40), most=1 << 40)
     if largest < least:
-        raise InvalidFileError(f"{fields.path}: pictures have {least} pixels at least and {largest} at most")
+        raise InvalidFileError(f"{fields.path}: images must have at least {least} pixels and at most {largest}")
     return AreaRule(
         cell=cell,
         least=least,
@@ -535,7 +535,7 @@ def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, .
     values = fields.get(key, list, list(usual))
     numbers = [Fields({key: value}, fields.path).get(key, float) for value in values]
     if len(numbers) != 3:
-        raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; pictures have 3 channels")
+        raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; images have 3 channels")
     return tuple(numbers)
 
 

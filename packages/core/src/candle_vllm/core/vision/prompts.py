@@ -92,7 +92,9 @@ class VisionInput:
             PromptTooLongError: the expanded prompt does not fit into the context.
         """
         if len(images) > self.most:
-            raise InvalidParameterError(f"image: {len(images)} images; a prompt may have {self.most}", "image")
+            raise InvalidParameterError(
+                f"image: the prompt has {len(images)} images; at most {self.most} are allowed", "image"
+            )
         marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
             raise InvalidParameterError(

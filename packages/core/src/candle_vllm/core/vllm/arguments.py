@@ -279,5 +279,5 @@ def _pooling_params(value: Any) -> PoolingParams:
         elif name == "dimensions":
             made["dimensions"] = said
         else:
-            raise ConfigError(f"pooler_config has {name!r:.60}, which has no counterpart here", "pooler_config")
+            raise ConfigError(f"pooler_config has {name!r:.60}, which is not supported", "pooler_config")
     return PoolingParams(**made)

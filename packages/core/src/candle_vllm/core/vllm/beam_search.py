@@ -167,10 +167,12 @@ def beam_search(
     given = as_prompts(prompts)
     orders = [priority] * len(given) if isinstance(priority, int) else list(priority)
     if len(orders) != len(given):
-        raise InvalidParameterError(f"{len(given)} prompts and {len(orders)} priorities", "priority")
+        raise InvalidParameterError(f"{len(given)} prompts need as many priorities, not {len(orders)}", "priority")
     choices = each_lora_choice(lora_request, len(given))
     if any(use.load_inplace for each in choices for use in adapter_uses(each)):
-        raise InvalidParameterError("beam_search reads no adapter anew (load_inplace): add_lora does", "lora_request")
+        raise InvalidParameterError(
+            "beam_search does not support load_inplace: reload the adapter with add_lora", "lora_request"
+        )
     if concurrency_limit is not None and concurrency_limit < 1:
         raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
     searches = [_search(engine, prompt, params) for prompt in given]

@@ -99,7 +99,7 @@ class Opened:
         """Create an engine by vLLM's arguments, or wrap an existing engine. Errors are as for `LLM`."""
         if isinstance(model, EngineFront):
             if arguments:
-                raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
+                raise TypeError(f"an existing engine takes no arguments: {', '.join(arguments)}")
             return cls(model, False, PoolingParams(), Defaults(model))
         made = translated(model, arguments)
         several = made.config.data_parallel_size > 1
@@ -488,7 +488,7 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
     adds = options.pop("add_special_tokens", True)
     if options or not isinstance(adds, bool):
         raise InvalidParameterError(
-            "tokenization_kwargs may have add_special_tokens, true or false: a prompt is run whole or refused",
+            "tokenization_kwargs may only have add_special_tokens, true or false: prompts are never truncated",
             "tokenization_kwargs",
         )
     return adds
@@ -502,13 +502,13 @@ def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
     """
     if pooling_task not in ("embed", "token_embed", "classify", "token_classify"):
         raise InvalidParameterError(
-            f"pooling_task {pooling_task!r:.60}: 'embed', 'classify', and of each token 'token_embed' and "
-            "'token_classify' can be; scores are asked of pairs, by score",
+            f"pooling_task must be 'embed', 'classify', 'token_embed' or 'token_classify', not {pooling_task!r:.60}; "
+            "for pairs of texts use score",
             "pooling_task",
         )
     classes, single = pooling_task.endswith("classify"), pooling_task.startswith("token")
     if "classify" in info.tasks and classes and single != (info.pooling == "all"):
-        raise InvalidParameterError(f"{info.name} tells {'texts' if single else 'tokens'} apart", "pooling_task")
+        raise InvalidParameterError(f"{info.name} classifies {'texts' if single else 'tokens'}", "pooling_task")
     return classes
 
 

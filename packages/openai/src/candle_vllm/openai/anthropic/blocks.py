@@ -82,7 +82,7 @@ class ToolUseBlock(WireModel):
     cache_control: CacheControl | None = None
     caller: _Caller | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("there are no toolsets")}
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("toolsets are not supported")}
 
     @field_validator("input")
     @classmethod
@@ -185,7 +185,7 @@ class DocumentBlock(WireModel):
     cache_control: CacheControl | None = None
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "citations": Refusal("an answer cites nothing", ({"enabled": False},))
+        "citations": Refusal("citations in answers are not supported", ({"enabled": False},))
     }
 
     @property
@@ -239,9 +239,11 @@ def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
         if kind in allowed:
             return value
         if kind in _MEDIA:
-            raise unsupported("type", f"{kind!r} blocks cannot be read, the server takes text and images")
+            raise unsupported("type", f"{kind!r} blocks are not supported: the server takes text and images")
         if kind in _HOSTED:
-            raise unsupported("type", f"{kind!r} blocks are of Anthropic's own service, whose tools are not run here")
+            raise unsupported(
+                "type", f"{kind!r} blocks belong to tools of Anthropic's own service, which this server does not run"
+            )
         if kind in _OURS:
             raise invalid("type", f"must be one of {', '.join(allowed)} in {place}, not {kind!r}")
         raise invalid("type", f"must be one of {', '.join(allowed)}, not {kind!r:.60}")
@@ -283,7 +285,7 @@ class ToolResultBlock(WireModel):
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("there are no toolsets")}
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"toolset_name": Refusal("toolsets are not supported")}
 
 
 _SystemBlock = Annotated[WrittenBlock, BeforeValidator(_checked(_SYSTEM, "a system prompt"))]

@@ -85,7 +85,9 @@ def check_history(messages: Sequence[Message]) -> None:
             answered_in = None
             for place, block in _blocks(message, blocks.ToolUseBlock):
                 if block.id in pending:
-                    raise invalid(f"messages.{index}.content.{place}.id", f"{block.id!r:.80} is already another call's")
+                    raise invalid(
+                        f"messages.{index}.content.{place}.id", f"{block.id!r:.80} is already the id of another call"
+                    )
                 pending[block.id] = None
         elif isinstance(message, UserMessage):
             answered_in = index if answered_in is None else answered_in
@@ -98,9 +100,11 @@ def _take_results(message: UserMessage, index: int, pending: dict[str, None]) ->
     for number, (place, block) in enumerate(_blocks(message, blocks.ToolResultBlock)):
         here = f"messages.{index}.content.{place}"
         if number != place:
-            raise invalid(f"{here}.type", "tool_result must stand before the text of its message")
+            raise invalid(f"{here}.type", "tool_result must come before the text of its message")
         if block.tool_use_id not in pending:
-            raise invalid(f"{here}.tool_use_id", f"{block.tool_use_id!r:.80} answers no tool_use of the turn before")
+            raise invalid(
+                f"{here}.tool_use_id", f"{block.tool_use_id!r:.80} does not match a tool_use of the previous turn"
+            )
         del pending[block.tool_use_id]
 
 

@@ -20,12 +20,12 @@ from candle_vllm.openai.validation import parse_body
 # Fields that are validated but have no effect, and why.
 ADVISORY_MESSAGES_FIELDS: Mapping[str, str] = {
     "metadata": "names the caller's user; the server keeps no per-user state",
-    "service_tier": "chooses a price; there is one tier",
-    "speed": "chooses a price; there is one speed",
+    "service_tier": "chooses a service tier; there is only one",
+    "speed": "chooses a speed; there is only one",
     "cache_control": "sets cache breakpoints; every full block of every prompt is cached",
-    "context_management": "has old parts taken out of the prompt; the model sees what is sent",
-    "diagnostics": "asks why a cache was missed; usage says how much was found",
-    "inference_geo": "chooses a place; there is one",
+    "context_management": "removes old parts of the prompt; the model gets the prompt as it was sent",
+    "diagnostics": "asks why the cache was missed; usage has the number of cached tokens",
+    "inference_geo": "chooses a region; there is only one",
     "user_profile_id": "names the caller's user; the server keeps no per-user state",
     "workspace_id": "names the caller's workspace; the server has none",
 }
@@ -128,7 +128,7 @@ class OutputConfig(WireModel):
     format: JsonFormat | None = None
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "task_budget": Refusal("the model is not told of budgets; use max_tokens", idle=True)
+        "task_budget": Refusal("task budgets are not supported; use max_tokens", idle=True)
     }
 
 

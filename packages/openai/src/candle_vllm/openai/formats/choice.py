@@ -169,7 +169,8 @@ def _named(option: str, setting: str, names: Mapping[str, _Row]) -> _Row | None:
         known = ", ".join(near or sorted({row.name for row in names.values()}))
         what = "the nearest are" if near else "the formats are"
         raise ConfigError(
-            f"{setting} is {option!r:.100}, which is no format; {what} {known} (and {_AUTO}, {_OFF[0]})", setting
+            f"{setting} is {option!r:.100}, which is not a known format; {what} {known} (and {_AUTO}, {_OFF[0]})",
+            setting,
         )
     return found
 

@@ -80,7 +80,7 @@ class CallSink:
         self._ids.add(own)
         self._shown = self._most is None or self.count <= self._most
         if self._most not in (None, 1) and index == self._most:  # with a limit of 1 the request asked for one call
-            logger.warning("an answer has more than %s tool calls: those behind them are left out", self._most)
+            logger.warning("an answer has more than %s tool calls: the rest are left out", self._most)
         if self._shown:
             self._emit(CallStart(index, own, name))
 

@@ -132,7 +132,12 @@ class OllamaAdapter:
         asked = None if request.options is None else request.options.num_ctx
         most = self._adapter.model_info.max_model_len
         if asked is not None and asked > most:
-            remark([f"options.num_ctx is {asked}, and the context of this model is {most} here (--max-model-len)"])
+            remark(
+                [
+                    f"options.num_ctx is {asked}, but this server runs the model with a context of {most} tokens "
+                    "(--max-model-len)"
+                ]
+            )
         return answers.Times(request.received, time.perf_counter_ns())
 
     async def _vectors(self, model: str, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
@@ -257,7 +262,7 @@ def _unbound(task: Task) -> Task:
 
 def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
     if request.images:
-        said = "images: the model has no chat template, which would say where they stand"
+        said = "images: the model has no chat template, which would define their place in the prompt"
         raise UnsupportedParameterError(said, "images")
     prompt = request.prompt or ""
     text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"

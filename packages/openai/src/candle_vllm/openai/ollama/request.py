@@ -31,32 +31,32 @@ _FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{fields.MAX_NAME}}}")
 
 # Options of Ollama that configure how a model runs: validated, but without effect. The values are the reasons.
 ADVISORY_OPTIONS: Mapping[str, str] = {
-    "num_ctx": "the context is the operator's (--max-model-len); a larger one is remarked on in x-warning",
-    "num_keep": "says what stays when a conversation is cut; prompts are never cut",
-    "num_batch": "steps are sized by the operator (--prefill-chunk-size)",
-    "num_gpu": "a model lies whole on one device (--device)",
-    "main_gpu": "a model lies whole on one device (--device)",
-    "num_thread": "threads are the operator's (--threads)",
-    "draft_num_predict": "drafts are the operator's (--speculative-config)",
-    "numa": "about memory of several processors",
-    "low_vram": "about memory of a GPU",
-    "f16_kv": "the cache's numbers are the operator's (--kv-cache-dtype)",
+    "num_ctx": "the operator sets the context (--max-model-len); a request for a larger one is reported in x-warning",
+    "num_keep": "chooses what is kept of a truncated conversation; prompts are never truncated",
+    "num_batch": "the operator sets the size of steps (--prefill-chunk-size)",
+    "num_gpu": "the operator chooses the device (--device)",
+    "main_gpu": "the operator chooses the device (--device)",
+    "num_thread": "the operator sets the threads (--threads)",
+    "draft_num_predict": "the operator sets speculation (--speculative-config)",
+    "numa": "concerns NUMA memory, which the server places itself",
+    "low_vram": "concerns GPU memory, which the server manages itself",
+    "f16_kv": "the operator sets the type of the KV cache (--kv-cache-dtype)",
     "use_mmap": "weights are mapped while they are loaded",
-    "use_mlock": "weights lie in memory",
+    "use_mlock": "weights are always in memory",
 }
 
-_TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
+_TEMPLATE = "Ollama's templates are written in Go, the model's in Jinja; send raw: true with a written-out prompt"
 REFUSED_OPTIONS: Mapping[str, fields.Refusal] = {
-    "tfs_z": fields.Refusal("there is no such sampler", (1, 1.0), idle=True),
-    "penalize_newline": fields.Refusal("penalties look at every token", (True,), idle=True),
+    "tfs_z": fields.Refusal("this sampler is not implemented", (1, 1.0), idle=True),
+    "penalize_newline": fields.Refusal("penalties apply to every token", (True,), idle=True),
     "logits_all": fields.Refusal("use logprobs", (False,), idle=True),
-    "vocab_only": fields.Refusal("a model is loaded whole", (False,), idle=True),
-    "embedding_only": fields.Refusal("a model says itself what it does", (False,), idle=True),
+    "vocab_only": fields.Refusal("models are always loaded whole", (False,), idle=True),
+    "embedding_only": fields.Refusal("the model's files define whether it makes embeddings", (False,), idle=True),
 }
 REFUSED_CHAT_FIELDS: Mapping[str, fields.Refusal] = {
     "prompt": fields.Refusal("it belongs to /api/generate; use messages"),
-    "truncate": fields.Refusal("prompts are never cut", (False,), idle=True),
-    "shift": fields.Refusal("prompts are never cut", (False,), idle=True),
+    "truncate": fields.Refusal("prompts are never truncated", (False,), idle=True),
+    "shift": fields.Refusal("prompts are never truncated", (False,), idle=True),
     "response_format": fields.Refusal("it is OpenAI's; use format"),
     "max_tokens": fields.Refusal("it is OpenAI's; use options.num_predict"),
     "tool_choice": fields.Refusal("it is OpenAI's; the model chooses", ("auto",)),
@@ -66,9 +66,9 @@ REFUSED_GENERATE_FIELDS: Mapping[str, fields.Refusal] = {
     "messages": fields.Refusal("they belong to /api/chat; use prompt"),
     "tools": fields.Refusal("they belong to /api/chat", ([],)),
     "template": fields.Refusal(_TEMPLATE, ("",)),
-    "width": fields.Refusal("models write text alone here", (0,)),
-    "height": fields.Refusal("models write text alone here", (0,)),
-    "steps": fields.Refusal("models write text alone here", (0,)),
+    "width": fields.Refusal("models generate text only", (0,)),
+    "height": fields.Refusal("models generate text only", (0,)),
+    "steps": fields.Refusal("models generate text only", (0,)),
 }
 
 
@@ -347,7 +347,7 @@ class GenerateRequest(_Generating):
     def _in_messages(cls, value: list[str] | None, info: Any) -> list[str] | None:
         if value and (info.data.get("raw") or info.data.get("suffix") or info.data.get("context")):
             raise fields.invalid(
-                "", "have no place beside raw, suffix or context: the model's template says where they stand"
+                "", "cannot be combined with raw, suffix or context: only the model's template can place them"
             )
         return value
 
@@ -355,14 +355,14 @@ class GenerateRequest(_Generating):
     @classmethod
     def _alone(cls, value: str | None, info: Any) -> str | None:
         if value and info.data.get("system"):
-            raise fields.invalid("", "has no place beside system: a gap is filled without messages")
+            raise fields.invalid("", "cannot be combined with system: a gap is filled without messages")
         return value
 
     @field_validator("context")
     @classmethod
     def _of_texts(cls, value: list[int] | None, info: Any) -> list[int] | None:
         if value and info.data.get("suffix"):
-            raise fields.invalid("", "has no place beside suffix: a gap is filled without an earlier answer")
+            raise fields.invalid("", "cannot be combined with suffix: a gap is filled without an earlier answer")
         return value
 
     @property

@@ -41,7 +41,7 @@ class _OrText:
 
 def _text_modality(value: Any) -> Any:
     if value is not None and value != ["text"]:
-        raise unsupported("", 'the server makes text only, so it can only be ["text"]')
+        raise unsupported("", 'the server generates text only, so it can only be ["text"]')
     return value
 
 
@@ -104,13 +104,15 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     @model_validator(mode="after")
     def _chat_rules(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise invalid("max_tokens", "is the older name of max_completion_tokens; give one, or both alike")
+            raise invalid(
+                "max_tokens", "is the older name of max_completion_tokens; give only one of them, or the same value"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs: true")
         if self.add_generation_prompt and self.continue_final_message:
             raise invalid("continue_final_message", "and add_generation_prompt exclude each other")
         if self.echo and not isinstance(self.messages[-1], AssistantMessage):
-            raise invalid("echo", "repeats a last message of role assistant, and there is none")
+            raise invalid("echo", "needs a last message of role assistant, which it repeats")
         check_history(self.messages)
         self.template_kwargs()
         self.tool_use()

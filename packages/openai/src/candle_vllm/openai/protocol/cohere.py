@@ -41,8 +41,8 @@ class CohereEmbedRequest(PoolingFields):
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         **{name: refusal for name, refusal in POOLING_REFUSED_FIELDS.items() if name != "truncate"},
         "images": Refusal("the server takes text only", ([],)),
-        "inputs": Refusal("send the texts as texts", ([],)),
-        "max_tokens": Refusal("texts are cut at the model's longest"),
+        "inputs": Refusal("send the texts in texts", ([],)),
+        "max_tokens": Refusal("texts are truncated at the model's longest input only"),
     }
 
     texts: Annotated[list[Words], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]

@@ -88,11 +88,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
     @model_validator(mode="after")
     def _one_pooling(self) -> Self:
         if self.return_multivector is not None and (self.pooling or self.embedding_type):
-            raise invalid("return_multivector", "and pooling say the same: send one of them")
+            raise invalid("return_multivector", "and pooling set the same option: send one of them")
         if self.normalized is not None and self.normalize not in (None, self.normalized):
             raise invalid("normalized", "and normalize are two names of one field and must be equal")
         if self.truncate and self.truncate_prompt_tokens is not None:
-            raise invalid("truncate", "and truncate_prompt_tokens say the same: send one of them")
+            raise invalid("truncate", "and truncate_prompt_tokens set the same option: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
             raise invalid("embedding_type", "and pooling are two names of one field and must be equal")
         return self

@@ -72,17 +72,17 @@ class Refusal(NamedTuple):
 
 _OLD_FUNCTIONS = "OpenAI replaced it by tools and tool_choice"
 _ONE_BACKEND = "there is one backend for structured output; use structured_outputs"
-_INTERNAL = "it belongs to another server's internals"
-_PREPARED = "images are read as they are, and prepared as the model's files say"
-_ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
-_ONE_ORDER = "samplers have one order"
-_NO_SAMPLER = "there is no such sampler"
-_NEVER_CUT = "prompts are cut where truncate_prompt_tokens says so"
-_CACHED = "what prompts begin with is always cached"
+_INTERNAL = "it is an internal field of another server"
+_PREPARED = "images are preprocessed as the model's files define"
+_ALWAYS_APART = "reasoning is always separate from the answer; include_reasoning: false leaves it out"
+_ONE_ORDER = "samplers have a fixed order"
+_NO_SAMPLER = "this sampler is not implemented"
+_NEVER_CUT = "prompts are truncated by truncate_prompt_tokens"
+_CACHED = "prompt prefixes are always cached"
 _NO_SLOTS = "requests share the cache and have no slots"
 _CHAT_ONLY = "it belongs to chat requests"
 
-_BEAMS = "the server samples; LLM.beam_search of the library searches"
+_BEAMS = "the server has no beam search; use LLM.beam_search of the library"
 _MEASURED = "the number of draft tokens follows from earlier acceptance; num_speculative_tokens bounds it"
 
 DRAFT_FIELDS: Mapping[str, Refusal] = {
@@ -109,8 +109,8 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "separate_reasoning": Refusal(_ALWAYS_APART, (True,)),
     "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,), idle=True),
     "audio": Refusal("audio output is not implemented"),
-    "web_search_options": Refusal("the server searches no web"),
-    "moderation": Refusal("the server moderates nothing"),
+    "web_search_options": Refusal("web search is not implemented"),
+    "moderation": Refusal("moderation is not implemented"),
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
     "use_beam_search": Refusal(_BEAMS, (False,)),
     "length_penalty": Refusal(_BEAMS, (1, 1.0)),
@@ -130,11 +130,11 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "media_io_kwargs": Refusal(_PREPARED, ({},)),
     "return_mm_kwargs": Refusal(_PREPARED, (True,), idle=True),
     "prompt_embeds": Refusal("prompts are texts or token ids"),
-    "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,), idle=True),
+    "spaces_between_special_tokens": Refusal("the tokenizer decides about spaces", (True,), idle=True),
     "return_token_offsets": Refusal("use return_token_ids", (False,)),
     "return_prompt_text": Refusal("use return_token_ids, which has the prompt's tokens", (False,)),
-    "stream_interval": Refusal("every piece is sent as soon as it is there", (1,), idle=True),
-    "logits_processors": Refusal("a request cannot bring code", ([],)),
+    "stream_interval": Refusal("every delta is sent as soon as it is generated", (1,), idle=True),
+    "logits_processors": Refusal("requests cannot contain code", ([],)),
     "kv_transfer_params": Refusal(_INTERNAL, ({},)),
     "ec_transfer_params": Refusal(_INTERNAL, ({},)),
     "routed_experts_prompt_start": Refusal(_INTERNAL, (0,), idle=True),
@@ -146,12 +146,12 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "n_keep": Refusal(_NEVER_CUT, (0,), idle=True),
     "n_discard": Refusal(_NEVER_CUT, (0,), idle=True),
     "t_max_predict_ms": Refusal(
-        "max_tokens bounds an answer, and the operator its time (--request-timeout)", idle=True
+        "max_tokens limits the answer, and the operator its time (--request-timeout)", idle=True
     ),
-    "parse_tool_calls": Refusal("calls are read wherever a request has tools", (True,), idle=True),
+    "parse_tool_calls": Refusal("tool calls are parsed whenever a request has tools", (True,), idle=True),
     "reasoning_format": Refusal(_ALWAYS_APART, ("auto", "deepseek"), idle=True),
-    "backend_sampling": Refusal("tokens are sampled where the model computes", idle=True),
-    "ttl": Refusal("the operator says how long a model stays loaded (--idle-unload-secs)", idle=True),
+    "backend_sampling": Refusal("the server chooses where tokens are sampled", idle=True),
+    "ttl": Refusal("the operator sets how long a model stays loaded (--idle-unload-secs)", idle=True),
     "draft_model": Refusal("the operator chooses it, --speculative-config", idle=True),
 }
 
@@ -173,14 +173,14 @@ NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from 
 ADVISORY_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
     "safety_identifier": "names the caller's user; the server keeps no per-user state",
-    "metadata": "labels stored answers; nothing is stored",
-    "store": "asks to keep the answer; nothing is stored",
-    "service_tier": "chooses a price; there is one tier",
-    "prompt_cache_key": "routes to a warm cache; there is one prefix cache for all",
-    "prompt_cache_retention": "bounds the cache's life; blocks stay until memory is needed",
+    "metadata": "labels stored answers; answers are not stored",
+    "store": "asks to store the answer; answers are not stored",
+    "service_tier": "chooses a service tier; there is only one",
+    "prompt_cache_key": "routes to a server with a warm cache; there is one prefix cache",
+    "prompt_cache_retention": "sets how long the cache is kept; blocks are kept until memory is needed",
     "prompt_cache_options": "sets cache breakpoints; every full block of every prompt is cached",
     "session_id": "routes related requests to one server; there is one",
-    "verbosity": "a hint that open models are not trained on",
+    "verbosity": "is a hint that open models were not trained on",
 }
 
 
@@ -244,7 +244,7 @@ class WireModel(BaseModel):
             if refusal is None:
                 if not unknown_fields_pass():
                     raise rule_error("unknown_field", str(name), cls._suggestion(str(name)))
-                remark([f"the field {str(name)[:_MAX_FIELD]!r} has no effect: nobody knows it"])
+                remark([f"the field {str(name)[:_MAX_FIELD]!r} is unknown and has no effect"])
             elif not refusal.accepts(data[name]):
                 if not refusal.idle:
                     raise unsupported(name, refusal.reason)
@@ -275,9 +275,9 @@ class WireModel(BaseModel):
 _NAMES_HERE = {"num_predict": "max_tokens", "max_new_tokens": "max_tokens",
                "temp": "temperature"}  # fmt: skip
 _OF_THE_OPERATOR = {
-    "options": "its values stand in the request itself, num_predict as max_tokens",
-    "num_ctx": "the context is the operator's, --max-model-len",
-    "n_ctx": "the context is the operator's, --max-model-len",
+    "options": "put its values into the request itself, num_predict as max_tokens",
+    "num_ctx": "the operator sets the context with --max-model-len",
+    "n_ctx": "the operator sets the context with --max-model-len",
 }
 """Fields of llama.cpp, Ollama and transformers, and where they are set here."""
 

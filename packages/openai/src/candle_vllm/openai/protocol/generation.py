@@ -136,7 +136,7 @@ class SamplerFields(fields.WireModel):
             if data.get(other) is None:
                 continue
             if renamed.setdefault(name, data[other]) != data[other]:
-                raise fields.invalid(other, f"and {name} are the same; give one of them")
+                raise fields.invalid(other, f"and {name} are the same field; give one of them")
         return renamed
 
     @field_validator("dry_sequence_breakers", mode="before")
@@ -265,7 +265,9 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
         if self.stream_options is not None and not self.stream:
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
-            raise fields.unsupported("prompt_logprobs", "a stream has no place for them; ask without stream")
+            raise fields.unsupported(
+                "prompt_logprobs", "they are not part of a stream; send the request without stream"
+            )
         given = getattr(self, "logprobs", None)  # a number, also 0, for completions; a boolean for chat
         if self.logprob_token_ids and (given is None or given is False):
             raise fields.invalid("logprob_token_ids", "needs logprobs")

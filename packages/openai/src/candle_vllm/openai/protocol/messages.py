@@ -33,7 +33,7 @@ class TextPart(WireModel):
         """Raise an error that names the part's type, if the server cannot read such parts."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
+            raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
 
 
 class ImageUrl(WireModel):
@@ -265,7 +265,10 @@ def check_history(messages: Sequence[Message]) -> None:
         here = f"messages.{index}"
         if isinstance(message, ToolMessage):
             if message.tool_call_id not in pending:
-                raise invalid(f"{here}.tool_call_id", f"{message.tool_call_id!r:.80} is not an open tool call's id")
+                raise invalid(
+                    f"{here}.tool_call_id",
+                    f"{message.tool_call_id!r:.80} is not the id of a tool call without a result",
+                )
             del pending[message.tool_call_id]
             continue
         _all_answered(pending, f"{here}.role")

@@ -24,14 +24,14 @@ POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "truncate_prompt_tokens": Refusal(_NEVER_CUT),
     "truncation_side": Refusal(_NEVER_CUT),
     "truncate": Refusal(_NEVER_CUT, (False, "NONE")),
-    "late_chunking": Refusal("each text gets one vector of its own", (False,)),
+    "late_chunking": Refusal("each text has one vector of its own", (False,)),
     "softmax": Refusal(_ACTIVATION, (True,)),
     "activation": Refusal(_ACTIVATION, (True,)),
     "use_activation": Refusal(_ACTIVATION, (True,)),
     "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
     "messages": Refusal("send the conversation's text as input"),
     "chat_template": Refusal("texts are not rendered by a template"),
-    "additional_data": Refusal("no plug-in reads it"),
+    "additional_data": Refusal("there are no plug-ins that read it"),
     "instruction": Refusal("put the instruction into the text, as the model card shows"),
 }
 

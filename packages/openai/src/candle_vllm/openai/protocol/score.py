@@ -46,11 +46,15 @@ class ScoreRequest(PoolingFields):
         given = {name for side in _SIDES for name in side if getattr(self, name) is not None}
         if not any(given == set(side) for side in _SIDES):
             ways = ", or ".join(" and ".join(side) for side in _SIDES)
-            raise invalid(min(given) if given else "text_1", f"is one side of pairs, which are given as {ways}")
+            raise invalid(
+                min(given) if given else "text_1", f"is only one side of the pairs, which are given as {ways}"
+            )
         left, right = self._lists()
         if len(left) not in (1, len(right)):
             raise invalid(
-                self._names()[0], f"has {len(left)} texts and {self._names()[1]} {len(right)}: one, or as many, can be"
+                self._names()[0],
+                f"has {len(left)} texts and {self._names()[1]} has {len(right)}: give one text, or as many on both "
+                "sides",
             )
         return self
 

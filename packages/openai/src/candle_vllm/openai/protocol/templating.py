@@ -117,7 +117,7 @@ class TemplateFields(WireModel):
         if names:
             return ThinkingLimit(given[names[0]], self.reasoning_budget_message)
         if self.reasoning_budget_message is not None:
-            raise invalid("reasoning_budget_message", "needs thinking_token_budget, which it speaks of")
+            raise invalid("reasoning_budget_message", "needs thinking_token_budget")
         return None
 
 

@@ -16,7 +16,7 @@ from candle_vllm.openai.protocol.tools import AnyTool
 
 MAX_DETOKENIZED = 1 << 19  # token ids of one request
 
-_PREPARED = Refusal("images are read as they are, and prepared as the model's files say", ({},))
+_PREPARED = Refusal("images are preprocessed as the model's files define", ({},))
 
 
 class TokenizeTextRequest(WireModel):
@@ -72,7 +72,7 @@ class TokenizeContentRequest(WireModel):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "parse_special": Refusal("the name of a special token is that token wherever it stands", (True,)),
+        "parse_special": Refusal("names of special tokens are always read as these tokens", (True,)),
     }
 
     model: ModelName | None = None

@@ -119,7 +119,7 @@ class Tool(fields.WireModel):
         """Raise an error for another type of tool, or for a tool in the flat form of `/v1/responses`."""
         kind = data.get("type", "function")
         if isinstance(kind, str) and kind != "function":
-            raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function'")
+            raise fields.unsupported("type", f"{kind!r:.60} tools are not supported, only 'function'")
         if "function" not in data and "name" in data:
             raise fields.invalid("function", "is required: put name, description, parameters and strict into it")
 
@@ -144,7 +144,7 @@ class Tool(fields.WireModel):
 def _served_tool(value: Any) -> Any:
     kind = type_of(value)
     if isinstance(kind, str) and kind not in ("function", "custom"):
-        raise fields.unsupported("type", f"{kind!r:.60} tools are not served, only 'function' and 'custom'")
+        raise fields.unsupported("type", f"{kind!r:.60} tools are not supported, only 'function' and 'custom'")
     return value
 
 
@@ -280,7 +280,7 @@ def _known(
 def unknown_tool(name: str, known: Collection[str]) -> str:
     """Return the message for a choice of a tool that is not in `known`."""
     if not known:
-        return f"must name one of the tools of that type, but the request has no such tool; it names {name!r}"
+        return f"must name a tool of that type, and the request has no such tool: {name!r}"
     near = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(known))!r}"
     return f"must name one of the {len(known)} tools, not {name!r}; {advice}"

@@ -105,11 +105,14 @@ class Background:
         """
         entry = await self._store.get(owner, response_id)
         if not entry.about["background"]:
-            raise InvalidParameterError("stream is for responses that were made with background: true", "stream")
+            raise InvalidParameterError(
+                "stream is only for responses that were created with background: true", "stream"
+            )
         events = self.events(owner, response_id)
         if events is None:
             raise InvalidParameterError(
-                f"stream: the events of this response are not held any more; it is {entry.status}, ask without stream",
+                f"stream: the events of this response are no longer stored; its status is {entry.status}: retrieve it "
+                "without stream",
                 "stream",
             )
         events.check(after)
@@ -122,8 +125,8 @@ class Background:
         """
         if not (await self._store.get(owner, response_id)).about["background"]:
             raise InvalidParameterError(
-                "Only responses that were made with background: true can be cancelled; close the connection to end "
-                "another.",
+                "Only responses that were created with background: true can be cancelled; close the connection to "
+                "cancel others.",
                 "response_id",
             )
         cancelled = await self._store.cancel(owner, response_id)
@@ -163,8 +166,9 @@ class Background:
         own = sum(1 for name in self._running if name[0] == owner)
         if self._closed or len(self._running) >= self._max_running or own >= max(1, self._max_running // 2):
             raise EngineOverloadedError(
-                f"{own} responses of this key run in the background, {len(self._running)} of all: at most "
-                f"{max(1, self._max_running // 2)} of a key and {self._max_running} of all may. Try again later."
+                f"{own} background responses of this key are running, and {len(self._running)} in all; at most "
+                f"{max(1, self._max_running // 2)} of one key and {self._max_running} in all are allowed. Try again "
+                "later."
             )
 
     async def _take(self, run: _Run, event: StreamEvent) -> None:
@@ -191,7 +195,7 @@ class Background:
         except StoreUnavailableError as error:
             if finished:
                 raise
-            logger.warning("how far a response is could not be stored: %s", error.__cause__ or error)
+            logger.warning("the progress of a response could not be stored: %s", error.__cause__ or error)
 
     async def _end(self, run: _Run, failure: Failure | None) -> None:
         try:

@@ -74,7 +74,7 @@ class CallResults:
         open_calls = set() if last is None else {call.id for call in last.calls}
         for call_id, path in self.approved.items():
             if call_id not in open_calls:
-                _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
+                _refuse(path, "approves a call that other messages follow: send them after the call has run")
 
     def take(self, call_id: str) -> tuple[Part, ...] | None:
         """Return the result of a call; must be called once for each call, in the calls' order."""
@@ -90,7 +90,7 @@ class CallResults:
 
     def _output(self, item: CallOutputItem, path: str) -> None:
         if item.call_id not in self.call_paths:
-            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} answers no call before it")
+            _refuse(f"{path}.call_id", f"{item.call_id!r:.80} does not match an earlier call")
         if item.call_id in self.parts:
             _refuse(f"{path}.call_id", f"{item.call_id!r:.80} has an output already")
         self.parts[item.call_id] = parts_of(item.output, f"{path}.output")
@@ -111,7 +111,7 @@ class CallResults:
     def _decided(self, item: McpApprovalResponseItem, path: str) -> None:
         request = item.approval_request_id
         if request not in self._requests:
-            _refuse(f"{path}.approval_request_id", f"{request!r:.80} is no mcp_approval_request before it")
+            _refuse(f"{path}.approval_request_id", f"{request!r:.80} is not an earlier mcp_approval_request")
         if request in self.approved or request in self.parts:
             _refuse(f"{path}.approval_request_id", f"{request!r:.80} has been answered already")
         if item.approve:

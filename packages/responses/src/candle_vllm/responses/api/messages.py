@@ -122,7 +122,9 @@ class _Body:
             image = next((n for n, part in enumerate(item.content) if isinstance(part, wire_items.ImagePart)), None)
             if image is not None:
                 field = f"{path}.{image}.type"
-                raise InvalidParameterError(f"{field}: images stand in messages of users and in results", field)
+                raise InvalidParameterError(
+                    f"{field}: images can only be in user messages and in results of calls", field
+                )
         if item.role == "assistant":
             self._open(path, after_results=True).texts.append(text)
             return
@@ -204,7 +206,7 @@ def _thoughts(item: wire_items.ReasoningItem) -> str:
 def _summary(item: wire_items.CompactionItem, path: str) -> str:
     if not item.encrypted_content.startswith(_ENCODED):
         field = f"{path}.encrypted_content"
-        message = f"{field} is no compaction that a server of this kind made; leave the item out"
+        message = f"{field} is not a compaction that this server created; leave the item out"
         raise InvalidParameterError(message, field)
     return _decoded(item.encrypted_content)
 

@@ -69,14 +69,14 @@ class Chunks(Generic[T]):
         Raises InvalidParameterError with `param` starting_after.
         """
         if after >= self.next_number:
-            last = f"the last one so far is {self.next_number - 1}" if self.next_number else "there is no event so far"
+            last = f"the last one so far is {self.next_number - 1}" if self.next_number else "no event was sent yet"
             raise InvalidParameterError(
                 f"starting_after must be the number of an event, not {after}; {last}", "starting_after"
             )
         first = self.next_number - len(self._chunks)
         if after + 1 < first:
             raise InvalidParameterError(
-                f"starting_after must be at least {first - 1}, not {after}: earlier events are not held any more",
+                f"starting_after must be at least {first - 1}, not {after}: earlier events are no longer stored",
                 "starting_after",
             )
 

@@ -135,7 +135,7 @@ class Responder:
         parsed = request if isinstance(request, ResponsesRequest) else parse_responses_request(request)
         stored = self._is_stored(parsed)
         if parsed.background and not at_once:
-            message = "background is not supported: nobody here works on responses without their client"
+            message = "background is not supported: only the server runs responses in the background"
             raise UnsupportedParameterError(message, "background")
         self._task_maker.check_servers(parsed)
         late = at_once and (parsed.conversation_id is not None or has_servers(parsed))

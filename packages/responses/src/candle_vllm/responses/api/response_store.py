@@ -165,8 +165,8 @@ class ResponseStore:
             )
         if len(chain) > most or sum(each.size for each in chain) > most_size:
             raise stored.StoreLimitError(
-                f"The responses before this one are too long: at most {most} of them and {most_size} bytes may follow "
-                "each other. Begin anew with a summary.",
+                f"The chain of previous responses is too long: at most {most} responses and {most_size} bytes are "
+                "allowed. Start a new chain with a summary.",
                 _PREVIOUS,
             )
         if missing:

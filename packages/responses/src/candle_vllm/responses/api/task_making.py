@@ -306,8 +306,8 @@ def _check_length(request: PromptFields, count: int) -> None:
         field = "conversation" if request.conversation is not None else "input"
         field = "previous_response_id" if request.previous_response_id is not None else field
         raise InvalidParameterError(
-            f"{field}: with it the model would be shown {count} messages, and at most {MAX_MESSAGES} are possible; "
-            "leave the oldest out by truncation: auto, or begin anew with a summary",
+            f"{field}: the conversation would have {count} messages, and at most {MAX_MESSAGES} are allowed; drop the "
+            "oldest with truncation: auto, or start a new conversation with a summary",
             field,
         )
 
@@ -320,7 +320,7 @@ def _check_agreements(plan: ToolPlan, made: Translated) -> None:
     for call_id, path in made.approved.items():
         if names[call_id] not in plan.by_name:
             raise InvalidParameterError(
-                f"{path} agrees to a call of {names[call_id]!r:.80}, and this request has no such tool: name its "
+                f"{path} approves a call of {names[call_id]!r:.80}, and this request has no such tool: name its "
                 "server among the tools as before",
                 path,
             )

@@ -19,7 +19,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 ChatMessage = dict[str, Any]
 
 _UNSAID = {  # fields of a task that a chat request cannot express: their names in the API, and why
-    "prompts": ("prompt", "a chat request has messages, and no prompts that are continued as they are"),
+    "prompts": ("prompt", "a chat request has messages, not a prompt that is continued as it is"),
     "tell_ids": ("return_token_ids", "its answer is read as text"),
     "tell_counts": ("stream_options", "the tokens of its answer are counted at the end"),
 }
@@ -94,9 +94,9 @@ def chat_request(task: Task) -> dict[str, Any]:
     """
     for name, (param, reason) in _UNSAID.items():
         if getattr(task, name):
-            raise UnsupportedParameterError(f"{param} cannot be asked of another server: {reason}", param)
+            raise UnsupportedParameterError(f"{param} is not supported with another server: {reason}", param)
     if task.echo and task.echo != text_of(task.messages[-1]):
-        message = "echo cannot be asked of another server: it is not the text of the last message"
+        message = "echo is not supported with another server, unless it is the text of the last message"
         raise UnsupportedParameterError(message, "echo")
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)

@@ -218,7 +218,7 @@ class HttpModel:
 
     def _check_open(self) -> None:
         if self._client.is_closed:
-            raise ModelServerError(f"the connection to {self._server} was closed by this program: open a new one")
+            raise ModelServerError(f"the connection to {self._server} was closed by this program: create a new one")
 
     async def _events(self, response: httpx2.Response) -> AsyncGenerator[Event]:
         reader, done = ChunkReader(), False
@@ -235,7 +235,9 @@ class HttpModel:
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
         if not (done or reader.finished):
-            raise ModelServerError(f"{self._server} ended its answer in the middle", response.status_code)
+            raise ModelServerError(
+                f"{self._server} closed the connection before its answer was complete", response.status_code
+            )
         for event in reader.end():
             yield event
 

@@ -50,8 +50,8 @@ class Decisions(NamedTuple):
             unknown = sorted(set(ids) - known)
             if unknown:
                 raise InvalidParameterError(
-                    f"{name} has {unknown[0]!r:.80}, which is no call without a result of the last assistant message; "
-                    f"those are: {', '.join(sorted(known)) or 'none'}",
+                    f"{name} has {unknown[0]!r:.80}, which is not a call of the last assistant message that has no "
+                    f"result yet; these are: {', '.join(sorted(known)) or 'none'}",
                     name,
                 )
         both = set(self.approved) & set(self.denied)

@@ -188,7 +188,7 @@ def _sections(content: Any) -> tuple[dict[str, McpInput], list[tuple[str, Any]]]
             servers = {key: value for key, value in content.items() if key != "$schema"}
     entries = list(_entries(servers))
     if len(entries) > MAX_SERVERS:
-        raise ConfigError(f"{len(entries)} servers, and {MAX_SERVERS} are allowed", "servers")
+        raise ConfigError(f"{len(entries)} servers; at most {MAX_SERVERS} are allowed", "servers")
     return inputs, entries
 
 
@@ -196,13 +196,12 @@ def _entries(servers: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(servers, dict):
         if any(key in FIELD_OF and not isinstance(value, dict) for key, value in servers.items()):
             raise ConfigError(
-                'the servers must stand under their names: {"mcpServers": {"my-server": {"command": ...}}}', "servers"
+                'the servers must be keyed by their names: {"mcpServers": {"my-server": {"command": ...}}}',
+                "servers",
             )
         for key, value in servers.items():
             if isinstance(value, dict) and not FIELD_OF.keys() & value and any(map(_is_server, value.values())):
-                raise ConfigError(
-                    f'the key {key!r:.60} is not known, and holds servers: name it "mcpServers"', "servers"
-                )
+                raise ConfigError(f'the unknown key {key!r:.60} contains servers: rename it to "mcpServers"', "servers")
         yield from servers.items()
         return
     if not isinstance(servers, list):

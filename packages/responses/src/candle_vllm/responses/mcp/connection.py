@@ -190,7 +190,7 @@ class McpConnection:
 
     def _doubted(self, certain: bool) -> None:
         if certain:
-            self.end("the server does not know the session any more")
+            self.end("the server no longer knows the session")
         else:
             self.in_doubt = True
             self._wake()

@@ -176,7 +176,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         if self._encoding not in ("", "identity"):
-            raise httpx2.StreamError(f"the reply is compressed ({self._encoding[:20]}), which was not asked for")
+            raise httpx2.StreamError(f"the reply is compressed ({self._encoding[:20]}), which was not requested")
         size = 0
         async for chunk in self._inner:
             size += len(chunk)

@@ -87,7 +87,10 @@ def settings_of(server: str, mapping: Mapping[str, Any], folder: Path | None = N
             spelled[field] = key
             fields[field] = _CONVERSIONS[field](checks, key, value) if field in _CONVERSIONS else value
     if fields.pop("sandbox", False) is not False:
-        checks.fail(spelled["sandbox"], "asks for a sandbox, which there is none of: take the key out to run without")
+        checks.fail(
+            spelled["sandbox"],
+            "asks for a sandbox, which is not supported: remove the key to run the server without one",
+        )
     folder = Path() if folder is None else folder
     if "cwd" in fields:
         fields["cwd"] = folder / fields["cwd"]
@@ -107,7 +110,12 @@ def nearest(name: str, known: Any) -> str:
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
     if isinstance(value, str) and value in _RUNTIMES:  # the Rust candle-vllm writes these values
-        logger.warning("MCP server %.100r: %s %r is what runs it, and no transport: stdio", checks.server, key, value)
+        logger.warning(
+            "MCP server %.100r: %s %r is a program that runs the server, not a transport: stdio is used",
+            checks.server,
+            key,
+            value,
+        )
         return "stdio"
     if not isinstance(value, str) or value not in TRANSPORTS:
         checks.fail(key, f"must be one of {', '.join(TRANSPORTS)}, not {value!r:.40}")

@@ -138,7 +138,7 @@ def _fault(method: str, result: dict[str, Any]) -> str | None:
 
 
 def _mended_tool(tool: Any, note: Callable[[str], object]) -> dict[str, Any] | None:
-    fault = _fault("tools/list", {"tools": [tool]}) if isinstance(tool, dict) else "it is no object"
+    fault = _fault("tools/list", {"tools": [tool]}) if isinstance(tool, dict) else "it is not an object"
     if fault is None:
         return tool
     if isinstance(tool, dict) and isinstance(tool.get("name"), str):
@@ -203,7 +203,7 @@ class WatchedStream:
         if isinstance(item, Exception):
             self._log(f"not a message of the protocol: {str(item)[:300]}")
         if self._rubbish >= MAX_RUBBISH:
-            self._ended(f"the server sent {MAX_RUBBISH} things in a row that are no messages of the protocol")
+            self._ended(f"the server sent {MAX_RUBBISH} consecutive items that are not messages of the protocol")
             raise anyio.EndOfStream
         if isinstance(item, SessionMessage) and isinstance(item.message, JSONRPCResponse):
             mend(item.message.result, self._log)

@@ -24,17 +24,17 @@ Status = Literal["in_progress", "completed", "incomplete", "failed", "calling"]
 ADVISORY_RESPONSES_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
     "safety_identifier": "names the caller's user; the server keeps no per-user state",
-    "prompt_cache_key": "routes to a warm cache; there is one prefix cache for all",
-    "prompt_cache_retention": "bounds the cache's life; blocks stay until memory is needed",
+    "prompt_cache_key": "routes to a server with a warm cache; there is one prefix cache",
+    "prompt_cache_retention": "sets how long the cache is kept; blocks are kept until memory is needed",
     "prompt_cache_options": "sets cache breakpoints; every full block of every prompt is cached",
-    "service_tier": "chooses a price; there is one tier, and answers say `default`",
+    "service_tier": "chooses a service tier; there is only one, and answers say `default`",
     "client_metadata": "labels requests for a client's own records",
-    "access_programs": "chooses among OpenAI's programs; there are none here",
-    "text.verbosity": "a hint that open models are not trained on",
-    "reasoning.summary": "asks for a summary of the thoughts; the thoughts themselves are in the answer",
+    "access_programs": "chooses one of OpenAI's access programs, which this server does not have",
+    "text.verbosity": "is a hint that open models were not trained on",
+    "reasoning.summary": "asks for a summary of the reasoning; the answer has the whole reasoning",
     "reasoning.generate_summary": "the older name of `reasoning.summary`",
-    "reasoning.context": "chooses which thoughts the model sees again; its template decides that",
-    "reasoning.mode": "chooses a price; there is one mode",
+    "reasoning.context": "chooses which reasoning the model gets again; its chat template decides that",
+    "reasoning.mode": "chooses a mode; there is only one",
 }
 
 _HOSTED = "it belongs to OpenAI's own service"
@@ -47,7 +47,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     **DRAFT_FIELDS,
     "prompt": Refusal("the server keeps no prompt templates; put the text into instructions and input"),
     "context_management": Refusal("prompts are never compacted; truncation: auto drops the oldest turns", ([],)),
-    "image": Refusal("images are parts of messages: send input_image", ({},)),
+    "image": Refusal("send images in messages, as input_image", ({},)),
     "messages": Refusal("it belongs to chat requests; use input"),
     "prediction": Refusal("it belongs to chat requests"),
     "max_tokens": Refusal("it belongs to chat requests; use max_output_tokens"),
@@ -56,8 +56,8 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     "reasoning_effort": Refusal("it belongs to chat requests; use reasoning with effort"),
     "logprobs": Refusal("use include with message.output_text.logprobs", (False,)),
     "n": Refusal("there is one answer", (1,)),
-    "modalities": Refusal("the server makes text only", (["text"],)),
-    "generate": Refusal("a request that generates nothing is not served", (True,)),
+    "modalities": Refusal("the server generates text only", (["text"],)),
+    "generate": Refusal("requests that generate nothing are not supported", (True,)),
     "betas": Refusal(_HOSTED, ([],)),
 }
 

@@ -46,7 +46,7 @@ class TextPart(WireModel):
         """Refuse parts that are neither texts nor images; the error names the type."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
+            raise unsupported("type", f"{kind!r} parts are not supported: the server takes text and images")
 
 
 class ImagePart(WireModel):
@@ -149,7 +149,7 @@ class MessageItem(WireModel):
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "tool_calls": Refusal("it belongs to chat requests; calls are items of their own here", ([],)),
-        "name": Refusal("messages have no names here"),
+        "name": Refusal("names of messages are not supported"),
     }
 
 
@@ -338,9 +338,11 @@ def _known_kind(value: Any) -> Any:
         raise invalid("", "must be an object with a type, or a message with role and content")
     kind = value.get("type")
     if isinstance(kind, str) and kind in _HOSTED_CALLS:
-        remark([f"items of the type {kind!r} are not shown to the model: the tool is not here"])
+        remark([f"items of the type {kind!r} have no effect: this server does not have the tool"])
     if isinstance(kind, str) and kind in _HOSTED_ITEMS:
-        raise unsupported("type", f"{kind!r} is an item of a tool or a service that is not here; leave it out")
+        raise unsupported(
+            "type", f"{kind!r} is an item of a tool or a service that this server does not have; leave it out"
+        )
     if kind is not None and (not isinstance(kind, str) or kind not in _KINDS):
         raise invalid("type", f"must be one of {', '.join(_KINDS)}, not {kind!r:.60}")
     return value

@@ -221,8 +221,8 @@ class CompactRequest(fields.WireModel):
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = {
         "image": REFUSED_RESPONSES_FIELDS["image"],
-        "stream": fields.Refusal("a compaction is answered whole", (False,)),
-        "tools": fields.Refusal("a compaction calls nothing", ([],)),
+        "stream": fields.Refusal("a compaction cannot be streamed", (False,)),
+        "tools": fields.Refusal("a compaction calls no tools", ([],)),
     }
 
     model: fields.ModelName

@@ -98,7 +98,7 @@ class Room:
             if not victims:
                 what = f"The {self._place.title} is" if owner is None else f"Your half of the {self._place.title} is"
                 said = (
-                    f"{what} full: {size} bytes do not fit into its {most_size}, and nothing of it can make room now."
+                    f"{what} full: {size} bytes do not fit into its {most_size}, and nothing in it can be deleted now."
                 )
                 if most_size is not None and size > most_size:
                     raise StoreLimitError(f"{said} {bounds.advice}")

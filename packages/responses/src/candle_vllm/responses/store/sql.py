@@ -370,8 +370,8 @@ class SqlBackend:
         most = self._bounds.entry_size
         if most is not None and size - OVERHEAD > most:
             raise StoreLimitError(
-                f"The {kind} has {size - OVERHEAD} bytes with its input, and the store holds at most {most} of one. "
-                "Send less, or ask with store: false.",
+                f"The {kind} has {size - OVERHEAD} bytes with its input, and at most {most} can be stored. Send less, "
+                "or send store: false.",
                 "input",
             )
 

@@ -179,17 +179,19 @@ async def _outcome(checked: Checked, report: Report) -> tuple[ToolStatus, ToolOu
         return "failed", _failure(f"The tool failed ({type(error).__name__:.100}).")
     if not isinstance(output, ToolOutput):
         logger.warning("the tool %s returned a %s in place of a ToolOutput", name, type(output).__name__)
-        return "failed", _failure("The tool failed: what it returned is no tool output.")
+        return "failed", _failure("The tool failed: it did not return a tool output.")
     size = output_size(output)
     if size > MAX_OUTPUT:
-        return "failed", _failure(f"The tool returned {size} characters, and {MAX_OUTPUT} are allowed: ask for less.")
+        return "failed", _failure(
+            f"The tool returned {size} characters, and at most {MAX_OUTPUT} are allowed: ask for less."
+        )
     return ("failed" if output.is_error else "completed"), output
 
 
 def parsed_arguments(text: str) -> dict[str, Any] | str:
     """Return the parsed arguments, or a text that says what is wrong with them; an empty text means an empty object."""
     if len(text) > MAX_ARGUMENTS:
-        return f"The arguments have {len(text)} characters, and {MAX_ARGUMENTS} are allowed."
+        return f"The arguments have {len(text)} characters, and at most {MAX_ARGUMENTS} are allowed."
     if not text.strip():
         return {}
     try:

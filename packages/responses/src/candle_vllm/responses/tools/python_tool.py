@@ -180,5 +180,7 @@ def _output(value: Any) -> tool.ToolOutput:
         structured = to_jsonable_python(value, inf_nan_mode="null")
         text = json.dumps(structured, ensure_ascii=False)
     except (PydanticSerializationError, TypeError, ValueError, RecursionError):
-        raise tool.ToolError(f"The tool failed: it returned a {type(value).__name__:.100}, which is no JSON.") from None
+        raise tool.ToolError(
+            f"The tool failed: it returned a {type(value).__name__:.100}, which is not JSON."
+        ) from None
     return tool.ToolOutput(content=(tool.ContentPart(kind="text", text=text),), structured=structured)

@@ -93,8 +93,8 @@ def _parameters(function: Callable[..., Any], label: str) -> dict[str, inspect.P
     for parameter in parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise InvalidParameterError(
-                f"{label} cannot be a tool: a model gives arguments by name, and {parameter} cannot be given so; use "
-                "parameters with names of their own",
+                f"{label} cannot be a tool: models pass arguments by name, and {parameter} cannot be passed by name; "
+                "use named parameters",
                 "tools",
             )
     return parameters

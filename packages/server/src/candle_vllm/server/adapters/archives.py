@@ -63,7 +63,7 @@ class TarSource(FetchedSource):
         except FileNotFoundError:
             return None
         if not _SUM.fullmatch(told):
-            raise sources.Unavailable(f"the sum of {shown} begins with no SHA-256")
+            raise sources.Unavailable(f"the checksum of {shown} does not begin with a SHA-256")
         if wanted is not None and told != wanted:
             return None
 
@@ -76,9 +76,10 @@ class TarSource(FetchedSource):
                         budget.store(len(piece))
                         stream.write(piece)
             except FileNotFoundError:
-                raise sources.Unavailable(f"{shown} is not there, though its sum is") from None
+                raise sources.Unavailable(f"{shown} does not exist, although its checksum does") from None
             if found.hexdigest() != told:
-                raise sources.Unavailable(f"{shown} is not what its sum says")  # maybe only one of the two is updated
+                # maybe only one of the two is updated
+                raise sources.Unavailable(f"{shown} does not match its checksum")
             base = unpack(archive, folder, budget)
             size = archive.stat().st_size
             archive.unlink()
@@ -127,7 +128,7 @@ def _http(url: str, budget: sources.Budget, most: int) -> Iterator[bytes]:
                 yield piece
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         _ = budget.seconds
-        raise sources.Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
+        raise sources.Unavailable(f"{shown} cannot be downloaded ({type(error).__name__})") from None
 
 
 # ---- unpacking -------------------------------------------------------------------------------------------------------

@@ -98,4 +98,4 @@ def _s3_failures(budget: sources.Budget) -> Iterator[None]:
         yield
     except (BaseError, FileNotFoundError) as error:
         _ = budget.seconds
-        raise sources.Unavailable(f"the bucket cannot be asked ({type(error).__name__})") from None
+        raise sources.Unavailable(f"the bucket cannot be read ({type(error).__name__})") from None

@@ -68,7 +68,7 @@ class FetchedSource:
             here = None if key is None else self._here(key)
             if here is None:
                 raise
-            logger.warning("%s is taken from the cache as it was: %s", here.root, error)
+            logger.warning("%s is used from the cache without an update: %s", here.root, error)
             return here
         if pinned is None:
             return None
@@ -181,7 +181,7 @@ def steadily(pieces: Iterable[bytes]) -> Iterator[bytes]:
     for piece in pieces:
         size += len(piece)
         if time.monotonic() - begun > _BEGINNING + size / _SLOWEST:
-            raise httpx.ReadTimeout(f"less than {_SLOWEST} bytes of it come in a second")
+            raise httpx.ReadTimeout(f"less than {_SLOWEST} bytes of it arrive in a second")
         yield piece
 
 

@@ -82,7 +82,7 @@ class HubSource(FetchedSource):
             return None
         commit = info.sha or ""
         if not (self.takes_all or name.told or self._is_own(repo, name.revision, commit, budget)):
-            logger.info("no adapter %s@%s: the commit is of none of its branches and tags", repo, name.revision)
+            logger.info("no adapter %s@%s: the commit is on none of its branches and tags", repo, name.revision)
             return None
 
         def fill(folder: Path, budget: sources.Budget) -> str | None:
@@ -106,7 +106,7 @@ class HubSource(FetchedSource):
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         if self._settings.offline:
-            raise sources.Unavailable("the hub is not asked (--offline)")
+            raise sources.Unavailable("the hub is not contacted (--offline)")
         at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
         try:
             told, _ = self._told(f"{constants.ENDPOINT}/api/models/{repo}{at}?blobs=true", budget)
@@ -115,7 +115,7 @@ class HubSource(FetchedSource):
             refusal = refused_by_hub(self._settings, repo, error)
             if refusal is None:
                 _ = budget.seconds
-                raise sources.Unavailable(f"the hub cannot be asked for {repo} ({type(error).__name__})") from None
+                raise sources.Unavailable(f"the hub cannot be reached for {repo} ({type(error).__name__})") from None
             logger.info("no adapter %s: %s", repo, refusal)
             return None
 
@@ -149,7 +149,7 @@ class HubSource(FetchedSource):
         except (HTTPError, OSError, ValueError, msgspec.MsgspecError) as error:
             _ = budget.seconds
             raise sources.Unavailable(
-                f"the hub does not say whose {repo}@{commit} is ({type(error).__name__})"
+                f"the hub does not report the branches of {repo}@{commit} ({type(error).__name__})"
             ) from None
         return False
 
@@ -161,7 +161,9 @@ class HubSource(FetchedSource):
                 _ = budget.seconds
                 told += piece
                 if len(told) > _MAX_TOLD:
-                    raise sources.Unavailable(f"the hub says more than {_MAX_TOLD >> 20} MiB of a repository")
+                    raise sources.Unavailable(
+                        f"the hub's answer about a repository has more than {_MAX_TOLD >> 20} MiB"
+                    )
             return bytes(told), answer.links.get("next", {}).get("url", "")
 
     @contextmanager
@@ -180,7 +182,7 @@ class HubSource(FetchedSource):
             # With the response itself, hf_raise_for_status would read the whole body of an error, which is not needed.
             hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
             if answer.headers.get("content-encoding", "identity") != "identity":
-                raise sources.Unavailable("the hub sends what nobody asked for: it is compressed")
+                raise sources.Unavailable("the hub's response is compressed, which was not requested")
             yield answer
 
     def _get(self, repo: str, commit: str, file: _File, path: Path, budget: sources.Budget) -> None:
@@ -196,9 +198,11 @@ class HubSource(FetchedSource):
                         taking.write(piece)
             except (HTTPError, OSError) as error:
                 _ = budget.seconds
-                raise sources.Unavailable(f"{file.rfilename} of {repo} did not come ({type(error).__name__})") from None
+                raise sources.Unavailable(
+                    f"{file.rfilename} of {repo} could not be downloaded ({type(error).__name__})"
+                ) from None
         if file.size not in (None, path.stat().st_size) or (file.lfs is not None and sum_of(path) != file.lfs.sha256):
-            raise sources.Unavailable(f"{file.rfilename} of {repo} is not what the hub has")
+            raise sources.Unavailable(f"{file.rfilename} of {repo} does not match the hub's checksum")
 
 
 class _Sum(msgspec.Struct):

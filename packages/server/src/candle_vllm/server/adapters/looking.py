@@ -102,7 +102,7 @@ class Lookout:
             try:
                 found = await self._ask(place, read)
             except Refused as error:
-                logger.info("the adapter %s of %s is not taken: %s", read, source.kind, error)
+                logger.info("the adapter %s of %s is refused: %s", read, source.kind, error)
                 message = f"The adapter {str(read)!r} cannot be used here: {error}."
                 raise HttpError(400, message, "adapter_refused", param="model") from None
             except Unavailable:
@@ -113,10 +113,12 @@ class Lookout:
                 if found is not None:
                     return source, found
         if crowded:
-            raise HttpError(503, "Too many adapters are looked for.", "overloaded", {"retry-after": "5"})
+            raise HttpError(
+                503, "Too many searches for adapters are running. Try again later.", "overloaded", {"retry-after": "5"}
+            )
         if not fault:
             return None
-        message = f"The adapter {str(read)!r} cannot be had at the moment; the server's log says why."
+        message = f"The adapter {str(read)!r} cannot be fetched at the moment; the server's log has the reason."
         raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
 
     async def _ask(self, place: _Place, read: AdapterName) -> Found | None:
@@ -137,7 +139,7 @@ class Lookout:
             outcome, seconds, error = "refused", _MISSING_SECONDS, failure
             if isinstance(failure, Unavailable):
                 outcome, seconds = "failed", _FAULT_SECONDS
-                logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
+                logger.warning("the adapter %s cannot be fetched from %s: %s", read, source.kind, failure)
             raise
         else:
             if found is None:

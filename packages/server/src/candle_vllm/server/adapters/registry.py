@@ -183,13 +183,13 @@ class Adapters:
         """Return text for an error message: some adapter names, and the most similar name."""
         known = self.all()
         if not known:
-            return "No adapters are known."
+            return "This server has no adapters."
         first, text = name[:1].lower(), name.lower()
         likely = (each for each in known if each.name[:1].lower() == first or text in each.name.lower())
         shown = ", ".join(each.called(each.base) for each in known[:_LISTED]) + (
             ", ..." if len(known) > _LISTED else ""
         )
-        return f"Adapters are: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
+        return f"Known adapters: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
         """Split `base:name` if a model with adapters is called `base`; otherwise the base is None."""
@@ -329,13 +329,13 @@ class Adapters:
         """
         for entry in catalogue.entries:
             if not entry.settings.enable_lora and (entry.settings.lora_modules or entry.settings.lora_warmup):
-                raise UsageError(f"the model {entry.name!r:.200} is given adapters, which need --enable-lora")
+                raise UsageError(f"the model {entry.name!r:.200} has adapters, which need --enable-lora")
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
-            raise UsageError("--lora-resolver has adapters for models with --enable-lora, and there is none")
+            raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")
         given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
         for spec in (spec for specs in given.values() for spec in specs):
             if catalogue.has(spec.name):
-                raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} is called as a model is")
+                raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} has the name of a model")
         self._catalogue = catalogue
         entries = {entry.name: entry for entry in catalogue.entries}
         for key, each in list(self._known.items()):
@@ -407,6 +407,6 @@ class BaseAdapters:
             return [(each.request, scale) for each, scale in self._adapters.mix(self._base, scales)]
         if scales is not None:
             raise InvalidParameterError(
-                f"lora: model {name!r:.200} names an adapter, and lora adds others: name the model itself", "lora"
+                f"lora: model {name!r:.200} is an adapter, and lora would add others: name the base model", "lora"
             )
         return [(found.request, 1.0)]

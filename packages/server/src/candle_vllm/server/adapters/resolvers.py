@@ -39,9 +39,8 @@ def open_adapters(settings: AdapterOptions, access: AccessOptions, looked: Calla
     sources = [read_source(spec, settings, cache, limits) for spec in settings.lora_resolver]
     if any(isinstance(source, HubSource) and source.takes_all for source in sources) and not access.is_guarded:
         raise UsageError(
-            "--lora-resolver hf lets clients fetch every repository, and everybody who reaches "
-            f"{access.host} may be one: say whose (hf=org/*), give the server keys (--api-key), or let it listen at "
-            "127.0.0.1"
+            "--lora-resolver hf lets everybody who reaches {access.host} download any repository: restrict it "
+            "(hf=org/*), set --api-key, or listen at 127.0.0.1"
         )
     cache.clear_left()
     return Adapters(sources, cache, looked)
@@ -72,6 +71,5 @@ def read_source(spec: str, settings: HubOptions, cache: DiskCache, limits: Limit
     if kind == "tar" and is_template(place):
         return TarSource(place, cache, limits)
     raise UsageError(
-        f"--lora-resolver {shown!r:.200} is none of local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER and "
-        "tar=https://HOST/{name}.tar.gz"
+        "--lora-resolver must be local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz"
     )

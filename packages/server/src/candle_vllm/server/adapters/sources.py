@@ -189,7 +189,9 @@ def check_base(base: str | None, limits: Limits) -> None:
     """Raise `Refused` for an adapter whose base model is not allowed."""
     if limits.bases and not any(fnmatchcase(base or "", pattern) for pattern in limits.bases):
         named = "no base" if base is None else f"{base!r:.100}"
-        raise Refused(f"{CONFIG} names {named}, and this server takes adapters of {', '.join(limits.bases)}")
+        raise Refused(
+            f"{CONFIG} names the base model {named}, and this server accepts adapters of {', '.join(limits.bases)} only"
+        )
 
 
 class LocalSource:

@@ -110,7 +110,9 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     unknown = next((key for key in value if key not in _FIELDS), None)
     if unknown is not None:
         raise LineError(
-            f"{unknown!r:.80} is no field of a line: {', '.join(sorted(_FIELDS))}.", "invalid_request", name
+            f"{unknown!r:.80} is not a field of a line; the fields are: {', '.join(sorted(_FIELDS))}.",
+            "invalid_request",
+            name,
         )
     if value.get("method") != "POST":
         raise LineError(f"method must be POST, not {value.get('method')!r:.60}.", "invalid_method", name)

@@ -79,7 +79,9 @@ class BatchRun:
         renewing = asyncio.create_task(self._renew_lease())
         try:
             if caller is None:
-                await self._fail([BatchError(code="invalid_api_key", message="Its API key is none of this server's.")])
+                await self._fail(
+                    [BatchError(code="invalid_api_key", message="Its API key is no longer a key of this server.")]
+                )
                 return
             try:
                 given = Held(owner, self.record.batch.input_file_id, self.held.id)
@@ -89,7 +91,7 @@ class BatchRun:
                 await self._answer(application, caller, places, width)
                 await self._end()
             except NotStoredError:
-                message = "The input file is not there any more."
+                message = "The input file no longer exists."
                 await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
             except StoreLimitError as error:
                 await self._fail([BatchError(code="store_limit", message=str(error))])
@@ -111,7 +113,7 @@ class BatchRun:
     async def fail_for_good(self) -> None:
         """Mark the batch as failed, because it would fail again."""
         with contextlib.suppress(CandleVllmError, AssertionError):
-            await self._fail([BatchError(code="server_error", message="The server failed; its log says why.")])
+            await self._fail([BatchError(code="server_error", message="The server failed; its log has the reason.")])
 
     async def _renew_lease(self) -> None:
         """Renew the lease, and watch for a cancellation; stop if another server has taken over the batch."""
@@ -166,7 +168,7 @@ class BatchRun:
         if total > MAX_LINES:
             errors = [BatchError(code="too_many_requests", message=f"A batch has at most {MAX_LINES} lines.")]
         elif not total and not errors:
-            errors = [BatchError(code="empty_file", message="The input file has no line.", param="input_file_id")]
+            errors = [BatchError(code="empty_file", message="The input file has no lines.", param="input_file_id")]
         if errors:
             await self._fail(errors[:MAX_ERRORS])
             return False
@@ -181,7 +183,7 @@ class BatchRun:
                 errors.append(BatchError(code=error.code, message=str(error), line=number))
                 continue
             if name in names:
-                message = f"The custom_id {name!r:.80} stands on an earlier line as well."
+                message = f"The custom_id {name!r:.80} appears on an earlier line as well."
                 errors.append(BatchError(code="duplicate_custom_id", message=message, line=number, param="custom_id"))
             names.add(name)
 

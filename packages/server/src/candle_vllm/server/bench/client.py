@@ -185,7 +185,7 @@ class EventClient(AnswerClient):
         try:
             chunk = json.loads(data)
         except ValueError:
-            self.fail(f"an event is no JSON: {data[:200]!r}")
+            self.fail(f"an event is not JSON: {data[:200]!r}")
             return
         if not isinstance(chunk, dict) or chunk.get("error"):
             self.fail(f"the stream failed: {data[:300].decode('utf-8', 'replace')}")
@@ -201,7 +201,7 @@ class EventClient(AnswerClient):
     def whole(self) -> bool:
         """Whether the response is complete; if the stream ended early, this sets `failure`."""
         if self.failure is None and not self._ended:
-            self.failure = "the stream ended without its end"
+            self.failure = "the stream ended before its last event"
         return self.failure is None
 
 
@@ -223,7 +223,7 @@ class WholeClient(AnswerClient):
         try:
             value = json.loads(b"".join(self._body)) if self.failure is None else None
         except ValueError:
-            self.failure = "the answer is no JSON"
+            self.failure = "the answer is not JSON"
             value = None
         self.usage = (value.get("usage") or {}) if isinstance(value, dict) else {}
         return self.failure is None

@@ -187,7 +187,7 @@ def _lines(path: Path, name: str) -> Iterator[tuple[str, int | None]]:
         try:
             value: Any = json.loads(line)
         except ValueError:
-            raise UsageError(f"{path}, line {number}: it is no JSON") from None
+            raise UsageError(f"{path}, line {number}: it is not JSON") from None
         entry = value if isinstance(value, Mapping) else {}
         if name in _QUESTIONS:
             turns = entry.get("turns", entry.get("messages"))
@@ -244,7 +244,7 @@ class ServerWords:
         self._model = model
         ids = self.encode("To be counted.")
         if not ids or not self.decode(ids):
-            raise CandleVllmError("the server's /tokenize counts nothing")
+            raise CandleVllmError("the server's /tokenize returns no count")
         # The server does not report its vocabulary; tokens of plain text represent it.
         self._known = sorted({token for line in (*_LINES, _PREFACE) for token in self.encode(line)})
 

@@ -135,7 +135,7 @@ def bench_serve(
     base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
     rate, ramp = read_rate(request_rate), read_ramp(ramp_up_strategy, ramp_up_start_rps, ramp_up_end_rps)
     if ramp is not None and math.isfinite(rate):
-        raise UsageError("--request-rate is one rate and --ramp-up-strategy many: leave one of them out")
+        raise UsageError("--request-rate sets one rate and --ramp-up-strategy several: leave one of them out")
     metrics = read_metrics(percentile_metrics or ("e2el" if backend == "openai-embeddings" else "ttft,tpot,itl"))
     percentiles, goals = read_percentiles(metric_percentiles), read_goals(goodput)
     headers = _headers(api_key, header)
@@ -262,7 +262,9 @@ def _counted(each: Seen, words: Sequence[Words]) -> Seen:
     if each.output_len or not each.text or each.error:
         return each
     if not words:
-        raise CandleVllmError("the server tells no usage, and nobody can count: name a tokenizer with --tokenizer")
+        raise CandleVllmError(
+            "the server reports no usage, so tokens cannot be counted: name a tokenizer with --tokenizer"
+        )
     return Seen(**{**vars(each), "output_len": len(words[0].encode(each.text))})
 
 

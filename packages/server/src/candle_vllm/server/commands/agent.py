@@ -235,9 +235,9 @@ async def _read_console_line(question: str) -> str | None:
 _MOST = 300  # characters of arguments or of a result on one line
 
 _ENDS = {
-    "max_turns": "the model has had all its turns (--max-turns)",
-    "loop": "the model asked for the same again and again",
-    "timeout": "the time was over",
+    "max_turns": "the most turns of the model are reached (--max-turns)",
+    "loop": "the model repeated the same calls",
+    "timeout": "the time limit was reached",
 }
 
 

@@ -62,7 +62,7 @@ def chat(settings: AdapterOptions, system: str | None = None, max_tokens: int | 
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
         read = line_reader(Path.home(), talk.commands)
-        talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
+        talk.say(f"{talk.name}: /help lists the commands; Ctrl+C stops an answer, Ctrl+D ends the chat")
         while (line := read()) is not None and not talk.ends_with(line):
             with keys_unseen():
                 talk.take(line)
@@ -116,7 +116,7 @@ class Chat:
             "/save": _Command(self._save, "FILE", "writes the conversation to a file"),
             "/load": _Command(self._load, "FILE", "continues a conversation from a file"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
-            "/regenerate": _Command(self._regenerate, "", "another answer in the place of the last"),
+            "/regenerate": _Command(self._regenerate, "", "replaces the last answer with a new one"),
             "/exit": _Command(lambda _: None, "", "ends; so do /bye and Ctrl+D"),
         }
 
@@ -174,9 +174,9 @@ class Chat:
         command = self._commands.get(_ALIASES.get(word, word))
         if command is None:
             known = ", ".join(self._commands)
-            raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
+            raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: the commands are {known}")
         if rest.strip() and not command.usage:
-            raise UsageError(f"{word} takes nothing behind it, such as {rest.strip()!r:.60}")
+            raise UsageError(f"{word} takes no argument, but has {rest.strip()!r:.60}")
         command.run(rest.strip())
 
     def _is_image(self, line: str) -> bool:
@@ -289,7 +289,9 @@ class Chat:
             return
         option = _SET.get(name)
         if option is None:
-            raise UsageError(f"/set knows no {name}{nearest(name, (*_SET, 'stop'))}: there are {', '.join(_SET)}, stop")
+            raise UsageError(
+                f"/set has no parameter {name}{nearest(name, (*_SET, 'stop'))}: it has {', '.join(_SET)}, stop"
+            )
         if not text.strip():
             raise UsageError(f"/set {name} needs a value ({option.help}), or default; it is {self._value(name)}")
         value = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
@@ -390,7 +392,7 @@ class Chat:
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         if "image" not in self._engine.model_info.modalities:
-            raise UsageError(f"{self.name} reads text alone")
+            raise UsageError(f"{self.name} takes text only")
         try:
             with path.open("rb") as file:
                 data = file.read(LIMITS.nbytes + 1)
@@ -398,7 +400,7 @@ class Chat:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         picture = decode_picture(data, name=str(path))
         self._images.append(f"data:;base64,{base64.b64encode(data).decode()}")
-        self.say(f"({path.name}, {picture.width} x {picture.height}: it goes with the next message)")
+        self.say(f"({path.name}, {picture.width} x {picture.height}: it is sent with the next message)")
 
     def _save(self, rest: str) -> None:
         path = _path(rest, "/save")
@@ -410,7 +412,7 @@ class Chat:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "wb") as file:
                 file.write(data + b"\n")
         except FileExistsError:
-            raise UsageError(f"{path} exists and is kept: name another file, or /load it first") from None
+            raise UsageError(f"{path} exists and is not replaced: name another file, or /load it first") from None
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from None
         self._own_file = path
@@ -457,7 +459,7 @@ def read_saved(path: Path) -> list[Message]:
     try:
         messages = msgspec.json.decode(data, type=_Saved).messages
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is no conversation of /save: {error}") from None
+        raise UsageError(f"{path} is not a conversation that /save wrote: {error}") from None
     for number, message in enumerate(messages, 1):
         roles = ("user", "assistant") if number > 1 else ("system", "user", "assistant")
         if message.keys() != {"role", "content"} or message["role"] not in roles:
@@ -489,7 +491,7 @@ def _words(text: str, most: int, wanted: str) -> list[str]:
     try:
         words = shlex.split(text)
     except ValueError:
-        raise UsageError(f"{wanted}: a quotation mark or a backslash has no partner") from None
+        raise UsageError(f"{wanted}: a quotation mark is not closed, or a backslash is the last character") from None
     if len(words) > most:
         raise UsageError(f"{wanted}: put a name with blanks between quotation marks")
     return words or [""]

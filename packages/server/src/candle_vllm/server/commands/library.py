@@ -55,7 +55,7 @@ def _pulled(settings: ModelOptions, name: str) -> Local:
     _say(f"{plan.name}: {room}")
     with progress_bar():
         local = fetch(settings, plan)
-    _say(f"{local.name}: is here, and is what the hub has; candle-vllm --m {local.name} serves it")
+    _say(f"{local.name}: is on this machine and is the hub's current version; candle-vllm --m {local.name} serves it")
     return local
 
 
@@ -155,7 +155,7 @@ def ps(settings: ListenerOptions) -> int:
     except (httpx.HTTPError, ValueError) as error:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
     if answer.status_code != 200:
-        raise UsageError(f"the server at {address.url} refuses: {told.get('error')}")
+        raise UsageError(f"the server at {address.url} refused the request: {told.get('error')}")
     rows = [
         (each["name"], size(each["size"]), _where(each), f"{each['context_length']:,}", _until(each["expires_at"]))
         for each in told["models"]

@@ -77,4 +77,4 @@ def _text(file: Path | None) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is no text in UTF-8: {error}") from error
+        raise UsageError(f"{file} is not a text in UTF-8: {error}") from error

@@ -60,5 +60,7 @@ def _scaled(text: str) -> tuple[Path, float]:
     except ValueError:
         number = math.nan
     if not abs(number) <= _MOST:
-        raise UsageError(f"--lora {text:.200}: {scale!r:.40} is no scale; PATH:0.5 takes half of an adapter")
+        raise UsageError(
+            f"--lora {text:.200}: {scale!r:.40} is not a scale; PATH:0.5 merges an adapter with the scale 0.5"
+        )
     return Path(path), number

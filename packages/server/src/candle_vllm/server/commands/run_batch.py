@@ -87,7 +87,7 @@ def _place(text: str) -> Path | httpx.URL:
     try:
         url = httpx.URL(text)
     except httpx.InvalidURL:
-        raise UsageError(f"{without_secrets(text)!r:.200} is no address") from None
+        raise UsageError(f"{without_secrets(text)!r:.200} is not a valid address") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise UsageError(f"{without_secrets(str(url))} is neither a file nor an address of http:// or https://")
     return url
@@ -109,12 +109,12 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
                 )
             if answer.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
                 raise CandleVllmError(
-                    f"{without_secrets(str(url))} is compressed otherwise than by gzip: fetch it and name the file"
+                    f"{without_secrets(str(url))} has a compression other than gzip: download it and name the file"
                 )
             for piece in steadily(answer.iter_bytes()):
                 if file.tell() + len(piece) > MAX_INPUT_MB << 20:
                     raise CandleVllmError(
-                        f"{without_secrets(str(url))} is larger than {MAX_INPUT_MB} MB: fetch it and name the file"
+                        f"{without_secrets(str(url))} is larger than {MAX_INPUT_MB} MB: download it and name the file"
                     )
                 file.write(piece)
     except httpx.HTTPError as error:
@@ -144,7 +144,7 @@ def _send(url: httpx.URL, path: Path) -> None:
         why = f"it answered with {status}"
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             break
-    raise CandleVllmError(f"{without_secrets(str(url))} did not take the answers ({why}): they are in {path}")
+    raise CandleVllmError(f"{without_secrets(str(url))} did not accept the answers ({why}): they are in {path}")
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------

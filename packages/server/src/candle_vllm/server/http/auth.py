@@ -117,9 +117,9 @@ def _refused(key: Key | None, manages: bool) -> str:
     if key is not None and not key.is_valid:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
-        return "This route wants an API key (--api-key): a management key opens operators' routes alone."
+        return "This route wants an API key (--api-key): a management key is for operators' routes only."
     if key is not None:
-        return f"{_called(key)} is no management key of this server: it opens clients' routes alone."
+        return f"{_called(key)} is not a management key of this server: it is for clients' routes only."
     which = "management key" if manages else "key"
     header = "send the header `Authorization: Bearer <key>`"
     return f"Missing or wrong API key: {header} with a {which} of this server."
@@ -193,18 +193,17 @@ class OriginMiddleware:
             return
         if not self._silent:  # logged once: a browser does not show this to its user
             self._silent = True
-            logger.warning("refused a page of %r; --cors-origin allows its origin", (own or given[0])[:100])
+            logger.warning("refused a web page of the origin %r; --cors-origin allows it", (own or given[0])[:100])
         if own:
             text = (
-                f"This server does not know that {own:.100} is its own address, for any page on the web may have a name"
-                f" that leads here. Start it with --cors-origin {own:.100}, open it by the machine's IP address, or"
-                " serve HTTPS."
+                f"{own:.100} is not a known address of this server, which protects itself against DNS rebinding. Start "
+                f"it with --cors-origin {own:.100}, open it by the machine's IP address, or serve HTTPS."
             )
             await PlainTextResponse(text, 403)(scope, receive, send)
             return
         message = (
-            f"Pages of {given[0][:100]!r} may not do this: open the server's own page at the address that it listens"
-            " at, or allow the origin with --cors-origin."
+            f"Web pages of {given[0][:100]!r} may not call this server: open its own page at the address that it "
+            "listens at, or allow the origin with --cors-origin."
         )
         error = HttpError(403, message, "origin_not_allowed", param="Origin")
         await refusal(scope, error)(scope, receive, send)
@@ -255,9 +254,9 @@ class HostMiddleware:
             await self._app(scope, receive, send)
             return
         message = (
-            f"A server without keys is not asked by the name {asked[0][:100]!r}, which may be a page's that leads here:"
-            " ask by its address (in Kubernetes SERVICE.NAMESPACE.svc will do), allow the name with"
-            f" --cors-origin {_scheme(scope)}://NAME, or set --api-key."
+            f"A server without keys refuses the host name {asked[0][:100]!r}, as a protection against DNS rebinding: "
+            "use its address (in Kubernetes SERVICE.NAMESPACE.svc works as well), allow the name with --cors-origin "
+            f"{_scheme(scope)}://NAME, or set --api-key."
         )
         error = HttpError(403, message, "host_not_allowed", param="Host")
         await refusal(scope, error)(scope, receive, send)

@@ -57,7 +57,7 @@ class FailureMiddleware:
         except Exception as failure:
             if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
                 what = f"{scope['method']} {scope['path'][:200]!r}"
-                logger.warning("the answer to %s ended before it was whole: %s", what, failure.__cause__)
+                logger.warning("the answer to %s ended before it was complete: %s", what, failure.__cause__)
                 return
             if scope["type"] != "http" or begun:
                 raise
@@ -170,7 +170,7 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     near = f"; the route for this is {nearest}" if nearest else under
     messages = {
         404: (f"There is no route {path!r} here{near}.", "not_found"),
-        405: (f"{path!r} does not take {method}, but {' and '.join(methods)}.", "method_not_allowed"),
+        405: (f"{path!r} does not support {method}; it supports {' and '.join(methods)}.", "method_not_allowed"),
     }
     message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
     headers = failure.headers

@@ -41,7 +41,7 @@ def tls_context(settings: ListenerOptions) -> ssl.SSLContext | None:
         except (OSError, ssl.SSLError) as error:
             raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {_reason(error)}") from None
     elif settings.ssl_cert_reqs:
-        raise UsageError("ssl_cert_reqs asks for certificates of clients: ssl_ca_certs says whose they may be")
+        raise UsageError("ssl_cert_reqs needs ssl_ca_certs, the certificates that sign those of clients")
     context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
     if settings.ssl_ciphers is not None:
         try:
@@ -86,7 +86,7 @@ async def refresh(context: ssl.SSLContext, settings: ListenerOptions) -> None:
         try:
             load_chain(context, settings)
         except UsageError as error:
-            logger.warning("the certificate stays as it was: %s", error)
+            logger.warning("the old certificate stays in use: %s", error)
         else:
             logger.info("the certificate was read again")
         known = found

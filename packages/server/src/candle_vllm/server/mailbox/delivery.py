@@ -136,7 +136,7 @@ class Deliverer:
             await self._store.postpone(push, failed, wait_ms(self._options.webhook.retry_delay_ms, failed))
             return
         if attempt.outcome is not Outcome.DELIVERED:
-            logger.warning("the push of %s was given up: %s", push.request_id, attempt.detail)
+            logger.warning("pushes of %s are no longer attempted: %s", push.request_id, attempt.detail)
         self._pushed(attempt.outcome is Outcome.DELIVERED)
         await self._store.settle(push)
 
@@ -145,7 +145,7 @@ class Deliverer:
         if url is not None:
             return allowed_target(url, self._options.webhook_allowed_hosts, self._options.webhook_allow_private)
         if self._options.webhook.url is None:
-            raise ForbiddenTarget("is missing: this server has no webhook any more")
+            raise ForbiddenTarget("is missing: this server no longer has a webhook")
         return parse_target(self._options.webhook.url)
 
 

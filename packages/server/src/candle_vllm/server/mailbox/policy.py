@@ -112,7 +112,7 @@ def _given(headers: Headers) -> dict[str, str]:
         if name is None:
             continue
         if name in given:
-            raise invalid(name, "stands twice in the request")
+            raise invalid(name, "appears twice in the request")
         given[name] = value.decode("latin-1").strip()
     return given
 

@@ -85,7 +85,7 @@ def settled(answer: msgspec.Struct | bytes | Exception, most: int) -> tuple[Stat
     data = answer if isinstance(answer, bytes) else to_json_bytes(answer)
     if len(data) <= most:
         return Status.COMPLETED, data
-    text = f"The answer has {len(data)} bytes, and the mailbox stores at most {most} of one."
+    text = f"The answer has {len(data)} bytes, and the mailbox stores answers of at most {most} bytes."
     return Status.INTERNAL_ERROR, failure_body(text, "answer_too_large")
 
 

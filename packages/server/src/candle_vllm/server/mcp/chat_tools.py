@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _MANY = 64  # tools; more are checked in a thread, so that other streams do not wait for it
 _LEAVE_OUT = "send tools: [] to leave the tools of this server's MCP servers out"
-_NOT_TOGETHER = f"is not served where the server runs tools itself: {_LEAVE_OUT}"
+_NOT_TOGETHER = f"is not supported while the server runs tools itself: {_LEAVE_OUT}"
 
 logger = logging.getLogger(__name__)
 
@@ -174,11 +174,11 @@ def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) 
     if wire.tool_choice in (None, "auto"):
         if name not in service.warned:
             service.warned.add(name)
-            logger.info("the model %s is given no tools of MCP servers: its template shows none", name)
+            logger.info("the model %s gets no tools of MCP servers: its chat template does not support tools", name)
         return False
     if model.adapter.planner.choice.tools is None:
         raise InvalidParameterError(
-            f"tool_choice cannot ask for a call: no format of tool calls is known for {name!r:.80} (--tool-parser)",
+            f"tool_choice cannot require a call: no format of tool calls is known for {name!r:.80} (--tool-parser)",
             "tool_choice",
         )
     return True

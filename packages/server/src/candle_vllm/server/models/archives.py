@@ -73,7 +73,7 @@ class Archive(NamedTuple):
         try:
             remote = urlsplit(address).scheme in ("http", "https")
         except ValueError:
-            raise InvalidFileError(f"{without_secrets(address, alone=True)!r:.200} is no address") from None
+            raise InvalidFileError(f"{without_secrets(address, alone=True)!r:.200} is not a valid address") from None
         return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
 
     @property
@@ -138,7 +138,7 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
         if not archive.is_in(root):
             if folder.exists() and any(folder.iterdir()):
                 raise InvalidFileError(
-                    f"{folder} has files and no {MARKER}, so somebody else put them there, or was cut off: remove the "
+                    f"{folder} has files but no {MARKER}, so it is not a complete download of this program: remove the "
                     "folder, or name it as the model"
                 )
             partial = root / f".{folder.name}.partial"
@@ -191,7 +191,7 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
     archive = Archive.of(address)
     if archive is None or not archive.is_remote:
         raise ModelNotFoundError(
-            f"{without_secrets(address, alone=True)!r:.200} is no address of a model: it begins with https://"
+            f"{without_secrets(address, alone=True)!r:.200} is not the address of a model: it must begin with https://"
         )
     root = cache / "archives"
     if not archive.is_in(root):
@@ -199,7 +199,8 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
             raise ModelNotFoundError(f"{archive.source} is not in {root}, and nothing is fetched: leave out --offline")
         if archive.sha256 is None and archive.address.startswith("http:"):
             logger.warning(
-                "%s is fetched without encryption and without #sha256=: whoever is between chooses the model",
+                "%s is downloaded without encryption and without #sha256=, so anybody on the network path can replace "
+                "the model",
                 archive.source,
             )
     try:
@@ -253,7 +254,7 @@ def _take_gguf(file: Path, target: Path) -> None:
         raise InvalidFileError(f"{target.name} is a part of a model: an archive may hold all of them")
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
-            raise InvalidFileError(f"what came as {target.name} is no GGUF file")
+            raise InvalidFileError(f"the downloaded file {target.name} is not a GGUF file")
     file.rename(target)
 
 
@@ -272,7 +273,7 @@ def _download(archive: Archive, partial: Path) -> Path:
 
     def check(request: httpx.Request) -> None:
         if archive.address.lower().startswith("https:") and request.url.scheme != "https":
-            raise ModelNotFoundError(f"{shown} leads to an address without encryption, which is not followed")
+            raise ModelNotFoundError(f"{shown} redirects to an address without encryption, which is refused")
 
     asked["event_hooks"] = {"request": [check]}
     try:
@@ -290,7 +291,9 @@ def _download(archive: Archive, partial: Path) -> Path:
     except httpx.HTTPStatusError as error:
         raise ModelNotFoundError(f"{shown} answered {error.response.status_code}") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ModelNotFoundError(f"{shown} cannot be had ({type(error).__name__}): what came of it is kept") from None
+        raise ModelNotFoundError(
+            f"{shown} cannot be downloaded ({type(error).__name__}): the part that arrived is kept"
+        ) from None
     return partial
 
 
@@ -304,7 +307,9 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
             out.write(piece)
             done += len(piece)
             if done > most:
-                raise ModelNotFoundError(f"{shown} does not say its length, and takes half of what the disk has left")
+                raise ModelNotFoundError(
+                    f"{shown} does not report its length, and takes more than half of the free disk"
+                )
             tell("downloading the model", done, max(total, done))
     if total and done != total:
         raise ModelNotFoundError(f"{shown} ended after {done:,} of {total:,} bytes")
@@ -360,12 +365,12 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                 answer.raise_for_status()
                 now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
                 if answer.status_code != 206 or now != version:
-                    raise ModelNotFoundError(f"{shown} changed while it was fetched: try again")
+                    raise ModelNotFoundError(f"{shown} changed during the download: try again")
                 if not answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/"):
-                    raise ModelNotFoundError(f"{shown} sent other bytes than it was asked for")
+                    raise ModelNotFoundError(f"{shown} sent other bytes than were requested")
                 for piece in steadily(answer.iter_raw()):
                     if at + len(piece) > last + 1:
-                        raise ModelNotFoundError(f"{shown} sent more than it was asked for")
+                        raise ModelNotFoundError(f"{shown} sent more than was requested")
                     with lock:
                         out.seek(at)
                         rest = memoryview(piece)
@@ -378,7 +383,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
             if not left:
                 raise
         time.sleep(0.5 * (_TRIES - left))
-    raise ModelNotFoundError(f"{shown} breaks off again and again: what came of it is kept")
+    raise ModelNotFoundError(f"{shown} closes the connection again and again: the part that arrived is kept")
 
 
 def _check_room(path: Path, nbytes: int) -> None:

@@ -60,7 +60,7 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
         return found[0]
     tags = ", ".join(sorted(tag_of(first) for first in (found or models))[:40]) or "none"
     said = "several files" if tag is None or found else f"no file {tag!r}"
-    said = f"{named.repo} has {said}: name one behind a colon, as {named.repo}:TAG; there are {tags}"
+    said = f"{named.repo} has {said}: append one with a colon, as in {named.repo}:TAG; it has {tags}"
     raise PullError(said, "no_such_file")
 
 
@@ -118,14 +118,14 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
 
     named = read_name(name)
     if settings.offline:
-        raise PullError(f"{named} cannot be fetched: the hub is not asked (--offline)", "offline")
+        raise PullError(f"{named} cannot be downloaded: the hub is not contacted (--offline)", "offline")
     try:
         info = huggingface_hub.model_info(
             named.repo, revision=settings.revision, token=settings.hf_token, files_metadata=True, timeout=HUB_TIMEOUT_S
         )
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise refused_by_hub(settings, named.repo, error) or PullError(
-            f"{named} cannot be fetched: the hub cannot be reached ({error})", "hub_unreachable"
+            f"{named} cannot be downloaded: the hub cannot be reached ({error})", "hub_unreachable"
         ) from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     first = choose_file(list(siblings), named)

@@ -109,7 +109,7 @@ def _fetch_weights(settings: HubOptions, plan: downloads.Plan) -> None:
                         )
                 except (HTTPError, OSError, RuntimeError) as error:
                     raise downloads.refused_by_hub(settings, plan.named.repo, error) or PullError(
-                        f"the download of {plan.name} did not finish: {error}; pull it again to go on where it stopped",
+                        f"the download of {plan.name} did not finish: {error}; pull it again to resume it",
                         "interrupted",
                     ) from error
                 partial.replace(whole)
@@ -169,7 +169,7 @@ def _verify(plan: downloads.Plan, folder: Path) -> None:
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             raise InvalidFileError(
-                f"{file.name} of {plan.name} is not what the hub has, and was removed: pull it again"
+                f"{file.name} of {plan.name} does not match the hub's checksum and was removed: pull it again"
             )
 
 
@@ -236,7 +236,7 @@ class Pull:
         if self.error is not None:
             raise self.error
         if self.state in ENDED:
-            raise PullError(f"{self.plan.name} was not fetched to its end: it was stopped", "stopped")
+            raise PullError(f"{self.plan.name} was not downloaded completely: the download was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
         """Report progress to all followers, or None at the end. A late progress bar may report after the end."""

@@ -337,7 +337,7 @@ def _is_there(slot: ModelSlot) -> bool:
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:
     """Return the error for requests to a model that failed to load, which is not tried again before `retry_seconds`."""
     left = max(1, round((slot.failed_at or time.monotonic()) + retry_seconds - time.monotonic()))
-    message = f"The model {slot.entry.name!r} could not be loaded; the server's log says why."
+    message = f"The model {slot.entry.name!r} could not be loaded; the server's log has the reason."
     return HttpError(503, message, "model_load_failed", {"retry-after": str(left)})
 
 

@@ -89,7 +89,7 @@ class EngineWatcher:
         try:
             self._last = self._engine.stats()
         except CandleVllmError:
-            logger.debug("an engine returns no statistics any more")
+            logger.debug("an engine no longer returns statistics")
         return EngineReading(self._last, max(self._queued(), 0), self._engine.is_alive)
 
 

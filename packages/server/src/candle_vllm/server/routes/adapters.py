@@ -99,7 +99,7 @@ async def load_lora_adapter(request: Request) -> Response:
     if not name or not wanted.lora_path:
         raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", _INVALID)
     if manager.catalogue.has(name) or not name.isprintable():
-        raise HttpError(400, f"The name {name!r:.200} is a model's, or none.", _INVALID, param="lora_name")
+        raise HttpError(400, f"{name!r:.200} is the name of a model, or not a valid name.", _INVALID, param="lora_name")
     slot = _base(manager, wanted.base_model_name)
     known = manager.adapters.find(name)
     if known is not None and not wanted.load_inplace:
@@ -170,11 +170,11 @@ def _changeable(request: Request) -> ModelManager:
     """Return the model manager; raises HttpError if clients may not change adapters, or no model supports adapters."""
     state = request.app.state
     if not state.settings.allow_runtime_lora:
-        message = "This server's adapters stay as they are: it was started without --allow-runtime-lora."
+        message = "Adapters cannot be changed: this server was started without --allow-runtime-lora."
         raise HttpError(403, message, "adapter_changes_off")
     manager: ModelManager = state.manager
     if not manager.adapters.bases():
-        raise HttpError(409, "The models of this server take no adapters (--enable-lora).", "adapters_off")
+        raise HttpError(409, "The models of this server do not support adapters (--enable-lora).", "adapters_off")
     return manager
 
 
@@ -182,7 +182,7 @@ def _base(manager: ModelManager, name: str | None) -> ModelSlot:
     """Return the model of this name, by default the first that supports adapters; HttpError 409 if it does not."""
     slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
     if not slot.entry.settings.enable_lora:
-        raise HttpError(409, f"The model {slot.entry.names[0]!r} takes no adapters.", "adapters_off")
+        raise HttpError(409, f"The model {slot.entry.names[0]!r} does not support adapters.", "adapters_off")
     return slot
 
 

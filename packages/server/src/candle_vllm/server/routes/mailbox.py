@@ -139,7 +139,7 @@ def _query(request: Request, *known: str) -> dict[str, str]:
         if name not in known:
             raise invalid(name[:64], "is not a known query parameter")
         if name in given:
-            raise invalid(name, "stands twice in the query")
+            raise invalid(name, "appears twice in the query")
         given[name] = value
     return given
 

@@ -177,11 +177,11 @@ async def call_mcp_tool(request: Request) -> Response:
     deadline = deadline_of(request)
     wire: McpCallRequest = await parsed(request, lambda body: parse_body(McpCallRequest, body))
     if wire.approved is not True:
-        raise InvalidParameterError("approved must be true: somebody has to agree to the call first", "approved")
+        raise InvalidParameterError("approved must be true: a user must approve the call first", "approved")
     if service.registry.find(wire.name) is None:
         raise _no_tool(service, wire.name)
     if service.calls >= MAX_CALLS:
-        message = f"{MAX_CALLS} calls of tools run already: try again when some of them have ended."
+        message = f"{MAX_CALLS} tool calls are already running: try again when some of them have ended."
         raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": "1"})
     service.calls += 1
     try:
@@ -225,8 +225,8 @@ def _check_client(request: Request, *, has_api_keys: bool) -> None:
     """Refuse a client without a key, because a call may do anything that its tool can do; raises HttpError 403."""
     if not (has_api_keys or _has_page_key(request)):
         message = (
-            "Only a client with a key may have tools called. In the web UI: open the address that the server printed at"
-            " its start, which ends in #key=... Otherwise start the server with --api-key."
+            "Only clients with an API key may call tools. In the web UI: open the address that the server printed at "
+            "its start, which ends in #key=... Otherwise start the server with --api-key."
         )
         raise HttpError(403, message, "api_key_needed")
 

@@ -167,7 +167,7 @@ async def remove_model(request: Request) -> Response:
 def _reloader(request: Request) -> Reloader:
     """Return the object that changes the models; HttpError 403 if the operator does not allow it, 409 without one."""
     if not request.app.state.settings.allow_model_changes:
-        message = "This server's models stay as they are: it was started without --allow-model-changes."
+        message = "Models cannot be changed: this server was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")
     reloader: Reloader | None = request.app.state.reloader
     if reloader is None:
@@ -211,5 +211,5 @@ async def get_model(request: Request, model_id: str) -> Response:
         if card.id == model_id:
             return json_answer(anthropic_card(card) if _ANTHROPIC in request.headers else card)
     served = ", ".join(card.id for card in listed)[:1000]
-    message = f"The model {model_id!r:.200} does not exist here; served: {served}."
+    message = f"The model {model_id!r:.200} does not exist here; served models are: {served}."
     raise HttpError(404, message, "model_not_found", param="model")

@@ -182,7 +182,7 @@ def _keep(request: Request, wire: Any) -> None:
     if seconds is None:
         return
     if not _may_keep(request):
-        remark(["keep_alive has no effect: models are unloaded by operators, who have keys of their own here"])
+        remark(["keep_alive has no effect: only operators, who have keys of their own, may unload models"])
     elif not _manager(request).keep(wire.model, seconds):
         remark(["keep_alive has no effect: the model of this server stays loaded"])
 

@@ -41,13 +41,13 @@ route = routing(router, functools.partial(Operation, tag="ollama", error=Failure
 def refuse_open_changes(settings: Settings) -> None:
     """Raise UsageError if everybody who reaches the server could download and delete models, or load adapters."""
     for flag, is_set, what in (
-        ("--allow-model-changes", settings.allow_model_changes, "fetch and delete models"),
-        ("--allow-runtime-lora", settings.allow_runtime_lora, "have files of this machine loaded"),
+        ("--allow-model-changes", settings.allow_model_changes, "download and delete models"),
+        ("--allow-runtime-lora", settings.allow_runtime_lora, "load files of this machine"),
     ):
         if is_set and not settings.is_guarded:
             raise UsageError(
-                f"{flag} lets clients {what}, and everybody who reaches {settings.host} may be one: give the server "
-                "keys (--api-key, --management-key), or let it listen at 127.0.0.1"
+                f"{flag} lets everybody who reaches {settings.host} {what}: set --api-key and --management-key, or "
+                "listen at 127.0.0.1"
             )
 
 
@@ -72,9 +72,9 @@ class PullRequest(_OfModel):
     """A model of Hugging Face to download: `org/name:Q4_K_M`, or a known name. `stream` is true by default."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "insecure": Refusal("downloads are checked always", (False,)),
-        "username": Refusal("the token is the operator's (--hf-token)", ("",)),
-        "password": Refusal("the token is the operator's (--hf-token)", ("",)),
+        "insecure": Refusal("downloads are always checked", (False,)),
+        "username": Refusal("the operator sets the token (--hf-token)", ("",)),
+        "password": Refusal("the operator sets the token (--hf-token)", ("",)),
     }
 
     stream: Annotated[
@@ -126,7 +126,7 @@ async def ollama_pull(request: Request) -> Response:
     wire: PullRequest = await _allowed(request, PullRequest)
     pulls: Pulls = request.app.state.pulls
     if pulls.is_full:
-        raise HttpError(503, "Too many models are being fetched already.", "overloaded", {"retry-after": "30"})
+        raise HttpError(503, "Too many models are being downloaded already.", "overloaded", {"retry-after": "30"})
     try:
         pull = await pulls.begin(wire.named)
     except CandleVllmError as error:
@@ -148,7 +148,7 @@ async def ollama_stop_pull(request: Request) -> Response:
     pulls: Pulls = request.app.state.pulls
     pull = pulls.find(wire.named)
     if pull is None:
-        raise HttpError(404, f"The model {wire.named!r} is not being fetched.", "model_not_found", param="model")
+        raise HttpError(404, f"The model {wire.named!r} is not being downloaded.", "model_not_found", param="model")
     await pulls.stop(pull, remove=wire.remove)
     return Response()
 
@@ -185,10 +185,15 @@ async def ollama_delete(request: Request) -> Response:
     try:
         local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
     except ModelNotFoundError:
-        message = f"The model {name!r} was not fetched here: its files are the operator's."
+        message = f"The model {name!r} was not downloaded by this server, so its files cannot be deleted."
         raise HttpError(409, message, "model_stays", param="model") from None
     if entry.name in (manager.catalogue.default.name, manager.active):
-        raise HttpError(409, f"The model {entry.name!r} is the default one, which stays.", "model_stays", param="model")
+        raise HttpError(
+            409,
+            f"The model {entry.name!r} is the default model, which cannot be deleted.",
+            "model_stays",
+            param="model",
+        )
     _change(manager, entry, None)
     await in_thread(lambda: remove(settings, local), "remove-model")
     return Response()
@@ -249,7 +254,7 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     settings: Settings = request.app.state.settings
     wire = await parsed(request, ollama_parser(kind), typed=False)
     if not settings.allow_model_changes or not settings.is_guarded:
-        message = "This server's models are not changed by clients, unless it is started with --allow-model-changes."
+        message = "Clients cannot change models: this server was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_not_allowed")
     return wire
 

@@ -39,7 +39,7 @@ API_VERSION = "0.12.11"
 
 _FAR = 253370764800  # Unix seconds of the first day of 9999
 _CAN = {"generate": "completion", "embed": "embedding", "score": "rerank"}
-_AS_IT_IS = "a model is described as it is"
+_AS_IT_IS = "it does not change the description of a model"
 
 
 class Details(msgspec.Struct, frozen=True, kw_only=True):
@@ -198,7 +198,7 @@ async def ollama_show(request: Request) -> Response:
             slot.described = await asyncio.to_thread(describe, slot.entry.settings)
         except CandleVllmError as error:  # its message may hold paths
             logger.warning("the model %s cannot be served: %s", slot.entry.name, error)
-            message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log says why."
+            message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log has the reason."
             raise HttpError(409, message, "model_unusable", param="model") from None
     return json_answer(_shown(slot))
 

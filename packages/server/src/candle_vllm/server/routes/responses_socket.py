@@ -85,7 +85,9 @@ class _Connection:
             if self._draining.is_set():
                 await self._websocket.close(_RESTART, "the server is stopping")
             elif not self._gone:
-                error = HttpError(400, "The connection is an hour old: open another.", _OLD)
+                error = HttpError(
+                    400, "The connection was open for an hour, the most that is allowed: open another.", _OLD
+                )
                 await self._send_error(error)
                 await self._websocket.close(_TOO_OLD)
         except asyncio.CancelledError:  # the drain's time limit is over
@@ -110,7 +112,7 @@ class _Connection:
                 size = len(data) + sum(len(each) for each in self._waiting if isinstance(each, bytes))
                 if len(self._waiting) >= MAX_WAITING or (self._waiting and size > MAX_WAITING_BYTES):
                     most = f"{MAX_WAITING} messages, or {MAX_WAITING_BYTES >> 20} MB of them,"
-                    message = f"More than {most} wait for the response before theirs."
+                    message = f"More than {most} wait for an earlier response to end."
                     await self._send_error(HttpError(429, message, "too_many_messages"))
                     await self._websocket.close(_TOO_MANY)
                     return

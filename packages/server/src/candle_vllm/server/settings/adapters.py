@@ -52,7 +52,7 @@ def read_spec(text: str) -> AdapterSpec:
         try:
             given = json.loads(text)
         except (ValueError, RecursionError):
-            raise UsageError(f"--lora-modules {text!r:.100} is no JSON") from None
+            raise UsageError(f"--lora-modules {text!r:.100} is not JSON") from None
         return make_spec(given, "--lora-modules")
     name, equals, path = text.partition("=")
     if not equals:

@@ -50,7 +50,9 @@ def _generation(text: str) -> list[str]:
     given = _json(text, dict)
     for name, value in given.items():
         if name not in _GENERATION or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{str(name)[:40]!r} is none of the numbers {', '.join(_GENERATION)}")
+            raise ValueError(
+                f"{str(name)[:40]!r} is not one of these parameters with a number: {', '.join(_GENERATION)}"
+            )
     return [argument for name, value in given.items() for argument in ("--" + name.replace("_", "-"), str(value))]
 
 
@@ -90,7 +92,7 @@ def _images(text: str) -> list[str]:
         raise ValueError('must be a JSON object of counts, as {"image": 4}') from None
     other = next((kind for kind, count in counts.items() if kind != "image" and count != 0), None)
     if other is not None:
-        raise ValueError(f"has {other!r:.40}: of what is not text, models read images alone")
+        raise ValueError(f"has {other!r:.40}: images are the only supported input besides text")
     return ["--max-images", str(counts["image"])] if "image" in counts else []
 
 

@@ -66,7 +66,7 @@ def deployment_source(
         if name == "CACHE_DIR" and "MODEL_ID" not in environ:
             continue  # other programs use this name, too
         if not text.strip():
-            remarks += [f"{name} in the environment is empty, and no key"] if setting == "api_key" else []
+            remarks += [f"{name} in the environment is empty and is not used as a key"] if setting == "api_key" else []
         elif setting not in values:
             value = _value(name, setting, text, remarks)
             if value is not None:
@@ -74,7 +74,7 @@ def deployment_source(
         elif name == "MODEL_NAME":
             values["served_model_name"], given_as["served_model_name"] = (text,), name
         elif setting == "api_key" and values[setting] != (text,):
-            remarks.append(f"{name} in the environment is not used: {given_as[setting]} is the key")
+            remarks.append(f"{name} in the environment is not used: {given_as[setting]} sets the key")
     if any(name in given_as.values() for name in _LORA) and stronger.get("enable_lora") is not False:
         values["enable_lora"], given_as["enable_lora"] = True, next(n for n in _LORA if n in given_as.values())
     if stronger.get("enable_lora") is False:
@@ -114,7 +114,7 @@ def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
     """Return remarks on variables without our prefix in `.env`."""
     remarks = idle_remarks(dotenv, ".env")
     if "RUST_LOG" in dotenv:
-        remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
+        remarks.append("RUST_LOG is read from the environment only, not from .env: use CANDLE_VLLM_LOG_LEVEL there")
     return remarks
 
 
@@ -152,4 +152,4 @@ def key_remarks(settings: AccessOptions, environ: Mapping[str, str], dotenv: Map
             plain = name.upper().replace("-", "_")
             looks = _KEY_LIKE.fullmatch(plain) or (not settings.is_local and plain == _CLIENTS_KEY)
             if looks and text.strip() and not (variables is environ and name in DEPLOYMENTS):
-                yield f"{name:.80} in {title} is no API key of this server, which has none: {ENV_PREFIX}API_KEY is"
+                yield f"{name:.80} in {title} is not the server's API key, and none is set: use {ENV_PREFIX}API_KEY"

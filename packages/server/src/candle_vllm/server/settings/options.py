@@ -228,14 +228,14 @@ def split_host(host: str) -> tuple[str, int | None]:
     """Split a host name or address from its port, if it has one."""
     match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
     if match is None or match["scheme"] not in (None, "tcp", "http"):
-        hint = ": HTTPS is what --ssl-certfile and --ssl-keyfile give" if host.startswith("https:") else ""
-        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path{hint}")
+        hint = ": for HTTPS set --ssl-certfile and --ssl-keyfile" if host.startswith("https:") else ""
+        raise UsageError(f"host {host!r} must be host, host:port, [v6]:port, tcp://, http:// or unix:///path{hint}")
     rest = match["rest"]
     if re.fullmatch(r"[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(%\w+)?", rest):
         return rest, None  # an IPv6 address without brackets
     match = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+(?:%\w+)?)\]|(?P<name>[\w.-]+))(?::(?P<port>.*))?", rest, re.ASCII)
     if match is None:
-        raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path")
+        raise UsageError(f"host {host!r} must be host, host:port, [v6]:port, tcp://, http:// or unix:///path")
     name = match["v6"] or match["name"]
     if match["port"] is None:
         return name, None

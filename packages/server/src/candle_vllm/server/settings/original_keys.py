@@ -24,8 +24,8 @@ _LOT = {
 _LIMITS = {"max_queue_depth": "max_queued_requests", "timeout_secs": "request_timeout"}
 _IDLE = {
     "worker_threads": "--threads sets the engine's threads",
-    "max_blocking_threads": "there is no such pool",
-    "thread_stack_size": "there is no such pool",
+    "max_blocking_threads": "this pool does not exist here",
+    "thread_stack_size": "this pool does not exist here",
     "max_units": "mem sets the size of the KV cache",
     "multithread": "an engine computes in one process, with as many threads as there are cores",
     "kvcache_mem_cpu": "no part of the KV cache is swapped out",
@@ -92,7 +92,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
         elif key == "kvcache_compression":
             name, means = key, None
             if given(value, where).get("policy") != "disabled":
-                remarks.append(f"{where} has no effect: keys and values are not compressed (kv_cache_dtype: q8_0)")
+                remarks.append(f"{where} has no effect: use kv_cache_dtype: q8_0 to compress keys and values")
         elif key in _IDLE:
             name, means = key, None
             if value != 0 or isinstance(value, bool):
@@ -127,7 +127,7 @@ def _prompt_cache(value: Any, where: str, remarks: list[str], found: dict[Any, A
             found[ours] = section.pop(key)
     if section and enabled is not False:
         remarks.append(
-            f"{where}: {', '.join(section)} without effect: what prompts begin with is kept in the KV cache itself"
+            f"{where}: {', '.join(section)} without effect: prompt prefixes are stored in the KV cache itself"
         )
     return enabled
 
@@ -138,7 +138,7 @@ def _isq(value: Any, where: str, remarks: list[str], stored: bool) -> str | None
         return None
     if name.replace("_k", "k") in ISQ_NAMES and not stored:
         return name
-    remarks.append(f"{where} has no effect: the model's files say how they are quantised; isq quantises plain weights")
+    remarks.append(f"{where} has no effect: the model's files define their quantisation; isq quantises plain weights")
     return None
 
 
@@ -146,7 +146,7 @@ def _see(section: Mapping[str, Any], where: str, remarks: list[str]) -> None:
     known_keys(section, ("vision_mode", "vision_proxy", "image_token"), where)
     mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
     if mode != "disabled":
-        remarks.append(f"{where}: vision_mode {mode} has no effect: a model that sees takes images by itself")
+        remarks.append(f"{where}: vision_mode {mode} has no effect: vision models accept images without it")
 
 
 # ---- parking_lot -----------------------------------------------------------------------------------------------------
@@ -157,7 +157,9 @@ def _limits_of_model(section: Any, where: str, remarks: list[str]) -> dict[str, 
     for key in ("request_timeout", "mailbox"):
         if found.pop(key, None) is not None or key in section:
             name = "timeout_secs" if key == "request_timeout" else key
-            remarks.append(f"{where}: {name} has no effect: it counts for all models, in parking_lot at the top")
+            remarks.append(
+                f"{where}: {name} has no effect: it is for all models: set it in parking_lot at the top level"
+            )
     return found
 
 
@@ -192,7 +194,9 @@ def lot_mailbox(section: Any, where: str, remarks: list[str]) -> dict[str, Any] 
             raise UsageError(f"{where}: backend {backend} needs its {key}")
         return {**values, "url": f"sqlite:///{told[key]}" if backend == "sqlite" else told[key]}
     if backend == "surrealdb":
-        remarks.append(f"{where}: backend surrealdb is not there: the mailbox is kept in SQLite, in ~/.candle-vllm")
+        remarks.append(
+            f"{where}: backend surrealdb is not supported: the mailbox is stored in SQLite, in ~/.candle-vllm"
+        )
     elif backend != "memory":
         raise UsageError(f"{where}: backend must be memory, sqlite, postgres or surrealdb, not {backend!r:.60}")
     return {**values, "url": "sqlite"}

@@ -63,8 +63,8 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
             continue
         if _KUBERNETES.fullmatch(name) and ("://" in text or name not in options):
             raise UsageError(
-                f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm:"
-                " set enableServiceLinks: false in the pod, or name the service otherwise"
+                f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm: set "
+                "enableServiceLinks: false in the pod, or give the service another name"
             )
         spelled, option = f"{name} in {title}", options.get(name)
         if text.startswith("/path/to/") and not Path(text).exists():
@@ -175,7 +175,7 @@ def _loader() -> type[yaml.SafeLoader]:
             for key, _ in node.value:
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {str(key.value)[:60]!r} stands twice", key.start_mark
+                        None, None, f"the key {str(key.value)[:60]!r} appears twice", key.start_mark
                     )
                 if isinstance(key.value, str):
                     seen.add(key.value)

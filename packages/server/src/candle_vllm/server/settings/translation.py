@@ -138,7 +138,7 @@ def lines_of(path: Path, known: Known) -> list[str]:
     for key, value in mapping(content, str(path)).items():
         flag = "--" + str(key).replace("_", "-")
         if flag in ("--config", "--help", "--version"):
-            raise UsageError(f"{path}: {str(key)[:60]} stands on the command line alone")
+            raise UsageError(f"{path}: {str(key)[:60]} can only be set on the command line")
         line += _argument("--m" if flag == "--model-tag" else flag, value, known, f"{path}: {str(key)[:60]}")
     return line
 
@@ -149,7 +149,7 @@ def _argument(flag: str, value: Any, known: Known, where: str) -> list[str]:
     if isinstance(value, bool):
         off = f"--no-{flag[2:]}"
         if not value and off not in known and off not in foreign_flags():
-            raise UsageError(f"{where}: leave it out, for there is no {off}")
+            raise UsageError(f"{where}: leave it out, because {off} does not exist")
         return [flag if value else off]
     if isinstance(value, list):
         return [flag, *(str(each) for each in value)] if value else []

@@ -49,7 +49,7 @@ def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) ->
     dtype = config.lora_dtype.upper()
     if dtype == "F16":
         raise ConfigError(
-            "lora_dtype 'f16': adapters are multiplied in bf16, f32 or int8 on the CPU: set one", "lora_dtype"
+            "lora_dtype 'f16': on the CPU adapters must be bf16, f32 or int8: set one of them", "lora_dtype"
         )
     if dtype == "AUTO" and loaded.placement.recorded and loaded.dtype.startswith("int8"):
         dtype = "I8"

@@ -44,7 +44,7 @@ MAX_NAMES = 1 << 20
 MAX_LOOSE_NAMES = 10_000
 """Maximum number of names that only requests have registered; the least recently used are forgotten."""
 _SHOWN_NAMES = 10
-_CROWDED = "requests and pinned adapters need the memory (lora_memory, max_cpu_loras)"
+_CROWDED = "running requests and pinned adapters use all the memory for adapters (lora_memory, max_cpu_loras)"
 _CLOSING = 1.0  # seconds that `close` waits for the loading thread, which a disk may block
 
 
@@ -190,8 +190,8 @@ class AdapterStore:
                 )
             if use.path and use.path != entry.path:
                 raise InvalidParameterError(
-                    f"adapter {use.name!r:.80} has other files now than the request names: ask again by its name, or "
-                    "add the request's files with load_inplace=True",
+                    f"adapter {use.name!r:.80} was loaded from other files than the request names: send the request "
+                    "with its name only, or add the request's files with load_inplace=True",
                     "lora_request",
                 )
             if use.load_inplace:
@@ -209,7 +209,9 @@ class AdapterStore:
         most = min(self._most_at_once, self._most)
         if len(acting) > most:
             raise InvalidParameterError(
-                f"{len(acting)} adapters at once; a step may have {most} (max_loras, max_cpu_loras)", "lora_request"
+                f"the request combines {len(acting)} adapters, and at most {most} are allowed (max_loras, "
+                "max_cpu_loras)",
+                "lora_request",
             )
         return acting
 
@@ -461,7 +463,7 @@ class AdapterStore:
                 self._callers_next = not of_caller
                 return entry
             if self._is_pinned_full(entry):
-                self._failed(entry, "all memory for adapters is taken by pinned ones: raise max_cpu_loras or "
+                self._failed(entry, "pinned adapters use all the memory for adapters: raise max_cpu_loras or "
                                     "lora_memory, or remove one")  # fmt: skip
                 self.changes += 1
                 self._change.notify_all()
@@ -512,7 +514,7 @@ class AdapterStore:
         if packed.nbytes > self._most_bytes:
             self._failed(
                 entry,
-                f"it takes {packed.nbytes} bytes, and all adapters together may take {self._most_bytes}: set "
+                f"it takes {packed.nbytes} bytes, and all adapters together may take at most {self._most_bytes}: set "
                 f"lora_memory={packed.nbytes} or more",
             )
             return

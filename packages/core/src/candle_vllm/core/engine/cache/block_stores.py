@@ -122,7 +122,7 @@ class BlockFolder:
         self._block_bytes, self._most_bytes = block_bytes, most_bytes
         if most_bytes < block_bytes + HEADER:
             raise ConfigError(
-                f"prompt_cache_bytes {most_bytes} has no room for one block of {block_bytes + HEADER} bytes",
+                f"prompt_cache_bytes {most_bytes} is too small for one block of {block_bytes + HEADER} bytes",
                 "prompt_cache_bytes",
             )
         self._lock = threading.Lock()
@@ -232,7 +232,7 @@ def _require_own(folder: Path) -> None:
     """Raise OSError if other users may access the folder, because blocks reveal prompts."""
     info = folder.stat()
     if os.name != "nt" and (info.st_uid != os.geteuid() or info.st_mode & (stat.S_IRWXG | stat.S_IRWXO)):
-        raise PermissionError("others can use it, and blocks tell what was asked: it must be this user's alone (0700)")
+        raise PermissionError("other users can access it, and blocks reveal prompts: allow this user only (chmod 0700)")
 
 
 def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> OrderedDict[str, int]:
@@ -267,7 +267,7 @@ class HostBlocks:
     def __init__(self, most_bytes: int, block_bytes: int) -> None:
         if most_bytes < block_bytes:
             raise ConfigError(
-                f"kv_offloading_size {most_bytes / (1 << 30):g} GiB has no room for one block of {block_bytes} bytes",
+                f"kv_offloading_size {most_bytes / (1 << 30):g} GiB is too small for one block of {block_bytes} bytes",
                 "kv_offloading_size",
             )
         self._most, self._block_bytes = most_bytes // block_bytes, block_bytes
@@ -358,7 +358,7 @@ class Tiers:
                 failure = error
                 if time.monotonic() >= self._told_until:
                     self._told_until = time.monotonic() + _SILENCE
-                    logger.warning("blocks of the KV cache cannot be offloaded to one place of several: %s", error)
+                    logger.warning("KV blocks cannot be offloaded to one of several tiers: %s", error)
         if not taken:
             raise failure
 

@@ -351,7 +351,7 @@ class BlockParts:
                     self.num_failed += 1
                 self._quiet_until = time.monotonic() + _SILENCE
                 logger.warning(
-                    "blocks of the KV cache cannot be offloaded, for %.0f s none is written: %s", _SILENCE, error
+                    "KV blocks cannot be offloaded, and none will be written for %.0f s: %s", _SILENCE, error
                 )
             self._writing = None
             with self._wake:
@@ -705,8 +705,8 @@ def _store(
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(
-            "kv_offloading_size is for a GPU, whose cache it offloads to main memory: on the CPU the cache is in main "
-            "memory already, and kv_cache_memory makes it larger",
+            "kv_offloading_size is for GPUs: on the CPU the KV cache is in main memory already; set kv_cache_memory "
+            "to make it larger",
             "kv_offloading_size",
         )
     set_to_outlive = (name for name in ("prompt_cache_path", "prompt_cache_url") if getattr(config, name) is not None)
@@ -716,10 +716,13 @@ def _store(
     if states(loaded.config.cache_specs):
         if config.kv_offloading_size:
             name = "kv_offloading_size"
-            raise ConfigError(f"{name} cannot be had with a model whose layers keep a state: leave it out", name)
+            raise ConfigError(
+                f"{name} is not supported for models whose layers have a recurrent state: leave it out", name
+            )
         if config.ranks > 1:
             raise ConfigError(
-                f"{outliving} cannot be had with several ranks of a model whose layers keep a state: leave it out",
+                f"{outliving} is not supported with several ranks for models whose layers have a recurrent state: "
+                "leave it out",
                 outliving,
             )
     if not config.enable_prefix_caching:
@@ -732,7 +735,7 @@ def _store(
     if outliving is not None:
         refused = "models that draft" if drafts else "random weights" if not loaded.files else ""
         if refused:
-            raise ConfigError(f"{outliving} cannot be had with {refused}: leave it out", outliving)
+            raise ConfigError(f"{outliving} is not supported for {refused}: leave it out", outliving)
         name = _fingerprint(config, loaded, rank) + what
         if config.prompt_cache_path is not None:
             folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)

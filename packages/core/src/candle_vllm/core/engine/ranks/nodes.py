@@ -190,9 +190,9 @@ class RankListener:
         said = _take(connection, until)
         if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(self._key, b"hello", nonce, said)):
             connection.sendall(_frame(b"") + bytes(32))  # an invalid proof, after which the rank does not try again
-            raise ValueError("it does not know the key of this cluster (cluster_key)")
+            raise ValueError("its key is not the key of this cluster (cluster_key)")
         if not self._remove_stranger(connection):
-            raise EOFError("too many others came meanwhile")
+            raise EOFError("too many other connections arrived meanwhile")
         hello = msgspec.msgpack.decode(said, type=Hello)
         refusal = self._refusal(hello)
         verdict = msgspec.msgpack.encode(Verdict(refusal))
@@ -313,7 +313,9 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     until = time.monotonic() + _SHAKING
     key = invitation.key.encode()
     if read_exactly(connection, len(_MAGIC), until) != _MAGIC:
-        raise ValueError(f"who listens at {invitation.host} port {invitation.port} is no first node of this version")
+        raise ValueError(
+            f"the program that listens at {invitation.host} port {invitation.port} is not a first node of this version"
+        )
     nonce = read_exactly(connection, _NONCE, until)
     said = Hello(
         invitation.rank,
@@ -329,8 +331,8 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     verdict = _take(connection, until)
     if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(key, b"verdict", nonce, hello, verdict)):
         raise ValueError(
-            f"the first node at {invitation.host} port {invitation.port} and this one do not know the same key: "
-            "cluster_key is the same on all nodes"
+            f"the first node at {invitation.host} port {invitation.port} and this one have different keys: set the "
+            "same cluster_key on all nodes"
         )
     refusal = msgspec.msgpack.decode(verdict, type=Verdict).refusal
     if refusal:

@@ -59,7 +59,7 @@ def main(given: str) -> int:
         line, side, ring, memory = given.split(",")
         return _run(_line_of(line), _line_of(side), None, _shared(ring), _shared(memory))
     except (EOFError, ConnectionError):
-        logger.debug("the first rank has gone", exc_info=True)
+        logger.debug("the first rank has ended", exc_info=True)
         return 0
     except Exception:
         logger.exception("a rank has failed")

@@ -229,7 +229,7 @@ class Ranks:
         others = [path for path in files if path != self.config.mmproj]
         if marks and set(marks) != {files_mark(others, times=False)}:
             raise ModelLoadError(
-                "the nodes have different files of the model: have the same revision or the same folder on each"
+                "the nodes have different files of the model: use the same revision or the same folder on each"
             )
 
     def _wait(self, stage: int) -> list[rank_line.Ready]:
@@ -241,12 +241,12 @@ class Ranks:
             except (EOFError, OSError):  # all connections end when one rank has gone, maybe another one
                 raise self._last_error() or ModelLoadError(
                     f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
-                    "model; its last words are in the log. Where memory is short, the system kills it"
+                    "model; the log has its last output. If memory is short, the system kills it"
                 ) from None
             if isinstance(said, rank_line.Failed):
                 raise ConfigError(_error_prefix(number, other) + said.message, said.setting)
             if not isinstance(said, rank_line.Ready) or said.stage != stage:
-                raise ModelLoadError(f"rank {number} says {type(said).__name__} where it should be ready")
+                raise ModelLoadError(f"rank {number} sent {type(said).__name__} instead of reporting that it is ready")
             found.append(said)
         self.broadcast(rank_line.Go())
         return found
@@ -392,7 +392,7 @@ class Ranks:
                 other.quiet += 1
                 limit = other.limit() if self._loading else rank_line.SILENCE
                 if other.gone is None and other.quiet >= limit:
-                    other.gone = f"it has not been heard of for {other.quiet * rank_line.TICK:.0f} s"
+                    other.gone = f"it has not responded for {other.quiet * rank_line.TICK:.0f} s"
             if not self._closing and any(other.fate() is not None for other in others):
                 self._report_death()
                 return

@@ -91,7 +91,7 @@ class RayRanks:
             self.listener = RankListener(
                 ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1
             )
-            logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
+            logger.info("Ray has reserved resources for %d ranks on %d machines", config.ranks, len(set(on_each)))
             own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
             own["prompt_cache_url"] = config.prompt_cache_url
             for rank in range(1, config.ranks):
@@ -108,8 +108,8 @@ class RayRanks:
             free = {name: self._ray.available_resources().get(name, 0.0) for name in bundles[0]}
             wanted = f"{len(bundles)} times {bundles[0]}, the first on this machine; the cluster has {free} free"
             if time.monotonic() > until:
-                raise ConfigError(f"Ray has no places for the ranks: {wanted}", _SETTING)
-            logger.info("waiting for places in the Ray cluster: %s", wanted)
+                raise ConfigError(f"Ray has no free resources for the ranks: it needs {wanted}", _SETTING)
+            logger.info("waiting for free resources in the Ray cluster: %s", wanted)
 
     def _with_gpu(self, config: EngineConfig) -> EngineConfig:
         """Set the first rank's device to the GPU that Ray assigned, by its number in this process."""

@@ -71,11 +71,13 @@ def build_on_gpu(
         logger.info("attention by %s: %s", backend.name, backend.note)
     graphs = config.cuda_graphs and backend.capturable and not config.enforce_eager
     if config.cuda_graphs and not backend.capturable:
-        logger.warning("steps are not captured as CUDA graphs: attention by %s cannot be", backend.name)
+        logger.warning(
+            "steps are not captured as CUDA graphs: the attention backend %s does not support it", backend.name
+        )
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
-            "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "
-            "stands against it (cuda_graphs=False, enforce_eager=True, attention_backend)",
+            "max_cudagraph_capture_size needs CUDA graphs and the attention backend triton: leave it at 0, or leave "
+            "out the setting that excludes them (cuda_graphs=False, enforce_eager=True, attention_backend)",
             "max_cudagraph_capture_size",
         )
     dtype, row_scales = _cache_type(config, loaded)
@@ -153,8 +155,8 @@ def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
         )
     if loaded.vision is not None and loaded.vision.parts.whole and config.deterministic:
         raise ConfigError(
-            f"deterministic: where tokens of a picture see each other, as with {loaded.name}, their sums on a GPU "
-            "depend on what else is in the step: set max_images=0, or leave 'deterministic' out",
+            f"deterministic: tokens of an image attend to each other in {loaded.name}, and their sums on a GPU depend "
+            "on the rest of the step: set max_images=0, or leave 'deterministic' out",
             "deterministic",
         )
 
@@ -162,7 +164,7 @@ def _refuse_indeterminate(config: EngineConfig, loaded: LoadedModel) -> None:
 def _refuse_cache_of_cpu(config: EngineConfig) -> None:
     if CACHE_TYPES[config.kv_cache_dtype].device == "cpu":
         raise ConfigError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'int8_per_token_head', which has "
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is for the CPU: on a GPU set 'int8_per_token_head', which has "
             "the size of q8_0, or leave it out",
             "kv_cache_dtype",
         )

@@ -93,7 +93,9 @@ class Sleeper:
     def check(self, level: int) -> None:
         """Raise `CandleVllmError` if this engine cannot sleep at this level; before level 2, record the files' hash."""
         if (self._tensors is None or (level == 2 and self._loaded.memories)) and not can_drop_pages():
-            raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
+            raise CandleVllmError(
+                "on the CPU, sleeping is supported on Linux only: close the engine, or unload the model"
+            )
         if level == 2 and not self._loaded.files:
             raise CandleVllmError("random weights cannot be read again: sleep at level 1, or unload the model")
         if level == 2 and (self.level < 2 or WEIGHTS not in self.asleep):
@@ -150,7 +152,7 @@ class Sleeper:
     def _load_again(self) -> None:
         loaded = self._loaded
         if self._marked() != self._mark:
-            raise CandleVllmError(f"the files of {loaded.name} are others than when it went to sleep: unload it")
+            raise CandleVllmError(f"the files of {loaded.name} have changed since it went to sleep: unload the model")
         LOADING_THREADS.set(self._config.threads)  # in the engine's thread
         nothing: Callable[[int, int], object] = lambda *_: None  # noqa: E731
         fresh = load_any_model(self._config, loaded.placement.device, nothing, loaded.memories, self._ranks)

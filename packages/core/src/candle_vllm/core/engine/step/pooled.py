@@ -155,7 +155,9 @@ def as_array(values: NDArray[np.float64]) -> array[float]:
     with np.errstate(over="ignore"):
         numbers = values.astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise CandleVllmError("the model gave numbers that are not finite (NaN or infinite): its weights are damaged")
+        raise CandleVllmError(
+            "the model returned values that are not finite (NaN or infinite): its weights are damaged"
+        )
     made = array("f")
     made.frombytes(numbers.tobytes())
     return made

@@ -204,8 +204,8 @@ class PoolingCalls:
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if characters > most:
             raise PromptTooLongError(
-                f"the text has {characters} characters; the model takes {self._info.max_model_len} tokens, and no "
-                f"text of more than {most} characters is read",
+                f"the text has {characters} characters; the model takes at most {self._info.max_model_len} tokens, "
+                f"and texts of more than {most} characters are refused",
                 "prompt",
             )
 
@@ -215,7 +215,7 @@ def _each_params(params: Any, count: int) -> list[PoolingParams]:
     if not isinstance(each, (list, tuple)) or not all(isinstance(one, (PoolingParams, type(None))) for one in each):
         raise InvalidParameterError("params must be PoolingParams", "params")
     if len(each) != count:
-        raise InvalidParameterError(f"{count} inputs and {len(each)} params", "params")
+        raise InvalidParameterError(f"{count} inputs need as many params, not {len(each)}", "params")
     return [one or PoolingParams() for one in each]
 
 
@@ -226,7 +226,7 @@ def _check_pairs(pairs: Any) -> None:
         good = isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
         with _blaming(number, len(pairs)):
             if isinstance(pair, str) or not good:
-                raise InvalidParameterError("a pair is two texts that are not empty", "pairs")
+                raise InvalidParameterError("a pair must be two texts that are not empty", "pairs")
 
 
 def _numbered(request_id: str, number: int, count: int) -> str:

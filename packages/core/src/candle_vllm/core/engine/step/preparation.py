@@ -208,7 +208,7 @@ class DecoderPreparation(Preparation):
         if not request.images:
             return []
         if self._images is None:
-            raise InvalidParameterError("image: the model reads text alone", "image")
+            raise InvalidParameterError("image: the model takes text only", "image")
         made, vision = list[PlacedImage](), self._images
         for image, places in zip(request.images, vision.places(request.prompt_token_ids, request.images)):
             spans = spans_of(places) if vision.parts.whole else []
@@ -231,9 +231,9 @@ class DecoderPreparation(Preparation):
         classes = self._head is not None and bool(self._head.labels)
         if (request.task != "embed") != classes or self._pooling is None:
             raise InvalidParameterError(
-                "the model has a head for scores or classes and gives no vectors: ask it for these"
+                "the model has a head for scores or classes and gives no vectors: request scores or classes"
                 if classes
-                else "the model gives vectors and has no scores or classes: ask it for vectors",
+                else "the model gives vectors and has no head for scores or classes: request vectors",
                 "task",
             )
         check_pooling_request(request, self._vocab_size, self.max_model_len)

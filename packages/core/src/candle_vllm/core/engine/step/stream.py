@@ -63,7 +63,7 @@ class Unread(Generic[T]):
             self._items.extend(items)
             self._wake()
             if len(self._items) > MAX_UNREAD:
-                self.end(RequestAbortedError(f"the answer was not read: {MAX_UNREAD} outputs waited"))
+                self.end(RequestAbortedError(f"the stream was not read: {MAX_UNREAD} outputs were waiting"))
 
     def end(self, error: Exception | None = None) -> None:
         """End the stream; the consumer gets the error, if any, after all items."""

@@ -215,8 +215,8 @@ class EngineThread:
                 raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
             if self._clients and self._live_sequences + len(prepared) > self._max_sequences:
                 raise EngineOverloadedError(
-                    f"{self._live_sequences} sequences are running or waiting and {self._max_sequences} may be "
-                    "(`max_queued_requests`): try again later"
+                    f"{self._live_sequences} sequences are running or waiting, and at most {self._max_sequences} are "
+                    "allowed (`max_queued_requests`): try again later"
                 )
             self._clients[request_id] = _Client(sink, len(prepared))
             self._live_sequences += len(prepared)

@@ -64,7 +64,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         )
     if len(prompt) > max_model_len:
         raise PromptTooLongError(
-            f"the text has {len(prompt)} tokens and the model takes {max_model_len}: shorten it or cut it into parts, "
+            f"the text has {len(prompt)} tokens and the model takes at most {max_model_len}: shorten it or split it, "
             "or load the model with a larger `max_model_len` where the model allows it",
             "prompt",
         )
@@ -97,13 +97,13 @@ def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
         InvalidParameterError: the model cannot do `wanted`; the message has the model's tasks.
     """
     if "embed" in tasks:
-        way = "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"
+        way = "request vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"
         kind, does = "an embedding model", ("embed",)
     elif "score" in tasks:
         kind, does = "a cross-encoder", ("score", "classify")
-        way = "score pairs of texts with it (/v1/score, /v1/rerank)"
+        way = "request scores of pairs of texts (/v1/score, /v1/rerank)"
     else:
-        kind, does, way = "a classifier", ("classify",), "ask it for classes"
+        kind, does, way = "a classifier", ("classify",), "request classes"
     if wanted not in does:
         lacks = {"generate": "generates no text", "embed": "gives no vectors"}
         lacks |= {"score": "has no head for scores", "classify": "has no head for classes"}

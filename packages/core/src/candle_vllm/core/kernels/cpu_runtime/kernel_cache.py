@@ -75,13 +75,13 @@ def kernel_cache() -> Path | None:
         folder, new = own_folder(root, root / "kernels" / host_level().name)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links form a loop
         logger.warning(
-            "the CPU kernels cannot be cached and are compiled at every start, in some ten seconds: %s; set "
+            "the CPU kernels cannot be cached and are compiled at every start, which takes some ten seconds: %s; set "
             "XDG_CACHE_HOME to a writable folder",
             error,
         )
         return None
     if new:
-        logger.warning("compiling the CPU kernels for this machine: once, in some ten seconds")
+        logger.warning("compiling the CPU kernels for this machine, which takes some ten seconds once")
     return folder
 
 

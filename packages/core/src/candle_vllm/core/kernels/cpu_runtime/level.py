@@ -134,8 +134,10 @@ def choose_level(name: str | None) -> None:
     able = [level for level in LEVELS if level.flags <= host_flags() and level.machine == machine()]
     found = next((level for level in able if level.name == name), None)
     if found is None:
-        names = ", ".join(level.name for level in able) or "none of the named"
-        raise ConfigError(f"cpu_level={name!r} has instructions that this CPU has not: it has {names}", "cpu_level")
+        names = ", ".join(level.name for level in able) or "none of the known levels"
+        raise ConfigError(
+            f"cpu_level={name!r} needs instructions that this CPU does not have; it supports {names}", "cpu_level"
+        )
     _chosen()[:] = [found]
 
 

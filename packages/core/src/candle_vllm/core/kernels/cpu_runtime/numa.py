@@ -160,8 +160,8 @@ class CpuRanks:
 def _say_refused(error: int) -> None:
     """Log a failed binding, once for each error."""
     logger.warning(
-        "the system does not let memory be placed (%s): ranks read it wherever loading touched it first; a container "
-        "may need the capability SYS_NICE",
+        "the system does not allow memory to be bound to NUMA nodes (%s), so ranks may read weights of another node, "
+        "which is slower; a container may need the capability SYS_NICE",
         os.strerror(error),
     )
 
@@ -188,8 +188,8 @@ def plan_ranks(
     if sys.platform != "linux":
         if asked is not None and asked > 1:
             raise ConfigError(
-                f"cpu_ranks={asked} needs Linux, which says which CPUs are near which memory, and this is "
-                f"{sys.platform}: leave it out, or set cpu_ranks=1",
+                f"cpu_ranks={asked} needs Linux, which reports NUMA nodes, and this system is {sys.platform}: leave "
+                "it out, or set cpu_ranks=1",
                 "cpu_ranks",
             )
         return None

@@ -115,7 +115,7 @@ class PackedFile:
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            logger.warning("the packed weights in %s are made again: %s", self._path, error)
+            logger.warning("the packed weights in %s are written again: %s", self._path, error)
             return
         if sys.platform == "linux":
             with suppress(OSError):  # an older kernel
@@ -130,7 +130,7 @@ class PackedFile:
             return None
         raw = self._data[entry["at"] : entry["at"] + entry["bytes"]]
         if raw.size != entry["bytes"] or checksum(raw) != entry["sum"]:
-            logger.warning("the packed weights in %s are damaged and are made again", self._path)
+            logger.warning("the packed weights in %s are damaged and are written again", self._path)
             self._table = {}
             return None
         tiles, fields = entry["tiles"], dict(entry["fields"])
@@ -177,10 +177,10 @@ class PackedFile:
                         raise InterruptedError("the process ended before the file was written")
                     file.write(chunk.data)
             part.replace(self._path)
-            said = "packed weights: %.1f MB kept in %s (--packed-cache off keeps none)"
+            said = "packed weights: %.1f MB saved in %s (--packed-cache off saves none)"
             logger.info(said, size / 1e6, self._path.parent)
         except OSError as error:
-            logger.warning("packed weights cannot be kept in %s: %s", self._path.parent, error)
+            logger.warning("packed weights cannot be saved in %s: %s", self._path.parent, error)
             with suppress(OSError):
                 part.unlink(missing_ok=True)
         finally:
@@ -214,7 +214,10 @@ def make_room(path: Path, size: int) -> bool:
     most = min(MOST_BYTES, (shutil.disk_usage(path.parent).free + total) // 2)
     if size > most:
         logger.info(
-            "packed weights: %.1f MB are not kept in %s, more than %.1f MB", size / 1e6, path.parent, most / 1e6
+            "packed weights: %.1f MB are not saved in %s, because they are more than %.1f MB",
+            size / 1e6,
+            path.parent,
+            most / 1e6,
         )
         return False
     for _, count, each in sorted(files):

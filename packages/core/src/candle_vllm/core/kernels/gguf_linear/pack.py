@@ -57,7 +57,11 @@ def pack(
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
     if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
-        logger.info("%s has no kernel of its own: read as 8 bits, %.1f times the memory", ggml_type.name, cost)
+        logger.info(
+            "%s has no kernel: its matrices are converted to 8 bits, which takes %.1f times the memory",
+            ggml_type.name,
+            cost,
+        )
     if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, device)
     planes = PLANES[kind]

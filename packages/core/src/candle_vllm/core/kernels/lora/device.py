@@ -79,7 +79,7 @@ class DeviceAdapter(TorchAdapter):
     ) -> None:
         if any(place.experts for place, _ in found.values()):
             raise AdapterError(
-                "the adapter changes experts, which adapters do on the CPU alone: serve the model there, or merge the "
+                "the adapter changes experts, which is supported on the CPU only: serve the model there, or merge the "
                 "adapter into it (candle-vllm quantize --lora)"
             )
         super().__init__(found, NAMES[dtype])  # type: ignore[arg-type]

@@ -85,7 +85,9 @@ def changes_of(fitted: FittedAdapter, places: Places) -> Changes:
         for name, delta in deltas.items():
             place = next((place for place in places.get(path, ()) if name in place.parts), None)
             if place is None:
-                raise AdapterError(f"the adapter changes {path}:{name}weight, which this model multiplies in no place")
+                raise AdapterError(
+                    f"the adapter changes {path}:{name}weight, which is no matrix that this model multiplies"
+                )
             _check(f"{path}:{name}weight", place, delta)
             found.setdefault(place.number, (place, {}))[1][name] = delta
     return found
@@ -94,7 +96,9 @@ def changes_of(fitted: FittedAdapter, places: Places) -> Changes:
 def _check(name: str, place: Place, delta: Delta) -> None:
     apart = delta.column_scale is not None or delta.full is not None or delta.rows is not None
     if place.experts and apart:
-        raise AdapterError(f"{name}: experts take A, B and biases alone, neither DoRA nor whole matrices")
+        raise AdapterError(
+            f"{name}: adapters of experts may have only A, B and biases, neither DoRA nor whole matrices"
+        )
     if place.lookup and delta.column_scale is not None:
         raise AdapterError(f"{name}: a table whose rows are looked up takes no DoRA")
 

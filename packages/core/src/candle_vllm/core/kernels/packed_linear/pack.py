@@ -84,7 +84,11 @@ def pack(
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if not own:
         cost = (8.5 * size) / (8 * width)
-        logger.info("%s has no precompiled kernel: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
+        logger.info(
+            "%s has no precompiled kernel: its matrices are packed as 8 bits, which takes %.1f times the memory",
+            ggml_type.name,
+            cost,
+        )
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
