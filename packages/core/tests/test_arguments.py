@@ -38,7 +38,7 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
         ("n_ctx", "it is called max_model_len"),
         ("max_model_length", "did you mean max_model_len?"),
         ("n_gpu_layers", "called gpu_layers"),
-        ("max_memory", "say what of a model is not on its GPU"),
+        ("max_memory", "set which weights are not on the GPU"),
         ("tp_size", "called tensor_parallel_size"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),
@@ -58,7 +58,7 @@ def test_settings(make: Callable[..., object], name: str, said: str) -> None:
         (SamplingParams, "do_sample", "it is called temperature: 0 takes the likeliest"),
         (SamplingParams, "temperatur", "did you mean temperature?"),
         (SamplingParams, "guided_json", r"structured_outputs=StructuredOutputsParams\(json="),
-        (SamplingParams, "best_of", "n of them are made and given"),
+        (SamplingParams, "best_of", "n answers are generated and returned"),
         (SamplingParams, "stop_strings", "it is called stop"),
         (SamplingParams, "n_ctx", "setting of the engine"),
         (PoolingParams, "dimension", "did you mean dimensions?"),
@@ -98,7 +98,7 @@ def test_methods(engine: InferenceEngine, method: str, name: str, said: str) -> 
     [
         ("max_tokens", "it is a field of SamplingParams"),
         ("max_new_tokens", "it is called max_tokens"),
-        ("tool_choice", "calls are held to a choice"),
+        ("tool_choice", "enforces a tool_choice"),
         ("functions", "it is called tools"),
         ("reasoning_effort", "and the model's chat template does not read it; other variables go to"),
         ("foo", "and the model's chat template does not read it"),
@@ -185,15 +185,15 @@ def test_what_is_so_anyway_may_be_said() -> None:
 @pytest.mark.parametrize(
     ("make", "given", "said"),
     [
-        (EngineConfig, {"model": "m", "enable_eplb": True}, "in no other way"),
-        (EngineConfig, {"model": "m", "enable_eplb": 1}, "in no other way"),
+        (EngineConfig, {"model": "m", "enable_eplb": True}, r"\(data_parallel_size\) only"),
+        (EngineConfig, {"model": "m", "enable_eplb": 1}, r"\(data_parallel_size\) only"),
         (
             EngineConfig,
             {"model": "m", "enable_eplb": False, "fully_sharded_loras": True},
-            "adapters lie whole",
+            "each GPU has the whole adapter",
         ),
-        (SamplingParams, {"detokenize": False}, "always so"),
-        (PoolingParams, {"task": "embed"}, "the method says it"),
+        (SamplingParams, {"detokenize": False}, "always the case"),
+        (PoolingParams, {"task": "embed"}, "the method sets it"),
     ],
 )
 def test_what_is_not_so_is_refused(make: Callable[..., object], given: dict[str, Any], said: str) -> None:

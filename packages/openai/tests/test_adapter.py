@@ -370,7 +370,7 @@ async def test_served_names() -> None:
     for other in ("org/model", ""):
         request, remarks = parse_chat_request({"messages": HI, "model": other}), collect_remarks()
         assert (await adapter.chat(request)).model == "small"
-        assert remarks == [f"the model {other!r} is not served here: 'small' answers"]
+        assert remarks == [f"the model {other!r} is not served here: 'small' answers instead"]
         strict = OpenAIAdapter(ScriptedEngine(), served_model_names=["small", "alias"], strict_model_names=True)
         with pytest.raises(ModelNotServedError, match=f"'{other}' is not served here; served models are: small, alias"):
             await strict.chat(request)

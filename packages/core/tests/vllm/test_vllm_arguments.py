@@ -74,12 +74,12 @@ def test_how_vectors_are_made() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"decode_context_parallel_size": 2}, TypeError, "in no other way"),
-        ({"fully_sharded_loras": True}, TypeError, "adapters lie whole"),
+        ({"decode_context_parallel_size": 2}, TypeError, r"\(data_parallel_size\) only"),
+        ({"fully_sharded_loras": True}, TypeError, "each GPU has the whole adapter"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: unknown method 'eagle'"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),
-        ({"device_ids": [1]}, TypeError, "in no other way"),
+        ({"device_ids": [1]}, TypeError, r"\(data_parallel_size\) only"),
         ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "max_images"),
         ({"logits_processors": [object]}, TypeError, "requests have them, as functions"),
         ({"temperature": 1}, TypeError, "requests have it"),

@@ -154,7 +154,7 @@ def test_every_flag_that_it_documents_at_once(load: Load) -> None:
 
 @pytest.mark.parametrize("line", ["--vision-device cpu", "--vision-dtype f16"])
 def test_what_would_change_the_answer_is_refused_with_the_reason(load: Load, line: str) -> None:
-    with pytest.raises(UsageError, match=f"{line.split()[0]}.* is not taken: "):
+    with pytest.raises(UsageError, match=f"{line.split()[0]}.* is not supported: "):
         load(line)
 
 

@@ -135,10 +135,10 @@ def test_a_flag_without_effect_is_named() -> None:
         ("--default-chat-template-kwargs []", "must be a JSON object, not []"),
         ("--default-chat-template-kwargs {a}", "must be a JSON object, not '{a}'"),
         ("--default-chat-template-kwargs " + "[" * 60_000, "must be a JSON object"),
-        ("--scheduling-policy lifo", "--scheduling-policy lifo is not taken: priorities are for servers"),
+        ("--scheduling-policy lifo", "--scheduling-policy lifo is not supported: requests have priorities with"),
         ("--speculative-config.method", "--speculative-config.method: expected one argument"),
         ("--speculative-config nothing", "must be a JSON object, not 'nothing'"),
-        ("--spec-type draft-dflash", "--spec-type draft-dflash is not taken: --speculative-config says how"),
+        ("--spec-type draft-dflash", "--spec-type draft-dflash is not supported: --speculative-config for other ways"),
         ("a b", "unexpected argument 'b'"),
         ("--port 1 chat", "unexpected argument 'chat': the command comes first"),
         ("--m a b", "unexpected argument 'b'"),
@@ -177,7 +177,7 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
         ("port:", "serve.yaml: port has no value"),
         ("prot: 1", "serve.yaml: unknown flag --prot"),
         ("port: x", "serve.yaml: --p/--port must be a whole number"),
-        ("decode-context-parallel-size: 2", "serve.yaml: --decode-context-parallel-size 2 is not taken"),
+        ("decode-context-parallel-size: 2", "serve.yaml: --decode-context-parallel-size 2 is not supported"),
         ("trust-remote-code: false\nmax-loras: false", "serve.yaml: max-loras: leave it out"),
         ("config: a.yaml", "serve.yaml: config can only be set on the command line"),
         ("help: true", "serve.yaml: help can only be set on the command line"),
@@ -196,11 +196,12 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
     [
         (
             ["--decode-context-parallel-size", "2"],
-            "--decode-context-parallel-size 2 is not taken: a model is divided among GPUs by --tensor-parallel-size",
+            "--decode-context-parallel-size 2 is not supported: a model is divided among GPUs by "
+            "--tensor-parallel-size",
         ),
         (
             ["-ot", "exps=CPU"],
-            "what of a model is not on its GPU is said by --cpu-experts, --cpu-offload-gb and --gpu-layers",
+            "weights outside the GPU are set by --cpu-experts, --cpu-offload-gb and --gpu-layers",
         ),
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),
         (["generate", "hi", "--log-jsonl"], "--log-jsonl is called --log-format json here"),

@@ -99,7 +99,7 @@ def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[s
         raise UsageError(hint(flag, known, command))
     becomes = row.becomes.get(value, row.becomes.get(ANY) if value else None)
     if becomes is None:
-        raise UsageError(f"{flag} {value:.60} is not taken: {row.answer}")
+        raise UsageError(f"{flag} {value:.60} is not supported: {row.answer}")
     if isinstance(becomes, str):
         return [each.replace("{}", value) for each in becomes.split()]
     try:
@@ -113,7 +113,7 @@ def hint(flag: str, known: Known, command: str) -> str:
     answer = foreign_flags()[flag.split(".")[0]].answer
     called = _OURS.match(answer)
     if called is None:
-        return f"{flag} is not taken: {answer}"
+        return f"{flag} is not supported: {answer}"
     name, more = called[0], answer[called.end() :]
     commands = known[_base(name.split()[0])]
     where = "" if command in commands else f" (of `candle-vllm {', '.join(commands)}`)"
