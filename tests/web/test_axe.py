@@ -202,7 +202,7 @@ def test_axe_finds_nothing_in_the_model_manager(
             button(page, "Download").wait_for()  # it is asked for one at a time
             field.fill(name)
             button(page, "Download").click()
-        page.get_by_text("What arrived is not what Hugging Face has").wait_for()
+        page.get_by_text("The download does not match the files on Hugging Face").wait_for()
         row(page, TOY).get_by_text("tokens of context").wait_for()
         page.locator("form").get_by_role("alert").wait_for()
         views.look("models, a refusal, and a download that failed")

@@ -232,18 +232,18 @@ def test_what_came_of_guesses_stands_among_the_numbers(chat: Any, monkeypatch: p
     ask(chat, "One")
     chat.locator(".numbers summary").click()
     assert lines.get_by_text("Generated: 14 tokens").count() == 1
-    assert chat.get_by_text("Guessed:").count() == 0
+    assert chat.get_by_text("Draft tokens:").count() == 0
     counted = partial(RequestMetrics, draft_tokens=12, accepted_draft_tokens=9)
     monkeypatch.setattr("candle_vllm.core.testing.scripted_sequence.RequestMetrics", counted)
     chat.locator(".answer").get_by_role("button", name="Continue").click()
-    lines.get_by_text("Guessed: 12 tokens, 9 of them accepted").wait_for()
+    lines.get_by_text("Draft tokens: 12, 9 of them accepted").wait_for()
     wait_idle(chat)
     chat.locator(".answer").get_by_role("button", name="Continue").click()
-    lines.get_by_text("Guessed: 24 tokens, 18 of them accepted").wait_for()
+    lines.get_by_text("Draft tokens: 24, 18 of them accepted").wait_for()
     wait_idle(chat)
     chat.reload()
     chat.locator(".numbers summary").click()
-    lines.get_by_text("Guessed: 24 tokens, 18 of them accepted").wait_for()
+    lines.get_by_text("Draft tokens: 24, 18 of them accepted").wait_for()
 
 
 def test_delete_a_message(chat: Any) -> None:

@@ -34,7 +34,7 @@ def test_a_server_that_comes_back_is_noticed_without_a_reload(open_page: Callabl
         page.get_by_role("alert").wait_for(state="detached", timeout=SOON)
         assert page.locator("#composer").input_value() == "kept"
         assert page.locator(".notice").count() == 0
-        assert page.locator("[aria-live=polite]").first.text_content() == "The server is there again."
+        assert page.locator("[aria-live=polite]").first.text_content() == "The server is reachable again."
         assert ask(page, "Again") == "You said: Again"
         assert page.evaluate("window.same")
 
@@ -62,7 +62,7 @@ def test_a_server_that_was_started_with_another_model_is_noticed(open_page: Call
         ask(page, "Hello")
         port = port_of(site)
     with ui_server(port=port, served_model_name=("new-model",)) as site:
-        page.get_by_text("The server has other models than before. Answers come from new-model").wait_for(timeout=SOON)
+        page.get_by_text("The server's models have changed. Answers come from new-model").wait_for(timeout=SOON)
         button(page, "Model: new-model").wait_for()
         assert ask(page, "Again") == "You said: Again"
         assert len(site.engine.requests) >= 1
@@ -114,9 +114,9 @@ def test_the_page_asks_seldom_while_nobody_looks(chat: Any) -> None:
 
 
 REFUSALS = [
-    (400, "context_length_exceeded", "prompt", "set a larger --max-model-len", "longer than what the model can read"),
-    (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Set Most tokens lower"),
-    (400, "invalid_request", "messages", "x has no chat template: pass one (--chat-template)", "not made for chats"),
+    (400, "context_length_exceeded", "prompt", "set a larger --max-model-len", "longer than the model's context"),
+    (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Lower Maximum tokens"),
+    (400, "invalid_request", "messages", "x has no chat template: pass one (--chat-template)", "has no chat template. Choose"),
     (400, "unsupported_parameter", "priority", "unless it is started with --some-flag", "The server refused this."),
     (401, "invalid_api_key", None, "send the header `Authorization: Bearer <key>` with a key", "needs an API key"),
     (

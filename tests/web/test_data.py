@@ -116,7 +116,7 @@ def test_a_conversation_as_markdown(chat: Any) -> None:
     chat.get_by_label("version 2 of 2").wait_for()
     chat.locator(".answer[aria-busy=true]").wait_for(state="detached")
     act(chat, "think of it", "Export")
-    chat.get_by_label("With the thoughts, folded").uncheck()
+    chat.get_by_label("With the reasoning, folded").uncheck()
     with chat.expect_download() as download:
         button(chat, "Download").click()
     assert download.value.suggested_filename.endswith(".md")
@@ -279,7 +279,7 @@ def test_charts_have_axes_from_the_first_value_on(chat: Any) -> None:
     assert share.locator(".value-axis span").all_inner_texts() == ["100 %", "50 %", "0 %"]
     speed = chat.locator(".chart").nth(4)
     assert speed.locator(".value-axis span").all_inner_texts() == ["10 tok/s", "5 tok/s", "0 tok/s"]
-    speed.get_by_role("img", name="Generated: nothing is known yet").wait_for()  # a rate needs two samples
+    speed.get_by_role("img", name="Generated: no data yet").wait_for()  # a rate needs two samples
     for _ in range(45):
         chat.clock.run_for(2000)
         chat.wait_for_timeout(20)

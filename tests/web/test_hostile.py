@@ -51,7 +51,7 @@ def test_a_stream_of_rubbish_says_nothing(chat: Any, delta: str) -> None:
     body = f'data: {{"choices": [{{"index": 0, "delta": {delta}}}]}}\n\ndata: [DONE]\n\n'
     chat.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
     say(chat, "Hello")
-    chat.get_by_text("The model answered with nothing.").wait_for()
+    chat.get_by_text("The model returned an empty answer.").wait_for()
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -181,7 +181,7 @@ def test_a_small_random_model_is_shown_one(open_page: Callable[..., Any], tmp_pa
     ):
         page = open_page(site.url)
         page.keyboard.press("Control+,")
-        page.get_by_label("Most tokens", exact=True).fill("6")
+        page.get_by_label("Maximum tokens", exact=True).fill("6")
         page.get_by_label("Temperature", exact=True).fill("0")  # else one answer of some fifty ends before
         page.keyboard.press("Escape")
         page.locator("#attach-file").set_input_files([file()])

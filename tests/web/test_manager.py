@@ -98,7 +98,7 @@ def test_a_download_is_stopped_continued_and_deleted(
         pull.get_by_text("stopped").wait_for()
         row(other, name).get_by_text("angehalten").wait_for()
         assert len(list((tmp_path / "hub").rglob("*.incomplete"))) == 1
-        button(page, f"Forget {name} and delete what has arrived of it").click()
+        button(page, f"Cancel the download of {name} and delete its partial files").click()
         pull.wait_for(state="detached")
         assert list((tmp_path / "hub").rglob("*.incomplete")) == []
         released.clear()
@@ -184,5 +184,5 @@ def test_what_is_for_operators_needs_their_key(tmp_path: Path, open_page: Callab
         page.get_by_label("API key").fill("client")
         button(page, "Use").click()
         row(page, "first").get_by_text("not loaded").wait_for()
-        page.get_by_text("Only who has the management key of this server may do this.").wait_for()
+        page.get_by_text("This needs the management key of this server.").wait_for()
         assert page.get_by_label("Model on Hugging Face").count() == 0

@@ -52,7 +52,7 @@ def test_every_icon_says_what_it_does_at_hovering(chat: Any) -> None:
     chat.keyboard.press("Escape")
     chat.locator(".tip").wait_for(state="hidden")
     chat.locator(".answer .numbers summary").hover()
-    assert shown_tip(chat) == "Show all numbers of this answer"
+    assert shown_tip(chat) == "Show the statistics of this answer"
     icons = chat.locator(".message-tools button, .message-tools summary")
     assert all(icons.evaluate_all("(all) => all.map((one) => one.hasAttribute('data-tip') && !one.title)"))
 

@@ -140,7 +140,7 @@ def test_without_the_management_key_the_kind_of_a_failure_is_known(
         page.get_by_label("API key", exact=True).fill("sesame")
         button(page, "Use").click()
         button(page, "Load it now").click()
-        page.get_by_role("alert").get_by_text("first: Only who has the management key of this server").wait_for()
+        page.get_by_role("alert").get_by_text("first: This needs the management key of this server").wait_for()
         button(page, "Dismiss").click()
         say(page, "Hello")
         loader.steps.put(("loading the weights", 1, 4))

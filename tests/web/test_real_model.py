@@ -20,7 +20,7 @@ def test_a_chat_with_the_demo_model(browser: Any, open_page: Callable[..., Any],
         page.get_by_text("is running on your own server").wait_for()
         page.keyboard.press("Control+,")
         page.get_by_label("Temperature", exact=True).fill("0")
-        page.get_by_label("Most tokens", exact=True).fill("48")
+        page.get_by_label("Maximum tokens", exact=True).fill("48")
         page.keyboard.press("Escape")
         page.set_default_timeout(60_000)
         answer = ask(page, "What is the capital of France? Answer in one sentence.")

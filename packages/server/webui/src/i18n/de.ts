@@ -101,7 +101,7 @@ export const de: Texts = {
   tokens: (count) => `${count} Token`, perSecond: "Tok/s",
   promptTokens: (count, cached) => `Eingabe: ${count} Token, davon ${cached} aus dem Zwischenspeicher`,
   generatedTokens: (count, reasoning) => (reasoning === "0" ? `Erzeugt: ${count} Token` : `Erzeugt: ${count} Token, davon ${reasoning} Gedanken`),
-  guessedTokens: (tried, accepted) => `Geraten: ${tried} Token, davon ${accepted} angenommen`,
+  guessedTokens: (tried, accepted) => `Entwurfs-Token: ${tried}, davon ${accepted} angenommen`,
   firstToken: (time) => `Erstes Token nach ${time}`, inAll: (time) => `${time} insgesamt`,
   alternatives: "Wahrscheinlichste Token hier", chooseToken: "Wähle ein Token, um zu sehen, was sonst wahrscheinlich war.",
 
