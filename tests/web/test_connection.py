@@ -116,7 +116,13 @@ def test_the_page_asks_seldom_while_nobody_looks(chat: Any) -> None:
 REFUSALS = [
     (400, "context_length_exceeded", "prompt", "set a larger --max-model-len", "longer than the model's context"),
     (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Lower Maximum tokens"),
-    (400, "invalid_request", "messages", "x has no chat template: pass one (--chat-template)", "has no chat template. Choose"),
+    (
+        400,
+        "invalid_request",
+        "messages",
+        "x has no chat template: pass one (--chat-template)",
+        "has no chat template. Choose",
+    ),
     (400, "unsupported_parameter", "priority", "unless it is started with --some-flag", "The server refused this."),
     (401, "invalid_api_key", None, "send the header `Authorization: Bearer <key>` with a key", "needs an API key"),
     (

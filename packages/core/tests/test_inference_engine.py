@@ -566,7 +566,7 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
         ({"value_cache_dtype": "fp8"}, "value_cache_dtype='fp8' needs a GPU"),
         (
             {"kv_cache_dtype": "q8_0", "enforce_eager": True},
-            "'q8_0' is of the compiled kernels, .*: leave out enforce_eager, or key and value types",
+            "'q8_0' needs the compiled kernels, .*: leave out enforce_eager, or key and value types",
         ),
         ({"max_cudagraph_capture_size": 64}, "`max_cudagraph_capture_size` needs a GPU"),
         ({"kv_fraction": 1.5}, "between 0 and 1"),

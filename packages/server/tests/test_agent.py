@@ -119,7 +119,7 @@ def test_an_unfinished_request_is_status_1(
     assert main(["agent", "--tool-parser", "hermes", "--max-turns", "1", "x"]) == 1
     err = capsys.readouterr().err
     assert "<- nothing unknown: There is no tool 'nothing'." in err
-    assert "not finished: the most turns of the model are reached" in err
+    assert "not finished: the maximum number of turns is reached" in err
 
 
 def test_a_failing_model_is_status_1(

@@ -111,7 +111,7 @@ def test_models(start) -> None:
     with running.http() as plain:  # there is but one that can be meant
         answer = plain.post("/v1/chat/completions", json={"model": "third", "messages": MESSAGES})
         assert answer.json()["model"] == "org/name"
-        assert answer.headers["x-warning"] == "the model 'third' is not served here: 'org/name' answers"
+        assert answer.headers["x-warning"] == "the model 'third' is not served here: 'org/name' answers instead"
         shown = {name: plain.post("/api/show", json={"model": name}) for name in ("third", "third:latest", "org/name")}
         assert [each.status_code for each in shown.values()] == [404, 404, 200]
         assert "x-warning" not in shown["org/name"].headers

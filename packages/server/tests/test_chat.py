@@ -347,7 +347,7 @@ class TestImages:
         assert "(a b.png, 4 x 3: it is sent with the next message)" in out
         assert "(c.PNG, 4 x 3: it is sent with the next message)" in out
         assert "user: (image) (image) What?" in out
-        assert "error: no.png: this is no picture" in out
+        assert "error: no.png: this is not an image" in out
         assert "cannot read none.png" in out
         assert [int(each.pixels[0, 0, 0]) for each in engine.pictures] == [10, 200] * 3
 
@@ -461,7 +461,7 @@ class TestCommands:
         first, second = (request.params for request in engine.requests)
         assert (first.temperature, first.max_tokens) == (0.5, 7)
         assert second.temperature != 0.5
-        assert "no temprature (did you mean temperature?): it has temperature, top_p" in out
+        assert "no parameter temprature (did you mean temperature?): it has temperature, top_p" in out
         assert "error: top_p must be" in out
         assert "/set top_k needs a value (keep the K most likely" in out
         assert "max_tokens 7" in out
@@ -616,7 +616,7 @@ class TestCommands:
     ) -> None:
         out = talk(monkeypatch, capsys, "/help", "/regenrate")
         assert all(name in out for name in ("/set", "/system", "/model", "/save", "/load", "/clear", "/exit"))
-        assert "unknown command /regenrate (did you mean /regenerate?): there are /help, /set" in out
+        assert "unknown command /regenrate (did you mean /regenerate?): the commands are /help, /set" in out
         assert engine.requests == []
 
 

@@ -444,7 +444,7 @@ def test_models_are_changed_where_the_operator_allows_it_alone(
                 headers = {"authorization": f"Bearer {key}"}
                 assert client.request(method, path, json=body, headers=headers).status_code == status
     assert fake_hub.asked == []
-    with pytest.raises(UsageError, match="--allow-model-changes lets clients fetch"):
+    with pytest.raises(UsageError, match="--allow-model-changes lets everybody who reaches"):
         refuse_open_changes(Settings(allow_model_changes=True, host="0.0.0.0"))
     refuse_open_changes(Settings(allow_model_changes=True, host="0.0.0.0", api_key=("k",)))
     refuse_open_changes(Settings(allow_model_changes=True))

@@ -234,7 +234,7 @@ def test_too_little_room(tmp_path: Path, words: Path, monkeypatch: pytest.Monkey
     folder = write_toy_model(tmp_path / "model")
     usage = type("Usage", (), {"free": 1 << 20})
     monkeypatch.setattr("candle_vllm.core.conversion.write.shutil.disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"takes about \d+ MB and .* has 1 MB left: make room"):
+    with pytest.raises(ConfigError, match=r"takes about \d+ MB and .* has 1 MB left: free some space"):
         write(folder, tmp_path / "m.gguf", words)
 
 

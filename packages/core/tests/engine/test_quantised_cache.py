@@ -149,7 +149,7 @@ def test_it_is_read_as_it_was_rounded(folder: Path, alone: dict[str, Any], types
     ("model", "settings", "message"),
     [
         ({"head_dim": 16}, {"kv_cache_dtype": "q8_0"}, "blocks of 32 elements, and the head size of this model, 16"),
-        ({"head_dim": 48}, {"value_cache_dtype": "q5_1"}, "value_cache_dtype='q5_1' has blocks of 32 numbers"),
+        ({"head_dim": 48}, {"value_cache_dtype": "q5_1"}, "value_cache_dtype='q5_1' stores blocks of 32 elements"),
         ({"head_dim": 32}, {"key_cache_dtype": "fp8"}, "key_cache_dtype='fp8' needs a GPU: on the CPU set 'q8_0'"),
     ],
 )

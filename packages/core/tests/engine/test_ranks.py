@@ -334,7 +334,7 @@ def test_a_rank_that_computes_is_not_blamed_for_keeping_the_interpreter(
     monkeypatch.setattr("candle_vllm.core.engine.ranks.ranks.RANK", (sys.executable, "-c", BUSY, does, str(seconds)))
     monkeypatch.setattr("candle_vllm.core.engine.ranks.ranks._LOADING", allowed)
     if does == "sleeps":
-        with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*not been heard of"):
+        with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*not responded"):
             engine_of(model, 2)
     else:
         with engine_of(model, 2) as engine:

@@ -404,7 +404,7 @@ def test_an_answer_that_uses_up_a_form_ends_alone(engine: Engine) -> None:
         found = drive(engine, [good, bad, ask("free", max_tokens=5, ignore_eos=True)], failed)
         assert [(piece.request_id, piece.error_kind) for piece in failed] == [("bad", "request")] * 2, number
         for piece in failed:
-            assert str(piece.error).startswith("structured_outputs: the grammar cannot go on here: the text needs more")
+            assert str(piece.error).startswith("structured_outputs: the grammar cannot go on here: a token needs more")
         assert [output.text for output in found["good"]] == ["ok " * 40 + "done"] * 2
         assert [output.finish_reason for output in found["good"]] == [FinishReason.STOP] * 2
 

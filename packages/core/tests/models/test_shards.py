@@ -283,7 +283,7 @@ def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     }
     write_tiny(tmp_path, row.model_type, **{**row.config, **sizes})
     settings: dict[str, Any] = {"isq": "q4k", "tensor_parallel_size": 2}
-    with pytest.raises(ConfigError, match="inner elements of experts come in units of 256"):
+    with pytest.raises(ConfigError, match="inner elements of experts can only be divided in units of 256"):
         logits_of(tmp_path, 2, [LENGTH], **settings)
     counts, filled = list[int](), loading.fill
 

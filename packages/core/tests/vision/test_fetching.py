@@ -148,7 +148,7 @@ async def test_what_is_listed_is_fetched_once(site: Site) -> None:
 
 async def test_nothing_is_fetched_unless_it_is_listed(site: Site) -> None:
     for sources in (ImageSources(), ImageSources(folder=Path("/"))):
-        with pytest.raises(UnsupportedParameterError, match=r"p0: nothing is fetched .*--allowed-media-domains"):
+        with pytest.raises(UnsupportedParameterError, match=r"p0: images are not fetched .*--allowed-media-domains"):
             await had(sources, site.url())
     for domains in (["a.example"], ["127.0.0.1"], ["127.0.0.1:1"], ["*.a.example"]):
         assert "does not allow" in await refused(ImageSources(domains), site.url())

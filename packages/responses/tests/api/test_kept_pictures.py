@@ -138,7 +138,7 @@ async def test_where_they_cannot_be_shown_their_text_stands(kept: ResponseStore)
     await bench.ask(input=full, previous_response_id=first["id"])
     assert (bench.result, len(bench.engine.requests[-1].images)) == (TEXT, most)
     broken = {**ran(first), "content": [{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]}
-    with pytest.raises(InvalidParameterError, match=r"input\.0\.content\.0\.image_url: this is no picture"):
+    with pytest.raises(InvalidParameterError, match=r"input\.0\.content\.0\.image_url: this is not an image"):
         await bench.ask(input=[broken, {"role": "user", "content": "Sure?"}])
 
 

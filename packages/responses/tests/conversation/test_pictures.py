@@ -81,7 +81,7 @@ async def test_a_model_that_reads_text_alone_is_told_of_them() -> None:
     ("data", "reason"),
     [
         (base64.b64encode(b"no image").decode(), "it cannot be shown: this is not an image in a supported format"),
-        (png()[:60], "it cannot be shown: the picture is damaged"),
+        (png()[:60], "it cannot be shown: the image is damaged"),
         ("?" * 40, "it cannot be shown: its data is not valid base64"),
     ],
     ids=["words", "cut", "not valid base64"],

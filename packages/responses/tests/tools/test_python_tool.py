@@ -224,7 +224,7 @@ async def async_generator() -> AsyncIterator[int]:
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        (variadic, r"'variadic' cannot be a tool: a model gives arguments by name, and \*values"),
+        (variadic, r"'variadic' cannot be a tool: models pass arguments by name, and \*values"),
         (keywords, r"\*\*values"),
         (positional, "cannot be passed by name"),
         (unresolved, "annotations cannot be resolved .*Missing"),

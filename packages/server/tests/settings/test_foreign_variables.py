@@ -123,7 +123,7 @@ def test_keys_in_dotenv_are_warned_of_as_they_are_not_read(load: Load) -> None:
 def test_a_client_s_key_is_a_reason_to_warn_where_others_reach_the_server(load: Load) -> None:
     assert load(OPENAI_API_KEY="sk-x", ANTHROPIC_API_KEY="x", HF_TOKEN="hf_x", GITHUB_TOKEN="x").remarks == ()
     (remark,) = load("--h 0.0.0.0", OPENAI_API_KEY="sk-x").remarks
-    assert remark.startswith("OPENAI_API_KEY in the environment is no API key")
+    assert remark.startswith("OPENAI_API_KEY in the environment is not the server's API key")
 
 
 def test_a_misspelt_key_of_ours_ends_the_start(load: Load) -> None:

@@ -235,7 +235,7 @@ async def _read_console_line(question: str) -> str | None:
 _MOST = 300  # characters of arguments or of a result on one line
 
 _ENDS = {
-    "max_turns": "the most turns of the model are reached (--max-turns)",
+    "max_turns": "the maximum number of turns is reached (--max-turns)",
     "loop": "the model repeated the same calls",
     "timeout": "the time limit was reached",
 }
