@@ -579,7 +579,7 @@ class TestCommands:
         names = ["/help", "/clear", "/regenerate", "/exit", "/reset"]
         out = talk(monkeypatch, capsys, "A", *[f"{name} now" for name in names], "/?", "B", "/bye", "C")
         assert all(f"error: {name} takes no argument, but has 'now'" in out for name in names)
-        assert "/regenerate             another answer" in out
+        assert "/regenerate             replaces the last answer" in out
         assert asked(engine)[1:] == [["S", "A", "Hello!", "B"]]
 
     def test_a_folder_is_no_file_and_what_is_loaded_is_shown(

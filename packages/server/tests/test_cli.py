@@ -650,7 +650,7 @@ def test_config_refuses_what_serving_would(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--reasoning-parser", "deepsek"], "no format; the nearest are deepseek"),
+        (["--reasoning-parser", "deepsek"], "not a known format; the nearest are deepseek"),
         (["--max-model-len", "99999"], "is beyond the model's context"),
     ],
 )
