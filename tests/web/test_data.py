@@ -253,6 +253,26 @@ def test_a_key_is_asked_for(open_page: Callable[..., Any]) -> None:
         assert page.evaluate("JSON.stringify(localStorage)").find("sesame") == -1
 
 
+DATABASE_STOPS = """() => {
+  const { get } = IDBObjectStore.prototype;
+  IDBObjectStore.prototype.get = function (key) { // it has no answer, and its transaction goes on
+    const again = () => { get.call(this, key).onsuccess = again; };
+    again();
+    return {};
+  };
+  addEventListener("beforeunload", () => { IDBDatabase.prototype.transaction = () => { throw new Error("closed"); }; });
+}"""
+
+
+def test_what_the_database_has_not_taken_when_the_page_goes_away_is_there_in_the_next_one(chat: Any) -> None:
+    ask(chat, "Hello")
+    chat.evaluate(DATABASE_STOPS)
+    ask(chat, "More")
+    chat.reload()
+    said(chat, "You said: More")
+    assert chat.evaluate("sessionStorage.getItem('candle-vllm.unfinished')") is None
+
+
 def test_a_server_that_is_gone(open_page: Callable[..., Any]) -> None:
     with ui_server() as site:
         page = open_page(site.url)

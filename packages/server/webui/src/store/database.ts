@@ -2,6 +2,7 @@
 // IndexedDB: conversations, and their messages one by one. Where it cannot be had, a Map stands in for it.
 
 import type { Conversation, Message } from "../chat/types.ts";
+import { readUnfinished, writeUnfinished } from "./preferences.ts";
 import { readConversation } from "./records.ts";
 
 export type StoredMessage = Message & { conversation: string };
@@ -38,7 +39,9 @@ const VERSION = 3;
 /** `onReplaced` is called when a newer page has taken the database over: nothing can be kept here any more. */
 export async function openStore(onReplaced: () => void, name = "candle-vllm"): Promise<Store> {
   try {
-    return new DatabaseStore(await openDatabase(name, onReplaced));
+    const store = new DatabaseStore(await openDatabase(name, onReplaced));
+    await store.finish().catch(() => undefined);
+    return store;
   } catch {
     return new MemoryStore(); // private windows of some browsers, or a full disk
   }
@@ -73,12 +76,14 @@ const answered = <T>(request: IDBRequest<T>): Promise<T> =>
     request.onerror = () => reject(request.error);
   });
 
-/** A change that waits for what it is put onto, and how it is made without that. */
+/** A change that waits for what it is put onto, and the whole record that is put without that. */
 interface Waiting {
-  blindly: (at: (name: string) => IDBObjectStore) => unknown;
+  record: Unfinished;
   transaction?: IDBTransaction;
   hurried: boolean;
 }
+
+type Unfinished = [name: typeof CHATS, record: Conversation] | [name: typeof MESSAGES, record: StoredMessage];
 
 class DatabaseStore implements Store {
   readonly persistent = true;
@@ -87,6 +92,7 @@ class DatabaseStore implements Store {
 
   constructor(private readonly database: IDBDatabase) {
     addEventListener("pagehide", () => this.hurry());
+    addEventListener("pageshow", ({ persisted }) => persisted && writeUnfinished("")); // the page goes on by itself
   }
 
   async conversations(): Promise<Conversation[]> {
@@ -99,12 +105,11 @@ class DatabaseStore implements Store {
   }
 
   changeConversation(id: string, change: Partial<Conversation>, known: Conversation): Promise<boolean> {
-    return this.changeWhereThere(id, (at, kept) => at(CHATS).put({ ...kept, ...change }), (at) => at(CHATS).put(known));
+    return this.changeWhereThere(id, (at, kept) => at(CHATS).put({ ...kept, ...change }), [CHATS, known]);
   }
 
   putMessage(message: StoredMessage): Promise<boolean> {
-    const put = (at: (name: string) => IDBObjectStore) => at(MESSAGES).put(message);
-    return this.changeWhereThere(message.conversation, put, put);
+    return this.changeWhereThere(message.conversation, (at) => at(MESSAGES).put(message), [MESSAGES, message]);
   }
 
   async messageIds(): Promise<readonly string[]> {
@@ -147,14 +152,14 @@ class DatabaseStore implements Store {
     return this.change(all, (at) => all.forEach((name) => at(name).clear()));
   }
 
-  /** One transaction, so that no other tab comes between the reading and the writing; `blindly` writes without reading. */
+  /** One transaction, so that no other tab comes between the reading and the writing; `record` is written without reading. */
   private async changeWhereThere(
     id: string,
     work: (at: (name: string) => IDBObjectStore, kept: Conversation) => unknown,
-    blindly: (at: (name: string) => IDBObjectStore) => unknown,
+    record: Unfinished,
   ): Promise<boolean> {
     let isThere = false;
-    const waiting: Waiting = { blindly, hurried: false };
+    const waiting: Waiting = { record, hurried: false };
     const change = this.change([CHATS, MESSAGES], (at, transaction) => {
       waiting.transaction = transaction;
       const reading: IDBRequest<Conversation | undefined> = at(CHATS).get(id);
@@ -181,7 +186,10 @@ class DatabaseStore implements Store {
     return isThere;
   }
 
-  /** Writes at once what still waits for its reading: a page that goes away hears of no reading any more. */
+  /**
+   * Writes at once what still waits for its reading: a page that goes away hears of no reading any more.
+   * The tab's next page may read the database before this is written, so it gets the records as well.
+   */
   private hurry(): void {
     const all = [...this.pending];
     if (!all.length) return;
@@ -190,7 +198,26 @@ class DatabaseStore implements Store {
       waiting.transaction?.abort();
     }
     this.pending.clear();
-    this.change([CHATS, MESSAGES], (at) => all.forEach(({ blindly }) => blindly(at))).catch(() => undefined);
+    const records = all.map(({ record }) => record);
+    writeUnfinished(JSON.stringify(records));
+    this.change([CHATS, MESSAGES], (at) => records.forEach(([name, record]) => at(name).put(record))).catch(() => undefined);
+  }
+
+  /** Writes what the tab's last page was writing when it went away, except where something newer or nothing is there now. */
+  async finish(): Promise<void> {
+    const written = readUnfinished();
+    if (!written) return;
+    writeUnfinished("");
+    const records = JSON.parse(written) as Unfinished[];
+    await this.change([CHATS, MESSAGES], (at) => {
+      for (const [name, record] of records) {
+        const reading: IDBRequest<Conversation | undefined> = at(CHATS).get(name === CHATS ? record.id : record.conversation);
+        reading.onsuccess = () => {
+          const there = reading.result;
+          if (there && (name === MESSAGES || there.updated <= record.updated)) at(name).put(record);
+        };
+      }
+    }, false);
   }
 
   /** With `whole` nothing follows what `work` asks for: it is kept even where the page goes away at once. */

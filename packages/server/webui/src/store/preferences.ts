@@ -62,6 +62,12 @@ export const readDraft = (conversation: string): string => read("sessionStorage"
 export const writeDraft = (conversation: string, text: string): void =>
   write("sessionStorage", `candle-vllm.draft.${conversation}`, text);
 
+const UNFINISHED = "candle-vllm.unfinished";
+
+/** What the tab's last page was writing to the database when it went away, as JSON. */
+export const readUnfinished = (): string => read("sessionStorage", UNFINISHED) ?? "";
+export const writeUnfinished = (records: string): void => write("sessionStorage", UNFINISHED, records);
+
 // Storage can be forbidden, so that its name alone throws, or full; nothing here is worth a failure.
 type StorageName = "localStorage" | "sessionStorage";
 
