@@ -52,15 +52,15 @@ AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch
 
 
 class CacheType(NamedTuple):
-    """A type of keys and values. How the CPU stores one is a `CacheKind` of its kernels.
+    """A type of the KV cache. How the CPU stores it is told by a `CacheKind` (`kernels/attention/cpu_cache.py`).
 
     Attributes:
-        device: device with kernels for it, "cpu" or "cuda"; "" for the type of activations, which both have.
-        element: torch's name of the type of an element on a GPU.
-        row_scales: whether each token and head has a scale on a GPU; otherwise a layer has one, which a checkpoint may
-            contain.
-        capability: least compute capability of a GPU.
-        names: its names in vLLM and in the Rust candle-vllm.
+        device: the device that has kernels for this type, "cpu" or "cuda"; "" for the type of activations: both.
+        element: name of the torch dtype of an element on a GPU; empty for the other types.
+        row_scales: whether each token and head has a scale on a GPU; otherwise each layer has one for keys and one for
+            values, which a checkpoint may contain.
+        capability: minimum compute capability of a GPU.
+        names: other names of this type, from vLLM and the Rust candle-vllm.
     """
 
     device: str = ""
@@ -79,7 +79,7 @@ CACHE_TYPES: Mapping[str, CacheType] = MappingProxyType({
     "q5_1": CacheType("cpu"),
     "q4_0": CacheType("cpu", names=("turbo4", "4bit")),
 })  # fmt: skip
-"""Values of `kv_cache_dtype`; what a type needs, allows and refuses is asked here."""
+"""Values of `kv_cache_dtype`. Other modules read from this table what a type needs and allows."""
 CACHE_ALIASES = {"k3v4": "turbo3"} | {other: name for name, kind in CACHE_TYPES.items() for other in kind.names}
 _CACHE = Choice(tuple(CACHE_TYPES), absent={
     "turbo3": "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
@@ -98,7 +98,7 @@ DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
 """Name of the demo model; if it is served under this name, requests may also use "demo"."""
 
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs")
-"""Types that plain weights can be quantised to while they are loaded."""
+"""Types to which plain (not quantised) weights can be quantised while they are loaded."""
 
 
 def demo_model() -> Path | None:
@@ -141,11 +141,11 @@ _REFUSED_METHODS = {
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(("deepseek_mtp", "gemma4_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp"), "mtp")
 )
-"""vLLM's other names of a method."""
+"""vLLM's other names of methods."""
 MAX_DRAFT = 31
 """Maximum number of draft tokens of one sequence in a step."""
 LONGEST_MATCH = 24
-"""Maximum number of tokens that a match compares; longer matches do not improve drafts."""
+"""Maximum length of a match, in tokens; longer matches do not improve drafts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class SpeculativeConfig:
             trained for the model; "mtp": the multi-token prediction layer in the model's checkpoint, or with `model`
             the drafter of a Gemma 4.
         num_speculative_tokens: maximum number of draft tokens of a sequence in one step.
-        prompt_lookup_min, prompt_lookup_max: minimum length of a match, and maximum number of compared tokens.
+        prompt_lookup_min, prompt_lookup_max: minimum and maximum length of a match, in tokens.
         suffix_decoding_max_cached_requests: maximum number of past answers in the suffix cache; 0 turns the cache off.
         suffix_decoding_max_spec_factor: maximum number of draft tokens for each matched token; None is no limit.
         suffix_decoding_min_token_prob: a draft ends before a token whose estimated probability is lower.
@@ -195,7 +195,7 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 MOST_LAYERS = 1024
-"""Maximum number of layers of any model; as a setting it means all layers."""
+"""Maximum number of layers of any model, so `cpu_experts` and `gpu_layers` mean all layers with this value."""
 _FILES = ("model", "revision", "weight_file")
 WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
 """Methods whose draft tokens come from weights (a model, a head or an MTP layer); CPU only."""
@@ -251,7 +251,7 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
 
 
 def _methods_of(name: str) -> tuple[str, ...]:
-    """Return the methods that a setting belongs to, first the one that errors name; empty for all methods."""
+    """Return the methods that have a setting; errors name the first one. Empty if all methods have it."""
     if name in _FILES or name.startswith("draft_"):
         return WITH_WEIGHTS
     return ("suffix", *WITH_WEIGHTS) if name.startswith("suffix_") else ()
@@ -562,7 +562,7 @@ class EngineConfig(ExplainedSettings):
         elif self.node_rank:
             raise ConfigError(f"node_rank {self.node_rank} needs nnodes: set it, the same on all", "node_rank")
         else:
-            for name in ("master_addr", "master_port"):  # the key may be set without nnodes
+            for name in ("master_addr", "master_port"):  # cluster_key may be set without nnodes
                 if getattr(self, name) != getattr(EngineConfig, name):
                     raise ConfigError(f"{name} is for several nodes: set nnodes on all of them, or leave it out", name)
         if self.distributed_executor_backend == "ray":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pooling: how the vector of a text is computed from its hidden states, by the model's files and the request.
+"""Pooling: how a text's vector is computed from its hidden states, as the model's files and the request define.
 
 This module does not import torch. The name `PoolingParams` and its `dimensions` are vLLM's.
 """
@@ -44,11 +44,11 @@ class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         dimensions: length of the vector, if the model was trained for truncated vectors (Matryoshka, arXiv:2205.13147):
-            the first elements remain and are normalised again.
+            the first elements are kept and normalised again.
         normalize: scale the vector to length 1.
-        pooling: positions that the vector is computed from.
-        use_activation: for a head for scores and classes: map its logits to 0..1. None is the model's own value; false
-            returns logits, such as the rewards of a reward model.
+        pooling: pooling method, see `PoolingKind`.
+        use_activation: whether a head for scores or classes applies the model's activation to its logits, as None does;
+            false returns logits, such as the rewards of a reward model.
     """
 
     dimensions: int | None = None
@@ -122,12 +122,12 @@ class ModelPooling:
 
     Attributes:
         size: E, the length of a full vector.
-        pooling: positions that a vector is computed from.
+        pooling: pooling method, see `PoolingKind`.
         normalize: whether vectors have length 1.
-        matryoshka: the model was trained for truncated vectors.
+        matryoshka: whether the model was trained for truncated vectors.
         matryoshka_dimensions: the lengths that it was trained for; empty for any length.
-        sizes: lengths of vectors of other kinds of pooling, if they are not E; only models with a length for "sparse"
-            compute weights of the vocabulary.
+        sizes: lengths of the vectors of pooling kinds whose length is not E; only a model with a length for "sparse"
+            can compute weights of the vocabulary's tokens.
         prompts: texts that the model expects before an input, by the type of the input ("query", "document").
     """
 

@@ -25,7 +25,7 @@ class Rotary:
     With a `query_scale` s in `rope`, queries are also multiplied by 1 + s ln(1 + floor(position / original)), where
     original is the context before its extension: by 1 at positions below original.
 
-    A GGUF file of Llama 3 stores its scaling as divisors of the frequencies, which are the optional part "factors".
+    GGUF files of Llama 3 store its scaling as divisors of the frequencies: the optional parameter "factors".
 
     If `rope` has axes (M-RoPE), tokens of images are rotated by three positions. Their cosines and sines are in rows
     of the tables after the rows of all positions, and are written there for each step (`turn`). For any other token the
@@ -34,8 +34,8 @@ class Rotary:
     Args:
         rope: configuration of the rotary embedding.
         max_position: context for which the frequencies are computed, in tokens.
-        placement: where the tables go.
-        factors: the checkpoint has divisors of the frequencies.
+        placement: where the tables are allocated.
+        factors: whether the checkpoint has divisors of the frequencies.
 
     Raises:
         InvalidFileError: the frequencies are not finite, so that no request could be served.

@@ -28,9 +28,9 @@ class RopeConfig:
         original_max_position: context length before scaling, in tokens.
         low_freq_factor, high_freq_factor: llama3's band limits, in rotations over the original context.
         beta_fast, beta_slow: yarn's band limits, in rotations over the original context.
-        attention_factor: scale of cos and sin of yarn and longrope; None computes it from `factor` and the next two.
-        mscale, mscale_all_dim: shares of that scale for cos and sin, and for the attention scores.
-        truncate: yarn rounds its band limits to whole dimensions.
+        attention_factor: scale of cos and sin of yarn and longrope; None computes it: `RopeKind.scale`.
+        mscale, mscale_all_dim: coefficients of yarn's scale, of cos and sin and of the attention scores.
+        truncate: whether yarn rounds its band limits to whole dimensions.
         query_scale: coefficient of the growth of queries beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of frequencies [dim / 2], within the original context and beyond.
         axes: for each of the dim / 2 frequencies, whether a token's time (0), height (1) or width (2) rotates it
@@ -87,18 +87,18 @@ class RopeKind(NamedTuple):
 
     Attributes:
         frequencies: returns the angle per position [R/2] in fp32, from the configuration and the model's context.
-        keys: keys that only some kinds read from Hugging Face's rotary settings: fields of `RopeConfig`.
-        needed: those of its keys that have no default.
+        keys: keys of Hugging Face's rotary settings that not every kind reads; each is a field of `RopeConfig`.
+        needed: the keys without a default.
         check: raises `InvalidFileError` if values are not possible for this kind.
         scale: returns the factor of cos and sin.
         context: returns the context length after scaling, from the configuration and the length in the config.
         least_dim: smallest number of rotary dimensions.
-        names: other names of it in Hugging Face's files.
+        names: other names of this kind in Hugging Face's files.
         refused: keys that are not implemented.
         by_context: whether the original context may be outside the rotary settings, as in Phi-3, and the factor is by
             default the ratio of both contexts.
         pads: whether all dimensions are rotated, those beyond `partial_rotary_factor` with a frequency of 0.
-        in_gguf: whether it is a value of GGUF's `rope.scaling.type`.
+        in_gguf: whether this kind is a value of GGUF's `rope.scaling.type`.
     """
 
     frequencies: Callable[[RopeConfig, int], np.ndarray]
@@ -119,7 +119,7 @@ class RopeKind(NamedTuple):
 
 
 def _plain(rope: RopeConfig, theta: float | None = None) -> np.ndarray:
-    """Return theta^(-2 i / R), without scaling."""
+    """Return theta^(-2 i / R) for i below R / 2, without scaling."""
     exponents = (np.arange(0, rope.dim, 2, dtype=np.float32) / rope.dim).astype(np.float64)
     return 1 / np.power(np.float64(np.float32(rope.theta if theta is None else theta)), exponents).astype(np.float32)
 
@@ -190,13 +190,13 @@ def _yarn_attention(rope: RopeConfig) -> float:
 
 
 def _longrope(rope: RopeConfig, max_position: int) -> np.ndarray:
-    """Divide by one list for all texts: the long one if the model's context is beyond the original one."""
+    """Divide by one list for all texts: `long_factor` if the model's context exceeds the original one."""
     long = max_position > rope.original_max_position
     return _plain(rope) / np.array(rope.long_factor if long else rope.short_factor, np.float32)
 
 
 def _check_longrope(rope: RopeConfig) -> None:
-    """Check the divisors, which may have any type in a file, and what the attention factor is computed from."""
+    """Check the divisors, which may have any type in a file, and the context before scaling."""
     rope.check("context before stretching", rope.original_max_position, 1, MAX_COUNT)
     divisors: dict[str, tuple[Any, ...]] = {"short_factor": rope.short_factor, "long_factor": rope.long_factor}
     for name, values in divisors.items():

@@ -5,8 +5,8 @@ As in llama.cpp: if the last n tokens occurred before and were followed by token
 multiplier * base ** (n - allowed length). n is the length of the longest such match, and at least the allowed length.
 A match does not include a sequence breaker, and a token that is a breaker has no penalty.
 
-A breaker is a text. Its token sequences are every token that contains it, and every token that ends with the beginning
-of the breaker, followed by the tokens of the rest of the breaker.
+A breaker is a text. It matches every token that contains it, and every token that ends with the beginning of the
+breaker and is followed by the tokens of its rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.sampling.chain import repeats
 from candle_vllm.core.sampling.params import DRY_BREAKERS, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_LONGEST_TAIL = 20  # maximum tokens of the rest of a breaker that are compared
+_LONGEST_TAIL = 20  # maximum number of tokens of a breaker's rest that are compared
 _LARGEST = float(np.finfo(np.float32).max)
 _KEPT = 16  # maximum number of lists of breakers in the cache
 
@@ -36,7 +36,7 @@ class Breakers:
         self._lengths = sorted({len(ids) for ids in self.sequences})
 
     def ending(self, tokens: NDArray[np.int64]) -> int:
-        """Return the number of tokens of the shortest breaker that ends `tokens`; 0 without one."""
+        """Return the number of tokens of the shortest breaker at the end of `tokens`; 0 if no breaker is there."""
         if int(tokens[-1]) in self.singles:
             return 1
         return next((n for n in self._lengths if tuple(tokens[-n:].tolist()) in self.sequences), 0)
@@ -47,7 +47,7 @@ class BreakerTable:
 
     Args:
         tokenizer: its token texts are read when the first breakers are made.
-        vocab_size: V; larger ids are no tokens of the model.
+        vocab_size: V; the tokenizer's ids from V on are ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -123,7 +123,7 @@ class DryState:
         del self._breaks[self._size :]
 
     def penalties(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return [N] distinct ids in ascending order, and the penalties that are subtracted from their logits."""
+        """Return distinct token ids [N] in ascending order, and the penalties [N] that their logits are reduced by."""
         params, lookback = self._params, self._params.dry_penalty_last_n
         count = self._size if lookback < 0 else min(lookback, self._size)
         allowed = params.dry_allowed_length

@@ -46,7 +46,7 @@ DRY_BREAKERS = ("\n", ":", '"', "*")
 DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
     {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 )
-"""Values if neither a request nor the model's files set them, as in llama.cpp."""
+"""Sampling defaults that apply if neither the request nor the model's files set a value, as in llama.cpp."""
 
 
 class _Open(float):
@@ -93,7 +93,7 @@ class SamplingParams(
     Attributes:
         n: sequences generated for the prompt, [1, 128].
         temperature: 0 is greedy; [0, 100].
-        top_p: keep the smallest set of tokens whose probability reaches it, (0, 1].
+        top_p: keep the smallest set of likeliest tokens whose total probability reaches it, (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: drop tokens less likely than `min_p` times the likeliest, [0, 1].
         presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
@@ -101,10 +101,10 @@ class SamplingParams(
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
         repeat_last_n: the three penalties count this many of the last tokens, prompt and output; -1 for all.
         top_n_sigma: keep logits within this many standard deviations of the largest, up to 100; 0 or less keeps all.
-        typical_p: keep the tokens whose surprise is nearest to the expected one, up to this probability, (0, 1].
+        typical_p: keep the tokens whose surprise is nearest to the entropy, up to this total probability, (0, 1].
         xtc_probability: probability with which XTC removes the likeliest tokens, [0, 1].
         xtc_threshold: XTC keeps only the least likely of the tokens at least this likely, [0, 1]; no effect above 0.5.
-        dynatemp_range: the temperature varies up and down by this much, with the entropy of the distribution, [0, 100].
+        dynatemp_range: the temperature is `temperature` plus or minus up to this, by the row's entropy, [0, 100].
         dynatemp_exponent: exponent of the entropy's ratio to its maximum, [0, 100].
         mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by removing less likely tokens; 0 is off. It
             replaces top_k, top_p, min_p and typical_p if these were not given.
@@ -122,7 +122,7 @@ class SamplingParams(
             Instead of a function, the name of one in the entry-point group `candle_vllm.logits_processors` of an
             installed package is accepted; an engine in another process accepts names only.
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
-        max_tokens: maximum number of generated tokens; None, the default of `chat` too, means up to the context length.
+        max_tokens: maximum number of generated tokens; None, the default in `chat`, means up to the context length.
         min_tokens: no end-of-sequence or stop before this many tokens. `structured_outputs` wins: if it allows only the
             end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
@@ -133,8 +133,8 @@ class SamplingParams(
         skip_special_tokens: leave special tokens out of the text.
         continues_prompt: if the prompt ends within a UTF-8 character, begin the text with this whole character; for
             callers that show prompt and text as one text.
-        logprobs: report the log-probability of each sampled token and of this many likeliest ones, [0, 20].
-        prompt_logprobs: the same for the tokens of the prompt.
+        logprobs: report the log-probability of each sampled token and of this many of the likeliest ones, [0, 20].
+        prompt_logprobs: the same report for the tokens of the prompt.
         logprob_token_ids: report these tokens, at most 128, and the sampled one instead of the likeliest; `logprobs` is
             then 0 if it was not given.
         logit_bias: token id -> value added to its logit, [-100, 100].
@@ -342,7 +342,7 @@ class SamplingParams(
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always sampled."""
         return self.temperature < 1e-5 and not self.dynatemp_range
 
     @property
@@ -362,7 +362,7 @@ _HINTS = get_type_hints(SamplingParams, include_extras=True)
 BOUNDS: Mapping[str, Integer | Number] = MappingProxyType(
     {name: hint.__metadata__[0] for name, hint in _HINTS.items() if get_origin(hint) is Annotated}
 )
-"""Bounds of the numbers of `SamplingParams`; requests of every API and the settings of a server have them from here."""
+"""Bounds of the numbers of `SamplingParams`; the requests of every API and the server's settings use this table."""
 _OPTIONAL = frozenset(name for name in BOUNDS if get_origin(_HINTS[name].__origin__) is UnionType)
 _SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
              "skip_reading_prefix_cache")  # fmt: skip

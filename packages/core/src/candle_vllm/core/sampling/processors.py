@@ -3,8 +3,8 @@
 
 The order: the request's own logits_processors first, so that they cannot undo a mask; then as in vLLM
 structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
-presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). Each feature changes only the
-entries that it concerns, and a feature that no row uses costs one test per row.
+presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). A feature that no row uses costs
+one test per row.
 
 Shapes: R rows, V vocabulary.
 """
@@ -29,7 +29,7 @@ def _limits() -> NDArray[np.void]:
     return table
 
 
-_LIMITS = _limits()  # eight limits as one value, so that one comparison checks all
+_LIMITS = _limits()  # for each byte of a mask, the upper limits of its 8 logits as one element of 32 bytes
 
 
 def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:

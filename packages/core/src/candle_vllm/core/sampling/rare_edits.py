@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Rarely used edits of logits (step 7 of a request's life): own logits processors, DRY and llama.cpp's sampler chain.
+"""Rarely used edits of logits (step 7 of a request's life): a request's logits processors, DRY, sampler chain.
 
 Shapes: V vocabulary.
 """
@@ -20,7 +20,7 @@ def is_rare(state: SamplingState) -> bool:
 
 
 def process_row(row: NDArray[np.float32], state: SamplingState) -> None:
-    """Call the request's own logits processors, in place; the first error becomes the state's `failure`."""
+    """Apply the request's own logits processors in place; the first error becomes the state's `failure`."""
     try:
         for process in state.params.logits_processors or ():
             function = installed_processors()[process] if isinstance(process, str) else process

@@ -4,7 +4,7 @@
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, sample
 
 If a request uses one of llama.cpp's samplers, that chain runs before the token is sampled; it includes top_k, top_p
-and min_p. Order and meaning are those of vLLM; `kernels/sampling` has the exact rules. A feature that a row does not
+and min_p. Order and meaning are as in vLLM; `kernels/sampling` defines the exact rules. A feature that a row does not
 use costs it no time, and a row's token never depends on other rows.
 
 Shapes: R rows, V vocabulary, T positions of a prompt.
@@ -135,7 +135,7 @@ class SampledToken(msgspec.Struct, frozen=True, gc=False):
         token_id: the token, or -1 with an error.
         logprobs: log-probabilities if `params.logprobs` asks for them, otherwise None.
         error: why this sequence cannot continue, or None. Other sequences are not affected.
-        by_request: the request's own parameters caused the error.
+        by_request: whether the request's own parameters caused the error.
     """
 
     token_id: int
@@ -159,12 +159,12 @@ SampledTokens: TypeAlias = Token | tuple[Token, ...]
 
 
 class Sampler:
-    """Sample tokens. Sequences keep their own `SamplingState`; parameters of a batch are reused while its rows stay.
+    """Sampler of a batch. Each sequence has its `SamplingState`; a batch's parameters are reused while its rows stay.
 
     Args:
         draw: function that samples; `kernels.draw` by default.
         controls: [maximum rows, 5] memory for the parameters of the next rows; None to allocate it.
-        run_controls: the same memory for the rows of `sample_runs`.
+        run_controls: such memory for the rows of `sample_runs`.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class Sampler:
         """Return whether the rows need neither edits nor log-probabilities; if so, write their parameters to controls.
 
         Args:
-            goes_on: this method was called for the same rows one position before.
+            goes_on: whether this method was called for the same rows one position before.
         """
         if not goes_on:
             self._rows_of(states)
@@ -402,7 +402,7 @@ class _Rows:
         vocab_size: V of all rows.
         asking: rows with log-probabilities.
         may_edit: whether a row may have masks, bias or penalties.
-        settling: rows that need `commit_sampled` after a token was sampled.
+        settling: rows that need `commit_sampled` after sampling.
         only_samples: whether no row has log-probabilities or edits.
         controls: [R, 5] parameters at the current positions.
     """
@@ -426,7 +426,7 @@ class _Rows:
         self._column = self.controls.reshape(-1).data[Control.UNIFORM :: len(Control)]
 
     def move_on(self) -> None:
-        """Move to other positions of the same rows: only the random numbers change."""
+        """Update the random numbers for other positions of the same rows; the other parameters stay."""
         for row, state in self._random:
             self.controls[row, Control.UNIFORM] = state.uniform()
         self._ahead = memoryview(b"")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""SamplingState: the sampler's state of one sequence, from admission to its last token (step 7 of ten).
+"""SamplingState: the sampler's state of one sequence, from admission to its last token (step 7 of a request's life).
 
-It is made once, when the sequence is admitted, and survives preemption: the engine may drop the sequence's cache and
-compute it again, while tokens and counts stay here. Values that are the same in every step are computed only once.
+It is made once, when the request is prepared, and survives preemption: the engine may drop the sequence's cache and
+compute it again, while the state keeps its tokens and counts. Values that no step changes are computed only once.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class SamplingState:
         dry: state of DRY, or None.
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
-        counts: token counts for the penalties; None without a penalty. Counts of a window of the last tokens are
-            valid until the next `append`.
-        windowed: whether the penalties count only a window of the last tokens.
+        counts: token counts for the penalties; None without a penalty. If `windowed`, they are valid until
+            the next `append`.
+        windowed: whether the penalties count only the last tokens (`repeat_last_n`).
         failure: error of one of the request's own logits processors, or None.
         grammar: state of the grammar of structured output; None without one.
         thoughts: count of reasoning tokens, which forces their end at a limit; None without a limit.
         tokens: prompt and output so far. The scheduler may read the same list; `append` and `rollback` change it.
         reads_tokens: whether the host must know all earlier tokens before the next one is sampled.
-        notes_tokens: whether `append` updates more than `tokens`.
+        notes_tokens: whether `append` also updates counts, the grammar, thoughts or DRY.
         may_edit: whether its logits may be edited at some position: by masks, bias, penalties or processors.
         only_masks: whether only its grammar edits its logits.
         num_ahead: sampled tokens after `tokens` that the host does not know yet; above 0 only if steps overlap.
@@ -324,7 +324,7 @@ class SamplingState:
 
 
 def uniforms_ahead(states: Sequence[SamplingState]) -> NDArray[np.float64]:
-    """Return random numbers [K, R] of the next K >= 1 tokens of R sequences; all sequences have computed these K."""
+    """Return the next random numbers [K, R] of R sequences; each sequence has computed at least K >= 1 of them."""
     left = [_uniforms_left(state) for state in states]
     if not all(left):
         _make_uniforms(states)  # one call for all sequences, which takes as long as for one
@@ -342,7 +342,7 @@ def _uniforms_left(state: SamplingState) -> int:
 
 
 def _make_uniforms(states: Sequence[SamplingState]) -> None:
-    """Compute random numbers of some sequences from their next token on."""
+    """Compute the random numbers of sequences, each from its next token on."""
     words, positions = [seed_words(state.seed, state.index) for state in states], [state.position for state in states]
     for state, first, numbers in zip(states, positions, uniforms(words, positions, _UNIFORMS).tolist()):
         state._uniforms = (first, numbers)
@@ -410,7 +410,7 @@ class BadWords:
 
     def __init__(self, words: Sequence[Sequence[int]], vocab_size: int) -> None:
         singles: list[int] = []
-        self.longest = max(map(len, words), default=0)  # tokens of a word
+        self.longest = max(map(len, words), default=0)  # maximum number of tokens of a word
         self._by_previous: dict[int, list[tuple[list[int], int]]] = {}
         for word in words:
             ids = _checked("bad_words", word, vocab_size).tolist()
@@ -436,7 +436,7 @@ class BadWords:
 
 
 def _distinct(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the distinct ids, sorted. `np.unique` imports masked arrays at its first call: 15 ms of a start."""
+    """Return the distinct ids, sorted. `np.unique` would import masked arrays, which delays the start."""
     ordered = np.sort(ids)
     return ordered[np.diff(ordered, prepend=-1) > 0]
 

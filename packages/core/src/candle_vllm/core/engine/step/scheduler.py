@@ -2,9 +2,9 @@
 """Step 4: choose the sequences of the next step, and the number of tokens of each. This module imports no torch.
 
 Every step has a budget of rows. Decoding sequences come first with one row each, then running prompts, then waiting
-sequences in order of rank (`serving_rank`) and arrival, each with as large a chunk of its prompt as the rest of the
-budget allows. A waiting prompt of a lower rank comes before running prompts. A decoding sequence has one more row for
-each draft token: the step then appends the accepted draft tokens and one sampled token.
+sequences in order of rank (`serving_rank`, lowest first) and arrival, each with as large a chunk of its prompt as the
+rest of the budget allows. A waiting prompt comes before running prompts of a higher rank. A decoding sequence has one
+more row for each draft token: the step then appends the accepted draft tokens and one sampled token.
 
 - A prompt is admitted when the blocks for all of it are free, so a running prompt never waits for blocks.
 - A waiting prompt whose next block is being computed by a running one waits for that block and shares it, so the `n`
@@ -30,13 +30,13 @@ run in one step.
 
 If layers keep a state (`states.py`), a cached prefix ends at a checkpoint. Checkpoints are written after the last full
 block of a prompt, at the end of each prompt chunk that ends with a block, after the last full block of an answer, and
-where the prefixes of two prompts diverge: a waiting prompt requests it from the running one, or writes it itself if the
-blocks are cached without it. So prompt chunks end with blocks, and drafts end before the last token of a block.
+where the prefixes of two prompts diverge: the waiting prompt requests it from the running one, or writes it itself if
+the blocks are cached without a checkpoint. So prompt chunks end with blocks, and drafts before a block's last token.
 
 If layers have a sliding window (`window_pages.py`), a cached prefix must have the pages that the next token attends to.
 A run gets pages of these layers when it is scheduled, and frees pages that have left its window. A prompt chunk ends
-where the pages end. If a decoding sequence needs a page and no page is free, the last running sequence is preempted. A
-block without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
+where no page is free. If a decoding sequence finds no free page, the last running sequence is preempted. A block
+without its page is not offloaded; a cached block that has lost its page is read from the KV tier again.
 
 With `reproducible`, no answer depends on the memory that other requests use: a sequence is admitted when blocks for its
 full length are free, so no sequence is preempted. Only blocks of prompts are published, because the kernels for prompts
@@ -171,7 +171,7 @@ class Scheduler:
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
-        """Return a step with the next token of the same sequences; None if `_schedule` may choose other sequences."""
+        """Return a step with the next token of the same sequences; None if `_schedule` must choose them."""
         if not going.left:
             return None
         if self.waiting and not self._is_all_held and (len(self.running) < self.max_num_seqs or self._is_outranked):
@@ -324,7 +324,7 @@ class Scheduler:
     def _fitting_drafts(self, sequence: Sequence, others: int) -> Tokens:
         """Return the drafts of a sequence that its length, the step's rows and the free blocks allow.
 
-        Every running sequence keeps a row and a next block; `others` is the number of draft rows of other sequences.
+        Every running sequence still gets a row and a block; `others` is the number of draft rows of other sequences.
         """
         if sequence.num_ahead or not sequence.drafts:
             return ()
@@ -376,7 +376,7 @@ class Scheduler:
         return True
 
     def _prompts_in_order(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
-        """Yield running prompts, then newly admitted sequences; those of a lower rank come before a prompt."""
+        """Yield running prompts, then newly admitted sequences, but these before running prompts of a higher rank."""
         for prompt in prompts:
             if self.waiting and self.waiting[0].rank < prompt.rank:
                 yield from self._admit(prompt.rank)
@@ -469,7 +469,7 @@ class Scheduler:
 
     @property
     def _is_all_held(self) -> bool:
-        """Whether adapters hold back all waiting sequences; found once for each change of an adapter."""
+        """Whether adapters hold back all waiting sequences; computed again after each change of an adapter."""
         return self.adapters is not None and self._all_held == self.adapters.store.changes
 
     def _reserve(self, sequence: Sequence) -> int:
@@ -636,7 +636,7 @@ class WholeTexts:
             self.adapters.stopped(sequence)
         if self.adapters is not None:
             self.adapters.ended(sequence)
-            if not self.waiting:  # no later step may call it
+            if not self.waiting:  # there may be no later step that calls it
                 self.adapters.look(())
 
     def schedule(self) -> Step:
@@ -659,7 +659,7 @@ class WholeTexts:
         return Step(Run.next(text, text.num_tokens) for text in sorted(taken, key=lambda text: text.num_tokens))
 
     def launched(self, items: Iterable[Run]) -> None:
-        """Do nothing: no step follows a text."""
+        """Do nothing: a text has no later step."""
 
     def commit(self, items: Iterable[Run]) -> None:
         """Do nothing: a text has no blocks to publish."""

@@ -47,7 +47,7 @@ class PlacedImage(msgspec.Struct, eq=False):
         return 0 if self.grid is None else self.first + max(self.grid) - (self.positions[-1] + 1)
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
-        """Yield each block with embeddings of the image, and what its hash must include: the image's key and offset."""
+        """Yield each block number with embeddings of the image, and the key and offset that its hash must include."""
         last = -1
         for number, position in enumerate(self.positions):
             if position // block_size != last:
@@ -118,7 +118,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
         held_since: number of sequences that had been admitted when it was first held back for its adapters.
         images: the images of its prompt, in order.
         state: state slots of a running sequence; None if no layer keeps a state.
-        windowed: first and last index in the block table of the blocks with pages, for each pool of `WindowedBlocks`.
+        windowed: for each pool of `WindowedBlocks`, begin and end in the block table of the blocks with pages.
     """
 
     __slots__ = (
@@ -200,7 +200,7 @@ class Sequence:  # __slots__, so that its attributes are close to each other in 
             self.num_ahead -= 1
 
     def piece(self, budget: int) -> int:
-        """Return how many uncomputed tokens a step may run, at most `budget`, without splitting a tile."""
+        """Return how many uncomputed tokens a step may run, at most `budget`, without splitting an image's tile."""
         start = self.num_computed_tokens
         end = start + min(self.num_uncomputed_tokens, budget)
         for image in self.images if start < self.num_prompt_tokens else ():

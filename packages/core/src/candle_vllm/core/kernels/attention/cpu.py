@@ -5,7 +5,7 @@
 Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
 bfloat16 or quantised like the keys, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
 float32 [T, H, D]. So scores are exponents of 2, and soft cap, sinks and slopes are multiplied by `LOG2E` too. A head's
-sink is added to a row's sum after all keys were processed.
+sink is added to a row's sum of probabilities after all keys were processed.
 
 A result does not depend on the rest of the step: positions are split into fixed chunks (`cpu_split.py`), each chunk has
 a partial result for each query row, and partial results are merged in order of position by one formula. The query rows
@@ -16,8 +16,8 @@ the second operation merges the partial results, which are written to scratch me
 Quantised keys and values are prefetched one chunk ahead, because the hardware prefetcher does not predict the order of
 the codes. For this a thread claims its next unit during the last chunk of the current one.
 
-Threads claim units by an atomic counter, the longest sequence's first, so a slow thread processes fewer. `merge` resets
-the counter to 0, between barriers. If ranks of threads have their own heads, each rank has its own counter.
+Threads claim units by an atomic counter, so a slow thread processes fewer. In a sequence the last query rows, with most
+keys, come first. `merge` resets the counter to 0. If ranks of threads have their own heads, each has its own counter.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _list_tiles(
     key_size: int,
     value_size: int,
 ) -> None:
-    """Write the addresses of `count` key tiles and, `VALUE_TILES` further, of their value tiles, from `start` on.
+    """Write the addresses of `count` key tiles from position `start` on; `VALUE_TILES` bytes further, of value tiles.
 
     `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. After the tile of
     position `last`, its address is repeated.
@@ -210,7 +210,7 @@ def _gather_queries(
 ) -> None:
     """Copy a tile's query rows to contiguous memory, and write their positions and the last positions they attend to.
 
-    q is the first token's query of the KV head; row first + i is head (first + i) % group of a token.
+    `q` is the address of the step's first query of the KV head; row first + i is head (first + i) % group of a token.
     """
     at = int64_at(positions)
     t, h = first // group, first % group
@@ -257,7 +257,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
 
 @njit(inline="always")
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
-    """Do what `_attend_rows` does, with AMX, for up to 16 bfloat16 rows; write a result for each register row."""
+    """Do what `_attend_rows` does, with AMX, for up to 16 bfloat16 rows; unused rows of a register are written too."""
     queries, positions, tiles, _, scores, probabilities = memory
     start, _, count, window = chunk[:4]
     for n in range(0, count, TILES):
@@ -275,7 +275,7 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
 
 
 def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
-    """Compile `attend` for one head size, and one `CacheKind` of keys and of values."""
+    """Return `attend` for one head size, and one `CacheKind` of keys and of values."""
     keys_kind, values_kind = CacheKind(keys_as), CacheKind(values_as)
     key_size, value_size = key_bytes(keys_kind, head_dim), value_bytes(values_kind, head_dim)
     rotated = values_kind.is_quantised
@@ -459,7 +459,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
 
 
 def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
-    """Compile `merge`, which merges partial results; `rotated`: quantised values are rotated, which is undone here."""
+    """Return `merge`, which merges partial results; with `rotated` it undoes the rotation of quantised values."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
 

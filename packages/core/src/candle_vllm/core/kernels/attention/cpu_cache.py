@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of the CPU's KV cache, which `kv_write/cpu.py` writes and `attention/cpu.py` reads.
 
-A slot is block * S + offset. A **stretch** is 1,024 consecutive slots (or one block, if that is larger). The slots of
-one head of one layer are contiguous within a stretch; the heads and layers of a stretch follow each other. So long
+A slot is block * S + offset, for blocks of S tokens. A **stretch** is 1,024 consecutive slots (or a block, if larger).
+Within a stretch the slots of one head of a layer are contiguous, and the heads and layers follow each other. So long
 contexts are read in long sequences of addresses, which the hardware prefetches, and short contexts touch little memory:
 the system allocates pages of 2 MiB. If all slots of a head were contiguous, the first token would need a page per head.
 
@@ -35,7 +35,7 @@ class CacheKind(enum.IntEnum):
     """How keys or values are stored; the name is the one in GGUF, and that of a row of `CACHE_TYPES` in `config.py`.
 
     Attributes:
-        bits: bits of an element's code: 16, 8, or 4 and more, of which those beyond 4 are stored apart.
+        bits: bits of an element's code: 16, 8, 5 or 4; the fifth bits are stored apart from the others.
         has_minima: whether an element is scale * code + minimum, instead of scale * (code - bias).
     """
 
@@ -54,12 +54,12 @@ class CacheKind(enum.IntEnum):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether elements are codes in blocks, of heads that were rotated."""
+        """Whether heads are rotated and stored as codes, in blocks."""
         return self.bits < 16
 
     @property
     def has_halves(self) -> bool:
-        """Whether a byte has the lowest 4 bits of two codes."""
+        """Whether a byte contains the lowest 4 bits of two codes."""
         return self.bits < 8
 
     @property
@@ -69,7 +69,7 @@ class CacheKind(enum.IntEnum):
 
     @property
     def bias(self) -> int:
-        """What is added to signed codes before they are stored."""
+        """The number that is added to signed codes before they are stored."""
         return 0 if self.has_minima else 1 << self.bits - 1
 
     @property
@@ -123,8 +123,8 @@ def key_cache_shape(
     """Return the shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, strips, bytes of a strip] if it is quantised.
 
-    It must begin at a multiple of 64 bytes and need not be cleared. The operations take the part of a layer n, which
-    is [:, n]. For speed S should be at least 64.
+    The cache must begin at a multiple of 64 bytes and need not be cleared. The operations take the part of a layer n,
+    which is [:, n]. For speed S should be at least 64.
     """
     strip = min(block_size, STRIP)
     blocks = max(1, STRETCH // block_size)
@@ -172,7 +172,7 @@ PROBABILITY_STRIDE = SCORE_STRIDE // 2
 
 
 def state_at(head_dim: int) -> int:
-    """Return the index of m in a partial result, in floats; s follows it."""
+    """Return the index, in floats, of the maximum m in a partial result; the sum s follows it (`cpu_tiles.py`)."""
     return -(-head_dim // LANES) * LANES
 
 
@@ -197,14 +197,14 @@ def chunk_of(position: int) -> int:
 
 
 def scratch_per_thread(head_dim: int) -> int:
-    """Return the bytes of a thread's scratch memory; `cpu.make_attend` writes its arrays in the order of the sum."""
+    """Return the bytes of a thread's scratch memory; `cpu.make_attend` divides it into arrays."""
     row = 4 * partial_floats(head_dim)
     rows = ROW_TILE * (16 + 4 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
     return -(-(2 * TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:
-    """Return the bytes of the scratch memory of all layers, which must be zeroed and begin at a multiple of 64.
+    """Return the bytes of the scratch memory that all layers share; it must be zeroed and begin at a multiple of 64.
 
     Args:
         max_tokens, max_seqs, max_context: maximum tokens and sequences of a step, and tokens of a sequence.

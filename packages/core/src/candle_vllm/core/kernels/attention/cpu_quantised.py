@@ -7,7 +7,7 @@ bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5
 `CacheKind`. The layout of the codes is made for an instruction that adds four products of bytes in each of 16 lanes:
 
 - keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
-  the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
+  the low halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
 - values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or
   [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
@@ -59,7 +59,7 @@ _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are tr
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
-    """Unpack words of codes to four codes in each lane. `fifths` are the fifth bits of both halves, in position."""
+    """Unpack words of codes to four codes in each lane. `fifths` are the fifth bits of both halves, at bit 4."""
     if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
@@ -88,7 +88,7 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 
 
 def _in_turn(kind: CacheKind, isa: Isa) -> bool:
-    """Return whether registers hold the sums of only one tile of keys, or of half a value's dimensions, at a time.
+    """Return whether registers hold the sums of only one tile of keys, or of half a block of values, at a time.
 
     Codes of 8 bits are an exception: reading memory in that order makes them slower.
     """
@@ -121,7 +121,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
 
     def begins(number: Any) -> tuple[list[Any], list[Any], Any]:
-        """Return the sums of each query's codes in a block, the initial sums of products, and the scales' offset."""
+        """Return sums of each query's codes in a block, the sums of products to begin with, and the scales' offset."""
         of_block = b.add(queries, b.shl(number, e.int64(2)))
         sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
         place = number if kind.has_minima else b.lshr(number, e.int64(1))
@@ -393,7 +393,7 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[A
 
 @intrinsic
 def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
-    """Quantise 32 floats: write int8 codes to `to`, the float32 scale and the int32 sum of the codes."""
+    """Quantise 32 floats: write int8 codes to `to`, a float32 scale to `scale`, the int32 sum of codes to `total`."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -446,8 +446,8 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
 
 @intrinsic(prefer_literal=True)
 def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) -> Any:
-    """Quantise 32 floats: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, and the fp16
-    scale and minimum of a tile from the address `scale` on."""
+    """Quantise 32 floats: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, the fp16
+    scale to `scale`, and an fp16 minimum 32 bytes further."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 

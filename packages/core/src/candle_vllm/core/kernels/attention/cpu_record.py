@@ -82,7 +82,7 @@ def record_attention(
         cache: the layer's cache, in the layout of `cpu_cache.py`.
         scores: options of the scores.
         tables: cos and sin [P, R/2]; None without rotation.
-        out: address of the result, float32 [T, H, D]; its rows are contiguous if it has only some of the step's rows.
+        out: address of the result, float32 [T, H, D]; without gaps, also for only some of the step's rows.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
@@ -224,7 +224,7 @@ class AttendArguments(NamedTuple):
 def attend_operation(
     head_dim: int, isa: Isa, keys: CacheKind = CacheKind.BF16, values: CacheKind = CacheKind.BF16
 ) -> int:
-    """Return the address of the compiled operation."""
+    """Return the address of the compiled `attend`."""
     return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values)
 
 
@@ -239,5 +239,5 @@ def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
 
 
 def merge_operation(head_dim: int, values: CacheKind = CacheKind.BF16) -> int:
-    """Return the address of the compiled operation."""
+    """Return the address of the compiled `merge`."""
     return operation("attention.cpu:make_merge", head_dim, values.is_quantised)

@@ -39,7 +39,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
-_RUN = 8  # maximum pairs of dimensions before the other tiles follow, if registers do not hold the sums of all tiles
+_RUN = 8  # maximum pairs of dimensions of some tiles before other tiles, if registers do not hold the sums of all
 _BLOCKS = 5  # maximum vectors of a row's dimensions whose sums are held in registers
 
 
@@ -54,7 +54,7 @@ def vectors_at_once(isa: Isa, rows: int) -> int:
 
 
 def vector_starts(head_dim: int) -> list[int]:
-    """Return where the vectors of 16 dimensions of a row begin."""
+    """Return the first dimension of each vector of 16 dimensions of a row."""
     return [min(start, head_dim - LANES) for start in range(0, head_dim, LANES)]
 
 
@@ -82,7 +82,7 @@ def score_tiles(
 ) -> Any:
     """Compute the scores of `rows` query rows with the keys of four tiles.
 
-    `copy_query` writes the rows. `tiles` is the address of the four tiles' addresses, `coming` the address of the
+    `copy_query` has written the rows. `tiles` is the address of the four tiles' addresses, `coming` the address of the
     addresses of four tiles that are prefetched if they are quantised (may be `tiles`), `stride` the bytes from one pair
     of dimensions to the next; `rows`, `dim`, `kind` and `isa` are constants.
     """
@@ -160,7 +160,7 @@ def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -
 
 
 def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) -> tuple[Any, Any]:
-    """Return first and count of the keys from `start` to `last` that a row at `position` attends to, <16 x i32>."""
+    """Return <16 x i32>: index from `start` of the first key, and number of keys to `last`, that a row attends to."""
     b, zero, one = e.b, e.int64(0), e.int64(1)
 
     def not_negative(value: Any) -> Any:
@@ -318,9 +318,9 @@ def value_tiles(
     kind: Any,
     isa: Any,
 ) -> Any:
-    """Add the values of the first `keys` keys, weighted by the rows' probabilities, to partial results.
+    """Write the sum of the first `keys` values, weighted by the rows' probabilities, to partial results.
 
-    `tiles` is the address of the tiles' addresses, `coming` the address of as many addresses of tiles that are
+    `tiles` is the address of the tiles' addresses, `coming` the address of addresses of tiles that are
     prefetched if they are quantised (may be `tiles`); `rows`, `dim`, `kind` and `isa` are constants. For quantised
     kinds the probabilities are in the memory of the scores, and the memory of the probabilities is free.
     """
@@ -360,7 +360,7 @@ def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
-    """Subtract slope times distance from a row's scores; `slope` is an address, the first key's distance `distance`."""
+    """Subtract slope times distance from a row's scores; `slope` is its address, `distance` that to the first key."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

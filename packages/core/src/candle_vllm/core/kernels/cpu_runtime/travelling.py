@@ -4,10 +4,10 @@
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
 writes them to a folder beside the sources, for all of `level.LEVELS`. Each level is compiled in a process of its own,
-whatever this machine is, which takes about a minute and a half; progress is reported. Kernels that are not in the list
-below are compiled at their first use. A kernel's file name contains a hash of the kernel's sources
-(`kernel_cache.sources`): after a change, the files of kernels that depend on the changed module are no longer used, and
-the others still match. All kernels are compiled again before wheels are built.
+whatever level this machine has; progress is reported. Kernels that `functions` does not list are compiled at first use.
+A kernel's file name contains a hash of the kernel's sources (`kernel_cache.sources`): after a change, the files of
+kernels that depend on the changed module are no longer used, and the others still match. All kernels are compiled again
+before wheels are built.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for form in RowForm:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
-        if isa & Isa.VNNI:  # other levels keep F16
+        if isa & Isa.VNNI:  # at other levels F16 matrices read floats
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)
@@ -129,7 +129,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def keep_here(named: Sequence[str]) -> None:
-    """Compile operations for this machine that are not in the cache; `named` is code and constants with commas."""
+    """Compile operations that this machine's cache lacks; each of `named` is a code and its constants, with commas."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
     with collector_paused():

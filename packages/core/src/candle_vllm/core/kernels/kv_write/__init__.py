@@ -49,7 +49,7 @@ def kv_write(
 
 
 class WriteArguments(NamedTuple):
-    """Arguments of the operation.
+    """Arguments of `rotate_and_write`.
 
     Attributes:
         qkv: address of float32 rows, `stride` floats apart, in which q, k and v begin at `q_column` and so on.
@@ -59,11 +59,11 @@ class WriteArguments(NamedTuple):
         half: R / 2; with 0 nothing is rotated, and `cos` and `sin` are not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of the result, bfloat16 [T, H, D], or as many bytes for queries that are quantised like the keys.
+        q: address of the rotated queries, bfloat16 [T, H, D], or quantised like the keys in rows of 2 D bytes.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
-        turns: address of int64 [T], the distance from a position's row to the token's row in `cos` and `sin`; or 0.
+        turns: address of int64 [T]: rows of `cos` and `sin` from a position's to the token's; 0 without M-RoPE.
         head_gap: see `attention/cpu_cache.py`.
         picked: address of int64 [T], the token of each row in `positions` and `turns`; 0 for all tokens. Picked rows
             have only queries.

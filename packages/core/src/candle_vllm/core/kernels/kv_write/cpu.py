@@ -130,7 +130,7 @@ def _place(to: int, stride: int, dim: int, kind: int) -> int:
         return to + 2 * dim
     if kind == _KEY:
         return to + stride * (dim >> 1) + 2 * (dim & 1)
-    return to + 4 * dim  # of values and of floats
+    return to + 4 * dim  # values, and heads as floats
 
 
 @njit(inline="always")
@@ -219,7 +219,7 @@ def _write_value_blocks(
 
 @njit(inline="always")
 def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
-    """Prefetch the key and value of a slot in a bfloat16 cache, which may be in no core's cache."""
+    """Prefetch a slot of a bfloat16 KV cache, whose key and value may be in no cache of the CPU."""
     for pair in range(dim >> 1):
         ask_line(key + stride * pair)
     for at in range(0, 4 * dim, 64):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Convert small floats with scales to the layout of the kernels, once, when a model is loaded."""
+"""Pack matrices of small floats with scales into the layout of `layout.py`, once, when a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
-"""Spans of FP8 are multiples of this number of columns; NVFP4 has one span of all columns."""
+"""FP8's spans of columns are multiples of this number; NVFP4 has one span of all columns."""
 
 CHUNK = 1 << 19
 """Number of weights per round, so that the memory of a round stays in the CPU caches."""
@@ -27,7 +27,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
     """Pack a matrix; its weights stay exact.
 
     Args:
-        codes: all rows, in their order.
+        codes: all rows of the matrix.
         memory: memory of the result, which a model's matrices should share; None allocates new memory.
 
     Raises:
@@ -60,7 +60,7 @@ def check_span(span: int, columns: int) -> None:
 
 
 def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
-    """Check the arrays; return the number of turns of a span whose columns share a scale."""
+    """Check the arrays; return the number of turns of a span (see `layout.py`)."""
     rows, columns = len(codes.codes), codes.columns
     if rows < 1 or not 1 <= columns <= MAX_COLUMNS:
         raise UnsupportedModelError(
@@ -94,7 +94,7 @@ def _span_turns(codes: ScaledCodes, kind: ScaledKind) -> int:
 
 
 def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
-    """Write rows to their tiles, uint8 [tiles, bytes]."""
+    """Write rows of weights to their tiles, uint8 [tiles, bytes of a tile]."""
     kind, turns, spans = matrix.kind, matrix.turns, matrix.spans
     rows, each = len(tiles) * ROWS, matrix.span_turns * kind.turn_columns
     scales = _filled(codes.scales[:, np.arange(spans) * each // codes.span], (rows, spans))
@@ -130,7 +130,7 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
 
 
 def _not_numbers(data: np.ndarray, kind: ScaledKind) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and columns of NaN codes among weights, or among scales of groups."""
+    """Return the rows and columns of NaN codes among weights, or among the scales of groups."""
     found = (data & 0x7F) > 0x7C if kind is ScaledKind.E5M2 else (data & 0x7F) == 0x7F
     row, column = found.nonzero() if found.any() else (np.empty(0, np.intp),) * 2
     return row, column
@@ -153,7 +153,7 @@ def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarra
 
 @cache
 def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
-    """Return the e4m3 codes times 2^i, uint8 [18, 256], and the largest possible i of positive codes, int32 [128]."""
+    """Return the codes of e4m3 numbers times 2^i, uint8 [18, 256], and each positive code's largest i, int32 [128]."""
     numbers = read_plain(np.arange(256, dtype=np.uint8), "F8_E4M3", (256,), "F32")
     positive = numbers[:127]  # in order of codes; the next code is NaN, which also replaces larger results
     codes = np.full((18, 256), 0x7F, np.uint8)
