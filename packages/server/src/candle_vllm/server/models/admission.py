@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Admission: a bounded queue before a model's engine, which API keys share fairly.
 
-Between steps 1 and 2 of a request's life. The engine runs its requests in order of arrival. Requests therefore wait
-here, so that one key's thousand requests do not delay another key's single request: a free place goes to the key with
-the fewest running sequences. Without keys, requests enter in order of arrival.
+Between steps 1 and 2 of a request's life. The engine runs its requests in order of priority and arrival. Requests wait
+here, so that one key's thousand requests do not delay another key's single request: of the requests with the best
+priority, the one whose key has the fewest running sequences enters next. Without keys, the first to arrive enters.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FADING = 0.9  # weight of earlier requests in the mean request time
 
 @dataclass
 class Place:
-    """The right of a request's sequences to be in the engine; the first call of `leave` gives it back."""
+    """A request's places in the engine, one for each of its sequences; the first call of `leave` frees them."""
 
     admission: Admission
     key: str
@@ -102,20 +102,20 @@ class Admission:
         self._max_per_key = max_per_key
         self._refused = refused
         self._running: Counter[str] = Counter()
-        self._taken = 0  # part of the capacity that is in use
-        self._counted: Counter[str] = Counter()  # as `_unfinished`, but a large request counts as half the capacity
+        self._taken = 0  # number of places in use, of `capacity`
+        self._counted: Counter[str] = Counter()  # like `_unfinished`, but a large request counts as half of the capacity
         self._unfinished: Counter[str] = Counter()
         self._queues: OrderedDict[tuple[int, str], deque[_Waiting]] = OrderedDict()  # by priority and key
         self._seconds = 1.0  # mean time of a request in the engine
 
     @property
     def running(self) -> int:
-        """Sequences in the engine."""
+        """Number of sequences in the engine."""
         return self._running.total()
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for the engine."""
+        """Number of sequences that wait for the engine."""
         return self._unfinished.total() - self.running
 
     @property
@@ -182,7 +182,7 @@ class Admission:
             raise HttpError(503, message, "overloaded", self._retry_after(total))
 
     def _retry_after(self, unfinished: int) -> dict[str, str]:
-        """Headers with the estimated seconds in which the engine finishes that many sequences."""
+        """Return a header with the estimated seconds until the engine has finished that many sequences."""
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 
