@@ -103,7 +103,7 @@ class Admission:
         self._refused = refused
         self._running: Counter[str] = Counter()
         self._taken = 0  # number of places in use, of `capacity`
-        self._counted: Counter[str] = Counter()  # like `_unfinished`, but a large request counts as half of the capacity
+        self._counted: Counter[str] = Counter()  # as `_unfinished`, but a large request counts as half of the capacity
         self._unfinished: Counter[str] = Counter()
         self._queues: OrderedDict[tuple[int, str], deque[_Waiting]] = OrderedDict()  # by priority and key
         self._seconds = 1.0  # mean time of a request in the engine
