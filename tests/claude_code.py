@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Claude Code as npm has it, run unchanged against a server of ours, in a home and a folder of its own."""
+"""The npm package of Claude Code, run unchanged against our server, in a home and a folder of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SECONDS = 120  # for one run; an idle machine takes one
 
 
 def claude_code() -> Path:
-    """The program, 378 MB of one file; or a skip."""
+    """Return the program, one file of 378 MB, or skip the test."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64") or platform.libc_ver()[0] != "glibc":
         pytest.skip("Claude Code's package for Linux on x86-64 with glibc does not run here")
     name = "anthropic-ai-claude-code-linux-x64"
@@ -35,11 +35,11 @@ def claude_code() -> Path:
 
 
 class Run(NamedTuple):
-    """What a run of Claude Code left.
+    """Result of a run of Claude Code.
 
     Attributes:
         status: its exit status.
-        lines: the objects that it printed, one in a line.
+        lines: the printed JSON objects, one a line.
         errors: its standard error.
     """
 
@@ -49,13 +49,13 @@ class Run(NamedTuple):
 
     @property
     def result(self) -> dict[str, Any]:
-        """The last object: how it ended."""
+        """The last object, with the result."""
         assert self.lines, self.errors
         assert self.lines[-1]["type"] == "result"
         return self.lines[-1]
 
     def blocks(self, role: str, kind: str) -> list[dict[str, Any]]:
-        """The blocks of a kind in the messages of a role, in order."""
+        """Return the blocks of a kind in the messages of a role, in order."""
         contents = [line["message"]["content"] for line in self.lines if line["type"] == role]
         blocks = [block for content in contents if isinstance(content, list) for block in content]
         return [block for block in blocks if block["type"] == kind]
@@ -66,8 +66,8 @@ class ClaudeCode:
 
     Args:
         program: the file to run.
-        folder: an empty folder, where both are made.
-        url: of the server.
+        folder: an empty folder, in which both are created.
+        url: the server's URL.
         inside: a command before the program, which runs it in the server's network.
     """
 
@@ -79,10 +79,10 @@ class ClaudeCode:
         self._url = url
 
     def run(self, prompt: str, *flags: str, environment: Mapping[str, str] | None = None) -> Run:
-        """Prints the answer to a prompt; edits of files in the working folder and `echo` are allowed, nothing else is.
+        """Run a prompt and print the answer; only edits of files in the working folder and `echo` are allowed.
 
         Args:
-            environment: added to the few variables that it gets; nothing of this process's own is passed on.
+            environment: variables beyond the few that it always gets; this process's environment is not inherited.
         """
         done = subprocess.run(
             [*self._command, "-p", prompt, "--output-format", "stream-json", "--verbose",

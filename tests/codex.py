@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Codex CLI as npm has it, run unchanged against a server of ours, in a home and a folder of its own."""
+"""The npm package of Codex CLI, run unchanged against our server, in a home and a folder of its own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ stream_max_retries = 1
 
 
 def codex() -> Path:
-    """The program, 294 MB of one file; or a skip."""
+    """Return the program, one file of 294 MB, or skip the test."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         pytest.skip("Codex's package for Linux on x86-64 does not run here")
     folder = CACHE / f"codex-{VERSION}"
@@ -52,11 +52,11 @@ def codex() -> Path:
 
 
 class Run(NamedTuple):
-    """What a run of Codex left.
+    """Result of a run of Codex.
 
     Attributes:
         status: its exit status.
-        events: the objects that it printed, one in a line.
+        events: the printed JSON objects, one a line.
         errors: its standard error.
     """
 
@@ -65,13 +65,13 @@ class Run(NamedTuple):
     errors: str
 
     def items(self, kind: str) -> list[dict[str, Any]]:
-        """The items of a kind that were completed, in order."""
+        """Return the completed items of a kind, in order."""
         done = [event["item"] for event in self.events if event["type"] == "item.completed"]
         return [item for item in done if item["type"] == kind]
 
     @property
     def words(self) -> list[str]:
-        """What the model said."""
+        """Text of the model."""
         return [item["text"] for item in self.items("agent_message")]
 
 
@@ -80,8 +80,8 @@ class Codex:
 
     Args:
         program: the file to run.
-        folder: an empty folder, where both are made.
-        url: of the server.
+        folder: an empty folder, in which both are created.
+        url: the server's URL.
         inside: a command before the program, which runs it in the server's network.
     """
 
@@ -93,7 +93,7 @@ class Codex:
         self._command = [*inside, str(program)]
 
     def run(self, *arguments: str, key: str = "none") -> Run:
-        """Runs `codex exec` with these arguments; its commands run without a sandbox of its own."""
+        """Run `codex exec` with these arguments; its commands run without a sandbox of its own."""
         done = subprocess.run(
             [*self._command, "exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access", *arguments],
             stdin=subprocess.DEVNULL,

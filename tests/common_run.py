@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A plugin of pytest: which cases of a test are in the common run, and which stand behind the marker `every_case`.
+"""Plugin of pytest: choose the cases of a test in the common run; the other cases have the marker `every_case`.
 
     @pytest.mark.one_of_each
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [16, 256])
 
-has three cases in the common run instead of six: case i has value i of every `parametrize`, the shorter lists again and
-again, each turned further every time, so that two short lists do not walk in step. `one_of_each(2)` leaves at most two
-of them, evenly spread over the longest list. `few` names the common cases of one list. `docs/checks.md` says when the
+has three cases in the common run instead of six: case i has value i of every `parametrize`. Shorter lists are repeated,
+each time rotated by one more, so that two short lists give other pairs. `one_of_each(2)` leaves at most two cases,
+evenly spread over the longest list. `few` names the common cases of one list. `docs/checks.md` says when the
 others run.
 """
 
@@ -22,7 +22,7 @@ _MARKED = type(pytest.param(None))
 
 
 def few(cases: Iterable[Any], *common: Any) -> list[Any]:
-    """For `parametrize`: all cases, those that are not named as common ones with the marker."""
+    """Return all cases for `parametrize`; cases that are not named as common get the marker."""
     cases = list(cases)
     assert all(case in cases for case in common), "a common case is no case"
     return [_param(case, marks=[] if case in common else [pytest.mark.every_case]) for case in cases]
@@ -33,7 +33,7 @@ def _param(case: Any, marks: list[pytest.MarkDecorator]) -> Any:
 
 
 def is_common(item: pytest.Function, most: int | None = None) -> bool:
-    """Whether the common run has this case of a test with the marker `one_of_each`, of which it has at most `most`."""
+    """Whether the common run has this case of a test with the marker `one_of_each`; it has at most `most` cases."""
     places = []
     for mark in item.iter_markers("parametrize"):
         names, values = mark.args[:2]

@@ -24,7 +24,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def calling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a chat template that shows tools and writes calls as Qwen's does."""
+    """The same model with a chat template that shows tools and writes calls like Qwen's."""
     folder = write_toy_model(tmp_path_factory.mktemp("calling"), toy_config(max_position_embeddings=2048))
     (folder / "chat_template.jinja").write_text(
         "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
@@ -51,7 +51,7 @@ def coder() -> Iterator[InferenceEngine]:
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """`candle-vllm` without a model, as on a fresh machine: it serves the demo model, with one thread.
 
-    Two that wait for each other lose most of their speed when a core is busy.
+    Two threads that wait for each other lose most of their speed when a core is busy.
     """
     process = ServerProcess(tmp_path_factory.mktemp("demo"), "--threads", "1")
     yield process

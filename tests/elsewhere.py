@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Runs a module as on another system: `elsewhere.py win32|darwin MODULE [ARGUMENTS]`, or `-c CODE`.
+"""Run a module as on another system: `elsewhere.py win32|darwin MODULE [ARGUMENTS]`, or `-c CODE`.
 
-Only our own packages live there. What they import of Python's library is a stand-in that says `sys.platform` of that
-system and has not what it lacks; modules that it lacks are not found, and neither are torch, Triton and uvloop, which a
-plain installation there has not. Of `ctypes`, the few functions of the system's libraries that we call are made of this
-machine's. The library's own code, and everybody else's, goes on as it is; so this shows what we ask for, and not what
-that system answers.
+Only our own packages are affected. They import stand-ins of the standard library's modules, with that system's
+`sys.platform` and without the names that the system lacks. Modules that it lacks are not found, and neither are torch,
+Triton and uvloop, which a plain installation there does not have. The few functions of system libraries that we call
+via `ctypes` are implemented with this machine's. The standard library and other packages are unchanged. So a run shows
+which names our code uses, not the results that they have on that system.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ MISSING = {
     "darwin": WHEEL - {"uvloop"},
     "win32": WHEEL | _POSIX,
 }
-# What says which machine code this CPU takes, and that is Linux's here.
+# Modules that detect this CPU's instructions, with Linux's interfaces here.
 HERE = ("candle_vllm.core.kernels.cpu_runtime.level", "candle_vllm.core.kernels.cpu_runtime.machine_code")
 
 
 class StandIn(ModuleType):
-    """A module with other contents: without some, and with some in the place of others."""
+    """A module in which some names are missing and some are replaced."""
 
     def __init__(self, real: ModuleType, hidden: set[str], changed: Mapping[str, object]) -> None:
         super().__init__(real.__name__, real.__doc__)
@@ -94,7 +94,7 @@ _system = ""
 
 
 def become(system: str) -> None:
-    """From now on, what our packages import is that system's."""
+    """Make our packages import that system's modules from now on."""
     global _system
     _system = system
     hidden = {name: set(names.split()) for name, names in LINUX_ALONE.items()}
@@ -131,7 +131,7 @@ def _not_implemented(*_: object) -> None:
 
 
 def _no_files_of_linux(event: str, arguments: tuple[Any, ...]) -> None:
-    """/proc and /sys are not there, for our packages."""
+    """Hide /proc and /sys from our packages."""
     if event == "open" and str(arguments[0]).startswith(("/proc", "/sys/")):
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") in ("pathlib", "pathlib._local", "io", "os"):
@@ -163,7 +163,7 @@ def _select(*sets: Any) -> Any:
 
 
 class _Popen(subprocess.Popen[Any]):
-    """A child of ours lives on the other system as well."""
+    """Popen whose children run as on the other system, too."""
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         if _system == "win32":
@@ -176,7 +176,7 @@ class _Popen(subprocess.Popen[Any]):
 
 
 class _Kernel32:
-    """Windows' functions, of this machine's; semaphores are handles, not places in memory."""
+    """Functions of Windows, implemented with this machine's; semaphores are handles instead of addresses."""
 
     def __init__(self, name: str) -> None:
         assert name == "kernel32"
@@ -209,7 +209,7 @@ class _Kernel32:
 
 
 class _Darwin:
-    """The same of macOS, whose C library has no semaphores of POSIX in memory."""
+    """Functions of macOS, whose C library has no POSIX semaphores in memory."""
 
     def __init__(self, name: str | None, **_: object) -> None:
         if name is not None:
@@ -228,7 +228,7 @@ class _Darwin:
 
         def sysctlbyname(name: bytes, value: Any, _size: object, _new: None, _length: object) -> int:
             value._obj.value = 2
-            return 0 if name == b"hw.physicalcpu" else -1  # a processor with one kind of cores
+            return 0 if name == b"hw.physicalcpu" else -1  # a CPU with one kind of cores
 
         self.dispatch_semaphore_create, self.dispatch_release, self.sysctlbyname = create, release, sysctlbyname
 

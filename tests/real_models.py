@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Real models that tests use beside the demo model."""
+"""Real models that tests use in addition to the demo model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARTS = (
 
 
 def qwen_coder() -> Path:
-    """Qwen2.5-Coder-0.5B-Instruct as a Q4_K_M GGUF file (478 MB), which lies in six packages; or a skip."""
+    """Qwen2.5-Coder-0.5B-Instruct as a Q4_K_M GGUF file (478 MB), stored in six packages; or skip."""
     path = CACHE / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     with one_at_a_time(path):
         if not path.exists():

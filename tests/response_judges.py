@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Judges of responses and of their events: the types of the Open Responses specification and of OpenAI's client."""
+"""Check responses and their events by the types of the Open Responses specification and of OpenAI's client."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _OPEN_EVENTS = {
 
 
 def judge_response(made: dict[str, Any]) -> None:
-    """Fails where a response is not as both say.
+    """Fail if a response does not have the types of both.
 
-    The specification knows functions as the only tools, three kinds of items, and (by a mistake of its own) schemas
-    that are null: what it cannot know is judged by the client's types alone.
+    The specification defines functions as the only tools, three kinds of items, and (by mistake) schemas that are null;
+    only the client's types check everything else.
     """
     Response.model_validate(_official(made))
     for item in made["output"]:
@@ -50,7 +50,7 @@ def judge_response(made: dict[str, Any]) -> None:
 
 
 def _official(made: dict[str, Any]) -> dict[str, Any]:
-    """With reasons of OpenAI's alone: the specification leaves them open, and the client does not check them."""
+    """Return the response with a reason of OpenAI's: the specification leaves reasons open, the client checks none."""
     details = made["incomplete_details"]
     if details is None or details["reason"] in _REASONS:
         return made
@@ -59,7 +59,7 @@ def _official(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known(made: dict[str, Any]) -> dict[str, Any]:
-    """What the specification knows of a response."""
+    """Return the parts of a response that the specification defines."""
     known = {
         **made,
         "output": [item for item in made["output"] if item["type"] in _OPEN_ITEMS],
@@ -73,7 +73,7 @@ def _known(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge_event(event: dict[str, Any]) -> None:
-    """Fails where an event is not as both say."""
+    """Fail if an event does not have the types of both."""
     known = event
     if "response" in event:
         judge_response(event["response"])
@@ -85,7 +85,7 @@ def judge_event(event: dict[str, Any]) -> None:
 
 
 def judge_events(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fails where a stream is not as it must be; the response at its end."""
+    """Fail if a stream's events are invalid; return the response at its end."""
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     for event in events:
         judge_event(event)
@@ -98,7 +98,7 @@ def judge_events(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fold(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The output that the events amount to; what the deltas add up to is what `.done` and the item say."""
+    """Return the output of the events; assert that deltas add up to the text of `.done` and of the item."""
     items: dict[int, dict[str, Any]] = {}
     done: set[str] = set()
     grown: dict[str, str] = {}

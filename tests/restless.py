@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""A run on a machine that has no time: `pytest -m restless` stops processes at random and changes thread switching.
+"""A run as on an overloaded machine: `pytest -m restless` stops processes at random and changes thread switching.
 
-Every second, one process on the average, of the workers and of what their tests have started, is stopped for 0.2 to
+Once a second on average, one of the workers or of the processes that their tests have started is stopped for 0.2 to
 1.5 s. `--switch-interval` is the time for which a Python thread keeps the interpreter, in all of these processes: 0.1 s
-shows what waits for a thread that is slow to come, 1e-6 what two threads may do between each other's steps. A failure
-that such a run finds is a fault of the product or of the test: neither is about speed.
+shows code that depends on a slow thread, 1e-6 races between the steps of two threads. A failure of such a run is a
+fault of the product or of the test: no test may depend on speed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Pauses:
-    """Which processes are stopped, and until when."""
+    """The stopped processes, and the end of each pause."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -62,7 +62,7 @@ class Pauses:
         Returns:
             seconds until it should be called again.
         """
-        import psutil  # not where the tests of a GPU run
+        import psutil  # not for tests on a GPU
 
         now = time.monotonic()
         for process, end in list(self._stopped.items()):
@@ -79,7 +79,7 @@ class Pauses:
         return max(0.0, min([self._due, *self._stopped.values()]) - now)
 
     def wake(self, pid: int) -> None:
-        """Wake a process that may be stopped: to write to it, or to read what it has half written, waits for it."""
+        """Wake a process that may be stopped, because writing to it, or reading its incomplete output, would wait."""
         for process in [each for each in self._stopped if each.pid == pid]:
             self._wake(process)
 
@@ -91,7 +91,7 @@ class Pauses:
             process.resume()
 
     def end(self) -> None:
-        """Wake everything that is stopped."""
+        """Wake all stopped processes."""
         for process in list(self._stopped):
             self._wake(process)
 
@@ -100,5 +100,5 @@ _PAUSES = pytest.StashKey[Pauses]()
 
 
 def pauses(config: pytest.Config) -> Pauses | None:
-    """The pauses of a restless run, else None."""
+    """Return the pauses of a restless run; None in other runs."""
     return config.stash.get(_PAUSES, None)

@@ -24,7 +24,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1  # linux/sockios.h, linux/if.h
 
 
 def main() -> int:
-    """Serves until a signal."""
+    """Serve until a signal arrives."""
     script = json.loads(Path("script.json").read_text())
     if script["isolated"]:
         raise_loopback()
@@ -38,7 +38,7 @@ def main() -> int:
 
     class Loader(serve.ModelLoader):
         def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
-            """There is no model to look at."""
+            """Do nothing: there is no model to check."""
 
         def __call__(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> ServedModel:
             return serve_engine(engine, entry, self._metrics)
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def raise_loopback() -> None:
-    """In a network namespace of its own the loopback is down at first."""
+    """Set the loopback up, which is down in a new network namespace."""
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14s", b"lo", _IFF_UP, b""))
 

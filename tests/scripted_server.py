@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A server process on an engine that answers by a script: the real command, sockets and signals, without a model."""
+"""A server process whose engine answers from a script: the real command, sockets and signals, without a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _REQUEST = re.compile(r"requests: (\w+) '([^']*)' (\d{3}) ")
 
 
 def tool_call(name: str, **arguments: Any) -> str:
-    """A call as the scripted model writes it."""
+    """Return a call in the text of the scripted model."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def can_be_isolated() -> bool:
-    """Whether processes without any network but a loopback of their own can be made here."""
+    """Whether this machine can start processes whose only network is a loopback of their own."""
     try:
         return subprocess.run([*_NAMESPACE, "true"], capture_output=True, timeout=20).returncode == 0
     except OSError:
@@ -37,10 +37,10 @@ class ScriptedServer(ServerProcess):
     """`candle-vllm` serving a script, as the model `scripted`.
 
     Args:
-        folder: where it runs, logs requests and keeps the prompts that it saw.
-        answers: pieces of the answer by a text that is in the prompt; the first that is there counts.
+        folder: its working folder, with logs of requests and with the prompts that it received.
+        answers: chunks of the answer, by a text in the prompt; the first text that the prompt contains counts.
         flags: added to the command line.
-        isolated: without a network but a loopback of its own; `inside` starts programs there.
+        isolated: whether its only network is a loopback of its own; `inside` starts programs there.
         engine: arguments of the engine, such as `pause` (seconds before each piece) and `fail_after`.
     """
 
@@ -61,11 +61,11 @@ class ScriptedServer(ServerProcess):
 
     @property
     def inside(self) -> tuple[str, ...]:
-        """What to put before a command so that it runs in an isolated server's network."""
+        """Words before a command that make it run in an isolated server's network."""
         return ("nsenter", "--target", str(self.pid), "--user", "--net", "--preserve-credentials")
 
     def answered(self, least: int) -> list[tuple[str, int]]:
-        """`METHOD PATH` and status of every request so far, in the order of their ends; waits until `least` have ended.
+        """Return `METHOD PATH` and status of all ended requests, in order of their ends; wait for at least `least`.
 
         A request is logged a moment after its client has the answer.
         """
@@ -74,12 +74,12 @@ class ScriptedServer(ServerProcess):
 
     @property
     def counted(self) -> list[tuple[int, int]]:
-        """Prompt tokens and completion tokens of every generation so far, as the log has them."""
+        """Return the logged prompt tokens and completion tokens of every generation so far."""
         return [(int(prompt), int(completion)) for prompt, completion in self._logged(_GENERATION)]
 
     @property
     def prompts(self) -> list[str]:
-        """What the engine was asked so far."""
+        """Prompts that the engine has received."""
         path = self._folder / "prompts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 

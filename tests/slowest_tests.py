@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run of tests took: its slowest tests and files, seconds of CPU beside those of the clock, and both as a whole.
+"""Times of a run of tests: its slowest tests and files, in seconds of CPU and of the clock, and the sums of both.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table. Where a
 run is divided (`tests/workers.py`), its workers send their rows to the process that prints it.
@@ -22,7 +22,7 @@ _rows: list[Row] = []
 
 
 def rows() -> list[Row]:
-    """What the tests of this process took, in the order in which they ended."""
+    """Times of the tests of this process, in the order in which they ended."""
     return _rows
 
 
@@ -49,9 +49,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def table(rows: list[Row], wall: float, used: float) -> list[str]:
-    """Lines for the slowest tests, and for the files that took most CPU.
+    """Return lines for the slowest tests, and for the files that took most CPU.
 
-    What runs beside a test, and a child that ends in it, count as the test's CPU.
+    The CPU of other threads during a test, and of a child that ends in it, counts for the test.
     """
     slowest = sorted(rows, key=lambda row: -row[1])[:ROWS]
     files: dict[str, tuple[float, float]] = {}

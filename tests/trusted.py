@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Certificates of authorities, read once in a process."""
+"""Certificates of certificate authorities, read once in a process."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ import httpx
 
 @functools.cache
 def trusted() -> ssl.SSLContext:
-    """The context of httpx's own clients. Each client that makes one reads 140 certificates, 40 ms of CPU."""
+    """Return httpx's default SSL context. Creating one reads 140 certificates, in 40 ms of CPU."""
     return httpx.create_ssl_context(trust_env=False)

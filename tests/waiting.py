@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Waiting for what must come true, as long as a busy machine may take: a test that fails by time alone is wrong."""
+"""Wait for a condition, for as long as a busy machine may take: no test may fail only because of time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None
 
 
 async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """The same, while the event loop goes on."""
+    """Poll until a condition holds, while the event loop runs."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= end:
@@ -36,7 +36,7 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
 
 
 class Clock:
-    """The time that modules read: it stands still until a test moves it. Their threads still sleep as they did."""
+    """The time that modules read: it only advances when a test moves it. Sleeps of threads do not change."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
         self.now = time.monotonic()
@@ -48,7 +48,7 @@ class Clock:
 
 
 async def skip(seconds: float) -> None:
-    """Moves the clock of the running event loop, asyncio's own: what waits for these seconds has waited for them."""
+    """Move the clock of the running event loop, which must be asyncio's, so that waits for these seconds end."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, asyncio.BaseEventLoop)
     clock = loop.time

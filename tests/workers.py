@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
+"""Divide the files of a run among worker processes; run tests again, alone, that failed by time or by a lost process.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
-`--workers` processes is a pytest session that asks this process for a file, runs it, and sends its reports. The
-default of five is more than two cores need for computing, because tests of servers, of processes and of the page
-mostly wait; one of the five runs the tests of the page. Files that take longest by `tests/file_times.json` come first,
-and those that have no time yet before short ones; `--write-file-times` writes that table anew.
-`--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
+`--workers` processes is a pytest session that requests a file from this process, runs it, and sends its reports. The
+default of five is more than two cores need for computing, because tests of servers, of processes and of the web UI
+mostly wait; one of the five runs the tests of the web UI. Files that take longest by `tests/file_times.json` come
+first, and files without a time before short ones; `--write-file-times` updates this table. `--workers 0`, `--pdb`, `-s`
+and `--collect-only` keep a run in one process.
 
 A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
 by a process of its own when all others have ended. If it passes then, the run ends with the section FLAKY and exits 0,
@@ -106,14 +106,14 @@ def find_units(config: pytest.Config) -> list[str]:
 
 
 def end_at_last(seconds: float = 120) -> None:
-    """End a process with status 70 if it has not ended by then: threads that tests have left would keep it for ever."""
+    """End a process with status 70 if it has not ended after a while: threads of tests could keep it for ever."""
     time.sleep(seconds)
     faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
     os._exit(70)
 
 
 class Worker:
-    """The session of a worker process: it runs what it is given, and reports."""
+    """The session of a worker process: it runs the units that it receives, and sends reports."""
 
     def __init__(self, config: pytest.Config) -> None:
         given, told = map(int, os.environ.pop(VARIABLE).split(","))
@@ -140,7 +140,7 @@ class Worker:
         self._conftests.pop(collector.path, None)
 
     def _next(self, session: pytest.Session) -> list[pytest.Item]:
-        """Ask for units until one has tests."""
+        """Request units until one has tests."""
         while True:
             self._tell(kind="next")
             message = json.loads(self._given.recv_bytes())
@@ -193,7 +193,7 @@ class Worker:
 
 
 def passing(error: BaseException) -> str:
-    """The cause of a failure, where it is one that a busy machine alone can bring about; else an empty text."""
+    """Return the cause of a failure that a busy machine can produce; otherwise an empty text."""
     import httpx
 
     from candle_vllm.core.errors import EngineDeadError
@@ -221,10 +221,10 @@ class Process:
     """A worker as the dividing process sees it.
 
     Attributes:
-        units: given to it and not known to be finished, oldest first.
+        units: units that it received and has not finished, oldest first.
         test: the node id of the test that runs, or "".
         output: what the process itself wrote.
-        ended: it has run all that it was given.
+        ended: whether it has run all of its units.
         apart: whether its units are those of `APART`; None before the first one.
     """
 
@@ -358,7 +358,7 @@ class Division:
             process.units = []
 
     def _count(self, report: Any) -> None:
-        """Let every plugin but the terminal have a report: that one would print points of many files in one line."""
+        """Pass a report to all plugins except the terminal's, which would print dots of many files in one line."""
         if report.failed and getattr(report, "passing", ""):
             self._again.setdefault(report.nodeid, []).append(report)
             return
@@ -384,7 +384,7 @@ class Division:
             self._terminal.write_line(f"{time.monotonic() - slowest_tests.BEGAN:6.0f} s  {name}: {told}")
 
     def _has_ended(self, process: Process) -> None:
-        """A worker's pipe was closed: it has ended as it should, or its test is to blame."""
+        """Handle the end of a worker's pipe: the worker has ended normally, or its test has failed."""
         code = process.popen.wait()
         kill_group(process.popen)
         process.given.close()
@@ -472,7 +472,7 @@ def kill_group(worker: subprocess.Popen[bytes]) -> None:
 
 
 def write_file_times(rows: list[slowest_tests.Row]) -> None:
-    """Write the seconds of each file that took at least two, those of files that were not run as they were."""
+    """Write the seconds of each file that took at least two; files that were not run keep their seconds."""
     times: dict[str, float] = json.loads(TIMES.read_text())
     sums: dict[str, float] = {}
     for name, seconds, _ in rows:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Steps in torch whose numbers do not depend on what else is in a step, for tests that compare tokens.
+"""Steps in torch whose results do not depend on what else is in a step, for tests that compare tokens.
 
-Torch promises no bits across shapes: the order of a sum depends on how many rows are computed together and on the
-processor, and so do a token's last bits. Where two tokens are nearly as good, the draw then differs between an engine
-that runs a request alone and one that runs it in company, and both are right. Here sums are taken in float64 and
-rounded once: of some hundred million that are added in two orders, about one differs.
+Torch guarantees no equal bits across shapes: the order of a sum depends on the CPU and on the number of rows that are
+computed together, and so do the last bits of logits. If two tokens are nearly as likely, an engine that runs a request
+alone may then sample another token than one that runs it in a batch, and both are correct. Here sums are computed in
+float64 and rounded once: of some hundred million sums in two orders, about one differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from candle_vllm.core.engine.runners.eager_runner import EagerRunner, EncoderRunner
 from packages.core.tests.lazy_stream import LazyStream
 
-# What sums, and functions whose last bits differ between a vector's lanes and the numbers behind the last whole vector.
+# Functions that sum, and functions whose last bits differ between a vector's lanes and the elements after the last one.
 _WIDE = {
     f"aten::{name}"
     for name in (
@@ -33,7 +33,7 @@ _STEPS = ((EagerRunner, "run"), (EagerRunner, "score"), (EncoderRunner, "run"), 
 
 
 class _Wide(TorchDispatchMode):
-    """Computes `_WIDE` of float32 tensors in float64; a thread's own, as every such mode."""
+    """Computes the functions `_WIDE` of float32 tensors in float64, in the thread that enters this mode."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -50,7 +50,7 @@ def _is_wide(func: Any) -> bool:
 
 
 def _all_float32(values: list[Any]) -> bool:
-    """Whether nothing is of another type of float, and no type is asked for."""
+    """Whether all floats are float32, and no other type is requested."""
     if any(isinstance(value, torch.dtype) for value in values):
         return False
     return {x.dtype for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()} == {torch.float32}
@@ -66,10 +66,10 @@ def _rounded(result: Any) -> Any:
 
 @contextlib.contextmanager
 def exact_sums() -> Iterator[None]:
-    """Within it, every step that is run op by op in this process, on whatever thread, takes its sums in float64.
+    """In this context, every step that any thread of this process runs op by op computes its sums in float64.
 
-    That is steps of `EagerRunner`, of `EncoderRunner`, and of a `DeviceRunner` on a `LazyStream`. Compiled kernels
-    promise their bits, and stay as they are.
+    These are the steps of `EagerRunner`, `EncoderRunner`, and of a `DeviceRunner` on a `LazyStream`. Compiled kernels
+    guarantee their bits, and are not changed.
     """
 
     def widened(step: Callable[..., Any]) -> Callable[..., Any]:

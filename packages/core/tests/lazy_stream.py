@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""A device stream without a device, for tests: as late as a GPU may ever be.
+"""A device stream without a device, for tests: it runs work as late as possible.
 
-Work is kept, and runs only when somebody waits for a mark behind it. So a host that reads a result too early, or
-overwrites what a copy has yet to read, gets wrong numbers here every time, where a GPU would give them now and then.
+Work is queued, and runs only when the host waits for a mark after it. So a host that reads a result too early, or
+overwrites the source of a copy that has not run, always gets wrong values here; on a GPU it would get them rarely.
 
-A device may have several streams, and there may be several devices, each in a thread of its own. Of streams beside the
-one that is waited for, what it waits for runs, and no more; where that is another device, what was given to the
-streams of this one before may run meanwhile. A device that nobody waits for (`progress`) runs its streams in any order
-that they allow, a random one. Work that waits for another device in its midst, as a sum over ranks does, lets the other
-streams run meanwhile (`meanwhile`). One that is `serial` runs everything in the order in which it was given, whichever
-stream has it: so what relies on two streams to run at once waits for ever there, which is an error after a while.
+A device may have several streams, and there may be several devices, each in a thread of its own. When the host waits
+for a stream, the other streams run only the work that this stream waits for; while it waits for another device, earlier
+work of this device's other streams may run. A device that no host waits for (`progress`) runs its streams in random
+order. While work waits for another device, such as a sum over ranks, the other streams may run (`meanwhile`). A
+`serial` device runs all work in the order in which it was queued, whatever the stream: code that needs two streams to
+run at the same time never ends there, which is an error after `_PATIENCE`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PATIENCE = 20.0  # seconds for another device
 
 
 class NotYetError(Exception):
-    """Raised by work that another device must have come to as well; it is run again, until it has."""
+    """Raised by work that waits for the same work of another device; it is run again until that has begun."""
 
 
 class _Piece(NamedTuple):
-    number: int  # in the order of all that was given to the device
+    number: int  # order of the work among all work of the device
     work: Work
-    mark: _LazyMark | None = None  # of a stream beside, which must have come so far
+    mark: _LazyMark | None = None  # mark of another stream that must be reached before
 
 
 class LazyStream:
@@ -45,8 +45,8 @@ class LazyStream:
         serial: see above.
 
     Attributes:
-        captured: how many pieces of work were captured.
-        replayed: how often captured work has run.
+        captured: number of captured pieces of work.
+        replayed: number of replays of captured work.
     """
 
     device = torch.device("cpu")
@@ -70,7 +70,7 @@ class LazyStream:
         self._given += 1
 
     def join(self) -> None:
-        """See `DeviceStream`; the CPU does everything else at once."""
+        """See `DeviceStream`; all other work of the CPU is synchronous."""
 
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""
@@ -83,7 +83,7 @@ class LazyStream:
         return replay
 
     def between(self, host: Work) -> None:
-        """See `DeviceStream`; what the work did before it is done."""
+        """See `DeviceStream`; the work before it has run."""
         host()
 
     def mark(self) -> _LazyMark:
@@ -102,16 +102,16 @@ class LazyStream:
         self._given += 1
 
     def staged(self, size: int) -> torch.Tensor:
-        """See `DeviceStream`. What is not written holds numbers that are too large for anything."""
+        """See `DeviceStream`. Elements that are not written have invalid, very large values."""
         return torch.full((size,), 0x7F, dtype=torch.uint8)
 
     @property
     def pending(self) -> int:
-        """Pieces of work of the device that have not run."""
+        """Number of pieces of work of the device that have not run."""
         return sum(len(each._todo) for each in self._streams)
 
     def run_until(self, count: int) -> None:
-        """Runs the first `count` pieces of work that were ever given, as far as they have not run."""
+        """Run those of the stream's first `count` pieces of work that have not run."""
         until = time.monotonic() + _PATIENCE
         while self._done < count:
             stream = self._first() if self._serial else self
@@ -126,7 +126,7 @@ class LazyStream:
                     raise RuntimeError(f"another device has not come to piece {number} of what this one was given")
 
     def progress(self) -> bool:
-        """Runs a piece of any of this device's streams, where one can be run; whether there was one."""
+        """Run a piece of any of this device's streams that can run; return whether there was one."""
         waiting = [each for each in self._streams if each._todo]
         if self._serial:
             return bool(waiting) and self._first().run_next()
@@ -134,26 +134,26 @@ class LazyStream:
         return any(each.run_next() for each in waiting)
 
     def meanwhile(self) -> bool:
-        """In work that waits for another device: runs what the other streams were given before it, as far as that waits
-        for nothing; whether anything was. Of a serial device nothing runs beside it."""
+        """While work waits for another device, run earlier work of other streams, as far as it need not wait; return
+        whether any ran. On a serial device no other work runs."""
         piece = self._running
         if piece is None or self._serial:
             return False
         return any(each._run_before(piece.number) for each in self._streams if each is not self)
 
     def _first(self) -> LazyStream:
-        """The stream with the piece that was given first."""
+        """Return the stream with the oldest piece."""
         return min((each for each in self._streams if each._todo), key=lambda each: each._todo[0].number)
 
     def _run_before(self, number: int) -> bool:
-        """Runs what was given to the device before a piece, as far as it waits for nothing; whether anything was."""
+        """Run the stream's work that is older than a piece, as far as it need not wait; return whether any ran."""
         done = self._done
         while self._todo and self._todo[0].number < number and self.run_next():
             pass
         return self._done > done
 
     def run_next(self) -> bool:
-        """Runs the next piece; whether it could be run."""
+        """Run the next piece; return whether it could run."""
         piece = self._todo[0]
         if piece.mark is not None and not piece.mark.is_past:
             return False
@@ -173,7 +173,7 @@ class LazyStream:
 
 
 def _nothing() -> None:
-    """The piece waits."""
+    """Do nothing: this piece only waits for its mark."""
 
 
 class _LazyMark:
@@ -183,7 +183,7 @@ class _LazyMark:
 
     @property
     def is_past(self) -> bool:
-        over = self.stream._done - (self.stream._running is not None)  # what waits in its midst is not
+        over = self.stream._done - (self.stream._running is not None)  # a piece that is waiting is not done
         return over >= self._count
 
     def wait(self) -> None:

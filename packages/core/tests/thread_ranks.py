@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Ranks in threads of one process, for tests: what they do together is done in the order of ranks.
+"""Ranks in threads of one process, for tests. Collective operations run in the order of ranks.
 
-Those behind the first are told as over lines, whatever is said being encoded.
+All ranks but the first get their messages encoded, as over a connection.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class ThreadRanks:
 
 
 class ThreadStages(ThreadRanks):
-    """See `Stages`; `boxes` are what is on its way, by sender and receiver."""
+    """See `Stages`; `boxes` are queues of sent tensors, by sender and receiver."""
 
     def __init__(
         self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier, boxes: Mapping[tuple[int, int], Box]
@@ -100,10 +100,10 @@ class ThreadStages(ThreadRanks):
 
 
 class Meetings:
-    """What meets where devices send to each other as NCCL may: nothing is on its way, each end waits for the other.
+    """Transfers between devices without a buffer, as in NCCL: each end waits for the other.
 
     Attributes:
-        asked: the shapes that each end was asked for, in order, by sender, receiver and which of them it is.
+        asked: the requested shapes in order, by sender, receiver and end (0 for the sender's).
     """
 
     def __init__(self) -> None:
@@ -113,11 +113,11 @@ class Meetings:
         self._lock = threading.Lock()
 
     def meet(self, sender: int, receiver: int, end: int, x: Value) -> None:
-        """One end, 0 the sender's, in work of a `LazyStream`.
+        """Run one end of a transfer, 0 for the sender's, in work of a `LazyStream`.
 
         Raises:
-            AssertionError: the ends ask for different things.
-            NotYetError: the other one has not come.
+            AssertionError: the shapes of the two ends differ.
+            NotYetError: the other end has not begun.
         """
         own, other = (sender, receiver, end), (sender, receiver, 1 - end)
         with self._lock:
@@ -136,7 +136,7 @@ class Meetings:
 
 
 class MeetingStages(ThreadStages):
-    """See `Stages` and `Meetings`; of devices that are lazy."""
+    """See `Stages` and `Meetings`; stages on lazy devices."""
 
     def __init__(self, rank: int, size: int, meetings: Meetings) -> None:
         super().__init__(rank, size, [None] * size, threading.Barrier(1), {})
@@ -153,15 +153,15 @@ class MeetingStages(ThreadStages):
 
 
 class MeetingRanks(ThreadRanks):
-    """See `Collective`; of devices that are lazy, in whose work ranks wait for each other.
+    """See `Collective`; ranks on lazy devices, whose work waits for the other ranks.
 
     Args:
         rank, size: see `Collective`.
-        said: what the ranks have said, by the number of the exchange and by rank; one for all of them.
-        stream: on which the work runs.
+        said: tensors of the ranks, by number of the exchange and rank; shared by all ranks.
+        stream: the stream that runs the work.
 
     Attributes:
-        asked: of each exchange, the type of what was said and how many rows it has.
+        asked: for each exchange, dtype and number of rows of the tensor.
     """
 
     def __init__(self, rank: int, size: int, said: dict[int, dict[int, Any]], stream: LazyStream) -> None:
@@ -182,21 +182,21 @@ class MeetingRanks(ThreadRanks):
             time.sleep(0.0005)
             if time.monotonic() > until:
                 raise RuntimeError(f"another rank has not come to exchange {number}, of {self.asked[-1]}")
-        self._said.pop(number - 1, None)  # all have come here, so nobody reads that one any more
+        self._said.pop(number - 1, None)  # all ranks are here, so no rank reads the previous exchange any more
         kinds = {(each.dtype, len(each)) for each in said.values()}
         assert len(kinds) == 1, f"ranks say different things in exchange {number}: {kinds}"
         return [said[each] for each in range(self.size)]
 
 
 def lines(size: int) -> list[ThreadStages]:
-    """So many stages, each as its rank sees them."""
+    """Return `size` connected stages, one for each rank."""
     shared, barrier = [None] * size, threading.Barrier(size)
     boxes = {(one, other): queue.SimpleQueue[Any]() for one in range(size) for other in range(size)}
     return [ThreadStages(rank, size, shared, barrier, boxes) for rank in range(size)]
 
 
 def in_threads(size: int, work: Callable[[ThreadRanks], _Result], stages: int = 1) -> list[_Result]:
-    """What each of so many ranks of each of the stages gives; where one fails, none waits for it."""
+    """Return the results of `work` for each of `size` ranks of each stage; if a rank fails, the others do not wait."""
     groups = [([None] * size, threading.Barrier(size)) for _ in range(stages)]
     others = [lines(stages) if stages > 1 else [None] for _ in range(size)]
 
@@ -214,14 +214,14 @@ def in_threads(size: int, work: Callable[[ThreadRanks], _Result], stages: int = 
 
 
 class ToldRanks:
-    """The ranks behind the first one; see `Ranks`.
+    """All ranks but the first; see `Ranks`.
 
     Args:
-        config: of the engine.
-        others: what runs the part of each, and the stream that it works on, where that is one.
+        config: the engine's configuration.
+        others: the runner of each rank, and the stream that it runs on, if it has one.
 
     Attributes:
-        failed: of those that failed, why.
+        failed: errors of the ranks that failed.
     """
 
     def __init__(self, config: EngineConfig, others: Sequence[tuple[ModelRunner, LazyStream | None]]) -> None:
@@ -238,7 +238,7 @@ class ToldRanks:
         batches = Batches()
         while True:
             try:
-                while stream is not None and told.empty():  # a device computes while it is told nothing
+                while stream is not None and told.empty():  # a device computes while no message arrives
                     if not stream.progress():
                         time.sleep(0.0005)
                 if (data := told.get()) is None:
@@ -259,7 +259,7 @@ class ToldRanks:
         return EngineDeadError(f"{here} {self.failed}")
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         for told in self._told:
             told.put(None)
         for thread in self._threads:

@@ -19,11 +19,11 @@ EVERY_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 def linear_shapes(model: ModelConfig, targets: Iterable[str] = EVERY_LINEAR) -> dict[str, tuple[int, int]]:
-    """Name and shape [out, in] of the matrices of a model with Llama's wiring, in all of its layers.
+    """Return names and shapes [out, in] of the matrices in all layers of a model that is wired like Llama.
 
     Args:
-        model: its description.
-        targets: which, by the last part of their names; "lm_head" is one too.
+        model: the model's description.
+        targets: the matrices, by the last part of their names; "lm_head" is possible too.
     """
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
@@ -59,16 +59,16 @@ def write_adapter(
     """Writes `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        folder: made where it is not there.
+        folder: created if it does not exist.
         shapes: [out, in] of each module by its name ("model.layers.0.self_attn.q_proj"), or a model's description.
-        rank, alpha: of all modules; `rank_pattern` among `config` changes what is said, not what is written.
-        seed: of the numbers.
-        targets: of a model's description, see `linear_shapes`.
+        rank, alpha: values of all modules; `rank_pattern` in `config` changes only the config, not the tensors.
+        seed: seed of the random weights.
+        targets: for a model's description, see `linear_shapes`.
         dtype: F32, BF16 or F16.
-        size: about how large B A x is for an x of ones, before the scale.
-        zero: B is zero, so that the adapter changes nothing.
-        tensors: more of them by name behind "base_model.model.", float32.
-        config: keys of adapter_config.json, over the usual ones.
+        size: approximate magnitude of B A x for an x of ones, before the scale.
+        zero: whether B is zero, so that the adapter changes nothing.
+        tensors: further float32 tensors, by name without the prefix "base_model.model.".
+        config: keys of adapter_config.json that replace or extend the usual ones.
 
     Returns:
         the folder.

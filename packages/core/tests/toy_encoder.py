@@ -52,11 +52,11 @@ def write_toy_encoder(
     """Writes an encoder that loads like any other.
 
     Args:
-        folder: made where it does not exist.
+        folder: created if it does not exist.
         config: as from `toy_encoder_config`.
-        pooling: "mean", "cls" or "lasttoken", as sentence-transformers' files say it, with vectors of length 1; None
-            leaves those files out.
-        seed: of the random weights. Equal arguments give equal files.
+        pooling: "mean", "cls" or "lasttoken", written to sentence-transformers' files, with vectors of length 1; None
+            omits these files.
+        seed: seed of the random weights. Equal arguments give equal files.
 
     Returns:
         The folder.

@@ -21,14 +21,14 @@ def write_toy_gguf(
     others: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> Path:
-    """The same random model as one GGUF file, its matrices quantised.
+    """Write the same random model as one GGUF file with quantised matrices.
 
     Args:
         path: the file; its folder must exist.
-        config: as from `toy_config`, of llama or qwen2.
+        config: result of `toy_config` for llama or qwen2.
         quantization: a GGML type that the `gguf` package can make: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32.
-        others: matrices of another type, by the end of their GGUF name: {"attn_v": "F16"}.
-        seed: of the random weights.
+        others: types of other matrices, by the end of their GGUF name: {"attn_v": "F16"}.
+        seed: seed of the random weights.
 
     Returns:
         The path.
@@ -102,6 +102,6 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleaved(data: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows in the order of GGUF's llama files: the two halves of each head alternate."""
+    """Return rows in the order of GGUF's llama files: the two halves of each head alternate."""
     heads = data.reshape(-1, 2, head_dim // 2, *data.shape[1:])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(data.shape)

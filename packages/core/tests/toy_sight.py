@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A real checkpoint of a model that sees, of a few hundred kilobytes: SmolVLM's shape, with random weights."""
+"""A valid checkpoint of a vision model of a few hundred kilobytes: SmolVLM's shape, with random weights."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def write_toy_sight(
     """Writes a checkpoint that loads like any other.
 
     Args:
-        folder: made where it does not exist.
-        config: as from `toy_sight_config`.
-        seed: of the random weights. Equal arguments give equal files.
-        splits: whether pictures are cut into tiles; their longer side becomes two tiles.
+        folder: created if it does not exist.
+        config: result of `toy_sight_config`.
+        seed: seed of the random weights. Equal arguments give equal files.
+        splits: whether images are cut into tiles; their longer side becomes two tiles.
 
     Returns:
         The folder.
@@ -96,7 +96,7 @@ def write_toy_sight(
 
 
 def _tower(config: Mapping[str, Any], processor: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
-    """Random weights of the tower; embeddings about as long as those of words."""
+    """Return random weights of the tower; its embeddings have about the norm of token embeddings."""
     path, generator = Path("config.json"), np.random.default_rng(seed + 1)
     size = config["text_config"]["hidden_size"]
     described = config_from_hf(Fields(config, path), Fields(processor, path), size)

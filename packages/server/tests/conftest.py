@@ -47,7 +47,7 @@ def web() -> Iterator[Any]:
 
 @pytest.fixture
 def seen(web: Any) -> Any:
-    """What it sees from now on."""
+    """Return what the MCP server sees from now on."""
     web.seen.clear()
     return web.seen
 
@@ -78,7 +78,7 @@ def start_mcp() -> Iterator[Callable[..., Running]]:
 
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A hub (`FakeHub`) that huggingface_hub asks in the place of its own; it has no repositories yet."""
+    """A hub (`FakeHub`) that huggingface_hub uses instead of its own; it has no repositories yet."""
     from packages.server.tests.fake_hub import installed
 
     yield from installed(monkeypatch)

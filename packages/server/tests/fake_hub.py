@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A hub on loopback: the routes of Hugging Face that fetching a model asks, over files in memory."""
+"""A hub on loopback: the routes of Hugging Face that are used to fetch a model, over files in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMIT = "a" * 40
 
 
 def installed(monkeypatch: Any) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub asks in the place of its own; it has no repositories yet. For a fixture."""
+    """A hub that huggingface_hub uses instead of its own, for a fixture; it has no repositories yet."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.hf_api import api
@@ -38,13 +38,13 @@ class FakeHub:
 
     Attributes:
         repos: repository -> file -> content.
-        moved: what a repository is asked for as -> what it is called.
+        moved: old name of a repository -> its present name.
         commits: repository and revision -> commit; `COMMIT` of all others.
         branches: repository -> branch -> its commits, the last one first; a page of them is one commit.
-        sums: repository and file -> the sum that is told in the place of the true one.
-        cut: bytes after which the next download breaks off; None is never.
-        held: bytes after which downloads of weights wait until the event is set; None is never.
-        asked: ranges of the downloads.
+        sums: repository and file -> a checksum that is reported instead of the true one.
+        cut: bytes after which the next download breaks off; None for never.
+        held: bytes after which downloads of weights wait until the event is set; None for never.
+        asked: requested ranges of the downloads.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class FakeHub:
                     self.wfile.write(content[:first])
                     content = content[first:]
                     released.wait(60)
-                with contextlib.suppress(ConnectionError):  # the client has stopped
+                with contextlib.suppress(ConnectionError):  # the client has disconnected
                     self.wfile.write(content)
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -156,11 +156,11 @@ class FakeHub:
         self._thread.start()
 
     def told(self, repo: str, name: str) -> str:
-        """The sum that the hub tells of a file."""
+        """Return the checksum that the hub reports for a file."""
         return self.sums.get((repo, name)) or hashlib.sha256(self.repos[repo][name]).hexdigest()
 
     def sibling(self, repo: str, name: str) -> dict[str, Any]:
-        """A file as the hub lists it; weights are large files with sums."""
+        """Return a file's entry in the hub's list; weights are large files with checksums."""
         content = self.repos[repo][name]
         found: dict[str, Any] = {"rfilename": name, "path": name, "type": "file", "size": len(content), "oid": "0" * 40}
         if name.endswith((".gguf", ".safetensors")):
@@ -169,7 +169,7 @@ class FakeHub:
         return found | {"blobId": "0" * 40}
 
     def stop(self) -> None:
-        """Ends it."""
+        """End the hub."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Processes of Python that begin with the server's modules imported, which takes each fresh one 1.5 s of CPU.
+"""Python processes that begin with the server's modules imported, which takes a new process 1.5 s of CPU.
 
-A process of this module imports them once and forks for each program. A program that is to be seen from its first
-import on, or that changes what an import does, needs a process of its own: `subprocess`.
+A process of this module imports them once and forks for each program. A program whose imports are
+tested, or that changes what an import does, needs a new process: `subprocess`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if program is not None:
 
 
 class Forked:
-    """A program that runs, as `subprocess.Popen` has it.
+    """A running program, with the interface of `subprocess.Popen`.
 
     Attributes:
-        pid: the number of its process, which leads a session; a terminal as its standard input is that of the session.
+        pid: id of its process, which leads a session; if standard input is a terminal, it is the session's.
         returncode: its exit status, the negative number of the signal that ended it, or None.
     """
 
@@ -57,7 +57,7 @@ class Forked:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """The exit status, if it has ended."""
+        """Return the exit status; None while the program runs."""
         if self.returncode is None:
             self._ours.setblocking(False)
             try:
@@ -71,7 +71,7 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float = 60.0) -> int:
-        """The exit status, once it has ended."""
+        """Wait for the end of the program and return its exit status."""
         limit = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > limit:
@@ -112,7 +112,7 @@ def _server() -> socket.socket:
 
 
 def next_program(descriptor: int) -> str | None:
-    """Fork for each program that is asked for. In the fork, return the program; in the end, return None."""
+    """Fork for each requested program. Return the program in the fork, and None at the end in this process."""
     requests = socket.socket(fileno=descriptor)
     while True:
         _, given, _, _ = socket.recv_fds(requests, 1, 4)
@@ -142,7 +142,7 @@ def _reap() -> None:
 
 
 def _watched(asked: dict[str, Any], said: int, streams: list[int]) -> str:
-    """The program to run, in a new process; this one reports its number and its exit status."""
+    """Return the program in a new process; this process reports its id and its exit status."""
     reads, writes = os.pipe()
     pid = os.fork()
     if pid:
@@ -150,7 +150,7 @@ def _watched(asked: dict[str, Any], said: int, streams: list[int]) -> str:
             os.close(each)
         os.close(reads)
         os.write(said, b"%d\n" % pid)
-        os.close(writes)  # it may begin
+        os.close(writes)  # the program may begin
         _, status = os.waitpid(pid, 0)
         os.write(said, b"%d\n" % os.waitstatus_to_exitcode(status))
         os._exit(0)
@@ -176,7 +176,7 @@ def _take(streams: list[int]) -> None:
         import termios
 
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    # The objects from before have seen other streams.
+    # The earlier objects belong to other streams.
     line = 1 if os.isatty(1) else -1
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", buffering=line, closefd=False)  # noqa: SIM115

@@ -38,31 +38,31 @@ server.run(transport="stdio")
 
 
 def call_text(name: str, **arguments: object) -> str:
-    """A call as the scripted model writes it."""
+    """Return a call in the text of the scripted model."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
 def turns(*texts: str) -> Any:
-    """A script that says one text after the other, and the last one from then on."""
+    """Return a script that answers with one text after the other, and then always with the last one."""
     left = list(texts)
     return lambda _: left.pop(0) if len(left) > 1 else left[0]
 
 
 class Seen:
-    """What the server over HTTP saw."""
+    """Requests that the server over HTTP has received."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets it."""
+        """Forget them."""
         self.begun = 0
         self.cancelled = 0
         self.texts: list[str] = []
 
 
 class HttpMcpServer:
-    """`echo`, `slow` and `fail` at a port of the loopback; `stop` makes it a dead server."""
+    """MCP server with the tools `echo`, `slow` and `fail` at a port of the loopback, until `stop`."""
 
     def __init__(self) -> None:
         self.seen = Seen()
@@ -80,7 +80,7 @@ class HttpMcpServer:
         self.url = f"http://127.0.0.1:{port}/mcp"
 
     def config(self, name: str = "web", **fields: Any) -> McpServerConfig:
-        """Its configuration; all of its tools are approved."""
+        """Return its configuration, in which all of its tools are approved."""
         return McpServerConfig(name=name, url=self.url, **{"auto_approve": ["*"], "connect_timeout": 60.0, **fields})
 
     def stop(self) -> None:
@@ -119,9 +119,9 @@ def _server(seen: Seen) -> MCPServer:
 
 
 def stdio_config(folder: Path, name: str = "numbers", *, sdk: bool = False, **fields: Any) -> McpServerConfig:
-    """A server that writes its process id into `folder`/pid; all of its tools are approved.
+    """Return the configuration of a server that writes its process id to `folder`/pid; all of its tools are approved.
 
-    With `sdk`, it is the MCP SDK's own server, and else one in plain Python (`plain_mcp.py`).
+    With `sdk` it is a server of the MCP SDK, otherwise one in plain Python (`plain_mcp.py`).
     """
     path = folder / "numbers_server.py"
     path.write_text(STDIO)
@@ -131,7 +131,7 @@ def stdio_config(folder: Path, name: str = "numbers", *, sdk: bool = False, **fi
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

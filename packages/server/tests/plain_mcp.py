@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An MCP server on stdio in plain Python: it starts at once, where the SDK takes 1.3 s of CPU to be imported.
+"""An MCP server on stdio in plain Python: it starts immediately, while importing the SDK takes 1.3 s of CPU.
 
 Run as `python -S plain_mcp.py FILE TOOL ...`: it writes its process id into FILE, and offers the tools of `TOOLS` that
 are named.
@@ -21,7 +21,7 @@ TOOLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def call(name: str, arguments: dict[str, Any]) -> str:
-    """What a tool says."""
+    """Return the result text of a tool."""
     if name == "die":
         os._exit(1)
     if name == "write_file":
@@ -32,7 +32,7 @@ def call(name: str, arguments: dict[str, Any]) -> str:
 
 
 def answer(method: str, params: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a request; None where the method is unknown."""
+    """Return the result of a request; None for an unknown method."""
     if method == "initialize":
         server = {"name": "numbers", "version": "1"}
         return {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": server}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def paths_of(app: Any, method: str) -> set[str]:
-    """Paths of all routes that take a method, with an x in the place of their parameters."""
+    """Return the paths of all routes with a method, with an x for each parameter."""
     contexts = [each for each in iter_route_contexts(app.routes) if method in (each.methods or ())]
     assert len(contexts) > 15
     return {re.sub(r"\{.*?\}", "x", each.path or "") for each in contexts}
@@ -69,7 +69,7 @@ class Running:
     def leave(
         self, path: str, body: Mapping[str, Any], begun: Callable[[], object], headers: Mapping[str, str] | None = None
     ) -> None:
-        """A client that asks with POST and is gone without an answer once something has `begun`."""
+        """Send a POST request, and disconnect without reading the answer when `begun` holds."""
         data = json.dumps(body).encode()
         fields = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
         head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())

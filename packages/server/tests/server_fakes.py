@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Engines for the server's tests, with a pace and a pulse, and a loader of them for the model manager."""
+"""Engines for the server's tests whose speed and death are controlled, and their loader for the model manager."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from candle_vllm.server.settings.catalogue import ModelEntry
 async def whole_answer(
     engine: Any, prompt: str | list[int], params: SamplingParams, **watched: Any
 ) -> GenerationOutput:
-    """The answer that the pieces of a stream add up to."""
+    """Return the whole answer of a stream's chunks."""
     ids = engine.tokenize(prompt) if isinstance(prompt, str) else prompt
     collector = OutputCollector(GenerationRequest(request_id="whole", prompt=None, prompt_token_ids=ids, params=params))
     async for piece in engine.stream(prompt, params, **watched):
@@ -36,13 +36,13 @@ async def whole_answer(
 
 
 def watched(engine: Any, metrics: Metrics, name: str | None = None, **options: Any) -> EngineWatcher:
-    """The watcher of an engine, counted under its model's name or another."""
+    """Return the watcher of an engine, which counts under the model's name or another name."""
     info = engine.model_info
     return EngineWatcher(engine, metrics.model(name or info.name, info.max_model_len), **options)
 
 
 class PacedEngine(ScriptedEngine):
-    """Has blocks, dies on request, and says whether it was closed."""
+    """Engine with KV blocks that dies on request and records whether it was closed."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -78,9 +78,9 @@ class PacedEngine(ScriptedEngine):
 
 
 class FakeLoader:
-    """Loads scripted engines: `room` of them fit, each takes `seconds`; `broken` ones fail, `hopeless` ones early.
+    """Loads scripted engines: `room` of them fit, each load takes `seconds`; `broken` ones fail, `hopeless` ones early.
 
-    While `gate` is cleared, whoever loads waits.
+    While `gate` is cleared, loads wait.
     """
 
     def __init__(self, room: int = 9, seconds: float = 0.0) -> None:

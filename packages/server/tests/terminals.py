@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A command on a terminal of its own: what is typed to it, all that it wrote, and what its screen shows."""
+"""A command on a terminal of its own: typed input, all output, and the contents of the screen."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ sys.exit(cli.main({arguments!r}))
 
 
 ASKS = b"\x1b[6n"
-"""The program asks where the cursor is, behind what it has written so far."""
+"""Query of the cursor's position, which the program writes after its output."""
 
 
 class Terminal:
@@ -77,33 +77,33 @@ class Terminal:
 
     @property
     def screen(self) -> str:
-        """What a person finds on the screen and by scrolling back, without trailing blanks."""
+        """Text on the screen and in the scrollback, without trailing blanks."""
         columns = self._screen.columns
         above = ["".join(line[x].data for x in range(columns)) for line in self._screen.history.top]
         return "\n".join(line.rstrip() for line in [*above, *self._screen.display]).rstrip()
 
     def wait_for(self, text: str) -> None:
-        """Reads until `text` was written or stands on the screen."""
+        """Read until `text` was written or is on the screen."""
         self._wait(lambda: text in self.shown or text in self.screen)
 
     def wait_for_prompt(self) -> None:
-        """Reads until the cursor stands behind an empty prompt."""
+        """Read until the cursor is after an empty prompt."""
         cursor = self._screen.cursor
         self._wait(lambda: cursor.x == 2 and self._screen.display[cursor.y].rstrip() == ">")
 
     @property
     def echoes(self) -> bool:
-        """Whether the terminal shows what is typed by itself."""
+        """Whether the terminal echoes input."""
         return bool(termios.tcgetattr(self._ours)[3] & termios.ECHO)
 
     def set_echo(self) -> None:
-        """Has the terminal show what is typed."""
+        """Make the terminal echo input."""
         now = termios.tcgetattr(self._ours)
         now[3] |= termios.ECHO
         termios.tcsetattr(self._ours, termios.TCSANOW, now)
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Reads until something is so."""
+        """Read until a condition holds."""
         self._wait(happened)
 
     def _wait(self, happened: Callable[[], bool]) -> None:
@@ -131,11 +131,11 @@ class Terminal:
         return True
 
     def type(self, text: str) -> None:
-        """Presses keys."""
+        """Type keys."""
         os.write(self._ours, text.encode())
 
     def end(self, holds: Callable[[], bool] = lambda: True) -> int:
-        """Waits for the command's end, and gives its exit status; the terminal then is as it should be."""
+        """Wait for the command's end, assert that `holds()` is true, and return the exit status."""
         try:
             limit = time.monotonic() + 60
             while time.monotonic() < limit and (self.process.poll() is None or self._waits()):
