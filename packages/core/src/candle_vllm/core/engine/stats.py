@@ -105,17 +105,17 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     generation_tokens: int
     finished: Annotated[Mapping[str, int], Stat(join=_by_key)]
     preemptions: Annotated[int, Stat(
-        "vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.")]
+        "vllm:num_preemptions_total", "Preemptions of sequences, which are recomputed later.")]
     prompt_tokens: Annotated[int, Stat(
-        "vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.")]
+        "vllm:prefix_cache_queries_total", "Prompt tokens, each prompt counted once.")]
     cached_prompt_tokens: Annotated[int, Stat(
-        "vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.")]
+        "vllm:prefix_cache_hits_total", "Prompt tokens that were found in the prefix cache.")]
     drafts: Annotated[int, Stat(
-        "vllm:spec_decode_num_drafts_total", "Steps of sequences that tried draft tokens.")] = 0
+        "vllm:spec_decode_num_drafts_total", "Drafts that were verified, one for each sequence and step.")] = 0
     draft_tokens: Annotated[int, Stat(
-        "vllm:spec_decode_num_draft_tokens_total", "Draft tokens that were tried.")] = 0
+        "vllm:spec_decode_num_draft_tokens_total", "Draft tokens that were verified.")] = 0
     accepted_draft_tokens: Annotated[int, Stat(
-        "vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.")] = 0
+        "vllm:spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted.")] = 0
     accepted_per_position: Annotated[tuple[int, ...], Stat(
         "vllm:spec_decode_num_accepted_tokens_per_pos_total", "Accepted draft tokens, by position in the draft.",
         join=_by_place, label="position")] = ()
@@ -124,36 +124,36 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     adapters: Annotated[int, Stat(now=True, join=max)] = 0
     adapters_in_memory: Annotated[int, Stat(now=True)] = 0
     adapter_bytes: Annotated[int, Stat(now=True)] = 0
-    adapter_loads: Annotated[int, Stat("candle_vllm:lora_loads_total", "Adapters that were brought to memory.")] = 0
+    adapter_loads: Annotated[int, Stat("candle_vllm:lora_loads_total", "LoRA adapters that were loaded to memory.")] = 0
     adapter_load_failures: Annotated[int, Stat(
-        "candle_vllm:lora_load_failures_total", "Adapters that could not be.")] = 0
+        "candle_vllm:lora_load_failures_total", "LoRA adapters that could not be loaded.")] = 0
     adapter_load_seconds: Annotated[float, Stat(
-        "candle_vllm:lora_load_seconds_total", "Time of all that, seconds.")] = 0.0
+        "candle_vllm:lora_load_seconds_total", "Time of loading LoRA adapters, seconds.")] = 0.0
     adapter_evictions: Annotated[int, Stat(
-        "candle_vllm:lora_evictions_total", "Adapters that left memory for others.")] = 0
+        "candle_vllm:lora_evictions_total", "LoRA adapters that were evicted from memory.")] = 0
     max_adapters: Annotated[int, Stat(join=max)] = 0
     running_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
     waiting_adapters: Annotated[Mapping[str, int], Stat(now=True, join=_by_key)] = msgspec.field(default_factory=dict)
     checkpoints: Annotated[int, Stat(now=True)] = 0
     checkpoint_slots: Annotated[int, Stat(now=True)] = 0
     sleep_level: Annotated[int, Stat(now=True, join=max)] = 0
-    images_encoded: Annotated[int, Stat("candle_vllm:images_encoded_total", "Images whose embeddings were made.")] = 0
+    images_encoded: Annotated[int, Stat("candle_vllm:images_encoded_total", "Images that were encoded.")] = 0
     images_reused: Annotated[int, Stat(
-        "candle_vllm:images_reused_total", "Images whose embeddings requests found made.")] = 0
+        "candle_vllm:images_reused_total", "Images whose embeddings were reused.")] = 0
     image_failures: Annotated[int, Stat(
-        "candle_vllm:image_failures_total", "Images whose embeddings could not be made.")] = 0
+        "candle_vllm:image_failures_total", "Images that could not be encoded.")] = 0
     image_seconds: Annotated[float, Stat(
-        "candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.")] = 0.0
+        "candle_vllm:image_encoding_seconds_total", "Time of encoding images, seconds.")] = 0.0
     kept_block_bytes: Annotated[int, Stat(now=True, join=max)] = 0
     kept_blocks_read: Annotated[int, Stat(
-        "candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from there.")] = 0
+        "candle_vllm:prompt_cache_blocks_read_total", "Offloaded KV blocks that were read.")] = 0
     kept_blocks_written: Annotated[int, Stat(
-        "candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.")] = 0
+        "candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were offloaded.")] = 0
     kept_blocks_skipped: Annotated[int, Stat(
-        "candle_vllm:prompt_cache_blocks_skipped_total", "KV blocks that were not, for that was behind.")] = 0
+        "candle_vllm:prompt_cache_blocks_skipped_total", "KV blocks not offloaded, because writing was too slow.")] = 0
     kept_block_failures: Annotated[int, Stat(
         "candle_vllm:prompt_cache_failures_total",
-        "KV blocks that were damaged or late, or could not be read or written.")] = 0
+        "Offloaded KV blocks that were damaged or late, or could not be read or written.")] = 0
     replicas: Annotated[tuple[ReplicaStats, ...], Stat(join=lambda _: ())] = ()
     # fmt: on
 
