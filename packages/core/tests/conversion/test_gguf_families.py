@@ -190,7 +190,7 @@ def test_scores_that_lfm2moe_has_no_keys_for(tmp_path: Path, words: Path) -> Non
 def test_numbers_beyond_their_type(tmp_path: Path, words: Path) -> None:
     folder = made("DeepSeek-V2", tmp_path / "m", routed_scaling_factor=1e300)
     with pytest.raises(
-        UnsupportedModelError, match=r"deepseek2\.expert_weights_scale cannot store the number .* 1e\+300$"
+        UnsupportedModelError, match=r"deepseek2\.expert_weights_scale cannot store the number 1e\+300$"
     ):
         written(folder, words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]

@@ -338,7 +338,7 @@ def test_folders_of_an_adapters_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read as JSON"), ("[1]", "no JSON object"), ("[" * 100_000, "JSON"), ("\x00\xff", "JSON"),
+    [("{", "cannot be read as JSON"), ("[1]", "must be a JSON object"), ("[" * 100_000, "JSON"), ("\x00\xff", "JSON"),
      ('{"peft_type": "LORA", "lora_alpha": NaN}', "lora_alpha is nan"), ('{"r": ' + "9" * 5000 + "}", "JSON")],
     ids=range(6),
 )  # fmt: skip
@@ -469,7 +469,7 @@ def test_a_gguf_adapter_without_alpha_has_the_scale_1(tmp_path: Path, base: Adap
         ({"tensors": {"blk.9.attn_q.weight": ((32, 64), (64, 32))}}, "no module 'blk.9"),
         ({"tensors": {"blk.0.attn_q.weight": ((32, 64),)}}, "one of the two LoRA matrices"),
         ({"tensors": {"blk.0.attn_norm.weight": ((32, 64), (64, 32))}}, "norm"),
-        ({"tensors": {"blk.0.attn_q.weight": ((32, 64), (32, 32))}}, "gives 32 rows"),
+        ({"tensors": {"blk.0.attn_q.weight": ((32, 64), (32, 32))}}, "has 32 rows"),
     ],
 )
 def test_gguf_adapters_that_are_none(more: dict[str, Any], message: str, tmp_path: Path, base: AdapterBase) -> None:

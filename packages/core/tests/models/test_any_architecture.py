@@ -112,7 +112,7 @@ def test_a_cache_of_its_own_runs_one_sequence_at_a_time(
     assert together == again
     assert together[1][0] == int(theirs[0].argmax())
     assert "one sequence at a time" in caplog.text
-    with pytest.raises(ConfigError, match="drafted"):
+    with pytest.raises(ConfigError, match="does not support speculative decoding"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", speculative_config={"method": "ngram"}))
     with pytest.raises(ConfigError, match="does not support LoRA adapters"):
         InferenceEngine(str(folder), **_settings(model_impl="transformers", enable_lora=True))

@@ -83,7 +83,7 @@ def config_from_hf(fields: Fields, target: ModelConfig) -> Eagle3Config:
     names = fields.get("architectures", list, [])
     if not any(name in ARCHITECTURES for name in names):
         raise UnsupportedModelError(
-            f"{fields.path}: architecture {names!r:.80} is no EAGLE-3 head; implemented: {', '.join(ARCHITECTURES)}"
+            f"{fields.path}: architecture {names!r:.80} is not an EAGLE-3 head; implemented: {', '.join(ARCHITECTURES)}"
         )
     speculators = "transformer_layer_config" in fields
     inner = fields.get("transformer_layer_config", dict, {})

@@ -79,7 +79,7 @@ def _reading(config: Gemma4Config, target: ModelConfig, size: int, fields: Field
     if not isinstance(target, Gemma4Config) or (size, config.vocab_size) != (target.hidden_size, target.vocab_size):
         raise InvalidFileError(
             f"{fields.path}: it drafts for a Gemma 4 of {config.vocab_size} tokens with hidden states of {size} "
-            f"numbers; the model is {target.model_type} and has {target.vocab_size} and {target.hidden_size}"
+            f"elements; the model is {target.model_type} and has {target.vocab_size} and {target.hidden_size}"
         )
     if config.mixture is not None or config.input_size:
         raise UnsupportedModelError(f"{fields.path}: experts or per-layer embeddings of a drafter are not implemented")
