@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule and Mamba 2: transformers', plain torch's and the CPU's; the same bits however texts are cut."""
+"""The gated delta rule and Mamba: transformers', plain torch's and the CPU's; the same bits however texts are cut."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ from packages.core.tests.kernels.state_steps import (
 
 
 class Sizes(NamedTuple):
-    """Of a layer: Hk, Hv, Dk, Dv, and whether channels decay by themselves, as in Kimi delta attention."""
+    """Of a layer: Hk, Hv, Dk, Dv; whether channels decay by themselves, as in Kimi delta attention; or elements."""
 
     key_heads: int
     heads: int
     key_dim: int
     value_dim: int
     channels: bool = False
+    elements: bool = False
 
     @property
     def state(self) -> tuple[int, ...]:
@@ -42,26 +43,41 @@ class Sizes(NamedTuple):
 
     @property
     def inputs(self) -> int:
-        return kept_inputs(*self[:4], channels=self.channels)
+        each = self.value_dim if self.elements else 1 + self.key_dim if self.channels else 2
+        return kept_inputs(*self[:4], gates=each)
 
     @property
     def decays(self) -> int:
-        return self.heads * (self.key_dim if self.channels else 1)
+        return self.heads * (self.key_dim if self.channels else self.value_dim if self.elements else 1)
+
+    @property
+    def strengths(self) -> int:
+        return self.heads * (self.value_dim if self.elements else 1)
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.elements else self.key_dim**-0.5
 
     def gates(self, strength: float = 1.0) -> DeltaGates:
-        """Gates of the delta rule, or, where the strength is 0, of Mamba 2."""
-        decay = -np.random.default_rng(7).uniform(0.01, 16, self.decays).astype(np.float32)
-        return DeltaGates(decay, random(8, self.decays), strength, None if strength else random(9, self.heads))
+        """Gates of the delta rule, or, where the strength is 0, of Mamba 2, or, of elements, Mamba 1."""
+        decays = self.state if self.elements else (self.decays,)
+        decay = -np.random.default_rng(7).uniform(0.01, 16, decays).astype(np.float32)
+        return DeltaGates(decay, random(8, self.decays), strength, None if strength else random(9, self.strengths))
 
     def text(self, length: int, seed: int = 0) -> Inputs:
         """Inputs whose gates are anything from shut to open."""
-        shapes = [(self.key_heads, self.key_dim)] * 2 + [(self.heads, self.value_dim), (self.decays,), (self.heads,)]
+        shapes = [(self.key_heads, self.key_dim)] * 2 + [
+            (self.heads, self.value_dim),
+            (self.decays,),
+            (self.strengths,),
+        ]
         q, k, v, a, b = (random(10 * seed + place, length, *shape) for place, shape in enumerate(shapes))
         return q, k, v, 4 * a - 4, 3 * b
 
 
 ODD, EVEN = Sizes(2, 6, 19, 21), Sizes(2, 4, 32, 64)
 KIMI, SHARED = Sizes(3, 3, 20, 33, channels=True), Sizes(2, 4, 19, 21, channels=True)
+MAMBA, MAMBAS = Sizes(1, 1, 18, 83, elements=True), Sizes(2, 4, 5, 21, elements=True)
 LENGTHS = (33, 50, 9, 41)
 
 
@@ -90,8 +106,8 @@ class Reference:
 
     def run(self, inputs: Inputs, rows: StateRows, positions: np.ndarray) -> np.ndarray:
         given = [torch.from_numpy(x).to(self.dtype) for x in inputs]
-        scale = self.sizes.key_dim**-0.5
-        made = reference.delta_rule(*given, self.gates, self.cache, tensors(rows), scale=scale, normed=self.normed)
+        how = {"scale": self.sizes.scale, "normed": self.normed and not self.sizes.elements}
+        made = reference.delta_rule(*given, self.gates, self.cache, tensors(rows), **how)
         return made.float().numpy()
 
     def state(self, slot: int) -> np.ndarray:
@@ -150,6 +166,20 @@ def test_the_reference_is_mamba_2_of_transformers(sizes: Sizes, length: int) -> 
     assert error(last.numpy(), state[0].transpose(1, 2).numpy()) < 1e-5
 
 
+@pytest.mark.parametrize("length", [70, 1])
+def test_the_reference_is_mamba_1_of_transformers(length: int) -> None:
+    transformers = pytest.importorskip("transformers.models.mamba.modeling_mamba")
+    inputs, ours = MAMBA.text(length), Reference(MAMBA, length, strength=0.0)
+    found = ours.run(inputs, whole_rows(length), np.arange(length))
+    q, k, v, a, _ = (torch.from_numpy(x.reshape(length, -1).T.copy())[None] for x in inputs)
+    decay = reference.from_tiles(ours.gates.decay, MAMBA.value_dim)[0].T
+    more = {"delta_bias": ours.gates.bias, "delta_softplus": True, "return_last_state": True}
+    wanted, state = transformers.mamba_selective_scan(v, a, decay, k, q, ours.gates.skip, **more)
+    assert error(found[:, 0], wanted[0].T.numpy()) < 1e-5
+    last = reference.from_tiles(ours.cache.states[length - 1], MAMBA.value_dim)
+    assert error(last[0].numpy(), state[0].T.numpy()) < 1e-5
+
+
 @pytest.mark.parametrize("length", [70, 130, 1])
 def test_the_reference_is_kimi_delta_attention_of_transformers(length: int) -> None:
     transformers = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
@@ -190,9 +220,10 @@ def compiled(
     def make(given: list[Any], cache: StateCache) -> Any:
         dims = (key_dim, key_dim, value_dim)
         parts = [x.unflatten(-1, (-1, dim)) for x, dim in zip(given, dims)]
-        return delta_rule(*parts, *given[3:], sizes.gates(strength), cache, None, scale=key_dim**-0.5, normed=normed)
+        how = {"scale": sizes.scale, "normed": normed and not sizes.elements}
+        return delta_rule(*parts, *given[3:], sizes.gates(strength), cache, None, **how)
 
-    widths = [key_heads * key_dim] * 2 + [heads * value_dim, sizes.decays, heads]
+    widths = [key_heads * key_dim] * 2 + [heads * value_dim, sizes.decays, sizes.strengths]
     return Compiled(widths, make, sizes.state, sizes.inputs, slots, threads, drafts=drafts, tokens=tokens)
 
 
@@ -213,6 +244,8 @@ def close() -> Iterator[list[Compiled]]:
         (EVEN, 33),
         (KIMI, 40),
         (SHARED, 9),
+        (MAMBA, 40),
+        (MAMBAS, 9),
         (Sizes(1, 1, 1, 1), 5),
         (Sizes(3, 3, 128, 128), 9),
         (Sizes(1, 20, 66, 33), 3),
@@ -222,7 +255,7 @@ def close() -> Iterator[list[Compiled]]:
 def test_the_operations_are_the_reference(
     close: list[Compiled], sizes: Sizes, length: int, normed: bool, strength: float
 ) -> None:
-    sizes = sizes._replace(channels=sizes.channels and strength > 0)
+    sizes = sizes._replace(channels=sizes.channels and strength > 0, elements=sizes.elements and strength == 0)
     ours = compiled(sizes, length, 2, normed=normed, drafts=0, strength=strength)
     theirs = Reference(sizes, length, normed=normed, strength=strength)
     close.append(ours)
@@ -238,12 +271,17 @@ def test_the_operations_are_the_reference(
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("dtype", "strength"), [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.float32, 0.0)])
-def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, strength: float, seed: int) -> None:
-    given = [ODD.text(length, 20 + number) for number, length in enumerate(LENGTHS)]
-    made, wanted = Reference(ODD, 20, dtype, strength=strength), []
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "strength"),
+    [(torch.float32, ODD, 1.0), (torch.bfloat16, ODD, 1.0), (torch.float32, ODD, 0.0), (torch.float32, MAMBA, 0.0)],
+)
+def test_the_reference_does_not_depend_on_how_texts_are_cut(
+    dtype: torch.dtype, sizes: Sizes, strength: float, seed: int
+) -> None:
+    given = [sizes.text(length, 20 + number) for number, length in enumerate(LENGTHS)]
+    made, wanted = Reference(sizes, 20, dtype, strength=strength), []
     for text in given:
-        whole = Reference(ODD, len(text[0]), dtype, strength=strength)
+        whole = Reference(sizes, len(text[0]), dtype, strength=strength)
         results = whole.run(text, whole_rows(len(text[0])), np.arange(len(text[0])))
         wanted.append((results, np.stack([whole.state(slot) for slot in range(len(text[0]))])))
     check = (
@@ -257,7 +295,7 @@ def test_the_reference_does_not_depend_on_how_texts_are_cut(dtype: torch.dtype, 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     ("sizes", "strength"),
-    [(ODD, 1.0), (EVEN, 1.0), (Sizes(4, 4, 5, 48), 1.0), (ODD, 0.0), (EVEN, 0.0), (KIMI, 1.0)],
+    [(ODD, 1.0), (EVEN, 1.0), (Sizes(4, 4, 5, 48), 1.0), (ODD, 0.0), (EVEN, 0.0), (KIMI, 1.0), (MAMBA, 0.0)],
     ids=str,
 )
 def test_the_operations_have_the_same_bits_however_texts_are_cut(
@@ -274,13 +312,14 @@ def test_the_operations_have_the_same_bits_however_texts_are_cut(
     Cuts(given, made.run, made.state, 16, wanted, same_bits, same_bits, seed).all()
 
 
-def test_numbers_that_are_not_finite_stay_in_their_text(close: list[Compiled]) -> None:
-    inputs, found = ODD.text(12), []
+@pytest.mark.parametrize(("sizes", "strength"), [(ODD, 1.0), (MAMBA, 0.0)], ids=str)
+def test_numbers_that_are_not_finite_stay_in_their_text(close: list[Compiled], sizes: Sizes, strength: float) -> None:
+    inputs, found = sizes.text(12), []
     rows = StateRows(*(np.array(x) for x in ([0, 4, 8, 12], [0, 1, 2], [-1] * 3, [0] * 3, range(12), [-1] * 12)))
-    for part in (0, 1, 2, 3, 4):
+    for part in range(4 if sizes.elements else 5):
         spoilt = [x.copy() for x in inputs]
         spoilt[part][4] = np.nan
-        made = compiled(ODD, 12, 2)
+        made = compiled(sizes, 12, 2, strength=strength)
         close.append(made)
         found.append(made.run(tuple(spoilt), rows, np.arange(12)).copy())
         assert np.isfinite(found[-1][[0, 1, 2, 3, 8, 9, 10, 11]]).all()

@@ -64,7 +64,8 @@ class DeltaSizes:
     def state(self) -> StateSpec:
         """The state that a layer stores for a sequence."""
         tail = StatePart(conv_shape(self.channels, self.taps), self.channels, exact=False)
-        inputs = kept_inputs(self.key_heads, self.heads, self.key_dim, self.value_dim, channels=self.by_channel)
+        gates = self.key_dim + 1 if self.by_channel else 2
+        inputs = kept_inputs(self.key_heads, self.heads, self.key_dim, self.value_dim, gates=gates)
         return StateSpec((tail, StatePart(delta_shape(self.heads, self.key_dim, self.value_dim), inputs)))
 
 

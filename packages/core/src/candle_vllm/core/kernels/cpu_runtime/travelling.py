@@ -83,7 +83,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for convolution in CONVOLUTIONS:
         yield "short_conv.cpu:make_short_conv", convolution
     yield "scale_cap.cpu:make_scale_cap", (3,)
-    for scan in ((0, 0), (1, 0), (1, 1)):
+    for scan in ((0, 0), (0, 2), (1, 0), (1, 1)):
         yield "delta_rule.cpu:make_scan", scan
     for flag in (0, 1):
         yield "rms_norm.cpu:make_head_norm", (flag,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule and Mamba 2: linear attention with a state of fixed size that each token decays and adds to.
+"""The gated delta rule, Mamba 1 and 2: linear attention with a state of fixed size that tokens decay and add to.
 
 Contract: q, k [T, Hk, Dk], v [T, Hv, Dv], a, b [T, Hv] of one float dtype; y [T, Hv, Dv] of the same dtype, in new
 memory. Value head h uses key head h // (Hv / Hk). The state S [Dk, Dv] of a value head is zeros before the first token.
@@ -20,28 +20,33 @@ dt = softplus(a + bias), and without a correction:
 
 b is not used then: callers pass a in its place.
 
+Gates with a decay of each element, in the state's layout, select Mamba 1, where a, bias and `skip` are [.., Hv * Dv]: a
+column of S is a channel with its own dt, and each element decays by exp(decay * dt). q and k are not normed, and
+`scale` is 1. All channels share B and C, so families have one value head.
+
 Gates with a decay of each channel select Kimi delta attention, where a, decay and bias are [.., Hv * Dk]: each row of S
 has its own decay; otherwise it is the delta rule.
 
 The state's layout follows `kernels/states.py`: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], in tiles of 16 columns of S,
 on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv], decays and strengths, in float32:
-on a CPU their computed values, on a GPU the unchanged inputs; only the backend that wrote it reads it. A row's result
-depends on its own sequence alone.
+on a CPU their computed values, on a GPU and in Mamba 1 the unchanged inputs a and b (Mamba 1: a alone); only the
+backend that wrote it reads it. A row's result depends on its own sequence alone.
 
 On a GPU with tensor cores, the delta rule for 16-bit q, k and v computes whole chunks of 64 tokens at once. A chunk
 begins at a position that is a multiple of 64; the step must have all of its rows and store no state within it. This
 needs the `positions` [T] of rows in their sequences. Without them, as in steps in which no sequence has 64 rows, tokens
 are processed one by one, as in all other cases.
 
-Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Dao and Gu, 2024,
-arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta attention).
+Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Gu and Dao, 2023,
+arXiv:2312.00752 (Mamba 1); Dao and Gu, 2024, arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta
+attention).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, kept_inputs, state_shape
+from candle_vllm.core.kernels.delta_rule.layout import DeltaGates, gate_sizes, kept_inputs, state_shape
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
@@ -102,9 +107,13 @@ def _check(
     assert k.shape == q.shape
     assert heads % key_heads == 0
     assert v.shape[0] == tokens
-    decays, channels = gates.decay.numel(), gates.decay.numel() > heads
-    assert (a.shape, b.shape) == ((tokens, decays), (tokens, heads))
-    assert gates.decay.shape == gates.bias.shape == ((heads * key_dim,) if channels else (heads,))
-    assert gates.skip is None or gates.skip.shape == (heads,)
-    assert cache.states.shape[1:] == state_shape(heads, key_dim, value_dim)
-    assert cache.kept.shape[2:] == (kept_inputs(key_heads, heads, key_dim, value_dim, channels=channels),)
+    decays, strengths = gate_sizes(gates, heads)
+    count, state = max(decays, strengths), state_shape(heads, key_dim, value_dim)
+    assert (a.shape, b.shape) == ((tokens, count), (tokens, strengths))
+    assert decays in (heads, heads * key_dim) or (strengths == heads * value_dim and gates.skip is not None)
+    assert gates.bias.shape == (count,)
+    assert gates.decay.shape == ((count,) if decays else state)
+    assert gates.skip is None or gates.skip.shape == (strengths,)
+    assert cache.states.shape[1:] == state
+    each = (decays + strengths) // heads
+    assert cache.kept.shape[2:] == (kept_inputs(key_heads, heads, key_dim, value_dim, gates=each),)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The gated delta rule and Mamba 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them.
+"""The gated delta rule, Mamba 1 and 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them.
 
 The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state, 16
 KB for Dk = 128) for all tokens of a sequence in a step, so the columns stay in the L1 cache for any number of tokens.
-Each token reads them in two passes: first for k S, which Mamba 2 does not need, then for the correction together with q
-S. If the state after a token is to be stored, the token writes it to its slot, where the next token reads it.
+Each token reads them in two passes: first for k S, which Mamba does not need, then for the correction together with q
+S; in Mamba 1 also for dt and the decay of each element. If the state after a token is to be stored, the token writes it
+to its slot, where the next token reads it.
 
 Every element is a sum over Dk in a fixed order, in two halves. So its bits depend neither on how a prompt is divided
 into steps, nor on the rest of the step, nor on the thread. `keep` writes kept rows (inputs of draft tokens, see
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -128,7 +128,7 @@ def prepare(row, thread, threads):
             _scale_row(given.k + 4 * (t * given.k_stride + head * dim), dim, 1, 1.0)
         at = 4 * head * group
         a, b = given.a + 4 * t * given.a_stride + each * at, given.b + 4 * t * given.b_stride + at
-        decay, bias, to = given.decay + each * at, given.bias + each * at, given.gates + 4 * t * (given.decays + heads)
+        decay, bias, to = given.decay + each * at, given.bias + each * at, given.gates + 4 * t * given.gates_stride
         strengths = to + 4 * given.decays + at
         _gates(a, b, decay, bias, given.strength, given.skip, to + each * at, each * group, strengths, group)
 
@@ -159,7 +159,7 @@ def _take_in(
     tiles: Any,
     reads: Any,
     corrects: Any,
-    channels: Any,
+    grain: Any,
     at: Any,
     to: Any,
     k: Any,
@@ -170,26 +170,28 @@ def _take_in(
     columns: Any,
     decay: Any,
     strength: Any,
+    bias: Any,
     skip: Any,
     ahead: Any,
 ) -> Any:
     """Process a token for some tiles of a state at `at`; write the new state `to`, which may be the same address.
 
-    tiles, reads, corrects, channels: constants: number of tiles, whether q reads the state, whether it is a delta rule
-        (not Mamba 2), and whether `decay` has an element for each row.
-    k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of one float, or of `rows`.
+    tiles, reads, corrects, grain: constants: number of tiles, whether q reads the state, whether it is a delta rule
+        (not Mamba), and what has a decay: the tiles (0), each row (1) or each element (2, Mamba 1).
+    k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of one float, of `rows`, or of tiles.
+    strength, skip: addresses of one float; if `grain` is 2, of `columns` floats, as `bias`, and `strength` is a.
     ahead: address of tiles to prefetch meanwhile.
     """
     width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
-    floats, by_row = [types.float32] * 2, bool(channels.literal_value)
-    signature = types.void(tiles, reads, corrects, channels, *[types.int64] * 9, *floats, types.int64)
+    by_row, by_element = grain.literal_value == 1, grain.literal_value == 2
+    signature = types.void(tiles, reads, corrects, grain, *[types.int64] * 13)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at, to, k, q, v, out, rows, columns, decay, strength, skip, ahead = args[4:]
+        at, to, k, q, v, out, rows, columns, decay, strength, bias, skip, ahead = args[4:]
         size = b.mul(rows, e.int64(_LINE))
-        sources, targets, later = (
-            [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead)
+        sources, targets, later, decays = (
+            [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead, decay)
         )
 
         def lane(address: Any, row: Any) -> Any:
@@ -205,12 +207,22 @@ def _take_in(
 
         remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember) if delta else []
         masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(width)]
-        values = [load_columns(e, b.add(v, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
-        decayed, corrections = e.constant(F32, 1.0) if by_row else lane(decay, e.int64(0)), []
+
+        def of_columns(address: Any) -> list[Any]:
+            return [load_columns(e, b.add(address, e.int64(_LINE * tile)), mask) for tile, mask in enumerate(masks)]
+
+        def step_size(time: Any) -> Any:
+            return b.select(b.fcmp_unordered("uno", time, time), time, emit_softplus(e, time))
+
+        values, decayed, corrections, first = of_columns(v), e.constant(F32, 1.0), [], e.int64(0)
+        if by_element:
+            strengths = [step_size(b.fadd(*pair)) for pair in zip(of_columns(strength), of_columns(bias))]
+        else:
+            strengths, decayed = [lane(strength, first)] * width, decayed if by_row else lane(decay, first)
         for tile, value in enumerate(values):
             if delta:
                 value = e.fma(b.fneg(decayed), b.fadd(*remembered[2 * tile : 2 * tile + 2]), value)
-            corrections.append(b.fmul(e.splat(strength), value))
+            corrections.append(b.fmul(strengths[tile], value))
 
         def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
             key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
@@ -218,6 +230,8 @@ def _take_in(
             for tile in range(width):
                 e.prefetch(b.add(later[tile], place), near=2)
                 old = e.load(b.add(sources[tile], place), vector(F32))
+                if by_element:
+                    factor = emit_exp(e, b.fmul(e.load(b.add(decays[tile], place), vector(F32)), strengths[tile]))
                 new = e.fma(key, corrections[tile], b.fmul(factor, old))
                 e.store(b.add(targets[tile], place), new)
                 if gives:
@@ -227,7 +241,9 @@ def _take_in(
         results = _each_row(e, rows, [e.zeros(F32)] * (2 * width) if gives else [], correct)
         for tile, mask in enumerate(masks if gives else []):
             total = b.fadd(*results[2 * tile : 2 * tile + 2])
-            total = total if delta else e.fma(e.splat(skip), values[tile], total)
+            if not delta:
+                factor = of_columns(skip)[tile] if by_element else lane(skip, first)
+                total = e.fma(factor, values[tile], total)
             store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
         return context.get_dummy_value()
 
@@ -267,8 +283,8 @@ def _place(given: Any, slot: int, part: int) -> int:
     return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
 
 
-def make_scan(CORRECTS: int, CHANNELS: int) -> Callable[..., None]:
-    """Return the operation that processes tokens by the delta rule (with decays of channels or heads) or by Mamba 2.
+def make_scan(CORRECTS: int, GRAIN: int) -> Callable[..., None]:
+    """Return the operation that processes tokens by the delta rule or by Mamba; `_take_in` explains the arguments.
 
     All units of a sequence cost the same. Threads divide the units of all sequences, ordered by unit, then by sequence.
     A thread processes its units of a sequence in the order of memory.
@@ -289,34 +305,38 @@ def make_scan(CORRECTS: int, CHANNELS: int) -> Callable[..., None]:
         if source < 0:
             at = scratch
             _clear(scratch, tiles * dim)
-        skip = np.float32(0.0)
-        if CORRECTS == 0:
-            skip = float32_at(given.skip)[head]
+        skip, bias, of_strength = given.skip + 4 * head, given.bias + value, 4 * (decays + head)
+        if GRAIN == 2:
+            skip, of_strength = given.skip + value, value
         taken = given.kept + int64_at(given.slots)[r] * given.kept_bytes
         of_values = 4 * dim * given.key_heads
         of_gates, of_decay = of_values + 4 * heads * given.value_dim, 4 * head * (decays // heads)
         for _ in range(int64_at(given.replays)[r]):
             k, v = taken + key, taken + of_values + value
-            decay, strength = taken + of_gates + of_decay, float32_at(taken + of_gates)[decays + head]
+            decay, strength = taken + of_gates + of_decay, taken + of_gates + of_strength
+            if GRAIN == 2:
+                decay = given.decay + _place(given, 0, part) - given.states
             if tiles == 2:
-                _take_in(2, 0, CORRECTS, CHANNELS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+                _take_in(2, 0, CORRECTS, GRAIN, at, scratch, k, k, v, v, dim, columns, decay, strength, bias, skip, at)
             else:
-                _take_in(1, 0, CORRECTS, CHANNELS, at, scratch, k, k, v, v, dim, columns, decay, strength, skip, at)
+                _take_in(1, 0, CORRECTS, GRAIN, at, scratch, k, k, v, v, dim, columns, decay, strength, bias, skip, at)
             at = scratch
             taken += given.kept_row_bytes
         for t in range(starts[r], starts[r + 1]):
             k, q = given.k + 4 * t * given.k_stride + key, given.q + 4 * t * given.q_stride + key
             v, out = given.v + 4 * t * given.v_stride + value, given.out + 4 * t * given.out_stride + value
-            gates = given.gates + 4 * t * (decays + heads)
-            decay, strength, to, later = gates + of_decay, float32_at(gates)[decays + head], scratch, at
+            gates = given.gates + 4 * t * given.gates_stride
+            decay, strength, to, later = gates + of_decay, gates + of_strength, scratch, at
+            if GRAIN == 2:
+                decay = given.decay + _place(given, 0, part) - given.states
             if stores[t] >= 0:
                 to = _place(given, stores[t], part)
             if t + 1 == starts[r + 1]:
                 later = ahead
             if tiles == 2:
-                _take_in(2, 1, CORRECTS, CHANNELS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+                _take_in(2, 1, CORRECTS, GRAIN, at, to, k, q, v, out, dim, columns, decay, strength, bias, skip, later)
             else:
-                _take_in(1, 1, CORRECTS, CHANNELS, at, to, k, q, v, out, dim, columns, decay, strength, skip, later)
+                _take_in(1, 1, CORRECTS, GRAIN, at, to, k, q, v, out, dim, columns, decay, strength, bias, skip, later)
             at = to
 
     def scan(row, thread, threads):
@@ -369,5 +389,4 @@ def keep(row, thread, threads):
                 to = given.kept + slots[r] * given.kept_bytes + keeps[t] * given.kept_row_bytes
                 to = _copy(given.k + 4 * t * given.k_stride, given.key_heads * given.key_dim, to)
                 to = _copy(given.v + 4 * t * given.v_stride, given.heads * given.value_dim, to)
-                gates = given.decays + given.heads
-                _copy(given.gates + 4 * t * gates, gates, to)
+                _copy(given.gates + 4 * t * given.gates_stride, given.decays + given.strengths, to)

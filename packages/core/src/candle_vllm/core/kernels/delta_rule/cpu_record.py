@@ -35,6 +35,8 @@ def record_delta_rule(
 ) -> None:
     """Record `prepare` for q, k and gates, `scan` for the tokens, and `keep` if a step can have draft tokens.
 
+    Mamba 1 needs no `prepare`: `scan` computes dt.
+
     Args:
         given: q, k, v, a and b.
         gates, cache: gates and cache of the layer.
@@ -47,11 +49,17 @@ def record_delta_rule(
     assert (k.width, k.head_dim) == (q.width, key_dim)
     key_heads, heads = q.width // key_dim, v.width // value_dim
     assert heads % key_heads == 0
-    decays = gates.decay.size
-    assert b.width == heads
-    assert a.width == decays in (heads, heads * key_dim)
+    decays, strengths = layout.gate_sizes(gates, heads)
+    assert b.width == strengths
+    assert a.width == max(decays, strengths) == gates.bias.size
     assert cache.states.shape[1:] == layout.state_shape(heads, key_dim, value_dim)
-    made = recorder.memory(decays + heads)
+    by_element = not decays
+    assert decays in (heads, heads * key_dim) or (
+        scale == 1 and not normed and gates.decay.shape == cache.states.shape[1:]
+    )
+    made, stride = (
+        (a.address, a.stride) if by_element else (address_of(recorder.memory(decays + heads)), decays + heads)
+    )
     arguments = layout.DeltaArguments(
         q=q.address,
         q_stride=q.stride,
@@ -74,14 +82,18 @@ def record_delta_rule(
         key_dim=key_dim,
         value_dim=value_dim,
         decays=decays,
-        gates=address_of(made),
+        strengths=strengths,
+        gates=made,
+        gates_stride=stride,
         out=out.address,
         out_stride=out.stride,
         **recorder.state_arguments(cache),
     )
-    recorder.add(layout.prepare_operation(), arguments)
-    recorder.add(layout.scan_operation(gates.skip is None, decays > heads), arguments)
+    if not by_element:
+        recorder.add(layout.prepare_operation(), arguments)
+    grain = 2 if by_element else decays > heads
+    recorder.add(layout.scan_operation(gates.skip is None, grain), arguments)
     if cache.kept.shape[1]:
-        inputs = layout.kept_inputs(key_heads, heads, key_dim, value_dim, channels=decays > heads)
-        assert cache.kept.shape[2] == inputs
+        count = (decays + strengths) // heads
+        assert cache.kept.shape[2] == layout.kept_inputs(key_heads, heads, key_dim, value_dim, gates=count)
         recorder.add(layout.keep_operation(), arguments)

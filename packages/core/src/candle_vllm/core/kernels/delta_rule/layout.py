@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from candle_vllm.core.kernels.cpu_runtime.operation import operation
@@ -17,10 +18,11 @@ class DeltaGates(NamedTuple):
     """Parameters of the decay and the strength of a value head.
 
     Attributes:
-        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files store it; or [Hv * Dk], one for each channel of a key.
-        bias: dt_bias, fp32, in the shape of `decay`.
+        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files store it; or [Hv * Dk], one for each channel of a key; or,
+            for Mamba 1, one for each element of a state, in the state's layout.
+        bias: dt_bias, fp32, in the shape of a token's `a`.
         strength: maximum strength of a correction: 1, or 2 if a state may have negative eigenvalues.
-        skip: [Hv] fp32, D of Mamba 2, whose states are not corrected; None for the delta rule.
+        skip: [Hv] fp32, D of Mamba 2, or [Hv * Dv], D of Mamba 1: states are not corrected; None for the delta rule.
     """
 
     decay: Any
@@ -34,9 +36,18 @@ def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, in
     return value_heads, -(-value_dim // COLUMNS), key_dim, COLUMNS
 
 
-def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, channels: bool = False) -> int:
-    """Return the number of elements of a kept row; with `channels` it has a decay for each channel."""
-    return key_heads * key_dim + value_heads * (value_dim + 1 + (key_dim if channels else 1))
+def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, gates: int = 2) -> int:
+    """Return the number of elements of a kept row.
+
+    `gates` is a value head's number of gates: 2, with a decay for each channel Dk + 1, in Mamba 1 Dv.
+    """
+    return key_heads * key_dim + value_heads * (value_dim + gates)
+
+
+def gate_sizes(gates: DeltaGates, heads: int) -> tuple[int, int]:
+    """Return the numbers of decays and of strengths in a kept row; in Mamba 1 it has dt alone, counted as strengths."""
+    count = math.prod(gates.bias.shape)
+    return (0, count) if len(gates.decay.shape) > 1 else (count, heads)
 
 
 class DeltaArguments(NamedTuple):
@@ -46,14 +57,15 @@ class DeltaArguments(NamedTuple):
         q, q_stride, k, k_stride: addresses of float32 rows of key heads, and their row strides in floats.
         v, v_stride: the same for rows of value heads.
         a, a_stride, b, b_stride: the same for the inputs of the decays, and of the strengths (one per value head).
-        decay, bias: addresses of float32 [decays].
+        decay, bias: addresses of float32 [decays]; for Mamba 1 of decays in a state's layout, and of [strengths].
         strength: maximum strength of a correction.
         skip: address of float32 [Hv], or 0.
         normed: 1 if q and k are normed, else 0.
         scale: factor of q.
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
-        decays: number of decays of a token: Hv, or Hv * Dk.
-        gates: address of float32 [maximum number of tokens, decays + Hv], scratch memory for decays and strengths.
+        decays, strengths: see `gate_sizes`.
+        gates, gates_stride: address and row stride of float32 [maximum number of tokens, decays + strengths]: scratch
+            memory for decays and strengths; for Mamba 1 those of a.
         out, out_stride: address and row stride of the result, whose rows have the shape of v's.
     """
 
@@ -78,7 +90,9 @@ class DeltaArguments(NamedTuple):
     key_dim: int
     value_dim: int
     decays: int
+    strengths: int
     gates: int
+    gates_stride: int
     out: int
     out_stride: int
     states: int
@@ -99,9 +113,9 @@ def prepare_operation() -> int:
     return operation("delta_rule.cpu:prepare")
 
 
-def scan_operation(corrects: bool, channels: bool) -> int:
-    """Return the address of the operation that processes tokens by the delta rule or by Mamba 2."""
-    return operation("delta_rule.cpu:make_scan", corrects, channels)
+def scan_operation(corrects: bool, grain: int) -> int:
+    """Return the address of the operation that processes tokens; see `cpu.make_scan`."""
+    return operation("delta_rule.cpu:make_scan", corrects, grain)
 
 
 def keep_operation() -> int:

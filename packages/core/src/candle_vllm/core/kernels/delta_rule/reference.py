@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The gated delta rule in plain torch, token by token."""
+"""The gated delta rule, Mamba 1 and 2 in plain torch, token by token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from candle_vllm.core.kernels.delta_rule.layout import COLUMNS, EPS, DeltaGates
+from candle_vllm.core.kernels.delta_rule.layout import COLUMNS, EPS, DeltaGates, gate_sizes
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
@@ -34,19 +34,21 @@ def delta_rule(
         wide_q, wide_k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (wide_q, wide_k))
     wide_q = wide_q * scale
     time, corrects = functional.softplus(a.float() + gates.bias), gates.skip is None
-    decay = torch.exp(gates.decay * time)
+    y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
+    decays, _ = gate_sizes(gates, heads)
+    decay = torch.exp(gates.decay * time) if decays else time[:, :0]
     strength = gates.strength * torch.sigmoid(b.float()) if corrects else time
     inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
-    y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
-    decays = decay.shape[1]
+    first = k[0].numel() + v[0].numel() + decays
+    by_element = None if decays else from_tiles(gates.decay, v.shape[2])
 
     def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
         """Return the state [Hv, Dk, Dv] after a token, whose inputs are `taken`."""
-        key, value, rest = taken.split([k[0].numel(), v[0].numel(), decays + heads])
-        key = key.reshape(k.shape[1:]).repeat_interleave(group, 0)
-        state = state * rest[:decays].reshape(heads, -1, 1)
-        value = value.reshape(v.shape[1:])
-        added = rest[decays:, None] * (value - (key.unsqueeze(2) * state).sum(1) if corrects else value)
+        key, value, decay, strength = taken.split([k[0].numel(), v[0].numel(), decays, inputs.shape[1] - first])
+        key, strength = key.reshape(k.shape[1:]).repeat_interleave(group, 0), strength.reshape(heads, -1)
+        decay = torch.exp(by_element * strength[:, None]) if by_element is not None else decay.reshape(heads, -1, 1)
+        state, value = state * decay, value.reshape(v.shape[1:])
+        added = strength * (value - (key.unsqueeze(2) * state).sum(1) if corrects else value)
         return state + key.unsqueeze(2) * added.unsqueeze(1)
 
     sequences = zip(
@@ -61,7 +63,7 @@ def delta_rule(
         for t in range(start, end):
             state = behind(state, inputs[t])
             read = (wide_q[t].repeat_interleave(group, 0).unsqueeze(2) * state).sum(1)
-            y[t] = read if corrects else read + gates.skip[:, None] * wide_v[t]
+            y[t] = read if corrects else read + gates.skip.reshape(heads, -1) * wide_v[t]
             if stores[t] >= 0:
                 cache.states[stores[t]] = to_tiles(state)
             if keeps[t] >= 0:
