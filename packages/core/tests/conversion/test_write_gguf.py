@@ -42,6 +42,7 @@ UNSAYABLE = {  # what there is no key for
     "MiMo V2 biases": "mixture",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
     "Falcon-H1 gates": "mamba",
+    "Falcon Mamba epsilon": "mamba",
 }
 LLAMA_CPP = (
     "Gemma-3n own keys",
@@ -55,6 +56,8 @@ LLAMA_CPP = (
     "Seed-OSS biases",
     "Step 3.5 biases",
     "Mamba 2 biases",
+    "Mamba biases",
+    "Jamba dense",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]

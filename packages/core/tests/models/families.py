@@ -409,6 +409,20 @@ MAMBA2 = {
     "intermediate_size": None,
     "max_position_embeddings": None,
 }
+MAMBA = {"time_step_rank": 32} | dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
+)
+MAMBA_ODD = MAMBA | {"expand": 1, "state_size": 10, "time_step_rank": 5, "conv_kernel": 3, "hidden_size": 72}
+JAMBA = {
+    "num_hidden_layers": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 3,
+    "expert_layer_offset": 2,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "mamba_dt_rank": 32,
+}
 KIMI_LINEAR = {
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
@@ -726,6 +740,16 @@ ROWS: Mapping[str, Row] = {
     "Falcon-H1 gates": Row("falcon_h1", FALCON_GATES, common=False),
     "Mamba 2": Row("mamba2", MAMBA2, "mamba2"),
     "Mamba 2 biases": Row("mamba2", MAMBA2 | {"use_bias": True, "tie_word_embeddings": True}, common=False),
+    "Mamba": Row("mamba", MAMBA, "mamba"),
+    "Mamba biases": Row(
+        "mamba", MAMBA_ODD | {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False}, common=False
+    ),
+    "Falcon Mamba": Row("falcon_mamba", MAMBA | {"mixer_rms_eps": 1e-5}, "mamba"),
+    "Falcon Mamba epsilon": Row("falcon_mamba", MAMBA | {"mixer_rms_eps": 1e-2}, common=False),
+    "Jamba": Row("jamba", JAMBA, "jamba", undecided=0.1),
+    "Jamba dense": Row(
+        "jamba", JAMBA | {"num_experts": 1, "mamba_proj_bias": True, "tie_word_embeddings": True}, common=False
+    ),
     "Kimi Linear": Row("kimi_linear", KIMI_LINEAR, "kimi-linear", undecided=0.1),
     "Nemotron-H biases": Row("nemotron_h", NEMOTRON_H | NEMOTRON_BIASES, common=False),
     "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),

@@ -86,8 +86,9 @@ def usual_config(folder: Path) -> dict[str, Any]:
     config.setdefault("num_hidden_layers", len(config.get("layers_block_type", ())))
     if config["model_type"] == "bloom":  # which does not say it
         config["intermediate_size"] = 4 * config["hidden_size"]
-    if config["model_type"] == "mamba2":  # nor this, which has no meaning in it
+    if config["model_type"] in ("mamba", "mamba2", "falcon_mamba"):  # nor these, where it has no meaning
         config |= {"num_attention_heads": 0, "intermediate_size": 0, "max_position_embeddings": 1 << 20}
+        config.setdefault("head_dim", 64)
     return config | {usual: config[own] for own, usual in _USUAL_KEYS.items() if own in config}
 
 
@@ -1037,18 +1038,33 @@ def _nemotron(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -
 
 def _mamba_1(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Decays instead of their logarithms, and kernels without the dimension of 1."""
-    writer.add_ssm_conv_kernel(config["conv_kernel"])
-    writer.add_ssm_inner_size(config["intermediate_size"])
-    writer.add_ssm_state_size(config["state_size"])
-    writer.add_ssm_time_step_rank(config["time_step_rank"])
-    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+    names = ("conv_kernel", "expand", "state_size", "time_step_rank")
+    if config["model_type"] == "jamba":
+        names = ("mamba_d_conv", "mamba_expand", "mamba_d_state", "mamba_dt_rank")
+    else:
+        writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+        writer.add_ssm_dt_b_c_rms(config["model_type"] == "falcon_mamba")
+    taps, expand, state, rank = (config[name] for name in names)
+    writer.add_ssm_conv_kernel(taps)
+    writer.add_ssm_inner_size(expand * config["hidden_size"])
+    writer.add_ssm_state_size(state)
+    writer.add_ssm_time_step_rank(rank)
     decays = {name: -np.exp(data) for name, data in tensors.items() if name.endswith("A_log")}
     kernels = {name: data[:, 0] for name, data in tensors.items() if name.endswith("conv1d.weight")}
     return {**tensors, **decays, **kernels}
 
 
+def _jamba(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Layers with Mamba have no key-value heads; the experts of a layer in one tensor."""
+    layers, period = range(config["num_hidden_layers"]), config["attn_layer_period"]
+    heads = [config["num_key_value_heads"] * (n % period == config["attn_layer_offset"]) for n in layers]
+    writer.add_head_count_kv(heads)
+    return _experts(writer, config, _mamba_1(writer, config, tensors))
+
+
 CONVERTERS: Mapping[str, Convert] = {
     "mamba": _mamba_1,
+    "jamba": _jamba,
     "nemotron": _nemotron,
     "hy_v3": _hy_v3,
     "apertus": _apertus,

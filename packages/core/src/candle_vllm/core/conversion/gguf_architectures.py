@@ -29,11 +29,13 @@ from candle_vllm.core.models import (
     granite_hybrid,
     hunyuan,
     hy_v3,
+    jamba,
     kimi_linear_config,
     laguna,
     lfm2_config,
     llama,
     llama4_config,
+    mamba,
     mimo_v2,
     muse_glimmer,
     nemotron_h_config,
@@ -70,6 +72,7 @@ _DEEPSEEK = Architecture(
     names=lambda config: () if config.q_rank else (".attn_q.",),
     log_multiplier=0.1,
 )
+_MAMBA = Architecture(name="mamba", more=mamba.gguf_keys, unread=_PROJECTED)
 _MISTRAL4 = dataclasses.replace(
     _DEEPSEEK,
     name="mistral4",
@@ -149,6 +152,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "granitemoehybrid": Architecture(
             name="granitehybrid", more=granite_hybrid.gguf_keys, interleaved=True, square=True, unread=(".ssm_in.bias",)
         ),
+        "mamba": _MAMBA,
+        "falcon_mamba": _MAMBA,
+        "jamba": Architecture(name="jamba", more=jamba.gguf_keys, square=True, norm=False, unread=_PROJECTED),
         "mamba2": Architecture(name="mamba2", more=codestral_mamba.gguf_keys, unread=_PROJECTED),
         "kimi_linear": dataclasses.replace(
             _DEEPSEEK, name="kimi-linear", more=kimi_linear_config.gguf_keys, interleaved=False, head=True, norm=True

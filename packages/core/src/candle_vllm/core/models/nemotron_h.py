@@ -8,8 +8,9 @@ Source: NVIDIA, 2025, arXiv:2504.03624.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
@@ -87,14 +88,16 @@ class Block:
 
 
 class NemotronH(DecoderStack):
-    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]. `block` is the class of its layers."""
+
+    block: ClassVar[Callable[..., Any]] = Block
 
     def __init__(self, config: NemotronHConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         del checkpoint
         self.config, size = config, (config.vocab_size, config.hidden_size)
         self.embed = Embedding(*size, placement)
         self.rotary = Rotary(config.rope, config.max_position, placement)
-        self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
+        self.layers = [self.block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         self.head = None if config.tie_embeddings else Embedding(*size, placement)
 

@@ -55,6 +55,8 @@ FAMILIES = (
     "falcon_h1",
     "nemotron_h",
     "codestral_mamba",
+    "mamba",
+    "jamba",
     "kimi_linear",
     "olmo2",
     "olmoe",
