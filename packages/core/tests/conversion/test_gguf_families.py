@@ -134,6 +134,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases of Step": ("Step 3.5 biases", {}, r"attn_output\.bias"),
     "biases of Mamba 2": ("Nemotron-H biases", {}, r"ssm_in\.bias, ssm_out\.bias"),
     "biases of Mamba 2 alone": ("Mamba 2 biases", {}, r"ssm_in\.bias, ssm_out\.bias"),
+    "biases of Mamba 1": ("Jamba dense", {}, r"ssm_in\.bias, ssm_out\.bias"),
     "convolutions": ("LFM2 biases", {}, r"shortconv\.in_proj\.bias, .* shortconv\.out_proj\.bias"),
 }
 
@@ -159,6 +160,7 @@ def test_numbers_that_llama_cpp_wants(tmp_path: Path, words: Path) -> None:
     ("name", "changes", "message"),
     [
         ("EXAONE 4 windows", {}, "exaone4 has windows in models of 64 layers alone$"),
+        ("Mamba biases", {}, "Mamba 1 has 2 channels per hidden element, and a convolution's bias$"),
         ("Command R+", {"attention_bias": False}, "command-r has norms of q and k in models of 64 layers or more"),
         ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),
         ("ERNIE 4.5 MoE", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "has all dense layers in front"),

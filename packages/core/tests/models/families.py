@@ -414,8 +414,8 @@ MAMBA = {"time_step_rank": 32} | dict.fromkeys(
 )
 MAMBA_ODD = MAMBA | {"expand": 1, "state_size": 10, "time_step_rank": 5, "conv_kernel": 3, "hidden_size": 72}
 JAMBA = {
-    "num_hidden_layers": 4,
-    "attn_layer_period": 2,
+    "num_hidden_layers": 3,
+    "attn_layer_period": 3,
     "attn_layer_offset": 1,
     "expert_layer_period": 3,
     "expert_layer_offset": 2,

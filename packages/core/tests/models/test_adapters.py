@@ -30,6 +30,7 @@ PATTERNS = {
 SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
 TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 100]}
 MULTIPLIED = ("Falcon-H1", "Falcon-H1 norms")  # whose GGUF files have multipliers in their matrices
+MAMBAS = ("falcon_h1", "falcon_mamba", "jamba", "mamba", "mamba2", "nemotron_h")
 OF_MAMBA = {"target_modules": r".*(?<!out)_proj"}  # PEFT refuses the output projection of such models
 
 
@@ -45,7 +46,7 @@ CASES = [
     ("Llama", {**TABLES, "r": 16}),
     *every(
         *[
-            (name, OF_MAMBA if ROWS[name].model_type in ("falcon_h1", "mamba2", "nemotron_h") else {})
+            (name, OF_MAMBA if ROWS[name].model_type in MAMBAS else {})
             for name in first_rows()
             if not {"kv_lora_rank", "laurel_rank"} & ROWS[name].config.keys()
         ],

@@ -73,7 +73,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> SelectiveConfig:
     mixture = None
     if sparse:
         mixture = _mixture(fields.count("expert_count"), fields.count("expert_used_count"), shared)
-    mamba = sizes_from_gguf(fields, eps=shared["norm_eps"], weighted=True)
+    mamba = sizes_from_gguf(fields, checkpoint, eps=shared["norm_eps"], weighted=True)
     return _config(shared, frozenset(n for n, count in enumerate(counts) if count), sparse, mixture, mamba)
 
 

@@ -38,6 +38,7 @@ _KEYS = {
     "bias": "use_bias",
     "conv_bias": "use_conv_bias",
 }
+_HEADS = 64  # without attention, only a number that ranks divide
 _CONTEXT = 1 << 20  # default of llama.cpp's files: a state does not limit the context
 
 
@@ -47,7 +48,7 @@ def config_from_hf(fields: Fields, model_type: str) -> SelectiveConfig:
     fields.choice("hidden_act", "silu", "silu")
     norms = {"eps": fields.get("mixer_rms_eps", float, 1e-6)} if model_type == "falcon_mamba" else {}
     mamba, size = sizes_from_hf(fields, _KEYS, **norms), fields.count("hidden_size")
-    unused = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": size}
+    unused = {"num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": 64, "intermediate_size": size}
     fields = Fields({**fields.values, **unused}, fields.path, fields.prefix)
     fields = fields.with_defaults(max_position_embeddings=_CONTEXT)
     return _config(shared_from_hf(fields, model_type, eps="layer_norm_epsilon"), mamba)
@@ -55,12 +56,12 @@ def config_from_hf(fields: Fields, model_type: str) -> SelectiveConfig:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> SelectiveConfig:
     """Read GGUF metadata of mamba, in which the number of heads and the width of feed-forward layers are 0."""
-    unused = {"attention.head_count": 1, "attention.head_count_kv": 1, "attention.key_length": 64}
+    unused = {"attention.head_count": _HEADS, "attention.head_count_kv": _HEADS, "attention.key_length": 64}
     unused |= {"feed_forward_length": fields.count("embedding_length")}
     values = {**fields.values, **{fields.prefix + key: value for key, value in unused.items()}}
     shared = shared_from_gguf(Fields(values, fields.path, fields.prefix), checkpoint)
     norms = {"eps": shared["norm_eps"]} if fields.get("ssm.dt_b_c_rms", bool, False) else {}
-    return _config(shared, sizes_from_gguf(fields, **norms))
+    return _config(shared, sizes_from_gguf(fields, checkpoint, **norms))
 
 
 def _config(shared: dict[str, Any], mamba: SelectiveSizes) -> SelectiveConfig:

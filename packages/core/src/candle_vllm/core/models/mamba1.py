@@ -30,6 +30,7 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.cache_specs import CacheSpec, StatePart, StateSpec
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import computed, flattened
 from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, pair
@@ -103,11 +104,13 @@ def sizes_from_hf(fields: Fields, keys: Mapping[str, str], **norms: Any) -> Sele
     )
 
 
-def sizes_from_gguf(fields: Fields, **norms: Any) -> SelectiveSizes:
-    """Read a mixer's shapes from GGUF metadata; llama.cpp requires a bias of the convolution, and no others."""
+def sizes_from_gguf(fields: Fields, checkpoint: Checkpoint, **norms: Any) -> SelectiveSizes:
+    """Read a mixer's shapes from GGUF metadata, and its biases from the tensors; `norms` as in `sizes_from_hf`."""
     inner, state, rank = (fields.count(f"ssm.{key}") for key in ("inner_size", "state_size", "time_step_rank"))
     taps = convolution_taps(fields, "ssm.conv_kernel")
-    return SelectiveSizes(inner=inner, state=state, rank=rank, taps=taps, **norms)
+    ends = {name.partition("ssm_")[2] for name in checkpoint.tensors}
+    biases = {"bias": "in.bias" in ends, "conv_bias": "conv1d.bias" in ends}
+    return SelectiveSizes(inner=inner, state=state, rank=rank, taps=taps, **biases, **norms)
 
 
 def selective_keys(config: Any) -> dict[str, Any]:
