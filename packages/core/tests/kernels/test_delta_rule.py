@@ -255,7 +255,8 @@ def close() -> Iterator[list[Compiled]]:
 def test_the_operations_are_the_reference(
     close: list[Compiled], sizes: Sizes, length: int, normed: bool, strength: float
 ) -> None:
-    sizes = sizes._replace(channels=sizes.channels and strength > 0, elements=sizes.elements and strength == 0)
+    strength = 0.0 if sizes.elements else strength
+    sizes = sizes._replace(channels=sizes.channels and strength > 0)
     ours = compiled(sizes, length, 2, normed=normed, drafts=0, strength=strength)
     theirs = Reference(sizes, length, normed=normed, strength=strength)
     close.append(ours)

@@ -22,7 +22,7 @@ from tests.common_run import few
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 SMALL, ODD, EVEN = Sizes(1, 2, 8, 8), Sizes(2, 4, 19, 37), Sizes(1, 2, 32, 32)
-KIMI = Sizes(2, 2, 19, 37, channels=True)
+KIMI, MAMBA = Sizes(2, 2, 19, 37, channels=True), Sizes(1, 1, 16, 37, elements=True)
 
 
 class Kernel:
@@ -62,8 +62,8 @@ class Kernel:
             self.gates,
             self.cache,
             tables,
-            scale=self.sizes.key_dim**-0.5,
-            normed=self.normed,
+            scale=self.sizes.scale,
+            normed=self.normed and not self.sizes.elements,
             positions=places,
         )
         assert self.all[0][:, 0].isnan().all()
@@ -86,8 +86,9 @@ def nan_where_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("strength", [1.0, 2.0, 0.0])
-@pytest.mark.parametrize("sizes", [ODD, EVEN, KIMI, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
+@pytest.mark.parametrize("sizes", [ODD, EVEN, KIMI, MAMBA, Sizes(1, 1, 1, 1), Sizes(1, 1, 100, 17)], ids=str)
 def test_a_text(device: torch.device, sizes: Sizes, strength: float, normed: bool, dtype: torch.dtype) -> None:
+    strength = 0.0 if sizes.elements else strength
     sizes = sizes._replace(channels=sizes.channels and strength > 0)
     ours, theirs = (
         make(sizes, 12, dtype, normed=normed, strength=strength)
@@ -125,7 +126,9 @@ def wholes(
 @pytest.mark.one_of_each(2)
 @pytest.mark.parametrize("seed", few(range(4), 0))
 @pytest.mark.parametrize(
-    ("sizes", "strength"), [(SMALL, 1.0), (SMALL, 0.0), (SMALL._replace(channels=True), 1.0)], ids=str
+    ("sizes", "strength"),
+    [(SMALL, 1.0), (SMALL, 0.0), (SMALL._replace(channels=True), 1.0), (Sizes(1, 1, 4, 19, elements=True), 0.0)],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_texts_are_cut(device: torch.device, dtype: torch.dtype, sizes: Sizes, strength: float, seed: int) -> None:

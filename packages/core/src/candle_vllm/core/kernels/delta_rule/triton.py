@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The gated delta rule and Mamba 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
+"""The gated delta rule, Mamba 1 and 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
 All programs of a key head read the kept rows (inputs of draft tokens, see `kernels/states.py`), so a launch of its own
 writes them, if the step can have any. They contain the unchanged inputs.
@@ -79,13 +79,14 @@ def keep_kernel(
         value = tl.load(v + token * v_token + number // DV * v_head + number % DV, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
         number -= HV * DV
-        here = (number >= 0) & (number < HV * EACH)
+        here = (number >= 0) & (number < HV * (EACH or DV))
         value = tl.load(a + token * a_token + number, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
-        number -= HV * EACH
-        here = (number >= 0) & (number < HV)
-        value = tl.load(b + token * b_token + number, mask=here, other=0.0)
-        tl.store(to + at, value.to(tl.float32), mask=here)
+        if EACH > 0:  # Mamba 1 has dt alone
+            number -= HV * EACH
+            here = (number >= 0) & (number < HV)
+            value = tl.load(b + token * b_token + number, mask=here, other=0.0)
+            tl.store(to + at, value.to(tl.float32), mask=here)
 
 
 def delta_rule(
@@ -124,7 +125,7 @@ def delta_rule(
     given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
     constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
     grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
-    each = gates.decay.numel() // heads
+    each = gates.decay.numel() // heads if gates.decay.dim() == 1 else 0
     if gates.skip is None and each == 1 and in_chunks(q, positions):
         assert positions is not None
         assert positions.is_contiguous()

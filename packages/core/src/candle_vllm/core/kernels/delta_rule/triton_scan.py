@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
-"""The gated delta rule and Mamba 2 on a GPU, token by token (step 6 of a request's life).
+"""The gated delta rule, Mamba 1 and 2 on a GPU, token by token (step 6 of a request's life).
 
 A program holds some columns of a value head's state of a sequence in registers and processes all tokens of the
 sequence. Every program computes norms and gates itself, which costs less than reading the state.
@@ -51,11 +51,14 @@ def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def gates_of(x, row, DK: tl.constexpr, EACH: tl.constexpr):
-    """Load a value head's element, or its EACH = DK elements, one for each channel, [DKP, 1]."""
-    found = tl.load(x)
-    if EACH > 1:
+def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.constexpr):
+    """Load a value head's element, its EACH = DK elements [DKP, 1], or, in Mamba 1, those of columns [1, BLOCK_V]."""
+    if EACH == 0:
+        found = tl.load(x + column[None, :], mask=(column < DV)[None, :], other=0.0)
+    elif EACH > 1:
         found = tl.load(x + row[:, None], mask=(row < DK)[:, None], other=0.0)
+    else:
+        found = tl.load(x)
     return found
 
 
@@ -70,8 +73,7 @@ def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.
     if CORRECTS:
         v -= tl.sum(state * k[:, None], axis=0)
         strength = strength_of(b, most)
-    added = strength * v
-    return state + k[:, None] * added[None, :]
+    return state + k[:, None] * (strength * v[None, :])
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def scan_rows(
     COLUMNS: tl.constexpr,
     CORRECTS: tl.constexpr = True,
     skip=0.0,  # used if not CORRECTS
-    EACH: tl.constexpr = 1,  # decays of a value head
+    EACH: tl.constexpr = 1,  # decays of a value head; 0: of each element, Mamba 1
 ):
     """Process rows one by one: write their results and the states to store, return the last state."""
     places = tile_places(row, column, DK, COLUMNS)
@@ -118,7 +120,9 @@ def scan_rows(
         key = tl.load(k + at * k_token + row, mask=row < DK, other=0.0).to(tl.float32)
         query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
         value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
-        given, other = gates_of(a + at * a_token, row, DK, EACH), tl.load(b + at * b_token)
+        given, other = gates_of(a + at * a_token, row, column, DK, DV, EACH), 0.0
+        if CORRECTS:
+            other = tl.load(b + at * b_token)
         state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
         if NORMED:
             query = query / tl.sqrt(tl.sum(query * query) + EPS)
@@ -167,7 +171,9 @@ def state_before(
         key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
         value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
         gates = kept + HK * DK + HV * DV
-        given, other = gates_of(gates + head * EACH, row, DK, EACH), tl.load(gates + HV * EACH + head)
+        given, other = gates_of(gates + head * (EACH or DV), row, column, DK, DV, EACH), 0.0
+        if CORRECTS:
+            other = tl.load(gates + HV * EACH + head)
         state = take_in(state, key, value, given, other, bias, decay, most, NORMED, EPS, CORRECTS)
         kept += kept_row
     return state
@@ -178,10 +184,10 @@ def scan_kernel(
     q,  # [T, HK, DK]
     k,
     v,  # [T, HV, DV]
-    a,  # [T, HV * EACH]
-    b,  # [T, HV]
-    decay,  # [HV * EACH] fp32
-    bias,
+    a,  # [T, HV * (EACH or DV)]
+    b,  # [T, HV], read if CORRECTS
+    decay,  # [HV * EACH] fp32, or in the layout of a slot of `states`
+    bias,  # [HV * (EACH or DV)] fp32
     out,  # [T, HV, DV] contiguous
     states,  # [slots, HV, tiles, DK, COLUMNS] fp32, slots of any stride
     kept,  # [slots, drafts, inputs] fp32, of any strides but the last
@@ -190,7 +196,7 @@ def scan_kernel(
     sources,
     replays,
     stores,  # [T]
-    skip,  # [HV] fp32, read if not CORRECTS
+    skip,  # [HV] or [HV * DV] fp32, read if not CORRECTS
     most,
     scale,
     q_token,
@@ -222,11 +228,17 @@ def scan_kernel(
     key_head = head // (HV // HK)
     row = tl.arange(0, DKP)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    factor = gates_of(decay + head * EACH, row, DK, EACH)
-    shift = gates_of(bias + head * EACH, row, DK, EACH)
+    shift = gates_of(bias + head * (EACH or DV), row, column, DK, DV, EACH)
     past = 0.0
-    if not CORRECTS:
-        past = tl.load(skip + head)
+    if EACH == 0:
+        inside = (row < DK)[:, None] & (column < FILLED)[None, :]
+        places = head * (FILLED * DK) + tile_places(row, column, DK, COLUMNS)
+        factor = tl.load(decay + places, mask=inside, other=0.0)
+        past = tl.load(skip + head * DV + column, mask=column < DV, other=0.0)
+    else:
+        factor = gates_of(decay + head * EACH, row, column, DK, DV, EACH)
+        if not CORRECTS:
+            past = tl.load(skip + head)
     states += head * (FILLED * DK)
     state = state_before(
         states,
@@ -260,7 +272,7 @@ def scan_kernel(
         q + key_head * q_head,
         k + key_head * k_head,
         v + head * v_head,
-        a + head * EACH,
+        a + head * (EACH or DV),
         b + head,
         out + head * DV,
         states,
@@ -292,7 +304,8 @@ def scan_kernel(
 
 def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
     """Launch the kernel; see `triton.delta_rule`."""
-    corrects, each = given["skip"] is None, given["decay"].numel() // constants["HV"]
+    corrects, decay = given["skip"] is None, given["decay"]
+    each = decay.numel() // constants["HV"] if decay.dim() == 1 else 0
     scan_kernel[grid](**given, **constants, CORRECTS=corrects, EACH=each, num_warps=4, **OPTIONS)
 
 
@@ -336,4 +349,5 @@ AOT = (
     _build("bf16", 16, 16, 256),
     _build("bf16", 32, 32, 128, each=128),  # Kimi Linear
     _build("bf16", 8, 96, 128, 80),  # Mamba 2 of Nemotron 3 Nano 4B
+    _build("bf16", 1, 1, 16, 8192, each=0),  # Mamba 1 of Falcon Mamba 7B and Jamba
 )
