@@ -212,12 +212,16 @@ def run_there(processor: Emulated, made: Compiled, functions: list[int]) -> list
 
 
 @pytest.mark.one_of_each(1)
-@pytest.mark.parametrize("kernel", ["delta_rule", "short_conv", "gated short_conv"])
+@pytest.mark.parametrize("kernel", ["delta_rule", "mamba 1", "short_conv", "gated short_conv"])
 def test_states_have_the_same_bits(processor: Emulated, kernel: str) -> None:
     """And results, and kept rows: in two steps, the second of which begins with what the first one kept."""
     if kernel == "delta_rule":
         made, sizes = test_delta_rule.compiled(test_delta_rule.ODD, 9, 1), test_delta_rule.ODD
         inputs, functions = sizes.text(7), [delta_cpu.prepare, delta_cpu.make_scan(1, 0), delta_cpu.keep]
+    elif kernel == "mamba 1":
+        sizes = test_delta_rule.MAMBA
+        made, inputs = test_delta_rule.compiled(sizes, 9, 1, strength=0.0), sizes.text(7)
+        functions = [delta_cpu.make_scan(0, 2), delta_cpu.keep]
     else:
         gated = kernel != "short_conv"
         made, inputs = test_short_conv.compiled(37, 4, 9, 1, gated=gated), test_short_conv.text(1, 7, 37, gated=gated)

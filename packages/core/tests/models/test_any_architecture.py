@@ -198,11 +198,11 @@ def test_gguf_by_the_tables_of_transformers(name: str, architecture: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["nemotron", pytest.param("mamba", marks=_MORE)])
-def test_gguf_of_architectures_that_nothing_else_reads(name: str, tmp_path: Path) -> None:
-    sizes = tiny_config(name) | ({"num_attention_heads": 4} if name == "mamba" else {})  # which the exporter asks for
-    folder = write_tiny(tmp_path / "hf", name, **sizes)
+def test_gguf_of_architectures_without_a_row_of_their_own(name: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "hf", name, **tiny_config(name))
     path = export_gguf(folder, tmp_path / f"{name}.gguf", name)
-    assert spread(_logits(load(path)), their_logits(folder, some_tokens())) < 1e-5
+    loaded = load(path, **({"model_impl": "transformers"} if name == "mamba" else {}))
+    assert spread(_logits(loaded), their_logits(folder, some_tokens())) < 1e-5
 
 
 def test_gguf_without_a_table_is_refused(tmp_path: Path) -> None:

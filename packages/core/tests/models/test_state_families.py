@@ -39,6 +39,16 @@ CODESTRAL = {
     "use_conv_bias": True,
     "vocab_size": 32768,
 }
+JAMBA = {
+    "architectures": ["JambaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "mamba_dt_rank": 256,
+    "model_type": "jamba",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 65536,
+}
 KIMI = {
     "architectures": ["KimiLinearForCausalLM"],
     "first_k_dense_replace": 1,
@@ -97,6 +107,10 @@ def test_published_descriptions() -> None:
     codestral = read(CODESTRAL)
     assert (codestral.mamba.inner, codestral.mamba.groups, codestral.mamba_layers) == (8192, 8, frozenset(range(64)))
     assert codestral.max_position == 1 << 20
+    jamba = read(JAMBA)  # without what transformers has as default
+    attended = [n for n in range(32) if n not in jamba.mamba_layers]
+    assert (attended, sorted(jamba.sparse_layers), jamba.num_kv_heads) == ([4, 12, 20, 28], [*range(1, 32, 2)], 8)
+    assert (jamba.mamba.inner, jamba.mamba.state, jamba.mixture.experts, jamba.mixture.top_k) == (8192, 16, 16, 2)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +119,12 @@ def test_published_descriptions() -> None:
         (KIMI | {"mla_use_nope": False}, "mla_use_nope is false"),
         (KIMI | {"layer_types": ["full_attention"]}, "must name full or linear attention per layer"),
         (CODESTRAL | {"time_step_limit": [0.0, 0.1]}, "time_step_limit is"),
+        (JAMBA | {"attn_layer_offset": 8}, "attn_layer_offset is 8; it must be 0 to 7"),
+        (JAMBA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'; implemented: silu"),
     ],
 )
 def test_what_is_not_implemented(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises((UnsupportedModelError, InvalidFileError), match=message):
         read(config)
 
 
@@ -138,9 +154,10 @@ def test_architectures_that_are_not_built_name_the_page() -> None:
         read({"architectures": ["DeepseekV4ForCausalLM"]})
 
 
-def test_a_model_without_pages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Mamba 2", "Falcon Mamba"])
+def test_a_model_without_pages(name: str, tmp_path: Path) -> None:
     """Blocks take no memory, and few of them exist however long a context may be; prefixes are found by states."""
-    row = ROWS["Mamba 2"]
+    row = ROWS[name]
     folder, tokens = write_tiny(tmp_path, row.model_type, **row.config), some_tokens(40)
     model = load(folder)
     plan = plan_cache(EngineConfig(model=str(folder)), model.config, lambda _: 2, 64, Room(1 << 28, 0.4))
