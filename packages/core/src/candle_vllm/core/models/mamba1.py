@@ -139,10 +139,8 @@ class MambaMixer:
         self.taps_bias = placement.empty(inner) if sizes.conv_bias else None
         bias, skip = placement.empty(inner), placement.empty(inner)
         self.gates = DeltaGates(placement.empty(*rule_shape(1, state, inner)), bias, skip=skip)
-        self.time_norm = self.b_norm = self.c_norm = None
-        if sizes.eps is not None:
-            norms = (RMSNorm(width, sizes.eps, placement, weighted=sizes.weighted) for width in self.widths)
-            self.time_norm, self.b_norm, self.c_norm = norms
+        eps, how = sizes.eps, {"weighted": sizes.weighted}
+        self.norms = [] if eps is None else [RMSNorm(width, eps, placement, **how) for width in self.widths]
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         (tail, state), inner = step.caches[self.layer], self.sizes.inner
@@ -150,8 +148,8 @@ class MambaMixer:
         x = short_conv(x, self.taps, self.taps_bias, tail, step.states, silu=True)
         dt, *parts = self.selection(x).split(self.widths, dim=-1)
         b, c = (part.unflatten(-1, (-1, self.sizes.state)) for part in parts)  # [T, 1, N] each
-        if self.time_norm is not None and self.b_norm is not None and self.c_norm is not None:
-            dt, b, c = self.time_norm(dt), self.b_norm(b), self.c_norm(c)
+        if self.norms:
+            dt, b, c = (norm(part) for norm, part in zip(self.norms, (dt, b, c), strict=True))
         dt, v = self.times(dt), x.unflatten(-1, (-1, inner))
         y = delta_rule(c, b, v, dt, dt, self.gates, state, step.states, scale=1.0, normed=False)  # [T, 1, C]
         return self.result(gated(y.flatten(1), z, "silu"))
@@ -207,7 +205,7 @@ def selective_names(target: str, *hf: str) -> list[WeightName]:
         line(":decay", "A_log", "ssm_a", _Decays(logs=True), _Decays(logs=False)),
         line(":skip", "D", "ssm_d"),
         *[
-            line(f".{own}_norm:weight", f"{part}_layernorm.weight", f"ssm_{part}_norm.weight")
-            for own, part in (("time", "dt"), ("b", "b"), ("c", "c"))
+            line(f".norms.{number}:weight", f"{part}_layernorm.weight", f"ssm_{part}_norm.weight")
+            for number, part in enumerate(("dt", "b", "c"))
         ],
     ]
