@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Qwen3-Next, Qwen3.5 and OLMo Hybrid beyond what is tested of every family: cuts, engines, adapters, files."""
+"""Qwen3-Next, Qwen3.5, OLMo Hybrid, Jamba and Falcon Mamba beyond every family's tests: cuts, engines, adapters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ from packages.core.tests.models.tiny import (
 )
 from tests.common_run import few
 
-NAMES = ["Qwen3.5", "Qwen3.5 even heads", "Qwen3.5-MoE", "Qwen3-Next", "Qwen3-Next sparse steps", "OLMo Hybrid turned"]
+NAMES = ["Qwen3.5", "Qwen3.5 even heads", "Qwen3.5-MoE", "Qwen3-Next", "Qwen3-Next sparse steps"]
+NAMES += ["OLMo Hybrid turned", "Jamba", "Falcon Mamba"]
 KINDS = [(name, kind) for name in NAMES for kind in ("eager", "compiled")]
 CUTS = [[1, 2, 3, 4, 10, 19], list(range(1, 20))]  # around the tails of convolutions, and anywhere
 DRAFTS = {"speculative_config": {"method": "suffix", "num_speculative_tokens": 5}}
@@ -81,8 +82,10 @@ def test_every_cut_gives_transformers_logits(name: str, cuts: list[int], folder:
         ("Qwen3.5-MoE", DRAFTS),
         ("Qwen3-Next", {}),
         ("OLMo Hybrid", DRAFTS),
+        ("Jamba", DRAFTS),
+        ("Falcon Mamba", DRAFTS),
     ],
-    ids=["chunks", "drafts", "experts, drafts", "experts", "norms behind, drafts"],
+    ids=["chunks", "drafts", "experts, drafts", "experts", "norms behind, drafts", "Mamba 1, drafts", "without pages"],
 )
 def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder: Callable[[str], Path]) -> None:
     given, how = prompts(), settings_of(kind)
@@ -99,7 +102,14 @@ def test_no_answer_is_another(name: str, more: dict[str, Any], kind: str, folder
 @pytest.mark.parametrize(
     ("name", "more"),
     few(
-        [("Qwen3.5", {"drafts": 12}), ("Qwen3.5 even heads", {"captured": 40}), ("Qwen3.5-MoE", {"blocks": 14})],
+        [
+            ("Qwen3.5", {"drafts": 12}),
+            ("Qwen3.5 even heads", {"captured": 40}),
+            ("Qwen3.5-MoE", {"blocks": 14}),
+            ("Jamba", {"drafts": 12}),
+            ("Jamba", {"blocks": 14}),
+            ("Falcon Mamba", {"drafts": 12}),
+        ],
         ("Qwen3.5-MoE", {"blocks": 14}),
     ),
 )
