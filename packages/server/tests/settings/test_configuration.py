@@ -326,8 +326,8 @@ def test_settings_made_in_python_are_checked_too() -> None:
     ("text", "message"),
     [
         ("models:\n  - {name: default, local_path: x}\n", "cannot be called 'default'"),
-        ("models:\n  - {name: a, name: b, local_path: x}\n", "the key 'name' stands twice"),
-        ("models: []\nmodels: []\n", "line 2: .*the key 'models' stands twice"),
+        ("models:\n  - {name: a, name: b, local_path: x}\n", "the key 'name' appears twice"),
+        ("models: []\nmodels: []\n", "line 2: .*the key 'models' appears twice"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {url: mysql://x}\n", "models.yaml: mailbox must be sqlite"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {retention_secs: 5}\n", "needs a mailbox"),
         ("models:\n  - {name: a, local_path: x}\nparking_lot: {quue: {}}\n", "unknown key 'quue'"),
