@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from candle_vllm.core.kernels.sampling import chain
-from candle_vllm.core.kernels.sampling.chain import Link, narrow_in_numpy, surprise
+from candle_vllm.core.kernels.sampling.chain import narrow_in_numpy, surprise
+from candle_vllm.core.kernels.sampling.contract import Link
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.sampler import SampledToken, Sampler
 from candle_vllm.core.sampling.state import SamplingState
@@ -19,8 +20,8 @@ INF = math.inf
 
 
 def numbers(**links: float) -> np.ndarray:
-    given = {"TYPICAL_P": 1, "TOP_P": 1, "XTC": 1, "TEMPERATURE": 1} | links
-    return np.array([given.get(link.name, 0.0) for link in Link], np.float64)
+    given = {"TEMPERATURE": 1} | links
+    return np.array([given.get(link.name, link.neutral or 0.0) for link in Link], np.float64)
 
 
 def row_of(*probabilities: float) -> np.ndarray:
@@ -105,6 +106,24 @@ def test_broken_rows_are_left_alone(poison: float) -> None:
         row = np.array([1.0, poison, 2.0], np.float32)
         narrow(row, numbers(TYPICAL_P=0.5, TOP_N_SIGMA=1, MIROSTAT=2, MU=1))
         np.testing.assert_array_equal(row, np.array([1.0, poison, 2.0], np.float32))
+
+
+def test_what_asks_for_the_chain() -> None:
+    def state(**given: float) -> SamplingState:
+        return SamplingState(SamplingParams(**given), [1], vocab_size=100, eos_token_ids=())
+
+    assert state(top_k=5, top_p=0.5, min_p=0.1, temperature=0.7).chain is None
+    assert state(dry_multiplier=1, repeat_last_n=3, xtc_threshold=0.4, top_n_sigma=-1).chain is None
+    assert state(xtc_probability=1, xtc_threshold=0.51).chain is None
+    for name, value in (("top_n_sigma", 1), ("typical_p", 0.9), ("xtc_probability", 0.1), ("mirostat", 1)):
+        assert state(**{name: value}).controls == (1.0, 0.0, 0.0, 1.0)
+        assert state(**{name: value}).chain is not None, name
+    dynamic = {"dynatemp_range": 0.9, "dynatemp_exponent": 2, "temperature": 0.7}
+    asked = state(**dynamic, top_k=5, top_p=0.5, min_p=0.1, top_n_sigma=-1)
+    assert asked.chain is not None
+    expected = numbers(TOP_K=5, TOP_P=0.5, MIN_P=0.1, TEMPERATURE=0.7, LOW=0, HIGH=0.7 + 0.9, EXPONENT=2)
+    assert asked.chain.tolist() == expected.tolist()
+    assert asked.controls == (1.0, 0.0, 0.0, 1.0)
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------

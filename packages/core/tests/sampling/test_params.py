@@ -201,14 +201,6 @@ def test_mirostat_takes_the_place_of_cuts_that_are_left_open() -> None:
     assert SamplingParams().filled(cuts).top_k == 40
 
 
-def test_what_asks_for_the_chain() -> None:
-    assert not SamplingParams(top_k=5, dry_multiplier=1, repeat_last_n=3, xtc_threshold=0.4, top_n_sigma=-1).chained
-    assert not SamplingParams(xtc_probability=1, xtc_threshold=0.51).chained
-    for name, value in (("top_n_sigma", 1), ("typical_p", 0.9), ("xtc_probability", 0.1), ("dynatemp_range", 1)):
-        assert SamplingParams(**{name: value}).chained, name
-    assert SamplingParams(mirostat=1).chained
-
-
 def test_stop_strings_and_greedy() -> None:
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="ab").stop_strings == ("ab",)

@@ -12,7 +12,8 @@ import torch
 
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.sampling import triton
-from candle_vllm.core.kernels.sampling.chain import Link, narrow_in_numpy
+from candle_vllm.core.kernels.sampling.chain import narrow_in_numpy
+from candle_vllm.core.kernels.sampling.contract import Link
 
 # NumPy, in which Triton's interpreter computes, warns where the kernels mean to get inf or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -26,8 +27,8 @@ def package_functions_run_references_on_the_cpu(monkeypatch: pytest.MonkeyPatch)
 
 
 def numbers(**links: float) -> np.ndarray:
-    given = {"TYPICAL_P": 1, "TOP_P": 1, "XTC": 1, "TEMPERATURE": 1} | links
-    return np.array([given.get(link.name, 0.0) for link in Link], np.float64)
+    given = {"TEMPERATURE": 1} | links
+    return np.array([given.get(link.name, link.neutral or 0.0) for link in Link], np.float64)
 
 
 CASES: list[dict[str, Any]] = [

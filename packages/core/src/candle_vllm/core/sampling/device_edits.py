@@ -71,7 +71,7 @@ class Narrowing:
     Args:
         dry: ids of tokens and values to add to their logits, as in `DeviceEdits`; None without DRY.
         rows: rows with a sampler chain.
-        links: the 12 parameters of the chain for each of `rows`.
+        links: the parameters of the chain, by `Link`, for each of `rows`.
     """
 
     def __init__(

@@ -345,12 +345,6 @@ class SamplingParams(
         """Whether the likeliest token is always sampled."""
         return self.temperature < 1e-5 and not self.dynatemp_range
 
-    @property
-    def chained(self) -> bool:
-        """Whether llama.cpp's sampler chain is used; see `kernels/sampling/chain.py`."""
-        cuts = self.top_n_sigma > 0 or self.typical_p < 1 or (self.xtc_probability > 0 and self.xtc_threshold <= 0.5)
-        return cuts or self.dynatemp_range > 0 or bool(self.mirostat)
-
 
 def without_cuts(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return sampling defaults for a request with mirostat, which replaces truncation that was not given."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.kernels.sampling.chain import Link
+from candle_vllm.core.kernels.sampling.contract import Control, Link
 from candle_vllm.core.sampling.dry import Breakers, DryState
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
@@ -34,7 +34,7 @@ class SamplingState:
         seed: the request's seed, or 64 random bits.
         controls: temperature (0 for greedy), min_p, top_k (0 for all tokens), top_p; with a sampler chain, which
             applies min_p, top_k and top_p itself, these three have their neutral values.
-        chain: [12] parameters of llama.cpp's sampler chain, see `kernels/sampling/chain.py`; None without a chain.
+        chain: parameters of llama.cpp's sampler chain (`kernels/sampling/chain.py`), by `Link`; None without a chain.
         dry: state of DRY, or None.
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
@@ -100,12 +100,12 @@ class SamplingState:
         self._counts = _penalty_counts(params, prompt_ids)
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
-        self.chain = None
+        self.chain = _chain(params, self.controls)
         self._recent: RecentCounts | None = None
         self._mus = [2 * params.mirostat_tau]  # mirostat's mu of the tokens so far and of the next one
         self._chances: tuple[int, list[float]] = (0, [])  # a position, and XTC's random numbers from there on
-        if params.chained:
-            self.chain, self.controls = _chain(self.controls, params)
+        if self.chain is not None:  # it applies these, and a dynamic temperature
+            self.controls = (1.0 if params.dynatemp_range else self.controls[0], 0.0, 0.0, 1.0)
         self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
         self.failure: str | None = None
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
@@ -234,7 +234,7 @@ class SamplingState:
         assert self.chain is not None
         numbers = self.chain.copy()
         if self.params.xtc_probability and self._chance() > self.params.xtc_probability:
-            numbers[Link.XTC] = 1.0
+            numbers[Link.XTC] = Link.XTC.neutral
         numbers[Link.MU] = self._mus[min(self.position, len(self._mus) - 1)]
         return numbers
 
@@ -459,24 +459,18 @@ def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> To
     return None
 
 
-def _chain(controls: tuple[float, ...], params: SamplingParams) -> tuple[NDArray[np.float64], tuple[float, ...]]:
-    """Return the parameters of the sampler chain, and the controls that remain for sampling after it."""
-    temperature, min_p, top_k, top_p = controls
-    numbers = np.zeros(len(Link))
-    takes_away = params.xtc_probability > 0
-    dynamic = params.dynatemp_range
-    numbers[:] = (
-        max(params.top_n_sigma, 0.0),
-        top_k,
-        params.typical_p,
-        top_p,
-        min_p,
-        params.xtc_threshold if takes_away else 1.0,
-        temperature,
-        max(params.temperature - dynamic, 0.0) if dynamic else 0.0,
-        params.temperature + dynamic if dynamic else 0.0,
-        params.dynatemp_exponent,
-        params.mirostat,
-        0.0,
-    )
-    return numbers, (1.0 if dynamic else temperature, 0.0, 0.0, 1.0)
+def _chain(params: SamplingParams, controls: tuple[float, ...]) -> NDArray[np.float64] | None:
+    """Return the parameters of the sampler chain; None if it would do no more than sampling with these controls."""
+    found: dict[Link, float] = {link: getattr(params, link.parameter) for link in Link if link.parameter}
+    found |= zip((Link.TEMPERATURE, Link.MIN_P, Link.TOP_K, Link.TOP_P), controls)
+    if params.xtc_probability > 0 and params.xtc_threshold <= 0.5:
+        found[Link.XTC] = params.xtc_threshold
+    if params.dynatemp_range:
+        found[Link.LOW] = params.temperature - params.dynatemp_range
+        found[Link.HIGH] = params.temperature + params.dynatemp_range
+    numbers = np.array([max(found.get(link, link.neutral or 0.0), 0.0) for link in Link])
+    return numbers if any(numbers[link] != link.neutral for link in _ASKING) else None
+
+
+# Links that require the chain: they have an effect of their own, and `draw` cannot apply it.
+_ASKING = [link for link in Link if link.neutral is not None and link.name not in Control.__members__]

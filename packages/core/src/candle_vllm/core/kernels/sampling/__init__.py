@@ -303,7 +303,7 @@ def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288.
         rows: [N] int64, rows with a chain.
-        links: [N, 12] float64, contiguous.
+        links: [N, len(Link)] float64, contiguous.
     """
     if on_gpu(logits):
         from candle_vllm.core.kernels.sampling import triton

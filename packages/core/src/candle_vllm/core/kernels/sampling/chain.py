@@ -27,7 +27,6 @@ logit is not finite is not changed. The other rows of a batch do not change a si
 
 from __future__ import annotations
 
-import enum
 import math
 
 import numpy as np
@@ -35,29 +34,11 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
-from candle_vllm.core.kernels.sampling.contract import chain_bytes
+from candle_vllm.core.kernels.sampling.contract import LIKELIEST, Link, chain_bytes
 
 # The compiled functions, and their numbers of arguments.
 CHAIN = ("sampling.cpu_chain:narrow", 4)
 REPEATS = ("sampling.cpu_chain:repeats", 3)
-LIKELIEST = 100  # number of tokens from which mirostat 1 estimates k
-
-
-class Link(enum.IntEnum):
-    """Parameters of a row, [12] float64."""
-
-    TOP_N_SIGMA = 0  # 0 where unused
-    TOP_K = 1  # 0 where unused
-    TYPICAL_P = 2  # 1 where unused
-    TOP_P = 3  # 1 where unused
-    MIN_P = 4  # 0 where unused
-    XTC = 5  # the threshold; 1 if nothing is removed for this token
-    TEMPERATURE = 6  # temperature for mirostat; 0 is greedy sampling, which ignores mirostat
-    LOW = 7  # lower bound of a dynamic temperature
-    HIGH = 8  # upper bound of a dynamic temperature; 0 for a fixed temperature
-    EXPONENT = 9
-    MIROSTAT = 10  # 0, 1 or 2
-    MU = 11  # bits
 
 
 def narrow(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
@@ -65,7 +46,7 @@ def narrow(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
 
     Args:
         row: [V], contiguous.
-        numbers: [12], see `Link`.
+        numbers: [len(Link)].
     """
     if not can_compile():
         narrow_in_numpy(row, numbers)
@@ -117,38 +98,40 @@ def z_lengths(text: list[int]) -> list[int]:
 
 def narrow_in_numpy(row: NDArray[np.float32], numbers: NDArray[np.float64]) -> None:
     """Do what `narrow` does: the reference, and the function of a CPU without compiled functions."""
-    sigma, top_k, typical_p, top_p, min_p, xtc, temperature, low, high, exponent, mirostat, mu = numbers.tolist()
+    given = numbers.tolist()
     if not np.isfinite(row.max()):
         return
     ids = np.argsort(-row, kind="stable")
     ids = ids[row[ids] > -np.inf]
     x = row[ids].astype(np.float64)  # in descending order
-    if sigma > 0:
+    if (sigma := given[Link.TOP_N_SIGMA]) > 0:
         ids, x = ids[kept := x >= x[0] - sigma * x.std()], x[kept]
-    if top_k:
+    if top_k := given[Link.TOP_K]:
         ids, x = ids[kept := x >= x[min(int(top_k), len(x)) - 1]], x[kept]
-    if typical_p < 1:
+    if (typical_p := given[Link.TYPICAL_P]) < 1:
         p = _softmax(x)
         distances = np.abs(_entropy(p) + np.log(p)).astype(np.float32)
         nearest = np.argsort(distances, kind="stable")
         last = min(int((p[nearest].cumsum() < typical_p).sum()), len(x) - 1)
         ids, x = ids[kept := distances <= distances[nearest[last]]], x[kept]
-    if top_p < 1:
+    if (top_p := given[Link.TOP_P]) < 1:
         p = _softmax(x)
         kept = p.cumsum() - p < top_p
         kept[0] = True
         ids, x = ids[kept], x[kept]
-    if min_p > 0:
+    if (min_p := given[Link.MIN_P]) > 0:
         ids, x = ids[kept := x - x[0] >= np.log(min_p)], x[kept]
-    if (likely := int((_softmax(x) >= xtc).sum())) > 1:
+    if (likely := int((_softmax(x) >= given[Link.XTC]).sum())) > 1:
         ids, x = ids[likely - 1 :], x[likely - 1 :]
+    temperature, low, high = given[Link.TEMPERATURE], given[Link.LOW], given[Link.HIGH]
     if high and len(x) > 1:
         share = _entropy(_softmax(x)) / math.log(len(x))
-        temperature = low + (high - low) * min(max(share, 0.0), 1.0) ** exponent
+        temperature = low + (high - low) * min(max(share, 0.0), 1.0) ** given[Link.EXPONENT]
         if temperature < 1e-5:
             ids, x = ids[:1], x[:1]
         else:
             x, temperature = np.maximum((x - x[0]) / temperature, np.finfo(np.float32).min), 1.0
+    mirostat, mu = given[Link.MIROSTAT], given[Link.MU]
     if mirostat == 1 and temperature:
         k = _estimated_k(x / temperature, mu, len(row))
         ids, x = ids[kept := x >= x[min(k, len(x)) - 1]], x[kept]

@@ -26,6 +26,38 @@ class Control(enum.IntEnum):
     UNIFORM = 4  # the row's random number in (0, 1)
 
 
+class Link(enum.IntEnum):
+    """The columns of the parameters of llama.cpp's chain, [N, len(Link)] float64, in this order, at least 0.
+
+    Attributes:
+        neutral: value without effect; None for a number that another link uses.
+        parameter: field of `SamplingParams` with its value; "" if `SamplingState` computes it.
+    """
+
+    neutral: float | None
+    parameter: str
+    TOP_N_SIGMA = 0.0, "top_n_sigma"
+    TOP_K = 0.0
+    TYPICAL_P = 1.0, "typical_p"
+    TOP_P = 1.0
+    MIN_P = 0.0
+    XTC = 1.0  # the threshold; neutral if nothing is removed for this token
+    TEMPERATURE = None  # temperature for mirostat; 0 is greedy sampling, which ignores mirostat
+    LOW = None  # lower bound of a dynamic temperature
+    HIGH = 0.0  # upper bound of a dynamic temperature
+    EXPONENT = None, "dynatemp_exponent"
+    MIROSTAT = 0.0, "mirostat"
+    MU = None  # bits
+
+    def __new__(cls, neutral: float | None, parameter: str = "") -> Link:
+        self = int.__new__(cls, column := len(cls.__members__))
+        self._value_, self.neutral, self.parameter = column, neutral, parameter
+        return self
+
+
+LIKELIEST = 100  # number of tokens from which mirostat 1 estimates k
+
+
 @dataclass(frozen=True)
 class Standing:
     """Rank of one token per row, and the likeliest tokens of each row.

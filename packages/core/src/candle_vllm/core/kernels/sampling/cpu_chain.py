@@ -19,15 +19,16 @@ from candle_vllm.core.kernels.sampling.contract import (
     BINS_AT,
     CHUNK,
     DISTANCES_AT,
+    LIKELIEST,
     MAXIMA_AT,
     MAXIMA_BYTES,
     SUMS_AT,
     TAIL_AT,
     WEIGHTS_AT,
+    Link,
 )
 from candle_vllm.core.kernels.sampling.cpu_chunks import above, chunk_at, inner, reaches, weigh_chunk
 
-_LIKELIEST = 100
 _LN_2 = math.log(2.0)
 _HIGH_BITS, _LOW_BITS = 19, 7  # split the 31 bits of a distance into 12 high, 12 middle and 7 low bits
 
@@ -194,13 +195,13 @@ def _estimated_k(row, vocabulary, work, values, mu, rate):
     logits, count = float32_at(row), 0
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         at = work + MAXIMA_AT + number * MAXIMA_BYTES
-        if not reaches(at, values[count - 1] if count == _LIKELIEST else cpu_select.LOWEST):
+        if not reaches(at, values[count - 1] if count == LIKELIEST else cpu_select.LOWEST):
             continue
         for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
             value = logits[token]
-            if value < cpu_select.LOWEST or (count == _LIKELIEST and value <= values[count - 1]):
+            if value < cpu_select.LOWEST or (count == LIKELIEST and value <= values[count - 1]):
                 continue
-            place = min(count, _LIKELIEST - 1)
+            place = min(count, LIKELIEST - 1)
             count = place + 1
             while place > 0 and values[place - 1] < value:
                 values[place] = values[place - 1]
@@ -265,35 +266,36 @@ def narrow(row, vocabulary, numbers_at, work):
     if not -cpu_select.INFINITE < top < cpu_select.INFINITE:
         return
     cut = cpu_select.LOWEST
-    if numbers[0] > 0:
-        cut = max(cut, _sigma_bound(row, vocabulary, top, numbers[0]))
-    if numbers[1] > 0:
-        bound, _ = cpu_select.kth_largest(row, chunks, work, int(numbers[1]), top)
+    if numbers[Link.TOP_N_SIGMA.value] > 0:
+        cut = max(cut, _sigma_bound(row, vocabulary, top, numbers[Link.TOP_N_SIGMA.value]))
+    if numbers[Link.TOP_K.value] > 0:
+        bound, _ = cpu_select.kth_largest(row, chunks, work, int(numbers[Link.TOP_K.value]), top)
         cut = max(cut, bound)
     if cut > cpu_select.LOWEST:
         top = _remove_below(row, vocabulary, work, cut, cpu_select.ALL)
-    if numbers[2] < 1:
-        top = _typical(row, vocabulary, work, own, top, numbers[2])
+    if numbers[Link.TYPICAL_P.value] < 1:
+        top = _typical(row, vocabulary, work, own, top, numbers[Link.TYPICAL_P.value])
     cut, last_tie = cpu_select.LOWEST, cpu_select.ALL
-    if numbers[3] < 1:
-        cut, ties = cpu_select.nucleus(row, chunks, work, cpu_select.LOWEST, numbers[3], top, 1.0)
+    if numbers[Link.TOP_P.value] < 1:
+        cut, ties = cpu_select.nucleus(row, chunks, work, cpu_select.LOWEST, numbers[Link.TOP_P.value], top, 1.0)
         if ties != cpu_select.ALL:
             last_tie = cpu_select.first_at(row, chunks, work, cut, above(cut), ties - 1)
-    if numbers[4] > 0:
-        bound = cpu_select.min_p_bound(numbers[4], top, 1.0)
+    if numbers[Link.MIN_P.value] > 0:
+        bound = cpu_select.min_p_bound(numbers[Link.MIN_P.value], top, 1.0)
         if bound > cut:
             cut, last_tie = bound, cpu_select.ALL
     if cut > cpu_select.LOWEST:
         top = _remove_below(row, vocabulary, work, cut, last_tie)
-    if numbers[5] <= 0.5:
-        top = _xtc(row, vocabulary, work, top, numbers[5])
-    rate = 1.0 / numbers[6] if numbers[6] > 0 else 0.0
-    if numbers[8] > 0:
+    if numbers[Link.XTC.value] <= 0.5:
+        top = _xtc(row, vocabulary, work, top, numbers[Link.XTC.value])
+    rate = 1.0 / numbers[Link.TEMPERATURE.value] if numbers[Link.TEMPERATURE.value] > 0 else 0.0
+    if numbers[Link.HIGH.value] > 0:
         rate = 1.0
         if _num_left(row, vocabulary) > 1:
-            top = _dynamic_temperature(row, vocabulary, work, top, numbers[7], numbers[8], numbers[9])
-    if numbers[10] > 0 and rate > 0:
-        _mirostat(row, vocabulary, work, top, int(numbers[10]), numbers[11], rate)
+            low, high, exponent = numbers[Link.LOW.value], numbers[Link.HIGH.value], numbers[Link.EXPONENT.value]
+            top = _dynamic_temperature(row, vocabulary, work, top, low, high, exponent)
+    if numbers[Link.MIROSTAT.value] > 0 and rate > 0:
+        _mirostat(row, vocabulary, work, top, int(numbers[Link.MIROSTAT.value]), numbers[Link.MU.value], rate)
 
 
 def repeats(tokens_at, size, lengths_at):

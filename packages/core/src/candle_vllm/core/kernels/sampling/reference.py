@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_TEMPERATURE, _MIN_P, _TOP_K, _TOP_P, _UNIFORM = range(5)
+from candle_vllm.core.kernels.sampling.contract import Control
 
 
 def draw(logits: torch.Tensor, controls: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """See the contract in `kernels/sampling/__init__.py`."""
     ids = logits.argmax(1)
-    rows = np.flatnonzero(controls[:, _TEMPERATURE]).tolist()
+    rows = np.flatnonzero(controls[:, Control.TEMPERATURE]).tolist()
     if rows:
         ids[rows] = draw_at_random(logits[rows], controls[rows])
     both = torch.stack((ids.double(), logits.amax(1).double())).cpu().numpy()
@@ -32,11 +32,11 @@ def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch
     largest = logits.amax(1, keepdim=True).double()
     weights = ((logits.double() - largest) / temperature).exp()  # [R, V]
     weights = weights.masked_fill(weights < min_p, 0.0)
-    top_k = int(controls[:, _TOP_K].max())
+    top_k = int(controls[:, Control.TOP_K].max())
     if top_k:
         smallest = logits.topk(top_k, dim=1).values.gather(1, (place.long() - 1).clamp(min=0))
         weights = weights.masked_fill((logits < smallest) & (place > 0), 0.0)
-    if (controls[:, _TOP_P] < 1).any():
+    if (controls[:, Control.TOP_P] < 1).any():
         falling, order = weights.sort(dim=1, descending=True, stable=True)
         before = falling.cumsum(1)
         dropped = (before - falling >= top_p * before[:, -1:]) & (top_p < 1)

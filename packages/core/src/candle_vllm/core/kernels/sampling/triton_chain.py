@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.sampling.contract import LIKELIEST, Link
 from candle_vllm.core.kernels.sampling.triton_draw import _limit, _min_p_floor
 from candle_vllm.core.kernels.sampling.triton_rows import (
     KEY_OF_MINUS_INFINITY,
@@ -35,12 +36,19 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
 _PART = tl.constexpr(512)  # logits that a program has at a time; not measured yet
-_LIKELIEST = tl.constexpr(100)
+_LIKELIEST = tl.constexpr(LIKELIEST)
 _ROOM = tl.constexpr(128)  # scratch space for the likeliest logits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _COUNT, _MASS, _NEARNESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of `_search`
 _WARPS = 4  # not measured yet
+_TOP_N_SIGMA, _TOP_K = tl.constexpr(Link.TOP_N_SIGMA.value), tl.constexpr(Link.TOP_K.value)
+_TYPICAL_P, _TOP_P = tl.constexpr(Link.TYPICAL_P.value), tl.constexpr(Link.TOP_P.value)
+_MIN_P, _XTC = tl.constexpr(Link.MIN_P.value), tl.constexpr(Link.XTC.value)
+_TEMPERATURE, _LOW = tl.constexpr(Link.TEMPERATURE.value), tl.constexpr(Link.LOW.value)
+_HIGH, _EXPONENT = tl.constexpr(Link.HIGH.value), tl.constexpr(Link.EXPONENT.value)
+_MIROSTAT, _MU = tl.constexpr(Link.MIROSTAT.value), tl.constexpr(Link.MU.value)
+_LINKS = tl.constexpr(len(Link))
 
 
 @triton.jit
@@ -165,13 +173,13 @@ def _estimated_k(source, room, V, count, mu, rate, floor, shift, far, cut, tie, 
 def chain_kernel(
     logits,  # [R, V] fp32, rows contiguous
     rows,  # [N] int64
-    links,  # [N, 12] fp64, see `Link`
+    links,  # [N, len(Link)] fp64
     rooms,  # [N, _ROOM] fp32
     row_stride,
     V,
 ):
     number = tl.program_id(0).to(tl.int64)
-    source, links = logits + tl.load(rows + number) * row_stride, links + number * 12
+    source, links = logits + tl.load(rows + number) * row_stride, links + number * _LINKS
     floor = tl.zeros([], tl.int32) + (KEY_OF_MINUS_INFINITY + 1)
     bottom, beyond = floor, tl.zeros([], tl.int32) + NONE
     far, cut, tie, roof, stays = beyond, bottom, beyond, beyond, beyond
@@ -184,9 +192,9 @@ def chain_kernel(
         largest = tl.maximum(largest, tl.max(x, axis=0))
     if (broken == 0) & (tl.abs(largest) < float("inf")):
         one = tl.full([], 1.0, tl.float64)
-        sigma, top_k = tl.load(links), tl.load(links + 1).to(tl.int64)
-        typical_p, top_p, min_p = tl.load(links + 2), tl.load(links + 3), tl.load(links + 4)
-        threshold, temperature = tl.load(links + 5), tl.load(links + 6)
+        sigma, top_k = tl.load(links + _TOP_N_SIGMA), tl.load(links + _TOP_K).to(tl.int64)
+        typical_p, top_p, min_p = tl.load(links + _TYPICAL_P), tl.load(links + _TOP_P), tl.load(links + _MIN_P)
+        threshold, temperature = tl.load(links + _XTC), tl.load(links + _TEMPERATURE)
         if sigma > 0:
             count, total, squares = tl.zeros([], tl.int32), tl.zeros([], tl.float64), tl.zeros([], tl.float64)
             for start in tl.range(0, V, _PART):
@@ -258,9 +266,9 @@ def chain_kernel(
                     source, V, largest, one, floor, shift, far, cut, tie, roof, stays
                 )
         divisor = tl.zeros([], tl.float64)
-        high = tl.load(links + 8)
+        high = tl.load(links + _HIGH)
         if high > 0:
-            low, exponent = tl.load(links + 7), tl.load(links + 9)
+            low, exponent = tl.load(links + _LOW), tl.load(links + _EXPONENT)
             count, _top, _whole, mass, weighted = _measure(
                 source, V, largest, one, floor, shift, far, cut, tie, roof, stays
             )
@@ -277,7 +285,7 @@ def chain_kernel(
                         source, V, key_of(largest), tl.full([], 1, tl.int64), floor, shift, far, cut, tie, roof, stays
                     )
                     cut = key_of(largest)
-        mirostat, mu = tl.load(links + 10), tl.load(links + 11)
+        mirostat, mu = tl.load(links + _MIROSTAT), tl.load(links + _MU)
         if (mirostat > 0) & (temperature > 0):
             rate = 1.0 / temperature
             count, _top, _whole, mass, _weighted = _measure(
@@ -319,7 +327,7 @@ def narrow(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> Non
     assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"
     assert 0 < vocabulary <= MOST_LOGITS
     assert rows.dtype == torch.int64
-    assert links.shape == (count, 12)
+    assert links.shape == (count, len(Link))
     assert links.dtype == torch.float64
     assert rows.is_contiguous()
     assert links.is_contiguous()
