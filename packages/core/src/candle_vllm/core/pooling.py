@@ -37,6 +37,8 @@ POOLING_METHODS: Mapping[PoolingKind, PoolingMethod] = {
     "all": PoolingMethod(gives="vectors"),
     "sparse": PoolingMethod(gives="weights"),
 }
+BY_TOKEN = frozenset(kind for kind, method in POOLING_METHODS.items() if method.gives == "vectors")
+"""Pooling methods with a vector of each token; a head after them classifies tokens."""
 
 
 class PoolingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,7 +33,7 @@ from candle_vllm.core.errors import (
     RequestAbortedError,
     RequestError,
 )
-from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
 from candle_vllm.openai.errors import GenerationFailedError, no_priority
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol import embeddings
@@ -122,7 +122,7 @@ class EmbeddingAdapter:
     async def embed_cohere(self, request: CohereEmbedRequest, version: str) -> CohereEmbeddings:
         """Return embeddings in Cohere's form, for version "1" or "2" of its API."""
         self._check(request, "embed")
-        if self._engine.model_info.pooling == "all":
+        if self._engine.model_info.pooling in BY_TOKEN:
             raise InvalidParameterError("the model returns a vector for each token: use /v1/embeddings", "model")
         inner, request_id = request.inner(), _request_id("", request)
         self._names.served(request.model)
@@ -136,7 +136,7 @@ class EmbeddingAdapter:
     async def pool(self, request: embeddings.PoolingRequest) -> embeddings.PooledList:
         """Return the pooled outputs of the request's texts or of their tokens, in vLLM's form."""
         info = self._engine.model_info
-        single, does = info.pooling == "all", [task for task in ("embed", "classify") if task in info.tasks]
+        single, does = info.pooling in BY_TOKEN, [task for task in ("embed", "classify") if task in info.tasks]
         task = request.task or ("token_" * single + does[0] if does else "embed")
         wanted = "embed" if task.endswith("embed") else "classify"
         params = request.pooling_params()
@@ -192,7 +192,7 @@ class EmbeddingAdapter:
     async def classify(self, request: embeddings.ClassifyRequest) -> embeddings.ClassifiedList:
         """Return the class of each of the request's texts."""
         self._check(request, "classify")
-        if self._engine.model_info.pooling == "all":
+        if self._engine.model_info.pooling in BY_TOKEN:
             raise InvalidParameterError(
                 "the model classifies tokens, not texts: use POST /pooling with the task token_classify", "model"
             )
@@ -213,7 +213,7 @@ class EmbeddingAdapter:
         self._check(request, "classify")
         labels = self._engine.model_info.labels
         harm = embeddings.moderated(labels, [0.0] * len(labels)).category_scores
-        if self._engine.model_info.pooling == "all" or not harm or all(_NAMELESS.fullmatch(label) for label in harm):
+        if self._engine.model_info.pooling in BY_TOKEN or not harm or all(_NAMELESS.fullmatch(label) for label in harm):
             raise InvalidParameterError(
                 f"{self._engine.model_info.name} is not a moderation model: none of its labels names a harm "
                 f"({', '.join(labels)!s:.80})",
@@ -310,7 +310,7 @@ class EmbeddingAdapter:
         """Refuse a request before it runs if its response would be too large."""
         info, kind = self._engine.model_info, kind or self._engine.model_info.pooling
         width = len(info.labels) or info.embedding_size
-        count = {"all": tokens * width, "sparse": texts * info.vocab_size}.get(kind, 0)
+        count = tokens * width if kind in BY_TOKEN else texts * info.vocab_size if kind == "sparse" else 0
         if count > MAX_NUMBERS:
             raise InvalidParameterError(
                 f"the answer to {field} would have {count} numbers, and at most {MAX_NUMBERS} are allowed: send fewer "

@@ -38,7 +38,7 @@ from candle_vllm.core.models.family import Encoder, EncoderFamily
 from candle_vllm.core.models.registry import encoder_from_gguf, encoder_from_hf
 from candle_vllm.core.models.token_heads import with_token_heads
 from candle_vllm.core.pooled_head import PooledHead
-from candle_vllm.core.pooling import ModelPooling
+from candle_vllm.core.pooling import BY_TOKEN, ModelPooling
 from candle_vllm.core.threads import collector_paused
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _load_encoder(
         pooling, head = with_token_heads(files.folder, checkpoint, model, tokenizer, pooling, head)
     # F16 and F32 weights are multiplied as 14-bit integers (`kernels/word_linear`); the cosine with the fp32 vector is
     # above 0.99999. Scores, classes and vectors of tokens are computed in floats.
-    is_vector = pooling is not None and not model.labels and pooling.pooling != "all" and not pooling.sizes
+    is_vector = pooling is not None and not model.labels and pooling.pooling not in BY_TOKEN and not pooling.sizes
     word_types = ("F16", "F32") if is_vector else ()
     placement = encoder_placement(config, device, checkpoint, family.in_torch, word_types)
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)

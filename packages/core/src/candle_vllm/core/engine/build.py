@@ -644,8 +644,8 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     """Return the `ModelInfo` of a model that an engine serves."""
     beside = (loaded.draft, loaded.tower) if isinstance(loaded, LoadedModel) else ()
     labels = loaded.labels
-    single = loaded.pooling is not None and loaded.pooling.pooling == "all"
-    vectors = pooling_tasks(labels, single) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
+    pooling = "" if loaded.pooling is None else loaded.pooling.pooling
+    vectors = pooling_tasks(labels, pooling) if isinstance(loaded, LoadedEncoder) or labels else ("embed", "score")
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
@@ -671,7 +671,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         image_text="" if loaded.vision is None else loaded.vision.parts.written,
         labels=labels,
         embedding_size=0 if loaded.pooling is None or labels else loaded.pooling.length(loaded.pooling.pooling),
-        pooling="" if loaded.pooling is None else loaded.pooling.pooling,
+        pooling=pooling,
         prompts={} if loaded.pooling is None else loaded.pooling.prompts,
         implementation=loaded.config.implementation,
         max_num_seqs=engine.max_num_seqs,

@@ -24,7 +24,7 @@ from candle_vllm.core.engine.step.stream import Bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
-from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
 from candle_vllm.core.remote import ReplicatedEngine
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Message, Prompt
@@ -507,7 +507,7 @@ def asks_classes(pooling_task: str, info: ModelInfo) -> bool:
             "pooling_task",
         )
     classes, single = pooling_task.endswith("classify"), pooling_task.startswith("token")
-    if "classify" in info.tasks and classes and single != (info.pooling == "all"):
+    if "classify" in info.tasks and classes and single != (info.pooling in BY_TOKEN):
         raise InvalidParameterError(f"{info.name} classifies {'texts' if single else 'tokens'}", "pooling_task")
     return classes
 

@@ -110,8 +110,7 @@ class EncoderPreparation(Preparation):
 
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
-        single = self._config.head_pooling == "all"
-        check_encoder_task(self._name, wanted, pooling_tasks(self._config.labels, single))
+        check_encoder_task(self._name, wanted, pooling_tasks(self._config.labels, self._config.head_pooling))
         entries = self._entries(request)
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)

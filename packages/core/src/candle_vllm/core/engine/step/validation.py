@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from candle_vllm.core.engine.requests import GenerationRequest, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.core.pooling import BY_TOKEN
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
@@ -73,16 +74,16 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         raise InvalidParameterError(f"give {len(prompt)} token_type_ids, one for each token", "token_type_ids")
 
 
-def pooling_tasks(labels: Sequence[str], by_token: bool = False) -> tuple[str, ...]:
+def pooling_tasks(labels: Sequence[str], pooling: str | None = None) -> tuple[str, ...]:
     """Return `ModelInfo.tasks` of a model that generates no text.
 
     Args:
         labels: the labels of its head; empty without a head.
-        by_token: whether the head classifies tokens.
+        pooling: the pooling before that head; None if the model computes the head.
     """
     if not labels:
         return ("embed", "score")
-    return ("score", "classify") if len(labels) == 1 and not by_token else ("classify",)
+    return ("score", "classify") if len(labels) == 1 and pooling not in BY_TOKEN else ("classify",)
 
 
 def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
