@@ -42,7 +42,7 @@ from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
 from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
 from candle_vllm.server.settings.sources import origins
-from candle_vllm.server.settings.table import OPTIONS, RATES, ModelOptions
+from candle_vllm.server.settings.table import OPTIONS, ModelOptions
 
 DEFAULT = "default"
 
@@ -136,32 +136,12 @@ class Derived(NamedTuple):
 
 _ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
-_UNSET = {  # meaning of an unset setting
-    "isq": "off",
-    "yarn_scaling_factor": "off",
-    "gpu_memory_utilization": "unused: kv_fraction applies",
-    "state_cache_gb": "a quarter of the cache's memory, if layers have a state",
-    "speculative_config": "suffix on the CPU",
-    "seed": "random for each request",
-    "max_loaded_models": "as many as fit",
-    "idle_unload_secs": "never",
-    "mailbox": "off",
-    "ollama_port": "off",
-    "otlp_endpoint": "off",
-    "mcp_tool_timeout": "the timeout in mcp.json, or 60",
-    "max_queued_per_key": "half of max_queued_requests",
-    **dict.fromkeys(RATES, "no limit"),
-    "management_key": "the API keys are accepted",
-    "api_key": "none: clients need no key",
-    "hf_token": "the token of `hf auth login`, if there is one",
-}
-
 
 def derived(configuration: Configuration) -> dict[str, Derived]:
     """Return values for settings that are not set, as far as they are known if the model is not on this machine."""
     settings, names = configuration.settings, configuration.catalogue.default.names
     config = resolve_ranks(engine_config(settings, fetch=False))
-    found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
+    found = {option.name: Derived(option.unset, DEFAULT) for option in OPTIONS if option.unset}
     for option in OPTIONS:
         if option.engine is not None and (value := getattr(config, option.engine)) is not None:
             found[option.name] = Derived(plain(value), DEFAULT)

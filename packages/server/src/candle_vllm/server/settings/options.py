@@ -58,6 +58,7 @@ class Option:
             need or another group; the other commands reject its flags.
         default: value if it is not set; None leaves it to the engine, the model or the machine.
         engine: field of `EngineConfig` that receives its value.
+        unset: what None means, where nothing else tells it; `candle-vllm config` shows it.
         secret: whether its value is never shown.
         rate: the limit of each API key whose amount it is.
     """
@@ -75,6 +76,7 @@ class Option:
     needs: str = ""
     default: Any = None
     engine: str | None = None
+    unset: str = ""
     secret: bool = False
     rate: Rate | None = None
 

@@ -134,7 +134,8 @@ class HubOptions(SourceOptions):
 
     hf_token: Annotated[str | None, own(MODEL,
         Secret(), "name of the environment variable that holds the Hugging Face token, or the token itself (hf_...)",
-        "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token")] = None
+        "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token",
+        unset="the token of `hf auth login`, if there is one")] = None
     hf_token_path: Annotated[Path | None, own(MODEL,
         FilePath(), "file that holds the Hugging Face token", "FILE", rivals="Hugging Face token")] = None
     download_dir: Annotated[Path | None, engine(MODEL, "DIR")] = None
@@ -145,7 +146,7 @@ class HubOptions(SourceOptions):
 class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     """Options of an engine and its model, and the sampling defaults."""
 
-    isq: Annotated[str | None, engine(MODEL, "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
+    isq: Annotated[str | None, engine(MODEL, "TYPE", reading={"aliases": _ISQ_ALIASES}, unset="off")] = None
     imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
     packed_cache: Annotated[str | None, engine(MODEL, "DIR", needs=DEVICE)] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", needs=DEVICE)] = None
@@ -194,7 +195,8 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     kv_cache_memory_bytes: Annotated[int | None, engine(DEVICE,
         "BYTES", text="the same in bytes; 4G is 4 * 2^30", name="kv_cache_memory", rivals="KV cache size")] = None
     kv_fraction: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
-    gpu_memory_utilization: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
+    gpu_memory_utilization: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size",
+        unset="unused: kv_fraction applies")] = None
     block_size: Annotated[int | None, engine(DEVICE, "N")] = None
     engine_process: Annotated[bool, own(DEVICE,
         Boolean(), "run the engine in its own process, which is restarted when it dies", in_yaml=True,
@@ -204,13 +206,14 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
     cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL")] = None
     max_model_len: Annotated[int | None, engine(LIMITS,
         "N", more="; auto: as many as the model allows and memory holds", reading={"auto": True})] = None
-    yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR")] = None
+    yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR", unset="off")] = None
     max_num_seqs: Annotated[int | None, engine(LIMITS, "N", needs=BATCHES)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), needs=REUSES)] = None
-    state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", needs=REUSES)] = None
+    state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", needs=REUSES,
+        unset="a quarter of the cache's memory, if layers have a state")] = None
     kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", needs=REUSES)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", needs=REUSES)] = None
     prompt_cache_url: Annotated[str | None, own(LIMITS,
@@ -218,14 +221,15 @@ class ModelOptions(HubOptions, FormatOptions, SourceOptions):
         "redis://user:password@host:port/db, or rediss:// for TLS", "URL", in_yaml=True,
         engine="prompt_cache_url", needs=REUSES)] = None
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=REUSES)] = None
-    speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
+    speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON", unset="suffix on the CPU")] = None
     max_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
     max_lora_rank: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
     max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", needs=ADAPTERS)] = None
     lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30", needs=ADAPTERS)] = None
     lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", needs=ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", needs=SERVES)] = None
-    seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING)] = None
+    seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, needs=SAMPLING,
+        unset="random for each request")] = None
     temperature: Annotated[float | None, own(SAMPLING, BOUNDS["temperature"], "0 is greedy", "X", in_yaml=True)] = None
     top_p: Annotated[float | None, own(SAMPLING,
         BOUNDS["top_p"], "keep the most likely tokens up to this sum of "
@@ -260,10 +264,10 @@ class ManagerOptions(_Checked):
     """Limits on several models, and whether clients may change them."""
 
     max_loaded_models: Annotated[int | None, own(MODELS,
-        Integer(1, 1024), "most models in memory; default: as many as fit", "N")] = None
+        Integer(1, 1024), "most models in memory; default: as many as fit", "N", unset="as many as fit")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
         Integer(1, 1 << 24), "unload a model after this time without a request; "
-        "default: models stay", "SECONDS")] = None
+        "default: models stay", "SECONDS", unset="never")] = None
     queue_size: Annotated[int, own(MODELS,
         Integer(1, 1 << 16), "most requests that may wait for a model to load, for each model", "N")] = 256
     model_wait_timeout: Annotated[int, own(MODELS,
@@ -317,7 +321,7 @@ class StorageOptions(_Checked):
 
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
-        "postgresql://...", "URL")] = None
+        "postgresql://...", "URL", unset="off")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
         Integer(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
@@ -363,7 +367,7 @@ class ToolOptions(_Checked):
         Integer(0, 10000), "most tool calls that the server runs in one chat request", "N", needs=SERVES)] = 32
     mcp_tool_timeout: Annotated[float | None, own(TOOLS,
         Number(0, 3600, open_low=True), "most seconds for one tool call, even if mcp.json allows more", "SECONDS",
-        needs=SERVES)] = None
+        needs=SERVES, unset="the timeout in mcp.json, or 60")] = None
     mcp_allow_urls: Annotated[tuple[str, ...], own(TOOLS,
         Text(2048), "MCP server that requests to /v1/responses may name: https://host/path, * for any characters; "
         "repeatable", "PATTERN", needs=SERVES)] = ()
@@ -379,26 +383,28 @@ class AccessOptions(_Checked):
     port: Annotated[int, own(HTTP,
         Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT", flags=("--p", "--port"))] = 2000
     ollama_port: Annotated[int | None, own(HTTP,
-        Integer(1, 65535, units=False), "second TCP port for Ollama's clients, which expect 11434", "PORT")] = None
+        Integer(1, 65535, units=False), "second TCP port for Ollama's clients, which expect 11434", "PORT",
+        unset="off")] = None
     ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /")] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
-        Secret(), "key that clients must send as `Authorization: Bearer`; repeatable", "KEY")] = ()
+        Secret(), "key that clients must send as `Authorization: Bearer`; repeatable", "KEY",
+        unset="none: clients need no key")] = ()
     api_key_file: Annotated[Path | None, own(HTTP, FilePath(), "file with one API key per line", "FILE")] = None
     api_keys_file: Annotated[Path | None, own(HTTP,
         FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
         "FILE")] = None
     management_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key for loading and unloading models and for /metrics, which API keys then cannot do; repeatable",
-        "KEY")] = ()
+        "KEY", unset="the API keys are accepted")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key; further requests are "
-        "refused with 429", "N")] = None
+        "refused with 429", "N", unset="half of max_queued_requests")] = None
     requests_per_minute: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 30), "most requests of one API key in a minute; further requests are refused with 429; without "
-        "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0))] = None
+        "keys, of all clients together", "N", rate=Rate("requests", "minute", 60.0), unset="no limit")] = None
     tokens_per_minute: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 40), "most tokens of prompts and answers in a minute, likewise", "N",
-        rate=Rate("tokens", "minute", 60.0))] = None
+        rate=Rate("tokens", "minute", 60.0), unset="no limit")] = None
     request_timeout: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "seconds after which a request is aborted, its time in the "
         "queue included", "SECONDS")] = 3600
@@ -492,7 +498,7 @@ class LoggingOptions(_Checked):
         "FILE", constants={"--log": Path("candle-vllm.log")}, needs=SERVES)] = None
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
-        "candle-vllm[telemetry]", "URL", needs=SERVES)] = None
+        "candle-vllm[telemetry]", "URL", needs=SERVES, unset="off")] = None
     log_level: Annotated[str, own(LOGGING, _LEVELS, "debug, info, warning or error", "LEVEL")] = "info"
 # fmt: on
 
