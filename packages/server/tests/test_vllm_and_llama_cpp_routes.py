@@ -47,7 +47,7 @@ def test_load_and_slots_count_what_runs(start: Callable[..., Any]) -> None:
             assert answer.status_code == 200, answer.read()
             lines = answer.iter_lines()  # closed with it, the stream would end
             next(lines)
-            assert other.get("/load").json() == {"server_load": 2}
+            assert other.get("/load").json() == {"server_load": 1}  # requests, as in vLLM, not their sequences
             slots = other.get("/slots").json()
         assert [slot["id"] for slot in slots] == list(range(len(slots)))
         assert slots[0]["is_processing"] is True

@@ -37,7 +37,7 @@ _EACH = {"model": {"type": "string", "description": "A served name; without it e
 
 
 class Load(msgspec.Struct, frozen=True):
-    """The load of the server: sequences that run or wait in a queue, and requests that wait for a model to load."""
+    """The load of the server: requests that run, wait in a queue, or wait for a model to load."""
 
     server_load: int
 
@@ -82,12 +82,10 @@ async def ping(request: Request) -> JSONResponse:
 
 @route("GET /load", tag="server", answer=Load)
 async def load(request: Request) -> Response:
-    """How many sequences run or wait."""
+    """How many requests run or wait."""
     manager: ModelManager = request.app.state.manager
-    loaded = [slot.model.admission for slot in manager.slots.values() if slot.model is not None]
-    waiting = sum(len(slot.waiters) for slot in manager.slots.values())
-    busy = Load(waiting + sum(admission.running + admission.waiting for admission in loaded))
-    return answering.json_answer(busy)
+    busy = sum(slot.in_flight + len(slot.waiters) for slot in manager.slots.values())
+    return answering.json_answer(Load(busy))
 
 
 @route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
