@@ -34,6 +34,7 @@ def test_the_operation_makes_what_the_reference_makes(
     generator = np.random.default_rng(0)
     x = generator.standard_normal((rows + 1, columns + 16)).astype(np.float32)
     gates = 4 * generator.standard_normal((70, columns + 5)).astype(np.float32)
+    gates[::3, 0] = np.nan  # a NaN gate gives NaN
     before, picked = x.copy(), generator.integers(0, 70, rows)
     numbers = np.zeros(StepNumber.COUNT, np.int64)
     numbers[StepNumber.LOGIT_ROWS if picks else StepNumber.TOKENS] = rows

@@ -126,8 +126,10 @@ def test_relu2() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_quick_gelu", "emit_relu", "emit_relu2"]
-)
+    "name",
+    ["emit_exp", "emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_quick_gelu", "emit_softplus",
+     "emit_relu", "emit_relu2"],
+)  # fmt: skip
 def test_what_is_no_number_stays_none(name: str) -> None:
     x = np.array([math.nan] * 8 + [1.0] * 8, np.float32)
     got = lanes_of(getattr(emit_functions, name))(x)
