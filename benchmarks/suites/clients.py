@@ -2,7 +2,7 @@
 """Client libraries against `candle-vllm serve`: `python benchmarks/suites/clients.py [NAME ...] [-k EXPRESSION]`.
 
 The scenarios stand in `clients/`, a file for each library, which has an environment of its own; LangChain's are its
-standard tests. Qwen2.5-Coder-0.5B answers greedily, all-MiniLM-L6-v2 embeds, and a tiny random model classifies;
+standard tests. Qwen2.5-Coder-0.5B answers greedily, all-MiniLM-L6-v2 embeds, and tiny random models classify and see;
 failures with a known reason stand in `clients.toml`.
 """
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from suite import HERE, environment, expected_of, node_project, run_node, run_pytest
 
 from packages.core.tests.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.toy_sight import write_toy_sight
 from tests.live_server import ServerProcess
 from tests.real_models import all_minilm, qwen_coder
 
@@ -29,6 +30,7 @@ _PACKAGES = {
     "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
                   "langchain-anthropic==1.7.10"),
     "openai": ("openai[realtime]==3.57.0",),
+    "open_responses": ("openai==3.57.0", "openresponses-types==2.4.0"),
 }  # fmt: skip
 _NPM = {
     "ai_sdk": ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "@ai-sdk/anthropic@3.0.140",
@@ -51,6 +53,7 @@ def main() -> int:
             "SUITE_EMBEDDER": [all_minilm(), "--served-model-name", "minilm"],
             "SUITE_CLASSIFIER": [write_toy_encoder(folder / "model", config, pooling=None), "--served-model-name",
                                  "classifier"],
+            "SUITE_SEEING": [write_toy_sight(folder / "seeing"), "--served-model-name", "seeing"],
         }  # fmt: skip
         variables: dict[str, str] = {}
         for variable, flags in served.items():

@@ -60,15 +60,19 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
-def environment(name: str, packages: Sequence[str]) -> Path:
-    """The interpreter of a virtual environment with these packages, which uv makes once."""
+def environment(name: str, packages: Sequence[str], alone: Sequence[str] = ()) -> Path:
+    """The interpreter of a virtual environment with these packages, which uv makes once; `alone`: without what they
+    depend on."""
     folder = CACHE / f"{name}-environment"
-    wanted = "\n".join(packages)
+    wanted = "\n".join((*packages, *alone))
     made = folder / "packages.txt"
     if not made.exists() or made.read_text(encoding="utf-8") != wanted:
         subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
         python = str(folder / "bin" / "python")
         subprocess.run(["uv", "pip", "install", "--quiet", "--python", python, *packages], check=True, cwd=folder)
+        if alone:
+            install = ["uv", "pip", "install", "--quiet", "--no-deps", "--python", python, *alone]
+            subprocess.run(install, check=True, cwd=folder)
         made.write_text(wanted, encoding="utf-8")
     return folder / "bin" / "python"
 
