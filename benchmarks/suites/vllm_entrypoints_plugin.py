@@ -5,8 +5,8 @@ vLLM's, and models that public packages hold instead of those of Hugging Face.
 A server keeps the name that the test gives to its model, so requests and comparisons stay as they are. Where a test
 needs facts of the model (its vocabulary, the ids of a text, vectors to compare with), transformers has them from the
 same files. `--enforce-eager` is left out: here it means layers op by op in torch, which is slow and gives the same.
-Answers are greedy where a test does not say otherwise, and contexts have at most 2048 tokens: many tests set no limit,
-and a small model may not end by itself.
+Answers are greedy where a test does not say otherwise, and some contexts are shorter: many tests set no limit, and a
+small model may not end by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ sys.modules["tests.conftest"] = sys.modules[__name__]
 VLLM_PATH = Path(__file__).parent.parent
 ROCM_EXTRA_ARGS: list[str] = []
 _SECONDS = 240  # until a server is up
-_CONTEXT = 2048  # tokens
+_CONTEXTS = {"18192": "2048"}  # tokens
 _KEY = "token-abc123"
 _MODELS = json.loads(os.environ["SUITE_MODELS"])  # pattern of a name -> path of the model that stands in, in order
 _FOLDER = Path(os.environ["SUITE_FOLDER"])
@@ -59,10 +59,10 @@ class RemoteOpenAIServer:
         override_hf_configs: dict[str, Any] | None = None, **_: Any,
     ) -> None:  # fmt: skip
         flags = [flag for flag in vllm_serve_args if flag != "--enforce-eager"] + ["--seed", str(seed)]
-        flags = ["--max-model-len", str(_CONTEXT), *flags, "--override-generation-config", '{"temperature": 0}']
-        for place, flag in enumerate(flags):
-            if flag in ("--max-model-len", "--max_model_len"):
-                flags[place + 1] = str(min(int(flags[place + 1]), _CONTEXT))
+        flags += ["--override-generation-config", '{"temperature": 0}']
+        if not any(flag.replace("_", "-") == "--max-model-len" for flag in flags):
+            flags += ["--max-model-len", "1024"]
+        flags = [_CONTEXTS.get(flag, flag) for flag in flags]
         if not any(flag.startswith("--served-model-name") for flag in flags):
             flags += ["--served-model-name", model]
         if override_hf_configs:

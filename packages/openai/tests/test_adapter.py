@@ -15,6 +15,7 @@ import openai.types.chat as official_chat
 import pytest
 
 from candle_vllm.core.config import DEMO_NAME
+from candle_vllm.core.engine.outputs import PositionLogprobs, TokenLogprob
 from candle_vllm.core.errors import (
     ChatTemplateError,
     ConfigError,
@@ -38,6 +39,7 @@ from candle_vllm.openai import (
     to_json_bytes,
 )
 from candle_vllm.openai import adapter as adapter_module
+from candle_vllm.openai.logprobs import CompletionLogprobsWriter, prompt_logprobs
 from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
 from candle_vllm.openai.remarks import collect_remarks
 from tests.waiting import PATIENCE, until
@@ -168,6 +170,16 @@ async def test_tokens_are_named_by_their_ids_where_that_is_asked_for() -> None:
     assert texts is not None
     assert texts.tokens[-3:] == ("token_id:120", "token_id:121", "token_id:97")
     assert "token_id:97" in (texts.top_logprobs[-1] or {})
+
+
+def test_the_token_itself_is_the_first_of_its_log_probabilities() -> None:
+    tokens = tuple(
+        TokenLogprob(number, -number, number, "abc"[number - 1], b"abc"[number - 1 : number]) for number in (1, 2, 3)
+    )
+    entries = [PositionLogprobs(tokens[2], tokens[:2])]
+    (made,) = CompletionLogprobsWriter(2).add(entries).top_logprobs
+    (named,) = prompt_logprobs(entries, 1)
+    assert (list(made or {}), list(named or {})) == (["c", "a", "b"], ["3", "1"])
 
 
 async def test_tokens_that_a_request_names_have_log_probabilities() -> None:

@@ -91,6 +91,19 @@ def test_streams_end_with_their_counts_where_the_operator_says_so(start, path: s
         assert not any(counted(client))
 
 
+def test_tokens_are_named_by_their_ids_where_the_operator_says_so(start) -> None:
+    def names(client: httpx.Client, **more: object) -> list[str]:
+        asked = {"model": "scripted", "prompt": "x", "logprobs": 1, "max_tokens": 2, **more}
+        return client.post("/v1/completions", json=asked).json()["choices"][0]["logprobs"]["tokens"]
+
+    with start(PacedEngine(PIECES), return_tokens_as_token_ids=True).http() as client:
+        assert all(name.startswith("token_id:") for name in names(client))
+        plain = names(client, return_tokens_as_token_ids=False)
+    with start(PacedEngine(PIECES)).http() as client:
+        assert names(client) == plain
+    assert not any(name.startswith("token_id:") for name in plain)
+
+
 def test_a_stream_on_the_wire(start) -> None:
     with start(PacedEngine(PIECES)).http() as client:
         response = client.post("/v1/chat/completions", json={**CHAT, "stream": True})

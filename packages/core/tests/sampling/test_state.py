@@ -29,7 +29,7 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(name: str) -> None:
     allowed: dict[str, Any] = {name: [0, 9]}
     wrong: dict[str, Any] = {name: [0, 10]}
     assert make(**allowed)
-    with pytest.raises(InvalidParameterError, match=f"{name} holds token id 10, .* 0 to 9") as caught:
+    with pytest.raises(InvalidParameterError, match=f"{name} holds token id 10, .* 10 ids, 0 to 9") as caught:
         make(**wrong)
     assert caught.value.param == name
 

@@ -56,8 +56,8 @@ class CompletionLogprobsWriter:
         return self._decoder.getstate()[0]
 
     def _top_entry(self, entry: PositionLogprobs) -> dict[str, float]:
-        likely = {self._name(token): _finite(token.logprob) for token in entry.top[: self._top]}
-        return likely | {self._name(entry.chosen): _finite(entry.chosen.logprob)}
+        tokens = (entry.chosen, *entry.top[: self._top])  # the token itself is the first entry, as in vLLM's answers
+        return {self._name(token): _finite(token.logprob) for token in tokens}
 
 
 def echoed_logprobs(
@@ -120,7 +120,7 @@ def _chat_entry(entry: PositionLogprobs, by_id: bool) -> ChatTokenLogprob:
 
 
 def _prompt_entry(entry: PositionLogprobs, top: int) -> dict[str, PromptLogprob]:
-    tokens = {token.token_id: token for token in (*entry.top[:top], entry.chosen)}
+    tokens = {token.token_id: token for token in (entry.chosen, *entry.top[:top])}
     return {
         str(token_id): PromptLogprob(_finite(token.logprob), token.rank, token.text)
         for token_id, token in tokens.items()

@@ -30,6 +30,7 @@ from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.outliving import MailboxWriter, StoredForm
+from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
 
@@ -40,12 +41,17 @@ def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
     return wire.model_copy(update=absent) if absent else wire
 
 
-def with_usage(wire: Any) -> Any:
-    """Return the request with token counts at the end of its stream."""
-    if not (isinstance(wire, GenerationFields) and wire.stream):
+def _with_operators_form(wire: Any, settings: RequestOptions) -> Any:
+    """Return the request with what the operator adds to every answer: token counts, names of tokens by their ids."""
+    if not isinstance(wire, GenerationFields):
         return wire
-    options = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
-    return wire.model_copy(update={"stream_options": options})
+    added: dict[str, Any] = {}
+    if settings.enable_force_include_usage and wire.stream:
+        options = wire.stream_options or StreamOptions()
+        added["stream_options"] = options.model_copy(update={"include_usage": True})
+    if settings.return_tokens_as_token_ids and wire.return_tokens_as_token_ids is None:
+        added["return_tokens_as_token_ids"] = True
+    return wire.model_copy(update=added) if added else wire
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     mailbox_writer: MailboxWriter = request.app.state.mailbox_writer
     streams = bool(wire.stream)
-    wire = with_usage(wire) if request.app.state.settings.enable_force_include_usage else wire
+    wire = _with_operators_form(wire, request.app.state.settings)
     _permit_mix(request, wire)
     wish, wire = mailbox_writer.wish(request.scope, wire, possible=api.stored is not None)
     async with in_time(deadline, request):

@@ -477,6 +477,8 @@ class RequestOptions(_Checked):
     enable_force_include_usage: Annotated[bool, own(HTTP,
         Boolean(), "end every stream with its token counts, even if the request does not ask for it (`stream_options`)"
         )] = False
+    return_tokens_as_token_ids: Annotated[bool, own(HTTP,
+        Boolean(), "name tokens in log-probabilities `token_id:5` where a request does not say otherwise")] = False
     trust_request_chat_template: Annotated[bool, own(HTTP,
         Boolean(), "let clients send their own chat template (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
