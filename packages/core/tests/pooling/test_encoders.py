@@ -258,6 +258,15 @@ def test_what_an_encoder_does_not_do_is_refused_by_name(engine: InferenceEngine,
         GENERATING[name](engine)
 
 
+def test_an_encoder_reads_conversations_by_a_template_that_is_given(folder: Path) -> None:
+    template = "{% for message in messages %}{{ message.role }} {{ message.content }}{% endfor %}"
+    with InferenceEngine(str(folder), chat_template=template) as engine:
+        assert GENERATING["apply_chat_template"](engine) == "user hello"
+        for name in ("chat", "generate"):
+            with pytest.raises(InvalidParameterError, match="generates no text"):
+                GENERATING[name](engine)
+
+
 def test_a_custom_loop_is_refused_too(folder: Path) -> None:
     with (
         InferenceEngine(str(folder)) as engine,
@@ -305,7 +314,6 @@ def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
         {"kv_fraction": 0.3},
         {"state_cache_gb": 1.0},
         {"kv_cache_memory": 1 << 20},
-        {"chat_template": "x"},
         {"deterministic": True},
         {"speculative_config": {}},
     ],

@@ -219,6 +219,15 @@ def test_without_tools_there_are_no_calls_beside_a_form() -> None:
     assert cohere.takes(f"<|START_THINKING|>Hm.<|END_THINKING|>\n<|START_RESPONSE|>{ANSWER}<|END_RESPONSE|>")
 
 
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+def test_a_request_that_declines_thoughts_is_not_offered_any(name: str) -> None:
+    thinks, declines = (Model("hermes", "think", chat_template_kwargs={name: value}) for value in (True, False))
+    assert thinks.takes("<think>a</think>" + ANSWER)
+    assert not declines.takes("<think>a</think>" + ANSWER)
+    assert thinks.takes(ANSWER)
+    assert declines.takes(ANSWER)
+
+
 def test_open_thoughts_are_closed_before_the_form() -> None:
     model = Model("hermes", "think", prompt="<think>\n", tools=TOOLS)
     assert model.takes(f"Hm.\n</think>\n\n{ANSWER}")

@@ -263,3 +263,10 @@ def test_chatml_is_a_template_by_its_name(tmp_path: Path) -> None:
     template = ChatTemplate(text, {})
     rendered = template.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert rendered == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("text", ["{{ messages }}", "{% for each in messages %}a//{{ each.content }}\n{% endfor %}"])
+def test_a_template_may_stand_on_the_command_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.gguf").touch()
+    source, _ = parse("serve", ["--model", str(tmp_path / "a.gguf"), "--chat-template", text])
+    assert engine_config(Settings(**source.values)).chat_template == text

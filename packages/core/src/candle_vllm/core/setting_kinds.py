@@ -32,6 +32,7 @@ _APPLE = ("metal", "mps")
 _NO_METAL = "is Apple's GPU, which is not supported: set cpu, which auto chooses there as well"
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _MAX_TEXT = 4096
+MAX_TEMPLATE = 1 << 20  # characters of a chat template
 _MAX_FREE_TEXT = 1 << 20
 
 
@@ -160,6 +161,25 @@ class FilePath:
         if not isinstance(value, Path):
             raise ValueError(f"must be a path, not {value!r:.60}")
         return value.expanduser()
+
+
+@dataclass(frozen=True)
+class TemplateFile(FilePath):
+    """A file with a Jinja template, or the template itself, which has Jinja's braces."""
+
+    def from_text(self, text: str) -> Path | str:
+        return self.check(text) if _is_template(text) else super().from_text(text)
+
+    def check(self, value: Any) -> Path | str:
+        if not (isinstance(value, str) and _is_template(value)):
+            return super().check(value)
+        if len(value) > MAX_TEMPLATE:
+            raise ValueError(f"has more than {MAX_TEMPLATE} characters")
+        return value
+
+
+def _is_template(text: str) -> bool:
+    return "{%" in text or "{{" in text
 
 
 @dataclass(frozen=True)

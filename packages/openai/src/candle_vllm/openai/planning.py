@@ -102,11 +102,12 @@ class AnswerPlanner:
         is_open = bool(opening)
         reasoning = reasoning and reasoning.led_by(opening)
         closed = reasoning is not None and tail.rstrip(SPACE).endswith(tuple(reasoning.pairs.values()))
+        declined = closed or False in (task.variables.get("enable_thinking"), task.variables.get("thinking"))
         structured = constrain(
             task.form,
             tools,
             use,
-            reasoning=None if continued or (closed and not is_open) else reasoning,
+            reasoning=None if continued or (declined and not is_open) else reasoning,
             in_reasoning=is_open,
             special=self._special,
             own=self._marks,

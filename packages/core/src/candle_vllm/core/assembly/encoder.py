@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
 from candle_vllm.core.assembly.heads import pooling_of
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, read_template
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -171,6 +171,7 @@ def _load_encoder(
         dtype=computing_dtype(placement, checkpoint),
         config=model,
         tokenizer=tokenizer,
+        template=read_template(config, tokenizer, described) if config.chat_template else None,
         pooling=pooling,
         head=head,
         max_model_len=limit,

@@ -312,7 +312,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     banned = generation.token_ids("suppress_tokens") or Fields(metadata, described).token_ids(SUPPRESSED)
     tokenizer.suppressed_token_ids = tuple(token for token in banned if token < model_config.vocab_size)
-    template = _template(config, tokenizer, described)
+    template = read_template(config, tokenizer, described)
     pooling, head = pooling_of(files, checkpoint, metadata, model_config.hidden_size, "last", tokenizer)
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path):
@@ -424,7 +424,8 @@ def fill(
     load_weights(model, table, checkpoint, config, ignored=ignored, progress=report, cut=cut)
 
 
-def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
+def read_template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:
+    """Return the chat template of the settings or of the tokenizer; `described` is the file that errors name."""
     source = config.chat_template or tokenizer.chat_template
     with naming("the chat_template setting" if config.chat_template else config.tokenizer or described):
         return ChatTemplate(source, tokenizer.special_tokens) if source else None

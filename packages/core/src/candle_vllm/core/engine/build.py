@@ -82,7 +82,6 @@ DEFAULTS = MappingProxyType({"cpu": Defaults(512, 64, 0.4), "cuda": Defaults(819
 
 _NOT_FOR_ENCODERS = MappingProxyType(
     {
-        "chat_template": None,
         "yarn_scaling_factor": None,
         "attention_backend": "auto",
         "kv_cache_dtype": "auto",

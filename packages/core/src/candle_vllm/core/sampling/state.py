@@ -446,7 +446,8 @@ def _checked(name: str, token_ids: Iterable[int], vocab_size: int) -> NDArray[np
     if len(ids) and not (ids.min() >= 0 and ids.max() < vocab_size):
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise InvalidParameterError(
-            f"{name} holds token id {wrong}, but this model's vocabulary has {vocab_size} ids, 0 to {vocab_size - 1}", name
+            f"{name} holds token id {wrong}, but this model's vocabulary has {vocab_size} ids, 0 to {vocab_size - 1}",
+            name,
         )
     return ids
 

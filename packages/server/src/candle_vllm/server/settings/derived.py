@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import SETTINGS, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.vision.fetching import ImageSources
     from candle_vllm.server.mailbox.options import MailboxOptions
 
-_MAX_TEMPLATE = 1 << 20  # characters
 
 SQLITE = "sqlite"
 OFF = "off"
@@ -231,10 +231,10 @@ CHATML = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""
 
 
-def _template(path: Path | None) -> str | None:
-    """Return the template in a file, or ChatML for llama.cpp's name `chatml`."""
-    if path is None:
-        return None
+def _template(path: Path | str | None) -> str | None:
+    """Return the template in a file, the text that is one, or ChatML for llama.cpp's name `chatml`."""
+    if path is None or isinstance(path, str):
+        return path
     if path.name == "chatml" and not path.exists():
         return CHATML
     try:
@@ -242,8 +242,8 @@ def _template(path: Path | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the chat template {path}: {reason}") from None
-    if len(text) > _MAX_TEMPLATE:
-        raise UsageError(f"the chat template {path} has more than {_MAX_TEMPLATE} characters")
+    if len(text) > MAX_TEMPLATE:
+        raise UsageError(f"the chat template {path} has more than {MAX_TEMPLATE} characters")
     return text
 
 

@@ -18,7 +18,17 @@ from typing import Annotated, Any, get_type_hints
 from candle_vllm.core.config import CACHE_ALIASES, ISQ_NAMES
 from candle_vllm.core.sampling.params import BOUNDS
 from candle_vllm.core.sampling.thoughts import MAX_MESSAGE
-from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
+from candle_vllm.core.setting_kinds import (
+    Boolean,
+    Choice,
+    FilePath,
+    Integer,
+    JsonObject,
+    Number,
+    Secret,
+    TemplateFile,
+    Text,
+)
 from candle_vllm.core.targets import is_loopback
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
@@ -96,8 +106,8 @@ class FormatOptions(_Checked):
     """Names of a model, and the format of its conversations and images."""
 
     tokenizer: Annotated[Path | None, engine(MODEL, "DIR")] = None
-    chat_template: Annotated[Path | None, own(MODEL,
-        FilePath(), "file with the Jinja chat template to use instead, or chatml", "FILE", in_yaml=True,
+    chat_template: Annotated[Path | str | None, own(MODEL,
+        TemplateFile(), "Jinja chat template to use instead: a file, its text, or chatml", "FILE", in_yaml=True,
         needs=SAMPLING)] = None
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         needs=SAMPLING)] = None
