@@ -61,7 +61,7 @@ class RemoteOpenAIServer:
         flags = [flag for flag in vllm_serve_args if flag != "--enforce-eager"] + ["--seed", str(seed)]
         flags += ["--override-generation-config", '{"temperature": 0}']
         if not any(flag.replace("_", "-") == "--max-model-len" for flag in flags):
-            flags += ["--max-model-len", "1024"]
+            flags += ["--max-model-len", "2048"]
         flags = [_CONTEXTS.get(flag, flag) for flag in flags]
         if not any(flag.startswith("--served-model-name") for flag in flags):
             flags += ["--served-model-name", model]
@@ -82,15 +82,16 @@ class RemoteOpenAIServer:
         environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VLLM_API_KEY")}
         self._process = subprocess.Popen(command, cwd=_FOLDER, env=environment | (env_dict or {}), text=True)
         end = time.monotonic() + _SECONDS
-        while not self._healthy():
+        while not self._ready():
             if self._process.poll() is not None or time.monotonic() > end:
                 self.__exit__()
                 raise RuntimeError(f"the server ended with status {self._process.returncode}")
             time.sleep(0.2)
 
-    def _healthy(self) -> bool:
+    def _ready(self) -> bool:
+        """Whether the model is loaded: vLLM's `/health` says so, and here `/ready` does."""
         try:
-            return requests.get(self.url_for("health"), timeout=10).status_code == 200
+            return requests.get(self.url_for("ready"), timeout=10).status_code == 200
         except requests.RequestException:
             return False
 

@@ -88,6 +88,7 @@ def test_tokens_there_and_back(client: httpx.Client) -> None:
     assert made["count"] == len(made["tokens"]) == len(made["token_strs"])
     assert made["max_model_len"] == CONTEXT
     assert client.post("/detokenize", json={"tokens": made["tokens"]}).json()["prompt"] == " Héllo <|im_end|>"
+    assert made["token_strs"][0].startswith("Ġ")  # as in the vocabulary
     assert made["token_strs"][-1] == "<|im_end|>"
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     counted = client.post("/tokenize", json=body).json()

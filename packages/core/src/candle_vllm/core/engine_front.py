@@ -202,6 +202,11 @@ class EngineFront(ABC):
         except TypeError:
             raise InvalidParameterError("detokenize takes a list of token ids", "token_ids") from None
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the tokens' entries in the vocabulary, as `convert_ids_to_tokens` of transformers gives them."""
+        name = self._require()[1].tokenizer.token_name
+        return [name(token) for token in token_ids]
+
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:

@@ -44,6 +44,10 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         """Return the text of tokens; if `whole` is false, an incomplete last character is left out."""
         ...
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the tokens' entries in the vocabulary."""
+        ...
+
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
     ) -> tuple[list[int], tuple[ImageInput, ...]]:

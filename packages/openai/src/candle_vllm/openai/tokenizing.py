@@ -103,7 +103,7 @@ class TokenizingAdapter:
             count=len(ids),
             max_model_len=self._engine.model_info.max_model_len,
             tokens=tuple(ids),
-            token_strs=self._texts(ids) if request.return_token_strs else None,
+            token_strs=tuple(self._engine.token_names(ids)) if request.return_token_strs else None,
         )
 
     def _texts(self, ids: Sequence[int]) -> tuple[str, ...]:

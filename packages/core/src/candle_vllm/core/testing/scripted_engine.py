@@ -177,6 +177,10 @@ class ScriptedEngine(ScriptedVectors):
         """Decode token ids."""
         return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
 
+    def token_names(self, token_ids: Sequence[int]) -> list[str]:
+        """Name tokens by their bytes in hexadecimal digits, which are not their texts."""
+        return [self.tokenizer.token_bytes(token).hex() for token in token_ids]
+
     def reset_prefix_cache(self) -> None:
         """Count the call in `prefix_cache_resets`; there is no cache."""
         self.prefix_cache_resets += 1

@@ -216,6 +216,10 @@ class Tokenizer:
                 return None
         return text
 
+    def token_name(self, token_id: int) -> str:
+        """Return the token's entry in the vocabulary, such as "Ġthe" or "<0x0A>"; "" for an id without a token."""
+        return self._literals.get(token_id) or self.backend.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         """Decode one token alone; an incomplete character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")

@@ -24,7 +24,7 @@ class TokenizeTextRequest(WireModel):
 
     Attributes:
         add_special_tokens: whether to add the special tokens that the model expects around a text; null means yes.
-        return_token_strs: whether to return the text of each token.
+        return_token_strs: whether to return each token's entry in the vocabulary.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -43,7 +43,7 @@ class TokenizeChatRequest(TemplateFields):
 
     Attributes:
         add_special_tokens: whether to add special tokens to the rendered text; null means no: templates write them.
-        return_token_strs: whether to return the text of each token.
+        return_token_strs: whether to return each token's entry in the vocabulary.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
@@ -98,7 +98,7 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
         count: number of tokens.
         max_model_len: maximum number of tokens of prompt and output together.
         tokens: token ids.
-        token_strs: text of each token, if requested; U+FFFD for bytes that are not a complete character.
+        token_strs: each token's entry in the vocabulary ("Ġthe"), if requested.
     """
 
     count: int
