@@ -19,6 +19,7 @@ import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,13 +99,17 @@ class Checker:
 
 
 def questions(folder: Path, count: int) -> Iterator[Question]:
-    """A sample of the questions, as many of each category, and always the same."""
-    for category in CATEGORIES:
-        rows = _rows(folder / f"bfcl_eval/data/BFCL_v4_{category}.json")
-        right = folder / f"bfcl_eval/data/possible_answer/BFCL_v4_{category}.json"
-        answers = {row["id"]: row["ground_truth"] for row in _rows(right)} if right.exists() else {}
-        for row in random.Random(0).sample(rows, count // len(CATEGORIES)):  # noqa: S311
-            yield Question(row["id"], category, row["question"][0], row["function"], answers.get(row["id"], ()))
+    """A sample of the questions, always the same: one of each category, then the next of each."""
+    for each in zip(*(_sample(folder, category, count // len(CATEGORIES)) for category in CATEGORIES), strict=True):
+        yield from each
+
+
+def _sample(folder: Path, category: str, count: int) -> Iterator[Question]:
+    rows = _rows(folder / f"bfcl_eval/data/BFCL_v4_{category}.json")
+    right = folder / f"bfcl_eval/data/possible_answer/BFCL_v4_{category}.json"
+    answers = {row["id"]: row["ground_truth"] for row in _rows(right)} if right.exists() else {}
+    for row in random.Random(0).sample(rows, count):  # noqa: S311
+        yield Question(row["id"], category, row["question"][0], row["function"], answers.get(row["id"], ()))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -147,18 +152,19 @@ def main() -> int:
     folder = unpacked(wheel, "", lambda name: name.startswith("bfcl_eval/"), CACHE / "bfcl")
     checker, asked = Checker(folder), list(questions(folder, given.questions))
     model = given.model or (qwen_coder() if given.small else qwen_coder_larger())
-    with tempfile.TemporaryDirectory() as temporary:
-        flags = ["--m", str(model), "--served-model-name", "model", "--max-model-len", "16384"]
-        server = ServerProcess(Path(temporary), *flags)
-        try:
-            with openai_client(server.url) as client, ThreadPoolExecutor(_AT_ONCE) as pool:
-                each = client.with_options(timeout=1200)
-                jobs = [(question, mode) for question in asked for mode in MODES]
-                rows = list(pool.map(lambda job: answer(each, checker, *job), jobs))
-        finally:
-            server.stop()
-    if given.out:
-        given.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        server = ServerProcess(temporary, "--m", str(model), "--served-model-name", "model", "--max-model-len", "16384")
+        stack.callback(server.stop)
+        client = stack.enter_context(openai_client(server.url)).with_options(timeout=1200)
+        out = stack.enter_context(given.out.open("w", encoding="utf-8")) if given.out else None
+        pool = stack.enter_context(ThreadPoolExecutor(_AT_ONCE))
+        jobs = [(question, mode) for question in asked for mode in MODES]
+        for row in pool.map(lambda job: answer(client, checker, *job), jobs):
+            rows.append(row)
+            if out is not None:
+                print(json.dumps(row), file=out, flush=True)
     print(f"{model.name}: right answers of {len(asked) // len(CATEGORIES)} in each category")
     print(f"{'':20}", *(f"{mode:>9}" for mode in MODES))
     for category in (*CATEGORIES, ""):

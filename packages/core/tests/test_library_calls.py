@@ -294,7 +294,7 @@ def test_answers_say_what_was_asked(engine: InferenceEngine) -> None:
     [
         (["a", "", "b"], GREEDY, "prompts[1]: the prompt is empty"),
         (["a", "b" * 600], GREEDY, "prompts[1]: the prompt has"),
-        (["a", [1, 1 << 30]], GREEDY, "prompts[1]: the prompt has token ids outside"),
+        (["a", [1, 1 << 30]], GREEDY, "prompts[1]: token id 1073741824 is out of vocabulary"),
         (["a", 5], GREEDY, "prompts[1]: a prompt is a text or a list"),
         (["a", {"prompt": "b", "cache_salt": "x"}], GREEDY, "prompts[1]: a prompt has no 'cache_salt': it is a field"),
         ([USER], GREEDY, "this is a message of a conversation: use chat"),

@@ -93,6 +93,7 @@ def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
         ({"stop": ["a"] * 65}, "stop", "at most 64"),
         ({"stop": ""}, "stop", "must not be empty"),
         ({"logit_bias": {"01": 1}}, "logit_bias", "'01' is no token id"),
+        ({"logit_bias": {"a": 1, "5": 1, "b": 1}}, "logit_bias", "'a', 'b' are no token ids"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "must be at most 100"),
         ({"logit_bias": {str(i): 1 for i in range(MAX_LOGIT_BIAS + 1)}}, "logit_bias", f"at most {MAX_LOGIT_BIAS}"),
         ({"bad_words": ["a"] * (MAX_BAD_WORDS + 1)}, "bad_words", f"at most {MAX_BAD_WORDS}"),

@@ -264,8 +264,8 @@ def test_wrong_parameters_are_refused_by_name(field: str, value: Any) -> None:
     ("inputs", "message"),
     [
         ([[]], "the text is empty"), ([[1], []], "input 1: the text is empty"),
-        ([[1, 272]], "no token 272; .* 0 to 271"), (7, "prompts are"),
-        ([[1], [-1]], "input 1: there is no token -1"), ([[1], [10**30]], "input 1: token ids are 0 to 271"),
+        ([[1, 272]], "token id 272 is out of vocabulary: .* 0 to 271"), (7, "prompts are"),
+        ([[1], [-1]], "input 1: token id -1 is out of"), ([[1], [10**30]], "input 1: a token id is out of .* 0 to 271"),
         ([[1], 5.0], "input 1: a prompt is a text or a list"), ([["a"]], "a prompt is a text or a list"),
         ([[1], [True]], "input 1: a prompt is a text or a list"), ({"a": 1}, "a prompt has no .a.: a prompt has"),
         (["a", "\ud800"], "input 1: the text has half a surrogate"),

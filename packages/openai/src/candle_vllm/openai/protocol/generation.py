@@ -31,9 +31,14 @@ _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def _token_id_keys(bias: Any) -> Any:
-    for key in bias if isinstance(bias, dict) else ():
-        if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > caps.MAX_TOKEN_ID:
-            raise fields.invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
+    wrong = [
+        f"{key!r:.60}"
+        for key in (bias if isinstance(bias, dict) else ())
+        if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > caps.MAX_TOKEN_ID
+    ]
+    if wrong:
+        said = f"{wrong[0]} is no token id" if len(wrong) == 1 else f"{', '.join(wrong[:8])} are no token ids"
+        raise fields.invalid("", f"maps token ids, written as strings, to numbers; {said}")
     return bias
 
 

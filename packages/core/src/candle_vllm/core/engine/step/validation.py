@@ -19,8 +19,7 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
     prompt, params, most = request.prompt_token_ids, request.params, max_model_len
     if not prompt:
         raise InvalidParameterError("the prompt is empty: it needs at least one token", "prompt")
-    if not all(0 <= token < vocab_size for token in prompt):
-        raise InvalidParameterError(f"the prompt has token ids outside 0..{vocab_size - 1}", "prompt")
+    _check_ids(prompt, vocab_size)
     if not all(token < vocab_size for token in params.logprob_token_ids or ()):
         raise InvalidParameterError(f"logprob_token_ids has ids above {vocab_size - 1}", "logprob_token_ids")
     if len(prompt) >= most:
@@ -55,14 +54,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
     prompt = request.prompt_token_ids
     if not prompt:
         raise InvalidParameterError("the text is empty: it needs at least one token", "prompt")
-    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise InvalidParameterError(
-            f"there is no token {wrong:d}; the model's token ids are 0 to {vocab_size - 1}"
-            if abs(wrong) < 1 << 63
-            else f"token ids are 0 to {vocab_size - 1}",
-            "prompt",
-        )
+    _check_ids(prompt, vocab_size)
     if len(prompt) > max_model_len:
         raise PromptTooLongError(
             f"the text has {len(prompt)} tokens and the model takes at most {max_model_len}: shorten it or split it, "
@@ -109,3 +101,12 @@ def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
         lacks = {"generate": "generates no text", "embed": "gives no vectors"}
         lacks |= {"score": "has no head for scores", "classify": "has no head for classes"}
         raise InvalidParameterError(f"{name} is {kind} and {lacks[wanted]}: {way}", "model")
+
+
+def _check_ids(prompt: Sequence[int], vocab_size: int) -> None:
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        named = f"token id {wrong:d}" if abs(wrong) < 1 << 63 else "a token id"
+        raise InvalidParameterError(
+            f"{named} is out of vocabulary: the model's ids are 0 to {vocab_size - 1}", "prompt"
+        )
