@@ -72,7 +72,7 @@ def main() -> int:
         return run_pytest(
             python,
             folder,
-            ["--timeout=200", *(f"tests/entrypoints/{name}.py" for name in FILES)],
+            ["--timeout=400", *(f"tests/entrypoints/{name}.py" for name in FILES)],
             expected_of(HERE / "vllm_entrypoints.toml"),
             {
                 "SUITE_COMMAND": json.dumps(command),

@@ -182,6 +182,7 @@ def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> 
         ({"truncate": "START"}, "truncate", InvalidParameterError),
         ({"return_multivector": True, "pooling": "mean"}, "return_multivector", InvalidParameterError),
         ({"normalized": True, "normalize": False}, "normalized", InvalidParameterError),
+        ({"use_activation": True, "normalize": False}, "use_activation", InvalidParameterError),
         ({"truncate": True, "truncate_prompt_tokens": 1}, "truncate", InvalidParameterError),
         ({"embed_dtype": "float16"}, "embed_dtype", UnsupportedParameterError),
         ({"dimension": 8}, "dimension", UnknownParameterError),
@@ -192,6 +193,13 @@ def test_wrong_fields_are_refused_by_name(fields: dict[str, Any], param: str, ki
     with pytest.raises(kind, match=param) as caught:
         parse_embedding_request({"input": "a", **fields})
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("name", ["normalize", "normalized", "use_activation"])
+def test_three_names_say_whether_a_vector_is_normalised(name: str) -> None:
+    assert parse_embedding_request({"input": "a"}).pooling_params().normalize is None
+    for value in (True, False):
+        assert parse_embedding_request({"input": "a", name: value}).pooling_params().normalize is value
 
 
 def test_values_that_ask_for_nothing_may_stand() -> None:

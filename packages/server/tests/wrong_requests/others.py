@@ -22,7 +22,7 @@ POOLING = [
 EMBEDDING_ROWS = [
     *POOLING,
     *not_served(EMBEDDING_REFUSED_FIELDS),
-    *switches("normalize", "normalized", "truncate", "return_multivector", "add_special_tokens"),
+    *switches("normalize", "normalized", "use_activation", "truncate", "return_multivector", "add_special_tokens"),
     Row("task", 1),
     Row("input_type", ""),
     Row("input", GONE),

@@ -26,7 +26,7 @@ def _without(refused: Mapping[str, Refusal], *names: str) -> dict[str, Refusal]:
 
 
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, "truncate"),
+    **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, "truncate", "use_activation"),
     "messages": Refusal("a request has an input or messages"),
     "embed_dtype": Refusal("vectors are float32", ("float32",)),
     "endianness": Refusal("vectors are little-endian", ("native", "little")),
@@ -50,7 +50,8 @@ class EmbeddingRequest(CutFields, PoolingFields):
         encoding_format: "float" for vectors of numbers, or "base64" of little-endian float32.
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
         pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's.
-        normalize, normalized: whether to scale vectors to length 1; null means as the model. The second name is Jina's.
+        normalize, normalized, use_activation: whether to scale vectors to length 1; null means as the model. The second
+            name is Jina's, the third vLLM's.
         add_special_tokens: whether special tokens are added to texts; None adds them.
         truncate: whether to truncate texts to the model's maximum length, as with `truncate_prompt_tokens` -1; Jina's.
         task: Jina's name of a task ("retrieval.query"), which selects the LoRA adapter "retrieval_query".
@@ -68,6 +69,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     embedding_type: PoolingKind | None = None
     normalize: bool | None = None
     normalized: bool | None = None
+    use_activation: bool | None = None
     add_special_tokens: bool | None = None
     truncate: bool | None = None
     task: TaskName | None = None
@@ -89,8 +91,9 @@ class EmbeddingRequest(CutFields, PoolingFields):
     def _one_pooling(self) -> Self:
         if self.return_multivector is not None and (self.pooling or self.embedding_type):
             raise invalid("return_multivector", "and pooling set the same option: send one of them")
-        if self.normalized is not None and self.normalize not in (None, self.normalized):
-            raise invalid("normalized", "and normalize are two names of one field and must be equal")
+        for name in ("normalized", "use_activation"):
+            if getattr(self, name) is not None and self.normalize not in (None, getattr(self, name)):
+                raise invalid(name, "and normalize are two names of one field and must be equal")
         if self.truncate and self.truncate_prompt_tokens is not None:
             raise invalid("truncate", "and truncate_prompt_tokens set the same option: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
@@ -110,9 +113,10 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
     def pooling_params(self) -> PoolingParams:
         """Return the pooling parameters of the request."""
+        named = (self.normalize, self.normalized, self.use_activation)
         return PoolingParams(
             dimensions=self.dimensions,
-            normalize=self.normalized if self.normalize is None else self.normalize,
+            normalize=next((value for value in named if value is not None), None),
             pooling="all" if self.return_multivector else self.pooling or self.embedding_type,
         )
 
