@@ -39,10 +39,10 @@ CATEGORIES = (
     "live_irrelevance",
 )  # fmt: skip
 """Of one turn and about Python: what calls of Java and JavaScript mean stands in texts of their own."""
-MODES = {
-    "free": {"strict": False, "tool_choice": "auto"},  # no grammar
-    "strict": {"strict": True, "tool_choice": "auto"},  # a grammar from the first token of a call on
-    "required": {"strict": True, "tool_choice": "required"},  # a grammar from the first token on
+MODES = {  # name -> strict, tool_choice
+    "free": (False, "auto"),  # no grammar
+    "strict": (True, "auto"),  # a grammar from the first token of a call on
+    "required": (True, "required"),  # a grammar from the first token on
 }
 _TOKENS = 400  # of an answer
 _AT_ONCE = 4
@@ -119,8 +119,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def answer(client: openai.OpenAI, checker: Checker, question: Question, mode: str) -> dict[str, Any]:
     """Asks one question; gives a row of the results."""
     row = {"id": question.name, "category": question.category, "mode": mode}
-    tools: Any = [checker.tool(function, MODES[mode]["strict"]) for function in question.functions]
-    choice: Any = MODES[mode]["tool_choice"]
+    strict, tool_choice = MODES[mode]
+    tools: Any = [checker.tool(function, strict) for function in question.functions]
+    choice: Any = tool_choice
     messages: Any = question.messages
     try:
         made = client.chat.completions.create(

@@ -240,7 +240,7 @@ async def test_errors_of_the_engine_name_the_input() -> None:
     with pytest.raises(PromptTooLongError, match=r"^the text has 10 tokens") as caught:
         await embed(engine, input="a" * 9)
     assert caught.value.param == "input"
-    with pytest.raises(InvalidParameterError, match="no token 5000") as wrong:
+    with pytest.raises(InvalidParameterError, match="token id 5000 is out of vocabulary") as wrong:
         await embed(engine, input=[[1], [5000]])
     assert wrong.value.param == "input.1"
     with pytest.raises(InvalidParameterError, match="17 and the model's vectors have 16") as wrong:

@@ -164,15 +164,15 @@ class FilePath:
 
 
 @dataclass(frozen=True)
-class TemplateFile(FilePath):
+class TemplateFile:
     """A file with a Jinja template, or the template itself, which has Jinja's braces."""
 
     def from_text(self, text: str) -> Path | str:
-        return self.check(text) if _is_template(text) else super().from_text(text)
+        return self.check(text) if _is_template(text) else FilePath().from_text(text)
 
     def check(self, value: Any) -> Path | str:
         if not (isinstance(value, str) and _is_template(value)):
-            return super().check(value)
+            return FilePath().check(value)
         if len(value) > MAX_TEMPLATE:
             raise ValueError(f"has more than {MAX_TEMPLATE} characters")
         return value
