@@ -82,7 +82,10 @@ def test_codes_are_told_and_one_is_kept_free(predict: ModuleType) -> None:
         (("nowhere",), "E1000 GenericError: 'nowhere' is no folder or file here"),
         (("empty",), "E1000 GenericError: the folder empty is empty"),
         (("other",), "E1000 GenericError: other holds no folders with a config.json"),
-        (("http://127.0.0.1:9/a/model.tar",), "E1000 GenericError: http://127.0.0.1:9/a/model.tar cannot be downloaded"),
+        (
+            ("http://127.0.0.1:9/a/model.tar",),
+            "E1000 GenericError: http://127.0.0.1:9/a/model.tar cannot be downloaded",
+        ),
         (("broken.tar",), "E1000 GenericError: broken.tar cannot be unpacked"),
     ],
 )
