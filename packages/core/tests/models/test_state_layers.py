@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Layers that have a recurrent state: whatever is found, cut, guessed or preempted, answers are those of a whole "
-"prompt."""
+"""Layers that keep a state: whatever is found, cut, guessed or preempted, answers are those of a whole prompt."""
 
 from __future__ import annotations
 
