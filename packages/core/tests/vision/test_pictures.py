@@ -286,7 +286,7 @@ MANY = pictures.MAX_PARTS + 1
 COSTLY: dict[str, tuple[Callable[[], bytes], str | None]] = {
     "scans": (lambda: progressive(64, 101), "a JPEG may have at most 100 scans"),
     "scans, as many as may be": (lambda: progressive(64, 100), None),
-    "scans of what has many pixels": (lambda: progressive(8192, 33), "8192 x 8192 pixels in 33 scans; a JPEG may"),
+    "scans of what has many pixels": (lambda: progressive(8192, 33), "8192 x 8192 pixels in 33 scans; "),
     "scans that refine": (lambda: progressive(2048, 30, refine=True), None),
     "arithmetic code": (lambda: JPEG.replace(b"\xff\xc0", b"\xff\xc9"), "must be Huffman-coded"),
     "tables": (lambda: JPEG[:2] + segment(0xC4, bytes(17)) * MANY + JPEG[2:], "65536 segments"),

@@ -241,7 +241,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         ),
         (
             lambda llm: llm.generate("a", mm_processor_kwargs={}),
-            "takes no mm_processor_kwargs: images are read",
+            "takes no mm_processor_kwargs: images are preprocessed",
         ),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may only have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
