@@ -267,7 +267,7 @@ class TestApprovals:
         session.answer_approvals({call_id: "deny"})
         result = await session.run_conversation(options=self.RULES)
         assert [one.status for one in result.tool_calls] == ["denied"]
-        with pytest.raises(InvalidParameterError, match="open are: none"):
+        with pytest.raises(InvalidParameterError, match="these are: none"):
             session.answer_approvals({call_id: "allow"})
 
     async def test_transcripts_that_refer_to_unknown_calls(self) -> None:

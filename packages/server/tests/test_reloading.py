@@ -72,7 +72,7 @@ async def test_models_come_and_go_and_those_that_are_as_before_stay(served: Serv
     (await served.manager.acquire("b")).release()
     (await served.manager.acquire("d")).release()
     assert served.loader.loads == ["b", "d"]
-    with pytest.raises(ModelNotServedError, match="served are: a, b, d"):
+    with pytest.raises(ModelNotServedError, match="served models are: a, b, d"):
         await served.manager.acquire("c")
 
 

@@ -213,7 +213,7 @@ def test_more_end_tokens_than_gguf_has_names_for(caplog: pytest.LogCaptureFixtur
     tokenizer_metadata(before, 264, [259, 260, 261])
     assert not caplog.text
     tokenizer_metadata(before, 264, [259, 260, 261, 262, 263])
-    assert caplog.text.rstrip().endswith("without <|3|>, <|4|>")
+    assert caplog.text.rstrip().endswith("<|3|>, <|4|> are left out")
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_cache_chunks_and_disk_change_no_answer(mixed: Path, tmp_path: Path, set
 
 
 def test_each_layer_must_fit_the_type_of_the_cache(mixed: Path) -> None:
-    with pytest.raises(ConfigError, match="heads of 16"):
+    with pytest.raises(ConfigError, match="the head size of this model, 16,"):
         answers(mixed, [[1]], kv_cache_dtype="q8_0")
 
 

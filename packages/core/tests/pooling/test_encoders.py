@@ -123,7 +123,9 @@ def test_scores_equal_transformers(
         assert engine.model_info.tasks == ("score", "classify")
         assert engine.model_info.embedding_size == 0
         assert error(scores(engine, PAIRS), np.array(wanted)) < 1e-5
-        with pytest.raises(InvalidParameterError, match=r"is a cross-encoder and gives no vectors: score pairs"):
+        with pytest.raises(
+            InvalidParameterError, match=r"is a cross-encoder and gives no vectors: request scores of pairs"
+        ):
             engine.embed("hello", use_tqdm=False)
 
 

@@ -534,7 +534,7 @@ async def test_chat_takes_pictures_from_where_they_may_come(site: Site, tmp_path
             assert "10.0.0.1" not in str(caught.value)
     with (
         InferenceEngine(model, threads=1, kv_cache_memory=16 << 20) as engine,
-        pytest.raises(UnsupportedParameterError, match="in the library allowed_media_domains"),
+        pytest.raises(UnsupportedParameterError, match="in the library with allowed_media_domains"),
     ):
         engine.chat(at(site.url()), params)
     with pytest.raises(ConfigError, match="allowed_local_media_path is no folder"):

@@ -256,7 +256,7 @@ def test_unknown_keys_are_told(load: Load, caplog: pytest.LogCaptureFixture) -> 
 
 WRONG: list[tuple[Any, str]] = [
     ("", "not valid JSON"),
-    ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "'a' stands twice"),
+    ('{"mcpServers": {"a": {"command": "x"}, "a": {"command": "y"}}}', "'a' appears twice"),
     ('{"mcpServers": {}, /* never closed', "not valid JSON"),
     ('{"mcpServers": {} // "', "not valid JSON: .* at line 1"),
     ("[" * 100_000, "nested too deeply"),

@@ -105,7 +105,7 @@ async def test_no_arguments(text: str) -> None:
         ("[1]", "must be one JSON object"),
         ("null", "must be one JSON object"),
         ('"x"', "must be one JSON object"),
-        ('{"n": 1, "n": 2}', "'n' stands twice"),
+        ('{"n": 1, "n": 2}', "'n' appears twice"),
         ('{"n": NaN}', "NaN is not a JSON number"),
         ('{"n": 1}{', "not valid JSON"),
         ('{"n":' * 100 + "1" + "}" * 100, "nested too deeply"),
@@ -259,7 +259,7 @@ async def test_floods() -> None:
     assert result.text.endswith("[cut: the whole output has 10000009 characters]")
     result = await done(registry, call("fake", '{"n": 17}'))
     assert (result.status, result.output.content[0].text) == (
-        "failed", f"The tool returned 17000000 characters, and {MAX_OUTPUT} are allowed: ask for less.",
+        "failed", f"The tool returned 17000000 characters, and at most {MAX_OUTPUT} are allowed: ask for less.",
     )  # fmt: skip
 
 

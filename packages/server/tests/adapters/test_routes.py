@@ -82,7 +82,7 @@ def test_the_base_an_adapter_and_the_adapter_from_the_cache(hubbed: Running, fak
 def test_a_bad_name_is_404_and_never_the_base(hubbed: Running, fake_hub: Any, name: str) -> None:
     answer = chat(hubbed, name)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
-    assert "served are: base" in answer.json()["error"]["message"]
+    assert "served models are: base" in answer.json()["error"]["message"]
     assert hubbed.engine.requests == []
     assert fake_hub.asked == []
 
@@ -111,7 +111,7 @@ def test_a_hub_that_is_not_there_is_told_apart_from_a_name_that_is_not(hubbed: R
 def test_near_names_are_said(start: Start) -> None:
     running = start(PacedEngine("fine", name="base"), enable_lora=True, lora_modules=("support=/srv/a", "poems=/srv/b"))
     message = chat(running, "suport").json()["error"]["message"]
-    assert message.endswith("served are: base. Adapters are: poems, support (did you mean support?).")
+    assert message.endswith("served models are: base. Known adapters: poems, support (did you mean support?).")
 
 
 # ---- every API -------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ WRONG = [
     ("", "must be a mapping"),
     ("keys: []", "at least one key"),
     ("keys:\n- name: a\n", "line 2: name of 'a' has neither key nor sha256"),
-    ("keys:\n- {name: a, key: SECRET}\n- {name: a, key: SECRET2}", "line 3: 'a' stands twice"),
+    ("keys:\n- {name: a, key: SECRET}\n- {name: a, key: SECRET2}", "line 3: 'a' appears twice"),
     ("keys:\n- {name: a, key: SECRET}\n- {name: b, key: SECRET}", "line 3: the key of 'b' stands in the file twice"),
     ("keys:\n- name: a\n  kee: SECRET", "line 3: unknown key 'kee' (did you mean key?)"),
     ("keys:\n- name: 7\n  key: SECRET", "line 2: name must have"),

@@ -119,7 +119,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise InvalidBodyError(f"The name {twice!r:.80} stands twice in one JSON object.")
+        raise InvalidBodyError(f"The name {twice!r:.80} appears twice in one JSON object.")
     return value
 
 

@@ -203,7 +203,7 @@ def read_named_keys(path: Path, limits: Limits) -> list[Key]:
             digests.add(key.digest)
             made.append(key)
         if (name := entry["name"]) in names:
-            raise UsageError(f"{path}{line_of(entry, 'name')}: {name!r} stands twice: give it a list of keys")
+            raise UsageError(f"{path}{line_of(entry, 'name')}: {name!r} appears twice: give it a list of keys")
         names.add(name)
         if len(made) > MAX_KEYS:
             raise UsageError(f"{path} holds more than {MAX_KEYS} keys")
