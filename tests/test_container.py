@@ -159,7 +159,7 @@ def test_a_read_only_root_serves_asks_nothing_again_and_drains(prepared: tuple[P
     [
         (["fetch"], {}, "MODEL_NAME is not set: a Hugging Face id"),
         (["fetch"], {"MODEL_NAME": "acme/none"}, "acme/none could not be fetched; no secret HF_TOKEN was given"),
-        (["fetch"], {"MODEL_NAME": "http://127.0.0.1:9/a.tar"}, "http://127.0.0.1:9/a.tar cannot be had"),
+        (["fetch"], {"MODEL_NAME": "http://127.0.0.1:9/a.tar"}, "http://127.0.0.1:9/a.tar cannot be downloaded"),
         pytest.param(
             ["prewarm"], {"MODEL_NAME": "demo", "PREWARM_SECONDS": "0.01"}, " 0.01 s", marks=pytest.mark.every_case
         ),
