@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Protection against server-side request forgery: check URLs, hosts and IP addresses that clients name.
 
-Used for fetched images and for webhooks. A URL is parsed once, by httpx, and this object is used for the connection; a
-name is resolved once, and the connection goes to the address that was checked. Every refusal is a `ValueError` whose
-text continues the name of the wrong value.
+Used for fetched images, webhooks and MCP servers. A URL is parsed once, by httpx, and the parsed URL is used for the
+connection; a name is resolved once, and the connection goes to the address that was checked. Every refusal is a
+`ValueError` whose text follows the name of a setting, as in "must be a URL ...".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_URL = 2048  # characters
 RESOLVE_SECONDS = 10.0
 MAX_ADDRESSES = 4  # maximum number of addresses of one name that are tried
 
-_PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, quotes or backslashes
+_PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, double quotes or backslashes
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
 _PORTS = {"http": 80, "https": 443}
 
@@ -36,7 +36,7 @@ _PRIVATE: Sequence[_Network] = tuple(
         ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
     )
 )
-# Networks that `is_global` accepts although they are not public or lead to other addresses; and cloud metadata.
+# Networks that `is_global` accepts but that are not public, or that relay to other addresses; and cloud metadata.
 _NEVER: Sequence[_Network] = tuple(
     map(
         ipaddress.ip_network,
@@ -70,7 +70,7 @@ class Target:
 
 
 def parse_target(text: str, *, trusted: bool = True) -> Target:
-    """Parse a URL that could be used; `allowed_target` decides whether it may be used."""
+    """Parse a URL and check its form; `allowed_target` also checks whether it may be used."""
     if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
         raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
     import httpx  # imported here: only programs that open connections need it
@@ -119,7 +119,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     """Return the addresses to connect to, in order; all are checked unless the target is the operator's own.
 
     Args:
-        threads: where the resolver runs, so that a hanging one only delays other resolutions.
+        threads: threads for name resolution, so that a lookup that hangs delays only other lookups.
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.

@@ -21,7 +21,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 class HeadMatrices:
     """A plain (not quantised) matrix [O, I] for every head; its parameter is `weight` [H, O, I].
 
-    Quantised matrices are decoded, in bfloat16 on the CPU, because they are small compared to a layer's other matrices.
+    Quantised matrices are decoded (on the CPU to bfloat16), because a layer's other matrices are much larger.
     LoRA is not applied to them, because the projection of latent rows is absorbed into queries and outputs.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Joins the text and tool calls that a parser finds in one message to events (step 10 of a request's life)."""
+"""Turns the text and tool calls that a parser finds in one message into events (step 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CallSink:
         tools: tools of the request, by name.
         make_id: creates ids of calls without an id.
         most: maximum number of calls; further calls are left out. None means no limit.
-        names: texts of special tokens by the characters that stand for them (see `layout`).
+        names: text of each special token, by the character that replaces it in the parser's input (see `layout`).
 
     Attributes:
         count: number of calls that have begun.
@@ -72,7 +72,7 @@ class CallSink:
         """Begin a call of `name`; `given_id` is the id that the model wrote."""
         if self.may_begin is not None and not self.may_begin():
             raise CallBegins(name)
-        self.may_begin = None  # later calls follow the format
+        self.may_begin = None  # only the first call is checked
         index = self.count
         self.count += 1
         usable = _ID.fullmatch(given_id) is not None and given_id not in self._ids
@@ -105,7 +105,7 @@ class CallSink:
 
 
 class CallBegins(Exception):
-    """A call begins where a parser only checked for one, or where no call may begin."""
+    """Raised instead of beginning a call: by a probe that only looks for its name, or if `may_begin` refuses it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -115,15 +115,15 @@ class CallBegins(Exception):
 class Output:
     """Collects the parts of a message as events, until they are fetched.
 
-    White space around reasoning, and between content and calls, separates them and belongs to neither. If content
-    continues after them, it begins with the white space that preceded them or, without any, a line break.
+    White space around reasoning, and between content and calls, separates them and belongs to neither. Content
+    that follows calls or reasoning begins with the white space that preceded these or, without any, a line break.
 
     Args:
         tools: tools of the request, by name.
         make_id: creates ids of calls.
         most_calls: maximum number of calls; further calls are left out. None means no limit.
-        shown: texts of the special tokens to show, by the characters that stand for them (see `layout`).
-        names: texts of all special tokens, likewise, for strings in arguments, and marks that turn out to be text.
+        shown: texts of the special tokens to show, by the characters that replace them (see `layout`).
+        names: the same of all special tokens, for strings in arguments and for marks that prove to be plain text.
 
     Attributes:
         calls: receives calls.
@@ -212,7 +212,7 @@ def _join(events: list[Event], run: list[str]) -> None:
 
 
 class _Text:
-    """Text whose white space at both ends is held back.
+    """Text whose trailing white space is held back; after a separation, leading white space is dropped.
 
     Args:
         emit: receives the text.

@@ -38,7 +38,7 @@ class CallResults:
     """Results of the calls by their ids, and the approved calls.
 
     `max_images` is the maximum number of images in the prompt. The result of an `mcp_call` item whose images would
-    exceed it is only its text; with 0, no result has images.
+    exceed it is only its text; with 0, no result of an `mcp_call` has images.
     """
 
     def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
@@ -121,7 +121,7 @@ class CallResults:
 
 
 def _shown(items: Sequence[Placed], room: int) -> set[str]:
-    """Return the ids of the latest `mcp_call` items whose images fit beside the images of messages."""
+    """Return the ids of the latest `mcp_call` items whose images fit beside those of messages and call outputs."""
     shown = set[str]()
     if room:
         for item, _ in items:

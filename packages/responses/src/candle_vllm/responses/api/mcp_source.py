@@ -52,7 +52,7 @@ class ServerUrls:
         self._patterns = [_pattern(pattern) for pattern in patterns if pattern != ANY]
 
     def check(self, url: str, field: str) -> bool:
-        """Return whether a pattern names the host without "*"; if not, the host's addresses must be public.
+        """Return whether a pattern names the host without "*"; if not, the caller connects to public addresses only.
 
         Args:
             url: URL of a request.
@@ -164,7 +164,7 @@ class McpServers:
 
     Args:
         registry: registry of the operator's servers, as an `McpFleet` fills it.
-        errors: reason why an operator's server has no tools now, by its label; None if it is not configured.
+        errors: by label, the reason why an operator's server has no tools now; None for a ready server.
         allowed_urls: patterns of the URLs that requests may name, see `ServerUrls`. http needs a loopback host.
         connect_timeout: timeout of a connection to a URL in seconds.
     """
@@ -183,7 +183,7 @@ class McpServers:
         self._connect_timeout = connect_timeout
 
     def check(self, tool: McpTool, path: str) -> None:
-        """Raise a `RequestError` that names the label or the URL."""
+        """Raise a `RequestError` that names the wrong field of a tool, if it has one."""
         if tool.server_url is not None:
             self._urls.check(tool.server_url, f"{path}.server_url")
             _check_headers(tool.headers or {}, f"{path}.headers")

@@ -216,7 +216,7 @@ def _encoded(result: ToolResult) -> bytes:
 def _service(request: Request) -> McpService:
     service: McpService | None = request.app.state.mcp
     if service is None:
-        message = "This server has no MCP servers: start it with --mcp-config, or with an mcp.json in its folder."
+        message = "This server has no MCP servers: start it with --mcp-config, or put mcp.json into ~/.candle-vllm."
         raise HttpError(404, message, "mcp_off")
     return service
 

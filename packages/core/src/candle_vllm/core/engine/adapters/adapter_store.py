@@ -130,7 +130,8 @@ class AdapterStore:
     Args:
         load: reads, checks and packs the files at a path; called in the store's loading thread.
         most: maximum number of adapters in memory; None for no limit.
-        most_bytes: maximum bytes of the adapters in memory. The adapter that is being loaded takes memory in addition.
+        most_bytes: maximum bytes of the adapters in memory; exceeded if running requests use all other adapters. The
+            adapter that is being loaded takes memory in addition.
         most_at_once: maximum number of different adapters of one request.
 
     Attributes:
@@ -442,7 +443,7 @@ class AdapterStore:
         entry.loaded, entry.state = None, "cold"
 
     def _order(self) -> list[Entry]:
-        """Return the entries to load: those of callers, then of sequences, or the reverse in turn; no entry twice."""
+        """Return the entries to load, each once: those of callers and of sequences; which come first alternates."""
         wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]

@@ -4,8 +4,9 @@
 Data from outside the process is checked: each block has a header with a magic number and the SHA-256 of its hash and
 bytes; data that is too short, damaged or of another block is rejected. The store in Redis is in `redis_blocks.py`.
 
-The name of a block's file is the block's hash. The name of its folder is the fingerprint: a hash of everything else
-that determines the block's bytes. The file holds the header and the bytes of all layers: keys, then values.
+A block's file is `<fingerprint>/<first two digits>/<hash>`: the block's hash, in a folder by its first two digits, in a
+folder by the fingerprint, which is a hash of everything else that determines the block's bytes. The file holds the
+header and the bytes of all layers: keys, then values.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class BlockStore(Protocol):
         ...
 
     def has(self, digest: bytes) -> bool:
-        """Whether the store is known to have a block, which need not be written then."""
+        """Whether the store surely has a block, so that the caller need not write it."""
         ...
 
     def may_have(self, digest: bytes) -> bool:
@@ -61,7 +62,7 @@ class BlockStore(Protocol):
         ...
 
     def read(self, digest: bytes) -> Bytes | None:
-        """Return a block's bytes; None if the store does not have the block.
+        """Return a block's bytes; None, or OSError, if the store does not have the block.
 
         Raises:
             OSError: the block could not be read, or was damaged; a damaged block is deleted.
@@ -108,7 +109,7 @@ class BlockFolder:
 
     Args:
         folder: the folder of the files; created with access for this user only.
-        fingerprint: everything except the hash that determines a block's bytes: weights, types, kernels.
+        fingerprint: everything that determines a block's bytes, apart from its hash: weights, types, kernels.
         most_bytes: limit of the bytes of all files in the folder, whatever their fingerprint. Each engine that writes
             to the folder at the same time may exceed it by a sixteenth.
         block_bytes: size of a block.

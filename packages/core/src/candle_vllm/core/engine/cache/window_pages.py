@@ -4,8 +4,8 @@
 The layers with the same window size share one pool of pages, which has fewer pages than the cache has blocks. A block
 has a page of a pool while a running sequence may read or write it there. When the block has left the window, or no
 running sequence uses it, its page may be given to another block: at once if the block is not published, else least
-recently used first. Blocks, block tables and hashes are the same for all layers. A cached prefix can be used up to a
-token if all blocks in the window of that token have pages.
+recently used first. Blocks, block tables and hashes are the same for all layers. The part of a cached
+prefix before a token can be reused if all blocks in the window of that token have pages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PagePool:
     """The pages of the layers with one window size.
 
     Args:
-        room: number of pages; at least `WindowRoom.blocks`, and page 0, which is never used.
+        room: window size and number of pages: at least `WindowRoom.blocks` + 1, because page 0 is never used.
         page_of: [num_blocks] page of each block, which steps read; 0 for a block without a page, so all 0 at first.
         hash_of: [num_blocks] the hash of each published block; None for other blocks.
         block_size: tokens of a block.
@@ -171,7 +171,7 @@ class WindowedBlocks(BlockManager):
         return self.advance(sequence, position, position + 1) > position
 
     def cut(self, sequence: Sequence, blocks: int) -> None:
-        """Release the pages after the first `blocks` blocks of a sequence's table; 0 if the sequence no longer runs."""
+        """Release the pages after the first `blocks` blocks of a sequence's table; pass 0 for one that has ended."""
         for number, (pool, (first, last)) in enumerate(zip(self.pools, sequence.windowed)):
             pool.leave(sequence.block_table[max(first, blocks) : last])
             sequence.windowed[number] = min(first, blocks), min(last, blocks)
@@ -193,7 +193,7 @@ class WindowedBlocks(BlockManager):
         super().publish(block, digest)
 
     def _hide(self, digest: bytes) -> None:
-        """Unpublish the block of a hash; its checkpoint stays."""
+        """Unpublish the block of a hash; the checkpoint of a state with this hash (`states.py`) stays."""
         block = self._published.pop(digest)
         self._hash_of[block] = None
         for pool in self.pools:

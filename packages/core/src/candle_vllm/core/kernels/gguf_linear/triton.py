@@ -2,11 +2,10 @@
 """Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
 `linear_exact` multiplies codes by x exactly, for few rows (decoding), and for any number of rows with `invariant`.
-With many rows, rounding weights first is faster: here each group of 32 weights costs two fused operations for each
-result, about as long as the tensor cores take. With `invariant` it serves all numbers of rows nevertheless: rounding a
-weight costs about three slow instructions, and an H200's memory leaves time for two, so rounding would slow decoding.
-Invariance relies on the instruction m16n8k16, which every tile uses here, on Hopper too, because no tile gives four
-warps 64 rows.
+With many rows, rounding weights first is faster: in `linear_exact`, applying the scales takes about as long as the
+tensor cores' products. `invariant` needs one kernel for all numbers of rows, and rounding would slow decoding: it takes
+about three slow instructions for each weight, and an H200 loads a weight in the time of two. The results are invariant
+because every tile of `linear_exact` is too small for wgmma, so that all use the instruction m16n8k16, on Hopper too.
 
 `linear` rounds a tile of weights first, for many rows (prefill). On a GPU whose tensor cores torch uses but Triton does
 not, parts of the matrix are decoded, and torch multiplies.
@@ -32,9 +31,10 @@ from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability
 
-# By the number of weights that share a scale: the first tile that is wide enough, else the last. Chosen by counting
-# instructions and registers of the compiled code, not yet measured on a GPU. One warp needs no barriers. With more
-# tokens, warps share x; with the most tokens, a block takes so long that prefetching one block hides the latency.
+# Tiles by the number of weights that share a scale. The first tile with at least as many columns as there are tokens is
+# used, otherwise the last one. Chosen by counting instructions and registers of the compiled code, not yet measured on
+# a GPU. One warp needs no barriers. With more tokens, warps share x; with the most tokens, a step along K takes so long
+# that prefetching one step hides the latency.
 TILES = MappingProxyType(
     {
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),
@@ -66,7 +66,7 @@ def embedding_kernel(
     FORM: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Decode one step of one token in a program."""
+    """Decode `parts` groups of 32 weights of one token's row in a program."""
     G: tl.constexpr = FORM.parts
     LOW: tl.constexpr = FORM.low
     HIGH: tl.constexpr = FORM.high

@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of latent attention on the CPU: scores, softmax, values.
 
-The cache stores a token's row [rope | latent] unchanged, D = R + L elements of bfloat16, and both products read it.
+The cache stores a token's row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products read it.
 Query rows are the heads of a token, in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
 score needs no sum over lanes; and the heads of a token see the same keys, so no mask is needed. Queries are
 [T, P, D / 2, 16, 2] with P groups for each token; lanes without a head hold any values and affect only themselves.
@@ -112,7 +112,7 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 def latent_values(
     _: Any, probabilities: Any, tiles: Any, seen: Any, start: Any, partials: Any, width: Any, latent: Any, isa: Any
 ) -> Any:
-    """Add `BLOCK` dimensions of the first `seen` keys' latent rows, weighted for `OCTET` rows, to partial results.
+    """Store `BLOCK` dimensions of the weighted sums of the first `seen` latent rows, for `OCTET` query rows.
 
     `tiles` is the address of addresses, each of 16 neighbouring cache rows; `start` is the block's offset in a row.
     `partials` points at the block in the first row's partial result. `width` (D), `latent` (L) and `isa` are constants.
@@ -179,7 +179,7 @@ def scaled_to_bf16(_: Any, x: Any, weight: Any, scale: Any, to: Any, count: Any)
 
 @intrinsic(prefer_literal=True)
 def copy_numbers(_: Any, x: Any, to: Any, index: Any, form: Any) -> Any:
-    """Copy 16 floats from `index` on to the same index of a row of bfloat16 (`form` 0) or float32 (1)."""
+    """Copy x[index:index + 16] to the same place of a row of bfloat16 (`form` 0) or float32 (1)."""
     signature = types.void(*[types.int64] * 3, form)
     wide = bool(form.literal_value)
 

@@ -24,7 +24,7 @@ class LatentParts:
     Attributes:
         sizes: sizes of the layer.
         norm, eps: norm of the latent vector; the weight is [L] float32.
-        cos, sin: tables of the rotation, [P, R / 2].
+        cos, sin: tables of the rotary embedding, [positions, R / 2].
         keys: for every head the matrix [L, nope] that maps its queries to latent space.
         values: for every head the matrix [V, L] that maps the weighted latent vector to its result.
         chosen: positions that tokens attend to, a result of `record_choice`; None for all positions.
@@ -47,7 +47,7 @@ def supported(sizes: LatentSizes, block_size: int) -> bool:
 
 
 def choice_supported(index: LatentSizes) -> bool:
-    """Whether the kernels support an index: H % 16 == 0, R even, L % 16 == 0, with L elements that do not rotate."""
+    """Whether the kernels support a sparse-attention indexer: H % 16 == 0, R even, L (unrotated elements) % 16 == 0."""
     return index.heads % LANES == 0 and index.rope % 2 == 0 and index.latent % LANES == 0
 
 
@@ -58,7 +58,7 @@ def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tu
 
 
 def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
-    """Return the slots from one stretch to the next, from the strides of a layer's cache in bytes."""
+    """Return the number of slots between stretches of `STRETCH` positions, by the byte strides of a layer's cache."""
     return layer_strides[0] // (2 * width)
 
 
@@ -71,7 +71,9 @@ STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
-FEW_TOKENS = 16  # maximum number of tokens of a step for which threads share the index scores of each token
+FEW_TOKENS = (
+    16  # up to so many tokens of a step, threads divide each token's scores; above, a thread takes whole tokens
+)
 CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
 
 

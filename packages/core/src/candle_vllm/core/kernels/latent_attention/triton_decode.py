@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # sequences of a launch whose programs count the items themselves
+_ROWS = 256  # maximum number of sequences of a launch if its programs count the items
 _CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
@@ -47,7 +47,7 @@ def latent_decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: maximum, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: only rows first + r below it have work; None for all rows
+    decoding,  # [1] int32: row r has work only if first + r is less; None: all rows have work
     items,  # of `list_items_kernel`; None if they are counted here, of ROWS sequences at most
     scale,
     first,
@@ -133,7 +133,8 @@ class Splits:
 def splits(heads: int, bytes_per_number: int) -> Splits:
     """Choose by the model's shape alone, never by the batch.
 
-    Not measured yet: the maximum of heads whose sums of 512 elements fit in registers, as each item reads the cache.
+    An item has as many heads as its registers hold sums of 512 elements for, because every item reads the cache again;
+    not measured yet.
     """
     some = max(16, next_power_of_2(heads))
     if bytes_per_number == 4:
@@ -157,7 +158,7 @@ def decode(
 ) -> None:
     """Write `out`, with `decoding` only its first rows. Token r belongs to sequence r. The caller checks arguments.
 
-    `lists` are the lists of the step, see `DeviceRows`.
+    `lists` are the lists of work items that the step has computed already (`DeviceRows.lists`).
     """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())

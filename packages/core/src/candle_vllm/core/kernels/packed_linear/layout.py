@@ -2,8 +2,8 @@
 """Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
 16 rows are a **tile**. A tile consists of consecutive **blocks** along K, each with its scales (the head) before its
-codes, so that a thread reads its tiles sequentially. The simple types have blocks of one group (32 weights of each
-row), the K-quants blocks of eight groups with one super-scale.
+codes, so that a thread reads its tiles sequentially. Most simple types have blocks of one group (32 weights of each
+row); the K-quants have blocks of eight groups with one super-scale.
 
     simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
                   scale f32[16]                              Q8_K, a block of eight groups
@@ -35,8 +35,9 @@ up first; there a weight is scale * value.
 
 The other IQ types have two layouts. That of `grids.py` has the indices of the file; it is used if the CPU can look up
 64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the
-weights. For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`:
-K-quant heads; super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Results are identical.
+weights. For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`).
+These kinds have the heads of K-quants: an f32 of the super-scale times the type's unit, and scales 2 * scale + 1 as i8.
+Results are identical.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class PackedKind(enum.IntEnum):
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """Return the layout for a tensor type in the form of the file, or the 8-bit layout for a type without a layout.
+    """Return the layout that keeps the codes of a tensor type; the 8-bit layout for a type without a layout.
 
     Raises:
         UnsupportedModelError: the type is not quantised, or cannot be decoded.
@@ -170,7 +171,7 @@ class TileLayout:
 
     @property
     def paired(self) -> bool:
-        """Whether the scales of a row's two halves are adjacent, to be multiplied as pairs of 16 bits."""
+        """Whether the scales of a group's two halves are adjacent, to be multiplied as pairs of 16 bits."""
         return self.width < GROUP and self.minimum
 
     @property

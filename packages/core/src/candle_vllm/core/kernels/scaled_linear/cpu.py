@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Linear layer with weights of small floats as a compiled CPU operation (step 6 of a request's life).
+"""Linear layer with weights of 8- and 4-bit floats as a compiled CPU operation (step 6 of a request's life).
 
-Threads and panels are as in `plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. A
-single row, or 4 rows in bfloat16, compute both spans of a pair at once: a sum is a chain of dependent instructions, and
-the chains of one span are too few to keep up with memory. For more rows, as many tiles as fit the second-level cache
-are converted to bfloat16 once, and multiplied by the rows in blocks. All add a span's products in the same order.
+Threads and panels are as in `plain_linear/cpu.py`; spans and pairs are defined in `layout.py`. For up to 8 rows,
+weights are converted to floats in registers. A single row, or 4 rows in bfloat16, compute both spans of a pair at once:
+a sum is a chain of dependent instructions, and the chains of one span are too few to keep up with memory. For more
+rows, as many tiles as fit the second-level cache are converted to bfloat16 once, and multiplied by the rows in blocks.
+All variants add a span's products in the same order.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -69,7 +70,7 @@ def _joined(e: Emitter, first: Any, second: Any) -> Any:
 
 
 def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield a turn's weights as floats, divided by the kind's factor: 16 rows each of two columns.
+    """Yield a turn's weights as floats, divided by the kind's factor: two vectors of 16 rows, one for each column.
 
     Code is emitted only when the caller requests the next columns: a whole turn would not stay in registers.
     """
@@ -117,7 +118,7 @@ def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> An
 
 
 def _x_bytes(isa: Isa) -> int:
-    """Return the bytes of an activation of up to 8 rows: bfloat16 if the CPU multiplies it, otherwise float32."""
+    """Return the bytes of an activation element for up to 8 rows: bfloat16 if the CPU multiplies it, else float32."""
     return 2 if isa.bf16 else 4
 
 
@@ -231,7 +232,7 @@ def _add_span(
 ) -> Any:
     """Multiply a span of converted tiles by a panel of `block` rows, and add it to sums float32 [tiles, block, 16].
 
-    Tiles are `tile_bytes` apart, and their scales, the first at `head`, `head_step` bytes.
+    Tiles are `tile_bytes` apart; their scales begin at `head` and are `head_step` bytes apart.
     """
     height, width, features = block.literal_value, tiles.literal_value, Isa(isa.literal_value)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The family of a model that runs transformers' module code: config, this engine's layers, names of weights."""
+"""Builds the `Family` of a model that runs transformers' module code: config, layers, and names of weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _table(decoder: AnyDecoder) -> Iterator[WeightName]:
                 names: Any = stored_part(name, part)
             else:
                 stored = name if part == "tensor" else f"{name}.{part}"
-                # A tied head with a bias is a layer of its own here: its matrix is loaded under the table's name.
+                # A tied head with a bias is a layer of its own here: its matrix has the name of the embedding table.
                 tied = decoder.model.all_tied_weights_keys.get(stored)
                 names = stored if tied is None else (tied, stored)
             view = _as_rows if part == "weight" and name in decoder.transposed else None
