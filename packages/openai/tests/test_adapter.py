@@ -422,7 +422,7 @@ async def test_submission_errors_come_before_the_stream() -> None:
         await adapter.chat_stream(parse_chat_request({"messages": HI, "max_tokens": 60}))
     with pytest.raises(ChatTemplateError):
         await OpenAIAdapter(ScriptedEngine(has_chat_template=False)).chat(parse_chat_request({"messages": HI}))
-    with pytest.raises(InvalidParameterError, match="vocabulary ends at 259"):
+    with pytest.raises(InvalidParameterError, match="out of vocabulary: the model's ids are 0 to 259"):
         await adapter.complete(parse_completion_request({"prompt": [260], "echo": True}))
     with pytest.raises(InvalidParameterError, match="empty prompt"):
         await adapter.complete(parse_completion_request({"prompt": "", "add_special_tokens": False}))

@@ -436,7 +436,7 @@ class TaskPreparation:
         largest = max(ids, default=0)
         if largest >= vocabulary:
             raise InvalidParameterError(
-                f"{field} has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}", field
+                f"{field}: token id {largest} is out of vocabulary: the model's ids are 0 to {vocabulary - 1}", field
             )
 
 

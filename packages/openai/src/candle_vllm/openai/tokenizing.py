@@ -118,7 +118,8 @@ class TokenizingAdapter:
         for place, token in enumerate(ids):
             if token >= vocabulary:
                 raise InvalidParameterError(
-                    f"tokens.{place} is {token}, but the model's vocabulary ends at {vocabulary - 1}", f"tokens.{place}"
+                    f"tokens.{place}: {token} is out of vocabulary: the model's ids are 0 to {vocabulary - 1}",
+                    f"tokens.{place}",
                 )
         text = self._engine.detokenize(ids, skip_special_tokens=False)
         return tokenizing.Detokenized(prompt=text, content=text)
