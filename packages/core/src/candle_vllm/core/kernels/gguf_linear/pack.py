@@ -55,6 +55,8 @@ def pack(
         )
     if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
+    if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
+        return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, device)
     if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
         logger.info(
@@ -62,8 +64,6 @@ def pack(
             ggml_type.name,
             cost,
         )
-    if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
-        return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, device)
     planes = PLANES[kind]
     found = planes.empty(rows, columns, device)
     source = raw.reshape(rows, columns // size, width)

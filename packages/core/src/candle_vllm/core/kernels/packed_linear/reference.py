@@ -15,8 +15,8 @@ def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantise activations float32 [T, K] to (xq int8 [T, K], xs float32 [T, K/32], xsum float32 [T, K/32])."""
     groups = np.asarray(x, np.float32).reshape(len(x), -1, GROUP)
     xs = np.abs(groups).max(axis=2) / np.float32(127)
-    numbers = np.divide(groups, xs[:, :, None], out=np.zeros_like(groups), where=xs[:, :, None] > 0)
-    xq = np.rint(numbers).astype(np.int8)
+    inverse = np.divide(np.float32(1), xs, out=np.zeros_like(xs), where=xs > 0)  # as kernels do, so that ties are equal
+    xq = np.rint(groups * inverse[:, :, None]).astype(np.int8)
     return xq.reshape(x.shape), xs, xs * xq.sum(axis=2, dtype=np.int32).astype(np.float32)
 
 
