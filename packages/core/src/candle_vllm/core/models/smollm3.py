@@ -45,8 +45,8 @@ def _unrotated(fields: Fields, layers: int) -> frozenset[int]:
     turns = fields.get("no_rope_layers", list)
     if len(turns) < layers or not all(turn in (0, 1) for turn in turns):
         raise InvalidFileError(
-            f"{fields.path}: no_rope_layers is {turns!r:.80}; it must have {layers} numbers, 1 for a layer with rotary "
-            "embedding and 0 for a layer without"
+            f"{fields.path}: no_rope_layers is {turns!r:.80}; it must have a number for each of the {layers} layers: "
+            "1 with rotary embedding, 0 without"
         )
     return frozenset(layer for layer in range(layers) if not turns[layer])
 
