@@ -111,7 +111,7 @@ def test_a_download_is_stopped_continued_and_deleted(
         released.set()
         button(page, f"Continue the download of {name}").click()
         pull.get_by_text("not loaded").wait_for()
-        pull.get_by_text("Its files cannot be used here.").wait_for()  # they are random
+        pull.get_by_text("This server cannot use its files.").wait_for()  # they are random
     ranges = [wanted for file, wanted in hub.asked if file == "model-Q4_K_M.gguf"]
     assert ranges[:2] == [None, None]
     assert int((ranges[2] or "").removeprefix("bytes=").rstrip("-")) > 0
@@ -132,7 +132,7 @@ def test_a_refusal_is_understood(hub: FakeHub, tmp_path: Path, open_page: Callab
             field.press("Enter")
             refusal.get_by_text(why).wait_for()
             assert field.input_value() == given
-        refusal.get_by_text("there are Q4_K_M, Q8_0").wait_for()
+        refusal.get_by_text("it has Q4_K_M, Q8_0").wait_for()
         field.fill(REPO)
         field.press("Enter")
         failed = row(page, f"{REPO}:Q4_K_M")
@@ -169,7 +169,7 @@ def test_another_model_becomes_the_default(hub: FakeHub, tmp_path: Path, open_pa
 def test_where_models_stay_the_page_says_who_can_change_that(tmp_path: Path, open_page: Callable[..., Any]) -> None:
     with managed(tmp_path, allow_model_changes=False) as site:
         page = open_page(f"{site.url}#/models")
-        page.get_by_text("Models are added and removed by whoever runs this server.").wait_for()
+        page.get_by_text("Only whoever runs this server adds and removes models.").wait_for()
         assert page.get_by_label("Model on Hugging Face").count() == 0
         page.get_by_text("For whoever runs this server", exact=True).click()
         page.get_by_text("--allow-model-changes").wait_for()
