@@ -87,7 +87,7 @@ def test_nothing_behind_a_prompt_is_a_plain_continuation(suffix: str | None) -> 
         ({"suffix": "z", "echo": True}, QWEN, "echo", "cannot be combined with suffix"),
         ({"suffix": 5}, QWEN, "suffix", "must be a string"),
         ({"suffix": "z" * 5000}, QWEN, "max_tokens", "tokens"),
-        ({"suffix": "z", "prompt": [5000]}, QWEN, "prompt", "vocabulary ends"),
+        ({"suffix": "z", "prompt": [5000]}, QWEN, "prompt", "out of vocabulary"),
     ],
 )
 def test_what_cannot_be_filled_in_is_refused_by_name(
