@@ -30,7 +30,7 @@ _PACKAGES = {
     "langchain": ("langchain-tests==1.1.9", "langchain-openai==1.7.4", "langchain-ollama==1.1.0",
                   "langchain-anthropic==1.7.10"),
     "openai": ("openai[realtime]==3.57.0",),
-    "open_responses": ("openai==3.57.0", "openresponses-types==2.4.0"),
+    "open_responses": ("openai==3.57.0", "httpx==0.28.1", "openresponses-types==2.4.0"),
 }  # fmt: skip
 _NPM = {
     "ai_sdk": ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92", "@ai-sdk/anthropic@3.0.140",

@@ -25,7 +25,7 @@ class PoolingMethod(NamedTuple):
 
     positions: Literal["every", "first", "last"] = "every"
     divisor: Callable[[int], float] = lambda _: 1.0  # of the hidden states' sum, by the number of positions
-    gives: Literal["vector", "vectors", "weights"] = "vector"  # one, one of each token, or of the vocabulary's tokens
+    gives: Literal["vector", "vectors", "weights"] = "vector"  # one; one of each token; weights of the vocabulary
     mode: str | None = None
     gguf: int | None = None
 

@@ -19,7 +19,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.pooling import read_pooling
-from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies
+from candle_vllm.core.loading.rope import ROPE_KINDS, RopeConfig, attention_scale, inverse_frequencies, yarn_scale
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf
@@ -61,7 +61,7 @@ def _rope(rope: RopeConfig, log_multiplier: float | None) -> Keys:
         }
         if log_multiplier is not None and rope.mscale_all_dim:
             return keys | {"rope.scaling.yarn_log_multiplier": log_multiplier * rope.mscale_all_dim}
-        usual = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+        usual = yarn_scale(rope.factor)
         if not math.isclose(scale := attention_scale(rope), usual, rel_tol=1e-6):
             keys["rope.scaling.attn_factor"] = scale / usual  # this key is a factor of yarn's own scale
     return keys

@@ -239,11 +239,10 @@ def _take_in(
             return sums
 
         results = _each_row(e, rows, [e.zeros(F32)] * (2 * width) if gives else [], correct)
+        skips = [] if delta or not gives else of_columns(skip) if by_element else [lane(skip, first)] * width
         for tile, mask in enumerate(masks if gives else []):
             total = b.fadd(*results[2 * tile : 2 * tile + 2])
-            if not delta:
-                factor = of_columns(skip)[tile] if by_element else lane(skip, first)
-                total = e.fma(factor, values[tile], total)
+            total = e.fma(skips[tile], values[tile], total) if skips else total
             store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
         return context.get_dummy_value()
 
