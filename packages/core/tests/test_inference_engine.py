@@ -50,8 +50,12 @@ LONG = SamplingParams(max_tokens=400, ignore_eos=True, logits_processors=[_slowl
 
 
 def make(folder: Path, **settings: Any) -> InferenceEngine:
-    """Op by op in torch, which serves blocks of every size."""
-    return InferenceEngine(str(folder), threads=1, **({"enforce_eager": True} | settings))
+    return InferenceEngine(str(folder), threads=1, **settings)
+
+
+def make_in_torch(folder: Path, **settings: Any) -> InferenceEngine:
+    """Op by op: blocks of every size, and a runner whose steps a test can replace."""
+    return make(folder, enforce_eager=True, **settings)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,9 +136,9 @@ def test_batching_caching_and_chunking_change_no_token(
 
 def test_preemption_changes_no_token(toy_model: Path, alone: list[tuple[int, ...]]) -> None:
     config = toy_config()
-    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 4
-    memory = per_token * 120
-    with make(toy_model, block_size=4, kv_cache_memory=memory, max_model_len=120) as engine:
+    per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * 2  # bf16
+    memory = per_token * 128
+    with make(toy_model, block_size=16, kv_cache_memory=memory, max_model_len=120) as engine:
         outputs = engine.generate(prompts(), [params(i) for i in range(len(alone))], use_tqdm=False)
         assert engine.stats().preemptions > 0
     assert tokens(outputs) == alone
@@ -313,7 +317,7 @@ def test_a_failing_step_ends_its_requests_only(toy_model: Path, monkeypatch: pyt
     from candle_vllm.core import CandleVllmError
     from candle_vllm.core.engine.runners.eager_runner import EagerRunner
 
-    with make(toy_model) as engine:
+    with make_in_torch(toy_model) as engine:
         real = EagerRunner.run
 
         def fail(*_: Any) -> Any:
@@ -460,7 +464,7 @@ def test_the_first_step_is_part_of_the_prompts_time(toy_model: Path, monkeypatch
         time.sleep(0.05)
         return real(*arguments)
 
-    with make(toy_model) as engine:
+    with make_in_torch(toy_model) as engine:
         monkeypatch.setattr(EagerRunner, "run", slow)
         times = engine.generate([[1]], GREEDY, use_tqdm=False)[0].metrics
     assert times is not None
@@ -556,7 +560,10 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
     [
         ({"max_model_len": 513}, "max_model_len=512"),
         ({"kv_cache_memory": 1 << 45}, r"set kv_cache_memory=\d+ \(bytes\) or less"),
-        ({"kv_cache_memory": 65536, "max_model_len": 512}, r"max_model_len=128 or kv_cache_memory=1048576 \(bytes\)"),
+        (
+            {"kv_cache_memory": 65536, "max_model_len": 512, "enforce_eager": True},
+            r"max_model_len=128 or kv_cache_memory=1048576 \(bytes\)",
+        ),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens=8 or max_num_seqs=4"),
         ({"block_size": 24}, "power of two"),
         ({"device": "cuda"}, "device='cpu'"),
@@ -582,7 +589,7 @@ def test_settings_that_cannot_work_name_a_value_that_does(
 
 
 def test_little_memory_shortens_an_open_context(toy_model: Path) -> None:
-    with make(toy_model, kv_cache_memory=64 << 10, block_size=8) as engine:
+    with make_in_torch(toy_model, kv_cache_memory=64 << 10, block_size=8) as engine:
         assert engine.model_info.max_model_len == 128
         with pytest.raises(PromptTooLongError, match="context length is 128"):
             engine.generate([[1] * 128], use_tqdm=False)
