@@ -67,7 +67,7 @@ def exact() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def engine(toy_model: Path) -> Iterator[InferenceEngine]:
-    with make(toy_model, block_size=8) as made:
+    with make(toy_model, block_size=16) as made:
         yield made
 
 
