@@ -40,12 +40,12 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
 
 
 def make(folder: Path, **settings: Any) -> InferenceEngine:
-    return InferenceEngine(str(folder), threads=1, enforce_eager=True, **settings)
+    return InferenceEngine(str(folder), threads=1, **settings)
 
 
 @pytest.fixture(scope="module")
 def engine(toy_model: Path) -> Iterator[InferenceEngine]:
-    with make(toy_model, block_size=8) as made:
+    with make(toy_model, block_size=16) as made:
         yield made
 
 

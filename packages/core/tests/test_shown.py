@@ -192,7 +192,7 @@ def test_a_vector_shows_its_beginning_and_its_length() -> None:
 
 
 def test_an_engine_says_what_it_is(toy_model: Path) -> None:
-    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True, max_model_len=256) as engine:
+    with InferenceEngine(str(toy_model), threads=1, max_model_len=256) as engine:
         assert repr(engine) == f"<InferenceEngine '{toy_model.name}', llama on cpu, 256 tokens>"
         shown = repr(engine.model_info)
         assert shown.startswith(f"ModelInfo(name='{toy_model.name}', architecture='llama', num_parameters=")

@@ -180,7 +180,7 @@ def test_exact_sums_give_the_same_bits_alone_and_in_company(toy_model: Path) -> 
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=1)
 
     def numbers(**settings: Any) -> list[list[tuple[int, float]]]:
-        with InferenceEngine(str(toy_model), enforce_eager=True, **settings) as engine:
+        with InferenceEngine(str(toy_model), **settings) as engine:
             outputs = engine.generate(prompts, params, use_tqdm=False)
         return [[(e.chosen.token_id, e.chosen.logprob) for e in output.outputs[0].logprobs or ()] for output in outputs]
 

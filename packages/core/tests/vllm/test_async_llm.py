@@ -30,7 +30,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def engine(toy_model: Path) -> Iterator[InferenceEngine]:
-    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True) as made:
+    with InferenceEngine(str(toy_model), threads=1) as made:
         yield made
 
 

@@ -35,7 +35,7 @@ USER = {"role": "user", "content": "hi"}
 
 @pytest.fixture(scope="module")
 def engine(toy_model: Path) -> Iterator[InferenceEngine]:
-    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True) as made:
+    with InferenceEngine(str(toy_model), threads=1) as made:
         yield made
 
 
@@ -123,7 +123,7 @@ def test_the_models_own_defaults_count_without_parameters_alone(toy_model: Path,
     folder = shutil.copytree(toy_model, tmp_path / "toy")
     said = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 7, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(said))
-    with InferenceEngine(str(folder), threads=1, enforce_eager=True) as engine:
+    with InferenceEngine(str(folder), threads=1) as engine:
         params = LLM(engine).get_default_sampling_params()
         assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.3, 5, 1, 7)
         assert "max_tokens" not in engine.model_info.default_sampling
@@ -270,7 +270,7 @@ def test_the_engine_itself_says_whose_output_kind_is(engine: InferenceEngine) ->
 
 
 def test_over_an_engine_in_a_process_of_its_own(toy_model: Path, engine: InferenceEngine) -> None:
-    with RemoteEngine(str(toy_model), threads=1, enforce_eager=True) as remote:
+    with RemoteEngine(str(toy_model), threads=1) as remote:
         llm = LLM(remote)
         found = llm.generate("abc" * 40, GREEDY)[0]
         assert found.outputs[0].token_ids == list(engine.generate("abc" * 40, GREEDY)[0].token_ids)
