@@ -34,6 +34,12 @@ def leased(store: AdapterStore, *entries: Entry) -> Entries:
     return wanted
 
 
+def _held(store: AdapterStore) -> tuple[int, int, int]:
+    """Known adapters, adapters in memory, and their bytes."""
+    stats = store.stats()
+    return stats["adapters"], stats["adapters_in_memory"], stats["adapter_bytes"]
+
+
 def test_an_adapter_is_loaded_when_it_is_wanted_and_told() -> None:
     loads = Loads()
     store = AdapterStore(loads)
@@ -44,7 +50,7 @@ def test_an_adapter_is_loaded_when_it_is_wanted_and_told() -> None:
     (info,) = store.infos()
     assert (info.state, info.rank, info.modules, info.base, info.notes) == ("ready", 8, 2, "base", ("a note",))
     assert len(info.digest) == 64
-    assert store.numbers == (1, 1, 100)
+    assert _held(store) == (1, 1, 100)
     store.release(lease)
     store.close()
 
@@ -77,7 +83,7 @@ def test_what_was_not_used_for_longest_leaves_and_comes_back() -> None:
     assert [each.name for each in store.infos() if each.state == "ready"] == ["a", "c"]
     store.release(leased(store, b))
     assert loads.begun == ["a", "b", "c", "b"]
-    assert store.counts.evictions == 2
+    assert store.stats()["adapter_evictions"] == 2
     store.close()
 
 
@@ -89,7 +95,7 @@ def test_memory_is_bounded_by_bytes_and_what_is_too_large_alone_is_refused() -> 
     assert [each.name for each in store.infos() if each.state == "ready"] == ["b", "c", "d"]
     with pytest.raises(AdapterError, match=r"'huge' cannot be used: it takes 600 bytes, .* set lora_memory=600"):
         store.add(use("huge"), PATIENCE)
-    assert store.numbers == (4, 2, 200)  # room was made for it
+    assert _held(store) == (4, 2, 200)  # room was made for it
     store.close()
 
 
@@ -161,7 +167,7 @@ def test_a_failure_is_kept_for_a_while_and_tried_again() -> None:
     with pytest.raises(AdapterError, match="lora_B is missing"):
         store.add(use("bad new"), PATIENCE)
     assert [each.name for each in store.infos()] == ["bad"]
-    assert store.counts.failures == 3
+    assert store.stats()["adapter_load_failures"] == 3
     store.close()
 
 
@@ -198,9 +204,9 @@ def test_files_read_anew_are_another_adapter_and_the_old_one_serves_until_they_a
     wait_for(lambda: store.find(use("a")) is new)
     store.want(())
     assert store.infos()[0].digest != before
-    assert store.numbers == (1, 2, 200)
+    assert _held(store) == (1, 2, 200)
     store.release(lease)
-    assert store.numbers == (1, 1, 100)
+    assert _held(store) == (1, 1, 100)
     assert loads.counts["a"] == 2
     store.close()
 
@@ -237,9 +243,9 @@ def test_a_removed_name_is_forgotten_and_its_memory_with_the_last_lease() -> Non
     with pytest.raises(InvalidParameterError, match="there is no adapter 'a', nor any other"):
         store.find(use("a", path=""))
     store.release(first)
-    assert store.numbers == (0, 1, 100)
+    assert _held(store) == (0, 1, 100)
     store.release(second)
-    assert store.numbers == (0, 0, 0)
+    assert _held(store) == (0, 0, 0)
     gc.collect()
     assert memory() is None
     store.close()
@@ -256,7 +262,7 @@ def test_a_name_that_is_removed_while_it_is_loaded_takes_no_memory() -> None:
     store.want(())
     loads.gate.set()
     wait_for(lambda: store.changes == 1)
-    assert store.numbers == (0, 0, 0)
+    assert _held(store) == (0, 0, 0)
     store.close()
 
 
@@ -338,7 +344,7 @@ def test_names_that_requests_gave_are_forgotten_in_turn(monkeypatch: pytest.Monk
     store.release(wanted)
     store.release(lease)
     assert store.remove("b")
-    assert store.numbers == (3, 1, 100)
+    assert _held(store) == (3, 1, 100)
     store.close()
 
 
@@ -413,7 +419,7 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
         elif kind == "anew":
             store.want([store.find(use(str(what), inplace=True))])
         commit()
-        known, held, nbytes = store.numbers
+        known, held, nbytes = _held(store)
         in_use = {entry for entries, _ in leases for entry, _ in entries}
         assert held <= max(most, len(in_use))
         assert nbytes <= max(most_bytes, 100 * len(in_use))

@@ -157,7 +157,7 @@ def test_runs_are_drawn_by_the_steps_own_plan(engine: InferenceEngine, monkeypat
     given = [*cases(["plain"], 2), *cases(["logprobs"], 1)]
     monkeypatch.setattr(drafter, "propose", lambda *_: False)
     expected = answered(engine, given)
-    entered, run, steps = [0], team.run, inner._num_steps
+    entered, run, steps = [0], team.run, inner.stats().steps
 
     def counted(*plan: Any) -> None:
         entered[0] += 1
@@ -166,7 +166,7 @@ def test_runs_are_drawn_by_the_steps_own_plan(engine: InferenceEngine, monkeypat
     monkeypatch.setattr(team, "run", counted)
     monkeypatch.setattr(drafter, "propose", forced("random", given[:4], expected[:4]))
     assert answered(engine, given[:4]) == expected[:4]
-    assert entered[0] == inner._num_steps - steps
+    assert entered[0] == inner.stats().steps - steps
     monkeypatch.setattr(drafter, "propose", forced("random", given, expected))
     assert answered(engine, given) == expected
 

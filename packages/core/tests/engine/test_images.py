@@ -76,7 +76,7 @@ def test_a_picture_is_encoded_once_in_pieces(tower: Tower) -> None:
     third = sequence(1)
     store.add(third)
     assert store.is_ready(third)
-    assert (store.num_encoded, store.num_reused) == (2, 1)
+    assert (store.stats()["images_encoded"], store.stats()["images_reused"]) == (2, 1)
     assert not store.works
 
 

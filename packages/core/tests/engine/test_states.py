@@ -214,7 +214,7 @@ def test_an_answer_keeps_one_checkpoint() -> None:
     model = Pretended()
     model.add([0, 1, 2, 1, 2], 0, max_tokens=40)
     model.finish()
-    assert model.states.num_checkpoints == 2
+    assert model.states.stats()["checkpoints"] == 2
 
 
 def test_a_block_that_leaves_the_cache_takes_its_checkpoint_along() -> None:
@@ -224,5 +224,5 @@ def test_a_block_that_leaves_the_cache_takes_its_checkpoint_along() -> None:
     model.add([2, 1] * 14, 1)
     model.finish()
     assert model.is_whole()
-    found = model.states.num_checkpoints
+    found = model.states.stats()["checkpoints"]
     assert found == len([each for each in model.states._published if each in model.scheduler.blocks._published])

@@ -21,7 +21,6 @@ from candle_vllm.core import (
     EngineConfig,
     EngineDeadError,
     EngineOverloadedError,
-    EngineStats,
     InferenceEngine,
     InvalidParameterError,
     LoRARequest,
@@ -33,7 +32,7 @@ from candle_vllm.core import (
 )
 from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.remote import fleet
-from candle_vllm.core.remote.fleet import combined, replica_configs
+from candle_vllm.core.remote.fleet import replica_configs
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_adapter import linear_shapes, write_adapter
 from tests.waiting import until, wait_for
@@ -320,19 +319,3 @@ def test_devices_and_replicas_must_agree(settings: dict[str, Any], message: str)
 def test_one_engine_refuses_to_be_several(kind: type[InferenceEngine] | type[RemoteEngine]) -> None:
     with pytest.raises(ConfigError, match="ReplicatedEngine"):
         kind("m", data_parallel_size=2)
-
-
-def test_numbers_of_several_engines_add_up() -> None:
-    one = EngineStats(
-        num_running=1, num_waiting=2, num_blocks=10, num_free_blocks=4, block_size=16, prompt_tokens=100,
-        cached_prompt_tokens=50, generation_tokens=7, finished={"stop": 2}, preemptions=1, steps=9, adapters=3,
-        accepted_per_position=(3, 1), step_seconds=(0.5,), running_adapters={"a": 1}, max_adapters=8,
-        adapter_load_seconds=0.5,
-    )  # fmt: skip
-    two = replace(one, finished={"stop": 1, "length": 4}, accepted_per_position=(1,), running_adapters={}, adapters=2)
-    both = combined([one, two])
-    assert (both.num_running, both.num_blocks, both.prompt_tokens, both.steps) == (2, 20, 200, 18)
-    assert (both.block_size, both.adapters, both.max_adapters) == (16, 3, 8)
-    assert both.finished == {"stop": 3, "length": 4}
-    assert (both.accepted_per_position, both.step_seconds) == ((4, 1), (0.5,))
-    assert (both.running_adapters, both.adapter_load_seconds) == ({"a": 1}, 1.0)

@@ -309,12 +309,12 @@ async def test_counters_go_on_when_a_model_is_loaded_again() -> None:
         reading = metrics.models()[0].read()
         assert reading.engine is not None
         assert reading.tokens.completion_tokens == 4 * load
-        assert (reading.engine_sums["preemptions"], reading.engine_sums["cached_prompt_tokens"]) == (2 * load, 4 * load)
+        assert (reading.engine_sums.preemptions, reading.engine_sums.cached_prompt_tokens) == (2 * load, 4 * load)
         watcher.close()
     reading = metrics.models()[0].read()
     assert reading.engine is None
-    assert reading.engine_sums["prompt_tokens"] == 20
-    assert reading.engine_sums["accepted_per_position"] == (4, 1, 0)
+    assert reading.engine_sums.prompt_tokens == 20
+    assert reading.engine_sums.accepted_per_position == (4, 1, 0)
 
 
 async def test_a_new_engine_takes_the_place_of_one_that_was_not_closed() -> None:
@@ -328,7 +328,7 @@ async def test_a_new_engine_takes_the_place_of_one_that_was_not_closed() -> None
     assert reading.engine is not None
     assert reading.engine.stats is not None
     assert reading.engine.stats.num_running == 2
-    assert reading.engine_sums["preemptions"] == 2
+    assert reading.engine_sums.preemptions == 2
 
 
 def test_encoders_have_no_cache_to_show(noted: Any) -> None:

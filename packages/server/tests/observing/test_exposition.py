@@ -12,20 +12,25 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import msgspec
+import prometheus_client
 import prometheus_client.parser as prometheus_parser
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from candle_vllm.core.engine.requests import LoRARequest
-from candle_vllm.core.engine.stats import ReplicaStats
+from candle_vllm.core.engine.stats import EngineStats, Histogram, ReplicaStats, Stat, combined, forms
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.server.observing import exposition
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
-from candle_vllm.server.observing.series import ALL_SERIES, HTTP
+from candle_vllm.server.observing.model_metrics import EngineWatcher
+from candle_vllm.server.observing.series import ALL_SERIES, HTTP, engine_series
 from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in
 from packages.server.tests.server_fakes import PacedEngine, whole_answer
 from tests.ports import free_port
@@ -124,6 +129,53 @@ async def test_the_format_is_negotiated(noted: Any, accept: str, kind: str) -> N
     if data.endswith(b"# EOF\n"):
         families = {family.name: family for family in text_string_to_metric_families(data.decode())}
         assert families["vllm:generation_tokens"].samples[0].value == 3
+
+
+class _Measured(EngineStats):
+    """Statistics with one more field: all that a new histogram of the engine declares."""
+
+    waits: Annotated[Histogram, Stat("counter", "x:waits_seconds", "Waits, seconds.")] = msgspec.field(
+        default_factory=lambda: Histogram((0.25, 1, 8))
+    )
+
+
+VALUES = st.lists(st.integers(0, 640).map(lambda number: number / 64), max_size=20)  # their sums are exact
+
+
+@settings(max_examples=30)
+@given(VALUES, VALUES, VALUES)
+def test_a_histogram_of_the_engine_is_shown_as_prometheus_client_shows_its_own(
+    earlier: list[float], first: list[float], second: list[float]
+) -> None:
+    """The engine was loaded before; now it has two replicas."""
+    own = prometheus_client.Histogram(
+        "x:waits_seconds", "Waits, seconds.", ["model_name", "engine"], registry=None, buckets=(0.25, 1, 8)
+    )
+    each = list[_Measured]()
+    for values in (earlier, first, second):
+        waits = forms(_Measured)["waits"].zero.copy()
+        for value in values:
+            waits.observe(value)
+            own.labels("m", "0").observe(value)
+        own.labels("m", "0")
+        each.append(_Measured.snapshot(msgspec.structs.asdict(PacedEngine("").stats()), {"waits": waits}))
+    metrics, engine = Metrics(), PacedEngine("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exposition, "MODEL_SERIES", engine_series(forms(_Measured), gauges=False))
+        for stats in (each[0], combined(each[1:])):
+            engine.stats = lambda stats=stats: stats  # type: ignore[method-assign]
+            EngineWatcher(engine, metrics.model("m", 64))
+            engine = PacedEngine("")
+        for accept in ("", OPENMETRICS):
+            shown = _lines(render(metrics.registry, accept)[0])
+            registry = prometheus_client.CollectorRegistry()
+            registry.register(exposition.EventCollector([own]))
+            assert shown
+            assert shown == _lines(render(registry, accept)[0])
+
+
+def _lines(data: bytes) -> list[str]:
+    return [line for line in data.decode().splitlines() if "x:waits_seconds" in line]
 
 
 def test_two_applications_share_nothing() -> None:

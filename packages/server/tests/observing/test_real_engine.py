@@ -63,8 +63,8 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
     made = engine.stats().generation_tokens - before.generation_tokens
     assert 160 + sum(read) <= idle.tokens.completion_tokens <= made  # what was delivered, whether it was taken or not
     assert (idle.finished["length"], idle.finished["abort"]) == (4, 4)
-    assert idle.engine_sums["prompt_tokens"] - before.prompt_tokens == idle.tokens.prompt_tokens
-    assert idle.engine_sums["cached_prompt_tokens"] - before.cached_prompt_tokens == idle.tokens.cached_tokens
+    assert idle.engine_sums.prompt_tokens - before.prompt_tokens == idle.tokens.prompt_tokens
+    assert idle.engine_sums.cached_prompt_tokens - before.cached_prompt_tokens == idle.tokens.cached_tokens
     scheduled = idle.histograms["vllm:request_queue_time_seconds"]
     assert sum(scheduled.counts) == 2
     assert idle.histograms["vllm:request_inference_time_seconds"].total == pytest.approx(
@@ -104,7 +104,7 @@ async def test_vectors_of_a_model_that_generates_count_as_prompts(engine: Infere
     outputs = await engine.aembed([[1, 2, 3], [4, 5]], watcher=watcher)
     assert len(outputs) == 2
     reading = metrics.models()[0].read()
-    assert reading.tokens.prompt_tokens == reading.engine_sums["prompt_tokens"] - before == 5
+    assert reading.tokens.prompt_tokens == reading.engine_sums.prompt_tokens - before == 5
     assert reading.finished == {"stop": 2}
 
 
@@ -121,6 +121,6 @@ async def test_closing_an_engine_aborts_and_leaves_its_counters(tmp_path: Any) -
     assert pieces[-1].finish_reason == "abort"
     reading = metrics.models()[0].read()
     assert reading.engine is None
-    assert reading.engine_sums["steps"] > 0
+    assert reading.engine_sums.steps > 0
     assert dict(reading.finished) == {"abort": 1}
     assert reading.tokens.completion_tokens == 1 + sum(len(piece.token_ids) for piece in pieces)

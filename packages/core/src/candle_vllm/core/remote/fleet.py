@@ -27,7 +27,7 @@ from candle_vllm.core.engine.cache.block_manager import block_hashes
 from candle_vllm.core.engine.model_info import AdapterInfo, ModelInfo
 from candle_vllm.core.engine.requests import AdapterUse, GenerationRequest
 from candle_vllm.core.engine.runners.sleeping import TAGS
-from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
+from candle_vllm.core.engine.stats import EngineStats, ReplicaStats, combined, ended
 from candle_vllm.core.engine.step.sequence import PlacedImage
 from candle_vllm.core.engine.step.thread import Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
@@ -218,7 +218,7 @@ class Fleet:
             told = tuple(_of_replica(stats, restarts) for stats, restarts in zip(each, self._restarts))
             alive = [stats for stats in each if stats is not None]
             past = [] if self._past is None else [self._past]
-            return replace(combined(alive + past or [_ended(self._replicas[0].last_stats())]), replicas=told)
+            return replace(combined(alive + past or [ended(self._replicas[0].last_stats())]), replicas=told)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when the last replica has died; at once if no replica is left."""
@@ -432,7 +432,7 @@ class Fleet:
         with self._lock:
             if self._closed.is_set() or not self._up[number]:
                 return
-            last = _ended(self._replicas[number].last_stats())
+            last = ended(self._replicas[number].last_stats())
             self._past = last if self._past is None else combined([self._past, last])
             self._up[number] = False
             self._router.lost(number)
@@ -507,16 +507,6 @@ class Fleet:
 
 
 # ---- aggregation -----------------------------------------------------------------------------------------------------
-
-
-def combined(each: Sequence[EngineStats]) -> EngineStats:
-    """Aggregate the statistics of several engines, by the annotations of `EngineStats`."""
-    return EngineStats(**{name: kind.join([getattr(stats, name) for stats in each]) for name, kind in STATS.items()})
-
-
-def _ended(stats: EngineStats) -> EngineStats:
-    """Return the counters of an ended engine, with all gauges at zero."""
-    return replace(stats, **{name: type(getattr(stats, name))() for name, kind in STATS.items() if kind.now})
 
 
 def _of_replica(stats: EngineStats | None, restarts: int) -> ReplicaStats:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -16,7 +17,9 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
+from prometheus_client.utils import INF, floatToGoString
 
+from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.server.observing.model_metrics import ModelMetrics
 from candle_vllm.server.observing.series import ENGINE, MCP_SERVERS, MODEL_SERIES, ModelReading, Series
 
@@ -98,12 +101,13 @@ def _family(series: Series) -> Metric:
 
 
 def _add(family: Metric, series: Series, reading: ModelReading) -> None:
-    labels = (reading.name, ENGINE)
-    if isinstance(family, HistogramMetricFamily):
-        histogram = reading.histograms[series.name]
-        family.add_metric(labels, histogram.buckets(), histogram.total)
-        return
-    assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
     assert series.read is not None
     for more, value in series.read(reading):
-        family.add_metric((*labels, *more), value)
+        labels = (reading.name, ENGINE, *more)
+        if isinstance(value, Histogram):
+            assert isinstance(family, HistogramMetricFamily)
+            bounds, counts = map(floatToGoString, (*value.bounds, INF)), map(float, accumulate(value.counts))
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), value.total)
+        else:
+            assert isinstance(family, (CounterMetricFamily, GaugeMetricFamily))
+            family.add_metric(labels, value)

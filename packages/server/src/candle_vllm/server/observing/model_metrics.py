@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from candle_vllm.core.engine.model_info import AdapterInfo
 from candle_vllm.core.engine.requests import LoRARequest
-from candle_vllm.core.engine.stats import STATS, EngineStats
+from candle_vllm.core.engine.stats import EngineStats, Histogram, combined
 from candle_vllm.core.engine.step.request_watchers import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
 from candle_vllm.server.http.request_context import NO_KEY, current_request
 from candle_vllm.server.observing.request_record import FinishedRequest, RequestRecord
 from candle_vllm.server.observing.series import (
-    ENGINE_COUNTERS,
     HISTOGRAMS,
     INTER_TOKEN_LATENCY,
     TIME_PER_OUTPUT_TOKEN,
@@ -29,7 +28,7 @@ from candle_vllm.server.observing.series import (
     EngineReading,
     ModelReading,
 )  # fmt: skip
-from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageTable, token_buckets
+from candle_vllm.server.observing.tally import UsageCounts, UsageTable, token_buckets
 
 Observer = Callable[[FinishedRequest], None]
 
@@ -125,7 +124,7 @@ class ModelMetrics:
         buckets = token_buckets(max_model_len)
         self._histograms = {each.name: Histogram(each.buckets or buckets) for each in HISTOGRAMS}
         self._engine: EngineWatcher | None = None
-        self._past: Mapping[str, Any] = {each.stat: STATS[each.stat].join([]) for each in ENGINE_COUNTERS}
+        self._past: list[EngineStats] = []  # the sum over past engines, if there are any
         self.gap_bounds = self._histograms[INTER_TOKEN_LATENCY.name].bounds
 
     # ---- the engine --------------------------------------------------------------------------------------------------
@@ -137,14 +136,14 @@ class ModelMetrics:
             self._adapters.max_keys = max(self._adapters.max_keys, 0 if stats is None else stats.max_adapters)
             before, self._engine = self._engine, engine
             if before is not None:
-                self._past = _sums(self._past, before.read())
+                self._past = [self._sum(before.read())]
 
     def detach(self, engine: EngineWatcher) -> None:
         """Remove the gauges of an engine before it closes; its counts stay."""
         with self._lock:
             if self._engine is engine:
                 self._engine = None
-                self._past = _sums(self._past, engine.read())
+                self._past = [self._sum(engine.read())]
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
@@ -196,11 +195,15 @@ class ModelMetrics:
                 histograms[INTER_TOKEN_LATENCY.name].merge(record.gaps)
             histograms[TIME_PER_OUTPUT_TOKEN.name] = histograms[INTER_TOKEN_LATENCY.name]
             return ModelReading(
-                self.name, tokens, Counter(self._finished), histograms, _sums(self._past, engine), engine,
+                self.name, tokens, Counter(self._finished), histograms, self._sum(engine), engine,
                 self._adapters.rows(),
             )  # fmt: skip
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _sum(self, engine: EngineReading | None) -> EngineStats:
+        """Return the sums over past engines and this one; only their counters are used."""
+        return combined(self._past if engine is None or engine.stats is None else [*self._past, engine.stats])
 
     def _add(self, record: RequestRecord, summary: FinishedRequest) -> None:
         self._tokens = self._tokens.plus(
@@ -220,11 +223,3 @@ class ModelMetrics:
                 observer(summary)
             except Exception:  # a failed log or trace must not fail the answer
                 logger.warning("a request could not be reported", exc_info=True)
-
-
-def _sums(past: Mapping[str, Any], engine: EngineReading | None) -> Mapping[str, Any]:
-    """Return the sums of past engines' own counters and of this engine's."""
-    stats = None if engine is None else engine.stats
-    if stats is None:
-        return past
-    return {name: STATS[name].join([value, getattr(stats, name)]) for name, value in past.items()}

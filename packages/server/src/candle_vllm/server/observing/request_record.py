@@ -10,15 +10,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from candle_vllm.core import errors
 from candle_vllm.core.engine.outputs import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.stats import Histogram
 from candle_vllm.core.engine.step.request_watchers import Pooled, RequestInfo
 from candle_vllm.server.http.request_context import RequestContext
-from candle_vllm.server.observing.tally import Histogram
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Counts(Protocol):
     """
 
     name: str
-    gap_bounds: Sequence[float]
+    gap_bounds: tuple[float, ...]
     ended: deque[RequestRecord]
 
     def first_token(self, seconds: float) -> None: ...

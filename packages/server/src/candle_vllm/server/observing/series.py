@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from candle_vllm.core.engine.outputs import FinishReason
-from candle_vllm.core.engine.stats import STATS, EngineStats, ReplicaStats
+from candle_vllm.core.engine.stats import STATS, EngineStats, Histogram, ReplicaStats, Stat
 from candle_vllm.server.observing.request_record import FinishedRequest
-from candle_vllm.server.observing.tally import Histogram, UsageCounts, UsageRow
+from candle_vllm.server.observing.tally import UsageCounts, UsageRow
 
 FINISH_REASONS = tuple(reason.value for reason in FinishReason if reason is not FinishReason.TOOL_CALLS)
 MODEL = ("model_name", "engine")
@@ -27,7 +27,7 @@ ENGINE = "0"
 MOST_NAMED = 16
 """Maximum number of LoRA adapters in a label."""
 
-Row = tuple[tuple[str, ...], float]  # values of further labels, and the value of the sample
+Row = tuple[tuple[str, ...], float | Histogram]  # values of further labels, and the value of the sample
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class ModelReading:
     Attributes:
         finished: sequences and pooled texts by finish reason.
         histograms: histograms by name of the metric.
-        engine_sums: sums over all its engines, including the current one, by field of `EngineStats`; a tuple of sums
-            for a counter with a label.
+        engine_sums: sums of the counters of all its engines, including the current one.
         engine: the loaded engine; None while the model is not loaded.
         adapters: ended requests and their tokens, by LoRA adapter.
     """
@@ -61,7 +60,7 @@ class ModelReading:
     tokens: UsageCounts
     finished: Counter[str]
     histograms: Mapping[str, Histogram]
-    engine_sums: Mapping[str, Any]
+    engine_sums: EngineStats
     engine: EngineReading | None
     adapters: Sequence[UsageRow] = ()
 
@@ -74,9 +73,8 @@ class Series:
         kind: Prometheus's type.
         help: what is counted or measured, and in which unit.
         buckets: upper bounds of a histogram, without the infinite one; if empty, the buckets of `token_buckets`.
-        read: returns the samples of a model's counter or gauge.
+        read: returns the samples of a model's series.
         values: returns the values that a successful request adds to a histogram; None adds no value.
-        stat: the field of `EngineStats` that a counter sums up.
     """
 
     name: str
@@ -86,7 +84,6 @@ class Series:
     buckets: tuple[float, ...] = ()
     read: Callable[[ModelReading], Iterable[Row]] | None = None
     values: Callable[[FinishedRequest], Iterable[float | None]] = lambda _: ()
-    stat: str = ""
 
 
 _FIRST_TOKEN = (
@@ -108,22 +105,15 @@ def _gauge(name: str, text: str, value: Callable[[EngineReading], float]) -> Ser
     )
 
 
-def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
-    """A gauge of a loaded model's KV cache; an encoder has no cache."""
+def _engine(name: str, text: str, when: str, row: Callable[[EngineStats, EngineReading], Row], *labels: str) -> Series:
+    """A gauge of a loaded model's engine, while the field `when` of its statistics is not 0.
+
+    An encoder has no blocks (`num_blocks`); an engine has LoRA slots (`max_adapters`) if adapters are enabled.
+    """
 
     def read(model: ModelReading) -> Iterable[Row]:
         stats = None if model.engine is None else model.engine.stats
-        return [row(stats, model.engine)] if model.engine is not None and stats and stats.num_blocks else ()
-
-    return Series(name, "gauge", (*MODEL, *labels), text, read=read)
-
-
-def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: str) -> Series:
-    """A gauge of the LoRA adapters of a loaded model's engine, if adapters are enabled."""
-
-    def read(model: ModelReading) -> Iterable[Row]:
-        stats = None if model.engine is None else model.engine.stats
-        return [row(stats)] if stats and stats.max_adapters else ()
+        return [row(stats, model.engine)] if model.engine is not None and stats and getattr(stats, when) else ()
 
     return Series(name, "gauge", (*MODEL, *labels), text, read=read)
 
@@ -144,9 +134,24 @@ def _named(counts: Mapping[str, int]) -> str:
     return ",".join([*sorted(names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
 
 
-def _engine_sum(stat: str, model: ModelReading) -> Iterable[Row]:
-    value = model.engine_sums[stat]
-    return [((str(index),), each) for index, each in enumerate(value)] if STATS[stat].label else [((), value)]
+def engine_series(forms: Mapping[str, Stat], *, gauges: bool) -> tuple[Series, ...]:
+    """Return the series that fields of `EngineStats` declare: the gauges, or the counters and histograms.
+
+    The sums of counters and histograms survive unloading.
+    """
+
+    def read(name: str, stat: Stat, model: ModelReading) -> Iterable[Row]:
+        stats = (model.engine and model.engine.stats) if gauges else model.engine_sums
+        if stats is None or (stat.when and not getattr(stats, stat.when)):
+            return ()
+        value = getattr(stats, name)
+        return [((str(index),), each) for index, each in enumerate(value)] if stat.label else [((), value)]
+
+    return tuple(
+        Series(stat.series, stat.kind, (*MODEL, *filter(None, [stat.label])), stat.help, read=partial(read, name, stat))
+        for name, stat in forms.items()
+        if stat.series and (stat.kind == "gauge") == gauges
+    )
 
 
 def _tokens(name: str, text: str, value: Callable[[UsageCounts], float]) -> Series:
@@ -169,7 +174,7 @@ def _histogram(
 ) -> Series:
     """A histogram to which requests of the operations `of` are added when they end."""
     return Series(
-        name, "histogram", MODEL, text, buckets,
+        name, "histogram", MODEL, text, buckets, read=lambda model: [((), model.histograms[name])],
         values=lambda request: values(request) if request.info.operation in of else (),
     )  # fmt: skip
 
@@ -193,11 +198,11 @@ GAUGES: tuple[Series, ...] = (
            lambda engine: engine.runs.num_running if engine.runs else 0),
     _gauge("vllm:num_requests_waiting", "Sequences that wait, before the engine and in it.",
            lambda engine: engine.queued + (engine.runs.num_waiting if engine.runs else 0)),
-    _cache("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.",
-           lambda stats, engine: ((), (stats.num_blocks - stats.num_free_blocks if engine.runs else 0)
-                                  / stats.num_blocks)),
-    _cache("vllm:cache_config_info", "The KV cache's tokens per block, and blocks, as labels; always 1.",
-           lambda stats, _: ((str(stats.block_size), str(stats.num_blocks)), 1), "block_size", "num_gpu_blocks"),
+    _engine("vllm:kv_cache_usage_perc", "Share of the KV cache's blocks that sequences hold, 0 to 1.", "num_blocks",
+            lambda stats, engine: ((), (stats.num_blocks - stats.num_free_blocks if engine.runs else 0)
+                                   / stats.num_blocks)),
+    _engine("vllm:cache_config_info", "The KV cache's tokens per block, and blocks, as labels; always 1.", "num_blocks",
+            lambda stats, _: ((str(stats.block_size), str(stats.num_blocks)), 1), "block_size", "num_gpu_blocks"),
     _gauge("candle_vllm:num_requests_queued", "Sequences that wait before the engine.", lambda engine: engine.queued),
     _gauge("candle_vllm:engine_up", "1 while the loaded model's engine is alive, 0 after it failed.",
            lambda engine: int(engine.alive)),
@@ -205,20 +210,11 @@ GAUGES: tuple[Series, ...] = (
            "Whether the engine is awake, sleeps at level 1 (weights_offloaded) or at level 2 (discard_all): 1 or 0.",
            read=lambda model: () if model.engine is None or model.engine.stats is None else [
                ((state,), int(model.engine.stats.sleep_level == level)) for level, state in enumerate(SLEEP_STATES)]),
-    _adapters("vllm:lora_requests_info", "Adapters with running and with waiting sequences; the time of the scrape.",
-              lambda stats: ((str(stats.max_adapters), _named(stats.running_adapters), _named(stats.waiting_adapters)),
-                             time.time()), "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-    _adapters("candle_vllm:lora_adapters", "LoRA adapters of the engine.", lambda stats: ((), stats.adapters)),
-    _adapters("candle_vllm:lora_adapters_in_memory", "LoRA adapters in memory.",
-              lambda stats: ((), stats.adapters_in_memory)),
-    _adapters("candle_vllm:lora_memory_bytes", "Bytes of LoRA adapters in memory.",
-              lambda stats: ((), stats.adapter_bytes)),
-    _cache("candle_vllm:prompt_cache_bytes", "Bytes of offloaded KV blocks: on disk, in main memory, in Redis.",
-           lambda stats, _: ((), stats.kept_block_bytes)),
-    _cache("candle_vllm:state_checkpoints", "State checkpoints, from which prompts with the same prefix continue.",
-           lambda stats, _: ((), stats.checkpoints)),
-    _cache("candle_vllm:state_checkpoint_slots", "Maximum number of state checkpoints; 0 if no layer has a state.",
-           lambda stats, _: ((), stats.checkpoint_slots)),
+    _engine("vllm:lora_requests_info", "Adapters with running and with waiting sequences; the time of the scrape.",
+            "max_adapters", lambda stats, _: (
+                (str(stats.max_adapters), _named(stats.running_adapters), _named(stats.waiting_adapters)), time.time()),
+            "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+    *engine_series(STATS, gauges=True),
     _replicas("candle_vllm:replica_up", "1 while a replica accepts requests, 0 while it restarts.",
               lambda replica: int(replica.alive)),
     _replicas("candle_vllm:replica_restarts", "Restarts of a replica since the model was loaded.",
@@ -232,13 +228,8 @@ GAUGES: tuple[Series, ...] = (
 )  # fmt: skip
 """Gauges of a loaded model, read at each scrape."""
 
-ENGINE_COUNTERS: tuple[Series, ...] = tuple(
-    Series(kind.series, "counter", (*MODEL, *filter(None, [kind.label])), kind.help, stat=stat,
-           read=partial(_engine_sum, stat))
-    for stat, kind in STATS.items()
-    if kind.series
-)  # fmt: skip
-"""Counters of the engine itself; their sums survive unloading."""
+ENGINE_COUNTS = engine_series(STATS, gauges=False)
+"""Counters and histograms of the engine itself."""
 
 REQUEST_COUNTERS: tuple[Series, ...] = (
     _tokens("vllm:prompt_tokens_total", "Prompt tokens; each prompt of a request counts once.",
@@ -342,5 +333,5 @@ HTTP: tuple[Series, ...] = (
     Series("http_requests_in_progress", "gauge", ("method",), "HTTP requests that are being answered."),
 )  # fmt: skip
 
-MODEL_SERIES = GAUGES + ENGINE_COUNTERS + REQUEST_COUNTERS + HISTOGRAMS
+MODEL_SERIES = GAUGES + ENGINE_COUNTS + REQUEST_COUNTERS + HISTOGRAMS
 ALL_SERIES = MODEL_SERIES + EVENTS + (MCP_SERVERS,) + HTTP

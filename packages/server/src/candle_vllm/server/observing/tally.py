@@ -1,59 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Histograms without a lock, for values that are measured at every token, and token counts by model and key.
-
-The histograms of prometheus-client take a lock and search all buckets, which is too slow for every token.
-"""
+"""Token counts by model and key, and the buckets of token counts."""
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-from prometheus_client.utils import INF, floatToGoString
 
 MAX_KEYS = 1000
 OTHER_KEYS = "other"
 """Label under which the keys beyond `MAX_KEYS` are counted together."""
-
-
-class Histogram:
-    """Counts per bucket, and the sum of the values. One thread writes at a time.
-
-    `bounds` are the upper bounds, ascending, without the infinite one.
-    """
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value in the first bucket whose upper bound is at least the value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def merge(self, other: Histogram) -> None:
-        """Add the observations of another histogram with the same bounds."""
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        self.total += other.total
-
-    def copy(self) -> Histogram:
-        """Return a histogram with the same observations."""
-        made = Histogram(self.bounds)
-        made.merge(self)
-        return made
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """Return upper bound and cumulative count of each bucket, as in Prometheus's format."""
-        made, sum_so_far = [], 0
-        for bound, count in zip((*self.bounds, INF), self.counts, strict=True):
-            sum_so_far += count
-            made.append((floatToGoString(bound), float(sum_so_far)))
-        return made
 
 
 def token_buckets(most: int) -> tuple[float, ...]:

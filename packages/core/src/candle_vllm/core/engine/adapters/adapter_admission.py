@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any, Final
 
 from candle_vllm.core.engine.adapters.adapter_store import AdapterStore, Entry
 from candle_vllm.core.engine.step.sequence import Sequence
+
+_MOST_NAMED: Final = 64  # maximum number of adapters in `EngineStats`
 
 
 class AdapterAdmission:
@@ -101,9 +104,15 @@ class AdapterAdmission:
         if sequence.adapters:
             self.store.release(sequence.entries)
 
-    def running(self) -> Counter[str]:
-        """Return the number of running sequences of each adapter by name; may be called in any thread."""
-        counts: Counter[str] = Counter()
+    def stats(self, waiting: Iterable[Sequence]) -> dict[str, Any]:
+        """Return the statistics of the adapters, by field of `EngineStats`; may be called in any thread."""
+        running = Counter[str]()
         for entry, count in dict(self._running).items():
-            counts[entry.name] += count
-        return counts
+            running[entry.name] += count
+        waits = Counter(entry.name for each in list(waiting) for entry, _ in each.entries)
+        return {
+            **self.store.stats(),
+            "max_adapters": self.most,
+            "running_adapters": dict(running.most_common(_MOST_NAMED)),
+            "waiting_adapters": dict(waits.most_common(_MOST_NAMED)),
+        }

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -114,16 +114,6 @@ Entries = tuple[tuple[Entry, float], ...]
 """The adapters of a sequence, each with its scale."""
 
 
-@dataclasses.dataclass
-class StoreCounts:
-    """Counts of a store since the start; `seconds` is the total time of its loads."""
-
-    loads: int = 0
-    failures: int = 0
-    evictions: int = 0
-    seconds: float = 0.0
-
-
 class AdapterStore:
     """Adapters by name, and the adapters in memory. Thread-safe.
 
@@ -137,7 +127,7 @@ class AdapterStore:
     Attributes:
         changes: a counter that grows whenever an adapter was loaded or has failed to load.
         on_change: called after each change, in the loading thread.
-        counts: counts of loads.
+        counts: counts since the start, by field of `EngineStats`.
     """
 
     def __init__(
@@ -151,7 +141,8 @@ class AdapterStore:
     ) -> None:
         self.changes = 0
         self.on_change: Callable[[], None] = lambda: None
-        self.counts = StoreCounts()
+        self.counts = Counter(adapter_loads=0, adapter_load_failures=0, adapter_evictions=0)
+        self._load_seconds = 0.0
         self._load, self._clock = load, clock
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
@@ -294,10 +285,15 @@ class AdapterStore:
             reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "").replace(str(place), place.name)
         return InvalidParameterError(f"adapter {entry.name!r:.80} cannot be used: {reason}", "lora_request")
 
-    @property
-    def numbers(self) -> tuple[int, int, int]:
-        """The number of known adapters, the number of adapters in memory, and the bytes of the adapters in memory."""
-        return len(self._entries), len(self._in_memory), self._bytes
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics of the store, by field of `EngineStats`."""
+        return {
+            **self.counts,
+            "adapters": len(self._entries),
+            "adapters_in_memory": len(self._in_memory),
+            "adapter_bytes": self._bytes,
+            "adapter_load_seconds": self._load_seconds,
+        }
 
     # ---- called for sequences ----------------------------------------------------------------------------------------
 
@@ -499,14 +495,14 @@ class AdapterStore:
             number, size, gone = number - 1, size - leaving[gone].nbytes, gone + 1
         for entry in leaving[:gone]:
             self._let_go(entry)
-            self.counts.evictions += 1
+            self.counts["adapter_evictions"] += 1
         return True
 
     def _failed(self, entry: Entry, said: str) -> None:
         entry.error, entry.state = said, "failed"
         entry.retry_at = self._clock() + FAILED_FOR
         entry.crowded = False
-        self.counts.failures += 1
+        self.counts["adapter_load_failures"] += 1
         if self._coming.get(entry.name) is entry:  # the name continues with its earlier files
             del self._coming[entry.name]
 
@@ -524,7 +520,7 @@ class AdapterStore:
             name=entry.name, path=entry.path, digest=packed.digest.hex(), rank=packed.rank, modules=packed.modules,
             delta_norm=packed.norm, base=loaded.base, notes=loaded.notes,
         )  # fmt: skip
-        self.counts.loads += 1
+        self.counts["adapter_loads"] += 1
         self._in_memory[entry] = None
         self._bytes += entry.nbytes
         if self._coming.get(entry.name) is entry:
@@ -567,7 +563,7 @@ class AdapterStore:
             logger.exception("adapter %r could not be loaded", entry.name)
             said = f"{type(error).__name__}: {error}"
         with self._change:
-            self.counts.seconds += time.perf_counter() - began
+            self._load_seconds += time.perf_counter() - began
             entry.attempts += 1
             if self._closed:
                 return

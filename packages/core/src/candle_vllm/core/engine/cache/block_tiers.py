@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -175,7 +175,7 @@ class BlockParts:
         self._asked: dict[int, float] = {}  # start of the running read, by thread
         self._writing: float | None = None  # start of the running write
         self._closing, self._quiet_until, self._told_until = False, 0.0, 0.0
-        self.num_written = self.num_failed = self.num_skipped = 0
+        self.counts = Counter(kept_blocks_written=0, kept_blocks_skipped=0, kept_block_failures=0)
         readers = min(_MOST_READERS, max(2, default_threads() // 2))
         self._readers = [threading.Thread(target=self._reads, name="candle-vllm-blocks-read") for _ in range(readers)]
         self._writer = threading.Thread(target=self._writes, name="candle-vllm-blocks-write")
@@ -196,7 +196,7 @@ class BlockParts:
         if self._store.has(digest) or digest in self._to_write or time.monotonic() < self._quiet_until:
             return
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
-            self.num_skipped += 1  # the store is slower than the model
+            self.counts["kept_blocks_skipped"] += 1  # the store is slower than the model
             return
         copied = _Copied(self._memory.copy_out(block, state=self._state))
         with self._wake:
@@ -306,7 +306,7 @@ class BlockParts:
         while not reading.is_over and reading.told in reading.done:
             data, failed = reading.done[reading.told]
             if data is None:  # a prefix ends at its first missing block
-                self.num_failed += failed
+                self.counts["kept_block_failures"] += failed
                 self._finish(reading)
             else:
                 del reading.done[reading.told]
@@ -345,10 +345,10 @@ class BlockParts:
             self._writing = time.monotonic()
             try:
                 self._store.write(digest, copied.bytes())
-                self.num_written += 1
+                self.counts["kept_blocks_written"] += 1
             except Exception as error:  # a store may raise any exception
                 with self._wake:
-                    self.num_failed += 1
+                    self.counts["kept_block_failures"] += 1
                 self._quiet_until = time.monotonic() + _SILENCE
                 logger.warning(
                     "KV blocks cannot be offloaded, and none will be written for %.0f s: %s", _SILENCE, error
@@ -415,29 +415,17 @@ class OffloadedBlocks:
         self._offered: list[tuple[int, bytes]] = []  # blocks that are not yet offered to the other ranks
         self._wake = threading.Condition()  # guards the ranks' reports on readings
         self._ranks = 1 if others is None else 1 + others.count
-        self.num_read = self._num_failed = 0
+        self._counts = Counter(kept_blocks_read=0, kept_block_failures=0)
         self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said), state=state)
         if others is not None:
             others.listen(self.heard)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._own.num_bytes
+    def stats(self) -> dict[str, int]:
+        """Return the statistics of offloading, by field of `EngineStats`.
 
-    @property
-    def num_written(self) -> int:
-        """Blocks written since the start."""
-        return self._own.num_written
-
-    @property
-    def num_skipped(self) -> int:
-        """Blocks that were not written because the writer was too slow, since the start."""
-        return self._own.num_skipped
-
-    @property
-    def num_failed(self) -> int:
-        """Blocks that this rank could not read or write, or another rank could not read; and late readings."""
-        return self._own.num_failed + self._num_failed
+        Failures are blocks that this rank could not read or write, or another rank could not read; and late readings.
+        """
+        return {**(self._own.counts + self._counts), "kept_block_bytes": self._own.num_bytes}
 
     @property
     def reads(self) -> bool:
@@ -448,7 +436,7 @@ class OffloadedBlocks:
         """Record a rank's report on the next block of a reading; see `BlockParts`."""
         with self._wake:
             if rank:
-                self._num_failed += failed
+                self._counts["kept_block_failures"] += failed
             reading = self._under_way.get(number)
             if reading is None:
                 return
@@ -477,7 +465,7 @@ class OffloadedBlocks:
             if not reading.is_over and time.monotonic() - reading.moved > _PATIENCE:
                 self._end(reading)
                 with self._wake:
-                    self._num_failed += 1
+                    self._counts["kept_block_failures"] += 1
             return reading.is_over
         first = len(self._blocks.lookup(hashes))
         missing: list[bytes] = []
@@ -523,7 +511,7 @@ class OffloadedBlocks:
                 if taken is None:
                     break
                 place = taken
-                self.num_read += 1
+                self._counts["kept_blocks_read"] += 1
             self._own.bring(reading.number, place)
             places.append(place)
         if places:
@@ -643,27 +631,11 @@ class OffloadedPrefixes:
         for each in self._both:
             each.close()
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the stores: blocks and checkpoints share a folder, but have separate parts of Redis."""
-        return (max if self._look is None else sum)(each.num_bytes for each in self._both)
-
-    @property
-    def num_read(self) -> int:
-        """Blocks and checkpoints read since the start."""
-        return sum(each.num_read for each in self._both)
-
-    @property
-    def num_written(self) -> int:
-        return sum(each.num_written for each in self._both)
-
-    @property
-    def num_skipped(self) -> int:
-        return sum(each.num_skipped for each in self._both)
-
-    @property
-    def num_failed(self) -> int:
-        return sum(each.num_failed for each in self._both)
+    def stats(self) -> dict[str, int]:
+        """Return the sums over both; blocks and checkpoints share a folder, but have separate parts of Redis."""
+        blocks, states = (each.stats() for each in self._both)
+        size = (max if self._look is None else sum)((blocks["kept_block_bytes"], states["kept_block_bytes"]))
+        return {**(Counter(blocks) + Counter(states)), "kept_block_bytes": size}
 
 
 def keep_blocks(

@@ -44,10 +44,9 @@ class StatePool:
         self._gone: set[int] = set()  # pinned slots that are no longer published
         self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
 
-    @property
-    def num_checkpoints(self) -> int:
-        """Number of published checkpoints."""
-        return len(self._published)
+    def stats(self) -> dict[str, int]:
+        """Return the statistics of checkpoints, by field of `EngineStats`."""
+        return {"checkpoints": len(self._published), "checkpoint_slots": self.num_checkpoint_slots}
 
     def depth(self, hashes: Seq[bytes]) -> int:
         """Return the number of blocks before the deepest checkpoint of a prefix; 0 without a checkpoint."""

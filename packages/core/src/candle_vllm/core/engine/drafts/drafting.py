@@ -18,12 +18,11 @@ sequence has no balance, because it gains most, and a few slow steps at its star
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
@@ -43,6 +42,7 @@ _PATIENCE = 16  # steps with drafts that were not worth trying, after which meas
 _SLOW = 0.003  # maximum seconds per step for a sequence's grammar calls; above it the sequence gets no drafts
 _LOOKED = 1024  # prompt and prediction tokens that one step indexes, so that a long text does not delay it
 _SHORT, _MARK_WEIGHT = 2, 1.5  # longest match whose tries count by its last token (`mark`); tries of its prior
+_TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
 _FORM = 1  # length of a match by `_Record.behind`, which only sequences with a grammar have
 
 # Bucket of each match length, and assumed (accepted, tries) of its next token at the start.
@@ -205,16 +205,6 @@ def _lower_median(seen: Sequence[float] | deque[float]) -> float:
     return sorted(seen)[(len(seen) - 1) // 2]
 
 
-@dataclasses.dataclass
-class DraftCounts:
-    """Counts since the start: drafts (one per sequence and step), draft tokens, accepted tokens, also by position."""
-
-    drafts: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    accepted_per_position: list[int] = dataclasses.field(default_factory=list)
-
-
 class Drafter:
     """Proposes draft tokens for an engine's sequences, and writes the tokens to try to `Sequence.drafts`.
 
@@ -228,7 +218,8 @@ class Drafter:
     """
 
     def __init__(self, config: SpeculativeConfig, rows: int, model: DraftModel | None = None) -> None:
-        self.counts = DraftCounts(accepted_per_position=[0] * config.num_speculative_tokens)
+        self._counts = Counter(drafts=0, draft_tokens=0, accepted_draft_tokens=0)
+        self._accepted_per_position = [0] * config.num_speculative_tokens
         self.times: Callable[[int], StepTimes] = self._times
         self.model = model
         self._config, self._rows = config, rows
@@ -302,12 +293,17 @@ class Drafter:
     def tried(self, drafts: int, right: int) -> None:
         """Count one sequence's draft tokens in a step, and how many of them were accepted."""
         self._right.append(right)
-        counts = self.counts
-        counts.drafts += 1
-        counts.draft_tokens += drafts
-        counts.accepted_tokens += right
+        counts = self._counts
+        counts["drafts"] += 1
+        counts["draft_tokens"] += drafts
+        counts["accepted_draft_tokens"] += right
         for place in range(right):
-            counts.accepted_per_position[place] += 1
+            self._accepted_per_position[place] += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Return the statistics of drafts, by field of `EngineStats`."""
+        seconds = [self.times(1)(drafts) for drafts in range(_TIMED_ROWS)]
+        return {**self._counts, "accepted_per_position": self._accepted_per_position, "step_seconds": seconds}
 
     def close(self) -> None:
         """End the draft model's threads."""

@@ -49,8 +49,8 @@ class ImageStore:
         self._users: Counter[bytes] = Counter()
         self._encoding: tuple[bytes, Encoding] | None = None
         self.failures: dict[bytes, Exception] = {}  # errors of images that sequences still wait for
-        self.num_encoded = self.num_reused = self.num_failed = 0
-        self.seconds = 0.0  # total time of encoding
+        self._counts = Counter(images_encoded=0, images_reused=0, image_failures=0)
+        self._seconds = 0.0  # total time of encoding
 
     @property
     def works(self) -> bool:
@@ -64,7 +64,7 @@ class ImageStore:
             self._users[key] += 1
             if key in self._made:
                 self._made.move_to_end(key)
-                self.num_reused += 1
+                self._counts["images_reused"] += 1
             elif self._encoding is None or self._encoding[0] != key:
                 self._wanted.setdefault(key, image.given)
 
@@ -110,16 +110,20 @@ class ImageStore:
             self._encoding = None
             self._made[key] = done.value
             self._bytes += done.value.nbytes
-            self.num_encoded += 1
+            self._counts["images_encoded"] += 1
             self._shrink()
         except self._runner.fatal:
             raise
         except Exception as error:  # only this image has failed
             self._encoding = None
-            self.num_failed += 1
+            self._counts["image_failures"] += 1
             self.failures[key] = error
         finally:
-            self.seconds += time.perf_counter() - begun
+            self._seconds += time.perf_counter() - begun
+
+    def stats(self) -> dict[str, float]:
+        """Return the statistics of images, by field of `EngineStats`."""
+        return {**self._counts, "image_seconds": self._seconds}
 
     def _shrink(self) -> None:
         """Evict the least recently used embeddings without a sequence, until the limit is met."""

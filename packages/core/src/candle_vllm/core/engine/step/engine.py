@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _BLOCK_WAIT = 0.01  # seconds that a step waits for offloaded blocks if nothing else can run
 _LOG_INTERVAL = 60.0  # seconds between two log entries for drafting failures of one type
-_TIMED_ROWS = 32  # length of `EngineStats.step_seconds`
-_MAX_ADAPTERS = 64  # maximum number of adapters in `EngineStats`
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
@@ -106,8 +104,7 @@ class Engine:
         self._arrivals = 0
         self.draft_failures: dict[type[Exception], str] = {}
         self._last_logged: dict[type[Exception], float] = {}  # when a drafting failure was logged last
-        self._counts: Counter[str] = Counter()
-        self._num_steps = self._num_generated = 0
+        self._counts = Counter(steps=0, prompt_tokens=0, cached_prompt_tokens=0, generation_tokens=0)
         self._finished: Counter[str] = Counter()
         self._waits_since = -1  # `AdapterStore.changes` when all sequences began to wait for adapters; -1 otherwise
         self._failures_seen = -1  # number of handled adapter failures
@@ -247,7 +244,7 @@ class Engine:
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
         """End the waiting sequences whose adapters could not be loaded."""
-        failures, outputs = adapters.counts.failures, []
+        failures, outputs = adapters.counts["adapter_load_failures"], []
         if failures != self._failures_seen:
             self._failures_seen = failures
             for sequence in list(self.scheduler.waiting):
@@ -285,85 +282,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the current counters and gauges."""
-        blocks = self.scheduler.blocks
-        return EngineStats(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_blocks=blocks.num_blocks,
-            num_free_blocks=blocks.num_free,
-            block_size=blocks.block_size,
-            prompt_tokens=self._counts["prompt"],
-            cached_prompt_tokens=self._counts["cached"],
-            generation_tokens=self._num_generated,
-            finished=dict(self._finished),
-            preemptions=self.scheduler.num_preemptions,
-            steps=self._num_steps,
-            sleep_level=0 if self.sleeper is None else self.sleeper.level,
-            **self._draft_counts(),
-            **self._adapter_counts(),
-            **self._offload_counts(),
-            **self._image_counts(),
-            **self._state_counts(),
-        )
-
-    def _state_counts(self) -> dict[str, Any]:
-        states = self.scheduler.states
-        if states is None:
-            return {}
-        return {"checkpoints": states.num_checkpoints, "checkpoint_slots": states.num_checkpoint_slots}
-
-    def _adapter_counts(self) -> dict[str, Any]:
-        if self.adapters is None:
-            return {}
-        assert self.scheduler.adapters is not None
-        counts = self.adapters.counts
-        known, held, nbytes = self.adapters.numbers
-        waiting = Counter(entry.name for each in list(self.scheduler.waiting) for entry, _ in each.entries)
-        return {
-            "adapters": known,
-            "adapters_in_memory": held,
-            "adapter_bytes": nbytes,
-            "adapter_loads": counts.loads,
-            "adapter_load_failures": counts.failures,
-            "adapter_evictions": counts.evictions,
-            "adapter_load_seconds": counts.seconds,
-            "max_adapters": self.scheduler.adapters.most,
-            "running_adapters": dict(self.scheduler.adapters.running().most_common(_MAX_ADAPTERS)),
-            "waiting_adapters": dict(waiting.most_common(_MAX_ADAPTERS)),
-        }
-
-    def _offload_counts(self) -> dict[str, Any]:
-        if self.offloaded is None:
-            return {}
-        return {
-            "kept_block_bytes": self.offloaded.num_bytes,
-            "kept_blocks_read": self.offloaded.num_read,
-            "kept_blocks_written": self.offloaded.num_written,
-            "kept_blocks_skipped": self.offloaded.num_skipped,
-            "kept_block_failures": self.offloaded.num_failed,
-        }
-
-    def _image_counts(self) -> dict[str, Any]:
-        if self.images is None:
-            return {}
-        return {
-            "images_encoded": self.images.num_encoded,
-            "images_reused": self.images.num_reused,
-            "image_failures": self.images.num_failed,
-            "image_seconds": self.images.seconds,
-        }
-
-    def _draft_counts(self) -> dict[str, Any]:
-        if self._drafter is None:
-            return {}
-        counts = self._drafter.counts
-        return {
-            "drafts": counts.drafts,
-            "draft_tokens": counts.draft_tokens,
-            "accepted_draft_tokens": counts.accepted_tokens,
-            "accepted_per_position": tuple(counts.accepted_per_position),
-            "step_seconds": tuple(self._drafter.times(1)(drafts) for drafts in range(_TIMED_ROWS)),
-        }
+        parts = (self.scheduler, self.offloaded, self.images, self._drafter)
+        level = 0 if self.sleeper is None else self.sleeper.level
+        own = {**self._counts, "finished": self._finished, "sleep_level": level}
+        return EngineStats.snapshot(own, *(part.stats() for part in parts if part is not None))
 
     def _launch(self, outputs: list[TokenOutput]) -> _Flight | None:
         """Schedule and launch a step; append outputs of failed sequences, and of steps committed here, to `outputs`."""
@@ -417,7 +339,7 @@ class Engine:
 
     def _commit(self, flight: _Flight, sampled: Seq[SampledTokens]) -> list[TokenOutput]:
         """Commit a step: append tokens, find stops, free blocks, publish full blocks."""
-        self._num_steps += 1
+        self._counts["steps"] += 1
         step, batch = flight.step, flight.batch
         if flight.ahead:
             for live in flight.lives:
@@ -438,7 +360,7 @@ class Engine:
                     continue
                 output = self._accept(live, token)  # pyright: ignore[reportArgumentType]  # one token for each sequence
                 outputs.append(output if output.finish_reason is None else self._finish(live, output))
-        self._num_generated += sum([len(output.token_ids) for output in outputs])
+        self._counts["generation_tokens"] += sum([len(output.token_ids) for output in outputs])
         for item in prompts:
             if item.sequence.is_pooled and item.sequence in self._live:
                 outputs += self._end_pooled(item)
@@ -455,8 +377,8 @@ class Engine:
             sequence = item.sequence
             ends = item.wanted and len(sequence.tokens) == sequence.num_prompt_tokens
             if ends and sequence.index == 0 and sequence in self._live:
-                self._counts["prompt"] += sequence.num_prompt_tokens
-                self._counts["cached"] += sequence.num_cached_tokens or 0
+                self._counts["prompt_tokens"] += sequence.num_prompt_tokens
+                self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
 
     def _accept(self, live: LiveSequence, token: Token) -> TokenOutput:
         """Append a token to a sequence; a failure ends only this sequence."""
@@ -529,8 +451,8 @@ class Engine:
         if run.start + run.count < sequence.num_prompt_tokens:
             return []
         assert isinstance(live, PooledText)
-        self._counts["prompt"] += sequence.num_prompt_tokens
-        self._counts["cached"] += sequence.num_cached_tokens or 0
+        self._counts["prompt_tokens"] += sequence.num_prompt_tokens
+        self._counts["cached_prompt_tokens"] += sequence.num_cached_tokens or 0
         try:
             output = live.finish()
         except Exception as error:

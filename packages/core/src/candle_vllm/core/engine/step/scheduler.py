@@ -52,7 +52,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -531,6 +531,20 @@ class Scheduler:
         if self.blocks.enable_prefix_caching:
             self._computing.update(self._unpublished(sequence))
 
+    def stats(self: Scheduler | WholeTexts) -> dict[str, Any]:
+        """Return the statistics of the queues, the cache and the adapters, by field of `EngineStats`."""
+        blocks = self.blocks
+        return {
+            "num_running": len(self.running),
+            "num_waiting": len(self.waiting),
+            "num_blocks": blocks.num_blocks,
+            "num_free_blocks": blocks.num_free,
+            "block_size": blocks.block_size,
+            "preemptions": self.num_preemptions,
+            **({} if self.states is None else self.states.stats()),
+            **({} if self.adapters is None else self.adapters.stats(self.waiting)),
+        }
+
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self.num_preemptions += 1
@@ -612,6 +626,7 @@ class WholeTexts:
     num_preemptions = 0
     states = None
     running: tuple[Sequence, ...] = ()  # a text runs in one step only
+    stats = Scheduler.stats
 
     def __init__(
         self, max_num_seqs: int, max_num_batched_tokens: int, adapters: AdapterAdmission | None = None
