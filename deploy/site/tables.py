@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fill the tables of pages from the code: routes, other programs' flags and variables, fields of requests.
+"""Fill the tables of pages from the code: routes, metrics, other programs' flags and variables, fields of requests.
 
 A table stands in a page between `<!-- table: NAME -->` and `<!-- end of table -->`. The fields of `EngineSettings`,
 which type checkers must find in the source, are generated from `EngineConfig`.
@@ -16,6 +16,7 @@ from pathlib import Path
 from candle_vllm.core.foreign_names import flags_of, foreign_tables
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSED_FIELDS, Refusal
 from candle_vllm.server.app import OPERATIONS
+from candle_vllm.server.observing import series
 from candle_vllm.server.settings.command_line import SHORT
 from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
 from candle_vllm.server.settings.table import OPTIONS
@@ -26,6 +27,7 @@ PAGES = (
     "docs/coming-from-llama-cpp.md",
     "docs/coming-from-ollama.md",
     "docs/coming-from-candle-vllm.md",
+    "docs/metrics.md",
     "docs/routes.md",
     "packages/openai/README.md",
 )
@@ -114,6 +116,13 @@ def _routes(tag: str) -> str:
     return _table(("Route", "What"), rows)
 
 
+def _metrics(listed: Sequence[series.Series]) -> str:
+    rows = (
+        (f"`{each.name}`", each.kind, ", ".join(f"`{label}`" for label in each.labels), each.help) for each in listed
+    )
+    return _table(("name", "type", "labels", "meaning"), rows)
+
+
 def _fields(fields: Mapping[str, Refusal], idle: bool) -> str:
     rows = (
         (f"`{name}`", field.reason, ", ".join(f"`{json.dumps(value)}`" for value in field.neutral))
@@ -127,6 +136,12 @@ _CHAT_ONLY = {name: field for name, field in COMPLETION_REFUSED_FIELDS.items() i
 TABLES: Mapping[str, Callable[[], str]] = {
     **{f"flags of {program}": lambda program=program: _flags(program) for program in PROGRAMS},
     **{f"routes of {tag}": lambda tag=tag: _routes(tag) for tag in {each.tag for each in OPERATIONS.values()}},
+    "metrics of a loaded model": lambda: _metrics(series.GAUGES),
+    "metrics of an engine": lambda: _metrics(series.ENGINE_COUNTS),
+    "metrics of requests": lambda: _metrics(series.REQUEST_COUNTERS),
+    "metrics of times and sizes": lambda: _metrics(series.HISTOGRAMS),
+    "metrics of the server": lambda: _metrics((*series.EVENTS, series.MCP_SERVERS)),
+    "metrics of HTTP": lambda: _metrics(series.HTTP),
     "variables": _variables,
     "commands": _commands,
     "arguments": _arguments,
