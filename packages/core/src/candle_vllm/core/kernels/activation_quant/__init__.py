@@ -9,7 +9,7 @@ Contract: for x float32 [T, C], first a prologue computes y [T, K]:
     GELU_GATE    y = gelu(x[:, :K]) * x[:, K:] in the tanh form, K = C / 2 (see `kernels/silu_mul`)
     GELU_ERF_GATE  GELU_GATE by the error function
     SILU_7, SILU_16   SILU with a limit (see `kernels/silu_mul`)
-    SWIGLU_OAI   y = gpt-oss's act(x[:, :K], x[:, K:]), K = C / 2 (see `kernels/moe`)
+    SWIGLU_OAI   y = gpt-oss's activation of gate x[:, :K] and up x[:, K:], K = C / 2 (see `kernels/moe`)
     GELU_TANH, GELU, RELU, RELU2, TANH, QUICK_GELU   y = act(x), K = C (see `kernels/activation`)
 Then each group of 32 adjacent elements of a row becomes 32 signed bytes q = round(y * (1 / s)), to nearest even, with
 one scale s = max|y| / 127; q is 0 if s is 0. Results: q int8 [T, K], s float32 [T, K/32], and s * sum(q) float32 [T,
@@ -29,10 +29,10 @@ GROUP = 32
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Input format of a matrix: quantised groups. Matrices with equal orders share their quantised input.
+    """Input format of a matrix: quantised groups of 32 columns. Matrices with equal orders share their input.
 
     Attributes:
-        order: column numbers in the order of the matrix, as the bytes of int64 [K]; None if columns are not reordered.
+        order: bytes of int64 [K]: the column of y that each column of the matrix multiplies; None for the order of y.
     """
 
     order: bytes | None = None
@@ -69,7 +69,7 @@ class Prologue(enum.IntEnum):
 
 
 class QuantiseArguments(NamedTuple):
-    """Arguments of the operation.
+    """Arguments of the operation that quantises.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart.
@@ -78,7 +78,7 @@ class QuantiseArguments(NamedTuple):
         weight, eps: for a norm, the address of its weight, followed by the bias of LAYER_NORM, and its epsilon.
         picked: address of int64 row numbers of x; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is the number of rows.
-        rows: address to which y is written as well, in a format of `kernels/activation_rows`; 0 if it is not.
+        rows: address to which y is written too, in a format of `kernels/activation_rows`; 0 to write only the codes.
     """
 
     x: int

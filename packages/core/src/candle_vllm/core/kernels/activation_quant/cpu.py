@@ -2,8 +2,8 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Quantise activations on the CPU, and apply the prologue in the same pass.
 
-If there are at least as many rows as threads, each thread takes whole rows; otherwise each thread takes some groups of
-every row, and computes a norm's sums over the whole row itself. The results have the same bits.
+If there are at least as many rows as threads, each thread processes whole rows; otherwise each thread processes some
+groups of every row, and computes a norm's sums over the whole row itself. The results have the same bits.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SHIFTER_BITS = 0x4B400000  # bits of the float32 `SHIFTER`
 
 
 def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
-    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i (or the one)."""
+    """Combine the 16 lanes of each of one or four vectors; lane i of the <4> result is for vector i, or for the one."""
 
     def pick(x: Any, y: Any, order: list[int]) -> Any:
         return e.b.shuffle_vector(x, y, ir.Constant(vector(I32, len(order)), order))
 
     def both(x: Any, y: Any, step: int) -> Any:
-        """In each quarter of 4 lanes, combine lanes 0 and 2, and 1 and 3; step 1 alternates the results of x and y."""
+        """Within each 4 lanes, combine lanes `step` apart of x, and of y; with step 1 results of x and y alternate."""
         quarters = [[4 * part + lane + 16 * side for lane in range(4)] for part in range(4) for side in (0, 1)]
         low = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[:2], y[:2], step)]
         high = [lane for x, y in zip(quarters[::2], quarters[1::2]) for lane in _turns(x[2:], y[2:], step)]
@@ -258,14 +258,14 @@ def _rms_scale(masked: bool, context: Any, b: Any, sig: Any, args: Any) -> Any:
 
 @intrinsic
 def rms_scale(_: Any, x: Any, columns: Any, eps: Any) -> Any:
-    """1 / sqrt(mean(x^2) + eps) of a row, which is followed by zeros up to a multiple of 32 columns."""
+    """Return 1 / sqrt(mean(x^2) + eps) of a row that is followed by zeros up to a multiple of 32 columns."""
     signature = types.float32(types.int64, types.int64, types.float32)
     return signature, partial(_rms_scale, False)
 
 
 @intrinsic
 def rms_scale_within(_: Any, x: Any, columns: Any, eps: Any) -> Any:
-    """`rms_scale` of a row that any elements may follow; up to 31 of them are read."""
+    """Do what `rms_scale` does for a row that any elements may follow; up to 31 of these are read and ignored."""
     signature = types.float32(types.int64, types.int64, types.float32)
     return signature, partial(_rms_scale, True)
 
@@ -283,7 +283,7 @@ def row_mean(_: Any, x: Any, columns: Any) -> Any:
 
 @intrinsic
 def layer_scale(_: Any, x: Any, columns: Any, mean: Any, eps: Any) -> Any:
-    """1 / sqrt(mean((x - mean)^2) + eps) of a row; up to 31 elements after the row are read and ignored."""
+    """Return 1 / sqrt(mean((x - mean)^2) + eps) of a row; up to 31 elements after the row are read and ignored."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
