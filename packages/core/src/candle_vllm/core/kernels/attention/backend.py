@@ -35,7 +35,7 @@ class AttentionNeeds:
         dtype: type of queries, and of the cache unless it is quantised.
         head_dim: elements of a head; the maximum if layers differ.
         block_size: tokens of a block.
-        windows, chunks: whether a layer has a sliding window, and whether a layer has chunked attention.
+        windows, chunks: whether any layer has a sliding window; whether any layer has chunked attention.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
         slopes: whether a layer's scores decrease with distance (ALiBi).
@@ -63,11 +63,11 @@ class Backend:
     Attributes:
         name: the value of `EngineConfig.attention_backend`.
         attend: the function that every layer calls.
-        capturable: whether a step in which all sequences are among `DeviceRows.decodes` can be captured in a CUDA
-            graph, because no call waits for the device.
-        mixed: whether any step with `DeviceRows.decoding` can be captured, prompts included.
-        finite_cache: whether every element of the cache must be finite, even before it is first written, because a NaN
-            after the end of a sequence would change its result.
+        capturable: whether a step of decoding sequences only can be captured in a CUDA graph, because no call waits for
+            the device.
+        mixed: whether a step with prompts can be captured too, by `DeviceRows.decoding`.
+        finite_cache: whether the cache must be initialised with finite elements, because a NaN after the end of a
+            sequence would change the sequence's result.
         note: a note about this backend for the user; may be empty.
     """
 
@@ -80,7 +80,7 @@ class Backend:
 
 
 def flash_refusal(needs: AttentionNeeds) -> str | None:
-    """Return which of these needs no version of FlashAttention supports, as a sentence; None if all are supported."""
+    """Return a sentence on the first need that no version of FlashAttention supports; None if all are supported."""
     if needs.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
@@ -105,22 +105,22 @@ PAGE_OF_2 = 256
 
 
 def page_refusal(needs: AttentionNeeds) -> str | None:
-    """Return why FlashAttention 2 cannot use these blocks as its pages, as a clause of a sentence; None if it can."""
+    """Return a clause on why FlashAttention 2 cannot use blocks of this size as its pages; None if it can."""
     if needs.block_size % PAGE_OF_2:
         return f"its pages are multiples of {PAGE_OF_2} tokens, and block_size is {needs.block_size}"
     return None
 
 
 def installed(module: str) -> bool:
-    """Return whether a module can be found; imports the packages that contain it, but not the module."""
+    """Return whether a module can be found; imports its parent packages, but not the module."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # a package that should contain it is missing or broken
+    except ImportError:  # a parent package is missing or broken
         return False
 
 
 def triton_refusal(needs: AttentionNeeds) -> str | None:
-    """Return which of these needs our Triton kernels do not support, as a sentence; None if all are supported."""
+    """Return a sentence on the first need that our Triton kernels do not support; None if all are supported."""
     if not installed("triton"):
         return "the package triton is not installed"
     if needs.capability is None or needs.capability < (7, 5):

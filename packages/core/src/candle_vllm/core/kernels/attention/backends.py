@@ -81,7 +81,7 @@ def attend_by_reference(
 
 
 def _advice(refused: str, needs: AttentionNeeds) -> str:
-    """Return the advice of the error: a setting that works, or to run without `deterministic`."""
+    """Return the end of the error message: a setting that works, or the advice to run without `deterministic`."""
     for size in (16, PAGE_OF_2):
         if needs.block_size < size and isinstance(
             _MAKERS[refused](dataclasses.replace(needs, block_size=size)), Backend
@@ -104,7 +104,7 @@ MOST_LATENT = 640
 
 
 def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
-    """Check the backend for latent attention. Layers do not call the result, because they have only one kernel.
+    """Check the backend for latent attention. Layers never call the returned backend: latent attention has one kernel.
 
     `needs.head_dim` is the number of elements of a cache row.
 

@@ -2,22 +2,21 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Paged attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
-Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
+Terms: see `cpu_cache.py`. Caches are bfloat16 (`cpu_tiles`) or quantised (`cpu_quantised`). Queries [T, H, D] are
 bfloat16 or quantised like the keys, already multiplied by softmax scale * log2(e) (`kv_write.cpu`); the result is
 float32 [T, H, D]. So scores are exponents of 2, and soft cap, sinks and slopes are multiplied by `LOG2E` too. A head's
 sink is added to a row's sum of probabilities after all keys were processed.
 
-A result does not depend on the rest of the step: positions are split into fixed chunks (`cpu_split.py`), each chunk has
-a partial result for each query row, and partial results are merged in order of position by one formula. The query rows
-of one KV head (tokens x heads of the group) are computed in tiles of `ROW_TILE`. A unit of work is such a tile with all
-its chunks, whose results are merged immediately. If this would leave threads idle, a unit is a few of the chunks, and
-the second operation merges the partial results, which are written to scratch memory.
+A result does not depend on the rest of the step: each row has a partial result for each chunk, and these partial
+results are merged in order of position by one formula. A unit is normally a row tile with all its chunks. If this would
+leave threads idle, units have only some of the chunks: `attend` writes partial results to scratch memory for `merge`.
 
 Quantised keys and values are prefetched one chunk ahead, because the hardware prefetcher does not predict the order of
-the codes. For this a thread claims its next unit during the last chunk of the current one.
+the codes. For this a thread claims its next unit during the last chunk of its current unit.
 
-Threads claim units by an atomic counter, so a slow thread processes fewer. In a sequence the last query rows, with most
-keys, come first. `merge` resets the counter to 0. If ranks of threads have their own heads, each has its own counter.
+Threads claim units by an atomic counter, so a slow thread processes fewer. Units with a sequence's last rows, which
+attend to most keys, come first. `merge` resets the counter to 0. If the heads are divided among ranks of threads
+(`cpu_runtime/numa.py`), each rank has its own counter.
 """
 
 from __future__ import annotations
@@ -103,10 +102,10 @@ def _list_tiles(
     key_size: int,
     value_size: int,
 ) -> None:
-    """Write the addresses of `count` key tiles from position `start` on; `VALUE_TILES` bytes further, of value tiles.
+    """Write the addresses of `count` key tiles from position `start` on, and `VALUE_TILES` bytes later of value tiles.
 
-    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. After the tile of
-    position `last`, its address is repeated.
+    `keys` and `values` are the layer's caches, `key_size` and `value_size` their bytes per slot. Tiles after that of
+    position `last` get its address.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
@@ -131,7 +130,6 @@ def _scores(
     kind: int,
     isa: int,
 ) -> None:
-    """Compute the scores of up to 4 rows with all tiles of a chunk."""
     for n in range(0, count, TILES):
         at, ask, to = tiles + 8 * n, coming + 8 * n, scores + 4 * LANES * n
         if rows == 4:
@@ -158,7 +156,6 @@ def _softmax(
     kind: int,
     isa: int,
 ) -> None:
-    """Compute the probabilities of up to 4 rows."""
     if rows == 4:
         softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind, isa)
     elif rows == 3:
@@ -182,7 +179,6 @@ def _values(
     kind: int,
     isa: int,
 ) -> None:
-    """Compute the products of probabilities and values of up to 4 rows."""
     if rows == 4:
         value_tiles(scores, probabilities, tiles, coming, keys, to, 4, dim, kind, isa)
     elif rows == 3:
@@ -208,9 +204,10 @@ def _gather_queries(
     dim: int,
     wide: int,
 ) -> None:
-    """Copy a tile's query rows to contiguous memory, and write their positions and the last positions they attend to.
+    """Copy a row tile to contiguous memory, and write its rows' positions and the last positions that they attend to.
 
-    `q` is the address of the step's first query of the KV head; row first + i is head (first + i) % group of a token.
+    `q` is the address of the step's first query of the KV head. Row first + i of the sequence is the query of token
+    (first + i) // group with head (first + i) % group of the KV head's `group` query heads.
     """
     at = int64_at(positions)
     t, h = first // group, first % group
@@ -227,7 +224,7 @@ def _gather_queries(
 
 @njit(inline="always")
 def _fall(scores: int, chunk, positions: int, row: int) -> None:
-    """Subtract the head's ALiBi slope times the distances from a row's scores; `row` is an index in a block of rows."""
+    """Subtract the head's ALiBi slope times the distances from the scores of row number `row` of the chunk's rows."""
     start, _, count, _, slopes, group, first = chunk
     if slopes != 0:
         slope = slopes + 4 * ((first + row) % group)
@@ -238,9 +235,9 @@ def _fall(scores: int, chunk, positions: int, row: int) -> None:
 def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """Compute the partial results of up to 4 rows with a chunk; write them to `to`, `size` bytes apart.
 
-    `memory` has the addresses of the rows' queries and positions, of the tiles, of the tiles to prefetch, and of memory
-    for scores and probabilities. `chunk` has its first position, its numbers of keys and tiles, the window, the address
-    of the slopes of the KV head's query heads (0 without ALiBi), the number of these heads, and the first row's index.
+    `memory` is six addresses: queries, positions, list of tiles, list of tiles to prefetch, scores and probabilities.
+    `chunk` is its first position, its numbers of keys and of tiles, the window, the address of the slopes of the KV
+    head's query heads (0 without ALiBi), the number of these heads, and the index of the first row in the sequence.
     """
     queries, positions, tiles, coming, scores, probabilities = memory
     start, keys, count, window = chunk[:4]
@@ -327,7 +324,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
             last_chunk = chunk_of(context - 1)
             size = split_bytes(tokens, context, window, heads, kv_heads, total, threads, free, row_bytes)
             units = row_tiles * kv_heads
-            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
+            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a row tile
             if size > 0:
                 chunks = last_chunk - first_chunk + 1
                 run = max(1, chunks * units // (threads * _RUNS_PER_THREAD))
@@ -374,8 +371,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     start = max(chunk_start(c), seen & ~(LANES - 1))
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
-                    # Data must be prefetched one chunk ahead to arrive in time: the next chunk of this unit, or the
-                    # first chunk of this thread's next unit, if that has the same rows.
+                    # Prefetch the next chunk of this unit, or the first chunk of this thread's next unit if that unit
+                    # has the same rows.
                     next_head, next_chunk, asked = head, c + 1, asks and c < top
                     if asks and c == top:
                         following = fetch_add(counter, 1)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of the CPU's KV cache, which `kv_write/cpu.py` writes and `attention/cpu.py` reads.
 
-A slot is block * S + offset, for blocks of S tokens. A **stretch** is 1,024 consecutive slots (or a block, if larger).
+Terms of the CPU's attention modules; T, H, K, D, B, S and R as in `kernels/attention`:
+
+    slot        block * S + offset in the block: where the key and the value of one position are stored
+    stretch     1,024 consecutive slots, or one block if a block has more
+    strip       the keys of W = min(S, 64) consecutive slots of one KV head
+    tile        16 consecutive slots of one KV head
+    row         the query of one token and one query head
+    row tile    up to `ROW_TILE` rows of one sequence and one KV head
+    chunk       64, 128 or 256 consecutive positions of a sequence (`cpu_split.py`)
+    unit        a row tile with all or some of the sequence's chunks: the work that a thread claims
+
 Within a stretch the slots of one head of a layer are contiguous, and the heads and layers follow each other. So long
-contexts are read in long sequences of addresses, which the hardware prefetches, and short contexts touch little memory:
-the system allocates pages of 2 MiB. If all slots of a head were contiguous, the first token would need a page per head.
-
-If ranks of threads have their own heads (`cpu_runtime/numa.py`), all stretches and layers of a head are contiguous
-instead, so that a rank's heads are contiguous pages on its NUMA node.
-
-Within a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised keys are in strips
-and quantised values in tiles, see `cpu_quantised.py`. All keys have the same number of bytes per slot, and so have all
-values, so both use the same index computation.
+contexts are read sequentially, which the hardware prefetches, and short contexts need few of the system's 2 MiB pages.
+If the heads are divided among ranks of threads (`cpu_runtime/numa.py`), all stretches and layers of a head are
+contiguous instead, so that a rank's heads are contiguous pages on its NUMA node.
 """
 
 from __future__ import annotations
@@ -32,10 +36,10 @@ BLOCK = 32
 
 
 class CacheKind(enum.IntEnum):
-    """How keys or values are stored; the name is the one in GGUF, and that of a row of `CACHE_TYPES` in `config.py`.
+    """How keys or values are stored. Names are those of GGUF and of `CACHE_TYPES` in `config.py`.
 
     Attributes:
-        bits: bits of an element's code: 16, 8, 5 or 4; the fifth bits are stored apart from the others.
+        bits: bits of an element's code: 16, 8, 5 or 4. Fifth bits are stored apart from the lowest four.
         has_minima: whether an element is scale * code + minimum, instead of scale * (code - bias).
     """
 
@@ -64,7 +68,7 @@ class CacheKind(enum.IntEnum):
 
     @property
     def has_fifths(self) -> bool:
-        """Whether codes have a fifth bit, which is stored apart."""
+        """Whether codes have 5 bits."""
         return self.bits == 5
 
     @property
@@ -85,7 +89,7 @@ class CacheKind(enum.IntEnum):
 PLAIN = (CacheKind.BF16, CacheKind.BF16)
 """Keys and values that are not quantised."""
 PRECOMPILED = [(k, v) for k in CacheKind for v in CacheKind if k is v or (k.bits == 8 and v.bits < 8)]
-"""Kinds of keys and values whose kernels wheels contain: equal ones, and smaller values beside keys of 8 bits."""
+"""Kinds of (keys, values) whose compiled kernels are in the wheels: equal kinds, or 8-bit keys with smaller values."""
 
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
@@ -94,7 +98,7 @@ def code_bytes(kind: CacheKind, head_dim: int) -> int:
 
 
 def key_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Return the bytes of a slot's key. Scales of two blocks share a word, or the scale and minimum of one block do."""
+    """Return the bytes of a slot's key; a 4-byte word has two blocks' scales, or one block's scale and minimum."""
     words = -(-head_dim // (BLOCK if kind.has_minima else 2 * BLOCK)) if kind.is_quantised else 0
     return code_bytes(kind, head_dim) + 4 * words
 
@@ -113,7 +117,7 @@ def supported(head_dim: int, block_size: int) -> bool:
 
 
 def number_bytes(head_dim: int, kinds: tuple[CacheKind, CacheKind]) -> float:
-    """Return the average bytes of an element of keys and values, with its share of a scale."""
+    """Return the average bytes of an element of keys and values, scales and minima included."""
     return (key_bytes(kinds[0], head_dim) + value_bytes(kinds[1], head_dim)) / (2 * head_dim)
 
 
@@ -123,8 +127,8 @@ def key_cache_shape(
     """Return the shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit elements, or
     [stretches, layers, heads, blocks, strips, bytes of a strip] if it is quantised.
 
-    The cache must begin at a multiple of 64 bytes and need not be cleared. The operations take the part of a layer n,
-    which is [:, n]. For speed S should be at least 64.
+    The cache must begin at a multiple of 64 bytes and need not be cleared. The operations take the part of layer n,
+    cache[:, n]. For speed S should be at least 64.
     """
     strip = min(block_size, STRIP)
     blocks = max(1, STRETCH // block_size)
@@ -151,7 +155,7 @@ def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheK
 def head_gap(
     key_layer_strides: tuple[int, ...], block_size: int, head_dim: int, kind: CacheKind = CacheKind.BF16
 ) -> int:
-    """Return the number of slots between the parts of two successive heads in a stretch; 0 if they are contiguous."""
+    """Return the slots from the end of a head's part of a stretch to the next head's part; 0 if they are adjacent."""
     return key_layer_strides[1] // key_bytes(kind, head_dim) - max(STRETCH, block_size)
 
 
@@ -162,10 +166,10 @@ def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: i
     return keys[slots[0]], values[slots[1]]
 
 
-ROWS = 4  # query rows that share a load of keys
+ROWS = 4  # rows that share a load of keys
 TILES = 4  # key tiles that share a load of queries
-SQUARE = 16  # query rows of AMX's registers
-STRIP = 64  # maximum key positions of a strip, see `cpu_tiles.py`
+SQUARE = 16  # rows of AMX's registers
+STRIP = 64  # maximum slots of a strip
 CHUNK = 256  # maximum number of keys of a chunk
 SCORE_STRIDE = 4 * (CHUNK + LANES)  # bytes from one row's scores to the next; the extra lanes avoid cache set conflicts
 PROBABILITY_STRIDE = SCORE_STRIDE // 2
@@ -180,7 +184,7 @@ def partial_floats(head_dim: int) -> int:
     return state_at(head_dim) + LANES
 
 
-ROW_TILE = 64  # query rows of a unit
+ROW_TILE = 64  # maximum rows of a unit
 _SPLIT_STREAMS = 16  # number of sequences whose partial results fit in scratch memory
 _MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 HEADER = 64  # bytes before the threads' scratch memory: the counter has its own cache line

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Emitted code for a quantised KV cache on the CPU: blocks of 32 elements are written, scored and summed as integers.
+"""Emitted code for a quantised KV cache on the CPU, in blocks of 32 elements of a key or value (terms: `cpu_cache.py`).
 
 An element is scale * (code - bias) with an fp16 scale per block and unsigned codes, which have 8 bits in q8_0 and 4
 bits in q4_0, as GGUF defines them. In q5_1 it is scale * code + minimum, with 5 bits and an fp16 minimum; see
-`CacheKind`. The layout of the codes is made for an instruction that adds four products of bytes in each of 16 lanes:
+`CacheKind`. The layout suits an instruction that adds four products of bytes in each of 16 lanes of 4-byte words:
 
-- keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
-  the low halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
-- values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or
-  [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
+- a strip of keys: words of 4 dimensions, [D / 4, W] (q8_0), or of 8 dimensions, [D / 8, W], the first four in the low
+  halves of the bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
+- a tile of values: [D / 32, 4, 32, 4] bytes, four positions of a dimension adjacent (q8_0), or [D / 32, 4, 16, 4] with
+  dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
 Codes of 5 bits have the layout of q4_0, and a word of fifth bits after each block's codes: for keys [D / 32, 4 + 1, W],
 dimension 4 k + j at bit 8 j + k; for values [16] after the block's 256 bytes, dimension i at bit i. A scale and minimum
@@ -22,11 +22,12 @@ int32 sum of its codes for each block. For each row, a chunk's probabilities tim
 to 15-bit integers, relative to the largest. So all sums of products with codes are exact, and all other sums have a
 fixed order: a result depends neither on the instruction set nor on other rows of the step.
 
-Queries, keys and values are first multiplied by a Hadamard matrix, which spreads outliers of a few dimensions over all;
-for values this is undone after attention. Before that, an offset that is the same for all keys of a head is subtracted
-from keys: the part of the key bias that rotary embedding does not change. Softmax does not depend on it, but it may be
-a hundred times the difference between keys, as in Qwen2; rounding would lose that difference. Sources: llama.cpp's
-`ggml-quants.c` (formats); Ashkboos et al., 2024, arXiv:2404.00456 (rotation).
+Before they are quantised, queries, keys and values are multiplied by a Hadamard matrix, which spreads outliers of a few
+dimensions over all; for values this is undone after attention. Before the multiplication, an offset that is the same
+for all keys of a head is subtracted from keys: the part of the key bias that rotary embedding does not change. Softmax
+does not depend on the offset, but the offset may be a hundred times the difference between keys, as in Qwen2, and
+rounding would lose the difference. Sources: llama.cpp's `ggml-quants.c` (formats); Ashkboos et al., 2024,
+arXiv:2404.00456 (rotation).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _LEAST = 1e-30  # blocks and chunks' probabilities whose scale is smaller are tr
 
 
 def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
-    """Unpack words of codes to four codes in each lane. `fifths` are the fifth bits of both halves, at bit 4."""
+    """Unpack words to four codes in each lane; `fifths` has the low and the high halves' fifth bits, at bit 4."""
     if not kind.has_halves:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
@@ -68,7 +69,7 @@ def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[
 
 
 def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
-    """Return the lowest two bits of each byte as fifth bits of the codes of the low and of the high half."""
+    """Return the lowest bit, and the second lowest, of each byte as fifth bits of codes in low and in high halves."""
     b, fifth = e.b, e.constant(I32, 0x10101010)
     return [b.and_(b.shl(bits, e.constant(I32, left)), fifth) for left in (4, 3)]
 
@@ -88,15 +89,15 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 
 
 def _in_turn(kind: CacheKind, isa: Isa) -> bool:
-    """Return whether registers hold the sums of only one tile of keys, or of half a block of values, at a time.
+    """Return whether to sum only one tile of keys, or half a block of values, at a time, because registers are few.
 
-    Codes of 8 bits are an exception: reading memory in that order makes them slower.
+    Not for codes of 8 bits, which would be slower because of the order in which memory is read.
     """
     return not isa.wide and kind.has_halves
 
 
 def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: CacheKind, isa: Isa) -> Any:
-    """total[lane] += all products of the lane's bytes of codes and of words, at most four of each."""
+    """Return total[lane] + the sum of products of the lane's bytes of `codes` and of `words`."""
     if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI):
         for code, word in zip(codes, words):
             total = e.dot_u8_i8(total, code, word, isa, largest=(1 << kind.bits) - 1)
@@ -121,7 +122,7 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
 
     def begins(number: Any) -> tuple[list[Any], list[Any], Any]:
-        """Return sums of each query's codes in a block, the sums of products to begin with, and the scales' offset."""
+        """Return each query's sum of codes in block `number`, the initial sums of products, and the scales' offset."""
         of_block = b.add(queries, b.shl(number, e.int64(2)))
         sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
         place = number if kind.has_minima else b.lshr(number, e.int64(1))
@@ -366,7 +367,7 @@ def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
 
 
 def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[Any]]:
-    """Quantise 32 floats: return bits of the fp16 scale, and of a minimum, and two vectors of unsigned codes."""
+    """Quantise 32 floats: return the bits of the fp16 scale and of the minimum, if any, and two vectors of codes."""
     b, most = e.b, float((1 << kind.bits) - 1)
     values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
     if kind.has_minima:
@@ -414,7 +415,7 @@ def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
-    """Quantise 32 floats: write a position's words of a strip, `stride` bytes apart, and fp16 scales to `scale`."""
+    """Quantise a block of a key: write its words of the strip, `stride` bytes apart, and fp16 scales to `scale`."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
@@ -446,8 +447,8 @@ def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) ->
 
 @intrinsic(prefer_literal=True)
 def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) -> Any:
-    """Quantise 32 floats: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, the fp16
-    scale to `scale`, and an fp16 minimum 32 bytes further."""
+    """Quantise a block of a value: write codes to every fourth byte from `to` on, fifth bits as a word to `fifths`, the
+    fp16 scale to `scale`, and an fp16 minimum 32 bytes further."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
@@ -511,8 +512,9 @@ def _turn_pair(_: Any, x: Any, y: Any) -> Any:
 
 @njit(inline="always")
 def rotate_row(row: int, dim: int) -> None:
-    """Multiply a row of floats by a Hadamard matrix in place; the matrix is orthogonal and its own inverse. Its size is
-    the largest power of two that divides D; each part of the row of that size is multiplied.
+    """Multiply each `size` elements of D floats by an orthogonal Hadamard matrix, its own inverse, in place.
+
+    `size` is the largest power of two that divides D.
     """
     size = dim & -dim
     for i in range(0, dim, LANES):

@@ -34,8 +34,8 @@ class Scores:
 
     Attributes:
         offset: [K * D] vector that is subtracted from keys before they are quantised.
-        narrows: whether attention is computed only for rows whose logits are wanted.
-        causal: whether no row attends to a later position.
+        narrows: whether attention is computed only for tokens whose logits are wanted.
+        causal: whether no token attends to a later position.
     """
 
     scale: float
@@ -56,7 +56,7 @@ class FusedHeads:
         address, stride: address of the float32 rows, and their row stride in floats.
         columns: indices in a row at which q, k and v begin; only q for a layer that writes no keys and values.
         heads, head_dim: H and D.
-        rows_from: the `StepNumber` that is T; LOGIT_ROWS if only rows whose logits are wanted are computed.
+        rows_from: the `StepNumber` that is T; LOGIT_ROWS if only tokens whose logits are wanted are computed.
     """
 
     address: int
@@ -82,7 +82,7 @@ def record_attention(
         cache: the layer's cache, in the layout of `cpu_cache.py`.
         scores: options of the scores.
         tables: cos and sin [P, R/2]; None without rotation.
-        out: address of the result, float32 [T, H, D]; without gaps, also for only some of the step's rows.
+        out: address of the result, contiguous float32 [T, H, D]; T is the number of tokens that are computed.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
@@ -186,7 +186,7 @@ class AttendArguments(NamedTuple):
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
         stretch_step: slots from one stretch of the caches to the next.
-        block_shift: S is 1 << it.
+        block_shift: the binary logarithm of S.
         heads, kv_heads: H and K.
         scratch, scratch_size: address and size of the scratch memory, see `scratch_bytes`.
         window: positions that a token attends to, its own included; 0 for all, -n for chunks of n positions.
@@ -229,7 +229,7 @@ def attend_operation(
 
 
 def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
-    """Return which of these instruction sets the operation has code for."""
+    """Return the instruction sets of `isa` for which `attend` has code of its own; others give the same code."""
     if (keys, values) == PLAIN:
         return isa.bf16
     used = isa & (Isa.VNNI | Isa.AVX_VNNI)

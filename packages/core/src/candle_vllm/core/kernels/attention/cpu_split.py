@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Split paged attention into units of work on the CPU, with their scratch memory (step 6 of a request's life).
 
-The chunks of a sequence depend only on positions, so that a row's result is always the sum of the same parts. Which
-sequences are split among threads depends on the whole step; both operations of `cpu.py` use these functions.
+Terms: see `cpu_cache.py`. Chunks depend only on positions, so that a row's result is always merged from the same
+partial results. Which sequences are split among threads depends on the whole step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNITS_PER_THREAD = 8  # a unit that is larger than 1/8 of a thread's share of t
 
 @njit(inline="always")
 def chunk_start(chunk: int) -> int:
-    """Return where a chunk begins: 4 have 64 positions, 6 have 128, others 256, so that short contexts can be split."""
+    """Return a chunk's first position: the first 4 chunks have 64 positions, the next 6 have 128, later ones 256."""
     return 64 * chunk + 64 * max(chunk - 4, 0) + 128 * max(chunk - 10, 0)
 
 
@@ -34,7 +34,7 @@ def first_seen(position: int, window: int) -> int:
 
 @njit(inline="always")
 def total_cost(starts, contexts, sequences: int, window: int) -> int:
-    """Return the number of query rows times keys, summed over all sequences."""
+    """Return the cost of the step: new tokens times keys, summed over all sequences."""
     total = 0
     for r in range(sequences):
         total += cost(starts[r + 1] - starts[r], contexts[r], window)
@@ -55,7 +55,8 @@ def count_row_tiles(rows: int) -> int:
 def split_bytes(
     tokens: int, context: int, window: int, heads: int, kv_heads: int, total: int, threads: int, free: int, row: int
 ) -> int:
-    """Return the bytes of partial results of a sequence that is split by chunks; 0 if it is not split."""
+    """Return the bytes of partial results of a sequence whose units have only some of its chunks; 0 if they have all.
+    `free` is the bytes of scratch memory, `row` those of a row's partial result, and `total` is `total_cost`."""
     chunks = chunk_of(context - 1) - chunk_of(first_seen(context - tokens, window)) + 1
     units = count_row_tiles(tokens * (heads // kv_heads)) * kv_heads
     size = tokens * heads * chunks * row

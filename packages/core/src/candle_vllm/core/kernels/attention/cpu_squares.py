@@ -2,10 +2,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Scores and values of 16 query rows at a time on AMX, whose tile registers hold squares (step 6 of a request's life).
 
-The cache has the layout that AMX reads (`cpu_tiles`): a square of keys has a row of 16 positions for each pair of
-dimensions, and a square of values has a row of 16 dimensions for each pair of positions. The order of a row's sums is
-that of the AMX instruction, whatever other rows are computed. Dot products without AMX round differently in fp32, so a
-CPU with AMX computes every row with it.
+A square is the content of one register, 16 lines of 64 bytes. The cache has the layout that AMX reads (`cpu_tiles`): a
+square of keys has a line of 16 positions for each pair of dimensions, a square of values a line of 16 dimensions for
+each pair of positions. Other instructions round differently in fp32, so a CPU with AMX computes every row with AMX.
 
 Registers 0 to 3 hold sums, 4 queries, 5 keys, 6 probabilities, 7 values.
 """
@@ -48,7 +47,7 @@ def begin_squares(_: Any, memory: Any, rows: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def score_squares(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, dim: Any) -> Any:
-    """Compute the scores of 8 or 16 bfloat16 query rows, D apart, with four tiles; see `cpu_tiles.score_tiles`."""
+    """Compute the scores of 8 or 16 contiguous bfloat16 rows with four tiles; see `cpu_tiles.score_tiles`."""
     signature = types.void(*[types.int64] * 4, dim)
     d = dim.literal_value
 
@@ -72,7 +71,7 @@ def score_squares(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, dim: Any
 
 @intrinsic(prefer_literal=True)
 def value_squares(_: Any, probabilities: Any, tiles: Any, count: Any, partials: Any, dim: Any) -> Any:
-    """Write the values of `count` tiles, weighted by the rows' probabilities, to one partial result for each row.
+    """Write the sums of the values of `count` tiles, weighted by the rows' probabilities, to the rows' partial results.
 
     Values after the last key must be finite.
     """

@@ -2,17 +2,16 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of paged attention on the CPU: scores, softmax, values, merge (step 6 of a request's life).
 
-A tile is 16 key positions of one KV head. Keys are stored in strips of W positions, W = min(S, 64). A strip is
-[D/2, W, 2] bfloat16: a 64-byte load has the same pair of dimensions of the 16 keys of a tile. A strip of 64 is read
-sequentially, because the hardware prefetcher follows only sequential reads; other orders are slower by half. The values
-of a tile are [8, D, 2]: a load has 16 dimensions of a pair of keys.
+Terms: see `cpu_cache.py`. A strip of bfloat16 keys is [D/2, W, 2]: a 64-byte load has the same pair of dimensions of
+the 16 keys of a tile. A strip of 64 is read sequentially, because the hardware prefetcher follows only sequential
+reads. The values of a tile are [8, D, 2]: a load has 16 dimensions of a pair of positions.
 
 D is any even number from 16 to 512. If it is not a multiple of 16, the last 16 dimensions of a row are computed as one
 vector, which overlaps the previous vector.
 
-A partial result of one query row over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then,
-from `state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. A row's
-arithmetic does not depend on the other rows, and masked keys do not change a result at all.
+A row's partial result over some keys is `partial_floats(D)` floats: the unnormalised sum of values, then, from
+`state_at(D)` on, the maximum m of the scores and the sum s of exp2(score - m); the rest is padding. A row's arithmetic
+does not depend on other rows, and masked keys do not change any bit of a result.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2(NOTHING - NOTHING) is 1 and not NaN
-_RUN = 8  # maximum pairs of dimensions of some tiles before other tiles, if registers do not hold the sums of all
-_BLOCKS = 5  # maximum vectors of a row's dimensions whose sums are held in registers
+_RUN = 8  # maximum pairs of dimensions that are read of some tiles before other tiles, if registers are few
+_BLOCKS = 5  # maximum vectors of 16 dimensions whose sums are held in registers
 
 
 def in_floats(isa: int) -> bool:
@@ -49,7 +48,7 @@ def in_floats(isa: int) -> bool:
 
 
 def vectors_at_once(isa: Isa, rows: int) -> int:
-    """Return how many vectors of 16 sums per row fit into registers; a vector is two registers of AVX2."""
+    """Return how many vectors of 16 sums per row fit into registers; with AVX2, a vector needs two registers."""
     return TILES if isa.wide else max(TILES // rows, 1)
 
 
@@ -82,9 +81,9 @@ def score_tiles(
 ) -> Any:
     """Compute the scores of `rows` query rows with the keys of four tiles.
 
-    `copy_query` has written the rows. `tiles` is the address of the four tiles' addresses, `coming` the address of the
-    addresses of four tiles that are prefetched if they are quantised (may be `tiles`), `stride` the bytes from one pair
-    of dimensions to the next; `rows`, `dim`, `kind` and `isa` are constants.
+    `q` has the rows as `copy_query` writes them. `tiles` points at four addresses of tiles, `coming` at four addresses
+    of tiles to prefetch if keys are quantised (may be `tiles`). `stride` is the bytes from a pair of dimensions to the
+    next. `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -103,7 +102,7 @@ def score_tiles(
 
 
 def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -> None:
-    """Emit `score_tiles` for bfloat16: as many tiles at once as registers hold, for a few dimensions at a time."""
+    """Emit `score_tiles` for bfloat16: as many tiles at once as registers hold the sums of, `_RUN` pairs at a time."""
     b, queries, stride, scores, pairs, at_once = e.b, args[0], args[3], args[4], d // 2, vectors_at_once(isa, m)
     run = pairs if at_once == TILES else next(n for n in range(min(_RUN, pairs), 0, -1) if pairs % n == 0)
 
@@ -143,7 +142,7 @@ def _pairs(e: Emitter, words: Any, isa: Isa) -> list[Any]:
 
 
 def _spread_pair(e: Emitter, numbers: Any, pair: Any, first: int, isa: Isa) -> list[Any]:
-    """Load a pair of a row's elements into every lane, in the form of `_pairs`; the row begins at element `first`."""
+    """Load pair number `pair` of a row into every lane, in the form of `_pairs`; the row begins at element `first`."""
     if not in_floats(isa):
         return [e.splat(e.load(e.b.add(numbers, e.b.shl(pair, e.int64(2))), I32, 2 * first))]
     at = e.b.add(numbers, e.b.shl(pair, e.int64(3)))
@@ -151,7 +150,7 @@ def _spread_pair(e: Emitter, numbers: Any, pair: Any, first: int, isa: Isa) -> l
 
 
 def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -> Any:
-    """total[lane] += the two products of the lane's pairs."""
+    """Return total[lane] + the sum of the two products of the lane's pairs."""
     if not in_floats(isa):
         return e.dot_bf16(total, *x, *y, isa)
     for both in zip(x, y):
@@ -160,7 +159,7 @@ def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -
 
 
 def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) -> tuple[Any, Any]:
-    """Return <16 x i32>: index from `start` of the first key, and number of keys to `last`, that a row attends to."""
+    """Return the index from `start` of a row's first key, and the number of keys from it to `last`, <16 x i32> each."""
     b, zero, one = e.b, e.int64(0), e.int64(1)
 
     def not_negative(value: Any) -> Any:
@@ -168,7 +167,7 @@ def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) ->
 
     own, end = (b.add(b.sub(place, start), one) for place in (position, last))
     chunked = b.icmp_signed("<", window, zero)
-    chunk = b.srem(position, b.select(chunked, b.neg(window), one))  # positions before the row's in its chunk
+    chunk = b.srem(position, b.select(chunked, b.neg(window), one))  # offset of the row's position in its chunk
     first = b.select(chunked, b.sub(b.sub(position, chunk), start), b.sub(own, window))
     first = b.select(b.icmp_signed("!=", window, zero), not_negative(first), zero)
     return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
@@ -191,10 +190,10 @@ def softmax_rows(
 ) -> Any:
     """Compute exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; masked keys get 0.
 
-    The results are bfloat16. With `in_floats` they are float32 and replace the scores; for quantised values they do so
-    too, and are not rounded. `positions` is the address of the rows' int64 positions; `ROW_TILE` elements after each is
-    the last position that the row attends to. `partials` is the address of the partial results, of which m and s are
-    written; s is the sum of the rounded probabilities. `rows`, `dim`, `kind` and `isa` are constants.
+    The results are rounded to bfloat16, except for quantised values, and written to `probabilities`. With `in_floats`,
+    and for quantised values, they are stored as float32 in `scores` instead. `positions` points at the rows' int64
+    positions; `ROW_TILE` elements after each is the last position that the row attends to. m and s, the sum of the
+    results, are written to `partials`. `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 7, rows, dim, kind, isa)
     m, d, wide = rows.literal_value, dim.literal_value, in_floats(isa.literal_value)
@@ -320,9 +319,8 @@ def value_tiles(
 ) -> Any:
     """Write the sum of the first `keys` values, weighted by the rows' probabilities, to partial results.
 
-    `tiles` is the address of the tiles' addresses, `coming` the address of addresses of tiles that are
-    prefetched if they are quantised (may be `tiles`); `rows`, `dim`, `kind` and `isa` are constants. For quantised
-    kinds the probabilities are in the memory of the scores, and the memory of the probabilities is free.
+    `tiles` and `coming` are as for `score_tiles`; `rows`, `dim`, `kind` and `isa` are constants. Quantised values have
+    float32 probabilities in `scores`, and `probabilities` is then scratch memory.
     """
     signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -360,7 +358,7 @@ def cap_scores(_: Any, scores: Any, tiles: Any, cap: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: Any) -> Any:
-    """Subtract slope times distance from a row's scores; `slope` is its address, `distance` that to the first key."""
+    """Subtract slope times distance from a row's scores; `slope` is an address, `distance` the first key's distance."""
     signature = types.void(*[types.int64] * 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -382,7 +380,7 @@ def fall_with_distance(_: Any, scores: Any, tiles: Any, slope: Any, distance: An
 
 @intrinsic(prefer_literal=True)
 def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
-    """Initialise a partial result to that of no keys."""
+    """Initialise a partial result that has no keys yet."""
     signature = types.void(types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -398,7 +396,7 @@ def clear_partial(_: Any, partial: Any, dim: Any) -> Any:
 
 
 def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
-    """Return the factors that rescale sums relative to two maxima to the larger maximum."""
+    """Return the factors that rescale two sums, each relative to its own maximum, to the larger maximum."""
     b, one = e.b, e.constant(F32, 1.0)
     difference = b.fsub(old_top, new_top)
     power = emit_exp2(e, b.fneg(e.call("llvm.fabs.v16f32", vector(F32), [difference])))
@@ -408,7 +406,7 @@ def _shares(e: Emitter, old_top: Any, new_top: Any) -> tuple[Any, Any]:
 
 @intrinsic(prefer_literal=True)
 def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
-    """Merge the partial result of later keys into that of earlier keys. A result without keys changes nothing."""
+    """Merge `partial`, a row's partial result of later keys, into `state`; one without keys changes nothing."""
     signature = types.void(types.int64, types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -434,7 +432,7 @@ def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def add_sink(_: Any, state: Any, sink: Any, dim: Any) -> Any:
-    """Add a sink, a score without a value at the address `sink`, to a row's sum of probabilities."""
+    """Add the sink at the address `sink` to a row's sum of probabilities."""
     signature = types.void(types.int64, types.int64, dim)
     end = state_at(dim.literal_value)
 
@@ -486,9 +484,9 @@ def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
 
 @njit(inline="always")
 def place_of(slot: int, head: int, shift: int, stretch_step: int) -> int:
-    """Return the offset of a head's slot from the beginning of a layer, in slots.
+    """Return the offset of a head's slot from the beginning of the layer's cache, in slots.
 
-    S is 1 << shift; `stretch_step` is the number of slots of a stretch, of all layers and heads.
+    S is 1 << shift; `stretch_step` is the number of slots from one stretch to the next.
     """
     bits = max(shift, STRETCH_SHIFT)
     return (slot >> bits) * stretch_step + (head << bits) + (slot & ((1 << bits) - 1))

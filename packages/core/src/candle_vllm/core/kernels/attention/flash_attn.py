@@ -51,7 +51,7 @@ class SequenceGroup:
 
 
 class Call(Protocol):
-    """Attention of a group: q [T, H, D] -> [T, H, D], of which the rows of the group's tokens are written."""
+    """Attention of the sequences `part`: q [T, H, D] -> [T, H, D]; other sequences' rows are not written."""
 
     def __call__(
         self,
@@ -134,7 +134,7 @@ class PagedFlash:
 
 
 def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup | None, SequenceGroup | None]:
-    """Split into the first `decodes` sequences and the others, None if empty; uses only shapes and `decodes`."""
+    """Return the first `decodes` sequences and the later ones, each None if empty; does not read the device."""
     n = rows.decodes
     contexts, tables = rows.context_lens.to(torch.int32), rows.block_tables.to(torch.int32)
     room = tables.shape[1] * block_size
@@ -146,7 +146,7 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
         decodes = SequenceGroup(starts, contexts[:n], tables[:n], 1, most_context, True)
     if tokens > n:
         most = tokens - n if rows.most_tokens is None else min(rows.most_tokens, tokens - n)
-        # FlashAttention 2 assumes, if this is 1, that there are as many query rows as sequences.
+        # With a maximum of 1 token, FlashAttention 2 assumes that there are as many tokens as sequences.
         starts = rows.query_start[n:].to(torch.int32)
         others = SequenceGroup(starts, contexts[n:], tables[n:], max(most, 2), most_context, False)
     return decodes, others
@@ -154,7 +154,7 @@ def split(rows: DeviceRows, tokens: int, block_size: int) -> tuple[SequenceGroup
 
 @dataclasses.dataclass(frozen=True)
 class CallOf2:
-    """`flash_attn_varlen_func` of flash-attn 2.x; window_size counts the keys before a query's own."""
+    """`flash_attn_varlen_func` of flash-attn 2.x; its window_size does not count the query's own position."""
 
     function: Any
 

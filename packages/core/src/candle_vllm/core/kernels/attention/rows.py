@@ -23,7 +23,7 @@ class ScoreOptions(TypedDict, total=False):
 
 
 class PagedCache(NamedTuple):
-    """Keys and values of a layer.
+    """KV cache of a layer.
 
     Attributes:
         keys, values: [B, S, K, D] each; latent attention has only `keys`. Compiled steps on the CPU have the layouts
@@ -35,17 +35,17 @@ class PagedCache(NamedTuple):
 
 
 class WindowedCache(PagedCache):
-    """Keys and values of a layer that has pages only for its sliding window; its tables and slots refer to pages.
+    """KV cache of a layer that keeps only the pages of its sliding window; block tables and slots are those of a pool.
 
     Attributes:
-        pool: the number of the page pool, see `WindowedBlocks`.
+        pool: index of the page pool, see `WindowedBlocks`.
     """
 
     pool: int
 
     @classmethod
     def of(cls, pool: int, keys: Any, values: Any) -> WindowedCache:
-        """Return the cache of a layer of a pool."""
+        """Return the cache of a layer whose pages are in pool number `pool`."""
         made = cls(keys, values)
         made.pool = pool
         return made
@@ -53,13 +53,13 @@ class WindowedCache(PagedCache):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Sequences of one step's tokens, on the host.
+    """The step's R sequences on the host: which tokens and which blocks belong to each.
 
     Attributes:
-        query_start: R + 1 offsets into the step's tokens; sequence r has query_start[r]..query_start[r + 1].
+        query_start: R + 1 offsets into the step's tokens; sequence r has tokens query_start[r]..query_start[r + 1] - 1.
         context_lens: R lengths in tokens, the new tokens included.
         block_tables: [R, maximum blocks] int64; entries after the end of a sequence's context are not read.
-        ahead: [T] int64, numbers of later positions that tokens attend to; None for causal attention. Only on the CPU.
+        ahead: [T] int64, the number of later positions that each token attends to; None for causal attention. CPU only.
     """
 
     query_start: tuple[int, ...]
@@ -72,7 +72,7 @@ class AttentionRows:
         return self if self.ahead is None else dataclasses.replace(self, ahead=None)
 
     def on_device(self) -> DeviceRows:
-        """Copy to the device of the block tables. Leading sequences of one token count as decodes."""
+        """Return a copy on the device of the block tables; its `decodes` are the leading sequences with one token."""
         import torch
 
         counts = [end - start for start, end in itertools.pairwise(self.query_start)]
@@ -92,22 +92,22 @@ class AttentionRows:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceRows:
-    """Sequences of one step's tokens, as tensors that may be rewritten between replays of a captured step.
+    """The step's R sequences, as tensors that may be rewritten between replays of a captured step.
 
     Attributes:
-        query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1].
+        query_start: [R + 1] int32 or int64; sequence r has tokens query_start[r]..query_start[r + 1] - 1.
         context_lens: [R] int32 or int64 lengths in tokens, the new tokens included.
         block_tables: [R, maximum blocks] int32 or int64; entries after the end of a sequence's context are not read.
-        decodes: number of leading sequences that the decode kernel computes: sequence r has one token, number r. The
-            others may have any number of tokens.
-        most_tokens: maximum tokens of a sequence in this step, or in all replays of a captured one; None for no limit.
-        most_context: maximum context of a sequence, in the same steps.
+        decodes: number of leading sequences that the decode kernel computes: sequence r has one token, token r of the
+            step. Later sequences may have any number of tokens.
+        most_tokens: maximum tokens of a sequence in this step, or in all replays of a captured step; None for no limit.
+        most_context: maximum context length of a sequence in the same step or replays, in tokens; None for no limit.
         host: copy on the host; None for a captured step, or if the values are only on the device.
-        decoding: [1] int32, at most `decodes`: number of leading sequences that the decode kernel computes, if it is
-            only on the device; `decodes` is then the maximum for the launch. None if `decodes` is that number. Only for
+        decoding: [1] int32, at most `decodes`: the number of leading sequences that the decode kernel computes, read on
+            the device; `decodes` is then only the maximum for the launch. None if `decodes` is the number. Only for
             backends that are `mixed`, see `Backend`.
-        lists: work lists that kernels compute once a step, for the calls of all layers. So an object is used for only
-            one step, or one captured step, and its tensors are rewritten only between replays.
+        lists: work lists that the first layer's kernels compute for all layers. So an object serves only one step or
+            one captured step, and its tensors are rewritten only between replays.
     """
 
     query_start: torch.Tensor
@@ -123,7 +123,6 @@ class DeviceRows:
     )
 
     def causal(self) -> DeviceRows:
-        """See `AttentionRows.causal`."""
         host = self.host
         return self if host is None or host.ahead is None else dataclasses.replace(self, host=host.causal())
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Paged attention of decoding steps in plain torch: sequences with one new token are computed together.
 
-The reference makes some thirty calls for each sequence and layer, which take most of the time of an eager step. Here
-all sequences with one token share these calls: their keys and values are gathered and padded to the longest context,
-and the padding is masked. Prompts are computed by the reference.
+The reference makes some thirty torch calls for each sequence and layer, which take most of the time of an eager step.
+In this module all sequences with one token share these calls: their keys and values are gathered and padded to the
+longest context, and the padding is masked. Prompts are computed by the reference.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _attend_one(q: torch.Tensor, caches: Any, rows: AttentionRows, scale: float,
 
 
 def _row(rows: AttentionRows, row: int) -> AttentionRows:
-    """Return a step with only one of the sequences."""
+    """Return the rows of a step that has only sequence `row`."""
     count = rows.query_start[row + 1] - rows.query_start[row]
     ahead = None if rows.ahead is None else rows.ahead[rows.query_start[row] : rows.query_start[row + 1]]
     return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1], ahead)

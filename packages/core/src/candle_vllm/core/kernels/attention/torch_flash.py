@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Attention by torch's own FlashAttention, `torch.nn.attention.varlen` (step 6 of a request's life).
 
-From torch 2.13 on it reads pages. FlashAttention 2 needs a multiple of 256 tokens per page; FlashAttention 3 (Hopper)
-and 4 (Blackwell) read any pages, and are used instead if their package is installed and torch supports it.
+From torch 2.13 on it reads pages. FlashAttention 2 needs a multiple of 256 tokens per page. FlashAttention 3 (Hopper)
+and 4 (Blackwell) have no such limit, and are used instead if their package is installed and torch supports it.
 
 cuDNN's attention, which torch would prefer, is disabled: it has no windows, and only some versions support single
 tokens, so a token might be computed by cuDNN in one step and by FlashAttention in another. Sources:
@@ -62,8 +62,8 @@ def _generation(capability: tuple[int, int]) -> int:
 
 
 def _window_size(window: int | None, single: bool = False) -> tuple[int, int]:
-    """Return the window: numbers of keys before and after the query's position; -1 for all. A single token has no later
-    keys; with -1 for these, FlashAttention 2 computes the heads of a group together."""
+    """Return the numbers of keys before and after the query's position; -1 for all. With `single` there are no keys
+    after it, and with -1 instead of 0 FlashAttention 2 computes the query heads of a KV head together."""
     if window is None:
         return (-1, -1) if single else (-1, 0)
     return (window - 1, 0)
@@ -95,7 +95,7 @@ class PagedCall:
                 key_cache,
                 value_cache,
                 part.query_start,
-                part.key_start() if two else None,  # 2 needs it in addition to seqused_k, 3 and 4 refuse it
+                part.key_start() if two else None,  # needed by FlashAttention 2, refused by 3 and 4
                 part.most_tokens,
                 part.most_context,
                 scale=scale,

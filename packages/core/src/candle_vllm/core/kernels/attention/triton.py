@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Paged attention on a GPU (step 6 of a request's life): checks, and the choice of the kernel for each sequence.
 
-`triton_decode` processes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the
-others. So a token's kernel depends on the caller, not on the batch. Nothing here waits for the GPU. With
-`DeviceRows.decoding` both kernels are launched for the largest step, and find their sequences on the device.
+`triton_decode` computes the first `decodes` sequences of a step, which have one token each, `triton_prefill` the later
+sequences. So a token's kernel depends on the caller, not on the batch. No function waits for the GPU. With
+`DeviceRows.decoding` both kernels are launched for the largest step, and read on the device which sequences are theirs.
+In the kernels, a tile is BLOCK_N consecutive positions of one sequence and one KV head, a split is some consecutive
+tiles of a sequence, and an item is one split of one KV head.
 """
 
 from __future__ import annotations
@@ -109,7 +111,7 @@ def _check(
 
 
 def check_decoding(rows: DeviceRows) -> None:
-    """Check the number of decoding sequences, if it is on the device."""
+    """Check the tensor with the number of decoding sequences, if the number is on the device."""
     if rows.decoding is not None:
         assert rows.decoding.shape == (1,)
         assert rows.decoding.dtype == torch.int32

@@ -3,10 +3,10 @@
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that all multiprocessors work.
 
 The keys of a sequence are divided into splits, by the length of its context alone. A fixed number of programs shares
-the work items (one split of one key-value head of one sequence), which are found on the device (`triton_items`): the
-grid depends on the number of sequences only, and a captured launch serves any lengths. An item's partial result is the
-state of the online softmax in fp32; a second kernel merges the partial results of a sequence in a fixed order. A
-sequence with one split needs no merging. So a result depends on its own sequence alone, bit for bit.
+the work items, each one split of one KV head of one sequence, which the programs compute on the device
+(`triton_items`): the grid depends on the number of sequences only, and a captured launch serves any lengths. An item's
+partial result is the state of the online softmax in fp32; a second kernel merges the partial results of a sequence in a
+fixed order, unless there is only one. So a result depends on its own sequence alone, bit for bit.
 Source: Dao et al., 2023, "Flash-Decoding for long-context inference".
 """
 
@@ -52,7 +52,7 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-_ROWS = 256  # sequences of a launch whose programs count the items themselves
+_ROWS = 256  # maximum sequences of a launch, if each program counts the items
 _CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
@@ -71,8 +71,8 @@ def decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: maximum, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32, or None: only rows first + r below it have work; None for all rows
-    items,  # of `list_items_kernel`; None if they are counted here, of ROWS sequences at most
+    decoding,  # [1] int32: only sequences first + r below it have work; None if all have
+    items,  # the list of `list_items_kernel`; None if each program counts the items, of at most ROWS sequences
     key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
@@ -261,7 +261,7 @@ def merge_kernel(
 
 @dataclass(frozen=True)
 class Splits:
-    """Keys of a tile, maximum number of splits of a sequence, and launch parameters."""
+    """Keys of a tile, maximum splits of a sequence, and launch parameters."""
 
     keys: int
     splits: int
@@ -273,8 +273,8 @@ class Splits:
 def splits(padded_dim: int, bytes_per_number: int, kv_heads: int, capability: int) -> Splits:
     """Choose by the model's shape and the GPU alone, never by the batch.
 
-    Not measured yet: about 256 items of a long sequence, and two programs per multiprocessor, each with 64 KiB of loads
-    in flight (five stages are two tiles, because reading the block table takes some).
+    Not measured yet: a long sequence has about 256 items; there are two programs per multiprocessor, each with 64 KiB
+    of loads in flight. Of five pipeline stages only two load tiles, because reading the block table takes the others.
     """
     most = min(max(next_power_of_2(256 // kv_heads), 16), 64)
     if capability < TENSOR_CORES and padded_dim <= 64:
@@ -304,7 +304,7 @@ def decode(
 ) -> None:
     """Compute attention for one token per sequence: token r of q belongs to sequence r. The caller checks arguments.
 
-    Writes `out`, with `decoding` only its first rows. `lists` are the lists of the step, see `DeviceRows`.
+    Writes `out`; with `decoding`, only its first decoding[0] rows. `lists` is `DeviceRows.lists`.
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
@@ -367,8 +367,8 @@ def decode(
 def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> int:
     """Return the bytes of an element for `splits`.
 
-    A cache of 8 bits has wider tiles, except with fp32 queries, because the tiles are then computed in fp32, and with
-    row scales and heads of at most 128 elements, for which some compilers run out of registers.
+    A cache of 8 bits has tiles of more keys, except with fp32 queries, because the tiles are then computed in fp32, and
+    with row scales and heads of at most 128 elements, for which some compilers run out of registers.
     """
     return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Work items of the kernels for one new token per sequence: the sequence of an item, and its split of the context.
 
-A context is divided into splits by its length alone. Either every program of a launch counts the splits of all its
-sequences, or a kernel lists them once per step, for the calls of all layers: `ITEM_LIST`.
+Terms: see `triton.py`; a row is a sequence. Either every program of a launch counts the splits of all sequences, or,
+with `ITEM_LIST`, a kernel lists them once per step, for the calls of all layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
 ITEM_LIST = 0  # 1: work items are listed once per step, not counted by each program; not measured on a GPU yet
 
-LISTED = 32  # sequences whose items are listed together
+LISTED = 32  # sequences that the listing kernel processes at a time
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def first_seen(position, WINDOW: tl.constexpr):
 
 @triton.jit
 def split_keys(context, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the first key's position, the keys of a split, and the number of splits, which is 0 without context."""
+    """Return the first key's position, the number of keys of a split, and the number of splits (0 without context)."""
     begin = context * 0
     if WINDOW:
         begin = first_seen(context - 1, WINDOW) // BLOCK_N * BLOCK_N
@@ -108,7 +108,7 @@ def list_items(
     decoding: torch.Tensor | None,
     constants: dict[str, Any],
 ) -> torch.Tensor:
-    """Return the work items of a step, computed at the first call; `constants` are those of the merging kernel."""
+    """Return the step's list of work items, computed at the first call; `constants` are those of the merging kernel."""
     cut = {name: constants[name] for name in ("WINDOW", "BLOCK_N", "SPLITS", "CHUNK")}
     rows = len(context_lens)
     key = (rows, *cut.values())

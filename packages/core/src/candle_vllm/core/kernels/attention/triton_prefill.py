@@ -2,10 +2,10 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, draft tokens.
 
-A program processes one key-value head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one
-sequence times the query heads that use this key-value head. It reads the tiles of keys from position 0, or from the
-start of the window, to its last token. Only tiles that are not fully visible to every row are masked. The number of
-programs is bounded by the number of tokens and sequences alone; programs beyond the last tile have no work and end.
+A program computes one KV head and a tile of queries: BLOCK_M rows, which are some neighbouring tokens of one sequence
+times the query heads of this KV head. It reads the tiles of keys from position 0, or from the start of the window, to
+its last token. Only tiles that are not fully visible to every row are masked. The number of programs depends only on
+the numbers of tokens and sequences; programs beyond the last tile of queries end at once.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from candle_vllm.core.kernels.triton_build import (
     stages,
 )
 
-_ROWS = 256  # sequences that a program compares at once to find its own
+_ROWS = 256  # sequences that a program compares at a time to find the sequence of its tile
 
 
 @triton.jit
 def behind_decodes(query_start, context_lens, block_tables, table_stride, rows, decoding):
-    """Return a step's tables without the first decoding[0] rows, and the number of rows left; unchanged for None."""
+    """Return a step's tables and number of sequences without the first decoding[0] sequences; None skips 0."""
     if decoding is not None:
         decodes = tl.load(decoding)
         query_start += decodes
@@ -148,7 +148,7 @@ def prefill_kernel(
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
-    decoding,  # [1] int32, or None: number of leading rows that this kernel skips
+    decoding,  # [1] int32: number of leading sequences that this kernel skips; None for 0
     key_scale,  # [1] fp32, read with FP8
     value_scale,  # [1] fp32
     sinks,  # [H] fp32, read with SINKS
@@ -184,7 +184,7 @@ def prefill_kernel(
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
     if decoding is not None:
-        count = tl.where(rows > 0, count, 0)  # without rows, it is the count of the last decode
+        count = tl.where(rows > 0, count, 0)  # without prompts, `count` is that of the last decode
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -265,8 +265,8 @@ class Tiles:
 def tiles(padded_dim: int, bytes_per_number: int, group: int, capability: int) -> Tiles:
     """Choose by the shape of a head and the GPU alone, never by the batch.
 
-    Not measured yet: the largest tiles that do not spill and, except on data-centre GPUs, fit in 99 KiB of shared
-    memory. Five stages are two or three tiles in flight, because reading the block table takes some.
+    Not measured yet: the largest tiles that do not spill registers and, except on data-centre GPUs, fit in 99 KiB of
+    shared memory. Of five pipeline stages two or three load tiles; reading the block table takes the others.
     """
     if bytes_per_number == 4 or capability < TENSOR_CORES:
         warps = 4 if padded_dim > 128 and bytes_per_number != 4 else 8

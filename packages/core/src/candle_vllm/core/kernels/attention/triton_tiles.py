@@ -48,7 +48,7 @@ def load_tile(
 ):
     """Load keys or values [N, DP] of a head; `cache` points at the head in slot 0, EXTRA elements follow each S slots.
 
-    Beyond D and, if MASKED, from `end` on, the tile is 0: that memory may hold NaN, which a weight of 0 does not hide.
+    Elements beyond D and, if MASKED, of positions from `end` on are 0, because memory may hold NaN there.
     """
     dims = tl.arange(0, DP)
     rows = slots * WIDTH
@@ -90,28 +90,28 @@ def load_scales(
 
 @triton.jit
 def key_unit(dtype: tl.constexpr):
-    """Return the factor by which elements of this type are too small after `as_queries`."""
+    """Return the true value of an element of this type divided by the result of `as_queries`."""
     return 256.0 if dtype == tl.uint8 else 1.0
 
 
 @triton.jit
 def value_unit(dtype: tl.constexpr):
-    """Return the factor of the values' scales, chosen to keep a weight times a scale within fp16's range.
+    """Return the factor by which the values' scales are multiplied, so that weight times scale is in fp16's range.
 
-    The largest code divided by it is below 2. `value_rest` divides the sums by it; uint8 elements are divided already.
+    The largest code divided by the factor is below 2. `value_rest` cancels the factor.
     """
     return 64.0 if dtype == tl.int8 else 256.0
 
 
 @triton.jit
 def value_rest(dtype: tl.constexpr):
-    """Return the factor of the sums that cancels `value_unit`."""
+    """Return the factor of the sums that cancels `value_unit`; for uint8, `as_queries` has divided already."""
     return 0.015625 if dtype == tl.int8 else 1.0 if dtype == tl.uint8 else 0.00390625
 
 
 @triton.jit
 def from_e4m3_bits(codes):
-    """Convert codes [...] int16, 0 to 255, of e4m3 to fp16 divided by 256 by shifting bits; subnormals stay exact."""
+    """Convert e4m3 codes [...] int16, 0 to 255, to fp16 values / 256 by shifting bits; subnormals stay exact."""
     return (((codes & 128) << 8) | ((codes & 127) << 7)).to(tl.float16, bitcast=True)
 
 
@@ -145,13 +145,13 @@ def unpack_pairs(words, stored: tl.constexpr, dtype: tl.constexpr):
 @triton.jit
 def weigh_tile(
     q,  # [M, DP]
-    tops,  # [M] fp32, the maximum score of each row so far
+    tops,  # [M] fp32, the maximum score of each query so far
     sums,  # [M] fp32, the sum of exp2(factor * (score - top))
     k,  # [N, DP]
     k_scales,  # [N] fp32, factors of the scores, or None
     positions,  # [M] int32, positions of the queries
     first,  # position of the first key
-    factor,  # > 0: scores times this are exponents of 2
+    factor,  # > 0: scores times `factor` are exponents of 2
     cap_in,  # with CAP: the score is cap_out * tanh(cap_in * q k)
     cap_out,
     bias,  # [M] fp32, subtracted from a score for each position of distance, or None
@@ -159,9 +159,9 @@ def weigh_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Update the softmax state of M rows with the keys of one tile.
+    """Update the softmax state of M queries with the keys of one tile.
 
-    Returns tops, sums, the weights [M, N] of the tile's values, and the factor [M] of the values before it.
+    Returns tops, sums, the weights [M, N] of the tile's values, and the factor [M] of the values of earlier tiles.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scales is not None:
@@ -179,7 +179,7 @@ def weigh_tile(
         scores = tl.where(seen, scores, float("-inf"))
     new_tops = tl.maximum(tops, tl.max(scores, 1))
     base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
-    # In this form, product and difference become one fma in tiles with and without a mask, so the bits are the same.
+    # In this form, product and difference become one fma with and without a mask, so the bits are the same.
     weights = tl.exp2(scores * factor - base[:, None])
     keep = tl.exp2(tops * factor - base)
     return new_tops, sums * keep + tl.sum(weights, 1), weights, keep
@@ -213,7 +213,7 @@ def attend_tile(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Update the softmax state of M rows with one tile's keys and values; see `weigh_tile`."""
+    """Update the softmax state of M queries with one tile's keys and values; see `weigh_tile`."""
     tops, sums, weights, keep = weigh_tile(
         q, tops, sums, k, k_scales, positions, first, factor, cap_in, cap_out, bias, CAP, WINDOW, MASKED
     )
