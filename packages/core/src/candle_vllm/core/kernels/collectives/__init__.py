@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Collective operations of a model's ranks: all-reduce, all-gather, all-to-all, and sends between pipeline stages.
 
-All ranks call the same operations in the same order. Source: Shoeybi et al., 2019, arXiv:1909.08053 (Megatron-LM).
+A **rank** is one of the processes that compute a model together. All ranks call the same operations in the same order.
+Source: Shoeybi et al., 2019, arXiv:1909.08053 (Megatron-LM).
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 _CONNECTING = 10.0  # seconds in which ranks that have found each other must be connected
 _ABANDONED: list[Any] = []
-_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks that the others live
+_LOOK = datetime.timedelta(seconds=0.5)  # interval at which a waiting rank checks that the other ranks live
 SLOT_BYTES = 1 << 19  # bytes that ranks sum at a time in shared memory
-FIRST_SLOT = 4096  # offset of a rank's slots in its block, after its counter
+FIRST_SLOT = 4096  # offset of a rank's slots in the rank's block, after the counter
 BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # bytes of a rank's block
 _TURNS = 2000  # number of polls for another rank of this machine, about 25 us, after which this rank sleeps
 _NAPS = 50e-6, 1e-3  # seconds of a waiting rank's first sleep, and of its longest
@@ -41,8 +42,8 @@ _NAPS = 50e-6, 1e-3  # seconds of a waiting rank's first sleep, and of its longe
 class Stages(Protocol):
     """Pipeline stages of a model whose layers are divided: one rank's connections to its peers in the other stages.
 
-    Tensors arrive in the order in which they were sent. Results of the last stage return to the first one over their
-    own connection, so that they do not wait for activations between these two stages.
+    Tensors arrive in the order in which they were sent. Results of the last stage return to the first stage over a
+    separate connection, so that they do not wait for activations between these two stages.
 
     Attributes:
         rank, size: this rank's stage, from 0 on, and the number of stages.
@@ -72,7 +73,7 @@ class Sums(Protocol):
     """Sum of partial results over ranks."""
 
     def sum(self, x: Value) -> Value:
-        """Sum x [T, ...] over all ranks; return all rows, or in a step that `TokenShares` divides this rank's."""
+        """Sum x [T, ...] over all ranks; return all rows, or this rank's rows in a step that `TokenShares` divides."""
         ...
 
 
@@ -95,15 +96,15 @@ class Collective(Protocol):
     def gather(self, x: Value, width: int, out: Value | None = None) -> Value:
         """Concatenate x [T, up to width] of all ranks to [T, size * width]; missing columns of a rank are 0.
 
-        The result may be written to `out`: allocating memory costs more than the copy.
+        The result may be written to `out`, because allocating memory costs more than the copy.
         """
         ...
 
     def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
-        """Send rows from each rank to each (all-to-all); return those received, [sum of received, C], in rank order.
+        """Send rows from each rank to each (all-to-all); return the received rows, [sum of received, C], in rank order.
 
         Args:
-            x: [sum of sent, C], of any type: rows for the first rank, then for the second one, and so on.
+            x: [sum of sent, C], of any type: rows for the first rank, then for the second rank, and so on.
             sent, received: number of rows to and from each rank, this one included.
         """
         ...
@@ -118,7 +119,7 @@ class Collective(Protocol):
 
 
 def is_first(ranks: Collective) -> bool:
-    """Return whether this is the engine's own rank, the first one of the first stage."""
+    """Return whether this is the engine's own rank, the first rank of the first stage."""
     return ranks.rank == 0 and (ranks.stages is None or ranks.stages.rank == 0)
 
 
@@ -128,7 +129,7 @@ class VocabularyShare(NamedTuple):
     Attributes:
         collective: the ranks.
         first: this rank's first row.
-        most: rows of each rank but the last, which may have fewer.
+        most: rows of each rank except the last, which may have fewer.
         total: V, the rows of the whole table.
     """
 
@@ -150,7 +151,7 @@ class Notes(Protocol):
         ...
 
     def get(self, key: str) -> bytes:
-        """Wait until the key is written, and return its value."""
+        """Wait until the key is written; return the value."""
         ...
 
     def has(self, key: str) -> bool:
@@ -163,7 +164,7 @@ class Notes(Protocol):
 
 
 def _store(notes: Notes) -> Any:
-    """Wrap a store for torch.distributed; torch's own TCPStore accepts any client, on every address."""
+    """Wrap a store for torch.distributed, because torch's own TCPStore accepts any client, on every address."""
     from torch import distributed
 
     class NotesStore(distributed.Store):
@@ -188,7 +189,7 @@ def _store(notes: Notes) -> Any:
 
 
 def shared_memory(ranks: int) -> BinaryIO | None:
-    """Return shared memory for the sums of this machine's ranks; or None without support. See `sealed_memory`."""
+    """Return shared memory for the collectives of this machine's ranks; None without support. See `sealed_memory`."""
     if sys.platform != "linux":
         return None
     try:
@@ -201,7 +202,7 @@ def shared_memory(ranks: int) -> BinaryIO | None:
 def sealed_memory(size: int) -> BinaryIO:
     """Create zeroed memory of `size` bytes that ranks of this machine share by its file descriptor.
 
-    It has no name by which other processes could open it, and its size is fixed.
+    The memory has no name by which other processes could open it, and its size is fixed.
 
     Raises:
         OSError: the system is not Linux, or forbids such memory.
@@ -219,6 +220,7 @@ def sealed_memory(size: int) -> BinaryIO:
 
 class _SharedMemory:
     """Collectives of this machine's ranks in shared memory: float32 sums in the order of the ranks, and gathers.
+    The layout is in `cpu.py`.
 
     Args:
         first: index of the block of the group's first rank.
@@ -256,7 +258,7 @@ class _SharedMemory:
         """Gather `count` elements of 4 bytes of each rank to address `out`, in the order of the ranks.
 
         Raises:
-            RuntimeError: as `add`.
+            RuntimeError: see `add`.
         """
         most = SLOT_BYTES // 4
         for start in range(0, count, most):
@@ -297,11 +299,11 @@ class ProcessGroup:
         notes: store through which the ranks find each other.
         name: name of the group in the store.
         patience: seconds that a rank waits for the others within a step; connecting may take `_CONNECTING` seconds.
-        host: the address at which Gloo listens for the others.
+        host: the address at which Gloo listens for the other ranks.
         memory: shared memory of all ranks, if they are on one machine; see `shared_memory`.
         first: index in that memory of this group's first rank.
-        ring: the group is used as `Stages`: results that return have their own communicator. A communicator runs its
-            operations in order, so that a send to the next stage, which waits, would delay the results from there.
+        ring: whether the group is used as `Stages`. Results that return then have their own communicator, because a
+            communicator runs its operations in order, so that a waiting send to the next stage would delay them.
     """
 
     def __init__(
@@ -354,14 +356,14 @@ class ProcessGroup:
                 return x.copy_(self._sum_in_order(x.view(-1)).view(x.shape))
             self._over(self._group.allreduce([x]))
             return x
-        wide = x.float()  # x itself, or a copy of a narrower type, rounded once at the end
+        wide = x.float()  # x itself, or a copy of a narrower type, which is rounded once at the end
         self._shared.add(wide.data_ptr(), wide.numel())
         return x if wide is x else x.copy_(wide)
 
     def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
         """Sum x [N] in the order of the ranks: each rank adds up all elements of a short x, otherwise a share of them.
 
-        The library's own sum has an order that depends on an element's index, and so on the rest of the step.
+        In the library's own sum, the order of ranks depends on an element's index, and so on the rest of the step.
         """
         if x.nbytes <= SLOT_BYTES:
             return added_up(self.gather(x[None], len(x)).view(self.size, -1))
@@ -398,7 +400,7 @@ class ProcessGroup:
                 place = number * row
                 self._shared.put_together(x.data_ptr() + place, row // 4, out.data_ptr() + self.size * place)
             return out
-        if not rows:  # which Gloo cannot gather
+        if not rows:  # Gloo cannot gather 0 rows
             return x.new_empty(0, self.size * width)
         parts = x.new_empty(self.size * rows, width)
         self._over(self._group._allgather_base(parts, x))
@@ -452,7 +454,7 @@ class ProcessGroup:
 
     def close(self) -> None:
         if self._gone.is_set():
-            _ABANDONED.append((self._host, self._store))  # its destructor would wait for the call that still waits
+            _ABANDONED.append((self._host, self._store))  # the destructor would wait for the call that still waits
         for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
             end = getattr(group, "abort", None)  # only NCCL has `abort`, which does not wait for other ranks
             if end is not None:
@@ -463,7 +465,7 @@ class ProcessGroup:
 
 
 def added_up(parts: torch.Tensor) -> torch.Tensor:
-    """Sum parts [n, ...] of n ranks in their order, at least in fp32, rounded once; on a GPU in any order."""
+    """Sum parts [n, ...] of n ranks in rank order, at least in fp32, rounded once; on a GPU in any order."""
     import torch
 
     wide = torch.promote_types(parts.dtype, torch.float32)
@@ -476,9 +478,9 @@ def added_up(parts: torch.Tensor) -> torch.Tensor:
 
 
 class _Receiver:
-    """Wait for a receive in a separate thread, which can be abandoned when another rank has ended.
+    """Wait for a receive of Gloo in a separate thread, which is abandoned when another rank has ended.
 
-    A receive of Gloo cannot be cancelled without closing all connections.
+    Such a receive cannot be cancelled without closing all connections.
     """
 
     def __init__(self) -> None:
@@ -496,7 +498,7 @@ class _Receiver:
                 done.put(None)
 
     def wait(self, work: Any, gone: threading.Event) -> None:
-        """Wait until the tensor has arrived; RuntimeError if `gone` is set before."""
+        """Wait until the tensor has arrived; raise RuntimeError if `gone` is set first."""
         done = queue.SimpleQueue[Exception | None]()
         self._works.put((work, done))
         while True:

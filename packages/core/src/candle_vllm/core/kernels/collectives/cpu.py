@@ -2,10 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled all-reduce and all-gather of ranks in shared memory.
 
-Each rank has a block: its counter, and from `FIRST_SLOT` on two slots, which it uses alternately. For operation n a
-rank writes its part to a slot, sets its counter to n, and waits until all counters are at least n: then all parts are
-there. A rank whose counter is n + 1 has read all parts of n, so operation n + 2 may overwrite them, and each operation
-needs a single wait.
+Each rank has a **block** of the memory: a counter, and from `FIRST_SLOT` on two **slots**, which operations use
+alternately. For operation n a rank writes its part to a slot, sets its counter to n, and waits until all counters are
+at least n: then all parts are written. A rank with counter n + 1 has read all parts of operation n, so operation n + 2
+may overwrite them, and each operation needs a single wait.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
         rank, size: this rank, and the number of ranks.
         number: number of the operation, from 1 on.
         x: address of this rank's part, float32, which the sum overwrites.
-        count: number of elements; they fit a slot.
+        count: number of elements, at most those of a slot.
         turns: maximum number of polls of each rank's counter.
         state: address of an int64: 0 before the first call, 1 after this rank's part is written, 2 after the sum is
             written. The caller repeats the call until the state is 2.
@@ -62,13 +62,13 @@ def add_up(blocks: int, rank: int, size: int, number: int, x: int, count: int, t
 def stand_together(
     blocks: int, rank: int, size: int, number: int, x: int, count: int, out: int, apart: int, turns: int, state: int
 ) -> None:
-    """All-gather: copy the parts of all ranks to `out`. If a rank is late, return without them.
+    """All-gather: copy the parts of all ranks to `out`. If a rank is late, return without the copies.
 
     Args:
         blocks, rank, size, number, turns, state: as for `add_up`; both operations share slots and numbers.
         x: address of this rank's part, int32.
-        count: number of elements of a part; they fit a slot.
-        out: address for the first rank's part.
+        count: number of elements of a part, at most those of a slot.
+        out: address to which the first rank's part is copied.
         apart: bytes from one rank's part to the next in the result.
     """
     slots = blocks + FIRST_SLOT + (number & 1) * SLOT_BYTES

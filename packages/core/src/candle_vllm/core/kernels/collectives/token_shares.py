@@ -4,15 +4,15 @@
 From attention's sum to the end of a layer, a rank computes only its share of a step's T tokens:
 
 1. after attention a reduce-scatter adds up the ranks' results; each rank gets the sums of its own rows;
-2. it normalises and routes these rows, and computes their shared expert, which each rank has whole;
-3. each row is sent once to every rank that has one of its experts, with expert numbers and weights (all-to-all), after
-   the counts;
+2. the rank normalises and routes these rows, and computes the shared expert of these rows;
+3. after an exchange of counts, each row is sent once to every rank that has one of the row's experts, with expert
+   numbers and weights (all-to-all);
 4. a rank computes its experts for the rows that it received, and sends the sums back;
 5. the rows' owner adds up sums in the order of the ranks, then the shared expert; an all-gather distributes all rows.
 
-Alternatively, every rank keeps all T rows, and two all-reduces add up all rows. Both ways add the same numbers in the
-same order of ranks, except on GPUs, where NCCL has its own order. The owner of a token depends on the other tokens of a
-step; no result depends on the owner.
+In a step that is not divided, every rank keeps all T rows, and two all-reduces add up all rows. Both ways add the same
+numbers in the same order of ranks, except on GPUs, where NCCL has its own order. The owner of a token depends on the
+other tokens of a step; no result depends on the owner.
 
 Source: Lepikhin et al., 2020, arXiv:2006.16668 (all to all); Korthikanti et al., 2022, arXiv:2205.05198 (sums, norms).
 
@@ -30,8 +30,8 @@ import torch
 from candle_vllm.core.kernels.collectives import Collective, added_up
 from candle_vllm.core.kernels.moe import Pairs
 
-LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer, to pay for three more exchanges and the host's wait
-MOST_SHARE = 0.75  # exchanges with up to this share of the all-reduces' bytes are faster, even if slower per byte
+LEAST_SAVED = 4 << 20  # bytes that a rank must save in a layer: dividing costs three more exchanges and a host wait
+MOST_SHARE = 0.75  # exchanges, which are slower per byte, are used for at most this share of the all-reduces' bytes
 
 
 def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
@@ -45,12 +45,12 @@ def rows_sent(held: Sequence[int], top_k: int) -> tuple[float, float]:
         top_k: k.
     """
     total, others = sum(held), (len(held) - 1) / len(held)
-    wanted = sum(1 - math.comb(total - own, top_k) / math.comb(total, top_k) for own in held)  # ranks of a token
+    wanted = sum(1 - math.comb(total - own, top_k) / math.comb(total, top_k) for own in held)  # ranks with its experts
     return 4 * others, 2 * others + 2 * others * wanted / len(held)
 
 
 def least_step(held: Sequence[int], top_k: int) -> float:
-    """Return the least bytes of a step's rows [T, E] for which dividing it sends less; infinity if no size does."""
+    """Return from how many bytes of rows [T, E] on a step should be divided; infinity if never."""
     sums, exchanges = rows_sent(held, top_k)
     return LEAST_SAVED / (sums - exchanges) if exchanges <= MOST_SHARE * sums else math.inf
 
@@ -61,17 +61,17 @@ class TokenShares:
     Args:
         collective: the ranks.
         held: number of experts of each rank; experts are numbered rank by rank.
-        least: bytes of a step's rows from which on a step is divided, if it may be and has a row for each rank.
+        least: bytes of rows from which on a step is divided, if `begin` allows it and there is a row for each rank.
     """
 
     def __init__(self, collective: Collective, held: Sequence[int], least: float) -> None:
         self._collective, self._held, self._least = collective, held, least
-        self._borders: torch.Tensor | None = None  # between the ranks' experts
+        self._borders: torch.Tensor | None = None  # first expert of each rank but the first
         self._may_divide = self._apart = False
         self._counts = [0] * collective.size
 
     def begin(self, tokens: int, *, may_divide: bool) -> None:
-        """Begin a step of `tokens` tokens, on every rank alike.
+        """Begin a step of `tokens` tokens; all ranks must pass the same arguments.
 
         Args:
             may_divide: False if shapes must not depend on the chosen experts, as in captured steps, or if adapters
@@ -109,7 +109,7 @@ class TokenShares:
         Args:
             x: rows that `sum` returned.
             pairs: x's tokens and their experts, numbered over all ranks.
-            compute: computes this rank's experts for rows [R, E]; 0 for a row without one of its experts.
+            compute: function that computes this rank's experts for rows [R, E]; 0 for a row without such an expert.
         """
         if not self._apart:
             return self._collective.sum(compute(x, pairs))
@@ -141,7 +141,7 @@ class TokenShares:
         total = x if residual is None else residual + x
         most, width = self._counts[0], x.shape[1]
         rows = self._collective.gather(total.reshape(1, -1), most * width).view(-1, most, width)
-        full = self._counts.count(most)  # ranks; the others have a row less
+        full = self._counts.count(most)  # number of ranks with `most` rows; the others have a row less
         if full == len(rows):
             return rows.flatten(0, 1), None
         return torch.cat([rows[:full].flatten(0, 1), rows[full:, :-1].flatten(0, 1)]), None
