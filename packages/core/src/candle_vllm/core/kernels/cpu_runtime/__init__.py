@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Runtime of the compiled CPU kernels: emitted vector code, operations, threads, and the recorder of plans.
 
-Only a CPU engine imports it. The modules that emit code need Numba; they are imported only to compile.
+Terms: an operation is a compiled function (`operation.py`); a plan is a recorded step, an array with a row for each
+operation (`recorder.py`); a team is the threads that run plans (`team.py`). Only a CPU engine imports this package. The
+modules that emit code need Numba; they are imported only to compile.
 """

@@ -26,10 +26,10 @@ class RecordedBackend:
     """Backend of the CPU's compiled kernels.
 
     Attributes:
-        memory: memory of the matrices.
+        memory: allocator of the packed matrices.
         kind: type of plain matrices; None keeps the stored types.
         groups: whether the layer can reorder its input as a matrix requires.
-        floats_kept: whether the layer supports small floats with scales; otherwise they are decoded.
+        floats_kept: whether the layer supports small floats (FP8, FP4) with scales; otherwise they are decoded.
         words: see `Placement`.
     """
 
@@ -40,7 +40,6 @@ class RecordedBackend:
     words: tuple[str, ...] = ()
 
     def plain(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
-        """See `Backend.plain`."""
         from candle_vllm.core.kernels import plain_linear
 
         assert stored.dtype is not None
@@ -53,7 +52,6 @@ class RecordedBackend:
         return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[Matrix, str | None]:
-        """See `Backend.blocks`."""
         from candle_vllm.core.kernels import packed_linear
 
         blocks, (rows, columns) = read(), stored.shape
@@ -63,7 +61,7 @@ class RecordedBackend:
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> tuple[Matrix, str | None]:
-        """See `Backend.codes`: packed as blocks if these are exact, otherwise as plain elements."""
+        """See `Backend.codes`. Codes become GGUF blocks if these have exactly the same values, else plain elements."""
         del read
         found = blocks()
         if found is None:
@@ -73,7 +71,6 @@ class RecordedBackend:
         return self.blocks(stored, lambda: found)
 
     def floats(self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]) -> tuple[Matrix, str | None]:
-        """See `Backend.floats`."""
         from candle_vllm.core.kernels import scaled_linear
 
         if not self.floats_kept:
@@ -85,7 +82,7 @@ class RecordedBackend:
             return self._decoded(stored, str(error))
 
     def numbers(self, stored: StoredTensor) -> list[PlainMatrix]:
-        """Return the matrices [N, K] of a stored tensor [..., N, K]; decoded elements become bfloat16, or `kind`."""
+        """Return the matrices [N, K] of a stored tensor [..., N, K]; decoded elements become `kind`, or bfloat16."""
         from candle_vllm.core.kernels import plain_linear
 
         *outer, rows, columns = stored.shape

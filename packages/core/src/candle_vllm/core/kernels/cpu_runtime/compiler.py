@@ -51,7 +51,7 @@ def target_machine(level: Level) -> Any:
 
 @global_compiler_lock
 def _compiled(function: Callable[..., None], level: Level) -> Any:
-    """Return an LLVM module with the function, compiled for a level's CPU."""
+    """Return an LLVM module that contains the function, compiled for a level's CPU."""
     target: Any = registry.cpu_target
     target.typing_context.refresh()
     target.target_context.refresh()
@@ -80,7 +80,7 @@ def _moved(module: Any, level: Level) -> Any:
 
 
 def _entry(context: Any, library: Any, described: Any) -> ir.Module:
-    """Return a module with the C function, which calls Numba's function and ignores its status."""
+    """Return a module with the C function, which calls Numba's function and ignores the returned status."""
     module = library.create_ir_module(ENTRY)
     kinds = [context.get_value_type(kind) for kind in described.argtypes]
     inner = ir.Function(

@@ -84,7 +84,7 @@ class Emitter:
         instruction.align = 1
 
     def made_here(self, value: Any, isa: Isa) -> Any:
-        """Return the vector, with a mark that it is computed before later marked vectors.
+        """Return the vector, marked so that LLVM computes it before later marked vectors.
 
         LLVM schedules a long block as if it had more registers than exist, and then spills values to the stack.
         """
@@ -96,7 +96,7 @@ class Emitter:
         return self.whole(found)
 
     def store_masked(self, address: Any, value: Any, mask: Any) -> None:
-        """Write the lanes of a vector whose bit in `mask`, <lanes x i1>, is set; other memory stays unchanged."""
+        """Write the lanes of a vector for which `mask`, <lanes x i1>, is set; other memory stays unchanged."""
         at = self.b.inttoptr(address, value.type.as_pointer())
         element, lanes = str(value.type.element), value.type.count
         name = f"llvm.masked.store.v{lanes}{element}.p0"
@@ -105,7 +105,7 @@ class Emitter:
     def prefetch(self, address: Any, offset: int = 0, *, near: int = 3) -> None:
         """Prefetch the cache line at address + offset for reading; the address may be beyond the end of the memory.
 
-        near: 3 loads it into all cache levels, 2 into all but the first.
+        near: 3 loads the line into all cache levels, 2 into all but the first.
         """
         at = self.b.add(address, self.int64(offset)) if offset else address
         how = [ir.Constant(I32, number) for number in (0, near, 1)]  # a read, of data
@@ -118,7 +118,7 @@ class Emitter:
         return self.b.shuffle_vector(first, empty, ir.Constant(vector(I32, lanes), [0] * lanes))
 
     def parts(self, value: Any, count: int, element: ir.Type | None = None) -> list[Any]:
-        """Split a vector into `count` equal parts, whose bits are reinterpreted as `element` if it is given."""
+        """Split a vector into `count` equal parts, with the bits reinterpreted as `element`, if that is given."""
         each, found = value.type.count // count, []
         for start in range(0, value.type.count, each):
             order = ir.Constant(vector(I32, each), [ir.Constant(I32, start + lane) for lane in range(each)])
@@ -136,7 +136,7 @@ class Emitter:
         return parts[0]
 
     def in_parts(self, name: str, count: int, total: Any, *given: tuple[Any, ir.Type]) -> Any:
-        """Apply an LLVM intrinsic to `count` parts of a total and of other vectors, reinterpreted as given."""
+        """Apply an LLVM intrinsic to each of `count` parts of `total` and of the `given` (vector, element type)."""
         columns = zip(self.parts(total, count), *(self.parts(value, count, element) for value, element in given))
         return self.whole([self.call(name, column[0].type, list(column)) for column in columns])
 
@@ -151,7 +151,7 @@ class Emitter:
         return self.b.call(function, arguments)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        """x * y + z in each lane, rounded once."""
+        """Return x * y + z in each lane, rounded once."""
         return self.call(f"llvm.fma.v{LANES}f32", vector(F32), [x, y, z])
 
     def half_to_float(self, value: Any) -> Any:
@@ -166,7 +166,7 @@ class Emitter:
         return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
 
     def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa, *, largest: int = 255) -> Any:
-        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact.
+        """Return total[lane] + the sum of the four products of the lane's unsigned and signed bytes, <16 x i32>, exact.
 
         `largest` is the maximum of the unsigned bytes.
         """
@@ -177,7 +177,7 @@ class Emitter:
         if largest <= 128 and isa & (Isa.AVX2 | Isa.AVX512):  # then the sum of two products is below 2^15
             sums = self.b.bitcast(self.pairs_u8_i8(unsigned, signed, isa), vector(I32))
             return self.dot_i16(total, sums, self.constant(I32, 0x00010001), isa)
-        # Even and odd bytes as 16-bit integers; pmaddwd and similar instructions compute the sums of two products each.
+        # Even and odd bytes as 16-bit integers, of which pmaddwd and similar instructions add two products each.
         pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
         u, s = self.b.bitcast(unsigned, pairs), self.b.bitcast(signed, pairs)
         even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
@@ -185,13 +185,13 @@ class Emitter:
         return self.dot_i16(self.dot_i16(total, *even, isa), *odd, isa)
 
     def pairs_u8_i8(self, unsigned: Any, signed: Any, isa: Isa) -> Any:
-        """Sums of two products each of unsigned and signed bytes, <32 x i16>, saturating; needs AVX2 or AVX-512."""
+        """Return sums of two adjacent products of unsigned and signed bytes, <32 x i16>, saturating; needs AVX2."""
         count, name = (1, "llvm.x86.avx512.pmaddubs.w.512") if isa.wide else (2, "llvm.x86.avx2.pmadd.ub.sw")
         pairs = zip(self.parts(unsigned, count, I8), self.parts(signed, count, I8))
         return self.whole([self.call(name, vector(I16, 2 * LANES // count), list(both)) for both in pairs])
 
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """total[lane] += the two products of the lane's signed 16-bit pairs; x and y are <16 x i32>; exact."""
+        """Return total[lane] + the two products of the lane's signed 16-bit pairs; x and y are <16 x i32>; exact."""
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpwssd.512", 1, total, (x, I16), (y, I16))
         if isa & Isa.AVX_VNNI:
@@ -209,7 +209,7 @@ class Emitter:
         return total
 
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total is floats."""
+        """Return total[lane] + the two products of the lane's bfloat16 pairs; x, y are <16 x i32>, total is floats."""
         if isa & Isa.BF16:
             return self.in_parts("llvm.x86.avx512bf16.dpbf16ps.512", 1, total, (x, BF16), (y, BF16))
         if isa & Isa.ARM_BF16:
@@ -224,7 +224,7 @@ class Emitter:
         return [self.b.bitcast(part, vector(F32)) for part in (low, high)]
 
     def power_of_two(self, shifted: Any, rest: Any) -> Any:
-        """2^(n + rest) of 16 floats; `shifted` is SHIFTER + n with an integer n, and rest is within [-0.5, 0.5]."""
+        """Return 2^(n + rest) of 16 floats; `shifted` is SHIFTER + n with an integer n, rest is in [-0.5, 0.5]."""
         power = self.constant(F32, _EXP2[0])
         for factor in (*_EXP2[1:], 1.0):
             power = self.fma(power, rest, self.constant(F32, factor))
@@ -232,7 +232,7 @@ class Emitter:
         return self.b.bitcast(self.b.add(self.b.bitcast(power, vector(I32)), exponent), vector(F32))
 
     def sum_lanes(self, value: Any) -> Any:
-        """Sum of 16 floats by repeated halving: lane i with i + 8, then with i + 4, ..."""
+        """Return the sum of 16 floats by repeated halving: lane i plus lane i + 8, then plus lane i + 4, ..."""
         lanes = LANES
         while lanes > 1:
             lanes //= 2
@@ -280,7 +280,7 @@ class Emitter:
         return results
 
     def loop_or_skip(self, count: Any, state: list[Any], body: Any) -> list[Any]:
-        """`loop` that may run zero times."""
+        """Do what `loop` does, but `count` may be 0."""
         before = self.b.block
         inside, after = self.b.append_basic_block("some"), self.b.append_basic_block("done")
         self.b.cbranch(self.b.icmp_signed(">", count, self.int64(0)), inside, after)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loops over columns of rows: 16 at a time, the last ones masked, so that no memory beyond is read or written."""
+"""Loops over a row's columns, 16 at a time; the last vector is masked, so that memory after the row is not touched."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., l
 
     Args:
         count: number of columns, an int64.
-        state: vectors of the first iteration.
-        body: body of the loop; its mask has the valid columns and is None if all 16 are.
+        state: vectors with which the first iteration begins.
+        body: body of the loop; `mask` has the valid columns, and is None if all 16 are valid.
     """
     b = e.b
     whole = b.ashr(count, e.int64(4))

@@ -36,7 +36,7 @@ def emit_largest_lane(e: Emitter, value: Any) -> Any:
 
 
 def emit_exp(e: Emitter, x: Any) -> Any:
-    """exp of 16 floats, clamped to [-87, 88]; a NaN gives NaN if its 9 lowest bits are 0, as usual."""
+    """Return exp of 16 floats, clamped to [-87, 88]. NaN gives NaN if the 9 lowest bits are 0, as in usual NaNs."""
     b = e.b
     low, high = e.constant(F32, -87.0), e.constant(F32, 88.0)
     x = b.select(b.fcmp_ordered(">", x, high), high, x)
@@ -62,7 +62,7 @@ def emit_tanh(e: Emitter, x: Any) -> Any:
 
 
 def emit_sigmoid_times(e: Emitter, x: Any, inner: Any) -> Any:
-    """x * sigmoid(inner)."""
+    """Return x * sigmoid(inner)."""
     return e.b.fdiv(x, e.b.fadd(e.constant(F32, 1.0), emit_exp(e, e.b.fneg(inner))))
 
 
@@ -71,7 +71,7 @@ def emit_silu(e: Emitter, x: Any) -> Any:
 
 
 def emit_gelu_tanh(e: Emitter, x: Any) -> Any:
-    """GELU by the tanh approximation: 0.5 (1 + tanh(z)) is the sigmoid of 2z."""
+    """Return GELU by the tanh approximation, where 0.5 (1 + tanh(z)) is the sigmoid of 2z."""
     b = e.b
     twice = 2 * math.sqrt(2 / math.pi)
     factor = e.fma(b.fmul(x, x), e.constant(F32, 0.044715 * twice), e.constant(F32, twice))
@@ -79,7 +79,7 @@ def emit_gelu_tanh(e: Emitter, x: Any) -> Any:
 
 
 def emit_gelu(e: Emitter, x: Any) -> Any:
-    """GELU by the error function; the absolute error of erf is below 3e-7."""
+    """Return GELU by the error function; the absolute error of erf is below 3e-7."""
     b, one = e.b, e.constant(F32, 1.0)
     size = b.fmul(_absolute(e, x), e.constant(F32, math.sqrt(0.5)))
     t = b.fdiv(one, e.fma(size, e.constant(F32, 0.3275911), one))
@@ -92,12 +92,12 @@ def emit_gelu(e: Emitter, x: Any) -> Any:
 
 
 def emit_quick_gelu(e: Emitter, x: Any) -> Any:
-    """x * sigmoid(1.702 x)."""
+    """Return x * sigmoid(1.702 x)."""
     return emit_sigmoid_times(e, x, e.b.fmul(x, e.constant(F32, 1.702)))
 
 
 def emit_softplus(e: Emitter, x: Any) -> Any:
-    """log(1 + exp(x)) of 16 floats: max(x, 0) + log(1 + u) with u = exp(-|x|), which is at most 1.
+    """Return log(1 + exp(x)) of 16 floats: max(x, 0) + log(1 + u) with u = exp(-|x|), which is at most 1.
 
     With s = u / (2 + u), which is at most 1/3, log(1 + u) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
     """
@@ -117,13 +117,13 @@ def emit_relu(e: Emitter, x: Any) -> Any:
 
 
 def emit_relu2(e: Emitter, x: Any) -> Any:
-    """The square of max(x, 0)."""
+    """Return the square of max(x, 0)."""
     positive = emit_relu(e, x)
     return e.b.fmul(positive, positive)
 
 
 def emit_swiglu_oai(e: Emitter, gate: Any, up: Any) -> Any:
-    """gpt-oss's gate: (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and up within [-7, 7]."""
+    """Return gpt-oss's (up + 1) * gate * sigmoid(1.702 gate), with gate at most 7 and up within [-7, 7]."""
     gate, up = emit_limited(e, gate, up, 7.0)
     gated = emit_sigmoid_times(e, gate, e.b.fmul(gate, e.constant(F32, 1.702)))
     return e.b.fmul(e.b.fadd(up, e.constant(F32, 1.0)), gated)

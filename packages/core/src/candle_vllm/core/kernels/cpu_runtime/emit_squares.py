@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes; products are added to 16 x 16 tiles.
+"""AMX tile registers in vector code: each has up to 16 rows of up to 64 bytes, a **square**; products are 16 x 16 sums.
 
 An operation configures the registers, by 64 bytes of memory, before it uses them, and ends with `end_squares`. Linux
 must have granted AMX (`level.host_level`). Source: Intel's Architecture Instruction Set Extensions, chapter 3.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-"""Tables of constants in vector code. A table of 16 bytes is read by one shuffle; one of some hundreds of bytes by a
-few shuffles if the CPU has VBMI, otherwise by gathering from memory."""
+"""Tables of constants in vector code. A table of 16 bytes is read by one shuffle, a table of some hundreds of bytes by
+a few shuffles if the CPU has VBMI, otherwise by gathering from memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int
 
 
 def look_up_bytes(e: Emitter, tables: np.ndarray, places: Any, more: Sequence[Any]) -> list[Any]:
-    """For each of 64 indices return the byte at that index of each table, by shuffles of whole registers; needs VBMI.
+    """Return the bytes of each table at 64 indices, by shuffles of whole registers; needs VBMI.
 
     Args:
         tables: uint8 [number, entries]; the number of entries is 256 times 2 to the power of the number of `more`.

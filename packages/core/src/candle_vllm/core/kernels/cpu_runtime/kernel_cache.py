@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Cache of compiled kernels on disk: file names, and the checks that decide whether a file may be used.
 
-A kernel is stored in the folder of its CPU level. Its file name consists of the function's name, its constants and a
-key: a hash of the sources of its machine code (`sources`). So a changed module recompiles only the kernels that depend
-on it, and a folder can have several versions of a kernel.
+A kernel is stored in the folder of its CPU level. The file name consists of the function's name, the function's
+constants and a key: a hash of the sources of the machine code (`sources`). So after a change of a module, only the
+kernels that depend on it are compiled again, and a folder can have several versions of a kernel.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
 _IMPORTS, _ASKED = "imports", "asked"
-_CODE = ""  # key of a module's `code_hash` in the dict of its imports, whose other keys are module names
+_CODE = ""  # key of a module's `code_hash` in the dict of the module's imports; the other keys are module names
 _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
@@ -97,9 +97,9 @@ def can_compile() -> bool:
 
 
 def is_first_start() -> bool:
-    """Return whether several kernels must be compiled, according to the list that the last such start stored. Without a
-    list, this is the first start. The kernels that this start needs are known only after a plan is recorded, which
-    would take too long here. Listed kernels that only another version of this package has do not count.
+    """Return whether several kernels must be compiled: whether the list of an earlier start is missing, or has several
+    kernels that are not stored. (The kernels that this start needs are known only after a plan is recorded, which takes
+    too long.) Listed kernels that only another version of this package has do not count.
     """
     folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
     if folder is None:
@@ -138,10 +138,10 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
 
     Args:
         name: "folder.module.function" below `kernels`, then the constants; the file name is this name and the key.
-        make: returns the function for `compiler.compile_function`; called only if it must be compiled.
+        make: returns the function for `compiler.compile_function`; called only if there is no stored code.
 
     Raises:
-        ConfigError: it must be compiled, and Numba is not installed.
+        ConfigError: the function must be compiled, and Numba is not installed.
     """
     kept = kept_name(name, host_level())
     code = _read(_travelling() / kept)
@@ -178,7 +178,7 @@ def compile_image(function: Callable[..., None], level: Level) -> bytes:
     except machine_code.LinkError:
         if level.machine == "x86_64":
             raise
-        return made  # LLVM uses kinds of relocations on ARM64 that `machine_code` does not support
+        return made  # some relocations of LLVM on ARM64 are not supported by `machine_code`
 
 
 @cache
@@ -188,12 +188,12 @@ def _compiled() -> count[int]:
 
 
 def _tell(folder: Path | None) -> None:
-    """Report the number of stored kernels of `WANTED`, or if that is unknown, of kernels that this process compiled."""
+    """Log how many kernels of `WANTED` are stored, or if `WANTED` is empty, how many this process has compiled."""
     here = done = next(_compiled())
     wanted = WANTED.get()
     if folder is not None and wanted:
         done = sum((folder / name).exists() for name in wanted)
-    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder was logged before
+    if folder is not None and here == 2 and folder.parent.stat().st_mtime < _BEGUN:  # a new folder has its own line
         logger.warning("compiling further CPU kernels for this machine: once, in some seconds each")
     how = "once for this machine" if folder is not None else "which cannot be cached"
     tell(f"compiling the CPU kernels, {how}", done, len(wanted), " kernels")
@@ -233,7 +233,7 @@ def keep(path: Path, code: bytes) -> None:
 
 
 def _read(path: Path, *, used: bool = False) -> bytes | None:
-    """Read a file that `keep` wrote; None if it is missing or damaged. With `used`, update its time of use."""
+    """Read a file that `keep` wrote; return None if it is missing or damaged. With `used`, update its time of use."""
     try:
         kept = path.read_bytes()
         if used:
@@ -278,12 +278,12 @@ def _key(module: str, level: Level) -> str:
 def sources(module: str, core: Path = CORE) -> dict[str, str]:
     """Return the hashes (`code_hash`) of all sources that a kernel's machine code depends on, by module.
 
-    These are the kernel's own module, this module (which imports the compiler), and every module of `candle_vllm.core`
-    that they import, directly or indirectly. Modules outside `kernels` count because they define values in the code,
-    above all the layouts and code tables of `candle_vllm.core.quantization`. Imports in functions count, imports under
-    TYPE_CHECKING do not. The text of a package that contains an imported module counts; the package's imports do not,
-    because the importing module gets no name from it. Triton's modules do not count, because no CPU kernel calls them.
-    A kernel must not import a module by a computed name, because it is not found.
+    The sources are the kernel's own module, this module (which imports the compiler), and every module of
+    `candle_vllm.core` that these import, directly or indirectly. Modules outside `kernels` count because they define
+    constants of the code, such as the layouts and code tables of `candle_vllm.core.quantization`. Imports in functions
+    count, imports under TYPE_CHECKING do not. The text of a package that contains an imported module counts; the
+    package's imports do not, because the importing module gets no name from it. Triton's modules do not count, because
+    no CPU kernel calls them. A module that a kernel imports by a computed name is not found, so that is not allowed.
 
     Args:
         module: "folder.module" below `kernels`.
@@ -299,7 +299,7 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     found, wanted = dict[str, str](), [f"{_PACKAGE}.kernels.{module}", __name__]
     if _source_path(core, wanted[0]) is None:
         raise FileNotFoundError(f"{wanted[0]} has no source file")
-    for name in wanted:  # the list grows in the loop
+    for name in wanted:  # `wanted` grows in the loop
         if name not in found and not name.rpartition(".")[2].startswith("triton"):
             found[name], imported = _source(core, name)
             wanted += imported
@@ -364,7 +364,7 @@ def _note(text: bytes) -> _Imports:
 
 
 def _imports_path() -> Path | None:
-    """Return the file of stored imports in the cache folder; None, without creating the folder, without a compiler."""
+    """Return the file of stored imports in the cache folder; without a compiler, None, and create no folder."""
     folder = kernel_cache() if has_compiler() else None
     return None if folder is None else folder.parent / _IMPORTS
 
@@ -405,11 +405,11 @@ def code_hash(text: bytes) -> str:
 def parse_imports(text: bytes) -> _Imports:
     """Parse a source's imports from `candle_vllm.core`: modules as the source writes them, with the imported names."""
     imports, nodes = dict[str, list[str]](), [ast.parse(text)]
-    for node in nodes:  # the list grows in the loop
+    for node in nodes:  # `nodes` grows in the loop
         if isinstance(node, ast.Import):
             for name in (alias.name for alias in node.names):
                 for end in (*(at for at, letter in enumerate(name) if letter == "."), len(name)):
-                    imports.setdefault(name[:end], [])  # `import a.b` gives the name `a`, through which b is reached
+                    imports.setdefault(name[:end], [])  # `import a.b` binds `a`, of which `b` is an attribute
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             imports.setdefault(base, []).extend(alias.name for alias in node.names)
@@ -423,13 +423,13 @@ def parse_imports(text: bytes) -> _Imports:
 
 @cache
 def _parsed() -> dict[str, _Imports]:
-    """Return by `_mark` the imports that this process has parsed, but not stored on disk yet."""
+    """Return the imports, by `_mark`, that this process has parsed, but not stored on disk yet."""
     return {}
 
 
 @cache
 def _known_imports(path: Path) -> dict[str, _Imports]:
-    """Return by `_mark` the imports that are stored on disk."""
+    """Return the imports, by `_mark`, that are stored on disk."""
     kept = _read(path)
     known = {} if kept is None else json.loads(kept)
     return known if len(known) <= _MOST_IMPORTS else {}
@@ -448,7 +448,7 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
 
 @cache
 def fingerprint(level: Level) -> str:
-    """Return a hash of all CPU kernels' sources and a level; the values of offloaded KV blocks depend on them."""
+    """Return a hash of all CPU kernels' sources and a level, on which the values of offloaded KV blocks depend."""
     digest = hashlib.sha256()
     for path in sorted((CORE / "kernels").glob("*/*.py")):
         if not path.name.startswith("triton"):  # GPU kernels
@@ -463,10 +463,10 @@ def fingerprint(level: Level) -> str:
 def own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
     """Create `folder` for this user only, if it does not exist; return it, and whether it is new.
 
-    Its files are executed, so other users must not be able to write to it.
+    The files in the folder are executed, so other users must not be able to write to it.
 
     Raises:
-        OSError: it cannot be created or written, or another user can write to it or to its parents up to `root`.
+        OSError: the folder cannot be created or written, or another user can write to it or its parents up to `root`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     new = not folder.exists()
@@ -494,16 +494,16 @@ def _drop_old(folder: Path) -> None:
     """Delete old versions of kernels in a level's folder, except for the `_KEPT_VERSIONS` used last of each kernel.
 
     Files that were used within a day stay, for users who switch between versions or branches. Links are not followed.
-    Earlier versions of this package had a folder for each version; these are deleted a month after their last use.
+    Folders of earlier versions of this package, which had their own, are deleted a month after their last use.
     """
     versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
-    with suppress(OSError):  # another process may be doing the same
+    with suppress(OSError):  # another process may be deleting the same files
         for path in folder.iterdir():
             name, _, key = path.name.rpartition(".")
             used = info.st_mtime if stat.S_ISREG((info := path.lstat()).st_mode) else time.time()
             if re.fullmatch("[0-9a-f]{16}", key):
                 versions[name].append((used, path))
-            elif key == "tmp" and used < day_ago:  # of a process that was killed
+            elif key == "tmp" and used < day_ago:  # left by a process that was killed
                 path.unlink()
         for found in versions.values():
             for used, path in sorted(found, reverse=True)[_KEPT_VERSIONS:]:

@@ -24,7 +24,7 @@ LANES = 16
 
 
 class Isa(enum.IntFlag):
-    """Instruction sets beyond the baseline; tests pass other sets than this CPU's."""
+    """Instruction sets beyond the baseline. Tests use sets that this CPU does not have."""
 
     GENERIC = 0
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed in groups of four
@@ -59,7 +59,7 @@ class Level(NamedTuple):
         cpu: LLVM's name of a CPU with these instructions and few others.
         isa: instruction sets that the kernels use explicitly.
         flags: Linux's names of the instruction sets.
-        features: LLVM's names of instructions that no `cpu` has without many others, such as "+avxvnni".
+        features: LLVM's names of instructions to add to `cpu`, such as "+avxvnni".
     """
 
     name: str
@@ -119,7 +119,7 @@ def host_level() -> Level:
 
 @cache
 def best_level() -> Level:
-    """Return the highest level of this CPU; if no level fits, one with LLVM's name of the CPU."""
+    """Return the highest level of this CPU; if no level fits, a level of this CPU alone, by LLVM's name of it."""
     return level_of(host_flags()) or _native()
 
 
@@ -143,7 +143,7 @@ def choose_level(name: str | None) -> None:
 
 @cache
 def _chosen() -> list[Level]:
-    """Return the list of the chosen level; empty if no level was chosen."""
+    """Return a list that has the chosen level; empty if no level was chosen."""
     return []
 
 
@@ -199,7 +199,7 @@ _ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18
 
 
 def _may_use_amx() -> bool:
-    """Ask Linux for permission to use AMX in this process; Linux saves the AMX registers only for such processes.
+    """Request permission from Linux to use AMX in this process; Linux saves AMX registers only for such processes.
 
     Source: Linux, Documentation/arch/x86/xstate.rst.
     """
@@ -263,8 +263,8 @@ def _flags_of_llvm() -> frozenset[str]:
 
 
 def _native() -> Level:
-    """Return a level that names no instructions; LLVM decides which ones it uses for the CPU that it detects."""
-    if importlib.util.find_spec("llvmlite") is None:  # then nothing can be compiled either
+    """Return a level without instruction sets for the CPU that LLVM detects."""
+    if importlib.util.find_spec("llvmlite") is None:  # without it, kernels cannot be compiled
         return Level("native", machine(), "", Isa.GENERIC, frozenset())
     import llvmlite.binding
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Linking and loading of machine code on Linux without LLVM (x86-64, ARM64): from an object file to an image.
 
-An image is text and constants, already linked. It can be mapped at any page. Calls to the C library go through slots at
-the image's end, which are filled when the image is loaded. Sources: the System V ABI's ELF-64 object files, its AMD64
-supplement, and ELF for the Arm 64-bit Architecture (AAELF64).
+An **image** is linked code and constants that can be mapped at any page. Calls to the C library go through 8-byte
+**slots** at the image's end, which are filled when the image is loaded. Sources: the System V ABI's ELF-64 object
+files, its AMD64 supplement, and ELF for the Arm 64-bit Architecture (AAELF64).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _WRITABLE = 1
 _X86, _ARM = 62, 183  # machine numbers of ELF
 _STUB_BYTES, _SLOT_BYTES, _PAGE = 16, 8, 4096
 
-# Kinds of relocations. x86-64: the distance to a symbol, perhaps of an external function. ARM64: for a call or jump the
-# distance in instructions; for an address its page, and its offset in the page in units of the size that is read.
+# Kinds of relocations. x86-64: distance to a symbol, or to an external function. ARM64: distance of a call or jump in
+# instructions; page of an address; offset of an address in its page, in units of the size of the data that is read.
 _PC32, _PLT32 = 2, 4
 _JUMP26, _CALL26, _PAGE21 = 282, 283, 275
 _PLACES = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
@@ -40,7 +40,7 @@ class Image(NamedTuple):
 
     Attributes:
         entry: offset of the function.
-        slots: offset of the 8-byte slot of each function of the C library, by the function's name.
+        slots: offset of the slot of each function of the C library, by the function's name.
     """
 
     code: bytes
@@ -59,14 +59,14 @@ class _Section(NamedTuple):
 
 
 class LinkError(ValueError):
-    """An object file contains something that position-independent code cannot have."""
+    """An object file has contents that position-independent code cannot have."""
 
 
 # ---- from an object file to an image ---------------------------------------------------------------------------------
 
 
 def link(made: bytes) -> Image:
-    """Link an object file of LLVM: position-independent code of the small model.
+    """Link an object file of LLVM, position-independent code of the small code model, to an image.
 
     Raises:
         LinkError: the code has writable memory, or refers to a symbol that is not a function of the C library.
@@ -186,7 +186,7 @@ def load(image: Image) -> int:
 
 
 def _map_file(code: bytes) -> int:
-    """Map code through a file in memory: for pages of a file, the system keeps the instruction cache coherent."""
+    """Map code from a file in memory, because the system keeps the instruction cache coherent for pages of a file."""
     assert sys.platform == "linux"
     file = os.memfd_create("kernel")
     try:
@@ -226,7 +226,7 @@ def to_bytes(image: Image) -> bytes:
 
 
 def from_bytes(kept: bytes) -> Image:
-    """Return the image of bytes that `to_bytes` made; their integrity was checked before."""
+    """Return the image of bytes from `to_bytes`; callers have checked the bytes' integrity."""
     (size,) = struct.unpack_from("<Q", kept)
     head = json.loads(kept[8 : 8 + size])
     return Image(kept[8 + size :], head["entry"], head["slots"])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Record matrix products; the kind of the matrix determines the form of the input and the operations.
+"""Record matrix products; the kind of the matrix determines the input form and the operations.
 
-A fused product may have matrices of several kinds; each form of their common input is computed once.
+An input form is the format in which kernels read activations, such as int8 groups or bfloat16 rows. A fused product may
+have matrices of several kinds; each form of their common input is computed once.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ if TYPE_CHECKING:
 _KERNELS: Mapping[type, Any] = MappingProxyType(
     {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled, words.WordMatrix: words}
 )
-"""Module of each kind of matrix; all have functions of the same names for their operations."""
+"""Module of each class of matrix; all modules have functions of the same names that return operations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class InputRows:
-    """Source of an input, before its conversion to a form.
+    """Input before the conversion to an input form.
 
     Attributes:
         x, stride: address of float32 rows, and row stride in floats.
         columns: K, after the prologue.
         prologue: computation that is fused with the conversion, such as a norm.
         weight, eps: arguments of a norm; weight is an address.
-        picked, rows_from: selection of rows, as in `QuantiseArguments`.
+        picked, rows_from: which rows are converted, as in `QuantiseArguments`.
     """
 
     x: int
@@ -65,7 +66,7 @@ class InputRows:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """An input in one form: its arguments for operations that read it, and its arrays, which must stay alive."""
+    """An input in one form: arguments for the operations that read it, and the arrays that must stay alive."""
 
     arguments: Mapping[str, int]
     arrays: tuple[np.ndarray, ...]
@@ -74,7 +75,7 @@ class Inputs:
 def make_forms(
     recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
-    """Record the conversion of an input to several forms, with at most one barrier after the last one."""
+    """Record the conversion of an input to several forms; with `barrier`, a barrier follows the last conversion."""
     made: dict[InputForm, Inputs] = {}
     rows = next((form for form in forms if isinstance(form, RowForm)), None)
     if recorder.adapted and rows is not None and Groups() in forms:  # LoRA reads rows: one operation makes both forms
@@ -105,7 +106,7 @@ def _convert(
     barrier: bool = True,
     rows: tuple[RowForm, int] | None = None,
 ) -> Inputs:
-    """Record the conversion of an input, `copies` rows per token; `rows`: a second form, and the address for it."""
+    """Record the conversion of an input, `copies` rows per token. `rows`: a second form, and the address for it."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """CPU ranks: groups of a team's threads, one for each NUMA node, and memory on the node of the rank that reads it.
 
-A rank consists of consecutive threads, and an operation is divided in the order of threads. So a rank multiplies the
+A rank is consecutive threads, and the work of an operation is divided in the order of threads. So a rank multiplies the
 same rows of weights, on the same pages of memory, in every step.
 """
 
@@ -48,9 +48,9 @@ class CpuRank(NamedTuple):
 
 
 def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
-    """Ask Linux to allocate whole pages at `address` on these nodes when they are first touched; return 0 or an errno.
+    """Make Linux allocate whole pages at `address` on these nodes when they are first touched; return 0 or an errno.
 
-    On a single node pages are allocated while it has free memory; on several nodes they are interleaved.
+    On a single node, pages are allocated while the node has free memory; on several nodes they are interleaved.
     """
     call = _MBIND.get(platform.machine().lower())
     if call is None or sys.platform != "linux":
@@ -103,7 +103,7 @@ class CpuRanks:
         return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
 
     def borders(self, units: int) -> list[int]:
-        """Return the index of each rank's first unit when the threads divide `units` units, and `units` at the end."""
+        """Return the index of each rank's first unit if the threads divide `units` units of work; then `units`."""
         return [units * start // self.threads for start in self.starts]
 
     def divides(self, heads: int) -> bool:
@@ -132,7 +132,7 @@ class CpuRanks:
 
         Args:
             memory: contiguous bytes.
-            borders: offset of each rank's part, and the end of the last one.
+            borders: offset in bytes of each rank's part, and the end of the last part.
         """
         at = address_of(memory)
         edges = [-(-(at + border) // PAGE) * PAGE for border in borders]
@@ -172,7 +172,7 @@ def _say_refused(error: int) -> None:
 def plan_ranks(
     asked: int | None, threads: int, cpus: frozenset[int] | None = None, root: Path = Path("/")
 ) -> CpuRanks | None:
-    """Divide threads among the nodes whose CPUs this process may use; None for a single rank.
+    """Divide threads among the nodes with CPUs that this process may use; return None for a single rank.
 
     With fewer ranks than nodes, a rank has adjacent nodes, if possible of one socket; with more, ranks share CPUs.
 
@@ -239,7 +239,7 @@ _NODES = "sys/devices/system/node"
 
 
 def _nodes(usable: frozenset[int], root: Path) -> list[tuple[int, frozenset[int]]]:
-    """Return the nodes with usable CPUs, and these CPUs, ordered by socket; one node if the system names no nodes."""
+    """Return each node with usable CPUs, and these CPUs, ordered by socket; node 0 if the system names no nodes."""
     found = []
     for folder in (root / _NODES).glob("node*"):
         number = folder.name.removeprefix("node")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Operations: compiled functions that a plan calls by address, compiled only if they are not in the cache.
 
-An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address; [1] flags
-and the row's length in bytes (shifted by 8); [2] the address of the step's numbers (`StepNumber`); from [3] on its
-arguments: addresses and sizes. Every thread of a team calls it with its number and computes its share; operations never
-wait.
+An operation is a function `op(row, thread, threads)`. `row` is the address of the operation's **plan row**, int64
+numbers: [0] the operation's address; [1] flags and the row's length in bytes (shifted by 8); [2] the address of the
+step's numbers (`StepNumber`); from [3] on the arguments: addresses and sizes. Each thread of a team calls the operation
+with the thread's number and computes a share of the work; operations never wait.
 
-**Arguments** are declared once for each operation, as a named tuple whose fields are `int`, or `float` for a float32.
-The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by `primitives.read`. To the
-compiler, a field is an element of the row.
+**Arguments** are declared once for each operation, as a named tuple with fields of type `int`, or `float` for a
+float32. The recorder creates the tuple, `plan_row` writes it to the row, and the operation reads it by
+`primitives.read`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
 from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
 
-NUMBERS = 2  # index of the address of the step's numbers in a row
+NUMBERS = 2  # index in a plan row: the address of the step's numbers
 FIRST_ARGUMENT = 3
 BARRIER = 1  # flag: every thread waits for the others after this operation
 RUNS_BYTES = 4096
@@ -51,14 +51,14 @@ IS_X86 = int(platform.machine().lower() in ("x86_64", "amd64", "i686"))
 
 
 class StepNumber(enum.IntEnum):
-    """Index of each of a step's own numbers in the array that every operation can read."""
+    """Index of each number of a step in the array of the step's numbers, which every operation can read."""
 
     TOKENS = 0  # T
     SEQUENCES = 1  # R
-    LOGIT_ROWS = 2  # number of rows whose logits are wanted
+    LOGIT_ROWS = 2  # number of tokens whose logits are wanted
     PAIRS = 3  # pairs of tokens and experts in the current mixture of experts; written by the plan itself
-    ADAPTERS = 4  # number of groups of rows, one for each adapter
-    LOGIT_ADAPTERS = 5  # the same groups of the rows whose logits are wanted
+    ADAPTERS = 4  # number of groups of rows, one for each adapter (`kernels/lora`)
+    LOGIT_ADAPTERS = 5  # number of groups of the tokens whose logits are wanted
     COUNT = 6
 
 
@@ -67,7 +67,7 @@ def operation(code: str, *constants: int) -> int:
 
     Args:
         code: the Python function: "folder.module:name", below `kernels`. The module is imported only for compilation.
-        constants: arguments of the function that makes the operation; without any, the function is the operation.
+        constants: arguments with which `code` returns the operation; without constants, `code` is the operation.
 
     Raises:
         ConfigError: the operation must be compiled, and Numba is not installed.
@@ -108,14 +108,14 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     optional: it may not start, or fail. At later starts it compiles operations of `later` that are still missing.
 
     Args:
-        ask: requests operations as usual, but gets 0 for every address.
-        later: operations that no caller waits for: the second process compiles them afterwards. See `is_coming`.
+        ask: function that requests the operations; within it, `operation` returns 0.
+        later: operations that no caller waits for: the second process compiles them last. See `is_coming`.
     """
     if getattr(sys, "frozen", False):  # `sys.executable` is the frozen application, not Python
         return
     missing = _ask_missing(ask) if is_first_start() else []
     if len(missing) < 2:
-        left = [named for named in later if not is_coming(named)]  # one helper process, even if many models load
+        left = [named for named in later if not is_coming(named)]  # only one second process, even if many models load
         left = [named for named in left if is_missing(named.replace(":", ".").replace(",", "."))]
         if left and (helper := _second_process(left)) is not None:
             _leave_alone(helper, left)
@@ -138,7 +138,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
 
 
 def _ask_missing(ask: Callable[[], object]) -> list[_Named]:
-    """Note the requested operations; return the missing ones."""
+    """Call `ask`; return the operations that it requests and that must be compiled."""
     token = _ASKED.set(asked := list[_Named]())
     try:
         ask()
@@ -155,14 +155,14 @@ def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
     program += ["--keep", *names]
     quiet = subprocess.DEVNULL
     with suppress(OSError):
-        # The helper exits when its standard input closes, so it ends with this process in every case.
+        # The second process exits when its standard input closes, so it ends with this process in every case.
         return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
     return None
 
 
 def _leave_alone(helper: subprocess.Popen[bytes], later: Sequence[str]) -> None:
     if sys.platform != "win32":
-        with suppress(OSError):  # it may have ended already
+        with suppress(OSError):  # the process may have ended already
             os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
     _COMING.update(dict.fromkeys(later, helper))
     Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
@@ -218,7 +218,7 @@ def plan_row(
         numbers: address of the step's numbers.
         arguments: the operation's named tuple of arguments.
         barrier: whether all threads wait for each other after it.
-        inner: the row of a nested operation that the operation calls itself.
+        inner: the plan row of a nested operation, which the operation calls.
     """
     kinds = field_kinds(type(arguments))
     given = [_float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
@@ -226,7 +226,7 @@ def plan_row(
 
 
 def slot(declared: type[tuple[Any, ...]], name: str) -> int:
-    """Return the index of a field in a row, for code that changes rows."""
+    """Return the index of a field in a plan row, for code that changes rows."""
     return FIRST_ARGUMENT + getattr(declared, "_fields").index(name)  # noqa: B009 - as above
 
 
@@ -262,24 +262,24 @@ class Tiled(Protocol):
 
 
 class LinearArguments(NamedTuple):
-    """The arguments of a linear operation.
+    """Arguments of a linear operation; T rows of activations.
 
     Attributes:
         rows_from: the `StepNumber` that is T.
         weights, tile_bytes: address of the tiles, and bytes from one tile to the next.
         outputs: N.
         length: length of a tile along K, in units of the weight format.
-        out, row_bytes: address of the first written column of the result, and its row stride in bytes.
+        out, row_bytes: address of the first written column of the result, and the result's row stride in bytes.
         bias: address of float32 [N], or 0.
-        accumulate: add to the result instead of overwriting it.
+        accumulate: whether to add to the result instead of overwriting it.
         picked: address of int64 row numbers of the activations; 0 for rows 0, 1, 2, ...
         x: address of the activations, in the input form of the weight format.
         x_bytes: row stride of plain activations: a multiple of 64, with zeros after K.
         scales, sums: addresses of scales and sums of quantised activations.
-        span: for small floats: iterations over a span, whose columns share a scale.
+        span: for small floats (`scaled_linear`): loop iterations for a span, the columns that share a scale.
         ahead: prefetch distance of quantised weights, in bytes.
-        beside: address of lists of other memory that each thread prefetches meanwhile, `RUNS_BYTES` apart; or 0. Only
-            products of quantised weights use it.
+        beside: address of the threads' lists of other memory to prefetch meanwhile (`tiles.py`), `RUNS_BYTES` apart; or
+            0. Only products of quantised weights use it.
     """
 
     rows_from: int
@@ -346,7 +346,7 @@ def linear_arguments(
 
 
 class EmbeddingArguments(NamedTuple):
-    """The arguments of an operation that reads rows of a table.
+    """Arguments of an operation that reads rows of an embedding table [V, E].
 
     Attributes:
         rows_from: the `StepNumber` that is T.

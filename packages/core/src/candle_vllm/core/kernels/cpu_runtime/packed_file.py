@@ -5,8 +5,8 @@ A file is a head, a table in JSON and the matrices, each from a multiple of 64 b
 so has each matrix. A file that is damaged, or that was made from other files or by other code, is written again.
 
 Recorded steps need weights in huge pages (`weight_memory.py`). If the system maps the file in huge pages, as newer
-Linux kernels do, matrices are used where they are mapped. Otherwise, and for memory that is bound to NUMA nodes or has
-its addresses from an earlier load, they are copied.
+Linux kernels do, matrices are used where they are mapped. Otherwise, and for memory that is bound to NUMA nodes or that
+must have the addresses of an earlier load, they are copied.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ from candle_vllm.core.threads import LOADED_PART, read_or_nothing
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".weights"
-MOST_BYTES = 20 * 10**9  # of all files in a folder, and at most half of the disk's free space
+MOST_BYTES = 20 * 10**9  # maximum bytes of all files in a folder; also at most half of the disk's free space
 _MAGIC: Final = b"candle-vllm weights 1\n"
 _HEAD = struct.Struct("<22s2xQ32s")  # magic, bytes of the table, SHA-256 of the table
-_HUGE = 2 << 20  # the first matrix begins at a multiple
-_WRITTEN = 32 << 20  # bytes of a write: Linux holds them in huge pages
-_SUMMED = 1 << 17  # 64-bit words that are summed together
+_HUGE = 2 << 20  # bytes of a huge page; the first matrix begins at a multiple
+_WRITTEN = 32 << 20  # bytes of a write, so large that Linux caches the file in huge pages
+_SUMMED = 1 << 17  # 64-bit words of which `checksum` computes one sum
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
 _DAY = 24 * 3600
 _PATIENCE = 10  # seconds that the end of a process waits for a file
 
 
 class PackedFile:
-    """The packed matrices of one load: matrices of a file, if `about` is the file's key, and matrices that it lacks."""
+    """Packed matrices of one load: those of a file, if `about` is the file's key, and those that the file lacks."""
 
     def __init__(self, path: Path, about: str) -> None:
         self._path, self._about = path, about
@@ -69,10 +69,10 @@ class PackedFile:
         self._open()
 
     def pack(self, stored: StoredTensor, backend: RecordedBackend) -> tuple[Any, str | None]:
-        """Return the matrix of the file, or pack it."""
+        """Return the packed matrix of a tensor, from the file if the file has it."""
         part, memory = LOADED_PART.get(), backend.memory
         key = f"{part!s:>8} {self._parts[part]:>8}"  # sorts in the order of loading
-        self._parts[part] += 1  # one thread loads a part
+        self._parts[part] += 1  # only one thread loads a part
         self._memories.add(memory)
         settings = [None if backend.kind is None else backend.kind.name, backend.groups, backend.floats_kept]
         made_of = [stored.name, stored.type_name, list(stored.shape), *settings, list(backend.words)]
@@ -107,11 +107,11 @@ class PackedFile:
                 table = json.loads(text)
                 start = _start(length)
                 if table["about"] != self._about:
-                    return  # of another version
+                    return  # a file of another version
                 if size != start + table["bytes"]:
                     raise ValueError(f"it has {size} bytes instead of {start + table['bytes']}")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            os.utime(self._path)  # the time of its last use
+            os.utime(self._path)  # the time of the file's last use
         except FileNotFoundError:
             return
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
@@ -147,7 +147,7 @@ class PackedFile:
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
     def _end(self, thread: threading.Thread) -> None:
-        """Wait some seconds for the file when the process ends, then give it up."""
+        """When the process ends, wait some seconds for the thread that writes the file, then stop it."""
         thread.join(_PATIENCE)
         self._ends = True
         thread.join()
@@ -189,11 +189,11 @@ class PackedFile:
 
 
 PACKED: ContextVar[PackedFile | None] = ContextVar("PACKED", default=None)
-"""The packed matrices of the model that is being loaded, if they are kept in a file."""
+"""Packed matrices of the model that is being loaded, if they are stored in a file."""
 
 
 def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tuple[Any, str | None]:
-    """Pack a tensor for a backend, or find it packed in the file of `PACKED`."""
+    """Return a tensor packed for a backend, from the file of `PACKED` if the file has it."""
     file = PACKED.get()
     if file is None or not isinstance(backend, RecordedBackend):
         return stored.pack_for(backend)
@@ -201,10 +201,10 @@ def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tupl
 
 
 def make_room(path: Path, size: int) -> bool:
-    """Delete the files that were used least recently, until a new file fits; False, with a log line, if it cannot."""
+    """Delete the least recently used files until a file of `size` bytes fits; False, with a log line, if it cannot."""
     files, now = list[tuple[float, int, Path]](), time.time()
     for each in path.parent.iterdir():
-        with suppress(FileNotFoundError):  # another process may be doing the same
+        with suppress(FileNotFoundError):  # another process may be deleting the same files
             info = each.lstat()
             if each.suffix == ".tmp" and info.st_mtime < now - _DAY:  # left by a process that was killed
                 each.unlink()
@@ -259,7 +259,7 @@ def _can_keep(matrix: Any) -> bool:
 
 
 def _start(length: int) -> int:
-    """Return the offset of the first matrix behind a table of `length` bytes."""
+    """Return the offset of the first matrix after a table of `length` bytes."""
     return -(-(_HEAD.size + length) // _HUGE) * _HUGE
 
 

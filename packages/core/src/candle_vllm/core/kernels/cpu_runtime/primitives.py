@@ -59,7 +59,7 @@ def load_acquire(_: Any, address: Any) -> Any:
 
 @intrinsic
 def store_release(_: Any, address: Any, value: Any) -> Any:
-    """Write an int64 that another thread reads; earlier writes are visible to a thread that reads it."""
+    """Write an int64 that another thread reads; a thread that reads it also sees all earlier writes."""
     signature = types.void(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -171,7 +171,7 @@ def rank_of(table: int, thread: int, threads: int) -> tuple[int, int, int]:
 
     Args:
         table: address of the number of threads, followed by a line of 64 bytes for each thread; 0 for a single rank. If
-            another number of threads runs the operation, they count as a single rank, too.
+            another number of threads runs the operation, they are a single rank too. A single rank has no counter: 0.
     """
     if table == 0 or int64_at(table)[0] != threads:
         return 0, 0, threads

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class StepLimits:
-    """Size of the largest step that a plan can run.
+    """Size of the largest step that a plan can run, and which inputs a step may have.
 
     Attributes:
         tokens, sequences: T and R.
@@ -42,11 +42,11 @@ class StepLimits:
         adapter_rank: largest LoRA rank; 0 without adapters.
         adapter_dtype: type of the adapters' matrices.
         row_adapters: maximum number of adapters of a row.
-        ahead: rows may attend to later positions, see `kernels/attention`.
-        turned: rotary positions may differ from positions (M-RoPE).
-        states: layers keep states.
-        pools: number of page pools of layers with fewer pages than the cache has blocks.
-        ranks: threads of each NUMA node; None if they are not divided.
+        ahead: whether tokens may attend to later positions, see `kernels/attention`.
+        turned: whether rotary positions may differ from positions (M-RoPE).
+        states: whether layers store states.
+        pools: number of page pools of layers with a sliding window, see `WindowedBlocks`.
+        ranks: division of the threads among NUMA nodes; None if they are not divided.
     """
 
     tokens: int
@@ -75,9 +75,9 @@ class StepArrays:
 
     Attributes:
         wanted_start: [sequences + 1] offset of each sequence's logit rows, and their total number.
-        moved_on: whether the arrays describe the next step, whose inputs are the tokens sampled in the last step.
-        turns: [tokens] offset from a position's row to the token's row in rotary tables; None if no plan needs it.
-        states: the step's use of states, see `kernels/states.py`; empty if no layer has a state.
+        moved_on: whether the arrays describe the next step, which computes the tokens sampled in the last step.
+        turns: [tokens] a token's row in rotary tables minus its position; None if no plan needs it.
+        states: fields of `StateRows` in `kernels/states.py`; empty if no layer has a state.
         page_tables, page_slots: block tables and slots of each page pool.
     """
 
@@ -101,12 +101,12 @@ class StepArrays:
 
 
 class EntryArrays:
-    """Rows of a step with adapters, at fixed addresses: entries (row and scale) in groups, a group for each adapter.
+    """Arrays at fixed addresses of a step's entries (a row with one of its adapters) in groups, one for each adapter.
 
     Attributes:
         rows, scales: row and adapter scale of each entry.
         starts: first entry of each group, and the end of the last group.
-        tables: address of the table of each group's adapter.
+        tables: address of each group's adapter, the table of `lora/layout.py`.
     """
 
     def __init__(self, entries: int) -> None:
@@ -115,7 +115,7 @@ class EntryArrays:
 
 
 class Adapted(enum.IntEnum):
-    """How a plan adds adapters: not at all, to the products, or to copies of the products (DoRA)."""
+    """Whether a plan adds adapters: no; to the products; or to copies of the products (DoRA)."""
 
     NOT = 0
     ADDED = 1
@@ -140,7 +140,7 @@ class Recorder:
         self.logits: np.ndarray | None = None
         self.adapted = Adapted.NOT
         entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
-        self.entries = EntryArrays(entries)  # for all rows of the step
+        self.entries = EntryArrays(entries)  # entries of all rows of the step
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
         self._keep: list[object] = []  # objects that plans refer to by address
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
@@ -176,7 +176,7 @@ class Recorder:
         Args:
             rows: address of all rows, and their stride in 32-bit words.
             width: 32-bit words of a row.
-            to: address and stride of the copies, which are adjacent rows.
+            to: address of the copies, and their stride in 32-bit words.
         """
         picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
         self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
@@ -214,7 +214,7 @@ class Recorder:
         return address_of(array)
 
     def memory(self, width: int, dtype: type = np.float32) -> np.ndarray:
-        """Allocate rows [tokens, width], flat and aligned to 64 bytes; they are reused once the array is dropped."""
+        """Allocate rows [tokens, width], flat and aligned to 64 bytes; reused when nothing refers to the array."""
         pool = self._free[width, dtype]
         base = pool.pop() if pool else self._allocate(self.limits.tokens * width, dtype)
         view = base[:]
@@ -232,7 +232,7 @@ class Recorder:
         return Buffer(array, width, stride)
 
     def looked_up(self, rows: LookUp, numbers: NDArray[np.int64], width: int) -> Buffer:
-        """Return the buffer, common to all plans, into which `look_up` reads the table rows of a step's `numbers`."""
+        """Return the buffer, common to all plans, to which `look_up` writes `rows(numbers)` before a step."""
         if rows not in self._look_ups:
             self._look_ups[rows] = numbers, self.buffer(width)
         return self._look_ups[rows][1]
@@ -251,7 +251,7 @@ class Recorder:
         return self._row_numbers
 
     def scratch(self, size: int) -> int:
-        """Return the address of `size` bytes of scratch memory, which an operation may pass to the next one only."""
+        """Return the address of `size` bytes of scratch memory, which the operation after the next may overwrite."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Thread team: one pool of threads for a whole plan, which share the work of its operations.
 
-A step enters the pool once. Waiting threads spin for microseconds (between steps for a fraction of a millisecond) and
-then sleep. The others wait for an unscheduled thread only if that thread has begun a piece of work (`walk.py`). The
-caller's thread is number 0. The GIL is released while a plan runs.
+A plan is given to the team once for each step. Waiting threads spin for microseconds (between steps for a fraction of a
+millisecond) and then sleep. Threads wait for a thread that the system has descheduled only if that thread has begun a
+piece of work (`walk.py`). The caller's thread is number 0, the others are helpers. The GIL is released while a plan
+runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WAIT, WORKERS = range(0, 12 * 64, 64)
 POST = WAIT + 8  # constant, as WAIT is
 CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # per thread, after WORKERS
-RANK = INSIDE + 8  # first thread of the thread's rank, and the number of its threads; both are constant
+RANK = INSIDE + 8  # first thread of the thread's rank, and the rank's number of threads; both are constant
 WORKER_BYTES = 4 * 64
 _PLACE = SEMAPHORE + 16  # memory for the semaphore itself, up to 32 bytes
 _KEPT_PLANS = 8
@@ -46,10 +47,10 @@ CODE, PART_CODE = "cpu_runtime.walk:take_part", "cpu_runtime.walk:do_parts"
 
 
 class PartArguments(NamedTuple):
-    """The arguments of `do_parts`.
+    """Arguments of `do_parts`.
 
     Attributes:
-        row: address of the operation's row.
+        row: address of the divided operation's plan row.
         first, last: range of the parts.
         parts: number of parts of the whole operation.
     """
@@ -66,8 +67,8 @@ class ThreadTeam:
     Args:
         threads: number of threads, the caller's included; more threads than CPUs are slower, but correct.
         ranks: division of the threads. Helpers run on their rank's CPUs. The caller runs on the first rank's CPUs from
-            its first plan on, unless it is the process's main thread, because its children would inherit the binding.
-        kept_plans: minimum number of plans that may alternate.
+            its first plan on, unless it is the main thread, of which child processes would inherit the binding.
+        kept_plans: number of plans whose memory the team keeps, at least; so many plans may alternate.
 
     Raises:
         ConfigError: the system cannot start that many threads.
@@ -115,7 +116,7 @@ class ThreadTeam:
     def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
         """Run the parts `first` to `last` - 1 of the first operation of a plan, divided into `parts` consecutive parts.
 
-        A part is the share of one team if `parts` teams divide the operation; the results are the same as by `run`.
+        So several teams can divide an operation. The results are the same as by `run`.
         """
         if self._parts is None:
             given = PartArguments(0, 0, 0, 1)
@@ -208,8 +209,8 @@ def _help(
     threads: int,
     cpus: frozenset[int],
 ) -> None:
-    """Main function of a helper thread, which keeps its semaphore's memory alive."""
-    del memory  # the thread's arguments keep it alive
+    """Main function of a helper thread, which keeps the memory of the thread's semaphore alive."""
+    del memory  # the thread's arguments keep the memory alive
     if cpus:
         _run_on(cpus)
     take_part(0, 0, shared, number, threads)
@@ -223,7 +224,7 @@ def _run_on(cpus: frozenset[int]) -> None:
 
 
 def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, threads: int, plans: object) -> None:
-    """End the helpers of a team that was not closed; its plans' memory is kept until late helpers have left them."""
+    """End the helpers of a team that was not closed; the plans' memory is kept until no helper reads them."""
     ctypes.c_int64.from_address(shared + STOP).value = 1
     take_part(0, 0, shared, 0, threads)
     inside = [shared + WORKERS + number * WORKER_BYTES + INSIDE for number in range(1, threads)]

@@ -62,7 +62,7 @@ def add_rows(_: Any, target: Any, addresses: Any, weights: Any, terms: Any, firs
 
 @intrinsic
 def _add_16(_: Any, target: Any, source: Any) -> Any:
-    """target[0:16] += source[0:16], floats."""
+    """Add source[0:16] to target[0:16], floats."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -74,7 +74,7 @@ def _add_16(_: Any, target: Any, source: Any) -> Any:
 
 @intrinsic
 def _copy_16(_: Any, target: Any, source: Any) -> Any:
-    """target[0:16] = source[0:16], floats."""
+    """Copy source[0:16] to target[0:16], floats."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -86,7 +86,8 @@ def _copy_16(_: Any, target: Any, source: Any) -> Any:
 
 @njit
 def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias: int, accumulate: int) -> None:
-    """Write the first `lanes` of each row of float32 sums [rows, 16] to `out`, plus a bias and old values if wanted."""
+    """Write the first `lanes` sums of each row of float32 [rows, 16] to `out`, plus `bias` if not 0, and with
+    `accumulate` plus the old values."""
     for row in range(rows):
         source, target = sums + row * 4 * ROWS, out + row * row_bytes
         if lanes == ROWS:
@@ -108,7 +109,7 @@ def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias:
 
 # ---- memory to prefetch during a product -----------------------------------------------------------------------------
 
-# A list of memory ranges that will be read soon: the current position and range, then the ranges' starts and ends.
+# `runs` is the address of a list of memory ranges to prefetch: current position and range, then starts and ends.
 
 _AT, _END, _NEXT, _COUNT, _LINES, _HEAD = range(6)
 _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
@@ -145,7 +146,7 @@ def add_run(runs: int, begin: int, end: int) -> None:
 
 @njit
 def lines_each(runs: int, turns: int) -> int:
-    """Return the number of lines to prefetch in each of `turns` iterations."""
+    """Return the number of cache lines of a list to prefetch in each of `turns` iterations."""
     return (int64_at(runs)[_LINES] + turns - 1) // turns if runs != 0 else 0
 
 
@@ -156,7 +157,7 @@ def ask_lines(runs: int, lines: int) -> None:
     while lines > 0:
         if at >= end:
             number = int64_at(runs)[_NEXT]
-            if number >= int64_at(runs)[_COUNT]:  # the list may end early: another thread may share it
+            if number >= int64_at(runs)[_COUNT]:  # the list may end early, because another thread may share it
                 break
             at, end = int64_at(runs)[_HEAD + 2 * number], int64_at(runs)[_HEAD + 2 * number + 1]
             int64_at(runs)[_NEXT] = number + 1

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Precompiled kernels, shipped with the package, so that machines of a common level neither need Numba nor compile.
+"""Precompiled kernels in the wheel, so that machines of a common CPU level need neither Numba nor time to compile.
 
     python -m candle_vllm.core.kernels.cpu_runtime.travelling
 
-writes them to a folder beside the sources, for all of `level.LEVELS`. Each level is compiled in a process of its own,
-whatever level this machine has; progress is reported. Kernels that `functions` does not list are compiled at first use.
+writes them to a folder beside the sources, for all of `level.LEVELS`. Each level is compiled in its own process, on a
+machine of any level. Kernels that `functions` does not list are compiled at first use.
 A kernel's file name contains a hash of the kernel's sources (`kernel_cache.sources`): after a change, the files of
 kernels that depend on the changed module are no longer used, and the others still match. All kernels are compiled again
 before wheels are built.
@@ -129,7 +129,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def keep_here(named: Sequence[str]) -> None:
-    """Compile operations that this machine's cache lacks; each of `named` is a code and its constants, with commas."""
+    """Compile operations that this machine's cache lacks; each of `named` is "code,constant,..."."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
     with collector_paused():
@@ -169,7 +169,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
     parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # operations of `operation.compile_first`
-    parser.add_argument("--level", help=argparse.SUPPRESS)  # their level (of --keep)
+    parser.add_argument("--level", help=argparse.SUPPRESS)  # the level of the operations of --keep
     options = parser.parse_args(given)
     if options.keep:
         choose_level(options.level)

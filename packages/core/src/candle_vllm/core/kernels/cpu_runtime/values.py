@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Record a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
+"""Record a step on the CPU: the layers run once on values of this module, and each kernel appends rows to a plan.
 
-Nothing is computed while recording. **Fusion** is decided lazily: a norm, a gate or an activation is computed together
-with the input format of the matrices that read it, such as int8 groups (`matrices.py`). A product is added directly to
-the residual or to another product; a norm, to the residual. A norm that is added to is computed first.
+Nothing is computed while recording. **Fusion** is decided when a value is used: a norm, a gate or an activation is
+computed together with the conversion to the input form of the matrices that read it (`matrices.py`). A **pending**
+value is a result, such as a product, whose operations are not recorded yet. In a sum, a pending value or a norm is
+added directly to the memory of the other value; a norm to which a value is added is computed first.
 
-A value records the version of its buffer. The use of a value after its buffer was overwritten is an error in the
-model's code and fails at once.
+A value has the version of its buffer. The use of a value after its buffer was overwritten is an error in the model's
+code and raises at once.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
-    """Return the step's token ids, with which a recording begins, or other `numbers`, one for each token."""
+    """Return the first value of a recording: the step's token ids, or other `numbers`, one for each token."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
 
 
@@ -82,7 +83,7 @@ def put_value(value: Recorded, target: Buffer) -> None:
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
-    """Return all columns of a buffer: as a step finds them, or as the operations recorded so far have written them."""
+    """Return a value of all columns of a buffer, which operations have written or which are filled before a step."""
     return _Value(recorder, buffer, 0, buffer.width)
 
 
@@ -101,7 +102,7 @@ class _Value(Recorded):
     """Columns of a buffer; heads if `head_dim` is set.
 
     Attributes:
-        rows_from: the `StepNumber` that is its number of rows; with LOGIT_ROWS it has only the rows with wanted logits.
+        rows_from: the `StepNumber` that is the number of rows: TOKENS, or LOGIT_ROWS for only the wanted rows.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class _Value(Recorded):
 
     @property
     def buffer(self) -> Buffer:
-        """Buffer of the value; fails if the buffer was overwritten."""
+        """Buffer of the value; raises if the buffer was overwritten."""
         assert self._buffer.version == self._version, "a recorded value was used after it was overwritten"
         return self._buffer
 
@@ -164,7 +165,7 @@ class _Value(Recorded):
         return _Value(self.recorder, target, 0, self.width, rows_from=other.rows_from)
 
     def _wanted_rows(self) -> Buffer:
-        """Record a copy of the rows whose logits are wanted."""
+        """Record a copy of the wanted rows (of tokens whose logits are wanted)."""
         assert self.rows_from is StepNumber.TOKENS
         made = self.recorder.buffer(self.width)
         self.recorder.pick_rows((self.address, self.buffer.stride), self.width, (address_of(made.array), made.stride))
@@ -183,7 +184,7 @@ class _Value(Recorded):
             x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
         )
         self.recorder.add(scale_cap_operation(kind), row._replace(cap=cap))
-        buffer.version += self.width == buffer.width  # other columns do not change
+        buffer.version += self.width == buffer.width  # if the value is only some columns, the others do not change
         return _Value(self.recorder, buffer, self.column, self.width, rows_from=counted)
 
     def beside(self, *others: Recorded) -> _Value:
@@ -447,7 +448,7 @@ class _Wrapper(_Value):
 
 
 class _Prepared(_Wrapper):
-    """Input of matrices: a value, unchanged or after a norm, gate or activation. Each form of it is computed once."""
+    """Input of matrices: a value, unchanged or after a norm, gate or activation. Each input form is computed once."""
 
     def __init__(
         self,
@@ -471,7 +472,7 @@ class _Prepared(_Wrapper):
         return [form for form in dict.fromkeys(forms) if form not in self._forms]
 
     def _inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
-        """Return the input in these forms; record those that are missing."""
+        """Return the input by form; record the conversions to those of `forms` that are missing."""
         if new := self._missing(forms):
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
@@ -551,7 +552,7 @@ class _Prepared(_Wrapper):
 
 
 class _Pending(_Value):
-    """A value that is computed later, into its own buffer or onto a residual, with the pending values added to it."""
+    """A pending value and the pending values added to it; computed into its own buffer or added to a residual."""
 
     def __init__(self, recorder: Recorder, width: int) -> None:
         super().__init__(recorder, Buffer(np.empty(0, np.float32), width, 0), 0, width)
@@ -671,7 +672,7 @@ class _Product(_Pending):
             joins.shrink()
         apart = joins is not None and recorder.adapted is Adapted.APART
         own = joins.own(self.width) if joins is not None and apart else target
-        later = {"bias": bias, "accumulate": accumulate}  # done later if adapters read the bare products
+        later = {"bias": bias, "accumulate": accumulate}  # left to `expand` if adapters read the bare products
         for number, (matrix, inputs) in enumerate(self._factors, 1):
             product = linear_call(
                 recorder,
@@ -696,7 +697,7 @@ class _Product(_Pending):
 
 
 class _Gated(_Value):
-    """A gated product; it is not computed separately if one operation computes both products and the gate."""
+    """act(gate) * up of a product whose columns are gate, then up; one operation may compute products and result."""
 
     def __init__(self, product: _Product, factors: Sequence[tuple[Matrix, Inputs]], prologue: Prologue) -> None:
         buffer = Buffer(np.empty(0, np.float32), product.width // 2, 0)
@@ -722,8 +723,8 @@ class _Gated(_Value):
 
 
 class _PairRows(RecordedRows):
-    """Rows of experts' matrices, one per pair of token and expert. With an activation, they are gate and up (only up if
-    ungated), and the activation is fused with the input conversion of the next matrices."""
+    """Results of experts' matrices, a row for each pair. With an activation, a row has gate and up products (up alone
+    without a gate), and the activation is fused with the input conversion of the next matrices."""
 
     def __init__(self, recorder: Recorder, results: Results, activation: ExpertActivation | None) -> None:
         self._recorder, self._results = recorder, results
@@ -776,7 +777,7 @@ class _Mixture(_Pending):
 
 
 def _place(value: Recorded | None) -> tuple[int, int]:
-    """Return address and stride of a value's rows; zeros for None."""
+    """Return address and stride of a value's rows; (0, 0) for None."""
     if value is None:
         return 0, 0
     assert isinstance(value, _Value)

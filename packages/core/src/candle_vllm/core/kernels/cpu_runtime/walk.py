@@ -2,15 +2,15 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Compiled code of the thread team: run a plan, divide its operations, wait; and the main loop of a helper.
 
-**Pieces.** A row (an operation) is divided into one piece per thread. Piece n belongs to thread n, but a thread without
-work may take a free piece of another thread. So on a busy machine, others wait for an unscheduled thread only if it has
-begun a piece. Pieces of another rank (`numa.py`), whose weights are in remote memory, are taken only after they have
-been free for a longer time. A thread claims a piece by incrementing its owner's claim, which contains the row's number.
-Rows are numbered over the team's life, so a late thread finds higher numbers and cannot claim a piece of an old row.
+**Pieces.** A row (an operation of the plan) is divided into one piece per thread. Piece n belongs to thread n, but a
+thread without work may take a free piece of another thread. So on a busy machine, threads wait for a descheduled thread
+only if it has begun a piece. Pieces of another rank (`numa.py`), which read remote memory, are taken only after they
+have been free for a longer time. A thread claims a piece by incrementing the owner's **claim**, which contains the
+row's number. Rows are numbered over the team's life, so a late thread cannot claim a piece of an old row.
 
-**Groups.** Rows up to a barrier are a group. Threads add the number of pieces that they have done to DONE, once per
-group; the thread that completes it opens the next group by incrementing GROUPS. A group, and so the job, cannot end
-before all claimed pieces are done. A late thread skips groups that have ended, or leaves if the whole job has.
+**Groups.** Rows up to a barrier are a group; a **job** is one run of a plan. Threads add the number of pieces that they
+have done to DONE, once per group; the thread that completes the group opens the next group by incrementing GROUPS. A
+group, and so the job, cannot end before all claimed pieces are done. A late thread skips groups that have ended.
 
 **Waiting** is a short spin, then sleep, never a yield. A yielding thread loses its time slice; a sleeping thread keeps
 its scheduler credit and resumes at once, so that threads that wait for each other run at the same time.
@@ -79,7 +79,7 @@ def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) ->
     while load_acquire(word) == seen:
         fetch_add(shared + SLEEPERS, 1)
         store_release(at + ASLEEP, 1)
-        # A thread that changed the word meanwhile has either seen ASLEEP and posted, or its change is seen here.
+        # If another thread changes the word now, either it sees ASLEEP and posts, or this thread sees the change.
         if load_acquire(word) == seen or exchange(at + ASLEEP, 0) == 0:
             call_system(load_acquire(shared + WAIT), load_acquire(at + SEMAPHORE), -1)
         fetch_add(shared + SLEEPERS, -1)
@@ -100,7 +100,7 @@ def _wake(shared: int, threads: int) -> None:
 
 @njit(inline="always")
 def _claim(word: int, number: int, count: int) -> int:
-    """Claim one of `count` pieces of row `number` and return its index; -1 if all are claimed, or the row has ended."""
+    """Claim one of `count` pieces of row `number`; return its index, or -1 if all are claimed or the row has ended."""
     while True:
         found = load_acquire(word)
         if found >> _TAKEN_BITS > number:
@@ -114,7 +114,7 @@ def _claim(word: int, number: int, count: int) -> int:
 
 @njit(inline="always")
 def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> int:
-    """Run the unclaimed pieces of a thread's share of a row; return their number."""
+    """Run the unclaimed pieces of thread `owner` of a row; return their number."""
     if _claim(shared + WORKERS + owner * WORKER_BYTES + CLAIM, number, 1) < 0:
         return 0
     call_operation(int64_at(at)[0], at, owner, threads)
@@ -123,8 +123,8 @@ def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> in
 
 @njit
 def _do_some(at: int, number: int, rows: int, shared: int, first: int, count: int, turn: int, threads: int) -> int:
-    """Run the unclaimed pieces of a group of rows that belong to `count` threads from `first` on, beginning with the
-    `turn`th of them; return their number."""
+    """Run the unclaimed pieces, in a group of rows, of `count` threads from `first` on, beginning with thread
+    `first` + `turn`; return their number."""
     done = 0
     for index in range(rows):
         for other in range(count):
@@ -152,7 +152,7 @@ def _do_others(
 
 @njit(inline="always")
 def _completes(shared: int, done: int, total: int) -> bool:
-    """Count pieces as done; return whether they were the last of the group."""
+    """Count `done` pieces as done; return whether they were the last pieces of the group."""
     return done != 0 and fetch_add(shared + DONE, done) + done == total
 
 
@@ -183,7 +183,7 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
             if load_acquire(shared + GROUPS) == group:
                 count = index + 1 - first
                 done = _do_others(begin, number + first, count, group, shared, thread, threads, patience)
-            patience = _PATIENCE if done == 0 else 0  # a thread that was late now will be late for the next group
+            patience = _PATIENCE if done == 0 else 0  # threads that were late are probably late for the next group too
             last = _completes(shared, done, total)
         if last:
             store_release(shared + DONE, 0)
@@ -207,7 +207,7 @@ def do_parts(row, thread, threads):
 
 
 def take_part(plan: int, rows: int, shared: int, thread: int, threads: int) -> None:
-    """Run a step (thread 0, the caller), or a helper's loop; one function, so that the walk is compiled once."""
+    """Run a plan (thread 0, the caller) or a helper's loop; one function, so that `_walk` is compiled once."""
     if thread == 0:
         _run(plan, rows, shared, threads)
     else:
@@ -216,7 +216,7 @@ def take_part(plan: int, rows: int, shared: int, thread: int, threads: int) -> N
 
 @njit(inline="always")
 def _run(plan: int, rows: int, shared: int, threads: int) -> None:
-    """Run a step as the caller."""
+    """Run a plan as the caller's thread."""
     if threads == 1:
         at = plan
         for _ in range(rows):
@@ -250,6 +250,6 @@ def _work(shared: int, thread: int, threads: int) -> None:
             store_release(inside, 1)
             plan, rows = load_acquire(shared + PLAN), load_acquire(shared + ROWS)
             number, group = load_acquire(shared + FIRST_ROW), load_acquire(shared + FIRST_GROUP)
-            if load_acquire(shared + JOB) == seen:  # then the numbers read above belong to this job
+            if load_acquire(shared + JOB) == seen:  # the numbers that were just read belong to this job
                 _walk(seen, plan, rows, number, group, shared, thread, threads)
             store_release(inside, 0)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
 
-A step with one row of activations reads all weights once, at the speed of the memory. That needs huge pages. Numpy asks
-for huge pages for arrays from 4 MiB on, and most matrices of a small model are smaller than that, so several matrices
-share one piece.
+A step with one token reads all weights once, at the speed of the memory, which needs huge pages. Numpy requests huge
+pages for arrays from 4 MiB on, and most matrices of a small model are smaller, so several matrices share one **piece**,
+a large array.
 
 The memory of a model's matrices can be returned to the system while its addresses stay reserved. Loading the model
-again fills it again, so a recorded step, which contains only addresses, reads the same numbers as before.
+again fills the memory again, so a recorded step, which contains only addresses, reads the same weights as before.
 
 If the threads are divided into ranks, each rank's rows of a matrix are in the memory of its own NUMA node, also after
 the memory was returned and filled again.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64
 
-MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices in mapped files that are in use
+MAPPED: weakref.WeakSet[Any] = weakref.WeakSet()  # matrices in use that are in mapped files
 _MADE: ContextVar[list[WeightMemory] | None] = ContextVar("_MADE", default=None)
 _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default=None)
 
@@ -48,7 +48,7 @@ _AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default
 def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
     """Context for loading a model; yields a list, to which `new_memory` appends each memory that it returns.
 
-    With `again`, the memories of an earlier load, `new_memory` returns those, and `take` returns the same addresses.
+    With `again`, `new_memory` returns these memories of an earlier load, and `take` returns the same addresses.
     """
     made: list[WeightMemory] = []
     tokens = _MADE.set(made), _AGAIN.set(iter(again) if again else None)
@@ -105,7 +105,7 @@ class WeightMemory:
         # For each part of a model, in the order of its `take` calls: the array (while it is in use), offset and size.
         self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
         self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
-        self._stays: set[int] = set()  # addresses of pieces with memory that belongs to no part: never dropped
+        self._stays: set[int] = set()  # addresses of pieces that are never dropped: some memory belongs to no part
         self._again: Counter[object] | None = None  # number of `take` calls of each part since `begin_again`
         self.mapped: dict[str, tuple[Any, str | None]] = {}  # set by `packed_file`: matrices in a mapped file, by key
         self.writer: threading.Thread | None = None  # thread of `packed_file` that writes the matrices to a file
@@ -116,7 +116,7 @@ class WeightMemory:
         If the rest of a piece is too small, it is abandoned; it was never touched, so it costs no memory.
 
         Args:
-            tiles: number of equal, consecutive parts that are divided among threads.
+            tiles: number of equal, consecutive tiles of the memory, which threads divide.
         """
         part: Any = LOADED_PART.get()
         with self._lock:
@@ -127,7 +127,7 @@ class WeightMemory:
                 owner = known[number][0]() if number < len(known) and known[number][2] == count else None
                 if owner is not None:
                     return owner[known[number][1] :][:count]
-                return np.empty(count, np.uint8)  # the first array is no longer in use: any address will do
+                return np.empty(count, np.uint8)  # the earlier array is no longer in use: its address is not needed
             found = self._take(count)
             if self._left > 0 and tiles > 1:
                 self._place(found, tiles)
@@ -141,7 +141,7 @@ class WeightMemory:
 
     @property
     def can_map(self) -> bool:
-        """Whether matrices may be in a mapped file: their addresses and NUMA nodes are not given."""
+        """Whether matrices may be in a mapped file: neither earlier addresses nor NUMA nodes are required."""
         return self._again is None and (self.ranks is None or not self.ranks.apart)
 
     def begin_again(self) -> None:
@@ -157,7 +157,7 @@ class WeightMemory:
         return sum(drop_pages(each) for each in (*pieces, *(matrix.data for matrix, _ in self.mapped.values())))
 
     def _place(self, taken: np.ndarray, tiles: int) -> None:
-        """Bind each rank's rows to its NUMA node; beyond the limit, rows stay interleaved over nodes."""
+        """Bind each rank's tiles to the rank's NUMA node; after `most_areas` areas, tiles stay interleaved."""
         assert self.ranks is not None
         self._left -= self.ranks.place(taken, [taken.size // tiles * tile for tile in self.ranks.borders(tiles)])
         if self._left <= 0:
@@ -175,7 +175,7 @@ class WeightMemory:
             self._whole = [*(each for each in self._whole if each() is not None), weakref.ref(memory)]
             start = -memory.ctypes.data % ALIGNMENT
             piece = memory[start : start + memory.size - ALIGNMENT]
-            if space >= self._piece_bytes:  # a piece of its own; later matrices still fill the current piece
+            if space >= self._piece_bytes:  # a matrix with its own piece; later matrices still fill the current piece
                 return piece[:count]
             self._piece, self._used = piece, 0
         start, self._used = self._used, self._used + space
@@ -183,7 +183,7 @@ class WeightMemory:
 
 
 def mapped_bytes() -> int:
-    """Return the bytes of matrices in mapped files: the system counts them as available memory."""
+    """Return the bytes of matrices in mapped files, which the system counts as available memory."""
     return sum(matrix.nbytes for matrix in tuple(MAPPED))
 
 
