@@ -9,33 +9,31 @@ Each token computes
     S = S + k^T (strength * sigmoid(b) * (v - k S))
     y = q S
 
-in fp32 throughout, and y is rounded once. If q and k are to be `normed`, k is first replaced by
-k / sqrt(sum(k^2) + 1e-6), and q likewise; then q is multiplied by `scale`. Recorded steps change q and k in place.
+in fp32 throughout, and y is rounded once. With `normed`, k is first replaced by k / sqrt(sum(k^2) + 1e-6), and q
+likewise; then q is multiplied by `scale`. Recorded steps change q and k in place.
 
-Gates with a `skip` [Hv] select Mamba 2, where k is B, q is C, v is x and `skip` is D. With
-dt = softplus(a + bias), and without a correction:
+`gates` with a `skip` [Hv] select Mamba 2, whose B, C, x and D are k, q, v and `skip`. With dt = softplus(a + bias):
 
     S = exp(decay[h] * dt) * S + k^T (dt v)
     y = q S + skip[h] * v
 
-b is not used then: callers pass a in its place.
+b is not used: callers pass a instead.
 
-Gates with a decay of each element, in the state's layout, select Mamba 1, where a, bias and `skip` are [.., Hv * Dv]: a
-column of S is a channel with its own dt, and each element decays by exp(decay * dt). q and k are not normed, and
-`scale` is 1. All channels share B and C, so families have one value head.
+`gates` with a decay of each element, in the state's layout, select Mamba 1, where a, bias and `skip` are [.., Hv * Dv]:
+a column of S is a channel with its own dt, and each element of the column decays by exp(decay * dt). q and k are not
+normed, and `scale` is 1. All channels share B and C, so Mamba 1 models have one value head.
 
-Gates with a decay of each channel select Kimi delta attention, where a, decay and bias are [.., Hv * Dk]: each row of S
-has its own decay; otherwise it is the delta rule.
+`gates` with a decay [Hv * Dk] select Kimi delta attention, where a and bias are [.., Hv * Dk] too: the delta rule, but
+each row of S has its own decay.
 
-The state's layout follows `kernels/states.py`: float32 [slots, Hv, ceil(Dv / 16), Dk, 16], in tiles of 16 columns of S,
-on every backend; columns beyond Dv hold zeros. A kept row is k [Hk, Dk], v [Hv, Dv], decays and strengths, in float32:
-on a CPU their computed values, on a GPU and in Mamba 1 the unchanged inputs a and b (Mamba 1: a alone); only the
-backend that wrote it reads it. A row's result depends on its own sequence alone.
+States are stored as float32 [slots, Hv, ceil(Dv / 16), Dk, 16] on every backend (slots: see `kernels/states.py`). A
+**tile** is [Dk, 16], 16 columns of S; columns beyond Dv are zeros. A **kept row** has the inputs of a draft token in
+float32: k [Hk, Dk], v [Hv, Dv], then decays and strengths, or on a GPU a and b unchanged, or in Mamba 1 a alone. Only
+the backend that wrote a kept row reads it. A token's result depends on its own sequence alone.
 
-On a GPU with tensor cores, the delta rule for 16-bit q, k and v computes whole chunks of 64 tokens at once. A chunk
-begins at a position that is a multiple of 64; the step must have all of its rows and store no state within it. This
-needs the `positions` [T] of rows in their sequences. Without them, as in steps in which no sequence has 64 rows, tokens
-are processed one by one, as in all other cases.
+On a GPU with tensor cores, the delta rule for 16-bit q, k and v computes whole **chunks** of 64 tokens at once. A chunk
+begins at a position that is a multiple of 64; the step must have all tokens of the chunk and store no state within it.
+This needs the `positions` [T] of tokens in their sequences. In all other cases tokens are processed one by one.
 
 Source: Yang, Kautz and Hatamizadeh, 2024, arXiv:2412.06464, with the gates of Qwen3-Next; Gu and Dao, 2023,
 arXiv:2312.00752 (Mamba 1); Dao and Gu, 2024, arXiv:2405.21060 (Mamba 2); Kimi Team, 2025, arXiv:2510.26692 (Kimi delta
@@ -73,12 +71,12 @@ def delta_rule(
     """Return each token's result; the states and kept rows of `cache` are changed.
 
     Args:
-        q, k, v, a, b, positions: see above; the elements of a row are contiguous.
-        gates: gates of the layer.
-        cache: cache of the layer, float32.
-        rows: the step's use of states; recorded steps have rows of their own.
+        q, k, v, a, b, positions: see above; the elements of a token are contiguous.
+        gates: the layer's parameters of decays and strengths.
+        cache: the layer's states and kept rows, float32.
+        rows: the states that the step reads and writes; None in recorded steps, which have their own.
         scale: factor of q: Dk^-0.5.
-        normed: whether q and k are normed.
+        normed: whether q and k are divided by their norms.
     """
     if isinstance(q, Recorded):
         return q.delta_rule(k, v, a, b, gates=gates, cache=cache, scale=scale, normed=normed)

@@ -2,15 +2,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The gated delta rule, Mamba 1 and 2 on the CPU: `prepare`, `scan`, `keep`, with barriers between them.
 
-The columns of a state are independent. A unit of `scan` is up to 32 columns of a value head (two tiles of the state, 16
-KB for Dk = 128) for all tokens of a sequence in a step, so the columns stay in the L1 cache for any number of tokens.
-Each token reads them in two passes: first for k S, which Mamba does not need, then for the correction together with q
-S; in Mamba 1 also for dt and the decay of each element. If the state after a token is to be stored, the token writes it
-to its slot, where the next token reads it.
+Terms (tile, kept row): see the package. The columns of a state are independent. A **unit** of `scan` is up to two tiles
+of a value head (16 KB for Dk = 128) with all tokens of a sequence in the step, so the tiles stay in the L1 cache. Each
+token reads the tiles in two passes: the first computes k S, which Mamba does not need, the second the new state and
+q S. If the state after a token is to be stored, it is written to its slot, where the next token reads it.
 
-Every element is a sum over Dk in a fixed order, in two halves. So its bits depend neither on how a prompt is divided
-into steps, nor on the rest of the step, nor on the thread. `keep` writes kept rows (inputs of draft tokens, see
-`kernels/states.py`) after all units have read those of the previous step, because several units read the same row.
+Every element of k S and q S is a sum over Dk in a fixed order, in two halves. So the bits depend neither on how a
+prompt is divided into steps, nor on the rest of the step, nor on the thread. `keep` writes the kept rows after all
+units have read those of the previous step, because several units read the same row.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
 def _gates(
     _: Any, a: Any, b: Any, decay: Any, bias: Any, most: Any, skip: Any, to: Any, decays: Any, at: Any, heads: Any
 ) -> Any:
-    """Write `decays` decays of a token, and the strengths of its heads (dt if `skip`); NaN if a or b is NaN."""
+    """Write `decays` decays of a token, and the strengths of its heads (with `skip`, dt); NaN if a or b is NaN."""
     signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 5)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -137,7 +136,7 @@ def prepare(row, thread, threads):
 
 
 def _each_row(e: Emitter, rows: Any, state: list[Any], body: Any) -> list[Any]:
-    """Run body(row, half, state) -> state for each row of a state, 4 at a time; `half` selects the sum for the row."""
+    """Emit body(row, half, state) -> state for each row of S, 4 at a time; `half` is which half of the sum gets it."""
     b = e.b
 
     def several(index: Any, state: list[Any]) -> list[Any]:
@@ -174,12 +173,12 @@ def _take_in(
     skip: Any,
     ahead: Any,
 ) -> Any:
-    """Process a token for some tiles of a state at `at`; write the new state `to`, which may be the same address.
+    """Process a token for some tiles at `at`; write their new state to `to`, which may be the same address.
 
-    tiles, reads, corrects, grain: constants: number of tiles, whether q reads the state, whether it is a delta rule
-        (not Mamba), and what has a decay: the tiles (0), each row (1) or each element (2, Mamba 1).
-    k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of one float, of `rows`, or of tiles.
-    strength, skip: addresses of one float; if `grain` is 2, of `columns` floats, as `bias`, and `strength` is a.
+    tiles: constant number of tiles. reads: constant, whether to compute `out` from q. corrects: constant, 1 for the
+        delta rule, 0 for Mamba. grain: constant, whether a head (0), a row (1) or an element (2, Mamba 1) has a decay.
+    k, q: addresses of `rows` floats. v, out: of `columns` floats. decay: of 1 float, of `rows` floats, or of tiles.
+    strength, skip: addresses of one float. If `grain` is 2, strength (a), bias and skip have `columns` floats.
     ahead: address of tiles to prefetch meanwhile.
     """
     width, gives, delta = tiles.literal_value, bool(reads.literal_value), bool(corrects.literal_value)
@@ -268,7 +267,7 @@ def _clear(_: Any, to: Any, lines: Any) -> Any:
 
 @njit(inline="always")
 def _first_tile(given: Any, part: int) -> tuple[int, int]:
-    """Return the value head of a unit, and its first tile within the head."""
+    """Return the value head of unit `part` of a sequence, and the unit's first tile in the head."""
     each = ((given.value_dim + LANES - 1) // LANES + _WIDTH - 1) // _WIDTH
     head = part // each
     return head, _WIDTH * (part - head * each)
@@ -276,7 +275,7 @@ def _first_tile(given: Any, part: int) -> tuple[int, int]:
 
 @njit(inline="always")
 def _place(given: Any, slot: int, part: int) -> int:
-    """Return the address of a unit's tiles in a slot; slot -1 gives the address in slot 0."""
+    """Return the address of a unit's tiles in a slot; for slot -1, in slot 0."""
     head, first = _first_tile(given, part)
     tiles = (given.value_dim + LANES - 1) // LANES
     return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
@@ -286,12 +285,11 @@ def make_scan(CORRECTS: int, GRAIN: int) -> Callable[..., None]:
     """Return the operation that processes tokens by the delta rule or by Mamba; `_take_in` explains the arguments.
 
     All units of a sequence cost the same. Threads divide the units of all sequences, ordered by unit, then by sequence.
-    A thread processes its units of a sequence in the order of memory.
     """
 
     @njit
     def scan_columns(given: Any, r: int, part: int, scratch: int, ahead: int) -> None:
-        """Process the tokens of sequence r in a unit's columns; prefetch the tiles at `ahead` with the last token."""
+        """Process the tokens of sequence r for unit `part`; with the last token, prefetch the tiles at `ahead`."""
         starts, stores = int64_at(given.query_start), int64_at(given.stores)
         heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
         decays = given.decays

@@ -39,8 +39,7 @@ def record_delta_rule(
 
     Args:
         given: q, k, v, a and b.
-        gates, cache: gates and cache of the layer.
-        scale, normed: see the contract in the package.
+        gates, cache, scale, normed: see `delta_rule` in the package.
     """
     q, k, v, a, b = given
     key_dim, value_dim = q.head_dim, v.head_dim

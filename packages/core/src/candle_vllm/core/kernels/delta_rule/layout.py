@@ -18,11 +18,11 @@ class DeltaGates(NamedTuple):
     """Parameters of the decay and the strength of a value head.
 
     Attributes:
-        decay: [Hv] fp32, below 0: -exp(A_log), as GGUF files store it; or [Hv * Dk], one for each channel of a key; or,
-            for Mamba 1, one for each element of a state, in the state's layout.
+        decay: fp32, below 0: -exp(A_log), as GGUF files store it. [Hv]; or [Hv * Dk], one for each row of S; or, for
+            Mamba 1, one for each element of S, in the state's layout.
         bias: dt_bias, fp32, in the shape of a token's `a`.
         strength: maximum strength of a correction: 1, or 2 if a state may have negative eigenvalues.
-        skip: [Hv] fp32, D of Mamba 2, or [Hv * Dv], D of Mamba 1: states are not corrected; None for the delta rule.
+        skip: fp32, D of Mamba 2 [Hv] or of Mamba 1 [Hv * Dv]; None for the delta rule.
     """
 
     decay: Any
@@ -39,34 +39,34 @@ def state_shape(value_heads: int, key_dim: int, value_dim: int) -> tuple[int, in
 def kept_inputs(key_heads: int, value_heads: int, key_dim: int, value_dim: int, *, gates: int = 2) -> int:
     """Return the number of elements of a kept row.
 
-    `gates` is a value head's number of gates: 2, with a decay for each channel Dk + 1, in Mamba 1 Dv.
+    `gates` is the decays and strengths of a value head: 2; with a decay for each row of S, Dk + 1; in Mamba 1, Dv.
     """
     return key_heads * key_dim + value_heads * (value_dim + gates)
 
 
 def gate_sizes(gates: DeltaGates, heads: int) -> tuple[int, int]:
-    """Return the numbers of decays and of strengths in a kept row; in Mamba 1 it has dt alone, counted as strengths."""
+    """Return the numbers of decays and of strengths in a kept row; in Mamba 1, a counts as strengths."""
     count = math.prod(gates.bias.shape)
     return (0, count) if len(gates.decay.shape) > 1 else (count, heads)
 
 
 class DeltaArguments(NamedTuple):
-    """The arguments of the three operations; `Recorder.state_arguments` returns those from `states` on.
+    """Arguments of the three operations; `Recorder.state_arguments` returns the fields from `states` on.
 
     Attributes:
         q, q_stride, k, k_stride: addresses of float32 rows of key heads, and their row strides in floats.
         v, v_stride: the same for rows of value heads.
-        a, a_stride, b, b_stride: the same for the inputs of the decays, and of the strengths (one per value head).
-        decay, bias: addresses of float32 [decays]; for Mamba 1 of decays in a state's layout, and of [strengths].
+        a, a_stride, b, b_stride: the same for rows of a, and of b.
+        decay, bias: addresses of float32 [decays] each; for Mamba 1, decay in the state's layout, bias [strengths].
         strength: maximum strength of a correction.
-        skip: address of float32 [Hv], or 0.
+        skip: address of float32 [Hv], for Mamba 1 [Hv * Dv]; 0 for the delta rule.
         normed: 1 if q and k are normed, else 0.
         scale: factor of q.
         key_heads, heads, key_dim, value_dim: Hk, Hv, Dk and Dv.
         decays, strengths: see `gate_sizes`.
-        gates, gates_stride: address and row stride of float32 [maximum number of tokens, decays + strengths]: scratch
-            memory for decays and strengths; for Mamba 1 those of a.
-        out, out_stride: address and row stride of the result, whose rows have the shape of v's.
+        gates, gates_stride: address and row stride of float32 [maximum tokens, decays + strengths], which `prepare`
+            writes; for Mamba 1, address and row stride of a.
+        out, out_stride: address and row stride of the result, in the shape of v.
     """
 
     q: int

@@ -43,7 +43,7 @@ def delta_rule(
     by_element = None if decays else from_tiles(gates.decay, v.shape[2])
 
     def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-        """Return the state [Hv, Dk, Dv] after a token, whose inputs are `taken`."""
+        """Return the state [Hv, Dk, Dv] after a token with the inputs `taken`, a kept row."""
         key, value, decay, strength = taken.split([k[0].numel(), v[0].numel(), decays, inputs.shape[1] - first])
         key, strength = key.reshape(k.shape[1:]).repeat_interleave(group, 0), strength.reshape(heads, -1)
         decay = torch.exp(by_element * strength[:, None]) if by_element is not None else decay.reshape(heads, -1, 1)
@@ -78,5 +78,5 @@ def to_tiles(state: torch.Tensor) -> torch.Tensor:
 
 
 def from_tiles(tiles: torch.Tensor, value_dim: int) -> torch.Tensor:
-    """Return the inverse of `to_tiles`, in new memory."""
+    """Return the state [Hv, Dk, Dv] of tiles from `to_tiles`, in new memory."""
     return tiles.transpose(1, 2).flatten(2)[..., :value_dim].clone()

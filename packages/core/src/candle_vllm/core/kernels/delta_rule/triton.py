@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule, Mamba 1 and 2 on a GPU: checks, launches, and kept rows (step 6 of a request's life).
 
-All programs of a key head read the kept rows (inputs of draft tokens, see `kernels/states.py`), so a launch of its own
-writes them, if the step can have any. They contain the unchanged inputs.
+All programs of a key head read the kept rows (inputs of draft tokens, see `kernels/states.py`), so a second launch
+writes the new kept rows, if the step can have draft tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
 
-_ROWS = 128  # sequences that a program compares at once to find its own
+_ROWS = 128  # sequences that a program compares at a time to find the sequence of its token
 _PART = 1024  # elements of a kept row that a program copies
 
 
@@ -82,7 +82,7 @@ def keep_kernel(
         here = (number >= 0) & (number < HV * (EACH or DV))
         value = tl.load(a + token * a_token + number, mask=here, other=0.0)
         tl.store(to + at, value.to(tl.float32), mask=here)
-        if EACH > 0:  # Mamba 1 has dt alone
+        if EACH > 0:  # Mamba 1 has no b
             number -= HV * EACH
             here = (number >= 0) & (number < HV)
             value = tl.load(b + token * b_token + number, mask=here, other=0.0)

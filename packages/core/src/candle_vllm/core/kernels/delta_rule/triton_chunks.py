@@ -2,8 +2,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule of prompts on a GPU: chunks of 64 tokens at multiples of 64 at once, other tokens one by one.
 
-D[i, j] is the product of the decays of a chunk's tokens j + 1 .. i for j <= i; P[i] is the product of those up to token
-i, E[i] of those after token i; B are the strengths, S is the state before the chunk. The correction of each token is
+For a chunk's tokens i and j <= i, D[i, j] is the product of the decays of tokens j + 1 .. i, P[i] that of the decays up
+to token i, and E[i] that of the decays after token i. B is the diagonal matrix of the strengths, S the state before the
+chunk. The corrections of the tokens are the rows of
 
     U = inverse(I + tril(B K K^T D, -1)) B (V - P K S)
 
@@ -11,14 +12,13 @@ The results and the state after the chunk are
 
     Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
 
-`chunk_kernel` computes the inverse times B, tril(Q K^T D), and factors of rows, for each value head of all chunks in
-parallel. The inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays
-are separate sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. A
-chunk within which a state is stored is scanned by token. Source: Yang et al., 2024, arXiv:2406.06484, section 3.
+`chunk_kernel` computes inverse(..) B, tril(Q K^T D), P and E, for each value head of all chunks in parallel. The
+inverse is computed row by row, which stays accurate for similar keys; logarithms of products of decays are separate
+sums, not differences. `chunks_kernel` then works as `triton_scan.scan_kernel`, but on whole chunks. The tokens of a
+chunk within which a state is stored are processed one by one. Source: Yang et al., 2024, arXiv:2406.06484, section 3.
 
 Products with q and k use their 16-bit elements unchanged; norms are applied to the result. A float32 factor of a
-product is split into the sum of two bfloat16 numbers, which is closer to float32 than TF32 is. If q and k are float32,
-or there are no tensor cores, tokens are processed one by one.
+product is split into the sum of two bfloat16 numbers, which is closer to float32 than TF32 is.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _BLOCK_V = 16  # columns of a program: the maximum without register spills
 
 @triton.jit
 def _rows_of(x, first, token_stride, column, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Load rows [CHUNK, ...] of a head from row `first` on."""
+    """Load the rows [CHUNK, ...] of a head for tokens from `first` on."""
     row = (first + tl.arange(0, CHUNK)).to(tl.int64)
     return tl.load(x + row[:, None] * token_stride + column[None, :], mask=(column < D)[None, :], other=0.0)
 
@@ -75,7 +75,7 @@ def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _halves(x, kind):
-    """Split float32 elements into sums of two 16-bit floats."""
+    """Return two 16-bit floats for each float32 element, whose sum is close to the element."""
     upper = x.to(kind)
     return upper, (x - upper.to(tl.float32)).to(kind)
 
@@ -111,9 +111,9 @@ def chunk_kernel(
     b,
     decay,  # [HV] fp32
     bias,
-    # Of the chunk that begins within rows CHUNK * i .. CHUNK * i + CHUNK - 1:
+    # Results, at index i for the chunk that begins within the step's tokens CHUNK * i .. CHUNK * i + CHUNK - 1:
     matrices,  # [T / CHUNK, HV, 2, 2, CHUNK, CHUNK] bf16: inverse and scores, each as two halves
-    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K in P K, Q in P Q, K in E K; and P
+    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: factors of rows of K for P K, of Q for P Q, of K for E K; then P
     positions,  # [T]
     tokens,
     most,
@@ -140,8 +140,8 @@ def chunk_kernel(
     each = tl.arange(0, CHUNK)
     token = place * CHUNK + each
     there = token + CHUNK <= tokens
-    # If several chunks begin here, the last one counts: the others are cut off by the start of another sequence. If
-    # this one has rows of several sequences, `chunks_kernel` does not read its results.
+    # If several chunks begin in this range, take the last: another sequence begins within each of the earlier ones. If
+    # the last chunk has tokens of several sequences, `chunks_kernel` does not read the results.
     begins = there & (tl.load(positions + token, mask=there, other=1) % CHUNK == 0)
     first = tl.max(tl.where(begins, token, -1))
     if first >= 0:
@@ -204,7 +204,7 @@ def _take_chunk(
     DV: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Write the results of a whole chunk, and return the state after it."""
+    """Write the results of a whole chunk; return the state after the chunk."""
     SIZE: tl.constexpr = CHUNK * CHUNK
     each = tl.arange(0, CHUNK)
     at = matrices + each[:, None] * CHUNK + each[None, :]
@@ -305,7 +305,7 @@ def chunks_kernel(
     start = tl.load(query_start + sequence).to(tl.int32)
     end = tl.load(query_start + sequence + 1).to(tl.int32)
     if start < end:
-        # Rows before the first chunk that begins in this step, whole chunks, and the rest.
+        # Tokens before the first chunk that begins in this step, tokens of whole chunks, and the remaining tokens.
         position = tl.load(positions + start).to(tl.int32)
         begin = tl.minimum(start + (CHUNK - position % CHUNK) % CHUNK, end)
         chunks = (end - begin) // CHUNK
@@ -402,7 +402,7 @@ _HOW = MappingProxyType({"num_warps": 8, "num_stages": 1})  # not measured yet
 
 
 def in_chunks(q: torch.Tensor, positions: torch.Tensor | None) -> bool:
-    """Return whether a step's whole chunks are computed at once."""
+    """Return whether the kernels for whole chunks are used in a step."""
     return positions is not None and len(q) >= CHUNK and q.element_size() == 2 and capability(q.device) >= TENSOR_CORES
 
 

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """The gated delta rule, Mamba 1 and 2 on a GPU, token by token (step 6 of a request's life).
 
-A program holds some columns of a value head's state of a sequence in registers and processes all tokens of the
-sequence. Every program computes norms and gates itself, which costs less than reading the state.
+A program holds some columns of a value head's state in registers and processes all tokens of one sequence. Every
+program computes norms, decays and strengths itself, which costs less than reading the state.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ _BLOCK_V = 32  # columns of a program; not measured yet
 
 @triton.jit
 def step_size(a, bias):
-    """softplus(a + bias), fp32."""
+    """Return softplus(a + bias), fp32."""
     time = a.to(tl.float32) + bias
     power = tl.exp(-tl.abs(time))
-    above = 1.0 + power  # corrects its rounding: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
+    above = 1.0 + power  # its rounding is corrected: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
     small = tl.where(above == 1.0, power, tl.log(above) * (power / tl.where(above == 1.0, 1.0, above - 1.0)))
     return tl.maximum(time, 0.0) + small
 
 
 @triton.jit
 def log_decay(a, bias, decay):
-    """decay * softplus(a + bias), fp32."""
+    """Return decay * softplus(a + bias), fp32."""
     return decay * step_size(a, bias)
 
 
 @triton.jit
 def strength_of(b, most):
-    """most * sigmoid(b), fp32."""
+    """Return most * sigmoid(b), fp32."""
     return most / (1.0 + tl.exp(-b.to(tl.float32)))
 
 
 @triton.jit
 def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the offsets of the elements [DKP, BLOCK_V] of a value head's state in the head's tiles."""
+    """Return the offsets [DKP, BLOCK_V] of elements of S in the tiles of a value head."""
     return (column // COLUMNS)[None, :] * (DK * COLUMNS) + row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
 
 
 @triton.jit
 def gates_of(x, row, column, DK: tl.constexpr, DV: tl.constexpr, EACH: tl.constexpr):
-    """Load a value head's element, its EACH = DK elements [DKP, 1], or, in Mamba 1, those of columns [1, BLOCK_V]."""
+    """Load a value head's elements of a, decay or bias: one, EACH = DK [DKP, 1], or, in Mamba 1, [1, BLOCK_V]."""
     if EACH == 0:
         found = tl.load(x + column[None, :], mask=(column < DV)[None, :], other=0.0)
     elif EACH > 1:
@@ -79,15 +79,15 @@ def take_in(state, k, v, a, b, bias, decay, most, NORMED: tl.constexpr, EPS: tl.
 @triton.jit
 def scan_rows(
     state,
-    first,  # rows of the step
-    last,
-    q,  # at the key head
+    first,  # first token, an index in the step
+    last,  # end of the tokens
+    q,  # pointer to the key head
     k,
-    v,  # at the value head
+    v,  # pointer to the value head
     a,
     b,
-    out,  # at the value head
-    states,  # at the value head of the first slot
+    out,  # pointer to the value head
+    states,  # pointer to the value head in the first slot
     stores,
     decay,
     bias,
@@ -112,7 +112,7 @@ def scan_rows(
     skip=0.0,  # used if not CORRECTS
     EACH: tl.constexpr = 1,  # decays of a value head; 0: of each element, Mamba 1
 ):
-    """Process rows one by one: write their results and the states to store, return the last state."""
+    """Process tokens one by one: write their results and the states to store, return the last state."""
     places = tile_places(row, column, DK, COLUMNS)
     inside = (row < DK)[:, None] & (column < FILLED)[None, :]
     for token in range(first, last):
@@ -138,8 +138,8 @@ def scan_rows(
 
 @triton.jit
 def state_before(
-    states,  # at the value head of the first slot
-    kept,  # at the first kept row of the sequence
+    states,  # pointer to the value head in the first slot
+    kept,  # pointer to the first kept row of the sequence
     source,
     replays,
     decay,
@@ -162,11 +162,11 @@ def state_before(
     CORRECTS: tl.constexpr = True,
     EACH: tl.constexpr = 1,
 ):
-    """Return the state [DKP, BLOCK_V] before a sequence's first row of the step."""
+    """Return the state [DKP, BLOCK_V] before a sequence's first token of the step."""
     at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
     inside = ((row < DK) & (row * 0 + source >= 0))[:, None] & (column < FILLED)[None, :]
     state = tl.load(at, mask=inside, other=0.0)
-    tl.debug_barrier()  # other threads may write the memory that was read
+    tl.debug_barrier()  # threads must have read the slot before other threads of the program write it
     for _ in range(replays):
         key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
         value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
