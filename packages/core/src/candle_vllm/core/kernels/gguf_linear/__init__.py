@@ -9,9 +9,9 @@ once. With at most `SMALL` rows x is multiplied by the exact codes, and the scal
 more rows, weights are first rounded to x's dtype, like the weights of a dequantised file.
 
 Among calls with at most `SMALL` rows, and among calls with more, a row's result depends only on the row and the matrix,
-whose shape determines how sums are split along K. With `invariant=True` on a GPU, a result is identical for any number
-of rows, because codes are exact for all of them (see `triton.py`). On the CPU the reference computes each row
-separately. Rows of an embedding are exact except for the rounding to their dtype.
+whose shape determines how sums are split along K. With `invariant=True` on a GPU, any number of rows is multiplied by
+exact codes, with identical results (see `triton.py`). On the CPU the reference then computes each row separately. Rows
+of an embedding are exact except for the rounding to their dtype.
 
 `pack` makes a `GgufMatrix` from a GGUF tensor's bytes. Tensors on the CPU are computed by `reference.py`, for tests: a
 CPU engine uses `kernels/packed_linear`.

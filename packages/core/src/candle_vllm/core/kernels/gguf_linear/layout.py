@@ -1,31 +1,31 @@
 # SPDX-License-Identifier: MIT
 """Layout of quantised weights in a GPU's memory, which `pack.py` writes, and `triton.py` and `reference.py` read.
 
-K is split into **steps** of 128 weights (64 for 8 bits), in groups of 32. A matrix consists of a few planes; their
-first dimension is the step, so that the data of a step is contiguous for all rows:
+A **group** is 32 weights of a row along K, a **step** 4 groups (2 for codes of 8 bits). A matrix consists of a few
+**planes**, tensors with the step as first dimension, so that the data of a step is contiguous for all rows:
 
-    low     [steps, N, 16]  the lower bits of the codes: 4 in int32, 2 in int16, 8 in int32 (of a step of 64)
-    high    [steps, N, 16]  the two bits above of 6-bit codes, in int16
-            [steps / 2, N, 16]  the bit above of 3 and 5 bits, of two steps in int16 (steps / 2 is rounded up)
+    low     [steps, N, 16]  the lower 4 or 8 bits of the codes in int32, or the lower 2 bits in int16
+    high    [steps, N, 16]  the upper two bits of 6-bit codes, in int16
+            [steps / 2, N, 16]  the upper bit of 3-bit and 5-bit codes, of two steps in int16 (steps / 2 rounded up)
     scales  [steps, words, N]  int32, lowest bits first:
             Q4_0 Q5_0 Q8_0    scale f16 of two groups in a word
             Q4_1 Q5_1         scale f16, minimum f16: a word for each group
             Q4_K Q5_K         a word with the scales u8 of the four groups, one with their minima u8
             Q3_K Q6_K         two words with the scales i8 of the eight half groups
-            Q2_K              the same with scale | minimum << 4
+            Q2_K              the same, with scale | minimum << 4 in a byte
             IQ4_NL            the same as Q4_0
             IQ4_XS            a word with the scales i8 of the four groups
             IQ1, IQ2, IQ3     the same as IQ4_XS, or as Q6_K if 16 weights share a scale
     supers  [K / 256, N]  int32, K-quants and IQ types: super-scale f16, negated super-minimum f16 or 0
 
-Element i of the 16 elements of a step has, for each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, at
-bit bits * (g + groups * h), plus 8 for single bits of an odd step. The two codes of a pair are half an element apart,
-so one mask extracts both from an int32, as the two float16 or bfloat16 numbers of a tensor core register.
+Element i of the 16 elements of a step has, for each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, a
+**pair**, at bit bits * (g + groups * h), plus 8 for single bits of an odd step. A pair's codes are half an element
+apart, so one mask extracts both from an int32, as the two float16 or bfloat16 numbers of a tensor core register.
 
 A code is unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
 Codes of IQ types are indices of a table of values: a weight is scale * value. In IQ1, IQ2 and IQ3 files an index
-selects several weights from a long list. Here each weight has a 4-bit code, which is enough for every magnitude and
-sign of a list. The codes are exact and need no gathering, but 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes.
+selects several weights from a long list. In this layout each weight has a 4-bit code, which is exact and needs no
+gathering, but takes 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes.
 
 Rows are not padded; columns are padded to whole steps with scales of 0. The layout needs more memory than the file:
 2.8 % for Q4_K, 2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K. The other types above IQ3 have the
@@ -62,7 +62,7 @@ class Planes:
 
     Attributes:
         low, high: bits of a code in the two planes; high may be 0.
-        layout: the kind's layout on all devices; for IQ1, IQ2 and IQ3, the layout of their codes here.
+        layout: the kind's `TileLayout`; for IQ1, IQ2 and IQ3, that of the 4-bit codes.
         factor: factor of the small scales.
     """
 

@@ -24,7 +24,7 @@ from candle_vllm.core.quantization.mxfp4_blocks import as_q5_0
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
-"""Number of weights per round; a round needs about 20 times as many bytes."""
+"""Number of weights that are converted at a time; this needs about 20 times as many bytes."""
 
 
 def pack(
@@ -37,7 +37,7 @@ def pack(
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
-        ggml_type: their type.
+        ggml_type: type of the blocks.
         rows: N; the rows stay in their order.
         columns: K.
         device: device of the result.
@@ -91,7 +91,7 @@ def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> Bloc
 
 
 def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to a device; a copy, because torch must not wrap a mapped file, to which it may not write."""
+    """Copy an array to a device; never a view, because torch must not wrap a mapped file, which is read-only."""
     return torch.from_numpy(part.copy()).to(device)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
-`linear_exact` multiplies codes by x exactly, for few rows (decoding), and for any number of rows with `invariant`.
-With many rows, rounding weights first is faster: in `linear_exact`, applying the scales takes about as long as the
-tensor cores' products. `invariant` needs one kernel for all numbers of rows, and rounding would slow decoding: it takes
+Terms (group, step, plane): see `layout.py`. `linear_exact` multiplies codes by x exactly, for few rows (decoding), and
+for any number of rows with `invariant`. With many rows, rounding weights first is faster, because applying the scales
+in `linear_exact` takes about as long as the tensor cores' products. With few rows, rounding would be slower: it takes
 about three slow instructions for each weight, and an H200 loads a weight in the time of two. The results are invariant
 because every tile of `linear_exact` is too small for wgmma, so that all use the instruction m16n8k16, on Hopper too.
 
@@ -31,10 +31,10 @@ from candle_vllm.core.kernels.linear.triton_products import exact, rounded
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, PackedKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, TENSOR_CORES, WITH_TENSOR_CORES, Build, capability
 
-# Tiles by the number of weights that share a scale. The first tile with at least as many columns as there are tokens is
-# used, otherwise the last one. Chosen by counting instructions and registers of the compiled code, not yet measured on
-# a GPU. One warp needs no barriers. With more tokens, warps share x; with the most tokens, a step along K takes so long
-# that prefetching one step hides the latency.
+# Tiles by the number of weights that share a scale. The first tile that has at least as many tokens as x is used,
+# otherwise the last. Chosen by counting instructions and registers of the compiled code, not yet measured on a GPU. One
+# warp needs no barriers. With more tokens, warps share x; with the most tokens, a step along K takes so long that
+# prefetching one step hides the latency.
 TILES = MappingProxyType(
     {
         16: (Tile(8, 32, 1, 4), Tile(16, 32, 1, 4), Tile(32, 64, 2, 4), Tile(64, 32, 2, 4), Tile(128, 32, 8, 2)),
@@ -44,7 +44,7 @@ TILES = MappingProxyType(
 PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest tiles that do not spill
     {16: (Tile(8, 32, 4, 1),), 32: (Tile(8, 32, 4, 1), Tile(16, 32, 8, 1))}
 )
-# For codes that are looked up, which takes registers: the largest tiles that do not spill.
+# For codes that are looked up in a table, which takes registers: the largest tiles that do not spill.
 TABLE_TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 8, 4))
 PLAIN_TABLE_TILES = MappingProxyType(
     {16: (Tile(8, 16, 4, 1), Tile(16, 32, 8, 1)), 32: (Tile(8, 32, 8, 1), Tile(16, 32, 8, 1))}

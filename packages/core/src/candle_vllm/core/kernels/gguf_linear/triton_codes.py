@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Codecs of all kinds of GGUF matrices, which read the planes of `layout.py` (step 6 of a request's life).
 
-A code has two forms. **Pairs** are for few rows of activations, where instructions per weight decide: one mask extracts
-two codes from a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put above them. That gives the exact
-floats 128 + code or 1024 + code without a conversion; the sums are multiplied by scales. **Floats** are for many rows,
-which use a weight often: 2048 + code in float32, so that one multiply-add scales it and subtracts the 2048 again.
+A code is extracted in two ways. **Pairs** are for few rows of activations, with which the number of instructions per
+weight matters: one mask extracts two codes from a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put
+above them. That gives the exact floats magic + code, with magic 128 or 1024, without a conversion; the sums are
+multiplied by scales. **Floats** are for many rows, which use a weight often: 2048 + code in float32, so that one
+multiply-add scales the code and subtracts the 2048 again.
 
 Codes of a lookup table are first converted to 8-bit integers, value plus zero point. Each bit of such an integer is a
 function of the four bits of its code, computed for the eight codes of a word at once.
@@ -95,7 +96,7 @@ def float_code(low, high, g: tl.constexpr, h: tl.constexpr, G: tl.constexpr, LOW
 
 @triton.jit
 def half_of(word, HIGH: tl.constexpr):
-    """Return one of the two float16 in a word as float32."""
+    """Return the upper (HIGH) or lower float16 in a word as float32."""
     if HIGH:
         word = word >> 16
     return word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -122,7 +123,7 @@ def scale_words(scales, supers, step, rows, inside, N, NESTED: tl.constexpr, WOR
 
 @triton.jit
 def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
-    """Return scale and offset of group g, or of a half of it if the width is 16; a weight is scale * code + offset."""
+    """Return scale and offset of group g, or of one half if the width is 16; a weight is scale * code + offset."""
     NESTED: tl.constexpr = FORM.nested
     MINIMUM: tl.constexpr = FORM.minimum
     WIDTH: tl.constexpr = FORM.width
@@ -202,7 +203,7 @@ def _of_two(bit0, bit1, TABLE: tl.constexpr):
 
 @triton.jit
 def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXACT: tl.constexpr):
-    """Look up 4-bit codes: return the lower and the upper four bits of the 8-bit integers, in place of the codes."""
+    """Look up 4-bit codes; return the lower and the upper four bits of the 8-bit integers instead of the codes."""
     word = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
     one = word
     two = word >> 1
@@ -269,7 +270,7 @@ class GgufCodec(Codec):
         count: number of words of a row in a step of `scales`.
         nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
         factor: as in `Planes`.
-        tables: for codes of a lookup table, a table for each bit of value + zero: its bit c is the result for code c.
+        tables: for codes of a lookup table: for each bit of value + zero an integer, of which bit c is for code c.
     """
 
     count: int
