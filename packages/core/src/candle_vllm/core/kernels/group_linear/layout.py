@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Layout of weights of 4 or 8 bits in groups in a GPU's memory, which `pack.py` and `pack_floats.py` write.
 
-The order of codes is that of `kernels/gguf_linear`, so that the same functions extract them: K is split into **steps**
-of 128 weights (64 for 8 bits), in parts of 32, and the first dimension is the step.
+The order of codes is that of `kernels/gguf_linear`, so that the same functions extract them. A **part** is 32 weights
+of a row along K, a **step** 4 parts (2 for codes of 8 bits); a **plane** is a tensor with the step or the group first:
 
     codes   [steps, N, 16]  int32; element i of a row has, for each part p, the codes of weights 32 p + 2 i + h for
             h = 0 and 1, at bit bits * (p + parts * h)
-    scales  [groups, N]  int16: the scale's 16 bits; int32 with zeros: scale, then zero in the upper bits; float32: the
-            scale of codes that are floats
+    scales  [groups, N]  int16, the scale's bits; with zeros int32, the scale's bits and above them the zero; for codes
+            that are floats float32
     inner   [steps, N, 2]  int32, for e2m1: byte b of the two words is the e4m3 scale of weights 16 b to 16 b + 15
 
 Columns are padded to whole steps with codes of 0, which are multiplied by zeros of x, and scales of 0. e4m3 has two NaN
@@ -61,12 +61,12 @@ class GroupMatrix:
 
     @property
     def zeros(self) -> bool:
-        """Whether each group has its own zero; otherwise it is `zero`, or 0 for floats."""
+        """Whether each group has its own zero; otherwise all have `zero`, or 0 for floats."""
         return self.scales.dtype == torch.int32
 
     @property
     def zero(self) -> int:
-        """The integer code of weight 0 if groups do not have their own: the middle of the codes."""
+        """The integer code of weight 0 if groups have no zeros of their own: the middle of the codes."""
         return 1 << (self.bits - 1)
 
     @property

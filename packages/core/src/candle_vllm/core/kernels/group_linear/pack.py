@@ -13,7 +13,7 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES
 from candle_vllm.core.quantization.group_codes import GroupCodes
 
 CHUNK = 1 << 24
-"""Number of weights per round; a round needs about 10 times as many bytes."""
+"""Number of weights that are converted at a time; this needs about 10 times as many bytes."""
 
 
 def pack(

@@ -17,7 +17,7 @@ MOST_SCALE = 2.0**119
 def pack_floats(found: ScaledCodes, device: torch.device | str) -> GroupMatrix:
     """Copy a matrix of small floats to a device.
 
-    It stays exact, except that a group with a NaN code of e4m3 becomes all NaN, which gives the same products.
+    Weights stay exact, except that a group with a NaN code of e4m3 becomes all NaN, which gives the same products.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.

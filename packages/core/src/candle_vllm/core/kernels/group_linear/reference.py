@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer with weights in groups, in plain torch; simple enough to be checked by reading."""
+"""The linear layer with weights in groups, in plain torch: the reference of the tests."""
 
 from __future__ import annotations
 

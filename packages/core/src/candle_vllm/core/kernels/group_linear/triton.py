@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Linear layers with weights in groups on a GPU (step 6 of a request's life).
 
-`linear_exact` is for few rows, and for any number of rows with `invariant`. Groups wider than 32 cost less: their sums
-stay on the tensor cores for a whole unit. Codes that are floats are exact in x's dtype by themselves, and need no sums
-of x. `linear` is for many rows: weights are rounded first.
+`linear_exact` is for few rows, and for any number of rows with `invariant`. Groups wider than 32 cost less, because
+scales are applied once for a whole unit (`GroupMatrix.unit`). Codes that are floats are exact in x's dtype and need no
+sums of x. `linear` is for many rows: weights are rounded first.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 """Codecs of all forms of groups, which read codes, scales and zeros of the layout (step 6 of a request's life).
 
 A small float becomes a float16 by moving its bits: e5m2 is the upper half of a float16. e4m3 and e2m1 have shorter
-exponents, so the float16 is their value divided by 2^8 and by 2^14, subnormal numbers included. FLOATS is 0 for
-integers, 1 for e4m3, 2 for e5m2, 3 for e2m1.
+exponents, so the float16 is the value divided by 2^8 (e4m3) or 2^14 (e2m1), subnormal numbers included. FLOATS is 0 for
+integers, 1 for e4m3, 2 for e5m2, 3 for e2m1. Terms (part, step, unit): see `layout.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def halves_of(word):
 
 @triton.jit
 def float_halves(words, p: tl.constexpr, FLOATS: tl.constexpr):
-    """Return the two floats of part p in each element, exactly, as float16 (divided as the module's docstring says)."""
+    """Return the two floats of part p in each element as float16, exact, divided as the module's docstring says."""
     if FLOATS == 3:
         word = moved(words, 4 * p, 9) & 0x0E000E00 | moved(words, 4 * p + 3, 15) & -0x7FFF8000
     elif FLOATS == 2:
@@ -171,7 +171,7 @@ class GroupCodec(Codec):
     """Codec of matrices with one form of groups.
 
     Attributes:
-        zeros: whether groups have zeros of their own; otherwise `zero` is the zero of all groups.
+        zeros: whether each group has its own zero; otherwise `zero` is the zero of all groups.
         scale_bf16: whether scales are bfloat16, not float16.
         kind: kind of floats, see `FLOATS`.
     """
