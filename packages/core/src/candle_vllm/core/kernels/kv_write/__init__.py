@@ -2,8 +2,8 @@
 """Write new keys and values to the paged cache.
 
 Contract: key and value are [T, K, D] in the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
-different; slot = block * S + offset, and a token with a negative slot is not written. Rows are copied exactly, and no
-other slot changes.
+different (letters as in `kernels/attention`). Slot is block * S + offset, and a token with a negative slot is not
+written. A row is the key or value of one token and head; rows are copied exactly, and no other slot changes.
 
 A cache of float8_e4m3fn takes key and value of any float dtype, with a scale [1] float32 for each of the two: elements
 are divided by the scale in fp32, clamped to +-448 and rounded to nearest even; NaN stays NaN. Source: Micikevicius et
@@ -52,20 +52,21 @@ class WriteArguments(NamedTuple):
     """Arguments of `rotate_and_write`.
 
     Attributes:
-        qkv: address of float32 rows, `stride` floats apart, in which q, k and v begin at `q_column` and so on.
+        qkv: address of float32 rows, `stride` floats apart, in which q, k and v begin at `q_column`, `k_column` and
+            `v_column`.
         heads, kv_heads, head_dim: H, K and D.
-        stretch_step: slots from one stretch of the caches to the next.
-        block_shift: S is 1 << it.
-        half: R / 2; with 0 nothing is rotated, and `cos` and `sin` are not read.
+        stretch_step: slots from one stretch of the caches to the next, see `attention/cpu_cache.py`.
+        block_shift: the binary logarithm of S.
+        half: R / 2, the number of rotated pairs; if 0, `cos` and `sin` are not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         q: address of the rotated queries, bfloat16 [T, H, D], or quantised like the keys in rows of 2 D bytes.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
-        turns: address of int64 [T]: rows of `cos` and `sin` from a position's to the token's; 0 without M-RoPE.
+        turns: address of int64 [T]: a token's row in `cos` and `sin` minus its position; 0 without M-RoPE.
         head_gap: see `attention/cpu_cache.py`.
-        picked: address of int64 [T], the token of each row in `positions` and `turns`; 0 for all tokens. Picked rows
+        picked: address of int64 [T], the index in `positions` and `turns` of each row; 0 for all tokens. Picked rows
             have only queries.
         rows_from: the `StepNumber` that is T.
     """

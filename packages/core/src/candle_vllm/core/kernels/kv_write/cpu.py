@@ -2,11 +2,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Rotary embedding, cache write and query conversion in one pass on the CPU (step 6 of a request's life).
 
-The operation reads the product of the fused q/k/v projection, rotates q and k in fp32 (`kernels/rotary`), and rounds to
-bfloat16: q, times a factor, is written to a buffer, k and v to the caches in the layout of `attention.cpu_tiles`. For a
-quantised cache, a head is first computed as floats on the stack, and then becomes blocks of `attention.cpu_quantised`;
-queries are quantised if keys are. A unit of work is one head of one token. Two threads may write the halves of one
-32-bit word of the value cache, therefore each uses 16-bit stores.
+Terms: see `attention/cpu_cache.py`. The operation reads the product of the fused q/k/v projection, rotates q and k in
+fp32 (`kernels/rotary`), and rounds to bfloat16: q, times a factor, is written to a buffer, k and v to the caches in the
+layout of `attention.cpu_tiles`. For a quantised cache, a head is first computed as floats on the stack, and then
+becomes blocks of `attention.cpu_quantised`; queries are quantised if keys are. A unit of work is one head of one token.
+Two threads may write the halves of one 32-bit word of the value cache, so stores to it have 16 bits.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _QUERY, _KEY, _VALUE, _FLOATS = range(4)
 def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: Any) -> None:
     """Store dimensions dim .. dim + 15 of a head as bfloat16, or as float32 if `kind` is `_FLOATS`.
 
-    `to` is the address of a row (`_QUERY`, `_FLOATS`), of a key's first pair of dimensions in its strip (pairs are
-    `stride` bytes apart), or of a value's first dimension; a value's dimensions are the halves of words 4 bytes apart.
+    `to` is the address of a row (`_QUERY`, `_FLOATS`), of a key's first pair of dimensions in the strip (pairs are
+    `stride` bytes apart), or of a value's first dimension (dimensions are 4 bytes apart).
     """
     b = e.b
     if kind == _FLOATS:
@@ -78,9 +78,9 @@ def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kin
 def write_rotated(
     _: Any, x: Any, dim: Any, half: Any, cos: Any, sin: Any, factor: Any, to: Any, stride: Any, kind: Any
 ) -> Any:
-    """Rotate dimensions dim .. dim + 15 with their partners, `half` later, and store them times a factor.
+    """Rotate dimensions dim .. dim + 15 and the dimensions `half` later, and store both times a factor.
 
-    `cos` and `sin` are the addresses of the position's rows of the tables.
+    `cos` and `sin` are the addresses of the tables' rows for the token.
     """
     signature = types.void(*[types.int64] * 5, types.float32, types.int64, types.int64, kind)
 
@@ -130,7 +130,7 @@ def _place(to: int, stride: int, dim: int, kind: int) -> int:
         return to + 2 * dim
     if kind == _KEY:
         return to + stride * (dim >> 1) + 2 * (dim & 1)
-    return to + 4 * dim  # values, and heads as floats
+    return to + 4 * dim  # of values, and of heads as floats
 
 
 @njit(inline="always")
@@ -219,7 +219,7 @@ def _write_value_blocks(
 
 @njit(inline="always")
 def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
-    """Prefetch a slot of a bfloat16 KV cache, whose key and value may be in no cache of the CPU."""
+    """Prefetch the memory of a slot's key and value in a bfloat16 KV cache."""
     for pair in range(dim >> 1):
         ask_line(key + stride * pair)
     for at in range(0, 4 * dim, 64):
@@ -230,9 +230,9 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     """Return the operation for one `CacheKind` of keys and of values."""
     keys, values = CacheKind(keys_as), CacheKind(values_as)
     plain_keys, plain_values = not keys.is_quantised, not values.is_quantised
-    # Whether a thread prefetches the slot of its next token, if that does not follow the token's own slot.
+    # Whether a thread prefetches the slot of its next token, if that slot does not follow the current token's slot.
     ASKS = plain_keys and plain_values
-    # Bytes of the codes of 64 elements: the head size is known only when the operation runs.
+    # Bytes of the codes of 64 elements, because the head size is known only when the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
     key_minima, value_minima, fifths = int(keys.has_minima), int(values.has_minima), int(values.has_fifths)
 

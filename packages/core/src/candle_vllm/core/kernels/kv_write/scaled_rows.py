@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""A cache of 8-bit codes with a scale for each token and head (a row), which is stored in the block.
+"""A cache of 8-bit codes with a scale for each row (the key or value of one token and head), stored in the block.
 
-It has the shape [B, S, K, D + 4] and a type of one byte: int8, float8_e4m3fn, or uint8 for the bits of float8_e4m3fn on
-GPUs without this type. A block's bytes are its codes [S, K, D] followed by its scales [K, S] float32, so code that
+The cache has the shape [B, S, K, D + 4] and a type of one byte: int8, float8_e4m3fn, or uint8 for the bits of
+float8_e4m3fn on GPUs without this type. A block is codes [S, K, D] followed by scales [K, S] float32, so code that
 copies, offloads or moves blocks need not handle scales. An element is its code times its row's scale.
 
 With the row's largest magnitude m and the largest code c (127, or 448), the scale is m / c, and a code is the element
-divided by the scale, in fp32, rounded to nearest even. A row of zeros has scale 0; one with NaN or infinity is NaN.
+divided by the scale, in fp32, rounded to nearest even. A row of zeros has scale 0; a row with NaN or infinity is NaN.
 """
 
 from __future__ import annotations

@@ -18,12 +18,12 @@ import triton.language as tl
 from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
-_MOST = 1024  # elements that a program has in registers at a time
+_MOST = 1024  # maximum elements of a program, which are in registers
 
 
 @triton.jit
 def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.constexpr):
-    """Convert elements to the cache's `dtype`; with FP8, first divide them by the float32 at `scale`, and clamp."""
+    """Convert elements to the cache's `dtype`; with FP8, first divide them by the float32 at `scale` and clamp them."""
     if FP8:
         # Clamp, because a conversion may turn values that are too large into NaN.
         x = x.to(tl.float32) / tl.load(scale)
@@ -33,13 +33,13 @@ def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.cons
 
 @triton.jit
 def row_top(x):
-    """Return the largest magnitude of each row of x [N, W] as the bits of float32 [N]; NaN is above infinity there."""
+    """Return the largest magnitude of each row of x [N, W] as the bits of float32 [N], which are largest for NaN."""
     return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
 
 
 @triton.jit
 def row_scale(top, LARGEST: tl.constexpr):
-    """Return the scales [N] fp32 of rows with these largest magnitudes; see `scaled_rows`."""
+    """Return the scales [N] fp32 of rows from `row_top`; see `scaled_rows`."""
     return tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
 
 
@@ -62,7 +62,7 @@ def row_codes(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
     x = tl.div_rn(x, tl.broadcast_to(over, x.shape))
     x = tl.clamp(tl.where(x == x, x, 0.0), -LARGEST, LARGEST)
     if dtype == tl.int8:
-        x = x + 12582912.0 - 12582912.0  # to nearest even: the last bit of 1.5 * 2^23 is 1
+        x = x + 12582912.0 - 12582912.0  # rounds to nearest even, because the last bit of 1.5 * 2^23 is 1
     elif dtype == tl.uint8:
         x = e4m3_bits(x)
     return x.to(dtype)
@@ -255,8 +255,7 @@ def _build(dtype: str, cache: str, width: int) -> Build:
 
 
 def build_types(cache: str, capabilities: tuple[int, ...] = CAPABILITIES) -> tuple[int, ...]:
-    """Return the GPUs on which a cache uses this type: e4m3 from compute capability 8.9 on, its bits (uint8) on those
-    below."""
+    """Return the capabilities of GPUs on which a cache uses this type: e4m3 from 8.9 on, its bits (uint8) below."""
     e4m3 = {"fp8e4nv": True, "u8": False}
     return tuple(one for one in capabilities if cache not in e4m3 or (one >= 89) == e4m3[cache])
 
