@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Multi-head latent attention (MLA) over a paged cache that has one latent row for each token.
 
-A row of the cache is [rope | latent], R + L elements shared by all heads: the rotated part of the key, and a latent
-vector. The rest of every head's keys, and its values, are linear projections of the latent vector, which are never
-computed: the projection matrices are multiplied into the queries and the result instead ("absorbed").
+A **latent row** of the cache is [rope | latent], R + L elements shared by all heads: the rotated part of the key, and a
+latent vector. The other elements of each head's keys, and all elements of its values, are linear projections of the
+latent vector. These are never computed: the projection matrices are applied to the queries and to the result instead
+("absorbed"). A query is [nope | rope], of which only rope is rotated.
 
-Contract of `latent_attention`: q_rope [T, H, R] rotated, q_latent [T, H, L]; cache [B, S, 1, R + L] of their dtype,
-already holding the new tokens' rows; `rows` as in `kernels/attention`. The token at position p attends to 0..p.
+Contract of `latent_attention`: q_rope [T, H, R] is rotated, q_latent [T, H, L] is nope in latent space; cache
+[B, S, 1, R + L] has their dtype and already holds the new tokens' rows; T, B, S and `rows` as in `kernels/attention`.
+The token at position p attends to 0..p.
 
     score(h, j) = scale * (q_rope[h] . rope[j] + q_latent[h] . latent[j])
     y[h] = sum over j of softmax(score(h))[j] * latent[j]                             y [T, H, L], in new memory
 
-Scores and sums are fp32. A row's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a power
-of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply here, too.
+Scores and sums are fp32. A token's bits depend on its own sequence alone. On a GPU R and L are at least 16, S is a
+power of two and at least 16, and the conditions of `kernels/attention` for `DeviceRows` apply too.
 
-Sparse attention: an index, with H queries [D] and H weights for each token and a key [D] for each position, scores the
-positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, of equal scores the lower
-position. In torch, bits of a token then depend on whether the step has a context longer than `top`. Source:
-DeepSeek-AI, 2025, DeepSeek-V3.2.
+Sparse attention: an **index** has H queries [D] and H weights for each token, and a key [D] for each position. It
+scores the positions j = 0..p in fp32. The token attends to the `top` positions with the largest scores, among equal
+scores the lower positions. In torch, a token's bits then also depend on whether the step has a context longer than
+`top`. Source: DeepSeek-AI, 2025, DeepSeek-V3.2.
 
     score(j) = sum over h of weights[h] * relu(q[h] . key[j])
 

@@ -2,11 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Latent attention on the CPU: `attend` and, after a barrier, `merge` (step 6 of a request's life).
 
-Work is divided as in `attention/cpu.py`, whose chunks and merging these operations share, so a row's result has the
-same bits whatever else is in the step. A tile of queries is up to four groups of 16 heads (`cpu_tiles.py`), which read
-the same rows of the cache while these are in the CPU's cache. The result is written in the input layout of
-`cpu_heads.py`: for each head rows of L elements, bfloat16 or float32. `choose` runs before, if an index chooses the
-positions that a token attends to.
+Terms: see `attention/cpu_cache.py`; chunks, units and merging are those of `attention/cpu.py`, so a token's result does
+not depend on the rest of the step. A row tile is up to four groups of 16 heads (`cpu_tiles.py`), which read the same
+latent rows. The result is written in the input layout of `cpu_heads.py`: for each head rows of L elements, bfloat16 or
+float32. If an index chooses the positions that a token attends to, `choose` runs before.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from candle_vllm.core.kernels.latent_attention.cpu_tiles import (
 )
 
 _SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
-_RUNS_PER_THREAD = 12  # units per thread of a single long sequence; few, because long consecutive reads are the fastest
+_RUNS_PER_THREAD = 12  # maximum units of one long sequence per thread, because long sequential reads are fastest
 _keys_at_once = njit(inline="always")(keys_at_once)
 
 
 @njit(inline="always")
 def _total_cost(starts, contexts, sequences: int, top: int) -> int:
-    """Return the number of tokens times the positions that they attend to, summed over all sequences."""
+    """Return the cost of the step: new tokens times attended positions, summed over all sequences."""
     total = 0
     for r in range(sequences):
         total += cost(starts[r + 1] - starts[r], min(contexts[r], top), 0)
@@ -51,7 +50,7 @@ def _total_cost(starts, contexts, sequences: int, top: int) -> int:
 
 @njit(inline="always")
 def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: int, step: int, width: int) -> None:
-    """Write the addresses of `count` tiles of 16 cache rows, from position `start` on."""
+    """Write the addresses of `count` tiles of 16 latent rows, from position `start` on."""
     to = int64_at(tiles)
     for n in range(count):
         position = start + n * LANES
@@ -61,7 +60,7 @@ def _list_tiles(tiles: int, cache: int, table, start: int, count: int, shift: in
 
 @njit(inline="always")
 def _copy_rows(tiles: int, to: int, chosen: int, cache: int, table, count: int, shift: int, step: int, width: int):
-    """Copy `count` cache rows, whose positions are listed at `chosen`, to `to`; write the addresses of their tiles."""
+    """Copy the latent rows of the `count` positions at `chosen` to `to`; write the addresses of the copies' tiles."""
     for n in range(count):
         position, copy = int32_at(chosen)[n], int32_at(to + 2 * width * n)
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
@@ -101,7 +100,7 @@ def _write_states(state: int, partials: int, row_bytes: int, latent: int) -> Non
 
 
 def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., None]:
-    """Return the operation for one shape; `form` as for `cpu_tiles.copy_numbers`."""
+    """Return the operation for one shape; `form` is the type of the result, see `cpu_tiles.copy_numbers`."""
     width = rope + latent
     row_bytes = 4 * partial_floats(latent)
     thread_bytes = layout.scratch_per_thread(latent)
@@ -111,7 +110,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
         given = read(AttendArguments, row)
         starts, contexts = int64_at(given.query_start), int64_at(given.context_lens)
         heads, parts, scratch, tile = given.heads, given.parts, given.scratch, given.tile
-        lines = parts * LANES  # query rows of a token
+        lines = parts * LANES  # rows (heads) of a token
         tiles = scratch + HEADER + thread * thread_bytes
         state = tiles + layout.TILE_LIST
         states = state + layout.STATE_BYTES
@@ -133,7 +132,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
             last_chunk = chunk_of(attended - 1)
             size = split_bytes(tokens, attended, 0, lines, 1, total, threads, free, row_bytes)
             units = (all_rows + tile - 1) // tile
-            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a query tile
+            run, runs = last_chunk + 1, 1  # chunks of a unit, units of a row tile
             if size > 0:
                 run = max(1, (last_chunk + 1) * units // (threads * _RUNS_PER_THREAD))
                 runs = (last_chunk + run) // run
@@ -171,7 +170,7 @@ def make_attend(rope: int, latent: int, form: int, isa: int) -> Callable[..., No
                         at_probabilities = probabilities + g * layout.PROBABILITY_BYTES
                         latent_softmax(scores + g * layout.SCORE_BYTES, at_probabilities, seen, state)
                         _write_states(state, to + g * LANES * row_bytes, row_bytes, latent)
-                    for block in range(0, latent, layout.BLOCK):  # this block of all keys stays in the L1 cache
+                    for block in range(0, latent, layout.BLOCK):  # a block of dimensions of all keys fits the L1 cache
                         for g in range(groups):
                             seen = max(0, min(keys, begin + (at_group + g) // parts + 1 - start))
                             for i in range(0, LANES, layout.OCTET):
@@ -248,7 +247,7 @@ def make_merge(latent: int, form: int) -> Callable[..., None]:
 
 @njit(inline="always")
 def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> None:
-    """Add the scores above 0 of 16 heads, times their weights, to the sums of `keys` keys; `begins` clears these."""
+    """Add the scores above 0 of 16 heads, times the heads' weights, to the sums of `keys` keys; `begins`: from 0."""
     score, weight, out = float32_at(scores), float32_at(weights), float32_at(to)
     for key in range(keys):
         total = np.float32(0) if begins else out[key]
@@ -259,7 +258,7 @@ def _add_heads(scores: int, weights: int, keys: int, to: int, begins: bool) -> N
 
 @njit(inline="always")
 def _count(keys, start: int, end: int, least: int) -> np.int32:
-    """Count the int32 keys that are at least `least`, in 32 bits, which doubles the keys of a vector."""
+    """Count the int32 keys that are at least `least`; with a count of 32 bits, a vector has twice as many keys."""
     count, bound = np.int32(0), np.int32(least)
     for i in range(start, end):
         count = np.int32(count + np.int32(keys[i] >= bound))
@@ -270,20 +269,20 @@ def _count(keys, start: int, end: int, least: int) -> np.int32:
 def _choose(scores: int, count: int, top: int, to: int) -> None:
     """Write the positions of the `top` largest of `count` scores, which are overwritten, in ascending order.
 
-    The bound is found bit by bit: a vectorised pass for each bit takes less time than histograms, whose passes are
-    not vectorised. It begins with the bits that all scores share, and ends when exactly `top` scores reach it.
+    The `top`-th largest score is found bit by bit, from the bits that all scores share on, until exactly `top` scores
+    reach it: a pass for each bit is vectorised and so takes less time than a histogram.
     """
     keys, chosen = int32_at(scores), int32_at(to)
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for i in range(count):  # to integers in the order of the scores
+    for i in range(count):  # scores become integers in the same order
         key = np.int32(keys[i] ^ ((keys[i] >> 31) & 0x7FFFFFFF))
         keys[i] = key
         low, high = min(low, key), max(high, key)
     bits = 0
     while ((low ^ high) & 0xFFFFFFFF) >> bits:
         bits += 1
-    least = -(1 << 31) if bits == 32 else low >> bits << bits  # at least `top` keys reach it
-    reached, above = count, 0  # number of keys that reach `least`, and, below `top`, the next higher bound
+    least = -(1 << 31) if bits == 32 else low >> bits << bits  # a bound that at least `top` keys reach
+    reached, above = count, 0  # number of keys that reach `least`; fewer than `top`, that reach the next higher bound
     while bits > 0 and reached > top:
         bits -= 1
         further = _count(keys, 0, count, least + (1 << bits))
@@ -304,10 +303,10 @@ def _choose(scores: int, count: int, top: int, to: int) -> None:
 
 
 def make_choose(width: int, isa: int, chooses: int) -> Callable[..., None]:
-    """Return one of the two operations of a choice; `chooses` is 1 for the second.
+    """Return the first (`chooses` is 0) or the second (1) operation of a choice.
 
-    In a step of few tokens, threads divide the keys in the first one, which computes scores; the second chooses
-    positions. In larger steps they divide the tokens, and the second one does both.
+    In a step of few tokens, the first computes scores, with the keys divided among threads, and the second chooses
+    positions. In larger steps the second does both, with the tokens divided among threads.
     """
 
     def choose(row, thread, threads):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Multiply each head by its own matrix on the CPU, by the operation of plain matrices.
+"""Multiply each head by its own matrix on the CPU, by the linear operation of `plain_linear`.
 
-A unit of work is a part of one head's rows of weights, for all tokens. The thread that computes queries in latent space
-also converts them to the layout that `cpu_tiles.py` reads.
+A unit of work is some tiles of one head's matrix, for all tokens. The thread that computes queries in latent space also
+converts them to the layout that `cpu_tiles.py` reads.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import call_operation, read
 from candle_vllm.core.kernels.latent_attention.cpu_record import HeadsArguments
 from candle_vllm.core.kernels.latent_attention.cpu_tiles import store_pairs
 
-_UNITS_PER_THREAD = 4  # minimum, so that no thread waits long for another
+_UNITS_PER_THREAD = 4  # minimum number of units per thread, so that no thread waits long for another
 
 
 @njit(inline="always")
 def _arrange(x: int, stride: int, first: int, last: int, to: int, token_bytes: int, tokens: int, scale: float) -> None:
-    """Write elements first .. last - 1 of a head's latent queries, float32 rows, to its lane."""
+    """Write elements first .. last - 1 of a head's latent queries, float32 rows at x, to the head's lane at `to`."""
     for t in range(tokens):
         for i in range(first, last, LANES):
             store_pairs(x + 4 * (t * stride + i), scale, to + t * token_bytes + 2 * LANES * i)

@@ -78,11 +78,11 @@ def record_latent(
 def record_choice(
     recorder: Recorder, q: Place, key: Place, weights: Place, parts: LatentParts, cache: np.ndarray, top: int
 ) -> NDArray[np.int32]:
-    """Record for an index: rotation, the write of its keys to its cache, and the choice of positions; see the package.
+    """Record for an index: rotation, the write of keys to the index's cache, and the choice of positions.
 
     Rows of q and key consist of heads [nope | rope], and `weights` has an element for each head; `parts` has no
-    matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; only
-    tokens at position `top` or later have positions.
+    matrices, and `nope` equals `latent`. Return positions [T * top], with `top` at most the longest context; they are
+    written only for tokens at position `top` or later.
     """
     sizes, limits = parts.sizes, recorder.limits
     longest = limits.table_width * limits.block_size
@@ -192,21 +192,21 @@ def _over_cache(recorder: Recorder, queries: int, parts: LatentParts, cache: np.
 
 
 class AttendArguments(NamedTuple):
-    """The arguments of `attend` and of `merge`, which follows it after a barrier.
+    """Arguments of `attend`, of `merge`, and of the operations of a choice.
 
     Attributes:
-        q: address of queries in the layout of `cpu_tiles.py`, scaled by softmax scale * log2(e).
-        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from row to row of a head. For a
-            choice: address of the weights, bytes of a token's scores, and row stride of the weights in bytes.
+        q: address of queries in the layout of `cpu_tiles.py`, times softmax scale * log2(e) except for a choice.
+        out, head_bytes, row_bytes: address of the result, bytes from head to head, and from token to token of a head.
+            For a choice: address of the weights, bytes of a token's scores, and row stride of the weights in bytes.
         cache: address of the layer's cache, see `cpu_write.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
         block_tables: address of int64 [R, table_stride].
         stretch_step: slots from one stretch of the cache to the next.
         block_shift: log2(S).
         heads, parts: H, and `groups_of(H)`.
-        scratch, scratch_size: address and size of `scratch_bytes`; copies of chosen rows follow it.
+        scratch, scratch_size: address and size of `scratch_bytes`; memory for copies of chosen rows follows.
         chosen, top: address of chosen positions, int32 [T, top], and the number of positions that tokens attend to.
-        tile: query rows of a unit; with chosen positions, all rows of a unit belong to one token.
+        tile: rows of a row tile; with chosen positions, all rows of a tile belong to one token.
     """
 
     q: int
@@ -230,11 +230,11 @@ class AttendArguments(NamedTuple):
 
 
 class HeadsArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation of `cpu_heads.py`.
 
     Attributes:
         function: address of the operation that multiplies a matrix.
-        rows, row_bytes: address of its arguments, a plan's row for each head, and bytes from one row to the next.
+        rows, row_bytes: address of a plan row of `function` for each head, and bytes from one row to the next.
         heads, tiles: H, and tiles of a head's matrix.
         latent_queries: address of the products, float32 [T, H, L] with L a multiple of 16, for `arranges`.
         queries, width, rope, scale: address of [T, P, D / 2, 16, 2] bfloat16, D, R, and the factor of the queries.
@@ -253,7 +253,7 @@ class HeadsArguments(NamedTuple):
 
 
 class PrepareArguments(NamedTuple):
-    """The operation's arguments.
+    """Arguments of the operation of `cpu_write.py`.
 
     Attributes:
         q, q_stride: address of float32 rows of heads [nope | rope], and row stride in floats.
@@ -266,8 +266,8 @@ class PrepareArguments(NamedTuple):
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
         cache: address of the layer's cache.
         queries: address of [T, P, D / 2, 16, 2] bfloat16.
-        inputs, head_bytes, row_numbers: address of every head's rows of unrotated query parts, bytes from head to
-            head, elements from row to row.
+        inputs, head_bytes, row_numbers: address of each head's rows of nope, bytes from head to head, elements from
+            row to row.
         cos, sin: addresses of float32 [P, R / 2].
     """
 

@@ -2,14 +2,14 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of latent attention on the CPU: scores, softmax, values.
 
-The cache stores a token's row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products read it.
-Query rows are the heads of a token, in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
-score needs no sum over lanes; and the heads of a token see the same keys, so no mask is needed. Queries are
-[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head hold any values and affect only themselves.
+The cache stores a token's latent row [rope | latent] contiguously, D = R + L elements of bfloat16, and both products
+read it. The heads of a token are in **groups** of 16: one vector has the same pair of dimensions of 16 heads, so a
+score needs no sum over lanes; and the heads of a token attend to the same keys, so no mask is needed. Queries are
+[T, P, D / 2, 16, 2] with P groups for each token; lanes without a head have undefined values, which only they use.
 
-Scores are float32 [G, 256, 16] for the G groups of a tile, probabilities bfloat16 pairs of positions [G, 128, 16, 2].
-For the values, two neighbouring rows of the cache are interleaved in registers. A partial result has the layout of
-`attention.cpu_tiles`, with L dimensions. A row's arithmetic does not depend on the rows that are computed beside it.
+Scores are float32 [G, 256, 16] for the G groups of a row tile, probabilities bfloat16 pairs of positions
+[G, 128, 16, 2]. For the values, two neighbouring latent rows are interleaved in registers. A partial result has the
+layout of `attention.cpu_tiles`, with L dimensions. A head's arithmetic does not depend on the other heads.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from candle_vllm.core.kernels.latent_attention.layout import BLOCK, OCTET, SCORE
 
 
 def keys_at_once(groups: int) -> int:
-    """Return the number of keys whose scores are summed at a time, so that registers hold about 16 sums."""
+    """Return the number of keys with which scores are computed at a time, so that registers hold about 16 sums."""
     return 16 // groups if groups < 3 else 4
 
 
 @intrinsic(prefer_literal=True)
 def latent_scores(_: Any, q: Any, keys: Any, scores: Any, groups: Any, width: Any, isa: Any) -> Any:
-    """Compute scores of `groups` groups of queries with `keys_at_once` neighbouring rows of the cache.
+    """Compute scores of `groups` groups of queries with `keys_at_once` neighbouring latent rows.
 
     `width` is D. `width`, `groups` and `isa` are constants.
     """
@@ -87,7 +87,7 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 
         def rounded(at: Any, offset: int) -> Any:
             bits = b.bitcast(emit_exp2(e, b.fsub(e.load(at, vector(F32), offset), top)), vector(I32))
-            # Round to the nearest bfloat16, ties up: s sums the same rounded values, so this adds no bias.
+            # Round to the nearest bfloat16, ties up; s is the sum of the same rounded values, so there is no bias.
             return b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
 
         def exponentials(pair: Any, totals: list[Any]) -> list[Any]:
@@ -112,10 +112,10 @@ def latent_softmax(_: Any, scores: Any, probabilities: Any, seen: Any, state: An
 def latent_values(
     _: Any, probabilities: Any, tiles: Any, seen: Any, start: Any, partials: Any, width: Any, latent: Any, isa: Any
 ) -> Any:
-    """Store `BLOCK` dimensions of the weighted sums of the first `seen` latent rows, for `OCTET` query rows.
+    """Store `BLOCK` dimensions of the weighted sums of the first `seen` latent rows, for `OCTET` heads.
 
-    `tiles` is the address of addresses, each of 16 neighbouring cache rows; `start` is the block's offset in a row.
-    `partials` points at the block in the first row's partial result. `width` (D), `latent` (L) and `isa` are constants.
+    `tiles` points at addresses of tiles; `start` is the offset of the dimensions in a latent row. `partials` points at
+    the dimensions in the first head's partial result. `width` (D), `latent` (L) and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, width, latent, isa)
     d, size, features = width.literal_value, latent.literal_value, Isa(isa.literal_value)
@@ -132,7 +132,7 @@ def latent_values(
         def body(pair: Any, totals: list[Any]) -> list[Any]:
             tile = e.load(b.add(tiles, b.and_(pair, e.int64(-8))), I64)
             at = b.add(b.add(tile, start), b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d)))
-            # After the last key the memory has old data, perhaps NaN, which a probability of 0 would not hide.
+            # Memory after the last key may hold NaN, which stays NaN when multiplied by 0.
             there = b.icmp_signed("<", b.add(b.shl(pair, one), one), seen)
             first = e.load(at, kind)
             second = b.select(there, e.load(at, kind, 2 * d), ir.Constant(kind, None))
@@ -179,7 +179,7 @@ def scaled_to_bf16(_: Any, x: Any, weight: Any, scale: Any, to: Any, count: Any)
 
 @intrinsic(prefer_literal=True)
 def copy_numbers(_: Any, x: Any, to: Any, index: Any, form: Any) -> Any:
-    """Copy x[index:index + 16] to the same place of a row of bfloat16 (`form` 0) or float32 (1)."""
+    """Copy x[index:index + 16] to the same indices of a row of bfloat16 (`form` 0) or float32 (1)."""
     signature = types.void(*[types.int64] * 3, form)
     wide = bool(form.literal_value)
 

@@ -2,9 +2,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Rotation, norm, cache write and input conversion before latent attention on the CPU, in one pass over a step.
 
-The cache row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of every head's query
-[nope | rope], the rotated part times the softmax scale goes to the queries of `cpu_tiles.py`, and the rest becomes an
-input row of `cpu_heads.py`. A unit of work is the cache row, or one head, of a token.
+The latent row of a token is the rotated part of its key and its normed latent vector, in bfloat16. Of each head's query
+[nope | rope], rope is rotated, multiplied by the softmax scale and written to the queries of `cpu_tiles.py`, and nope
+becomes an input row of `cpu_heads.py`. A unit of work is the latent row, or one head, of a token.
 
 The cache of all layers is [stretches, layers, blocks, S, R + L] bfloat16, with the slots of `attention/cpu_cache.py`.
 """
@@ -46,7 +46,7 @@ def store_bf16(_: Any, to: Any, value: Any) -> Any:
 
 @njit(inline="always")
 def _rotate(x: int, half: int, cos: int, sin: int, factor: float, to: int, pair_bytes: int) -> None:
-    """Write R rotated elements, times a factor, as pairs of neighbouring bfloat16, the pairs `pair_bytes` apart."""
+    """Write R rotated elements, times `factor`, as pairs of neighbouring bfloat16, `pair_bytes` apart."""
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b, j = row[i], row[i + half], i + half

@@ -25,8 +25,8 @@ class LatentParts:
         sizes: sizes of the layer.
         norm, eps: norm of the latent vector; the weight is [L] float32.
         cos, sin: tables of the rotary embedding, [positions, R / 2].
-        keys: for every head the matrix [L, nope] that maps its queries to latent space.
-        values: for every head the matrix [V, L] that maps the weighted latent vector to its result.
+        keys: for each head the matrix [L, nope] that maps the head's queries to latent space.
+        values: for each head the matrix [V, L] that maps the weighted latent vector to the head's result.
         chosen: positions that tokens attend to, a result of `record_choice`; None for all positions.
     """
 
@@ -58,21 +58,21 @@ def cache_shape(num_blocks: int, block_size: int, layers: int, width: int) -> tu
 
 
 def stretch_step(layer_strides: tuple[int, ...], width: int) -> int:
-    """Return the number of slots between stretches of `STRETCH` positions, by the byte strides of a layer's cache."""
+    """Return the slots from a stretch to the next (`attention/cpu_cache.py`), from a layer's strides in bytes."""
     return layer_strides[0] // (2 * width)
 
 
-GROUPS = 4  # groups of a tile, whose heads share the loads of keys
-BLOCK = 32  # dimensions whose values are summed at a time
-OCTET = 8  # rows that share the loads of values
-SCORE_BYTES = CHUNK * 4 * LANES  # from one group's scores to the next
+GROUPS = 4  # groups of 16 heads in a row tile, which share the loads of keys
+BLOCK = 32  # dimensions of the values that are summed at a time
+OCTET = 8  # heads that share the loads of values
+SCORE_BYTES = CHUNK * 4 * LANES  # bytes from one group's scores to the next
 PROBABILITY_BYTES = SCORE_BYTES // 2
 STATE_BYTES = 2 * 4 * LANES  # a group's maxima and sums
 _SPLIT_STREAMS = 16  # sequences whose partial results fit in scratch memory
-_MOST_PARTIALS = 32 << 20  # maximum bytes, unless one sequence needs more
+_MOST_PARTIALS = 32 << 20  # maximum bytes of partial results, unless one sequence needs more
 TILE_LIST = 8 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles
 FEW_TOKENS = 16  # up to so many tokens of a step, threads divide a token's index scores; above, they divide tokens
-CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # of a thread: addresses of tiles, and scores of a chunk
+CHOICE_BYTES = TILE_LIST + GROUPS * SCORE_BYTES  # bytes of a thread in a choice: addresses of tiles, scores of a chunk
 
 
 def groups_of(heads: int) -> int:
@@ -81,13 +81,13 @@ def groups_of(heads: int) -> int:
 
 
 def scratch_per_thread(latent: int) -> int:
-    """Return the scratch memory of a thread: tile addresses, states and partials of a tile, scores, probabilities."""
+    """Return the bytes of a thread's scratch memory; `cpu.make_attend` divides it into arrays."""
     rows = 2 * ROW_TILE * 4 * partial_floats(latent) + GROUPS * (SCORE_BYTES + PROBABILITY_BYTES)
     return -(-(TILE_LIST + STATE_BYTES + rows) // 128) * 128
 
 
 def choice_scratch(max_context: int, threads: int) -> int:
-    """Return the scratch memory of a choice: of each thread, and the scores of the tokens that are computed at once."""
+    """Return the bytes of scratch memory of a choice, with the scores of the tokens that are computed at a time."""
     return HEADER + threads * CHOICE_BYTES + max(FEW_TOKENS, threads) * 4 * max_context
 
 

@@ -10,7 +10,7 @@ import torch
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 
 _QUERIES = 64  # queries at a time, so that the scores of a long prompt stay small
-_SCORES = 1 << 25  # scores of an index at a time, float32, of all its heads; more if one query has more
+_SCORES = 1 << 25  # maximum scores of an index, of all its heads, that are computed at a time; at least one query's
 
 
 def latent_attention(
@@ -35,7 +35,7 @@ def latent_attention(
 
 
 def _queries(scores: int) -> int:
-    """Return the number of queries whose index scores, `scores` of each, are computed at a time."""
+    """Return how many queries an index scores at a time; `scores` is the number of scores of a query."""
     return max(1, min(_QUERIES, _SCORES // max(1, scores)))
 
 
@@ -70,7 +70,8 @@ def choose(
 def chosen_rows(
     cache: torch.Tensor, rows: AttentionRows | DeviceRows, chosen: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionRows]]:
-    """Copy rows at chosen positions [T, top]; yield some tokens at a time, the copies as a cache, and its rows."""
+    """Copy the latent rows at chosen positions [T, top]; yield for some tokens at a time: their slice, the copies as a
+    cache with a sequence for each token, and the cache's `AttentionRows`."""
     rows, size = rows.on_host() if isinstance(rows, DeviceRows) else rows, cache.shape[1]
     counts = [end - start for start, end in zip(rows.query_start, rows.query_start[1:])]
     seen = [context - n + i + 1 for context, n in zip(rows.context_lens, counts) for i in range(n)]

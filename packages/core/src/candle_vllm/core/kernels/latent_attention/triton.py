@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Latent attention on a GPU: checks, and the choice of the kernel for each sequence.
 
-As in `attention/triton.py`, `triton_decode` processes the first `decodes` sequences of a step, `triton_prefill` the
-others, and the CPU never waits for the GPU.
+As in `attention/triton.py`, `triton_decode` computes the first `decodes` sequences of a step, `triton_prefill` the
+later sequences, and the host never waits for the GPU.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Latent attention of one new token of each sequence on a GPU, split over the context.
 
-Work is divided as in `attention/triton_decode.py`, whose merging kernel this module shares: a work item is one split of
-one sequence and some of its heads, all of which read the same rows of the cache.
+Work is divided as in `attention/triton_decode.py`, of which this module uses the merging kernel: a work item is one
+split of one sequence with some of the heads, which read the same latent rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # maximum number of sequences of a launch if its programs count the items
+_ROWS = 256  # maximum sequences of a launch, if each program counts the items
 _CHUNK = 256  # minimum number of keys of a split
 _MERGED = 8  # splits that the merging kernel reads together
 
@@ -47,8 +47,8 @@ def latent_decode_kernel(
     partial_states,  # [R, SPLITS, H, 2] fp32: maximum, sum
     context_lens,  # [R]
     block_tables,  # [R, ...]
-    decoding,  # [1] int32: row r has work only if first + r is less; None: all rows have work
-    items,  # of `list_items_kernel`; None if they are counted here, of ROWS sequences at most
+    decoding,  # [1] int32: only sequences first + r below it have work; None if all have
+    items,  # the list of `list_items_kernel`; None if each program counts the items, of at most ROWS sequences
     scale,
     first,
     rows,
@@ -120,7 +120,7 @@ def latent_decode_kernel(
 
 @dataclass(frozen=True)
 class Splits:
-    """Heads of a work item, keys of a tile, maximum number of splits of a sequence, and launch parameters."""
+    """Heads of a work item, keys of a tile, maximum splits of a sequence, and launch parameters."""
 
     heads: int
     keys: int
@@ -133,8 +133,8 @@ class Splits:
 def splits(heads: int, bytes_per_number: int) -> Splits:
     """Choose by the model's shape alone, never by the batch.
 
-    An item has as many heads as its registers hold sums of 512 elements for, because every item reads the cache again;
-    not measured yet.
+    An item has as many heads as registers hold sums of (512 elements each), because every item reads the cache again.
+    Not measured yet.
     """
     some = max(16, next_power_of_2(heads))
     if bytes_per_number == 4:
@@ -156,9 +156,8 @@ def decode(
     decoding: torch.Tensor | None,
     lists: dict[tuple[int, ...], torch.Tensor],
 ) -> None:
-    """Write `out`, with `decoding` only its first rows. Token r belongs to sequence r. The caller checks arguments.
-
-    `lists` are the lists of work items that the step has computed already (`DeviceRows.lists`).
+    """Write `out`; with `decoding`, only its first decoding[0] rows. Token r belongs to sequence r. The caller checks
+    arguments. `lists` is `DeviceRows.lists`.
     """
     heads, latent = q_latent.shape[1:]
     shape = splits(heads, cache.element_size())

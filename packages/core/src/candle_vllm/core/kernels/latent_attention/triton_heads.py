@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-"""Multiply each head by its own matrix on a GPU: a token's bits do not depend on the rest of the step.
+"""Multiply each head by its own matrix on a GPU, so that a token's bits do not depend on the rest of the step.
 
-A program computes some elements of one head for a tile of tokens. The size of a tile does not depend on the number of
-tokens, and a row's sum runs over the columns in the same order.
+A program computes some elements of one head for a tile of tokens. Tiles have the same size for any number of tokens,
+and a sum always runs over the columns in the same order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv
 
-_TOKENS, _OUTPUTS = 16, 64  # of a program; not measured yet
+_TOKENS, _OUTPUTS = 16, 64  # tokens and outputs of a program; not measured yet
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -2,8 +2,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Latent attention of several new tokens of a sequence on a GPU: prompts, and their chunks.
 
-A program processes a tile of queries: the heads of some neighbouring tokens of one sequence, or, if a token has more
-heads than a tile has rows, some of its heads. It reads the tiles of the context from position 0 to its last token.
+A program computes a tile of queries: all heads of some neighbouring tokens of one sequence, or, if a token has more
+heads than a tile has rows, some heads of one token. It reads the tiles of the context from position 0 to the last of
+these tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from candle_vllm.core.kernels.attention.triton_tiles import tile_slots
 from candle_vllm.core.kernels.latent_attention.triton_tiles import attend_latent_tile, load_part, load_queries
 from candle_vllm.core.kernels.triton_build import OPTIONS, WITH_TENSOR_CORES, Build, cdiv, next_power_of_2, stages
 
-_ROWS = 256  # sequences that a program compares at once to find its own
+_ROWS = 256  # sequences that a program compares at a time to find the sequence of its tile
 
 
 # A step's tables may begin at any row: do not compile another version of the kernel for their alignment.
@@ -36,7 +37,7 @@ def latent_prefill_kernel(
     query_start,  # [rows + 1]
     context_lens,  # [rows]
     block_tables,  # [rows, ...]
-    decoding,  # [1] int32, or None: number of leading rows that this kernel skips
+    decoding,  # [1] int32: number of leading sequences that this kernel skips; None for 0
     scale,
     rows,
     rope_token,  # strides of the queries
@@ -67,7 +68,7 @@ def latent_prefill_kernel(
     start = tl.load(query_start + row).to(tl.int32)
     count = tl.load(query_start + row + 1).to(tl.int32) - start
     if decoding is not None:
-        count = tl.where(rows > 0, count, 0)  # without rows, it is the count of the last decode
+        count = tl.where(rows > 0, count, 0)  # without prompts, `count` is that of the last decode
     if tile * BLOCK_Q < count:
         context = tl.load(context_lens + row).to(tl.int32)
         lines = tl.arange(0, BLOCK_M)
@@ -118,7 +119,7 @@ class Tiles:
 
 
 def tiles(bytes_per_number: int) -> Tiles:
-    """Choose by the shape of a head alone, never by the batch. Not measured yet: the maximum of rows without spills."""
+    """Choose by the shape of a head alone, never by the batch. Not measured yet: as many rows as registers hold."""
     return Tiles(16, 16, 8, 2) if bytes_per_number == 4 else Tiles(64, 16, 8, 3)
 
 

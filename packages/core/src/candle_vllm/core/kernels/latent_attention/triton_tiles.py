@@ -31,9 +31,9 @@ def load_part(
     PADDED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Load elements START .. START + SIZE - 1 of cache rows, [N, PADDED]; 0 beyond SIZE and, if MASKED, from `end` on.
+    """Load elements START .. START + SIZE - 1 of latent rows, [N, PADDED].
 
-    Memory after the end of a sequence may hold NaN, which a probability of 0 would not hide.
+    Elements beyond SIZE and, if MASKED, of positions from `end` on are 0, because memory may hold NaN there.
     """
     dims = tl.arange(0, PADDED)
     at = cache + slots[:, None] * WIDTH + START + dims[None, :]
@@ -51,14 +51,14 @@ def load_part(
 def attend_latent_tile(
     q_rope,  # [M, RP]
     q_latent,  # [M, LP]
-    tops,  # [M] fp32, the maximum score of each row so far
+    tops,  # [M] fp32, the maximum score of each query so far
     sums,  # [M] fp32, the sum of exp2(factor * (score - top))
     values,  # [M, LP] fp32, the sum of these exponentials times the latent rows
     rope,  # [N, RP]
     latent,  # [N, LP]
     positions,  # [M] int32, positions of the queries
     first,  # position of the first key
-    factor,  # > 0: scores times this are exponents of 2
+    factor,  # > 0: scores times `factor` are exponents of 2
     MASKED: tl.constexpr,
 ):
     """Update the softmax state of M queries with the rows of one tile."""
@@ -69,7 +69,7 @@ def attend_latent_tile(
         scores = tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
     new_tops = tl.maximum(tops, tl.max(scores, 1))
     base = tl.where(new_tops == float("-inf"), 0.0, new_tops) * factor
-    # In this form, product and difference become one fma in tiles with and without a mask, so the bits are the same.
+    # In this form, product and difference become one fma with and without a mask, so the bits are the same.
     weights = tl.exp2(scores * factor - base[:, None])
     keep = tl.exp2(tops * factor - base)
     sums = sums * keep + tl.sum(weights, 1)
