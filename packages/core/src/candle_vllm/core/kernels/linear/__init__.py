@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with a plain weight; step 6 of a request's life.
 
-Contract: x [T, I] and weight [O, I] have one float dtype, and bias [O] has the same dtype or is None. y [T, O] = x
-weight^T + bias has x's dtype, in new memory or in `out`. `out` [T, O] has x's dtype, contiguous rows and any row
-stride, so that several layers can write to column ranges of one tensor, and shares no memory with the inputs. Sums are
-at least fp32. On a GPU, the rows of the weight and the bias are contiguous too.
+Contract: x [T, I] and weight [O, I] have one float dtype, and bias [O] has the same dtype or is None. The result
+y [T, O] = x weight^T + bias has x's dtype, in new memory or in `out`. `out` [T, O] has x's dtype, contiguous rows and
+any row stride, so that several layers can write to column ranges of one tensor, and shares no memory with the inputs.
+Sums are at least fp32. On a GPU, the rows of the weight and the bias are contiguous too.
 
-`invariant=True` guarantees on a GPU that a row's bits depend on this row and the matrix alone: not on T, other rows,
-`out` or x's strides (`triton.py` names the assumptions). It supports float32, bfloat16 and float16. On the CPU the
-reference computes each row separately.
+With `invariant=True` on a GPU, a row's bits depend on this row and the matrix alone: not on T, other rows, `out` or x's
+strides (`triton.py` names the assumptions). It supports float32, bfloat16 and float16. On the CPU the reference then
+computes each row separately.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.linear import reference
 
 OWN_ROWS = 0
-"""Maximum number of rows for the GPU's own kernel without `invariant`. 0 until it is measured against cuBLAS."""
+"""Maximum number of rows for the Triton kernel without `invariant`. 0 until it is measured against cuBLAS."""
 
 
 def linear(

@@ -21,6 +21,6 @@ def linear_row_by_row(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute each row by a separate product, so that no row's bits depend on the other rows."""
-    rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones have the same alignment
+    rows = [torch.nn.functional.linear(row[None].clone(), weight, bias) for row in x]  # clones: equal alignment
     result = torch.cat([x.new_empty(0, len(weight)), *rows])
     return result if out is None else out.copy_(result)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Linear layers on a GPU, with the same bits for any number of rows (step 6 of a request's life).
 
-One kernel serves any number of rows of x and every storage format of a matrix; a function of `triton_products.py`
-defines the product. The matrix's rows are the M dimension of the product and tokens the N dimension, so that a
-decoding batch fills the tensor cores' instruction as well as possible, and the matrix is read once. The matrix's shape
-alone determines the stretches of K, whose sums are added to 0 in order, in fp32. A single program computes and adds
-them all (FOLD) if there are enough tokens to fill the GPU; otherwise a second launch adds them alike.
+One kernel serves any number of tokens and every storage format of a matrix; a function of `triton_products.py` defines
+the product. A **tile** is some rows of the matrix and some tokens; a **stretch** is some consecutive steps of K. The
+matrix's rows are the M dimension of the product and tokens the N dimension, so that a decoding batch fills the tensor
+cores' instruction as well as possible, and the matrix is read once. The matrix's shape alone determines the stretches,
+whose sums are added to 0 in order, in fp32. One program computes and adds all stretches of a tile (FOLD) if there are
+enough tokens to fill the GPU; otherwise programs share them, and a second launch adds them in the same way.
 
 So a result's bits are the same for every number of tokens, provided that an instruction gives an element the same bits
 at every position of the tile and for every width of the tile. The kernels rely on that for instructions of one family
-and one depth (16 products), which each GPU always uses here: m64nXk16 of `wgmma` on Hopper, `tcgen05` on server
-Blackwell, m16n8k16 of `mma.sync` on the others, and for codes everywhere. Tests search the compiled code for these
-instructions and compare bits on a GPU. Therefore no tile of a plain matrix is smaller than these instructions need (on
-Hopper 64 rows for each four warps), and no tile of codes is that large. float32 is multiplied without tensor cores, in
-the order of K; so is float16 on GPUs where Triton uses no tensor cores.
+and one depth (16 products) on each GPU: m64nXk16 of `wgmma` on Hopper, `tcgen05` on server Blackwell, m16n8k16 of
+`mma.sync` on other GPUs, and for codes on every GPU. Tests search the compiled code for these instructions and compare
+bits on a GPU. Therefore no tile of a plain matrix is smaller than these instructions need (on Hopper 64 rows for each
+four warps), and every tile of codes is smaller. float32 is multiplied without tensor cores, in the order of K; so is
+float16 on GPUs where Triton uses no tensor cores.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -33,7 +34,7 @@ from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, TENSOR_
 
 
 class Tile(NamedTuple):
-    """Size of a program: tokens and rows of the matrix; warps and stages; columns of a plain matrix at a time."""
+    """Tile of a program: tokens, rows of the matrix, warps, stages, and columns of a plain matrix at a time."""
 
     tokens: int
     rows: int
@@ -46,10 +47,10 @@ class Cut(NamedTuple):
     """Division of K into stretches, by the matrix's shape, and among programs.
 
     Attributes:
-        rows: rows of a tile, to count programs.
+        rows: rows of a tile with which programs are counted.
         programs: desired number of programs with few tokens.
         least: minimum steps of a stretch; for a plain matrix in units of `BLOCK` columns.
-        enough: number of tiles from which a program computes all stretches, if there are more than `few` tokens.
+        enough: number of tiles from which on a program computes all stretches, if there are more than `few` tokens.
     """
 
     rows: int
@@ -59,7 +60,7 @@ class Cut(NamedTuple):
     few: int = 0
 
 
-# The first tile that is wide enough is used, else the last. Chosen by counting bytes in flight and registers of the
+# The first tile with enough tokens is used, else the last. Chosen by counting bytes in flight and registers of the
 # compiled code, not yet measured on a GPU.
 FEW_TILES = (Tile(16, 64, 4, 6), Tile(32, 64, 4, 5), Tile(64, 64, 4, 4))
 SERVER_TILES = (*FEW_TILES, Tile(128, 128, 8, 4))  # Hopper, and server Blackwell
@@ -69,12 +70,12 @@ FLOAT_TILES = (Tile(16, 32, 4, 3, 32), Tile(64, 64, 8, 3, 32))  # without tensor
 BLOCK = 64  # granularity of stretches in columns: a multiple of every tile's columns
 CUT = Cut(rows=64, programs=264, least=4, enough=96)  # two programs for each SM of the largest GPUs
 CODED_CUT = Cut(rows=32, programs=2048, least=4, enough=264, few=64)  # 16 warps for each SM of the largest GPUs
-TOGETHER = 8  # row tiles that run together, so that their x stays in the cache
+TOGETHER = 8  # tiles of rows whose programs run together, so that their x stays in the cache
 
 
 @triton.jit
 def tile_of(program, row_tiles, token_tiles, TOGETHER: tl.constexpr):
-    """Return (tile of rows, tile of tokens). Programs that run at the same time share a few of each."""
+    """Return a program's indices (of rows, of tokens). Programs that run at the same time share rows and tokens."""
     bunch = program // (TOGETHER * token_tiles)
     inner = program % (TOGETHER * token_tiles)
     bunch_tiles = tl.minimum(row_tiles - bunch * TOGETHER, TOGETHER)
@@ -195,13 +196,13 @@ MOST_SPLITS = 32
 
 
 def split_blocks(blocks: int, tiles: int, programs: int, least: int) -> int:
-    """Return the number of blocks of a stretch.
+    """Return the number of blocks of a stretch; a block is a step, or for a plain matrix `BLOCK` columns.
 
     Args:
         blocks: number of blocks of K.
         tiles: number of tiles of the matrix's rows.
-        programs: desired number of programs with a single tile of activations.
-        least: minimum number of blocks that is worth a program.
+        programs: desired number of programs if all tokens are in one tile.
+        least: minimum number of blocks of a stretch.
     """
     splits = min(max(programs // tiles, 1), MOST_SPLITS)
     return min(max(-(-blocks // splits), least), blocks)
@@ -263,7 +264,7 @@ def launch(
 
 
 def tile_for(tokens: int, tiles: Sequence[Tile]) -> Tile:
-    """Return the first tile that is wide enough, otherwise the last."""
+    """Return the first tile with at least `tokens` tokens, otherwise the last."""
     return next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
 
 
@@ -319,7 +320,7 @@ def linear(
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes, so that it can be copied without registers."""
+    """Whether every row begins at a multiple of 16 bytes, so that rows can be copied without registers."""
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
 
 
@@ -346,7 +347,7 @@ def build(
     bias: bool = False,
     aligned: bool = True,
 ) -> Build:
-    """Return a build for an operand whose planes are types; `form` is "split", "fold", or another part of the label."""
+    """Return a build for an operand with types as planes; `form` is "split", "fold", or another part of the label."""
     arguments = dict.fromkeys(("T", "N", "K", "pitch", "x_stride", "out_stride", "steps", "split_steps"), "i32")
     arguments |= {"x": f"*{dtype}", "out": "*fp32" if form == "split" else f"*{dtype}", "bias": f"*{dtype}"}
     arguments |= dict(zip(("low", "high", "scales", "supers"), operand.planes, strict=True))

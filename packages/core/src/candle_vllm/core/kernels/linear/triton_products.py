@@ -14,8 +14,8 @@ selects a program's rows and tokens, and one of three product functions, passed 
 A `Codec`, also a constant, defines how codes and scales are extracted from a matrix's planes. So each combination of
 format and product is compiled separately.
 
-Letters: R rows and T tokens of a tile. K is divided into **steps** of `parts` times 32 weights (for a plain matrix of
-one weight), and with FOLD into stretches of `split_steps`, which are added to 0 in order.
+Letters: R rows and T tokens of a tile. K is divided into **steps** of `parts` times 32 weights (for a plain matrix, a
+step is one weight), and with FOLD into **stretches** of `split_steps` steps, whose sums are added to 0 in order.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Codec:
 
     Attributes:
         words: (planes, step, row, inside, height, pitch, FORM): a tuple, the stored words of a step's scales.
-        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, these elements of a step's codes, as
-            inputs of `tile` or of `rounded`.
+        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, the elements `element` of a step's
+            codes, as inputs of `tile` or of `rounded`.
         scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` multiplies sums of x.
         tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
         rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
@@ -63,7 +63,7 @@ class Codec:
 
     @cached_property
     def cache_key(self) -> str:
-        """Triton's key for compiled kernels with this constant: the sources of its functions, and its other fields."""
+        """Triton's key for compiled kernels with this constant: sources of the functions, and the other fields."""
         return "-".join(getattr(value, "cache_key", str(value)) for value in vars(self).values())
 
 
@@ -98,7 +98,7 @@ def plain_operand(weight: Any, rows: int, columns: int, pitch: int, at_a_time: i
 @triton.jit
 def plain(
     x_at,  # pointers to the starts of rows of x, [1, T]
-    planes,  # of the matrix: one plane, [.., K], rows `pitch` apart
+    planes,  # planes of the matrix: one, [.., K], rows `pitch` apart
     row,  # rows of the matrix, int64 [R], where `inside`
     inside,
     asked,  # [T], mask of the valid rows of x
@@ -142,7 +142,7 @@ def _chain(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Return the sums of one stretch: one chain of tensor instructions from 0."""
+    """Return the sums of one stretch: a sequence of tensor instructions that begins at 0."""
     column = tl.arange(0, COLUMNS)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for k in tl.range(start, stop, COLUMNS):
@@ -159,7 +159,7 @@ def _chain(
 
 @triton.jit
 def exact(
-    x_at,  # as above
+    x_at,  # arguments as for `plain`
     planes,
     row,
     inside,
@@ -190,12 +190,12 @@ def exact(
     element = tl.arange(0, E)
     column = tl.arange(0, WIDTH)
     x_at += column[:, None]
-    # Joined as the codes are: Triton 3.6 derives K's layout from it, and prefetches x only if one layout serves all.
+    # Joined as the codes are: Triton 3.6 derives the layout along K from this, and prefetches x only with one layout.
     half = tl.full((ROWS, E), 1.0, tl.float32).to(dtype)
     ones = tl.reshape(tl.join(half, half), (ROWS, WIDTH))
     zeros = tl.zeros((ROWS, TOKENS), tl.float32)
     stretch = zeros  # sums of the current stretch
-    total = zeros  # sums of the stretches before it
+    total = zeros  # sums of the earlier stretches
     # Triton prefetches only the operands of dot products, so a step's scales are loaded during the step before.
     ahead = FORM.words(planes, first, row, inside, height, pitch, FORM)
     for step in tl.range(first, last):
@@ -239,7 +239,7 @@ def exact(
 
 @triton.jit
 def rounded(
-    x_at,  # as above
+    x_at,  # arguments as for `plain`
     planes,
     row,
     inside,
