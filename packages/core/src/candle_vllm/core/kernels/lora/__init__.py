@@ -7,20 +7,21 @@ A `Delta` changes one matrix W [N, K] of a `Linear`. For an input row x with thi
 
 where x is the unquantised input of the layer. A token's row of an embedding table is c * (W + s B A)[id].
 
-**Contract.** An adapter has a scale t for each row, usually 1. Each adapter of a row adds in fp32 to the base model's
+**Contract.** A row of a step may have adapters, each with a scale t, usually 1. Each adds in fp32 to the base model's
 result:
 
     y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
 
-or, with a matrix that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the adapter's number
-type, F32 or BF16; so are x and s (x A^T) in torch and on a GPU, but in the compiled CPU operations these two stay fp32.
-With I8, A and c * B are integers of -127 .. 127 with scales: one for each rank and quarter of A, and one for each row
-of B (for each column of A, if a table is looked up). A scale is the largest element divided by 127, rounded up to BF16.
-x and x A^T are then 16-bit integers. x has an fp32 scale for each row and up to 512 columns of a quarter of x; x A^T
-has one for each row. Tables that are looked up, and matrices that replace W, are BF16, and are multiplied by x in fp32.
-A step's rows are in groups, one for each adapter, in the order of `PackedAdapter.serial`; a row in several groups adds
-them in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend only on the row,
-its adapters and their scales.
+or, with a matrix `full` that replaces W, t * (x full^T - x W^T + own bias). A and c * B are rounded to the adapter's
+number type, F32 or BF16; so are x and s (x A^T) in torch and on a GPU, but in the compiled CPU operations x and
+s (x A^T) stay fp32. With I8, A and c * B are integers of -127 .. 127 with scales: a scale for each rank and quarter of
+A's columns, and for each row of B (for a table that is looked up, for each column of A). A scale is the largest element
+divided by 127, rounded up to BF16. x and x A^T are then 16-bit integers with fp32 scales: for each row and up to 512
+columns of a quarter of x, and for each row of x A^T. Tables that are looked up, and `full`, are BF16, and are
+multiplied by x in fp32.
+A **group** is the rows of a step that have one adapter; groups are in the order of `PackedAdapter.serial`, and a row's
+adapters are added in this order. A row without an adapter is unchanged bit for bit. The terms added to a row depend
+only on the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 """
 
@@ -46,7 +47,7 @@ class Delta:
     Attributes:
         a: [r, K]; None, like `b`, for a change without LoRA matrices.
         b: [N, r].
-        scale: s, with the adapter's rank and alpha patterns applied.
+        scale: s, from the adapter's alpha and rank, patterns for single modules included.
         bias: [N], added to the result: B's bias times s, and the difference of the module's bias from the base model's.
         column_scale: c of each output [N] (DoRA: m / ||W + s B A||); biases are not multiplied by it.
         full: [N, K], replaces W, for a head or a table that was trained in full.
@@ -75,8 +76,8 @@ class FittedAdapter:
         digest: SHA-256 of the configuration's and the weights' bytes: the adapter's key in the prefix cache.
         alora: invocation tokens (activated LoRA): active from their last occurrence on; None for the whole sequence.
         deltas: by the layer's path ("layers.0.attention.qkv", "embed", "head"), then by the prefix of the part's name
-            in `Linear.parameters` ("q.", "gate.3.", ""). "head" is the output layer, also if it shares the embedding
-            table; "embed" is the lookup alone.
+            in `Linear.parameters` ("q.", "gate.3.", ""). If the output layer shares the embedding table, "head" changes
+            only the output layer, and "embed" only the lookup.
         rank: the largest r.
         nbytes: stored bytes of all tensors.
         norm: Frobenius norm of all s B A together.
@@ -94,14 +95,14 @@ class FittedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Adapter site: a layer's fused matrices, which adapters may change.
+    """Adapter site: a layer's fused matrices, which adapters may change; a part is one of the matrices.
 
     Attributes:
         number: index among all sites of a model, from 0.
         columns: K.
         parts: (expert or 0, first row, end row) of each part, by the prefix of its parameters' names.
         experts: number of experts; 0 for a layer without experts.
-        lookup: whether it is a table whose rows are looked up.
+        lookup: whether the matrix is an embedding table, of which rows are looked up.
     """
 
     number: int
@@ -117,10 +118,10 @@ class PackedAdapter:
 
     Attributes:
         digest, alora, rank, norm: as in `FittedAdapter`.
-        modules: number of matrices that it changes.
+        modules: number of matrices that the adapter changes.
         nbytes: size in memory.
         serial: packing number, unique in the process; adapters of a step are added in this order.
-        apart: it needs the model's own products separately, before the sum with other terms (DoRA, `full`, `rows`).
+        apart: whether it needs the model's own products separately, without other terms (DoRA, `full`, `rows`).
         layout: the backend's representation of the matrices.
     """
 

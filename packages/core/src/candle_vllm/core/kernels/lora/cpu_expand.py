@@ -2,9 +2,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`expand`: multiply the sums of `shrink` by B, in a compiled CPU operation that also computes the model's product.
 
-It hardly waits: a thread adds to the columns of the model's product that it computed itself. If another thread has not
-finished `shrink` shortly after, this thread computes that part again, and writes the same values. Threads divide
-columns, so a row's adapters are added in order, and a sum in the order of the ranks. Step 6 of a request's life.
+Terms: see `layout.py`. A thread adds adapters to the columns of the model's product that it computed itself. If another
+thread has not finished its share of `shrink` soon, this thread computes the share too, and writes the same values.
+Threads divide columns, so a row's adapters are added in order, and each sum runs in the order of the ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
     zeros_of,
 )
 
-_PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
+_PATIENCE = 1024  # pauses, some 50 us: about the time of a thread's share of the largest `shrink`
 _FACTORS, _SUMS = 320, 384
 _WHOLES = _SUMS + 1024
 """Offsets in the memory of `make_parts`: scales of rows' integers; sums of tiles; sums of ranks."""
@@ -96,7 +96,7 @@ def _emit_expand(e: Emitter, form: layout.NumberForm, isa: Isa, count: int, widt
 
 
 def _parts(e: Emitter, form: layout.NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
-    """Yield each rank of a step with its weights in `width` tiles."""
+    """Yield each rank of a step of B, and the rank's weights in `width` tiles."""
     if form is not layout.NumberForm.I8:
         tiles = [widened(e, form, base, VECTOR * tile) for tile in range(width)]
         yield from enumerate(map(list, zip(*tiles, strict=True)))
@@ -126,12 +126,12 @@ def _expand_rows(
     end: Any,
     jump: Any,
 ) -> Any:
-    """Multiply `tiles` times 16 neighbouring rows of B in a panel by `rows` rows of sums, one of `_KINDS`.
+    """Multiply `tiles` * 16 neighbouring rows of B in a panel by `rows` rows of sums; a variant of `_KINDS`.
 
-    scales: address of the scales of B's integers. places: address of int64 [rows], the addresses of the rows' sums.
-    After 64 bytes follow float32 [rows], the rows' scales; after 128, int64 [rows], addresses of the results less the
-    offset `at`; after `_FACTORS` bytes, the scales of rows of integers, 8 bytes apart. With `onto`, products times
-    scales are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
+    scales: address of the scales of B's integers. places: address of int64 [rows], the addresses of the rows' sums; 64
+    bytes later float32 [rows], the rows' scales; 128 bytes later int64 [rows], the addresses of the results less the
+    offset `at`; `_FACTORS` bytes later the scales of integer sums, 8 bytes apart. With `onto`, products times scales
+    are added to the results; otherwise products are written to `out`, float32 [tiles, rows, 16]. end, jump: see
     `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
@@ -152,7 +152,7 @@ def _expand_rows(
 
 @intrinsic
 def _add_16(_: Any, out: Any, sums: Any, scale: Any, bias: Any, less: Any, base: Any) -> Any:
-    """out += scale * (sums + bias + less * base) for 16 floats; address 0 for an absent bias, less or base."""
+    """Add scale * (sums + bias + less * base) to 16 floats at `out`; address 0 for an absent bias, less or base."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -180,7 +180,7 @@ def _copy(source: int, target: int, count: int) -> None:
 
 @njit
 def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lanes: int, spare: int) -> None:
-    """`_add_16` for the first `lanes` lanes; `spare` is the address of scratch memory for 4 times 16 floats."""
+    """Do what `_add_16` does for the first `lanes` floats; `spare` is the address of 64 floats of scratch memory."""
     if lanes >= 16:
         _add_16(out, sums, scale, bias, less, base)
         return
@@ -198,7 +198,7 @@ def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lan
 
 @njit
 def _spread(row: int, given: Any, first: int, last: int) -> None:
-    """Write some columns of the model's own products to the result, to which adapters are added."""
+    """Copy columns first .. last of the model's own products of a row to the result, to which adapters are added."""
     for t in range(step_number(row, given.rows_from)):
         source = float32_at(given.base + t * given.base_bytes)
         target = float32_at(given.out + t * given.row_bytes)
@@ -230,7 +230,7 @@ def _make_columns(FORM: int, ISA: int) -> Any:
         end = weights + (last + 63 >> 6) * (layout.PANEL_BYTES * steps + SCALES)
         jump = jump_to(onward, end)
         while column < last:
-            inside = column & 63  # column in its panel
+            inside = column & 63  # the column's index in its panel
             panel = weights + (column >> 6) * (layout.PANEL_BYTES * steps + SCALES)
             at, at_scales = panel + SCALES + ROW_BYTES * inside, panel + 2 * inside
             left, to = min(64 - inside, last - column), begins + 4 * column
@@ -276,10 +276,10 @@ def make_parts(FORM: int, ISA: int) -> Any:
     def add_parts(about, h, folded, count, memory, most, first, last, following):
         """Add columns first .. last of an adapter; `following` describes the next adapter, or is 0.
 
-        about: the adapter's description. h: address of the rows' sums, or of their folded form. most: maximum number of
-        floats of a row. memory: blocks of 64 bytes: 8 addresses of factors, written here; then, from the caller, 8
-        scales, 8 addresses of results, of own products and of inputs; scratch memory up to `PARTS_MEMORY` bytes; then
-        2 times 8 times `most` floats.
+        about: the adapter's description. h: address of the rows' sums, or of their factors (`cpu_shrink.py`). most:
+        maximum number of floats of a row. memory: address of lines of 64 bytes, for 8 rows each: addresses of factors,
+        which this function writes; scales, addresses of results, of own products and of inputs, from the caller. Then
+        scratch memory up to `PARTS_MEMORY` bytes, and 2 * 8 * `most` floats.
         """
         wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most
@@ -317,7 +317,7 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
 
 def _make_list(FORM: int) -> Any:
-    """Return a function that lists the memory of B that some columns of an adapter site's product need."""
+    """Return a function that lists B's memory for some columns of an adapter site, to be prefetched."""
     SCALES = layout.NumberForm(FORM).panel_scales
 
     @njit
@@ -345,7 +345,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
 
     def expand(row, thread, threads):
         given = read(layout.ExpandArguments, row)
-        tiles = (given.columns + 15) >> 4  # divided among threads as in the operations that multiply matrices
+        tiles = (given.columns + 15) >> 4  # divided among threads as in linear operations
         first = given.first + 16 * (tiles * thread // threads)
         last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
         inner = inner_row(row, INNER)

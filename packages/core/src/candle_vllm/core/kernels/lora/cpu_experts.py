@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Add adapters to experts' products on the CPU: row by row, for each pair of an entry and an expert.
+"""Add adapters to experts' products on the CPU, for each pair of an entry (`layout.py`) and an expert of its row.
 
 In `shrink` threads divide pairs; in `expand` they divide columns, as in `cpu_expand.py`.
 """

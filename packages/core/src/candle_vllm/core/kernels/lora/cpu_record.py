@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Record the operations of adapters on the CPU: `shrink` before a product, `expand` around it.
 
-`shrink` reads the input in its own format, which is written together with the format for the model's matrices. `expand`
-calls the operation of the model's own product and adds to its result. No barrier is between them, so a step with
-adapters has no more barriers than a step without. If an adapter needs the model's product separately (DoRA), it is
-written to separate memory, and `expand` copies it to the result.
+`shrink` reads float32 rows of the input, which are written together with the format for the model's matrices. `expand`
+calls the operation of the model's own product and adds to the product. No barrier is between `shrink` and `expand`, so
+a step with adapters has no more barriers than a step without. If an adapter needs the model's product separately
+(DoRA), the product is written to separate memory, and `expand` copies it to the result.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 INPUT_FORM = RowForm.F32
-"""Format in which adapters read their input, whatever their own element type."""
+"""Format in which adapters of all types read their input."""
 
 
 class Joining:
@@ -105,7 +105,7 @@ class Joining:
         Args:
             target, own: the result, and the model's products.
             columns: first column and number of columns.
-            product: the operation that computes them, and its arguments; None if they are computed already.
+            product: the operation that computes the model's products, and its arguments; None if they are in `own`.
             barrier: as for `Recorder.add`.
             how: values of `_arguments` that differ from the defaults.
         """
@@ -154,7 +154,8 @@ class Joining:
 def record_experts(
     recorder: Recorder, place: Place, inputs: Inputs, pairs: Pairs, results: Results, *, by_place: bool
 ) -> None:
-    """Record the terms that adapters add to experts' results, with inputs for each entry or each place of a pair."""
+    """Record the terms that adapters add to experts' results. With `by_place`, `inputs` has a row for each place of a
+    pair, else for each token."""
     form, count = lay.NumberForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count

@@ -2,13 +2,12 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`shrink`: multiply input rows by A, in a compiled CPU operation next to the model's own product.
 
-It never waits. An entry is a row and one of its adapters; a group is one adapter's entries. Weights are read once for
-all rows of a group; a vector of weights is multiplied by up to 8 rows at a time. Each thread processes the entries
-whose input rows it wrote itself, because reading memory that another core wrote is slow, and scales the sums to the
-**factors** that `expand` multiplies by B. With few entries, threads divide runs of rows, quarters of the columns and
-blocks of ranks instead, and `expand` scales the sums. The order of summation is fixed: two chains over the steps of a
-quarter, then the quarters. 8-bit weights are multiplied by 16-bit inputs; their sums are exact within a `SPAN`. Step 6
-of a request's life.
+Terms (entry, group, quarter, block, step): see `layout.py`. A thread never waits. Weights are read once for all rows of
+a group; a vector of weights is multiplied by up to 8 rows at a time. Each thread computes the entries with input rows
+that it wrote itself, because reading memory that another core wrote is slow, and scales the sums to the **factors**
+that `expand` multiplies by B. With few entries, threads divide runs of rows, quarters and blocks instead, and `expand`
+scales the sums. The order of summation is fixed: one or two partial sums over the steps of a quarter, then the
+quarters. 8-bit weights are multiplied by 16-bit inputs; the sums are exact within a `SPAN`.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora import layout
 
 _RUN = 32
-"""Rows of a unit of work of `shrink`: they are multiplied by a quarter of a block, which stays in the L1 cache."""
+"""Rows of a run, which is multiplied by a quarter of a block; the quarter stays in the L1 cache."""
 
 VECTOR = 4 * LANES
 
 _SMALLEST = 0x0D800000  # bits of 2^-100: if all values are smaller, their scale is 0
 
 AHEAD = 2048
-"""Prefetch distance in bytes of weights: runs of weights are too short for the hardware prefetcher. At the end of an
-adapter's weights, the start of the next adapter's is prefetched."""
+"""Prefetch distance in bytes: weights of an adapter are too short for the hardware prefetcher. At the end of an
+adapter's weights, the start of the next adapter's weights is prefetched."""
 
 
 def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> list[Any]:
-    """Load a vector of weights: F32 as <16 x float>, BF16 pairs as two of them, I8 as <32 x i16>.
+    """Load a vector of weights: F32 as <16 x float>, BF16 pairs as two <16 x float>, I8 as <32 x i16>.
 
-    Products of floats are fused multiply-adds of unrounded float32 numbers: every CPU has the same sums. On a Xeon with
-    AMX, the instruction for pairs of bfloat16 is slower than a fused multiply-add.
+    Floats are multiplied by fused multiply-adds in float32: every CPU has the same sums, and on a Xeon with AMX the
+    instruction for pairs of bfloat16 is slower.
     """
     if form is layout.NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
@@ -62,7 +61,7 @@ def widened(e: Emitter, form: layout.NumberForm, address: Any, offset: int) -> l
 
 
 def added(e: Emitter, form: layout.NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
-    """Add products with a vector from `widened` to a sum: floats, or <16 x i32> of pairs of 16-bit integers."""
+    """Return `total` plus the products of x and a vector from `widened`: floats, or <16 x i32> for 16-bit integers."""
     return e.dot_i16(total, x, weights, isa) if form is layout.NumberForm.I8 else e.fma(x, weights, total)
 
 
@@ -124,8 +123,8 @@ def ask_ahead(e: Emitter, base: Any, size: int, end: Any, jump: Any) -> None:
 
 @njit
 def jump_to(onward: int, end: int) -> int:
-    """Return the bytes from the end of a run of weights to the next read address `onward`; 0 means no next address."""
-    return onward - end if onward != 0 else -AHEAD  # back to memory that is being read, which costs nothing
+    """Return the bytes from `end`, the end of some weights, to the address that is read next; `onward` 0 means none."""
+    return onward - end if onward != 0 else -AHEAD  # prefetches memory that is being read, which costs nothing
 
 
 def is_wide(isa: Isa) -> bool:
@@ -146,7 +145,7 @@ def ask(_: Any, count: Any, address: Any) -> Any:
 
 
 def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, parts: int) -> list[Any]:
-    """Load the inputs for the lanes of a vector of weights: 16 / height neighbours, repeated; floats or pairs."""
+    """Load the inputs for a vector of weights of `height` ranks: 16 / height neighbours, repeated for each rank."""
     count = LANES // height
     if count == 1:
         return [e.splat(e.load(address, kind, offset + 4 * part)) for part in range(parts)]
@@ -159,7 +158,7 @@ def _emit_shrink(e: Emitter, form: layout.NumberForm, isa: Isa, height: int, cou
     """Emit the code of `_shrink_rows` for `height` ranks and `count` rows."""
     b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto, end, jump) = e.b, given
     parts, whole = 2 if form is layout.NumberForm.BF16 else 1, form is layout.NumberForm.I8
-    chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # a quarter may be a single step
+    chains = 1 if form is not layout.NumberForm.F32 and height == 4 else 2  # partial sums; a quarter may have one step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
     rows = count if is_wide(isa) else min(count, 2)
     turns = chains
@@ -218,7 +217,7 @@ def _shrink_rows(
     """Multiply `steps` vectors of a block of `height` ranks (4, 8 or 16) by 1, 4 or 8 rows: 16 sums for each row.
 
     inputs, outputs: addresses of int64 [rows]: addresses of the rows' inputs less the offset `at`, and of their sums.
-    scales: address of the scales of integer weights; those of integer inputs are `X_SCALES` bytes after `inputs`. With
+    scales: address of the scales of integer weights; scales of integer inputs are `X_SCALES` bytes after `inputs`. With
     `onto`, sums are added to the old values. end, jump: see `ask_ahead`.
     """
     kind, features = layout.NumberForm(form.literal_value), Isa(isa.literal_value)
@@ -258,7 +257,7 @@ def ranks_before(ranks: int, block: int) -> int:
 
 
 SOURCES, RESULTS, X_SCALES, _CODES = 128, 192, 256, 320
-"""Offsets in the memory of `make_run`, for 8 rows: addresses of inputs, and of sums; scales; 16-bit integers."""
+"""Offsets in the memory of `make_run`, for 8 rows: addresses of inputs, addresses of sums, scales, 16-bit inputs."""
 
 RUN_MEMORY = _CODES + 8 * 2 * layout.SPAN
 
@@ -278,7 +277,7 @@ def make_run(FORM: int, ISA: int) -> Any:
         columns, blocks = x_bytes >> 4, count_blocks(ranks)
         end = weights + 4 * (ranks * columns * ITEM + blocks * SCALES)
         jump = jump_to(onward, end)
-        rows = 8 if count > 4 else 4 if count > 1 else 1  # the last of them is repeated
+        rows = 8 if count > 4 else 4 if count > 1 else 1  # if `count` is less, the last row is repeated
         inputs, outputs, scales = int64_at(memory), int64_at(memory + 64), float32_at(memory + X_SCALES)
         begin = 0
         while begin < columns:
@@ -312,7 +311,7 @@ def make_run(FORM: int, ISA: int) -> Any:
 
 @intrinsic
 def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
-    """Add the quarters of a block's sums, and the column shares of each rank: `height` floats at `target`."""
+    """Add the sums of a block's quarters and, for each rank, of its lanes: write `height` floats to `target`."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -364,7 +363,7 @@ def make_fold(FORM: int) -> Any:
                 _fold(height, h + block * layout.BLOCK_BYTES, at + 4 * before)
         scale = float_from_bits(int64_at(part)[layout.SCALE])
         if WHOLE == 1:
-            most = min(layout.MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit in 32
+            most = min(layout.MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8-bit B fit in 32 bits
             if count & 15 == 0:
                 return scale * in_16_bits(16, at + 4 * begins, count, most, to)
             return scale * in_16_bits(4, at + 4 * begins, count, most, to)
@@ -377,9 +376,9 @@ def make_fold(FORM: int) -> Any:
 
 @njit
 def are_shared(entries: int, threads: int) -> bool:
-    """Whether threads divide a step's entries, so that `shrink` writes the factors of B in place of the sums.
+    """Whether threads divide a step's entries, so that `shrink` overwrites the sums with factors.
 
-    There are 4 bytes for each rank; `FOLDED` bytes after all ranks are the parts' scales.
+    A factor has 4 bytes; the parts' scales are `FOLDED` bytes after all factors.
     """
     return entries >= 4 * threads
 
@@ -413,7 +412,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
             if about != 0:
-                ask(320, about + 64)  # for `expand`
+                ask(320, about + 64)  # the description, which `expand` reads
                 runs = (starts[group + 1] - starts[group] + RUN - 1) // RUN
                 total += 4 * count_blocks(int64_at(about)[1]) * runs
                 most = max(most, int64_at(about)[1] + int64_at(about)[2])
@@ -425,7 +424,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
         most = (most + 63) & -16  # vectors are written beyond the last rank
         run = 8 if shared else RUN
         memory = stack_bytes(RUN_MEMORY + 8 * most + (run_bytes if shared else 0))
-        own = memory + RUN_MEMORY + 8 * most  # private sums: another thread may do the same work meanwhile
+        own = memory + RUN_MEMORY + 8 * most  # sums of this thread: another thread may compute the same entries
         sources, results = int64_at(memory + SOURCES), int64_at(memory + RESULTS)
         before = 0
         for group in range(groups):

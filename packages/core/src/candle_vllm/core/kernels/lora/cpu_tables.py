@@ -33,7 +33,7 @@ _uint16_at = pointers(types.uint16, "uint16")
 
 
 def _reader(form: int) -> Any:
-    """Return a function of address and index that reads an element as a float."""
+    """Return a function (address, index) that reads an element as a float."""
 
     @njit
     def number_at(address, index):
@@ -124,7 +124,7 @@ def _replace_products(given, part, at, first, last, scale):
 
 
 def replace(row, thread, threads):
-    """Replace the model's rows of a table, or products with them, by an adapter's."""
+    """Replace the model's rows of a table, or products with these rows, by those of an adapter."""
     given = read(ExpandArguments, row)
     first, last = given.columns * thread // threads, given.columns * (thread + 1) // threads
     starts, tables = int64_at(given.starts), int64_at(given.tables)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """LoRA adapters in a GPU's steps: slots of weights on the device, and the map from a step's rows to adapters.
 
-An adapter is copied as one block of memory to a LoRA slot when a step first uses it. There are as many slots as a step
-can have adapters; the least recently used adapter is replaced. Two launches of `triton.py` add adapters to a layer's
-product; their tables have fixed addresses, so that captured steps can use them. What these kernels do not support
-(lookups of tables, matrices that replace others, several adapters of one row) runs in torch, in steps without capture.
+An adapter is copied to the device in one piece, to a LoRA slot, when a step first uses it. There are as many slots as a
+step can have adapters; the least recently used adapter is replaced. Two launches of `triton.py` add adapters to a
+layer's product; the launches' tables have fixed addresses, so that captured steps can use them. Lookups of tables,
+matrices that replace others, and several adapters of one row are computed by torch, in steps without capture.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DeviceAdapter(TorchAdapter):
 
     Attributes:
         piece: the memory, uint8.
-        plain: whether the kernels of `triton.py` support all its changes.
+        plain: whether the kernels of `triton.py` support all changes of the adapter.
 
     Raises:
         AdapterError: the adapter changes experts.
@@ -132,7 +132,7 @@ def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 class _Held:
-    """An adapter that has a slot; `there` is set when the stream has copied it to the device."""
+    """An adapter that has a slot; `there` is set once the stream has copied the adapter to the device."""
 
     def __init__(self, slot: int, nbytes: int) -> None:
         self.slot, self.nbytes = slot, nbytes
@@ -149,8 +149,8 @@ class DeviceAdapters(EagerAdapters):
         slots: maximum number of adapters of a step.
         rank: largest rank of an adapter.
         rows: number of rows of the largest captured step.
-        memory: maximum number of bytes of all adapters on the device; unused ones are removed beyond it.
-        in_flight: maximum number of steps that the host may be ahead.
+        memory: maximum bytes of all adapters on the device; above it, unused adapters are removed.
+        in_flight: maximum number of steps that the host may be ahead of the device.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class DeviceAdapters(EagerAdapters):
         self._staging.send(0)
 
     def taking_sent(self, *, head: bool) -> None:
-        """Add the adapters of `send` from now on to the products of layers or of the head; runs in the stream."""
+        """Add the adapters of `send` from now on, to the products of layers or of the head; runs in the stream."""
         from candle_vllm.core.kernels.lora.triton import Blocks
 
         table, rows, scales = (self._staging.device[f"{_OF[head]}_{name}"] for name in ("table", "rows", "scales"))
@@ -265,7 +265,7 @@ class DeviceAdapters(EagerAdapters):
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _launches(self, entries: Entries) -> bool:
-        """Whether kernels can add them: all changes are supported products, and no row has more than one adapter."""
+        """Whether kernels can add the adapters: all changes are supported, and no row has more than one adapter."""
         plain = all(adapter.layout.plain for adapter in entries.adapters)
         return self._has_kernels and plain and bool((np.diff(np.sort(entries.rows)) > 0).all())
 
@@ -280,7 +280,7 @@ class DeviceAdapters(EagerAdapters):
         return Slots(addresses, ranks, scales, self._columns[number], widest, self._rank)
 
     def _bring(self, entries: Entries) -> dict[int, _Held]:
-        """Assign slots to adapters, and send those that are not on the device; return them by serial number."""
+        """Assign slots to adapters, and send those that are not on the device; return all of them by serial number."""
         while self._gone:
             self._leave(serial := self._gone.popleft())
             self._watched.discard(serial)
@@ -332,7 +332,7 @@ def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArr
     """Return the table [3, blocks] of `triton.Blocks`: rows of each group in blocks of at most `most` rows.
 
     Args:
-        starts: [G + 1] first row of each adapter, and the end.
+        starts: [G + 1] first row of each of G groups, and the end of the last group.
         slots: [G] slot of each adapter.
         most: maximum number of rows of a block.
     """

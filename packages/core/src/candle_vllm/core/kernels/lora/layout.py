@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of an adapter for the compiled CPU operations, which `pack.py` writes.
 
-An adapter has its own size, and is not padded to the size of a slot. Every adapter has a **table** with a number for
-each adapter site: 0, or the address of its description (for experts, of an array of such addresses):
+An adapter is not padded to the size of a slot. Terms:
 
-    [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
+    table    of an adapter: for each adapter site 0, or the address of the site's description (for experts, of an array
+             of such addresses): [A, R, parts], and for each part (matrix of the site)
+             [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
+    entry    a row of a step with one of the row's adapters; a **group** is the entries of one adapter
+    quarter  of A: a quarter of the columns K, which are padded to a multiple of 32
+    block    of A: 16 ranks of a quarter; 8 or 4 remaining ranks are one block
+    panel    of B: 64 rows, the last panel padded
+    step     of a block: 64 bytes, [g ranks][64 / g bytes of neighbouring columns], which one vector instruction
+             multiplies; of a panel: 256 bytes
 
-**A** of all parts that read the same input is one matrix [R, K], each part's ranks padded to a multiple of 4. K is
-padded to a multiple of 32 and divided into 4 quarters: a row's sum is the sum of the quarters' sums, in order. Quarters
-are consecutive, each in blocks of 16 ranks, and one block of 8 or 4 for the remaining ranks. A block is a run of steps
-of 64 bytes, [g ranks][64 / g bytes of neighbouring columns], so that a step is one vector instruction; each lane has
-the sum of a rank and a share of its columns. **B** consists of panels of 64 rows, the last one padded: each is a run of
-steps of 256 bytes, [r][64] of floats, or [r / 2][64][2] of bfloat16.
+**A** of all parts that read the same input is one matrix [R, K], each part's ranks padded to a multiple of 4. Quarters
+are consecutive, each consists of blocks, and a block of consecutive steps; the quarters' sums are added as (0 + 1) +
+(2 + 3). **B** consists of panels, and a panel of consecutive steps: [r][64] float32, or [r / 2][64][2] bfloat16.
 
-With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; the 16 scales of its lanes, in bfloat16, are
-before each quarter of a block. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. Matrices other than A
-and B, and tables that are looked up, are BF16 then.
+With 8-bit integers, a step of A is 32 bytes in the order of 32 bfloat16; before each quarter of a block are 16 scales
+in bfloat16, one for each lane. A panel of B is the scales of its 64 rows, then [r / 4][2][64][2]. Matrices other than A
+and B, and tables that are looked up, are then BF16.
 
 A table that is looked up stores B as [V][r] in place of A, and A in place of B.
 """
@@ -55,7 +59,7 @@ class NumberForm(enum.IntEnum):
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of A that are converted at a time, to one or two vectors of floats, or one of 16-bit pairs."""
+        """Bytes of a step of A, which becomes one or two vectors of floats, or one of 16-bit integers."""
         return 32 if self is NumberForm.I8 else 64
 
     @property
@@ -79,25 +83,25 @@ HEAD = 3
 """Number of elements of a description before its parts."""
 
 BEGIN, ROWS, OFFSET, STEPS, MATRIX, SCALE, BIAS, LESS, FULL, IDS, COUNT, NEW, RANK, PART = range(14)
-"""Indices of a part's elements, and their number. LESS is c - 1 of the contract. The COUNT rows at NEW replace the
-model's rows IDS, or all rows."""
+"""Indices of a part's elements in a description, and their number. LESS is c - 1 of the contract. The COUNT rows at NEW
+replace the model's rows IDS, or all rows if IDS is 0."""
 
 PANEL, PANEL_BYTES = 64, 256
 """Rows of B in a panel, and bytes of a step of a panel."""
 
 SPAN, MOST_16 = 512, np.float32(32767)
-"""For integers: the number of columns of a quarter whose 16-bit inputs share a scale, and the largest input. A sum
-of SPAN products fits in 32 bits."""
+"""For integers: how many columns of a quarter of x share a scale, and the largest 16-bit input. A sum of SPAN products
+fits in 32 bits."""
 
 BLOCK_BYTES = QUARTERS * 64
 """Bytes of the sums of a row and a block of ranks."""
 
 DONE_BYTES = 64
-"""Size of a cache line, one for each thread."""
+"""Bytes of a thread's mark (`BeginArguments.done`): a cache line."""
 
 GPU_FIELDS, GPU_RANKS, GPU_COLUMNS = 4, 16, 16
-"""On a GPU: number of addresses of a part (A, c * B, c - 1, bias; 0 without a bias), and the multiples to which rows
-are padded with zeros: ranks in B, columns in A."""
+"""On a GPU: number of addresses of a part (A, c * B, c - 1, bias; 0 without a bias); multiples to which the ranks in B
+and the columns in A are padded with zeros."""
 
 
 def most_blocks(rank: int) -> int:
@@ -111,7 +115,7 @@ def filled(rank: int) -> int:
 
 
 def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> np.ndarray:
-    """Return A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. For I8, scales [R, 4, 2] as bytes."""
+    """Return A [R, K] as blocks; R is a multiple of 4 and K of 32. `scales`: for I8, uint8 [R, 4, 2], bfloat16 bits."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
@@ -127,7 +131,7 @@ def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = 
 
 
 def panels_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> tuple[int, np.ndarray]:
-    """Return steps of a panel, and B [N, r] as panels. For I8, scales [N, 2] as bytes."""
+    """Return the number of steps of a panel, and B [N, r] as panels. `scales`: for I8, uint8 [N, 2], bfloat16 bits."""
     each, height = form.per_step, -(-len(matrix) // PANEL) * PANEL
     steps = -(-matrix.shape[1] // each)
     panels = filled_with_zeros(matrix, height, steps * each).reshape(-1, PANEL, steps, each)
@@ -148,16 +152,17 @@ def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray
 
 
 class ShrinkArguments(NamedTuple):
-    """Arguments of the operations that multiply inputs by A, or look up their products.
+    """Arguments of the operations that compute x A^T: `shrink`, and the lookup in a table.
 
     Attributes:
         place: number of the adapter site.
         groups_from: which `StepNumber` is the number of groups.
-        starts, tables: addresses of int64 [G + 1], first entry of each group, and [G], the tables of their adapters.
-        x, x_bytes: address of the rows' inputs, float32, and their row stride in bytes; or of row numbers to look up.
+        starts: address of int64 [G + 1]: first entry of each of G groups, and the end of the last group.
+        tables: address of int64 [G]: the table of each group's adapter.
+        x, x_bytes: address of the inputs, float32, and their row stride in bytes; or of row numbers to look up.
         rows: address of int64, the row of each entry.
         h, h_bytes: address of the sums, and bytes of an entry's sums.
-        places, top_k, experts: for experts: addresses of int64 [T, k], each pair's place and expert; k.
+        places, experts, top_k: for experts: addresses of int64 [T, k], the place and the expert of each pair; k.
         by_place: whether x has a row for each place of a pair.
         done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; see `BeginArguments`.
     """
@@ -179,7 +184,7 @@ class ShrinkArguments(NamedTuple):
 
 
 class BeginArguments(NamedTuple):
-    """The arguments of the operation that runs before `shrink` and a barrier; see `cpu_shrink.begin`.
+    """Arguments of the operation that runs before `shrink`; see `cpu_shrink.begin`.
 
     Attributes:
         done: as in `ShrinkArguments`.
@@ -196,13 +201,13 @@ class ExpandArguments(NamedTuple):
             `ShrinkArguments`.
         scales: address of the entries' scales, float32.
         out, row_bytes: address of the result, float32, and its row stride in bytes.
-        first, columns: range of columns that are added to; a nested operation, if any, computes the same columns.
-        base, base_bytes: address of the model's own products, if they are separate, and their row stride; or 0.
+        first, columns: first column and number of columns; a nested operation, if any, computes the same columns.
+        base, base_bytes: address and row stride of the model's own products, if they are separate from `out`; else 0.
         rows_from: which `StepNumber` is the number of the product's rows.
         accumulate, bias: whether the products are added to the result; address of the product's own bias or 0.
         numbers: address of the step's row numbers, for lookups.
         inputs: K.
-        back: bytes to the row of `shrink`, which is in the same group of operations; 0 if `shrink` is complete.
+        back: bytes back to the plan row of `shrink`, if no barrier follows `shrink`; otherwise 0.
         beside: see `LinearArguments`; passed to the nested operation.
     """
 
@@ -236,22 +241,18 @@ class ExpandArguments(NamedTuple):
 
 
 def shrink_operation(form: NumberForm, isa: int) -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_shrink:make_shrink", form, isa)
 
 
 def begin_operation() -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_shrink:begin")
 
 
 def expand_operation(form: NumberForm, isa: int) -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_expand:make_expand", form, isa)
 
 
 def lookup_operation(form: NumberForm) -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_tables:make_lookup", form)
 
 
@@ -261,12 +262,10 @@ def replace_operation() -> int:
 
 
 def shrink_experts_operation(form: NumberForm, isa: int) -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_experts:make_shrink", form, isa)
 
 
 def expand_experts_operation(form: NumberForm, isa: int) -> int:
-    """Return the address of the compiled operation."""
     return operation("lora.cpu_experts:make_expand", form, isa)
 
 

@@ -28,7 +28,7 @@ SERIALS = itertools.count(1)
 Places = Mapping[str, Sequence[Place]]
 """The adapter sites of a model, by the paths of its layers."""
 Changes = Mapping[int, tuple[Place, Mapping[str, Delta]]]
-"""Adapter sites by their numbers, and the changes of their parts."""
+"""By number of an adapter site: the site, and the changes of its parts by prefix (`FittedAdapter.deltas`)."""
 
 
 def pack_adapter(
@@ -43,8 +43,8 @@ def pack_adapter(
 
     Args:
         places: adapter sites of the model.
-        dtype: type in which it is multiplied.
-        compiled: for the compiled CPU operations; otherwise for torch.
+        dtype: type in which the adapter is multiplied.
+        compiled: whether to pack for the compiled CPU operations; otherwise for torch.
         packed: function that creates another backend's layout instead.
 
     Raises:
@@ -140,9 +140,9 @@ class Packing:
         self._pieces = WeightMemory()
 
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
-        """Copy the contents of the deltas from `changes_of`."""
+        """Pack the changes from `changes_of`."""
         every = [delta for _, deltas in found.values() for delta in deltas.values()]
-        # One block in the order of a step, in huge pages if it is large; its size is an upper bound, roughly.
+        # One array in the order in which a step reads it, in huge pages if it is large. The size is an estimate.
         room = sum(self._bytes_of(delta) for delta in every) * 17 // 16
         self._pieces = WeightMemory(room + 512 * (len(every) + len(places)))
         address = self.table(found, places)
@@ -159,7 +159,7 @@ class Packing:
         )
 
     def table(self, found: Changes, places: Places) -> int:
-        """Write the table, after all that it refers to; return its address."""
+        """Write the descriptions and then the table; return the table's address."""
         made = np.zeros(1 + max((place.number for each in places.values() for place in each), default=0), np.int64)
         for number, (place, deltas) in found.items():
             if place.experts:
@@ -195,7 +195,7 @@ class Packing:
         return self.told(made)
 
     def _half(self, a: StoredTensor, rank: int, columns: int) -> tuple[np.ndarray, ...]:
-        """Return A, padded, and the scales of its ranks with I8."""
+        """Return A, padded; with I8 also the scales of its ranks."""
         if self.form is not lay.NumberForm.I8:
             return (lay.filled_with_zeros(self.bits_of(a), rank, columns),)
         codes, scales = self.codes_of(a, lay.QUARTERS)
@@ -243,7 +243,7 @@ class Packing:
     # ---- reading and storing -----------------------------------------------------------------------------------------
 
     def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
-        """Return a matrix, its rows times `scale`, in the adapter's type, bfloat16 as its bits; with I8 bfloat16."""
+        """Return a matrix, its rows times `scale`, in the adapter's type; bfloat16 (also with I8) as bits."""
         assert stored is not None
         dtype = self.form.whole.name
         if scale is None:
@@ -259,7 +259,8 @@ class Packing:
         *,
         turned: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Quantise a matrix or its transpose times `scale`, as `reference.quantised`: bytes [R, C], [R, groups, 2]."""
+        """Quantise a matrix, or its transpose if `turned`, with rows times `scale`, as `reference.quantised` does.
+        Return bytes [R, C] and [R, groups, 2]."""
         numbers = numbers_of(stored)
         if scale is not None:
             numbers = numbers * scale[:, None]

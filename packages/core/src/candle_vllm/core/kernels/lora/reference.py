@@ -22,8 +22,8 @@ _SMALLEST = np.finfo(np.float32).tiny  # smallest scale
 def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Quantise a matrix [R, C] to integers with scales [R, groups].
 
-    Groups are equal shares of the columns, padded to a multiple of 8 for each group. A group's scale is its largest
-    element divided by 127, rounded up to bfloat16; or 0, with codes of 0, if that is not a normal float.
+    Groups are equal shares of the columns, each padded to a multiple of 8. A group's scale is its largest element
+    divided by 127, rounded up to bfloat16; if that is not a normal float, scale and codes are 0.
     """
     rows, columns = matrix.shape
     size = -(-columns // (8 * groups)) * 8
@@ -45,14 +45,14 @@ def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.
 
 
 def in_16_bits(x: torch.Tensor, most: float = float(MOST_16)) -> torch.Tensor:
-    """Round rows [n, g] to 16-bit integers times a float32 scale for each row, its largest element / `most`."""
+    """Round rows [n, g] to 16-bit integers times a float32 scale: the row's largest element divided by `most`."""
     largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
     scale = torch.where(largest < 2.0**-100, 0, largest / most)
     return torch.round(x * torch.where(scale == 0, 0, 1 / scale)) * scale
 
 
 def _inputs_in_16_bits(x: torch.Tensor) -> torch.Tensor:
-    """Round inputs [n, K] as `in_16_bits`, in groups of `SPAN` columns of each quarter."""
+    """Round inputs [n, K] as `in_16_bits` does, in groups of `SPAN` columns of each quarter."""
     quarter = row_elements(x.shape[1]) // QUARTERS
     groups = [columns.split(SPAN, 1) for columns in x.split(quarter, 1)]
     return torch.cat([in_16_bits(group) for of in groups for group in of], 1)
@@ -60,7 +60,7 @@ def _inputs_in_16_bits(x: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TorchDelta:
-    """A `Delta` of the rows begin .. end of an adapter site, or of an expert; see `Delta`. B is multiplied by c."""
+    """A `Delta` as tensors, for rows begin .. end of an adapter site or of an expert; B is multiplied by c."""
 
     expert: int
     begin: int
@@ -75,7 +75,7 @@ class TorchDelta:
 
     @classmethod
     def of(cls, place: Place, name: str, delta: Delta, dtype: NumberType, device: Any) -> TorchDelta:
-        """Copy a delta to a device, its matrices in `dtype`, integers decoded."""
+        """Copy a delta to a device; its matrices are rounded to `dtype`, and with I8 decoded again."""
 
         def tensor(numbers: Any, kind: str = "F32") -> Any:
             return None if numbers is None else torch.from_numpy(np.array(numbers)).to(device, DTYPES[kind])
@@ -144,7 +144,7 @@ class TorchAdapter:
         return total
 
     def _sums(self, h: torch.Tensor, delta: TorchDelta) -> torch.Tensor:
-        """Return sums [n, r] times their scale, rounded as the factors of B."""
+        """Return sums [n, r] times s, rounded as before the product with B."""
         if self.whole:
             return in_16_bits(h, min(float(MOST_16), 2**31 // 127 // filled(h.shape[1]))) * delta.scale
         return (h * delta.scale).to(self.dtype).float()
@@ -185,7 +185,7 @@ class EagerAdapters:
         self.groups: Sequence[Group] = ()
 
     def choose(self, adapters: Any, device: Any, wanted: NDArray[np.int64] | None = None) -> None:
-        """Select the adapters of a step's rows (`AdapterRows` or None), or only of its rows that are `wanted`."""
+        """Select the adapters of a step's rows (`AdapterRows` or None), or only of the rows `wanted`."""
         picked = adapters if wanted is None or adapters is None else adapters.among(wanted)
         self.groups = (
             ()

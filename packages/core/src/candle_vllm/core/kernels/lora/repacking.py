@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Fast packing of adapters whose files differ only in their weights, by a recorded list of copies.
 
-Packing an adapter that has only A and B depends on its configuration and on the names and shapes of its tensors; it
-moves elements without changing them. So one adapter is packed with indices into its file instead of its elements, which
-records the source of each element. All other adapters of the same kind are then copied in a few hundred pieces without
-the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most layers, share their indices.
-An adapter with invalid data (elements that are not finite) is left to `fit_adapter`, which raises the error.
+Packing an adapter that has only A and B depends on its configuration and on the names and shapes of its tensors, the
+adapter's **kind**; it moves elements without changing them. So one adapter is packed with indices into its file instead
+of its elements, which records the source of each element. All other adapters of the kind are then copied in a few
+hundred pieces without the GIL, instead of fitting and packing each tensor in Python. Equal pieces, as in most layers,
+share their indices. An adapter with elements that are not finite is left to `fit_adapter`, which raises the error.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _LARGE = 0x5780  # bits of a bfloat16; the sum of many squares of larger element
 
 
 class _UnseenError(Exception):
-    """Packing changes the elements, or needs too many indices."""
+    """Packing cannot be recorded: it changes elements, or needs too many indices."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Piece:
-    """Contents of a piece of memory: indices of the file's elements, relative to one of them, and blank positions."""
+    """Sources of a piece of memory: indices of the file's elements, relative to the first, and blank positions."""
 
     numbers: NDArray[np.intp]
     blank: NDArray[np.intp]
 
 
 class _Watching(Packing):
-    """Pack indices instead of elements: index 1 is the file's first element, 0 is no element.
+    """Pack indices of the file's elements instead of the elements, counted from 1; 0 is a blank position.
 
     Args:
         dtype: type in which adapters of this kind are multiplied.
@@ -67,7 +67,7 @@ class _Watching(Packing):
         nbytes: size of the memory.
         count: number of kept indices.
         words: arrays of integers and addresses, with their positions in memory.
-        copies: for each piece: its position, the element that its indices are relative to, and the piece.
+        copies: for each piece: its position, its first element in the file, and the `_Piece`.
     """
 
     def __init__(self, dtype: NumberType, first: int, most: int, matrices: NDArray[np.int64]) -> None:
@@ -145,15 +145,15 @@ class Repacking:
 
     Attributes:
         like: an adapter of the kind, without its memory.
-        dtype: type in which they are multiplied.
+        dtype: type in which the adapters are multiplied.
         stored: type of the file's elements.
         nbytes: size of the packed memory.
-        table: offset of the table in it.
+        table: offset of the table in the packed memory.
         words: index and value of each int64 of descriptions and tables, and which of them are addresses.
         copies: as in `_Watching`.
         size: number of stored indices.
-        products: offsets of A [r, K] and B [N, r] in the file, and their scales, by (r, K, N).
-        matrices: for I8, arguments of `cpu_quantise`, whose results then replace the file's elements.
+        products: by (r, K, N): offsets of A [r, K] and B [N, r] in the file, and the scales s.
+        matrices: for I8, arguments of `cpu_quantise`; its results then replace the file's elements.
     """
 
     like: PackedAdapter
@@ -168,7 +168,7 @@ class Repacking:
     matrices: NDArray[np.int64]
 
     def pack(self, data: NDArray[np.uint8], digest: bytes) -> PackedAdapter | None:
-        """Pack an adapter, whose file has these bytes after its header; None if its elements need a closer check."""
+        """Pack an adapter from the bytes after its file's header; None if its elements need a closer check."""
         kind = self.dtype if self.dtype != "I8" else "BF16" if self.stored == "BF16" else "F32"
         numbers = _numbers(data, self.stored, kind)
         if not _is_ordinary(numbers):
@@ -213,10 +213,10 @@ class Repacking:
 def repacking_of(
     fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
 ) -> Repacking | None:
-    """Record the packing of adapters of this one's kind; None if it does not depend on the kind alone.
+    """Record the packing of adapters of the kind of `fitted`; None if packing does not depend on the kind alone.
 
     Args:
-        tensors: all tensors of its file.
+        tensors: all tensors of the adapter's file.
         places, dtype: as in `pack_adapter`.
         most: maximum number of indices to store.
     """
@@ -266,7 +266,7 @@ def repacking_of(
 
 
 def _matrices(pairs: Iterable[tuple[FileTensor, FileTensor]], first: int, size: int) -> NDArray[np.int64]:
-    """Return A and B in the order of the file as arguments of `cpu_quantise`; each one's scales follow its codes."""
+    """Return the `matrices` of `cpu_quantise` for A and B, in the order of the file."""
     sides = {side.start: (side.shape, groups) for pair in pairs for side, groups in zip(pair, (lay.QUARTERS, 1))}
     made, at = list[tuple[int, ...]](), 0
     for start, ((rows, columns), groups) in sorted(sides.items()):

@@ -3,13 +3,13 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Add adapters to a product on a GPU (step 6 of a request's life): two launches for any mix of adapters in a step.
 
-Rows are in blocks of one adapter. `shrink` computes h = x A^T of a block; K is divided into stretches that depend on K
-alone; their sums are stored separately. `expand` adds these in order, and adds the contract's terms to y in place. The
-addresses of an adapter's matrices are read from a table, so a captured step works for every adapter at its own rank: a
-program that has no work because of a smaller rank ends at once.
+A **block** is up to `most` rows of one adapter, a **stretch** some consecutive columns of x; stretches depend on K
+alone. `shrink` computes x A^T of a block for each stretch and stores the results separately. `expand` adds them in
+order, and adds the contract's terms to y in place. The addresses of an adapter's matrices are read from a table, so a
+captured step works for adapters of any rank: a program that has no work because of a smaller rank ends at once.
 
-The adapter's rows are the M dimension of a product and tokens the N dimension, as in `kernels/linear/triton.py`, for
-the same reason: a row's bits do not depend on the other rows.
+The adapter's rows are the M dimension of a product and tokens the N dimension, as in `kernels/linear/triton.py`, so
+that a token's bits do not depend on the other tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _STAGES = 3
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """A step's rows with adapters, on the device; each row occurs once.
+    """A step's rows that have adapters, on the device; each row occurs once.
 
     Attributes:
         table: int32 [3, blocks]: the LoRA slot of a block, or -1 for an unused block; its first index in `rows`; its
