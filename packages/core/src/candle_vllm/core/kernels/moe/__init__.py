@@ -3,43 +3,44 @@
 
 Letters: T tokens, X experts, k experts of a token, E hidden size, F an expert's inner size.
 
-`route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
-with the highest score + bias are chosen; among equals, the lowest number comes first. Without a bias the logits
-themselves are compared: they have the same order as the scores, but rounding cannot make two of them equal. With groups
-of consecutive experts, only experts of the `top_groups` best groups are candidates; a group's value is its highest
-score, or with a bias the sum of its two highest. NaN counts as lower than every number. The weights are the scores
-without the bias, divided by their sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A
-token's experts are distinct, in the order of their choice. With "sparsemixer" (without bias and groups) the weight of a
-chosen logit l is its share of a softmax over l and the near logits z that were not chosen before: those with l - z at
-most 2 `jitter` max(|z|, l). On a GPU torch computes it. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2,
-arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+A **pair** is a token and one of its experts: pair t * k + j is expert j of token t. Sorted by expert (stably), an
+expert's pairs are consecutive; a pair's index in this order is its **place**.
 
-`expert_linear`: a product with the matrices of all experts, [X * N, K], expert by expert: a `DeviceMatrix` of bfloat16
-or float16, of GGUF blocks, or of small floats in groups; or all operands are float32. With an activation the matrix has
-each expert's gate rows followed by its up rows, [X, 2 N, K]; x [T, K] has a row for each token, and the result for a
-pair of a token t and an expert e is
+`route`: logits [T, X] of any float dtype. In fp32, the scores are softmax(logits) or sigmoid(logits). The k experts
+with the highest score + bias are chosen, among equals the lowest number first. Without a bias the logits are compared,
+which have the same order as the scores, but are not made equal by rounding. With groups of consecutive experts, only
+experts of the `top_groups` best groups are candidates; a group's value is its highest score, or with a bias the sum of
+its two highest. NaN counts as lower than every number. The weights are the scores without the bias, divided by their
+sum if `renormalise`, times `scale` and each expert's `expert_scale`, if any. A token's experts are distinct, in the
+order of their choice. With "sparsemixer" (without bias and groups) the weight of a chosen logit l is its share of a
+softmax over l and the near logits z that were not chosen before, for which l - z is at most 2 `jitter` max(|z|, l); on
+a GPU torch computes this. Sources: Shazeer et al., 2017, arXiv:1701.06538; DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3,
+arXiv:2412.19437; Liu et al., 2024, arXiv:2409.12136 (sparsemixer).
+
+`expert_linear`: a product of each pair's input with the expert's matrix [N, K]. The matrices of all experts are one
+matrix [X * N, K]: a `DeviceMatrix` of bfloat16 or float16, of GGUF blocks, or of small floats in groups; or all
+operands are float32. With an activation, x [T, K] has a row for each token, the matrix has each expert's gate rows
+followed by its up rows, [X, 2 N, K], and the result for a pair of token t and expert e is
 
     act(gate[e] x[t]) * (up[e] x[t])
 
 gpt-oss's "swiglu_oai" is (up + 1) * gate * sigmoid(1.702 gate), gate at most 7 and up within [-7, 7], instead of
 act(gate) * up; "silu_7" and "silu_16" have limits too, see `kernels/silu_mul`. With "relu2" the matrix has only up
 rows, [X, N, K], and the result is the square of max(up[e] x[t], 0); with "gelu" it is the GELU of up[e] x[t].
-Without an activation x is such a result, with a row for each pair, and the result is down[e] x. A bias [X, N] (or
-[X, 2 N]) is added to the products. The order of the results [T * k, N] is private to these functions; results of pairs
-without an expert are undefined.
+Without an activation x is the result of such a call, with a row for each pair, and the result is down[e] x. A bias
+[X, N] (or [X, 2 N]) is added to the products. The order of rows of results [T * k, N] is private to these functions;
+results of pairs without an expert are undefined.
 
-`combine`: y[t], in new memory, is the sum over j of weights[t, j] times the jth result of token t. The experts of a
-token must be distinct. A number outside 0 to X - 1 means no expert, which adds nothing: padding rows of a batch have no
-experts.
+`combine`: y[t], in new memory, is the sum over j of weights[t, j] times the result of token t's expert j. The experts
+of a token must be distinct. A number outside 0 to X - 1, as in padding rows, means no expert, which adds nothing.
 
 Sums are fp32; act(gate) * up, an expert's result, and y are rounded to x's dtype. Results are added in the order of j.
-Up to `FEW` pairs of token and expert use other kernels than more pairs, and round GGUF blocks as `kernels/gguf_linear`
-does, small floats as `kernels/group_linear`. In either case y[t] depends only on token t's own row, weights and
-experts; with `invariant=True` it has the same bits in both cases.
+On a GPU, up to `FEW` pairs use other kernels than more pairs. They round GGUF blocks as `kernels/gguf_linear` does, and
+small floats as `kernels/group_linear` does. y[t] depends only on token t's own row, weights and experts, and on which
+kernels are used; with `invariant=True` also few pairs use the kernels for many. float32 has no kernels: torch
+multiplies every token by every expert, which is slow.
 
-float32 has no kernels: on a GPU, torch multiplies every token by every expert, which is slow.
-
-Nothing here waits for the GPU, and launches depend on shapes alone, so CUDA graphs can capture them. For tensors on the
+No function waits for the GPU, and launches depend on shapes alone, so CUDA graphs can capture them. For tensors on the
 CPU, `reference.py` computes in fp32 up to y.
 """
 
@@ -104,7 +105,7 @@ def route(logits: Value, routing: Routing) -> Pairs | RecordedPairs:
 
 
 def weighted(x: Value, pairs: Any) -> tuple[Value, Any]:
-    """Return x [T, E] times the weight of each token's only expert, in new memory, and pairs whose weights are 1."""
+    """Return x [T, E] times the weight of each token's only expert, in new memory, and the pairs with weights of 1."""
     if isinstance(x, Recorded):
         return x.weighted(pairs)
     assert pairs.weights.shape[1] == 1
@@ -127,7 +128,7 @@ def expert_linear(
     Args:
         matrices: one matrix of all experts; in recorded steps lists of one matrix per expert, gate's and then up's.
         invariant: use the kernels for many pairs also for few pairs.
-        place, adapters: the adapter site, and, for layers that run op by op, the adapters.
+        place: the adapter site. adapters: the step's adapters; None in recorded steps.
     """
     assert activation is None or activation in get_args(Activation)
     if isinstance(x, (Recorded, RecordedRows)):
@@ -154,7 +155,7 @@ def expert_linear(
 def combine(
     results: Any, pairs: Any, dtype: torch.dtype | None, shared: Value | None = None, gate: Value | None = None
 ) -> Value:
-    """Return the weighted sums [T, N] in dtype (None in recorded steps), plus `shared` times gate [T, 1]'s sigmoid."""
+    """Return the weighted sums [T, N] in dtype (None in recorded steps), plus shared [T, N] * sigmoid(gate [T, 1])."""
     if isinstance(results, RecordedRows):
         return results.combine(shared, gate)
     import torch

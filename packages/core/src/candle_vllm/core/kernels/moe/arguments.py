@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 FEW = 64
-"""Maximum number of pairs of token and expert for the kernels for few pairs, which decoding uses."""
+"""Maximum number of pairs for the kernels for few pairs, which decoding uses."""
 
 MOST_EXPERTS = 512
 """Maximum number of experts of a layer."""
@@ -24,7 +24,7 @@ Activation: TypeAlias = Literal["silu", "gelu_tanh", "swiglu_oai", "relu2", "gel
 
 
 def is_gated(activation: Activation | None) -> bool:
-    """Whether the activation combines an expert's gate and up projections."""
+    """Whether the activation has a gate, so that the matrix has gate and up rows."""
     return activation not in (None, "relu2", "gelu")
 
 
@@ -37,7 +37,7 @@ class Routing:
 
     Attributes:
         top_k: k.
-        scoring, renormalise, scale: rules that convert logits to weights.
+        scoring, renormalise, scale: how logits are converted to weights.
         bias: [X] fp32 or None, an array in recorded steps; only used to choose experts (DeepSeek-V3's
             e_score_correction_bias).
         expert_scale: [X] fp32 or None, an array in recorded steps; factor of each expert's weights.
@@ -58,13 +58,13 @@ class Routing:
 
 @dataclass(eq=False)
 class Pairs:
-    """Pairs of a token and one of its experts; pair t * k + j is token t's jth.
+    """Pairs of a token and one of its experts; pair t * k + j is expert j of token t.
 
     Attributes:
         weights: [T, k] fp32.
         experts: [T, k] int32; a token's experts are distinct, and a number outside 0 to X - 1 means no expert.
         count: X.
-        blocks: the pairs sorted by expert, which the GPU's kernels compute at their first call.
+        blocks: the pairs sorted by expert, which the GPU's kernels compute at their first call and reuse.
     """
 
     weights: torch.Tensor
@@ -82,7 +82,7 @@ class Pairs:
         assert 0 < self.count <= MOST_EXPERTS
 
     def among(self, first: int, count: int) -> Pairs:
-        """Renumber for a rank that has `count` experts from `first` on; other experts become "no expert"."""
+        """Return the pairs of a rank: its `count` experts from `first` on become 0, 1, ...; others mean no expert."""
         return Pairs(self.weights, self.experts - first, count)
 
     @property
@@ -102,23 +102,23 @@ class Pairs:
 
 
 ENTRY = slot(LinearArguments, LinearArguments._fields[-1]) + 1
-"""Number of elements for a matrix in the table of `experts`: a whole row of a linear operation."""
+"""Number of elements for a matrix in the table of `experts`: a plan row of a linear operation."""
 
 
 class RouteArguments(NamedTuple):
-    """Arguments of the operation. It also sets the step's number `PAIRS`.
+    """Arguments of the operation `route`, which also sets the step's number `PAIRS`.
 
     Attributes:
         logits, stride: address of float32 [T, X], and row stride in floats.
         num_experts: X.
         top_k: k.
         groups, top_groups: number of groups of experts, and number of groups whose experts are candidates.
-        scoring, renormalise, scale, jitter: rules that convert scores to weights; `scoring` is a number in `Scoring`.
+        scoring, renormalise, scale, jitter: how logits are converted to weights; `scoring` is a value of `Scoring`.
         bias, expert_scale: addresses of float32 [X], or 0.
         experts, weights: addresses of the results, int64 [T, k] and float32 [T, k].
         finished: address of an int64 counter, which is 0 between operations.
-        starts: address of int64 [X + 1]: expert x has places starts[x] to starts[x + 1] - 1; X scratch elements follow.
-        token_of, place_of: addresses of the results int64 [T * k]: the token of each place, and the place of each pair.
+        starts: address of int64 [X + 1]: expert x has places starts[x] to starts[x + 1] - 1. X scratch elements follow.
+        token_of, place_of: addresses of results, int64 [T * k] each: the token of a place, and the place of a pair.
     """
 
     logits: int
@@ -147,14 +147,14 @@ def route_operation() -> int:
 
 
 class ExpertsArguments(NamedTuple):
-    """Arguments of the operation.
+    """Arguments of the operation `experts`.
 
     Attributes:
-        starts: address of the array of the same name from `route`.
-        table: address of int64 [X, matrices, ENTRY]: rows of linear operations whose result has a row for each place.
+        starts: address of `starts` of `RouteArguments`.
+        table: address of int64 [X, matrices, ENTRY]: linear operations, whose results have a row for each place.
         num_experts: X.
-        matrices: number of matrices of each expert, whose tiles cost the same.
-        picked: address of int64: the row of the activations for each place.
+        matrices: number of matrices of each expert; all tiles of an expert cost the same.
+        picked: address of int64 [T * k]: the row of the activations for each place.
         ranks: table of CPU ranks, see `rank_of`.
     """
 
@@ -172,17 +172,17 @@ def experts_operation() -> int:
 
 
 class CombineArguments(NamedTuple):
-    """The operation's arguments; strides are row strides in floats.
+    """Arguments of the operation `combine`; strides are row strides in floats.
 
     Attributes:
         out, out_stride: address of the result, float32 [T, E].
-        onto: whether it is added to the old value.
+        onto: whether the sum is added to the old value of `out`.
         columns: E.
         top_k: k.
         weights, places: addresses of float32 [T, k], and of the pairs' places int64 [T, k].
         results, result_stride: address of float32 [T * k, E], with a row for each place.
-        shared, shared_stride: address of float32 [T, E], which is added with weight 1; or zeros.
-        gate, gate_stride: address of float32 [T, 1], whose sigmoid replaces the weight 1; or zeros.
+        shared, shared_stride: address of float32 [T, E], which is added with weight 1; 0 and 0 without it.
+        gate, gate_stride: address of float32 [T, 1], the sigmoid of which replaces the weight 1; 0 and 0 without it.
     """
 
     out: int

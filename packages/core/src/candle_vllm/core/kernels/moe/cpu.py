@@ -2,14 +2,13 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Mixture of experts as compiled CPU operations: routing, sorting of pairs, the experts' matrices, the weighted sum.
 
-A pair is a token and one of its experts; pair t * k + j is expert j of token t. Sorted by expert, an expert's pairs are
-consecutive, in the order of the tokens; a pair's index in this order is its **place**. So the rows that an expert
-multiplies are contiguous in the result, and its matrices are read once for all of them.
+Terms (pair, place): see the package. In the order of places, the rows that an expert multiplies are contiguous in the
+result, and the expert's matrices are read once for all of them.
 
-`experts` multiplies nothing itself: it divides the tiles of all chosen experts' matrices among the threads (a rank's
-rows among the rank's threads), and calls the linear operation of each matrix's kind for them, with a row of arguments
-in which it changes the fields that all kinds share. So matrices may be of different kinds, a row has the same
-bits as from the linear layer, and with one token only the chosen experts' weights are read.
+`experts` divides the tiles of all chosen experts' matrices among the threads (a rank's rows among the rank's threads),
+and calls the linear operation of each matrix's kind on a thread's tiles, with arguments of which it changes the fields
+that all kinds share. So matrices may be of different kinds, a row has the same bits as from the linear layer, and with
+one token only the chosen experts' weights are read.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ READING = 4
 
 @njit(inline="always")
 def _number(value: float) -> float:
-    """Return a number, or negative infinity for NaN, which counts as lower than every number."""
+    """Return `value`, or negative infinity for NaN."""
     return value if value == value else -math.inf
 
 
@@ -82,7 +81,7 @@ def _score(logits: Any, scores: Any, choice: Any, count: int, scoring: int, bias
 
 @njit
 def _share_of_near(choice: Any, candidates: Any, best: int, count: int, jitter: float) -> float:
-    """Return the best logit's share of a softmax over it and the near candidates."""
+    """Return the weight of sparsemixer: logit `best`'s share of a softmax over the logit and the near candidates."""
     top, total = float(choice[best]), 1.0
     for x in range(count):
         value = float(choice[x])
@@ -93,7 +92,7 @@ def _share_of_near(choice: Any, candidates: Any, best: int, count: int, jitter: 
 
 @njit
 def _keep_groups(choice: Any, candidates: Any, scratch: int, size: int, groups: int, top_groups: int, two: int) -> None:
-    """Make the members of the best groups candidates. scratch: address of 2 * groups floats."""
+    """Make the experts of the best groups the candidates. scratch: address of 2 * groups floats."""
     worth, remaining = float32_at(scratch), float32_at(scratch + 4 * groups)
     for group in range(groups):
         best, second = -math.inf, -math.inf
@@ -166,7 +165,7 @@ def route(row, thread, threads):
 
 
 def experts(row, thread, threads):
-    """Multiply a thread's share of the experts' matrices."""
+    """Multiply a thread's share of the tiles of the experts' matrices."""
     given = read(ExpertsArguments, row)
     starts, table, count, matrices = int64_at(given.starts), given.table, given.num_experts, given.matrices
     ranked = given.ranks != 0  # each rank multiplies its own rows of every matrix
@@ -221,7 +220,7 @@ def experts(row, thread, threads):
 
 
 def combine(row, thread, threads):
-    """Add a token's weighted results."""
+    """Write, or add, each token's weighted sum of results."""
     given = read(CombineArguments, row)
     tokens = step_number(row, StepNumber.TOKENS.value)
     onto, columns, top_k = given.onto, given.columns, given.top_k

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Experts that the CPU computes within the steps of a GPU (CPU offloading of experts).
 
-Their matrices are in main memory, in the layout of the CPU's compiled kernels. For all tokens of a step the GPU copies
-a layer's input and the router's logits to pinned memory. The CPU routes the tokens, multiplies, and writes the weighted
-sums to pinned memory, from where the GPU copies them. Meanwhile the stream computes the shared expert.
+The experts' matrices are in main memory, in the layout of the CPU's compiled kernels. The GPU copies a layer's input
+and the router's logits of all tokens to pinned memory. The CPU routes the tokens, multiplies, and writes the weighted
+sums to pinned memory, from which the GPU copies them. Meanwhile the stream computes the shared expert.
 
-The host waits within a step, so a captured step is split there into several graphs, see `DeviceStream.between`.
+The host waits once in each such layer, so a captured step is split into several graphs, see `DeviceStream.between`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
 
 Record: TypeAlias = Callable[[Recorded, Recorded], Recorded]
-"""Function that records a layer's experts: from x [T, E] and the router's logits [T, X] to the weighted sums [T, E]."""
+"""Function (x [T, E], router logits [T, X]) -> weighted sums [T, E] that records a layer's experts."""
 
 Meanwhile: TypeAlias = Callable[[], torch.Tensor]
 Sums: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
@@ -41,7 +41,7 @@ MOST_ROWS = 512
 
 
 class HostExperts:
-    """Mixture-of-experts layers of a model whose experts are in main memory.
+    """Mixture-of-experts layers with experts in main memory.
 
     Args:
         stream: stream of the steps.
@@ -101,7 +101,7 @@ class HostExperts:
         self._team.close()
 
     def step(self, number: int, x: torch.Tensor, logits: torch.Tensor, meanwhile: Meanwhile | None) -> Sums:
-        """Return a layer's sums [T, E] in x's dtype, 0 for padding, and `meanwhile`'s result; runs in the stream."""
+        """Return layer `number`'s sums [T, E] in x's dtype, 0 for padding, and `meanwhile`'s result; in the stream."""
         rows = len(x)
         copy(self._x.tensor[:rows], x)
         copy(self._logits.tensor[:rows], logits)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Recording a mixture of experts: the operations of `cpu.py`, in order, and the memory between them.
+"""Recording a mixture of experts: the operations of `cpu.py`, in order, and the memory for their intermediate results.
 
-A plan may run any step up to its limits, so its memory has k rows for each token of the largest step. With one token,
-only the chosen experts' matrices are read.
+A plan may run any step up to its limits, so its memory has k rows for each token of the largest step.
 """
 
 from __future__ import annotations
@@ -30,18 +29,17 @@ PROLOGUES: Mapping[Activation, Prologue] = MappingProxyType({
     "silu": Prologue.SILU, "gelu_tanh": Prologue.GELU_GATE, "swiglu_oai": Prologue.SWIGLU_OAI,
     "relu2": Prologue.RELU2, "gelu": Prologue.GELU, "silu_7": Prologue.SILU_7, "silu_16": Prologue.SILU_16,
 })  # fmt: skip
-"""The computation of the down matrices' input from gate and up."""
+"""By activation: how the input of the down matrices is computed from the gate and up products."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """The arrays of a step's pairs.
+    """Arrays of a step's pairs; see `RouteArguments`.
 
     Attributes:
         top_k: k.
-        experts: int64 [T, k].
-        weights: float32 [T, k].
-        places: int64 [T, k].
+        experts, weights: int64 [T, k] and float32 [T, k].
+        places: int64 [T, k], `place_of`.
         starts: int64 [X + 1].
         token_of: int64 [T * k].
     """
@@ -94,7 +92,7 @@ def record_sum(
 
 
 def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routing: Routing) -> Pairs:
-    """Record choosing and sorting, for the address and stride of logits float32 [T, X]."""
+    """Record the choice of experts and the sorting of pairs; `logits` is address and stride of float32 [T, X]."""
     top_k = routing.top_k
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
@@ -131,10 +129,10 @@ def record_products(
     bias: NDArray[np.float32] | None,
     picked: np.ndarray,
 ) -> Results:
-    """Record the products of every expert's matrices with the rows of its places, side by side in the result.
+    """Record the products of each place's row with its expert's matrices, whose results are side by side in a row.
 
     Args:
-        matrices: lists with one matrix of every expert.
+        matrices: one list for each projection, with a matrix of every expert.
         inputs: the rows, in the forms that the matrices read.
         bias: [X, width] or None.
         picked: int64 [T * k], the number of the row that each place reads.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mixture of experts in plain torch, literal enough to check by reading; the reference of the tests."""
+"""Mixture of experts in plain torch: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def route(logits: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.T
 
 
 def _shares_of_near(logits: torch.Tensor, experts: torch.Tensor, jitter: float) -> torch.Tensor:
-    """Return each chosen logit's share of a softmax over it and the near logits that were not chosen before."""
+    """Return the weights of sparsemixer; see the contract in the package."""
     shares: list[torch.Tensor] = []
     for chosen in experts.split(1, 1):
         top = logits.gather(1, chosen)
@@ -65,10 +65,10 @@ def expert_linear(
     joins: tuple[EagerAdapters, Place] | None = None,
     waits: bool = True,
 ) -> torch.Tensor:
-    """See the contract in the package: fp32, in the order of the pairs, including adapters.
+    """See the contract in the package. The results are fp32, in the order of the pairs, including adapters.
 
-    With `waits=False` the host does not read which experts are chosen, so it does not wait for a GPU: every token is
-    multiplied by every expert.
+    With `waits=False` every token is multiplied by every expert, so that the host need not wait for a GPU to read which
+    experts are chosen.
     """
     rows, wide = x.float(), matrix.decoded(torch.float32).unflatten(0, (pairs.count, -1))
     if activation is None:
@@ -82,7 +82,7 @@ def expert_linear(
         token, slot = asked.nonzero(as_tuple=True) if waits else (slice(None), None)
         if activation is not None:
             own = rows[token]
-        else:  # a token's experts are distinct: it has at most one row for each
+        else:  # a token's experts are distinct, so a token has at most one row for each expert
             own = rows[token, slot] if waits else torch.where(asked[..., None], rows, 0.0).sum(1)
         y = own @ wide[expert].float().T
         if joins is not None:

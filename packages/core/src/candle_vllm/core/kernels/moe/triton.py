@@ -3,9 +3,9 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Mixture of experts on a GPU (step 6 of a request's life): gate and up with the activation, down, and the sum.
 
-With few pairs of token and expert there are three launches; with many four or five, because the pairs are sorted first.
-Every pair's result is written separately, and results are added in the order of the token's experts, so nothing depends
-on the order of programs.
+With few pairs there are three launches; with many four or five, because the pairs are sorted first. Every pair's result
+is written separately, and results are added in the order of the token's experts, so no bit depends on the order of
+programs.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def expert_linear(
     activation: Activation | None,
     invariant: bool,
 ) -> torch.Tensor:
-    """See the contract in the package. Results are in the order of the pairs, or, for many pairs with an activation, in
-    the order of the experts."""
+    """See the contract in the package. Results have a row for each pair, or, for many pairs with an activation, for
+    each place."""
     assert x.dtype in (torch.bfloat16, torch.float16)
     assert x.stride(1) == 1 or x.shape[1] == 1, "the elements of a row must be contiguous"
     assert pairs.experts.is_contiguous()

@@ -3,17 +3,17 @@
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Products with experts' matrices on a GPU (step 6 of a request's life).
 
-All experts' rows are in one matrix, one expert after another. The product function that a kernel is given reads the
-storage format (`kernels/linear/triton_products.py`).
+Terms (pair, place): see the package. All experts' rows are in one matrix, one expert after another. A kernel gets a
+product function for the storage format (`kernels/linear/triton_products.py`).
 
-Few pairs (decoding): a program computes some rows of one expert's matrix for every token that chose this expert. There
-is a program for each pair; a program whose expert an earlier pair has ends at once. So weights are read once, and
-nothing is sorted. With one or two warps, also Hopper uses the plain tensor instructions, whose results do not
-depend on the number of tokens. Codes are multiplied by x exactly.
+Few pairs (decoding): there is a program for each pair and each tile of some rows of an expert's matrix. It multiplies
+the tile by every token that chose the pair's expert, or ends at once if an earlier pair has the same expert. So weights
+are read once, and pairs are not sorted. With one or two warps, also Hopper uses the plain tensor instructions, whose
+results do not depend on the number of tokens. Codes are multiplied by x exactly.
 
-Many pairs: a program computes some rows of one expert's matrix for a block of its pairs. The weights are the left
-factor, so small blocks of tokens fill the tensor cores as well as large ones, with the same bits. Codes are first
-scaled and rounded to x's dtype.
+Many pairs: a program multiplies a tile by a block of its expert's pairs. The weights are the left factor, so small
+blocks of tokens fill the tensor cores as well as large ones, with the same bits. Codes are first scaled and rounded to
+x's dtype.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from candle_vllm.core.kernels.triton_build import (
 
 
 class Tiles(NamedTuple):
-    """Tiles by number of tokens, for few pairs and for many pairs."""
+    """Tiles in order of their number of tokens, for few pairs and for many pairs."""
 
     few: tuple[Tile, ...]
     many: tuple[Tile, ...]
@@ -62,7 +62,7 @@ PLAIN = Tiles(
 )
 GGUF = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 3), Tile(64, 32, 4, 3)), _ROUNDED)
 FLOATS = Tiles((Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 4, 4)), _ROUNDED)
-_SERVERS = (80, 90, 100)  # on others the largest tile of plain matrices spills, with no space for a second block
+_SERVERS = (80, 90, 100)  # on other GPUs, registers do not hold the largest tile of plain matrices
 PLAIN_OTHERS = PLAIN._replace(many=(*PLAIN.many[:-1], Tile(128, 128, 8, 3)))
 # Without tensor cores: the largest tiles that do not spill.
 _MANY_SLOW = (Tile(16, 64, 4, 1, 32), Tile(32, 64, 8, 1, 32), Tile(64, 64, 8, 1, 32), Tile(128, 32, 8, 1, 32))
@@ -70,10 +70,10 @@ PLAIN_SLOW = Tiles(
     (Tile(8, 32, 2, 1, 32), Tile(16, 32, 4, 1, 32), Tile(32, 32, 8, 1, 32), Tile(64, 32, 8, 1, 32)), _MANY_SLOW
 )
 GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)), _MANY_SLOW)
-# For codes that are looked up, which takes registers.
+# For codes that are looked up in a table, which takes registers.
 TABLE = GGUF._replace(few=(*GGUF.few[:-1], Tile(64, 16, 4, 3)))
 TABLE_SLOW = GGUF_SLOW._replace(few=(*GGUF_SLOW.few[:-1], Tile(64, 16, 8, 1)))
-TOGETHER = 8  # tiles of rows that run together, so that their tokens stay in the cache
+TOGETHER = 8  # tiles of rows whose programs run together, so that their tokens stay in the cache
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def expert_tile(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Compute a finished tile of an expert's matrix for the rows of x in the mask `asked`."""
+    """Return the `finished` tile of an expert's matrix for the rows of x in the mask `asked`."""
     row, inside = tile_rows(tile, expert, N, GATED, ROWS)
     height = tl.cast(N, tl.int64) * X * (2 if GATED else 1)
     total = PRODUCT(
@@ -158,8 +158,8 @@ def store_tile(out, total, tile, target, asked, N, HEIGHT: tl.constexpr):
 
 @triton.jit
 def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr):
-    """For one of few pairs return its expert; whether it is valid and no earlier pair has it; and for each token
-    the token's pair with that expert, or -1."""
+    """Return a pair's expert; whether it is valid and no earlier pair has it; and for each token its pair with that
+    expert, or -1."""
     expert = tl.load(experts + pair)
     token = tl.arange(0, TOKENS)[:, None]
     slot = tl.arange(0, SLOTS)[None, :]
@@ -172,7 +172,7 @@ def few_pairs(experts, pair, T, X, TOP: tl.constexpr, SLOTS: tl.constexpr, TOKEN
 
 @triton.jit
 def block_pairs(order, table, block, blocks, TOKENS: tl.constexpr):
-    """For a block of one expert return the mask of used places, their indices in the order, and their pairs."""
+    """Return the mask of a block's used places, the places, and the places' pairs."""
     place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
     asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
     pair = tl.load(order + place, mask=asked, other=0)
@@ -278,8 +278,8 @@ def product(
 
     Args:
         x: [T, K] if `gate` names an activation, otherwise the result of the previous call.
-        blocks: None for few pairs; otherwise `out` has a row for each place in their order if `gate` names an
-            activation, and a row for each pair if not.
+        blocks: None for few pairs. Otherwise `out` has a row for each place if `gate` names an activation, and a row
+            for each pair if not.
     """
     assert bias is None or (bias.is_contiguous() and bias.device == x.device)
     stored, device = matrix.stored, x.device
@@ -319,7 +319,7 @@ def product(
 
 
 def block_tokens(pairs: Pairs) -> int:
-    """Return the tokens of a tile for many pairs: about as many as an expert has. Not measured yet."""
+    """Return the tokens of a tile for many pairs: about the average number of pairs of an expert. Not measured yet."""
     return tile_for(pairs.number // pairs.count, PLAIN.many).tokens
 
 

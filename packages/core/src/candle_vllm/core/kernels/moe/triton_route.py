@@ -3,8 +3,8 @@
 # pyright: reportAssignmentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Choose a token's experts on a GPU (step 6 of a request's life). A program holds one token's logits in registers.
 
-A choice is the maximum of integers that have the value in the high bits and the index below, so one reduction finds
-both, and equal values give the lowest index. Logits that are not candidates are below all others.
+An expert is chosen by the maximum of integers that have the value in the high bits and the index in the low bits, so
+one reduction finds both, and equal values give the lowest index. Experts that are not candidates have a lower integer.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _constants(
 
 
 def _warps(constants: dict[str, Any]) -> int:
-    """Return one warp, which needs no barriers, up to sixteen elements for each thread. Not measured yet."""
+    """Return the number of warps: one, without barriers, for up to 16 elements of a thread. Not measured yet."""
     return max(1, constants["G"] * constants["M"] // 512)
 
 

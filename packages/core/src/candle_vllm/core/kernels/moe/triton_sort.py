@@ -3,8 +3,9 @@
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """Sort pairs of token and expert by expert, in blocks of one expert, on a GPU (step 6 of a request's life).
 
-The order is stable: an expert's pairs stay in the order of the tokens. Chunks of pairs are counted, and a program per
-chunk adds the counts before it. The number of blocks is an upper bound by the sizes; the table marks the used blocks.
+The order is stable: an expert's pairs stay in the order of the tokens. First the pairs of each expert are counted in
+each chunk of pairs; then a program for each chunk adds the counts of the chunks before it. A block is up to `most`
+consecutive places of one expert. The number of blocks is an upper bound by the shapes; the table marks the used blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_pow
 # Not measured yet.
 _CHUNK = 256
 _RECOUNT = 4  # up to this number of chunks, every program counts all of them, which saves a launch
-_COUNTS = 8192  # counts that are added at a time
+_COUNTS = 8192  # maximum counts that a program adds at a time
 _PART = 32  # pairs that are compared with a chunk's pairs at a time, and blocks that are looked up at a time
 _WARPS = 8
 
