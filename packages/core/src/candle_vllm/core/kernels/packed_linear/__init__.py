@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with quantised weights and int8 activations, on the CPU; step 6 of a request's life.
 
-Contract. Activations: `xq` int8 [T, K], contiguous, x / xs rounded to the nearest integer, ties to even; `xs` float32
-[T, K/32], max|x| / 127 of each group of 32 (0 for a group of zeros); `xsum` float32 [T, K/32], xs times the sum of the
-group's xq. Weights: [N, K] of one kind, packed in tiles of 16 rows (`layout.py`). The result is float32:
+Contract. T tokens, K inputs, N outputs; a group is 32 consecutive elements along K. Activations x [T, K] are given as
+`xs` float32 [T, K/32], max|x| / 127 of a group (0 for a group of zeros); `xq` int8 [T, K], contiguous, x / xs rounded
+to the nearest integer, ties to even; and `xsum` float32 [T, K/32], xs times the sum of the group's xq. Weights: [N, K]
+of one kind, packed in tiles of 16 rows (`layout.py`). The result is float32:
 
     out[t, column + n] (+)= sum over groups g of xs[t, g] * dot(weight[n, g], xq[t, g]) + bias[n]      t < T, n < N
 

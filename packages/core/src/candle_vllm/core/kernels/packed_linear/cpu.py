@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Linear layer and embedding with packed (quantised) weights as compiled CPU operations (step 6 of a request's life).
 
-Each thread has consecutive tiles. It multiplies as many tiles as fit into the cache by the rows of activations, which
-are in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies each by
-every row (`cpu_sums.py`), so that codes are read and unpacked once for up to 8 rows. On levels with few registers, with
-AMX, and for types that are slow to unpack, groups of a tile are unpacked to the L1 cache for several panels.
+Terms of weights (tile, block, group, quad): see `layout.py`; of activations (panel, record): see `cpu_panel.py`. Each
+thread computes consecutive tiles, as many at a time as fit into its cache. For each group the kernel unpacks the tile's
+8 quads and multiplies each by every row of a panel (`cpu_sums.py`), so that codes are read and unpacked once for up to
+8 rows. On CPUs with few registers, with AMX, and for types that are slow to unpack, groups of a tile are unpacked to
+the L1 cache for several panels.
 
-Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some levels
-treat 8-bit codes as signed instead. Each variant computes a row by the same operations in the same order
-(`_add_group`). A thread reads its tiles sequentially, for which some CPUs need software prefetch: `level.bytes_ahead`.
+Codes are unsigned; for weights scale * (code - zero) the int32 sums start at -zero * sum(x) instead of 0. Some
+instruction sets treat 8-bit codes as signed instead. Each variant computes a row by the same operations in the same
+order (`_add_group`). Some CPUs need software prefetch to read tiles sequentially: `level.bytes_ahead`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -53,12 +54,12 @@ from candle_vllm.core.kernels.packed_linear.layout import (
 )
 
 UNPACKED = 4
-"""Groups that are unpacked at a time for several panels; they and the panels' part fit into the L1 cache."""
+"""Groups that are unpacked at a time for several panels; they and the panels' records fit into the L1 cache."""
 
 UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # bytes of a group: its codes, and up to four vectors of scales and minima
 
 CACHED_BYTES = 384 << 10
-"""Bytes of weights that a thread reads again for every block of rows; they fit into its L2 cache."""
+"""Bytes of weights that a thread reads again for the next panels; they fit into its L2 cache."""
 
 
 def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
@@ -71,7 +72,7 @@ def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
 
 
 def _words(e: Emitter, value: int, lanes: int) -> Any:
-    """Return the byte `value` in each byte of the lanes."""
+    """Return a vector of `lanes` 32-bit lanes, each byte of which is `value`."""
     return e.constant(I32, value * 0x01010101, lanes)
 
 
@@ -89,9 +90,8 @@ def _quad(
 ) -> Any:
     """Load quad `quad` of group `group` of a block: 4 bytes in each lane, signed if `takes_signed`.
 
-    For one lane the bytes are the weights' integers plus zero; for 16 lanes they are the factors of `emit_sums`.
-
-    `codes` is the address that `_block_of` returns.
+    With one lane, for one row, the bytes are integer weight + zero; with 16 lanes they are the factors for `emit_sums`.
+    `codes` is the address of the group's codes, see `_block_of`.
     """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
@@ -123,7 +123,7 @@ def _less(e: Emitter, words: Any, zero: int) -> Any:
 
 
 def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
-    """Load a quad of codes, before a lookup in the layout's table of values."""
+    """Load a quad of codes, without the lookup in the layout's table of values."""
     bits, kind = layout.bits, vector(I32, lanes)
 
     def words(index: int) -> Any:
@@ -152,7 +152,8 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
 def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
     """Load quad `quad` of a block of base-3 digits.
 
-    A byte is a fraction of 256. Multiplied by a power of 3, its first digit is the wanted one: two comparisons find it.
+    A byte is a fraction of 256. Multiplied by a power of 3 (mod 256), the fraction's first base-3 digit is the wanted
+    digit, which two comparisons find.
     """
     b, pairs, bytes_ = e.b, vector(I16, 2 * lanes), vector(I8, 4 * lanes)
     place = b.udiv(quad, e.int64(TRITS))
@@ -169,7 +170,7 @@ def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
 
 
 def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> tuple[list[Any], list[Any]]:
-    """Load scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
+    """Load scales and minima of group `group` of a block: lists of one vector of floats, or of one for each half."""
     lanes = ROWS if lane is None else 1
     if layout.float == "e4m3":
         return _small_floats(e, block, group, layout, lane), []
@@ -201,7 +202,7 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
 
 
 def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tuple[Any, Any]:
-    """Load the floats of a block, converted to float32: scales, and minima or None."""
+    """Load the (super-)scales at the start of a block, and the minima or None, converted to float32."""
     lanes = ROWS if lane is None else 1
     if layout.float == "e8m0":
         return _halved_power(e, block if lane is None else e.b.add(block, lane), lanes), None
@@ -214,7 +215,7 @@ def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tup
 
 
 def _halved_power(e: Emitter, at: Any, lanes: int) -> Any:
-    """Convert e8m0 bytes to half their values: 2^(byte - 128), of which the two smallest are subnormal floats."""
+    """Convert e8m0 bytes to half their values: 2^(byte - 128). The two smallest results are subnormal floats."""
     b, kind = e.b, vector(I32, lanes)
     byte = b.zext(e.load(at, vector(I8, lanes)), kind)
     usual = b.shl(b.sub(byte, e.constant(I32, 1, lanes)), e.constant(I32, 23, lanes))
@@ -224,7 +225,7 @@ def _halved_power(e: Emitter, at: Any, lanes: int) -> Any:
 
 
 def _small_floats(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> list[Any]:
-    """Load halved e4m3 scales of a group, one for each part: shifted, their bits are a float16 that is 2^8 smaller."""
+    """Load the e4m3 scales of a group's parts, halved. Shifted bits of e4m3 are a float16 of the value / 2^8."""
     b, lanes, parts = e.b, ROWS if lane is None else 1, GROUP // layout.width
     at = b.add(block, b.mul(group, e.int64(parts * ROWS)))
     at = at if lane is None else b.add(at, lane)
@@ -237,7 +238,7 @@ def _small_floats(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: 
 
 
 def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any, Any]:
-    """Load sub-scales and sub-minima of both halves of a group of a paired kind: 16-bit pairs as <16 x i32>."""
+    """Load a group's sub-scales and sub-minima of a paired kind, each <16 x i32>: both halves' 16-bit integers."""
     at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
     small = e.b.zext(e.load(at, vector(I8, 2 * ROWS), layout.floats_bytes), vector(I16, 2 * ROWS))
     scale = e.b.and_(small, e.constant(I16, 15, 2 * ROWS))
@@ -246,7 +247,7 @@ def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any,
 
 
 def _paired(e: Emitter, low: Any, high: Any) -> Any:
-    """Combine two 16-bit integers, in 32-bit lanes, to a pair."""
+    """Combine two vectors of 16-bit integers in 32-bit lanes to one vector of pairs."""
     count = low.type.count
     return e.b.or_(
         e.b.and_(low, e.constant(I32, 0xFFFF, count)),
@@ -255,7 +256,7 @@ def _paired(e: Emitter, low: Any, high: Any) -> Any:
 
 
 def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[Any, Any, Any]:
-    """Return the address of the block with group `group` of a row, the group's index in it, and its codes' address."""
+    """Return the address of the block that has group `group`, the group's index in the block, its codes' address."""
     if layout.groups == 1:
         block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
         return block, e.int64(0), e.b.add(block, e.int64(layout.head_bytes))
@@ -270,7 +271,7 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[
 
 
 class _Group(NamedTuple):
-    """A group of a tile: scales and minima, vectors of 16 (also small ones if paired), and its codes by quad."""
+    """A group of a tile: vectors of scales and minima (with sub-scales if paired), and a function for its quads."""
 
     scales: list[Any]
     minima: list[Any]
@@ -278,7 +279,7 @@ class _Group(NamedTuple):
 
 
 def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False) -> _Group:
-    """Return group `group` of a packed tile; its codes are signed if `signed` is set or `takes_signed` is true."""
+    """Return group `group` of a packed tile; codes are signed if `signed` or `takes_signed` is true."""
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
@@ -298,7 +299,7 @@ def _sums_of(inputs: cpu_sums.Inputs, rows: range, group: _Group) -> list[list[A
     """Return the sums of a group, or of its halves, each <16 x i32> for each row."""
     layout, isa = inputs.layout, inputs.isa
     halves = GROUP // layout.width
-    apart = not (layout.minimum or cpu_sums.takes_signed(isa, layout))  # whether sums begin with the zeros' part
+    apart = not (layout.minimum or cpu_sums.takes_signed(isa, layout))  # whether sums begin at -zero * sum(x)
     size = 8 // halves
     return [
         cpu_sums.emit_sums(inputs, group.quad, range(half * size, (half + 1) * size), rows, 1 + half if apart else 0)
@@ -332,7 +333,7 @@ def _add_group(inputs: cpu_sums.Inputs, rows: range, group: _Group, sums: list[l
 def _add_paired(
     inputs: cpu_sums.Inputs, rows: range, group: _Group, halves: list[list[Any]], old: list[Any]
 ) -> list[Any]:
-    """Do what `_add_group` does for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
+    """Do what `_add_group` does for a paired kind: both halves' sums, below 2^13, are scaled and added as integers."""
     e, isa = inputs.e, inputs.isa
     (scale, sub_scales), (minimum, sub_minima) = group.scales, group.minima
     results = []
@@ -345,7 +346,7 @@ def _add_paired(
 
 
 class _Tile(NamedTuple):
-    """Arguments of `multiply`: addresses, counts and a distance in bytes, all int64."""
+    """Arguments of `multiply`, all int64: addresses, counts, and the prefetch distance in bytes."""
 
     weights: Any
     panel: Any
@@ -357,7 +358,7 @@ class _Tile(NamedTuple):
 
 
 def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
-    """Prefetch memory at the distance `ahead` after a group."""
+    """Prefetch the memory `ahead` bytes after a group."""
     bytes_each = layout.block_bytes // layout.groups
     coming = e.b.add(e.b.add(at.weights, at.ahead), e.b.mul(group, e.int64(bytes_each)))
     for line in range(0, bytes_each, 64):
@@ -365,12 +366,12 @@ def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
 
 
 def _record(e: Emitter, layout: AnyLayout, isa: Isa, count: int, panel: Any, group: Any) -> cpu_sums.Inputs:
-    """Return a group's activations in a panel of `count` rows."""
+    """Return the record of a group in a panel of `count` rows."""
     return cpu_sums.Inputs(e, isa, layout, count, e.b.add(panel, e.b.mul(group, e.int64(record_bytes(layout, count)))))
 
 
 def _rows_in_turn(isa: Isa, count: int) -> list[range]:
-    """Return the rows of a panel, in ranges of rows that are multiplied at once."""
+    """Divide the rows of a panel into ranges whose sums fit into registers."""
     most = cpu_sums.rows_at_once(isa)
     return [range(first, min(first + most, count)) for first in range(0, count, most)]
 
@@ -394,9 +395,9 @@ def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
 def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
     """Emit `multiply` for several panels, or with AMX.
 
-    A few groups are unpacked for all panels. For each panel, first the sums of these groups are computed, and then they
-    are added to the totals, because there are not enough registers for both; AMX first computes the sums of all panels.
-    Intermediate results stay in the L1 cache.
+    A few groups are unpacked for all panels. For each panel (with AMX, for all panels), first the integer sums of these
+    groups are computed and then added to the totals, because registers do not hold both. Intermediate results stay in
+    the L1 cache.
     """
     squares = cpu_sums.takes_squares(isa, layout)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
@@ -609,7 +610,7 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
 
 
 def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:
-    """Write a group of row `lane`; all 16 rows are decoded, because embedding tables of such a type are rare."""
+    """Write a group of row `lane`. All 16 rows are decoded, which is slow, because such embedding tables are rare."""
     b, picked = e.b, e.b.trunc(lane, I32)
     target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
     scales = [e.splat(b.extract_element(part, picked), 4) for part in grid.scales()]

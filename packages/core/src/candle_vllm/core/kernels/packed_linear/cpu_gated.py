@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Fuse gate and up projections with gating and quantisation of the result (step 6 of a request's life).
 
-The input of a feed-forward layer's down projection is computed without writing gate or up to memory as floats. A thread
-has consecutive units; a unit is 32 columns of both products. For each block of rows it multiplies a few units' tiles of
-gate, then the same units' tiles of up, which it reads as two sequential streams; their sums stay in its L1 cache. Every
+The input of a feed-forward layer's down projection is computed without writing the gate and up products to memory. A
+unit is 32 columns of both products, two tiles of each matrix; a thread computes consecutive units. For some panels of
+rows it multiplies a few units' tiles of gate, then the same units' tiles of up; their sums stay in its L1 cache. Every
 element is the same as from the separate operations (`packed_linear.cpu`, `activation_quant.cpu`).
 """
 
@@ -48,10 +48,10 @@ def _gate_rows(
     sums: Any,
     group_bytes: Any,
 ) -> Any:
-    """Gate and quantise `together` rows of a unit, one or four, from `first` on; rows after `last` are copies of it.
+    """Gate and quantise `together` rows of a unit, 1 or 4, from `first` on; rows after `last` are copies of row `last`.
 
-    `gate` and `other` are the addresses of the sums of two tiles each, `tile_sums` bytes apart. q, scales and sums are
-    the addresses of row 0's results, with row strides of `row_bytes` and `group_bytes`. `prologue` and `together` are
+    `gate` and `other` point at the sums of two tiles each, `tile_sums` bytes apart. `q`, `scales` and `sums` point at
+    row 0's results; rows of `q` are `row_bytes` apart, the others `group_bytes`. `prologue` and `together` are
     constants.
     """
     before, count = Prologue(prologue.literal_value), together.literal_value

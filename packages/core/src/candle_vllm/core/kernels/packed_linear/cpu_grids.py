@@ -2,14 +2,14 @@
 # pyright: reportCallIssue=false
 """Emit vector code for `cpu.py` that decodes groups of IQ1, IQ2 and IQ3 (`grids.py`); step 6 of a request's life.
 
-An index selects two bytes, one for each half of its weights; a few bits of a byte select the magnitude of a weight. If
-the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in registers; otherwise they are
-gathered. Two adjacent indices make a word (`GridLayout.order`). Signs are inserted between the magnitudes, and a
-shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and no signs: its grid is gathered index by
-index, a word of eight nibbles for each.
+Terms: see `grids.py`. An index selects two bytes, one for each half of the index's weights; a few bits of a byte select
+the magnitude of a weight. If the CPU has VBMI, the bytes of all indices of a group are looked up at once from tables in
+registers; otherwise they are gathered. The bytes of two adjacent indices are one word (`GridLayout.order`). Signs are
+inserted between the magnitudes, and a shuffle converts each nibble to 128 + weight, unsigned. IQ1 has a long grid and
+no signs: each index gathers one word of eight nibbles.
 
 Without VBMI every product would have to gather. On such a CPU the grid is gathered only once, when a matrix is packed:
-`make_codes` converts tiles of grids to tiles of codes (`layout.py`).
+`make_codes` converts tiles of indices to tiles of codes (`layout.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GridGroup:
     Args:
         e, layout, isa: emitter, layout and instruction set of the code.
         block, group, codes: address of the block, index of the group, address of its codes; see `cpu.py`.
-        named: if set, `quad` returns the indices of weights in this table instead of the weights.
+        named: a table; `quad` returns the indices of weights in the table instead of the weights. None for the weights.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class GridGroup:
         return [e.b.fmul(unit, e.b.sitofp(odd, vector(F32))) for odd in self.odds()]
 
     def unit(self) -> Any:
-        """Return the unit of the scales, which are odd multiples of it: a vector of floats."""
+        """Return the unit of which the scales are odd multiples: a vector of floats."""
         return self.e.b.fmul(self._super(), self.e.constant(F32, self.layout.unit))
 
     def odds(self) -> list[Any]:
-        """Return the multiples of `unit`, for the group or for its halves: vectors of odd 32-bit integers."""
+        """Return scale / `unit` of the group or of its halves: vectors of odd 32-bit integers."""
         one = self.e.constant(I32, 1)
         return [self.e.b.or_(self.e.b.shl(small, one), one) for small in self._small()]
 
     def quad(self, quad: int) -> Any:
-        """Return 128 + weight of the weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
+        """Return 128 + weight of the four weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
         word, high = divmod(quad, 2)
         if word not in self._words:
             self._words[word] = self._signed(word) if self.layout.signs else self._of_index(word)
@@ -81,14 +81,14 @@ class GridGroup:
     # ---- words of eight nibbles --------------------------------------------------------------------------------------
 
     def _signed(self, word: int) -> Any:
-        """Return a word of magnitudes, with the signs in the bits above them."""
-        shared = self.layout.span // 4  # number of words that share a word of magnitudes: IQ2's have two bits
+        """Return a word of eight nibbles: magnitudes, with the sign in the highest bit of each nibble."""
+        shared = self.layout.span // 4  # words of nibbles that share a word of magnitudes, which have 2 bits in IQ2
         sizes = self._shifted(self._pair(word // shared), -2 * (word % shared))
         signs = self._shifted(self._signs, 3 - word)
         return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
 
     def _of_index(self, index: int) -> Any:
-        """Return an index's word of IQ1: magnitudes, and the sign of the eighth that is added."""
+        """Return the word of an index of IQ1: magnitudes, and the sign of the eighth that is added to each."""
         found = gather(self.e, self._table, self._index(index), self.isa)
         moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
         side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
@@ -114,7 +114,7 @@ class GridGroup:
         return self._pairs[pair]
 
     def _upper(self, first: int) -> list[Any]:
-        """Return the bits above the eighth of the four indices from `first` on, each <64 x i1>."""
+        """Return the bits above the lowest eight of the four indices from `first` on, each <64 x i1>."""
         bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return []
@@ -132,7 +132,7 @@ class GridGroup:
         return self._are_set(rows, [1 << bit % 8 for bit in self.layout.left_out])
 
     def _are_set(self, rows: Any, bits: list[int]) -> Any:
-        """Return which of the bits are set in the four bytes of each lane."""
+        """Return which of the four `bits` are set, one bit for each byte of a lane."""
         wanted = ir.Constant(vector(I8, 64), [ir.Constant(I8, bit) for bit in bits * ROWS])
         return self.e.b.icmp_unsigned("!=", self.e.b.and_(rows, wanted), self.e.zeros(I8, 64))
 
@@ -218,13 +218,13 @@ class GridGroup:
 
     @cached_property
     def _signs(self) -> Any:
-        """Return the signs, including the signs that the file encodes as parity."""
+        """Return the group's word of signs, including those that the file encodes as parity."""
         words, layout, b = self._stored_signs, self.layout, self.e.b
         if not layout.parity:
             return words
         told = sum(1 << bit for bit in layout.left_out)
         words = parity = self._and(words, ~told)
-        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # to the bits of each eighth weight
+        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # the parity moves to the bits of each eighth weight
             parity = b.xor(parity, self._shifted(parity, by))
         return b.or_(words, self._and(parity, told))
 
@@ -240,7 +240,7 @@ class GridGroup:
 
     @property
     def _table(self) -> np.ndarray:
-        """A word for each index: bytes 0 and 2 are from the planes; for IQ1, the nibbles of weights 0, 4, 1, 5, ..."""
+        """A word for each index: bytes 0 and 2 are its `_planes`; for IQ1, the nibbles of weights 0, 4, 1, 5, ..."""
         if self.layout.signs:
             first, second = self._planes.astype(np.uint32)
             return first | second << np.uint32(16)
@@ -288,7 +288,7 @@ def _in_order(e: Emitter, layout: GridLayout, quads: list[Any]) -> list[Any]:
 
 
 def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
-    """Convert quads of codes to the vectors of a group: nibbles or triples."""
+    """Convert quads of codes to the vectors of a group, nibbles or triples (`layout.py`)."""
 
     def field(quad: int, start: int, count: int, target: int) -> Any:
         words = quads[quad]
@@ -343,7 +343,7 @@ def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) 
 
 
 def make_codes(KIND: int, ISA: int) -> Any:
-    """Compile a function that converts blocks of grids to blocks of codes; it takes both addresses and the count."""
+    """Compile a function (blocks of indices, blocks of codes, count), of addresses, that converts indices to codes."""
 
     def grids_to_codes(blocks: int, to: int, count: int) -> None:
         _code_blocks(KIND, ISA, blocks, to, count)

@@ -2,10 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Panels of activations for the packed linear layer: interleaved rows in the order in which the kernel reads them.
 
-A panel has 16, 8, 4 or 1 rows; a panel with fewer rows repeats its last row, and the repetitions' results are not
-written. For each group of 32 columns it has a record: the rows' int8 codes, then their scales, then values derived from
-their sums. On levels with few registers a full panel has 4 rows, with AMX 16. In both cases, and if weights are costly
-to unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
+A **panel** has 16, 8, 4 or 1 rows (tokens); if fewer are left, the last row is repeated, and the repetitions' results
+are not written. For each group of 32 columns it has a **record**: the rows' int8 codes, then their scales, then values
+derived from the sums of their codes. On CPUs with few registers a full panel has 4 rows, with AMX 16. In both cases,
+and if weights are costly to unpack, a tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TALL_ROWS = 32
 """Maximum rows of the panels for which a tile is unpacked once."""
 
 PANEL_BYTES = 192 << 10
-"""Maximum bytes of these panels in a core's L2 cache."""
+"""Maximum bytes of the panels for which a tile is unpacked once; they stay in a core's L2 cache."""
 
 
 def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
 
 
 def most_panels(isa: Isa, layout: AnyLayout) -> int:
-    """Return the maximum number of full panels that share one unpacking; above 1 if this is faster."""
+    """Return the maximum number of full panels for which a tile is unpacked once; 1 if more would not be faster."""
     costly = isinstance(layout, GridLayout) or layout.bits == 0
     return TALL_ROWS // blocks(isa, layout)[0] if costly or takes_squares(isa, layout) or not isa.wide else 1
 
@@ -52,7 +52,7 @@ def most_panels(isa: Isa, layout: AnyLayout) -> int:
 def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> tuple[int, int]:
     """Return the number of rows in each of the next panels, and the number of these panels, for `left` remaining rows.
 
-    `full` are the rows of a full panel, `group_bytes` its bytes for a group, and `most` is `most_panels`.
+    A full panel has `full` rows and `group_bytes` bytes for each of `groups` groups; `most` is `most_panels`.
     """
     block = 1 if left == 1 else full
     while block >= 8 and left <= block // 2:
@@ -67,14 +67,14 @@ def _panel_sums(layout: AnyLayout) -> int:
 
 
 def record_bytes(layout: AnyLayout, block: int) -> int:
-    """Return the bytes of a group in a panel of `block` rows: int8 codes, xs, and one or two sums of each row."""
+    """Return the bytes of a record of `block` rows: int8 codes, xs, and one or two sums of each row."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
 
 def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
-    """Compute the panel's values of the sum of 32 int8 codes, given as <32 x i8>: for each half, or for the whole.
+    """Return a row's values that are derived from sums of 32 int8 codes x, <32 x i8>: for the group or for each half.
 
-    Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
+    With minima, the values are the sums: floats, or a pair of integers. Otherwise they are -zero times the sums.
     """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Exact integer sums of a group of packed weights, codes times activations, in the instructions of each level.
+"""Exact integer sums of a group of packed weights, codes times activations, in the instructions of each CPU level.
+
+Terms: see `layout.py` (quad, tile) and `cpu_panel.py` (panel, record).
 
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
 - AVX2, AVX-512: pairs of products are added in 16 bits with saturation (vpmaddubsw). A code has at most 6 bits, or its
   magnitude, at most 128, is multiplied by the activation with the code's sign; an activation is at most 127. Quads are
-  added in 16 bits while the sum is below 2^15 for any values, and are then widened; if values are codes minus a zero,
-  all quads of a scale are added in 16 bits (`are_centred`).
+  added in 16 bits as long as no sum can reach 2^15, and are then widened; for some weights code - zero, all quads of a
+  scale are added in 16 bits (`are_centred`).
 - NEON: products of signed bytes in 16 bits (smull), summed as long as they fit; DOTPROD: four of them to 32 bits, with
   one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
   for which a panel interleaves pairs of rows of activations, eight bytes each.
 
-Except with VNNI, an 8-bit code is signed: its zero is subtracted, and sums begin at 0. The values of tables with a
-range of more than 127 steps are signed too (IQ4, and grids). Other tables are stored as steps from the lowest value
-(`Steps`), which are unsigned; if the steps equal the codes, there is no lookup.
+Except with VNNI, an 8-bit code is signed: zero is subtracted from it, and sums begin at 0. Table values with a range of
+more than 127 steps are signed too (IQ4, and grids). Other tables are stored as unsigned steps from the lowest value
+(`Steps`); if the steps equal the codes, there is no lookup.
 """
 
 from __future__ import annotations
@@ -63,20 +65,20 @@ def steps(layout: AnyLayout) -> Steps | None:
 
 
 def zero_of(layout: AnyLayout) -> int:
-    """Return the difference between the unsigned factors and the weights' integer values."""
+    """Return the unsigned factor of weight 0: the factor in a product is the weight's integer value plus this."""
     found = steps(layout)
     return -found.lowest if found else layout.zero
 
 
 def largest_code(layout: AnyLayout) -> int:
-    """Return the largest magnitude of a code's value; above 63 the value is signed."""
+    """Return the largest magnitude of a code's factor in the products; above 63 the factor is signed."""
     if isinstance(layout, GridLayout):
         return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
     if found := steps(layout):
         return max(found.numbers)
     if layout.values is not None:
         return max(map(abs, layout.values))
-    return 128 if layout.bits == 8 else max(2, (1 << layout.bits) - 1)  # digits, and the codes of one bit, are up to 2
+    return 128 if layout.bits == 8 else max(2, (1 << layout.bits) - 1)  # base-3 digits and 1-bit codes are at most 2
 
 
 def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
@@ -89,9 +91,9 @@ def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
 
 
 def are_centred(isa: Isa, layout: AnyLayout) -> bool:
-    """Whether all products of one scale are summed in 16 bits, beginning with the zeros' part of the sum.
+    """Whether all products of one scale are summed in 16 bits, beginning at -zero * sum(x).
 
-    Intermediate sums may wrap at 2^15, which is harmless: the final sums are those of the values minus their zero.
+    Intermediate sums may wrap at 2^15, which is harmless because the final sums cannot reach 2^15.
     """
     if isa & (_UNSIGNED | Isa.NEON) or not isa & (Isa.AVX2 | Isa.AVX512) or layout.minimum or takes_signed(isa, layout):
         return False
@@ -125,7 +127,7 @@ class Inputs:
         self._loaded: dict[tuple[int, int], Any] = {}
 
     def number(self, row: int, index: int, kind: ir.Type) -> Any:
-        """Load an element after the codes into every lane: index 0 is the scale, then the values derived from sums."""
+        """Load a row's scale (index 0) or value derived from sums (index 1, 2) into every lane."""
         return self.e.splat(self.e.load(self.record, kind, self._place(row, index)))
 
     def quad(self, row: int, quad: int) -> Any:
@@ -133,7 +135,7 @@ class Inputs:
         e = self.e
         if not self.isa & Isa.NEON:
             return e.splat(e.load(self.record, I32, GROUP * row + 4 * quad))
-        # One load for four quads: an instruction by element selects one of them.
+        # Four quads are loaded at once, because the instruction selects one of four elements.
         four = self._once(row, quad // 4, vector(I32, 4), GROUP * row + 16 * (quad // 4))
         return e.b.shuffle_vector(four, four, ir.Constant(vector(I32), [ir.Constant(I32, quad % 4)] * LANES))
 
@@ -142,7 +144,7 @@ class Inputs:
         return self._once(pair, step, vector(I8, 16), 2 * GROUP * pair + 16 * step)
 
     def begins(self, row: int, index: int, *, of_pair: bool = False) -> Any:
-        """Load `number` as an integer; for a pair of rows alternately, <4 x i32>."""
+        """Load `number` as an integer; with `of_pair`, those of rows `row` and `row` + 1 alternately, <4 x i32>."""
         if not of_pair:
             return self.number(row, index, I32)
         both = self.e.splat(self.e.load(self.record, I64, self._place(row, index)), 2)
@@ -169,9 +171,8 @@ def emit_sums(
     Args:
         inputs: the group's activations.
         codes: codes(quad) emits the codes of a quad, <16 x i32>, signed if `takes_signed` is true.
-        quads: quads that are summed.
-        rows: rows of the panel.
-        begin: the index in `Inputs.begins` of the initial sums; 0 for 0.
+        quads, rows: quads of the group, and rows of the panel, that are multiplied.
+        begin: the index in `Inputs.begins` of the initial sums; 0 for sums that begin at 0.
     """
     e, found = inputs.e, steps(inputs.layout)
     if found and found.step > 1:
@@ -188,7 +189,7 @@ def _emit_products(
     rows: Sequence[int],
     begin: int,
 ) -> list[Any]:
-    """Emit the sums of `emit_sums` without further conversion of the codes."""
+    """Emit the sums of `emit_sums` for factors that need no correction by their steps."""
     e, isa, layout = inputs.e, inputs.isa, inputs.layout
     if in_pairs(isa, inputs.block):
         return _by_matrices(inputs, codes, quads, rows, begin)
@@ -227,7 +228,7 @@ def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
 
 
 def _in_turn(e: Emitter, isa: Isa, sums: list[Any]) -> list[Any]:
-    """Return the sums; with AVX2 or DOTPROD, which have few registers, they are completed before the next products."""
+    """Return the sums; with AVX2 or DOTPROD, the compiler must complete them first, because registers are few."""
     few = not isa.wide and (not isa & Isa.NEON or (isa & Isa.DOTPROD and len(sums) > 1))
     return [e.made_here(each, isa) for each in sums] if few else sums
 
@@ -236,7 +237,7 @@ def _in_turn(e: Emitter, isa: Isa, sums: list[Any]) -> list[Any]:
 
 
 def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
-    """total[lane] += the four products of the lane's codes and activations."""
+    """Return total[lane] + the sum of the four products of the lane's codes and activations."""
     if isa & Isa.DOTPROD:
         return e.in_parts("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, total, (code, I8), (x, I8))
     return e.dot_u8_i8(total, code, x, isa)
@@ -246,7 +247,7 @@ def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
 
 
 def _room(isa: Isa, largest: int) -> int:
-    """Return the number of quads that may be summed in 16 bits; each adds two products to an element (NEON: one)."""
+    """Return how many quads may be summed in 16 bits; a quad adds two products to each sum, with NEON one."""
     products = 1 if isa & Isa.NEON else 2
     return ((1 << 15) - 1) // (products * largest * _ACTIVATION)
 
@@ -294,7 +295,7 @@ def _widened(e: Emitter, isa: Isa, parts: list[Any]) -> Any:
 def _by_matrices(
     inputs: Inputs, codes: Callable[[int], Any], quads: Sequence[int], rows: Sequence[int], begin: int
 ) -> list[Any]:
-    """Do what `emit_sums` does with matrix products, 2 x 8 by 8 x 2: two lanes by two rows, with adjacent sums."""
+    """Do what `emit_sums` does by products of 2 x 8 and 8 x 2 matrices: two rows of weights by two of activations."""
     e, name = inputs.e, "llvm.aarch64.neon.smmla.v4i32.v16i8"
     pairs = range(rows[0] // 2, (rows[-1] + 2) // 2)
     found: dict[int, list[Any]] = {row: [] for row in rows}
@@ -307,7 +308,7 @@ def _by_matrices(
         }
         for at in range(0, len(quads), 2):
             low, high = words[at][part], words[at + 1][part]
-            for half in (0, 1):  # lanes 2 half and 2 half + 1, eight elements of each
+            for half in (0, 1):  # rows of weights 2 half and 2 half + 1, eight elements of each
                 order = [ir.Constant(I32, 2 * half + lane // 2 + 4 * (lane % 2)) for lane in range(4)]
                 two = e.b.bitcast(e.b.shuffle_vector(low, high, ir.Constant(vector(I32, 4), order)), vector(I8, 16))
                 for pair in pairs:
@@ -324,13 +325,13 @@ def _by_matrices(
 
 
 def takes_squares(isa: Isa, layout: AnyLayout) -> bool:
-    """Return whether AMX multiplies panels of 16 rows: only with one scale per group; half a group takes as long."""
+    """Return whether AMX multiplies panels of 16 rows: only with one scale per group, as half a group is no faster."""
     return bool(isa & Isa.AMX) and layout.width == GROUP
 
 
 @intrinsic(prefer_literal=True)
 def shape_sums(_: Any, memory: Any) -> Any:
-    """Configure AMX's registers for `square_sums`, with 64 bytes of memory; `end_squares` must follow at the end."""
+    """Configure AMX's registers for `square_sums`, with 64 bytes of memory; `end_squares` must be called afterwards."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         shape_squares(Emitter(b), args[0], [(LANES, VECTOR_BYTES), (LANES, GROUP), (GROUP // 4, VECTOR_BYTES)])
@@ -342,8 +343,8 @@ def shape_sums(_: Any, memory: Any) -> Any:
 def square_sums(e: Emitter, codes: Any, panels: Any, places: Callable[[Any], tuple[Inputs, Any]]) -> None:
     """Write the sums of a group for 16 rows of each panel.
 
-    `codes` is the address of its consecutive quads as signed integers, see `layout.py`; `places` returns a panel's
-    activations and the address of its sums.
+    `codes` is the address of the group's consecutive quads as signed integers; `places` returns a panel's record and
+    the address of its sums.
     """
     load_square(e, _CODES, codes, e.int64(VECTOR_BYTES))
 

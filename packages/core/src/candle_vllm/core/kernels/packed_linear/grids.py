@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
 """Layouts of the types with a grid of weights, IQ1, IQ2 and IQ3, and their packing from a file.
 
-Part of step 6 of a request's life, like `layout.py`. An index selects four or eight consecutive weights at once from a
-list (grid) that is part of ggml; a bit for each weight is its sign. A block is 256 weights of 16 rows:
+Terms: see `layout.py`. An **index** selects four or eight consecutive weights at once from a **grid**, a list in ggml's
+sources; a bit for each weight is its sign. A block is 256 weights of 16 rows:
 
-    head    super-scale f16[16]; IQ3_S: then 4 x u8[16], the scales of two groups in each; IQ1_M: 4 x u16[16] instead,
-            which hold four scales of 3 bits and 4 bits of the super-scale
+    head    super-scale f16[16]; IQ3_S: then 4 x u8[16], each byte with the scales of two groups; IQ1_M: 4 x u16[16]
+            instead, each with four scales of 3 bits and 4 bits of the super-scale
     groups  of 32 weights, eight times: low bytes of the indices, u32[16] (twice for IQ3, which has eight indices),
             signs u32[16], high bits of the indices u8[16] or u16[16], scales u8[16], if the type has them
 
-The decoder combines a weight's sign and magnitude in a nibble. Eight nibbles are a word; a group of a row has four
-words. Bytes 0 and 1 of a word are for the first weights of two adjacent indices, bytes 2 and 3 for their other weights
-(`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high nibble) of byte
-c. In some types the sign of each eighth weight is the parity of the other seven; its bits then hold the scale of the
-group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights are -1, 0 or 1 plus or
-minus an eighth, whose sign is in the bits above the indices. A weight is
-super-scale * (2 * scale + 1) * `unit` * number.
+The decoder combines a weight's sign and magnitude in a nibble. Eight nibbles are a **word**; a group of a row has four
+words. Bytes 0 and 1 of a word are for the first half of the weights of two adjacent indices, bytes 2 and 3 for the
+second half (`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high
+nibble) of byte c of the group's signs. In some types the sign of each eighth weight is the parity of the other seven;
+the eighth's bits then hold the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has
+no signs: its weights are -1, 0 or 1 plus or minus an eighth, and the sign of the eighth is above the indices' bits. A
+weight is super-scale * (2 * scale + 1) * `unit` * number.
 
-A tile has exactly the bytes of the file. The lists are read from the `gguf` package. Source: ggml's `ggml-common.h`.
+A tile has as many bytes as in the file. The grids are read from the `gguf` package. Source: ggml's `ggml-common.h`.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class GridLayout:
         name: name of the type.
         span: number of weights of an index.
         width: number of weights that share a scale, 32 or 16.
-        unit: the smallest scale as a multiple of the super-scale.
+        unit: the smallest scale divided by the super-scale.
         signs: bytes of a group's signs in a row: 4 or 0.
         parity: whether the file has only seven of eight signs.
         high: bytes of the high bits of the indices.
         scales: bytes of a group's separate scales.
-        head: bytes of a row before its groups.
+        head: bytes of a row's part of the head.
     """
 
     name: str
@@ -137,7 +137,7 @@ FORMATS = {
 
 @cache
 def numbers(name: str) -> np.ndarray:
-    """Return the grid of a type: integers, int16 [entries, 4 or 8]. IQ1's -1, 0 and 1 are multiplied by eight."""
+    """Return the grid of a type: int16 [entries, 4 or 8]; IQ1's -1, 0 and 1 are multiplied by eight."""
     import gguf
 
     kind = getattr(gguf.quants, name)
@@ -147,8 +147,8 @@ def numbers(name: str) -> np.ndarray:
 
 
 def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndarray]]:
-    """Split rows of blocks, uint8 [R, B, bytes]: yield each part with its offset in a tile's block; uint8 to uint32,
-    [R, B] for the head, [R, B, 8] for groups."""
+    """Split R rows of B blocks of the file, uint8 [R, B, bytes]. Yield (offset in a tile's block, part): parts of the
+    head [R, B], of groups [R, B, 8], uint8 to uint32."""
     name, place = layout.name, layout.place
 
     def part(start: int, stop: int, kind: type[np.generic]) -> np.ndarray:
@@ -216,7 +216,8 @@ def store(blocks: np.ndarray, layout: GridLayout, tiles: np.ndarray) -> None:
 
 
 _CHANGES = {8: ((2, 0x0C0C0C0C), (14, 0x0000CCCC)), 4: ((3, 0x0A0A0A0A), (7, 0x00AA00AA), (14, 0x0000CCCC))}
-"""Swaps of bits that convert signs in the order of weights: distance of the two bits, and mask of the lower ones."""
+"""Swaps of bits, by span, that convert signs in the order of weights to the order in a tile: distance of the swapped
+bits, and mask of the lower of them."""
 
 
 def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
@@ -228,7 +229,7 @@ def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
 
 
 def _signs_of_seven(words: np.ndarray, layout: GridLayout) -> np.ndarray:
-    """Do what `_signs` does for 4 times 7 bits; the signs of each eighth weight are 0."""
+    """Do what `_signs` does for words of 4 times 7 bits; the sign of each eighth weight is 0."""
     spread = words & np.uint32(0x7F)
     for index in range(1, 4):
         spread |= (words & np.uint32(0x7F << 7 * index)) << np.uint32(index)
@@ -248,7 +249,7 @@ class GridParts(NamedTuple):
 
     Attributes:
         indices: integers [..., 8, 32 / span], indices in the grid.
-        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether its eighth is subtracted.
+        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or, in IQ1, whether the eighth is subtracted.
         scales: [..., 8, 32 / width] odd integers.
         supers: [...], the bits of the super-scales.
     """
@@ -260,7 +261,7 @@ class GridParts(NamedTuple):
 
 
 def take_apart(blocks: np.ndarray, layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
-    """Decode rows of blocks, uint8 [R, B, bytes], to parts; `to` converts int64 arrays to the wanted library."""
+    """Decode rows of blocks, uint8 [R, B, bytes], to parts; `to` converts int64 arrays to arrays of any library."""
     return _decoded(dict(split(blocks, layout)), layout, to)
 
 
@@ -317,7 +318,7 @@ def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[
 
 
 def values(name: str) -> tuple[int, ...]:
-    """Return the values of a type's 4-bit codes: three bits select the magnitude of a weight, the fourth is a flag."""
+    """Return the 16 values of a type's 4-bit codes: three bits select a magnitude, the fourth is the flag."""
     sizes = np.unique(numbers(name)).tolist()
     sizes += [0] * (8 - len(sizes))
     if FORMATS[name].signs:
@@ -326,7 +327,7 @@ def values(name: str) -> tuple[int, ...]:
 
 
 def codes(name: str) -> np.ndarray:
-    """Return the lower three bits of these codes for each index, int64 [entries, span]."""
+    """Return the lower three bits of a type's 4-bit codes for each index, int64 [entries, span]."""
     found = numbers(name)
     return np.searchsorted(np.unique(found), found).astype(np.int64)
 

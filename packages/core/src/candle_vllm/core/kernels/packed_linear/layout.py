@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: MIT
 """Memory layouts of packed weights, which `pack.py` writes, and `cpu.py` and `reference.py` read.
 
-16 rows are a **tile**. A tile consists of consecutive **blocks** along K, each with its scales (the head) before its
-codes, so that a thread reads its tiles sequentially. Most simple types have blocks of one group (32 weights of each
-row); the K-quants have blocks of eight groups with one super-scale.
+Terms, for a matrix of N rows of K weights:
+
+    tile    16 consecutive rows; a thread reads a tile sequentially
+    group   32 consecutive weights of each row of a tile
+    block   one group (most simple types), or more groups that share a super-scale (eight in K-quants): first the
+            scales (the head), then the codes; a tile is consecutive blocks along K
+    quad    4 consecutive weights of each row: quad j (0 to 7) of a group is its weights 4j to 4j + 3
+    vector  64 bytes, 4 for each row: all codes of a quad, or some of the bits of several quads
+
+Heads of a block:
 
     simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
                   scale f32[16]                              Q8_K, a block of eight groups
                   scale e8m0[16]                             MXFP4
-                  scale e4m3[4][16]                          NVFP4, a block of two groups: one for 16 weights
+                  scale e4m3[4][16]                          NVFP4, a block of two groups: a scale for 16 weights
     K-quant head  super-scale f16[16]  (negated super-minimum f16[16])  then 32 bytes for each group:
-                  scale u8[16], minimum u8[16]             Q4_K, Q5_K (one scale for 32 weights)
-                  scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16 weights: first half, second half)
-                  scale | minimum << 4, u8[16][2]          Q2_K (the same, the halves side by side)
-                  scale i8[16], 16 bytes in all            IQ4_XS (one for 32 weights)
+                  scale u8[16], minimum u8[16]             Q4_K, Q5_K (a scale for 32 weights)
+                  scale i8[16], scale i8[16]               Q3_K, Q6_K (16 weights: first half, second half of the group)
+                  scale | minimum << 4, u8[16][2]          Q2_K (16 weights: both halves of a row side by side)
+                  scale i8[16], 16 bytes in all            IQ4_XS (a scale for 32 weights)
 
-A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad** j (0 to 7) of a group is its weights
-4j to 4j + 3, and byte b of a row's 4 bytes belongs to weight 4j + b:
+A group's codes are vectors; byte b of a row's 4 bytes belongs to weight 4j + b of quad j:
 
     8 bits        quad j is vector j
     nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
@@ -28,16 +34,15 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     trits         vector i holds the 5 quads of a block from 5i on: a byte is ceil(256 / 243 * n) for the base-3 number
                   n of five digits, the first digit highest, as in TQ1_0                   (13 vectors for eight groups)
 
-A type with several of these stores them in order, high bits first: the kernel then reads memory sequentially, which the
-hardware prefetcher needs. A code is unsigned; a weight is scale * (code - zero) for the types without a minimum,
-otherwise scale * code + minimum. IQ4_NL, IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked
-up first; there a weight is scale * value.
+A type with several of these stores them in order, high bits first, so that memory is read sequentially. A code is
+unsigned; a weight is scale * (code - zero) for the types without a minimum, otherwise scale * code + minimum. IQ4_NL,
+IQ4_XS, MXFP4 and NVFP4 have a table of 16 values, in which a code is looked up: a weight is scale * value.
 
-The other IQ types have two layouts. That of `grids.py` has the indices of the file; it is used if the CPU can look up
-64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several times as long as reading the
-weights. For them a weight is packed as the code of its value among the 16 (IQ3) or 6 values of its type (`*_CODES`).
-These kinds have the heads of K-quants: an f32 of the super-scale times the type's unit, and scales 2 * scale + 1 as i8.
-Results are identical.
+The other IQ types have two layouts with identical results. The layout of `grids.py` has the indices of the file; it is
+used if the CPU can look up 64 bytes at once (VBMI). Other CPUs would gather from the types' grids, which takes several
+times as long as reading the weights. For those CPUs a weight is packed as the code of its value among the 16 (IQ3) or
+6 values of its type (`*_CODES`), with the heads of K-quants: super-scale times the type's unit as f32, and scales
+2 * scale + 1 as i8.
 """
 
 from __future__ import annotations
@@ -118,7 +123,7 @@ class PackedKind(enum.IntEnum):
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """Return the layout that keeps the codes of a tensor type; the 8-bit layout for a type without a layout.
+    """Return the layout that keeps the codes of a tensor type; the 8-bit layout for a type without its own layout.
 
     Raises:
         UnsupportedModelError: the type is not quantised, or cannot be decoded.
@@ -155,8 +160,8 @@ class TileLayout:
         minimum: whether a minimum is added to the scaled code.
         nested: whether scales are small integers times a super-scale.
         groups: number of groups in a block, a power of two.
-        zero: the code of weight 0 for types without a minimum; for a table of values, the offset added to its values.
-        values: the table of values for codes; None if a value is the code minus zero.
+        zero: the code of weight 0 for types without a minimum; with a table, the offset that makes values unsigned.
+        values: the table of values by code; None if a value is the code minus zero.
         float: type in which scales are stored.
     """
 
@@ -171,7 +176,7 @@ class TileLayout:
 
     @property
     def paired(self) -> bool:
-        """Whether the scales of a group's two halves are adjacent, to be multiplied as pairs of 16 bits."""
+        """Whether the scales of a group's two halves are adjacent bytes, so that both are multiplied at once."""
         return self.width < GROUP and self.minimum
 
     @property
@@ -212,7 +217,7 @@ class TileLayout:
 
 
 AnyLayout: TypeAlias = TileLayout | GridLayout
-"""Layout of any kind; both classes have the attributes that the kernels of all kinds use."""
+"""Layout of any kind; both classes have the attributes that all kernels use."""
 
 
 _NUMBERS = {
@@ -221,7 +226,8 @@ _NUMBERS = {
     "IQ3_XXS": (-62, -52, -44, -36, -28, -20, -12, -4, 4, 12, 20, 28, 36, 44, 52, 62),
     "IQ3_S": tuple(range(-15, 16, 2)),
 }
-"""Every value in a type's grid, with both signs; IQ1's are eight times the grid's values, plus or minus 1."""
+"""Values of a type's grid with both signs, in order of their codes; for IQ1, 8 times the grid's values plus or minus 1.
+"""
 
 
 def _layout(kind: PackedKind) -> AnyLayout:
@@ -241,7 +247,7 @@ LAYOUTS: Mapping[PackedKind, AnyLayout] = MappingProxyType({kind: _layout(kind) 
 
 
 RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
-"""Kinds without precompiled kernels: they are compiled when a file has such a kind."""
+"""Kinds without precompiled kernels; their kernels are compiled when a file has such a kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +258,7 @@ class PackedMatrix:
         rows: N, outputs.
         columns: K, inputs.
         data: uint8 [tiles, bytes of a tile], contiguous, aligned to 64 bytes. Padding rows of the last tile are zero.
-        order: the input element of each column, int64 [K]; None for the input's own order.
+        order: int64 [K], the input element that each column multiplies; None for the input's own order.
     """
 
     rows: int
@@ -288,7 +294,7 @@ class PackedMatrix:
 
 
 def linear_operation(kind: PackedKind, isa: Isa) -> int:
-    """Return the address of the compiled linear operation of a kind."""
+    """Return the address of a kind's compiled linear operation."""
     return operation.operation("packed_linear.cpu:make_linear", kind, isa)
 
 
@@ -321,7 +327,7 @@ class GatedArguments(NamedTuple):
 
 
 def gated_operation(kind: PackedKind, prologue: Prologue, isa: Isa) -> int:
-    """Return the address of the compiled operation of a kind."""
+    """Return the address of a kind's compiled operation of `cpu_gated.py`."""
     return operation.operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa)
 
 

@@ -36,10 +36,10 @@ from candle_vllm.core.threads import loading_threads
 logger = logging.getLogger(__name__)
 
 MAX_COLUMNS = 1 << 16
-"""Maximum elements of a row, because the operations keep a panel of up to 16 rows of activations on the stack."""
+"""Maximum elements of a row, because operations keep a panel of up to 16 rows of activations on the stack."""
 
 CHUNK = 1 << 19
-"""Weights per round: the data of a round stays in the cache."""
+"""Weights of a chunk of rows, whose data stays in the cache."""
 
 
 def pack(
@@ -53,16 +53,15 @@ def pack(
     """Pack a quantised matrix.
 
     Weights stay exact and keep their size; IQ1 to IQ3 need more memory on most CPUs (`layout.py`). If the type's kernel
-    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 (MXFP4 becomes
-    Q5_0 without loss), which is logged. The error is at most 0.4 % of the largest weight of 32; these types themselves
-    have an error of several per cent.
+    is not precompiled and Numba is not installed, weights are rounded to 8 bits with a scale for each 32 weights, an
+    error of at most 0.4 % of the largest of the 32, which is logged (MXFP4 becomes Q5_0 without loss).
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
         ggml_type: type of the blocks.
         rows: N; the order of rows is kept.
         columns: K, at most 65,536.
-        memory: allocator of the result, which a model's matrices should share; None allocates separately.
+        memory: allocator of the result, shared by a model's matrices; None allocates separately.
         kind: layout; None for the `host_kind` of the type.
 
     Raises:
@@ -109,7 +108,7 @@ def pack(
     step = max(1, CHUNK // (ROWS * columns))
     rounds = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
     workers = min(loading_threads(), tiles // step)
-    if workers < 2:  # small models have many small matrices: starting a thread would take as long as the work
+    if workers < 2:  # for a small matrix, starting a thread would take as long as packing
         for first, last in rounds:
             job(first, last)
     else:

@@ -12,7 +12,7 @@ from candle_vllm.core.quantization.ggml_blocks import scale_numbers
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantise activations float32 [T, K] to (xq int8 [T, K], xs float32 [T, K/32], xsum float32 [T, K/32])."""
+    """Quantise activations x float32 [T, K]; return xq int8 [T, K], xs and xsum float32 [T, K/32]."""
     groups = np.asarray(x, np.float32).reshape(len(x), -1, GROUP)
     xs = np.abs(groups).max(axis=2) / np.float32(127)
     inverse = np.divide(np.float32(1), xs, out=np.zeros_like(xs), where=xs > 0)  # as kernels do, so that ties are equal

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Split blocks of ggml's types into the parts of the packed layout, in numpy; used at load by `pack.py`.
 
-`quantization/ggml_blocks.py` describes the contents of a block. Data that must be converted is copied to **planes**,
-uint32 [words, B, R], because operations on long contiguous memory, four bytes at a time, are fast. Data that already
-has the layout's form is copied unchanged. Shapes: B blocks of a row, R rows, G groups of a block.
+`quantization/ggml_blocks.py` describes the contents of a block; `layout.py` defines group, quad and vector. Shapes: B
+blocks of a row, R rows, G groups of a block. Data that must be converted is copied to **planes**, uint32 [words, B, R],
+word n of all blocks and rows in contiguous memory, which is fast. Data that already has the layout's form is a view.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.quantization.ggml_blocks import (
 
 
 class ChunkCodes(NamedTuple):
-    """Parts of a chunk; `small` are the sub-scales of K-quants."""
+    """Parts of a chunk of rows; `small` has the sub-scales of K-quants."""
 
     codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] for base-3 digits
     floats: list[np.ndarray]  # bits of floats, uint8 to uint32 [B, R] each
@@ -45,7 +45,7 @@ def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
 
 
 def _floats(blocks: np.ndarray, place: tuple[int, int], contents: BlockContents) -> list[np.ndarray]:
-    """Return the bits of the floats at an offset: [B, R] each, views if possible."""
+    """Return the bits of the floats that are in `place`: [B, R] each, views if possible."""
     data = blocks[..., slice(*place)]
     if contents.float == "e4m3":
         return list(e4m3_codes(data).transpose(2, 1, 0))
@@ -63,12 +63,12 @@ def _planes(blocks: np.ndarray, fields: Fields) -> np.ndarray:
 
 
 def _each(value: int) -> np.uint32:
-    """Return a word with four times the same byte."""
+    """Return a word whose four bytes are `value`."""
     return np.uint32(value * 0x01010101)
 
 
 def _taken(words: np.ndarray, place: int, bits: int) -> np.ndarray:
-    """Return a bit field of each byte."""
+    """Return `bits` bits, from bit `place` on, of each byte."""
     if bits == 8:
         return words
     return (words >> np.uint32(place) if place else words) & _each((1 << bits) - 1)
@@ -84,7 +84,7 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
         if layout.zero == contents.zero or layout.values is not None:
             words = _words(blocks, fields[0])
             return words.reshape(layout.groups, -1, *words.shape[1:])
-        words = _planes(blocks, fields[0]) ^ _each(layout.zero)  # a signed byte's highest bit
+        words = _planes(blocks, fields[0]) ^ _each(layout.zero)  # signed to unsigned: flips a byte's highest bit
         return words.reshape(layout.groups, -1, *words.shape[1:])
     codes = np.empty((layout.groups, layout.bits, *blocks.shape[1::-1]), np.uint32)
     first = 0
@@ -115,7 +115,7 @@ def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
 
 
 def _fill_halves(vectors: np.ndarray, words: np.ndarray) -> None:
-    """Write nibbles if each half of a group has its own bytes, two words."""
+    """Write the vectors of nibbles if each half of a group has two words of its own."""
     halves = words.reshape(-1, 2, 2, *words.shape[1:])
     first, second = halves[:, 0], halves[:, 1]
     vectors[:, :2] = first & _each(15) | (second & _each(15)) << 4
@@ -180,7 +180,7 @@ def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
         return None
     if layout.paired:  # each scale is next to its minimum, in the file and in the layout
         return _planes(blocks, contents.small[0][0])
-    if layout.lone:  # too few bytes to process in words
+    if layout.lone:  # a block has too few sub-scales to process them in words
         scales = np.ascontiguousarray(small_scales(blocks, contents, np))
         return np.ascontiguousarray(scales.view(np.uint32).transpose(2, 1, 0))
     pieces = [_numbers(blocks, fields) for fields in contents.small]
