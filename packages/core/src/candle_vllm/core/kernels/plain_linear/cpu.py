@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Linear layer and embedding with plain weights as compiled CPU operations (step 6 of a request's life).
 
-A thread owns adjacent tiles, and multiplies them by rows of activations in blocks of 8, 4 or 1. A block's rows are
-first copied to a **panel** (`cpu_panel.py`); a block that is not full repeats its last row, and the repetitions are not
-written. A single row is not copied.
+Terms (tile, step): see `layout.py`. A thread has consecutive tiles, and multiplies them by rows of activations (tokens)
+in **blocks** of 8, 4 or 1. A block's rows are first copied to a **panel** (`cpu_panel.py`); a block that is not full
+repeats its last row, and the repetitions' results are not written. A single row is not copied.
 
-More than 8 rows are processed in groups, whose panels stay in the second-level cache. Each pair of tiles is multiplied
-by all panels of a group, one part of K at a time, which stays in the first-level cache; between parts the sums are in
-memory.
+More than 8 rows are divided into **groups** of blocks, whose panels stay in the second-level cache. Each pair of tiles
+is multiplied by all panels of a group, one **part** of K at a time, which stays in the first-level cache; between parts
+the sums are in memory.
 
-With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 sums in registers needs 2 loads of weights and 8
-of activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other:
-two streams of weights are slower than one.
+With AVX-512, 8 rows are multiplied by two tiles at once: a step of 16 vectors of sums needs 2 loads of weights and 8 of
+activations, so that multiplication is the limit. Fewer rows are limited by memory, and use one tile after the other,
+because reading two tiles alternately is slower.
 
-With AVX2 alone, three panels of a group are multiplied by one tile in four blocks of 6 rows (not with BF16, whose pairs
-need registers). A block has 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
+With AVX2 alone, three panels of a group are multiplied by one tile in four times 6 rows (not with BF16, whose pairs
+need registers). These have 12 vectors of sums; with only 8 (4 rows), multiplications wait for each other.
 
 Every variant adds a sum's products in the order of K.
 """
@@ -38,11 +38,11 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import ask_tiles, emit_sums
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
-"""Bytes of the panels that a thread reads again for each pair of tiles: they stay in its second-level cache."""
+"""Bytes of a group's panels, which a thread reads again for each pair of tiles from its second-level cache."""
 
 _PART = 48
-"""Runs of steps in a part of K: 24 KiB of two tiles. Half as many for blocks of 8 rows without AVX-512, where each
-panel reads a tile twice, which must stay in the first-level cache meanwhile."""
+"""Runs of `RUN` steps in a part of K: 24 KiB of two tiles. Half as many for blocks of 8 rows without AVX-512, because
+each panel then reads a tile twice, which must stay in the first-level cache."""
 
 
 @intrinsic(prefer_literal=True)
@@ -92,7 +92,7 @@ def _multiply(
 
 
 def make_linear(KIND: int, ISA: int) -> Any:
-    PANEL_BYTES = _CACHED_BYTES  # of a group, which has at least one panel
+    PANEL_BYTES = _CACHED_BYTES  # maximum bytes of a group's panels; a group has at least one panel
     isa = Isa(ISA)
     TALL = bool(isa & Isa.AVX2) and not isa.wide and KIND != PlainKind.BF16
     PART, PANELS = _PART if isa.wide or TALL else _PART // 2, 9 if TALL else 8  # maximum panels of a group
@@ -118,7 +118,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         row = 0
         while rows - row > 8:
             count = min(8 * most, rows - row)
-            if count & 7 <= 4:  # a smaller block is left for the end
+            if count & 7 <= 4:  # the last rows are a smaller block, which is computed at the end
                 count &= -8
             blocks = (count + 7) >> 3
             fill_panels(given, row, count, addresses, panels)

@@ -3,8 +3,7 @@
 
 A block's rows are copied into a **panel** on the stack with rows interleaved: element 0 of all rows, element 1 of all
 rows, and so on, because each step of the weights reads one element of every row. A CPU without AVX-512 has 16 vector
-registers of half the size. There, one tile is multiplied by 4 rows at a time, or by 6 of several panels, so that the
-sums stay in registers.
+registers of half the size, which hold the sums of one tile and 4 rows, or 6 rows of several panels.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -27,7 +26,7 @@ from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 VECTOR_BYTES = 4 * LANES
 
 _AHEAD = 3072
-"""Prefetch distance in bytes of weights, for 8 rows only, because a single row gains nothing."""
+"""Prefetch distance in bytes of weights, used only for 8 rows, because a single row gains nothing."""
 
 
 # ---- the panel of activations ----------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def _block_sums(
     panels: list[Any],
     runs: Any,
 ) -> list[Any]:
-    """`emit_sums` for the rows whose sums [tile, row] fit registers; `block`: rows of a panel, and the first row."""
+    """Do what `emit_sums` does for rows whose sums [tile, row] fit registers. `block`: rows of a panel, first row."""
     (height, first), rows = block, len(sums) // len(tiles)
     b, element = e.b, F32 if kind is not PlainKind.BF16 else I32
 
@@ -175,7 +174,7 @@ def _block_sums(
 
 @njit
 def ask_tiles(out: int, row_bytes: int, rows: int, tile: int, count: int) -> None:
-    """Prefetch the lines of the result that `write_tiles` will write: a product of many columns waits for them."""
+    """Prefetch the cache lines that `write_tiles` will write, because a product of many columns waits for them."""
     for row in range(rows):
         for index in range(tile, tile + count):
             ask_line(out + row * row_bytes + index * 64)

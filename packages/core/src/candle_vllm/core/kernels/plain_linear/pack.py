@@ -19,7 +19,7 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 19
-"""Number of weights per round, so that the memory of a round stays in the CPU caches."""
+"""Weights that are packed at a time, so that the data stays in the CPU caches."""
 
 
 def plain_kind(stored: str) -> PlainKind:
@@ -39,11 +39,11 @@ def pack(
 
     Args:
         raw: the weights' bytes, uint8, contiguous; need not be aligned.
-        stored: their type, one of `plain.ELEMENTS`.
+        stored: type of the weights in the file, one of `plain.ELEMENTS`.
         rows: N; the order of rows is unchanged.
         columns: K, at most 65,536.
-        kind: the type to which they are rounded, to nearest; None is `plain_kind(stored)`.
-        memory: memory of the result, which a model's matrices should share; None allocates new memory.
+        kind: the type to which weights are rounded, to nearest; None is `plain_kind(stored)`.
+        memory: allocator of the result, shared by a model's matrices; None allocates separately.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix, or a weight is too large for `kind`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The plain linear layer in plain numpy, simple enough to be checked by reading; the reference of the tests."""
+"""The plain linear layer in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 
 
 def round_activations(x: np.ndarray, kind: PlainKind) -> np.ndarray:
-    """Return activations, float32, as a kind's weights are multiplied by them: rounded to bfloat16, or unchanged."""
+    """Return float32 activations as the kernels of a kind use them: rounded to bfloat16, or unchanged."""
     if kind is not PlainKind.BF16:
         return x
     rounded = read_plain(np.ascontiguousarray(x).view(np.uint8), "F32", x.shape, "BF16")
