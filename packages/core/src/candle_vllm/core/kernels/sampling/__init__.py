@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Sampling: sample one token per row of a batch's logits, compute ranks and log-probabilities, and edit logits.
 
-Contract, with R rows of V logits in float32. The parameters of a row are five float64 numbers, in the order of
-`Control`. The rules of `draw`, the sampling function:
+Contract, with R rows of V logits in float32, one row a token to sample. The parameters of a row are five float64
+numbers, in the order of `Control`. Rules of `draw`, the sampling function:
 
   - the row's weights are exp((logit - largest logit) / temperature), so that the largest is 1; temperature 0 is greedy:
     the largest logit's id, the lowest among equals;
   - min_p keeps weights of at least `min_p`;
   - top_k keeps every logit that is at least the k-th largest, so all ties with the k-th are kept (as in vLLM);
   - top_p visits the tokens in descending order of weight, equal ones in ascending order of id, and keeps tokens until
-    their mass reaches top_p * (the mass that min_p and top_k kept); the first token is always kept;
+    their mass, the sum of their weights, reaches top_p * (the mass of the tokens that min_p and top_k kept); the first
+    token is always kept;
   - the sampled token is the first, in order of id, at which the cumulative kept weight exceeds uniform * kept mass. A
     token of weight 0 is never sampled;
-  - the other rows of a batch do not change a single bit of a row's result.
+  - a row's result does not depend on the other rows, bit for bit.
 
 `reference.py` implements the rules in torch for any device. `cpu.py` is compiled; it is used on the CPU if it is
 precompiled or Numba is installed. `triton.py` is used on GPUs.
 
-The functions whose names end in `_tensors`, and `note_tokens`, have all arguments and results on the logits' device and
-never wait for it, so that a step that calls them can be captured. On the CPU the reference implements them.
+The functions `*_tensors` and `note_tokens` have all arguments and results on the logits' device and never wait for it,
+so that a step that calls them can be captured. On the CPU the reference implements them.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class RowDraw:
     """`draw` for logits in a fixed buffer, computed by the threads of a team.
 
     Attributes:
-        plan: the plan row of this operation; a recorded plan may contain it, to sample from the logits it computes.
+        plan: the plan row of this operation; a recorded plan may contain it, to sample from the plan's logits.
         controls: [N, 5] parameters that the operation reads; N is the maximum number of rows.
         ids, largest: [N] results; the id of a row whose largest logit is not finite is -1.
 
@@ -129,8 +130,8 @@ class RowDraw:
         logits: [N, V], each row contiguous.
         numbers: the step's numbers, by `StepNumber`.
         team: the threads; None to use only the caller's thread.
-        step: arrays of the step that computed the logits. Each call changes them for the next step, in which each row
-            runs its sampled token: it writes the ids there, and increments positions, slots and context lengths.
+        step: arrays of the step that computed the logits, or None. Each call prepares them for the next step, which
+            computes each row's sampled token: it writes the ids, and increments positions, slots and context lengths.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ def _place(array: np.ndarray, size: int | None = None) -> tuple[int, int]:
 
 
 def asks(controls: NDArray[np.float64]) -> tuple[bool, bool]:
-    """Whether a row has a temperature, and whether a row has top_k or top_p: the last arguments of `draw_tensors`."""
+    """Return `random` and `search` of `draw_tensors`: whether a row has a temperature, and whether top_k or top_p."""
     drawn = controls[controls[:, Control.TEMPERATURE] > 0]
     return bool(len(drawn)), bool((drawn[:, Control.TOP_K] > 0).any() or (drawn[:, Control.TOP_P] < 1).any())
 
@@ -233,8 +234,8 @@ def draw_tensors(
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288; not changed.
         controls: [R, 5] float64, contiguous.
-        random: False promises that every temperature is 0, which saves kernel launches.
-        search: False promises that no row has top_k or top_p, which saves a few kernel launches.
+        random: may be False, which saves kernel launches, if every temperature is 0.
+        search: may be False, which saves a few kernel launches, if no row has top_k or top_p.
 
     Returns:
         [R] int64 ids and [R] float32 largest logits, NaN for a row with a NaN. The id of a row whose largest logit is

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""llama.cpp's sampler chain: samplers that depend on the whole distribution remove tokens of a row.
+"""llama.cpp's sampler chain: its samplers remove tokens of a row, depending on the row's whole distribution.
 
 Contract: the arguments are a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`.
 The logit of a removed token becomes -inf; `draw` applies a fixed temperature. The rules are applied in this order, each
-to the tokens that are left. x are their logits, p the softmax of x (without temperature); ties are in order of id:
+to the tokens that are left. x are these tokens' logits, p the softmax of x (without temperature); ties are in order of
+id:
 
   - top_n_sigma keeps x of at least max x - n * the standard deviation of all x that are finite (Tang et al.,
     "Top-nsigma", 2024);
@@ -19,8 +20,8 @@ to the tokens that are left. x are their logits, p the softmax of x (without tem
     mu (Basu et al., "Mirostat", 2021) and keeps x of at least the k-th largest. Mirostat 2 keeps tokens whose surprise
     is at most mu bits, and always the first token.
 
-llama.cpp has samplers with these names and definitions; the order is that of its default chain. A row whose largest
-logit is not finite is not changed. The other rows of a batch do not change a single bit of a row's result.
+The names, definitions and order are those of llama.cpp's default chain. A row whose largest logit is not finite is not
+changed. A row's result does not depend on the other rows, bit for bit.
 
 `narrow_in_numpy` is the reference, `cpu_chain.py` is compiled, and `triton_chain.py` is for GPUs.
 """
@@ -66,9 +67,9 @@ def surprise(row: NDArray[np.float32], token_id: int, temperature: float) -> flo
 
 
 def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return [N - 1] lengths of the longest common suffix of `tokens` and `tokens[: n + 1]`, for each n below N - 1.
+    """Return [N - 1] lengths: for each n below N - 1, of the longest common suffix of `tokens` and `tokens[: n + 1]`.
 
-    These are the lengths of DRY's repetitions. The time is linear in N, whatever the tokens are.
+    These are the lengths of DRY's repetitions. The time is linear in N for any tokens.
 
     Args:
         tokens: [N], contiguous, at least one.
@@ -83,7 +84,7 @@ def repeats(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
 def z_lengths(text: list[int]) -> list[int]:
     """Return, for each position, the length of the longest common prefix of `text` and `text[position:]`.
 
-    The Z-algorithm (Gusfield, "Algorithms on strings, trees and sequences", 1997), as the reference of `repeats`.
+    The Z-algorithm (Gusfield, "Algorithms on strings, trees and sequences", 1997): the reference of `repeats`.
     """
     size, lengths, left, right = len(text), [len(text)], 0, 0  # text[left:right] is a copy of the beginning
     for place in range(1, size):
@@ -161,7 +162,7 @@ def _estimated_k(x: NDArray[np.float64], mu: float, vocabulary: int) -> int:
     steps = np.log((ranks + 1) / ranks)
     exponent = float((steps * -np.diff(likeliest)).sum() / (steps * steps).sum())
     excess = exponent - 1
-    if exponent <= 0:  # all tokens are equally likely: the limit of the formula below
+    if exponent <= 0:  # all tokens are equally likely: the limit of the formula below for exponent 0
         return vocabulary if mu * math.log(2) > math.log(vocabulary - 1) else 1
     rest = math.log(vocabulary) if abs(excess) < 1e-9 else (1 - vocabulary**-excess) / excess
     logarithm = (mu * math.log(2) - math.log(rest)) / exponent

@@ -30,8 +30,8 @@ class Link(enum.IntEnum):
     """The columns of the parameters of llama.cpp's chain, [N, len(Link)] float64, in this order, at least 0.
 
     Attributes:
-        neutral: value without effect; None for a number that another link uses.
-        parameter: field of `SamplingParams` with its value; "" if `SamplingState` computes it.
+        neutral: value without effect; None for a parameter that only another column's sampler uses.
+        parameter: field of `SamplingParams` with the value; "" if `SamplingState` computes the value.
     """
 
     neutral: float | None
@@ -41,7 +41,7 @@ class Link(enum.IntEnum):
     TYPICAL_P = 1.0, "typical_p"
     TOP_P = 1.0
     MIN_P = 0.0
-    XTC = 1.0  # the threshold; neutral if nothing is removed for this token
+    XTC = 1.0  # the threshold; neutral if XTC's probability leaves it out for this token
     TEMPERATURE = None  # temperature for mirostat; 0 is greedy sampling, which ignores mirostat
     LOW = None  # lower bound of a dynamic temperature
     HIGH = 0.0  # upper bound of a dynamic temperature
@@ -66,7 +66,7 @@ class Standing:
         offsets: [R] float64; a token's log-probability is its logit minus this offset.
         ranks: [R] int64, 1 for the largest logit; among equals the lower id comes first.
         top_ids: [R, most] int64, the ids of the largest logits, in descending order, the lower id first among equals;
-            -1 after the requested number of ids, and for logits of -inf.
+            -1 for each column from the row's requested number on, and for logits of -inf.
     """
 
     offsets: NDArray[np.float64]
@@ -103,7 +103,7 @@ class DeviceEdits:
         mask_rows: [R] int32, index of the row's mask, or -1 without one.
         masks: [M, ceil(V / 32)] int32; bit i % 32 of word i // 32 is 1 if token i is allowed.
         count_rows: [R] int32, index of the row's counts, or -1 without counts.
-        counts: [S, V] int32, 0 for a token that did not occur, otherwise 1 plus its occurrences in the output.
+        counts: [S, V] int32, 0 for a token that is in neither prompt nor output, else 1 plus its output occurrences.
         penalties: [R, 3] float64: repetition, frequency, presence; read for rows with counts.
     """
 
@@ -125,7 +125,7 @@ class Adjustment:
         allowed: ascending ids; the logits of all other tokens become -inf. None if all tokens are allowed.
         forbidden: ids whose logits become -inf.
         bias_ids, bias: ids, and float32 numbers that are added to their logits.
-        seen_ids, counts: ids of the prompt or the output, and float32 occurrences in the output.
+        seen_ids, counts: ids in the prompt or the output, and their numbers of occurrences in the output, float32.
         penalties: repetition (divides positive logits, multiplies the others), frequency (subtracted per occurrence),
             presence (subtracted once). The arithmetic is float64; a finite logit stays finite or becomes -inf.
     """
@@ -144,13 +144,13 @@ class DrawArguments(NamedTuple):
     """Arguments of the operation that samples; its number of rows is the step's `StepNumber.LOGIT_ROWS`.
 
     Attributes:
-        logits, row_bytes: address of the first row, and bytes from one to the next.
+        logits, row_bytes: address of the first row, and bytes from a row to the next.
         vocabulary: V.
         controls: address of float64 [rows, 5], see `Control`.
-        work, work_bytes: address of a workspace for each thread, and bytes from one to the next.
+        work, work_bytes: address of the threads' workspaces, and bytes from a workspace to the next.
         chosen, largest: addresses of the results, int64 and float32 [rows].
-        positions, slots, context_lens: addresses of int64 [rows], which are incremented for the next step, in which
-            each row runs its sampled token; 0 to increment nothing.
+        positions, slots, context_lens: addresses of int64 [rows], which are incremented for the next step, which
+            computes each row's sampled token; 0 to increment nothing.
     """
 
     logits: int
@@ -168,7 +168,7 @@ class DrawArguments(NamedTuple):
 
 # ---- the workspace of the compiled functions -------------------------------------------------------------------------
 
-CHUNK = 512  # logits
+CHUNK = 512  # logits of a chunk, see `cpu_chunks.py`
 CHUNK_BYTES = 4 * CHUNK
 MAXIMA_BYTES = 4 * LANES  # bytes of the maxima of one chunk
 EDGES_AT, MASSES_AT, TAIL_AT, WEIGHTS_AT = 0, 64, 128, 128 + CHUNK_BYTES
@@ -182,7 +182,7 @@ def workspace_bytes(vocabulary: int) -> int:
 
 
 BINS = 4096
-BINS_AT = 0  # the chain's own workspace follows the row's: float64 masses, then float32 distances of a chunk
+BINS_AT = 0  # offset in the chain's workspace, after the row's: float64 masses, then float32 distances of a chunk
 DISTANCES_AT = 8 * BINS
 
 

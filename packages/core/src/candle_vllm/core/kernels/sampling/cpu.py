@@ -2,11 +2,11 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Sampling as compiled functions (step 7 of a request's life): two or three passes over a row, without sorting.
 
-A row's result does not depend on the other rows, because rows are processed separately. The functions do not hold the
-GIL. `draw_rows` is an operation whose rows are divided among a team's threads; the others use the caller's thread.
+Rows are processed separately. The functions do not hold the GIL. `draw_rows` is an operation that divides the rows
+among a team's threads; the other functions use the caller's thread. A chunk is 512 logits (`cpu_chunks.py`).
 
-Weights are float32; sums are float32 within a chunk of 512 logits and float64 over chunks. So the sampled token differs
-from the reference's only if the random number is extremely close to the boundary between two tokens.
+Weights are float32; sums are float32 within a chunk and float64 over chunks. So the sampled token differs from the
+reference's only if the random number is extremely close to the boundary between two tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @cpu_chunks.inner
 def _weigh(row, chunks, number, work, cut, last_tie, largest, scale):
-    """Write a chunk's weights: 0 below the cut, and for logits equal to it after id `last_tie`. Return their sum."""
+    """Write a chunk's weights: 0 below `cut`, and for logits equal to it with ids above `last_tie`. Return the sum."""
     at, weights = cpu_chunks.chunk_at(row, work + TAIL_AT, chunks, number), work + WEIGHTS_AT
     start = number * CHUNK
     total = cpu_chunks.weigh_chunk(at, largest, scale, cut if start <= last_tie else cpu_chunks.above(cut), weights)
@@ -60,7 +60,7 @@ def _sum_chunks(row, chunks, work, cut, last_tie, largest, scale):
 
 @cpu_chunks.inner
 def _pick(row, chunks, work, cut, last_tie, largest, scale, target):
-    """Return the first id at which the cumulative weight exceeds the target: find its chunk, then the id in it."""
+    """Return the first id at which the cumulative weight exceeds `target`: find the chunk, then the id in the chunk."""
     sums = float64_at(work + SUMS_AT + chunks * MAXIMA_BYTES)
     before, chosen, start = 0.0, 0, 0.0
     for number in range(chunks):
@@ -79,7 +79,7 @@ def _pick_inside(weights, target, mass):
     total, before, chosen = 0.0, 0.0, 0
     for place in range(CHUNK):
         total += weights[place]
-    if total != mass:  # the chunk's sum was rounded differently: scale the target
+    if total != mass:  # the chunk's sum was rounded in another way: scale the target
         target = target / mass * total
     target = max(target, 0.0)
     for place in range(CHUNK):
@@ -139,7 +139,7 @@ def draw_rows(row, thread, threads):
 
 @cpu_chunks.inner
 def _rank(row, chunks, work, token, chosen):
-    """Return a token's rank: 1 for the largest logit; among equals the lower id comes first."""
+    """Return a token's rank, see `Standing.ranks`."""
     rank, group = 1, token // cpu_chunks.GROUP
     for number in range(chunks):
         if not cpu_chunks.reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, chosen):
@@ -181,7 +181,8 @@ def _top_ids(row, vocabulary, work, top, largest, to):
 
 
 def stand(logits, row_bytes, rows, vocabulary, tokens, counts, work, logs, places, named, most):
-    """See `stand` in `kernels/sampling`. Reads int64 [R] tokens, counts; writes [R] logs, places, [R, most] named."""
+    """See `stand` in `kernels/sampling`. Reads int64 [R] tokens and counts (`tops`); writes [R] logs (`offsets`) and
+    places (`ranks`), and [R, most] named (`top_ids`)."""
     token_ids, tops = int64_at(tokens), int64_at(counts)
     offsets, ranks = float64_at(logs), int64_at(places)
     chunks = (vocabulary + CHUNK - 1) // CHUNK
@@ -223,7 +224,7 @@ def adjust(
     row, allowed, forbidden = float32_at(logits), int64_at(kept), int64_at(hidden)
     bias_ids, bias, seen_ids, counts = int64_at(biased), float32_at(bias_at), int64_at(seen), float32_at(seen_at)
     penalties = float64_at(penalties_at)
-    odd = 0  # number of masked logits that are NaN or +inf, which must stay visible as signs of a broken model
+    odd = 0  # masked logits that are NaN or +inf, which show that the model is broken
     if masked and limited:
         start = 0
         for place in range(kept_count + 1):

@@ -2,8 +2,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """llama.cpp's sampler chain as a compiled function: each sampler sets removed tokens to -inf, without sorting.
 
-After a sampler has removed tokens, the chunks' maxima are computed again, so that later samplers skip chunks without
-tokens. `chain.py` defines the samplers. (Numba's `float` of a float32 is a float32, hence `np.float64`.)
+`chain.py` defines the samplers; chunk and key: see `cpu_chunks.py`. After a sampler has removed tokens, the chunks'
+maxima are computed again, so that later samplers skip chunks without tokens. (In Numba `float` of a float32 is a
+float32, hence `np.float64`.)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _has_tokens(work, number):
 
 @inner
 def _remove_below(row, vocabulary, work, cut, last_tie):
-    """Remove tokens below the cut, and those equal to it with ids above `last_tie`; return the largest logit."""
+    """Remove tokens with logits below `cut`, or equal to `cut` with ids above `last_tie`; return the largest logit."""
     logits = float32_at(row)
     for number in range((vocabulary + CHUNK - 1) // CHUNK):
         if _has_tokens(work, number):
@@ -101,7 +102,7 @@ def _entropy(row, vocabulary, work, top, mass):
 
 @inner
 def _distances(row, vocabulary, work, own, number, shift):
-    """Store |shift - x| of a chunk, infinite for removed tokens; return the chunk's address. See `_typical`."""
+    """Store |shift - x| of chunk `number`, infinite for removed tokens; return the chunk's address. See `_typical`."""
     at = chunk_at(row, work + TAIL_AT, (vocabulary + CHUNK - 1) // CHUNK, number)
     logits, to = float32_at(at), float32_at(own + DISTANCES_AT)
     for place in range(CHUNK):
@@ -154,7 +155,7 @@ def _typical(row, vocabulary, work, own, top, typical_p):
 
 @inner
 def _xtc(row, vocabulary, work, top, threshold):
-    """Apply XTC: remove the tokens at or above the threshold but the least likely one; return the largest logit."""
+    """Apply XTC: remove the tokens with p >= threshold except the least likely; return the largest logit."""
     mass = _mass(row, vocabulary, work, top, 1.0)
     bound = math.log(threshold * mass) if threshold > 0 else -cpu_select.INFINITE
     logits, least, stays, count = float32_at(row), cpu_select.INFINITE, -1, 0
@@ -259,7 +260,7 @@ def _mirostat(row, vocabulary, work, top, mode, mu, rate):
 
 
 def narrow(row, vocabulary, numbers_at, work):
-    """See `chain.narrow`; takes the addresses of a row of logits, its parameters, and `chain_bytes` of workspace."""
+    """See `chain.narrow`. Takes addresses: of a row of logits, of its parameters, and of `chain_bytes` of workspace."""
     numbers, chunks = float64_at(numbers_at), (vocabulary + CHUNK - 1) // CHUNK
     own = work + SUMS_AT + chunks * (MAXIMA_BYTES + 8 + 4 * CHUNK) + 4 * CHUNK
     top = cpu_select.survey(row, vocabulary, work)

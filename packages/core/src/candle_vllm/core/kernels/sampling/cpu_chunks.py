@@ -2,9 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of sampling on the CPU, for 512 logits at a time (step 7 of a request's life).
 
-A chunk is 32 vectors of 16 logits; the last one of a row is copied and filled up with -inf. A chunk has 16 maxima, one
-for each lane: one vector comparison shows whether any logit of the chunk reaches a bound. A weight is
-2^((logit - largest) * scale) in float32; with `scale` 0 every weight is exactly 1, so the same code counts logits.
+A **chunk** is 32 vectors of 16 logits; a row's last chunk is copied and filled up with -inf. A chunk has 16 maxima, one
+for each lane: one vector comparison shows whether any logit of the chunk reaches a bound. A **weight** is
+2^((logit - largest) * scale) in float32; with `scale` 0 every weight is exactly 1, so the same code counts logits. A
+**mass** is a sum of weights. A **key** is an integer for a float32, in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _larger(e: Emitter, x: Any, y: Any) -> Any:
 
 
 def _weight(e: Emitter, logit: Any, largest: Any, scale: Any) -> Any:
-    """Emit a weight; a difference that overflows is clamped to a finite number, because infinity times 0 is NaN."""
+    """Emit weights of 16 logits; a difference that overflows becomes finite, because infinity times 0 is NaN."""
     difference = _larger(e, e.b.fsub(logit, largest), e.constant(F32, _LOWEST))
     return emit_exp2(e, e.b.fmul(difference, scale))
 
@@ -59,7 +60,7 @@ def _bits(e: Emitter, hits: Any) -> Any:
 
 @intrinsic
 def chunk_maxima(_: Any, at: Any, to: Any) -> Any:
-    """Store the 16 maxima of a chunk, without NaN; return whether the chunk has a NaN."""
+    """Store the 16 maxima of a chunk, ignoring NaN; return whether the chunk has a NaN."""
     signature = types.int64(types.int64, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -202,7 +203,7 @@ def hits(_: Any, at: Any, low: Any, high: Any) -> Any:
 def copy_hits(_: Any, at: Any, low: Any, high: Any, to: Any) -> Any:
     """Copy the logits of a chunk that are in [low, high) to `to`, without gaps; return the address after them.
 
-    Up to 64 bytes after the last may be overwritten. `to` may be at or before `at`: only read memory is overwritten.
+    Up to 64 bytes after the last may be overwritten. `to` may be at or before `at`.
     """
     signature = types.int64(types.int64, types.float32, types.float32, types.int64)
 
@@ -256,7 +257,7 @@ def _to_key(b: Any, value: Any) -> Any:
 
 @intrinsic
 def key_of(_: Any, value: Any) -> Any:
-    """Return the key of a float32: an integer that has the same order; 0 for both zeros."""
+    """Return the key of a float32; 0 for both zeros."""
     signature = types.int64(types.float32)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

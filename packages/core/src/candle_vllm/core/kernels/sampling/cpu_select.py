@@ -2,14 +2,13 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Find the cut of a row of logits without sorting: the k-th largest logit, and the last token that top_p keeps.
 
-Both are the logit at which the sum of the weights, from the largest logit down, reaches a limit. (For top_k every
-weight is 1.) One pass sums the weights above each of eight edges, which shows between which two edges the cut is. The
-logits between these edges are copied, and are searched in the same way, until few are left or all are equal.
+The **cut** is the logit at which the sum of the weights, from the largest logit down, reaches a limit. (For top_k every
+weight is 1.) One pass sums the weights at or above each of eight logits, the **edges**, and so finds the two edges
+between which the cut is. The logits between these edges are copied, and are searched in the same way, until few are
+left or all are equal. (A literal 0 as an argument would compile a function a second time, hence `np.int64(0)`.)
 
-(A literal 0 as an argument would compile a function a second time, hence `np.int64(0)`.)
-
-A row's workspace has a few fixed arrays, then, for C chunks, their maxima, their sums and the copied logits. Functions
-take a row as the address of its first chunk, the address of the filled copy of its last one, and the number of chunks.
+A row's workspace has a few fixed arrays, then the chunks' maxima, the chunks' sums and the copied logits. Functions
+take a row as the address of its first chunk, the address of its last chunk's copy, and the number of chunks.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from candle_vllm.core.kernels.sampling.contract import (
     TAIL_AT,
 )
 
-_VALUES_AT = SUMS_AT  # plus the size of the maxima and the sums
+_VALUES_AT = SUMS_AT  # offset of the copied logits, without the size of the maxima and the sums
 ALL = 1 << 40  # more ties than a row can have
 LOG2_E = math.log2(math.e)
 LOWEST = np.float32(np.finfo(np.float32).min)
 INFINITE = np.float32(np.inf)
-_FEW = 48  # number of logits that are sorted instead
-_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds divide the keys, which ends for any logits
+_FEW = 48  # maximum number of logits that are sorted instead
+_EVEN_ROUNDS = 6  # rounds with evenly spaced edges; later rounds have evenly spaced keys, which ends for any logits
 
 
 @cpu_chunks.inner
@@ -80,7 +79,7 @@ def first_at(row, chunks, work, low, high, skip):
 
 @cpu_chunks.inner
 def _copy_out(row, last, chunks, maxima, low, high, to) -> tuple[Any, Any, Any]:
-    """Copy the logits in [low, high) to `to`, padded to whole chunks; return their number, the least, the largest.
+    """Copy the logits in [low, high) to `to`, padded to whole chunks; return their number, least and largest.
 
     `maxima` may be 0. `to` may be the row itself. At least one logit must be in the range.
     """
@@ -103,7 +102,7 @@ def _between(work, limit, mass) -> tuple[Any, Any, Any]:
     while low > 0 and mass + masses[low] < limit:
         low -= 1
     high = low + 1
-    while high < cpu_chunks.EDGES and edges[high] <= edges[low]:  # edges that rounding has made equal
+    while high < cpu_chunks.EDGES and edges[high] <= edges[low]:  # rounding may make edges equal
         high += 1
     if high == cpu_chunks.EDGES:
         return edges[low], INFINITE, mass
@@ -124,9 +123,9 @@ def _sum_masses(row, last, chunks, maxima, bound, largest, scale, work):
 
 @cpu_chunks.inner
 def _narrow(values, count, least, most, mass, limit, largest, rate, work) -> tuple[Any, Any]:
-    """Find the cut at which the sum of weights reaches `limit`; `mass` is the weight above all these values.
+    """Find the cut among `values`; `mass` is the sum of weights of all larger logits.
 
-    Returns the cut and how many of the logits that are equal to it are kept; ALL if all of them are.
+    Returns the cut, and how many of the logits that equal it are kept (`ALL` for all).
     """
     scale, edges, rounds = np.float32(rate * LOG2_E), float32_at(work + EDGES_AT), 0
     while count > _FEW and least < most:
@@ -169,9 +168,9 @@ def _cut_of_few(values, count, mass, limit, largest, rate) -> tuple[Any, Any]:
 
 @cpu_chunks.inner
 def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
-    """Return the k-th largest logit, or the least finite one, and how many logits equal to it are in the top k."""
+    """Return the k-th largest logit, or the least finite logit, and how many logits equal to it are in the top k."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
-    # The k-th largest of the maxima is a lower bound of the k-th largest logit.
+    # The k-th largest of the chunks' maxima is a lower bound of the k-th largest logit.
     parts = (chunks * LANES + CHUNK - 1) // CHUNK
     end = maxima + (parts - 1) * CHUNK_BYTES
     bound = LOWEST
@@ -186,7 +185,7 @@ def kth_largest(row, chunks, work, k, largest) -> tuple[Any, Any]:
 def nucleus(row, chunks, work, bound, top_p, largest, rate) -> tuple[Any, Any]:
     """Return the least logit at or above `bound` that top_p keeps, and how many logits equal to it are kept."""
     last, maxima, values = work + TAIL_AT, work + MAXIMA_AT, work + _VALUES_AT + chunks * (MAXIMA_BYTES + 8)
-    # All tokens with less weight than (1 - top_p) / V have less than 1 - top_p together: the cut is above them.
+    # Tokens with less weight than (1 - top_p) / V have a mass below 1 - top_p: the cut is above them.
     light = (math.log2(chunks * CHUNK / (1.0 - top_p)) + 1.0) / (rate * LOG2_E)
     floor = max(bound, np.float32(float(largest) - light))
     edges = float32_at(work + EDGES_AT)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Sampling in plain torch: the reference, and the sampler of a CPU without compiled functions.
 
-Every step works on the whole vocabulary in float64, so that it can be checked by eye. Only copying the result to the
+All computation is in float64 on the whole vocabulary, so that it can be checked by eye. Only copying the result to the
 host waits for the device.
 
 Shapes: R rows, V vocabulary.
@@ -43,7 +43,7 @@ def draw_at_random(logits: torch.Tensor, controls: NDArray[np.float64]) -> torch
         dropped[:, 0] = False
         weights = weights.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), 0.0)
     cumulated = weights.cumsum(1)
-    # Rounding may make uniform * total equal the total; then the last token with a weight above 0 is sampled.
+    # Rounding may make uniform * total equal to the total; then the last token with a weight above 0 is sampled.
     last = (cumulated < cumulated[:, -1:]).sum(1)
     return torch.minimum((cumulated <= uniform * cumulated[:, -1:]).sum(1), last)
 
@@ -61,13 +61,13 @@ def stand(
 
 
 def add_bias(logits: torch.Tensor, bias_ids: torch.Tensor, bias: torch.Tensor) -> None:
-    """See `edit_tensors` and `DeviceEdits` in `kernels/sampling`, also for the functions below."""
+    """Add the bias of `DeviceEdits` to the logits; see `edit_tensors` in `kernels/sampling`."""
     rows, at = (bias_ids >= 0).nonzero(as_tuple=True)
     logits[rows, bias_ids[rows, at].long()] += bias[rows, at]
 
 
 def mask(logits: torch.Tensor, mask_rows: torch.Tensor, masks: torch.Tensor) -> None:
-    """Set the logits of tokens whose mask bit is 0 to -inf, or to NaN where they are NaN or +inf."""
+    """Set logits of tokens with mask bit 0 to -inf, or to NaN if they are NaN or +inf."""
     token = torch.arange(logits.shape[1], device=logits.device)
     for row, number in enumerate(mask_rows.tolist()):
         if number >= 0:

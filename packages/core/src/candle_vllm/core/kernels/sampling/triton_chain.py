@@ -3,7 +3,8 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """llama.cpp's chain on a GPU (step 7 of a request's life): one launch, a program for each row, without sorting.
 
-Seven values describe which tokens are left, and the row is written once, at the end. A token is left if:
+Seven values (floor, shift, far, cut, tie, roof, stays) describe which tokens are left, and the row is written once, at
+the end. A token with logit x, and the key of x (`triton_rows.py`), is left if:
 
     key >= floor                            of top_n_sigma and top_k
     |shift - x| as a key <= far             of typical_p
@@ -11,7 +12,7 @@ Seven values describe which tokens are left, and the row is written once, at the
     key < roof, or id = stays               of XTC
 
 Masses are integers, as in `triton_rows.py`; other sums (entropies, a standard deviation) are float64, in the order of
-one program. So a row's result has the same bits whatever the other rows are. `chain.py` defines the rules.
+one program. So a row's result does not depend on the other rows, bit for bit. `chain.py` defines the rules.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from candle_vllm.core.kernels.sampling.triton_rows import (
 )
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build
 
-_PART = tl.constexpr(512)  # logits that a program has at a time; not measured yet
+_PART = tl.constexpr(512)  # logits that a program loads at a time; not measured yet
 _LIKELIEST = tl.constexpr(LIKELIEST)
 _ROOM = tl.constexpr(128)  # scratch space for the likeliest logits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_COUNT, _MASS, _NEARNESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # kinds of `_search`
+_COUNT, _MASS, _NEARNESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # KIND: what `_search` sums
 _WARPS = 4  # not measured yet
 _TOP_N_SIGMA, _TOP_K = tl.constexpr(Link.TOP_N_SIGMA.value), tl.constexpr(Link.TOP_K.value)
 _TYPICAL_P, _TOP_P = tl.constexpr(Link.TYPICAL_P.value), tl.constexpr(Link.TOP_P.value)
@@ -65,10 +66,8 @@ def _look(source, start, V, floor, shift, far, cut, tie, roof, stays):
 
 @triton.jit
 def _search(source, V, limit, lo, hi, largest, floor, shift, far, cut, tie, roof, stays, KIND: tl.constexpr):
-    """As `triton_rows.search`, for the tokens that are left: find the largest key at which the sum reaches `limit`.
-
-    Returns the key and the sum above it.
-    """
+    """Do what `triton_rows.search` does for the tokens that are left: find the largest key at which the sum reaches
+    `limit`. Return the key and the sum above it."""
     lo, hi, above = lo.to(tl.int64), hi.to(tl.int64), limit.to(tl.int64) * 0
     way = tl.arange(0, WAYS)
     first = True

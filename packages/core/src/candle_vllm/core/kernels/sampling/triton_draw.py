@@ -3,13 +3,14 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Sampling one token per row on a GPU (step 7 of a request's life): up to five launches, without sorting or waiting.
 
-    survey   the largest logits of chunks and of groups within them
-    plan     the row's largest logit; the greedy token; edges: logits that may bound the list of candidates from below
-    weigh    for each chunk its mass, and mass and number of the logits above each edge
-    gather   copies the logits above the highest edge that is low enough to a short list, in the order of ids
-    finish   applies top_k and top_p to that list, or to the row itself if no edge gives a short list; picks the token
+    survey   finds the largest logits of chunks and of groups (`triton_rows.py`)
+    plan     finds the row's largest logit, and the greedy token; chooses edges, logits that may bound a list of
+             candidates from below
+    weigh    sums for each chunk the mass, and the mass and number of the logits that reach each edge
+    gather   copies the logits that reach the highest edge that is low enough to a short list, in the order of ids
+    finish   applies top_k and top_p to the list, or to the row itself if no edge gives a short list; picks the token
 
-A row takes the steps that its parameters on the device require. The caller may leave out launches that no row needs.
+The parameters on the device decide which of these a row needs. The caller may leave out launches that no row needs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _scale(temperature):
 
 @triton.jit
 def _min_p_floor(min_p, largest, temperature):
-    """Return the smallest key with a weight of at least `min_p`; the weights are float64 here."""
+    """Return the smallest key with a weight of at least `min_p`, in float64."""
     top, wide = key_of(largest).to(tl.int64), largest.to(tl.float64)
     lo, hi = top * 0 + KEY_OF_MINUS_INFINITY, top
     lane = tl.arange(0, _LANES)
@@ -67,7 +68,7 @@ def _min_p_floor(min_p, largest, temperature):
 
 @triton.jit
 def _plan_edges(group_maxima, groups, filled, top_k, largest, plan):
-    """Choose edges by rank among the groups' maxima: at least r logits, rarely many more, reach the r-th maximum.
+    """Choose edges among the groups' maxima: at least r logits, rarely many more, reach the r-th largest maximum.
 
     filled: number of groups that have a logit.
     """
@@ -140,7 +141,7 @@ def weigh_kernel(
     controls,
     largest_in,  # [R]
     plans,
-    masses,  # [R, 1 + _EDGES, C] int64: of all logits that min_p keeps, then of those that reach each edge
+    masses,  # [R, 1 + _EDGES, C] int64: of all logits that min_p keeps, then of the logits that reach each edge
     counts,  # [R, _EDGES, C] int32
     row_stride,
     V,
@@ -167,7 +168,7 @@ def weigh_kernel(
 
 @triton.jit
 def _limit(top_p, whole):
-    """Return the smallest mass before a token that top_p removes."""
+    """Return the mass that top_p keeps: a token is removed if the more likely tokens have at least this mass."""
     exact = top_p * whole.to(tl.float64)
     limit = exact.to(tl.int64)
     limit += (limit.to(tl.float64) < exact).to(tl.int64)
@@ -176,7 +177,7 @@ def _limit(top_p, whole):
 
 @triton.jit
 def _choice(row, masses, counts, top_k, top_p, C, CB: tl.constexpr):
-    """Return the highest edge that keeps the needed logits, but not too many (else _EDGES); their number; all mass."""
+    """Return the highest edge that all needed logits, but at most BUFFER, reach (or _EDGES), their number, all mass."""
     part = tl.arange(0, CB)
     whole = tl.sum(tl.load(masses + row * (1 + _EDGES) * C + part, mask=part < C, other=0), axis=0)
     edge = tl.arange(0, _EDGES)
@@ -230,7 +231,7 @@ def _mass(source, count, cut, largest, scale):
 def _pick(source, begin, end, cut, ties, largest, scale, before, target):
     """Return the first index at which the cumulative mass of kept logits, starting with `before`, exceeds `target`.
 
-    Logits above the key `cut` are kept, and the first `ties` of those that equal it.
+    Logits above the key `cut` are kept, and the first `ties` logits that equal it.
     """
     place, seen = NONE, tl.zeros([], tl.int32)
     for start in tl.range(begin, end, BLOCK):
@@ -254,7 +255,7 @@ def _target(uniform, total):
 
 @triton.jit
 def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.constexpr):
-    """Pick the token of a row without top_k and top_p: first its chunk by the chunks' masses, then the token."""
+    """Pick the token of a row without top_k and top_p: first the chunk by the chunks' masses, then the token."""
     part = tl.arange(0, CB)
     mass = tl.load(masses + part, mask=part < C, other=0)
     target = _target(uniform, tl.sum(mass, axis=0))
@@ -266,7 +267,7 @@ def _pick_of_row(source, masses, floor, uniform, largest, scale, V, C, CB: tl.co
 
 @triton.jit
 def _pick_of_list(source, count, lo, floor, top_k, top_p, uniform, whole, largest, scale):
-    """Pick the token's index among logits that are all of a row, or all that reach the key `lo`."""
+    """Pick the token's index among `source`: all logits of a row, or all logits that reach the key `lo`."""
     hi = key_of(largest) + 1
     cut = floor
     if top_k > 0:
@@ -330,17 +331,7 @@ def finish_kernel(
 def draw(
     logits: torch.Tensor, controls: torch.Tensor, *, random: bool, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one token per row; see `draw_tensors` in the package.
-
-    Args:
-        logits: [R, V] float32, each row contiguous.
-        controls: [R, 5] float64, contiguous.
-        random: False guarantees that every temperature is 0.
-        search: False guarantees that no row has top_k or top_p.
-
-    Returns:
-        [R] int64 ids, [R] float32 largest logits.
-    """
+    """See `draw_tensors` in the package."""
     rows = rows_of(logits)
     number, device = len(logits), logits.device
     assert controls.shape == (number, 5)

@@ -3,7 +3,7 @@
 """Edits of logits on a GPU (step 7 of a request's life): bias, then masks and penalties in one pass.
 
 A mask commutes with a bias, so this order gives the same result as the order of vLLM's processors. The edits of each
-row are read on the device, from tables that stay there: a captured step serves any batch.
+row are read from tables that stay on the device: a captured step serves any batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
 
-_PART = tl.constexpr(1024)  # entries or logits that a program has at a time; not measured yet
+_PART = tl.constexpr(1024)  # biases or logits that a program loads at a time; not measured yet
 _ROWS = tl.constexpr(256)  # rows of a program that counts tokens
 
 

@@ -2,11 +2,11 @@
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Code that the sampling kernels on a GPU share: rows in chunks, logits as integers, and the search for a threshold.
 
-A row is always divided into the same chunks of CHUNK logits, whatever the batch, and weights are integers in units of
-2^-43. Sums of integers have the same bits in any order, so a row's result cannot depend on other rows, nor on the order
-of programs. 2^19 weights of at most 1 fit in 62 bits.
+A row is always divided into the same **chunks** of CHUNK logits, and a chunk into GROUPS **groups**. Weights are
+integers in units of 2^-43; a **mass** is a sum of weights. Sums of integers have the same bits in any order, so a row's
+result cannot depend on other rows, nor on the order of programs. 2^19 weights of at most 1 fit in 62 bits.
 
-A logit's key is an int32 with the same order; -0 and 0 have one key.
+A logit's **key** is an int32 in the same order; -0 and 0 have one key. A logit **reaches** keys up to its own.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from candle_vllm.core.kernels.triton_build import cdiv, next_power_of_2
 CHUNK = tl.constexpr(4096)  # logits of a program
 GROUPS = tl.constexpr(64)  # groups of each chunk: every 64th logit
 BLOCK = tl.constexpr(1024)  # logits that a program loads at a time when it searches a row
-WAYS = tl.constexpr(8)  # number of parts into which that program divides a range of keys
-BUFFER = tl.constexpr(8192)  # maximum number of logits that are gathered of a row
+WAYS = tl.constexpr(8)  # number of parts into which a program that searches a row divides a range of keys
+BUFFER = tl.constexpr(8192)  # maximum number of logits of a row that are copied to a list
 MOST_LOGITS = 1 << 19
 
 KEY_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
@@ -52,8 +52,8 @@ def mass_of(x, largest, scale):
 def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.constexpr):
     """Find the largest key at which the sum of weights, from the largest key down, reaches `limit`.
 
-    Every weight is 1, or with BY_MASS its mass, and then 0 below the key `floor`. The sum reaches the limit at the key
-    `lo`, but not at `hi`. Returns the key and the sum above it.
+    Without BY_MASS every weight is 1; with BY_MASS it is `mass_of`, but 0 below the key `floor`. The sum reaches the
+    limit at the key `lo`, but not at `hi`. Returns the key and the sum above it.
     """
     lo, hi, above = lo.to(tl.int64), hi.to(tl.int64), limit * 0
     way = tl.arange(0, WAYS)
@@ -84,7 +84,7 @@ def search(source, count, limit, lo, hi, floor, largest, scale, BY_MASS: tl.cons
 def gather(source, chunk, count, edge, counts, C, CB: tl.constexpr, values, names):
     """Copy the logits of a chunk that reach the key `edge`, and their ids, to the row's lists.
 
-    counts: [C] their number in each chunk. The order of ids is preserved.
+    counts: [C], the number of such logits in each chunk. The order of ids is preserved.
     """
     part = tl.arange(0, CB)
     offset = tl.sum(tl.load(counts + part, mask=(part < C) & (part < chunk), other=0))
@@ -106,7 +106,7 @@ def survey_kernel(
     V,
     C,
 ):
-    """Find the largest logits of chunks and groups. A row's k-th largest is at least the k-th largest of these."""
+    """Find the largest logits of chunks and groups. A row's k-th largest logit is at least the k-th largest maximum."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group = tl.arange(0, GROUPS)
     at = chunk * CHUNK + tl.arange(0, CHUNK // GROUPS)[:, None] * GROUPS + group[None, :]
@@ -130,7 +130,7 @@ def largest_of(maxima, C, CB: tl.constexpr):
 
 
 class Rows(NamedTuple):
-    """Logits [R, V] and the results of the survey. Shapes: C chunks of a row, CB is C rounded up to a power of two."""
+    """Logits [R, V] and the results of `survey_kernel`; C chunks of a row, CB is C rounded up to a power of two."""
 
     logits: torch.Tensor
     group_maxima: torch.Tensor
@@ -150,7 +150,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(logits: torch.Tensor) -> Rows:
-    """Check logits and allocate memory for the survey."""
+    """Check logits and allocate memory for `survey_kernel`."""
     count, vocabulary = logits.shape
     assert logits.dtype == torch.float32
     assert logits.stride(1) == 1 or vocabulary == 1, "each row is contiguous"

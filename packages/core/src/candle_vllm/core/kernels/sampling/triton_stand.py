@@ -3,11 +3,11 @@
 # pyright: reportOperatorIssue=false
 """Ranks of tokens, and the top logits of rows, on a GPU (step 7 of a request's life): five launches, no sort.
 
-    survey   the largest logits of chunks and of groups within them
-    edge     the row's largest logit, and a logit that is at most the last of the requested largest ones
-    measure  for each chunk its mass, how many logits rank before the token, how many reach the edge
+    survey   finds the largest logits of chunks and of groups (`triton_rows.py`)
+    edge     finds the row's largest logit, and an edge: a logit that is at most each of the requested largest logits
+    measure  finds for each chunk the mass, how many logits rank before the token, how many reach the edge
     gather   copies the logits that reach the edge to a short list, in the order of ids
-    name     sums up, and takes the largest logits from the list one after another
+    name     adds the chunks' results, and takes the largest logits from the list one after another
 
 If too many logits reach the edge, as with equal logits, the largest are taken from the row itself.
 """
@@ -165,7 +165,7 @@ def name_kernel(
                 name = at
                 if listed:
                     name = tl.load(names + row * BUFFER + at, mask=at < count, other=0)
-                # One integer in the order of falling logits and rising ids.
+                # An integer that is larger for larger logits, and among equal logits for lower ids.
                 standing = (key_of(x).to(tl.int64) << 32) + (NONE - name)
                 follows = (standing < previous) & (x > float("-inf"))
                 best = tl.maximum(best, tl.max(tl.where(follows, standing, _LOWEST), axis=0))
