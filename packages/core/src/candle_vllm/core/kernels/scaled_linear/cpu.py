@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with weights of 8- and 4-bit floats as a compiled CPU operation (step 6 of a request's life).
 
-Threads and panels are as in `plain_linear/cpu.py`; spans and pairs are defined in `layout.py`. For up to 8 rows,
-weights are converted to floats in registers. A single row, or 4 rows in bfloat16, compute both spans of a pair at once:
-a sum is a chain of dependent instructions, and the chains of one span are too few to keep up with memory. For more
-rows, as many tiles as fit the second-level cache are converted to bfloat16 once, and multiplied by the rows in blocks.
-All variants add a span's products in the same order.
+Terms (tile, span, turn, pair): see `layout.py`; panels and the division among threads are those of
+`plain_linear/cpu.py`. For up to 8 rows, weights are converted to floats in registers. For 1 row, or 4 rows in bfloat16,
+both spans of a pair are multiplied at once: a sum is a sequence of dependent instructions, and the sums of one span are
+too few to keep up with memory. For more rows, as many tiles as fit the second-level cache are converted to bfloat16
+once, and multiplied by the rows in blocks. All variants add a span's products in the same order.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -28,10 +28,10 @@ from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import HEAD_BYTES, ROWS, ScaledKind
 
 _CACHED_BYTES = 384 << 10
-"""Bytes of converted weights that a thread reads for every block of rows: they stay in its second-level cache."""
+"""Bytes of converted weights that a thread reads for every block of rows; they stay in its second-level cache."""
 
 _MOST_BYTES = 1 << 20
-"""If two converted tiles have more bytes, a thread converts one at a time, because they are on the stack."""
+"""If two converted tiles have more bytes, a thread converts one tile at a time, because they are on the stack."""
 
 _FEW = 8
 """Maximum number of rows for which weights are converted in registers."""
@@ -41,7 +41,7 @@ _FEW = 8
 
 
 def _moved(e: Emitter, word: Any, up: int, down: int, mask: int) -> Any:
-    """Shift a small float in 16 bits to the fields of a larger one: left, then arithmetically right.
+    """Shift the bits of a small float, in 16 bits, to the fields of a larger float: left, then arithmetically right.
 
     `mask` clears the copies of the sign, and the bits of other codes.
     """
@@ -70,9 +70,9 @@ def _joined(e: Emitter, first: Any, second: Any) -> Any:
 
 
 def _steps(e: Emitter, kind: ScaledKind, address: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield a turn's weights as floats, divided by the kind's factor: two vectors of 16 rows, one for each column.
+    """Yield a turn's weights, two columns at a time, as floats divided by the kind's factor: two vectors of 16 rows.
 
-    Code is emitted only when the caller requests the next columns: a whole turn would not stay in registers.
+    The code for columns is emitted when the caller requests them, because registers do not hold a whole turn.
     """
     if kind is ScaledKind.E2M1:
         scale = e.b.zext(e.load(address, vector(I8)), vector(I16))
@@ -118,7 +118,7 @@ def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> An
 
 
 def _x_bytes(isa: Isa) -> int:
-    """Return the bytes of an activation element for up to 8 rows: bfloat16 if the CPU multiplies it, else float32."""
+    """Return the bytes of an activation element for up to 8 rows: 2 if the CPU multiplies bfloat16, else 4."""
     return 2 if isa.bf16 else 4
 
 
@@ -143,7 +143,7 @@ def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
 
 
 def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
-    """Add two columns' products with the row at x, in a panel of `height` rows, to 16 sums as `dot_bf16` does."""
+    """Add the products of two columns and the row at x, in a panel of `height` rows, to 16 sums as `dot_bf16` does."""
     if isa.bf16:
         return e.dot_bf16(total, e.splat(e.load(x, I32)), _joined(e, *floats), isa)
     for at, weights in enumerate(floats):
@@ -159,7 +159,7 @@ def _multiply_rows(
     number, height, features = ScaledKind(kind.literal_value), block.literal_value, Isa(isa.literal_value)
     step_x = 2 * _x_bytes(features) * height
     turn_x = step_x * number.turn_columns // 2
-    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # otherwise the rows are enough chains
+    paired_sums = height == 1 or (_x_bytes(features) == 2 and height == 4)  # otherwise one span has enough sums
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -230,9 +230,9 @@ def _add_span(
     head_step: Any,
     sums: Any,
 ) -> Any:
-    """Multiply a span of converted tiles by a panel of `block` rows, and add it to sums float32 [tiles, block, 16].
+    """Multiply a span of converted tiles by a panel of `block` rows; add the result to sums float32 [tiles, block, 16].
 
-    Tiles are `tile_bytes` apart; their scales begin at `head` and are `head_step` bytes apart.
+    Tiles are `tile_bytes` apart. The first tile's scales are at `head`; scales of tiles are `head_step` bytes apart.
     """
     height, width, features = block.literal_value, tiles.literal_value, Isa(isa.literal_value)
 

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of small floats with scales: `pack.py` writes it, `cpu.py` and `reference.py` read it.
 
-A **tile** is 16 rows, divided along K into **spans**; the last span may be shorter. A span is the float32 scales of its
-16 rows, followed by **turns** of 8 or 16 columns:
+A **tile** is 16 rows, divided along K into **spans**, the columns that share a scale; the last span may be shorter. A
+span is stored as the float32 scales of its 16 rows, followed by **turns** of 8 or 16 columns:
 
     E4M3, E5M2   8 columns: two vectors of [16 rows, 4 columns] bytes, columns in the order 0, 2, 1, 3       128 bytes
-    E2M1         16 columns: their scales, e4m3 [16 rows], and four vectors of [16 rows, 4 columns],
-                 the first column in the lowest bits of 16                                                   144 bytes
+    E2M1         16 columns: their scales, e4m3 [16 rows], and four vectors of [16 rows, 4 columns] in 16 bits,
+                 the first column in the lowest bits                                                         144 bytes
 
-Two whole spans form a **pair**: the scales of both, then turns of both alternately. So a thread reads its tiles as one
-stream, and adds up two spans side by side. Elements beyond K or N are zero.
+Two whole spans form a **pair**: the scales of both, then turns of both alternately. So a thread reads its tiles
+sequentially, and multiplies two spans at once. Elements beyond K or N are zero.
 
-The kernel shifts a small float's bits to the positions of a larger float, which has its value divided by a power of
+The kernel shifts a small float's bits to the fields of a larger float, which then is the value divided by a power of
 two. E4M3 and E5M2 become float32, and the kernel multiplies by the power. Subnormal codes would become subnormal
 float32, which some CPUs multiply slowly, so `pack` multiplies the E4M3 codes of each row and span by a power of two, as
 far as their range allows, and divides the scale by it. E2M1 becomes float16, and the stored scale includes the power
-(`ScaledKind.factor`). NaN codes would become numbers, so a row's span with a NaN weight or group scale has a NaN scale.
+(`ScaledKind.factor`). NaN codes would become numbers, so a row's span with a NaN weight or e4m3 scale has a NaN scale.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ScaledKind(enum.IntEnum):
 
     @property
     def factor(self) -> float:
-        """Factor by which converted weights are too small: 2^14 of e2m1 times 2^8 of the group's scale."""
+        """Factor by which converted weights are too small: for E2M1 2^14 times 2^8 of the e4m3 scale, otherwise 1."""
         return 2.0**22 if self is ScaledKind.E2M1 else 1.0
 
     def turns(self, columns: int) -> int:

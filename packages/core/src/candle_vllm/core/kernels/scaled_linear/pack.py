@@ -17,10 +17,10 @@ from candle_vllm.core.quantization.scaled_codes import GROUP, ScaledCodes
 from candle_vllm.core.threads import loading_threads
 
 LEAST_SPAN = 8
-"""FP8's spans of columns are multiples of this number; NVFP4 has one span of all columns."""
+"""FP8's spans are multiples of this number of columns; a row of NVFP4 has one scale for all columns."""
 
 CHUNK = 1 << 19
-"""Number of weights per round, so that the memory of a round stays in the CPU caches."""
+"""Weights that are packed at a time, so that the data stays in the CPU caches."""
 
 
 def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix:
@@ -28,7 +28,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
 
     Args:
         codes: all rows of the matrix.
-        memory: memory of the result, which a model's matrices should share; None allocates new memory.
+        memory: allocator of the result, shared by a model's matrices; None allocates separately.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
@@ -111,7 +111,7 @@ def _store(codes: ScaledCodes, matrix: ScaledMatrix, tiles: np.ndarray) -> None:
         words = np.ascontiguousarray(data).view(np.uint32)
         words = words & 0xFF0000FF | words >> 8 & 0xFF00 | words << 8 & 0xFF0000  # columns 0, 2, 1, 3
     vectors = words.reshape(len(tiles), ROWS, turns, -1).transpose(0, 2, 3, 1)
-    stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # a view: one axis is split
+    stored[..., -8 * ROWS :].view(words.dtype).reshape(vectors.shape)[:] = vectors  # `reshape` gives a view
     with np.errstate(over="ignore"):  # infinite scales stay infinite
         scales = scales * np.float32(kind.factor)
     row, column = _not_numbers(data if groups is None else groups, kind)
@@ -146,7 +146,7 @@ def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarra
     if not shifts.any():
         return codes, scales
     raised = whole + (8 * shifts).astype(np.uint8)[..., None]  # the exponent is above three bits of mantissa
-    small = np.flatnonzero(sizes < 8)  # subnormal codes and zeros, which have no exponent; they are few
+    small = np.flatnonzero(sizes < 8)  # the few subnormal codes and zeros, to which no exponent can be added
     raised.reshape(-1)[small] = table[shifts.reshape(-1)[small // each], whole.reshape(-1)[small]]
     return raised.reshape(rows, -1)[:, :columns], np.ldexp(scales, -shifts)
 
@@ -155,7 +155,7 @@ def _raised(codes: np.ndarray, scales: np.ndarray, each: int) -> tuple[np.ndarra
 def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
     """Return the codes of e4m3 numbers times 2^i, uint8 [18, 256], and each positive code's largest i, int32 [128]."""
     numbers = read_plain(np.arange(256, dtype=np.uint8), "F8_E4M3", (256,), "F32")
-    positive = numbers[:127]  # in order of codes; the next code is NaN, which also replaces larger results
+    positive = numbers[:127]  # in order of codes; code 127 is NaN, which also stands for larger results
     codes = np.full((18, 256), 0x7F, np.uint8)
     for i, row in enumerate(codes):
         wanted = positive * np.float32(2.0**i)
@@ -168,7 +168,7 @@ def _raised_codes() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _filled(numbers: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return a contiguous matrix of `shape`, which pads `numbers` with zeros."""
+    """Return `numbers` padded with zeros to a contiguous matrix of `shape`."""
     if numbers.shape == shape:
         return np.ascontiguousarray(numbers)
     whole = np.zeros(shape, numbers.dtype)

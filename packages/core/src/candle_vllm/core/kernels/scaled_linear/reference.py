@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The linear layer with FP8 and FP4 weights in plain numpy, simple enough to check by reading; the tests' reference."""
+"""The linear layer with FP8 and FP4 weights in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def scaled_linear(matrix: ScaledMatrix, x: np.ndarray, bias: np.ndarray | None =
 
 
 def unpack(matrix: ScaledMatrix) -> np.ndarray:
-    """Return the weights as float32 [N, K]: each float times its scale, rounded once; a NaN scale makes a span NaN."""
+    """Return the weights as float32 [N, K]: each float times its scale, rounded once. A NaN scale gives a NaN span."""
     found, paired = [], 2 * matrix.pairs
     for start in range(0, paired, 2):
         pair = matrix.data[:, start * matrix.span_bytes : (start + 2) * matrix.span_bytes]
@@ -34,7 +34,7 @@ def unpack(matrix: ScaledMatrix) -> np.ndarray:
 
 
 def _span(head: np.ndarray, turns: np.ndarray, kind: ScaledKind) -> np.ndarray:
-    """Return a span's weights [tiles, 16, columns], from bytes `head` that begin with its scales, and its `turns`."""
+    """Return a span's weights [tiles, 16, columns] from its scales, the first bytes of `head`, and its `turns`."""
     tiles = len(turns)
     scales = head[:, :HEAD_BYTES].copy().view(np.float32) / np.float32(kind.factor)
     codes = turns[..., -8 * ROWS :]
