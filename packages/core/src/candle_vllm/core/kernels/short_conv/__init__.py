@@ -7,12 +7,12 @@ n of a sequence, from 0 on, becomes
     y[n, c] = act(bias[c] + sum over j of weight[c, j] * x[n - taps + 1 + j, c])          x is 0 before the first token
 
 The sum is fp32, from the oldest input to the newest; act is SiLU in fp32, or the identity; the result is rounded once.
-The state's layout follows `kernels/states.py`: the last taps - 1 inputs, the oldest first, `states` [slots, taps - 1,
-C] of x's dtype, float32 in recorded steps; channels are contiguous, as in x. A kept row is x[t], C elements in float32.
-A row's result depends on its own sequence alone.
+The state (slots and kept rows: see `kernels/states.py`) is the last taps - 1 inputs, the oldest first: `states` [slots,
+taps - 1, C] of x's dtype, float32 in recorded steps; channels are contiguous, as in x. A kept row is x[t] in float32,
+[C]. A token's result depends on its own sequence alone.
 
-With gates (g, h), each [T, C] of x's dtype, g * x, rounded to x's dtype, replaces x everywhere above, and y is
-h * act(...), still rounded once. A recorded step overwrites x with g * x; g and h are in the same buffer as x.
+With gates (g, h), each [T, C] of x's dtype, x is first replaced by g * x, rounded to x's dtype, and y is h * act(...),
+still rounded once. A recorded step overwrites x with g * x; g and h are in the same buffer as x.
 Source: Wu et al., 2019, arXiv:1901.10430 (depthwise); Gu and Dao, 2023, arXiv:2312.00752, section 3.4 (with a state);
 Liquid AI, 2025, arXiv:2511.23404 (with gates).
 """
@@ -51,9 +51,9 @@ def short_conv(
 
     Args:
         x, weight, bias: see above; the elements of a row of x are contiguous.
-        cache: cache of the layer.
-        rows: the step's use of states; recorded steps have rows of their own.
-        silu: apply SiLU to the result.
+        cache: the layer's states and kept rows.
+        rows: the states that the step reads and writes; None in recorded steps, which have their own.
+        silu: whether act is SiLU.
         gates: g and h [T, C], see above; None without gates.
         single: each sequence r has exactly row r in this step; on a GPU that saves a launch.
     """
@@ -84,7 +84,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cac
 
 
 class ShortConvArguments(NamedTuple):
-    """The operation's arguments; `Recorder.state_arguments` returns those from `states` on.
+    """Arguments of the operation; `Recorder.state_arguments` returns the fields from `states` on.
 
     Attributes:
         x, stride: address of float32 rows, and row stride in floats.

@@ -2,10 +2,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The convolution with a state on the CPU (step 6 of a request's life).
 
-Threads divide the channels, at least 16 each, and process them for all sequences, so no thread writes states or kept
-rows that another thread reads. A list has the address of a token's input for each tap, and is shifted by one for each
-token. Inputs before the step's first token are copied first, because their slots may be overwritten. Gates are fused: g
-* x overwrites x when x is first read, and h multiplies the result.
+Threads divide the channels, at least 16 each, and process their channels of all sequences, so no thread writes states
+or kept rows that another thread reads. A list has the address of a token's input for each tap, and is shifted by one
+for each token. Inputs before the step's first token are copied first, because their slots may be overwritten. Gates are
+fused: g * x overwrites x when x is first read, and the result is multiplied by h.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.short_conv import ShortConvArguments
 
 _PIECE = 1024
-"""Channels that are processed at a time: their earlier inputs are on the stack."""
+"""Channels that are processed at a time, because their earlier inputs are on the stack."""
 
 
 @intrinsic(prefer_literal=True)
@@ -46,8 +46,8 @@ def _convolve(
 ) -> Any:
     """Compute `count` channels of a token.
 
-    inputs: address of the addresses of the taps' inputs; the newest input is gated here. weight, step: address of
-    the oldest tap's weights, and bytes to the next tap's.
+    inputs: address of the addresses of the taps' inputs; the newest input is multiplied by its gate. weight, step:
+    address of the oldest tap's weights, and bytes to the next tap's weights.
     """
     number, activates, gates = taps.literal_value, silu.literal_value, gated.literal_value
 

@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_pow
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.states import StateCache, StateRows
 
-_ROWS = 128  # sequences, or rows, that a program compares at once when it searches
+_ROWS = 128  # sequences that a program compares at a time to find the sequence of a token
 _TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
 
 
@@ -39,9 +39,9 @@ def _input(
     x,
     gate,
     states,
-    kept,  # at the first kept row of the sequence
-    begin,  # the sequence's first row in the step
-    number,  # index of the input, 0 for the first row of the step; this and the next three are [TOKENS, 1]
+    kept,  # pointer to the first kept row of the sequence
+    begin,  # the sequence's first token, an index in the step
+    number,  # index of the input, 0 for the token `begin`; `number` to `there` are [TOKENS, 1]
     replays,
     source,
     there,
@@ -169,7 +169,7 @@ def conv_kernel(
                 C,
                 BEFORE,
             )
-            tl.debug_barrier()  # the state may be overwritten where other threads read it
+            tl.debug_barrier()  # all threads must have read the state before one overwrites it
             at = states + to * slot_stride + tap * C + channel
             tl.store(at, value.to(states.dtype.element_ty), mask=inside & (to >= 0))
         value = _row(x, gate_in, begin + number, inside, channel, x_stride, gate_stride)
@@ -314,7 +314,7 @@ def short_conv(
 
 
 def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
-    """Return constants: eight elements for each thread, not measured yet."""
+    """Return the kernels' constants. Blocks have eight elements for each thread; not measured yet."""
     block = min(next_power_of_2(channels), 512 if single else 128)
     return {
         "C": channels,
