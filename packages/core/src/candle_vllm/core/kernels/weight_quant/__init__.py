@@ -6,16 +6,17 @@ of ggml's `ggml-common.h`. Each block depends on its own elements alone.
 
   - q4_0, q5_0, q8_0 derive the scale from the element that is farthest from 0, q4_1 and q5_1 the scale and minimum from
     the smallest and largest element; then every element is rounded. The `gguf` package gives the same bytes.
-  - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32, q3_K and q6_K a scale for each group of
-    16: several step sizes are tried, each gives codes, the codes give the scale that fits them best by least squares,
-    and the best scale is kept. An element's weight in the squares is floor * root mean square + |x| in the first three
-    types, floor * mean square + x^2 in the others. Then a block's scales are stored as small integers, and every
-    element is rounded by the stored scale.
-  - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest of a table of 16: scales
-    that bring the element farthest from 0 near either end of the table are tried. The weight is mean square + x^2.
+  - q2_K, q4_K, q5_K search a scale and a minimum for each group of 16 or 32 elements, q3_K and q6_K a scale for each
+    group of 16: several step sizes are tried. Each gives codes, and the codes give a scale by weighted least squares;
+    the scale with the smallest error is used. An element's weight is floor * root mean square + |x| in the first three
+    types, floor * mean square + x^2 in the others, with the mean of the group. Then a block's scales are stored as
+    small integers, and every element is rounded by the stored scale.
+  - iq4_nl, iq4_xs search a scale for each group of 32, and every element becomes the nearest value of a table of 16.
+    Scales are tried that bring the element farthest from 0 near either end of the table. The weight is mean square +
+    x^2.
 
-With an importance matrix, the weight of an element of the searched types is importance * root(2 * mean square + x^2)
-instead, with the importance of its column and the mean square of its block.
+With an importance matrix, an element's weight in these searches is importance * root(2 * mean square + x^2) instead,
+with the importance of the element's column and the mean square of the element's block.
 
 `reference.py` is the reference in numpy; `cpu.py` is compiled, and gives the same bytes on every CPU.
 Source: llama.cpp's `ggml-quants.c`.

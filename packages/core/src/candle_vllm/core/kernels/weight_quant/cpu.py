@@ -91,7 +91,7 @@ def _fits(bits):
 
 @inner
 def _inverse(d):
-    """Return 1 / d, or 0 if that overflows float32; such a scale is stored as 0."""
+    """Return 1 / d, or 0 if that overflows float32; the scale d is then stored as 0."""
     return np.float32(0.0) if abs(d) < _SMALLEST else np.float32(np.float32(1.0) / d)
 
 
@@ -179,7 +179,7 @@ def _transpose(x, bits, groups, size, lanes):
 def _weigh_by(importance, period, first, x, groups, size, block, weights):
     """Compute the weights of the elements of `groups` groups by importance, in the lanes of `_transpose`.
 
-    `first` is the number of their first block of `block` elements, and `period` the number of blocks in a row.
+    `first` is the number of the first group's block, of `block` elements, and `period` the number of blocks in a row.
     """
     for start in range(0, groups * size, block):
         total = np.float32(0.0)
@@ -258,7 +258,7 @@ def _pack_q2(scales, mins, d, m, codes, out):
 
 @inner
 def _two_bits(codes, out, at):
-    """Write codes of 2 bits; of 128 adjacent codes, the four at distances of 32 share a byte."""
+    """Write codes of 2 bits; within 128 adjacent codes, four codes that are 32 apart share a byte."""
     for part in range(2):
         for i in range(32):
             j = 128 * part + i
@@ -339,8 +339,8 @@ def _pack_q3(scales, d, codes, out):
 
 @inner
 def _pack_q6(scales, d, codes, out):
-    """Write nibbles, scales of 8 bits, d. Of 128 adjacent codes, the nibbles of two at a distance of 64 share a byte,
-    and the upper 2 bits of four at distances of 32."""
+    """Write nibbles, upper bits, scales of 8 bits, d. Within 128 adjacent codes, a byte has the nibbles of two codes
+    that are 64 apart, or the upper 2 bits of four codes that are 32 apart."""
     for part in range(2):
         for i in range(64):
             j = 128 * part + i
@@ -420,8 +420,8 @@ def _make_in_table(search: searches.TableSearch, BYTES: int) -> Callable[..., An
 def make_quantise(KIND: int) -> Callable[..., None]:
     """Return the function of a type, which quantises `count` blocks from address x to `out`.
 
-    Its other arguments: address of an int64, which becomes 1 if all elements can be quantised; address of the columns'
-    importance, or 0; and the number of blocks in a row of these columns.
+    Other arguments of the function: address of an int64, which becomes 1 if all elements can be quantised; address of
+    the columns' importance, or 0; and the number of blocks in a row.
     """
     kind = GGMLQuantizationType(KIND)
     blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))

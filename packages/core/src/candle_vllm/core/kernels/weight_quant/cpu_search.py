@@ -87,7 +87,7 @@ def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) ->
     """Compute the weights of the elements of 16 groups without an importance matrix, see `reference.plain_weights`.
 
     Args:
-        squared: 1 if weights grow with the square of elements, 0 if with their size.
+        squared: 1 if weights grow with the square of elements, 0 if with the magnitude.
         x, weights: addresses of float32 [count, 16]: element i of all groups is contiguous.
         floor: as in `reference.plain_weights`.
     """
@@ -197,7 +197,7 @@ class _OffsetSearch:
     def emit(self) -> None:
         e, b, zero = self.e, self.b, self.zero
         low, span = self._range()
-        scale = b.fdiv(span, self.most)  # the plain scale
+        scale = b.fdiv(span, self.most)  # the plain scale: the span divided into `most` steps
         start = [e.constant(F32, searches.NOTHING), scale, low]
         _, best_scale, best_low = e.loop(self.tries, start, lambda index, state: self._try(index, state, low, span))
         plain_error, best_error = self._errors(scale, low, best_scale, best_low)
@@ -250,7 +250,7 @@ class _OffsetSearch:
         above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
         scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
         fitted = b.select(above, zero, fitted)
-        # The squared error minus the sum of w * x^2, which is equal for all tries.
+        # The squared error minus the sum of w * x^2, a sum that is equal for all tries.
         error = b.fsub(zero, b.fadd(b.fmul(scale, sum_lx), b.fmul(fitted, self.weighted)))
         better = b.and_(usable, b.fcmp_ordered("<", error, best_error))
         return [
@@ -307,7 +307,7 @@ def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
 def _better_scale(
     e: Emitter, x: Any, weights: Any, count: Any, code: Callable[[Any], Any], state: list[Any]
 ) -> list[Any]:
-    """Fit a scale to the codes of a step size by weighted least squares; keep it if its error is smaller."""
+    """Fit a scale to the codes of a step size by weighted least squares; update `state` if the error is smaller."""
     b, zero = e.b, e.zeros(F32)
 
     def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:

@@ -49,7 +49,7 @@ def weighed(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
 
 
 def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
-    """Compute the weights of groups' elements without an importance matrix: their size plus the group's floor."""
+    """Compute the weights of groups' elements without an importance matrix; see the package."""
     square = x * x
     mean = _sum(square) / F(x.shape[1])
     return (F(floor) * (mean if squared else np.sqrt(mean)))[:, None] + (square if squared else np.abs(x))
@@ -58,8 +58,8 @@ def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
 def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
     """Find scale [G] and negated minimum [G] of groups, so that x is about scale * code - minimum.
 
-    For t = 0, 1, ... the group's span is divided into most + first + 0.1 * t steps; the codes give scale and minimum by
-    weighted least squares. The plain scale, of `most` steps, is used unless a tried scale is better.
+    Try t = 0, 1, ... divides the group's span into most + first + 0.1 * t steps; the codes give scale and minimum by
+    weighted least squares. The plain scale, span / most, is used unless a tried scale is better.
     """
     low = np.minimum(x.min(axis=1), F(0))
     span = x.max(axis=1) - low
@@ -92,7 +92,7 @@ def fit_offset(x: np.ndarray, weights: np.ndarray, search: searches.OffsetSearch
 
 
 def fit_scale(x: np.ndarray, weights: np.ndarray, search: searches.ScaleSearch) -> np.ndarray:
-    """Find scales [G] by weighted least squares over the codes of several step sizes around the plain one."""
+    """Find scales [G] by weighted least squares over the codes of several step sizes around the plain step size."""
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)

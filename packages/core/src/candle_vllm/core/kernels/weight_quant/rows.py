@@ -22,7 +22,7 @@ from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.threads import loading_threads
 
 CHUNK = 1 << 18
-"""Weights per round: the data of a round stays in the cache."""
+"""Weights that are quantised at a time, so that the data stays in the cache."""
 
 ISQ_TYPES: Mapping[str, GGMLQuantizationType] = MappingProxyType(
     {name: GGMLQuantizationType[re.sub("k$", "_K", name).upper()] for name in ISQ_NAMES}
@@ -49,10 +49,10 @@ def quantise(
 
     Args:
         raw: plain elements, uint8 [R, bytes per row]; need not be aligned.
-        stored: their type, one of `SOURCES`.
+        stored: type of the elements, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
-        importance: importance of columns, float32 [E, C]: the first entry for the first R / E rows, and so on; or None.
+        importance: importance of columns, float32 [E, C], or None; row e is for rows e * R / E .. (e + 1) * R / E - 1.
 
     Returns:
         The blocks, uint8 [R, bytes per row].

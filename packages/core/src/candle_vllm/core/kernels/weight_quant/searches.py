@@ -34,7 +34,7 @@ TABLE_MIDDLES = tuple((low + high) / 2 for low, high in itertools.pairwise(IQ4_V
 """Middles between adjacent values of the table: from a middle on, the higher value is the nearest."""
 
 TABLE_FLOOR = 1.0
-"""Weight that each element has at least in searches with a table, in mean squares of the group."""
+"""Minimum weight of an element in searches with a table, in mean squares of the group."""
 
 LEAST_SPREAD = 4e-6
 """Minimum variance of codes relative to their mean square: nearly equal codes determine no scale and minimum."""
@@ -50,7 +50,7 @@ class OffsetSearch:
         stored: the largest integer that encodes a scale or a minimum.
         first: the first try divides a group's span into `most` + `first` steps.
         tries: number of tries, which differ by 0.1 steps.
-        floor: weight that each element has at least, in root mean squares of the group.
+        floor: minimum weight of an element, in root mean squares of the group.
     """
 
     group: int
@@ -68,7 +68,7 @@ class ScaleSearch:
     Attributes:
         half: codes are -half to half - 1.
         stored: integers from -stored to stored - 1 encode a scale.
-        floor: weight that each element has at least, in mean squares of the group.
+        floor: minimum weight of an element, in mean squares of the group.
     """
 
     half: int
@@ -109,7 +109,7 @@ TYPES = (*SIMPLE, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", *TABLES)
 class Quantise(Protocol):
     """Quantise x float32 [N, elements per block] to out uint8 [N, bytes per block]; return whether that is possible.
 
-    `importance` is float32 [C] for the columns of rows that x consists of; only types with a search use it.
+    x is whole rows of C columns; `importance`, float32 [C], is used only by types with a search.
     """
 
     def __call__(self, x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool: ...
