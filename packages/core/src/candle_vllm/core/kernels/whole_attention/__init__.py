@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Attention of encoders: each token attends to its whole text, and nothing is cached.
+"""Attention of encoders: each token attends to its whole text, a sequence of the step; nothing is cached.
 
-Contract: qkv [T, (H + 2 K) * D] of any float dtype has the queries of all heads, then the keys, then the values, for
-concatenated texts; each of the K key heads belongs to H / K adjacent query heads. y [T, H * D] in qkv's dtype, in new
-memory, is softmax(q k^T / sqrt(D) + b) v within each text, for each head. b is the bias of the distance between query
-and key, if any, and minus infinity outside the window. A text's result does not depend on the other texts. In recorded
-steps the arithmetic is fp32, and D may be any number; otherwise torch's own kernels compute it. With `turned`, queries
-and keys are first rotated as in `kernels/rotary`, and recorded steps overwrite qkv.
+Contract: H query heads, K KV heads, D elements of a head. qkv [T, (H + 2 K) * D] of any float dtype has the queries of
+all heads, then the keys, then the values, for the T tokens of concatenated texts; each KV head belongs to H / K
+adjacent query heads. y [T, H * D] in qkv's dtype, in new memory, is softmax(q k^T / sqrt(D) + b) v within each text,
+for each head. b is the bias by the distance between query and key, if any, and minus infinity outside the window. A
+text's result does not depend on the other texts. Recorded steps compute in fp32; otherwise torch's own kernels compute
+y. With `turned`, queries and keys are first rotated as in `kernels/rotary`, and recorded steps overwrite qkv.
 Source: Vaswani et al., 2017, arXiv:1706.03762; Heo et al., 2024, arXiv:2403.13298 (rotation by rows and columns).
 """
 
@@ -37,8 +37,9 @@ def whole_attention(
         lengths: tokens of each text, in order; adjacent texts of one length are computed together. Recorded steps use
             the lengths of the step's sequences instead.
         kv_heads: K; None is H.
-        bias: fp32 [N, 2 P - 1], N = H or 1, for texts of at most P tokens: column d + P - 1 is for keys d tokens later.
-        window: maximum distance of a query and a key to which it attends; None for all.
+        bias: fp32 [N, 2 P - 1], N = H or 1, for texts of at most P tokens: column d + P - 1 is for keys d tokens after
+            the query.
+        window: maximum distance in tokens between a query and a key; None for all.
     """
     if isinstance(qkv, Recorded):
         turning = None if turned is None else (turned.places, turned.cos, turned.sin)
@@ -55,7 +56,7 @@ def disentangled_attention(qkv: Value, near: Value, heads: int, lengths: Sequenc
 
     Args:
         qkv, heads, lengths: as for `whole_attention`.
-        near: [2 S, 3 H * D]: queries, keys and values of relative positions, like qkv.
+        near: [2 S, 3 H * D]: queries, keys and values of 2 S relative positions, in the layout of qkv.
         rows: int64 [2 P - 1]; column i - j + P - 1 is r.
     """
     from candle_vllm.core.kernels.whole_attention import reference

@@ -10,11 +10,11 @@ products use the code of `plain_linear` for F32 weights:
     scores [keys, queries] = keys x queries        queries are a tile [D, 16], keys are panels [D, 8 keys]
     result [D, queries] = values x probabilities   probabilities are a tile [keys, 16], values panels [keys, 8 of D]
 
-`lay_out` writes the panels of all texts; D and a text's keys are padded with zeros to multiples of 8. A unit of work is
-32 queries of one head and text, with all keys in their window. Threads claim units by an atomic counter, which
-`lay_out` sets to 0; in an operation of more parts (`PartArguments`) than threads with scratch memory, each part has a
-fixed share of the units. Each element is a sum in a fixed order over D or keys, so its bits do not depend on other
-texts of the step or on the thread.
+A **panel** is 8 keys, or 8 dimensions of values, for all D or keys. `lay_out` writes the panels of all texts; D and a
+text's keys are padded with zeros to multiples of 8. A **unit** of work is two tiles, 32 queries, of one head and text,
+with all keys in their window. Threads claim units by an atomic counter, which `lay_out` sets to 0; if several teams
+divide the operation (`PartArguments`), each part has a fixed share of the units. Each element is a sum in a fixed order
+over D or keys, so its bits do not depend on other texts or on the thread.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def turn(row, thread, threads):
 
 @njit(inline="always")
 def _text_panels(start: int, text: int, heads: int, dim: int) -> int:
-    """Return the byte offset of a text's panels, sufficient for the panels of earlier texts of any lengths."""
+    """Return the byte offset of a text's panels, which leaves room for the panels of all earlier texts."""
     return 4 * PANEL * ((start >> 3) + text) * heads * ((dim + 7) & -8)
 
 
@@ -72,12 +72,12 @@ def _lay_panel(
 ) -> None:
     """Copy keys and values of up to 8 tokens of a head to panels.
 
-    k and v are addresses of the first token, and tokens are `row_bytes` apart. `keys` is the address of the panel, and
-    `values` the tokens' address in the first panel of values; the next panels of values are `panel_bytes` apart.
-    `addresses` is scratch memory for int64 [8].
+    k and v are addresses of the first token; tokens are `row_bytes` apart. `keys` is the address of the panel of keys,
+    `values` that of the tokens in the first panel of values; panels of values are `panel_bytes` apart. `addresses` is
+    scratch memory for int64 [8].
     """
     filled = (dim + 7) & -8
-    if tokens >= PANEL and dim & 15 == 0:  # in vectors, which is faster
+    if tokens >= PANEL and dim & 15 == 0:  # copy vectors, which is faster
         for token in range(PANEL):
             int64_at(addresses)[token] = k + token * row_bytes
             for panel in range(dim >> 3):
@@ -166,9 +166,9 @@ def _scores(
     runs: Any,
     bias: Any,
 ) -> Any:
-    """Multiply a panel of keys by each tile of queries: scores [8, 16]. `step` and `out_step` are from tile to tile.
+    """Multiply a panel of keys by tiles of queries, `step` bytes apart: scores [8, 16], `out_step` bytes apart.
 
-    If `biased`, add a bias by distance; `bias` is the address of the distance of the first query from the first key.
+    If `biased`, add a bias by distance; `bias` is the address of the bias of the first query and the first key.
     """
     width, features = tiles.literal_value, Isa(isa.literal_value)
 
@@ -263,7 +263,7 @@ def _values(
 
 @njit(inline="always")
 def _take_queries(q: int, row_bytes: int, first: int, length: int, lanes: int, dim: int, scale: float, to: int) -> None:
-    """Copy queries from `first` on, times `scale`, to tiles [D, 16]; a text's last query fills the last tile."""
+    """Copy queries from `first` on, times `scale`, to tiles [D, 16]; if fewer are left, the last query is repeated."""
     filled = (dim + 7) & -8
     for lane in range(lanes):
         query = float32_at(q + min(first + lane, length - 1) * row_bytes)
@@ -285,7 +285,7 @@ def make_attend_whole(ISA: int, BIASED: int) -> Callable[..., None]:
         results = queries + 2 * tile_bytes
         sums = results + 2 * tile_bytes
         scores = sums + 128
-        total = 0  # units
+        total = 0  # number of units
         for r in range(step_number(row, _SEQUENCES)):
             total += ((starts[r + 1] - starts[r] + 31) >> 5) * heads
         in_parts = threads > given.threads

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Record the attention of encoders: the operations of `cpu.py`, and the memory between them."""
+"""Record the attention of encoders: the operations of `cpu.py`, and the memory for their intermediate results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PANEL = 8
 """Number of keys, or of dimensions of values, in a panel."""
 
 LOG2E = 1.4426950408889634
-HIDDEN = -1e9  # the term of a key outside the window: the exponential of its score is exactly 0
+HIDDEN = -1e9  # added to scores of keys outside the window, so that their exponentials are exactly 0
 HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
 LINE = 4 * LANES  # bytes of a vector
 
@@ -34,7 +34,7 @@ class WholeHeads(NamedTuple):
 
 
 class WholeArguments(NamedTuple):
-    """The arguments of both operations.
+    """Arguments of `lay_out` and `attend_whole`.
 
     Attributes:
         qkv, stride: address of float32 rows [T, (H + 2 K) * D], and their row stride in floats.
@@ -46,9 +46,9 @@ class WholeArguments(NamedTuple):
         scratch: address of `scratch_bytes` of scratch memory.
         thread_bytes: scratch memory of each thread.
         threads: number of threads that have scratch memory.
-        bias: address of the bias at distance 0 (query minus key) in a float32 table by distance, times log2(e); 0
-            without a bias.
-        bias_bytes: bytes from one head's table to the next; 0 if the heads share one.
+        bias: address of the element for distance 0 in a float32 table of biases times log2(e), by query minus key
+            position; 0 without a bias.
+        bias_bytes: bytes from one head's table to the next; 0 if the heads share one table.
         window: maximum distance of a key from its query, in tokens.
     """
 
@@ -72,7 +72,7 @@ class WholeArguments(NamedTuple):
 
 
 class TurnArguments(NamedTuple):
-    """The arguments of `turn`.
+    """Arguments of `turn`.
 
     Attributes:
         qkv, stride, head_dim: as in `WholeArguments`.
@@ -159,7 +159,7 @@ def _bias_table(
     """
     if bias is None and window is None:
         return None, 0
-    distances = np.arange(-tokens - PANEL, tokens + 4 * PANEL)  # of the query from the key
+    distances = np.arange(-tokens - PANEL, tokens + 4 * PANEL)  # query position - key position
     if bias is None:
         table = np.zeros((1, len(distances)), np.float32)
     else:
@@ -171,7 +171,7 @@ def _bias_table(
 
 
 def panel_floats(tokens: int, texts: int, heads: int, head_dim: int) -> int:
-    """Return the floats in the panels of keys, which equal those of values, of a step of that many tokens and texts."""
+    """Return the floats in the panels of keys, or of values, of a step with `tokens` tokens of `texts` texts."""
     return PANEL * (tokens // PANEL + texts) * heads * _filled(head_dim)
 
 
