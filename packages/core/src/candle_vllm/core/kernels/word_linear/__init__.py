@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with F16 or F32 weights as 14-bit integers, on the CPU; step 6 of a request's life.
 
-It is for many rows (a vision tower's patches, an encoder's tokens), on CPUs that multiply 16-bit integers twice as fast
-as floats. Contract. Activations x [T, K] from `kernels/activation_rows` in `WordForm`: in each group of 32 columns
-integers of at most 8191, and a float32 scale. Weights [N, K], 16 rows interleaved (`layout.py`): in each group of 32
-columns integers of at most 8192, and a scale that is a power of two. The result is float32:
+It is used for many rows (a vision tower's patches, an encoder's tokens), on CPUs that multiply 16-bit integers twice as
+fast as floats. Contract. Activations x [T, K] from `kernels/activation_rows` in `WordForm`: each group of 32 columns of
+a row has integers of at most 8191 and a float32 scale. Weights [N, K], 16 rows interleaved (`layout.py`): each group of
+32 columns of a row has integers of at most 8192 and a scale that is a power of two. The result is float32:
 
     sums[t, n, g] = sum over k in group g of x[t, k] * weight[n, k]
     out[t, column + n] (+)= sum over g of sums[t, n, g] * (scale[n, g] * scale[t, g]) + bias[n]        t < T, n < N

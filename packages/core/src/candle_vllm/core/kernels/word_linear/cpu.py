@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Linear layer with weights of 14-bit integers as a compiled CPU operation (step 6 of a request's life).
 
-Blocks of 8 rows are copied to panels (`plain_linear/cpu_panel.py`). Each pair of tiles is multiplied by up to 8 panels,
-which stay in the second-level cache, one part of K at a time. Within a group of 32 columns, 16 vectors of integer sums
-stay in registers. The float sums are in memory, in the first-level cache, because a CPU has 32 vector registers.
+Terms (tile, group, step): see `layout.py`. Blocks of 8 rows are copied to panels (`plain_linear/cpu_panel.py`). Each
+pair of tiles is multiplied by up to 8 panels, which stay in the second-level cache, one part of K at a time. Within a
+group, 16 vectors of integer sums stay in registers. The float sums are in memory, in the first-level cache, because a
+CPU has only 32 vector registers.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
@@ -24,9 +25,8 @@ from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, ask_ti
 from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS
 
 _CACHED_BYTES = 384 << 10
-"""Bytes of the panels that a thread reads again for each pair of tiles: they stay in its second-level cache."""
-
-_PANELS = 8  # maximum number of these panels
+"""Bytes of the panels that a thread reads again for each pair of tiles from its second-level cache."""
+_PANELS = 8  # maximum number of panels that a pair of tiles is multiplied by
 _PART = 11  # groups of columns in a part of K: 24 KiB of two tiles
 _HEIGHT = 8  # rows of a panel
 
@@ -49,7 +49,7 @@ def _multiply(
             own = [b.add(base, offset) for base in bases]
             x = b.add(at_panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
 
-            # Only one step per iteration: with several, LLVM emits two instructions for each vpdpwssd but the first.
+            # One step per iteration, because with several LLVM emits two instructions for each vpdpwssd but the first.
             def step(number: Any, totals: list[Any]) -> list[Any]:
                 loaded = [e.load(b.add(each, b.mul(number, e.int64(VECTOR_BYTES))), vector(I32)) for each in own]
                 across, totals = b.add(x, b.mul(number, e.int64(_HEIGHT * 4))), list(totals)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Memory layout of 14-bit weights, and their packing when a model is loaded.
 
-16 rows are a **tile**, which consists of groups of 32 columns. A group is 16 steps of [16 rows, 2 columns] int16,
+A **tile** is 16 rows, stored as **groups** of 32 columns. A group is 16 **steps** of [16 rows, 2 columns] int16,
 followed by the scales, float32 [16 rows]. Elements beyond K or N are 0.
 """
 
@@ -33,7 +33,7 @@ GROUP_BYTES = SCALES + 4 * ROWS
 BITS = 13
 """Bits of a weight without its sign."""
 
-_CHUNK = 1 << 19  # weights per round
+_CHUNK = 1 << 19  # weights that are packed at a time
 
 
 class WordKind(enum.IntEnum):
@@ -89,7 +89,7 @@ def pack(raw: np.ndarray, dtype: str, rows: int, columns: int, memory: WeightMem
         raw: the weights' bytes, uint8, contiguous; need not be aligned.
         dtype: "F16" or "F32".
         rows, columns: N and K.
-        memory: memory of the result; None allocates new memory.
+        memory: allocator of the result; None allocates separately.
     """
     kind = {"F16": np.float16, "F32": np.float32}[dtype]
     stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, -1)

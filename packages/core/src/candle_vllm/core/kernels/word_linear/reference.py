@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The layer in plain numpy, simple enough to be checked by reading; the reference of the tests."""
+"""The layer in plain numpy: the reference of the tests."""
 
 from __future__ import annotations
 
