@@ -6,7 +6,7 @@ Contract: x [T, F] of any float dtype; y = act(x) has x's shape and dtype, in ne
     gelu_tanh   0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which configs call gelu_new or gelu_pytorch_tanh
     quick_gelu  x sigmoid(1.702 x)
     relu        max(x, 0)
-    relu2       its square
+    relu2       max(x, 0)^2
     tanh        tanh(x), in heads after the layers
 Outside recorded steps these are torch's own kernels, which do not synchronise with the host.
 Source: Hendrycks and Gimpel, 2016, arXiv:1606.08415.

@@ -41,7 +41,7 @@ class WordForm(enum.IntEnum):
 
 
 WORD = 8191
-"""Largest magnitude of an integer: multiplied by 32 and by the largest weight of `word_linear` it is below 2^31."""
+"""Largest magnitude of an integer: 32 products with the largest weight of `word_linear` are below 2^31."""
 
 InputForm: TypeAlias = Groups | RowForm | WordForm
 """Input format of a matrix."""
@@ -59,7 +59,7 @@ def row_bytes(form: RowForm | WordForm, columns: int) -> int:
 
 
 class RowsArguments(NamedTuple):
-    """Arguments of the operation; `out` is the address of the result, the others are as in `QuantiseArguments`."""
+    """Arguments of the operation; `out` is the address of the result, other fields are those of `QuantiseArguments`."""
 
     x: int
     stride: int

@@ -2,8 +2,8 @@
 """Reorder the columns of activations, for matrices whose groups of inputs are not adjacent.
 
 Contract: for x float32 [R, K] and `order`, K column numbers, out[t, i] = x[t, order[i]] float32, an exact copy. Rows of
-x and of out may have any stride; `out` does not share memory with x. In recorded steps this is an operation, `cpu.py`,
-which may also select rows of x; on a GPU it is torch's `index_select`.
+x and of out may have any stride; `out` does not share memory with x. Recorded steps use the operation of `cpu.py`,
+which may also select rows of x; a GPU uses torch's `index_select`.
 """
 
 from __future__ import annotations

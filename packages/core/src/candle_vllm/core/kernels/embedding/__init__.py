@@ -32,7 +32,7 @@ class AddArguments(NamedTuple):
 
     Attributes:
         x: address of float32 rows [T, columns], `stride` floats apart.
-        target: address of the rows to which they are added, `target_stride` floats apart.
+        target: address of the rows to which x is added, `target_stride` floats apart.
     """
 
     x: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Multiply heads by a factor of their position, by which queries grow at late positions of a long context.
+"""Multiply queries by a factor that depends on their position and grows with it, for long contexts.
 
 Contract: for x [T, H, D] of any float dtype, table [P] fp32 and positions [T] below P, the result for token t is
 x[t] * table[positions[t]] in fp32, rounded to x's dtype, in new memory; in recorded steps x is overwritten (`cpu.py`).

@@ -74,7 +74,7 @@ class HeadNormArguments(NamedTuple):
         weight: address of head_dim floats.
         eps: epsilon of the norm.
         weight_step: bytes from one head's weights to the next; 0 if all heads share them.
-        rows_from: step number that is the number of rows.
+        rows_from: the `StepNumber` that is the number of rows.
     """
 
     x: int
@@ -96,13 +96,13 @@ class NormOntoArguments(NamedTuple):
     """Arguments of `norm_onto_operation`, which adds normalised rows to other rows.
 
     Attributes:
-        x: address of float32 rows, `stride` floats apart, that are normalised; not part of `target`.
+        x: address of the rows that are normalised, float32, `stride` floats apart; not part of `target`.
         columns: elements of a row.
         weight: address of `columns` weights; for LayerNorm `columns` biases follow.
         eps: epsilon of the norm.
         target, target_stride: address and row stride of the rows that the result is added to.
-        accumulate: 0 overwrites the target instead.
-        rows_from: step number that is the number of rows.
+        accumulate: 0 to overwrite the target instead.
+        rows_from: the `StepNumber` that is the number of rows.
     """
 
     x: int

@@ -2,8 +2,8 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 
-A program has one row, or several short ones such as heads, in registers; longer rows are read twice. The number of
-rows, and the order of a row's sum, depend on the length of a row alone.
+A program has one row, or several short rows such as heads, in registers; longer rows are read twice. The number of
+rows of a program, and the order of a row's sum, depend on the length of a row alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SHORT = 1024  # elements of a program that has several rows
 
 @triton.jit
 def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
-    """Load the elements to normalise, fp32; a sum is first rounded to x's dtype."""
+    """Load the elements to normalise, fp32; with ADD, residual + x rounded to x's dtype."""
     values = tl.load(x + at_x, mask=inside, other=0.0)
     if ADD:
         more = tl.load(residual + at_residual, mask=inside, other=0.0)
@@ -34,7 +34,7 @@ def _total(x, residual, at_x, at_residual, inside, ADD: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "eps"])
 def rms_norm_kernel(
     x,  # [T, N, E], of any strides but the last
-    residual,  # the same, with ADD
+    residual,  # [T, N, E] as x, with ADD
     weight,  # [E], or [N, E] with APART
     y,  # [T, N, E] contiguous
     total,  # [T, N, E] contiguous, with ADD: residual + x
@@ -150,7 +150,7 @@ def _as_heads(x: torch.Tensor) -> torch.Tensor:
 
 
 def _form(heads: int, size: int, add: bool, *, apart: bool = False) -> tuple[dict[str, Any], int]:
-    """Return constants and warps. Not measured yet: eight elements for each thread, sixteen for the longest rows."""
+    """Return constants and warps: eight elements for each thread, sixteen for the longest rows; not measured yet."""
     block = next_power_of_2(size) if size <= _MOST else _PART
     rows = max(1, _SHORT // block)
     constants = {"N": heads, "E": size, "ROWS": rows, "BLOCK": block, "ADD": add, "APART": apart}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Turned:
-    """Rotation of heads, for kernels that rotate them themselves.
+    """Tables of a rotation, for kernels that rotate heads themselves.
 
     Attributes:
         places: [T] int64, each token's row of the tables.

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The operations between a layer's projections and its attention: norms of heads, rotary embedding and cache write.
 
-Contract: q is [T, H, D], k and v [T, K, D] of one float dtype, positions [T], cos and sin [P, R/2] as in
-`kernels/rotary`, caches and slots as in `kernels/kv_write`, `norms` the weights [D] for queries and keys and their eps
-as in `kernels/rms_norm`, or None. The result is q, normalised and rotated, [T, H, D] in new memory; keys, normalised
-and rotated too, and values are written to the cache. The results equal `rms_norm`, `rotary_pair` and `kv_write` one
-after the other, each rounded to q's dtype, except for the order in which a norm's squares are summed. The bits of a
-row's result do not depend on other rows. On a GPU it is one launch, because launches take most of a step of few rows.
-
-Without tables nothing is rotated: only norms and the cache write follow, and without norms q itself is returned.
+Contract: q is [T, H, D], k and v are [T, K, D] of one float dtype; positions [T], cos and sin [P, R/2] are those of
+`kernels/rotary`, caches and slots those of `kernels/kv_write`; `norms` has weights [D] for queries and keys and their
+eps, as in `kernels/rms_norm`, or is None. The result is q, normalised and rotated, [T, H, D] in new memory; keys,
+normalised and rotated too, and values are written to the cache. The results equal `rms_norm`, `rotary_pair` and
+`kv_write` one after the other, each rounded to q's dtype, except for the order in which a norm's squares are summed. A
+token's bits do not depend on other tokens. On a GPU it is one launch, because launches take most of the time of a step
+with few tokens. Without tables nothing is rotated, and without norms too, q itself is returned.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class CopyArguments(NamedTuple):
 
     Attributes:
         x: address of float32 rows [T, columns], `stride` floats apart.
-        target: address of the rows to which they are copied, `target_stride` floats apart.
+        target: address of the rows to which x is copied, `target_stride` floats apart.
         picked: address of the int64 row numbers of x that are copied; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is T.
         parts, gap: number of runs of columns that are copied, and columns from one run's start to the next in x.

@@ -64,13 +64,13 @@ def gated(x: Value, gate: Value, kind: GateKind) -> Value:
 
 
 class GatedRowsArguments(NamedTuple):
-    """Arguments of the operation.
+    """Arguments of the operation `gated`.
 
     Attributes:
         x: address of float32 rows, `stride` floats apart, which are overwritten.
         columns: F.
         gate, gate_stride: address and row stride of the gates; for xielu the address of its three parameters.
-        span: number of columns of a gate.
+        span: number of columns that share a gate.
         picked: address of the int64 row numbers of the gates; 0 for rows 0, 1, 2, ...
         rows_from: the `StepNumber` that is T.
     """

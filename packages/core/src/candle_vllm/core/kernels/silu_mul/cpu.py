@@ -29,7 +29,7 @@ _XIELU = 4
 
 
 def _emit_xielu(e: Emitter, x: Any, numbers: Any) -> Any:
-    """beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` is the address of p, n and beta.
+    """Return beta x + p max(x, 0)^2 + n (expm1(z) - z), z = min(x, 0); `numbers` is the address of p, n and beta.
 
     With t = tanh(z / 2), expm1(z) is 2 t / (1 - t).
     """

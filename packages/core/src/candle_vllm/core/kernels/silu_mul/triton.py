@@ -32,7 +32,7 @@ def gate_mul_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
     SPAN: tl.constexpr,  # columns of a gate
-    KIND: tl.constexpr,  # number in _KINDS
+    KIND: tl.constexpr,  # index in _KINDS
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -40,7 +40,7 @@ class MixArguments(NamedTuple):
     Attributes:
         x: address of float32 rows, `stride` floats apart, of `streams` times `columns` elements.
         table, made: address of the table, and M.
-        gates, gate_stride, gate_count: address of float32 rows, row stride in floats, and S.
+        gates, gate_stride, gate_count: address of the gates' float32 rows, row stride in floats, and S.
         scale: address of the scale; 0 for 1.
         out, out_stride: address and row stride of the result.
         rows_from: the `StepNumber` that is T.
