@@ -33,34 +33,30 @@ class PlainBackend:
     dtype: torch.dtype
 
     def plain(self, stored: StoredTensor) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.plain`."""
         return self.decoded(stored, None)
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.blocks`."""
         del read
         return self.plain(stored)
 
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.codes`."""
         del read, blocks
         return self.plain(stored)
 
     def floats(
         self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]
     ) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.floats`."""
         del span, read
         return self.plain(stored)
 
     def decoded(self, stored: StoredTensor, why: str | None) -> tuple[DeviceMatrix, str | None]:
-        """Decode to a plain matrix."""
+        """Decode to a plain matrix; return it and `why`."""
         return TensorMatrix(self.numbers(stored)), why
 
     def numbers(self, stored: StoredTensor) -> torch.Tensor:
-        """Load a tensor of any shape; a plain dtype is converted on the target device, so that a GPU does it."""
+        """Load a tensor of any shape; plain elements are converted on `device`, because a GPU is faster."""
         there = stored.dtype is not None and self.device.type != "cpu"
         values = load_tensor(stored, None if there else self.dtype).to(self.device).to(self.dtype)
         check_range(stored, values)
@@ -80,7 +76,6 @@ class DeviceBackend(PlainBackend):
     floats_kept: bool
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.blocks`."""
         from candle_vllm.core.kernels import gguf_linear
 
         blocks, (rows, columns) = read(), stored.shape
@@ -93,7 +88,6 @@ class DeviceBackend(PlainBackend):
     def codes(
         self, stored: StoredTensor, read: Callable[[], GroupCodes], blocks: Callable[[], Blocks | None]
     ) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.codes`."""
         from candle_vllm.core.kernels import group_linear
         from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 
@@ -109,7 +103,6 @@ class DeviceBackend(PlainBackend):
     def floats(
         self, stored: StoredTensor, span: int, read: Callable[[], ScaledCodes]
     ) -> tuple[DeviceMatrix, str | None]:
-        """See `Backend.floats`."""
         from candle_vllm.core.kernels import group_linear
         from candle_vllm.core.kernels.triton_build import TENSOR_CORES, capability
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""The part of CUDA that steps on a GPU use: a stream of work, captured work, marks to wait for, staged memory.
+"""Interface to CUDA for steps on a GPU: a stream of work, captured work (CUDA graphs), marks (events), staged memory.
 
 A `DeviceStream` runs its work in order, at any later time. Everything that reads or writes device memory in a step is
-work of the stream, and the host waits for a mark before it reads results. So tests can use a stream that runs nothing
-before somebody waits for it.
+work of the stream, and the host waits for a mark before it reads results. So tests can use a stream that runs work only
+when the host waits for it.
 
 Arrays of the host are copied to the device either together, by `Staging` once a step, or alone, by `Sent`. The host
-must not write to memory while an earlier copy still reads it.
+must not write to staged memory while an earlier copy still reads it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DeviceStream(Protocol):
         ...
 
     def capture(self, work: Work) -> Work:
-        """Capture work without running it; return work that replays it on the same memory at little cost.
+        """Capture work without running it; return work that replays the captured work on the same memory.
 
         The work must have run once before. Tensors that it allocates stay, and each replay overwrites them.
         """
@@ -60,7 +60,7 @@ class DeviceStream(Protocol):
     def between(self, host: Work) -> None:
         """Within work: call `host` before the rest of the work is launched, also in replays of captured work.
 
-        Captured work is split here. `host` must not run work; it may mark the work before it, and wait for the mark.
+        Captured work is split at this call. `host` must not run work; it may mark the earlier work and wait for it.
         """
         ...
 
@@ -69,7 +69,7 @@ class DeviceStream(Protocol):
         ...
 
     def beside(self) -> DeviceStream:
-        """Return another stream of the same device, whose work is ordered with this one's only by `after`."""
+        """Return another stream of the same device; only `after` orders the work of the two streams."""
         ...
 
     def after(self, mark: Mark) -> None:
@@ -186,12 +186,11 @@ class _CudaMark:
         self.event = event
 
     def wait(self) -> None:
-        """See `Mark`."""
         self.event.synchronize()
 
 
 ALIGNMENT = 64
-"""Alignment of arrays in 4-byte elements: 256 bytes, the largest alignment that a kernel may need."""
+"""Alignment of arrays in 4-byte elements: 256 bytes, the largest alignment that kernels need."""
 
 _TORCH = {
     np.dtype(np.int32): torch.int32,
@@ -201,7 +200,7 @@ _TORCH = {
 
 
 class Staging:
-    """Named arrays on the host and on the device, followed by memory that each step divides differently (the room).
+    """Named arrays on the host and on the device, followed by the room: memory that each step divides differently.
 
     Args:
         stream: the stream of the copies.

@@ -87,24 +87,21 @@ class TensorMatrix(DeviceMatrix):
         (self.rows, self.columns), self.form = data.shape, data.dtype
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """See `DeviceMatrix.decoded`."""
         del dtype
         return self.data
 
     def operand(self, columns: int) -> Operand:
-        """See `DeviceMatrix.operand`."""
         from candle_vllm.core.kernels.linear.triton_products import plain_operand
 
         return plain_operand(self.data, self.rows, self.columns, self.data.stride(0), columns)
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See `DeviceMatrix.take`."""
         del dtype
         return embedding(ids, self.data)
 
 
 class BlockMatrix(DeviceMatrix):
-    """Blocks of a GGUF type; column i is multiplied by element `order[i]` of an input, int64 [K], or by element i."""
+    """Blocks of a GGUF type; `order` int64 [K] or None: column i is multiplied by input element `order[i]`, or i."""
 
     stored = "gguf"
     _linear, _stack = staticmethod(gguf_linear.linear), staticmethod(gguf_linear.stack)
@@ -117,17 +114,14 @@ class BlockMatrix(DeviceMatrix):
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None, invariant: bool
     ) -> torch.Tensor:
-        """See `DeviceMatrix.multiply`."""
         x = x if self._order is None else x.index_select(1, self._order)
         return super().multiply(x, bias, out=out, invariant=invariant)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """See `DeviceMatrix.decoded`."""
         values = dequantise(self.data).to(dtype)
         return values if self._order is None else values[:, self._order.argsort()]
 
     def operand(self, columns: int) -> Operand:
-        """See `DeviceMatrix.operand`."""
         from candle_vllm.core.kernels.gguf_linear.triton_codes import operand
 
         del columns
@@ -135,7 +129,6 @@ class BlockMatrix(DeviceMatrix):
         return operand(self.data)
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See `DeviceMatrix.take`."""
         return gguf_linear.embedding(ids, self.data, dtype)
 
 
@@ -151,11 +144,9 @@ class CodeMatrix(DeviceMatrix):
         self.form = data.form if data.order is None else id(data)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """See `DeviceMatrix.decoded`."""
         return dequantise_groups(self.data).to(dtype)
 
     def operand(self, columns: int) -> Operand:
-        """See `DeviceMatrix.operand`."""
         from candle_vllm.core.kernels.group_linear.triton_codes import operand
 
         del columns

@@ -4,7 +4,8 @@
 While an engine sleeps, its weights are in host memory, or freed and loaded again later. With offloading, some weights
 are always in host memory, and the GPU reads them over the bus.
 
-Tensor objects stay the same when their data moves. CUDA graphs contain addresses, so they must be captured again.
+Tensor objects stay the same when their data moves. CUDA graphs contain addresses, so they must be captured again
+afterwards.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def block_parts(caches: Sequence[LayerCache], block: int, page_of: Any = ()) -> 
 
 
 def state_parts(caches: Sequence[LayerCache], slot: int) -> list[torch.Tensor]:
-    """Return views uint8 [size] of the layers' states in a slot; empty if no layer keeps a state."""
+    """Return views uint8 [size] of the layers' states in a slot; empty if no layer has a state."""
     parts = [part.states for cache in caches if not isinstance(cache, PagedCache) for part in cache]
     return [part[slot].view(torch.uint8).view(-1) for part in parts if part.numel()]
 
@@ -91,11 +92,11 @@ class HostWeights:
 
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
-        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same bytes as host and as device tensor
-        self._used = 0  # bytes of the last piece
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []  # the same memory as host tensor and device tensor
+        self._used = 0  # used bytes of the last piece
 
     def take(self, *roots: object) -> None:
-        """Move all (filled) tensors of layers or matrices to this memory, each to its own place."""
+        """Move the data of all filled tensors of layers or matrices to this memory."""
         with torch.no_grad():
             for tensor in tensors_in(*roots):
                 held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
@@ -116,7 +117,7 @@ class HostWeights:
         self._pieces, self._used = [], 0
 
     def become(self, other: HostWeights) -> None:
-        """Take over the memory of `other`."""
+        """Release this memory and own the memory of `other`."""
         self._pieces, self._used = other._pieces, other._used
 
     def _room(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +205,7 @@ class OffloadedWeights:
 
     @torch.no_grad()
     def adopt(self, fresh: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
-        """Use the data of the same model after it was loaded again; `fresh` are its tensors in the same order."""
+        """Use the data of the same model after it was loaded again; `fresh` are the new tensors in the same order."""
         if self._stays is not None and stays is not None:
             self._stays.become(stays)
         for each, new in zip(self._tensors, fresh, strict=True):

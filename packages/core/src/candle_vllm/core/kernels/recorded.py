@@ -3,7 +3,7 @@
 
 When the layers run on `Recorded` values instead of tensors, each kernel appends an operation to a plan instead of
 computing; later steps replay the plan. Kernels and layers use only this interface; `kernels/cpu_runtime/values.py`
-implements it, and decides which operations are fused.
+implements it, and decides which operations are fused. A wanted row is that of a token whose logits are wanted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Matrix(Protocol):
         rows, columns: N and K.
         kind: the layout, which selects the compiled operations.
         data: uint8 [tiles, `tile_bytes`].
-        input_form: the format of its input.
+        input_form: the format of the input that the matrix multiplies.
     """
 
     @property
@@ -90,9 +90,9 @@ class Recorded(ABC):
 
     @abstractmethod
     def __add__(self, other: Recorded) -> Recorded:
-        """Return the sum with `other`, which is a matrix's result, a table's rows or a norm, and not computed yet.
+        """Return the sum with `other`, a matrix product, table rows or a norm that is not computed yet.
 
-        The sum overwrites this value, unless this value is itself a norm or such a result: then it has its own memory.
+        The sum overwrites this value, unless this value is itself not computed yet: then the sum has its own memory.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def clamped(self, low: float, high: float) -> Recorded:
-        """See `kernels/scale_cap`; in place, so earlier uses of this value must be recorded before."""
+        """See `kernels/scale_cap`; in place, so other uses of the unchanged value must be recorded before."""
 
     @abstractmethod
     def beside(self, *others: Recorded) -> Recorded:
@@ -214,15 +214,15 @@ class Recorded(ABC):
 
     @abstractmethod
     def choose_positions(self, key: Recorded, weights: Recorded, parts: LatentParts, cache: Any, top: int) -> Any:
-        """See `kernels/latent_attention`; this value is q, and `key` a norm."""
+        """See `kernels/latent_attention`; this value is q, and `key` is the result of a norm."""
 
     @abstractmethod
     def narrowed(self) -> Recorded:
-        """Return a copy of the rows whose logits are wanted, to which values with all rows may be added."""
+        """Return a copy of the wanted rows, to which values with all rows may be added."""
 
     @abstractmethod
     def wanted(self) -> Recorded:
-        """Return the rows whose logits are wanted, as the input of a product."""
+        """Return the wanted rows, as the input of a product."""
 
     @abstractmethod
     def logits(self, bias: Floats | None, scale: float, cap: float | None) -> Recorded:
@@ -253,7 +253,7 @@ class RecordedRows(ABC):
 
 
 class RecordedTokens(ABC):
-    """The token ids of a step while it is recorded, or other row numbers of its tokens in a table.
+    """The token ids of a step while it is recorded, or, for other tables, a row number for each token.
 
     Attributes:
         numbers: the array that holds the numbers when the step runs.

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: MIT
 """States of fixed size that layers store for sequences, and how a step reads and writes them.
 
-Contract of every kernel with a state. A step has T rows of R sequences. For sequence r the kernel
+Contract of every kernel with a state. A step has T rows (tokens) of R sequences. A **slot** is the memory of one state;
+a **kept row** has the inputs of one draft token. For sequence r the kernel
 
 1. begins with the state in slot `sources[r]`, or with zeros if that is -1;
-2. applies the first `replays[r]` rows of `kept[slots[r]]`, without output: inputs of the previous step's draft tokens
-   that were accepted;
+2. applies the first `replays[r]` kept rows of `kept[slots[r]]`, without output: the previous step's draft tokens that
+   were accepted;
 3. applies rows query_start[r]:query_start[r + 1] of this step, one after the other, and computes the output of each.
    After row t it writes the state to slot `stores[t]`, unless that is -1, and the row's inputs to
    `kept[slots[r], keeps[t]]`, unless `keeps[t]` is -1.
 
-The state after a draft token is not stored; its inputs are. The state after the last row before drafts is stored in the
-sequence's own slot, or in the slot of a checkpoint with which the next step begins. No slot that one sequence stores in
-a step is the source of another sequence. Tokens are applied one by one and in fp32, so the bits of a state do not
-depend on the division of a text into steps; a GPU kernel may compute whole chunks between multiples of 64.
+The state after a draft token is not stored, but the token's inputs are. The state after the last row before draft
+tokens is stored in the sequence's own slot, or in the slot of a checkpoint, which is the source of the next step. No
+slot that one sequence stores in a step is the source of another sequence. Tokens are applied one by one and in fp32, so
+the bits of a state do not depend on the division of a text into steps; a GPU kernel may compute whole chunks between
+multiples of 64.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any, NamedTuple
 
 
 class StateCache(NamedTuple):
-    """A part of the state of a layer.
+    """A state of a layer; layers may have several.
 
     Attributes:
         states: [slots, ...]: slots of running sequences, then of checkpoints.
@@ -40,7 +42,7 @@ class StateRows(NamedTuple):
         query_start: [R + 1] offsets into the step's tokens.
         slots: [R] the sequence's own slot.
         sources: [R] the slot whose state the sequence continues; -1 at its beginning.
-        replays: [R] number of stored inputs that are applied first.
+        replays: [R] number of kept rows that are applied first.
         stores: [T] the slot to which the state after a token is written; -1 for no slot.
         keeps: [T] the row of `StateCache.kept[slot]` to which a token's inputs are written; -1 for no row.
     """

@@ -43,7 +43,7 @@ COPY_CHUNK = 1 << 18
 SERIAL_ELEMENTS = 1 << 15
 """Elements up to which torch's elementwise operations stay on one thread (its grain size)."""
 
-_LOOKED_AT = 1 << 26  # elements whose range is checked at a time
+_LOOKED_AT = 1 << 26  # elements that are checked for infinity at a time
 
 
 def tensor_of(values: np.ndarray, name: str) -> torch.Tensor:
@@ -123,9 +123,10 @@ def fill(tensor: torch.Tensor, stored: StoredTensor) -> None:
 
 
 def convert(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy a flat tensor to one of another dtype, in the calling thread.
+    """Copy a flat tensor to a tensor of another dtype, in the calling thread.
 
-    The pieces are so small that torch does not divide them among threads, whose barrier takes more time than it saves.
+    The pieces are so small that torch does not divide them among threads, because its barrier takes more time than
+    several threads save.
     """
     for part, piece in zip(target.split(SERIAL_ELEMENTS), source.split(SERIAL_ELEMENTS), strict=True):
         part.copy_(piece)

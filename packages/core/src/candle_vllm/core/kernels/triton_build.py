@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Compile Triton kernels ahead of time, for GPUs that need not be present (step 6 of a request's life).
 
-The module of a Triton kernel lists the forms (specialisations) that it launches in `AOT`, one `Build` each; `modules`
-finds these modules. `compile_build` compiles a form for one compute capability and returns its resource usage. So a
-kernel that no longer compiles, spills, or needs more shared memory than an SM has is found on a machine without a GPU.
+A **form** is a specialisation of a Triton kernel. The kernel's module lists the forms that it launches in `AOT`, one
+`Build` each; `modules` finds these modules. `compile_build` compiles a form for one compute capability and returns its
+resource usage. So a kernel that no longer compiles, spills, or needs more shared memory than an SM has is found on a
+machine without a GPU.
 Triton is imported only when something is compiled.
 
 `compile_together` is for the GPU that is present: it compiles the forms that a start needs in parallel.
@@ -44,7 +45,7 @@ multiply-adds with operands in registers: tiles are smaller, and bfloat16 is not
 WITH_TENSOR_CORES = tuple(capability for capability in CAPABILITIES if capability >= TENSOR_CORES)
 
 AMD = 81  # not a capability of any NVIDIA GPU: the key for AMD's GPUs in tables of tiles, which treat it as 80
-AMD_STAGES = 2  # loads in flight: a block has no shared memory for more
+AMD_STAGES = 2  # pipeline stages: a thread block has no shared memory for more
 AMD_SHARED = 64 * 1024
 AMD_TARGETS = MappingProxyType({"gfx942": 64, "gfx1100": 32})  # threads of a wavefront for each target
 
@@ -76,12 +77,12 @@ def _nvidia_capability(device: torch.device | Device) -> int:
 
 
 def stages(wanted: int) -> int:
-    """Return the number of stages (tiles in flight) of a launch, for the value `wanted` of a table."""
+    """Return the number of pipeline stages of a launch; `wanted` is the number in a table of tiles."""
     return wanted if torch.version.hip is None else min(wanted, AMD_STAGES)
 
 
 def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up. Triton's own takes two microseconds a call outside kernels, too slow for launches."""
+    """Return a / b, rounded up. Outside kernels, Triton's `cdiv` takes two microseconds, too slow for launches."""
     return -(-a // b)
 
 
@@ -103,7 +104,7 @@ class Build:
             as torch's allocations are, except those in `unaligned`.
         unaligned: pointers that may be unaligned.
         label: name that distinguishes the forms of a kernel in reports.
-        capabilities: compute capabilities that it is built for.
+        capabilities: compute capabilities that the form is built for.
     """
 
     kernel: Any
@@ -199,11 +200,11 @@ def compile_build(build: Build, target: int | str) -> Usage:
 
 
 def compile_form(module: str, place: int, target: int | str) -> Usage | str:
-    """As `compile_build`, for separate processes: takes names, and returns the traceback of an error as text.
+    """Do what `compile_build` does, with names as arguments and errors as text, for calls in separate processes.
 
     Args:
         module: a name of `modules`.
-        place: index in its `AOT` table.
+        place: index in the module's `AOT` table.
         target: see `compile_build`.
     """
     try:
@@ -228,17 +229,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 # ---- parallel compilation at a start ---------------------------------------------------------------------------------
 
-_COMPILERS = 16  # threads; Triton's Python code runs in one of them at a time, so more would gain little
-_TURN = threading.Lock()  # one start at a time replaces Triton's launch functions
+_COMPILERS = 16  # threads; Triton's Python code runs in one thread at a time, so more would gain little
+_TURN = threading.Lock()  # only one call of `compile_together` at a time replaces Triton's launch functions
 
 
 def compile_together(work: Callable[[], None], device: torch.device | Device) -> int:
     """Compile the forms of all kernels that `work` launches, in parallel, and load them, without launching any of them.
 
-    Everything else in `work` runs on memory into which no kernel has written. Its contents are meaningless, so only
-    kernels may use results of kernels as indices. A form that does not compile or load is left to the launch that
-    needs it, which raises the error. If Triton is missing, interprets its kernels, or lacks the internals of 3.6 to
-    3.9, `work` is not called, and each form is compiled by its first launch.
+    Everything else in `work` runs, on memory that no kernel has written. The contents are meaningless, so only kernels,
+    which do not run, may use results of kernels as indices. A form that does not compile or load is compiled by its
+    launch, which raises the error. If Triton is missing, interprets its kernels, or lacks the internals of 3.6 to 3.9,
+    `work` is not called, and each form is compiled by its first launch.
 
     Args:
         work: runs in this thread and makes the launches that will follow, with arguments of the same forms.
