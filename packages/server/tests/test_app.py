@@ -21,13 +21,13 @@ import openai
 import pytest
 
 from candle_vllm.core.errors import ConfigError, EngineOverloadedError
+from candle_vllm.core.shown import LogFormatter
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http import body as body_module
 from candle_vllm.server.http import protocol
 from candle_vllm.server.http.routing import NOBODY
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
-from candle_vllm.server.observing.request_log import log_formatter
 from candle_vllm.server.serve import bind, make_server
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
@@ -637,14 +637,14 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
     assert re.fullmatch(r"GET '/v1/models' 200 \d\.\d{3} s mine from 127\.0\.0\.1 with key 2", known.getMessage())
     assert "from 127.0.0.1" in stranger.getMessage()
     assert "key" not in stranger.getMessage()
-    line = json.loads(log_formatter("json").format(known))
+    line = json.loads(LogFormatter("json").format(known))
     assert {name: line[name] for name in ("method", "path", "status", "http_request_id", "client", "key")} == {
         "method": "GET", "path": "/v1/models", "status": 200, "http_request_id": "mine",
         "client": "127.0.0.1", "key": "2",
     }  # fmt: skip
     assert 0 <= line["seconds"] < 30
     assert "secret" not in caplog.text + str(line)
-    assert len(log_formatter("text").format(stranger).splitlines()) == 1
+    assert len(LogFormatter("text").format(stranger).splitlines()) == 1
 
 
 def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) -> None:

@@ -17,15 +17,8 @@ import pytest
 
 from candle_vllm.core.engine.requests import LoRARequest
 from candle_vllm.core.sampling.params import SamplingParams
-from candle_vllm.core.shown import MAX_MESSAGE, JsonFormatter, json_line
-from candle_vllm.server.observing.request_log import (
-    LogFile,
-    RequestLog,
-    TextFormatter,
-    escaped,
-    key_values,
-    log_formatter,
-)
+from candle_vllm.core.shown import LOG_STYLES, MAX_MESSAGE, LogFormatter, escaped, json_line, key_values, log_style
+from candle_vllm.server.observing.request_log import LogFile, RequestLog
 from packages.server.tests.server_fakes import PacedEngine, whole_answer
 
 LOGGER = "candle_vllm.server.generations"
@@ -47,7 +40,7 @@ async def _ask(setup: Any, prompt: str, **headers: str) -> None:
 async def test_a_line_has_the_numbers_and_names_of_its_request(noted: Any, log: pytest.LogCaptureFixture) -> None:
     setup = noted(PacedEngine("abcdef", pause=0.01, num_cached_tokens=2), RequestLog())
     await _ask(setup, "secret words", **{"x-request-id": "r-9", "x-key-number": "5"})
-    line = json.loads(JsonFormatter().format(log.records[0]))
+    line = json.loads(LogFormatter("json").format(log.records[0]))
     assert line["request_id"].startswith("cmpl-")
     assert (line["http_request_id"], line["route"], line["key"]) == ("r-9", "/v1/completions", "5")
     assert (line["model"], line["operation"], line["status"]) == ("scripted", "generate", "ok")
@@ -59,19 +52,19 @@ async def test_a_line_has_the_numbers_and_names_of_its_request(noted: Any, log: 
     assert line["tokens_per_s"] == pytest.approx(3 / (line["total_ms"] - line["ttft_ms"]) * 1000, rel=0.05)
     assert "secret" not in str(line)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"])
-    text = TextFormatter().format(log.records[0])
+    text = LogFormatter("text").format(log.records[0])
     assert re.search(r" INFO candle_vllm\.server\.generations: request_id=cmpl-\w+ http_request_id=r-9 ", text)
     assert " finish_reason=length status=ok" in text
     assert "error=" not in text
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("log_format", LOG_STYLES)
 async def test_prompts_are_written_on_request_cut_and_escaped(
-    noted: Any, log: pytest.LogCaptureFixture, log_format: Any
+    noted: Any, log: pytest.LogCaptureFixture, log_format: str
 ) -> None:
     setup = noted(None, RequestLog(log_prompts=True, max_prompt=len(HOSTILE.encode()) + 6))
     await _ask(setup, HOSTILE + "x" * 500)
-    line = log_formatter(log_format).format(log.records[0])
+    line = LogFormatter(log_format).format(log.records[0])
     assert line.isprintable()
     assert len(line.splitlines()) == 1
     if log_format == "json":
@@ -88,8 +81,9 @@ async def test_prompts_are_written_on_request_cut_and_escaped(
 @pytest.mark.parametrize("name", ["x\ny=1", "plain"])
 def test_other_records_stay_one_line_too(name: str) -> None:
     record = logging.LogRecord("n", logging.ERROR, "p", 1, "hello %s", (name,), None)
-    assert len(TextFormatter().format(record).splitlines()) == 1
-    assert json.loads(JsonFormatter().format(record))["message"] == f"hello {name}"
+    for style in LOG_STYLES:
+        assert len(LogFormatter(style).format(record).splitlines()) == 1
+    assert json.loads(LogFormatter("json").format(record))["message"] == f"hello {name}"
 
 
 def test_tracebacks_are_kept() -> None:
@@ -97,8 +91,8 @@ def test_tracebacks_are_kept() -> None:
         raise ValueError("the reason")
     except ValueError:
         record = logging.LogRecord("n", logging.ERROR, "p", 1, "failed", (), sys.exc_info())
-    assert "ValueError: the reason" in json.loads(JsonFormatter().format(record))["exception"]
-    assert TextFormatter().format(record).endswith("ValueError: the reason")
+    assert "ValueError: the reason" in json.loads(LogFormatter("json").format(record))["exception"]
+    assert LogFormatter("text").format(record).endswith("ValueError: the reason")
 
 
 @pytest.mark.parametrize(
@@ -115,9 +109,9 @@ async def test_a_line_has_the_names_of_the_adapters(
     mix = [(LoRARequest(name), 1.0) for name in names]
     async for _ in noted(None, RequestLog()).stream("p", SamplingParams(max_tokens=2), lora_request=mix):
         pass
-    line = json.loads(JsonFormatter().format(log.records[0]))
+    line = json.loads(LogFormatter("json").format(log.records[0]))
     assert (line["model"], line.get("adapter")) == ("scripted", field)
-    shown = TextFormatter().format(log.records[0])
+    shown = LogFormatter("text").format(log.records[0])
     assert text in shown
     assert ("adapter=" in shown) == bool(names)
 
@@ -126,13 +120,13 @@ async def test_failures_and_aborts_say_so(noted: Any, log: pytest.LogCaptureFixt
     setup = noted(PacedEngine(fail_after=1, failure="no\nluck " * 200), RequestLog())
     async for _ in setup.stream("p", SamplingParams(max_tokens=5)):
         pass
-    line = json.loads(JsonFormatter().format(log.records[0]))
+    line = json.loads(LogFormatter("json").format(log.records[0]))
     assert (line["status"], line["finish_reason"], len(line["error"])) == ("failed", "error", 500)
-    assert len(TextFormatter().format(log.records[0]).splitlines()) == 1
+    assert len(LogFormatter("text").format(log.records[0]).splitlines()) == 1
     assert "route" not in line
     stream = noted(None, RequestLog()).stream("p", SamplingParams(max_tokens=5, n=2))
     await stream.aclose()
-    line = json.loads(JsonFormatter().format(log.records[1]))
+    line = json.loads(LogFormatter("json").format(log.records[1]))
     assert (line["status"], line["finish_reason"]) == ("aborted", "abort,abort")
     assert "ttft_ms" not in line
 
@@ -154,11 +148,11 @@ def test_escaping() -> None:
     assert json_line({"a": HOSTILE}).isascii()
 
 
-@pytest.mark.parametrize("name", ["text", "json"])
-def test_a_message_of_any_length_is_cut(name: Any) -> None:
+@pytest.mark.parametrize("name", LOG_STYLES)
+def test_a_message_of_any_length_is_cut(name: str) -> None:
     """A name that a client, a model or an MCP server wrote may stand in it."""
     record = logging.LogRecord("a", logging.WARNING, "", 1, "the tool %r failed", ("x" * 1_000_000,), None)
-    line = log_formatter(name).format(record)
+    line = LogFormatter(name).format(record)
     assert len(line) < MAX_MESSAGE + 200
     assert "the tool 'xxx" in line
     assert f"({1_000_000 + len('the tool  failed') + 2 - MAX_MESSAGE} more characters)" in line
@@ -187,18 +181,28 @@ def _no_space(handler: logging.Handler) -> None:
 
 
 def test_lines_of_another_process_say_which() -> None:
-    """A process of the engine logs as its parent does."""
+    """A process of the engine logs as its parent does, and in text too, a message stays one line."""
     script = (
-        "import logging; from candle_vllm.core import shown; shown.start_logging('INFO');"
-        "{0}; assert shown.log_style() == (20, {1}); shown.start_child_logging('rank 1', shown.log_style());"
+        "import logging; from candle_vllm.core import shown; shown.start_logging('INFO', {0!r});"
+        "assert shown.log_style() == (20, {0!r}); shown.start_logging(*shown.log_style(), process='rank 1');"
         "[each.setStream(__import__('sys').stdout) for each in logging.getLogger().handlers];"
-        "logging.getLogger('n').info('ready %s', 1)"
+        "logging.getLogger('n').info('ready %s', '1\\n2')"
     )
-    as_json = "logging.getLogger().handlers[0].setFormatter(shown.JsonFormatter())"
-    lines = [
-        subprocess.run([sys.executable, "-c", script.format(*each)], capture_output=True, text=True, check=True).stdout
-        for each in ((as_json, True), ("pass", False))
-    ]
-    line = json.loads(lines[0])
-    assert (line["process"], line["message"], line["level"]) == ("rank 1", "ready 1", "INFO")
-    assert lines[1].endswith("INFO rank 1: n: ready 1\n")
+    lines = {
+        style: subprocess.run(
+            [sys.executable, "-c", script.format(style)], capture_output=True, text=True, check=True
+        ).stdout
+        for style in LOG_STYLES
+    }
+    line = json.loads(lines["json"])
+    assert (line["process"], line["message"], line["level"]) == ("rank 1", "ready 1\n2", "INFO")
+    assert lines["text"].endswith("INFO rank 1: n: ready 1\\n2\n")
+    for text in lines.values():
+        assert "rank 1" in text
+        assert text.count("\n") == 1
+
+
+def test_a_process_without_styles_has_text_in_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's user has handlers of their own."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler()])
+    assert log_style()[1] == "text"

@@ -10,9 +10,10 @@ import json
 import logging
 import re
 import reprlib
+import unicodedata
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -20,6 +21,8 @@ _MOST = 6  # maximum number of entries of a list that are shown
 HIDDEN = "***"
 MAX_MESSAGE = 8_192  # characters of a log record without fields
 FIELDS = "candle_vllm_fields"  # attribute of a record with fields
+
+_PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")  # values without quotation marks
 
 # The pattern checks the scheme backwards from its colon: a forward search would try every letter of a long word.
 # Error messages of urllib3 have only a path; `//user:password@host` has no scheme.
@@ -69,45 +72,54 @@ def _bare(found: re.Match[str]) -> str:
     return f"{slashes}{host}{path}" if _HOST.fullmatch(host) and not cut else slashes + HIDDEN
 
 
-def start_logging(level: int | str, **given: Any) -> None:
-    """Set up the log of this process, as `logging.basicConfig` does; records never contain secrets of URLs.
+def start_logging(
+    level: int | str, style: str = "text", process: str | None = None, handlers: Sequence[logging.Handler] = ()
+) -> None:
+    """Set up the log of this process; records never contain secrets of URLs.
 
     Secrets are removed when records are created, because libraries have their own handlers. The loggers of HTTP
     connections write targets and whole headers at level debug, so they are limited to warnings.
+
+    Args:
+        level: level of the root logger.
+        style: a name of `LOG_STYLES`.
+        process: name of a child process, which its lines contain.
+        handlers: handlers of the root logger; by default one that writes to standard error.
     """
-    logging.basicConfig(level=level, force=True, **given)
+    handlers = handlers or [logging.StreamHandler()]
+    for handler in handlers:
+        handler.setFormatter(LogFormatter(style, process))
+    logging.basicConfig(level=level, force=True, handlers=handlers)
     logging.setLogRecordFactory(_record)
     for name in ("httpcore", "httpcore2", "urllib3"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def start_child_logging(name: str, log: tuple[int, bool]) -> None:
-    """Set up the log of an engine's child process; `log` is the parent's `log_style()`, and lines contain `name`."""
-    level, as_json = log
-    start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers if as_json else ():
-        handler.setFormatter(JsonFormatter(name))
+def log_style() -> tuple[int, str]:
+    """Return the level and the style of this process's log: the first arguments of `start_logging` in a child."""
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    styles = (formatter.style for formatter in formatters if isinstance(formatter, LogFormatter))
+    return logging.getLogger("candle_vllm").getEffectiveLevel(), next(styles, "text")
 
 
-def log_style() -> tuple[int, bool]:
-    """Return the level of this process's log, and whether its lines are JSON, for child processes."""
-    as_json = any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
-    return logging.getLogger("candle_vllm").getEffectiveLevel(), as_json
-
-
-class JsonFormatter(logging.Formatter):
-    """Formatter of log records as one JSON object per line, with a record's fields as separate keys.
+class LogFormatter(logging.Formatter):
+    """Formatter of log records in a style of `LOG_STYLES`.
 
     Args:
-        process: name of a child process, which becomes the field `process`.
+        style: name of the style.
+        process: name of a child process, which text contains, and which is the field `process` in other styles.
     """
 
-    def __init__(self, process: str | None = None) -> None:
-        super().__init__()
+    def __init__(self, style: str, process: str | None = None) -> None:
+        super().__init__(f"%(asctime)s %(levelname)s {f'{process}: ' if process else ''}%(name)s: %(message)s")
+        self.style = style
         self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format one record as a line."""
+        """Format one record as a line; as text, a traceback may follow it."""
+        write = LOG_STYLES[self.style].line
+        if write is None:
+            return super().format(record)
         when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line: dict[str, Any] = {
             "time": when.isoformat(timespec="milliseconds"),
@@ -119,9 +131,13 @@ class JsonFormatter(logging.Formatter):
         line |= {"message": cut(record.getMessage())} if fields is None else fields
         if record.exc_info:
             line["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json_line(
-            {name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()}
-        )
+        return write({name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()})
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the text of one record, without the traceback that may follow it."""
+        if not hasattr(record, FIELDS):  # records with fields are escaped already
+            record.message = escaped(cut(record.message))
+        return super().formatMessage(record)
 
 
 def cut(message: str) -> str:
@@ -134,6 +150,46 @@ def json_line(fields: Mapping[str, Any]) -> str:
     """Return one JSON object in ASCII; fields with the value None are left out."""
     known = {name: value for name, value in fields.items() if value is not None}
     return json.dumps(known, ensure_ascii=True, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def escaped(text: str) -> str:
+    """Return the text with its control, format and separator characters escaped as in Python."""
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+        else character
+        for character in text
+    )
+
+
+def key_values(fields: Mapping[str, Any]) -> str:
+    """Return `name=value name="a value"`, without the values that are None."""
+    return " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return str(value)
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else '"' + escaped(text).replace('"', '\\"') + '"'
+
+
+class LogStyle(NamedTuple):
+    """A style of log lines.
+
+    Attributes:
+        help: the style's name, and what follows it in the help of `--log-format`.
+        line: writes fields as one line, without fields that are None; with None, lines are text.
+    """
+
+    help: str
+    line: Callable[[Mapping[str, Any]], str] | None = None
+
+
+LOG_STYLES: Mapping[str, LogStyle] = {
+    "text": LogStyle("text"),
+    "json": LogStyle("json: one object per line", json_line),
+}
 
 
 def _record(*given: Any, **more: Any) -> logging.LogRecord:

@@ -133,19 +133,17 @@ def say(remarks: Sequence[str]) -> None:
 
 
 def configure_logging(level: str, style: str = "text", file: Path | None = None) -> None:
-    """Send the log to standard error and to the file, one line per record: as text, or as one JSON object."""
+    """Send the log to standard error and to the file, one line per record, in a style of `LOG_STYLES`."""
     import logging
 
     from candle_vllm.core.shown import start_logging
-    from candle_vllm.server.observing.request_log import LogFile, log_formatter
+    from candle_vllm.server.observing.request_log import LogFile
 
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if file is not None:
         os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: only its owner may read it
         handlers.append(LogFile(file, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(log_formatter("json" if style == "json" else "text"))
-    start_logging(level.upper(), handlers=handlers)
+    start_logging(level.upper(), style, handlers=handlers)
     logging.getLogger("PIL").setLevel(logging.WARNING)  # else PIL logs a line for each chunk of an image file
     if level != "debug":
         for noisy in ("httpx", "httpx2", "filelock", "uvicorn.error", "asyncio"):

@@ -31,7 +31,7 @@ from fastapi import FastAPI
 from candle_vllm.core.config import draft_settings
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.shown import json_line, without_secrets
+from candle_vllm.core.shown import LOG_STYLES, without_secrets
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.responses.store.options import MEMORY
 from candle_vllm.server.adapters.resolvers import open_adapters
@@ -392,10 +392,10 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         "MCP servers": _mcp_line(app),
     }
     lines = {name: text for name, text in told.items() if text}
-    if settings.log_format == "json":
+    if (write := LOG_STYLES[settings.log_format].line) is not None:
         fields = {name.lower().replace(" ", "_"): text for name, text in lines.items()}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        return json_line({"time": now, "level": "INFO", "logger": __name__, "message": "ready", **fields}) + "\n"
+        return write({"time": now, "level": "INFO", "logger": __name__, "message": "ready", **fields}) + "\n"
     return "".join(f"{name:15}  {text}\n" for name, text in lines.items()) + "Ctrl+C to stop\n"
 
 

@@ -24,7 +24,7 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.progress import heard_by
 from candle_vllm.core.remote import wire
 from candle_vllm.core.remote.line import CONTROL, END, STEPS, Bell, Start, read_start, set_limits
-from candle_vllm.core.shown import start_child_logging
+from candle_vllm.core.shown import start_logging
 from candle_vllm.core.threads import collect_seldom
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main() -> int:
     start = read_start(sys.stdin.fileno())
     if start.alive is not None:
         os.set_inheritable(start.alive, False)
-    start_child_logging("engine process", start.log)
+    start_logging(*start.log, process="engine process")
     told = Told()
     watch = threading.Thread(
         target=watch_parent, args=(parent, start.folder, told.note), name="candle-vllm-parent", daemon=True

@@ -78,7 +78,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     address: str
     folder: str
     alive: int | None
-    log: tuple[int, bool]
+    log: tuple[int, str]
     config: dict[str, Any]
 
 

@@ -17,12 +17,12 @@ from collections.abc import Awaitable, Iterable, Iterator
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from candle_vllm.core.shown import FIELDS
 from candle_vllm.openai.remarks import collect_remarks
 from candle_vllm.server.http.request_context import RequestContext, current_request
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.observing.exposition import EventCollector
 from candle_vllm.server.observing.metrics import Metrics
-from candle_vllm.server.observing.request_log import FIELDS
 from candle_vllm.server.observing.series import HTTP
 
 _SAFE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")

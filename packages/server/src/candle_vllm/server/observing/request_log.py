@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
-import unicodedata
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.shown import FIELDS, JsonFormatter, cut
+from candle_vllm.core.shown import FIELDS, key_values
 
 if TYPE_CHECKING:
     from candle_vllm.server.observing.request_record import FinishedRequest
 
-LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters of a logged prompt
 MAX_FAILURE = 500  # characters of a logged error
-
-_PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
 
 logger = logging.getLogger("candle_vllm.server.generations")
 
@@ -73,19 +67,6 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
     }
 
 
-class TextFormatter(logging.Formatter):
-    """The usual format; control characters in a message are escaped, so that it stays one line."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line of one record, without the traceback that may follow it."""
-        if not hasattr(record, FIELDS):  # records with fields are escaped already
-            record.message = escaped(cut(record.message))
-        return super().formatMessage(record)
-
-
 class LogFile(logging.FileHandler):
     """The file of `--log-file`. If writes fail, one line on standard error reports it until a write succeeds."""
 
@@ -113,35 +94,5 @@ class LogFile(logging.FileHandler):
             self.close()
 
 
-def log_formatter(log_format: LogFormat) -> logging.Formatter:
-    """Return the formatter for `--log-format`."""
-    return JsonFormatter() if log_format == "json" else TextFormatter()
-
-
 def _ms(start: float, end: float | None) -> float | None:
     return None if end is None else round(max(end - start, 0.0) * 1000, 2)
-
-
-# ---- texts of clients: one line each, without control characters ----------------------------------------------------
-
-
-def escaped(text: str) -> str:
-    """Return the text with its control, format and separator characters escaped as in Python."""
-    return "".join(
-        character.encode("unicode_escape").decode("ascii")
-        if character == "\\" or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-        else character
-        for character in text
-    )
-
-
-def key_values(fields: Mapping[str, Any]) -> str:
-    """Return `name=value name="a value"`, without the values that are None."""
-    return " ".join(f"{name}={_value(value)}" for name, value in fields.items() if value is not None)
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, (int, float)):
-        return str(value)
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else '"' + escaped(text).replace('"', '\\"') + '"'

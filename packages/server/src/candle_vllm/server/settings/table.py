@@ -29,6 +29,7 @@ from candle_vllm.core.setting_kinds import (
     TemplateFile,
     Text,
 )
+from candle_vllm.core.shown import LOG_STYLES
 from candle_vllm.core.targets import is_loopback
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
@@ -504,7 +505,8 @@ class LoggingOptions(_Checked):
     log_prompts: Annotated[bool, own(LOGGING,
         Boolean(), "also log the beginning of each prompt (needs --log-requests)", needs=SERVES)] = False
     log_format: Annotated[str, own(LOGGING,
-        Choice(("text", "json")), "text, or json: one object per line", "FORMAT", needs=SERVES)] = "text"
+        Choice(tuple(LOG_STYLES)), ", or ".join(style.help for style in LOG_STYLES.values()), "FORMAT",
+        needs=SERVES)] = "text"
     log_file: Annotated[Path | None, own(LOGGING,
         FilePath(), "file to which the log is appended as well; --log is candle-vllm.log",
         "FILE", constants={"--log": Path("candle-vllm.log")}, needs=SERVES)] = None

@@ -84,7 +84,7 @@ class Invitation(msgspec.Struct, frozen=True):
     size: int
     nodes: int
     own: dict[str, Any]
-    log: tuple[int, bool]
+    log: tuple[int, str]
 
 
 class Joined(NamedTuple):

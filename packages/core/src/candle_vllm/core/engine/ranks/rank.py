@@ -38,7 +38,7 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadErro
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.loading.source import files_mark
 from candle_vllm.core.memory import available_memory
-from candle_vllm.core.shown import start_child_logging
+from candle_vllm.core.shown import start_logging
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _shared(number: str) -> BinaryIO | None:
 
 def _join() -> int:
     given = sys.stdin.buffer
-    start_child_logging("rank", (logging.INFO, False))
+    start_logging(logging.INFO, process="rank")
     try:
         line, side, invitation = join(given)
     except ConfigError as error:
@@ -101,7 +101,7 @@ def _run(
     begin: rank_line.Begin = line.receive(rank_line.Begin)
     if ring is not None:
         line = RingLine(line.socket, ring, begin.rank)
-    start_child_logging(f"rank {begin.rank}", begin.log)
+    start_logging(*begin.log, process=f"rank {begin.rank}")
     try:
         own: dict[str, Any] = {} if invitation is None else invitation.own | {"cluster_key": invitation.key}
         if begin.kept_in_redis and own.get("prompt_cache_url") is None:

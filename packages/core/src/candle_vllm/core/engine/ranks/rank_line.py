@@ -53,7 +53,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     rank: int
     size: int
     host: str
-    log: tuple[int, bool]
+    log: tuple[int, str]
     kept_in_redis: bool = False
 
 
