@@ -8,6 +8,7 @@ import dataclasses
 import os
 import stat
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sqlalchemy import delete, func, select, update
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.response_store import LEASE_MS, ResponseStore
-from candle_vllm.responses.store.backend import Bounds, Place
+from candle_vllm.responses.store.backend import BACKENDS, Backend, Bounds, Place, backend_at
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
@@ -229,7 +230,7 @@ async def test_bytes_are_bounded(opener, store_url: str, clock) -> None:
 async def test_one_of_several_owners_has_half(store_url: str, clock) -> None:
     several = False
     place = Place(store_url, "responses", "store", "setting")
-    store = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
+    store: Backend = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
     await store.open()
 
     async def there(owner: str) -> list[str]:
@@ -418,6 +419,12 @@ async def test_a_password_is_never_in_a_message() -> None:
         await store.start()
     await store.close()
     assert "hunter2" not in str(refusal.value) + repr(options)
+
+
+@pytest.mark.parametrize("scheme", BACKENDS)
+def test_every_scheme_has_a_backend(scheme: str) -> None:
+    place = Place(f"{scheme}x", "responses", "store", "setting")
+    assert callable(backend_at(place, Bounds(8), time.time).claim_due)
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://h/d", "nothing", ""])

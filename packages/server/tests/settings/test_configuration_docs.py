@@ -11,6 +11,7 @@ from typing import Any
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.setting_kinds import Integer, Number
+from candle_vllm.responses.store.backend import URLS
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import load_settings
 from candle_vllm.server.settings.models_file import read_models_file
@@ -49,6 +50,11 @@ def test_configuration_page_lists_every_setting() -> None:
         assert flags.split() == [f"`{flag}`" for flag in (*option.flags, *option.constants)]
         assert yaml == (f"`{option.name}`" if option.in_yaml else "–")
         assert meaning == option.help
+
+
+def test_mailbox_page_names_the_urls_of_stores() -> None:
+    text = (ROOT / "docs" / "mailbox.md").read_text()
+    assert [url for url in URLS if f"`{url}`" not in text] == []
 
 
 def test_configuration_page_has_the_defaults() -> None:

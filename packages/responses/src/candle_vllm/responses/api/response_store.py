@@ -19,8 +19,8 @@ from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.api.turns import ConversationTurns, blaming
 from candle_vllm.responses.store import entries as stored
-from candle_vllm.responses.store.backend import MEMORY, Backend, Held
-from candle_vllm.responses.store.options import StoreOptions, backend_at
+from candle_vllm.responses.store.backend import MEMORY, Backend, Held, open_backend
+from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.upkeep import Upkeep
 
 LEASE_MS = 60_000  # lease of a running response
@@ -249,12 +249,7 @@ class ResponseStore:
         if self._closed:
             raise stored.StoreUnavailableError("The store of responses is closed: the server is stopping.")
         place, bounds = self.options.place, self.options.bounds
-        store = await asyncio.to_thread(backend_at, place, bounds, self._clock)  # it imports SQLAlchemy
-        try:
-            await store.open()
-        except BaseException:
-            await store.close()
-            raise
+        store = await open_backend(place, bounds, self._clock)
         self._purging = Upkeep(PURGE_SECONDS, self.purge, "the store of responses could not be purged", at_once=True)
         return store
 

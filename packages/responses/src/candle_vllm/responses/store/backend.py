@@ -20,10 +20,13 @@ lease; afterwards, anyone may claim it. There are four kinds of leases:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import asyncio
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from importlib import import_module
+from typing import Literal, NamedTuple, Protocol
 
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.store.entries import Entry, EntryItem
 
 MEMORY = "memory"
@@ -36,7 +39,7 @@ class Place:
     """The location of a store.
 
     Attributes:
-        url: `memory`, or the URL of a database.
+        url: `memory`, or a URL of `BACKENDS`.
         name: prefix of its table names, so that several stores can share a database.
         title: name of the store in messages.
         setting: name of the setting that holds its URL.
@@ -227,3 +230,62 @@ class Backend(Protocol):
     async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
         """Return some active entries whose lease has expired, the oldest first, except entries of busy owners."""
         ...
+
+
+# ---- which backend a URL opens ---------------------------------------------------------------------------------------
+
+
+class BackendUrl(NamedTuple):
+    """The URLs of a scheme.
+
+    Attributes:
+        runs: module of this folder, and its class that implements `Backend` (place, bounds, clock); imported when a
+            store is opened.
+        rest: what follows the scheme, for messages; "" for another name of a scheme, which they leave out.
+        short: likewise, for the help of flags.
+    """
+
+    runs: str
+    rest: str = ""
+    short: str = ""
+
+
+SQL = "sql:SqlBackend"
+BACKENDS: Mapping[str, BackendUrl] = {
+    "sqlite:///": BackendUrl(SQL, "path", "path"),
+    "postgresql://": BackendUrl(SQL, "user:password@host/database", "..."),
+    "postgresql+psycopg://": BackendUrl(SQL),
+    "postgres://": BackendUrl(SQL),
+}
+URLS = [scheme + row.rest for scheme, row in BACKENDS.items() if row.rest]
+SHORT_URLS = [scheme + row.short for scheme, row in BACKENDS.items() if row.short]
+
+
+def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
+    """Return the backend of a store, not opened yet; `clock` returns seconds since 1970.
+
+    Raises:
+        ConfigError: the place is neither `memory` nor a URL of `BACKENDS`.
+    """
+    named = (row.runs for scheme, row in BACKENDS.items() if place.url.startswith(scheme))
+    runs = SQL if place.url == MEMORY else next(named, None)
+    if runs is None:
+        raise wrong_url(place)
+    module, _, name = runs.partition(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)(place, bounds, clock)
+
+
+async def open_backend(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
+    """Return the backend of a store, opened; ConfigError if that fails."""
+    backend = await asyncio.to_thread(backend_at, place, bounds, clock)  # it imports SQLAlchemy
+    try:
+        await backend.open()
+    except BaseException:
+        await backend.close()
+        raise
+    return backend
+
+
+def wrong_url(place: Place) -> ConfigError:
+    """Return the error for a URL that opens no backend; it omits the URL, which may have a password."""
+    return ConfigError(f"{place.setting} must be {' or '.join(URLS)}", place.setting)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from candle_vllm.core.errors import ConfigError, EngineOverloadedError, with_extra
 from candle_vllm.openai.fair_threads import FairThreads
-from candle_vllm.responses.store.backend import MEMORY, Place
+from candle_vllm.responses.store.backend import MEMORY, Place, wrong_url
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
 
@@ -109,27 +109,21 @@ def _transaction(engine: Engine, work: Callable[Concatenate[Connection, P], T], 
 
 
 def connect_to(place: Place) -> Engine:
-    """Return an engine for `memory`, `sqlite:///path` or `postgresql://...`, without connecting.
+    """Return an engine for `memory` or the URL of an SQL database, without connecting.
 
     Raises:
-        ConfigError: the URL is invalid, or a driver is missing. The message omits the URL: it may have a password.
+        ConfigError: the URL is invalid, or a driver is missing.
     """
     if place.url == MEMORY:
         return _watched(
             create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False},
                           hide_parameters=True)
         )  # fmt: skip
-    allowed = "sqlite:///path or postgresql://"
     try:
         url = make_url(place.url)
     except (ArgumentError, ValueError):
-        message = f"{place.setting} must be {allowed}user:password@host/database"
-        raise ConfigError(message, place.setting) from None
-    if url.drivername == "sqlite":
-        return _sqlite(url, place)
-    if url.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return _postgresql(url, place)
-    raise ConfigError(f"{place.setting} must be {allowed}..., not {url.drivername!r:.40}", place.setting)
+        raise wrong_url(place) from None
+    return _sqlite(url, place) if url.drivername == "sqlite" else _postgresql(url, place)
 
 
 def prepare(engine: Engine, place: Place, tables: Tables) -> bytes:

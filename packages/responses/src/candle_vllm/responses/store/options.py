@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Place
+from candle_vllm.responses.store.backend import MEMORY, Bounds, Place
 
 SETTING = "responses_store"
 MAX_RECORDS = 100_000
@@ -20,7 +19,7 @@ class StoreOptions:
     """Options of a store of responses and conversations.
 
     Attributes:
-        url: `memory` (ends with the process), `sqlite:///path` or `postgresql://user:password@host/database`.
+        url: `memory` (ends with the process), or a URL of `BACKENDS`.
         retention_days: days after which a response is deleted; conversations have no such limit.
         max_records: maximum number of responses and conversations; beyond it, the least recently used are deleted.
         max_bytes: maximum bytes of all responses and conversations, likewise.
@@ -70,14 +69,3 @@ class StoreOptions:
             spares_leased=True,
             advice="Send less, or let its operator raise --responses-max-mb.",
         )
-
-
-def backend_at(place: Place, bounds: Bounds, clock: Callable[[], float]) -> Backend:
-    """Return the backend of a store, not opened yet.
-
-    The place is `memory`, `sqlite:///path` or `postgresql://user:password@host/database`; `clock` returns seconds since
-    1970.
-    """
-    from candle_vllm.responses.store.sql import SqlBackend  # slow import, not needed at the start
-
-    return SqlBackend(place, bounds, clock)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import msgspec
 
 from candle_vllm.responses.store import entries
-from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Held, Place
-from candle_vllm.responses.store.options import SETTING, backend_at
+from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Held, Place, open_backend
+from candle_vllm.responses.store.options import SETTING
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
 
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
@@ -286,13 +286,7 @@ class BatchStore:
             advice="Delete files, or let its operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
         place = Place(options.url, "batches", "store of files", SETTING)
-        backend = await asyncio.to_thread(backend_at, place, bounds, self._clock)
-        try:
-            await backend.open()
-        except BaseException:
-            await backend.close()
-            raise
-        return backend
+        return await open_backend(place, bounds, self._clock)
 
 
 def new_file_id() -> str:

@@ -179,7 +179,7 @@ class MailboxOptions:
     """Options of the whole mailbox.
 
     Attributes:
-        url: `sqlite:///path` or `postgresql://user:password@host/database`.
+        url: a URL of `BACKENDS` of `responses/store/backend.py`.
         retention_secs: how long a finished answer is stored.
         max_record_bytes: maximum size of one answer's JSON; a larger answer is stored as an error that says so.
         max_records_per_key: maximum number of answers of one API key; beyond it, its oldest one is deleted.

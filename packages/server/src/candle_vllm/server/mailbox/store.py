@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from candle_vllm.responses.store.backend import Bounds, Held, Place
+from candle_vllm.responses.store.backend import Bounds, Held, Place, backend_at
 from candle_vllm.responses.store.entries import Entry
-from candle_vllm.responses.store.options import backend_at
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.record import Record, Status, failure_body
 

@@ -21,7 +21,8 @@ from candle_vllm.core.config import SETTINGS, demo_command, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.setting_kinds import MAX_TEMPLATE
 from candle_vllm.core.shown import without_secrets
-from candle_vllm.responses.store.options import MEMORY, StoreOptions
+from candle_vllm.responses.store.backend import BACKENDS, MEMORY, URLS
+from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
@@ -46,7 +47,6 @@ SQLITE = "sqlite"
 OFF = "off"
 RESPONSES_FILE = "sqlite:///~/.candle-vllm/responses.sqlite"
 MAILBOX_FILE = "mailbox.sqlite"
-_URLS = ("sqlite:///", "postgresql://", "postgresql+psycopg://", "postgres://")
 
 _NUMBERS = ("retention_secs", "max_record_bytes", "max_records_per_key", "max_records", "max_deliveries")
 _LISTS = ("webhook_allowed_hosts", "webhook_allowed_headers")
@@ -252,10 +252,8 @@ def store_options(settings: StorageOptions) -> StoreOptions | None:
     url = settings.responses_store
     if url == OFF:
         return None
-    if url not in (MEMORY, SQLITE) and not url.startswith(_URLS):
-        raise UsageError(
-            "responses_store must be memory, sqlite, sqlite:///path, postgresql://user:password@host/database or off"
-        )
+    if url not in (MEMORY, SQLITE) and not url.startswith(tuple(BACKENDS)):
+        raise UsageError(f"responses_store must be {', '.join((MEMORY, SQLITE, *URLS))} or {OFF}")
     return StoreOptions(
         url=RESPONSES_FILE if url == SQLITE else url,
         retention_days=settings.responses_retention_days,
@@ -291,8 +289,8 @@ def mailbox_options(
         if wanted:
             raise UsageError(f"{wanted[0]} needs a mailbox: set --mailbox, or url in the mailbox section")
         return None
-    if not isinstance(url, str) or not (url == SQLITE or url.startswith(_URLS)):
-        raise UsageError("mailbox must be sqlite, sqlite:///path or postgresql://user:password@host/database")
+    if not isinstance(url, str) or not (url == SQLITE or url.startswith(tuple(BACKENDS))):
+        raise UsageError(f"mailbox must be {SQLITE}, {' or '.join(URLS)}")
     from candle_vllm.server.mailbox.options import MailboxOptions, webhook_options
 
     values: dict[str, Any] = {name: section[name] for name in (*_NUMBERS, "webhook_allow_private") if name in section}

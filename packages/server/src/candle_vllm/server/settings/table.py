@@ -31,6 +31,7 @@ from candle_vllm.core.setting_kinds import (
 )
 from candle_vllm.core.shown import LOG_STYLES
 from candle_vllm.core.targets import is_loopback
+from candle_vllm.responses.store.backend import SHORT_URLS
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
     ADAPTERS,
@@ -331,8 +332,8 @@ class StorageOptions(_Checked):
     """Where answers, responses, conversations and files are stored, and for how long."""
 
     mailbox: Annotated[str | None, own(MAILBOX,
-        Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
-        "postgresql://...", "URL", unset="off")] = None
+        Secret(), "store answers for clients that ask for it: sqlite (in ~/.candle-vllm), " + " or ".join(SHORT_URLS),
+        "URL", unset="off")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
         Integer(1, 30 * 86400), "how long a finished answer is stored", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
@@ -341,7 +342,7 @@ class StorageOptions(_Checked):
         Boolean(), "allow private addresses for hosts that are listed by name")] = False
     responses_store: Annotated[str, own(RESPONSES,
         Secret(), "where responses and conversations are stored: memory (until the server ends), sqlite (in "
-        "~/.candle-vllm), sqlite:///path, postgresql://..., or off", "URL")] = "memory"
+        f"~/.candle-vllm), {', '.join(SHORT_URLS)}, or off", "URL")] = "memory"
     responses_retention_days: Annotated[int, own(RESPONSES,
         Integer(1, MAX_DAYS), "how long a response is stored", "DAYS")] = 30
     responses_max_records: Annotated[int, own(RESPONSES,
