@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SQLITE = "sqlite"
 OFF = "off"
 RESPONSES_FILE = "sqlite:///~/.candle-vllm/responses.sqlite"
-MAILBOX_FILE = "mailbox.sqlite"
+MAILBOX_FILE = ".candle-vllm/mailbox.sqlite"  # in the home folder
 
 _NUMBERS = ("retention_secs", "max_record_bytes", "max_records_per_key", "max_records", "max_deliveries")
 _LISTS = ("webhook_allowed_hosts", "webhook_allowed_headers")
@@ -304,11 +304,7 @@ def mailbox_options(
             values[field] = getattr(settings, name)
     if not isinstance(values.get("webhook_allow_private", False), bool):
         raise UsageError("mailbox: webhook_allow_private must be true or false")
-    return MailboxOptions(url=_located(url, home), **values)
-
-
-def _located(url: str, home: Path) -> str:
-    return f"sqlite:///{home / '.candle-vllm' / MAILBOX_FILE}" if url == SQLITE else url
+    return MailboxOptions(url=f"sqlite:///{home / MAILBOX_FILE}" if url == SQLITE else url, **values)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
