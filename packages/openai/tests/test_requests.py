@@ -210,7 +210,7 @@ def test_every_refused_field_is_refused_by_name_and_its_neutral_values_are_not()
     for name, entry in COMPLETION_REFUSED_FIELDS.items():
         for neutral in entry.neutral:
             assert completion(**{name: neutral}) == completion()
-    assert refusal(chat, use_beam_search=0)[0] == "use_beam_search"  # 0 is not false
+    assert refusal(chat, watermarking=0)[0] == "watermarking"  # 0 is not false
 
 
 def test_fields_that_nobody_knows_are_refused_or_warned_of() -> None:

@@ -145,11 +145,11 @@ def test_descriptions_are_plain_and_everywhere() -> None:
 
 
 def test_what_is_not_served_is_said_with_the_values_that_may_stand() -> None:
-    field = SCHEMAS["ChatCompletionRequest"]["properties"]["use_beam_search"]
+    field = SCHEMAS["ChatCompletionRequest"]["properties"]["watermarking"]
     assert field == {
         "enum": [None, False],
         "deprecated": True,
-        "description": "Not served: the server has no beam search; use LLM.beam_search of the library.",
+        "description": "Not served: watermarks are not implemented.",
     }
 
 

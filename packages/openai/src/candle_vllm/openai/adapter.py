@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import ExplainedAttributes, explained
 from candle_vllm.core.engine.model_info import ModelInfo
-from candle_vllm.core.engine.step.request_watchers import RequestWatcher
+from candle_vllm.core.engine.requests import GenerationRequest
+from candle_vllm.core.engine.step.request_watchers import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.vision.fetching import ImageSources
@@ -360,15 +361,21 @@ class OpenAIAdapter(ExplainedAttributes):
         if params.cache_salt is not None and self._salted is not None:
             params = replace(params, cache_salt=self._salted(params.cache_salt))
         more = self._names.options(task.model, task.lora, task.adapter)
-        seen = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
-        return self._engine.stream(
-            seen if images else prompt,
-            params,
-            request_id=request_id,
-            priority=task.priority,
-            watcher=self._watcher,
-            **more,
-        )
+
+        def submit(tokens: Sequence[int], params: SamplingParams, request_id: str, **more: Any) -> TokenStream:
+            seen = {"prompt_token_ids": tokens, "multi_modal_data": {"image": images}}
+            given = seen if images else tokens
+            return self._engine.stream(given, params, request_id=request_id, priority=task.priority, **more)
+
+        if task.beam_penalty is None:
+            return submit(prompt, params, request_id, watcher=self._watcher, **more)
+        from candle_vllm.openai.beams import beam_stream  # imported here because few requests search
+
+        info = RequestInfo(request_id, "generate", prompt, params, self._engine.detokenize, more.get("lora_request"))
+        with watched_submit(self._watcher, info) as watch:
+            step = partial(submit, **more)
+            request = GenerationRequest(request_id=request_id, prompt_token_ids=prompt, params=params)
+            return beam_stream(self._engine, request, task.beam_penalty, step, self._work, watch)
 
     def _head(self, prefix: str, request_id: str | None, model: str) -> Head:
         return Head(

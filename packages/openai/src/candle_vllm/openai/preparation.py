@@ -29,7 +29,7 @@ from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
-from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
+from candle_vllm.openai.protocol.fields import MAX_BEAM_TOKENS, MAX_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import sampling_params
@@ -128,7 +128,7 @@ class TaskPreparation:
                 params = replace(params, skip_special_tokens=False)
             marks = marks if params.stop_strings else None
             params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
-            params = self._bounded(params, task.choices, len(prompt))
+            params = self._bounded(task, params, task.choices, len(prompt))
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
@@ -322,11 +322,18 @@ class TaskPreparation:
             if task.echo_prompts:
                 _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
             shortest = min((len(prompt.token_ids) for prompt in prompts), default=0)
-            params = self._bounded(params, task.choices * len(prompts), shortest)
+            params = self._bounded(task, params, task.choices * len(prompts), shortest)
             return PreparedPrompts(prompts, params, unseen=self._begun(task.images) if task.images else None)
 
-    def _bounded(self, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
+    def _bounded(self, task: Task, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
         """Refuse answers with too many log-probabilities; without `max_tokens`, limit the number of tokens instead."""
+        if task.beam_penalty is not None:
+            _check_beams(task, params)
+            limit = max(1, MAX_BEAM_TOKENS // sequences)
+            if (params.max_tokens or 0) > limit:
+                said = f"max_tokens: a beam search for {sequences} answers has {limit} tokens each at most"
+                raise InvalidParameterError(said, "max_tokens")
+            params = replace(params, max_tokens=params.max_tokens or limit)
         if params.logprobs is None:
             return params
         each = sequences * (params.logprobs + 1 + len(params.logprob_token_ids or ()))
@@ -455,6 +462,23 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
             f" and at most {MAX_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
             field,
         )
+
+
+# honoured by a beam search or, as it samples nothing, not needed
+_WITH_BEAMS = frozenset({"n", "max_tokens", "ignore_eos", "skip_special_tokens", "logprobs", "cache_salt", "seed"})
+
+
+def _check_beams(task: Task, params: SamplingParams) -> None:
+    """Refuse fields that a beam search cannot honour, which ranks answers by the model's own log-probabilities."""
+    given, neutral = dict[str, Any](), SamplingParams()
+    for name, value in task.sampling.items():
+        if name not in _WITH_BEAMS and value != getattr(neutral, name):
+            given[name] = value or name == "prompt_logprobs"
+    given |= {"suffix": task.suffix, "echo": task.echo or task.echo_prompts, "tools": task.tools.tools}
+    given |= {"structured_outputs": task.form or params.structured_outputs, "thoughts": params.thoughts}
+    if field := next((name for name, value in given.items() if value), None):
+        said = "not supported with use_beam_search, which ranks answers by the model's own log-probabilities"
+        raise UnsupportedParameterError(f"{field}: {said}", field)
 
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,6 +229,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         form: constraint on the content of an answer; None allows any text.
         sampling: values that the request gives, by name in `SamplingParams`.
         choices: number of answers for each prompt.
+        beam_penalty: length penalty of the beam search that finds the answers; None samples them.
         model: name of the model in the request; None uses the served model.
         continued: whether the last message is the beginning of the answer.
         opens_answer: vLLM's `add_generation_prompt`; None means True unless the last message is `continued`.
@@ -260,6 +261,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     form: StructuredOutputsParams | None = None
     sampling: Mapping[str, Any] = {}
     choices: int = 1
+    beam_penalty: float | None = None
     model: str | None = None
     continued: bool = False
     opens_answer: bool | None = None

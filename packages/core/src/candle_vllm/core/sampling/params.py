@@ -23,6 +23,7 @@ MAX_SEQUENCES = 128  # maximum number of sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024  # characters of one stop string
 MAX_LOGPROBS = 20  # alternatives reported per token
+MAX_BEAMS = MAX_LOGPROBS // 2  # of a beam search, which extends each by twice as many tokens; vLLM's default limit
 MAX_NAMED_LOGPROBS = 128  # entries of logprob_token_ids, as in vLLM
 MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
 MAX_ALLOWED_TOKENS = 1_000_000

@@ -10,19 +10,19 @@ the length penalty of transformers instead of the paper's).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.engine.model_info import ModelInfo
+from candle_vllm.core.engine.outputs import FinishReason, PositionLogprobs
 from candle_vllm.core.engine.requests import LoraChoice, adapter_uses, each_lora_choice
 from candle_vllm.core.engine.step.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.core.sampling.params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams
+from candle_vllm.core.sampling.params import MAX_BEAMS, MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.vllm.outputs import Logprob, by_token
-
-MAX_BEAMS = MAX_LOGPROBS // 2  # vLLM's limit with its default max_logprobs
 
 
 class BeamSearchParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +81,7 @@ class BeamSearchSequence:
 
     def score(self, length_penalty: float) -> float:
         """Return the score by which sequences are ranked; higher is better."""
-        return self.cum_logprob / max(len(self.logprobs), 1) ** length_penalty
+        return _score(self.cum_logprob, len(self.logprobs), length_penalty)
 
 
 @dataclasses.dataclass
@@ -91,49 +91,59 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
-class _Search:
-    """The beams of one prompt."""
+@dataclasses.dataclass
+class Beam:
+    """Tokens that continue a prompt, the end token included; in `logprobs` each is the chosen one."""
 
-    def __init__(self, first: BeamSearchSequence, params: BeamSearchParams, ends: frozenset[int], room: int) -> None:
-        self.beams = [first]
-        self.complete: list[BeamSearchSequence] = []
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    cum_logprob: float = 0.0
+    finish_reason: FinishReason = FinishReason.LENGTH
+
+
+class BeamSearch:
+    """The search for the best continuations of one prompt; it has ended when `beams` is empty."""
+
+    def __init__(self, info: ModelInfo, params: BeamSearchParams, prompt_tokens: int) -> None:
+        self.beams = [Beam()]
+        self._complete: list[Beam] = []
         self._params = params
-        self._ends = ends
-        self._room = room  # maximum number of tokens that may still be generated
+        self._ends = frozenset(() if params.ignore_eos else info.eos_token_ids)
+        self._room = max(1, min(params.max_tokens, info.max_model_len - prompt_tokens))  # tokens that may be generated
 
-    def take(self, entries: Sequence[dict[int, Logprob]]) -> None:
-        """Extend every beam by the model's likeliest tokens."""
-        going: list[BeamSearchSequence] = []
+    def take(self, entries: Sequence[PositionLogprobs]) -> None:
+        """Extend every beam by its likeliest next tokens; `entries` has one position per beam."""
+        going: list[Beam] = []
         for beam, entry in zip(self.beams, entries, strict=True):
-            for token, said in entry.items():
-                longer = dataclasses.replace(
-                    beam,
-                    tokens=[*beam.tokens, token],
-                    logprobs=[*beam.logprobs, entry],
-                    cum_logprob=beam.cum_logprob + said.logprob,
+            for token in entry.top[: 2 * self._params.beam_width]:
+                longer = Beam(
+                    (*beam.tokens, token.token_id),
+                    (*beam.logprobs, PositionLogprobs(token, entry.top)),
+                    beam.cum_logprob + token.logprob,
                 )
-                if token in self._ends:
-                    longer.finish_reason = "stop"
-                    self.complete.append(longer)
+                if token.token_id in self._ends:
+                    longer.finish_reason = FinishReason.STOP
+                    self._complete.append(longer)
                 else:
                     going.append(longer)
         self.beams = self._best(going)
         self._room -= 1
         if not self._room:
-            self.complete += self.beams
+            self._complete += self.beams
             self.beams = []
 
-    def result(self, text: Callable[[list[int]], str]) -> BeamSearchOutput:
-        """Return the best sequences."""
-        best = self._best(self.complete)
-        for each in best:
-            each.text = text(each.tokens)
-            each.finish_reason = each.finish_reason or "length"
-        return BeamSearchOutput(best)
+    def best(self) -> list[Beam]:
+        """Return the complete beams with the highest scores, at most `beam_width`, the best one first."""
+        return self._best(self._complete)
 
-    def _best(self, sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
-        ranked = sorted(sequences, key=lambda each: each.score(self._params.length_penalty), reverse=True)
+    def _best(self, beams: list[Beam]) -> list[Beam]:
+        power = self._params.length_penalty
+        ranked = sorted(beams, key=lambda each: _score(each.cum_logprob, len(each.tokens), power), reverse=True)
         return ranked[: self._params.beam_width]
+
+
+def _score(cum_logprob: float, tokens: int, length_penalty: float) -> float:
+    return cum_logprob / max(tokens, 1) ** length_penalty
 
 
 def beam_search(
@@ -175,48 +185,53 @@ def beam_search(
         )
     if concurrency_limit is not None and concurrency_limit < 1:
         raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
-    searches = [_search(engine, prompt, params) for prompt in given]
-    own = list(zip(orders, choices, strict=True))
-    at_a_time = concurrency_limit or len(searches) or 1
-    for first in range(0, len(searches), at_a_time):
+    pairs = [read_prompt(prompt) for prompt in given]
+    inputs, info = [engine.tokenize(text or "") if ids is None else ids for text, ids in pairs], engine.model_info
+    searches = [BeamSearch(info, params, len(ids)) for ids in inputs]
+    own = list(zip(searches, inputs, orders, choices, strict=True))
+    at_a_time = concurrency_limit or len(own) or 1
+    for first in range(0, len(own), at_a_time):
         with shown_bar("tokens", params.max_tokens, use_tqdm) as advance:
-            last = first + at_a_time
-            while _step(engine, searches[first:last], own[first:last], params):
+            while _step(engine, own[first : first + at_a_time], params):
                 advance()
     skip = params.skip_special_tokens
-    return [each.result(lambda tokens: engine.detokenize(tokens, skip_special_tokens=skip)) for each in searches]
+
+    def sequence(prompt: Prompt, tokens: list[int], beam: Beam) -> BeamSearchSequence:
+        entries = [by_token(entry) for entry in beam.logprobs]
+        text = engine.detokenize(tokens, skip_special_tokens=skip)
+        return BeamSearchSequence(prompt, tokens, entries, beam.cum_logprob, text, str(beam.finish_reason))
+
+    return [
+        BeamSearchOutput([sequence(prompt, [*ids, *beam.tokens], beam) for beam in search.best()])
+        for prompt, (search, ids, *_) in zip(given, own, strict=True)
+    ]
 
 
-def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _Search:
-    text, ids = read_prompt(prompt)
-    tokens = engine.tokenize(text or "") if ids is None else ids
-    info = engine.model_info
-    ends = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
-    room = max(1, min(params.max_tokens, info.max_model_len - len(tokens)))  # the engine refuses a longer prompt
-    return _Search(BeamSearchSequence(prompt, tokens, []), params, ends, room)
+def beam_step(beam_width: int, logprobs: int = 0, cache_salt: str | None = None) -> SamplingParams:
+    """Return the sampling parameters of one beam in one step of a search."""
+    asked = max(2 * beam_width, logprobs)
+    return SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=asked, cache_salt=cache_salt)
 
 
 def _step(
     engine: EngineFront,
-    searches: Sequence[_Search],
-    own: Sequence[tuple[int, LoraChoice]],
+    own: Sequence[tuple[BeamSearch, Sequence[int], int, LoraChoice]],
     params: BeamSearchParams,
 ) -> bool:
     """Extend every beam by one token, with its search's priority and adapters; return False if no beam is left."""
-    todo = [(beam, *each) for search, each in zip(searches, own, strict=True) for beam in search.beams]
+    todo = [([*ids, *beam.tokens], order, choice) for search, ids, order, choice in own for beam in search.beams]
     if not todo:
         return False
-    asked = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=2 * params.beam_width)
     outputs = iter(
         engine.generate(
-            [beam.tokens for beam, _, _ in todo],
-            asked,
+            [tokens for tokens, _, _ in todo],
+            beam_step(params.beam_width),
             use_tqdm=False,
             priority=[order for _, order, _ in todo],
             lora_request=[choice for _, _, choice in todo],
         )
     )
-    for search in searches:
+    for search, *_ in own:
         said = [next(outputs).outputs[0].logprobs for _ in search.beams]
-        search.take([by_token(entry[0]) for entry in said if entry])
+        search.take([entry[0] for entry in said if entry])
     return True

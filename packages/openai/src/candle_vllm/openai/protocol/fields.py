@@ -33,6 +33,7 @@ MAX_PROMPTS = 128  # prompts of one completion request
 MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_BEAM_TOKENS = 1 << 12  # tokens that a beam search may try to keep: max_tokens x n x prompts
 MAX_LOGPROBS = 1 << 18  # log-probabilities of an answer: tokens x n x (logprobs + 1), of the prompt or generated
 Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 
@@ -82,7 +83,6 @@ _CACHED = "prompt prefixes are always cached"
 _NO_SLOTS = "requests share the cache and have no slots"
 _CHAT_ONLY = "it belongs to chat requests"
 
-_BEAMS = "the server has no beam search; use LLM.beam_search of the library"
 _MEASURED = "the number of draft tokens follows from earlier acceptance; num_speculative_tokens bounds it"
 
 DRAFT_FIELDS: Mapping[str, Refusal] = {
@@ -112,8 +112,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "web_search_options": Refusal("web search is not implemented"),
     "moderation": Refusal("moderation is not implemented"),
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
-    "use_beam_search": Refusal(_BEAMS, (False,)),
-    "length_penalty": Refusal(_BEAMS, (1, 1.0)),
     "samplers": Refusal(_ONE_ORDER, idle=True),
     "sampler_seq": Refusal(_ONE_ORDER, idle=True),
     "min_keep": Refusal("every sampler keeps at least one token", (0, 1), idle=True),

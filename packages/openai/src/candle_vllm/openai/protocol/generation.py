@@ -202,12 +202,20 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
 
 
 class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.ModelFields):
-    """How to generate; null always means absent: then the model's default applies or, without one, the server's."""
+    """How to generate; null always means absent: then the model's default applies or, without one, the server's.
+
+    Attributes:
+        use_beam_search: find the `n` best answers, at most 10, by beam search, which ranks them by the model's own
+            log-probabilities; `max_tokens` x `n` x prompts is 4096 at most.
+        length_penalty: the sum of a beam's log-probabilities is divided by its number of tokens to this power.
+    """
 
     refused_fields: ClassVar[Mapping[str, fields.Refusal]] = fields.REFUSED_FIELDS
 
     n: Annotated[int, fields.bounded("n")] | None = None
     best_of: Annotated[int, fields.bounded("n")] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -267,6 +275,12 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     def _shared_rules(self) -> Self:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise fields.unsupported("best_of", "every sequence is returned, so it can only equal n")
+        if self.use_beam_search and self.stream:
+            raise fields.unsupported("use_beam_search", "beams are not streamed; send the request without stream")
+        if self.use_beam_search and self.sequences > caps.MAX_BEAMS:
+            raise fields.invalid("n", f"is the number of beams with use_beam_search, at most {caps.MAX_BEAMS}")
+        if not self.use_beam_search and self.length_penalty not in (None, 1):
+            raise fields.invalid("length_penalty", "needs use_beam_search: true")
         if self.stream_options is not None and not self.stream:
             raise fields.invalid("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
@@ -298,6 +312,11 @@ class GenerationFields(LlamaForms, SamplerFields, fields.CutFields, fields.Model
     def sequences(self) -> int:
         """`n`, or its default."""
         return self.n or 1
+
+    @property
+    def beam_penalty(self) -> float | None:
+        """The length penalty of a beam search; None without one."""
+        return (1.0 if self.length_penalty is None else self.length_penalty) if self.use_beam_search else None
 
     @property
     def include_usage(self) -> bool:
