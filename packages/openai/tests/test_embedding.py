@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+import numpy as np
 import openai.types as official
 import pytest
 from openai.types.embedding_create_params import EmbeddingCreateParams
@@ -41,6 +42,7 @@ from candle_vllm.openai import (
 )
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
+    octets,
     parse_classify_request,
     parse_embedding_request,
     parse_pooling_request,
@@ -49,8 +51,13 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
-from candle_vllm.openai.protocol.embeddings import EmbeddingRequest, ModerationRequest, moderated
-from candle_vllm.openai.protocol.pooling import MAX_INPUTS, MAX_PAIRS, MAX_POOLED_TOKENS, POOLING_REFUSED_FIELDS
+from candle_vllm.openai.protocol.embeddings import MAX_DESCRIBED, EmbeddingRequest, ModerationRequest, moderated
+from candle_vllm.openai.protocol.pooling import (
+    MAX_INPUTS,
+    MAX_PAIRS,
+    MAX_POOLED_TOKENS,
+    POOLING_REFUSED_FIELDS,
+)
 from candle_vllm.openai.serving import WorkerThreads
 from candle_vllm.openai.validation import parse_body
 from tests.waiting import PATIENCE
@@ -93,6 +100,54 @@ async def test_every_form_of_input(given: Any, texts: list[list[int]]) -> None:
     assert (answer["object"], answer["model"]) == ("list", "scripted")
     count = sum(map(len, texts))
     assert answer["usage"] == {"prompt_tokens": count, "total_tokens": count}
+
+
+BYTES = {"float32": "f4", "float16": "f2", "bfloat16": "u2", "fp8_e4m3": "u1", "fp8_e5m2": "u1"}
+
+
+@pytest.mark.parametrize("dtype", BYTES)
+@pytest.mark.parametrize("order", ["native", "little", "big"])
+async def test_vectors_are_bytes_of_the_requested_type(dtype: str, order: str) -> None:
+    """Against torch; in a body of bytes too, where the header says which vector is where."""
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}.get(dtype, dtype))
+    engine = ScriptedEngine()
+    plain = await embed(engine, input=["one", "two"])
+    wanted = [torch.tensor(each["embedding"]).to(kind).float() for each in plain["data"]]
+    asked = {"input": ["one", "two"], "embed_dtype": dtype, "endianness": order}
+    packed = await embed(engine, encoding_format="base64", **asked)
+    given = [base64.b64decode(each["embedding"]) for each in packed["data"]]
+
+    def read(raw: bytes) -> Any:
+        elements = np.frombuffer(raw, (">" if order == "big" else "<") + BYTES[dtype])
+        return torch.from_numpy(elements.astype(elements.dtype.newbyteorder("="))).view(kind).float()
+
+    assert all(torch.equal(read(raw), numbers) for raw, numbers in zip(given, wanted, strict=True))
+    for form in ("bytes", "bytes_only"):
+        request = parse_embedding_request({**asked, "encoding_format": form})
+        made = await EmbeddingAdapter(engine).embed(request)
+        body, headers = octets(request, made)
+        assert body == b"".join(given)
+    assert not headers
+    _, headers = octets(parse_embedding_request({**asked, "encoding_format": "bytes"}), made)
+    told = json.loads(headers["metadata"])
+    assert {name: told[name] for name in ("model", "usage")} == {name: plain[name] for name in ("model", "usage")}
+    places = [(each["index"], each["start"], each["end"], each["shape"]) for each in told["data"]]
+    size = len(given[0])
+    assert places == [(0, 0, size, [SIZE]), (1, size, 2 * size, [SIZE])]
+    assert {(each["embed_dtype"], each["endianness"]) for each in told["data"]} == {(dtype, order)}
+
+
+def test_what_describes_no_bytes_is_refused() -> None:
+    for name, value in (("embed_dtype", "float16"), ("endianness", "big")):
+        with pytest.raises(RequestError, match="needs encoding_format base64, bytes or bytes_only") as caught:
+            parse_embedding_request({"input": "a", name: value})
+        assert caught.value.param == name
+    assert parse_embedding_request({"input": "a", "embed_dtype": "float32", "endianness": "native"})
+    many = {"input": ["a"] * (MAX_DESCRIBED + 1)}
+    with pytest.raises(RequestError, match="bytes describes 256 inputs at most"):
+        parse_embedding_request({**many, "encoding_format": "bytes"})
+    assert parse_embedding_request({**many, "encoding_format": "bytes_only"})
 
 
 async def test_base64_holds_the_same_numbers() -> None:
@@ -184,7 +239,8 @@ def test_wrong_inputs_name_their_place(given: Any, param: str, message: str) -> 
         ({"normalized": True, "normalize": False}, "normalized", InvalidParameterError),
         ({"use_activation": True, "normalize": False}, "use_activation", InvalidParameterError),
         ({"truncate": True, "truncate_prompt_tokens": 1}, "truncate", InvalidParameterError),
-        ({"embed_dtype": "float16"}, "embed_dtype", UnsupportedParameterError),
+        ({"embed_dtype": "float16"}, "embed_dtype", InvalidParameterError),
+        ({"padding": "max_length"}, "padding", UnsupportedParameterError),
         ({"dimension": 8}, "dimension", UnknownParameterError),
         ({"temperature": 1}, "temperature", UnknownParameterError),
     ],
@@ -547,6 +603,10 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     assert made.data[0].embedding == WANTED
     packed = await EmbeddingAdapter(engine).embed(parse_embedding_request({"input": "ab", "encoding_format": "base64"}))
     assert [array("f", base64.b64decode(str(each))).tolist() for each in packed.data[0].embedding] == WANTED
+    request = parse_embedding_request({"input": "ab", "encoding_format": "bytes", "embed_dtype": "float16"})
+    body, headers = octets(request, await EmbeddingAdapter(engine).embed(request))
+    assert np.frombuffer(body, np.float16).reshape(3, 2).tolist() == WANTED
+    assert [(each["end"], each["shape"]) for each in json.loads(headers["metadata"])["data"]] == [(12, [3, 2])]
     assert await pool(engine) == await pool(engine, task="token_embed") == [WANTED]
     plain = TokenVectors("embed", "score", pooling="mean")
     assert await pool(plain, task="token_embed") == [WANTED]

@@ -119,6 +119,16 @@ def test_pooling_is_an_embedding_in_other_words(start: Callable[..., Any]) -> No
         packed = client.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"][0]["data"]
         numbers = struct.unpack(f"<{len(pooled['data'][0]['data'])}f", base64.b64decode(packed))
         assert numbers == pytest.approx(pooled["data"][0]["data"])
+        for path in ("/v1/embeddings", "/pooling"):
+            sent = client.post(path, json={**body, "encoding_format": "bytes", "embed_dtype": "float16"})
+            assert sent.headers["content-type"] == "application/octet-stream"
+            told = json.loads(sent.headers["metadata"])
+            assert (told["usage"], told["data"][-1]["end"]) == (vectors["usage"], len(sent.content))
+            halves = struct.unpack(f"<{len(sent.content) // 2}e", sent.content)
+            assert halves[: len(numbers)] == pytest.approx(numbers, rel=1e-3)
+            alone = client.post(path, json={**body, "encoding_format": "bytes_only", "endianness": "big"})
+            assert "metadata" not in alone.headers
+            assert struct.unpack(f">{len(numbers)}f", alone.content[: 4 * len(numbers)]) == numbers
 
 
 def test_classes_of_texts(start: Callable[..., Any]) -> None:

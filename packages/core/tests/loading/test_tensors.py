@@ -87,3 +87,22 @@ def test_small_shapes(shape: tuple[int, ...]) -> None:
     for name in ("F32", "BF16"):
         assert read_plain(raw, "F16", shape, name).shape == shape
         assert load_plain(raw, "F16", shape, DTYPES[name]).shape == shape
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2"])
+def test_floats_are_rounded_to_eight_bits_as_torch_does(name: str) -> None:
+    """Every number of the type, the middles between them, and their neighbours, with what lies beyond the largest."""
+    codes = read_plain(np.arange(256, dtype=np.uint8), name, (256,), "F32")
+    finite = np.unique(codes[np.isfinite(codes)])
+    beyond = np.array([464, 480, 500, 61440, 65536, 1e9, np.inf, 1e-30, 0], np.float32)
+    edges = np.concatenate([finite, (finite[1:] + finite[:-1]) / 2, beyond, -beyond])
+    infinite = np.float32(np.inf)
+    numbers = np.concatenate(
+        [edges, np.nextafter(edges, infinite), np.nextafter(edges, -infinite), [np.float32(np.nan)]]
+    )
+    found = read_plain(numbers.view(np.uint8), "F32", numbers.shape, name)
+    wanted = torch.from_numpy(numbers).to(DTYPES[name])
+    inside = np.abs(numbers) <= (464 if name == "F8_E4M3" else np.inf)  # versions of torch differ beyond
+    assert (found == wanted.view(torch.uint8).numpy())[inside].all()
+    assert {*found[~inside & ~np.isnan(numbers)] & 0x7F} <= {0x7E}
+    assert np.isnan(read_plain(found, name, found.shape, "F32")[np.isnan(numbers)]).all()

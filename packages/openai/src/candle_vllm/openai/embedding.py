@@ -8,6 +8,7 @@ with an embedding model, it is the cosine similarity of the two embeddings.
 from __future__ import annotations
 
 import base64
+import json
 import re
 import time
 import uuid
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import UNSET
 
 from candle_vllm.core.engine.model_info import ModelInfo
@@ -34,6 +36,7 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 from candle_vllm.core.pooling import BY_TOKEN, PoolingParams
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.openai.errors import GenerationFailedError, no_priority
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.protocol import embeddings
@@ -374,16 +377,40 @@ def _listed(kind: type[_List], request_id: str, name: str, data: Iterable[Any], 
 
 def _numbers(request: embeddings.EmbeddingRequest, flat: array[float], vectors: int | None) -> embeddings.Numbers:
     """Encode the vector `flat`, or each of the `vectors` that are concatenated in it, as the request asks."""
-    encode = _base64 if request.encoding_format == "base64" else array.tolist
+    encode = array.tolist if request.encoding_format in (None, "float") else partial(_base64, request)
     if vectors is None:
         return encode(flat)
     size = len(flat) // max(vectors, 1)
     return [encode(flat[first : first + size]) for first in range(0, size * vectors, max(size, 1))]
 
 
-def _base64(vector: array[float]) -> str:
-    """Encode little-endian float32; the engine runs only on little-endian machines."""
-    return base64.b64encode(vector.tobytes()).decode("ascii")
+_ELEMENTS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
+
+
+def _base64(request: embeddings.EmbeddingRequest, vector: array[float]) -> str:
+    """Encode a vector in the type and byte order of the request; the engine runs only on little-endian machines."""
+    stored = _ELEMENTS[request.embed_dtype or "float32"]
+    elements = read_plain(np.frombuffer(vector, np.uint8), "F32", (len(vector),), stored)
+    ordered = elements.byteswap() if request.endianness == "big" else elements
+    return base64.b64encode(ordered.tobytes()).decode("ascii")
+
+
+def octets(
+    request: embeddings.EmbeddingRequest, made: embeddings.EmbeddingList | embeddings.PooledList
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of an answer in bytes."""
+    body, data, dtype = bytearray(), list[dict[str, Any]](), request.embed_dtype or "float32"
+    told = {"embed_dtype": dtype, "endianness": request.endianness or "native"}
+    for item in made.data:
+        given = item.embedding if isinstance(item, embeddings.Embedding) else item.data
+        rows = [base64.b64decode(str(each)) for each in ([given] if isinstance(given, str) else given)]
+        body += b"".join(rows)
+        shape = (len(rows), len(rows[0]) // ELEMENTS[_ELEMENTS[dtype]].itemsize)[isinstance(given, str) :]
+        place = {"start": len(body) - sum(map(len, rows)), "end": len(body), "shape": shape}
+        data.append({"index": item.index, **told, **place})
+    answer = {name: getattr(made, name) for name in ("id", "created", "model", "usage")} | {"data": data}
+    described = json.dumps(msgspec.to_builtins(answer), separators=(",", ":"))  # ASCII, as headers must be
+    return bytes(body), {"metadata": described} if request.encoding_format == "bytes" else {}
 
 
 def _check_total(tokens: int, field: str, number: int) -> None:

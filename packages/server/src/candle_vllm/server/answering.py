@@ -20,6 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.embedding import octets
 from candle_vllm.openai.fair_threads import RequestBytes, apart
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import parse_request, unless_disconnected
@@ -190,6 +191,9 @@ async def answer_parsed_with(
 
     async with in_time(deadline, request):
         made = await unless_disconnected(work(), request.receive)
+    if getattr(wire, "encoding_format", None) in ("bytes", "bytes_only"):
+        body, headers = await apart(octets, wire, made)
+        return Response(body, headers=headers, media_type="application/octet-stream")
     # in a thread if large: thousands of embeddings are many megabytes of JSON
     return Response(await apart(to_json_bytes, made), media_type=JSON)
 

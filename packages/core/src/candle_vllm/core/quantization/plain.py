@@ -64,8 +64,9 @@ def rounded(value: float, name: str) -> float:
 def convert(values: np.ndarray, stored: str, out: np.ndarray, wanted: str) -> None:
     """Convert a flat array to another type; floats round to nearest, ties to even, F64 by way of F32 as in torch."""
     with np.errstate(all="ignore"):  # overflow becomes infinite, and NaN stays NaN
-        if wanted == "BF16":
-            _to_bf16(values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32"), out)
+        if wanted == "BF16" or wanted in _LAST:
+            wide = values if stored == "F32" else read_plain(values.view(np.uint8), stored, values.shape, "F32")
+            _to_bf16(wide, out) if wanted == "BF16" else _to_small_floats(wide, wanted, out)
         elif stored == "BF16" and wanted == "F32":
             bits = out.view(np.uint32)
             bits[:] = values
@@ -93,6 +94,20 @@ def _to_bf16(values: np.ndarray, out: np.ndarray) -> None:
         target[:] = rounded.view(np.uint16)[1::2]
         if math.isnan(part.max(initial=0)):  # rounding may have carried a NaN's bits into the sign
             target[np.isnan(part)] = 0x7FC0
+
+
+_LAST = MappingProxyType({"F8_E4M3": (0x7E, 448.0), "F8_E5M2": (0x7C, 65536.0)})  # largest code (infinity), its number
+
+
+def _to_small_floats(values: np.ndarray, name: str, out: np.ndarray) -> None:
+    """Round float32 to 8-bit floats; above the largest number, e4m3 stays there and e5m2 becomes infinite."""
+    last, most = _LAST[name]
+    numbers, sizes = np.append(_small_floats(name)[:last].astype(np.float64), most), np.minimum(np.abs(values), most)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    codes = np.searchsorted(middles, sizes)  # of two numbers equally near, the lower one
+    codes += (codes & 1) & (sizes == np.append(middles, np.inf)[codes])
+    codes[np.isnan(values)] = 0x7F
+    out[:] = codes + 128 * np.signbit(values)
 
 
 @cache

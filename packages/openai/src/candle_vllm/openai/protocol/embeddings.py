@@ -18,6 +18,7 @@ from candle_vllm.openai.protocol.score import Texts
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.task import Cut
 
+MAX_DESCRIBED = 256  # inputs whose vectors a header describes, in 120 bytes each: clients read up to 64 KiB of a header
 TaskName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -28,9 +29,7 @@ def _without(refused: Mapping[str, Refusal], *names: str) -> dict[str, Refusal]:
 EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, "truncate", "use_activation"),
     "messages": Refusal("a request has an input or messages"),
-    "embed_dtype": Refusal("vectors are float32", ("float32",)),
-    "endianness": Refusal("vectors are little-endian", ("native", "little")),
-    "output_dtype": Refusal("vectors are float32", ("float", "float32")),
+    "output_dtype": Refusal("use embed_dtype with encoding_format", ("float", "float32")),
 }
 
 
@@ -47,7 +46,11 @@ class EmbeddingRequest(CutFields, PoolingFields):
     """Texts to embed: a text, several texts, token ids, or several lists of token ids.
 
     Attributes:
-        encoding_format: "float" for vectors of numbers, or "base64" of little-endian float32.
+        encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
+            response is the bytes of all vectors, and the header `metadata` has their places, their shapes and the usage
+            as JSON; "bytes_only" leaves this header out. Batches and the library return base64 for both.
+        embed_dtype: type of the elements in base64 and bytes.
+        endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
         pooling, embedding_type: which token positions are pooled; the second name is the Rust candle-vllm's.
         normalize, normalized, use_activation: whether to scale vectors to length 1; null means as the model. The second
@@ -63,7 +66,9 @@ class EmbeddingRequest(CutFields, PoolingFields):
     own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
 
     input: Input
-    encoding_format: Literal["float", "base64"] | None = None
+    encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
+    embed_dtype: Literal["float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"] | None = None
+    endianness: Literal["native", "big", "little"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
     pooling: PoolingKind | None = None
     embedding_type: PoolingKind | None = None
@@ -98,6 +103,15 @@ class EmbeddingRequest(CutFields, PoolingFields):
             raise invalid("truncate", "and truncate_prompt_tokens set the same option: send one of them")
         if self.embedding_type is not None and self.pooling not in (None, self.embedding_type):
             raise invalid("embedding_type", "and pooling are two names of one field and must be equal")
+        if self.encoding_format in (None, "float"):
+            for name, plain in (("embed_dtype", ("float32",)), ("endianness", ("native", "little"))):
+                if getattr(self, name) not in (None, *plain):
+                    raise invalid(name, "needs encoding_format base64, bytes or bytes_only")
+        if self.encoding_format == "bytes" and self.input is not None and len(self.inputs) > MAX_DESCRIBED:
+            said = (
+                f"bytes describes {MAX_DESCRIBED} inputs at most in the header metadata: send fewer, or use bytes_only"
+            )
+            raise invalid("encoding_format", said)
         return self
 
     @property

@@ -24,6 +24,7 @@ POOLING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "truncate_prompt_tokens": Refusal(_NEVER_CUT),
     "truncation_side": Refusal(_NEVER_CUT),
     "truncate": Refusal(_NEVER_CUT, (False, "NONE")),
+    "padding": Refusal("texts are never padded, and a vector depends on no other text", ("do_not_pad",)),
     "late_chunking": Refusal("each text has one vector of its own", (False,)),
     "softmax": Refusal(_ACTIVATION, (True,)),
     "activation": Refusal(_ACTIVATION, (True,)),

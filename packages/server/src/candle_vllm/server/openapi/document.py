@@ -192,6 +192,10 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": _events(operation)}
     if operation.lines:
         content["application/x-ndjson"] = {"schema": _lines(operation)}
+    if operation.octets:
+        content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
+        what = "With encoding_format: bytes, the places and shapes of the vectors and the usage, as JSON."
+        described["headers"]["metadata"] = {"description": what, "schema": {"type": "string"}}
     return described | {"content": content}
 
 

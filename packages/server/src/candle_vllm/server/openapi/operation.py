@@ -49,6 +49,7 @@ class Operation:
         media: media type of a successful answer's body; empty if there is no body.
         events: types of an event's data, if the answer can be a stream.
         lines: types of a line, if the answer can be lines of JSON.
+        octets: whether the answer can be bytes, which the header `metadata` describes.
         error: type of an error's body.
         naming: names of these types in the document.
         listed: whether the body of the answer is OpenAI's list object, with entries of the type `answer`.
@@ -72,6 +73,7 @@ class Operation:
     media: str = "application/json"
     events: tuple[type[msgspec.Struct], ...] = ()
     lines: tuple[type[msgspec.Struct], ...] = ()
+    octets: bool = False
     error: type[msgspec.Struct] = ErrorEnvelope
     naming: Naming = field(default_factory=Naming)
     listed: bool = False

@@ -22,16 +22,17 @@ from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
+_TEXT = {"input": "The sky is blue."}
 _TEXTS_OR_CHAT = (EmbeddingRequest, EmbeddingChatRequest)
 
 
-@route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example={"input": "The sky is blue."}, answer=EmbeddingList)
+@route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example=_TEXT, answer=EmbeddingList, octets=True)
 async def create_embedding(request: Request) -> Response:
     """Embeddings of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
 
 
-@route("POST /v1/moderations", body=ModerationRequest, example={"input": "The sky is blue."}, answer=Moderation)
+@route("POST /v1/moderations", body=ModerationRequest, example=_TEXT, answer=Moderation)
 async def create_moderation(request: Request) -> Response:
     """Harm categories of texts, from a classifier model."""
     parse = functools.partial(parse_body, ModerationRequest)

@@ -56,7 +56,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Properties of the model's tokenizer.
+    """Properties of the model's tokenizer, without vLLM's `tokenizer_class`: no class of transformers tokenizes here.
 
     Attributes:
         model_max_length: maximum tokens of prompt and output together.
@@ -219,6 +219,7 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
     body=PoolingRequest,
     example={"input": "The sky is blue."},
     answer=PooledList,
+    octets=True,
     errors=QUEUED,
 )
 async def pool(request: Request) -> Response:
