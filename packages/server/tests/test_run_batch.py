@@ -267,6 +267,7 @@ def test_an_address_that_cannot_be_read(
         (request("a", url="/v1/embeddings"), "invalid_url", "a"),
         (request("a", stream=True), "invalid_request", "a"),
         (request("a", background=True), "invalid_request", "a"),
+        (request("a", encoding_format="bytes_only"), "invalid_request", "a"),
         ({**request("a"), "body": "x"}, "invalid_request", "a"),
         ({**request("a"), "extra": 1}, "invalid_request", "a"),
     ],

@@ -48,7 +48,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     Attributes:
         encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
             response is the bytes of all vectors, and the header `metadata` has their places, their shapes and the usage
-            as JSON; "bytes_only" leaves this header out. Batches and the library return base64 for both.
+            as JSON; "bytes_only" leaves this header out. Batches refuse both, the library returns base64.
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).

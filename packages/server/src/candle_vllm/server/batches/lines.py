@@ -125,6 +125,8 @@ def read_line(data: bytes, endpoint: str | None = None) -> Line:
     for field in ("stream", "background"):
         if body.get(field):
             raise LineError(f"{field} must be left out: a line has one whole answer.", "invalid_request", name)
+    if body.get("encoding_format") in ("bytes", "bytes_only"):
+        raise LineError("encoding_format must be float or base64: a result is JSON.", "invalid_request", name)
     own = body.get("priority")
     if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # the route refuses others
         body["priority"] = (own or 0) + PRIORITY
