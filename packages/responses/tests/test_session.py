@@ -367,28 +367,32 @@ server.run(transport="stdio")
 """
 
 
-async def test_tools_of_mcp_servers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [ConversationOptions(), ConversationOptions(approval="never")])
+async def test_tools_of_mcp_servers(tmp_path: Path, options: ConversationOptions) -> None:
     (tmp_path / "server.py").write_text(MCP_SERVER)
     numbers = {"command": sys.executable, "args": ["server.py"], "cwd": ".", "autoApprove": ["double"]}
     gone = {"command": str(tmp_path / "nothing")}
     (tmp_path / "mcp.json").write_text(json.dumps({"mcpServers": {"numbers": numbers, "gone": gone}}))
-    calls = call_text("numbers__double", n=21) + call_text("numbers__pid")
-    session = ResponsesSession(adapter_of(calls, "done"), mcp_servers=tmp_path / "mcp.json")
+    calls = call_text("numbers__double", n=21) + call_text("numbers__pid") + call_text("add", a=1, b=2)
+    session = ResponsesSession(adapter_of(calls, "done"), tools=[add], mcp_servers=tmp_path / "mcp.json")
     with pytest.raises(ConfigError, match="async with"):
         await session.run_conversation([user("x")])
     async with session:
         assert session.fleet is not None
         states = {status.name: status.state for status in session.fleet.status()}
         assert (states["numbers"], states["gone"] != "ready") == ("ready", True)
-        result = await session.run_conversation([user("x")], ConversationOptions(approval="always"))
-        assert [(one.server, one.text) for one in result.tool_calls] == [("numbers", "42")]
-        assert [call.name for call in result.pending] == ["numbers__pid"]
+        result = await session.run_conversation([user("x")], options)
+        everything = options.approval == "never"
+        assert result.stop_reason == ("stop" if everything else "approval")
+        assert ("numbers", "42") in [(one.server, one.text) for one in result.tool_calls]
+        assert [call.name for call in result.pending] == ([] if everything else ["numbers__pid"])
+        assert "add" in [one.call.name for one in result.tool_calls]  # a function of the program needs no approval
         assert (await session.call_tool("numbers", "double", {"n": 4})).text == "8"
         pid = int((await session.call_tool("numbers", "pid", {})).text)
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert session.list_openai_tools() == []
+    assert [one["function"]["name"] for one in session.list_openai_tools()] == ["add"]
     strict = ResponsesSession(ScriptedEngine(), mcp_servers=tmp_path / "mcp.json", strict_servers=True)
     with pytest.raises(CandleVllmError, match="gone"):
         async with strict:

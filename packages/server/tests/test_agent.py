@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from candle_vllm.core.engine.outputs import FinishReason
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
 from candle_vllm.responses.tools.approval import Approval
@@ -120,6 +121,28 @@ def test_an_unfinished_request_is_status_1(
     err = capsys.readouterr().err
     assert "<- nothing unknown: There is no tool 'nothing'." in err
     assert "not finished: the maximum number of turns is reached" in err
+
+
+def test_an_empty_answer_is_status_1(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scripted(monkeypatch, "")
+    assert main(["agent", "x"]) == 1
+    assert "not finished: the model's answer is empty" in capsys.readouterr().err
+
+
+def test_the_name_of_another_servers_model_is_sent_as_it_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "models.yaml").write_text("models:\n- {name: small, local_path: small.gguf}\n")
+    names: list[str | None] = []
+
+    def session(*_: object, model_name: str | None, **__: object) -> None:
+        names.append(model_name)
+        raise ConfigError("no session")
+
+    monkeypatch.setattr(agent_module, "ResponsesSession", session)
+    for flags in (["--m", "small"], ["--m", "default"], []):
+        assert main(["agent", "--base-url", "http://127.0.0.1:9/v1", *flags, "x"]) == 2
+    assert names == ["small", "default", None]
 
 
 def test_a_failing_model_is_status_1(

@@ -62,6 +62,8 @@ def test_a_request_without_tools_is_given_those_of_the_servers(start_mcp: Start,
         ({"tools": [TOOL]}, ["own"]),
         ({"tools": None}, ["web__echo"]),
         ({"tool_choice": "auto"}, ["web__echo"]),
+        ({"response_format": {"type": "json_object"}}, []),  # the answer could not be a call
+        ({"response_format": {"type": "text"}}, ["web__echo"]),
         ({"tool_choice": "required"}, ["web__echo"]),
         ({"tool_choice": {"type": "function", "function": {"name": "web__echo"}}}, ["web__echo"]),
     ],
@@ -101,6 +103,16 @@ def test_a_wrong_choice_of_their_tools_is_refused_by_name(start_mcp: Start, web:
         for content in (b"[]", b"{", b"1"):
             answer = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
             assert answer.status_code == 400
+
+
+def test_a_required_tool_that_models_do_not_get(start_mcp: Start, web: Any, tmp_path: Path) -> None:
+    bad = stdio_config(tmp_path, "bad", command="no-such-program")
+    with start_mcp(PacedEngine(), [web.config(auto_approve=["echo"]), bad], execute=True).http() as client:
+        for name, told in (("bad__hang", "the MCP server 'bad' is not connected: "), ("web__slow", "(autoApprove)")):
+            choice = {"type": "function", "function": {"name": name}}
+            answer = client.post("/v1/chat/completions", json={**CHAT, "tool_choice": choice})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tool_choice.function.name")
+            assert told in answer.json()["error"]["message"]
 
 
 def test_a_prompt_that_the_tools_make_too_long_says_so(start_mcp: Start, web: Any) -> None:

@@ -57,6 +57,9 @@ def test_without_keys_the_approved_ones_run(start_mcp: Start, web: Any, seen: Se
     assert made.output[-1].content[0].text == "Done."
     assert seen.texts == ["hi"]
     assert seen.begun == 0
+    choice: Any = {"type": "mcp", "server_label": "web", "name": "slow"}
+    with pytest.raises(openai.BadRequestError, match="mcp.json does not approve it"):
+        running.openai().responses.create(**ASK, tools=[tool()], tool_choice=choice)
 
 
 def test_without_keys_and_without_approved_tools(start_mcp: Start, web: Any) -> None:
@@ -80,6 +83,10 @@ def test_a_label_that_is_not_configured_and_a_server_that_is_not_there(
         made = client.responses.create(**ASK, tools=[tool(server_label=label)])
         assert told in str(made.output[0].error), label
         assert made.output[-1].type == "message"
+        with pytest.raises(openai.BadRequestError, match=f"server_label cannot be '{label}': .*{told}"):
+            client.responses.create(
+                **ASK, tools=[tool(server_label=label)], tool_choice={"type": "mcp", "server_label": label}
+            )
 
 
 def test_urls_that_the_operator_allows(start_mcp: Start, start: Start, web: Any, seen: Seen) -> None:

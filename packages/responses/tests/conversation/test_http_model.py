@@ -87,6 +87,27 @@ async def test_the_request_that_is_sent() -> None:
     assert body["tools"][0]["function"]["name"] == "add"
 
 
+async def test_without_tools_an_empty_list_is_sent_where_the_server_takes_one() -> None:
+    seen: list[dict[str, Any]] = []
+
+    async def route(request: httpx2.Request) -> httpx2.Response:
+        seen.append(json.loads(request.content))
+        if seen[-1].get("tools") == []:  # as OpenAI's API
+            return httpx2.Response(400, json={"error": {"message": "[] is too short - 'tools'", "param": "tools"}})
+        content = sse(delta("stop", content="Hi"))
+        return httpx2.Response(200, content=content, headers={"content-type": "text/event-stream"})
+
+    taken: list[httpx2.Request] = []
+    await said(answering(sse(delta("stop", content="Hi")), seen=taken))
+    assert json.loads(taken[0].content)["tools"] == []
+    model = HttpModel("http://server.test/v1", model="m", transport=httpx2.MockTransport(route))
+    for _ in range(2):
+        async with model.stream({"messages": [user("hi")]}) as events:
+            assert [event async for event in events]
+    await model.aclose()
+    assert ["tools" in body for body in seen] == [True, False, False]
+
+
 FORMS = {
     "plain": sse(delta(role="assistant"), delta(content="Hel"), delta(content="lo"), delta("stop")),
     "crlf": sse(delta(content="Hello"), delta("stop"), end="\r\n\r\n"),

@@ -126,11 +126,17 @@ _FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  
 
 
 class OpenServer(NamedTuple):
-    """An MCP server as a request sees it; `error` is the reason if there are no tools."""
+    """An MCP server as a request sees it.
+
+    Attributes:
+        error: the reason if there are no tools.
+        unapproved: the server's names of tools that the request may not use.
+    """
 
     label: str
     tools: Sequence[Tool] = ()
     error: str | None = None
+    unapproved: Sequence[str] = ()
 
 
 class McpSource(Protocol):

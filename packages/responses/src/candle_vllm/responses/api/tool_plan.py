@@ -112,7 +112,7 @@ def plan_tools(request: PromptFields, servers: Mapping[int, OpenServer]) -> Tool
         else:
             _add_client_tool(plan, tool, path, None)
     plan.shown[:0] = [definition.to_openai() for definition in plan.registry.definitions()]
-    plan.choice = _choice(plan.by_name, request.tool_choice)
+    plan.choice = _choice(plan, request.tool_choice)
     return plan
 
 
@@ -209,27 +209,32 @@ def _rule(tool: wire_tools.McpTool, definition: ToolDefinition) -> Rule:
 # ---- tool choice -----------------------------------------------------------------------------------------------------
 
 
-def _choice(tools: Mapping[str, PlannedTool], choice: wire_tools.ToolChoice | None) -> Choice:
+def _choice(plan: ToolPlan, choice: wire_tools.ToolChoice | None) -> Choice:
     """Return the choice with the model's names of tools; InvalidParameterError if it names no tool of the request."""
     if choice is None or isinstance(choice, str):
         return Choice(choice or "auto")
     if isinstance(choice, wire_tools.AllowedToolsChoice):
         if choice.mode == "none":
             return Choice("none")
-        names = [name for i, one in enumerate(choice.tools) for name in _named(tools, one, f"tool_choice.tools.{i}")]
+        names = [name for i, one in enumerate(choice.tools) for name in _named(plan, one, f"tool_choice.tools.{i}")]
         return Choice(choice.mode, frozenset(names))
-    names = _named(tools, choice, "tool_choice")
+    names = _named(plan, choice, "tool_choice")
     return Choice("required", named=names[0]) if len(names) == 1 else Choice("required", frozenset(names))
 
 
-def _named(tools: Mapping[str, PlannedTool], reference: wire_tools.ToolReference, path: str) -> list[str]:
+def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> list[str]:
     """Return the model's names of the tools to which a choice refers."""
+    tools, why = plan.by_name, None
     if isinstance(reference, wire_tools.McpToolChoice):
         field, wanted = f"{path}.server_label", reference.server_label
         found = [name for name, tool in tools.items() if tool.server == wanted]
         if found and reference.name is not None:
             field, wanted = f"{path}.name", reference.name
             found = [name for name in found if tools[name].name == wanted]
+        for server in plan.servers:
+            if server.label == reference.server_label:
+                unapproved = reference.name in server.unapproved
+                why = "mcp.json does not approve it (autoApprove)" if unapproved else server.error
         known = [tool.server or "" for tool in tools.values()] if field.endswith("label") else []
     else:
         assert isinstance(reference, wire_tools.NamedToolChoice)
@@ -239,7 +244,8 @@ def _named(tools: Mapping[str, PlannedTool], reference: wire_tools.ToolReference
     if not found:
         near = difflib.get_close_matches(wanted, known, n=1)
         advice = f"; did you mean {near[0]!r:.80}?" if near else ""
-        raise InvalidParameterError(f"{field} must name one of the request's tools, not {wanted!r:.80}{advice}", field)
+        told = f"must name one of the request's tools, not {wanted!r:.80}{advice}"
+        raise InvalidParameterError(f"{field} {told if why is None else f'cannot be {wanted!r:.80}: {why}'}", field)
     if len(found) > 1 and not isinstance(reference, wire_tools.McpToolChoice):
         raise UnsupportedParameterError(
             f"{field} names tools of several namespaces: {', '.join(found)[:200]}; use one of these names", field

@@ -149,6 +149,7 @@ class HttpModel:
         self._server = f"the model server at {self._url.host}"
         self._key = _checked_key(api_key)
         self._model = model
+        self._no_tools: dict[str, Any] = {"tools": []}  # a server may have tools of its own for requests without
         headers = {"accept-encoding": "identity", "user-agent": "candle-vllm"}
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
@@ -181,17 +182,25 @@ class HttpModel:
             self._model = await self._first_model()
             self._check_open()
         body = {"model": self._model, **fields, "stream": True, "stream_options": {"include_usage": True}}
-        headers = {"content-type": "application/json"}
         try:
             async with (
-                aclosing(
-                    await self._answer("POST", "chat/completions", content=_encoded(body), headers=headers)
-                ) as response,
+                aclosing(await self._chat(body)) as response,
                 aclosing(self._events(response)) as events,
             ):
                 yield events
         except httpx2.HTTPError as error:
             raise self._failed(error) from None
+
+    async def _chat(self, body: dict[str, Any]) -> httpx2.Response:
+        """Return the answer to a chat request; without tools, `tools` is an empty list where the server takes one."""
+        content, headers = _encoded({**self._no_tools, **body}), {"content-type": "application/json"}
+        try:
+            return await self._answer("POST", "chat/completions", content=content, headers=headers)
+        except ModelServerRequestError as error:
+            if "tools" in body or not self._no_tools or "tools" not in str(error):
+                raise
+        self._no_tools = {}  # OpenAI's API refuses an empty list
+        return await self._answer("POST", "chat/completions", content=_encoded(body), headers=headers)
 
     async def _answer(self, method: str, path: str, **given: Any) -> httpx2.Response:
         """Return an answer with its body unread; retry if the server is busy, or disconnects before it answers."""

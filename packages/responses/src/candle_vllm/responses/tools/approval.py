@@ -25,14 +25,15 @@ Ask = Callable[[ToolCall, ToolDefinition], Awaitable[Approval] | Approval]
 Rule = Literal["never", "always"]
 ApprovalPolicy = Rule | Mapping[str, Rule] | Ask
 """When a tool call needs approval: "never" (every call runs), "always" (every call is pending), a mapping of tool names
-to these rules, with "*" for other tools (default: "always"), or a callback that decides each call."""
+to these rules, with "*" for other tools (default: "always"), or a callback that decides each call. Without a policy, a
+tool of an MCP server needs approval, unless its server approves it (`auto_approve`), and other tools do not."""
 
 _RULES = ("never", "always")
 
 
 def policy_fault(policy: Any) -> str | None:
     """Return why a policy is invalid, or None."""
-    if callable(policy) or policy in _RULES:
+    if policy is None or callable(policy) or policy in _RULES:
         return None
     if not isinstance(policy, Mapping):
         return f"must be 'never', 'always', such a rule for each tool, or a callback, not {policy!r:.60}"
@@ -40,12 +41,14 @@ def policy_fault(policy: Any) -> str | None:
     return None if wrong is None else f"must have the rule 'never' or 'always' for {wrong!r:.60}"
 
 
-async def decide(policy: ApprovalPolicy, call: ToolCall, definition: ToolDefinition) -> Approval:
+async def decide(policy: ApprovalPolicy | None, call: ToolCall, definition: ToolDefinition) -> Approval:
     """Decide by the policy whether a call may run; an exception of the callback is passed on.
 
     Raises:
         InvalidParameterError: the callback did not return an `Approval`.
     """
+    if policy is None:
+        policy = "never" if definition.server is None else "always"
     if not callable(policy):
         rule = policy if isinstance(policy, str) else policy.get(call.name, policy.get("*", "always"))
         return Approval.ALLOW if rule == "never" else Approval.PENDING

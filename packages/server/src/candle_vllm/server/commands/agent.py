@@ -59,7 +59,7 @@ def agent(
     max_tokens: int | None = None,
     as_json: bool = False,
 ) -> int:
-    """Answer `prompt` ("-" reads it from standard input); return 0 if the model completed the task, else 1."""
+    """Answer `prompt` ("-" reads it from standard input); return 0 if the model gave a whole answer, else 1."""
     if api_key is not None and base_url is None:
         raise UsageError("--api-key needs --base-url: a model of this process has no keys")
     text = read_stdin("request") if prompt == "-" else prompt
@@ -107,6 +107,9 @@ async def _carry_out(
                     else:
                         display.show(event)
                     if isinstance(event, ConversationFinished):
+                        if event.result.completed and not event.result.final_message.strip():
+                            note("not finished: the model's answer is empty")
+                            return EXIT_UNFINISHED
                         return 0 if event.result.completed else EXIT_UNFINISHED
         except ConfigError:
             raise

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Add tools of MCP servers to chat requests without tools (steps 1 and 2 of a request's life).
 
-A request without `tools` gets the tools of MCP servers; `tools: []` and `tool_choice: "none"` leave them out. Calls are
-sent to the client like calls of its own tools, or run here (`--mcp-execute`).
+A request without `tools` gets the tools of MCP servers; `tools: []`, `tool_choice: "none"` and a form of the answer, such
+as `response_format`, leave them out. Calls are sent to the client like calls of its own tools, or run here (`--mcp-execute`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ async def answer_with_tools(request: Request, service: McpService, api: Generati
     if payload.get("tools") is None and payload.get("tool_choice") != "none":
         await unless_disconnected(service.settled(), request.receive)
         offer = service.offer()
+        _check_choice(payload.get("tool_choice"), service)
         if offer.tools:
             return await _answer(request, service, api, payload, offer, deadline)
     return await answer_parsed(request, api, await _checked(payload), deadline)
@@ -156,6 +157,14 @@ def _payload(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _check_choice(choice: object, service: McpService) -> None:
+    """Raise InvalidParameterError if the request requires a call of a tool that a server has and models do not get."""
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if isinstance(name, str) and (why := service.refusal(name)) is not None:
+        raise InvalidParameterError(f"tool_choice cannot require {name!r:.80}: {why}", "tool_choice.function.name")
+
+
 async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCompletionRequest:
     messages = payload.get("messages")
     many = many or (isinstance(messages, list) and len(messages) > _MANY)
@@ -163,11 +172,13 @@ async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCom
 
 
 def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) -> bool:
-    """Whether the model gets the tools: if its prompts show them, or if the request asks for a call.
+    """Whether the model gets the tools: if its answer may be a call, and its prompts show them or a call is required.
 
     Raises:
         InvalidParameterError: the request asks for a call, and the model's calls cannot be parsed.
     """
+    if wire.tool_choice in (None, "auto") and wire.structured() is not None:
+        return False
     if shows_tools(model):
         return True
     name = model.entry.names[0]

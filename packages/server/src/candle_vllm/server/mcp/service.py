@@ -20,6 +20,7 @@ from candle_vllm.openai.protocol.tools import Tool as WireTool
 from candle_vllm.openai.protocol.tools import check_tools
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.mcp.fleet import LinkStatus, McpFleet
+from candle_vllm.responses.tools.names import SEPARATOR
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, Tool, ToolDefinition, ToolError, ToolOutput
 from candle_vllm.server.mcp.options import McpOptions
@@ -153,6 +154,17 @@ class McpService:
             chosen = [one for one in self.registry.definitions() if not execute or self.auto_approves(one)]
             self._offer = _offer(chosen)
         return self._offer
+
+    def refusal(self, name: str) -> str | None:
+        """Return why chat requests do not get the tool that models would call `name`; None if no server has it."""
+        entry = self.registry.entry(name)
+        if entry is not None:
+            approved = not self.options.execute or self.auto_approves(entry.definition)
+            return None if approved else "mcp.json does not approve it (autoApprove)"
+        for server, error in self.errors.items():
+            if error is not None and name.startswith(server + SEPARATOR):
+                return f"the MCP server {server!r:.80} is not connected: {error}"
+        return None
 
     @property
     def errors(self) -> Mapping[str, str | None]:

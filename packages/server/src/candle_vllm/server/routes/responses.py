@@ -313,4 +313,5 @@ class ConfiguredServers:
         tools = [tool for tool in server.tools if approved is not None and approved(tool.definition)]
         if server.tools and not tools:
             return server._replace(tools=(), error="mcp.json approves none of its tools, and there is no API key")
-        return server._replace(tools=tools)
+        others = [tool.definition.original_name for tool in server.tools if tool not in tools]
+        return server._replace(tools=tools, unapproved=others)

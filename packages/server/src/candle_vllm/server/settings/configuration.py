@@ -69,8 +69,9 @@ class Configuration:
 
 
 def load_configuration(
-    command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path, command: str = "serve"
-) -> Configuration:
+    command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path, command: str = "serve",
+    remote: bool = False
+) -> Configuration:  # fmt: skip
     """Merge all sources.
 
     Args:
@@ -79,6 +80,7 @@ def load_configuration(
         folder: the working folder, which may contain `.env` and models.yaml.
         home: the home folder, which may contain `.candle-vllm/models.yaml`.
         command: the command; one that does not serve ignores errors in files that it does not need.
+        remote: whether another server has the model, so that models.yaml does not apply.
 
     Raises:
         UsageError: a source is invalid; the message names it.
@@ -94,8 +96,9 @@ def load_configuration(
     upper = [*given, deployment_source(environ, merge(given), command, keyed=keyed), own]
     hub = hub_token_source(("the environment", environ), (str(dotenv_path), dotenv))
     merged = merge(upper)
-    models_file = _found_models(merged, home, folder, remarks, needed=known is None or "model" in known)
-    name = _started(models_file, merged)
+    needed = known is None or "model" in known
+    models_file = None if remote else _found_models(merged, home, folder, remarks, needed=needed)
+    name = None if remote else _started(models_file, merged)
     lower = [hub] if models_file is None else [models_file.globals, hub]
 
     def settings_of(sources: Sequence[SettingsSource]) -> Settings:
