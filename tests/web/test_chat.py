@@ -298,6 +298,7 @@ def test_settings_say_what_counts_where_nothing_is_set(chat: Any, site: Site) ->
     field.fill("50")  # more than the slider has
     field.press("Tab")
     assert slider.input_value() == "2"
+    chat.get_by_text("Above 2, most models write nonsense.").wait_for()
     chat.keyboard.press("Escape")
     ask(chat, "Hello")
     assert site.engine.requests[-1].params.temperature == 50
@@ -308,6 +309,7 @@ def test_settings_say_what_counts_where_nothing_is_set(chat: Any, site: Site) ->
     slider.fill("0.3")
     chat.get_by_role("tab", name="This chat").click()
     chat.get_by_text("All chats: 0.3").wait_for()
+    chat.locator(".page-head .badge-dot.wider").wait_for()
     assert slider.input_value() == "0.3"
     cards[0] = card  # a model that is not loaded tells nothing
     chat.reload()

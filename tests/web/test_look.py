@@ -167,6 +167,18 @@ def test_the_focus_stays_where_the_work_is(chat: Any) -> None:
     assert focused(chat) == "Message"
 
 
+def test_attached_files_stand_apart_on_a_phone(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, **PHONE)
+    file = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"x"}
+    page.locator("#attach-file").set_input_files([file, file])
+    chips = page.locator(".composer .file")
+    chips.nth(1).wait_for()
+    inside = [chips.first.locator(each) for each in (".file-title", ".faint")]
+    for pair in ([chips.nth(0), chips.nth(1)], inside):
+        left, right = (one.bounding_box() for one in pair)
+        assert right["x"] - (left["x"] + left["width"]) >= 3
+
+
 def test_a_closing_dialog_takes_the_focus_from_nothing_else(chat: Any) -> None:
     button(chat, "Settings of this chat").click()
     chat.locator("dialog[open]").wait_for()

@@ -83,17 +83,22 @@ def test_files_for_the_model_are_fenced(chat: Any) -> None:
     button(chat, "Show x.py").click()
     chat.locator(".file-text", has_text="# not the end").wait_for()
     chat.keyboard.press("Escape")
-    refusal = chat.get_by_text("image.png: only text files of up to 512 KiB each can be attached.")
+    refusal = chat.get_by_text("image.png: it is no text file.")
     refusal.wait_for()
     big = {"name": "big.txt", "mimeType": "text/plain", "buffer": b"a" * 600_000}
     with chat.expect_file_chooser() as chooser:
         button(chat, "Attach text files of up to 512 KiB each").click()
     chooser.value.set_files([big])
-    chat.get_by_text("big.txt: only text files").wait_for()
+    chat.get_by_text("big.txt: it has 586 KiB, and a text file may have 512 KiB.").wait_for()
     assert refusal.count() == 0  # one takes the other's place
     chat.locator("#attach-file").set_input_files([{"name": "y.md", "mimeType": "text/markdown", "buffer": b"hello"}])
     chat.get_by_text("big.txt").wait_for(state="detached")
     assert chips.count() == 2
+    chat.locator("#attach-file").set_input_files([big])
+    chat.get_by_text("big.txt").wait_for()
+    button(chat, "Settings of this chat").click()  # a dialog
+    chat.get_by_text("big.txt").wait_for(state="detached")
+    chat.keyboard.press("Escape")
     chat.locator("#attach-file").set_input_files([big])
     chat.get_by_text("big.txt").wait_for()
     with chat.expect_request("**/v1/chat/completions") as asked:

@@ -312,7 +312,11 @@ test("files go behind the text, each as a block of code", () => {
 test("what is no text is not taken as a file", async () => {
   const read = (name: string, ...parts: BlobPart[]) => readFile(new File(parts, name));
   assert.deepEqual(await read("note.txt", "Grüße"), { name: "note.txt", text: "Grüße" });
-  for (const parts of [["%PDF-1.4\nall of it ASCII"], ["a\0b"], [new Uint8Array([0xff, 0xfe])], ["x".repeat(MAX_FILE + 1)]]) assert.equal(await read("a", ...parts), undefined);
+  const faults: [BlobPart, string][] = [
+    ["", "empty"], ["x".repeat(MAX_FILE + 1), "tooLarge"], ["%PDF-1.4\nall of it ASCII", "pdf"], ["a\0b", "binary"],
+    [new Uint8Array([0x47, 0x72, 0xfc, 0xdf, 0x65]), "notUtf8"], [new Uint8Array([0xff, 0xfe, 0x61, 0]), "notUtf8"],
+  ];
+  for (const [part, fault] of faults) assert.equal(await read("a", part), fault);
   assert.equal(sizeOf({ name: "", text: "Grüße" }), 7);
 });
 

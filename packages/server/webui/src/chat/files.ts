@@ -14,12 +14,21 @@ export function fenced(text: string, language = ""): string {
   return `${fence}${language}\n${text.replace(/\n$/, "")}\n${fence}`;
 }
 
-/** A file; undefined where it is too large or no text. A PDF is none, even where all of its bytes are ASCII. */
-export async function readFile(file: File): Promise<TextFile | undefined> {
-  if (file.size > MAX_FILE) return undefined;
-  const text = await file.text();
-  if (text.includes("\0") || text.includes("\ufffd") || text.startsWith("%PDF-")) return undefined;
-  return { name: file.name.slice(0, MAX_NAME), text };
+/** Why a file is not taken. */
+export type FileFault = "empty" | "tooLarge" | "pdf" | "binary" | "notUtf8";
+
+/** A file, or why it is not taken: a PDF is no text, even where all of its bytes are ASCII. */
+export async function readFile(file: File): Promise<TextFile | FileFault> {
+  if (!file.size || file.size > MAX_FILE) return file.size ? "tooLarge" : "empty";
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  const isUtf16 = (bytes[0] === 0xff && bytes[1] === 0xfe) || (bytes[0] === 0xfe && bytes[1] === 0xff);
+  if (bytes.includes(0) && !isUtf16) return "binary";
+  if (String.fromCharCode(...bytes.subarray(0, 5)) === "%PDF-") return "pdf";
+  try {
+    return { name: file.name.slice(0, MAX_NAME), text: new TextDecoder("utf-8", { fatal: true }).decode(bytes) };
+  } catch {
+    return "notUtf8";
+  }
 }
 
 /** What the model reads of a question: the text, then each file under its name. */

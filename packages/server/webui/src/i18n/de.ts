@@ -128,7 +128,7 @@ export const de: Texts = {
   chartEmpty: (title) => `${title}: noch nichts bekannt`,
   metricsLocked: "Die Zahlen des Servers brauchen seinen Verwaltungsschlüssel.", name: "Name", toolFormat: "Werkzeugaufrufe", reasoningFormat: "Gedanken",
 
-  chatSettings: "Einstellungen dieses Chats", chatSettingsText: "Nur für diese Unterhaltung. Leere Felder folgen den Einstellungen für alle Chats.",
+  chatSettings: "Einstellungen dieses Chats", someAreSet: "einige sind gesetzt", allChatsSet: "einige gelten für alle Chats", chatSettingsText: "Nur für diese Unterhaltung. Leere Felder folgen den Einstellungen für alle Chats.",
   generalText: "Für alle Chats. Leere Felder bleiben dem Modell und dem Server überlassen.", answers: "Antworten",
   tabs: { chat: "Dieser Chat", general: "Alle Chats", access: "Zugang", data: "Daten" },
   theme: "Farben", themes: { system: "Wie das System", light: "Hell", dark: "Dunkel" }, language: "Sprache", browserLanguage: "Wie der Browser",
@@ -150,6 +150,7 @@ export const de: Texts = {
     thinking: "Für Modelle, die vor der Antwort nachdenken können.", logprobs: "Zeigt unter einer Antwort, wie wahrscheinlich jedes Token war.",
     schema: "Ein JSON-Schema, dem jede Antwort folgen muss.",
   },
+  hot: "Über 2 schreiben die meisten Modelle Unsinn.",
   placeholders: { system: "Du bist ein hilfreicher Assistent.", schema: '{"type": "object", "properties": {"city": {"type": "string"}}}' },
   notASchema: "Das ist noch kein JSON-Objekt; es wird nicht verwendet.",
   apiKey: "API-Schlüssel", rememberKey: "Auf diesem Gerät merken", show: "Zeigen", hide: "Verbergen", showKey: "Schlüssel zeigen", forgetKey: "Schlüssel vergessen",
@@ -164,7 +165,10 @@ export const de: Texts = {
   import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
   imported: ({ added, grown, same, broken, prompts }) =>
     `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"}${prompts ? ` und ${prompts} ${prompts === 1 ? "Prompt" : "Prompts"}` : ""} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
-  notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, attachTip: (most) => `Textdateien anhängen, je bis ${most}`, attachImagesTip: (most) => `Bilder anhängen, oder Textdateien bis je ${most}`, picture: "Bild", showImage: (number) => `Bild ${number} zeigen`, removeImage: (number) => `Bild ${number} entfernen`, imagesNotSeen: (names) => `${names}: Das gewählte Modell liest nur Text.`, imagesBroken: (names) => `${names}: Diese Bilder konnten nicht gelesen werden.`, imagesFull: (most) => `Eine Nachricht nimmt bis zu ${most} Bilder.`, imagesTooLarge: (most) => `Die Bilder dieser Unterhaltung wären mehr, als der Server in einer Anfrage nimmt (${most}); die letzten bleiben weg.`, showFile: (name) => `${name} zeigen`, removeFile: (name) => `${name} entfernen`, filesFull: (most) => `Eine Nachricht nimmt bis zu ${most} Textdateien.`, filesNotTaken: (names, most) => `${names}: Angehängt werden können nur Textdateien, je bis ${most}.`,
+  notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, attachTip: (most) => `Textdateien anhängen, je bis ${most}`, attachImagesTip: (most) => `Bilder anhängen, oder Textdateien bis je ${most}`, picture: "Bild", showImage: (number) => `Bild ${number} zeigen`, removeImage: (number) => `Bild ${number} entfernen`, imagesNotSeen: (names) => `${names}: Das gewählte Modell liest nur Text.`, imagesBroken: (names) => `${names}: Diese Bilder konnten nicht gelesen werden.`, imagesFull: (most) => `Eine Nachricht nimmt bis zu ${most} Bilder.`, imagesTooLarge: (most) => `Die Bilder dieser Unterhaltung wären mehr, als der Server in einer Anfrage nimmt (${most}); die letzten bleiben weg.`, showFile: (name) => `${name} zeigen`, removeFile: (name) => `${name} entfernen`, filesFull: (most) => `Eine Nachricht nimmt bis zu ${most} Textdateien.`, fileFaults: {
+    empty: () => "Die Datei ist leer.", tooLarge: (size, most) => `Die Datei hat ${size}; eine Textdatei darf ${most} haben.`, pdf: () => "Ein PDF ist keine Textdatei. Kopiere seinen Text in die Nachricht.",
+    binary: () => "Das ist keine Textdatei.", notUtf8: () => "Der Text ist nicht in UTF-8. Speichere ihn zuerst als UTF-8.",
+  },
   deleteAll: "Alle Unterhaltungen, Prompts und Ordner löschen", deleteAllText: "Entfernt alle Unterhaltungen, Ordner und Prompts aus diesem Browser.",
   deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung" : "Unterhaltungen"} und alle Ordner und Prompts sind dann endgültig weg. Exportiere vorher, was du noch brauchen könntest.`,
   keys: {
@@ -177,13 +181,15 @@ export const de: Texts = {
   reconnecting: "Die Seite versucht es von selbst weiter; was du schreibst, bleibt.", noConnection: "Keine Verbindung zum Server.", reconnected: "Der Server ist wieder da.",
   otherModels: (name) => `Der Server hat andere Modelle als zuvor. Es antwortet ${name}, solange du kein anderes wählst.`,
   refused: "Der Server hat das abgelehnt. Wer ihn betreibt, findet den Grund in dessen Protokoll.", managementKeyNeeded: "Das darf nur, wer den Verwaltungsschlüssel dieses Servers hat.",
+  lengthIs: (count, isTokens, most) => `Sie hat ${count} ${isTokens ? "Token" : "Zeichen"}, der Kontext hat ${most} Token.`,
+  attachedAre: (names) => `Angehängt: ${names}.`,
   answerTooLong: "Die Unterhaltung und die längste Antwort, die die Einstellungen erlauben, passen zusammen nicht in den Kontext des Modells. Setze „Höchstens Token“ niedriger, oder beginne einen neuen Chat.",
   noTemplate: "Dieses Modell ist nicht für Chats gemacht. Wähle ein anderes.",
   refusals: {
     model_not_ready: "Das Modell war nicht rechtzeitig bereit. Versuche es später noch einmal.", model_not_found: "Dieses Modell hat der Server nicht mehr. Wähle ein anderes.",
     model_stays: "Das Modell dieses Servers bleibt geladen.", overloaded: "Der Server ist beschäftigt. Versuche es gleich noch einmal.",
     rate_limit_exceeded: "Für dich läuft schon zu viel auf einmal. Warte, bis etwas davon fertig ist.",
-    context_length_exceeded: "Die Unterhaltung ist länger, als das Modell lesen kann. Beginne einen neuen Chat, oder lösche oder kürze Nachrichten.",
+    context_length_exceeded: "Die Unterhaltung ist länger, als das Modell lesen kann. Kürze sie, oder beginne einen neuen Chat.",
     request_too_large: "Das ist mehr, als der Server auf einmal annimmt. Beginne einen neuen Chat, oder sende weniger.", timeout: "Die Antwort hat länger gedauert, als dieser Server erlaubt.",
     request_timeout: "Die Nachricht kam nicht rechtzeitig beim Server an.", engine_dead: "Das Modell hat aufgehört zu arbeiten. Versuche es noch einmal; hilft das nicht, muss es neu starten, wer diesen Server betreibt.",
     shutting_down: "Der Server wird angehalten.", request_aborted: "Der Server hat die Antwort abgebrochen.", generation_failed: "Das Modell ist an dieser Antwort gescheitert.",

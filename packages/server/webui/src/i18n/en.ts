@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // English: the dictionary that the others follow.
 
+import type { FileFault } from "../chat/files.ts";
 import type { Imported } from "../store/transfer.ts";
 
 export const en = {
@@ -131,7 +132,7 @@ export const en = {
   chartEmpty: (title: string) => `${title}: no data yet`,
   metricsLocked: "The server's metrics need its management key.", name: "Name", toolFormat: "Tool calls", reasoningFormat: "Reasoning",
 
-  chatSettings: "Settings of this chat", chatSettingsText: "For this conversation alone. Empty fields follow the settings for all chats.",
+  chatSettings: "Settings of this chat", someAreSet: "some are set", allChatsSet: "some are set for all chats", chatSettingsText: "For this conversation alone. Empty fields follow the settings for all chats.",
   generalText: "For all chats. Empty fields are left to the model and the server.", answers: "Answers",
   tabs: { chat: "This chat", general: "All chats", access: "Access", data: "Data" },
   theme: "Theme", themes: { system: "Like the system", light: "Light", dark: "Dark" }, language: "Language", browserLanguage: "Like the browser",
@@ -153,6 +154,7 @@ export const en = {
     thinking: "For models that can think before they answer.", logprobs: "Shows how likely each token was, under an answer.",
     schema: "A JSON schema that every answer has to follow.",
   },
+  hot: "Above 2, most models write nonsense.",
   placeholders: { system: "You are a helpful assistant.", schema: '{"type": "object", "properties": {"city": {"type": "string"}}}' },
   notASchema: "This is not a JSON object yet; it is not used.",
   apiKey: "API key", rememberKey: "Remember on this device", show: "Show", hide: "Hide", showKey: "Show the key", forgetKey: "Forget the key",
@@ -167,7 +169,10 @@ export const en = {
   import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
   imported: ({ added, grown, same, broken, prompts }: Imported) =>
     `${added || "No new"} ${added === 1 ? "conversation" : "conversations"}${prompts ? ` and ${prompts} ${prompts === 1 ? "prompt" : "prompts"}` : ""} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
-  notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, attachTip: (most: string) => `Attach text files of up to ${most} each`, attachImagesTip: (most: string) => `Attach images, or text files of up to ${most} each`, picture: "Image", showImage: (number: number) => `Show image ${number}`, removeImage: (number: number) => `Remove image ${number}`, imagesNotSeen: (names: string) => `${names}: the chosen model reads text only.`, imagesBroken: (names: string) => `${names}: these images could not be read.`, imagesFull: (most: number) => `A message takes up to ${most} images.`, imagesTooLarge: (most: string) => `The images of this conversation would be more than the server takes in one request (${most}); the last ones are left out.`, showFile: (name: string) => `Show ${name}`, removeFile: (name: string) => `Remove ${name}`, filesFull: (most: number) => `A message takes up to ${most} text files.`, filesNotTaken: (names: string, most: string) => `${names}: only text files of up to ${most} each can be attached.`,
+  notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, attachTip: (most: string) => `Attach text files of up to ${most} each`, attachImagesTip: (most: string) => `Attach images, or text files of up to ${most} each`, picture: "Image", showImage: (number: number) => `Show image ${number}`, removeImage: (number: number) => `Remove image ${number}`, imagesNotSeen: (names: string) => `${names}: the chosen model reads text only.`, imagesBroken: (names: string) => `${names}: these images could not be read.`, imagesFull: (most: number) => `A message takes up to ${most} images.`, imagesTooLarge: (most: string) => `The images of this conversation would be more than the server takes in one request (${most}); the last ones are left out.`, showFile: (name: string) => `Show ${name}`, removeFile: (name: string) => `Remove ${name}`, filesFull: (most: number) => `A message takes up to ${most} text files.`, fileFaults: {
+    empty: () => "it is empty.", tooLarge: (size: string, most: string) => `it has ${size}, and a text file may have ${most}.`, pdf: () => "a PDF is no text file. Copy its text into the message.",
+    binary: () => "it is no text file.", notUtf8: () => "its text is not UTF-8. Save it as UTF-8 first.",
+  } as Record<FileFault, (size: string, most: string) => string>,
   deleteAll: "Delete all conversations, prompts and folders", deleteAllText: "Removes every conversation, folder and prompt from this browser.",
   deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} and all folders and prompts will be gone for good. Export them first if you may want them again.`,
   keys: {
@@ -180,13 +185,15 @@ export const en = {
   reconnecting: "The page keeps trying to connect; what you write is kept.", noConnection: "No connection to the server.", reconnected: "The server is reachable again.",
   otherModels: (name: string) => `The server's models have changed. Answers come from ${name}, unless you choose another one.`,
   refused: "The server refused this. Whoever runs it finds the reason in its log.", managementKeyNeeded: "This needs the management key of this server.",
+  lengthIs: (count: string, isTokens: boolean, most: string) => `It has ${count} ${isTokens ? "tokens" : "characters"}, and the context has ${most} tokens.`,
+  attachedAre: (names: string) => `Attached: ${names}.`,
   answerTooLong: "The conversation and the longest answer that the settings allow do not fit into the model's context together. Lower Maximum tokens, or begin a new chat.",
   noTemplate: "This model has no chat template. Choose another one.",
   refusals: {
     model_not_ready: "The model was not ready in time. Try again in a while.", model_not_found: "This server does not have that model any more. Choose another one.",
     model_stays: "The model of this server stays loaded.", overloaded: "The server is busy. Try again in a moment.",
     rate_limit_exceeded: "You have too many requests at once. Wait until some of them are finished.",
-    context_length_exceeded: "The conversation is longer than the model's context. Begin a new chat, or delete or shorten messages.",
+    context_length_exceeded: "The conversation is longer than the model's context. Shorten it, or begin a new chat.",
     request_too_large: "This is more than the server takes at once. Begin a new chat, or send less.", timeout: "The answer took longer than this server allows.",
     request_timeout: "The message did not reach the server in time.", engine_dead: "The model has stopped working. Try again; if that does not help, whoever runs this server must restart it.",
     shutting_down: "The server is being stopped.", request_aborted: "The server stopped the answer.", generation_failed: "The model failed during this answer.",

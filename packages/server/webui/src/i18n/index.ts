@@ -31,6 +31,9 @@ export function formatNumber(value: number, digits = 0, most = digits): string {
 export const formatCount = (value: number): string =>
   new Intl.NumberFormat(shownLanguage.value, { notation: "compact", maximumSignificantDigits: 3 }).format(value);
 
+/** The size of a small file. */
+export const kibibytes = (bytes: number): string => `${formatNumber(Math.ceil(bytes / 1024))} KiB`;
+
 export function formatBytes(bytes: number): string {
   const mebibytes = bytes / 2 ** 20;
   return mebibytes < 1000 ? `${formatNumber(Math.ceil(mebibytes))} MiB` : `${formatNumber(mebibytes / 1024, 1)} GiB`;

@@ -79,10 +79,15 @@ export class OpenChat {
     return messages.findLast((one): one is AssistantMessage => one.role === "assistant");
   }
 
+  /** What the user said on the shown branch. */
+  get questions(): UserMessage[] {
+    const messages = this.path.value.map((id) => this.nodes.get(id)!.value);
+    return messages.filter((one): one is UserMessage => one.role === "user");
+  }
+
   /** Characters of the images and files that go with the next question. */
   get attachedSize(): number {
-    const messages = this.path.value.map((id) => this.nodes.get(id)!.value);
-    return messages.reduce((sum, one) => sum + (one.role === "user" ? sizeOfAttached(one) : 0), 0);
+    return this.questions.reduce((sum, one) => sum + sizeOfAttached(one), 0);
   }
 
   send(text: string, attached: Attached = {}): void {

@@ -3,8 +3,9 @@
 
 import { useState } from "preact/hooks";
 import type { ErrorInfo } from "../api/http.ts";
+import { sizeOf } from "../chat/files.ts";
 import { type AssistantMessage, type Step, textOf } from "../chat/types.ts";
-import { formatSeconds, t } from "../i18n/index.ts";
+import { formatNumber, formatSeconds, kibibytes, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
 import { isLoading, models } from "../state/models.ts";
 import type { OpenChat } from "../state/open-chat.ts";
@@ -91,14 +92,20 @@ interface FailureProps {
   error: ErrorInfo;
 }
 
+const LENGTHS = /has (\d+) (tokens|characters)\b.*maximum context length is (\d+) tokens/;
+
 function Failure({ chat, message, error }: FailureProps) {
   const card = models.value.find(({ id }) => id === message.model);
   if (error.code === NOT_LOADED && card && isLoading(card)) return <LoadingLine card={card} />; // it is tried again
   const said = describe(error, message.model);
+  const [, count, unit, most] = error.code === "context_length_exceeded" ? LENGTHS.exec(error.message) ?? [] : [];
+  const attached = most ? chat.questions.flatMap(({ files = [] }) => files) : [];
   return (
     <div class="notice error" role="alert">
       <Icon name="warning" />
-      <p>{said}{error.param && said === error.message && <> <code>{error.param}</code></>}</p>
+      <p>{said}{error.param && said === error.message && <> <code>{error.param}</code></>}
+        {most && ` ${t.value.lengthIs(formatNumber(Number(count)), unit === "tokens", formatNumber(Number(most)))}`}
+        {attached.length > 0 && ` ${t.value.attachedAre(attached.map((one) => `${one.name} (${kibibytes(sizeOf(one))})`).join(", "))}`}</p>
       <button type="button" class="button small" disabled={chat.isBusy} onClick={() => { focusInput(); chat.retry(message.id); }}>{t.value.retry}</button>
     </div>
   );

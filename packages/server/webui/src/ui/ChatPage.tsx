@@ -5,6 +5,7 @@ import { t } from "../i18n/index.ts";
 import { current } from "../state/chats.ts";
 import { open } from "../state/dialogs.ts";
 import { shownStart } from "../state/new-chat.ts";
+import { preferences } from "../state/preferences.ts";
 import { route } from "../state/route.ts";
 import { isStoreReady } from "../state/storage.ts";
 import { Composer } from "./Composer.tsx";
@@ -20,7 +21,9 @@ export function ChatPage() {
   const { page } = route.value;
   const wanted = page === "chat" ? route.value.id : null;
   const isOpening = !isStoreReady.value || (wanted !== null && chat?.info.value.id !== wanted);
-  const own = Object.keys(shownStart.value.settings).length;
+  const isOwn = Object.keys(shownStart.value.settings).length > 0;
+  const isWider = Object.keys(preferences.value.settings).length > 0;
+  const state = isOwn ? t.value.someAreSet : isWider ? t.value.allChatsSet : undefined;
   return (
     <>
       <header class="page-head">
@@ -29,10 +32,10 @@ export function ChatPage() {
         <h1 class="off-screen">{chat?.info.value.title ?? t.value.newChat}</h1>
         <span class="spring" />
         <ContextGauge />
-        <button type="button" class="icon-button" aria-label={t.value.chatSettings} data-tip={t.value.chatSettings}
+        <button type="button" class="icon-button" aria-label={t.value.chatSettings} aria-description={state} data-tip={state ? `${t.value.chatSettings}: ${state}` : t.value.chatSettings}
           onClick={() => (open.value = { kind: "settings", tab: "chat" })}>
           <Icon name="settings" />
-          {own > 0 && <span class="badge-dot" />}
+          {(isOwn || isWider) && <span class={isOwn ? "badge-dot" : "badge-dot wider"} />}
         </button>
       </header>
       {chat && !isOpening && chat.path.value.length > 0 ? (

@@ -6,12 +6,13 @@ import { maxBody } from "../api/http.ts";
 import { MAX_FILE, MAX_FILES, readFile } from "../chat/files.ts";
 import { fitting, isImage, MAX_IMAGES, readImage, sizeOfAttached } from "../chat/images.ts";
 import type { Prompt, TextFile } from "../chat/types.ts";
-import { formatNumber, t } from "../i18n/index.ts";
+import { formatNumber, kibibytes, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
-import { confirmFirst } from "../state/dialogs.ts";
+import { confirmFirst, open } from "../state/dialogs.ts";
 import { cardFor, connection, isLoading } from "../state/models.ts";
 import { sendMessage, shownStart } from "../state/new-chat.ts";
 import { forgetAbout, notifyAbout } from "../state/notices.ts";
+import { route } from "../state/route.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
 import { NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
@@ -36,7 +37,8 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   useLayoutEffect(() => {
     if (!matchMedia("(pointer: coarse)").matches) field.current?.focus({ preventScroll: true });
   }, []);
-  useEffect(() => () => forgetAbout(FILES), []);
+  const isCovered = open.value !== null;
+  useEffect(() => () => forgetAbout(FILES), [isCovered, route.value]);
   const write = (value: string) => {
     setText(value);
     writeDraft(id, value);
@@ -50,6 +52,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
       return;
     }
     parts.current.clear();
+    forgetAbout(FILES);
     const said = text.trim();
     write("");
     setImages([]);
@@ -87,13 +90,16 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     const all = [...images, ...read].slice(0, MAX_IMAGES);
     const others = given.filter((one) => !isImage(one));
     const texts = await Promise.all(others.map(readFile));
-    const allFiles = [...files, ...texts.filter((one) => one !== undefined)].slice(0, MAX_FILES);
+    const taken = texts.filter((one) => typeof one !== "string");
+    const allFiles = [...files, ...taken].slice(0, MAX_FILES);
     const fit = fitting(all, (chat?.attachedSize ?? 0) + sizeOfAttached({ files: allFiles }), maxBody());
     const refused = refusedImages(pictures, found, sees, images.length);
     if (fit.length < all.length) refused.push(t.value.imagesTooLarge(`${formatNumber(Math.floor(maxBody() / (1 << 20)))} MiB`));
-    const strange = others.filter((_, index) => texts[index] === undefined).map(({ name }) => name);
-    if (strange.length) refused.push(t.value.filesNotTaken(strange.join(", "), most()));
-    if (files.length + others.length - strange.length > MAX_FILES) refused.push(t.value.filesFull(MAX_FILES));
+    for (const [index, { name, size }] of others.entries()) {
+      const fault = texts[index];
+      if (typeof fault === "string") refused.push(`${name}: ${t.value.fileFaults[fault](kibibytes(size), kibibytes(MAX_FILE))}`);
+    }
+    if (files.length + taken.length > MAX_FILES) refused.push(t.value.filesFull(MAX_FILES));
     if (refused.length) notifyAbout(FILES, refused.join(" "));
     else forgetAbout(FILES);
     if (read.length) setImages(fit);
@@ -196,8 +202,6 @@ function useHeight(field: { current: HTMLTextAreaElement | null }, text: string)
   }, [text]);
 }
 
-const most = (): string => `${formatNumber(MAX_FILE / 1024)} KiB`;
-
 /** Which images are not taken, and why. */
 function refusedImages(files: readonly File[], found: readonly (string | undefined)[], sees: boolean, count: number): string[] {
   if (!files.length) return [];
@@ -210,7 +214,7 @@ function refusedImages(files: readonly File[], found: readonly (string | undefin
 /** The button for files, with what it takes: a phone offers its camera for images. */
 function Attach({ sees, onFiles }: { sees: boolean; onFiles: (files: readonly File[]) => void }) {
   const chooser = useRef<HTMLInputElement>(null);
-  const tip = sees ? t.value.attachImagesTip(most()) : t.value.attachTip(most());
+  const tip = (sees ? t.value.attachImagesTip : t.value.attachTip)(kibibytes(MAX_FILE));
   const take = (input: HTMLInputElement) => {
     onFiles([...(input.files ?? [])]);
     input.value = "";

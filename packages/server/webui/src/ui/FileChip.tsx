@@ -4,7 +4,7 @@
 import { useMemo, useState } from "preact/hooks";
 import { sizeOf } from "../chat/files.ts";
 import type { TextFile } from "../chat/types.ts";
-import { formatNumber, t } from "../i18n/index.ts";
+import { kibibytes, t } from "../i18n/index.ts";
 import { Dialog } from "./Dialog.tsx";
 import { Icon } from "./Icon.tsx";
 import { LongText } from "./LongText.tsx";
@@ -17,7 +17,7 @@ export function FileChip({ file, onRemove }: { file: TextFile; onRemove?: () => 
       <button type="button" class="file-name" aria-label={t.value.showFile(file.name)} onClick={() => setShown(true)}>
         <Icon name="attach" />
         <span class="file-title">{file.name}</span>
-        <span class="faint small">{`${formatNumber(Math.ceil(size / 1024))} KiB`}</span>
+        <span class="faint small">{kibibytes(size)}</span>
       </button>
       {onRemove && (
         <button type="button" class="icon-button" aria-label={t.value.removeFile(file.name)} data-tip={t.value.removeFile(file.name)} onClick={onRemove}>

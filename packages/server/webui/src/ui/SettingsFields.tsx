@@ -65,6 +65,7 @@ function NumberField(props: FieldProps<NumberSetting>) {
     if (number === undefined) onChange(without(settings, name));
     else if (number !== null) onChange({ ...settings, [name]: number });
   };
+  const isHot = name === "temperature" && (value ?? 0) > SLIDERS.temperature!.most;
   const limits = t.value.between(formatNumber(range.min, 0, 3), formatNumber(range.max));
   return (
     <div class="field">
@@ -76,7 +77,7 @@ function NumberField(props: FieldProps<NumberSetting>) {
           onChange={(event) => read(event.currentTarget.value)} />
         <Reset {...props} />
       </div>
-      <span id={`${id}-hint`} class={isWrong ? "hint wrong" : "hint"}>{isWrong ? limits : t.value.hints[name]}</span>
+      <span id={`${id}-hint`} class={isWrong || isHot ? "hint wrong" : "hint"}>{isWrong ? limits : isHot ? t.value.hot : t.value.hints[name]}</span>
     </div>
   );
 }
