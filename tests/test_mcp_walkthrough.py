@@ -70,7 +70,7 @@ def test_the_server_by_hand_and_by_itself(folder: Path) -> None:
     servers, tools, call, chat = requests()
     server = started(folder, plain)
     try:
-        assert "MCP servers      shop (clients run their tools)" in [line.strip() for line in server.banner]
+        assert "MCP servers      shop; clients run their tools" in [line.strip() for line in server.banner]
         wait_for(lambda: send(server, servers).json()["data"][0]["state"] == "ready")
         assert [one["function"]["name"] for one in send(server, tools).json()["data"]] == ["shop__stock", "shop__order"]
         assert send(server, call).text.startswith('{"status":"completed","content":[{"kind":"text","text":"12"}]')

@@ -118,8 +118,8 @@ REFUSALS = [
         400,
         "context_length_exceeded",
         "prompt",
-        "the prompt has 9012 tokens and this model's maximum context length is 4096 tokens: set a larger --max-model-len",
-        "longer than the model's context. Shorten it, or begin a new chat. It has 9,012 tokens, and the context has 4,096",
+        "the prompt has 9012 tokens and this model's maximum context length is 4096 tokens: larger --max-model-len",
+        "longer than the model's context. Shorten it, or begin a new chat. It has 9,012 tokens, and the context has",
     ),
     (400, "context_length_exceeded", "max_tokens", "ask for at most 12", "Lower Maximum tokens"),
     (

@@ -83,7 +83,7 @@ def test_a_request_is_carried_out(
     assert main(["agent", "--tool-parser", "hermes", *flags, "--system", "S", "--max-tokens", "99", "21 * 2?"]) == 0
     out, err = capsys.readouterr()
     assert out == "Let me see.\nIt is 42.\n"
-    assert "1 tools of 1 MCP servers: numbers" in err
+    assert "MCP servers: numbers; tools: 1\n" in err
     assert '-> numbers__double {"n": 21}' in err
     assert "<- numbers__double 42" in err
     first = engine.template_calls[0].messages
@@ -131,7 +131,9 @@ def test_an_empty_answer_is_status_1(
     assert "not finished: the model's answer is empty" in capsys.readouterr().err
 
 
-def test_the_name_of_another_servers_model_is_sent_as_it_is_typed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_another_servers_model_is_sent_as_it_is_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "models.yaml").write_text("models:\n- {name: small, local_path: small.gguf}\n")
     names: list[str | None] = []
 

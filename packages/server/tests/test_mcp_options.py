@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.server import Settings
 from candle_vllm.server.cli import main
 from candle_vllm.server.mcp.options import mcp_options, split_arguments
+from candle_vllm.server.mcp.service import McpService
+from candle_vllm.server.serve import mcp_line
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.options import UsageError
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +49,20 @@ def test_the_file_of_the_flag_or_that_of_the_folder(folder: Path) -> None:
     assert far is not None
     assert [server.name for server in far.servers] == ["far", "off"]
     assert [server.timeout for server in far.servers] == [300, 60]
+
+
+async def test_the_start_says_which_servers_there_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    write(folder / "mcp.json", gone={"command": "no-such-program"}, off={"command": "y", "enabled": False})
+    options = mcp_options(Settings())
+    assert options is not None
+    assert caplog.messages[-1].endswith("mcp.json: gone, off")
+    app = FastAPI()
+    app.state.mcp = service = McpService(options)
+    await service.start()
+    await service.settled(PATIENCE)
+    assert mcp_line(app) == "gone (not connected), off (disabled); clients run their tools"
+    await service.close()
 
 
 def test_the_setting_of_the_time_limit_lowers_and_never_raises(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_without_keys_the_approved_ones_run(start_mcp: Start, web: Any, seen: Se
     assert seen.texts == ["hi"]
     assert seen.begun == 0
     choice: Any = {"type": "mcp", "server_label": "web", "name": "slow"}
-    with pytest.raises(openai.BadRequestError, match="mcp.json does not approve it"):
+    with pytest.raises(openai.BadRequestError, match=r"mcp\.json does not approve it"):
         running.openai().responses.create(**ASK, tools=[tool()], tool_choice=choice)
 
 

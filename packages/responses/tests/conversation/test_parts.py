@@ -237,7 +237,6 @@ class TestEnding:
         ("allowed_tools", "add", "must be a list of names, not 'add'"),
         ("allowed_tools", [3], "must be a list of names"),
         ("approval", "nevr", "must be 'never', 'always'"),
-        ("approval", None, "must be 'never', 'always'"),
         ("approval", True, "must be 'never', 'always'"),
         ("approval", {"add": "x"}, "must have the rule 'never' or 'always' for 'add'"),
         ("request", None, "must be an object"),

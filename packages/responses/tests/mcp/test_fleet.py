@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ async def test_changes_reach_the_registry(scripted: Scripted) -> None:
         await tool.run({}, lambda progress: None)
         await until(lambda: names(fleet.registry) == ["one__renamed"])
         assert fleet.registry.revision > revision
+
+
+async def test_a_failure_that_stays_is_logged_once(scripted: Scripted, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with McpFleet([scripted("plain", name="bad", command="no-such-command")]) as fleet:
+        await until(lambda: sum("could not connect" in line for line in fleet.status()[0].log) > 1)
+    assert [(one.levelname, "'bad'" in one.message) for one in caplog.records] == [("WARNING", True)]
 
 
 async def test_tools_of_a_server_that_comes_later(scripted: Scripted, tmp_path: Path) -> None:

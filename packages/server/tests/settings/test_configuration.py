@@ -366,6 +366,7 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
         ("models:\n- name: a\n  hf_id: x/y\n  params:\n    mem: 1\n    top_q: 1", "line 6: unknown key 'top_q'"),
         ("models:\n- name: a\n  hf_id: x/y\n  params:\n    mem: 1\n    top_p: 2", "line 6: top_p must be"),
         ("models:\n- name: a\n", "line 2: give exactly one of hf_id and local_path"),
+        ("models:\n- name: a\n  local_path: demo", "line 3: the demo model is no path: write hf_id: demo"),
         ("models:\n- {name: a, hf_id: x/y}\n- {name: a, hf_id: x/y}", "line 3: two models are called 'a'"),
         ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
         ("models:\n- name: a\n  notes: 2026-02-30", "line 3: not valid YAML: day is out of range"),

@@ -61,8 +61,7 @@ def _run(argv: Sequence[str]) -> int:
             command, rest = split_command(argv)
             given, own = parse(command, rest)
             places = {"folder": Path.cwd(), "home": Path.home()}
-            remote = own.get("base_url") is not None
-            configuration = load_configuration(given, os.environ, **places, command=command, remote=remote)
+            configuration = load_configuration(given, os.environ, **places, command=command, remote="base_url" in own)
             settings = configuration.settings
             debug = settings.log_level == "debug"
             level = settings.log_level if command == "serve" else _quiet(given.values, settings)

@@ -389,7 +389,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
         "web UI": page_address(url, page_key) if settings.ui_server else "",
         "OpenAI base URL": f"{url}/v1",
         "API key": "required" if guarded else "none: everybody who reaches the address may use it",
-        "MCP servers": _mcp_line(app),
+        "MCP servers": mcp_line(app),
     }
     lines = {name: text for name, text in told.items() if text}
     if (write := LOG_STYLES[settings.log_format].line) is not None:
@@ -440,13 +440,15 @@ def _cache_size(info: ModelInfo) -> str:
     return f" (at most {info.kv_cache_bytes / (1 << 20):,.0f} MiB{fills})"
 
 
-def _mcp_line(app: FastAPI) -> str:
+def mcp_line(app: FastAPI) -> str:
+    """Return the MCP servers with their states, and where their tools run; "" without servers."""
     service: McpService | None = app.state.mcp
     if service is None:
         return ""
-    options = service.options
-    where = "approved tools run here" if options.execute else "clients run their tools"
-    return f"{', '.join(server.name for server in options.servers)} ({where})"
+    where = "approved tools run here" if service.options.execute else "clients run their tools"
+    marks = ("disabled" if one.state == "disabled" else one.error and "not connected" for one in service.status())
+    names = [f"{one.name} ({mark})" if mark else one.name for one, mark in zip(service.options.servers, marks)]
+    return f"{', '.join(names)}; {where}"
 
 
 def _format(row: ToolFormat | ReasoningFormat | None, reason: str) -> str:

@@ -126,12 +126,7 @@ _FIELDS = {"headers": "headers", "auth": "authorization", "url": "server_url"}  
 
 
 class OpenServer(NamedTuple):
-    """An MCP server as a request sees it.
-
-    Attributes:
-        error: the reason if there are no tools.
-        unapproved: the server's names of tools that the request may not use.
-    """
+    """An MCP server as a request sees it; `error` is the reason if there are no tools, `unapproved` other tools."""
 
     label: str
     tools: Sequence[Tool] = ()

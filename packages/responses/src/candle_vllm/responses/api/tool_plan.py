@@ -233,8 +233,7 @@ def _named(plan: ToolPlan, reference: wire_tools.ToolReference, path: str) -> li
             found = [name for name in found if tools[name].name == wanted]
         for server in plan.servers:
             if server.label == reference.server_label:
-                unapproved = reference.name in server.unapproved
-                why = "mcp.json does not approve it (autoApprove)" if unapproved else server.error
+                why = "mcp.json does not approve it" if reference.name in server.unapproved else server.error
         known = [tool.server or "" for tool in tools.values()] if field.endswith("label") else []
     else:
         assert isinstance(reference, wire_tools.NamedToolChoice)

@@ -183,10 +183,7 @@ class HttpModel:
             self._check_open()
         body = {"model": self._model, **fields, "stream": True, "stream_options": {"include_usage": True}}
         try:
-            async with (
-                aclosing(await self._chat(body)) as response,
-                aclosing(self._events(response)) as events,
-            ):
+            async with aclosing(await self._chat(body)) as response, aclosing(self._events(response)) as events:
                 yield events
         except httpx2.HTTPError as error:
             raise self._failed(error) from None

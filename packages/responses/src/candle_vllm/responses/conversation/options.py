@@ -55,8 +55,7 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
             refuses a name without a matching tool.
         max_tool_calls: maximum number of calls that run, 0 to 10000; None sets no limit.
         timeout: seconds for the whole conversation; None sets no limit.
-        approval: policy that decides which calls need an approval; None: calls of tools of MCP servers, unless the
-            server's `auto_approve` names the tool.
+        approval: policy that decides which calls need an approval; None follows the MCP servers' `auto_approve`.
         parallel_tools: maximum number of calls of one turn that run concurrently.
         tool_timeout: seconds for one call; None means the tool's own timeout, or 60.
         max_result_chars: characters of a tool's text that the model sees; a longer text is truncated, with a note.

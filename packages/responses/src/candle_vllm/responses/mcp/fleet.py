@@ -89,7 +89,7 @@ class McpFleet:
         With `strict`, McpServerError is raised if a server cannot be reached, after all servers have been ended.
         """
         self._starting = True
-        starts = [asyncio.create_task(link.start(keep_trying=not self._strict)) for link in self._links.values()]
+        starts = [asyncio.create_task(self._begin(link)) for link in self._links.values()]
         try:
             outcomes = await asyncio.gather(*starts, return_exceptions=True)
         except asyncio.CancelledError:
@@ -99,11 +99,17 @@ class McpFleet:
             self._starting = False
         for link in self._links.values():
             self._register(link)
-        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        for failure in failures:
-            if self._strict or not isinstance(failure, McpServerError):
+        for failure in outcomes:
+            if failure is not None:
                 await self.aclose()
                 raise failure
+
+    async def _begin(self, link: McpLink) -> None:
+        try:
+            await link.start(keep_trying=not self._strict)
+        except McpServerError as failure:
+            if self._strict:
+                raise
             logger.warning("%s; it is tried again in the background", failure)
 
     async def aclose(self) -> None:

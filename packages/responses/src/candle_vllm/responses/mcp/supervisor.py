@@ -54,6 +54,7 @@ class Supervisor:
         self.settled = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._logged: dict[Kind, str] = {}  # last failure of each transport, "" after a connection
         self._wanted = False
         self._wake = asyncio.Event()
         self._watch = ToolWatch(peer, changed=changed, wake=self._wake)
@@ -133,6 +134,7 @@ class Supervisor:
                 self.transports = (kind,)
                 if connection.client.protocol_version not in MODERN_PROTOCOL_VERSIONS:
                     self._mode = "legacy"  # "auto" costs seconds: such a server does not answer its requests
+                self._logged[kind] = ""
                 self.connections += 1
                 self.error = None
                 self.state = "ready"
@@ -141,7 +143,10 @@ class Supervisor:
                 return connection
             status = connection.status
             await connection.close(patience=0.0)
-            self._peer.note(f"could not connect over {kind}: {why}")
+            # The caller of the first attempt reports its failure, and the same failure is not logged again.
+            line = f"could not connect over {kind}: {why}"
+            (self._peer.log if self._logged.get(kind, line) == line else self._peer.note)(line)
+            self._logged[kind] = line
             first_error = first_error or why
             if status not in NO_SUCH_TRANSPORT or self._closing:
                 break

@@ -125,7 +125,7 @@ def _introduce(session: ResponsesSession) -> None:
     statuses = session.fleet.status() if session.fleet is not None else []
     ready = [status.name for status in statuses if status.state == "ready"]
     if statuses:
-        note(f"{tools} tools of {len(ready)} MCP servers: {', '.join(ready)}" if ready else "no MCP server is ready")
+        note(f"MCP servers: {', '.join(ready)}; tools: {tools}" if ready else "no MCP server is ready")
     else:
         note("no MCP servers: name a file with --mcp-config, or put an mcp.json into this folder")
     for status in statuses:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Add tools of MCP servers to chat requests without tools (steps 1 and 2 of a request's life).
 
-A request without `tools` gets the tools of MCP servers; `tools: []`, `tool_choice: "none"` and a form of the answer, such
-as `response_format`, leave them out. Calls are sent to the client like calls of its own tools, or run here (`--mcp-execute`).
+`tools: []`, `tool_choice: "none"` and a required form of the answer (`response_format`) leave them out. Calls are sent
+to the client like calls of its own tools, or run here (`--mcp-execute`).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def mcp_options(settings: ToolOptions) -> McpOptions | None:
             raise UsageError("mcp_execute needs MCP servers: name a file with --mcp-config, or one by --mcp-command")
         return None
     if config.path is not None:
-        logger.info("%d MCP servers from %s", len(config.servers), config.path)
+        logger.info("MCP servers from %s: %s", config.path, ", ".join(server.name for server in config.servers))
     limit = settings.mcp_tool_timeout
     if limit is not None:
         servers = tuple(replace(server, timeout=min(server.timeout, limit)) for server in servers)

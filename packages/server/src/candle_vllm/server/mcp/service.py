@@ -157,14 +157,12 @@ class McpService:
 
     def refusal(self, name: str) -> str | None:
         """Return why chat requests do not get the tool that models would call `name`; None if no server has it."""
-        entry = self.registry.entry(name)
-        if entry is not None:
+        if (entry := self.registry.entry(name)) is not None:
             approved = not self.options.execute or self.auto_approves(entry.definition)
             return None if approved else "mcp.json does not approve it (autoApprove)"
-        for server, error in self.errors.items():
-            if error is not None and name.startswith(server + SEPARATOR):
-                return f"the MCP server {server!r:.80} is not connected: {error}"
-        return None
+        server = next((server for server in self._configs if name.startswith(server + SEPARATOR)), "")
+        error = self.errors.get(server)
+        return error and f"the MCP server {server!r:.80} is not connected: {error}"
 
     @property
     def errors(self) -> Mapping[str, str | None]:
@@ -178,8 +176,8 @@ class McpService:
             logger.exception("the MCP servers could not be started")
             return
         definitions = self.registry.definitions()
-        ready = self.states().count("ready")
-        logger.info("MCP servers: %d of %d are ready, with %d tools", ready, len(self._configs), len(definitions))
+        ready, enabled = self.states().count("ready"), sum(config.enabled for config in self.options.servers)
+        logger.info("MCP servers that are ready: %d of %d; tools: %d", ready, enabled, len(definitions))
         if self.options.execute:
             approved = [one.name for one in definitions if self.auto_approves(one)]
             others = [one.name for one in definitions if not self.auto_approves(one)]

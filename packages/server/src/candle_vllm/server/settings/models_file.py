@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from candle_vllm.core.config import DEMO
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
 from candle_vllm.server.settings.adapters import make_spec, spec_text
 from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
@@ -148,6 +149,8 @@ def model_entry(
     else:
         local = convert(FilePath(), entry["local_path"], f"{title}{line_of(entry, 'local_path')}: local_path")
         model = str(folder / local)
+        if str(local) == DEMO and not Path(model).exists():
+            raise UsageError(f"{title}{line_of(entry, 'local_path')}: the demo model is no path: write hf_id: {local}")
     values: dict[str, Any] = {"model": model, "served_model_name": (name,)}
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
