@@ -335,7 +335,11 @@ def proxy(demo_server: ServerProcess, tmp_path: Path) -> Iterator[httpx.Client]:
     port = free_port()
     environment = clean_environment(tmp_path) | {"XDG_DATA_HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}
     environment |= {"DOMAIN": f"http://localhost:{port}", "UPSTREAM": demo_server.url.removeprefix("http://")}
-    text = "{\n\tadmin off\n}\n" + (DEPLOY / "caddy" / "Caddyfile").read_text()
+    text = (
+        (DEPLOY / "caddy" / "Caddyfile")
+        .read_text()
+        .replace("\tskip_install_trust", "\tadmin off\n\tskip_install_trust")
+    )
     (tmp_path / "Caddyfile").write_text(text)
     with (tmp_path / "log").open("wb") as log:
         command = [caddy, "run", "--config", "Caddyfile", "--adapter", "caddyfile"]
@@ -372,6 +376,9 @@ def test_a_proxy_passes_answers_and_hides_what_is_operators(proxy: httpx.Client)
     assert proxy.get("/metrics").status_code == 404
     large = proxy.post("/v1/completions", json={"prompt": "0" * (9 << 20)})
     assert large.status_code == 413
+    upload = {"file": ("in.jsonl", b"0" * (9 << 20))}
+    refused = proxy.post("/v1/files", data={"purpose": "batch"}, files=upload)
+    assert refused.status_code != 413, refused.text
 
 
 def test_a_backup_of_a_store_that_is_written(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ MISSING = ("asked", "embedding.*", "kv_write.*", "side_by_side.*", "*.make_embed
 GREEDY = ("--temperature", "0")
 OP_BY_OP = (
     "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+    "leave it out, or install torch: "
     "in the clone `uv run --extra torch candle-vllm`, with its wheels pip install 'candle-vllm[torch]'"
 )
 PATIENCE = 240

@@ -241,6 +241,7 @@ def test_op_by_op_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         require_torch("enforce_eager is set")
     assert str(caught.value) == (
         "enforce_eager is set, so layers run op by op in torch, which is not installed: "
+        "leave it out, or install torch: "
         "in the clone `uv run --extra torch candle-vllm`, with its wheels pip install 'candle-vllm[torch]'"
     )
 

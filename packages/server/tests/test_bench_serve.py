@@ -113,8 +113,10 @@ def test_failed_requests_are_counted_and_have_no_latency(
 
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "serve", "--base-url", "http://127.0.0.1:9"]) == 2
-    assert "names no model" in capsys.readouterr().err
+    assert main(["bench", "serve", "--base-url", "http://user:HIDDEN@127.0.0.1:9"]) == 2
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:9 was not reached ([Errno 111] Connection refused): start the server" in error
+    assert "HIDDEN" not in error
 
 
 RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "8"]

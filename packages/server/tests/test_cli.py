@@ -567,14 +567,21 @@ def test_ranks_that_need_a_gpu_are_refused_before_anything_is_loaded(
     assert message in error
 
 
-def test_ranks_in_torch_without_torch_are_refused_in_one_line(
+def test_a_hub_that_does_not_answer_has_another_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service manager starts again after status 1, and not after an error that the user has to correct."""
+    monkeypatch.setattr("candle_vllm.core.loading.source._listing", lambda *_: None)
+    assert main(["generate", "hi", "--m", "nobody/nothing"]) == 1
+
+
+def test_enforce_eager_without_torch_has_no_effect_beside_ranks(
     no_gpu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     line = ["serve", "--p", "0", "--device", "cpu", "--enforce-eager", "-tp", "2", "--m", "nobody/nothing", "--offline"]
     assert main(line) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert "`uv run --extra torch candle-vllm`" in error
+    idle, *_, error = capsys.readouterr().err.splitlines()
+    assert "enforce_eager has no effect: torch is not installed, so the compiled kernels compute" in idle
+    assert "nobody/nothing" in error
 
 
 def test_config_says_which_format_and_how_much_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -631,6 +638,11 @@ def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[st
         (["--max-model-len", "99999"], "is beyond the model's context"),
         (["--api-key-file", "none.txt"], "cannot read the API keys in none.txt"),
         (["--responses-store", "redis://x"], "responses_store must be"),
+        (["--lora-modules", "a=/nope/tone"], "--lora-modules needs --enable-lora"),
+        (
+            ["--lora-modules", "a=/nope/tone", "--enable-lora"],
+            "a of --lora-modules cannot be loaded: there is no /nope/tone",
+        ),
         (["--mcp-execute"], "mcp_execute needs MCP servers"),
         (["--m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
         (["--m", "nobody/nothing", "--offline"], "is not in the cache"),

@@ -206,6 +206,39 @@ async def test_a_signal_reads_everything_again(served: Served, caplog: pytest.Lo
         signal.signal(signal.SIGHUP, before)
 
 
+async def test_keys_of_a_dotenv_file_are_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    dotenv = tmp_path / ".env"
+
+    def loaded(environ: dict[str, str]) -> Reloader:
+        given = SettingsSource("the command line", {"model": "demo"}, {})
+        configuration = load_configuration(given, environ, folder=tmp_path, home=tmp_path)
+        manager = ModelManager(configuration.catalogue, FakeLoader(), ManagerLimits())
+        return Reloader(configuration, manager, Keyring(configuration.settings))
+
+    dotenv.write_text("CANDLE_VLLM_API_KEY=old\n")
+    reloader = loaded({})
+    dotenv.write_text("CANDLE_VLLM_API_KEY=new\nCANDLE_VLLM_PORT=2001\n")
+    await reloader.reload()
+    keys = reloader._keys
+    assert keys.find(b"old") is None
+    assert keys.find(b"new") is not None
+    assert "replaced: 1" in caplog.text
+    assert f"port in {dotenv} takes effect at the next start" in caplog.text
+    for wrong, said in (
+        ("", "take effect at the next start"),
+        ("CANDLE_VLLM_API_KEY=a b\n", "the models stay as they were"),
+    ):
+        dotenv.write_text(wrong)
+        await reloader.reload()
+        assert said in caplog.text
+        assert keys.find(b"new") is not None  # an invalid file never opens the server
+    dotenv.unlink()
+    caplog.clear()
+    await loaded({"CANDLE_VLLM_API_KEY": "fixed"}).reload()
+    assert "the API key of the environment stays until the next start" in caplog.text
+
+
 # ---- over HTTP -------------------------------------------------------------------------------------------------------
 
 

@@ -179,11 +179,12 @@ def test_the_banner_says_what_was_asked_for() -> None:
     settings = Settings(
         ollama_port=11434, enable_lora=True, lora_modules=("a=./a",), requests_per_minute=5, prompt_cache_url=REDIS,
         speculative_config={"method": "draft_model", "model": "org/small"}, responses_store="sqlite",
+        tensor_parallel_size=2,
     )  # fmt: skip
     plain = banner(create_app(PacedEngine(), Settings()), settings.address)
     text = banner(create_app(PacedEngine(), settings), settings.address)
     for name, part in (
-        ("drafts", "draft_model, by org/small"), ("adapters", "taken, a"), ("prompt cache", "redis://box:6379/0"),
+        ("drafts", "draft_model, by org/small"), ("adapters", "a"), ("ranks", "2"), ("prompt cache", "redis://box:6379/0"),
         ("responses", "sqlite"), ("limits", "5 requests a minute"), ("Ollama's port", "11434"),
     ):  # fmt: skip
         assert f"{name:15}  {part}\n" in text

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 
 from candle_vllm.core.conversion.gguf_file import write_file
-from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.errors import HubUnreachableError, ModelNotFoundError, UnsupportedModelError
 from candle_vllm.core.loading.source import choose_weights, gguf_models, resolve
 from candle_vllm.core.progress import Progress, heard_by
 
@@ -424,7 +424,7 @@ def test_the_hubs_refusals_say_what_to_do(hub: Hub, error: Exception, message: s
 def test_without_an_answer_the_cache_is_used(hub: Hub, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     fake = hub(SAFETENSORS)
     fake.listing_error = error
-    with pytest.raises(ModelNotFoundError, match="not in the cache and the hub was not reached"):
+    with pytest.raises(HubUnreachableError, match="not in the cache and the hub was not reached"):
         resolve("org/name")
     fill(fake.folder, SAFETENSORS)
     with caplog.at_level(logging.WARNING):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError, PromptTooLongError
+from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, refusal
+from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, ollama_error_line, refusal
 from candle_vllm.server.http.request_context import RequestContext, current_request
 from candle_vllm.server.settings.options import UsageError
 
@@ -50,6 +51,17 @@ def test_an_event_of_a_failure_names_the_request(failure: Exception) -> None:
         assert event()["request_id"] == "mine"
     finally:
         current_request.reset(token)
+
+
+@pytest.mark.parametrize(
+    ("failure", "lines"), [(StoreUnavailableError("The disk is full."), 1), (RuntimeError("x"), 2)]
+)
+def test_a_store_that_fails_is_one_line_of_the_log(
+    failure: Exception, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ollama_error_line(failure)
+    assert len(caplog.text.splitlines()) == lines
+    assert str(failure) in caplog.text
 
 
 async def _through(app: Any, scope: dict[str, Any]) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ async def test_names(name: str | None, found: str) -> None:
 
 
 async def test_unknown_names_are_refused_with_those_that_are_known() -> None:
-    with pytest.raises(ModelNotServedError, match="served models are: a-alias, b-alias, c-alias"):
+    with pytest.raises(ModelNotServedError, match="served models are: a-alias, a, b-alias, b, c-alias, c"):
         await _manager(FakeLoader()).acquire("d")
 
 

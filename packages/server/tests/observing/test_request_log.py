@@ -172,8 +172,29 @@ def test_a_log_file_that_cannot_be_written_is_named_once(
         handler.emit(said)
     handler.close()
     told = capsys.readouterr().err
-    assert told.count("cannot be written: No space left on device") == 2 == len(told.splitlines())
-    assert (tmp_path / "log").read_text().endswith("hello\n")
+    assert told.count("cannot be written: No space left on device") == 2
+    assert told.count("can be written again; 3 lines are missing") == 2
+    assert len(told.splitlines()) == 4
+    assert "hello\n" in (tmp_path / "log").read_text()
+
+
+def test_a_torn_line_of_a_log_file_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk takes a part of a line; the next record must not be joined with it."""
+    path = tmp_path / "log"
+    handler = LogFile(path, encoding="utf-8")
+    handler.setFormatter(log_formatter("json"))
+    said = logging.LogRecord("n", logging.INFO, "p", 1, "hello", (), None)
+    handler.close()
+    handler.stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    handler.emit(said)
+    path.write_text('{"half of a li')
+    handler.emit(said)
+    handler.close()
+    torn, *lines = path.read_text().splitlines()
+    assert torn == '{"half of a li'
+    assert [json.loads(line)["message"][:5] for line in lines] == ["hello", "the l"]
+    for line in capsys.readouterr().err.splitlines():
+        assert str(path) in json.loads(line)["message"]
 
 
 def _no_space(handler: logging.Handler) -> None:

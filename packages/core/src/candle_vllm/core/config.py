@@ -133,7 +133,7 @@ _REFUSED_FORMATS: dict[str, str] = dict.fromkeys(
     ("tensorizer", "sharded_state", "runai_streamer", "bitsandbytes", "npcache", "pt"),
     "weights are read from safetensors and GGUF files only; each rank reads its shard",
 )
-_FORMATS = Choice(get_args(LoadFormat), absent=_REFUSED_FORMATS)
+_FORMATS = Choice(get_args(LoadFormat), {"safetensors": "auto", "gguf": "auto"}, absent=_REFUSED_FORMATS)
 _REFUSED_METHODS = {
     "medusa": "heads of Medusa are not read: use eagle3 or mtp, which also draft from hidden states",
     "eagle": "heads of EAGLE-1 and EAGLE-2 are not read: use a head of EAGLE-3 (eagle3)",
@@ -233,6 +233,8 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
                 raise _draft_error(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
         values[name] = value
     if "model" in values:
+        if values["model"] == "[ngram]":
+            raise _draft_error("""model '[ngram]' is vLLM's former name: write "method": "ngram" without a model""")
         values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:

@@ -107,7 +107,9 @@ def require_torch(reason: str) -> None:
         ConfigError: torch is not installed; the message has the command that installs it.
     """
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(f"{reason}, so layers run op by op in torch, which is not installed: {with_extra('torch')}")
+        way = "leave it out, or install torch: " if reason.startswith("enforce_eager") else ""
+        missing = "so layers run op by op in torch, which is not installed"
+        raise ConfigError(f"{reason}, {missing}: {way}{with_extra('torch')}")
 
 
 def use_threads(count: int) -> None:

@@ -5,6 +5,7 @@
     ├── ConfigError              an impossible setting: names the setting and a value that works
     │   └── NoMemoryError        the model, its cache or its steps do not fit into the available memory
     ├── ModelNotFoundError       no such Hugging Face id, folder or file
+    │   └── HubUnreachableError  the hub did not answer, and the cache has no such model
     ├── ModelLoadError           the files exist but cannot be used
     │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file
     │   ├── UnsupportedModelError  an architecture, tensor type or tokenizer that is not implemented
@@ -53,6 +54,10 @@ class NoMemoryError(ConfigError):
 
 class ModelNotFoundError(CandleVllmError):
     """The model source does not exist."""
+
+
+class HubUnreachableError(ModelNotFoundError):
+    """The model is not in the cache, and the hub did not answer or ended the download: try again later."""
 
 
 class ModelLoadError(CandleVllmError):

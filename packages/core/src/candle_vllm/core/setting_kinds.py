@@ -200,7 +200,7 @@ class Integer:
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
             raise ValueError(f"is not a whole number between {self.low} and {self.high}")
         if self.power_of_two and value & (value - 1):
-            raise ValueError("is not a power of two: try 32")
+            raise ValueError(f"is not a power of two: try {min(1 << round(math.log2(value)), self.high)}")
         return value
 
     def from_text(self, text: str) -> int | None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The `candle-vllm` command: finds a command by its name, and runs it (before step 1 of a request's life).
 
-Every error that a user can cause ends as one line on standard error and exit status 2; the traceback is shown only with
-`--log-level debug`. Before Ctrl+C is handled, only modules that the interpreter has already loaded are imported, so
-that hardly any time passes until then.
+Every error that a user can cause ends as one line on standard error and exit status 2, or 1 if the next start may
+succeed without a change; the traceback is shown only with `--log-level debug`. Before Ctrl+C is handled, only modules
+that the interpreter has already loaded are imported, so that hardly any time passes until then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from candle_vllm.server.settings.configuration import Configuration
     from candle_vllm.server.settings.table import LoggingOptions
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 EXIT_BROKEN_PIPE = 141  # the status that a shell reports for a program that SIGPIPE ended
 
 
@@ -46,7 +46,7 @@ def _run(argv: Sequence[str]) -> int:
         import io
         from pathlib import Path
 
-        from candle_vllm.core.errors import CandleVllmError
+        from candle_vllm.core.errors import CandleVllmError, EngineDeadError, HubUnreachableError
         from candle_vllm.core.threads import collect_seldom
 
         debug = False
@@ -93,7 +93,7 @@ def _run(argv: Sequence[str]) -> int:
         reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
         said = reason if isinstance(error, MemoryError) else without_secrets(in_flags(str(error)))
         sys.stderr.write(f"candle-vllm: error: {said}\n")
-        return EXIT_USAGE
+        return EXIT_FAILED if isinstance(error, EngineDeadError | HubUnreachableError) else EXIT_USAGE
 
 
 def _write_nowhere() -> None:

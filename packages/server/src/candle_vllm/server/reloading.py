@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Read models.yaml and the files of API keys again while the server runs.
+"""Read models.yaml, `.env` and the files of API keys again while the server runs.
 
 Not a step of a request's life: happens on SIGHUP, or by an operator's request. If a file is invalid, its previous
 content stays in use, and the log says where the error is.
@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
+
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.models.manager import Changes, ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.settings.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, refuse_wrong_settings
 from candle_vllm.server.settings.options import MODEL, UsageError
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -46,14 +48,21 @@ class Reloader:
         self._lock = asyncio.Lock()
 
     async def reload(self) -> None:
-        """Read all files again; errors are logged."""
-        await self._keys.reload()
-        if not self._configuration.in_file:
-            return
+        """Read all files again; what was read, and errors, are logged."""
+        old, new = self._configuration, None
         try:
-            await self.reload_models()
+            new = old.again and await asyncio.to_thread(old.again)
+            if old.in_file:
+                await self.reload_models()
+            elif new is not None:
+                _log_later(old, new)
+                logger.info("read the settings again; there is no models.yaml")
         except CandleVllmError as error:
             logger.error("%s; the models stay as they were", error)
+        await self._keys.reload(new and new.settings)
+        given = [] if new is None else [source.title for source in new.sources if "api_key" in source.values]
+        if given and not given[0].endswith(".env"):
+            logger.info("the API key of %s stays until the next start: put keys that change into a file", given[0])
 
     async def reload_models(self) -> Changes:
         """Read models.yaml again and serve its models; models that were added at run time stay.
@@ -72,12 +81,9 @@ class Reloader:
         for remark in new.remarks:
             if remark not in old.remarks:
                 logger.warning("%s", remark)
-        for name in _of_the_process(old, new):
-            logger.warning("%s in %s takes effect at the next start", name, new.models_file)
+        _log_later(old, new)
         warn_of_missing(new.catalogue)
-        told = ", ".join(
-            f"{word} {', '.join(names)}" for word, names in zip(_WORDS, _lists(changes), strict=True) if names
-        )
+        told = ", ".join(f"{word} {', '.join(names)}" for word, names in asdict(changes).items() if names)
         logger.info("read %s again: %s", new.models_file, told or "nothing has changed")
         return changes
 
@@ -140,16 +146,9 @@ def _entry(configuration: Configuration, section: Mapping[str, Any], remarks: li
 
 def _check_formats(entry: ModelEntry, where: object) -> None:
     try:
-        refuse_wrong_formats(entry.settings)
+        refuse_wrong_settings(entry.settings)
     except ConfigError as error:
         raise UsageError(f"model {entry.name!r} of {where}: {error}") from None
-
-
-_WORDS = ("added", "changed", "removed")
-
-
-def _lists(changes: Changes) -> tuple[tuple[str, ...], ...]:
-    return changes.added, changes.changed, changes.removed
 
 
 def _read_again(old: Configuration) -> Configuration:
@@ -165,11 +164,16 @@ def _read_again(old: Configuration) -> Configuration:
     return new
 
 
-def _of_the_process(old: Configuration, new: Configuration) -> list[str]:
-    """Return the changed settings that belong to the process, not to one model."""
-    names = [option.name for option in OPTIONS if not option.in_yaml and option.group != MODEL]
+def _log_later(old: Configuration, new: Configuration) -> None:
+    """Log which settings, and whether the mailbox, have changed and take effect at the next start only."""
+    names = [each.name for each in OPTIONS if not old.in_file or (not each.in_yaml and each.group != MODEL)]
     changed = [name for name in names if getattr(old.settings, name) != getattr(new.settings, name)]
-    return changed + (["mailbox"] if old.mailbox != new.mailbox and "mailbox" not in changed else [])
+    if old.mailbox != new.mailbox and "mailbox" not in changed:
+        changed.append("mailbox")
+    for name in changed:
+        if name not in ("api_key", "management_key"):  # the keyring has replaced them
+            titles = (source.title for each in (new, old) for source in each.sources if name in source.values)
+            logger.warning("%s in %s takes effect at the next start", name, next(titles, new.models_file))
 
 
 def _has_terminal() -> bool:

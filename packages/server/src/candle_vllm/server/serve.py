@@ -55,7 +55,7 @@ from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.catalogue import Catalogue
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_settings
 from candle_vllm.server.settings.model_names import named_model
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import RATES
@@ -88,7 +88,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
 
         return run_node(engine_config(configuration.catalogue.default.settings))
     for entry in configuration.catalogue.entries:
-        refuse_wrong_formats(entry.settings)
+        refuse_wrong_settings(entry.settings)
     mcp = open_mcp(settings)
     tls = tls_context(settings)
     refuse_open_changes(settings)
@@ -408,12 +408,14 @@ def _asked_for(settings: Settings, model: Settings, app: FastAPI) -> dict[str, s
         (settings.max_queued_per_key, "of them of one key"),
     )
     mailbox: Mailbox | None = app.state.mailbox
-    names = "".join(f", {each.name}" for each in read_specs(model.lora_modules))
+    ranks = (model.tensor_parallel_size or model.cpu_ranks or 1) * (model.pipeline_parallel_size or 1)
+    adapters = ", ".join(each.name for each in read_specs(model.lora_modules)) or "none yet, requests may name them"
     store = settings.responses_store
     blocks = [str(model.prompt_cache_path or ""), without_secrets(model.prompt_cache_url or "", alone=True)]
     return {
         "drafts": "" if drafts is None else f"{drafts.method}{f', by {drafts.model}' if drafts.model else ''}",
-        "adapters": f"taken{names}" if model.enable_lora else "",
+        "ranks": str(ranks) if ranks > 1 else "",
+        "adapters": adapters if model.enable_lora else "",
         "prompt cache": ", ".join(filter(None, blocks)),
         "responses": "" if store == MEMORY else without_secrets(store, alone=True),
         "mailbox": "" if mailbox is None else without_secrets(str(settings.mailbox or "on"), alone=True),

@@ -22,7 +22,13 @@ from typing import Any, Literal
 import msgspec
 
 from candle_vllm.core.config import DEMO, LoadFormat, demo_command, demo_model, is_demo
-from candle_vllm.core.errors import ConfigError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.errors import (
+    ConfigError,
+    HubUnreachableError,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from candle_vllm.core.loading.gguf import file_kind, split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
 from candle_vllm.core.progress import Progress, teller
@@ -36,6 +42,7 @@ COMPANION_PATTERNS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt",
 """Files of a repository's top folder that are downloaded with the weights."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+CONNECT = "connect to the network"
 HUB_TIMEOUT_S = 10.0
 _SAMPLES, _SAMPLE = 256, 1 << 12  # samples of a weight file that are hashed, and bytes of each
 TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
@@ -363,8 +370,8 @@ def _download(
 
     names = _listing(model, revision, token)
     if names is None:
-        offline = ", without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else ""
-        return _cached(model, revision, cache_dir, f"connect to the network{offline}")
+        way = f"{CONNECT}, without HF_HUB_OFFLINE," if constants.HF_HUB_OFFLINE else CONNECT
+        return _cached(model, revision, cache_dir, way)
     if weights:
         wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub", usual=True))
     else:
@@ -379,7 +386,7 @@ def _download(
             tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
-        raise hub_refusal(model, revision, error) or ModelNotFoundError(
+        raise hub_refusal(model, revision, error) or HubUnreachableError(
             f"the download of {model} did not finish: {error}; run it again to resume it, and check the network and "
             "the free space of the cache (cache_dir)"
         ) from error
@@ -489,7 +496,7 @@ def _cached(model: str, revision: str | None, cache_dir: Path | None, way: str) 
             model, revision=revision, cache_dir=cache_dir, allow_patterns=["config.json"], local_files_only=True
         )
     except (LocalEntryNotFoundError, OSError) as error:
-        raise ModelNotFoundError(
+        raise (HubUnreachableError if way == CONNECT else ModelNotFoundError)(
             f"{model} (revision {revision or 'main'}) is not in the cache{_in_cache(model, cache_dir)} and the hub was "
             f"not reached: {way} or pass a folder or .gguf file"
         ) from error

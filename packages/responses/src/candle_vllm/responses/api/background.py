@@ -205,7 +205,8 @@ class Background:
             elif isinstance(failure, TimeoutError):
                 await self._fail(run, TOO_LONG)
             elif failure is not None:
-                logger.error("the background response %s failed", run.entry.id, exc_info=failure)
+                trace = None if isinstance(failure, StoreUnavailableError) else failure
+                logger.error("the background response %s failed: %s", run.entry.id, failure, exc_info=trace)
                 await self._fail(run, to_error(failure).body.error.message)
             elif not run.events.finished:
                 await self._fail(run, "The response ended without a result.")

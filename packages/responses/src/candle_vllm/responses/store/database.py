@@ -179,7 +179,9 @@ def _sqlite(url: URL, place: Place) -> Engine:
             place.setting,
         )
     try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            logger.warning("created the folder %s for the %s", path.parent, place.title)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users cannot read the answers
     except OSError as error:
         raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None

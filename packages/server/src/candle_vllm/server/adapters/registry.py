@@ -327,9 +327,6 @@ class Adapters:
         Raises:
             UsageError: an adapter is invalid, or has the name of a model.
         """
-        for entry in catalogue.entries:
-            if not entry.settings.enable_lora and (entry.settings.lora_modules or entry.settings.lora_warmup):
-                raise UsageError(f"the model {entry.name!r:.200} has adapters, which need --enable-lora")
         if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver needs a model with --enable-lora, and there is none")
         given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}

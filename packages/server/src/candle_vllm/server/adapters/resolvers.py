@@ -39,7 +39,7 @@ def open_adapters(settings: AdapterOptions, access: AccessOptions, looked: Calla
     sources = [read_source(spec, settings, cache, limits) for spec in settings.lora_resolver]
     if any(isinstance(source, HubSource) and source.takes_all for source in sources) and not access.is_guarded:
         raise UsageError(
-            "--lora-resolver hf lets everybody who reaches {access.host} download any repository: restrict it "
+            f"--lora-resolver hf lets everybody who reaches {access.host} download any repository: restrict it "
             "(hf=org/*), set --api-key, or listen at 127.0.0.1"
         )
     cache.clear_left()

@@ -39,7 +39,7 @@ from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
+from candle_vllm.server.settings.derived import engine_config, refuse_wrong_settings, store_options
 from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS, ModelOptions
@@ -119,7 +119,7 @@ def check(configuration: Configuration) -> None:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
             engine_config(settings, fetch=False)
-        refuse_wrong_formats(settings)
+        refuse_wrong_settings(settings)
     settings = configuration.settings
     store_options(settings)
     mcp_options(settings)

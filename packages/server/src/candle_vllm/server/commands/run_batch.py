@@ -30,7 +30,7 @@ from candle_vllm.server.models.switcher import Load
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.serve import open_manager
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import refuse_wrong_formats
+from candle_vllm.server.settings.derived import refuse_wrong_settings
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import RATES
 
@@ -60,7 +60,7 @@ def run_batch(
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")
     source, target = _place(input_file), _place(output_file)
     for entry in configuration.catalogue.entries:
-        refuse_wrong_formats(entry.settings)
+        refuse_wrong_settings(entry.settings)
     warn_of_missing(configuration.catalogue)
     with _fetched(source) if isinstance(source, httpx.URL) else source.open("rb") as given:
         if isinstance(target, Path):

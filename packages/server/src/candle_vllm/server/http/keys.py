@@ -14,6 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,17 +109,24 @@ class Keyring:
                 await self.reload()
             seen = now
 
-    async def reload(self) -> bool:
-        """Read the files again and return True; if a file is invalid, log it, keep the old keys and return False."""
-        if not self._paths:
+    async def reload(self, settings: AccessOptions | None = None) -> bool:
+        """Read the files again, and take the keys of `settings`, if given; return True.
+
+        If a file is invalid or no key would be left, log it, keep the old keys and return False.
+        """
+        if settings is None and not self._paths:
             return True
+        before, old, new = self._keys, self._settings, settings or self._settings
         self._read_at = await asyncio.to_thread(self._stamp)
         try:
-            keys = await asyncio.to_thread(self._read)
+            self._settings = replace(old, api_key=new.api_key, management_key=new.management_key)
+            if (self._settings.has_api_keys, not new.management_key) != (old.has_api_keys, not old.management_key):
+                raise UsageError("a first key, and the removal of the last key, take effect at the next start")
+            self._keys = keys = await asyncio.to_thread(self._read)
         except UsageError as error:
+            self._settings = old
             logger.error("%s; the keys from before stay valid", error)
             return False
-        before, self._keys = self._keys, keys
         logger.info("read the API keys again: %s", _difference(before, keys))
         return True
 
@@ -313,10 +321,12 @@ def _stat(path: Path) -> tuple[int, ...] | None:
 
 
 def _difference(before: Sequence[Key], after: Sequence[Key]) -> str:
-    """Describe a change for the log: the number of keys, and which names are new or gone; never a key."""
+    """Describe a change for the log: the number of keys, and which are new, replaced or gone; never a key."""
     old, new = ({key.caller.label for key in keys} for keys in (before, after))
+    known = {key.digest for key in before}
+    replaced = old & {key.caller.label for key in after if key.digest not in known}
     parts = [f"{len(after)} keys"]
-    for word, names in (("new", new - old), ("gone", old - new)):
+    for word, names in (("new", new - old), ("replaced", replaced), ("gone", old - new)):
         if names:
             more = ", ..." if len(names) > _SHOWN else ""
             parts.append(f"{word}: {', '.join(sorted(names)[:_SHOWN])}{more}")

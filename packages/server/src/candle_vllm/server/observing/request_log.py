@@ -68,18 +68,28 @@ def request_fields(request: FinishedRequest) -> dict[str, Any]:
 
 
 class LogFile(logging.FileHandler):
-    """The file of `--log-file`. If writes fail, one line on standard error reports it until a write succeeds."""
+    """The file of `--log-file`. A line on standard error reports the first write that fails, and the next success."""
 
-    _failed = _told = False
+    _missing = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record, if that is possible."""
-        self._failed = False
+        missing = self._missing
         try:
+            if missing:
+                self.stream = self._open()
+                self.stream.write(self.terminator)  # ends a line that was written in part
             super().emit(record)
         except OSError:  # the file cannot be opened again
             self.handleError(record)
-        self._told = self._failed
+        if missing and missing == self._missing:
+            self._missing = 0
+            super().emit(self._report("the log file %s can be written again; %d lines are missing", missing))
+
+    def _report(self, message: str, detail: object) -> logging.LogRecord:
+        record = logging.LogRecord(__name__, logging.WARNING, "", 0, message, (self.baseFilename, detail), None)
+        sys.stderr.write(self.format(record) + "\n")
+        return record
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Note the failure. The record that could not be written is dropped, and the next one opens the file again."""
@@ -87,9 +97,9 @@ class LogFile(logging.FileHandler):
         if not isinstance(error, OSError):
             super().handleError(record)
             return
-        if not self._told:
-            sys.stderr.write(f"candle-vllm: the log file {self.baseFilename} cannot be written: {error.strerror}\n")
-        self._failed = True
+        if not self._missing:
+            self._report("the log file %s cannot be written: %s", error.strerror)
+        self._missing += 1
         with contextlib.suppress(OSError):
             self.close()
 

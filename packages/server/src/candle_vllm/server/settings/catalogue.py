@@ -79,7 +79,7 @@ class Catalogue:
             return self._by_name[DEMO_NAME]
         from candle_vllm.openai.serving import answered_by  # slow import, needed only here
 
-        served = [self.default.names[0]] if alone else [entry.names[0] for entry in self.entries]
+        served = [name for entry in self.entries for name in entry.names]
         answered_by(name, served, strict=exact or not alone)
         return self.default
 

@@ -29,6 +29,7 @@ from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import (
     BY_NAME,
     OPTIONS,
+    AdapterOptions,
     FormatOptions,
     HubOptions,
     ModelOptions,
@@ -126,6 +127,19 @@ def refuse_wrong_formats(settings: FormatOptions) -> None:
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
 
 
+def refuse_wrong_settings(settings: AdapterOptions) -> None:
+    """Raise ConfigError for parsers and adapters that do not exist, and for adapters that are off."""
+    refuse_wrong_formats(settings)
+    from candle_vllm.server.settings.adapters import read_specs  # slow import, needed only here
+
+    if (settings.lora_modules or settings.lora_warmup) and not settings.enable_lora:
+        raise UsageError(f"{'--lora-modules' if settings.lora_modules else '--lora-warmup'} needs --enable-lora")
+    for spec in read_specs(settings.lora_modules):
+        if not (path := Path(spec.path).expanduser()).exists():
+            where = without_secrets(str(path), alone=True)
+            raise UsageError(f"the adapter {spec.name!r:.200} of --lora-modules cannot be loaded: there is no {where}")
+
+
 def thinking_settings(settings: FormatOptions) -> dict[str, Any]:
     """Return the limit on reasoning as arguments of an API adapter."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
@@ -159,8 +173,7 @@ def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any)
     options = [BY_NAME[field.name] for field in dataclasses.fields(settings)]
     values = {option.engine: getattr(settings, option.name) for option in options if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
-    alone = (settings.tensor_parallel_size or 1) == 1  # tensor parallelism reports a missing torch itself
-    if settings.enforce_eager and alone and importlib.util.find_spec("torch") is None:
+    if settings.enforce_eager and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
     if settings.mem is not None:
