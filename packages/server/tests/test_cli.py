@@ -641,7 +641,7 @@ def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[st
         (["--lora-modules", "a=/nope/tone"], "--lora-modules needs --enable-lora"),
         (
             ["--lora-modules", "a=/nope/tone", "--enable-lora"],
-            "a of --lora-modules cannot be loaded: there is no /nope/tone",
+            "'a' of --lora-modules cannot be loaded: there is no /nope/tone",
         ),
         (["--mcp-execute"], "mcp_execute needs MCP servers"),
         (["--m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
