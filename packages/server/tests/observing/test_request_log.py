@@ -182,7 +182,7 @@ def test_a_torn_line_of_a_log_file_is_ended(tmp_path: Path, capsys: pytest.Captu
     """A full disk takes a part of a line; the next record must not be joined with it."""
     path = tmp_path / "log"
     handler = LogFile(path, encoding="utf-8")
-    handler.setFormatter(log_formatter("json"))
+    handler.setFormatter(LogFormatter("json"))
     said = logging.LogRecord("n", logging.INFO, "p", 1, "hello", (), None)
     handler.close()
     handler.stream = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
