@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, threads
 from candle_vllm.core.assembly import packed_cache
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.devices import CPU
@@ -27,6 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, map
 from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from packages.core.tests.toy_gguf import write_toy_gguf
+from tests.waiting import PATIENCE
 
 CONFIG = toy_config("llama", head_dim=32, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
 SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 1}
@@ -233,6 +235,28 @@ def test_files_used_least_recently_make_room(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "new.weights").exists()
 
 
+def test_parts_of_ended_processes_are_deleted(model: Path, folder: Path) -> None:
+    right = load(model, folder)
+    (file,) = kept(folder)
+    left, running = (file.with_name(f"{name}.weights.1.1.tmp") for name in ("left", "running"))
+    for part in (left, running):
+        part.write_bytes(bytes(100))
+    os.utime(left, (time.time() - 61, time.time() - 61))
+    assert same(load(model, folder), right)  # a start that writes nothing
+    assert kept(folder) == sorted([file, running])
+
+
+def test_a_process_saves_weights_before_it_leaves_daemon_threads(model: Path, folder: Path, huge: bool) -> None:
+    if not huge:
+        pytest.skip("the process asks the system")
+    program = (
+        f"{PROGRAM}\nimport threading, time\nthreading.Thread(target=time.sleep, args=(99,), daemon=True).start()\n"
+    )
+    program += "from candle_vllm.server.interrupts import leave\nleave(7)"
+    assert subprocess.run([sys.executable, "-c", program, str(model), str(folder)], timeout=120).returncode == 7
+    assert [path.suffix for path in kept(folder)] == [".weights"]
+
+
 def test_two_processes_at_once(model: Path, folder: Path, packings: list[str], huge: bool) -> None:
     if not huge:
         pytest.skip("the processes ask the system")
@@ -247,21 +271,29 @@ def test_two_processes_at_once(model: Path, folder: Path, packings: list[str], h
 def test_a_process_that_ends_gives_a_file_up(
     model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    at_end, monkey = list[Any](), monkeypatch
-    monkey.setattr(packed_file, "_PATIENCE", 0)
-    monkey.setattr(packed_file.atexit, "register", lambda end, thread: at_end.append((end, thread)))
+    """A file that would take too long is given up as soon as its first bytes show it."""
+    given_up = threading.Event()
 
-    def is_long(*_: object) -> bool:
-        while not at_end[0][0].__self__._ends:
-            time.sleep(0.001)
-        return True
+    def slow(_: object) -> Iterator[np.ndarray]:
+        yield np.zeros(1, np.uint8)
+        given_up.wait(PATIENCE)
+        yield np.zeros(1, np.uint8)
 
-    monkey.setattr(packed_file, "make_room", is_long)
+    monkeypatch.setattr(packed_file, "_PATIENCE", 10 * PATIENCE)
+    monkeypatch.setattr(packed_file, "_chunks", slow)
+    monkeypatch.setattr(
+        packed_file.PackedFile,
+        "_ends",
+        property(lambda _: given_up.is_set(), lambda _, ends: ends and given_up.set()),
+        raising=False,
+    )
     config = EngineConfig(model=str(model), **SETTINGS, packed_cache=str(folder))
     load_any_model(config, CPU, lambda *_: None)
-    ((end, thread),) = at_end
-    end(thread)
+    ((thread, end),) = threads.AT_EXIT.items()
+    end()
+    assert given_up.is_set()
     assert not thread.is_alive()
+    assert not threads.AT_EXIT
     assert not list(folder.glob("*/*"))
     assert "the process ended before the file was written" in caplog.text
 

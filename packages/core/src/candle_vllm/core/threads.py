@@ -12,7 +12,7 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
@@ -202,6 +202,9 @@ def collector_paused() -> Iterator[None]:
 def _freeze_objects() -> None:
     if "triton" not in sys.modules:  # Triton prints a line for each of its objects that was not collected
         gc.freeze()
+
+
+AT_EXIT: dict[threading.Thread, Callable[[], None]] = {}  # writers of files, and how to end them before `os._exit`
 
 
 def process_state(pid: int) -> tuple[str, float] | None:

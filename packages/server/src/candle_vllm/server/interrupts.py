@@ -53,11 +53,16 @@ def say_stopped(what: str = "") -> None:
 def leave(status: int) -> int:
     """End the process if daemon threads still run, such as one that loads a model which nobody waits for.
 
-    They would go on while the interpreter deletes the objects that they use. Without such threads, return the status.
+    They would go on while the interpreter deletes the objects that they use. Threads that write files end first.
+    Without such threads, return the status.
     """
     if any(thread.daemon for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
+        from candle_vllm.core.threads import AT_EXIT
+
+        for end in list(AT_EXIT.values()):
+            end()
         os._exit(status)
     return status

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +39,7 @@ from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import MAPPED, WeightMemory
 from candle_vllm.core.quantization.tensors import Backend, StoredTensor
-from candle_vllm.core.threads import LOADED_PART, read_or_nothing
+from candle_vllm.core.threads import AT_EXIT, LOADED_PART, read_or_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ _HUGE = 2 << 20  # bytes of a huge page; the first matrix begins at a multiple
 _WRITTEN = 32 << 20  # bytes of a write, so large that Linux caches the file in huge pages
 _SUMMED = 1 << 17  # 64-bit words of which `checksum` computes one sum
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14 and newer
-_DAY = 24 * 3600
-_PATIENCE = 10  # seconds that the end of a process waits for a file
+_SILENCE = 60  # seconds after its last write from which a part was left by an ended process
+_PATIENCE = 10.0  # seconds that the end of a process may wait for a file
 
 
 class PackedFile:
@@ -66,6 +66,7 @@ class PackedFile:
         self._all: dict[str, tuple[Any, Any, str | None]] = {}  # source, matrix, why it was decoded
         self._memories: set[WeightMemory] = set()
         self._lacking, self._ends = False, False
+        self._written = 0  # bytes
         self._open()
 
     def pack(self, stored: StoredTensor, backend: RecordedBackend) -> tuple[Any, str | None]:
@@ -91,9 +92,11 @@ class PackedFile:
             thread = threading.Thread(target=self._write, args=(size,), name="packed-weights", daemon=True)
             for memory in self._memories:
                 memory.writer = thread
-            atexit.register(self._end, thread)
+            AT_EXIT[thread] = atexit.register(partial(self._end, thread, size, time.monotonic()))
             thread.start()
         else:
+            with suppress(OSError):
+                make_room(self._path, 0)  # deletes leftover parts
             how = "mapped" if self._huge else "read"
             logger.info("packed weights: %.1f MB %s from %s", size / 1e6, how, self._path.parent)
 
@@ -146,11 +149,18 @@ class PackedFile:
         np.copyto(data, raw)
         return made(**fields, data=data.reshape(tiles, -1)), entry["why"]
 
-    def _end(self, thread: threading.Thread) -> None:
-        """When the process ends, wait some seconds for the thread that writes the file, then stop it."""
-        thread.join(_PATIENCE)
-        self._ends = True
-        thread.join()
+    def _end(self, thread: threading.Thread, size: int, began: float) -> None:
+        """When the process ends, wait for the file if that takes some seconds only; otherwise give it up at once."""
+        last = time.monotonic() + _PATIENCE
+        try:
+            rest = 0.0
+            while thread.is_alive() and time.monotonic() + rest < last:
+                thread.join(0.1)
+                if self._written:
+                    rest = (size - self._written) * (time.monotonic() - began) / self._written
+        finally:
+            self._ends = True
+            thread.join()
 
     def _write(self, size: int) -> None:
         """Write the file atomically; on an error, log a warning and leave no file."""
@@ -175,7 +185,7 @@ class PackedFile:
                 for chunk in _chunks([head, *(matrix.data.reshape(-1) for _, (_, matrix, _) in every)]):
                     if self._ends:
                         raise InterruptedError("the process ended before the file was written")
-                    file.write(chunk.data)
+                    self._written += file.write(chunk.data)
             part.replace(self._path)
             said = "packed weights: %.1f MB saved in %s (--packed-cache off saves none)"
             logger.info(said, size / 1e6, self._path.parent)
@@ -185,7 +195,7 @@ class PackedFile:
                 part.unlink(missing_ok=True)
         finally:
             self._all.clear()
-            atexit.unregister(self._end)
+            atexit.unregister(AT_EXIT.pop(threading.current_thread()))
 
 
 PACKED: ContextVar[PackedFile | None] = ContextVar("PACKED", default=None)
@@ -202,15 +212,17 @@ def pack(stored: StoredTensor, backend: Backend[tuple[Any, str | None]]) -> tupl
 
 def make_room(path: Path, size: int) -> bool:
     """Delete the least recently used files until a file of `size` bytes fits; False, with a log line, if it cannot."""
-    files, now = list[tuple[float, int, Path]](), time.time()
+    files, total, now = list[tuple[float, int, Path]](), 0, time.time()
     for each in path.parent.iterdir():
         with suppress(FileNotFoundError):  # another process may be deleting the same files
             info = each.lstat()
-            if each.suffix == ".tmp" and info.st_mtime < now - _DAY:  # left by a process that was killed
+            if each.suffix == ".tmp" and info.st_mtime < now - _SILENCE:
                 each.unlink()
+            elif each.suffix == ".tmp":
+                total += info.st_size
             elif each.suffix == SUFFIX and each != path and stat.S_ISREG(info.st_mode):
                 files.append((info.st_mtime, info.st_size, each))
-    total = sum(count for _, count, _ in files)
+    total += sum(count for _, count, _ in files)
     most = min(MOST_BYTES, (shutil.disk_usage(path.parent).free + total) // 2)
     if size > most:
         logger.info(
