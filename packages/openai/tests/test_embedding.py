@@ -51,7 +51,13 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.fair_threads import asker
 from candle_vllm.openai.protocol.cohere import CohereEmbedRequest
-from candle_vllm.openai.protocol.embeddings import MAX_DESCRIBED, EmbeddingRequest, ModerationRequest, moderated
+from candle_vllm.openai.protocol.embeddings import (
+    MAX_DESCRIBED,
+    EmbeddingRequest,
+    LlamaEmbedding,
+    ModerationRequest,
+    moderated,
+)
 from candle_vllm.openai.protocol.pooling import (
     MAX_INPUTS,
     MAX_PAIRS,
@@ -613,6 +619,10 @@ async def test_each_token_has_a_vector_of_its_own() -> None:
     assert len((await pool(plain, task="embed"))[0]) == SIZE
     jina = await EmbeddingAdapter(plain).embed(parse_embedding_request({"input": "ab", "return_multivector": True}))
     assert jina.data[0].embedding == WANTED
+    assert LlamaEmbedding.of(jina.data[0]).embedding == WANTED
+    assert LlamaEmbedding.of(packed.data[0]).embedding == packed.data[0].embedding
+    asked = [parse_embedding_request({"content": "ab", **more}) for more in ({}, {"normalize": False})]
+    assert [each.pooling_params().normalize for each in asked] == [True, False]
     for of, task in ((engine, "embed"), (plain, "classify"), (plain, "token_classify")):
         with pytest.raises(InvalidParameterError, match=f", not {task}") as caught:
             await pool(of, task=task)

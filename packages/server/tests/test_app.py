@@ -649,8 +649,8 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
 
 def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) -> None:
     with start().http() as client:
-        for path, here in (("/generate", "/v1/completions"), ("/embedding", "/v1/embeddings")):
-            assert f"; the route for this is {here}." in client.post(path, json={}).json()["error"]["message"]
+        message = client.post("/generate", json={}).json()["error"]["message"]
+        assert "; the route for this is /v1/completions." in message
         assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
         message = client.post("/v1/audio/transcriptions").json()["error"]["message"]
         assert message == "There is no route '/v1/audio/transcriptions' here."

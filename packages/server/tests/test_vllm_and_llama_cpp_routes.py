@@ -131,6 +131,44 @@ def test_pooling_is_an_embedding_in_other_words(start: Callable[..., Any]) -> No
             assert struct.unpack(f">{len(numbers)}f", alone.content[: 4 * len(numbers)]) == numbers
 
 
+def test_embeddings_in_llama_cpps_form(start: Callable[..., Any]) -> None:
+    with start(PacedEngine()).http() as client:
+        wanted = client.post("/v1/embeddings", json={"input": ["one", "two"], "normalize": True}).json()["data"]
+        form = [{"index": each["index"], "embedding": [each["embedding"]]} for each in wanted]
+        for path in ("/embedding", "/embeddings", "/v1/embeddings"):
+            assert client.post(path, json={"content": ["one", "two"]}).json() == form, path
+        assert client.post("/embeddings", json={"input": "one", "normalize": True}).json()["data"] == wanted[:1]
+        assert client.post("/embedding", json={"input": "one"}).json() == form[:1]
+        raw = client.post("/v1/embeddings", json={"input": "one", "normalize": False}).json()["data"][0]["embedding"]
+        plain = client.post("/embedding", json={"content": "one", "normalize": False}).json()[0]["embedding"]
+        assert plain == [raw] != form[0]["embedding"]
+        for body, param in (
+            ({"content": []}, "content"), ({"content": ["a", ""]}, "content.1"),
+            ({"content": "a", "input": "b"}, "input"), ({"content": "a", "embd_normalize": -1}, "embd_normalize"),
+        ):  # fmt: skip
+            refused = client.post("/embedding", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/completion", {"prompt": "a", "n_predict": 1}),
+        ("/tokenize", {"content": "a"}), ("/embedding", {"content": "a"}), ("/apply-template", {"messages": MESSAGES}),
+    ],
+)  # fmt: skip
+def test_llama_cpps_own_routes_need_no_content_type(start: Callable[..., Any], path: str, body: Any) -> None:
+    """As llama-server's; a page of another origin is refused by its origin."""
+    with start(PacedEngine()).http() as client:
+        content = json.dumps(body).encode()
+        page = {"origin": "https://elsewhere.example"}
+        assert client.post(path, content=content, headers=page).status_code == 403
+        assert client.post(path, content=content).status_code == 200
+        curls = {"content-type": "application/x-www-form-urlencoded"}
+        assert client.post(path, content=content, headers=curls).status_code == 200
+        assert client.post("/v1/completions", content=content).status_code == 415
+
+
 def test_classes_of_texts(start: Callable[..., Any]) -> None:
     running = start(ScriptedEngine(tasks=("classify",)))
     with running.http() as client:

@@ -68,11 +68,11 @@ class EmbeddingEngineLike(Protocol):
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> embeddings.EmbeddingRequest:
     """Parse and validate an embedding request, given as a body or an object; raises `RequestError`."""
     value = decode_json(body) if isinstance(body, bytes) else body
-    chat = isinstance(value, Mapping) and value.get("messages") is not None and value.get("input") is None
-    return parse_body(
-        embeddings.EmbeddingChatRequest if chat else embeddings.EmbeddingRequest,
-        value if isinstance(value, Mapping) else body,
-    )
+    kind = embeddings.EmbeddingRequest
+    if isinstance(value, Mapping) and value.get("input") is None:
+        forms = (("messages", embeddings.EmbeddingChatRequest), ("content", embeddings.ContentRequest))
+        kind = next((form for name, form in forms if value.get(name) is not None), kind)
+    return parse_body(kind, value if isinstance(value, Mapping) else body)
 
 
 parse_pooling_request = partial(parse_body, embeddings.PoolingRequest)
@@ -170,10 +170,10 @@ class EmbeddingAdapter:
         request: embeddings.EmbeddingRequest,
         request_id: str,
         params: PoolingParams,
-        field: str = "input",
+        field: str | None = None,
         prompt: Any = None,
     ) -> list[EmbeddingOutput]:
-        more = self._more(request, request_id)
+        more, field = self._more(request, request_id), field or request.texts
         if prompt is None:  # tokenizing many texts would block the event loop
             texts = prompts = await self._work.prepare(self._tokens, request, field)
         else:

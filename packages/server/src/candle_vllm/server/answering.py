@@ -26,7 +26,7 @@ from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptio
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.request_context import begin_generation
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import caller_of, route_path
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
@@ -34,6 +34,8 @@ from candle_vllm.server.outliving import MailboxWriter, StoredForm
 from candle_vllm.server.settings.table import RequestOptions
 
 JSON = "application/json"
+UNTYPED = ("/completion", "/completions", "/infill", "/tokenize", "/detokenize", "/apply-template", "/embedding")
+"""Routes of llama.cpp's server, which needs no content type; `OriginMiddleware` refuses pages of other origins."""
 
 
 def with_defaults(wire: Any, values: Mapping[str, Any]) -> Any:
@@ -235,7 +237,8 @@ def deadline_of(request: Request) -> float:
 
 
 async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool = True) -> Any:
-    """Return the validated body of a request; `typed` as in `parse_request`."""
+    """Return the validated body of a request; `typed` as in `parse_request`, and never for llama.cpp's own routes."""
+    typed = typed and route_path(request.scope) not in UNTYPED
     most = request.app.state.settings.max_body_mb << 20
     return await parse_request(request.scope, request.receive, most, parse, typed=typed)
 
@@ -243,7 +246,7 @@ async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool
 def texts_of(wire: Any) -> int:
     """Return the number of texts in a request for embeddings or scores; each is one sequence of the engine."""
     pairs = getattr(wire, "pairs", None)
-    texts = pairs or next((value for name in ("input", "documents") if (value := getattr(wire, name, None))), ())
+    texts = pairs or next(filter(None, (getattr(wire, name, None) for name in ("input", "content", "documents"))), ())
     many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
     return len(texts) if many else 1
 

@@ -7,7 +7,8 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema, field_validator
 
@@ -195,6 +196,11 @@ class _Asked(fields.WireModel):
         """Seconds for which the model stays loaded; None uses the operator's setting."""
         return None if self.keep_alive is None else seconds_of(self.keep_alive)
 
+    @property
+    def loads(self) -> bool:
+        """Whether the request only asks to load the model."""
+        return not any(getattr(self, name, None) for name in ("messages", "prompt", "suffix", "input"))
+
     def sampling(self) -> dict[str, Any]:
         """Return the options under their names in `SamplingParams`."""
         return {} if self.options is None else self.options.sampling()
@@ -316,11 +322,6 @@ class ChatRequest(_Generating):
         check_chat_tools(tools)
         return tools
 
-    @property
-    def loads(self) -> bool:
-        """Whether the request only asks to load the model."""
-        return not self.messages
-
 
 class GenerateRequest(_Generating):
     """A prompt to answer: `POST /api/generate`. A request without a prompt only loads the model.
@@ -365,17 +366,8 @@ class GenerateRequest(_Generating):
             raise fields.invalid("", "cannot be combined with suffix: a gap is filled without an earlier answer")
         return value
 
-    @property
-    def loads(self) -> bool:
-        """Whether the request only asks to load the model."""
-        return not self.prompt and not self.suffix
-
 
 _Text = Annotated[str, Field(min_length=1)]
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class EmbedRequest(_Asked):
@@ -390,16 +382,11 @@ class EmbedRequest(_Asked):
     input: Annotated[
         list[_Text],
         Field(max_length=MAX_INPUTS, fail_fast=True),
-        BeforeValidator(_listed),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ]
     truncate: bool | None = None
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
-
-    @property
-    def loads(self) -> bool:
-        """Whether the request only asks to load the model."""
-        return not self.input
 
 
 class EmbeddingsRequest(_Asked):
@@ -407,19 +394,7 @@ class EmbeddingsRequest(_Asked):
 
     prompt: str | None = None
 
-    @property
-    def loads(self) -> bool:
-        """Whether the request only asks to load the model."""
-        return not self.prompt
 
-
-_Request = TypeVar("_Request", bound=fields.WireModel)
-
-
-def ollama_parser(kind: type[_Request]) -> Any:
+def ollama_parser(kind: type[fields.WireModel]) -> Any:
     """Return a parser of request bodies (bytes or objects), which raises `RequestError`."""
-
-    def parse(body: bytes | Mapping[str, Any]) -> _Request:
-        return parse_body(kind, body)
-
-    return parse
+    return partial(parse_body, kind)

@@ -30,6 +30,7 @@ EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     **_without(POOLING_REFUSED_FIELDS, *CutFields.model_fields, "truncate", "use_activation"),
     "messages": Refusal("a request has an input or messages"),
     "output_dtype": Refusal("use embed_dtype with encoding_format", ("float", "float32")),
+    "embd_normalize": Refusal("send normalize, where true is 2 and false is -1"),
 }
 
 
@@ -64,6 +65,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
     own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
+    texts: ClassVar[str] = "input"  # field of the texts
 
     input: Input
     encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
@@ -117,7 +119,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The inputs as a list with one entry for each text."""
-        return _entries(self.input)
+        return _entries(getattr(self, self.texts))
 
     def cut(self, otherwise: Literal["left", "right"]) -> Cut | None:
         """Return how inputs that are too long are truncated; see `CutFields.cut`."""
@@ -156,6 +158,23 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
         names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
         opened = bool(self.add_generation_prompt)
         return {name: getattr(self, name) for name in names} | {"add_generation_prompt": opened, "max_tokens": 1}
+
+
+class ContentRequest(EmbeddingRequest):
+    """Texts to embed, in llama.cpp's form: `content` is its name of `input`, and vectors have length 1 by default."""
+
+    texts: ClassVar[str] = "content"
+
+    input: None = None  # type: ignore[assignment]
+    content: Input
+    encoding_format: Literal["float", "base64"] | None = None  # type: ignore[assignment]
+    normalize: bool | None = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_input(cls, data: Any) -> Any:
+        named = isinstance(data, dict) and data.get("content") is None and "input" in data
+        return {**data, "content": data["input"], "input": None} if named else data
 
 
 class ActivationFields(WireModel):
@@ -278,6 +297,19 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True):
 
 class EmbeddingList(Listed[Embedding], frozen=True, kw_only=True):
     """Embeddings in the order of the texts."""
+
+
+class LlamaEmbedding(msgspec.Struct, frozen=True, kw_only=True):
+    """Embedding of one text in llama.cpp's form: a list with its vector, or with one vector for each token."""
+
+    index: int
+    embedding: list[float | list[float] | str]
+
+    @classmethod
+    def of(cls, each: Embedding) -> Self:
+        """Convert an embedding in OpenAI's form."""
+        flat = isinstance(each.embedding, str) or isinstance(next(iter(each.embedding), None), float)
+        return cls(index=each.index, embedding=cast("Any", [each.embedding] if flat else each.embedding))
 
 
 PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]

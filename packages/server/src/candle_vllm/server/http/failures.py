@@ -158,7 +158,7 @@ def _log(what: str, failure: Exception) -> None:
         logger.error("%s", what, exc_info=failure)
 
 
-_ROUTES_HERE = {"/generate": "/v1/completions", "/embedding": "/v1/embeddings"}
+_ROUTES_HERE = {"/generate": "/v1/completions", "/models/load": "/v1/models/load"}
 """Routes of other servers that this server does not have, because its responses differ, and the route to use."""
 
 

@@ -13,29 +13,41 @@ from starlette.responses import Response
 
 from candle_vllm.openai import EmbeddingList, EmbeddingRequest, Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
+from candle_vllm.openai.protocol import embeddings as wires
 from candle_vllm.openai.protocol.cohere import CohereEmbeddings, CohereEmbedRequest
-from candle_vllm.openai.protocol.embeddings import EmbeddingChatRequest, Moderation, ModerationRequest
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import answer_with
+from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.openapi.operation import QUEUED, Operation, routing
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
-_TEXT = {"input": "The sky is blue."}
-_TEXTS_OR_CHAT = (EmbeddingRequest, EmbeddingChatRequest)
+_TEXT, _CONTENT = {"input": "The sky is blue."}, {"content": "The sky is blue."}
+_TEXTS_OR_CHAT = (EmbeddingRequest, wires.EmbeddingChatRequest)
 
 
 @route("POST /v1/embeddings", body=_TEXTS_OR_CHAT, example=_TEXT, answer=EmbeddingList, octets=True)
 async def create_embedding(request: Request) -> Response:
-    """Embeddings of texts."""
-    return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
+    """Embeddings of texts; if the body has `content` instead of `input`, in llama.cpp's form."""
+    return await answer_with(request, parse_embedding_request, _embedded)
 
 
-@route("POST /v1/moderations", body=ModerationRequest, example=_TEXT, answer=Moderation)
+@route("POST /embedding", body=wires.ContentRequest, example=_CONTENT, answer=wires.LlamaEmbedding, bare=True)
+async def llama_embedding(request: Request) -> Response:
+    """Embeddings of texts, in llama.cpp's form."""
+    return await answer_with(request, functools.partial(parse_body, wires.ContentRequest), _embedded)
+
+
+async def _embedded(model: ServedModel, wire: EmbeddingRequest) -> EmbeddingList | list[wires.LlamaEmbedding]:
+    made = await model.adapter.embed(wire)
+    return list(map(wires.LlamaEmbedding.of, made.data)) if isinstance(wire, wires.ContentRequest) else made
+
+
+@route("POST /v1/moderations", body=wires.ModerationRequest, example=_TEXT, answer=wires.Moderation)
 async def create_moderation(request: Request) -> Response:
     """Harm categories of texts, from a classifier model."""
-    parse = functools.partial(parse_body, ModerationRequest)
+    parse = functools.partial(parse_body, wires.ModerationRequest)
     return await answer_with(request, parse, lambda model, wire: model.adapter.moderate(wire))
 
 
