@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import quants
 
+from candle_vllm.core.assembly.opening import stored_types
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.torch_numbers import DTYPES, tensor_of
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
+from candle_vllm.core.quantization.ggml_types import FILE_TYPES, GGML_QUANT_SIZES, GGMLQuantizationType
 
 T = GGMLQuantizationType
 NOT_IN_LIBRARY = {T.Q8_1, T.Q8_K, *(t for t in T if t.name == "Q1_0")}
@@ -154,3 +158,23 @@ def test_the_types_are_those_of_the_gguf_package() -> None:
     theirs = {kind.name: (int(kind), gguf.GGML_QUANT_SIZES[kind]) for kind in gguf.GGMLQuantizationType}
     ours = {kind.name: (int(kind), GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType}
     assert ours.items() >= theirs.items(), "a newer release knows types that belong into ggml_types.py"
+    files = {int(kind): kind.name.removeprefix("MOSTLY_") for kind in gguf.LlamaFileType}
+    assert dict(FILE_TYPES) == {number: name for number, name in files.items() if name not in _NOT_QUANTISED}
+
+
+_NOT_QUANTISED = ("ALL_F32", "F16", "BF16", "GUESSED")
+
+
+@pytest.mark.parametrize(
+    ("number", "named"),
+    [
+        (15, "Q4_K_M (Q5_0 x 2, F32 x 3)"),
+        (8, "Q5_0 x 2, F32 x 3"),
+        (1024, "Q5_0 x 2, F32 x 3"),
+        ([15], "Q5_0 x 2, F32 x 3"),
+    ],
+)
+def test_a_files_own_type_names_its_mixture(number: Any, named: str) -> None:
+    kinds = enumerate(["F32", "F32", "F32", "Q5_0", "Q5_0"])
+    tensors: Any = SimpleNamespace(tensors={place: SimpleNamespace(type_name=kind) for place, kind in kinds})
+    assert stored_types(tensors, {"general.file_type": number}) == named

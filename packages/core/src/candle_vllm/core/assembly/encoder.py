@@ -175,7 +175,7 @@ def _load_encoder(
         pooling=pooling,
         head=head,
         max_model_len=limit,
-        quantization=stored_types(checkpoint),
+        quantization=stored_types(checkpoint, opened.metadata),
         num_parameters=sum(tensor.numel for tensor in tensors),
         weight_bytes=weight_bytes,
         files=paths,

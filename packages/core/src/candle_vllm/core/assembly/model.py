@@ -77,7 +77,7 @@ class Loaded:
         default_sampling: sampling defaults of the model's generation config; its maximum answer length is "max_tokens".
         pooling: how hidden states are pooled; None for a cross-encoder that computes its head itself.
         head: layers after the pooling; None without such layers.
-        quantization: stored tensor types with the number of tensors of each; None if all tensors are plain.
+        quantization: stored tensor types with their counts, after a GGUF file's own type; None if all are plain.
         num_parameters: number of stored elements.
         weight_bytes: stored bytes of the weights.
         split: parts of the model that are not in GPU memory; None if everything is in one place.
@@ -333,7 +333,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         default_sampling=default_sampling,
         pooling=pooling,
         head=head,
-        quantization=stored_types(stored),
+        quantization=stored_types(stored, opened.metadata if config.isq is None else {}),
         num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
         split=split,

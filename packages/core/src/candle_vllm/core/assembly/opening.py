@@ -21,6 +21,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.models.registry import tower_family
+from candle_vllm.core.quantization.ggml_types import FILE_TYPES
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -129,9 +130,13 @@ def open_tokenizer(config: EngineConfig, files: ModelFiles, metadata: Mapping[st
         return fit_tokenizer(tokenizer, rows, source)
 
 
-def stored_types(checkpoint: Checkpoint) -> str | None:
-    """Return the stored types with their counts, most frequent first; None if all are plain floats."""
+def stored_types(checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> str | None:
+    """Return the stored types with their counts, after the type that a GGUF file states; None if all are plain."""
     kinds = Counter(tensor.type_name for tensor in checkpoint.tensors.values())
-    if set(kinds) <= {"F32", "F16", "BF16", "F64", "I64"}:  # I64 tensors are buffers
+    plain = {"F32", "F16", "BF16", "F64", "I64"}  # I64 tensors are buffers
+    if set(kinds) <= plain:
         return None
-    return ", ".join(f"{kind} x {count}" for kind, count in kinds.most_common())
+    most = sorted(kinds.most_common(), key=lambda each: each[0] in plain)
+    types = ", ".join(f"{kind} x {count}" for kind, count in most)
+    named = FILE_TYPES.get(number) if isinstance(number := metadata.get("general.file_type"), int) else None
+    return types if named in (None, most[0][0]) else f"{named} ({types})"

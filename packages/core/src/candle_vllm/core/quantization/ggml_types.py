@@ -67,3 +67,10 @@ GGML_QUANT_SIZES: Mapping[GGMLQuantizationType, tuple[int, int]] = MappingProxyT
     }
 )  # fmt: skip
 """Elements and bytes of a block; (1, bytes of an element) for plain types."""
+
+
+_FILES = """
+Q4_0 Q4_1 - - - Q8_0 Q5_0 Q5_1 Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K IQ2_XXS IQ2_XS Q2_K_S IQ3_XS
+IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ3_M IQ2_S IQ2_M IQ4_XS IQ1_M - - - - TQ1_0 TQ2_0 MXFP4_MOE NVFP4 Q1_0"""
+FILE_TYPES: Mapping[int, str] = MappingProxyType({n: name for n, name in enumerate(_FILES.split(), 2) if name != "-"})
+"""Names of quantised files, by their `general.file_type`; a name may stand for a mixture of types, such as Q4_K_M."""

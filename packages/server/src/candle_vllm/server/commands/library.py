@@ -93,11 +93,8 @@ def show(settings: AdapterOptions, name: str) -> int:
         rows += [("memory", str(room_of(settings, plan.weight_bytes)))]
         _table(None, rows)
         return 0
-    rows += [
-        ("name", local.name),
-        ("on this machine", size(local.size)),
-        ("memory", str(room_of(settings, local.size))),
-    ]
+    rows += [("name", local.name), ("on this machine", size(local.size))]
+    rows += [("memory", str(room_of(settings, local.size)))]
     return _shown(local.settings(settings), rows)
 
 
@@ -107,10 +104,9 @@ def _shown(chosen: ModelOptions, rows: list[tuple[str, str]]) -> int:
     except CandleVllmError as error:
         rows.append(("cannot be served", str(error)))
     else:
-        can = [*known.tasks, *["tools"] * known.tools, *["thinking"] * known.thinks]
         rows += [("architecture", known.architecture), ("format", known.format)]
         rows += [("parameters", f"{known.num_parameters:,}"), ("quantization", known.quantization)]
-        rows += [("context", f"{known.context:,} tokens"), ("can", ", ".join(can))]
+        rows += [("context", f"{known.context:,} tokens"), ("capabilities", ", ".join(known.capabilities))]
         rows += [(field, str(value)) for field, value in known.sampling.items()]
     _table(None, [(field, value) for field, value in rows if value not in ("", "0", "0 tokens")])
     return 0
@@ -156,10 +152,8 @@ def ps(settings: ListenerOptions) -> int:
         raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
     if answer.status_code != 200:
         raise UsageError(f"the server at {address.url} refused the request: {told.get('error')}")
-    rows = [
-        (each["name"], size(each["size"]), _where(each), f"{each['context_length']:,}", _until(each["expires_at"]))
-        for each in told["models"]
-    ]
+    rows = [(each["name"], size(each["size"]), "GPU" if each["size_vram"] else "CPU", f"{each['context_length']:,}",
+             _until(each["expires_at"])) for each in told["models"]]  # fmt: skip
     _table(("NAME", "SIZE", "DEVICE", "CONTEXT", "UNTIL"), rows)
     return 0
 
@@ -171,10 +165,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def _where(model: dict[str, Any]) -> str:
-    return "GPU" if model["size_vram"] else "CPU"
 
 
 def _until(expires: str) -> str:

@@ -44,6 +44,13 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     template: str | None = None
     sampling: Mapping[str, Any] = {}
 
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model can do, in Ollama's terms: completion, embedding, rerank, tools, thinking, vision."""
+        names = {"generate": "completion", "embed": "embedding", "score": "rerank"}
+        more = {"tools": self.tools, "thinking": self.thinks, "vision": self.sees}
+        return *(names[task] for task in self.tasks if task in names), *(name for name, has in more.items() if has)
+
 
 def file_bytes(settings: ModelOptions) -> int:
     """Return the size of a model's weight files in bytes; 0 if they are not on this machine."""

@@ -38,7 +38,6 @@ API_VERSION = "0.12.11"
 """The version of Ollama whose API this is; clients select features by it."""
 
 _FAR = 253370764800  # Unix seconds of the first day of 9999
-_CAN = {"generate": "completion", "embed": "embedding", "score": "rerank"}
 _AS_IT_IS = "it does not change the description of a model"
 
 
@@ -222,15 +221,13 @@ def _shown(slot: ModelSlot) -> Shown:
         about[f"{known.architecture}.context_length"] = known.context
     if slot.model is not None and (length := slot.model.engine.model_info.embedding_size):
         about[f"{known.architecture}.embedding_length"] = length
-    more = {"tools": known.tools, "thinking": known.thinks, "vision": known.sees}
-    can = [*(_CAN[task] for task in known.tasks if task in _CAN), *(name for name, has in more.items() if has)]
     return Shown(
         modelfile=f"# {name} as it is served; its settings are flags, or stand in models.yaml\nFROM {name}\n",
         parameters="\n".join(f"{field:30} {value}" for field, value in drawn.items()),
         template=UNSET if known.template is None else known.template,
         details=details(slot),
         model_info=about,
-        capabilities=tuple(can),
+        capabilities=known.capabilities,
         modified_at=rfc3339(slot.loaded_at or time.time()),
     )
 
