@@ -61,11 +61,11 @@ WRONG: dict[str, list[Any]] = {
     "max_cudagraph_capture_size": [-1, 1 << 15, "8", None, True],
     "deterministic": ["no", 1, None],
     "yarn_scaling_factor": [1, 0.5, 1025.0, "4", True, math.nan, math.inf],
-    "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],
+    "max_model_len": [0, True, 1.5, "8", "1.5k.", "64M", "-8K", 1 << 25, 10**5000],
     "max_num_seqs": [0, "8", True],
     "max_num_batched_tokens": [-1, "8"],
     "block_size": [0, 3, None, "8"],
-    "kv_cache_memory": [5, "1G", 1.5],
+    "kv_cache_memory": [5, "1X", 1.5],
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
     "state_cache_gb": ["a", -1, True, math.nan],
     "gpu_memory_utilization": ["a", 0, 1.01, True, math.nan],
@@ -80,7 +80,7 @@ WRONG: dict[str, list[Any]] = {
     "kv_offloading_size": ["a", 0, True, math.nan, 1 << 21],
     "prompt_cache_path": [5, True, ""],
     "prompt_cache_url": [5, True],
-    "prompt_cache_bytes": [5, "8G", 1 << 21],
+    "prompt_cache_bytes": [5, "8GB", 1 << 21],
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],
@@ -128,6 +128,12 @@ def test_a_mixture_is_no_type_to_quantise_to() -> None:
 def test_paths_may_be_texts_and_the_model_a_path() -> None:
     config = EngineConfig(model=Path("a") / "b", download_dir="c", tokenizer="d")  # type: ignore[arg-type]
     assert (config.model, config.download_dir, config.tokenizer) == (str(Path("a/b")), Path("c"), Path("d"))
+
+
+def test_sizes_may_be_texts_as_in_flags() -> None:
+    given: Any = {"max_model_len": "8K", "kv_cache_memory": "1.5G"}
+    config = EngineConfig(model="m", **given)
+    assert (config.max_model_len, config.kv_cache_memory) == (8192, 3 << 29)
 
 
 def test_a_token_is_not_shown() -> None:

@@ -80,8 +80,8 @@ def test_open_max_tokens_go_to_the_end_of_the_turn_in_lists_and_streams(engine: 
 @pytest.mark.parametrize(
     ("messages", "place", "said"),
     [
-        ("hi", "messages", "must be a list of messages, not str"),
-        (USER, "messages", "must be a list of messages, not dict"),
+        ("hi", "messages", 'must be a list of messages, such as [{"role": "user", "content": "Hello"}], not str'),
+        (USER, "messages", 'must be a list of messages, such as [{"role": "user", "content": "Hello"}], not dict'),
         ([], "messages", "must hold at least one message"),
         ([USER, "hi"], "messages[1]", "must be an object with role and content, not str"),
         ([{"content": "x"}], "messages[0].role", "is missing"),
@@ -95,7 +95,7 @@ def test_open_max_tokens_go_to_the_end_of_the_turn_in_lists_and_streams(engine: 
         ([{**CALL, "tool_calls": ["f"]}], "messages[0].tool_calls[0]", "must be an object, not str"),
         ([[USER], [USER, {"role": "user"}]], "messages[1][1].content", "is missing"),
         ([[USER], []], "messages[1]", "must hold at least one message"),
-        ([[USER], USER], "messages[1]", "must be a list of messages, not dict"),
+        ([[USER], USER], "messages[1]", "must be a list of messages, such as "),
     ],
 )
 def test_a_wrong_message_is_named_by_its_place(engine: InferenceEngine, messages: Any, place: str, said: str) -> None:
@@ -342,6 +342,8 @@ def test_wrong_kinds_are_our_own_errors(engine: InferenceEngine) -> None:
         engine.stream("x")
     with pytest.raises(TypeError, match=r"^score takes pairs, use_tqdm, lora_request: score\(\) takes 2"):
         given.score("a", ["b"])
+    with pytest.raises(TypeError, match=r"; the texts are one argument: score\(\[\(\"a\", \"b\"\)\]\)$"):
+        given.score("a", "b")
 
 
 def test_a_character_that_the_end_cuts_off_is_said_alike_in_pieces_and_whole(engine: InferenceEngine) -> None:

@@ -227,7 +227,7 @@ def test_the_cache_is_said_in_words_that_do_not_frighten(toy_model: Path, caplog
     (line,) = [message for message in caplog.messages if "KV cache" in message]
     assert f"room for {most * 64:,} tokens in blocks of 64; at most " in line
     assert f"all that 3 sequences of {info.max_model_len:,} tokens can need" in line
-    assert "reserved now, and allocated only as it fills" in line
+    assert "free), taken as the cache fills" in line
 
 
 def test_a_context_that_is_cut_is_a_warning_with_what_all_of_it_takes(

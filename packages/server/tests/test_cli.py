@@ -117,12 +117,14 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
     [
         (["--modle", "x"], "unknown flag --modle (did you mean --model?); see candle-vllm --help"),
         (["serve", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
+        (["chat", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
         (["serve", "-m", "nowhere.gguf", "-p", "0"], "there is no file or folder 'nowhere.gguf'"),
         (["generate", "hi", "-m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
         (["serve", "-p", "none"], "--p"),
         (["serve", "a", "--m", "b"], "unexpected argument 'a': a model is named with --m a"),
         (["--p", "0", "demo", "b"], "unexpected argument 'demo': a model is named with --m demo"),
         (["serv"], "unknown command 'serv' (did you mean serve?)"),
+        (["cp", "a", "b"], "there is no command 'cp': a model has further names by --served-model-name"),
         (["--m", "x", "chat"], "the command comes first (candle-vllm chat ...)"),
         (["bench", "--temperature", "1"], "--temperature does not apply to `candle-vllm bench`"),
         (["generate"], "the following arguments are required: PROMPT"),
@@ -136,7 +138,10 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["quantize", "a", "q4_k_m"], "unexpected argument 'a': candle-vllm quantize --m MODEL --isq q4k --out FILE"),
         (["bench", "forward", "--model", "a"], "there is no command 'bench forward': to measure: candle-vllm bench"),
         (["signin"], "there is no command 'signin': a token of Hugging Face is given by HF_TOKEN"),
-        (["chat", "hello"], "unexpected argument 'hello': one question is asked with candle-vllm generate --chat"),
+        (
+            ["chat", "hello you"],
+            "unexpected argument 'hello you': one question is asked with candle-vllm generate --chat",
+        ),
         (["chat", "--served-model-name", "n"], "does not apply to `candle-vllm chat`"),
         (["bench", "--served-model-name", "n"], "does not apply to `candle-vllm bench`"),
         (["bench", "--enable-prefix-caching"], "does not apply to `candle-vllm bench`"),
@@ -621,7 +626,8 @@ def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[st
     shown = _config(capsys, "--m", "nobody/nothing", "--device", "cpu")
     assert shown["max_model_len"] == {
         "value": "unknown",
-        "from": "derived: the model is not on this machine yet",
+        "from": "derived: the model is not on this machine yet; candle-vllm show nobody/nothing compares its size with "
+        "the memory, candle-vllm pull fetches it",
     }
     assert shown["max_num_seqs"]["value"] == 64
 
@@ -705,6 +711,8 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
     assert main(line) == 0
     said = capsys.readouterr().out
     assert re.fullmatch(r".*q\.gguf: \d+\.\d MB, (Q4_0 x \d+|F32 x \d+|Q8_0 x \d+|, )+\n", said), said
+    assert main(["quantize", "--m", str(out), "--isq", "q8_0", "--out", str(tmp_path / "more.gguf")]) == 0
+    assert "\nnot smaller than the model's files (" in capsys.readouterr().out
     assert main(["generate", "the", "--m", str(out), "--max-tokens", "3"]) == 0
     assert main(line) == 2
     assert "--force" in capsys.readouterr().err

@@ -175,6 +175,8 @@ def explained(**within: Iterable[str]) -> Callable[[Callable[P, R]], Callable[P,
                 said = f"{method.__name__} takes {', '.join(known)}: {error}".replace(
                     method.__qualname__, method.__name__
                 )
+                if method.__name__ in ("score", "ascore") and len(arguments) > 2:  # as of LLM.score
+                    said += f'; the texts are one argument: {method.__name__}([("a", "b")])'
                 raise TypeError(said) from None
 
         return call

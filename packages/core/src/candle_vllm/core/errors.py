@@ -29,7 +29,8 @@ from __future__ import annotations
 
 def with_extra(name: str) -> str:
     """Return the command that installs an extra, as the end of a sentence that says what is missing."""
-    return f"in the clone `uv run --extra {name} candle-vllm`, with its wheels pip install 'candle-vllm[{name}]'"
+    clone = f"in the clone `uv run --extra {name} candle-vllm` or `uv tool install '.[{name}]'`"
+    return f"{clone}, with its wheels pip install 'candle-vllm[{name}]'"
 
 
 class CandleVllmError(Exception):

@@ -211,7 +211,7 @@ def plan_cache(
     of_drafts = f" and {beside} B for drafts" if beside else ""
     terms = f"{_elements(specs, element_bytes)}{of_drafts}"
     of_token = f"; one token takes {terms} = {token_bytes} B" if token_bytes else ""
-    kept = ", reserved now, and allocated only as it fills" if room.as_it_fills else ""
+    kept = ", taken as the cache fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}{of_token}{of_windows}; context "

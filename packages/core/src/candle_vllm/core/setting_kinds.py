@@ -197,6 +197,8 @@ class Integer:
     whole: bool = False
 
     def taken(self, value: Any) -> int:
+        if self.units and isinstance(value, str) and value[:1].isdecimal() and not value[-1:].isdecimal():
+            return self.taken(self.from_text(value))  # "8K", as in flags
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
             raise ValueError(f"is not a whole number between {self.low} and {self.high}")
         if self.power_of_two and value & (value - 1):

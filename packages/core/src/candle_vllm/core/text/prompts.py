@@ -376,7 +376,8 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
 
 def _list_of(place: str, value: Any, what: str) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise _wrong(place, f"must be a list of {what}, not {_kind(value)}")
+        such = ', such as [{"role": "user", "content": "Hello"}]' if what == "messages" else ""
+        raise _wrong(place, f"must be a list of {what}{such}, not {_kind(value)}")
     return list(value)
 
 

@@ -187,7 +187,8 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         comes = HUB_ID.fullmatch(config.model) or "://" in config.model
         if settings.offline or not comes or Path(config.model).exists():
             raise
-        later = Derived("unknown", "derived: the model is not on this machine yet")
+        here = f"candle-vllm show {config.model} compares its size with the memory, candle-vllm pull fetches it"
+        later = Derived("unknown", f"derived: the model is not on this machine yet; {here}")
         return found | dict.fromkeys(_OF_MODEL, later)
     return found | _of_model(settings, config, files, device)
 
@@ -253,7 +254,7 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
     kept = f", {states.running} states and {states.checkpoints} checkpoints of states" if states.running else ""
     for pool in cache.windows:
         kept += f", {(pool.pages - 1) * config.block_size:,} tokens in layers with a window of {pool.window:,}"
-    words = f"derived: {room:,} tokens{kept}, reserved, and allocated as they fill"
+    words = f"derived: {room:,} tokens{kept}, taken as they fill"
     plain = "bf16" if model.placement.recorded else model.dtype
     both = Derived(plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived from kv_cache_dtype")
     found |= {
@@ -261,7 +262,7 @@ def _of_model(settings: ModelOptions, config: EngineConfig, files: ModelFiles, d
         "key_cache_dtype": both,
         "value_cache_dtype": both,
         "kv_cache_memory_bytes": Derived(size, words),
-        "mem": Derived(size >> 20, words),
+        "mem": Derived(size >> 20, f"MiB, {words}"),
     }
     if cache.max_model_len < model.config.max_position:
         found["max_model_len"] = Derived(cache.max_model_len, "derived: more tokens do not fit into the KV cache")

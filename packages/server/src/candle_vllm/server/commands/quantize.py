@@ -12,6 +12,7 @@ from typing import Any
 from candle_vllm.core.conversion import write_gguf, write_gguf_adapter
 from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.threads import LOADING_THREADS
+from candle_vllm.server.models.library import file_bytes
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.table import ModelOptions
@@ -47,6 +48,8 @@ def quantize(
             written = write_gguf(config, out, adapters=[_scaled(text) for text in lora], **options)
     types = ", ".join(f"{kind} x {count}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1]))
     sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:,.1f} MB, {types}\n")
+    if settings.isq is not None and lora_to_gguf is None and written.nbytes >= (before := file_bytes(settings)) > 0:
+        sys.stdout.write(f"not smaller than the model's files ({before / 1e6:,.1f} MB), which are quantised already\n")
     return 0
 
 

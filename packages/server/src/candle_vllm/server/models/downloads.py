@@ -118,14 +118,14 @@ def plan_pull(settings: HubOptions, name: str) -> Plan:
 
     named = read_name(name)
     if settings.offline:
-        raise PullError(f"{named} cannot be downloaded: the hub is not contacted (--offline)", "offline")
+        raise PullError(f"{named} is looked up on the hub, which is not contacted (--offline)", "offline")
     try:
         info = huggingface_hub.model_info(
             named.repo, revision=settings.revision, token=settings.hf_token, files_metadata=True, timeout=HUB_TIMEOUT_S
         )
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         raise refused_by_hub(settings, named.repo, error) or PullError(
-            f"{named} cannot be downloaded: the hub cannot be reached ({error})", "hub_unreachable"
+            f"{named} is looked up on the hub, which cannot be reached ({error})", "hub_unreachable"
         ) from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     first = choose_file(list(siblings), named)

@@ -69,7 +69,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
     arguments = vars(given)
-    if command == "serve" and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
+    if command in ("serve", "chat") and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
         arguments["model"] = rest.pop()
     if rest:
         raise UsageError(_unknown(command, rest[0]))
@@ -109,8 +109,8 @@ def _over_file(command: str, given: SettingsSource, path: Path | None) -> Settin
 
 
 def _may_be_model(text: str) -> bool:
-    """Whether an argument may be the model, which vLLM accepts at any position; a command's name there is a mistake."""
-    return not text.startswith("-") and text not in COMMANDS
+    """Whether an argument may be the model, at any position as in vLLM; a command's name or a sentence is a mistake."""
+    return not text.startswith("-") and text not in COMMANDS and not any(map(str.isspace, text))
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -152,7 +152,8 @@ def _usage(command: str) -> str:
     if command == "serve":
         return f"candle-vllm [{' | '.join(COMMANDS)}] [options]\n       candle-vllm serve [MODEL] [options]"
     takes = COMMANDS[command]
-    return f"candle-vllm {command} [options]" + " MODEL" * takes.names_model + (takes.text and f" {takes.text}")
+    named = " MODEL" * takes.names_model + " [MODEL]" * (command == "chat")
+    return f"candle-vllm {command} [options]{named}" + (takes.text and f" {takes.text}")
 
 
 class _Version(argparse.Action):
