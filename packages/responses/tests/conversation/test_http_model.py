@@ -568,6 +568,7 @@ def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> No
         "reasoning_budget_message": "Stop.", "num_speculative_tokens": 4,
         "prediction": {"type": "content", "content": "aaa"}, "lora": [{"id": 1, "scale": 0.5}],
         "lora_path": "tone", "truncate_prompt_tokens": 9, "truncation_side": "right",
+        "use_beam_search": True, "length_penalty": 0.5,
     }  # fmt: skip
     for fields in (asked, {"messages": said[:1]}):
         task = read_chat(parse_chat_request(fields))

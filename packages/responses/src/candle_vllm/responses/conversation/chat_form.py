@@ -132,6 +132,8 @@ def chat_request(task: Task) -> dict[str, Any]:
         "top_logprobs": logprobs,
         "prediction": None if predicted is None else {"type": "content", "content": predicted},
         "priority": task.priority or None,
+        "use_beam_search": None if task.beam_penalty is None else True,
+        "length_penalty": task.beam_penalty,
         "request_id": task.request_id,
     }
     if task.cut is not None:
