@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.text import template_budget
 from candle_vllm.core.text.chat_template import MAX_TEMPLATE, ChatTemplate
+from tests.common_run import few
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -71,10 +72,11 @@ def real_templates(llama_cpp_models: Path) -> dict[str, ChatTemplate]:
     return {path.stem: ChatTemplate(path.read_text("utf-8"), SPECIAL) for path in paths}
 
 
-def test_real_templates_render_as_in_transformers(real_templates: dict[str, ChatTemplate]) -> None:
+@pytest.mark.parametrize("part", few(range(3), 0))
+def test_real_templates_render_as_in_transformers(real_templates: dict[str, ChatTemplate], part: int) -> None:
     assert len(real_templates) >= 65
     compared = 0
-    for model, template in real_templates.items():
+    for model, template in list(real_templates.items())[part::3]:
         for name, (messages, tools) in CONVERSATIONS.items():
             for prompt in (True, False):
                 expected = by_transformers(template.source, messages, tools=tools, add_generation_prompt=prompt)
@@ -84,7 +86,7 @@ def test_real_templates_render_as_in_transformers(real_templates: dict[str, Chat
                     assert got == expected, (model, name)
                     assert messages == before
                     compared += 1
-    assert compared >= 600
+    assert compared >= 200
 
 
 def test_real_templates_that_take_tools_say_so(real_templates: dict[str, ChatTemplate]) -> None:

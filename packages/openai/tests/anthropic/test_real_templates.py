@@ -14,6 +14,7 @@ from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai import OpenAIAdapter, planning
 from candle_vllm.openai.anthropic import MessagesAdapter
+from tests.common_run import few
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string", "description": "d"}}}
@@ -65,10 +66,14 @@ class TemplateEngine(ScriptedEngine):
         return self.template.render(messages, **options, **variables)
 
 
-async def test_all_that_is_said_is_in_the_prompt(llama_cpp_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", few(range(3), 0))
+async def test_all_that_is_said_is_in_the_prompt(
+    llama_cpp_models: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
     refused, missing = set[str](), dict[str, list[str]]()
     files = sorted((llama_cpp_models / "templates").glob("*.jinja"))
-    for file in files:
+    chosen = files[part::3]
+    for file in chosen:
         engine = TemplateEngine(file.read_text(encoding="utf-8"))
         # Compiled once, which takes most of the test's time.
         monkeypatch.setattr(planning, "_compiled", lambda _conventions, engine=engine: engine.template)
@@ -81,5 +86,5 @@ async def test_all_that_is_said_is_in_the_prompt(llama_cpp_models: Path, monkeyp
         if lost := [text for text in (*SAID, "README.md") if text not in prompt]:
             missing[file.stem] = lost
     assert len(files) > 60
-    assert refused == REFUSED
+    assert refused == REFUSED & {file.stem for file in chosen}
     assert not missing
