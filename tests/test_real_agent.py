@@ -62,7 +62,8 @@ def engine() -> Iterator[InferenceEngine]:
 @pytest.fixture
 def shapes(tmp_path: Path) -> McpServerConfig:
     (tmp_path / "shapes.py").write_text(SERVER)
-    return McpServerConfig(name="shapes", command=sys.executable, args=[str(tmp_path / "shapes.py")])
+    arguments = [str(tmp_path / "shapes.py")]
+    return McpServerConfig(name="shapes", command=sys.executable, args=arguments, auto_approve=["corners"])
 
 
 def add(a: Annotated[int, Field(ge=0, le=99)], b: Annotated[int, Field(ge=0, le=99)]) -> int:

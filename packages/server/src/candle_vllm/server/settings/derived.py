@@ -173,7 +173,8 @@ def engine_config(settings: ModelOptions, *, fetch: bool = True, **changes: Any)
     options = [BY_NAME[field.name] for field in dataclasses.fields(settings)]
     values = {option.engine: getattr(settings, option.name) for option in options if option.engine is not None}
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
-    if settings.enforce_eager and importlib.util.find_spec("torch") is None:
+    in_ranks = settings.device == "cpu" and (settings.tensor_parallel_size or 1) > 1  # processes that need torch
+    if settings.enforce_eager and not in_ranks and importlib.util.find_spec("torch") is None:
         logger.warning("enforce_eager has no effect: torch is not installed, so the compiled kernels compute")
         values["enforce_eager"] = False
     if settings.mem is not None:
