@@ -51,6 +51,7 @@ _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
 _IMPORTS, _ASKED = "imports", "asked"
+NO_CODE = frozenset(f"{_PACKAGE}.{name}" for name in ("errors", "progress", "threads"))  # no part of machine code
 _CODE = ""  # key of a module's `code_hash` in the dict of the module's imports; the other keys are module names
 _MOST_IMPORTS = 1024
 _KEPT_VERSIONS = 4
@@ -280,8 +281,8 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
 
     The sources are the kernel's own module, this module (which imports the compiler), and every module of
     `candle_vllm.core` that these import, directly or indirectly. Modules outside `kernels` count because they define
-    constants of the code, such as the layouts and code tables of `candle_vllm.core.quantization`. Imports in functions
-    count, imports under TYPE_CHECKING do not. The text of a package that contains an imported module counts; the
+    constants of the code, such as the layouts and code tables of `candle_vllm.core.quantization`; modules of `NO_CODE`
+    define none. Imports in functions count, imports under TYPE_CHECKING do not. The text of a package that contains an imported module counts; the
     package's imports do not, because the importing module gets no name from it. Triton's modules do not count, because
     no CPU kernel calls them. A module that a kernel imports by a computed name is not found, so that is not allowed.
 
@@ -300,7 +301,7 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     if _source_path(core, wanted[0]) is None:
         raise FileNotFoundError(f"{wanted[0]} has no source file")
     for name in wanted:  # `wanted` grows in the loop
-        if name not in found and not name.rpartition(".")[2].startswith("triton"):
+        if name not in found and name not in NO_CODE and not name.rpartition(".")[2].startswith("triton"):
             found[name], imported = _source(core, name)
             wanted += imported
     for name in tuple(found):
