@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Times of a run of tests: its slowest tests and files, in seconds of CPU and of the clock, and the sums of both.
 
-A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table. Where a
-run is divided (`tests/workers.py`), its workers send their rows to the process that prints it.
+A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table, and
+`--times FILE` writes all rows as JSON. Where a run is divided (`tests/workers.py`), its workers send their rows to the
+process that prints the table.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,10 @@ BEGAN = time.monotonic()
 
 Row = tuple[str, float, float]  # a test's name, seconds of the clock, seconds of CPU
 _rows: list[Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=Path, help="write each test's seconds of the clock and of CPU to this JSON file")
 
 
 def rows() -> list[Row]:
@@ -41,7 +48,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    took = time.monotonic() - BEGAN
+    took, file = time.monotonic() - BEGAN, terminalreporter.config.option.times
+    if file:
+        file.write_text(json.dumps(_rows, indent=0))
     if _rows and took >= SHORT:
         terminalreporter.section(f"slowest of {len(_rows)} tests")
         for line in table(_rows, took, cpu()):

@@ -254,7 +254,6 @@ class Division:
         self._done: list[str] = []
         self._again: dict[str, list[pytest.TestReport]] = {}  # by node id, the reports of tests that run once more
         self._flaky: dict[str, list[tuple[str, str]]] = {}  # by line of `flaky.txt`: what was captured
-        self._rows: list[slowest_tests.Row] = []
         self._pauses = restless.pauses(config)
 
     def pytest_collection(self) -> bool:
@@ -282,7 +281,7 @@ class Division:
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
         if self._config.option.write_file_times:
-            write_file_times(self._rows)
+            write_file_times(slowest_tests.rows())
         return True
 
     # What a worker says
@@ -352,7 +351,7 @@ class Division:
             self._fail(message["where"], message["text"])
         elif kind == "rows":
             process.ended = True
-            self._rows += [tuple(row) for row in message["rows"]]
+            slowest_tests.rows().extend(tuple(row) for row in message["rows"])
             for unit in process.units:
                 self._finished(unit)
             process.units = []
@@ -450,11 +449,6 @@ class Division:
                 file.writelines(f"{stamp}  {line}\n" for line in self._flaky)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self._rows:
-            rows, took = self._rows, time.monotonic() - slowest_tests.BEGAN
-            terminalreporter.section(f"slowest of {len(rows)} tests")
-            for line in slowest_tests.table(rows, took, slowest_tests.cpu()):
-                terminalreporter.write_line(line)
         if self._flaky:
             terminalreporter.section("FLAKY", red=True, bold=True)
             terminalreporter.write_line(f"passed when run again, alone; {FLAKY.name} keeps them:")
