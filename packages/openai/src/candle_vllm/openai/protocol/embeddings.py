@@ -66,6 +66,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     refused_fields: ClassVar[Mapping[str, Refusal]] = EMBEDDING_REFUSED_FIELDS
     own_tasks: ClassVar[bool] = False  # true if `task` does not name an adapter
     texts: ClassVar[str] = "input"  # field of the texts
+    scaled: ClassVar[bool | None] = None  # `normalize` of requests that have none of its names
 
     input: Input
     encoding_format: Literal["float", "base64", "bytes", "bytes_only"] | None = None
@@ -132,7 +133,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
         named = (self.normalize, self.normalized, self.use_activation)
         return PoolingParams(
             dimensions=self.dimensions,
-            normalize=next((value for value in named if value is not None), None),
+            normalize=next((value for value in named if value is not None), self.scaled),
             pooling="all" if self.return_multivector else self.pooling or self.embedding_type,
         )
 
@@ -164,11 +165,11 @@ class ContentRequest(EmbeddingRequest):
     """Texts to embed, in llama.cpp's form: `content` is its name of `input`, and vectors have length 1 by default."""
 
     texts: ClassVar[str] = "content"
+    scaled: ClassVar[bool | None] = True
 
     input: None = None  # type: ignore[assignment]
     content: Input
     encoding_format: Literal["float", "base64"] | None = None  # type: ignore[assignment]
-    normalize: bool | None = True
 
     @model_validator(mode="before")
     @classmethod
