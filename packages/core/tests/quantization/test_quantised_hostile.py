@@ -77,7 +77,7 @@ WRONG: dict[str, tuple[Written, Callable[[Parts], object], str]] = {
     "gptq scales short": (gptq(WEIGHT), cut(".scales", 3), shape("l.scales", [3, 64], [4, 64])),
     "gptq zeros narrow": (gptq(WEIGHT), cut(".qzeros", 4, 7), shape("l.qzeros", [4, 7], [4, 8])),
     "gptq outputs": (gptq(WEIGHT), cut(".qweight", 16, 63), shape("l.scales", [4, 64], [4, 63])),
-    "gptq nothing": (gptq(WEIGHT), cut(".qweight", 0), r"l\.qweight has shape \[0, 64\]"),
+    "gptq nothing": (gptq(WEIGHT), cut(".qweight", 0), r"l\.qweight has shape \[0, 64\].*\[inputs / 8, outputs\]"),
     "gptq one dimension": (
         gptq(WEIGHT),
         put(".qweight", torch.zeros(8).int()),

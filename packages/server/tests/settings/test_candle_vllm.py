@@ -260,7 +260,7 @@ def test_its_environment_is_read_and_what_has_no_effect_is_named(load: Load) -> 
     assert made.settings.prompt_cache_path == Path("~/.candle-vllm/cache").expanduser()
     for name in ("BACKEND", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH"):
         assert f"CANDLE_VLLM_PROMPT_CACHE_{name}" in cache
-    assert "no effect, for prompt prefixes are stored in the KV cache itself" in cache
+    assert "no effect, because prompt prefixes are stored in the KV cache itself" in cache
     assert sorted(remark.split()[0] for remark in others) == ["KEEP_ALIVE_INTERVAL", "MCP_PROXY_PORT", "RUST_LOG"]
     quiet = load("--m demo", command="generate", prompt="hi", env_file=text, models="models: [{name: a, hf_id: b/c}]")
     assert quiet.remarks == ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`METHODS`: for each `quant_method`, a function that finds the quantised layers and the schemes of their parts."""
+"""`METHODS`: for each `quant_method`, a function that finds quantised layers and yields their parts and weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _gptq(fields: Fields, checkpoint: Checkpoint) -> Found:
 
 
 def _gptq_layers(fields: Fields, checkpoint: Checkpoint, own: Sequence[Any], *, zeros_less_one: bool) -> Found:
-    """Read layers by the config's main scheme, or by a scheme for some layers, whose settings are in `own`."""
+    """Read each layer by the first scheme its parts fit: the main one, then those in `own`; names are not matched."""
     bits, group = _gptq_bits(fields, None), _group(fields)
     schemes = [GptqScheme(bits, group, zeros_less_one)]
     for values in own:

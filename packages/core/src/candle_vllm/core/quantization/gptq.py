@@ -85,7 +85,7 @@ def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
     qweight, qzeros = parts.get(".qweight", "I32"), parts.get(".qzeros", "I32")
     scales, g_idx = parts.get(".scales", *FLOATS), parts.find(".g_idx", "I32")
     if len(qweight.shape) != 2 or 0 in qweight.shape:
-        raise parts.shape_error(qweight, "[inputs, outputs]", f"{per} codes of {bits} bits of an input column each")
+        raise parts.shape_error(qweight, f"[inputs / {per}, outputs]", f"an int32 has the codes of {per} inputs")
     columns, rows = qweight.shape[0] * per, qweight.shape[1]
     groups = scheme.groups(columns)
     why = f"{rows} outputs, {columns} inputs, {bits} bits and group_size {scheme.group}"
@@ -102,7 +102,7 @@ def gptq_tensor(parts: LayerTensors, scheme: GptqScheme) -> QuantisedTensor:
 
 
 def column_groups(parts: LayerTensors, g_idx: StoredTensor, columns: int, groups: int) -> np.ndarray | None:
-    """Return the stored group of each column, int64 [K]; None if groups are G runs of adjacent columns.
+    """Return the stored group of each column, int64 [K]; None if groups are G equally long runs, in order.
 
     Raises:
         InvalidFileError: the number of entries is not K, or an entry is not a group.

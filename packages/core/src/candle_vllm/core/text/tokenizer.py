@@ -162,7 +162,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encoded]
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
-        """Tokenize two texts as one input with the model's separators; also return each token's text number, 0 or 1.
+        """Tokenize two texts as one input with the model's separators; also return each token's token_type_id.
 
         Errors as `encode`.
         """

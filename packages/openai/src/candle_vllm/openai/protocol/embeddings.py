@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wire types of `/v1/embeddings`, and of `/pooling` and `/classify` in vLLM's form."""
+"""Wire types of `/v1/embeddings` and `/v1/moderations`, vLLM's `/pooling` and `/classify`, and llama.cpp's form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from candle_vllm.openai.protocol.score import Texts
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.task import Cut
 
-MAX_DESCRIBED = 256  # inputs whose vectors a header describes, in 120 bytes each: clients read up to 64 KiB of a header
+# Maximum inputs with encoding_format bytes: the header `metadata` has 120 bytes for each; clients read up to 64 KiB.
+MAX_DESCRIBED = 256
 TaskName = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -32,7 +33,6 @@ EMBEDDING_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "output_dtype": Refusal("use embed_dtype with encoding_format", ("float", "float32")),
     "embd_normalize": Refusal("send normalize, where true is 2 and false is -1"),
 }
-
 
 Input = Annotated[
     Annotated[Words, Tag("<string>")]
@@ -49,7 +49,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
     Attributes:
         encoding_format: "float" for vectors of numbers, "base64" for their bytes as text. With "bytes" the body of the
             response is the bytes of all vectors, and the header `metadata` has their places, their shapes and the usage
-            as JSON; "bytes_only" leaves this header out. Batches refuse both, the library returns base64.
+            as JSON; "bytes_only" leaves this header out. Batches refuse both; called as a library, both give base64.
         embed_dtype: type of the elements in base64 and bytes.
         endianness: byte order of these elements; "native" is "little".
         dimensions: length of the vectors, for models trained for truncated vectors (Matryoshka).
@@ -139,7 +139,7 @@ class EmbeddingRequest(CutFields, PoolingFields):
 
 
 class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
-    """A conversation to embed as one vector, in vLLM's form; it may contain images.
+    """A conversation to embed, in vLLM's form; it may contain images.
 
     Attributes:
         messages: as in a chat request; the template begins no answer unless `add_generation_prompt` asks for it.
@@ -155,7 +155,7 @@ class EmbeddingChatRequest(TemplateFields, EmbeddingRequest):
     messages: Messages
 
     def chat_fields(self) -> dict[str, Any]:
-        """Return the fields that chat requests share, each already validated."""
+        """Return the validated fields that this request has in common with a chat request, with `max_tokens` 1."""
         names = ("model", "messages", "add_special_tokens", *CutFields.model_fields, *TemplateFields.model_fields)
         opened = bool(self.add_generation_prompt)
         return {name: getattr(self, name) for name in names} | {"add_generation_prompt": opened, "max_tokens": 1}

@@ -105,7 +105,7 @@ class McpConnection:
 
         Raises:
             ConnectionLostError: the connection ended first, or was closed.
-            TimeoutError: the request took longer; the server was notified of its cancellation.
+            TimeoutError: the request took longer; it was cancelled, and up to 1 s given to notify the server.
         """
         if self.is_down:
             work.close()
@@ -148,7 +148,7 @@ class McpConnection:
         try:
             async with self._make_client() as client:
                 self._client = client
-                # the SDK's check of structured outputs discards the output, and matches patterns without a time limit
+                # the SDK's check raises rather than return a failing output, and matches patterns without a time limit
                 client.session.validate_tool_result = _accept
                 self._opened.set()
                 try:
@@ -214,7 +214,7 @@ class McpConnection:
 
 
 async def _abandon(task: asyncio.Task[Any], seconds: float = _CANCEL_SECONDS) -> None:
-    """Cancel a request, and wait until it has notified its server; its outcome is ignored."""
+    """Cancel a request, and wait at most `seconds` until it has notified its server; its outcome is ignored."""
     if not task.done():
         task.cancel()
         await to_the_end(asyncio.wait({task}, timeout=seconds))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Sources of settings: their values, the environment and `.env`, and the precedence between sources.
+"""`SettingsSource`, the values of one source; reading the environment, `.env` and YAML; and which source decides.
 
 Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. An
-unknown name is an error, with the nearest known name.
+unknown name is an error with the nearest known name, or a remark if only some settings are used.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class SettingsSource:
 
 
 def environment_source(variables: Mapping[str, str], title: str, known: Container[str] | None = None) -> SettingsSource:
-    """Read the `CANDLE_VLLM_*` variables; ignore other variables.
+    """Read the `CANDLE_VLLM_*` variables; ignore other variables and `CANDLE_VLLM_TEST_*`.
 
     Args:
         variables: values by name.
         title: name of the source, for messages.
-        known: settings that are used; errors in other settings become remarks. None means all settings.
+        known: settings that are used; errors in others and unknown variables become remarks. None means all settings.
 
     Raises:
-        UsageError: a variable is unknown, or its value invalid.
+        UsageError: a used setting's value is invalid, a variable is a service link, or without `known`, unknown.
     """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
         elif BY_NAME[theirs[0]].env not in variables:
             values[theirs[0]], given_as[theirs[0]] = theirs[1], name
     if known is None:
-        remarks += [f"{', '.join(names)} in {title}: no effect, for {why}" for why, names in idle.items()]
+        remarks += [f"{', '.join(names)} in {title}: no effect, because {why}" for why, names in idle.items()]
     return SettingsSource(title, values, given_as, tuple(remarks))
 
 
@@ -193,7 +193,7 @@ def _loader() -> type[yaml.SafeLoader]:
 
 
 def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:
-    """Return one value for each setting: from the first source that sets it or one of its rivals."""
+    """Return the value of each decided setting; of rivals (`Option.rivals`), only that of the first source with one."""
     return {name: source.values[name] for name, source in origins(sources).items()}
 
 

@@ -41,7 +41,7 @@ Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | Non
 
 
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
-    """Return the fields of `StepLimits` for adapters; `lora_dtype` sets the type of their products.
+    """Return the fields of `StepLimits` for adapters on the CPU or of an encoder; `lora_dtype` sets the products' type.
 
     "auto" means int8 if the base model's compiled kernels use int8 products too, because the error of these products is
     many times larger than an int8 adapter's; float32 if the model's matrices are float32; else bfloat16.
@@ -135,7 +135,7 @@ class AdapterLoader:
     ) -> None:
         self._base, self._limits, self._pack, self._watch = base, limits, pack, watch
         self._known: dict[bytes, Repacking] = {}  # by kind, least recently used first
-        self._met: dict[bytes, int] = {}  # number of adapters of each kind that were packed without `Repacking`
+        self._met: dict[bytes, int] = {}  # adapters of each kind that were fitted when it had no `Repacking`
 
     def __call__(self, path: Path) -> LoadedAdapter:
         """Load the adapter at a path; raises the errors of `open_adapter`, `fit_adapter` and `pack_adapter`."""
@@ -170,4 +170,4 @@ class AdapterLoader:
         while len(self._known) > 1 and sum(each.size for each in self._known.values()) > MOST_SEEN:
             gone = next(iter(self._known))
             del self._known[gone]
-            self._met.pop(gone, None)  # recorded again when the kind returns
+            self._met.pop(gone, None)  # recorded again with the second adapter from now on

@@ -4,7 +4,7 @@
 The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its
 blocks in order. The hash of a full block is chained over everything up to its end (salt, tokens, marks of adapters and
 images), so equal hashes mean equal contents and a later prompt can share the block. Shared blocks have a reference
-count and are never written: only full blocks are published, and a sequence writes only after its last full block.
+count and are never written by sequences, which publish only full blocks and write only after their last full block.
 
 When its reference count is 0, a block enters the free queue: a published block at the end, where its contents and hash
 stay until it is allocated again, any other block at the front.
@@ -94,7 +94,7 @@ class BlockManager:
             self._owners[block] += 1
 
     def allocate(self, count: int) -> list[int] | None:
-        """Allocate `count` blocks for writing, least recently used first; return None if fewer blocks are free."""
+        """Allocate the queue's first `count` blocks: unpublished, then least recently used; None if fewer are free."""
         if count > len(self._free):
             return None
         taken = []
@@ -106,22 +106,22 @@ class BlockManager:
         return taken
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a free block, whose contents the caller then writes; return None if no block is free."""
+        """`publish` a free block and return it; the caller then writes its contents. None if no block is free."""
         taken = self.allocate(1)
         if taken is None:
             return None
         self.publish(taken[0], digest)
-        self.release(taken)  # it becomes the most recently used free block
+        self.release(taken)  # if published, it becomes the most recently used free block
         return taken[0]
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Publish a full block under its hash. If the hash already has a block, the new block stays private."""
+        """Publish a block under its hash; do nothing if the hash already has a block, or if prefix caching is off."""
         if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
             self._hash_of[block] = digest
             self._published[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Remove one owner of each block of a table; the tail is reused before the head, which is shared more often."""
+        """Remove one owner of each block; a published tail is reused before the head, which is shared more often."""
         for block in reversed(blocks):
             self._owners[block] -= 1
             assert self._owners[block] >= 0, f"block {block} released twice"

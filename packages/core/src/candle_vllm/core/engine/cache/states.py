@@ -5,9 +5,9 @@ Unlike cached keys, such a state cannot be truncated to fewer tokens. So each ru
 later prompt with the same prefix starts from a checkpoint: a slot that is never written again, identified by the hash
 of the block that ends at the same token. A cached prefix must have all its blocks and a checkpoint at its end.
 
-A step writes the state after a row into one slot. If this slot is a checkpoint at the end of a run, the sequence's next
-run reads the checkpoint. No checkpoint includes a draft token: the state after a draft token is not written, and the
-next step first applies the accepted draft tokens.
+The state after a row can be written to only one slot: if a run ends with a checkpoint, the sequence's own slot is not
+written, and its next run reads the checkpoint. No checkpoint includes a draft token: the state after a draft token is
+not written, and the next step first applies the accepted draft tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StatePool:
         self._free = list(range(running, running + checkpoints))[::-1]
         self._published: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
         self._pins: Counter[int] = Counter()  # checkpoints that the next runs will read, or the last runs have read
-        self._gone: set[int] = set()  # pinned slots that are no longer published
+        self._gone: set[int] = set()  # pinned slots that are not published; free after their last pin
         self._coming: Counter[bytes] = Counter()  # hashes of checkpoints that running sequences will write
 
     def stats(self) -> dict[str, int]:
@@ -57,7 +57,7 @@ class StatePool:
         return [self._published[digest] for digest in itertools.takewhile(self._published.__contains__, hashes)]
 
     def take_in(self, digest: bytes) -> int | None:
-        """Publish a slot, whose checkpoint the caller then writes; return None if no slot is free."""
+        """Publish a slot, whose checkpoint the caller then writes; None if every slot is pinned or pending."""
         slot = self._take()
         if slot is not None:
             self._published[digest] = slot
@@ -65,7 +65,7 @@ class StatePool:
 
     @property
     def num_free(self) -> int:
-        """Number of slots that are available for new checkpoints."""
+        """Number of checkpoint slots without those both published and pinned; slots that runs write count too."""
         return self.num_checkpoint_slots - sum(1 for slot in self._published.values() if self._pins[slot])
 
     def is_coming(self, hashes: Seq[bytes]) -> bool:
@@ -120,7 +120,7 @@ class StatePool:
         sequence, state, size = run.sequence, run.sequence.state, self._size
         assert state is not None
         now, slot = state.going, state.plain.slot
-        if state.reading >= 0:  # steps run in order: a new owner of that slot writes it after the last run
+        if state.reading >= 0:  # even if that run is not done: steps run in order, so a new owner writes later
             self._unpin(state.reading)
         state.reading = -1 if now.source == slot else now.source
         end, marks = run.start + run.count - len(run.drafts), list[tuple[int, int]]()
@@ -167,7 +167,7 @@ class StatePool:
                 self.offer(slot, digest)
 
     def forget(self, digest: bytes) -> None:
-        """Drop the checkpoint of a block that was evicted from the cache, or that no prompt can use any more."""
+        """Unpublish a checkpoint, if there is one: its block was evicted, or the sequence has a later generated one."""
         slot = self._published.pop(digest, None)
         if slot is not None:
             self._discard(slot)

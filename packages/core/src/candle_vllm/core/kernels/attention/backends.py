@@ -6,8 +6,8 @@
     flash_attn   the packages flash-attn and flash-attn-4
     torch        the reference: runs on any device, but is slow
 
-A backend is one function with `paged_attention`'s contract, made for one model on one device. A backend that does not
-support the model or the device is refused, with the reason and a setting that works. Only the chosen one is imported.
+A backend is one function with `paged_attention`'s contract, made for one model on one device; if it does not support
+them, it is refused, with the reason and a setting that works. Besides the reference, only the chosen one is imported.
 """
 
 from __future__ import annotations

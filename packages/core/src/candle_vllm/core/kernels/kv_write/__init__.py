@@ -2,15 +2,15 @@
 """Write new keys and values to the paged cache.
 
 Contract: key and value are [T, K, D] in the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all
-different (letters as in `kernels/attention`). Slot is block * S + offset, and a token with a negative slot is not
-written. A row is the key or value of one token and head; rows are copied exactly, and no other slot changes.
+different where not negative (letters as in `kernels/attention`). Slot is block * S + offset; a token with a negative
+slot is not written. A row is the key or value of one token and head; rows are copied exactly; no other slot changes.
 
 A cache of float8_e4m3fn takes key and value of any float dtype, with a scale [1] float32 for each of the two: elements
 are divided by the scale in fp32, clamped to +-448 and rounded to nearest even; NaN stays NaN. Source: Micikevicius et
 al., 2022, arXiv:2209.05433.
 
 A cache with a scale for each row, [B, S, K, D + 4] of one-byte elements (`scaled_rows.py`), takes key and value of any
-float dtype, and no scales.
+float dtype; `key_scale` and `value_scale` must be None, because each row's scale is computed here.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ class WriteArguments(NamedTuple):
     """Arguments of `rotate_and_write`.
 
     Attributes:
-        qkv: address of float32 rows, `stride` floats apart, in which q, k and v begin at `q_column`, `k_column` and
-            `v_column`.
+        qkv: address of float32 rows, `stride` floats apart; q, k and v begin at `q_column`, `k_column` and `v_column`.
         heads, kv_heads, head_dim: H, K and D.
         stretch_step: slots from one stretch of the caches to the next, see `attention/cpu_cache.py`.
         block_shift: the binary logarithm of S.
-        half: R / 2, the number of rotated pairs; if 0, `cos` and `sin` are not read.
-        cos, sin: addresses of float32 [P, R/2].
+        half: R / 2, the number of rotated pairs of a head; if 0, `cos` and `sin` are not read.
+        cos, sin: addresses of float32 [positions, half], a row for each position.
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of the rotated queries, bfloat16 [T, H, D], or quantised like the keys in rows of 2 D bytes.
+        q: address of the rotated queries, bfloat16 [T, H, D]; if the keys are quantised, in rows of 2 D
+            bytes: D int8 codes, then a float32 scale for each 32 of them, then the int32 sum of each 32.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), because `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 without an offset.
         turns: address of int64 [T]: a token's row in `cos` and `sin` minus its position; 0 without M-RoPE.
         head_gap: see `attention/cpu_cache.py`.
-        picked: address of int64 [T], the index in `positions` and `turns` of each row; 0 for all tokens. Picked rows
-            have only queries.
+        picked: address of int64 [T], the index in `positions` and `turns` of each row; 0 for all tokens. With
+            `picked`, `kv_heads` must be 0: no keys or values are written.
         rows_from: the `StepNumber` that is T.
     """
 

@@ -7,12 +7,11 @@ Every kernel that multiplies by a stored matrix, of a linear layer or of experts
 selects a program's rows and tokens, and one of three product functions, passed as a constant:
 
 - `plain`: weights of x's dtype, unchanged.
-- `exact`: codes are multiplied by x exactly, and the sums by scales, in fp32. For integers, magic + code is multiplied,
-  and magic times the sum of x is subtracted; the tensor cores compute that sum too, by a product with ones.
+- `exact`: codes are multiplied by x exactly, and the sums by scales, in fp32. An integer's bits become those of the
+  float magic + code (bf16: magic 128, fp16: 1024); magic times the sum of x, by a product with ones, is subtracted.
 - `rounded`: a tile of weights is scaled, rounded to x's dtype in registers, and multiplied.
 
-A `Codec`, also a constant, defines how codes and scales are extracted from a matrix's planes. So each combination of
-format and product is compiled separately.
+A `Codec`, also a constant, extracts codes and scales from planes: each format and product is compiled separately.
 
 Letters: R rows and T tokens of a tile. K is divided into **steps** of `parts` times 32 weights (for a plain matrix, a
 step is one weight), and with FOLD into **stretches** of `split_steps` steps, whose sums are added to 0 in order.
@@ -33,19 +32,20 @@ import triton.language as tl
 class Codec:
     """Functions that read a matrix of codes. One object per kind of matrix: it is part of a kernel's cache key.
 
-    In the device functions, g is a part of a step, and `planes` is (low, high, scales, supers).
+    In the device functions, g is a part of a step, `part` is which `width` weights of each 32, and `planes` is (low,
+    high, scales, supers); supers has the scales of super-blocks (float16 pairs of GGUF's K and IQ types).
 
     Attributes:
         words: (planes, step, row, inside, height, pitch, FORM): a tuple, the stored words of a step's scales.
-        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple, the elements `element` of a step's
-            codes, as inputs of `tile` or of `rounded`.
+        codes: (planes, step, element, row, inside, height, FORM, EXACT): a tuple for `tile` or `rounded`, the stored
+            words at the indices `element` of a step; a word has two codes of each part.
         scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` multiplies sums of x.
         tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
         rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
-        low, high: bits of a code in the two results of `codes`; high may be 0. 8-bit codes are multiplied as two of 4.
+        low, high: bits of a code in each result of `codes`; high may be 0. `exact` takes 8-bit integers as two of 4.
         parts: number of parts of a step, of 32 weights each.
         unit: number of parts of a step that always share a scale.
-        width: number of weights that share a scale, at most 32.
+        width: weights that `exact` multiplies at a time: 32, or fewer if fewer share a scale.
         floats: whether codes are floats, which need no shift.
     """
 
@@ -102,7 +102,7 @@ def plain(
     row,  # rows of the matrix, int64 [R], where `inside`
     inside,
     asked,  # [T], mask of the valid rows of x
-    _height,  # rows of the matrix, int64
+    _height,  # number of rows of the matrix, int64
     K,
     pitch,
     first,
@@ -179,7 +179,7 @@ def exact(
     """Return fp32 [R, T], the sum over the steps from `first` to `last`. Products with a scale are explicit fused
     operations, so that all variants of a kernel round in the same way."""
     WIDTH: tl.constexpr = FORM.width
-    E: tl.constexpr = WIDTH // 2  # elements of codes at a time
+    E: tl.constexpr = WIDTH // 2  # words at a time; a word has two codes of each part
     PARTS: tl.constexpr = FORM.parts
     UNIT: tl.constexpr = FORM.unit
     EIGHT: tl.constexpr = FORM.low + FORM.high == 8
@@ -190,7 +190,7 @@ def exact(
     element = tl.arange(0, E)
     column = tl.arange(0, WIDTH)
     x_at += column[:, None]
-    # Joined as the codes are: Triton 3.6 derives the layout along K from this, and prefetches x only with one layout.
+    # Joined as the codes are: Triton 3.6 derives x's layout from this, and prefetches x only if both products want one.
     half = tl.full((ROWS, E), 1.0, tl.float32).to(dtype)
     ones = tl.reshape(tl.join(half, half), (ROWS, WIDTH))
     zeros = tl.zeros((ROWS, TOKENS), tl.float32)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """RMSNorm, and RMSNorm fused with the residual addition before it.
 
-Contract: x [T, ..., E] of any float dtype; weight [E], or [N, E] for x [T, N, E], of any float dtype; y has x's shape
-and dtype, in new memory. The sum of squares and the scaling are fp32; the result is rounded once. A residual has x's
-shape and dtype: residual + x is rounded to that dtype and then normalised, as by two kernels. The bits of a row's
-result do not depend on other rows.
+Contract: x [T, ..., E] of any float dtype; weight [E] of any float dtype, in `rms_norm` also [N, E] for x [T, N, E]; y
+has x's shape and dtype, in new memory. The sum of squares and the scaling are fp32; the result is rounded once. A
+residual has x's shape and dtype: residual + x is rounded to that dtype and then normalised, as by two kernels. The bits
+of a row's result do not depend on other rows.
 Source: Zhang and Sennrich, 2019, arXiv:1910.07467.
 """
 

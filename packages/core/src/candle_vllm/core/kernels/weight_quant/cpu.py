@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Compiled functions that quantise weights, one for each type; they release the GIL and share no memory.
 
-A batch is 16 groups, which are searched at once: one block of groups of 16, two of groups of 32, 16 of IQ4_NL.
+A batch is 16 groups, searched at once: a block of a type with groups of 16, two with groups of 32, 16 of IQ4_NL.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _fits(bits):
 
 @inner
 def _inverse(d):
-    """Return 1 / d, or 0 if that overflows float32; the scale d is then stored as 0."""
+    """Return 1 / d, or 0 if |d| is below 1e-37; the scale d is then stored as 0."""
     return np.float32(0.0) if abs(d) < _SMALLEST else np.float32(np.float32(1.0) / d)
 
 
@@ -159,7 +159,7 @@ def _q8_0(at, to, count, importance, period):
     return good
 
 
-# ---- the types of 256 ------------------------------------------------------------------------------------------------
+# ---- the searched types ----------------------------------------------------------------------------------------------
 
 
 @inner
@@ -179,7 +179,7 @@ def _transpose(x, bits, groups, size, lanes):
 def _weigh_by(importance, period, first, x, groups, size, block, weights):
     """Compute the weights of the elements of `groups` groups by importance, in the lanes of `_transpose`.
 
-    `first` is the number of the first group's block, of `block` elements, and `period` the number of blocks in a row.
+    The first group's block, of `block` elements, has index `first` from the first row on; a row has `period` blocks.
     """
     for start in range(0, groups * size, block):
         total = np.float32(0.0)

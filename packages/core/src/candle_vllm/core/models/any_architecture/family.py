@@ -30,8 +30,8 @@ def family_of(values: Mapping[str, Any], path: Path) -> tuple[Family, AnyConfig]
 def family_of_gguf(name: str, checkpoint: Checkpoint) -> tuple[Family, AnyConfig]:
     """The family and the config of a GGUF file with the architecture `name`.
 
-    Raises:
-        UnsupportedModelError: transformers reads no GGUF files of this architecture; the message lists those it reads.
+    InvalidFileError if transformers cannot read its metadata; UnsupportedModelError if it does not read the
+    architecture (the message lists those it reads) or the rope scaling. Further errors as in `config_from_hf`.
     """
     values = gguf.config_values(name, checkpoint)
     return _family(values, checkpoint.path, partial(gguf.named_in_gguf, name), (name,))
